@@ -1,0 +1,58 @@
+"""How far the policy is from the reference, estimated from the log-probabilities of the sampled tokens alone."""
+
+from collections.abc import Callable
+from typing import Literal
+
+from torch import Tensor
+
+Estimator = Literal["k1", "k2", "k3"]
+
+# exp(20) = 5e8: beyond it a ratio says only that the two models have nothing in common, and float32 overflows at 88.
+MAX_LOG_RATIO = 20.0
+
+
+def k1(policy_logp_BT: Tensor, reference_logp_BT: Tensor) -> Tensor:
+    """log(p / q): unbiased, high variance, often negative. Its gradient is 0 in the mean: for rewards, not losses."""
+    return policy_logp_BT - reference_logp_BT
+
+
+def k2(policy_logp_BT: Tensor, reference_logp_BT: Tensor) -> Tensor:
+    """log(p / q)^2 / 2: biased, low variance. Its gradient is in the mean the gradient of KL(p || q)."""
+    return 0.5 * (policy_logp_BT - reference_logp_BT).square()
+
+
+def k3(policy_logp_BT: Tensor, reference_logp_BT: Tensor) -> Tensor:
+    """q / p - 1 - log(q / p): unbiased, low variance, never negative. Its gradient is in the mean that of KL(q || p).
+
+    log(q / p) is clamped from above at MAX_LOG_RATIO in both terms, past which the value is finite and has no gradient.
+    It is not clamped from below, where the estimate is linear and cannot overflow.
+    """
+    log_ratio_BT = (reference_logp_BT - policy_logp_BT).clamp(max=MAX_LOG_RATIO)
+    # expm1 keeps the digits of a small ratio, where exp - 1 would round them away.
+    return log_ratio_BT.expm1() - log_ratio_BT
+
+
+def kl_estimate(policy_logp_BT: Tensor, reference_logp_BT: Tensor, kind: Estimator) -> Tensor:
+    """Per-token estimates of KL(policy || reference) = E_p[log p - log q], for tokens that the policy p sampled.
+
+    Schulman 2020, "Approximating KL divergence" (joschu.net/blog/kl-approx.html), whose r is q / p:
+
+        k1 = -log r        k2 = (log r)^2 / 2        k3 = (r - 1) - log r
+
+    k3 is the term in GRPO's loss (Shao et al. 2024, arXiv 2402.03300, equation 4). What is said of bias holds for
+    tokens sampled from the very policy that is evaluated; a few updates later the estimates are off by the ratio.
+
+    Args:
+        policy_logp_BT, reference_logp_BT: [B, T], nats. No mask: put numbers where there is no response token.
+
+    Returns:
+        kl_BT: [B, T], nats; differentiable in both arguments.
+    """
+    assert policy_logp_BT.ndim == 2, f"policy_logp_BT must be [B, T], got {tuple(policy_logp_BT.shape)}"
+    assert reference_logp_BT.shape == policy_logp_BT.shape, (
+        f"reference_logp_BT is {tuple(reference_logp_BT.shape)}, policy_logp_BT {tuple(policy_logp_BT.shape)}"
+    )
+    estimators: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"k1": k1, "k2": k2, "k3": k3}
+    if kind not in estimators:
+        raise ValueError(f"kl={kind!r} is not an estimator; use one of {', '.join(estimators)}.")
+    return estimators[kind](policy_logp_BT, reference_logp_BT)
