@@ -1,0 +1,235 @@
+"""The default task: add two numbers, directly or in columns; its rows, its tokenizer, and a small model to learn it.
+
+Most demonstrations answer at once, which is hard for the model, the others in columns, which is easy; reinforcement
+finds that columns pay.
+`python -m aligner.data.column_addition --out DIR` writes DIR/model, demonstrations.jsonl, prompts.jsonl, heldout.jsonl.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from aligner.data.jsonl import LabelledRow
+
+PAD, BOS, EOS, UNKNOWN = "<pad>", "<bos>", "<eos>", "<unk>"
+CHARACTERS = "\n" + "".join(map(chr, range(32, 127)))
+VOCABULARY = 128
+MAX_POSITIONS = 512
+MARKER = "#"
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ bos_token if loop.first }}{{ message['content'] }}"
+    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+)
+
+Addition = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class ColumnAddition:
+    """Which additions, and how many rows of each kind. No addition is in two kinds."""
+
+    digits: int = 3
+    """Digits of both terms."""
+    demonstrations: int = 60_000
+    """Rows with a completion."""
+    prompts: int = 16_384
+    """Rows to generate from in training."""
+    heldout: int = 512
+    """Rows to generate from in evaluation."""
+    direct_fraction: float = 0.6
+    """Share of demonstrations that answer at once; the others work in columns."""
+    seed: int = 0
+    """Decides which additions fall into which kind, and their order."""
+
+    def __post_init__(self) -> None:
+        if self.digits < 1:
+            raise ValueError(f"digits={self.digits} must be 1 or more.")
+        if not 0 <= self.direct_fraction <= 1:
+            raise ValueError(f"direct_fraction={self.direct_fraction} must be between 0 and 1.")
+        for name in ("demonstrations", "prompts", "heldout"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be 1 or more.")
+        wanted, there_are = self.demonstrations + self.prompts + self.heldout, len(self._terms) ** 2
+        if wanted > there_are:
+            raise ValueError(
+                f"demonstrations={self.demonstrations}, prompts={self.prompts} and heldout={self.heldout} want "
+                f"{wanted} different additions, but digits={self.digits} has {there_are}; lower them or raise digits."
+            )
+
+    @property
+    def _terms(self) -> range:
+        return range(10 ** (self.digits - 1) if self.digits > 1 else 0, 10**self.digits)
+
+    def _heldout_additions(self) -> list[Addition]:
+        return self._sample("heldout", self.heldout)
+
+    def _training_additions(self) -> list[Addition]:
+        heldout = set(self._heldout_additions())
+        drawn = self._sample("training", self.demonstrations + self.prompts + self.heldout)
+        return [addition for addition in drawn if addition not in heldout][: self.prompts + self.demonstrations]
+
+    def _sample(self, purpose: str, count: int) -> list[Addition]:
+        """Different additions, in random order."""
+        terms = self._terms
+        places = random.Random(f"{self.seed}/{purpose}").sample(range(len(terms) ** 2), count)
+        return [(terms[place // len(terms)], terms[place % len(terms)]) for place in places]
+
+    def heldout_rows(self) -> list[LabelledRow]:
+        """{'prompt', 'answer'} for evaluation; the sizes of the training sets do not change them."""
+        return _labelled("heldout", map(_prompt_row, self._heldout_additions()))
+
+    def prompt_rows(self) -> list[LabelledRow]:
+        """{'prompt', 'answer'} for training by reinforcement."""
+        return _labelled("prompts", map(_prompt_row, self._training_additions()[: self.prompts]))
+
+    def demonstration_rows(self) -> list[LabelledRow]:
+        """{'prompt', 'completion', 'answer'}, `direct_fraction` of them direct, mixed."""
+        additions = self._training_additions()[self.prompts :]
+        direct = round(self.direct_fraction * len(additions))
+        styles = [direct_answer] * direct + [column_answer] * (len(additions) - direct)
+        random.Random(f"{self.seed}/styles").shuffle(styles)
+        rows = (
+            {**_prompt_row(terms), "completion": style(*terms)} for terms, style in zip(additions, styles, strict=True)
+        )
+        return _labelled("demonstrations", rows)
+
+
+def direct_answer(left: int, right: int) -> str:
+    """137, 485 -> "#622"."""
+    return f"{MARKER}{left + right}"
+
+
+def column_answer(left: int, right: int) -> str:
+    """137, 485 -> "7+5+0=12 3+8+1=12 1+4+1=06#622": each column with its carry, from the right."""
+    columns = []
+    carry = 0
+    for a, b in zip(reversed(str(left)), reversed(str(right)), strict=True):
+        total = int(a) + int(b) + carry
+        columns.append(f"{a}+{b}+{carry}={total:02d}")
+        carry = total // 10
+    return " ".join(columns) + direct_answer(left, right)
+
+
+def _prompt_row(terms: Addition) -> dict[str, Any]:
+    left, right = terms
+    return {"prompt": f"{BOS}{left}+{right}=", "answer": str(left + right)}
+
+
+def _labelled(kind: str, rows: Iterable[dict[str, Any]]) -> list[LabelledRow]:
+    return [(f"column_addition.{kind}:{number}", row) for number, row in enumerate(rows, start=1)]
+
+
+def write_tokenizer(folder: Path) -> None:
+    """A character tokenizer of 128 entries as a Hugging Face folder: tokenizer.json and tokenizer_config.json."""
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+
+    special = (PAD, BOS, EOS, UNKNOWN)
+    entries = [*special, *CHARACTERS]
+    entries += [f"<unused{i}>" for i in range(len(entries), VOCABULARY)]
+    tokenizer = Tokenizer(models.WordLevel(vocab={entry: i for i, entry in enumerate(entries)}, unk_token=UNKNOWN))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "pad_token": PAD,
+        "bos_token": BOS,
+        "eos_token": EOS,
+        "unk_token": UNKNOWN,
+        "model_max_length": MAX_POSITIONS,
+        "clean_up_tokenization_spaces": False,
+        "chat_template": CHAT_TEMPLATE,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Sizes of the small Qwen3 model: 607k parameters by default."""
+
+    hidden: int = 128
+    layers: int = 3
+    heads: int = 4
+    kv_heads: int = 2
+    head_dim: int = 32
+    """At least 32: vLLM's attention on CPUs needs it."""
+    ffn: int = 384
+    """Width of the MLP."""
+
+    def __post_init__(self) -> None:
+        if min(self.hidden, self.layers, self.heads, self.kv_heads, self.head_dim, self.ffn) < 1:
+            raise ValueError(f"every size of the model must be 1 or more: {self}.")
+        if self.heads % self.kv_heads:
+            raise ValueError(f"kv_heads={self.kv_heads} must divide heads={self.heads}.")
+
+
+def write_model(folder: Path, shape: ModelShape, seed: int) -> None:
+    """An untrained model with its tokenizer, float32, input and output embeddings tied, loadable by transformers."""
+    import torch
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    config = Qwen3Config(
+        vocab_size=VOCABULARY,
+        hidden_size=shape.hidden,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        head_dim=shape.head_dim,
+        intermediate_size=shape.ffn,
+        max_position_embeddings=MAX_POSITIONS,
+        rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
+        tie_word_embeddings=True,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        dtype="float32",
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = Qwen3ForCausalLM(config).float()
+    model.save_pretrained(folder)
+    write_tokenizer(folder)
+
+
+def write_rows(path: Path, rows: Iterable[LabelledRow]) -> None:
+    """One JSON object a line."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for _, row in rows))
+
+
+def write(out: Path, task: ColumnAddition, shape: ModelShape) -> None:
+    """The model folder and the three data files."""
+    write_model(out / "model", shape, task.seed)
+    write_rows(out / "demonstrations.jsonl", task.demonstration_rows())
+    write_rows(out / "prompts.jsonl", task.prompt_rows())
+    write_rows(out / "heldout.jsonl", task.heldout_rows())
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command: one option for each field of the task and of the model's shape."""
+    parser = argparse.ArgumentParser(prog="python -m aligner.data.column_addition", description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="folder to write into")
+    task, shape = ColumnAddition(), ModelShape()
+    for name, default in {**vars(task), **vars(shape)}.items():
+        option = f"--{name.replace('_', '-')}"
+        parser.add_argument(option, type=type(default), default=default, help=f"default {default}")
+    given = vars(parser.parse_args(arguments))
+    try:
+        task = ColumnAddition(**{name: given[name] for name in vars(task)})
+        shape = ModelShape(**{name: given[name] for name in vars(shape)})
+    except ValueError as error:
+        parser.error(str(error))
+    write(given["out"], task, shape)
+    print(f"wrote {given['out']}/model, demonstrations.jsonl, prompts.jsonl and heldout.jsonl")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,98 @@
+"""Prompts: what the rollout is asked, tokenized once, and the stream that deals them out step by step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from aligner.data.jsonl import LabelledRow
+from aligner.data.stream import RowStream
+from aligner.data.tokenizer import checked_messages, encode_continuation, encode_text, render_chat
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt, as tokens for the rollout and as text for rewards and readers."""
+
+    tokens: tuple[int, ...]
+    """Token ids, special tokens included."""
+    text: str
+    """The row's 'prompt', or its 'messages' as the chat template writes them."""
+    fields: dict[str, Any]
+    """The whole JSON row (answer, ...)."""
+    index: int
+    """Position in the data file, from 0."""
+
+
+def tokenize_prompts(
+    rows: Iterable[LabelledRow],
+    tokenizer: PreTrainedTokenizerBase,
+    max_tokens: int,
+    setting: str = "data.max_prompt_tokens",
+) -> list[Prompt]:
+    """Rows with 'prompt' (text) or 'messages' (a conversation that awaits an answer) -> prompts.
+
+    Args:
+        max_tokens: longest prompt allowed, in tokens.
+        setting: the configuration field that holds `max_tokens`, for the errors.
+
+    Raises:
+        ValueError: neither or both keys, wrong type, empty, or too long; the row's label is named.
+    """
+    prompts = []
+    for index, (label, row) in enumerate(rows):
+        text, tokens = _encode(row, label, tokenizer)
+        if not tokens:
+            raise ValueError(f"{label}: the prompt has no tokens.")
+        if len(tokens) > max_tokens:
+            raise ValueError(
+                f"{label}: the prompt has {len(tokens)} tokens, more than {setting}={max_tokens}; "
+                f"raise it to {len(tokens)} or more, or shorten the prompt."
+            )
+        prompts.append(Prompt(tuple(tokens), text, row, index))
+    return prompts
+
+
+def _encode(row: dict[str, Any], label: str, tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[int]]:
+    if ("prompt" in row) == ("messages" in row):
+        raise ValueError(f"{label}: a row needs 'prompt' or 'messages' (one of them); it has {sorted(row)}.")
+    if "messages" in row:
+        messages = checked_messages(row["messages"], label)
+        if messages[-1]["role"] == "assistant":
+            raise ValueError(f"{label}: 'messages' ends with an assistant's turn; a prompt must leave it to the model.")
+        text = render_chat(tokenizer, messages, label, add_generation_prompt=True)
+        return text, encode_continuation(tokenizer, text)  # the template has written the begin token, if there is one
+    text = row["prompt"]
+    if not isinstance(text, str):
+        raise ValueError(f"{label}: 'prompt' must be text, not {type(text).__name__} (conversations: 'messages').")
+    if not text.strip():
+        raise ValueError(f"{label}: 'prompt' is empty.")
+    return text, encode_text(tokenizer, text)
+
+
+class PromptStream(RowStream[Prompt]):
+    """Prompts for one step after another. A batch across two epochs may hold a prompt of both, twice."""
+
+    def __init__(self, prompts: Sequence[Prompt], prompts_per_step: int, seed: int, shuffle: bool = True) -> None:
+        """
+        Args:
+            prompts_per_step: P, prompts dealt out at each step.
+
+        Raises:
+            ValueError: prompts_per_step is not in 1 .. number of prompts.
+        """
+        if not 1 <= prompts_per_step <= len(prompts):
+            raise ValueError(
+                f"data.prompts_per_step={prompts_per_step} must be between 1 and the number of prompts, "
+                f"and data.path has {len(prompts)} prompts; lower data.prompts_per_step or give more prompts."
+            )
+        super().__init__(prompts, seed, shuffle)
+        self.prompts_per_step = prompts_per_step
+
+    def next(self) -> list[Prompt]:
+        """The next step's prompts."""
+        return self.take(self.prompts_per_step)

@@ -1,0 +1,58 @@
+"""`Samples`: what every role reads and writes, and the shape legend of the whole project.
+
+Shape suffixes:
+    B   rows: one sample each         T   tokens, right-padded to the longest row held here
+    P   prompts                       G   samples of one prompt (a group)
+    V   vocabulary                    H   hidden size
+`x_logp_BT[b, t]` is the log-probability of token t given the tokens before it, by producer x; it is 0 where
+`mask_BT` is False. No array is shifted by one outside `policy/`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Rows of prompt + response tokens on the host (CPU tensors)."""
+
+    tokens_BT: Tensor
+    """int64: prompt, then response, then zeros."""
+    prompt_len_B: Tensor
+    """int64: tokens of the prompt."""
+    length_B: Tensor
+    """int64: tokens of prompt and response."""
+    mask_BT: Tensor
+    """bool: the tokens that are trained on (the response, stop token included)."""
+    prompt_index_B: Tensor
+    """int64: position of the row's prompt in the data stream."""
+    fields: list[dict[str, Any]]
+    """The prompt's own JSON fields (answer, ...), per row."""
+    rollout_logp_BT: Tensor | None = None
+    """float32: log-probability by the rollout engine that sampled the token, after temperature."""
+    truncated_B: Tensor | None = None
+    """bool: the response ran into its token limit."""
+
+    @property
+    def rows(self) -> int:
+        """B."""
+        return self.tokens_BT.shape[0]
+
+    def response_tokens(self, row: int) -> list[int]:
+        """The response's token ids, stop token included."""
+        return self.tokens_BT[row, self.prompt_len_B[row] : self.length_B[row]].tolist()
+
+
+def pad_rows(rows: Sequence[Sequence[float]], dtype: torch.dtype) -> Tensor:
+    """Ragged rows -> [B, T], right-padded with 0 to the longest row."""
+    width = max((len(row) for row in rows), default=0)
+    out = torch.zeros(len(rows), width, dtype=dtype)
+    for i, row in enumerate(rows):
+        out[i, : len(row)] = torch.as_tensor(row, dtype=dtype)
+    return out

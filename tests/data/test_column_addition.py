@@ -1,0 +1,111 @@
+"""The default task: right sums and columns, disjoint sets, and a model folder that transformers loads."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from aligner.data.column_addition import ColumnAddition, ModelShape, column_answer, direct_answer, main, write_model
+from aligner.data.jsonl import rows
+
+SMALL = ColumnAddition(demonstrations=400, prompts=300, heldout=100)
+
+
+def test_answers_worked_by_hand() -> None:
+    assert direct_answer(137, 485) == "#622"
+    assert column_answer(137, 485) == "7+5+0=12 3+8+1=12 1+4+1=06#622"
+    assert column_answer(999, 999) == "9+9+0=18 9+9+1=19 9+9+1=19#1998"
+    assert column_answer(100, 200) == "0+0+0=00 0+0+0=00 1+2+0=03#300"
+
+
+def test_rows_are_right_and_in_the_configured_shares() -> None:
+    demonstrations = [row for _, row in SMALL.demonstration_rows()]
+    prompts = [row for _, row in SMALL.prompt_rows()]
+    heldout = [row for _, row in SMALL.heldout_rows()]
+    assert (len(demonstrations), len(prompts), len(heldout)) == (400, 300, 100)
+    assert sum(row["completion"] == "#" + row["answer"] for row in demonstrations) == 240
+    assert len({row["completion"][0] == "#" for row in demonstrations[:20]}) == 2
+    for row in demonstrations + prompts + heldout:
+        match = re.fullmatch(r"<bos>([1-9]\d\d)\+([1-9]\d\d)=", row["prompt"])
+        assert match and int(match[1]) + int(match[2]) == int(row["answer"])
+    assert all(row["completion"].rpartition("#")[2] == row["answer"] for row in demonstrations)
+    assert len({row["prompt"] for row in demonstrations + prompts + heldout}) == 800
+
+
+def test_the_seed_decides_and_training_sizes_leave_the_heldout_alone() -> None:
+    same = ColumnAddition(demonstrations=400, prompts=300, heldout=100)
+    assert same.demonstration_rows() == SMALL.demonstration_rows()
+    assert same.prompt_rows() == SMALL.prompt_rows()
+    larger = ColumnAddition(demonstrations=50_000, prompts=3000, heldout=100)
+    assert larger.heldout_rows() == SMALL.heldout_rows()
+    assert ColumnAddition(demonstrations=400, prompts=300, heldout=100, seed=1).heldout_rows() != SMALL.heldout_rows()
+
+
+def test_every_addition_of_a_small_task_is_dealt_once() -> None:
+    task = ColumnAddition(digits=1, demonstrations=60, prompts=30, heldout=10)
+    every = task.demonstration_rows() + task.prompt_rows() + task.heldout_rows()
+    assert {row["prompt"] for _, row in every} == {f"<bos>{a}+{b}=" for a in range(10) for b in range(10)}
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"digits": 1}, "want 76896 different additions, but digits=1 has 100"),
+        ({"digits": 0}, "digits=0 must be 1 or more"),
+        ({"heldout": 0}, "heldout=0 must be 1 or more"),
+        ({"direct_fraction": 1.5}, "direct_fraction=1.5 must be between 0 and 1"),
+    ],
+)
+def test_impossible_tasks_are_refused(settings: dict[str, float], reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        ColumnAddition(**settings)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="kv_heads=3 must divide heads=4"):
+        ModelShape(kv_heads=3)
+
+
+def test_the_model_folder_loads_with_transformers(tmp_path: Path) -> None:
+    write_model(tmp_path / "a", ModelShape(), seed=0)
+    write_model(tmp_path / "b", ModelShape(), seed=1)
+    model, other = (AutoModelForCausalLM.from_pretrained(str(tmp_path / name)) for name in "ab")
+    # per layer: q and o 128x128, k and v 128x64, MLP 3 x 128x384, norms 2x128 and 2x32; embeddings 128x128, last norm
+    by_hand = 3 * (2 * 128 * 128 + 2 * 128 * 64 + 3 * 128 * 384 + 2 * 128 + 2 * 32) + 128 * 128 + 128
+    assert sum(parameter.numel() for parameter in model.parameters()) == by_hand == 607_296
+    assert type(model).__name__ == "Qwen3ForCausalLM"
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert {str(parameter.dtype) for parameter in model.parameters()} == {"torch.float32"}
+    assert not model.lm_head.weight.equal(other.lm_head.weight)
+    tokenizer = AutoTokenizer.from_pretrained(str(tmp_path / "a"))
+    logits = model(**tokenizer("<bos>137+485=", return_tensors="pt", return_token_type_ids=False)).logits
+    assert logits.shape == (1, 9, 128)
+    assert logits.isfinite().all()
+    config = json.loads((tmp_path / "a" / "config.json").read_text())
+    assert (config["eos_token_id"], config["tie_word_embeddings"]) == (2, True)
+
+
+def test_the_command_writes_the_model_and_the_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = ["--digits", "2", "--demonstrations", "40", "--prompts", "30", "--heldout", "20"]
+    main(["--out", str(tmp_path), *sizes, "--hidden", "64", "--layers", "1", "--seed", "3"])
+    task = ColumnAddition(digits=2, demonstrations=40, prompts=30, heldout=20, seed=3)
+    for name, wanted in (
+        ("demonstrations", task.demonstration_rows()),
+        ("prompts", task.prompt_rows()),
+        ("heldout", task.heldout_rows()),
+    ):
+        assert [row for _, row in rows(tmp_path / f"{name}.jsonl")] == [row for _, row in wanted]
+    assert AutoModelForCausalLM.from_pretrained(str(tmp_path / "model")).config.hidden_size == 64
+    with pytest.raises(SystemExit):
+        main(["--out", str(tmp_path), "--digits", "1"])
+    assert "lower them or raise digits" in capsys.readouterr().err
+
+
+def test_rows_are_made_without_importing_torch() -> None:
+    program = (
+        "import sys; from aligner.data import prompts, demonstrations, tokenizer; "
+        "from aligner.data.column_addition import ColumnAddition; ColumnAddition(demonstrations=9).prompt_rows(); "
+        "assert not {'torch', 'transformers'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)

@@ -1,0 +1,52 @@
+"""Rows and the errors that say where a file is wrong."""
+
+from pathlib import Path
+
+import pytest
+
+from aligner.data.jsonl import rows
+
+
+def write(tmp_path: Path, content: bytes) -> Path:
+    path = tmp_path / "prompts.jsonl"
+    path.write_bytes(content)
+    return path
+
+
+def test_rows_are_labelled_by_their_line_and_blank_lines_are_skipped(tmp_path: Path) -> None:
+    path = write(tmp_path, b'\xef\xbb\xbf{"prompt": "a"}\n\n  \n{"prompt": "\xc3\xa9", "n": 2}')
+    assert list(rows(path)) == [(f"{path}:1", {"prompt": "a"}), (f"{path}:4", {"prompt": "é", "n": 2})]
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        (b'{"prompt": "a"', "is not valid JSON: Expecting ',' delimiter at column 15"),
+        (b"{'prompt': 1}", "is not valid JSON"),
+        (b'["a"]', "is a JSON list, not an object"),
+        (b"3", "is a JSON int, not an object"),
+        (b'{"prompt": "\xff"}', "is not UTF-8 text"),
+        (b"[" * 100_000, "is nested too deeply"),
+    ],
+)
+def test_a_bad_line_is_named(tmp_path: Path, line: bytes, reason: str) -> None:
+    path = write(tmp_path, b'{"prompt": "a"}\n' * 16 + line + b"\n")
+    found = rows(path)
+    for _ in range(16):
+        next(found)
+    with pytest.raises(ValueError, match=r"prompts\.jsonl:17 ") as error:
+        next(found)
+    assert reason in str(error.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"\n \n"])
+def test_an_empty_file_is_refused(tmp_path: Path, content: bytes) -> None:
+    with pytest.raises(ValueError, match=r"data\.heldout=.*prompts\.jsonl has no rows"):
+        list(rows(write(tmp_path, content), setting="data.heldout"))
+
+
+def test_a_missing_file_and_a_folder_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"data\.path=.*absent\.jsonl does not exist"):
+        list(rows(tmp_path / "absent.jsonl"))
+    with pytest.raises(ValueError, match=r"data\.path=.* is a folder"):
+        list(rows(tmp_path))

@@ -1,0 +1,69 @@
+"""Prompts from rows, their errors, and the stream of steps."""
+
+from typing import Any
+
+import pytest
+from transformers import PreTrainedTokenizerBase
+
+from aligner.data.prompts import Prompt, PromptStream, tokenize_prompts
+
+
+def prompts_of(count: int) -> list[Prompt]:
+    return [Prompt((i,), str(i), {}, i) for i in range(count)]
+
+
+def test_text_prompts(characters: PreTrainedTokenizerBase) -> None:
+    rows = [("p:1", {"prompt": "<bos>1+2=", "answer": "3"}), ("p:2", {"prompt": "ab"})]
+    first, second = tokenize_prompts(rows, characters, 5)
+    assert characters.convert_ids_to_tokens(list(first.tokens)) == ["<bos>", "1", "+", "2", "="]
+    assert (first.text, first.index, first.fields) == ("<bos>1+2=", 0, {"prompt": "<bos>1+2=", "answer": "3"})
+    assert (second.text, second.index, len(second.tokens)) == ("ab", 1, 2)
+
+
+def test_conversations_go_through_the_chat_template_once(chat: PreTrainedTokenizerBase) -> None:
+    messages = [{"role": "system", "content": "S"}, {"role": "user", "content": "45"}]
+    (prompt,) = tokenize_prompts([("p:1", {"messages": messages})], chat, 100)
+    assert prompt.text == "<|start|>system\nS<|end|>\n<|start|>user\n45<|end|>\n<|start|>assistant\n"
+    assert list(prompt.tokens) == chat.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    assert 0 not in prompt.tokens
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"prompt": ""}, "'prompt' is empty"),
+        ({"prompt": " \n"}, "'prompt' is empty"),
+        ({"prompt": 3}, "'prompt' must be text, not int"),
+        ({"prompt": [{"role": "user", "content": "a"}]}, "'prompt' must be text, not list"),
+        ({"question": "a"}, "needs 'prompt' or 'messages' .one of them.; it has .'question'."),
+        ({"prompt": "a", "messages": []}, "one of them"),
+        ({"messages": []}, "'messages' must be a list"),
+        ({"messages": "hello"}, "'messages' must be a list"),
+        ({"messages": ["hello"]}, r"messages\[0\] must have"),
+        ({"messages": [{"role": "user", "content": "a"}, {"role": "user"}]}, r"messages\[1\] must have"),
+        ({"messages": [{"role": "user", "content": None}]}, r"messages\[0\] must have"),
+        ({"messages": [{"role": "assistant", "content": "a"}]}, "ends with an assistant's turn"),
+        ({"prompt": "a" * 9}, r"has 9 tokens, more than data\.max_prompt_tokens=8; raise it to 9"),
+    ],
+)
+def test_a_bad_row_is_named(characters: PreTrainedTokenizerBase, row: dict[str, Any], reason: str) -> None:
+    with pytest.raises(ValueError, match=rf"^p\.jsonl:2: .*{reason}"):
+        tokenize_prompts([("p.jsonl:1", {"prompt": "a" * 8}), ("p.jsonl:2", row)], characters, 8)
+
+
+def test_steps_cross_epochs_without_dropping_rows() -> None:
+    stream = PromptStream(prompts_of(5), prompts_per_step=3, seed=7)
+    steps = [stream.next() for _ in range(5)]
+    dealt = [prompt.index for step in steps for prompt in step]
+    assert [len(step) for step in steps] == [3] * 5
+    assert [sorted(dealt[start : start + 5]) for start in (0, 5, 10)] == [list(range(5))] * 3
+
+    resumed = PromptStream(prompts_of(5), prompts_per_step=3, seed=7)
+    resumed.load_state_dict({"position": 6, "rows": 5, "seed": 7, "shuffle": True})
+    assert [resumed.next() for _ in range(3)] == steps[2:]
+
+
+@pytest.mark.parametrize("prompts_per_step", [0, 4])
+def test_too_few_prompts_name_both_settings(prompts_per_step: int) -> None:
+    with pytest.raises(ValueError, match=rf"data\.prompts_per_step={prompts_per_step} .*data\.path has 3 prompts"):
+        PromptStream(prompts_of(3), prompts_per_step, seed=0)

@@ -1,0 +1,70 @@
+"""Loading a tokenizer, its refusals, and encoding without doubled special tokens."""
+
+import json
+from pathlib import Path
+
+import pytest
+from transformers import PreTrainedTokenizerBase
+
+from aligner.data.tokenizer import encode_continuation, encode_text, load_tokenizer, render_chat
+
+
+def change(folder: Path, **settings: object) -> None:
+    path = folder / "tokenizer_config.json"
+    merged = {**json.loads(path.read_text()), **settings}
+    path.write_text(json.dumps({key: value for key, value in merged.items() if value is not None}))
+
+
+def test_the_character_tokenizer_loads_and_round_trips(character_folder: Path) -> None:
+    tokenizer = load_tokenizer(character_folder)
+    text = "<bos>137+485=7+5+0=12 ~!\n#622"
+    ids = encode_text(tokenizer, text)
+    assert ids[0] == tokenizer.bos_token_id == 1
+    assert (tokenizer.pad_token_id, tokenizer.eos_token_id) == (0, 2)
+    assert len(ids) == len(text) - len("<bos>") + 1
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.decode(ids, skip_special_tokens=True) == text.removeprefix("<bos>")
+    assert len(tokenizer.get_vocab()) == 128
+    assert encode_continuation(tokenizer, "é") == [tokenizer.unk_token_id]
+
+
+def test_a_begin_token_is_never_doubled(chat: PreTrainedTokenizerBase) -> None:
+    zero, one = (chat.convert_tokens_to_ids(digit) for digit in "01")
+    assert encode_text(chat, "01") == [0, zero, one]
+    assert encode_text(chat, "<s>01") == [0, zero, one]
+    assert encode_continuation(chat, "01") == [zero, one]
+
+
+def test_missing_folders_and_files_are_named(tmp_path: Path, chat_folder: Path) -> None:
+    with pytest.raises(ValueError, match=r"model\.path=.*absent is not a folder"):
+        load_tokenizer(tmp_path / "absent")
+    with pytest.raises(ValueError, match=r"policy\.path=.* has no tokenizer; it needs one of tokenizer\.json"):
+        load_tokenizer(tmp_path, setting="policy.path")
+    (chat_folder / "tokenizer.json").write_text('{"version": "1.0", "model": ')
+    with pytest.raises(ValueError, match=r"model\.path=.*the tokenizer cannot be read"):
+        load_tokenizer(chat_folder)
+
+
+@pytest.mark.parametrize("token", ["eos_token", "pad_token"])
+def test_a_missing_token_is_named_with_the_file_to_change(chat_folder: Path, token: str) -> None:
+    change(chat_folder, **{token: None})
+    with pytest.raises(ValueError, match=rf'set "{token}" in .*tokenizer_config\.json'):
+        load_tokenizer(chat_folder)
+
+
+def test_token_ids_beyond_the_embeddings_are_refused(chat_folder: Path) -> None:
+    (chat_folder / "config.json").write_text(json.dumps({"model_type": "qwen3", "vocab_size": 262}))
+    assert load_tokenizer(chat_folder) is not None
+    change(chat_folder, pad_token="<new pad>")
+    with pytest.raises(ValueError, match="token ids up to 262, but vocab_size in .*config.json is 262"):
+        load_tokenizer(chat_folder)
+
+
+def test_a_missing_or_refusing_chat_template_is_named(chat: PreTrainedTokenizerBase) -> None:
+    messages = [{"role": "user", "content": "hello"}]
+    chat.chat_template = "{{ raise_exception('system turn wanted') }}"
+    with pytest.raises(ValueError, match="row:3: the chat template refuses these messages: system turn wanted"):
+        render_chat(chat, messages, "row:3", add_generation_prompt=True)
+    chat.chat_template = None
+    with pytest.raises(ValueError, match=r"row:3: 'messages' needs a chat template.*tokenizer_config\.json"):
+        render_chat(chat, messages, "row:3", add_generation_prompt=True)
