@@ -1,0 +1,55 @@
+"""Rows of a value: a tensor [B, ...], a list of B items, or a frozen dataclass of these; taken, joined, padded."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def take(value: Any, positions: Sequence[int]) -> Any:
+    """The rows at `positions`, in that order."""
+    if value is None:
+        return None
+    if isinstance(value, Tensor):
+        return value[torch.as_tensor(positions, dtype=torch.long)]
+    if isinstance(value, list):
+        return [value[i] for i in positions]
+    assert dataclasses.is_dataclass(value) and not isinstance(value, type), f"{type(value).__name__} is not row-wise"
+    fields = {f.name: take(getattr(value, f.name), positions) for f in dataclasses.fields(value)}
+    return type(value)(**fields)
+
+
+def join(parts: Sequence[Any]) -> Any:
+    """Row-wise concatenation; [B, T] tensors are right-padded with 0 to the widest."""
+    first = parts[0]
+    if first is None:
+        return None
+    if isinstance(first, Tensor):
+        if first.dim() >= 2:
+            width = max(part.shape[1] for part in parts)
+            parts = [_widen(part, width) for part in parts]
+        return torch.cat(list(parts))
+    if isinstance(first, list):
+        return [item for part in parts for item in part]
+    fields = {f.name: join([getattr(part, f.name) for part in parts]) for f in dataclasses.fields(first)}
+    return type(first)(**fields)
+
+
+def fit(value: Any, width: int) -> Any:
+    """Cut or zero-pad every [B, T] tensor to T = `width`, so that values of the same rows have one shape."""
+    if isinstance(value, Tensor):
+        return value if value.dim() < 2 or value.shape[1] == width else _widen(value[:, :width], width)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return type(value)(**{f.name: fit(getattr(value, f.name), width) for f in dataclasses.fields(value)})
+    return value
+
+
+def _widen(part: Tensor, width: int) -> Tensor:
+    missing = width - part.shape[1]
+    if missing == 0:
+        return part
+    return torch.cat([part, part.new_zeros((part.shape[0], missing, *part.shape[2:]))], 1)

@@ -1,0 +1,57 @@
+"""The lockstep journal: what this rank called, in order, as a running digest that other ranks can be compared with."""
+
+from __future__ import annotations
+
+import zlib
+from collections import deque
+from dataclasses import dataclass
+from typing import NoReturn
+
+
+class LockstepError(RuntimeError):
+    """Ranks issued different role calls."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """One entry: the `number`-th role call of this rank, at loop step `step`."""
+
+    number: int
+    digest: int
+    step: int
+    what: str
+
+    def __str__(self) -> str:
+        return f"call {self.number}: {self.what} (step {self.step})"
+
+
+class Journal:
+    """Role calls of this rank; the last `KEPT` are kept to be compared and shown."""
+
+    KEPT = 512
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+        self.step = 0
+        self.calls: deque[Call] = deque([Call(0, 0, 0, "start")], maxlen=self.KEPT)
+
+    def enter(self, what: str) -> None:
+        """Note a role call; every rank must note the same ones in the same order."""
+        last = self.calls[-1]
+        self.calls.append(Call(last.number + 1, zlib.crc32(what.encode(), last.digest), self.step, what))
+
+    def stamp(self) -> tuple[int, int]:
+        """(number, digest) of the current call: equal on two ranks iff their whole histories are equal."""
+        return self.calls[-1].number, self.calls[-1].digest
+
+    def at(self, number: int) -> Call | None:
+        """The kept call with this number."""
+        return next((call for call in self.calls if call.number == number), None)
+
+    def disagree(self, peer: int, their_number: int) -> NoReturn:
+        """A message from `peer` carries another history than ours."""
+        raise LockstepError(
+            f"rank {self.rank} and rank {peer} are not in lockstep: rank {self.rank} is at {self.calls[-1]}, "
+            f"rank {peer} is at its call {their_number} with another history. Every rank must run the same role calls: "
+            "look for a branch on a value that differs between ranks (use ref.get() before branching)."
+        )

@@ -1,0 +1,119 @@
+"""All rank arithmetic: which world rank sits where in a role's tensor, context, data, pipeline and expert grid.
+
+Nothing outside this file divides a rank by a parallel size. The order of the axes is Megatron's
+`tp-cp-ep-dp-pp`: tensor neighbours are adjacent ranks, pipeline stages are farthest apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+AXES = ("tensor", "context", "data", "pipeline")
+EXPERT_AXES = ("expert_tensor", "expert", "expert_data", "pipeline")
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """A role's world ranks as a grid; `data` is what the other sizes leave over.
+
+    Raises:
+        ValueError: sizes that do not divide the number of ranks.
+    """
+
+    ranks: tuple[int, ...]
+    tensor: int = 1
+    pipeline: int = 1
+    context: int = 1
+    expert: int = 1
+    name: str = "role"
+
+    def __post_init__(self) -> None:
+        if not self.ranks or list(self.ranks) != sorted(set(self.ranks)) or self.ranks[0] < 0:
+            raise ValueError(f"placement.{self.name}.ranks={list(self.ranks)} must be ascending, distinct and >= 0.")
+        for axis in ("tensor", "pipeline", "context", "expert"):
+            if getattr(self, axis) < 1:
+                raise ValueError(f"placement.{self.name}.{axis}={getattr(self, axis)} must be at least 1.")
+        whole = self.tensor * self.pipeline * self.context
+        if self.size % whole:
+            axis = max(("tensor", "pipeline", "context"), key=lambda a: getattr(self, a))
+            others = whole // getattr(self, axis)
+            works = [n for n in range(1, self.size + 1) if self.size % (n * others) == 0]
+            advice = f"use {_any_of(works)}" if works else "lower the other sizes too"
+            raise ValueError(
+                f"placement.{self.name}.{axis}={getattr(self, axis)} does not divide its {self.size} rank(s) "
+                f"(tensor={self.tensor} x pipeline={self.pipeline} x context={self.context}); {advice}."
+            )
+        if (self.tensor * self.context * self.data) % (self.tensor * self.expert):
+            works = [n for n in range(1, self.context * self.data + 1) if (self.context * self.data) % n == 0]
+            raise ValueError(
+                f"placement.{self.name}.expert={self.expert} does not divide its {self.context * self.data} "
+                f"context x data shards; use {_any_of(works)}."
+            )
+
+    @property
+    def size(self) -> int:
+        """Number of ranks."""
+        return len(self.ranks)
+
+    @property
+    def data(self) -> int:
+        """Number of data-parallel shards."""
+        return self.size // (self.tensor * self.pipeline * self.context)
+
+    @property
+    def expert_data(self) -> int:
+        """Number of data-parallel replicas of each expert shard (expert tensor size = tensor size)."""
+        return self.size // (self.tensor * self.expert * self.pipeline)
+
+    def sizes(self, axes: Sequence[str]) -> tuple[int, ...]:
+        """Extents of the named axes."""
+        known = {"expert_tensor": self.tensor}
+        return tuple(known.get(axis, 0) or getattr(self, axis) for axis in axes)
+
+    def coordinates(self, rank: int, axes: Sequence[str] = AXES) -> dict[str, int]:
+        """Where a member world rank sits: {axis: index}. Raises ValueError for a non-member."""
+        index = self.ranks.index(rank)
+        found = {}
+        for axis, extent in zip(axes, self.sizes(axes), strict=True):
+            found[axis] = index % extent
+            index //= extent
+        return found
+
+    def groups(self, *vary: str) -> tuple[tuple[int, ...], ...]:
+        """Every set of ranks that differ only along the axes `vary`, each in mesh order.
+
+        `groups("tensor")` are the tensor-parallel groups; `groups("tensor", "pipeline")` the model-parallel ones.
+        Expert axes (`expert_tensor`, `expert`, `expert_data`) and dense axes cannot be mixed, except `pipeline`.
+        """
+        axes = EXPERT_AXES if any(axis.startswith("expert") for axis in vary) else AXES
+        assert all(axis in axes for axis in vary), f"{vary} mixes dense and expert axes"
+        found: dict[tuple[int, ...], list[int]] = {}
+        for rank in self.ranks:
+            at = self.coordinates(rank, axes)
+            found.setdefault(tuple(at[a] for a in axes if a not in vary), []).append(rank)
+        return tuple(tuple(group) for group in found.values())
+
+    @cached_property
+    def shards(self) -> tuple[tuple[int, ...], ...]:
+        """For each data-parallel shard, every world rank that holds its rows."""
+        found: list[list[int]] = [[] for _ in range(self.data)]
+        for rank in self.ranks:
+            found[self.coordinates(rank)["data"]].append(rank)
+        return tuple(tuple(shard) for shard in found)
+
+    def shard_of(self, rank: int) -> int | None:
+        """The data-parallel shard whose rows `rank` holds; None for a non-member."""
+        return self.coordinates(rank)["data"] if rank in self.ranks else None
+
+    @property
+    def last_stage(self) -> int:
+        """Index of the last pipeline stage."""
+        return self.pipeline - 1
+
+
+def _any_of(values: Sequence[int]) -> str:
+    if len(values) == 1:
+        return str(values[0])
+    return ", ".join(str(v) for v in values[:-1]) + f" or {values[-1]}"

@@ -1,0 +1,117 @@
+"""Which ranks each role has and how it is parallelised there; checked before any process group is made."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from aligner.spmd.mesh import Mesh
+
+
+@dataclass(frozen=True)
+class RoleLayout:
+    """One role's ranks and parallel sizes."""
+
+    ranks: Any = "all"
+    """World ranks: `all`, a list such as [0, 1], or ranges such as "0-3,6"."""
+    tensor: int = 1
+    """Tensor-parallel size, in ranks."""
+    pipeline: int = 1
+    """Pipeline-parallel size, in stages (policy and reference only)."""
+    context: int = 1
+    """Context-parallel size, in ranks (only 1 for now)."""
+    expert: int = 1
+    """Expert-parallel size, in ranks (only 1 for now)."""
+    sequence_parallel: bool = False
+    """Split activations between tensor-parallel ranks along the sequence (needs tensor > 1)."""
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Role name -> layout. A role that is left out is not built."""
+
+    policy: RoleLayout = field(default_factory=RoleLayout)
+    """The trained model."""
+    rollout: RoleLayout = field(default_factory=RoleLayout)
+    """vLLM replicas: ranks / tensor of them."""
+    reference: RoleLayout = field(default_factory=lambda: RoleLayout(ranks="policy"))
+    """The frozen copy of the starting model; ranks=policy: on the policy's ranks and with its sizes."""
+    reward: RoleLayout = field(default_factory=RoleLayout)
+    """Ranks whose host CPUs score samples."""
+
+
+def parse_ranks(value: Any, world_size: int, role: str) -> tuple[int, ...]:
+    """`all`, a list of ints or "0-3,6" -> ascending world ranks.
+
+    Raises:
+        ValueError: not understood, repeated, or outside the world.
+    """
+    name = f"placement.{role}.ranks"
+    if value == "all":
+        return tuple(range(world_size))
+    if isinstance(value, int):
+        value = [value]
+    if isinstance(value, str):
+        if not re.fullmatch(r"\s*\d+(-\d+)?(\s*,\s*\d+(-\d+)?)*\s*", value):
+            raise ValueError(f'{name}={value!r} is not understood; use all, a list such as [0,1], or ranges like "0-3,6".')
+        bounds = [[int(n) for n in part.split("-")] for part in value.split(",")]
+        value = [rank for low_high in bounds for rank in range(low_high[0], low_high[-1] + 1)]
+    ranks = [int(rank) for rank in value]
+    if not ranks or len(set(ranks)) != len(ranks):
+        raise ValueError(f"{name}={ranks} must name at least one rank and none twice.")
+    outside = [rank for rank in ranks if not 0 <= rank < world_size]
+    if outside:
+        raise ValueError(
+            f"{name}={sorted(ranks)} names rank(s) {outside}, but the job has {world_size} rank(s): use 0 to "
+            f"{world_size - 1}, or start it with torchrun --nproc-per-node {max(outside) + 1}."
+        )
+    return tuple(sorted(ranks))
+
+
+def make_meshes(placement: Placement, world_size: int) -> Mapping[str, Mesh]:
+    """Role -> mesh for every role of the placement (reference falls back to the policy's layout).
+
+    Raises:
+        ValueError: naming the setting and the values that would work.
+    """
+    layouts = {
+        "policy": placement.policy,
+        "rollout": placement.rollout,
+        "reference": reference_layout(placement),
+        "reward": placement.reward,
+    }
+    meshes = {}
+    for role, layout in layouts.items():
+        ranks = parse_ranks(layout.ranks, world_size, role)
+        meshes[role] = Mesh(ranks, layout.tensor, layout.pipeline, layout.context, layout.expert, role)
+        for axis in ("context", "expert"):
+            if getattr(layout, axis) != 1:
+                raise ValueError(f"placement.{role}.{axis}={getattr(layout, axis)} is not supported yet; use 1.")
+        if role in ("rollout", "reward") and layout.pipeline != 1:
+            raise ValueError(f"placement.{role}.pipeline={layout.pipeline} is not supported for {role}; use 1.")
+        if role == "reward" and layout.tensor != 1:
+            raise ValueError(f"placement.reward.tensor={layout.tensor}: rules run on host CPUs; use 1.")
+        if layout.sequence_parallel and (layout.tensor == 1 or role not in ("policy", "reference")):
+            raise ValueError(
+                f"placement.{role}.sequence_parallel=true needs a policy or reference with tensor > 1 "
+                f"(now tensor={layout.tensor}); set it to false or raise placement.{role}.tensor."
+            )
+    return meshes
+
+
+def reference_layout(placement: Placement) -> RoleLayout:
+    """The reference's own layout, or the policy's.
+
+    Raises:
+        ValueError: sizes without ranks, which would be silently ignored.
+    """
+    if placement.reference.ranks != "policy":
+        return placement.reference
+    if placement.reference != RoleLayout(ranks="policy"):
+        raise ValueError(
+            "placement.reference.ranks=policy takes the policy's sizes too; to give the reference sizes of its own, give "
+            "it ranks as well, such as placement.reference.ranks=all."
+        )
+    return placement.policy

@@ -1,0 +1,96 @@
+"""`Ref`: a value with a home. Only the home's ranks hold it; it moves when another role reads it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from aligner.spmd.partition import Shares, partition
+
+if TYPE_CHECKING:
+    from aligner.spmd.role import Role
+
+
+@dataclass
+class Rows:
+    """The rows of one batch: every value computed from it lines up by global row number.
+
+    `known` is kept equal on all ranks (each sees every role call), so both ends of a transfer agree on who still
+    has to be told the lengths.
+    """
+
+    group_size: int
+    """Rows of one prompt."""
+    known: set[int]
+    """World ranks that hold `lengths`."""
+    lengths: list[int] | None = None
+    """Tokens of each row, in global order; None on ranks that have not needed it."""
+
+
+@dataclass(frozen=True, eq=False)
+class Ref:
+    """What a role call returns: sharded by rows over the home's data-parallel shards, replicated over the rest.
+
+    `ref.get()` brings the value to every rank; `ref["field"]` is a Ref to one field of a dataclass or dict.
+    """
+
+    home: Role
+    value: Any = field(default=None, repr=False)
+    """This rank's shard on home ranks, None elsewhere."""
+    rows: Rows | None = None
+    """None for a value that is not row-wise (metrics): every home rank holds all of it."""
+    fixed_shares: Shares | None = field(default=None, repr=False)
+    """Rows of each shard where they are not `partition(lengths)`: a rollout replica holds what it sampled."""
+    minibatches: int = 1
+
+    @property
+    def shares(self) -> Shares:
+        """Global row numbers of each home shard; needs the lengths."""
+        if self.fixed_shares is not None:
+            return self.fixed_shares
+        assert self.rows is not None and self.rows.lengths is not None
+        return partition(self.rows.lengths, self.home.mesh.data, self.rows.group_size, self.minibatches)
+
+    def __getitem__(self, name: str) -> Ref:
+        if not isinstance(name, str):
+            raise TypeError(f"a Ref has fields, not positions: ref[{name!r}]. Use ref.get() to bring the value here.")
+        if not self.home.member:
+            return self
+        value = self.value[name] if isinstance(self.value, dict) else getattr(self.value, name)
+        return replace(self, value=value)
+
+    def get(self) -> Any:
+        """The whole value, rows in global order, on every rank. A collective: every rank must call it."""
+        from aligner.spmd.transfer import read_everywhere
+
+        return read_everywhere(self)
+
+    def _refusal(self, what: str) -> TypeError:
+        return TypeError(
+            f"{what} of a Ref (home: {self.home.name}) would make ranks take different branches, since only its home "
+            "ranks hold the value. Bring it to every rank first: ref.get()."
+        )
+
+    def __bool__(self) -> bool:
+        raise self._refusal("the truth value")
+
+    def __len__(self) -> int:
+        raise self._refusal("len()")
+
+    def __iter__(self) -> NoReturn:
+        raise self._refusal("iteration")
+
+    def __float__(self) -> float:
+        raise self._refusal("float()")
+
+    def __int__(self) -> int:
+        raise self._refusal("int()")
+
+    def __eq__(self, other: object) -> bool:
+        raise self._refusal("comparison")
+
+    def __lt__(self, other: object) -> bool:
+        raise self._refusal("comparison")
+
+    __le__ = __gt__ = __ge__ = __ne__ = __lt__
+    __hash__ = object.__hash__

@@ -1,0 +1,97 @@
+"""`Role`: a model or a function on its ranks. A role call computes on member ranks; everyone else falls through."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from aligner.data.samples import Samples
+from aligner.spmd import columns
+from aligner.spmd.mesh import Mesh
+from aligner.spmd.partition import partition
+from aligner.spmd.ref import Ref, Rows
+from aligner.spmd.transfer import read
+from aligner.spmd.world import World
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """A call's arguments as this rank needs them."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    rows: Rows | None
+    mine: tuple[int, ...]
+    """Global row numbers of this rank's share."""
+
+
+class Role:
+    """Common part of policy, reference, rollout and reward."""
+
+    def __init__(self, name: str, world: World, mesh: Mesh) -> None:
+        self.name, self.world, self.mesh = name, world, mesh
+        self.member = world.rank in mesh.ranks
+        self.shard = mesh.shard_of(world.rank)
+        self.group = world.group(mesh.ranks)
+        """Process group of this role's ranks; None elsewhere."""
+        self.seconds: dict[str, float] = {}
+        """Seconds in each call since the driver last asked (this rank)."""
+
+    @contextmanager
+    def call(self, method: str) -> Iterator[None]:
+        """One role call: noted in the journal of every rank, timed on members."""
+        self.world.journal.enter(f"{self.name}.{method}")
+        start = time.perf_counter()
+        yield
+        if self.member:
+            self.seconds[method] = self.seconds.get(method, 0.0) + time.perf_counter() - start
+
+    def localize(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], minibatches: int = 1) -> Arguments:
+        """Bring every Ref among the arguments here: this shard's rows on members, nothing elsewhere.
+
+        Raises:
+            ValueError: Refs of different batches in one call.
+        """
+        refs = [v for v in (*args, *kwargs.values()) if isinstance(v, Ref) and v.rows is not None]
+        rows = refs[0].rows if refs else None
+        if any(ref.rows is not rows for ref in refs):
+            raise ValueError(f"{self.name} was given values of two different batches in one call; their rows differ.")
+        mine: tuple[int, ...] = ()
+
+        def here(value: Any) -> Any:
+            nonlocal mine
+            if not isinstance(value, Ref):
+                return value
+            got, share = read(value, self, minibatches)
+            mine = share or mine
+            return got
+
+        local_args = tuple(here(value) for value in args)
+        local_kwargs = {name: here(value) for name, value in kwargs.items()}
+        return Arguments(local_args, local_kwargs, rows, mine)
+
+    def run(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Ref:
+        """Apply a pure function to this role's rows; the result lines up with them.
+
+        Args:
+            function: gets this shard's rows of every Ref argument (whole groups, in order) and returns row-wise
+                values: a tensor [B, ...], a list of B items or a dataclass of these.
+        """
+        name = getattr(function, "__name__", type(function).__name__)
+        with self.call(f"run({name})"):
+            local = self.localize(args, kwargs)
+            value = function(*local.args, **local.kwargs) if self.member else None
+            return Ref(self, value, local.rows)
+
+    def place(self, samples: Samples, group_size: int = 1, minibatches: int = 1) -> Ref:
+        """A batch that every rank has read for itself becomes this role's: each shard keeps its rows."""
+        lengths = samples.length_B.tolist()
+        rows = Rows(group_size, set(range(self.world.size)), lengths)
+        if not self.member:
+            return Ref(self, None, rows, minibatches=minibatches)
+        share = partition(lengths, self.mesh.data, group_size, minibatches)[self.shard or 0]
+        value = columns.fit(columns.take(samples, share), max((lengths[row] for row in share), default=0))
+        return Ref(self, value, rows, minibatches=minibatches)

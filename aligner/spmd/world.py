@@ -1,0 +1,103 @@
+"""Start of the job's world and its one clean end."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import Any, NoReturn
+
+import torch
+import torch.distributed as dist
+
+from aligner.spmd.journal import Journal
+from aligner.spmd.watch import GRACE, Watch
+
+
+class World:
+    """Every rank of the torchrun job: identity, device, process groups, journal.
+
+    CPU tensors travel by gloo and CUDA tensors by NCCL, over the same groups.
+    """
+
+    def __init__(self, timeout_seconds: float = 1800.0) -> None:
+        self.rank = int(os.environ.get("RANK", "0"))
+        self.size = int(os.environ.get("WORLD_SIZE", "1"))
+        self.local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+        os.environ.setdefault("MASTER_PORT", "29555")
+        for name, value in (("RANK", self.rank), ("WORLD_SIZE", self.size), ("LOCAL_RANK", self.local_rank)):
+            os.environ.setdefault(name, str(value))
+        cuda = torch.cuda.is_available()
+        self.device = torch.device("cuda", self.local_rank) if cuda else torch.device("cpu")
+        if cuda:
+            torch.cuda.set_device(self.device)
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(seconds=timeout_seconds)
+        )
+        self.journal = Journal(self.rank)
+        self.watch = Watch(self.journal, self.rank, self.size)
+        self._groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
+        self._closers: list[Callable[[], Any]] = []
+
+    def group(self, ranks: Sequence[int]) -> dist.ProcessGroup | None:
+        """The process group of exactly these ranks, made once. A collective: every rank of the world calls it.
+
+        Returns:
+            The group, or None on ranks outside it.
+        """
+        key = tuple(ranks)
+        if key not in self._groups:
+            self._groups[key] = dist.new_group(list(key))
+        return self._groups[key] if self.rank in key else None
+
+    def my_group(self, groups: Sequence[Sequence[int]]) -> dist.ProcessGroup | None:
+        """Make all `groups` (every rank calls it), return the one that this rank is in."""
+        found = [self.group(ranks) for ranks in groups]
+        return next((group for group in found if group is not None), None)
+
+    def on_leave(self, close: Callable[[], Any]) -> None:
+        """Run `close` when the job ends well, last registered first."""
+        self._closers.append(close)
+
+    def leave(self) -> NoReturn:
+        """The clean end: every rank arrives, then the groups go, then the process.
+
+        The interpreter's own teardown is skipped: after object collectives and backward passes it can abort
+        ("terminate called without an active exception") once everything has succeeded.
+        """
+        for close in reversed(self._closers):
+            close()
+        self.journal.enter("end of the job")
+        dist.barrier()
+        self.watch.stop()
+        dist.destroy_process_group()
+        _exit(0)
+
+    def fail(self, error: BaseException) -> NoReturn:
+        """The other end: tell every rank, print the error once, leave with status 1.
+
+        A ValueError is the user's to mend and is shown without a traceback.
+        """
+        message = describe(error)
+        if self.watch.fail(message):
+            sys.stderr.write(f"aligner: error on rank {self.rank}: {message}\n")
+            if not isinstance(error, ValueError):
+                sys.stderr.write("".join(traceback.format_exception(error)))
+            sys.stderr.flush()
+        self.watch.stopped.wait(GRACE)  # the launcher ends every rank at the first exit: let the others hear first
+        _exit(1)
+
+
+def describe(error: BaseException) -> str:
+    """The error in one line for the console."""
+    text = str(error) or type(error).__name__
+    return text if isinstance(error, ValueError) else f"{type(error).__name__}: {text}"
+
+
+def _exit(code: int) -> NoReturn:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

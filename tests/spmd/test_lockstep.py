@@ -1,0 +1,92 @@
+"""Ranks that leave lockstep, or fail, end the job soon, with one report that names rank, call and step."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from aligner.spmd.journal import Journal
+from aligner.spmd.watch import first_difference
+
+START = """
+import time, torch, os
+from aligner.data.samples import Samples
+from aligner.spmd.mesh import Mesh
+from aligner.spmd.role import Role
+from aligner.spmd.world import World
+world = World(600)
+everyone = tuple(range(world.size))
+a, b = Role("policy", world, Mesh(everyone)), Role("reward", world, Mesh(everyone))
+def samples():
+    one = torch.ones(4, dtype=torch.long)
+    return Samples(torch.ones(4, 3, dtype=torch.long), one, one * 3, torch.ones(4, 3, dtype=torch.bool), one, [{}] * 4)
+def score(x): return x.length_B
+def update(x): return x.length_B
+try:
+    for step in range(3):
+        world.journal.step = step
+        ref = a.place(samples())
+        a.run(update, ref)
+        BODY
+        b.run(score, ref).get()
+except BaseException as error:
+    world.fail(error)
+world.leave()
+"""
+
+
+def _program(body: str) -> str:
+    return START.replace("BODY", body)
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        # rank 1 issues a call that the others do not
+        ("if world.rank == 1 and step == 2: a.run(update, ref).get()", ["call", "step 2", "rank"]),
+        # rank 0 sits still inside a role call while rank 1 goes another way
+        (
+            "if step == 1 and world.rank == 0: b.run(lambda x: time.sleep(500) or x.length_B, ref)\n"
+            "        if step == 1 and world.rank == 1: a.run(update, ref)",
+            ["rank(s) 0: call 5: reward.run(<lambda>) (step 1)", "rank(s) 1: call 5: policy.run(update) (step 1)"],
+        ),
+        # one rank ends its loop early
+        ("if world.rank == 0 and step == 1: break", ["call"]),
+    ],
+)
+def test_disagreement_is_named(torchrun, body: str, said: list[str]) -> None:  # type: ignore[no-untyped-def]
+    start = time.monotonic()
+    done = torchrun(2, _program(body), seconds=60)
+    assert done.returncode != 0
+    assert "lockstep" in done.stderr
+    for text in said:
+        assert text in done.stderr, done.stderr[-3000:]
+    assert time.monotonic() - start < 60
+
+
+def test_failure_of_one_rank_ends_all(torchrun) -> None:  # type: ignore[no-untyped-def]
+    body = "if world.rank == 1 and step == 1: raise ValueError('reward.rule=x cannot be read; use y.')"
+    done = torchrun(2, _program(body), seconds=60)
+    assert done.returncode != 0
+    assert done.stderr.count("aligner: error on rank 1: reward.rule=x cannot be read; use y.") == 1
+    assert "rank 0 leaves because rank 1 failed" in done.stderr
+
+
+def test_clean_end(torchrun) -> None:  # type: ignore[no-untyped-def]
+    done = torchrun(2, _program("pass"), seconds=60)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "terminate called" not in done.stderr
+
+
+def test_first_difference_by_hand() -> None:
+    assert first_difference([{1: 5, 2: 6}, {2: 6, 3: 7}]) is None
+    assert first_difference([{1: 5, 2: 6, 3: 9}, {2: 6, 3: 7}, {}]) == 3
+
+
+def test_digests_tell_histories_apart() -> None:
+    one, two, three = (Journal(rank) for rank in range(3))
+    for journal, calls in ((one, "ab"), (two, "ab"), (three, "ba")):
+        for call in calls:
+            journal.enter(call)
+    assert one.stamp() == two.stamp() != three.stamp()
