@@ -1,0 +1,205 @@
+"""Checkpoints of transformers, read into TP2 x PP2 and written back: bit-exact, loadable, and only what is needed is read."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from aligner.models.checkpoint import export_checkpoint, read_into
+from aligner.models.family import logical_tensors
+from aligner.models.megatron_layout import megatron_layout, stage_layers
+from aligner.models.spec import ModelSpec, read_spec
+from aligner.reshard.region import Layout, whole_tensor
+from aligner.reshard.storage import Storages, allocate, strided_view
+from tests.models.tiny import MODELS, save_tiny, tiny_model
+from tests.reshard.ranks import run_ranks
+
+CPU = torch.device("cpu")
+
+
+def layout_of(spec: ModelSpec, rank: int, tensor: int, pipeline: int, dtype: str = "float32") -> Layout:
+    stage = rank // tensor
+    layers = stage_layers(spec, stage, pipeline)
+    last = stage == pipeline - 1
+    return megatron_layout(spec, rank % tensor, tensor, layers.start, len(layers), stage == 0, last, dtype)
+
+
+def read(path: Path, layout: Layout) -> tuple[dict[str, Tensor], int]:
+    held = Storages(allocate(layout, CPU), layout)
+    tensors: dict[str, Tensor] = allocate(layout, CPU)
+    read_bytes = read_into(read_spec(path), layout, Storages(tensors, layout).view)
+    del held
+    return tensors, read_bytes
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("shard", ["10GB", "20KB"])
+def test_each_rank_reads_its_own_regions_and_no_more(name: str, shard: str, tmp_path: Path) -> None:
+    hf = tiny_model(name).state_dict()
+    path = save_tiny(name, tmp_path, max_shard_size=shard)
+    assert (path / "model.safetensors.index.json").exists() == (shard == "20KB")
+    spec = read_spec(path)
+    total = 0
+    for rank in range(4):
+        layout = layout_of(spec, rank, 2, 2)
+        tensors, read_bytes = read(path, layout)
+        assert read_bytes == sum(piece.bytes for piece in layout)
+        total += read_bytes
+        for piece in layout:
+            box = tuple(slice(low, low + extent) for low, extent in zip(piece.lo, piece.size, strict=True))
+            assert torch.equal(strided_view(tensors[piece.storage], piece), hf[piece.name][box])
+    whole = sum(value.numel() * 4 for key, value in hf.items() if key in logical_tensors(spec))
+    norms = sum(value.numel() * 4 for key, value in hf.items() if "norm" in key)
+    second_embedding = spec.vocab * spec.hidden * 4 if spec.tied else 0
+    assert total == whole + norms + second_embedding  # norms are on both tensor ranks, a tied embedding on both ends
+
+
+def test_values_are_cast_to_the_storage(tmp_path: Path) -> None:
+    path = save_tiny("qwen3", tmp_path)
+    layout = layout_of(read_spec(path), 0, 1, 1, "bfloat16")
+    tensors, read_bytes = read(path, layout)
+    assert tensors["decoder.final_layernorm.weight"].dtype == torch.bfloat16
+    expected = load_file(path / "model.safetensors")["model.norm.weight"].bfloat16()
+    assert torch.equal(tensors["decoder.final_layernorm.weight"], expected)
+    assert read_bytes == 2 * sum(piece.bytes for piece in layout)  # the file is fp32
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, list[Any]]:
+    """Every model through four real ranks, TP2 x PP2."""
+    root = tmp_path_factory.mktemp("export")
+    for name in MODELS:
+        save_tiny(name, root / "models" / name)
+        (root / "models" / name / "tokenizer.json").write_text('{"stands": "for a tokenizer"}')
+    (root / "out").mkdir()
+    script = Path(__file__).with_name("export_rank.py")
+    found = run_ranks(script, 4, root / "ranks", str(root / "models"), str(root / "out"))
+    return root / "models", root / "out", found
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_round_trip_is_bit_exact_and_loads(exported: tuple[Path, Path, list[Any]], name: str, dtype: str) -> None:
+    models, out, ranks = exported
+    folder = out / f"{name}-{dtype}"
+    original = load_file(models / name / "model.safetensors")
+    files = sorted(folder.glob("*.safetensors"))
+    written = {key: value for file in files for key, value in load_file(file).items()}
+    assert set(written) == set(original)
+    assert all(torch.equal(written[key], original[key].to(getattr(torch, dtype))) for key in original)
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    assert {file.name for file in files} == set(index["weight_map"].values())
+    assert index["metadata"]["total_size"] == sum(value.numel() * value.element_size() for value in written.values())
+    assert len(files) == 4 if dtype == "bfloat16" else len(files) >= 4
+    rows = [rank["rows"][folder.name] for rank in ranks]
+    assert sum(row["reshard_moved_bytes"] for row in rows) == sum(row["reshard_minimum_bytes"] for row in rows)
+    shares = [row["reshard_received_bytes"] + row["reshard_local_bytes"] for row in rows]
+    assert sum(shares) == index["metadata"]["total_size"]
+    assert max(shares) - min(shares) <= max(value.numel() * value.element_size() for value in written.values())
+
+    assert json.loads((folder / "config.json").read_text())["dtype"] == dtype
+    assert (folder / "tokenizer.json").read_text() == (models / name / "tokenizer.json").read_text()
+    assert (folder / "generation_config.json").is_file()
+    before = AutoModelForCausalLM.from_pretrained(models / name, dtype=getattr(torch, dtype)).eval()
+    after = AutoModelForCausalLM.from_pretrained(folder).eval()
+    tokens = torch.arange(20).view(2, 10)
+    with torch.no_grad():
+        assert after.dtype == getattr(torch, dtype)
+        assert torch.equal(before(tokens).logits, after(tokens).logits)
+    assert read_spec(folder).dtype == dtype
+
+
+def test_nothing_but_the_checkpoints_is_left(exported: tuple[Path, Path, list[Any]]) -> None:
+    _, out, _ = exported
+    expected = {f"{name}-{dtype}" for name in MODELS for dtype in ("float32", "bfloat16")} | {"occupied"}
+    assert {path.name for path in out.iterdir()} == expected
+    assert (out / "occupied" / "notes.txt").read_text() == "keep me"
+
+
+def test_an_error_on_one_rank_is_an_error_on_all(exported: tuple[Path, Path, list[Any]]) -> None:
+    ranks = exported[2]
+    assert "is the model.path" in ranks[0]["errors"]["own folder"]
+    assert "is not a checkpoint that could be replaced" in ranks[0]["errors"]["occupied"]
+    for rank in ranks[1:]:
+        assert "failed on rank 0; its own error says why" in rank["errors"]["own folder"]
+        assert "failed on rank 0" in rank["errors"]["occupied"]
+    assert ranks[1]["errors"]["unreadable"].startswith("KeyError")
+    # Who was to hear from rank 1 names it itself; who was not is told that the step failed.
+    for rank in (0, 2, 3):
+        assert (
+            "rank 1" in ranks[rank]["errors"]["unreadable"] or "failed on rank" in ranks[rank]["errors"]["unreadable"]
+        )
+
+
+def test_one_rank_writes_one_file_without_a_group(tmp_path: Path) -> None:
+    path = save_tiny("qwen3", tmp_path / "model")
+    spec = read_spec(path)
+    layout = layout_of(spec, 5, 1, 1) if spec.layers == 0 else layout_of(spec, 0, 1, 1)
+    tensors, _ = read(path, layout)
+    export_checkpoint(5, {5: layout}, Storages(tensors, layout).view, None, tmp_path / "out", spec, "float32")
+    assert {file.name for file in (tmp_path / "out").glob("*.safetensors*")} == {"model.safetensors"}
+    written, original = load_file(tmp_path / "out" / "model.safetensors"), load_file(path / "model.safetensors")
+    assert all(torch.equal(written[key], original[key]) for key in original)
+
+
+def test_an_older_config_keeps_its_own_dtype_key(tmp_path: Path) -> None:
+    path = save_tiny("qwen3", tmp_path / "model")
+    config = json.loads((path / "config.json").read_text())
+    config["torch_dtype"] = config.pop("dtype")
+    (path / "config.json").write_text(json.dumps(config))
+    spec = read_spec(path)
+    layout = layout_of(spec, 0, 1, 1)
+    tensors, _ = read(path, layout)
+    export_checkpoint(0, {0: layout}, Storages(tensors, layout).view, None, tmp_path / "out", spec, "bfloat16")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["torch_dtype"] == "bfloat16"
+    assert "dtype" not in config
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").dtype == torch.bfloat16
+
+
+def test_broken_checkpoints_are_named(tmp_path: Path) -> None:
+    whole = save_tiny("qwen2", tmp_path / "whole")
+    sharded = save_tiny("qwen2", tmp_path / "sharded", max_shard_size="20KB")
+    layout = layout_of(read_spec(whole), 0, 1, 1)
+    view = Storages(allocate(layout, CPU), layout).view
+
+    def broken(name: str, of: Path) -> Path:
+        return Path(shutil.copytree(of, tmp_path / name))
+
+    none = broken("none", whole)
+    (none / "model.safetensors").rename(none / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="has neither model.safetensors nor .*save_pretrained"):
+        read_into(read_spec(none), layout, view)
+    short = broken("short", whole)
+    content = (short / "model.safetensors").read_bytes()
+    (short / "model.safetensors").write_bytes(content[: len(content) // 2])
+    with pytest.raises(ValueError, match="model.safetensors cannot be read.*incomplete"):
+        read_into(short, layout, view)
+    lacking = broken("lacking", sharded)
+    next(iter(sorted(lacking.glob("model-*.safetensors")))).unlink()
+    with pytest.raises(ValueError, match="names model-.*safetensors, which is not there"):
+        read_into(lacking, layout, view)
+    garbled = broken("garbled", sharded)
+    (garbled / "model.safetensors.index.json").write_text('{"weights": {}}')
+    with pytest.raises(ValueError, match="is not a valid index"):
+        read_into(garbled, layout, view)
+    headless = broken("headless", whole)
+    tensors = load_file(headless / "model.safetensors")
+    save_file({key: value for key, value in tensors.items() if key != "lm_head.weight"}, headless / "model.safetensors")
+    with pytest.raises(ValueError, match=r"has no tensor lm_head\.weight.*tie_word_embeddings"):
+        read_into(read_spec(headless), layout, view)
+    misshapen = broken("misshapen", whole)
+    save_file(tensors | {"model.norm.weight": torch.zeros(33)}, misshapen / "model.safetensors")
+    with pytest.raises(ValueError, match=r"model\.norm\.weight has shape \(33,\), config.json says \(32,\)"):
+        read_into(read_spec(misshapen), layout, view)
+    small = [whole_tensor("model.norm.weight", (40,), "float32")]
+    with pytest.raises(ValueError, match=r"has shape \(32,\), which does not hold \[0:40\]"):
+        read_into(whole, small, Storages(allocate(small, CPU), small).view)

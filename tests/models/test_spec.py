@@ -1,0 +1,156 @@
+"""Reading config.json of either generation of transformers; every refusal names the file, the key and what would work."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+from aligner.models.family import logical_tensors
+from aligner.models.spec import check_sizes, read_spec, valid_pipeline_sizes, valid_tensor_sizes
+from tests.models.tiny import LLAMA3_ROPE, MODELS, SIZES, save_tiny, tiny_model
+
+OLD: dict[str, Any] = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "model_type": "qwen2",
+    "vocab_size": 100,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 6,
+    "max_position_embeddings": 256,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 1000000.0,
+    "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16",
+    "eos_token_id": 5,
+}
+"""As written by transformers 4."""
+
+
+def written(folder: Path, config: object, **changes: Any) -> Path:
+    if isinstance(config, dict):
+        config = {key: value for key, value in {**config, **changes}.items() if value != "absent"}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_specs_and_tensors_equal_those_of_transformers(name: str, tmp_path: Path) -> None:
+    model = tiny_model(name)
+    model.save_pretrained(tmp_path)
+    spec, config = read_spec(tmp_path), model.config
+    assert (spec.family, spec.layers, spec.hidden, spec.heads, spec.kv_heads) == (config.model_type, 4, 32, 8, 4)
+    assert spec.head_dim == model.model.layers[0].self_attn.head_dim
+    assert (spec.ffn, spec.vocab, spec.norm_eps) == (48, 67, config.rms_norm_eps)
+    assert spec.tied == config.tie_word_embeddings
+    assert spec.rope_theta == config.rope_parameters["rope_theta"]
+    assert spec.rope_scaling == (
+        {k: v for k, v in LLAMA3_ROPE.items() if k != "rope_theta"} if "rope" in name else None
+    )
+    assert (spec.eos_token_ids, spec.max_positions, spec.dtype) == ((1,), 128, "float32")
+    parameters = {key: tuple(value.shape) for key, value in model.named_parameters()}
+    assert logical_tensors(spec) == parameters
+    assert spec.parameters == model.num_parameters()
+
+
+def test_configs_of_transformers_4(tmp_path: Path) -> None:
+    spec = read_spec(written(tmp_path, OLD))
+    assert (spec.rope_theta, spec.rope_scaling, spec.dtype, spec.tied) == (1000000.0, None, "bfloat16", True)
+    assert (spec.head_dim, spec.qkv_bias, spec.qk_norm, spec.norm_eps) == (5, True, False, 1e-5)
+    scaling = {key: value for key, value in LLAMA3_ROPE.items() if key != "rope_theta"}
+    llama = written(tmp_path, OLD, architectures=["LlamaForCausalLM"], rope_theta=5e5, rope_scaling=scaling)
+    assert (read_spec(llama).rope_theta, read_spec(llama).rope_scaling) == (5e5, scaling)
+    assert read_spec(written(tmp_path, OLD, rope_theta="absent")).rope_theta == 10000.0
+
+
+def test_both_files_end_tokens_count(tmp_path: Path) -> None:
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [7, 5]}')
+    assert read_spec(written(tmp_path, OLD)).eos_token_ids == (5, 7)
+
+
+def test_defaults_of_families(tmp_path: Path) -> None:
+    bare = {key: value for key, value in OLD.items() if key not in ("num_key_value_heads", "max_position_embeddings")}
+    spec = read_spec(written(tmp_path, bare, architectures="absent", model_type="qwen3", tie_word_embeddings="absent"))
+    assert (spec.family, spec.head_dim, spec.kv_heads, spec.max_positions, spec.tied) == (
+        "qwen3",
+        128,
+        12,
+        32768,
+        False,
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"architectures": ["GPT2LMHeadModel"]},
+            "architecture GPT2LMHeadModel is not supported.*LlamaForCausalLM, Qwen2",
+        ),
+        ({"attention_bias": True}, "attention_bias=True is not supported; only attention_bias=false"),
+        ({"mlp_bias": True}, "mlp_bias=True"),
+        ({"use_sliding_window": True}, "use_sliding_window=True"),
+        ({"hidden_act": "gelu"}, "hidden_act='gelu'.*silu"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config"),
+        (
+            {"rope_scaling": {"type": "yarn", "factor": 4.0}},
+            "rope_type='yarn' is not supported; .*'default' and 'llama3'",
+        ),
+        (
+            {"rope_scaling": {"rope_type": "llama3", "factor": 4.0}},
+            "needs a number for low_freq_factor, high_freq_factor",
+        ),
+        ({"rope_theta": "big"}, "rope_theta='big' must be a positive number"),
+        ({"hidden_size": "absent"}, "hidden_size must be a positive whole number, found None"),
+        ({"vocab_size": "67"}, "vocab_size must be a positive whole number, found '67'"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers must be a positive whole number, found 0"),
+        ({"num_key_value_heads": 5}, "num_key_value_heads=5 must divide num_attention_heads=12"),
+        ({"torch_dtype": "float8"}, "dtype='float8' is not supported; use float32, bfloat16, float16"),
+    ],
+)
+def test_what_is_not_supported_is_refused(change: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message) as error:
+        read_spec(written(tmp_path, OLD, **change))
+    assert str(tmp_path / "config.json") in str(error.value)
+
+
+def test_missing_and_malformed_files(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="model.path=.*nowhere is not a folder"):
+        read_spec(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="has no config.json"):
+        read_spec(tmp_path)
+    (tmp_path / "config.json").write_text('{"vocab_size": ')
+    with pytest.raises(ValueError, match="config.json is not valid JSON"):
+        read_spec(tmp_path)
+    with pytest.raises(ValueError, match="must hold a JSON object, found list"):
+        read_spec(written(tmp_path, []))
+
+
+def test_sizes_that_work_are_named(tmp_path: Path) -> None:
+    spec = read_spec(written(tmp_path, OLD))
+    assert valid_tensor_sizes(spec) == [1, 2, 3, 6]
+    assert valid_pipeline_sizes(spec) == [1, 2, 3, 6]
+    check_sizes(spec, 3, 2, "placement.policy")
+    with pytest.raises(
+        ValueError, match=r"placement.policy.tensor=4 does not divide the 12 heads, 6 .*use 1, 2, 3 or 6\."
+    ):
+        check_sizes(spec, 4, 1, "placement.policy")
+    with pytest.raises(ValueError, match=r"placement.reference.pipeline=4 .* 6 layers .*use 1, 2, 3 or 6\."):
+        check_sizes(spec, 1, 4, "placement.reference")
+
+
+def test_a_saved_model_reads_back_through_transformers(tmp_path: Path) -> None:
+    """The sizes used in these tests make a model that transformers itself accepts."""
+    assert AutoModelForCausalLM.from_pretrained(save_tiny("llama", tmp_path)).config.vocab_size == SIZES["vocab_size"]
+
+
+def test_specs_need_no_torch() -> None:
+    code = "import sys, aligner.models.spec, aligner.models.megatron_layout, aligner.reshard.plan; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2], timeout=60)

@@ -1,0 +1,185 @@
+"""One rank of the executor's tests: carries out every case on real gloo ranks and reports what it saw."""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from aligner.reshard.executor import execute
+from aligner.reshard.plan import make_plan
+from aligner.reshard.region import Layout, Piece, whole_tensor
+from aligner.reshard.storage import Storages, allocate, strided_view
+from tests.reshard.layouts import Grid, Shapes, parts, scattered
+from tests.reshard.ranks import report, start_rank
+
+CPU = torch.device("cpu")
+SHAPES: Shapes = {f"layer{n}.{name}": shape for n in range(4) for name, shape in {"w": (24, 20), "b": (7,)}.items()}
+SHAPES |= {"cube": (3, 5, 4), "scale": (), "embedding": (100, 16)}
+
+
+def values(shapes: Shapes) -> dict[str, Tensor]:
+    found = {}
+    for number, (name, shape) in enumerate(shapes.items()):
+        found[name] = torch.randn(shape, generator=torch.Generator().manual_seed(number))
+    return found
+
+
+def inside(piece: Piece) -> tuple[slice, ...]:
+    return tuple(slice(low, low + extent) for low, extent in zip(piece.lo, piece.size, strict=True))
+
+
+class Case:
+    """Storages of one transfer on this rank."""
+
+    def __init__(self, rank: int, shapes: Shapes, sources: dict[int, Layout], destinations: dict[int, Layout]) -> None:
+        self.plan = make_plan(rank, sources, destinations)
+        from_dtype = next(piece.dtype for layout in sources.values() for piece in layout)
+        self.values = {name: value.to(getattr(torch, from_dtype)) for name, value in values(shapes).items()}
+        self.held = allocate(sources.get(rank, []), CPU)
+        for piece in sources.get(rank, []):
+            strided_view(self.held[piece.storage], piece).copy_(self.values[piece.name][inside(piece)])
+        self.wanted = destinations.get(rank, [])
+        self.filled = allocate(self.wanted, CPU)
+
+    def source(self, piece: Piece) -> Tensor:
+        return strided_view(self.held[piece.storage], piece)
+
+    def run(self, bucket_bytes: int, verify: bool = True, destination: Any = None) -> dict[str, Any]:
+        """Execute, and compare every destination piece with the tensor it should hold, bit by bit."""
+        to = destination or (Storages(self.filled, self.wanted) if self.wanted else None)
+        row = execute(self.plan, self.source, to, dist.group.WORLD, CPU, bucket_bytes, verify)
+        for piece in self.wanted:
+            expected = self.values[piece.name][inside(piece)].to(getattr(torch, piece.dtype))
+            assert torch.equal(strided_view(self.filled[piece.storage], piece), expected), piece
+        return row.metrics()
+
+    def error(self, **arguments: Any) -> str:
+        try:
+            self.run(1 << 20, **arguments)
+        except Exception as error:
+            return f"{type(error).__name__}: {error}"
+        return ""
+
+
+class Broken(Storages):
+    """A destination that goes wrong in one tensor."""
+
+    def __init__(self, case: Case, name: str, harm: Callable[[Tensor, int], Tensor]) -> None:
+        super().__init__(case.filled, case.wanted)
+        self._name, self._harm, self._reads = name, harm, 0
+
+    def view(self, piece: Piece) -> Tensor:
+        view = super().view(piece)
+        if piece.name != self._name:
+            return view
+        self._reads += 1
+        return self._harm(view, self._reads)
+
+
+def stale(view: Tensor, read: int) -> Tensor:
+    """The write goes to a copy, as when an engine keeps a packed one."""
+    return view.clone()
+
+
+def flipped(view: Tensor, read: int) -> Tensor:
+    """One bit of the storage changes after the write."""
+    if read == 2:
+        view.view(torch.int16 if view.element_size() == 2 else torch.int32)[-1:, -1:] ^= 1
+    return view
+
+
+def swapped(view: Tensor, read: int) -> Tensor:
+    """Rows change places after the write."""
+    return view if read == 1 else view.flip(0)
+
+
+def good_cases(rank: int, world: int) -> dict[str, Any]:
+    half = world // 2
+    everyone, low, high = range(world), range(half), range(half, world)
+    found: dict[str, Any] = {}
+
+    def case(
+        name: str, sources: dict[int, Layout], destinations: dict[int, Layout], size: int, verify: bool = True
+    ) -> None:
+        found[name] = Case(rank, SHAPES, sources, destinations).run(size, verify)
+
+    for size in (16, 1000, 1 << 20):
+        draw = random.Random(size)
+        disjoint = Grid(low, half, 1).layouts(SHAPES, draw), Grid(high, 1, 1, "float32").layouts(SHAPES, draw)
+        case(f"disjoint fp32 {size}", *disjoint, size)
+        colocated = (
+            Grid(everyone, half, 2).layouts(SHAPES, draw),
+            Grid(everyone, world // 2, 1, "bfloat16").layouts(SHAPES, draw),
+        )
+        case(f"colocated bf16 {size}", *colocated, size)
+        anything = scattered(SHAPES, everyone, "float32", draw, 2), parts(SHAPES, everyone, "bfloat16", draw)
+        case(f"anything bf16 {size}", *anything, size)
+        case(f"unverified bf16 {size}", *anything, size, verify=False)
+    only = {0: [whole_tensor(name, shape, "float32") for name, shape in SHAPES.items()]}
+    case("rank 0 to rank 1, others idle", only, {1: only[0]}, 500)
+    case(
+        "rank 0 to itself, others idle",
+        only,
+        {0: Grid([0], 1, 1, "bfloat16").layouts(SHAPES, random.Random(5))[0]},
+        500,
+    )
+    bf16 = {0: [whole_tensor(name, shape, "bfloat16") for name, shape in SHAPES.items()]}
+    case("bf16 to fp32, others idle", bf16, {1: only[0]}, 500)
+    return found
+
+
+def failures(rank: int) -> dict[str, str]:
+    """Rank 0 sends to rank 1 (and to itself); something breaks; every rank must return."""
+    shapes: Shapes = {"a.weight": (6, 8), "b.weight": (6, 8), "c.bias": (9,)}
+    whole = [whole_tensor(name, shape, "float32") for name, shape in shapes.items()]
+    halves = [Piece(p.name, p.lo, p.size, f"engine.{p.name}", 0, p.stride, "bfloat16") for p in whole]
+    found = {}
+
+    def case(name: str, to: int, breaker: Callable[[Case], dict[str, Any]]) -> None:
+        one = Case(rank, shapes, {0: whole}, {to: halves})
+        found[name] = one.error(**(breaker(one) if rank == to else {}))
+
+    for name, harm in {"stale": stale, "flipped": flipped, "swapped": swapped}.items():
+        case(name, 1, lambda one, harm=harm: {"destination": Broken(one, "b.weight", harm)})
+        case(f"local {name}", 0, lambda one, harm=harm: {"destination": Broken(one, "b.weight", harm)})
+    swap = Case(rank, shapes, {0: whole}, {1: halves})
+    if rank == 1:  # two tensors of one shape exchanged in the engine
+        names = {"engine.a.weight": "engine.b.weight", "engine.b.weight": "engine.a.weight"}
+
+        class Exchanged(Storages):
+            wrote: set[str] = set()
+
+            def view(self, piece: Piece) -> Tensor:
+                again = piece.storage in self.wrote
+                self.wrote.add(piece.storage)
+                other = names.get(piece.storage, piece.storage) if again else piece.storage
+                return strided_view(swap.filled[other], piece)
+
+        found["items exchanged"] = swap.error(destination=Exchanged(swap.filled, swap.wanted))
+    else:
+        found["items exchanged"] = swap.error()
+    unreadable = Case(rank, shapes, {0: whole}, {1: halves})
+    if rank == 0:
+        del unreadable.held["b.weight"]
+    found["source fails"] = unreadable.error()
+    partial = Case(rank, shapes, {0: whole}, {1: halves})
+    more = [*halves, Piece("a.weight", (0, 0), (6, 8), "engine.more", 0, (8, 1), "bfloat16")]
+    found["not all written"] = partial.error(**({"destination": Storages(partial.filled, more)} if rank == 1 else {}))
+    return found
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    rank, world = start_rank(folder)
+    report(folder, {"good": good_cases(rank, world), "failures": failures(rank)})
+
+
+if __name__ == "__main__":
+    main()
