@@ -1,0 +1,162 @@
+"""Megatron-core without CUDA and without TransformerEngine: the one file that mends it.
+
+On a CPU, `torch` and `torch.cuda` are replaced by a stand-in inside Megatron's own modules, and nowhere else; with
+CUDA that half does nothing. A global torch-function mode would be simpler, and costs a quarter of a small step.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import sys
+import types
+import warnings
+from typing import Any
+
+import torch
+
+_FACTORIES = (
+    "empty zeros ones full tensor arange rand randn randint empty_like zeros_like ones_like full_like eye as_tensor linspace"
+).split()
+_MODULES = (
+    "tensor_parallel transformer.transformer_layer transformer.moe.moe_layer transformer.moe.token_dispatcher "
+    "models.gpt.gpt_model distributed optimizer pipeline_parallel"
+).split()
+
+
+class _Stream:
+    """A CUDA stream or event that does nothing."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *args, **kwargs: self
+
+    def __enter__(self) -> _Stream:
+        return self
+
+    def __exit__(self, *args: object) -> None: ...
+
+    def query(self) -> bool:
+        return True
+
+
+class _StandIn(types.ModuleType):
+    """A module with some attributes replaced; everything else is the real one's."""
+
+    def __init__(self, real: types.ModuleType, replaced: dict[str, Any]) -> None:
+        super().__init__(real.__name__)
+        self.__dict__.update(replaced, _real=real)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_real"], name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self.__dict__["_real"], name, value)
+
+
+def _is_cuda(device: Any) -> bool:
+    return str(device).startswith("cuda")
+
+
+def _on_cpu(factory: Any) -> Any:
+    """A tensor factory that makes CPU tensors where CUDA ones are asked for, and never pins."""
+
+    @functools.wraps(factory)
+    def make(*args: Any, **kwargs: Any) -> Any:
+        if _is_cuda(kwargs.get("device")):
+            kwargs["device"] = torch.device("cpu")
+        if kwargs.get("pin_memory"):
+            kwargs["pin_memory"] = False
+        return factory(*args, **kwargs)
+
+    return make
+
+
+def _stand_in_torch() -> _StandIn:
+    none = lambda *args, **kwargs: None  # noqa: E731
+    scope = lambda *args, **kwargs: contextlib.nullcontext()  # noqa: E731
+    cuda = _StandIn(
+        torch.cuda,
+        {
+            "current_device": lambda: torch.device("cpu"),
+            "device_count": lambda: 1,
+            "set_device": none,
+            "synchronize": none,
+            "empty_cache": none,
+            "Stream": _Stream,
+            "Event": _Stream,
+            "stream": scope,
+            "current_stream": lambda *args: _Stream(),
+            "default_stream": lambda *args: _Stream(),
+            "get_rng_state": lambda *args, **kwargs: torch.get_rng_state(),
+            "set_rng_state": lambda state, *args, **kwargs: torch.set_rng_state(state),
+            "manual_seed": torch.manual_seed,
+            "nvtx": types.SimpleNamespace(range_push=none, range_pop=none, range=scope),
+        },
+    )
+    cuda.__dict__["random"] = cuda
+    return _StandIn(torch, {"cuda": cuda, **{name: _on_cpu(getattr(torch, name)) for name in _FACTORIES}})
+
+
+def _mend_tensor_methods() -> None:
+    """`.cuda()` and `.pin_memory()` return the tensor; Megatron's modules are told CUDA type names."""
+    if hasattr(torch.Tensor.type, "_aligner"):
+        return
+    plain_type = torch.Tensor.type
+
+    def type_(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        found = plain_type(self, *args, **kwargs)
+        caller = sys._getframe(1).f_globals.get("__name__", "")
+        if not args and not kwargs and caller.startswith("megatron."):
+            return found.replace("torch.", "torch.cuda.")  # compared with 'torch.cuda.FloatTensor'
+        return found
+
+    type_._aligner = True  # type: ignore[attr-defined]
+    torch.Tensor.type = type_  # type: ignore[method-assign, assignment]
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign, assignment]
+    torch.Tensor.pin_memory = lambda self, *args, **kwargs: self  # type: ignore[method-assign, assignment]
+
+
+def _install_cpu() -> None:
+    import megatron.core.jit
+
+    megatron.core.jit.disable_jit_fuser()
+    for name in _MODULES:
+        importlib.import_module(f"megatron.core.{name}")
+    _mend_tensor_methods()
+    stand_in = _stand_in_torch()
+    for name, module in list(sys.modules.items()):
+        if name.startswith("megatron.") and vars(module).get("torch") is torch:
+            vars(module)["torch"] = stand_in
+    import megatron.core.tensor_parallel.random as rng
+
+    rng._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()
+    rng._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
+
+
+def _install_without_transformer_engine() -> None:
+    """Names that Megatron-core 0.16.1 uses without defining them when TransformerEngine is absent."""
+    import megatron.core.tensor_parallel.random as rng
+
+    if not hasattr(rng, "FP8GlobalStateManager"):
+        rng.FP8GlobalStateManager = types.SimpleNamespace(
+            is_fp8_enabled=lambda: False, get_fp8_recipe=lambda: None
+        )
+        rng.activation_recompute_forward = lambda *args, **kwargs: contextlib.nullcontext()
+        rng.fp8_autocast = lambda *args, **kwargs: contextlib.nullcontext()
+
+
+def install() -> None:
+    """Make Megatron-core usable here. Call once, after the world has started and before a model is built."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # notes on the absence of apex and TransformerEngine
+        import megatron.core  # noqa: F401
+
+        if not torch.cuda.is_available():
+            _install_cpu()
+        try:
+            importlib.import_module("transformer_engine")
+        except ImportError:
+            _install_without_transformer_engine()

@@ -1,0 +1,81 @@
+"""Rows without padding: microbatches by a token budget, and the flat layout that one microbatch has in the model.
+
+T here counts the tokens of all rows of the microbatch, one row after the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+def microbatches(lengths: Sequence[int], budget: int) -> list[list[int]]:
+    """Row positions of each microbatch: at most `budget` tokens each, rows of similar length together.
+
+    Similar lengths keep the attention's padding small. A row longer than the budget gets a microbatch of its own.
+    """
+    found: list[list[int]] = []
+    used = budget + 1
+    for row in sorted(range(len(lengths)), key=lambda r: (-lengths[r], r)):
+        if used + lengths[row] > budget:
+            found.append([])
+            used = 0
+        found[-1].append(row)
+        used += lengths[row]
+    return found
+
+
+@dataclass(frozen=True)
+class Packed:
+    """One microbatch as the model sees it."""
+
+    tokens_T: Tensor
+    """int64: all rows' tokens, then zeros up to a multiple of `multiple_of`."""
+    positions_T: Tensor
+    """int64: position of each token in its row."""
+    targets_T: Tensor
+    """int64: the next token of the row; 0 at a row's last token."""
+    lengths: Tensor
+    """int32, CPU: tokens of each row (the padding counts as one more row)."""
+    source_N: Tensor
+    """Flat positions whose prediction is wanted: every token but each row's last."""
+    target_N: Tensor
+    """Where it belongs in a flattened [B, width] array: the predicted token's own place."""
+    rows: int
+    width: int
+
+    def to_rows(self, value_T: Tensor) -> Tensor:
+        """Per-prediction values [T] -> [B, width] at the predicted token; 0 elsewhere. Differentiable."""
+        flat = value_T.new_zeros(self.rows * self.width)
+        return flat.index_copy(0, self.target_N, value_T[self.source_N]).view(self.rows, self.width)
+
+
+def pack(tokens_BT: Tensor, length_B: Tensor, multiple_of: int, device: torch.device) -> Packed:
+    """Right-padded rows -> one packed microbatch.
+
+    Args:
+        tokens_BT: int64 rows.
+        length_B: tokens of each row.
+        multiple_of: pad the total to it (sequence parallelism needs a multiple of the tensor size).
+    """
+    rows, width = tokens_BT.shape
+    place_BT = torch.arange(width).expand(rows, width)
+    inside_BT = place_BT < length_B[:, None]
+    tokens_T, positions_T = tokens_BT[inside_BT], place_BT[inside_BT]
+    lengths = length_B.to(torch.int32)
+    source_N = torch.nonzero(positions_T < (torch.repeat_interleave(length_B, length_B) - 1))[:, 0]
+    predicted_BT = inside_BT & (place_BT > 0)
+    missing = -int(tokens_T.numel()) % multiple_of
+    if missing:
+        tokens_T = torch.cat([tokens_T, tokens_T.new_zeros(missing)])
+        positions_T = torch.cat([positions_T, torch.arange(missing)])
+        lengths = torch.cat([lengths, torch.tensor([missing], dtype=torch.int32)])
+    targets_T = torch.cat([tokens_T[1:], tokens_T.new_zeros(1)])
+    last = torch.cumsum(lengths.long(), 0) - 1
+    targets_T[last] = 0
+    on = [t.to(device, non_blocking=True) for t in (tokens_T, positions_T, targets_T, source_N)]
+    target_N = torch.nonzero(predicted_BT.flatten())[:, 0].to(device, non_blocking=True)
+    return Packed(on[0], on[1], on[2], lengths, on[3], target_N, rows, width)
