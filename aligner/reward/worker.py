@@ -1,0 +1,165 @@
+"""What a worker process of the rule pool is: how it starts, loads the rule, and scores one row."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import multiprocessing
+import os
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from enum import IntEnum
+from functools import lru_cache
+from multiprocessing import context, popen_spawn_posix
+from numbers import Real
+from types import ModuleType
+from typing import Any
+
+from aligner.reward.rules import Unparsable, load_rule
+
+QUIET_EXIT = 256
+"""Stands for exit code 0 of a worker, outside the codes that a process can have."""
+DETAIL_CHARACTERS = 300
+
+
+class Status(IntEnum):
+    """What became of one row."""
+
+    OK = 0
+    """The rule returned a finite number."""
+    FAILED = 1
+    """The rule raised, returned something else, or took its worker down."""
+    TIMEOUT = 2
+    """The rule ran into its time limit."""
+    UNPARSABLE = 3
+    """The rule raised `Unparsable`."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """The rule's verdict on one row."""
+
+    value: float
+    """The reward; NaN unless `status` is OK, so that it cannot pass for a zero."""
+    status: Status
+    seconds: float
+    """Spent in the rule; NaN if its worker died."""
+    detail: str = ""
+    """What went wrong."""
+
+
+def enter_worker(rule: str) -> None:
+    """Once in each worker, before its first row."""
+    os.environ.update(CUDA_VISIBLE_DEVICES="", HIP_VISIBLE_DEVICES="", OMP_NUM_THREADS="1")
+    threading.Thread(target=_die_with_parent, daemon=True).start()
+    try:
+        _loaded(rule)  # here, so that the import does not count against the first row
+    except ValueError:
+        pass  # told by rule_problem, or by the row
+
+
+def _die_with_parent() -> None:
+    """A worker in an endless loop would outlive a job that was killed, and burn a core for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+@lru_cache(maxsize=1)
+def _loaded(rule: str) -> tuple[Callable[..., Any], frozenset[str] | None, frozenset[str]]:
+    """(function, names that it takes or None for any, names that prompt and response already fill)."""
+    function = load_rule(rule)
+    parameters = list(inspect.signature(function).parameters.values())
+    filled = frozenset({"prompt", "response"} | {parameter.name for parameter in parameters[:2]})
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        return function, None, filled
+    return function, frozenset(parameter.name for parameter in parameters[2:]), filled
+
+
+def rule_problem(rule: str, kwargs: Mapping[str, Any]) -> str | None:
+    """What is wrong with reward.rule or reward.kwargs, if anything."""
+    try:
+        signature = inspect.signature(_loaded(rule)[0])
+    except ValueError as error:
+        return str(error)
+    try:
+        signature.bind_partial("", "")
+    except TypeError as error:
+        return f"reward.rule={rule!r} must take (prompt, response, **fields): {error}."
+    try:
+        signature.bind_partial("", "", **kwargs)
+    except TypeError as error:
+        return f"reward.kwargs={dict(kwargs)} do not fit reward.rule={rule!r}: {error}."
+    return None
+
+
+def score_row(rule: str, kwargs: Mapping[str, Any], prompt: str, response: str, fields: Mapping[str, Any]) -> Score:
+    """Call the rule on one row; whatever it does short of ending the process becomes a score."""
+    start = time.perf_counter()
+    value, status, detail = math.nan, Status.FAILED, ""
+    try:
+        function, names, filled = _loaded(rule)
+        given = {**kwargs, **fields}
+        wanted = {k: v for k, v in given.items() if k not in filled and (names is None or k in names)}
+        start = time.perf_counter()
+        value, status, detail = _verdict(function(prompt, response, **wanted))
+    except Unparsable as error:
+        status, detail = Status.UNPARSABLE, str(error)
+    except BaseException as error:  # also SystemExit: a rule must not end its worker
+        detail = _error_text(error)
+    return Score(value, status, time.perf_counter() - start, detail[:DETAIL_CHARACTERS])
+
+
+def _verdict(returned: Any) -> tuple[float, Status, str]:
+    if not isinstance(returned, Real):
+        kind = type(returned).__name__
+        return math.nan, Status.FAILED, f"the rule returned {repr(returned)[:80]} ({kind}), not a number"
+    value = float(returned)
+    if not math.isfinite(value):
+        return math.nan, Status.FAILED, f"the rule returned {value}"
+    return value, Status.OK, ""
+
+
+def _error_text(error: BaseException) -> str:
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__} at {os.path.basename(frame.filename)}:{frame.lineno}: {error}"
+
+
+class _Start(popen_spawn_posix.Popen):
+    """Spawns without importing the parent's `__main__`: that is the whole job, with torch and vLLM."""
+
+    _one_at_a_time = threading.Lock()
+
+    def _launch(self, process_obj: Any) -> None:
+        with self._one_at_a_time:
+            main = sys.modules["__main__"]
+            sys.modules["__main__"] = ModuleType("__main__")
+            try:
+                super()._launch(process_obj)  # type: ignore[misc]
+            finally:
+                sys.modules["__main__"] = main
+
+
+class Worker(context.SpawnProcess):
+    """A spawned process for pebble's pool."""
+
+    @property
+    def exitcode(self) -> int | None:
+        """pebble overlooks a worker that ends by exit code 0, and its row would wait for its time limit."""
+        code = super().exitcode
+        return QUIET_EXIT if code == 0 else code
+
+    @staticmethod
+    def _Popen(process_obj: Any) -> Any:
+        return _Start(process_obj)
+
+
+class WorkerContext(context.SpawnContext):
+    """The multiprocessing context that makes `Worker`s."""
+
+    Process = Worker
