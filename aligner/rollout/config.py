@@ -1,0 +1,150 @@
+"""The rollout's settings: what the engine is built with and how samples are drawn (no torch, no vLLM)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from aligner.reshard.region import ELEMENT_BYTES
+
+if TYPE_CHECKING:
+    from aligner.models.spec import ModelSpec
+
+BLOCK_TOKENS = 32
+"""Tokens in one block of the KV cache; the CPU kernels want multiples of 32, CUDA's take it too."""
+CPU_HEAD_DIMS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
+"""Head sizes that the engine's CPU attention has kernels for."""
+CPU_KV_CACHE_LIMIT_MIB = 1024
+"""Most that rollout.kv_cache_mib=null takes on a CPU, whose memory the training roles share."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How responses are drawn. Their log-probabilities are those of the distribution drawn from, after all of this."""
+
+    temperature: float = 1.0
+    """Divides the logits, 0.01 to 2; 0 is greedy (log-probabilities are then those of temperature 1)."""
+    max_tokens: int = 256
+    """Most tokens in a response; one that reaches it without a stop token is truncated."""
+    top_p: float = 1.0
+    """Draw from the smallest set of tokens with at least this probability; 1 keeps all."""
+    top_k: int = 0
+    """Draw from this many most likely tokens; 0 keeps all."""
+    stop_token_ids: tuple[int, ...] | None = None
+    """Tokens that end a response, which includes them; null: the end-of-text tokens of the model's own files."""
+
+    def check(self, where: str = "sampling") -> None:
+        """Raises ValueError naming the setting, as found under `where`, and the values that would work."""
+        if not 0.0 <= self.temperature <= 2.0:
+            raise ValueError(f"{where}.temperature={self.temperature} is not possible; use 0 (greedy) to 2.")
+        if 0.0 < self.temperature < 0.01:
+            raise ValueError(
+                f"{where}.temperature={self.temperature} is lower than the engine takes; use 0 (greedy) or 0.01 to 2."
+            )
+        if self.max_tokens < 1:
+            raise ValueError(f"{where}.max_tokens={self.max_tokens} is below 1; use 1 or more.")
+        if not 0.0 < self.top_p <= 1.0:
+            raise ValueError(f"{where}.top_p={self.top_p} is no probability; use more than 0, at most 1 (all tokens).")
+        if self.top_k < 0:
+            raise ValueError(f"{where}.top_k={self.top_k} is negative; use 0 (all tokens) or more.")
+        if any(token < 0 for token in self.stop_token_ids or ()):
+            raise ValueError(
+                f"{where}.stop_token_ids={list(self.stop_token_ids or ())} holds a negative id; use token ids."
+            )
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    """How each replica's engine is built."""
+
+    dtype: str = "float32"
+    """Weights, activations and KV cache: float32, bfloat16 or float16."""
+    max_model_len: int = 1024
+    """Most tokens in one sample, prompt and response together."""
+    max_num_seqs: int = 128
+    """Most samples that one replica generates at the same time; more wait for their turn."""
+    max_batched_tokens: int | None = None
+    """Most tokens in one engine step; null: the engine's own choice."""
+    kv_cache_mib: int | None = None
+    """KV cache of each rank in MiB. null: on CUDA what gpu_memory_utilization leaves; on a CPU enough for
+    max_num_seqs samples of max_model_len tokens, but no more than 1024."""
+    gpu_memory_utilization: float = 0.4
+    """CUDA, with kv_cache_mib=null: fraction of the device's memory for the engine, weights and KV cache together."""
+    prefix_caching: bool = True
+    """Keep the KV cache of prompts, so that a prompt's samples share one prefill; emptied at every weight sync."""
+    enforce_eager: bool = False
+    """CUDA: run without CUDA graphs (less memory, slower). A CPU always runs eagerly."""
+
+    def check(self) -> None:
+        """Raises ValueError naming the setting and the values that would work."""
+        if self.dtype not in ELEMENT_BYTES:
+            raise ValueError(f"rollout.dtype={self.dtype!r} is unknown; use {', '.join(ELEMENT_BYTES)}.")
+        if self.max_model_len < 2:
+            raise ValueError(
+                f"rollout.max_model_len={self.max_model_len} leaves no room for a response; use 2 or more."
+            )
+        if self.max_num_seqs < 1:
+            raise ValueError(f"rollout.max_num_seqs={self.max_num_seqs} is below 1; use 1 or more.")
+        if self.max_batched_tokens is not None and self.max_batched_tokens < self.max_num_seqs:
+            raise ValueError(
+                f"rollout.max_batched_tokens={self.max_batched_tokens} is below "
+                f"rollout.max_num_seqs={self.max_num_seqs}, which take one token each in a step; use {self.max_num_seqs} or more, or null."
+            )
+        if self.kv_cache_mib is not None and self.kv_cache_mib < 1:
+            raise ValueError(f"rollout.kv_cache_mib={self.kv_cache_mib} is below 1; use 1 or more MiB, or null.")
+        if not 0.0 < self.gpu_memory_utilization <= 1.0:
+            raise ValueError(
+                f"rollout.gpu_memory_utilization={self.gpu_memory_utilization} is no fraction; use above 0, at most 1."
+            )
+
+    def check_model(self, spec: ModelSpec, tensor: int, cpu: bool) -> None:
+        """Raises ValueError where the engine could not run this model over `tensor` ranks with these settings."""
+        self.check()
+        if self.max_model_len > spec.max_positions:
+            raise ValueError(
+                f"rollout.max_model_len={self.max_model_len} is beyond the {spec.max_positions} positions of the model "
+                f"in {spec.path}; use {spec.max_positions} or less."
+            )
+        fits = [size for size in range(1, spec.heads + 1) if _divides(spec, size)]
+        if tensor not in fits:
+            raise ValueError(
+                f"placement.rollout.tensor={tensor} does not divide the model's {spec.heads} attention heads, "
+                f"{spec.kv_heads} key-value heads and MLP width {spec.ffn}; use {', '.join(map(str, fits))}."
+            )
+        if cpu and spec.head_dim not in CPU_HEAD_DIMS:
+            raise ValueError(
+                f"the rollout engine has no CPU attention for head_dim={spec.head_dim} (the model in {spec.path}); "
+                f"use a model with head_dim {', '.join(map(str, CPU_HEAD_DIMS))}, or a GPU."
+            )
+        if self.kv_cache_mib is not None:
+            self._check_kv_cache(self.kv_cache_mib, spec, tensor)
+
+    def kv_cache_bytes(self, spec: ModelSpec, tensor: int, cpu: bool) -> int | None:
+        """The KV cache of each rank in bytes; None where the engine measures what is left (CUDA)."""
+        if self.kv_cache_mib is not None:
+            return self.kv_cache_mib << 20
+        if not cpu:
+            return None
+        one = self._sequence_bytes(spec, tensor)
+        return max(one, min(one * self.max_num_seqs, CPU_KV_CACHE_LIMIT_MIB << 20))
+
+    def _check_kv_cache(self, mib: int, spec: ModelSpec, tensor: int) -> None:
+        needed = math.ceil(self._sequence_bytes(spec, tensor) / (1 << 20))
+        if mib < needed:
+            raise ValueError(
+                f"rollout.kv_cache_mib={mib} cannot hold one sample of rollout.max_model_len={self.max_model_len} "
+                f"tokens; use rollout.kv_cache_mib={needed} or more, or a smaller rollout.max_model_len."
+            )
+
+    def _sequence_bytes(self, spec: ModelSpec, tensor: int) -> int:
+        """KV cache of one sample of max_model_len tokens on one rank."""
+        blocks = math.ceil(self.max_model_len / BLOCK_TOKENS) + 1  # the engine keeps one empty
+        kv_heads = max(1, spec.kv_heads // tensor)
+        return blocks * BLOCK_TOKENS * 2 * spec.layers * kv_heads * spec.head_dim * ELEMENT_BYTES[self.dtype]
+
+
+def _divides(spec: ModelSpec, tensor: int) -> bool:
+    # Beyond its key-value heads the engine gives each rank a copy of one of them.
+    kv = spec.kv_heads % tensor == 0 if tensor <= spec.kv_heads else tensor % spec.kv_heads == 0
+    return spec.heads % tensor == 0 and spec.ffn % tensor == 0 and kv

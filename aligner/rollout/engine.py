@@ -1,0 +1,247 @@
+"""One replica's vLLM engine: token ids in, sampled token ids and their log-probabilities out."""
+
+from __future__ import annotations
+
+import gc
+import json
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from aligner.models.spec import read_spec
+from aligner.rollout.config import BLOCK_TOKENS, RolloutConfig, Sampling
+from aligner.rollout.subworld import SubWorld, engine_is_live, executor_class, memory_policy_kept
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One response."""
+
+    tokens: list[int]
+    """Sampled token ids, with the stop token where one was drawn."""
+    logp: list[float]
+    """log p of each token under the distribution it was drawn from: after temperature, top-k and top-p."""
+    truncated: bool
+    """The response reached max_tokens without a stop token."""
+
+
+class RolloutEngine:
+    """vLLM in this process, for the replica whose ranks are `group` (its size is the tensor parallel size).
+
+    Every rank of the replica makes every call with equal arguments. The engine starts without weights: `EngineWeights`
+    writes them. A process holds one engine at a time.
+    """
+
+    def __init__(
+        self, model_path: str | Path, group: dist.ProcessGroup, ident: str, config: RolloutConfig, device: torch.device
+    ) -> None:
+        """Collective over `group`, which must carry CPU tensors; `ident` names the replica among this host's.
+
+        Raises ValueError where the settings and the model do not go together.
+        """
+        self.spec, self.config, self.device = read_spec(str(model_path)), config, device
+        cpu = device.type == "cpu"
+        config.check_model(self.spec, dist.get_world_size(group), cpu)
+        self.ready = False
+        """Whether the engine holds one whole set of weights; see `EngineWeights`."""
+        self._subworld = SubWorld(group, ident, device)
+        with self._subworld.inside():
+            _platform(device)
+            assert not engine_is_live(), "this process already holds a rollout engine; close() that one first"
+        try:
+            with self._subworld.inside():
+                _register(Path(model_path))
+                with memory_policy_kept():
+                    self._llm = _build(
+                        model_path, self._subworld, config, config.kv_cache_bytes(self.spec, group.size(), cpu)
+                    )
+            self._subworld.started()
+        except BaseException:
+            self._subworld.close()
+            raise
+        gc.unfreeze()  # vLLM hides all objects of the process from the garbage collector, the training roles' too
+
+    @property
+    def model(self) -> torch.nn.Module:
+        """vLLM's model, this rank's shard."""
+        return self._worker.model_runner.model
+
+    @property
+    def _worker(self) -> Any:
+        return self._llm.model_executor.driver_worker.worker
+
+    @contextmanager
+    def inside(self) -> Iterator[None]:
+        """The surroundings that vLLM's own code needs; the process is as before afterwards."""
+        from vllm.config import set_current_vllm_config
+
+        with self._subworld.inside(), set_current_vllm_config(self._worker.vllm_config), torch.no_grad():
+            yield
+
+    def generate(
+        self, prompts: Sequence[list[int]], seeds: Sequence[int], sampling: Sampling, num_samples: int = 1
+    ) -> list[list[Completion]]:
+        """`num_samples` responses to each prompt, in the order of the prompts.
+
+        Sample i of a prompt is drawn with seed `seeds[prompt] + i` and nothing else: the other prompts, their order,
+        the replica and the process's own random states have no part in it. Space the seeds accordingly.
+
+        Raises ValueError where a prompt is empty or does not fit, RuntimeError before the first weights.
+        """
+        assert len(prompts) == len(seeds), f"{len(prompts)} prompts but {len(seeds)} seeds"
+        assert num_samples >= 1, f"num_samples={num_samples}"
+        sampling.check()
+        self._check_prompts(prompts, sampling)
+        if not self.ready:
+            raise RuntimeError("the rollout engine has no weights yet; call policy.reshard_to(rollout) first.")
+        if not prompts:
+            return []
+        with self.inside():
+            outputs = self._run(prompts, [self._params(sampling, seed, num_samples) for seed in seeds])
+        found = [[_completion(one) for one in outputs[index].outputs] for index in range(len(prompts))]
+        return [group * num_samples for group in found] if sampling.temperature == 0 else found
+
+    def reset_prefix_cache(self) -> None:
+        """Forget every KV cache entry, all of which the present weights computed."""
+        if not self._llm.reset_prefix_cache():
+            raise RuntimeError("the rollout engine's prefix cache is in use: weights were changed during a generation.")
+
+    def close(self) -> None:
+        """Free the engine; collective over the replica. The process can then make another one."""
+        core = self._llm.engine_core
+        core._finalizer.detach()  # would destroy the world's process group
+        with self._subworld.inside():
+            core.engine_core.structured_output_manager.clear_backend()
+            core.engine_core.model_executor.shutdown()
+            core.engine_core.scheduler.shutdown()
+        self.ready = False
+        self._llm = None
+        self._subworld.close()
+
+    def _run(self, prompts: Sequence[list[int]], params: Sequence[Any]) -> dict[int, Any]:
+        """Finished outputs by index of the prompt."""
+        from vllm.inputs import tokens_input
+
+        finished: dict[int, Any] = {}
+        names = [str(index) for index in range(len(prompts))]
+        try:
+            for name, prompt, one in zip(names, prompts, params, strict=True):
+                self._llm.add_request(name, tokens_input(list(prompt)), one)
+            while self._llm.has_unfinished_requests():
+                finished.update({int(output.request_id): output for output in self._llm.step() if output.finished})
+        except BaseException:
+            self._llm.abort_request(names)
+            raise
+        return finished
+
+    def _params(self, sampling: Sampling, seed: int, num_samples: int) -> Any:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        stop = self.spec.eos_token_ids if sampling.stop_token_ids is None else sampling.stop_token_ids
+        return SamplingParams(
+            n=1 if sampling.temperature == 0 else num_samples,  # greedy samples are all the same
+            seed=seed,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            max_tokens=sampling.max_tokens,
+            stop_token_ids=list(stop),
+            ignore_eos=True,  # the list above is the whole truth
+            logprobs=0,  # of the sampled token only
+            flat_logprobs=True,
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+
+    def _check_prompts(self, prompts: Sequence[list[int]], sampling: Sampling) -> None:
+        longest = max((len(prompt) for prompt in prompts), default=0)
+        needed = longest + sampling.max_tokens
+        if prompts and needed > self.config.max_model_len:
+            limit = self.spec.max_positions
+            remedy = f"use rollout.max_model_len={needed} or more" if needed <= limit else f"the model ends at {limit}"
+            raise ValueError(
+                f"a prompt of {longest} tokens and sampling.max_tokens={sampling.max_tokens} do not fit in "
+                f"rollout.max_model_len={self.config.max_model_len}; {remedy}, or shorter prompts or responses."
+            )
+        for index, prompt in enumerate(prompts):
+            if not prompt:
+                raise ValueError(
+                    f"prompt {index} is empty; give it at least one token, such as the begin-of-text token."
+                )
+            if min(prompt) < 0 or max(prompt) >= self.spec.vocab:
+                strange = max(prompt) if min(prompt) >= 0 else min(prompt)
+                raise ValueError(
+                    f"prompt {index} holds token {strange}, outside the model's vocabulary of {self.spec.vocab}; "
+                    f"use the tokenizer of {self.spec.path}."
+                )
+
+
+def _platform(device: torch.device) -> None:
+    """Import vLLM, whose platform must be the device's."""
+    # vLLM logs while it is imported, before it reads its own setting.
+    logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"].upper())
+    from vllm.platforms import current_platform
+
+    if current_platform.device_type != device.type:
+        raise ValueError(
+            f"the installed vLLM runs on {current_platform.device_type or 'no device'}, this rank on {device.type}; "
+            f"install the extra .[{'cpu' if device.type == 'cpu' else 'cuda'}]."
+        )
+    if device.type == "cpu":
+        # Compiling the sampler's small kernels takes 7 to 13 s and gains nothing on a CPU. Must precede other imports.
+        type(current_platform).simple_compile_backend = "eager"
+
+
+def _register(model_path: Path) -> None:
+    """Tell vLLM the model's class: it would start a second Python to look at the class, which takes 10 s."""
+    from vllm import ModelRegistry
+
+    for architecture in json.loads((model_path / "config.json").read_text())["architectures"]:
+        known = ModelRegistry.models.get(architecture)
+        if known is not None:
+            ModelRegistry.register_model(architecture, known.load_model_cls())
+
+
+def _build(model_path: str | Path, subworld: SubWorld, config: RolloutConfig, kv_cache_bytes: int | None) -> Any:
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.usage.usage_lib import UsageContext
+    from vllm.v1.engine.llm_engine import LLMEngine
+
+    arguments = EngineArgs(
+        model=str(model_path),
+        skip_tokenizer_init=True,
+        load_format="dummy",  # the policy's weights arrive by resharding
+        generation_config="vllm",
+        dtype=config.dtype,  # type: ignore[arg-type]
+        seed=0,
+        tensor_parallel_size=subworld.size,
+        distributed_executor_backend=executor_class(subworld),
+        max_model_len=config.max_model_len,
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.max_batched_tokens,
+        block_size=BLOCK_TOKENS,  # type: ignore[arg-type]
+        kv_cache_memory_bytes=kv_cache_bytes,
+        gpu_memory_utilization=config.gpu_memory_utilization,
+        enable_prefix_caching=config.prefix_caching,
+        enforce_eager=config.enforce_eager or subworld.device.type == "cpu",
+        # The default reports log-probabilities before temperature, top-k and top-p.
+        logprobs_mode="processed_logprobs",
+        disable_log_stats=True,
+    )
+    return LLMEngine.from_engine_args(arguments, usage_context=UsageContext.LLM_CLASS)
+
+
+def _completion(output: Any) -> Completion:
+    tokens, logp = list(output.token_ids), list(output.logprobs.logprobs)
+    assert len(tokens) == len(logp), f"{len(tokens)} tokens but {len(logp)} log-probabilities"
+    if output.finish_reason not in ("stop", "length"):
+        raise RuntimeError(f"the rollout engine ended a response with {output.finish_reason!r}.")
+    return Completion(tokens, logp, output.finish_reason == "length")

@@ -1,0 +1,197 @@
+"""A vLLM engine on part of the world: inside a `SubWorld`, the replica's ranks are all that torch and vLLM see."""
+
+from __future__ import annotations
+
+import gc
+import os
+import random
+import re
+import secrets
+import shutil
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.distributed import distributed_c10d as c10d
+
+_QUIET = {
+    "VLLM_LOGGING_LEVEL": "ERROR",  # read once, when vllm is first imported
+    "VLLM_NO_USAGE_STATS": "1",
+    # The older model runner is the one that runs on CPUs as well, and draws each request from its own generator.
+    "VLLM_USE_V2_MODEL_RUNNER": "0",
+}
+_FORCED = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+_IGNORED = ("VLLM_CPU_KVCACHE_SPACE",)  # would silently win over rollout.kv_cache_mib
+
+
+class SubWorld:
+    """The ranks of one replica as a world of their own, entered with `inside()`; vLLM runs nowhere else.
+
+    vLLM takes torch's default process group, RANK and WORLD_SIZE for its own and changes much of the process besides:
+    inside, it may; on the way out everything is as it was.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, ident: str, device: torch.device) -> None:
+        """Collective over `group`, whose members are the replica; `ident` names it in shared memory."""
+        self.group, self.device = group, device
+        self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+        token = self._agree(secrets.randbelow(1 << 40))
+        # The stock name of vLLM's shared memory is equal for every job on the host.
+        self.ident = f"{re.sub(r'[^A-Za-z0-9_.-]', '-', ident)}-{token:x}"
+        self.local_rank = device.index or 0 if device.type == "cuda" else self.rank
+        # vLLM numbers its process groups from here: never a name that another replica or an earlier engine used.
+        self._group_count = 1_000_000 + token
+        self._threads = torch.get_num_threads()
+        self._sockets = tempfile.mkdtemp(prefix="aligner-")
+        self._environment = {
+            **{name: os.environ.get(name, value) for name, value in _QUIET.items()},
+            **_FORCED,
+            "RANK": str(self.rank),
+            "WORLD_SIZE": str(self.size),
+            "LOCAL_RANK": str(self.local_rank),
+            "LOCAL_WORLD_SIZE": str(self.size),
+            "VLLM_RPC_BASE_PATH": self._sockets,
+        }
+
+    def _agree(self, token: int) -> int:
+        shared = torch.tensor([token], dtype=torch.int64)
+        if self.size > 1:
+            dist.broadcast(shared, group=self.group, group_src=0)
+        return int(shared)
+
+    @contextmanager
+    def inside(self) -> Iterator[None]:
+        """The process as vLLM's engine wants it; restored at the end, whatever happens."""
+        with ExitStack() as stack:
+            stack.enter_context(_random_states(self.device))
+            stack.enter_context(self._own_environment())
+            stack.enter_context(self._own_threads())
+            stack.enter_context(self._own_default_group())
+            stack.enter_context(warnings.catch_warnings())
+            warnings.simplefilter("ignore")
+            yield
+
+    @contextmanager
+    def _own_default_group(self) -> Iterator[None]:
+        world = c10d._world
+        default, count = world.default_pg, world.group_count
+        c10d._update_default_pg(self.group)
+        world.group_count = self._group_count
+        try:
+            yield
+        finally:
+            self._group_count = world.group_count
+            # Ranks outside the replica made no groups: the names of later groups must agree with theirs.
+            world.group_count = count
+            c10d._update_default_pg(default)
+
+    @contextmanager
+    def _own_environment(self) -> Iterator[None]:
+        before = dict(os.environ)
+        os.environ.update(self._environment)
+        for name in _IGNORED:
+            os.environ.pop(name, None)
+        try:
+            yield
+        finally:
+            # What vLLM has set is there again at the next entry; it reads its variables late.
+            self._environment.update({name: value for name, value in os.environ.items() if before.get(name) != value})
+            for name in set(os.environ) - set(before):
+                del os.environ[name]
+            os.environ.update(before)
+
+    @contextmanager
+    def _own_threads(self) -> Iterator[None]:
+        setter, threads, precision = (
+            torch.set_num_threads,
+            torch.get_num_threads(),
+            torch.get_float32_matmul_precision(),
+        )
+        # vLLM's shared-memory collectives are laid out for the thread count that they were made with.
+        if threads != self._threads:
+            setter(self._threads)
+        try:
+            yield
+        finally:
+            torch.set_num_threads = setter  # vLLM's CPU worker makes it a no-op
+            if torch.get_num_threads() != threads:
+                setter(threads)
+            torch.set_float32_matmul_precision(precision)
+
+    def started(self) -> None:
+        """The engine stands: its ranks are connected, so the files of their sockets can go already."""
+        if self.size > 1:
+            dist.barrier(group=self.group)
+        shutil.rmtree(self._sockets, ignore_errors=True)
+
+    def close(self) -> None:
+        """Take down vLLM's groups and leave nothing behind; collective over the replica, also after a failed start.
+
+        vLLM's own shutdown would destroy the world's process group.
+        """
+        with self.inside():
+            from vllm import envs
+            from vllm.distributed import parallel_state
+
+            parallel_state.destroy_model_parallel()
+            if parallel_state._WORLD is not None:
+                parallel_state._WORLD.destroy()
+            parallel_state._WORLD = parallel_state._INNER_DP_WORLD = parallel_state._NODE_COUNT = None
+            envs.disable_envs_cache()
+        shutil.rmtree(self._sockets, ignore_errors=True)
+        gc.unfreeze()
+        gc.collect()
+
+
+def executor_class(subworld: SubWorld) -> type[Any]:
+    """vLLM's in-process executor, told its rank by the sub-world instead of by torchrun."""
+    from vllm.v1.executor.uniproc_executor import ExecutorWithExternalLauncher
+
+    class SubWorldExecutor(ExecutorWithExternalLauncher):
+        def _distributed_args(self) -> tuple[str, int, int]:
+            # Process groups exist already, so the address is never dialled; its tail names the shared memory.
+            return f"tcp://subworld:{subworld.ident}", subworld.rank, subworld.local_rank
+
+    return SubWorldExecutor
+
+
+def engine_is_live() -> bool:
+    """Whether this process holds an engine: vLLM keeps its process groups in globals, so there is room for one."""
+    from vllm.distributed import parallel_state
+
+    return parallel_state._WORLD is not None
+
+
+@contextmanager
+def memory_policy_kept() -> Iterator[None]:
+    """Without vLLM's binding of all of this process's memory to one NUMA node: other roles live here too."""
+    import vllm._custom_ops  # noqa: F401  (loads the operators)
+
+    operators: Any = torch.ops._C
+    bind = getattr(operators, "init_cpu_memory_env", None)  # only the CPU build has it
+    if bind is not None:
+        operators.init_cpu_memory_env = lambda nodes: None
+    try:
+        yield
+    finally:
+        if bind is not None:
+            operators.init_cpu_memory_env = bind
+
+
+@contextmanager
+def _random_states(device: torch.device) -> Iterator[None]:
+    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        torch.set_rng_state(cpu)
+        if cuda is not None:
+            torch.cuda.set_rng_state(cuda, device)

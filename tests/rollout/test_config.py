@@ -1,0 +1,85 @@
+"""The rollout's settings: each impossible value is named, together with the values that would work."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from aligner.rollout.config import RolloutConfig, Sampling
+
+# 4 layers, 8 heads, 2 key-value heads of 64: in float32 a token's cache is 2 * 4 * 2 * 64 * 4 = 4096 bytes.
+SPEC: Any = SimpleNamespace(
+    path="/models/x", layers=4, heads=8, kv_heads=2, head_dim=64, ffn=24, max_positions=4096, vocab=100
+)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"dtype": "fp8"}, "rollout.dtype='fp8' is unknown; use float32, bfloat16, float16"),
+        ({"max_model_len": 1}, "rollout.max_model_len=1 leaves no room for a response; use 2 or more"),
+        ({"max_num_seqs": 0}, "rollout.max_num_seqs=0 is below 1"),
+        ({"max_batched_tokens": 100}, "rollout.max_batched_tokens=100 is below rollout.max_num_seqs=128"),
+        ({"kv_cache_mib": 0}, "rollout.kv_cache_mib=0 is below 1"),
+        ({"gpu_memory_utilization": 1.2}, "rollout.gpu_memory_utilization=1.2 is no fraction"),
+        ({"max_model_len": 4097}, "rollout.max_model_len=4097 is beyond the 4096 positions of the model in /models/x"),
+        # 1024 tokens are 32 blocks, and one stays empty: 33 * 32 * 4096 bytes = 4.125 MiB.
+        ({"kv_cache_mib": 4}, "rollout.kv_cache_mib=4 cannot hold one sample .* use rollout.kv_cache_mib=5 or more"),
+    ],
+)
+def test_impossible_settings(changed: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        replace(RolloutConfig(), **changed).check_model(SPEC, 1, cpu=True)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"temperature": -1.0}, "use 0 .greedy. to 2"),
+        ({"temperature": float("nan")}, "sampling.temperature=nan is not possible"),
+        ({"temperature": 0.001}, "use 0 .greedy. or 0.01 to 2"),
+        ({"max_tokens": 0}, "sampling.max_tokens=0 is below 1"),
+        ({"top_p": 1.5}, "sampling.top_p=1.5 is no probability"),
+        ({"top_k": -1}, "sampling.top_k=-1 is negative; use 0 .all tokens. or more"),
+        ({"stop_token_ids": (3, -1)}, r"sampling.stop_token_ids=\[3, -1\] holds a negative id"),
+    ],
+)
+def test_impossible_sampling(changed: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Sampling(**changed).check()
+
+
+def test_tensor_parallel_sizes() -> None:
+    config = RolloutConfig()
+    for tensor in (1, 2, 4, 8):  # beyond 2, each rank has a copy of one key-value head
+        config.check_model(SPEC, tensor, cpu=True)
+    with pytest.raises(ValueError, match=r"placement\.rollout\.tensor=3 does not divide .*; use 1, 2, 4, 8\."):
+        config.check_model(SPEC, 3, cpu=True)
+
+
+def test_head_sizes_without_a_cpu_kernel() -> None:
+    narrow: Any = SimpleNamespace(**{**vars(SPEC), "head_dim": 16})
+    RolloutConfig().check_model(narrow, 1, cpu=False)
+    with pytest.raises(ValueError, match="no CPU attention for head_dim=16"):
+        RolloutConfig().check_model(narrow, 1, cpu=True)
+
+
+def test_kv_cache_sizes() -> None:
+    one = 33 * 32 * 4096
+    config = RolloutConfig()
+    assert config.kv_cache_bytes(SPEC, 1, cpu=False) is None
+    assert config.kv_cache_bytes(SPEC, 1, cpu=True) == 128 * one
+    assert config.kv_cache_bytes(SPEC, 8, cpu=True) == 128 * one // 2  # 1 key-value head of 2
+    assert replace(config, dtype="bfloat16").kv_cache_bytes(SPEC, 1, cpu=True) == 128 * one // 2
+    assert replace(config, max_num_seqs=4096).kv_cache_bytes(SPEC, 1, cpu=True) == 1024 << 20
+    assert replace(config, kv_cache_mib=7).kv_cache_bytes(SPEC, 1, cpu=False) == 7 << 20
+
+
+def test_settings_load_neither_torch_nor_vllm() -> None:
+    code = "import sys, aligner.rollout.config; sys.exit(bool({'torch', 'vllm'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=30).returncode == 0

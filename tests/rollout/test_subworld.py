@@ -1,0 +1,98 @@
+"""A process that made an engine, wrote its weights and generated is as it was, and silent."""
+
+from __future__ import annotations
+
+import gc
+import os
+import random
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+from aligner.rollout.config import Sampling
+from aligner.rollout.engine import RolloutEngine
+from aligner.rollout.subworld import SubWorld
+from aligner.rollout.weights import EngineWeights
+from tests.rollout import tiny
+
+GREEDY = Sampling(temperature=0.0, max_tokens=24, stop_token_ids=())
+DRAWN = Sampling(temperature=0.7, max_tokens=24, stop_token_ids=())
+
+
+def test_the_process_is_left_as_it_was(
+    start: Callable[[str], RolloutEngine], models: dict[str, tuple[Any, str]], capfd: pytest.CaptureFixture[str]
+) -> None:
+    def draw() -> list[float]:
+        return [random.random(), float(np.random.rand()), float(torch.rand(())), float(torch.rand(()))]
+
+    def seed() -> None:
+        random.seed(3), np.random.seed(3), torch.manual_seed(3)
+
+    seed()
+    undisturbed = [draw() for _ in range(4)]
+    environment, default, threads = dict(os.environ), dist.group.WORLD, torch.get_num_threads()
+    setter, precision = torch.set_num_threads, torch.get_float32_matmul_precision()
+    seed()
+    drawn = [draw()]
+    engine = start("qwen2")
+    drawn.append(draw())
+    tiny.write(EngineWeights(engine), models["qwen2"][0])
+    drawn.append(draw())
+    engine.generate(tiny.prompts(3), [1, 2, 3], DRAWN)
+    drawn.append(draw())
+    assert drawn == undisturbed
+    assert dict(os.environ) == environment
+    assert dist.group.WORLD is default
+    assert dist.get_rank() == 0
+    assert (torch.get_num_threads(), torch.set_num_threads) == (threads, setter)
+    assert torch.get_float32_matmul_precision() == precision
+    assert gc.get_freeze_count() == 0
+    said = capfd.readouterr()
+    assert (said.out, said.err) == ("", "")
+
+
+def test_no_generation_before_the_first_weights(start: Callable[[str], RolloutEngine]) -> None:
+    engine = start("qwen2")
+    with pytest.raises(RuntimeError, match=r"call policy\.reshard_to\(rollout\) first"):
+        engine.generate([[5]], [0], GREEDY)
+    with pytest.raises(AssertionError, match="already holds a rollout engine"):
+        start("qwen2")
+
+
+def test_the_way_out_of_an_error_restores_everything(group: dist.ProcessGroup) -> None:
+    subworld = SubWorld(group, "a job/with: odd name", torch.device("cpu"))
+    assert not {":", "/"} & set(subworld.ident)
+    environment, default, state = dict(os.environ), dist.group.WORLD, torch.get_rng_state()
+
+    def fail_inside() -> None:
+        with subworld.inside():
+            assert (os.environ["WORLD_SIZE"], dist.group.WORLD) == ("1", group)
+            os.environ["VLLM_DIST_IDENT"] = "set by the engine"
+            torch.rand(3)
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail_inside()
+    assert dict(os.environ) == environment
+    assert dist.group.WORLD is default
+    assert torch.equal(torch.get_rng_state(), state)
+    with subworld.inside():
+        assert os.environ["VLLM_DIST_IDENT"] == "set by the engine"
+    subworld.close()
+
+
+def test_a_failed_start_can_be_repeated(start: Callable[[str], RolloutEngine], monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    def broken(*_: Any, **__: Any) -> None:
+        raise OSError("no scheduler today")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Scheduler, "__init__", broken)
+        with pytest.raises(OSError, match="no scheduler today"):
+            start("qwen2")
+    assert start("qwen2").ready is False

@@ -1,0 +1,114 @@
+"""Tiny Hugging Face models, and the transformers library's own answers, for the rollout's tests."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from aligner.reshard.region import Piece
+from aligner.rollout.config import RolloutConfig
+from aligner.rollout.engine import Completion
+from aligner.rollout.weights import EngineWeights
+
+CONFIG = RolloutConfig(max_model_len=96, max_num_seqs=32, kv_cache_mib=8)
+VOCAB = 100  # the engine rounds it up to 128
+EOS = 1
+FAMILIES = ("qwen2", "qwen3_tied", "llama")
+
+
+def make_model(family: str, seed: int) -> Any:
+    """A random transformers model in float32: 2 layers, 4 heads, 2 key-value heads of 32."""
+    from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+    sizes: dict[str, Any] = {
+        "vocab_size": VOCAB,
+        "hidden_size": 128,
+        "intermediate_size": 192,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 128,
+        "bos_token_id": 2,
+        "eos_token_id": EOS,
+        "pad_token_id": 0,
+    }
+    torch.manual_seed(seed)
+    if family == "qwen2":
+        model: Any = Qwen2ForCausalLM(Qwen2Config(tie_word_embeddings=False, **sizes))
+    elif family == "qwen3_tied":
+        model = Qwen3ForCausalLM(Qwen3Config(tie_word_embeddings=True, head_dim=32, **sizes))
+    else:
+        model = LlamaForCausalLM(LlamaConfig(tie_word_embeddings=False, **sizes))
+    randomize(model)
+    return model.float().eval()
+
+
+@torch.no_grad()
+def randomize(model: Any) -> None:
+    """New weights from torch's random state, large enough that every layer shows in the output."""
+    outer = 0.1 if model.config.tie_word_embeddings else 0.3  # tied, the input token would always win
+    for name, parameter in model.named_parameters():
+        noise = torch.randn_like(parameter)
+        if "norm" in name:
+            parameter.copy_(1 + 0.2 * noise)
+        elif name.endswith("bias"):
+            parameter.copy_(0.2 * noise)
+        else:
+            parameter.copy_(noise * (outer if "embed" in name or "lm_head" in name else 0.1))
+
+
+def save(model: Any, folder: Path) -> str:
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+def tensors(model: Any) -> dict[str, Tensor]:
+    """The checkpoint's tensors: an output layer tied to the embedding is not among them."""
+    found = {name: value.detach() for name, value in model.state_dict().items()}
+    if model.config.tie_word_embeddings:
+        del found["lm_head.weight"]
+    return found
+
+
+def cut(found: dict[str, Tensor], piece: Piece) -> Tensor:
+    return found[piece.name][tuple(slice(low, low + extent) for low, extent in zip(piece.lo, piece.size, strict=True))]
+
+
+def write(weights: EngineWeights, model: Any, skip: str | None = None) -> None:
+    """Write every region from the model's tensors, as a transfer would."""
+    found = tensors(model)
+    for piece in weights.pieces({name: tuple(value.shape) for name, value in found.items()}):
+        if piece.name != skip:
+            weights.view(piece).copy_(cut(found, piece))
+            weights.written(piece)
+    weights.finish()
+
+
+def prompts(count: int, seed: int = 0) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(3, VOCAB, (4 + index % 7,), generator=generator).tolist() for index in range(count)]
+
+
+@torch.no_grad()
+def greedy(model: Any, prompt: Sequence[int], length: int) -> list[int]:
+    """transformers' own greedy continuation, each token from a whole forward pass."""
+    tokens = list(prompt)
+    for _ in range(length):
+        tokens.append(int(model(torch.tensor([tokens])).logits[0, -1].argmax()))
+    return tokens[len(prompt) :]
+
+
+@torch.no_grad()
+def gap(model: Any, prompt: Sequence[int], completion: Completion, temperature: float = 1.0) -> float:
+    """Largest |rollout log-probability - log_softmax(logits / temperature)| of the response's tokens."""
+    logits_TV = model(torch.tensor([[*prompt, *completion.tokens]])).logits[0, len(prompt) - 1 : -1].float()
+    logp_TV = torch.log_softmax(logits_TV / temperature, dim=-1)
+    logp_T = logp_TV.gather(1, torch.tensor(completion.tokens)[:, None])[:, 0]
+    return float((logp_T - torch.tensor(completion.logp)).abs().max())
