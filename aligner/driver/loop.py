@@ -1,0 +1,160 @@
+"""Drive a loop: evaluate, log, write samples, save and report. What is not the algorithm stands here."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+import yaml
+
+from aligner.algorithms.step import Step
+from aligner.driver.batches import batches
+from aligner.driver.evaluate import evaluate
+from aligner.driver.metrics import CONFIG_FILE, METRICS_FILE, MetricsWriter
+from aligner.driver.report import write_report
+from aligner.driver.samples import write_samples
+from aligner.reshard.ledger import total
+from aligner.reward.pool import Status
+from aligner.roles import Roles, build_roles
+from aligner.spmd.world import World
+
+if TYPE_CHECKING:
+    from aligner.driver.job import Job
+
+PHASES = {"generate": "generate", "score": "score", "logprobs": "logprobs", "update": "update", "reshard_to": "reshard"}
+"""Role call -> name of its seconds in a row."""
+
+
+def run_job(job: Job, world: World) -> None:
+    """Build the roles and drive the loop to its end."""
+    roles = build_roles(job.config, job.roles, world, job.checked.meshes, job.checked.spec, job.checked.tokenizer)
+    driver = Driver(job, world, roles)
+    driver.run()
+
+
+class Driver:
+    """The same object on every rank; only rank 0 writes."""
+
+    def __init__(self, job: Job, world: World, roles: Roles) -> None:
+        self.job, self.config, self.world, self.roles = job, job.config, world, roles
+        self.run_dir = Path(job.config.run_dir)
+        self.writer: MetricsWriter | None = None
+        if world.rank == 0:
+            self.run_dir.mkdir(parents=True, exist_ok=True)
+            (self.run_dir / METRICS_FILE).unlink(missing_ok=True)  # checked: overwrite=true where it is there
+            (self.run_dir / CONFIG_FILE).write_text(yaml.safe_dump(_plain(job.config), sort_keys=False))
+            logging = job.config.logging
+            self.writer = MetricsWriter(self.run_dir, logging.console, logging.wandb_run(), job.config.train.steps)
+
+    def run(self) -> None:
+        """The loop with everything around it."""
+        train = self.config.train
+        evaluates = bool(train.eval_every and self.job.checked.heldout)
+        if evaluates:
+            self.roles.policy.reshard_to(self.roles.rollout)
+            self._log(0, {"accuracy": self._evaluate()})
+        stream = batches(self.config, self.job.checked, self.world.journal)
+        start = time.perf_counter()
+        self._accounts()
+        step = 0
+        for step, result in enumerate(self.job.loop(self.roles, stream, self.job.settings), start=1):
+            row = self._row(result, time.perf_counter() - start)
+            if evaluates and (step % train.eval_every == 0 or step == train.steps):
+                row["accuracy"] = self._evaluate()
+                self._accounts()
+            self._log(step, row)
+            self._write_samples(step, result)
+            start = time.perf_counter()
+        if step != train.steps:
+            raise ValueError(
+                f"the loop yielded {step} steps of train.steps={train.steps}; it must yield one per batch."
+            )
+        self._finish()
+
+    def _row(self, result: Step, seconds: float) -> dict[str, float]:
+        """Everything known of one iteration, on every rank."""
+        row: dict[str, float] = dict(result.metrics.get())
+        if result.scores is not None:
+            row |= _reward_row(result.scores["reward_B"].get(), result.scores["status_B"].get())
+        if result.samples is not None:
+            row |= self._sample_row(result)
+        row |= self._accounts()
+        row["seconds"] = seconds
+        row["tokens_per_second"] = row.get("tokens", 0.0) / seconds
+        return row
+
+    def _sample_row(self, result: Step) -> dict[str, float]:
+        assert result.samples is not None
+        length_B = result.samples["length_B"].get() - result.samples["prompt_len_B"].get()
+        return {
+            "length": length_B.float().mean().item(),
+            "truncated": result.samples["truncated_B"].get().float().mean().item(),
+        }
+
+    def _accounts(self) -> dict[str, float]:
+        """Seconds by phase since the last time (of the slowest rank) and the last sync's ledger over all ranks."""
+        mine: Counter[str] = Counter()
+        roles = self.roles
+        for role in (roles.policy, roles.rollout, roles.reference, roles.reward):
+            if role is not None:
+                mine.update(role.seconds)
+                role.seconds.clear()
+        rows = [sync.ledger[-1] for sync in roles.policy.syncs.values() if sync.ledger]
+        found: list[Any] = [None] * self.world.size
+        dist.all_gather_object(found, (dict(mine), rows))
+        names = {name for seconds, _ in found for name in seconds}
+        slowest = {name: max(seconds.get(name, 0.0) for seconds, _ in found) for name in names}
+        ledger = total([row for _, rows in found for row in rows]).metrics() if "rollout" in self.job.roles else {}
+        return ledger | {f"seconds_{name}": slowest[call] for call, name in PHASES.items() if call in slowest}
+
+    def _evaluate(self) -> float:
+        return evaluate(self.roles, self.job.checked.heldout, self.config)
+
+    def _log(self, step: int, row: dict[str, float]) -> None:
+        if self.writer:
+            self.writer.log(step, row)
+
+    def _write_samples(self, step: int, result: Step) -> None:
+        logging = self.config.logging
+        wanted = logging.samples_every and (step % logging.samples_every == 0 or step in (1, self.config.train.steps))
+        if not wanted or result.scores is None or result.samples is None:
+            return
+        scores = [result.scores[name].get() for name in ("response", "reward_B", "status_B")]
+        fields = result.samples["fields"].get()
+        if self.world.rank == 0:
+            items = [
+                {"prompt": row.get("prompt", ""), "response": text, "reward": reward.item(), "status": Status(int(status)),
+                 "fields": {k: v for k, v in row.items() if k != "prompt"}}
+                for row, text, reward, status in zip(fields, *scores, strict=True)
+            ]  # fmt: skip
+            write_samples(self.run_dir, step, items[: logging.samples_count])
+
+    def _finish(self) -> None:
+        if self.config.train.save:
+            self.roles.policy.save_checkpoint(self.run_dir / "model")
+        if self.writer:
+            self.writer.close()
+            if self.config.train.save:
+                print(f"model:  {self.run_dir / 'model'}")
+            if self.config.train.report:
+                png, html = write_report(self.run_dir)
+                print(f"curve:  {png}\nreport: {html}")
+
+
+def _reward_row(reward_B: torch.Tensor, status_B: torch.Tensor) -> dict[str, float]:
+    row = {f"reward_{status.name.lower()}": (status_B == status).sum().item() for status in Status}
+    scored_B = reward_B[~torch.isnan(reward_B)]
+    return {**row, "reward": scored_B.mean().item() if len(scored_B) else float("nan")}
+
+
+def _plain(config: Any) -> dict[str, Any]:
+    values = asdict(config)
+    task = values["data"]["task"]
+    if task is not None:
+        values["data"]["task"] = str(config.data.task)
+    return values

@@ -1,0 +1,41 @@
+"""Command: draw the report of one run, or compare the curves of several.
+
+python tools/report.py RUN_DIR [--out FOLDER]                  learning_curve.png and report.html
+python tools/report.py RUN_DIR RUN_DIR ... [--out FILE.png]    the runs' curves in one picture
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # also from a checkout that was never installed
+
+from aligner.driver.report import compare_report, write_report
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run_dirs", nargs="+", metavar="RUN_DIR", help="folder of a run (it holds metrics.jsonl)")
+    parser.add_argument(
+        "--out", help="one run: the folder to write to (default: the run's); several: the PNG (default: compare.png)"
+    )
+    arguments = parser.parse_args()
+    try:
+        if len(arguments.run_dirs) > 1:
+            paths = [compare_report(arguments.run_dirs, arguments.out or "compare.png")]
+        elif arguments.out and Path(arguments.out).suffix:
+            raise ValueError(f"--out={arguments.out} looks like a file; for one run give a folder.")
+        else:
+            paths = list(write_report(arguments.run_dirs[0], arguments.out))
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    for path in paths:
+        print(path)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
