@@ -1,0 +1,43 @@
+"""GRPO (Shao et al. 2024): sample a group for each prompt, score it, compare inside the group, take a clipped step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from aligner.algorithms.step import Step
+from aligner.data.prompts import Prompt
+from aligner.objective.advantages import group_advantages
+from aligner.roles import Roles
+
+
+@dataclass(frozen=True)
+class GrpoConfig:
+    """GRPO and its kin: variants differ in `normalize`, `loss` and policy.reduction."""
+
+    roles: list[str] = field(default_factory=lambda: ["policy", "rollout", "reference", "reward"])
+    """Roles to build; without reference there is no KL."""
+    group_size: int = 8
+    """Samples per prompt."""
+    normalize: str = "std"
+    """Divide advantages by the group's standard deviation (std) or not (none, as Dr. GRPO)."""
+    loss: Any = None
+    """Loss with its settings, as a `_target_` with `_partial_: true`."""
+
+
+def grpo(roles: Roles, prompts: Iterable[list[Prompt]], cfg: GrpoConfig) -> Iterator[Step]:
+    """One on-policy update for each batch of prompts."""
+    policy, rollout, reference, reward = roles.policy, roles.rollout, roles.reference, roles.reward
+    loss: Callable[..., Any] = cfg.loss
+    policy.reshard_to(rollout)
+    for batch in prompts:
+        samples = rollout.generate(batch, num_samples=cfg.group_size)
+        scores = reward.score(samples)
+        reference_logp_BT = reference.logprobs(samples) if reference else None
+        advantage_B = policy.run(
+            group_advantages, scores["reward_B"], group_size=cfg.group_size, normalize=cfg.normalize
+        )
+        metrics = policy.update(loss, samples, advantage_B=advantage_B, reference_logp_BT=reference_logp_BT)
+        policy.reshard_to(rollout)
+        yield Step(metrics, samples, scores)

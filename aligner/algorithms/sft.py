@@ -1,0 +1,29 @@
+"""Supervised fine-tuning: maximise the likelihood of demonstrated responses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from aligner.algorithms.step import Step
+from aligner.data.samples import Samples
+from aligner.roles import Roles
+
+
+@dataclass(frozen=True)
+class SftConfig:
+    """SFT has nothing to choose but its loss."""
+
+    roles: list[str] = field(default_factory=lambda: ["policy"])
+    """Roles to build."""
+    loss: Any = None
+    """Loss with its settings, as a `_target_` with `_partial_: true`."""
+
+
+def sft(roles: Roles, demonstrations: Iterable[Samples], cfg: SftConfig) -> Iterator[Step]:
+    """One optimizer step for each batch of demonstrations."""
+    policy = roles.policy
+    loss: Callable[..., Any] = cfg.loss
+    for batch in demonstrations:
+        yield Step(policy.update(loss, policy.place(batch)))

@@ -1,0 +1,211 @@
+"""Everything that can be known wrong before a model is built or a process group made."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from aligner.config import Config
+from aligner.data.demonstrations import Demonstration, tokenize_demonstrations
+from aligner.data.jsonl import rows
+from aligner.data.prompts import Prompt, tokenize_prompts
+from aligner.data.tokenizer import load_tokenizer
+from aligner.models.spec import ModelSpec, read_spec, valid_tensor_sizes
+from aligner.spmd.mesh import Mesh
+from aligner.spmd.placement import make_meshes
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+ROLES = ("policy", "rollout", "reference", "reward")
+CHOICES = {
+    "policy.dtype": ("float32", "bfloat16"),
+    "rollout.dtype": ("float32", "bfloat16"),
+    "policy.recompute": ("none", "selective", "full"),
+    "policy.reduction": ("token_mean", "sequence_mean", "fixed"),
+    "policy.optimizer.schedule": ("constant", "linear", "cosine"),
+    "data.kind": ("prompts", "demonstrations"),
+    "data.too_long": ("error", "drop"),
+}
+AT_LEAST = {
+    "train.steps": 1,
+    "train.eval_every": 0,
+    "train.eval_temperature": 0,
+    "data.prompts_per_step": 1,
+    "data.max_prompt_tokens": 1,
+    "data.max_tokens": 2,
+    "data.eval_prompts": 1,
+    "policy.micro_tokens": 1,
+    "policy.minibatches": 1,
+    "policy.epochs": 1,
+    "policy.fixed_length": 0,
+    "policy.optimizer.lr": 0,
+    "policy.optimizer.warmup_steps": 0,
+    "policy.optimizer.decay_steps": 0,
+    "policy.optimizer.weight_decay": 0,
+    "policy.optimizer.clip_grad": 0,
+    "sampling.max_tokens": 1,
+    "reward.workers": 1,
+    "seed": 0,
+    "timeout_seconds": 1,
+}
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What the checks have read, ready for the roles."""
+
+    spec: ModelSpec
+    tokenizer: PreTrainedTokenizerBase
+    meshes: Mapping[str, Mesh]
+    prompts: list[Prompt]
+    demonstrations: list[Demonstration]
+    heldout: list[Prompt]
+
+
+def check(config: Config, roles: list[str], world_size: int, group_size: int = 1) -> Checked:
+    """Check the whole configuration against the model, the data and the number of ranks.
+
+    Args:
+        roles: the roles that the loop wants.
+        group_size: samples per prompt.
+
+    Raises:
+        ValueError: the first thing found wrong, with the setting and the values that would work.
+    """
+    _check_values(config)
+    unknown = [role for role in roles if role not in ROLES]
+    if unknown or "policy" not in roles:
+        raise ValueError(f"algorithm.roles={roles} must hold policy and otherwise only {', '.join(ROLES[1:])}.")
+    if group_size < 1:
+        raise ValueError(f"algorithm.group_size={group_size} must be at least 1.")
+    meshes = make_meshes(config.placement, world_size)
+    spec = read_spec(config.model.path)
+    _check_sizes(spec, meshes, roles)
+    tokenizer = load_tokenizer(config.model.path)
+    prompts, demonstrations, heldout = _read_data(config, tokenizer)
+    if "rollout" in roles:
+        config.rollout.check_model(spec, meshes["rollout"].tensor, cpu=not torch.cuda.is_available())
+        _check_lengths(config)
+    _check_memory(config, spec, meshes, roles)
+    return Checked(spec, tokenizer, meshes, prompts, demonstrations, heldout)
+
+
+def _check_values(config: Config) -> None:
+    for key, allowed in CHOICES.items():
+        value = _get(config, key)
+        if value not in allowed:
+            raise ValueError(f"{key}={value} is unknown; use {', '.join(allowed)}.")
+    for key, least in AT_LEAST.items():
+        value = _get(config, key)
+        if not value >= least:
+            raise ValueError(f"{key}={value} must be at least {least}.")
+    for key in ("policy.optimizer.beta1", "policy.optimizer.beta2"):
+        if not 0 <= _get(config, key) < 1:
+            raise ValueError(f"{key}={_get(config, key)} must be in [0, 1).")
+    for key in ("reward.max_missing", "policy.optimizer.min_lr_ratio"):
+        if not 0 <= _get(config, key) <= 1:
+            raise ValueError(f"{key}={_get(config, key)} must be between 0 and 1.")
+    config.logging.check()
+    if (Path(config.run_dir) / "metrics.jsonl").exists() and not config.overwrite:
+        raise ValueError(f"run_dir={config.run_dir} already holds a run; choose another folder or set overwrite=true.")
+    sampling = config.sampling
+    sampling.check("sampling")
+    if sampling.temperature == 0:
+        raise ValueError("sampling.temperature=0 leaves nothing to compare in a group; use a positive one (1.0 is usual).")
+    if sampling.top_p != 1.0 or sampling.top_k != 0:
+        raise ValueError(
+            f"sampling.top_p={sampling.top_p}, sampling.top_k={sampling.top_k}: the policy's log-probabilities are over "
+            "the whole vocabulary, so training samples must be drawn from it too; use top_p=1 and top_k=0."
+        )
+
+
+def _check_sizes(spec: ModelSpec, meshes: Mapping[str, Mesh], roles: list[str]) -> None:
+    sizes = valid_tensor_sizes(spec)
+    for role in roles:
+        mesh = meshes[role]
+        if role in ("policy", "reference") and mesh.tensor not in sizes:
+            raise ValueError(
+                f"placement.{role}.tensor={mesh.tensor} does not divide the model's {spec.heads} heads, {spec.kv_heads} "
+                f"key/value heads and MLP width {spec.ffn}; use {', '.join(map(str, sizes))}."
+            )
+        if role in ("policy", "reference") and spec.layers % mesh.pipeline:
+            works = [n for n in range(1, spec.layers + 1) if spec.layers % n == 0]
+            raise ValueError(
+                f"placement.{role}.pipeline={mesh.pipeline} does not divide the model's {spec.layers} layers; "
+                f"use {', '.join(map(str, works))}."
+            )
+
+
+def _read_data(
+    config: Config, tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[Prompt], list[Demonstration], list[Prompt]]:
+    data = config.data
+    if data.task is None and data.path is None:
+        raise ValueError("data.path has no value; give a JSONL file, or choose a generated task: data=column_addition.")
+    task = data.task
+    prompts: list[Prompt] = []
+    demonstrations: list[Demonstration] = []
+    if data.kind == "prompts":
+        source = task.prompt_rows() if task else rows(data.path or "")
+        prompts = tokenize_prompts(source, tokenizer, data.max_prompt_tokens)
+    else:
+        source = task.demonstration_rows() if task else rows(data.path or "")
+        too_long: Any = data.too_long
+        demonstrations, _ = tokenize_demonstrations(source, tokenizer, data.max_tokens, too_long)
+    count = len(prompts or demonstrations)
+    if data.prompts_per_step > count:
+        raise ValueError(f"data.prompts_per_step={data.prompts_per_step} is more than the {count} rows there are.")
+    heldout: list[Prompt] = []
+    if data.kind == "prompts" and (task or data.eval_path):
+        held_rows = task.heldout_rows() if task else rows(data.eval_path or "", "data.eval_path")
+        heldout = tokenize_prompts(held_rows, tokenizer, data.max_prompt_tokens)[: data.eval_prompts]
+    return prompts, demonstrations, heldout
+
+
+def _check_lengths(config: Config) -> None:
+    longest = config.data.max_prompt_tokens + config.sampling.max_tokens
+    if longest > config.rollout.max_model_len:
+        raise ValueError(
+            f"data.max_prompt_tokens={config.data.max_prompt_tokens} + sampling.max_tokens={config.sampling.max_tokens} is "
+            f"more than rollout.max_model_len={config.rollout.max_model_len}; raise it to {longest}, or lower one of them."
+        )
+
+
+def _check_memory(config: Config, spec: ModelSpec, meshes: Mapping[str, Mesh], roles: list[str]) -> None:
+    """Host memory on CPU-only machines: weights, gradients and optimizer state of every role on this host."""
+    if torch.cuda.is_available():
+        return
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    need = 0.0
+    for role in roles:
+        mesh = meshes[role]
+        if role == "reward":
+            continue
+        here = min(local, mesh.size)
+        per_rank = spec.parameters / (mesh.tensor * mesh.pipeline)
+        # policy: weights, fp32 gradients, and masters with two moments over the data shards; vLLM: packed weights, cache
+        bytes_each = {"policy": 8 + 12 / mesh.data, "reference": 4, "rollout": 4}[role]
+        need += here * per_rank * bytes_each
+        if role == "rollout":
+            need += here * (config.rollout.kv_cache_bytes(spec, mesh.tensor, cpu=True) or 0)
+    there_is = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if need > there_is:
+        raise ValueError(
+            f"the roles on this host need about {need / 2**30:.1f} GiB, and it has {there_is / 2**30:.1f} GiB. Raise "
+            "placement.policy.tensor or pipeline over more hosts, drop algorithm.roles reference, or take a smaller model."
+        )
+
+
+def _get(config: Config, key: str) -> Any:
+    value: Any = config
+    for part in key.split("."):
+        value = getattr(value, part)
+    return value
+
+

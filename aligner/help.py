@@ -1,0 +1,72 @@
+"""`--help`: every group and field with its meaning, read from the configuration dataclasses' own docstrings."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import inspect
+import sys
+import textwrap
+import typing
+from pathlib import Path
+from typing import Any
+
+from aligner.config import CONF, Config
+
+USAGE = """usage: torchrun --nproc-per-node N -m aligner.main [--config-name NAME] [--config-dir DIR] [--cfg job] [--help] KEY=VALUE ...
+
+  --config-name NAME   top-level configuration in the configuration folder (default: train)
+  --config-dir DIR     configuration folder (default: conf/)
+  --cfg job            print the whole composed configuration and leave
+  --help               this text
+
+Groups (choose one with GROUP=NAME):"""
+
+
+def help_text(folder: Path = CONF) -> str:
+    """The whole help."""
+    lines = [USAGE]
+    for group in sorted(path for path in folder.iterdir() if path.is_dir()):
+        lines.append(f"  {group.name:<11} {', '.join(sorted(path.stem for path in group.glob('*.yaml')))}")
+    lines += ["", "Fields (KEY=VALUE; + adds a key to algorithm or reward.kwargs):"]
+    lines += _fields(Config, "")
+    return "\n".join(lines)
+
+
+def field_docs(kind: type) -> dict[str, str]:
+    """The docstring under each field of a dataclass."""
+    body = ast.parse(textwrap.dedent(inspect.getsource(kind))).body[0]
+    assert isinstance(body, ast.ClassDef)
+    docs: dict[str, str] = {}
+    for before, after in zip(body.body, body.body[1:], strict=False):
+        text = after.value.value if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant) else None
+        if isinstance(before, ast.AnnAssign) and isinstance(before.target, ast.Name) and isinstance(text, str):
+            docs[before.target.id] = " ".join(text.split())
+    return docs
+
+
+def _fields(kind: type, prefix: str) -> list[str]:
+    docs = field_docs(kind)
+    hints = typing.get_type_hints(kind, vars(sys.modules[kind.__module__]))
+    lines: list[str] = []
+    for entry in dataclasses.fields(kind):
+        name = f"{prefix}{entry.name}"
+        inner = _dataclass_in(hints[entry.name])
+        if inner is not None:
+            lines += [f"  {name}: {docs.get(entry.name, '')}", *_fields(inner, f"{name}.")]
+        else:
+            lines.append(f"  {name}={_default(entry)}")
+            lines += textwrap.wrap(docs[entry.name], 108, initial_indent=" " * 8, subsequent_indent=" " * 8)
+    return lines
+
+
+def _dataclass_in(hint: Any) -> type | None:
+    options = [hint, *typing.get_args(hint)] if typing.get_origin(hint) is not dict else []
+    return next((option for option in options if dataclasses.is_dataclass(option)), None)  # type: ignore[return-value]
+
+
+def _default(entry: dataclasses.Field[Any]) -> str:
+    if entry.default is not dataclasses.MISSING:
+        return "null" if entry.default is None else str(entry.default)
+    assert entry.default_factory is not dataclasses.MISSING
+    return str(entry.default_factory())

