@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +16,14 @@ from aligner.data.demonstrations import Demonstration, tokenize_demonstrations
 from aligner.data.jsonl import rows
 from aligner.data.prompts import Prompt, tokenize_prompts
 from aligner.data.tokenizer import load_tokenizer
-from aligner.models.spec import ModelSpec, read_spec, valid_tensor_sizes
+from aligner.models.checkpoint import read_into
+from aligner.models.family import logical_tensors
+from aligner.models.spec import ModelSpec, check_sizes, read_spec
+from aligner.reshard.region import whole_tensor
+from aligner.reward.config import RewardConfig
+from aligner.reward.pool import RulePool
 from aligner.spmd.mesh import Mesh
-from aligner.spmd.placement import make_meshes
+from aligner.spmd.placement import Placement, make_meshes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -84,15 +90,24 @@ def check(config: Config, roles: list[str], world_size: int, group_size: int = 1
         raise ValueError(f"algorithm.roles={roles} must hold policy and otherwise only {', '.join(ROLES[1:])}.")
     if group_size < 1:
         raise ValueError(f"algorithm.group_size={group_size} must be at least 1.")
+    _check_ranks(config.placement)
     meshes = make_meshes(config.placement, world_size)
     spec = read_spec(config.model.path)
-    _check_sizes(spec, meshes, roles)
+    for role in set(roles) & {"policy", "reference"}:
+        check_sizes(spec, meshes[role].tensor, meshes[role].pipeline, f"placement.{role}")
     tokenizer = load_tokenizer(config.model.path)
     prompts, demonstrations, heldout = _read_data(config, tokenizer)
+    _check_positions(demonstrations, spec)
+    _check_evaluation(config, roles, heldout)
     if "rollout" in roles:
         config.rollout.check_model(spec, meshes["rollout"].tensor, cpu=not torch.cuda.is_available())
         _check_lengths(config)
+        _check_end(config, spec, tokenizer)
     _check_memory(config, spec, meshes, roles)
+    _check_weights(spec)
+    _check_run_dir(config)
+    if "reward" in roles:
+        _check_rule(config.reward)
     return Checked(spec, tokenizer, meshes, prompts, demonstrations, heldout)
 
 
@@ -125,20 +140,16 @@ def _check_values(config: Config) -> None:
         )
 
 
-def _check_sizes(spec: ModelSpec, meshes: Mapping[str, Mesh], roles: list[str]) -> None:
-    sizes = valid_tensor_sizes(spec)
-    for role in roles:
-        mesh = meshes[role]
-        if role in ("policy", "reference") and mesh.tensor not in sizes:
+def _check_ranks(placement: Placement) -> None:
+    """The form of every `ranks`; what they name is checked where they become meshes."""
+    for role in ROLES:
+        ranks = getattr(placement, role).ranks
+        if isinstance(ranks, tuple) and all(type(rank) is int for rank in ranks):
+            continue
+        if type(ranks) not in (str, int):
             raise ValueError(
-                f"placement.{role}.tensor={mesh.tensor} does not divide the model's {spec.heads} heads, {spec.kv_heads} "
-                f"key/value heads and MLP width {spec.ffn}; use {', '.join(map(str, sizes))}."
-            )
-        if role in ("policy", "reference") and spec.layers % mesh.pipeline:
-            works = [n for n in range(1, spec.layers + 1) if spec.layers % n == 0]
-            raise ValueError(
-                f"placement.{role}.pipeline={mesh.pipeline} does not divide the model's {spec.layers} layers; "
-                f"use {', '.join(map(str, works))}."
+                f"placement.{role}.ranks={list(ranks) if isinstance(ranks, tuple) else ranks} is not understood; use all, "
+                'a list such as [0,1], or ranges like "0-3,6".'
             )
 
 
@@ -160,7 +171,10 @@ def _read_data(
         demonstrations, _ = tokenize_demonstrations(source, tokenizer, data.max_tokens, too_long)
     count = len(prompts or demonstrations)
     if data.prompts_per_step > count:
-        raise ValueError(f"data.prompts_per_step={data.prompts_per_step} is more than the {count} rows there are.")
+        raise ValueError(
+            f"data.prompts_per_step={data.prompts_per_step} is more than the {count} rows of "
+            f"{'data.task' if task else f'data.path={data.path}'}; use {count} or less, or give more rows."
+        )
     heldout: list[Prompt] = []
     if data.kind == "prompts" and (task or data.eval_path):
         held_rows = task.heldout_rows() if task else rows(data.eval_path or "", "data.eval_path")
@@ -174,6 +188,33 @@ def _check_lengths(config: Config) -> None:
         raise ValueError(
             f"data.max_prompt_tokens={config.data.max_prompt_tokens} + sampling.max_tokens={config.sampling.max_tokens} is "
             f"more than rollout.max_model_len={config.rollout.max_model_len}; raise it to {longest}, or lower one of them."
+        )
+
+
+def _check_positions(demonstrations: list[Demonstration], spec: ModelSpec) -> None:
+    longest = max((len(demonstration.tokens) for demonstration in demonstrations), default=0)
+    if longest > spec.max_positions:
+        raise ValueError(
+            f"a demonstration has {longest} tokens, beyond the {spec.max_positions} positions of the model in {spec.path}; "
+            f"set data.max_tokens={spec.max_positions} with data.too_long=drop, or shorten it."
+        )
+
+
+def _check_evaluation(config: Config, roles: list[str], heldout: list[Prompt]) -> None:
+    lacking = [role for role in ("rollout", "reward") if role not in roles]
+    if heldout and config.train.eval_every and lacking:
+        raise ValueError(
+            f"train.eval_every={config.train.eval_every} evaluates on held-out prompts, which needs the role(s) "
+            f"{', '.join(lacking)}; add them to algorithm.roles={roles}, or set train.eval_every=0."
+        )
+
+
+def _check_end(config: Config, spec: ModelSpec, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Without an end token every response would run to its limit."""
+    if config.sampling.stop_token_ids is None and not spec.eos_token_ids:
+        raise ValueError(
+            f"{spec.path}/config.json has no eos_token_id, so responses would never end; set it, or "
+            f"sampling.stop_token_ids=[{tokenizer.eos_token_id}] (the tokenizer's {tokenizer.eos_token})."
         )
 
 
@@ -202,10 +243,34 @@ def _check_memory(config: Config, spec: ModelSpec, meshes: Mapping[str, Mesh], r
         )
 
 
+def _check_weights(spec: ModelSpec) -> None:
+    """One element of every tensor: the files are there, whole, and have the shapes that config.json says."""
+    wholes = [whole_tensor(name, shape, "float32") for name, shape in logical_tensors(spec).items()]
+    corners = [piece.crop(piece.lo, (1,) * len(piece.size)) for piece in wholes]
+    read_into(spec, corners, lambda piece: torch.empty(piece.size))
+
+
+def _check_run_dir(config: Config) -> None:
+    """A file without a name in the nearest folder there is: access rights alone say too little (full, read-only)."""
+    folder = Path(config.run_dir).absolute()
+    while not folder.exists():
+        folder = folder.parent
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"run_dir={config.run_dir} cannot be written ({folder}: {error.strerror}); choose another folder."
+        ) from None
+
+
+def _check_rule(reward: RewardConfig) -> None:
+    """In a worker process, as it will run: only its import tells whether it can be called."""
+    RulePool(reward.rule, reward.kwargs, 1, reward.timeout_s).close()
+
+
 def _get(config: Config, key: str) -> Any:
     value: Any = config
     for part in key.split("."):
         value = getattr(value, part)
     return value
-
-

@@ -14,6 +14,7 @@ from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -25,6 +26,14 @@ from aligner.rollout.config import RolloutConfig, Sampling
 from aligner.spmd.placement import Placement
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
+EXPECTED = {
+    "Integer": "give a whole number",
+    "Float": "give a number",
+    "bool": "use true or false",
+    "not Optional": "give a value",
+    "to Dict": "set its keys",
+}
+"""What would work, by a word of OmegaConf's complaint about a value."""
 
 
 @dataclass(frozen=True)
@@ -115,13 +124,19 @@ def compose_config(overrides: Sequence[str], name: str = "train", folder: Path =
     """Compose conf/<name>.yaml with Hydra overrides, every value checked against the dataclasses' types.
 
     Raises:
-        ValueError: an unknown group, file or key, or a value of the wrong type; close names are offered.
+        ValueError: a malformed override, an unknown group, file or key, or a value of the wrong type; close names are
+            offered.
     """
+    if not folder.is_dir():
+        raise ValueError(f"--config-dir={folder} is not a folder; give one that holds {name}.yaml, or leave it out.")
+    if not (folder / f"{name}.yaml").is_file():
+        raise ValueError(f"--config-name={name}: there is no {folder / name}.yaml; available: {_options(folder)}.")
     ConfigStore.instance().store(name="schema", node=_writable(Config))
     try:
         with initialize_config_dir(config_dir=str(folder), version_base="1.3"):
             return compose(config_name=name, overrides=list(overrides))
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
+        _check_forms(overrides)
         raise ValueError(_explain(error, overrides, name, folder)) from None
 
 
@@ -171,17 +186,17 @@ def _mirrored(mirror: Any, factory: Any) -> Any:
     return OmegaConf.merge(OmegaConf.structured(mirror), dataclasses.asdict(factory()))
 
 
-def _frozen(kind: Any, values: Any) -> Any:
-    """Plain values -> the frozen dataclass."""
-    if not isinstance(values, dict):
-        raise ValueError(f"{values!r} stands where settings of {kind.__name__} belong; set one of its fields.")
+def _frozen(kind: Any, values: Any, prefix: str = "") -> Any:
+    """Plain values -> the frozen dataclass; `prefix` is where it stands, such as "policy."."""
     hints = typing.get_type_hints(kind)
+    if not isinstance(values, dict):
+        raise ValueError(f"{prefix[:-1]}={values} is not possible; set one of its fields: {', '.join(hints)}.")
     made = {}
     for name, value in values.items():
         if name not in hints:
-            raise ValueError(f"there is no setting {name} in {kind.__name__}; it has {', '.join(hints)}.")
+            raise ValueError(f"there is no setting {prefix}{name}; {prefix[:-1] or 'the top level'} has {', '.join(hints)}.")
         inner = _dataclass_in(hints[name])
-        made[name] = _frozen(inner, value) if inner is not None else tuple(value) if isinstance(value, list) else value
+        made[name] = _frozen(inner, value, f"{prefix}{name}.") if inner is not None else tuple(value) if isinstance(value, list) else value
     return kind(**made)
 
 
@@ -192,7 +207,7 @@ def known_keys(name: str, folder: Path) -> list[str]:
     found: list[str] = []
 
     def walk(node: DictConfig, prefix: str) -> None:
-        for key in node:
+        for key in map(str, node):
             found.append(f"{prefix}{key}")
             child = node._get_node(key)
             if isinstance(child, DictConfig) and not child._is_none() and not child._is_missing():
@@ -202,28 +217,52 @@ def known_keys(name: str, folder: Path) -> list[str]:
     return found
 
 
+def _check_forms(overrides: Sequence[str]) -> None:
+    """Name the override that is none: Hydra's own error shows a place in its grammar."""
+    parser = OverridesParser.create()
+    for override in overrides:
+        try:
+            formed = bool(parser.parse_override(override).key_or_group)
+        except HydraException:
+            formed = False
+        if not formed:
+            raise ValueError(
+                f"{override!r} is not a setting; write KEY=VALUE, and put values with blanks or any of ={{}}[](),: in quotes "
+                "of their own: \"KEY='VALUE'\"."
+            )
+
+
+def _options(folder: Path) -> str:
+    return ", ".join(sorted(file.stem for file in folder.glob("*.yaml"))) or "none"
+
+
 def _explain(error: Exception, overrides: Sequence[str], name: str, folder: Path) -> str:
     """One line that names the override and what would work."""
     text = " ".join(str(error).split())
-    causes = [text]
     inner = error.__cause__ or error.__context__
-    if inner is not None:
-        causes.append(" ".join(str(inner).split()))
-    whole = " ".join(causes)
-    option = re.search(r"Could not override '([^']+)'", whole) or re.search(r"full_key: ([\w.]+)", whole)
+    reason = " ".join(str(inner).split()) if inner is not None else text
+    option = re.search(r"Could not override '([^']+)'", text) or re.search(r"full_key: ([\w.]+)", f"{text} {reason}")
     key = option.group(1).lstrip("+~@") if option else ""
-    given = next((o for o in overrides if key and re.split(r"[=@]", o.lstrip("+~"))[0] == key), None)
-    if option and ("not in" in whole or "is not in struct" in whole):
-        close = difflib.get_close_matches(key, known_keys(name, folder), 3, 0.6)
-        advice = f"did you mean {' or '.join(close)}?" if close else "see --help for every key."
-        if key.startswith(("algorithm.", "reward.kwargs")):
-            advice += f" +{key}=... adds it."
-        return f"{given or key}: there is no setting {key}; {advice}"
-    if "Could not find" in text:
-        group = re.search(r"Could not find '([^']+)'", text)
-        listed = re.search(r"Available options in '[^']+': (.*?) Config search path", text)
-        available = ", ".join(re.findall(r"[\w-]+", listed.group(1))) if listed else "see --help"
-        return f"{group.group(1) if group else text}: no such configuration; available: {available}."
-    value = next((c for c in causes if "could not be converted" in c or "not assignable" in c or "not a subclass" in c), text)
-    value = re.split(r"\s+full_key:", value)[0]
-    return f"{given or key or 'configuration'}: {value}"
+    merged = re.fullmatch(r"Error merging override (.*)", text)
+    given = merged.group(1) if merged else next((o for o in overrides if key and _key(o) == key), None)
+    if option and ("not in" in reason or "is not in struct" in reason):
+        return f"{given or key}: there is no setting {key}; {_advice(key, name, folder)}"
+    chosen = next((o for o in overrides if (folder / _key(o)).is_dir()), "")
+    if "Config group override must be" in text:
+        return f"{chosen}: no such configuration; available: {_options(folder / _key(chosen))}."
+    group = re.search(r"Could not (?:find|load) '([^']+)'", text)
+    if group:
+        return f"{group.group(1)}: no such configuration; available: {_options((folder / group.group(1)).parent)}."
+    value = re.split(r"\s+full_key:", reason if text.startswith("Error merging") else text)[0]
+    works = next((f"; {works}" for word, works in EXPECTED.items() if word in value), "")
+    return f"{given or key or 'configuration'}: {value.rstrip('.')}{works}."
+
+
+def _key(override: str) -> str:
+    return re.split(r"[=@]", override.lstrip("+~"))[0]
+
+
+def _advice(key: str, name: str, folder: Path) -> str:
+    close = difflib.get_close_matches(key, known_keys(name, folder), 3, 0.6)
+    advice = f"did you mean {' or '.join(close)}?" if close else "see --help for every key."
+    return f"{advice} +{key}=... adds it." if key.startswith(("algorithm.", "reward.kwargs")) else advice

@@ -12,20 +12,25 @@ import time
 from pathlib import Path
 from typing import NoReturn
 
-PROMPT_SECONDS = 1.0
-"""Other ranks stay this long after rank 0 has printed a mistake: the launcher ends all ranks with the first."""
+PATIENCE = 30.0
+"""Other ranks wait this many seconds for rank 0 to say the mistake; the launcher ends them when rank 0 has left."""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message} (see --help).")
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     """Our own flags; everything else is a Hydra override."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser = _Parser(add_help=False, allow_abbrev=False)
     parser.add_argument("--help", "-h", action="store_true")
     parser.add_argument("--cfg", choices=["job"])
     parser.add_argument("--config-name", default="train")
     parser.add_argument("--config-dir", type=Path)
     parser.add_argument("overrides", nargs="*")
     found, unknown = parser.parse_known_args(arguments)
-    flags = [flag for flag in unknown if flag.startswith("--")]
+    flags = [flag for flag in unknown if flag.startswith("-")]
     if flags:
         raise ValueError(f"{flags[0]} is not a flag of aligner; settings are given as KEY=VALUE (see --help).")
     found.overrides += unknown
@@ -63,12 +68,16 @@ def _print_once(rank: int, text: str) -> None:
 
 
 def _refuse(rank: int, message: str) -> NoReturn:
-    """The user's mistake, found before the world started: every rank has found the same one, rank 0 says it."""
+    """The user's mistake, found before the world started: every rank finds the same one, rank 0 says it.
+
+    A rank that is still there after PATIENCE was alone with it (a file that is missing on its host) and speaks.
+    """
     if rank == 0:
         sys.stderr.write(f"aligner: error: {message}\n")
-        sys.stderr.flush()
     else:
-        time.sleep(PROMPT_SECONDS)
+        time.sleep(PATIENCE)
+        sys.stderr.write(f"aligner: error on rank {rank}: {message}\n")
+    sys.stderr.flush()
     sys.exit(2)
 
 

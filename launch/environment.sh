@@ -58,7 +58,7 @@ step() {
     printf '\n== %s\n== %s\n' "$title" "$*" >>"$log"
     if ! "$@" 2>&1 | while IFS= read -r line || [[ -n "$line" ]]; do
         printf '%s\n' "$line" >>"$log"
-        if ((SECONDS >= next)); then
+        if ((SECONDS >= next)) && [[ "$line" != WARNING* ]]; then
             next=$((SECONDS + 20))
             say "    $((SECONDS - begin)) s: ${line:0:90}"
         fi
@@ -127,9 +127,10 @@ install_torch() {
             "Remove the package index or --find-links that offers it from pip's configuration, or set ALIGNER_DEVICE=cpu."
         # The CUDA build comes with the rest in one resolution, since vLLM pins its companions too.
     elif [[ "$found" == *+cpu ]]; then
-        step "installing torch $found" pip install "torch==$torch_version"
+        # torch alone: its dependencies come with the rest, in the versions that vLLM wants.
+        step "installing torch $found" pip install --no-deps "torch==$torch_version"
     else
-        # The usual build would bring several GB of CUDA libraries. The dependencies come with the rest, from the usual place.
+        # The usual build would bring several GB of CUDA libraries.
         say "    pip would take ${found:-none}; using PyTorch's own index of CPU builds instead"
         step "installing torch $torch_version+cpu" pip install --no-deps --index-url "$torch_cpu_index" "torch==$torch_version+cpu"
     fi

@@ -30,7 +30,9 @@ def table(meshes: dict[str, Mesh], world_size: int) -> str:
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     shapes = [f"{role}: {mesh.data} x tensor {mesh.tensor} x pipeline {mesh.pipeline}" for role, mesh in meshes.items()]
-    return "\n".join([*lines, "", "d: data shard or replica, t: tensor slice, p: pipeline stage, all: the whole role", *shapes])
+    return "\n".join(
+        [*lines, "", "d: data shard or replica, t: tensor slice, p: pipeline stage, all: the whole role", *shapes]
+    )
 
 
 def main(arguments: list[str]) -> int:

@@ -8,6 +8,7 @@ from typing import Any
 
 from aligner.algorithms.step import Step
 from aligner.data.prompts import Prompt
+from aligner.data.samples import leave_out_unscored
 from aligner.objective.advantages import group_advantages
 from aligner.roles import Roles
 
@@ -38,6 +39,7 @@ def grpo(roles: Roles, prompts: Iterable[list[Prompt]], cfg: GrpoConfig) -> Iter
         advantage_B = policy.run(
             group_advantages, scores["reward_B"], group_size=cfg.group_size, normalize=cfg.normalize
         )
-        metrics = policy.update(loss, samples, advantage_B=advantage_B, reference_logp_BT=reference_logp_BT)
+        trained = policy.run(leave_out_unscored, samples, scores["reward_B"])
+        metrics = policy.update(loss, trained, advantage_B=advantage_B, reference_logp_BT=reference_logp_BT)
         policy.reshard_to(rollout)
         yield Step(metrics, samples, scores)

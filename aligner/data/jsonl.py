@@ -26,15 +26,22 @@ def rows(path: str | Path, setting: str = "data.path") -> Iterator[LabelledRow]:
         found = "is a folder" if file.is_dir() else "does not exist"
         raise ValueError(f"{setting}={path} {found}; give a file with one JSON object a line.")
     empty = True
-    with file.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            text = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line  # a byte-order mark is not JSON
-            if text.strip():
-                empty = False
-                label = f"{path}:{number}"
-                yield label, _parse(text.rstrip(), label)
+    for number, line in enumerate(_lines(file, setting), start=1):
+        text = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line  # a byte-order mark is not JSON
+        if text.strip():
+            empty = False
+            label = f"{path}:{number}"
+            yield label, _parse(text.rstrip(), label)
     if empty:
         raise ValueError(f"{setting}={path} has no rows; give a file with one JSON object a line.")
+
+
+def _lines(file: Path, setting: str) -> Iterator[bytes]:
+    try:
+        with file.open("rb") as lines:
+            yield from lines
+    except OSError as error:
+        raise ValueError(f"{setting}={file} cannot be read: {error.strerror}.") from None
 
 
 def _parse(line: bytes, label: str) -> dict[str, Any]:

@@ -11,7 +11,7 @@ Shape suffixes:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -47,6 +47,13 @@ class Samples:
     def response_tokens(self, row: int) -> list[int]:
         """The response's token ids, stop token included."""
         return self.tokens_BT[row, self.prompt_len_B[row] : self.length_B[row]].tolist()
+
+
+def leave_out_unscored(samples: Samples, reward_B: Tensor) -> Samples:
+    """Rows whose reward is NaN (failed, timed out, unparsable) train nothing: not by reward, KL or entropy, and they
+    do not count in the loss's denominators."""
+    scored_B = ~torch.isnan(reward_B)
+    return samples if bool(scored_B.all()) else replace(samples, mask_BT=samples.mask_BT & scored_B[:, None])
 
 
 def pad_rows(rows: Sequence[Sequence[float]], dtype: torch.dtype) -> Tensor:

@@ -12,7 +12,6 @@ from aligner.config import Config
 from aligner.data.demonstrations import Demonstration, DemonstrationStream
 from aligner.data.prompts import PromptStream
 from aligner.data.samples import Samples, pad_rows
-
 from aligner.spmd.journal import Journal
 
 

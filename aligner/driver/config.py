@@ -26,6 +26,8 @@ class LoggingConfig:
 
     console: bool = True
     """Print one table row a step, with a progress bar below it on a terminal."""
+    every: int = 1
+    """Print a row each this many steps (the first, the last and those with an evaluation always)."""
     wandb: str = "off"
     """off, offline (files under the run's folder, no account) or online (needs `wandb login`)."""
     project: str = "aligner"
@@ -43,6 +45,8 @@ class LoggingConfig:
             # YAML reads a bare off as the boolean false, which arrives here as False or 'False'.
             hint = ' (in YAML, quote it: wandb: "off")' if str(self.wandb).lower() == "false" else ""
             raise ValueError(f"logging.wandb={self.wandb!r} is unknown; use {', '.join(WANDB_MODES)}{hint}.")
+        if self.every < 1:
+            raise ValueError(f"logging.every={self.every} is below 1; use 1 (every step) or more.")
         if not self.project:
             raise ValueError("logging.project is empty; give a wandb project name such as aligner.")
         if self.samples_every < 0:

@@ -124,7 +124,8 @@ def progress(done: int, total: int, elapsed: float, steps_here: int, width: int)
 class Console:
     """Prints rows. On a terminal the bar is redrawn in place; elsewhere no control character is ever written."""
 
-    def __init__(self, total_steps: int | None = None, stream: TextIO | None = None) -> None:
+    def __init__(self, total_steps: int | None = None, stream: TextIO | None = None, every: int = 1) -> None:
+        self._every = every
         self._stream = stream if stream is not None else sys.stdout
         self._live = self._stream.isatty() and os.environ.get("TERM") != "dumb"
         self._total_steps = total_steps
@@ -146,6 +147,9 @@ class Console:
         if step > 0 and self._first_step is None:
             self._first_step = step
         self._step = step
+        if not (step % self._every == 0 or step in (1, self._total_steps) or "accuracy" in row):
+            self._print([])
+            return
 
         table = columns_for(self._seen)
         columns = fit(table, self._width())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections import Counter
 from dataclasses import asdict
@@ -34,7 +35,11 @@ def run_job(job: Job, world: World) -> None:
     """Build the roles and drive the loop to its end."""
     roles = build_roles(job.config, job.roles, world, job.checked.meshes, job.checked.spec, job.checked.tokenizer)
     driver = Driver(job, world, roles)
-    driver.run()
+    try:
+        driver.run()
+    finally:
+        if driver.writer:
+            driver.writer.close()
 
 
 class Driver:
@@ -49,15 +54,18 @@ class Driver:
             (self.run_dir / METRICS_FILE).unlink(missing_ok=True)  # checked: overwrite=true where it is there
             (self.run_dir / CONFIG_FILE).write_text(yaml.safe_dump(_plain(job.config), sort_keys=False))
             logging = job.config.logging
-            self.writer = MetricsWriter(self.run_dir, logging.console, logging.wandb_run(), job.config.train.steps)
+            self.writer = MetricsWriter(
+                self.run_dir, logging.console, logging.wandb_run(), job.config.train.steps, logging.every
+            )
 
     def run(self) -> None:
         """The loop with everything around it."""
         train = self.config.train
-        evaluates = bool(train.eval_every and self.job.checked.heldout)
+        able = self.roles.rollout is not None and self.roles.reward is not None
+        evaluates = bool(train.eval_every and self.job.checked.heldout and able)
         if evaluates:
             self.roles.policy.reshard_to(self.roles.rollout)
-            self._log(0, {"accuracy": self._evaluate()})
+            self._log(0, self._evaluate())
         stream = batches(self.config, self.job.checked, self.world.journal)
         start = time.perf_counter()
         self._accounts()
@@ -65,8 +73,8 @@ class Driver:
         for step, result in enumerate(self.job.loop(self.roles, stream, self.job.settings), start=1):
             row = self._row(result, time.perf_counter() - start)
             if evaluates and (step % train.eval_every == 0 or step == train.steps):
-                row["accuracy"] = self._evaluate()
-                self._accounts()
+                row |= self._evaluate()
+                self._accounts()  # an evaluation's calls are no part of the next step's
             self._log(step, row)
             self._write_samples(step, result)
             start = time.perf_counter()
@@ -112,8 +120,10 @@ class Driver:
         ledger = total([row for _, rows in found for row in rows]).metrics() if "rollout" in self.job.roles else {}
         return ledger | {f"seconds_{name}": slowest[call] for call, name in PHASES.items() if call in slowest}
 
-    def _evaluate(self) -> float:
-        return evaluate(self.roles, self.job.checked.heldout, self.config)
+    def _evaluate(self) -> dict[str, float]:
+        start = time.perf_counter()
+        accuracy = evaluate(self.roles, self.job.checked.heldout, self.config)
+        return {"accuracy": accuracy, "seconds_evaluate": time.perf_counter() - start}
 
     def _log(self, step: int, row: dict[str, float]) -> None:
         if self.writer:
@@ -153,8 +163,6 @@ def _reward_row(reward_B: torch.Tensor, status_B: torch.Tensor) -> dict[str, flo
 
 
 def _plain(config: Any) -> dict[str, Any]:
-    values = asdict(config)
-    task = values["data"]["task"]
-    if task is not None:
-        values["data"]["task"] = str(config.data.task)
+    """The configuration as YAML can hold it (no tuples, no objects)."""
+    values: dict[str, Any] = json.loads(json.dumps(asdict(config), default=str))
     return values

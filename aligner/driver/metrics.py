@@ -41,6 +41,7 @@ class MetricsWriter:
         console: bool = True,
         wandb: WandbConfig | None = None,
         total_steps: int | None = None,
+        console_every: int = 1,
     ) -> None:
         self._run_dir = Path(run_dir)
         self._run_dir.mkdir(parents=True, exist_ok=True)
@@ -49,7 +50,7 @@ class MetricsWriter:
         environment = json.dumps(capture_environment(), indent=2) + "\n"
         (self._run_dir / ENVIRONMENT_FILE).write_text(environment, encoding="utf-8")
         self._file = self.path.open("a", encoding="utf-8")
-        self._console = Console(total_steps) if console else None
+        self._console = Console(total_steps, every=console_every) if console else None
         self._wandb = WandbRun(self._run_dir, wandb, self.note) if wandb else None
 
     def log(self, step: int, row: Mapping[str, Any]) -> None:
@@ -131,8 +132,9 @@ class WandbRun:
     def finish(self) -> None:
         if self._run is None:
             return
+        run, self._run = self._run, None
         try:
-            self._run.finish()
+            run.finish()
         except Exception as error:
             self._give_up(error)
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -11,33 +9,16 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from aligner.models.family import logical_tensors
-from aligner.models.spec import ModelSpec, read_config
+from aligner.models.hf_folder import SINGLE, files_of_tensors, opened, prepare, publish, write_rest, write_weights
+from aligner.models.spec import ModelSpec
 from aligner.reshard.executor import execute
 from aligner.reshard.ledger import SyncRow
 from aligner.reshard.plan import make_plan
 from aligner.reshard.region import Box, Layout, Piece, whole_tensor
 from aligner.reshard.storage import Storages, allocate
-
-_INDEX = "model.safetensors.index.json"
-_SINGLE = "model.safetensors"
-_COPIED = (
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-)
 
 
 @torch.no_grad()
@@ -57,7 +38,7 @@ def read_into(spec_or_path: ModelSpec | str | Path, layout: Layout, view: Callab
     """
     shapes = logical_tensors(spec_or_path) if isinstance(spec_or_path, ModelSpec) else None
     folder = Path(spec_or_path.path if isinstance(spec_or_path, ModelSpec) else spec_or_path)
-    files = _files_of_tensors(folder)
+    files = files_of_tensors(folder)
     by_file: dict[Path, list[Piece]] = {}
     for piece in layout:
         if piece.name not in files:
@@ -68,12 +49,12 @@ def read_into(spec_or_path: ModelSpec | str | Path, layout: Layout, view: Callab
         by_file.setdefault(files[piece.name], []).append(piece)
     read = 0
     for file, pieces in by_file.items():
-        with _opened(file) as opened:
+        with opened(file) as tensors:
             for piece in pieces:
-                stored = opened.get_slice(piece.name)
+                stored = tensors.get_slice(piece.name)
                 _check_shape(piece, tuple(stored.get_shape()), None if shapes is None else shapes[piece.name], file)
                 # a slice of no dimensions is not a slice to safetensors
-                region = stored[_slices(piece)] if piece.size else opened.get_tensor(piece.name)
+                region = stored[_slices(piece)] if piece.size else tensors.get_tensor(piece.name)
                 view(piece).copy_(region)
                 read += region.numel() * region.element_size()
     return read
@@ -94,8 +75,8 @@ def export_checkpoint(
 ) -> SyncRow:
     """Write a role's weights as a Hugging Face folder; collective over the role's ranks, who share the writing.
 
-    Each rank receives its share of the tensors (about 1 / ranks of the bytes, held in host memory) and writes it to files
-    of its own. The folder appears under its name only when it is complete; one that stood there is replaced.
+    Each rank receives its share of the tensors (about 1 / ranks of the bytes, held in host memory) and writes it to
+    files of its own. The folder appears under its name only when it is complete; one that stood there is replaced.
     Configuration and tokenizer are copied from `spec.path`.
 
     Args:
@@ -127,17 +108,17 @@ def export_checkpoint(
     try:
         with together.step():
             if rank == ranks[0]:
-                _prepare(final, partial, spec)
+                prepare(final, partial, spec)
         with together.step():
             tensors = allocate(written[rank], torch.device("cpu"))
             row = execute(plan, source, Storages(tensors, written[rank]), group, device, bucket_bytes)
             for file, (writer, names) in files.items():
                 if writer == rank:
-                    _write_weights(partial / file, {name: tensors[name].view(shapes[name]) for name in names})
+                    write_weights(partial / file, {name: tensors[name].view(shapes[name]) for name in names})
         with together.step():
             if rank == ranks[0]:
-                _write_rest(partial, spec, dtype, {name: file for file, (_, names) in files.items() for name in names})
-                _publish(partial, final)
+                write_rest(partial, spec, dtype, {name: file for file, (_, names) in files.items() for name in names})
+                publish(partial, final)
     except BaseException:
         if rank == ranks[0]:
             shutil.rmtree(partial, ignore_errors=True)
@@ -163,7 +144,7 @@ def _share_out(spec: ModelSpec, ranks: Sequence[int], dtype: str, file_bytes: in
             chunks[-1][1].append(name)
             room -= pieces[name].bytes
     if len(chunks) == 1:
-        return {_SINGLE: chunks[0]}
+        return {SINGLE: chunks[0]}
     return {
         f"model-{number:05d}-of-{len(chunks):05d}.safetensors": chunk for number, chunk in enumerate(chunks, start=1)
     }
@@ -198,97 +179,6 @@ class _Together:
         if failed.any():
             culprits = ", ".join(str(rank) for rank, bad in zip(self._ranks, failed.tolist(), strict=True) if bad)
             raise RuntimeError(f"{self._what} failed on rank {culprits}; its own error says why")
-
-
-def _prepare(final: Path, partial: Path, spec: ModelSpec) -> None:
-    if final.resolve() == Path(spec.path).resolve():
-        raise ValueError(
-            f"{final} is the model.path that configuration and tokenizer come from; write to another folder."
-        )
-    if final.exists() and not (final / "config.json").is_file() and (not final.is_dir() or any(final.iterdir())):
-        raise ValueError(f"{final} exists and is not a checkpoint that could be replaced; write to a new folder.")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-
-
-def _write_weights(file: Path, tensors: dict[str, Tensor]) -> None:
-    save_file(tensors, file, metadata={"format": "pt"})
-    _flush(file)
-
-
-def _write_rest(partial: Path, spec: ModelSpec, dtype: str, weight_map: dict[str, str]) -> None:
-    """Everything but the weights: the index, the configuration with its new dtype, and the source's other files."""
-    folder = Path(spec.path)
-    if len(set(weight_map.values())) > 1:
-        size = sum(whole_tensor(name, shape, dtype).bytes for name, shape in logical_tensors(spec).items())
-        index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
-        _write_json(partial / _INDEX, index)
-    config = read_config(folder)
-    config["torch_dtype" if "torch_dtype" in config else "dtype"] = dtype
-    _write_json(partial / "config.json", config)
-    for name in _COPIED:
-        if (folder / name).is_file():
-            shutil.copyfile(folder / name, partial / name)
-            _flush(partial / name)
-
-
-def _publish(partial: Path, final: Path) -> None:
-    """Rename the complete folder into place; at no moment does a half-written one stand under the name."""
-    _flush(partial)
-    previous = final.with_name(f".{final.name}.previous")
-    shutil.rmtree(previous, ignore_errors=True)
-    if final.exists():
-        final.rename(previous)
-    partial.rename(final)
-    _flush(final.parent)
-    shutil.rmtree(previous, ignore_errors=True)
-
-
-def _write_json(file: Path, value: object) -> None:
-    file.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    _flush(file)
-
-
-def _flush(path: Path) -> None:
-    """To the disk: a rename may otherwise survive a power cut that the contents do not."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _files_of_tensors(folder: Path) -> dict[str, Path]:
-    """Tensor name -> the file that holds it."""
-    if (folder / _INDEX).is_file():
-        try:
-            weight_map = json.loads((folder / _INDEX).read_text(encoding="utf-8"))["weight_map"]
-            found = {name: folder / file for name, file in weight_map.items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{folder / _INDEX} is not a valid index: {error!r}") from error
-        for file in set(found.values()):
-            if not file.is_file():
-                raise ValueError(
-                    f"{folder / _INDEX} names {file.name}, which is not there; the download is incomplete."
-                )
-        return found
-    single = folder / _SINGLE
-    if not single.is_file():
-        raise ValueError(
-            f"model.path={folder} has neither {_SINGLE} nor {_INDEX}; weights of other formats can be converted with "
-            "transformers: AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)."
-        )
-    with _opened(single) as opened:
-        return dict.fromkeys(opened.keys(), single)
-
-
-@contextmanager
-def _opened(file: Path) -> Iterator[safe_open]:
-    try:
-        with safe_open(file, framework="pt", device="cpu") as opened:
-            yield opened
-    except SafetensorError as error:
-        raise ValueError(f"{file} cannot be read: {error}; the download may be incomplete.") from error
 
 
 def _check_shape(piece: Piece, stored: tuple[int, ...], expected: tuple[int, ...] | None, file: Path) -> None:

@@ -1,4 +1,4 @@
-"""What a model family declares: its traits, its logical tensors, and how Megatron's parameters are made of them (no torch)."""
+"""What a model family declares: traits, logical tensors, and how Megatron's parameters are made of them (no torch)."""
 
 from __future__ import annotations
 

@@ -60,7 +60,7 @@ def megatron_layout(
     """
     check_sizes(spec, tensor, 1, setting)
     assert 0 <= tensor_rank < tensor, f"tensor rank {tensor_rank} of {tensor}"
-    assert 0 <= first_layer and first_layer + layers <= spec.layers, f"layers {first_layer}+{layers} of {spec.layers}"
+    assert first_layer >= 0 and first_layer + layers <= spec.layers, f"layers {first_layer}+{layers} of {spec.layers}"
     padded_vocab = padded_vocab or padded_vocab_size(spec, tensor)
     assert padded_vocab >= spec.vocab and padded_vocab % tensor == 0, f"padded_vocab={padded_vocab}"
     cut = _Cut(spec, tensor_rank, tensor, dtype, padded_vocab)

@@ -57,8 +57,8 @@ def read_spec(path: str | Path) -> ModelSpec:
     """The model in folder `path`.
 
     Raises:
-        ValueError: a missing folder or config.json, an architecture or a setting that is not supported, or sizes that do
-            not fit together; the message says which and what would work.
+        ValueError: a missing folder or config.json, an architecture or a setting that is not supported, or sizes that
+            do not fit together; the message says which and what would work.
     """
     folder = Path(path)
     config = read_config(folder)
@@ -97,7 +97,7 @@ def read_spec(path: str | Path) -> ModelSpec:
 
 
 def valid_tensor_sizes(spec: ModelSpec) -> list[int]:
-    """Tensor-parallel sizes under which Megatron can cut this model: divisors of heads, key/value heads and MLP width."""
+    """Tensor-parallel sizes that can cut this model: common divisors of heads, key/value heads and MLP width."""
     return _divisors(math.gcd(spec.heads, spec.kv_heads, spec.ffn))
 
 
@@ -110,8 +110,8 @@ def check_sizes(spec: ModelSpec, tensor: int, pipeline: int, setting: str) -> No
     """ValueError where the model cannot be cut so; `setting` is the role's placement, e.g. "placement.policy"."""
     if tensor not in valid_tensor_sizes(spec):
         raise ValueError(
-            f"{setting}.tensor={tensor} does not divide the {spec.heads} heads, {spec.kv_heads} key/value heads and MLP width "
-            f"{spec.ffn} of {spec.path}; use {_either(valid_tensor_sizes(spec))}."
+            f"{setting}.tensor={tensor} does not divide the {spec.heads} heads, {spec.kv_heads} key/value heads and "
+            f"MLP width {spec.ffn} of {spec.path}; use {_either(valid_tensor_sizes(spec))}."
         )
     if pipeline not in valid_pipeline_sizes(spec):
         raise ValueError(

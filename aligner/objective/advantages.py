@@ -63,8 +63,8 @@ def group_advantages(
     reward_PG = reward_B.detach().double().view(-1, group_size)
     valid_PG = ~torch.isnan(reward_PG)
     count_P1 = valid_PG.sum(dim=1, keepdim=True)
-    # Measured from the group's best reward, so that equal rewards, and one reward alone, are exactly 0 apart from it and
-    # not a rounding of the mean.
+    # Measured from the group's best reward, so that equal rewards, and a lone one, give exactly 0 and not a rounding
+    # of the mean.
     best_P1 = reward_PG.masked_fill(~valid_PG, -torch.inf).amax(dim=1, keepdim=True)
     reward_PG = torch.where(valid_PG, reward_PG - best_P1, 0.0)
     mean_P1 = reward_PG.sum(dim=1, keepdim=True) / count_P1.clamp(min=1)

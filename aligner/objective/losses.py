@@ -61,8 +61,8 @@ def clipped_surrogate(
     _check_settings(clip_low, clip_high, dual_clip)
     _check_terms(kl_coef, kl, reference_logp_BT, entropy_coef, entropy_BT)
 
-    # The mask goes on the inputs: after arithmetic, 0 * inf would leak as NaN, into gradients as into values. With every
-    # input 0 outside it, so is everything below but the ratio.
+    # The mask goes on the inputs: after arithmetic, 0 * inf would leak as NaN, into gradients as into values. With
+    # every input 0 outside it, so is everything below but the ratio.
     logp_BT = _inside(mask_BT, policy_logp_BT)
     log_ratio_BT = logp_BT - _inside(mask_BT, rollout_logp_BT.detach())
     ratio_BT = log_ratio_BT.clamp(max=MAX_LOG_RATIO).exp()

@@ -16,13 +16,34 @@ from typing import Any
 
 import torch
 
-_FACTORIES = (
-    "empty zeros ones full tensor arange rand randn randint empty_like zeros_like ones_like full_like eye as_tensor linspace"
-).split()
-_MODULES = (
-    "tensor_parallel transformer.transformer_layer transformer.moe.moe_layer transformer.moe.token_dispatcher "
-    "models.gpt.gpt_model distributed optimizer pipeline_parallel"
-).split()
+_FACTORIES = [
+    "empty",
+    "zeros",
+    "ones",
+    "full",
+    "tensor",
+    "arange",
+    "rand",
+    "randn",
+    "randint",
+    "empty_like",
+    "zeros_like",
+    "ones_like",
+    "full_like",
+    "eye",
+    "as_tensor",
+    "linspace",
+]
+_MODULES = [
+    "tensor_parallel",
+    "transformer.transformer_layer",
+    "transformer.moe.moe_layer",
+    "transformer.moe.token_dispatcher",
+    "models.gpt.gpt_model",
+    "distributed",
+    "optimizer",
+    "pipeline_parallel",
+]
 
 
 class _Stream:
@@ -141,9 +162,7 @@ def _install_without_transformer_engine() -> None:
     import megatron.core.tensor_parallel.random as rng
 
     if not hasattr(rng, "FP8GlobalStateManager"):
-        rng.FP8GlobalStateManager = types.SimpleNamespace(
-            is_fp8_enabled=lambda: False, get_fp8_recipe=lambda: None
-        )
+        rng.FP8GlobalStateManager = types.SimpleNamespace(is_fp8_enabled=lambda: False, get_fp8_recipe=lambda: None)
         rng.activation_recompute_forward = lambda *args, **kwargs: contextlib.nullcontext()
         rng.fp8_autocast = lambda *args, **kwargs: contextlib.nullcontext()
 

@@ -117,9 +117,7 @@ def build_model(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         config = transformer_config(spec, mesh, DTYPES[dtype], sequence_parallel, recompute)
-        model_parallel_cuda_manual_seed(
-            1, tp_rank=at["tensor"], ep_rank=0, etp_rank=at["tensor"], force_reset_rng=True
-        )
+        model_parallel_cuda_manual_seed(1, tp_rank=at["tensor"], ep_rank=0, etp_rank=at["tensor"], force_reset_rng=True)
         padded_vocab = -(-spec.vocab // mesh.tensor) * mesh.tensor
         gpt = GPTModel(
             config,
@@ -139,7 +137,14 @@ def build_model(
     gpt.to(device)
     layers = spec.layers // mesh.pipeline
     layout = megatron_layout(
-        spec, at["tensor"], mesh.tensor, at["pipeline"] * layers, layers, first_stage=first, last_stage=last, dtype=dtype
+        spec,
+        at["tensor"],
+        mesh.tensor,
+        at["pipeline"] * layers,
+        layers,
+        first_stage=first,
+        last_stage=last,
+        dtype=dtype,
     )
     return ShardedModel(gpt, config, layout)
 

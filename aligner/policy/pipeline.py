@@ -41,9 +41,7 @@ class Pipeline:
         """Forward and backward of every microbatch, then the reduction of gradients over the role's ranks."""
         self._run(wrapped, packed, temperature, loss, forward_only=False)
 
-    def _run(
-        self, module: Any, packed: Sequence[Packed], temperature: float, loss: Loss, forward_only: bool
-    ) -> None:
+    def _run(self, module: Any, packed: Sequence[Packed], temperature: float, loss: Loss, forward_only: bool) -> None:
         def forward_step(iterator: Any, module: Any) -> Any:
             number, batch = next(iterator)
             self.model.gpt.rotary_pos_emb.positions_T = batch.positions_T

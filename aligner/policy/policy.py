@@ -172,7 +172,9 @@ class Policy(Reference):
             )
             value = (loss_BT * weight_BT).sum()
             _gather_metrics(sums, {"entropy": entropy_BT, **metrics}, MAXIMA, mask_BT)
-            sums["sum/loss"] = sums.get("sum/loss", torch.zeros((), dtype=torch.float64)) + value.detach().double().cpu()
+            sums["sum/loss"] = (
+                sums.get("sum/loss", torch.zeros((), dtype=torch.float64)) + value.detach().double().cpu()
+            )
             return value
 
         self.model.gpt.train()

@@ -14,15 +14,37 @@ from aligner.reshard.region import Piece
 _OK, _FAILED = 0, 1
 
 
+class Buffers:
+    """Message buffers, used again within a transfer: fresh memory costs a page fault every 4 KiB written."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._spare: list[Tensor] = []
+
+    def take(self, words: int) -> Tensor:
+        """A buffer of at least `words` 64-bit words: the smallest spare one that is large enough, else a new one."""
+        fits = [place for place, spare in enumerate(self._spare) if spare.numel() >= words]
+        if fits:
+            return self._spare.pop(min(fits, key=lambda place: self._spare[place].numel()))
+        if self._spare:
+            self._spare.pop()  # outgrown: the new one takes its place, so that the spares stay few
+        return torch.empty(words, dtype=torch.int64, device=self.device)
+
+    def give(self, bucket: Bucket) -> None:
+        """Take back the buffer of a bucket that was sent or applied."""
+        self._spare.append(bucket.buffer)
+
+
 class Bucket:
     """A buffer of 64-bit words laid out as [status, checksum per item, items, each padded to whole words]."""
 
-    def __init__(self, items: Sequence[Item], device: torch.device) -> None:
+    def __init__(self, items: Sequence[Item], buffers: Buffers) -> None:
         self.items = tuple(items)
         self._bounds = [1 + len(self.items)]
         for item in self.items:
             self._bounds.append(self._bounds[-1] + (item.bytes + 7) // 8)
-        self.words = torch.empty(self._bounds[-1], dtype=torch.int64, device=device)
+        self.buffer = buffers.take(self._bounds[-1])
+        self.words = self.buffer[: self._bounds[-1]]
 
     def pack(self, source: Callable[[Piece], Tensor], checksum: Checksum | None) -> None:
         """Read every item from the source, cast it, and checksum the result."""
@@ -53,8 +75,9 @@ class Bucket:
         if wrong:
             item = self.items[wrong[0]]
             raise RuntimeError(
-                f"reshard: checksum mismatch in {item} from rank {by} to rank {to}: {item.destination.storage} does not hold "
-                f"after the write what {item.source.storage} held ({len(wrong)} of {len(found)} regions in this bucket differ)"
+                f"reshard: checksum mismatch in {item} from rank {by} to rank {to}: after the write "
+                f"{item.destination.storage} does not hold what {item.source.storage} held "
+                f"({len(wrong)} of {len(found)} regions in this bucket differ)"
             )
 
     def mark_failed(self) -> None:

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from aligner.reshard.bucket import Bucket
+from aligner.reshard.bucket import Bucket, Buffers
 from aligner.reshard.checksum import Checksum
 from aligner.reshard.ledger import SyncRow
 from aligner.reshard.plan import Item, Plan, buckets
@@ -25,7 +25,7 @@ class Destination(Protocol):
     """Storages that a transfer fills."""
 
     def view(self, piece: Piece) -> Tensor:
-        """A writable view of the piece in the destination's storage, made plain first where the engine had packed it."""
+        """A writable view of the piece in the destination's storage, made plain first where the engine packed it."""
 
     def written(self, piece: Piece) -> None:
         """`piece` is written and proven; the destination counts elements and re-lays out what is complete."""
@@ -45,17 +45,18 @@ def execute(
 ) -> SyncRow:
     """Carry out `plan` on this rank; collective over the ranks that the plan gives something to send or receive.
 
-    Ranks with nothing to do return at once. Data goes peer to peer in rounds: in round k every rank posts its sends and
-    receives of every pair's k-th bucket, all of them before it waits for any, and posts round k + 1 only when round k is
-    complete; so by induction over the rounds every message finds its partner and no order of ranks can deadlock. While a
-    round is on the wire the next one is packed and local copies are made. Staging takes at most 4 `bucket_bytes`
-    per rank (two rounds each way), and one bucket for local copies, however many peers there are.
+    Ranks with nothing to do return at once. Data goes peer to peer in rounds: in round k every rank posts its sends
+    and receives of every pair's k-th bucket, all of them before it waits for any, and posts round k + 1 only when
+    round k is complete; so by induction over the rounds every message finds its partner and no order of ranks can
+    deadlock. While a round is on the wire the next one is packed and local copies are made. Staging takes at most 4
+    `bucket_bytes` per rank (two rounds each way) and one bucket for local copies, however many peers there are.
 
     `group` holds all ranks of the plan (world ranks). gloo sends CPU buffers, whatever `device` is. With NCCL the
     group must have run a collective before: its communicator is made by all members together.
 
-    Checksums of the packed regions travel in front of them (not counted as bytes); the receiver reads each region back from
-    the destination's storage and compares before `written` lets the engine re-lay it out. Local copies are proven alike.
+    Checksums of the packed regions travel in front of them (not counted as bytes); the receiver reads each region
+    back from the destination's storage and compares before `written` lets the engine re-lay it out. Local copies are
+    proven alike.
     A rank that fails completes its sends and receives, marked as failed, before it raises: nobody is left waiting.
 
     `source` and `destination` may be None on ranks that the plan asks for neither.
@@ -87,6 +88,7 @@ def execute(
         flight.post_sends(staged)
         for by, bucket in landed.items():
             work.apply(by, bucket)
+            work.buffers.give(bucket)
     if rounds == 0:
         for items in own:
             work.copy(items)
@@ -126,7 +128,7 @@ class _Flight:
     def post_receives(self, number: int) -> dict[int, Bucket]:
         """Empty buckets for what arrives in this round; they go out together with the round's sends."""
         arriving = {
-            by: Bucket(cut[number], self._work.device)
+            by: Bucket(cut[number], self._work.buffers)
             for by, cut in sorted(self._receives.items())
             if number < len(cut)
         }
@@ -142,6 +144,9 @@ class _Flight:
     def wait(self) -> None:
         for request in self._requests:
             request.wait()
+        for bucket in self._staged.values():
+            self._work.buffers.give(bucket)
+        self._staged = {}
 
 
 class _Work:
@@ -150,7 +155,7 @@ class _Work:
     def __init__(
         self, rank: int, source: Source | None, destination: Destination | None, device: torch.device, verify: bool
     ) -> None:
-        self.device = device
+        self.buffers = Buffers(device)
         self.checksummed = 0
         self.seconds = dict.fromkeys(("pack", "wire", "apply", "verify"), 0.0)
         self._rank, self._source, self._destination = rank, source, destination
@@ -167,7 +172,7 @@ class _Work:
 
     def pack(self, items: Sequence[Item]) -> Bucket:
         """A bucket of these items, read, cast and checksummed; marked as failed after this rank's first error."""
-        bucket = Bucket(items, self.device)
+        bucket = Bucket(items, self.buffers)
         with self.clock("pack"), self._keep_failure():
             if self._failure is None:
                 assert self._source is not None, f"rank {self._rank} sends {items[0]} but has no source"
@@ -183,7 +188,8 @@ class _Work:
                 return
             if bucket.failed():
                 raise RuntimeError(
-                    f"reshard: rank {by} failed while it sent {bucket.items[0]} to rank {self._rank}; its own error says why"
+                    f"reshard: rank {by} failed while it sent {bucket.items[0]} to rank {self._rank}; "
+                    "its own error says why"
                 )
             destination = self._destination
             assert destination is not None, f"rank {self._rank} receives {bucket.items[0]} but has no destination"
@@ -200,7 +206,9 @@ class _Work:
     def copy(self, items: Sequence[Item]) -> None:
         """Copy what this rank holds itself, by the same path as what travels."""
         if self._failure is None:
-            self.apply(self._rank, self.pack(items))
+            bucket = self.pack(items)
+            self.apply(self._rank, bucket)
+            self.buffers.give(bucket)
 
     def finish(self) -> None:
         """Raise the first error, or let the destination finish."""

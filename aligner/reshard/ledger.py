@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -15,7 +16,7 @@ class SyncRow:
     received_bytes: int = 0
     """Bytes this rank received."""
     minimum_bytes: int = 0
-    """Bytes this rank needed and did not hold; over all ranks the sum of `moved_bytes` should equal the sum of these."""
+    """Bytes this rank needed and did not hold; over all ranks, the `moved_bytes` should sum to the sum of these."""
     local_bytes: int = 0
     """Bytes this rank copied within itself."""
     checksummed: int = 0
@@ -34,13 +35,13 @@ class SyncRow:
     """Seconds reading back and comparing checksums."""
 
     def metrics(self) -> dict[str, float]:
-        """The row under the names of the metrics: reshard_moved_bytes, ..., seconds_reshard, seconds_reshard_plan, ..."""
+        """The row under the metrics' names: reshard_moved_bytes, ..., seconds_reshard, seconds_reshard_plan, ..."""
         return {_metric(f.name): float(getattr(self, f.name)) for f in fields(self)}
 
 
 def total(rows: Sequence[SyncRow]) -> SyncRow:
     """The account of a transfer over all its ranks: bytes and counts added, seconds of the slowest rank."""
-    merged = {}
+    merged: dict[str, Any] = {}
     for f in fields(SyncRow):
         values = [getattr(row, f.name) for row in rows]
         merged[f.name] = max(values, default=0.0) if f.name.startswith("seconds") else sum(values)

@@ -1,4 +1,4 @@
-"""The plan: who sends which region to whom, as a pure function of the two sides' layouts (no torch, no communication)."""
+"""The plan: who sends which region to whom, a pure function of the two sides' layouts (no torch, no communication)."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Plan:
-    """One rank's view of a plan. For every pair of ranks, the sender's and the receiver's items are equal, in equal order."""
+    """One rank's view of a plan. A pair's sender and receiver have the same items for each other, in the same order."""
 
     rank: int
     local: tuple[Item, ...]
@@ -138,6 +138,26 @@ class _Holders:
     ranks: tuple[int, ...] = ()
 
 
+class _Cover:
+    """Disjoint regions that make up a box, each with its holders, and what nobody holds."""
+
+    def __init__(self, box: Box, near: Iterable[_Holders]) -> None:
+        self.regions: list[tuple[Box, _Holders]] = []
+        self.missing = [box] if box.elements else []
+        for holders in near:
+            left: list[Box] = []
+            for part in self.missing:
+                region = intersect(part, holders.box)
+                if region is None:
+                    left.append(part)
+                    continue
+                self.regions.append((region, holders))
+                left.extend(subtract(part, region))
+            self.missing = left
+            if not left:
+                return
+
+
 class _Boxes:
     """The distinct boxes in which one tensor is held, in order of their first row, searchable by row."""
 
@@ -146,6 +166,7 @@ class _Boxes:
         self._sorted: list[_Holders] = []
         self._starts: list[int] = []
         self._tallest = 0
+        self._strangers: dict[Box, _Cover] = {}
 
     def add(self, rank: int, piece: Piece) -> None:
         self._holders.setdefault(piece.box, _Holders(piece.box)).pieces.setdefault(rank, piece)
@@ -157,7 +178,18 @@ class _Boxes:
         self._starts = [holders.box.lo[0] if holders.box.lo else 0 for holders in self._sorted]
         self._tallest = max(holders.box.size[0] if holders.box.size else 1 for holders in self._sorted)
 
-    def near(self, box: Box) -> list[_Holders]:
+    def cover(self, to: int, box: Box) -> _Cover:
+        """`box` as regions for rank `to`: what `to` holds itself comes first, from itself."""
+        near = self._near(box)
+        if any(to in holders.pieces for holders in near):
+            return _Cover(box, sorted(near, key=lambda holders: to not in holders.pieces))
+        # Replicas on other ranks ask for the same boxes over and over.
+        cover = self._strangers.get(box)
+        if cover is None:
+            cover = self._strangers[box] = _Cover(box, near)
+        return cover
+
+    def _near(self, box: Box) -> list[_Holders]:
         """Those whose rows may overlap the rows of `box`."""
         low, rows = (box.lo[0], box.size[0]) if box.lo else (0, 1)
         first = bisect_right(self._starts, low - self._tallest)
@@ -204,13 +236,7 @@ def _journeys(sources: Mapping[int, Layout], destinations: Mapping[int, Layout])
     shares = _Shares()
     for to in sorted(destinations):
         for piece in _by_storage(destinations[to]):
-            boxes = held.get(piece.name)
-            if boxes is None:
-                raise ValueError(
-                    f"reshard: tensor {piece.name}, wanted by rank {to} for {piece.storage}, is held by no source rank; "
-                    "build both sides from the same model.path"
-                )
-            for region, holders in _cover(to, piece, boxes):
+            for region, holders in _regions(to, piece, held.get(piece.name)):
                 by = to if to in holders.pieces else shares.next_holder(holders, region.elements)
                 yield _Journey(by, to, region, holders, piece)
 
@@ -234,29 +260,22 @@ def _by_storage(layout: Layout) -> Iterator[Piece]:
         yield from pieces
 
 
-def _cover(to: int, piece: Piece, boxes: _Boxes) -> Iterator[tuple[Box, _Holders]]:
-    """Disjoint regions that make up `piece`, each with its holders; what rank `to` holds itself comes from itself."""
+def _regions(to: int, piece: Piece, boxes: _Boxes | None) -> list[tuple[Box, _Holders]]:
+    """The regions that make up destination piece `piece` of rank `to`; ValueError where the sources lack any."""
+    if boxes is None:
+        raise ValueError(
+            f"reshard: tensor {piece.name}, wanted by rank {to} for {piece.storage}, is held by no source rank; "
+            "build both sides from the same model.path"
+        )
     if len(piece.lo) != boxes.dims:
         raise ValueError(
             f"reshard: tensor {piece.name} has {boxes.dims} dimensions at the source and {len(piece.lo)} in "
             f"{piece.storage} of rank {to}; build both sides from the same model.path"
         )
-    missing = [piece.box] if piece.elements else []
-    near = boxes.near(piece.box)
-    for holders in sorted(near, key=lambda one: to not in one.pieces):
-        if not missing:
-            return
-        left: list[Box] = []
-        for box in missing:
-            region = intersect(box, holders.box)
-            if region is None:
-                left.append(box)
-                continue
-            yield region, holders
-            left.extend(subtract(box, region))
-        missing = left
-    if missing:
+    cover = boxes.cover(to, piece.box)
+    if cover.missing:
         raise ValueError(
-            f"reshard: region {missing[0]} of tensor {piece.name}, wanted by rank {to} for {piece.storage}, is held by no "
-            "source rank; build both sides from the same model.path"
+            f"reshard: region {cover.missing[0]} of tensor {piece.name}, wanted by rank {to} for {piece.storage}, is "
+            "held by no source rank; build both sides from the same model.path"
         )
+    return cover.regions

@@ -27,7 +27,7 @@ class Box(NamedTuple):
 
 @dataclass(frozen=True)
 class Piece:
-    """One box of a logical tensor (named and shaped as in the HF checkpoint) held as a strided view of one local storage."""
+    """One box of a logical tensor (named and shaped as in the HF checkpoint), a strided view of one local storage."""
 
     name: str
     """Logical tensor, e.g. "model.layers.0.self_attn.q_proj.weight"."""

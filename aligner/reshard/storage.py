@@ -24,7 +24,7 @@ def strided_view(storage: Tensor, piece: Piece) -> Tensor:
 
 
 class Storages:
-    """Contiguous tensors by storage name; as a `Destination` it proves that every element of `layout` is written once."""
+    """Contiguous tensors by storage name; as a `Destination` it checks that all of `layout` is written exactly once."""
 
     def __init__(self, tensors: Mapping[str, Tensor], layout: Layout) -> None:
         self._tensors = tensors

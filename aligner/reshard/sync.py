@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any
 
+import torch
 import torch.distributed as dist
 
 from aligner.models.family import logical_tensors
@@ -42,6 +43,10 @@ class WeightSync:
         destinations = {rank: wanted for rank, (_, wanted) in zip(self.ranks, gathered, strict=True) if wanted}
         self.plan = make_plan(world.rank, sources, destinations)
         self.planning_seconds = time.perf_counter() - start
+        if (
+            world.device.type == "cuda"
+        ):  # NCCL makes a group's communicator in its first collective, all members together
+            dist.all_reduce(torch.zeros(1, device=world.device), group=self.group)
 
     def run(self) -> None:
         """Move the weights as they are now; the ledger gets a row."""

@@ -88,8 +88,8 @@ class RolloutConfig:
             raise ValueError(f"rollout.max_num_seqs={self.max_num_seqs} is below 1; use 1 or more.")
         if self.max_batched_tokens is not None and self.max_batched_tokens < self.max_num_seqs:
             raise ValueError(
-                f"rollout.max_batched_tokens={self.max_batched_tokens} is below "
-                f"rollout.max_num_seqs={self.max_num_seqs}, which take one token each in a step; use {self.max_num_seqs} or more, or null."
+                f"rollout.max_batched_tokens={self.max_batched_tokens} is below rollout.max_num_seqs: samples take one "
+                f"token each in a step; use {self.max_num_seqs} or more, or null."
             )
         if self.kv_cache_mib is not None and self.kv_cache_mib < 1:
             raise ValueError(f"rollout.kv_cache_mib={self.kv_cache_mib} is below 1; use 1 or more MiB, or null.")

@@ -88,14 +88,14 @@ def _plain_parameters(model: Module) -> Iterator[dict[str, Slot]]:
                     continue
                 plain = restore_layer_refs(to_meta_tensor(recorded.get(name, parameter)), module)
                 module._parameters[name] = shared[id(parameter)] = plain  # type: ignore[assignment]
-                slots[f"{path}:{name}"] = Slot(f"{path}:{name}", module, name, plain, _padding(module, name, plain))
+                slots[f"{path}:{name}"] = Slot(f"{path}:{name}", module, name, plain, _padding(module, plain))
         yield slots
     finally:
         for module, parameters in live:
             module._parameters.update(parameters)
 
 
-def _padding(module: Module, parameter: str, plain: Tensor) -> int:
+def _padding(module: Module, plain: Tensor) -> int:
     shard: Any = getattr(module, "shard_indices", None)
     if shard is None or plain.dim() == 0:
         return 0

@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from aligner.models.spec import read_spec
 from aligner.rollout.config import BLOCK_TOKENS, RolloutConfig, Sampling
-from aligner.rollout.subworld import SubWorld, engine_is_live, executor_class, memory_policy_kept
+from aligner.rollout.subworld import SubWorld, engine_is_live, executor_class
 
 
 @dataclass(frozen=True)
@@ -55,17 +55,10 @@ class RolloutEngine:
         with self._subworld.inside():
             _platform(device)
             assert not engine_is_live(), "this process already holds a rollout engine; close() that one first"
-        try:
-            with self._subworld.inside():
-                _register(Path(model_path))
-                with memory_policy_kept():
-                    self._llm = _build(
-                        model_path, self._subworld, config, config.kv_cache_bytes(self.spec, group.size(), cpu)
-                    )
-            self._subworld.started()
-        except BaseException:
-            self._subworld.close()
-            raise
+        with self._subworld.starting():
+            _register(Path(model_path))
+            kv_cache_bytes = config.kv_cache_bytes(self.spec, self._subworld.size, cpu)
+            self._llm = _build(model_path, self._subworld, config, kv_cache_bytes)
         gc.unfreeze()  # vLLM hides all objects of the process from the garbage collector, the training roles' too
 
     @property

@@ -69,7 +69,9 @@ class Rollout(Role):
             self.calls += 1
             seeds = [request_seed(self.seed, self.calls if seed is None else -1 - seed, i) for i in range(len(prompts))]
             shares = partition([len(prompt.tokens) for prompt in prompts], self.mesh.data)
-            row_shares = tuple(tuple(p * num_samples + g for p in share for g in range(num_samples)) for share in shares)
+            row_shares = tuple(
+                tuple(p * num_samples + g for p in share for g in range(num_samples)) for share in shares
+            )
             rows = Rows(num_samples, set(self.mesh.ranks))
             if not self.member:
                 return Ref(self, None, rows, row_shares)
@@ -96,7 +98,9 @@ class Rollout(Role):
                     f"rank {rank} sampled other tokens than its tensor-parallel neighbours of rollout replica {shard}; "
                     "their weights or random states have diverged."
                 )
-        lengths_by_row = {row: n for s, share in enumerate(shares) for row, n in zip(share, by_shard[s][0], strict=True)}
+        lengths_by_row = {
+            row: n for s, share in enumerate(shares) for row, n in zip(share, by_shard[s][0], strict=True)
+        }
         return [lengths_by_row[row] for row in range(len(lengths_by_row))]
 
 

@@ -12,6 +12,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -47,7 +48,6 @@ class SubWorld:
         # vLLM numbers its process groups from here: never a name that another replica or an earlier engine used.
         self._group_count = 1_000_000 + token
         self._threads = torch.get_num_threads()
-        self._sockets = tempfile.mkdtemp(prefix="aligner-")
         self._environment = {
             **{name: os.environ.get(name, value) for name, value in _QUIET.items()},
             **_FORCED,
@@ -55,7 +55,6 @@ class SubWorld:
             "WORLD_SIZE": str(self.size),
             "LOCAL_RANK": str(self.local_rank),
             "LOCAL_WORLD_SIZE": str(self.size),
-            "VLLM_RPC_BASE_PATH": self._sockets,
         }
 
     def _agree(self, token: int) -> int:
@@ -75,6 +74,24 @@ class SubWorld:
             stack.enter_context(warnings.catch_warnings())
             warnings.simplefilter("ignore")
             yield
+
+    @contextmanager
+    def starting(self) -> Iterator[None]:
+        """Inside, while the engine is built; collective. Files that only the start needs are gone afterwards."""
+        sockets = tempfile.mkdtemp(prefix="aligner-")
+        self._environment["VLLM_RPC_BASE_PATH"] = sockets
+        try:
+            with self.inside(), _memory_policy_kept():
+                yield
+            if self.size > 1:
+                dist.barrier(group=self.group)  # all ranks have opened the files
+        except BaseException:
+            self.close()
+            raise
+        finally:
+            shutil.rmtree(sockets, ignore_errors=True)
+            for segment in Path("/dev/shm").glob(f"{self.ident}-*"):  # vLLM would leave them to the next reboot
+                segment.unlink(missing_ok=True)
 
     @contextmanager
     def _own_default_group(self) -> Iterator[None]:
@@ -123,12 +140,6 @@ class SubWorld:
                 setter(threads)
             torch.set_float32_matmul_precision(precision)
 
-    def started(self) -> None:
-        """The engine stands: its ranks are connected, so the files of their sockets can go already."""
-        if self.size > 1:
-            dist.barrier(group=self.group)
-        shutil.rmtree(self._sockets, ignore_errors=True)
-
     def close(self) -> None:
         """Take down vLLM's groups and leave nothing behind; collective over the replica, also after a failed start.
 
@@ -143,7 +154,6 @@ class SubWorld:
                 parallel_state._WORLD.destroy()
             parallel_state._WORLD = parallel_state._INNER_DP_WORLD = parallel_state._NODE_COUNT = None
             envs.disable_envs_cache()
-        shutil.rmtree(self._sockets, ignore_errors=True)
         gc.unfreeze()
         gc.collect()
 
@@ -168,7 +178,7 @@ def engine_is_live() -> bool:
 
 
 @contextmanager
-def memory_policy_kept() -> Iterator[None]:
+def _memory_policy_kept() -> Iterator[None]:
     """Without vLLM's binding of all of this process's memory to one NUMA node: other roles live here too."""
     import vllm._custom_ops  # noqa: F401  (loads the operators)
 

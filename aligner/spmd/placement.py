@@ -55,7 +55,9 @@ def parse_ranks(value: Any, world_size: int, role: str) -> tuple[int, ...]:
         value = [value]
     if isinstance(value, str):
         if not re.fullmatch(r"\s*\d+(-\d+)?(\s*,\s*\d+(-\d+)?)*\s*", value):
-            raise ValueError(f'{name}={value!r} is not understood; use all, a list such as [0,1], or ranges like "0-3,6".')
+            raise ValueError(
+                f'{name}={value!r} is not understood; use all, a list such as [0,1], or ranges like "0-3,6".'
+            )
         bounds = [[int(n) for n in part.split("-")] for part in value.split(",")]
         value = [rank for low_high in bounds for rank in range(low_high[0], low_high[-1] + 1)]
     ranks = [int(rank) for rank in value]

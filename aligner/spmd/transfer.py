@@ -105,7 +105,9 @@ def read_rows(ref: Ref, readers: Sequence[Sequence[int]], minibatches: int = 1) 
     assert rows.lengths is not None
     targets = partition(rows.lengths, len(readers), rows.group_size, minibatches)
     moves = plan_moves(ref.shares, ref.home.mesh.shards, targets, readers)
-    held = {row: i for i, row in enumerate(ref.shares[ref.home.mesh.shard_of(world.rank) or 0])} if ref.home.member else {}
+    held = (
+        {row: i for i, row in enumerate(ref.shares[ref.home.mesh.shard_of(world.rank) or 0])} if ref.home.member else {}
+    )
     outgoing = {
         to: pickle.dumps(columns.take(ref.value, [held[row] for row in wanted]), protocol=5)
         for (source, to), wanted in moves.items()

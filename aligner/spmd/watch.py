@@ -128,5 +128,3 @@ def _wait_until(condition, seconds: float) -> None:  # type: ignore[no-untyped-d
     end = time.monotonic() + seconds
     while time.monotonic() < end and not condition():
         time.sleep(0.1)
-
-

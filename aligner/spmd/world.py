@@ -34,9 +34,7 @@ class World:
         self.device = torch.device("cuda", self.local_rank) if cuda else torch.device("cpu")
         if cuda:
             torch.cuda.set_device(self.device)
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(seconds=timeout_seconds)
-        )
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(seconds=timeout_seconds))
         self.journal = Journal(self.rank)
         self.watch = Watch(self.journal, self.rank, self.size)
         self._groups: dict[tuple[int, ...], dist.ProcessGroup] = {}

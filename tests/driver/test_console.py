@@ -172,3 +172,13 @@ def test_a_value_is_written_as_its_metric_is_read(metric: str, value: float | No
 @pytest.mark.parametrize(("seconds", "text"), [(7.4, "0:07"), (754, "12:34"), (11045, "3:04:05"), (-1, "0:00")])
 def test_durations(seconds: float, text: str) -> None:
     assert duration(seconds) == text
+
+
+def test_every_prints_some_rows_and_never_loses_an_evaluation() -> None:
+    stream = io.StringIO()
+    console = Console(total_steps=10, stream=stream, every=4)
+    for step in range(1, 11):
+        console.row(step, {"loss": 1.0 / step, **({"accuracy": 0.5} if step == 7 else {})})
+    console.close()
+    shown = [int(line.split()[0]) for line in stream.getvalue().splitlines() if line.strip()[:1].isdigit()]
+    assert shown == [1, 4, 7, 8, 10]

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from aligner.data.column_addition import ColumnAddition, ModelShape, write
 
@@ -56,7 +58,20 @@ def task(tmp_path_factory: pytest.TempPathFactory) -> Task:
     folder = tmp_path_factory.mktemp("task")
     write(folder, ColumnAddition(demonstrations=256, prompts=64, heldout=16), ModelShape(hidden=64, layers=2, ffn=96))
     (folder / "rule.py").write_text(RULE)
+    _sharpen(folder / "model")
     return Task(folder)
+
+
+def _sharpen(folder: Path) -> None:
+    """An untrained model answers every prompt alike; larger weights make its answers depend on the prompt."""
+    weights = load_file(folder / "model.safetensors")
+    generator = torch.Generator().manual_seed(0)
+    for name, weight in weights.items():
+        if "norm" in name:
+            weight += 0.2 * torch.randn(weight.shape, generator=generator)
+        else:
+            weight *= 8.0 if "embed" in name else 5.0
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 @pytest.fixture

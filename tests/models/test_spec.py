@@ -1,4 +1,4 @@
-"""Reading config.json of either generation of transformers; every refusal names the file, the key and what would work."""
+"""Reading config.json of transformers 4 and 5; every refusal names the file, the key and what would work."""
 
 from __future__ import annotations
 
@@ -122,12 +122,12 @@ def test_what_is_not_supported_is_refused(change: dict[str, Any], message: str, 
 
 
 def test_missing_and_malformed_files(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="model.path=.*nowhere is not a folder"):
+    with pytest.raises(ValueError, match=r"model.path=.*nowhere is not a folder"):
         read_spec(tmp_path / "nowhere")
-    with pytest.raises(ValueError, match="has no config.json"):
+    with pytest.raises(ValueError, match=r"has no config.json"):
         read_spec(tmp_path)
     (tmp_path / "config.json").write_text('{"vocab_size": ')
-    with pytest.raises(ValueError, match="config.json is not valid JSON"):
+    with pytest.raises(ValueError, match=r"config.json is not valid JSON"):
         read_spec(tmp_path)
     with pytest.raises(ValueError, match="must hold a JSON object, found list"):
         read_spec(written(tmp_path, []))
@@ -152,5 +152,6 @@ def test_a_saved_model_reads_back_through_transformers(tmp_path: Path) -> None:
 
 
 def test_specs_need_no_torch() -> None:
-    code = "import sys, aligner.models.spec, aligner.models.megatron_layout, aligner.reshard.plan; assert 'torch' not in sys.modules"
+    modules = "aligner.models.spec, aligner.models.megatron_layout, aligner.reshard.plan"
+    code = f"import sys, {modules}; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2], timeout=60)

@@ -31,7 +31,7 @@ def one_token(ratio: float, advantage: float, **settings: Any) -> tuple[float, f
 
 
 @pytest.mark.parametrize(
-    ("ratio", "advantage", "loss", "gradient", "clip_fraction"),
+    ("ratio", "advantage", "loss", "gradient", "clipped"),
     # clip to [0.8, 1.28]. Where no clip binds, the loss is -rA and, since dr/dlogp = r, so is its derivative.
     [
         (1.0, 2.0, -2.0, -2.0, 0),  # on policy: the plain policy gradient
@@ -53,7 +53,7 @@ def test_one_token_by_hand(ratio: float, advantage: float, loss: float, gradient
 
 
 @pytest.mark.parametrize(
-    ("ratio", "advantage", "loss", "gradient", "clip_fraction"),
+    ("ratio", "advantage", "loss", "gradient", "clipped"),
     [
         (4.0, -2.0, 6.0, 0.0, 1),  # max(min(-8, -2.4), 3 * -2) = -6
         (2.0, -2.0, 4.0, 4.0, 0),  # max(-4, -6): below the bound nothing changes

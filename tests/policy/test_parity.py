@@ -31,7 +31,9 @@ LLAMA3 = {
 FAMILIES: dict[str, PreTrainedConfig] = {
     "llama": LlamaConfig(**BASE, rms_norm_eps=1e-5, tie_word_embeddings=False),
     "llama3": LlamaConfig(**BASE, rope_parameters=LLAMA3, tie_word_embeddings=False),
-    "qwen2": Qwen2Config(**BASE, rope_parameters={"rope_type": "default", "rope_theta": 1e6}, tie_word_embeddings=False),
+    "qwen2": Qwen2Config(
+        **BASE, rope_parameters={"rope_type": "default", "rope_theta": 1e6}, tie_word_embeddings=False
+    ),
     "qwen2_tied": Qwen2Config(**BASE, tie_word_embeddings=True),
     "qwen3": Qwen3Config(**BASE, head_dim=48, tie_word_embeddings=True),
 }
@@ -72,7 +74,7 @@ def hf(name):
     return model, logits, logp
 
 for layout in layouts:
-    name, tensor, stages, sequence = layout.split(",")
+    name, tensor, stages, sequence, recompute = layout.split(",")
     model, logits, logp_BT = hf(name)
     noise = 0.3 * torch.randn(tokens_BT.shape, generator=torch.Generator().manual_seed(4))
     rollout_logp_BT = torch.where(mask_BT, logp_BT.detach() + noise, 0.0)
@@ -93,7 +95,7 @@ for layout in layouts:
 
     mesh = Mesh(everyone, int(tensor), int(stages))
     spec = read_spec(str(folder / name))
-    config = PolicyConfig(micro_tokens=40, optimizer=OptimizerConfig(lr=0.0, clip_grad=0.0))
+    config = PolicyConfig(micro_tokens=40, recompute=recompute, optimizer=OptimizerConfig(lr=0.0, clip_grad=0.0))
     policy = Policy("policy" + layout, world, mesh, spec, config, sequence_parallel=sequence == "sp")
     # logits: caught where the log-probabilities are made
     caught = []
@@ -168,12 +170,14 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("ranks", "layouts"),
     [
-        (1, ["1,1,no"]),
-        (2, ["2,1,no", "2,1,sp", "1,2,no", "1,1,no"]),
-        (4, ["2,2,no", "2,2,sp", "1,2,no"]),
+        (1, ["1,1,no,none"]),
+        (2, ["2,1,no,none", "2,1,sp,full", "1,2,no,full", "1,1,no,selective"]),
+        (4, ["2,2,no,none", "2,2,sp,selective", "1,2,no,none"]),
     ],
 )
-def test_a_step_equals_transformers(torchrun, checkpoints: Path, tmp_path: Path, ranks: int, layouts: list[str]) -> None:  # type: ignore[no-untyped-def]
+def test_a_step_equals_transformers(
+    torchrun, checkpoints: Path, tmp_path: Path, ranks: int, layouts: list[str]
+) -> None:  # type: ignore[no-untyped-def]
     (tmp_path / "parity.py").write_text(PROGRAM)
     cases = [f"{name},{layout}" for name in FAMILIES for layout in layouts]
     done = torchrun(ranks, [str(tmp_path / "parity.py"), str(checkpoints), str(tmp_path), *cases], seconds=300)

@@ -1,15 +1,15 @@
-"""Random layouts for the tests: tensors cut, replicated, staged and stored in arbitrary strides over arbitrary ranks."""
+"""Random layouts for the tests: tensors cut, replicated, staged and stored in any strides over any ranks."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import permutations
 
 from aligner.reshard.region import Box, Layout, Piece
 
-Shapes = dict[str, tuple[int, ...]]
+Shapes = Mapping[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Grid:
 
 
 def scattered(shapes: Shapes, ranks: Sequence[int], dtype: str, draw: random.Random, copies: int) -> dict[int, Layout]:
-    """Every tensor `copies` times, each time cut at random and dealt to random ranks: boxes of one tensor overlap freely."""
+    """Every tensor `copies` times, cut at random and dealt to random ranks: boxes of one tensor overlap freely."""
     boxes: dict[int, list[tuple[str, Box]]] = {rank: [] for rank in ranks}
     for name, shape in shapes.items():
         for _ in range(copies):

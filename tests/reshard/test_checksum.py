@@ -69,7 +69,7 @@ def test_swapped_rows_are_seen(columns: int) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_swapped_plain_numbers_are_seen(dtype: torch.dtype) -> None:
-    """1.0 and 2.0 differ in their top bits only, where a plain weighted sum mod 2^64 is blind to one swap in hundreds."""
+    """1.0 and 2.0 differ in their top bits only, where a plain weighted sum mod 2^64 misses one swap in hundreds."""
     checksum = Checksum(CPU)
     base = torch.ones(4096, dtype=dtype)
     base[::3] = 2.0

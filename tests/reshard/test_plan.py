@@ -60,7 +60,9 @@ def least_bytes(shapes: Shapes, rank: int, sources: Mapping[int, Layout], destin
     return missing
 
 
-def check(shapes: Shapes, sources: dict[int, Layout], destinations: dict[int, Layout], limit: int) -> dict[int, Plan]:
+def check(
+    shapes: Shapes, sources: Mapping[int, Layout], destinations: Mapping[int, Layout], limit: int
+) -> dict[int, Plan]:
     """Simulate the transfer of all ranks in numpy and compare with the tensors themselves."""
     values = reference_values(shapes)
     held, filled, writes = blank(sources), blank(destinations), blank(destinations)
@@ -103,7 +105,7 @@ shapes_strategy = st.lists(shape_strategy, min_size=1, max_size=6).map(
 @settings(max_examples=150, deadline=None)
 @given(shapes_strategy, st.randoms(use_true_random=False), st.data())
 def test_grids_of_any_sizes_on_any_ranks(shapes: Shapes, draw: random.Random, data: st.DataObject) -> None:
-    """Data x pipeline x tensor at the source to replicas x tensor at the destination; ranks disjoint, shared or overlapping."""
+    """Data x pipeline x tensor to replicas x tensor, on ranks that are disjoint, shared or overlapping."""
     sizes = st.integers(1, 3)
     tensor, pipeline, copies, to_tensor, replicas = (data.draw(sizes) for _ in range(5))
     world = tensor * pipeline * copies + to_tensor * replicas
@@ -205,7 +207,7 @@ def test_contiguous_strides() -> None:
 
 
 def test_planning_time_grows_with_the_number_of_pieces() -> None:
-    """Twice the tensors on the same ranks: about twice the time, where comparing all pairs would take four times."""
+    """16 times the tensors on the same ranks: about 16 times the work, where all pairs would take 256 times."""
 
     def seconds(tensors: int) -> float:
         shapes = {f"t{number}": (64, 64) for number in range(tensors)}
@@ -214,9 +216,9 @@ def test_planning_time_grows_with_the_number_of_pieces() -> None:
         destinations = Grid(range(8, 16), 2, 1).layouts(shapes, draw)
         best = float("inf")
         for _ in range(3):
-            started = time.perf_counter()
+            started = time.process_time()
             make_plan(0, sources, destinations)
-            best = min(best, time.perf_counter() - started)
+            best = min(best, time.process_time() - started)
         return best
 
-    assert seconds(1600) < 3 * seconds(800)
+    assert seconds(1600) < 64 * seconds(100)

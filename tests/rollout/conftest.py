@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +32,13 @@ def group() -> Iterator[dist.ProcessGroup]:
 
 
 @pytest.fixture
-def start(models: dict[str, tuple[Any, str]], group: dist.ProcessGroup) -> Iterator[Callable[[str], RolloutEngine]]:
+def start(models: dict[str, tuple[Any, str]], group: dist.ProcessGroup) -> Iterator[Callable[..., RolloutEngine]]:
     """Starts an engine without weights; it is closed after the test."""
     engines: list[RolloutEngine] = []
 
-    def make(family: str) -> RolloutEngine:
-        engines.append(RolloutEngine(models[family][1], group, "test", tiny.CONFIG, torch.device("cpu")))
+    def make(family: str, dtype: str = "float32") -> RolloutEngine:
+        config = replace(tiny.CONFIG, dtype=dtype)
+        engines.append(RolloutEngine(models[family][1], group, "test", config, torch.device("cpu")))
         return engines[-1]
 
     yield make

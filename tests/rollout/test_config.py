@@ -24,7 +24,10 @@ SPEC: Any = SimpleNamespace(
         ({"dtype": "fp8"}, "rollout.dtype='fp8' is unknown; use float32, bfloat16, float16"),
         ({"max_model_len": 1}, "rollout.max_model_len=1 leaves no room for a response; use 2 or more"),
         ({"max_num_seqs": 0}, "rollout.max_num_seqs=0 is below 1"),
-        ({"max_batched_tokens": 100}, "rollout.max_batched_tokens=100 is below rollout.max_num_seqs=128"),
+        (
+            {"max_batched_tokens": 100},
+            "rollout.max_batched_tokens=100 is below rollout.max_num_seqs: .* use 128 or more",
+        ),
         ({"kv_cache_mib": 0}, "rollout.kv_cache_mib=0 is below 1"),
         ({"gpu_memory_utilization": 1.2}, "rollout.gpu_memory_utilization=1.2 is no fraction"),
         ({"max_model_len": 4097}, "rollout.max_model_len=4097 is beyond the 4096 positions of the model in /models/x"),

@@ -24,7 +24,7 @@ DRAWN = Sampling(temperature=0.7, max_tokens=24, stop_token_ids=())
 
 
 def test_the_process_is_left_as_it_was(
-    start: Callable[[str], RolloutEngine], models: dict[str, tuple[Any, str]], capfd: pytest.CaptureFixture[str]
+    start: Callable[..., RolloutEngine], models: dict[str, tuple[Any, str]], capfd: pytest.CaptureFixture[str]
 ) -> None:
     def draw() -> list[float]:
         return [random.random(), float(np.random.rand()), float(torch.rand(())), float(torch.rand(()))]
@@ -35,6 +35,7 @@ def test_the_process_is_left_as_it_was(
     seed()
     undisturbed = [draw() for _ in range(4)]
     environment, default, threads = dict(os.environ), dist.group.WORLD, torch.get_num_threads()
+    processors = os.sched_getaffinity(0)
     setter, precision = torch.set_num_threads, torch.get_float32_matmul_precision()
     seed()
     drawn = [draw()]
@@ -48,6 +49,7 @@ def test_the_process_is_left_as_it_was(
     assert dict(os.environ) == environment
     assert dist.group.WORLD is default
     assert dist.get_rank() == 0
+    assert os.sched_getaffinity(0) == processors
     assert (torch.get_num_threads(), torch.set_num_threads) == (threads, setter)
     assert torch.get_float32_matmul_precision() == precision
     assert gc.get_freeze_count() == 0
@@ -55,7 +57,7 @@ def test_the_process_is_left_as_it_was(
     assert (said.out, said.err) == ("", "")
 
 
-def test_no_generation_before_the_first_weights(start: Callable[[str], RolloutEngine]) -> None:
+def test_no_generation_before_the_first_weights(start: Callable[..., RolloutEngine]) -> None:
     engine = start("qwen2")
     with pytest.raises(RuntimeError, match=r"call policy\.reshard_to\(rollout\) first"):
         engine.generate([[5]], [0], GREEDY)
@@ -85,7 +87,7 @@ def test_the_way_out_of_an_error_restores_everything(group: dist.ProcessGroup) -
     subworld.close()
 
 
-def test_a_failed_start_can_be_repeated(start: Callable[[str], RolloutEngine], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_start_can_be_repeated(start: Callable[..., RolloutEngine], monkeypatch: pytest.MonkeyPatch) -> None:
     from vllm.v1.core.sched.scheduler import Scheduler
 
     def broken(*_: Any, **__: Any) -> None:

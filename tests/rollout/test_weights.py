@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch.nn import Module
 
 from aligner.rollout.engine import RolloutEngine
 from aligner.rollout.weights import EngineWeights
@@ -89,15 +88,13 @@ def test_a_pack_that_was_skipped_is_detected(
 
 
 @TIED
-def test_a_tied_output_layer_is_packed_again_and_proven(
-    engine: RolloutEngine, models: Models, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_tied_output_layer_is_packed_again_and_proven(engine: RolloutEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 
     weights = EngineWeights(engine)
     monkeypatch.setattr(UnquantizedEmbeddingMethod, "process_weights_after_loading", lambda self, layer: None)
     with pytest.raises(RuntimeError, match=r"packed kernel of lm_head \(128 x 128\)"):
-        tiny.write(weights, models["qwen3_tied"][0])
+        tiny.write(weights, tiny.make_model("qwen3_tied", 60))
 
 
 @QWEN2
@@ -109,7 +106,7 @@ def test_one_wrong_element_in_a_pack_is_detected(
     weights = EngineWeights(engine)
     pack = UnquantizedLinearMethod.process_weights_after_loading
 
-    def garbled(self: UnquantizedLinearMethod, layer: Module) -> None:
+    def garbled(self: UnquantizedLinearMethod, layer: Any) -> None:
         layer.weight.data = layer.weight.data.clone()
         layer.weight.data[3, 5] = torch.nextafter(layer.weight.data[3, 5], torch.tensor(9.0))
         pack(self, layer)
@@ -151,7 +148,7 @@ def test_written_regions_can_be_read_back_and_the_plain_copy_goes(engine: Rollou
     model = models["qwen2"][0]
     weights = EngineWeights(engine)
     found = tiny.tensors(model)
-    linear = dict(engine.model.named_modules())["model.layers.0.mlp.gate_up_proj"]
+    linear: Any = dict(engine.model.named_modules())["model.layers.0.mlp.gate_up_proj"]
     assert linear.weight.numel() == 0
     for piece in weights.pieces(shapes(model)):
         weights.view(piece).copy_(tiny.cut(found, piece))

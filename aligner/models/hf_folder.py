@@ -1,0 +1,125 @@
+"""A Hugging Face folder on disk: where its tensors are, and how a new one is written so that it is never half there."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from aligner.models.family import logical_tensors
+from aligner.models.spec import ModelSpec, read_config
+from aligner.reshard.region import whole_tensor
+
+_INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+_COPIED = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+
+
+def prepare(final: Path, partial: Path, spec: ModelSpec) -> None:
+    if final.resolve() == Path(spec.path).resolve():
+        raise ValueError(
+            f"{final} is the model.path that configuration and tokenizer come from; write to another folder."
+        )
+    if final.exists() and not (final / "config.json").is_file() and (not final.is_dir() or any(final.iterdir())):
+        raise ValueError(f"{final} exists and is not a checkpoint that could be replaced; write to a new folder.")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+
+
+def write_weights(file: Path, tensors: dict[str, Tensor]) -> None:
+    save_file(tensors, file, metadata={"format": "pt"})
+    _flush(file)
+
+
+def write_rest(partial: Path, spec: ModelSpec, dtype: str, weight_map: dict[str, str]) -> None:
+    """Everything but the weights: the index, the configuration with its new dtype, and the source's other files."""
+    folder = Path(spec.path)
+    if len(set(weight_map.values())) > 1:
+        size = sum(whole_tensor(name, shape, dtype).bytes for name, shape in logical_tensors(spec).items())
+        index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
+        _write_json(partial / _INDEX, index)
+    config = read_config(folder)
+    config["torch_dtype" if "torch_dtype" in config else "dtype"] = dtype
+    _write_json(partial / "config.json", config)
+    for name in _COPIED:
+        if (folder / name).is_file():
+            shutil.copyfile(folder / name, partial / name)
+            _flush(partial / name)
+
+
+def publish(partial: Path, final: Path) -> None:
+    """Rename the complete folder into place; at no moment does a half-written one stand under the name."""
+    _flush(partial)
+    previous = final.with_name(f".{final.name}.previous")
+    shutil.rmtree(previous, ignore_errors=True)
+    if final.exists():
+        final.rename(previous)
+    partial.rename(final)
+    _flush(final.parent)
+    shutil.rmtree(previous, ignore_errors=True)
+
+
+def _write_json(file: Path, value: object) -> None:
+    file.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    _flush(file)
+
+
+def _flush(path: Path) -> None:
+    """To the disk: a rename may otherwise survive a power cut that the contents do not."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def files_of_tensors(folder: Path) -> dict[str, Path]:
+    """Tensor name -> the file that holds it."""
+    if (folder / _INDEX).is_file():
+        try:
+            weight_map = json.loads((folder / _INDEX).read_text(encoding="utf-8"))["weight_map"]
+            found = {name: folder / file for name, file in weight_map.items()}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{folder / _INDEX} is not a valid index: {error!r}") from error
+        for file in set(found.values()):
+            if not file.is_file():
+                raise ValueError(
+                    f"{folder / _INDEX} names {file.name}, which is not there; the download is incomplete."
+                )
+        return found
+    single = folder / SINGLE
+    if not single.is_file():
+        raise ValueError(
+            f"model.path={folder} has neither {SINGLE} nor {_INDEX}; weights of other formats can be converted with "
+            "transformers: AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)."
+        )
+    with opened(single) as tensors:
+        return dict.fromkeys(tensors.keys(), single)
+
+
+@contextmanager
+def opened(file: Path) -> Iterator[safe_open]:
+    try:
+        with safe_open(file, framework="pt", device="cpu") as tensors:
+            yield tensors
+    except SafetensorError as error:
+        raise ValueError(f"{file} cannot be read: {error}; the download may be incomplete.") from error

@@ -1,0 +1,530 @@
+"""Every mistake ends in one clear error that names the setting or the line: on all ranks alike, without a hang.
+
+Mistakes that are found before the world starts run in one program of 2 ranks, which calls `aligner.main.main` for each;
+the others, and one of the former for its exit status, are torchrun jobs of their own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+ON_CPU = not torch.cuda.is_available()
+
+
+@dataclass(frozen=True)
+class Case:
+    """One mistake. `{bad}` and `{task}` in its texts are folders of bad and of good files."""
+
+    name: str
+    settings: str
+    """Overrides, separated by blanks, on top of a job that would run."""
+    said: tuple[str, ...]
+    """What the error must say: the setting or the line, and what would work."""
+    env: dict[str, str] = field(default_factory=dict)
+
+
+SFT = "algorithm=sft data=demonstrations ~algorithm.group_size"
+FOUR = {"WORLD_SIZE": "4"}
+
+MODEL = [
+    Case("missing", "model.path={bad}/nowhere", ("model.path={bad}/nowhere is not a folder", "Hugging Face")),
+    Case("no_config", "model.path={bad}/no_config", ("model.path={bad}/no_config has no config.json",)),
+    Case(
+        "config_malformed",
+        "model.path={bad}/config_malformed",
+        ("{bad}/config_malformed/config.json is not valid JSON",),
+    ),
+    Case("config_no_object", "model.path={bad}/config_list", ("config.json must hold a JSON object, found list",)),
+    Case(
+        "architecture",
+        "model.path={bad}/architecture",
+        ("architecture GPT2LMHeadModel is not supported", "LlamaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM"),
+    ),
+    Case(
+        "no_weights", "model.path={bad}/no_weights", ("model.path={bad}/no_weights has neither model.safetensors nor",)
+    ),
+    Case(
+        "weights_truncated",
+        "model.path={bad}/truncated",
+        ("{bad}/truncated/model.safetensors cannot be read", "incomplete"),
+    ),
+    Case("tensor_missing", "model.path={bad}/lacking", ("has no tensor model.norm.weight", "config.json")),
+    Case(
+        "tensor_misshapen",
+        "model.path={bad}/misshapen",
+        ("model.norm.weight has shape (63,)", "config.json says (64,)"),
+    ),
+    Case(
+        "no_tokenizer",
+        "model.path={bad}/no_tokenizer",
+        ("model.path={bad}/no_tokenizer has no tokenizer", "tokenizer.json"),
+    ),
+    Case(
+        "tokenizer_damaged",
+        "model.path={bad}/bad_tokenizer",
+        ("model.path={bad}/bad_tokenizer: the tokenizer cannot be read",),
+    ),
+    Case(
+        "no_pad_token",
+        "model.path={bad}/no_pad",
+        ("no pad token", '"pad_token"', "tokenizer_config.json", "'<eos>' will do"),
+    ),
+    Case("no_end_token", "model.path={bad}/no_eos", ("no end token", '"eos_token"', "tokenizer_config.json")),
+    Case("model_never_ends", "model.path={bad}/endless", ("no eos_token_id", "sampling.stop_token_ids=[2]")),
+    Case("tokenizer_too_large", "model.path={bad}/small_vocab", ("token ids up to 127", "vocab_size", "is 100")),
+    Case("no_path", "model.path=???", ("model.path has no value", "model.path=...")),
+]
+DATA = [
+    Case("missing", "data.path={bad}/nowhere.jsonl", ("data.path={bad}/nowhere.jsonl does not exist",)),
+    Case("folder", "data.path={bad}", ("data.path={bad} is a folder", "JSON object a line")),
+    Case("unreadable", "data.path=/proc/self/mem", ("data.path=/proc/self/mem cannot be read",)),
+    Case("empty", "data.path={bad}/empty.jsonl", ("data.path={bad}/empty.jsonl has no rows",)),
+    Case("malformed_line", "data.path={bad}/malformed.jsonl", ("{bad}/malformed.jsonl:3 is not valid JSON", "column")),
+    Case("not_utf8", "data.path={bad}/latin.jsonl", ("{bad}/latin.jsonl:2 is not UTF-8",)),
+    Case("no_object", "data.path={bad}/array.jsonl", ("{bad}/array.jsonl:2 is a JSON list, not an object",)),
+    Case("no_prompt", "data.path={bad}/other.jsonl", ("{bad}/other.jsonl:2", "'prompt' or 'messages'", "['question']")),
+    Case("empty_prompt", "data.path={bad}/blank.jsonl", ("{bad}/blank.jsonl:2: 'prompt' is empty",)),
+    Case(
+        "prompt_of_wrong_type",
+        "data.path={bad}/number.jsonl",
+        ("{bad}/number.jsonl:2: 'prompt' must be text, not int",),
+    ),
+    Case(
+        "messages_of_wrong_form",
+        "data.path={bad}/messages.jsonl",
+        ("{bad}/messages.jsonl:2: messages[0]", "'role' and 'content'"),
+    ),
+    Case(
+        "long_prompt",
+        "data.path={bad}/long.jsonl",
+        ("{bad}/long.jsonl:2: the prompt has 31 tokens, more than data.max_prompt_tokens=16", "raise it to 31"),
+    ),
+    Case(
+        "longer_than_the_engine",
+        "sampling.max_tokens=60",
+        ("data.max_prompt_tokens=16 + sampling.max_tokens=60", "rollout.max_model_len=64", "raise it to 76"),
+    ),
+    Case(
+        "beyond_positions",
+        "rollout.max_model_len=1024",
+        ("rollout.max_model_len=1024 is beyond the 512 positions", "use 512 or less"),
+    ),
+    Case(
+        "few_prompts",
+        "data.prompts_per_step=65",
+        ("data.prompts_per_step=65", "64 rows of data.path=", "use 64 or less"),
+    ),
+    Case("no_path", "data.path=null", ("data.path has no value", "data=column_addition")),
+    Case(
+        "heldout_missing", "data.eval_path={bad}/nowhere.jsonl", ("data.eval_path={bad}/nowhere.jsonl does not exist",)
+    ),
+    Case("heldout_empty_prompt", "data.eval_path={bad}/blank.jsonl", ("{bad}/blank.jsonl:2: 'prompt' is empty",)),
+    Case("kind", "data.kind=preferences", ("data.kind=preferences", "use data.kind=prompts")),
+    Case("task", "data=column_addition data.task.digits=1", ("data.task cannot be built", "raise digits")),
+    Case(
+        "sft_form",
+        f"{SFT} data.path={{bad}}/number.jsonl",
+        ("{bad}/number.jsonl:1: a demonstration is one of", "'completion'"),
+    ),
+    Case(
+        "sft_empty_completion",
+        f"{SFT} data.path={{bad}}/silent.jsonl",
+        ("{bad}/silent.jsonl:2: 'completion' is empty",),
+    ),
+    Case(
+        "sft_too_long",
+        f"{SFT} data.path={{task}}/demonstrations.jsonl data.max_tokens=20",
+        ("demonstrations.jsonl:1: the demonstration has", "data.max_tokens=20", "data.too_long=drop"),
+    ),
+    Case(
+        "sft_beyond_positions",
+        f"{SFT} data.path={{bad}}/endless.jsonl",
+        ("a demonstration has 610 tokens", "512 positions", "data.max_tokens=512"),
+    ),
+    Case(
+        "sft_of_prompts",
+        f"{SFT} data=prompts",
+        ("algorithms.sft.sft iterates over demonstrations", "use data.kind=demonstrations"),
+    ),
+]
+SETTINGS = [
+    Case("unknown_key", "sede=1", ("sede=1: there is no setting sede", "did you mean seed")),
+    Case("unknown_nested_key", "train.stps=3", ("there is no setting train.stps", "did you mean train.steps")),
+    Case("unknown_deep_key", "policy.optimizer.learning_rate=1", ("no setting policy.optimizer.learning_rate",)),
+    Case(
+        "unknown_key_of_the_algorithm",
+        "algorithm.grup_size=3",
+        ("algorithm.grup_size", "did you mean algorithm.group_size"),
+    ),
+    Case("added_key", "+train.epochs=3", ("there is no setting train.epochs", "train has steps, eval_every")),
+    Case(
+        "key_that_the_loop_lacks",
+        "+algorithm.clip=3",
+        ("Key 'clip' not in 'GrpoConfig'", "roles, group_size, normalize, loss"),
+    ),
+    Case("key_that_the_loss_lacks", "+algorithm.loss.clip_lo=1", ("algorithm.loss.clip_lo", "clip_low, clip_high")),
+    Case("option", "algorithm=gppo", ("algorithm/gppo: no such configuration; available: grpo, sft",)),
+    Case("option_of_no_name", "placement=2", ("placement=2: no such configuration; available: colocated, split",)),
+    Case("word_for_a_number", "train.steps=many", ("train.steps=many", "give a whole number")),
+    Case("fraction_for_a_whole", "train.steps=1.5", ("train.steps=1.5", "give a whole number")),
+    Case("word_for_a_fraction", "policy.optimizer.lr=fast", ("policy.optimizer.lr=fast", "give a number")),
+    Case("word_for_a_switch", "train.save=maybe", ("train.save=maybe", "use true or false")),
+    Case("null_for_a_number", "train.steps=null", ("train.steps=null", "give a value")),
+    Case("number_for_a_group", "policy.optimizer=5", ("policy.optimizer=5 is not possible", "lr, min_lr_ratio")),
+    Case("number_for_a_group_size", "algorithm.group_size=x", ("algorithm", "'x'", "Integer", "group_size")),
+    Case("override_without_value", "train.steps", ("'train.steps' is not a setting; write KEY=VALUE",)),
+    Case("override_without_key", "=5", ("'=5' is not a setting; write KEY=VALUE",)),
+    Case(
+        "override_with_an_open_bracket",
+        "placement.policy.ranks=[0",
+        ("'placement.policy.ranks=[0' is not", "KEY=VALUE"),
+    ),
+    Case("flag", "--steps", ("--steps is not a flag", "KEY=VALUE")),
+    Case("short_flag", "-n", ("-n is not a flag", "KEY=VALUE")),
+    Case("flag_value", "--cfg=all", ("--cfg", "'all'", "'job'")),
+    Case("config_name", "--config-name=nope", ("--config-name=nope", "available: quickstart, quickstart_sft, train")),
+    Case("config_dir", "--config-dir={bad}/nowhere", ("--config-dir={bad}/nowhere is not a folder",)),
+    Case("dtype", "policy.dtype=float8", ("policy.dtype=float8 is unknown", "use float32, bfloat16")),
+    Case("negative_lr", "policy.optimizer.lr=-1e-3", ("policy.optimizer.lr=-0.001 must be at least 0",)),
+    Case(
+        "schedule",
+        "policy.optimizer.schedule=step",
+        ("policy.optimizer.schedule=step is unknown", "constant, linear, cosine"),
+    ),
+    Case("wandb", "logging.wandb=yes", ("logging.wandb=", "off, offline, online")),
+    Case("temperature_0", "sampling.temperature=0", ("sampling.temperature=0", "1.0 is usual")),
+    Case("temperature_negative", "sampling.temperature=-1", ("sampling.temperature=-1", "use 0 (greedy) to 2")),
+    Case("top_p", "sampling.top_p=0.9", ("sampling.top_p=0.9", "use top_p=1")),
+    Case("group_of_0", "algorithm.group_size=0", ("algorithm.group_size=0", "use 2 or more")),
+    Case("group_of_1", "algorithm.group_size=1", ("algorithm.group_size=1", "use 2 or more")),
+    Case("normalize", "algorithm.normalize=mean", ("algorithm.normalize=mean is unknown", "use std or none")),
+    Case(
+        "loop_not_importable", "algorithm._target_=nowhere.loop", ("algorithm._target_=nowhere.loop", "module.function")
+    ),
+    Case(
+        "loop_of_one_argument",
+        "algorithm._target_=json.dumps",
+        ("json.dumps must be a function of (roles, batches, cfg)",),
+    ),
+    Case(
+        "loss_not_importable",
+        "algorithm.loss._target_=nowhere.loss",
+        ("algorithm.loss._target_=nowhere.loss", "nowhere"),
+    ),
+    Case(
+        "roles_unknown",
+        "algorithm.roles=[policy,critic]",
+        ("algorithm.roles=['policy', 'critic']", "rollout, reference, reward"),
+    ),
+    Case(
+        "evaluation_without_rollout",
+        "algorithm.roles=[policy] train.eval_every=1",
+        ("train.eval_every=1", "train.eval_every=0"),
+    ),
+    Case("run_dir_used", "run_dir={bad}/used", ("run_dir={bad}/used already holds a run", "overwrite=true")),
+    Case(
+        "run_dir_is_a_file",
+        "run_dir={bad}/empty.jsonl",
+        ("run_dir={bad}/empty.jsonl cannot be written", "another folder"),
+    ),
+    Case(
+        "run_dir_below_a_file",
+        "run_dir={bad}/empty.jsonl/run",
+        ("/empty.jsonl/run cannot be written", "another folder"),
+    ),
+    Case("run_dir_not_writable", "run_dir=/proc/run", ("run_dir=/proc/run cannot be written", "another folder")),
+]
+PLACEMENT = [
+    Case("heads", "placement.policy.tensor=4", ("placement.policy.tensor=4 does not divide the 4 heads, 2 key/value", "use 1 or 2"), FOUR),
+    Case("rollout_heads", "placement.rollout.tensor=3", ("placement.rollout.tensor=3", "use 1, 2, 4"), {"WORLD_SIZE": "3"}),
+    Case("ranks_undivided", "placement.policy.tensor=3", ("placement.policy.tensor=3 does not divide its 2 rank(s)", "use 1 or 2")),
+    Case("size_of_0", "placement.rollout.tensor=0", ("placement.rollout.tensor=0 must be at least 1",)),
+    Case("layers", "placement.policy.pipeline=4", ("placement.policy.pipeline=4 does not divide the 2 layers", "use 1 or 2"), FOUR),
+    Case("rollout_pipeline", "placement.rollout.pipeline=2", ("placement.rollout.pipeline=2 is not supported", "use 1")),
+    Case("outside", "placement.rollout.ranks=[1,2]", ("placement.rollout.ranks=[1, 2]", "rank(s) [2]", "use 0 to 1", "--nproc-per-node 3")),
+    Case("repeated", "placement.policy.ranks=[0,0]", ("placement.policy.ranks=[0, 0]", "none twice")),
+    Case("words", "placement.policy.ranks=first", ("placement.policy.ranks='first' is not understood", "use all")),
+    Case("words_in_a_list", "placement.policy.ranks=[a,b]", ("placement.policy.ranks=['a', 'b'] is not understood", "use all")),
+    Case("no_ranks", "placement.reward.ranks=null", ("placement.reward.ranks=None is not understood", "use all")),
+    Case("context", "placement.policy.context=2", ("placement.policy.context=2 is not supported yet; use 1",)),
+    Case("expert", "placement.policy.expert=2", ("placement.policy.expert=2 is not supported yet; use 1",)),
+    Case("sequence_parallel", "placement.policy.sequence_parallel=true", ("placement.policy.sequence_parallel=true", "tensor > 1")),
+    Case("reference_sizes", "placement.reference.tensor=2", ("placement.reference.ranks=policy", "placement.reference.ranks=all")),
+    Case("world_size", "placement=split", ("placement.rollout.ranks=[1]", "1 rank(s)", "--nproc-per-node 2"), {"WORLD_SIZE": "1"}),
+    *([Case("memory", "model.path={bad}/huge", ("GiB, and it has", "placement.policy.tensor"))] if ON_CPU else []),
+]  # fmt: skip
+REWARD = [
+    Case(
+        "not_importable",
+        "reward.rule=nowhere.rule",
+        ("reward.rule='nowhere.rule'", "cannot be imported", "No module named"),
+    ),
+    Case("neither_module_nor_file", "reward.rule=rule", ("reward.rule='rule'", "path/to/file.py:function")),
+    Case("file_missing", "reward.rule='{bad}/nowhere.py:rule'", ("reward.rule=", "no such file", "{bad}/nowhere.py")),
+    Case("function_missing", "reward.rule='{bad}/rules.py:absent'", ("reward.rule=", "has no 'absent'")),
+    Case(
+        "signature", "reward.rule='{bad}/rules.py:of_one'", ("reward.rule=", "must take (prompt, response, **fields)")
+    ),
+    Case(
+        "kwargs",
+        "reward.rule=aligner.reward.rules.exact_match +reward.kwargs.colour=red",
+        ("reward.kwargs={'colour': 'red'} do not fit reward.rule='aligner.reward.rules.exact_match'", "colour"),
+    ),
+    Case("timeout", "reward.timeout_s=0", ("reward.timeout_s=0.0 must be a positive number",)),
+    Case("workers", "reward.workers=0", ("reward.workers=0 must be at least 1",)),
+]
+GROUPS = {"model": MODEL, "data": DATA, "settings": SETTINGS, "placement": PLACEMENT, "reward": REWARD}
+EARLY = {f"{group}-{case.name}": case for group, cases in GROUPS.items() for case in cases}
+
+PROGRAM = """
+import contextlib, io, json, os, sys, types
+from pathlib import Path
+
+import aligner.algorithms.grpo, aligner.algorithms.sft  # whose imports warn
+import aligner.main as program
+from aligner.driver.job import Job
+
+rank, folder = int(os.environ["RANK"]), Path(sys.argv[1])
+ended = types.SimpleNamespace(sleep=lambda seconds: sys.exit(2))  # the launcher ends the ranks that wait
+alone = types.SimpleNamespace(sleep=lambda seconds: None)  # rank 0 has started the job
+Job.run = lambda job: print("the job started", file=sys.stderr)
+found = {}
+for name, (arguments, env) in json.loads((folder / "cases.json").read_text()).items():
+    program.time = alone if name == "alone" else ended
+    before, said, code = dict(os.environ), io.StringIO(), None
+    os.environ.update(env)
+    with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
+        try:
+            program.main(arguments)
+        except SystemExit as end:
+            code = end.code
+        except BaseException as error:
+            print(f"Traceback: {error!r}", file=sys.stderr)
+    os.environ.update(before)
+    found[name] = (code, said.getvalue())
+(folder / f"found.{rank}.json").write_text(json.dumps(found))
+"""
+
+FILES = {
+    "empty.jsonl": b"\n",
+    "malformed.jsonl": b'{"prompt": "<bos>1"}\n\n{"prompt": "<bos>2"\n',
+    "latin.jsonl": b'{"prompt": "1"}\n{"prompt": "\xe9"}\n',
+    "array.jsonl": b'{"prompt": "1"}\n["1"]\n',
+    "other.jsonl": b'{"prompt": "1"}\n{"question": "1"}\n',
+    "blank.jsonl": b'{"prompt": "1"}\n{"prompt": " "}\n',
+    "number.jsonl": b'{"prompt": "1"}\n{"prompt": 1}\n',
+    "messages.jsonl": b'{"prompt": "1"}\n{"messages": [{"role": "user"}]}\n',
+    "long.jsonl": b'{"prompt": "1"}\n{"prompt": "<bos>' + b"1" * 30 + b'"}\n',
+    "silent.jsonl": b'{"prompt": "1", "completion": "1"}\n{"prompt": "1", "completion": ""}\n',
+    "endless.jsonl": (b'{"prompt": "' + b"1" * 9 + b'", "completion": "' + b"1" * 600 + b'"}\n') * 4,
+    "used/metrics.jsonl": b"{}\n",
+    "rules.py": b"def of_one(text):\n    return 1.0\n",
+}
+
+
+def _write_bad(bad: Path, good: Path) -> None:
+    """Files and model folders, each of them good but for one thing."""
+    for name, content in FILES.items():
+        (bad / name).parent.mkdir(exist_ok=True)
+        (bad / name).write_bytes(content)
+
+    def model(name: str) -> Path:
+        return Path(shutil.copytree(good, bad / name))
+
+    def edit(file: Path, **changes: Any) -> None:
+        """Change keys of a JSON file; None removes one."""
+        values = {**json.loads(file.read_text()), **changes}
+        file.write_text(json.dumps({key: value for key, value in values.items() if value is not None}))
+
+    for name, lacks in [
+        ("no_config", "config.json"),
+        ("no_weights", "model.safetensors"),
+        ("no_tokenizer", "tokenizer.json"),
+    ]:
+        (model(name) / lacks).unlink()
+    (model("config_malformed") / "config.json").write_text('{"hidden_size": 64,')
+    (model("config_list") / "config.json").write_text("[]")
+    edit(model("architecture") / "config.json", architectures=["GPT2LMHeadModel"])
+    edit(model("small_vocab") / "config.json", vocab_size=100)
+    edit(model("huge") / "config.json", hidden_size=1 << 20, intermediate_size=1 << 20)
+    edit(model("no_pad") / "tokenizer_config.json", pad_token=None)
+    edit(model("no_eos") / "tokenizer_config.json", eos_token=None)
+    (model("bad_tokenizer") / "tokenizer.json").write_text("{}")
+    edit(model("endless") / "config.json", eos_token_id=None)
+    edit(bad / "endless/generation_config.json", eos_token_id=None)
+    weights = model("truncated") / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    for name, size in [("lacking", None), ("misshapen", 63)]:
+        _replace_norm(model(name) / "model.safetensors", size)
+
+
+def _replace_norm(weights: Path, size: int | None) -> None:
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(weights)
+    norm = tensors.pop("model.norm.weight")
+    if size is not None:
+        tensors["model.norm.weight"] = norm[:size].clone()
+    save_file(tensors, weights)
+
+
+@pytest.fixture(scope="module")
+def bad(task: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("bad")
+    _write_bad(folder, task.folder / "model")
+    return folder
+
+
+def _arguments(case: Case, task: Any, bad: Path, run_dir: Path) -> list[str]:
+    given = case.settings.format(bad=bad, task=task.folder).split()
+    base = task.overrides(run_dir)
+    if "~algorithm.group_size" in given:  # another loop than the base's: its settings go
+        given.remove("~algorithm.group_size")
+        base.remove("algorithm.group_size=4")
+    return base + given
+
+
+@pytest.fixture(scope="module")
+def early(task: Any, bad: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, tuple[int | None, str]]]:
+    """For each of 2 ranks: case -> (exit status, what was printed). One torchrun program for all of them."""
+    folder = tmp_path_factory.mktemp("early")
+    cases = {name: (_arguments(case, task, bad, folder / "run"), case.env) for name, case in EARLY.items()}
+    (folder / "cases.json").write_text(json.dumps({**cases, "alone": cases["data-missing"]}))
+    (folder / "program.py").write_text(PROGRAM)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    process = subprocess.Popen(
+        [*command, str(folder / "program.py"), str(folder)],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=folder, start_new_session=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    try:
+        output, _ = process.communicate(timeout=240)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        pytest.fail(f"no end within 240 s\n{process.communicate()[0][-5000:]}")
+    assert process.returncode == 0, output[-5000:]
+    assert not (folder / "run").exists(), "a refused job must leave nothing behind"
+    return [json.loads((folder / f"found.{rank}.json").read_text()) for rank in range(2)]
+
+
+def _check_said(text: str, case: Case, task: Any, bad: Path, start: str) -> None:
+    """One line of error, and all that the case wants in it."""
+    lines = [line for line in text.splitlines() if "aligner: error" in line]
+    assert len(lines) == 1, text[-5000:]
+    assert lines[0].startswith(start), lines[0]
+    for words in case.said:
+        assert words.format(bad=bad, task=task.folder) in lines[0], lines[0]
+
+
+@pytest.mark.parametrize("name", EARLY)
+def test_refused_before_the_world_starts(name: str, early: list[dict[str, Any]], task: Any, bad: Path) -> None:
+    (code, said), (other_code, other_said) = early[0][name], early[1][name]
+    assert code == 2, said
+    _check_said(said, EARLY[name], task, bad, "aligner: error: ")
+    assert "Traceback" not in said
+    assert (other_code, other_said) == (2, ""), "other ranks find the same and are silent"
+
+
+def test_there_are_enough_mistakes() -> None:
+    assert len(EARLY) >= 40
+
+
+def test_a_refused_job_is_over_at_once(torchrun: Callable[..., Any], task: Any, bad: Path, tmp_path: Path) -> None:
+    """Both ranks end by the launcher's hand, one line is said, the status is not zero; no rank waits out its patience."""
+    case = EARLY["data-malformed_line"]
+    done = torchrun(2, ["-m", "aligner.main", *_arguments(case, task, bad, tmp_path / "run")], seconds=60)
+    assert done.returncode != 0
+    _check_said(done.stderr, case, task, bad, "aligner: error: ")
+    assert "aligner.main FAILED" in done.stderr  # the launcher's own report; ours has no traceback:
+    assert "Traceback" not in done.stderr.split("ChildFailedError")[0].split("aligner: error")[0]
+
+
+def test_a_rank_that_is_alone_with_its_mistake_says_it(early: list[dict[str, Any]], task: Any, bad: Path) -> None:
+    """A file that only one host lacks: rank 0 starts the job and says nothing, so the other rank speaks."""
+    code, said = early[1]["alone"]
+    assert code == 2
+    _check_said(said, EARLY["data-missing"], task, bad, "aligner: error on rank 1: ")
+
+
+OWN = '''
+import time
+
+import torch
+
+from aligner.algorithms import Step
+
+
+def nothing(roles, batches, cfg):
+    """Yields nothing."""
+    return
+    yield
+
+
+def raising(roles, batches, cfg):
+    """Raises on one rank only, while the other waits for it."""
+    for batch in batches:
+        if roles.policy.world.rank == 1:
+            raise RuntimeError("the disk of rank 1 is gone")
+        yield Step(roles.policy.update(cfg.loss, roles.policy.place(batch)))
+
+
+def scoring(roles, batches, cfg):
+    """Scores demonstrations: rewards without an engine."""
+    for batch in batches:
+        roles.reward.score(roles.policy.place(batch))
+        yield None
+
+
+def nan(policy_logp_BT, *, mask_BT):
+    return policy_logp_BT * float("nan"), {}
+
+
+def failing(prompt, response, **fields):
+    raise KeyError("no such answer")
+
+
+def hanging(prompt, response, **fields):
+    time.sleep(60)
+'''
+OWN_LOOP = f"{SFT} data.path={{task}}/demonstrations.jsonl algorithm.roles=[policy]"
+LATE = {
+    "loop_of_no_steps": Case("", f"{OWN_LOOP} algorithm._target_=own.nothing", ("yielded 0 steps of train.steps=5", "one per batch")),
+    "loop_raises_on_one_rank": Case("", f"{OWN_LOOP} algorithm._target_=own.raising", ("RuntimeError: the disk of rank 1 is gone",)),
+    "loss_of_nan": Case("", f"{OWN_LOOP} algorithm.loss._target_=own.nan", ("the loss is nan at optimizer step 0", "policy.optimizer.lr")),
+    "rule_hangs": Case(
+        "",
+        f"{OWN_LOOP} algorithm._target_=own.scoring algorithm.roles=[policy,reward] reward.rule=own.hanging reward.timeout_s=0.2",
+        ("4 of 4 rows have no reward (4 timeout)", "reward.max_missing=0.5", "reward.timeout_s=0.2"),
+    ),
+    "rule_raises": Case(
+        "",
+        "reward.rule=own.failing train.eval_every=0",
+        ("16 of 16 rows have no reward (16 failed)", "reward.max_missing=0.5", "reward.rule=own.failing", "no such answer"),
+    ),
+}  # fmt: skip
+USERS = ("loop_of_no_steps", "rule_hangs", "rule_raises")
+"""Mistakes that need no traceback; where own code raised, or numbers went bad, one shows the place."""
+
+
+@pytest.mark.parametrize("name", LATE)
+def test_stopped_on_every_rank(name: str, torchrun: Callable[..., Any], task: Any, bad: Path, tmp_path: Path) -> None:
+    case = LATE[name]
+    (tmp_path / "own.py").write_text(OWN)
+    done = torchrun(2, ["-m", "aligner.main", *_arguments(case, task, bad, tmp_path / "run")], seconds=100)
+    assert done.returncode != 0
+    _check_said(done.stderr, case, task, bad, "aligner: error on rank ")
+    if name in USERS:
+        assert "Traceback" not in done.stderr.split("ChildFailedError")[0].rpartition("aligner: error")[0]

