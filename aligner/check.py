@@ -93,8 +93,9 @@ def check(config: Config, roles: list[str], world_size: int, group_size: int = 1
     _check_ranks(config.placement)
     meshes = make_meshes(config.placement, world_size)
     spec = read_spec(config.model.path)
-    for role in set(roles) & {"policy", "reference"}:
-        check_sizes(spec, meshes[role].tensor, meshes[role].pipeline, f"placement.{role}")
+    for role in ("policy", "reference"):
+        if role in roles:
+            check_sizes(spec, meshes[role].tensor, meshes[role].pipeline, f"placement.{role}")
     tokenizer = load_tokenizer(config.model.path)
     prompts, demonstrations, heldout = _read_data(config, tokenizer)
     _check_positions(demonstrations, spec)

@@ -175,6 +175,7 @@ def write_model(folder: Path, shape: ModelShape, seed: int) -> None:
     """An untrained model with its tokenizer, float32, input and output embeddings tied, loadable by transformers."""
     import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM
+    from transformers.utils import logging
 
     config = Qwen3Config(
         vocab_size=VOCABULARY,
@@ -195,6 +196,7 @@ def write_model(folder: Path, shape: ModelShape, seed: int) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = Qwen3ForCausalLM(config).float()
+    logging.disable_progress_bar()
     model.save_pretrained(folder)
     write_tokenizer(folder)
 

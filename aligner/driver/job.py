@@ -19,6 +19,7 @@ from aligner.check import Checked, check
 from aligner.config import Config
 from aligner.data.prompts import Prompt
 from aligner.data.samples import Samples
+from aligner.driver.quiet import ignore_library_notes
 from aligner.objective.advantages import Normalize
 
 BATCHES = {"prompts": Iterable[list[Prompt]], "demonstrations": Iterable[Samples]}
@@ -55,6 +56,7 @@ def prepare(config: Config, world_size: int) -> Job:
     Raises:
         ValueError: a mistake in the configuration or the data, with the setting and what would work.
     """
+    ignore_library_notes()  # before the loop's imports, Megatron among them
     config = _with_task(config)
     loop = _find_loop(config.algorithm)
     settings = _settings(loop, {k: v for k, v in config.algorithm.items() if k != "_target_"})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import math
 import multiprocessing
@@ -56,10 +57,8 @@ def enter_worker(rule: str) -> None:
     """Once in each worker, before its first row."""
     os.environ.update(CUDA_VISIBLE_DEVICES="", HIP_VISIBLE_DEVICES="", OMP_NUM_THREADS="1")
     threading.Thread(target=_die_with_parent, daemon=True).start()
-    try:
+    with contextlib.suppress(ValueError):  # told by rule_problem, or by the row
         _loaded(rule)  # here, so that the import does not count against the first row
-    except ValueError:
-        pass  # told by rule_problem, or by the row
 
 
 def _die_with_parent() -> None:

@@ -56,7 +56,7 @@ def test_token_ids_beyond_the_embeddings_are_refused(chat_folder: Path) -> None:
     (chat_folder / "config.json").write_text(json.dumps({"model_type": "qwen3", "vocab_size": 262}))
     assert load_tokenizer(chat_folder) is not None
     change(chat_folder, pad_token="<new pad>")
-    with pytest.raises(ValueError, match="token ids up to 262, but vocab_size in .*config.json is 262"):
+    with pytest.raises(ValueError, match=r"token ids up to 262, but vocab_size in .*config.json is 262"):
         load_tokenizer(chat_folder)
 
 

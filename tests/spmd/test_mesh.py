@@ -56,7 +56,7 @@ def test_shards_hold_every_rank_once() -> None:
     ],
 )
 def test_errors_name_the_setting(layout: RoleLayout, said: str) -> None:
-    with pytest.raises(ValueError, match="placement.rollout") as error:
+    with pytest.raises(ValueError, match=r"placement\.rollout") as error:
         make_meshes(Placement(rollout=layout), 8)
     assert said in str(error.value)
 
