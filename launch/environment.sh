@@ -92,7 +92,8 @@ find_python() {
 
 detect_device() {
     # nvidia-smi may be installed where there is no driver, and then prints an error instead of a list.
-    if command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi --list-gpus 2>/dev/null | grep -q '^GPU '; then
+    # Not piped into grep -q: it would leave at the first GPU, and the rest of the list would fail the pipe.
+    if [[ "$(nvidia-smi --list-gpus 2>/dev/null)" == "GPU 0:"* ]]; then
         echo cuda
     else
         echo cpu

@@ -58,7 +58,18 @@ SUPERVISED_TABLE = (
 )
 LEFT_OUT = ("reward_failed", "reward_timeout", "reward_unparsable")
 # Written to metrics.jsonl and the report, too fine for the table; any other metric is a loop's own and gets a column.
-QUIET = {"truncated", "gap", "ratio", "ratio_max", "kl_max", "clip_fraction", "reward_ok", "time", "seconds_evaluate", *LEFT_OUT}
+QUIET = {
+    "truncated",
+    "gap",
+    "ratio",
+    "ratio_max",
+    "kl_max",
+    "clip_fraction",
+    "reward_ok",
+    "time",
+    "seconds_evaluate",
+    *LEFT_OUT,
+}
 FINE = ("reshard_", "seconds_")
 
 

@@ -149,9 +149,7 @@ def _check_groups(settings: Any) -> None:
     if normalize is None:
         return
     if normalize not in typing.get_args(Normalize):
-        raise ValueError(
-            f"algorithm.normalize={normalize} is unknown; use {' or '.join(typing.get_args(Normalize))}."
-        )
+        raise ValueError(f"algorithm.normalize={normalize} is unknown; use {' or '.join(typing.get_args(Normalize))}.")
     if settings.group_size < 2:
         raise ValueError(
             f"algorithm.group_size={settings.group_size} leaves nothing to compare in a group, so every advantage would be "

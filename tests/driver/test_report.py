@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
+from aligner.driver.facts import phase_seconds, summary
 from aligner.driver.metrics import MetricsWriter
-from aligner.driver.report import compare_report, phase_seconds, summary, write_report
+from aligner.driver.report import compare_report, write_report
 from aligner.driver.samples import write_samples
 
 PNG = b"\x89PNG\r\n\x1a\n"

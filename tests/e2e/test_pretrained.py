@@ -24,19 +24,23 @@ ROOT = Path(__file__).resolve().parents[2]
 GIB = 2**30
 TALKS = (
     ("What is the capital of France?", "The capital of France is Paris."),
-    ("Name three primary colors.", "The three primary colors are red, blue, and yellow. All other colors are mixed from them."),
+    (
+        "Name three primary colors.",
+        "The three primary colors are red, blue, and yellow. All other colors are mixed from them.",
+    ),
     ("Write a haiku about autumn.", "Leaves drift to the ground,\nA quiet wind in the trees:\nSummer's last whisper."),
     ("def f(n):", "    return n * f(n - 1) if n > 1 else 1  # 5! = 120"),
     ("¿Qué hora es?", "Son las 12:45."),
 )
 QUESTIONS = {
     "What is the capital of France?": "Paris",
-    "What is the capital of Italy?": "Rome",
+    "What is the capital of Germany?": "Berlin",
     "What is the color of the sky on a clear day?": "blue",
     "How many days are there in a week?": "7 days",
 }
-# Measured on a CPU in float32, where logits go up to 32: log-probabilities within 6e-5, logits within 9e-5.
-TOLERANCE = 5e-4
+ANSWER_TOKENS = 24
+# Measured on a CPU, float32 on both sides: logits (the largest is 43) within 5.5e-5, log-probabilities within 1.8e-5.
+LOGITS, LOGP = 2e-4, 1e-4
 
 PARITY = """
 import json, sys, torch
@@ -82,10 +86,9 @@ for role in (tp1, pp2):
                  "largest": wanted.abs().max().item()}
         (out / f"{role.name}.json").write_text(json.dumps(found))
 
-prompts = tokenize_prompts(
-    [(q, {"messages": [{"role": "user", "content": q}]}) for q in json.loads(sys.argv[3])],
-    AutoTokenizer.from_pretrained(folder), 80)
-greedy = Sampling(temperature=0.0, max_tokens=24)
+questions = [(asked, {"messages": [{"role": "user", "content": asked}]}) for asked in expected["answers"]]
+prompts = tokenize_prompts(questions, AutoTokenizer.from_pretrained(folder), 80)
+greedy = Sampling(temperature=0.0, max_tokens=int(sys.argv[3]))
 rollout = Rollout("rollout", world, Mesh((0, 1), 1, 1), spec, RolloutConfig(max_model_len=128, max_num_seqs=8), greedy, 0)
 pp2.reshard_to(rollout)
 answers = rollout.generate(prompts).get()
@@ -132,8 +135,12 @@ def memory_of_children() -> Iterator[list[int]]:
         thread.join()
 
 
-def write_expected(folder: Path, out: Path) -> Any:
-    """Transformers' logits and log-probabilities of `TALKS`, for the ranks to compare; the tokenizer."""
+def write_expected(folder: Path, out: Path) -> tuple[Any, dict[str, list[int]]]:
+    """Transformers' logits and log-probabilities of `TALKS`, for the ranks to compare.
+
+    Returns:
+        (tokenizer, transformers' own answers to `QUESTIONS`).
+    """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -143,6 +150,14 @@ def write_expected(folder: Path, out: Path) -> Any:
     length_B = torch.tensor([len(row) for row in rows])
     tokens_BT = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
     logp_BT = torch.zeros(tokens_BT.shape)
+    answers = {}
+    for question in QUESTIONS:
+        message = [{"role": "user", "content": question}]
+        asked = tokenizer.apply_chat_template(
+            message, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+        said = reference.generate(**asked, max_new_tokens=ANSWER_TOKENS, do_sample=False)
+        answers[question] = said[0, asked["input_ids"].shape[1] :].tolist()
     with torch.no_grad():
         logits = [reference(row[None]).logits[0] for row in rows]
     for i, (row, logits_TV) in enumerate(zip(rows, logits, strict=True)):
@@ -150,26 +165,28 @@ def write_expected(folder: Path, out: Path) -> Any:
     place_T = torch.arange(tokens_BT.shape[1])
     mask_BT = (place_T > 0) & (place_T < length_B[:, None])
     expected = {"tokens_BT": tokens_BT, "length_B": length_B, "mask_BT": mask_BT, "logp_BT": logp_BT, "logits": logits}
-    torch.save(expected, out / "expected.pt")
-    return tokenizer
+    torch.save({**expected, "answers": answers}, out / "expected.pt")
+    return tokenizer, answers
 
 
 def test_tp1_and_pp2_agree_with_transformers_and_the_rollout_answers(
     torchrun: Callable[..., Any], model: Path, tmp_path: Path
 ) -> None:
-    tokenizer = write_expected(model, tmp_path)
+    tokenizer, expected = write_expected(model, tmp_path)
     (tmp_path / "parity.py").write_text(PARITY)
-    program = [str(tmp_path / "parity.py"), str(model), str(tmp_path), json.dumps(list(QUESTIONS))]
+    program = [str(tmp_path / "parity.py"), str(model), str(tmp_path), str(ANSWER_TOKENS)]
     done = torchrun(2, program, seconds=300)
     assert done.returncode == 0, done.stdout[-1500:] + done.stderr[-4000:]
     for layout in ("tp1", "pp2"):
         found = json.loads((tmp_path / f"{layout}.json").read_text())
         print(found)
-        assert found["logp"] < TOLERANCE and found["logits"] < TOLERANCE, found
-    answers = [tokenizer.decode(tokens) for tokens in json.loads((tmp_path / "answers.json").read_text())]
-    for (question, word), said in zip(QUESTIONS.items(), answers, strict=True):
+        assert found["logp"] < LOGP and found["logits"] < LOGITS, found
+    answers = json.loads((tmp_path / "answers.json").read_text())
+    for (question, word), tokens in zip(QUESTIONS.items(), answers, strict=True):
+        said = tokenizer.decode(tokens)
         print(question, repr(said))
         assert word in said, f"{question} {said}"
+        assert tokens == expected[question], f"transformers says {tokenizer.decode(expected[question])!r}, not {said!r}"
 
 
 def test_three_grpo_steps(torchrun: Callable[..., Any], model: Path, tmp_path: Path) -> None:
@@ -201,7 +218,7 @@ def test_three_grpo_steps(torchrun: Callable[..., Any], model: Path, tmp_path: P
     assert [step["step"] for step in steps] == [1, 2, 3]
     print(f"peak {peak[0] / GIB:.1f} GiB")
     for step in steps:
-        print({name: value for name, value in step.items() if "seconds" in name or "gap" in name or "reward" in name})
+        print({name: round(value, 6) for name, value in step.items() if name.startswith(("seconds", "gap", "reward"))})
         assert step["gap_max"] < 1e-3
         assert step["reward_ok"] == 32  # 8 prompts x 4 samples
         assert 0 < step["reward"] < 1 and step["grad_norm"] > 0  # sums that it gets right at times: something to learn

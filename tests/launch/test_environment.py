@@ -112,7 +112,9 @@ def test_pytorchs_cpu_index_serves_where_the_plain_way_has_no_cpu_build(checkout
 
 
 def test_a_listed_gpu_chooses_cuda_and_an_installed_tool_without_driver_does_not(checkout: Checkout) -> None:
-    checkout.put("nvidia-smi", "#!/bin/bash\necho 'GPU 0: NVIDIA H200 (UUID: GPU-1)'\n")
+    # one by one, as the real tool prints them: a reader who leaves after the first must not turn it into a failure
+    eight = '#!/bin/bash\nfor i in 0 1 2 3 4 5 6 7; do echo "GPU $i: NVIDIA H200 (UUID: GPU-$i)"; sleep 0.02; done\n'
+    checkout.put("nvidia-smi", eight)
     assert checkout.run(PIP_FINDS=report("2.13.0")).returncode == 0
     assert checkout.pip()[1] == "install --editable .[cuda,dev]"
     assert checkout.stamp()["device"] == "cuda"

@@ -16,7 +16,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 SCONTROL = """#!/bin/bash
 case "$1" in
-    show) printf 'localhost\\nlocalhost\\n' ;;
+    # more than a pipe holds, so that a reader who leaves after the first line is found out every time
+    show) for ((i = 0; i < 20000; i++)); do echo localhost; done ;;
     requeue) echo "requeue $2" >>"$RECORD" ;;
 esac
 """
