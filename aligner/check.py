@@ -74,12 +74,11 @@ class Checked:
     heldout: list[Prompt]
 
 
-def check(config: Config, roles: list[str], world_size: int, group_size: int = 1) -> Checked:
+def check(config: Config, roles: list[str], world_size: int) -> Checked:
     """Check the whole configuration against the model, the data and the number of ranks.
 
     Args:
         roles: the roles that the loop wants.
-        group_size: samples per prompt.
 
     Raises:
         ValueError: the first thing found wrong, with the setting and the values that would work.
@@ -88,8 +87,6 @@ def check(config: Config, roles: list[str], world_size: int, group_size: int = 1
     unknown = [role for role in roles if role not in ROLES]
     if unknown or "policy" not in roles:
         raise ValueError(f"algorithm.roles={roles} must hold policy and otherwise only {', '.join(ROLES[1:])}.")
-    if group_size < 1:
-        raise ValueError(f"algorithm.group_size={group_size} must be at least 1.")
     _check_ranks(config.placement)
     meshes = make_meshes(config.placement, world_size)
     spec = read_spec(config.model.path)
@@ -133,7 +130,9 @@ def _check_values(config: Config) -> None:
     sampling = config.sampling
     sampling.check("sampling")
     if sampling.temperature == 0:
-        raise ValueError("sampling.temperature=0 leaves nothing to compare in a group; use a positive one (1.0 is usual).")
+        raise ValueError(
+            "sampling.temperature=0 leaves nothing to compare in a group; use a positive one (1.0 is usual)."
+        )
     if sampling.top_p != 1.0 or sampling.top_k != 0:
         raise ValueError(
             f"sampling.top_p={sampling.top_p}, sampling.top_k={sampling.top_k}: the policy's log-probabilities are over "

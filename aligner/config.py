@@ -169,7 +169,9 @@ def _writable(kind: Any) -> Any:
     entries = []
     for entry in dataclasses.fields(kind):
         hint, inner = hints[entry.name], _dataclass_in(hints[entry.name])
-        factory = entry.default_factory if entry.default_factory is not dataclasses.MISSING else partial(_same, entry.default)
+        factory = (
+            entry.default_factory if entry.default_factory is not dataclasses.MISSING else partial(_same, entry.default)
+        )
         if inner is not None:
             hint = _writable(inner)
             factory = partial(_mirrored, hint, factory)
@@ -194,9 +196,17 @@ def _frozen(kind: Any, values: Any, prefix: str = "") -> Any:
     made = {}
     for name, value in values.items():
         if name not in hints:
-            raise ValueError(f"there is no setting {prefix}{name}; {prefix[:-1] or 'the top level'} has {', '.join(hints)}.")
+            raise ValueError(
+                f"there is no setting {prefix}{name}; {prefix[:-1] or 'the top level'} has {', '.join(hints)}."
+            )
         inner = _dataclass_in(hints[name])
-        made[name] = _frozen(inner, value, f"{prefix}{name}.") if inner is not None else tuple(value) if isinstance(value, list) else value
+        made[name] = (
+            _frozen(inner, value, f"{prefix}{name}.")
+            if inner is not None
+            else tuple(value)
+            if isinstance(value, list)
+            else value
+        )
     return kind(**made)
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from aligner.policy.policy import Policy, Reference
 from aligner.reward.role import Reward
 from aligner.rollout.role import Rollout
 from aligner.spmd.placement import reference_layout
+from aligner.spmd.role import Role
 from aligner.spmd.world import World
 
 if TYPE_CHECKING:
@@ -20,17 +20,40 @@ if TYPE_CHECKING:
     from aligner.models.spec import ModelSpec
     from aligner.spmd.mesh import Mesh
 
-ROLES = ("policy", "rollout", "reference", "reward")
+R = TypeVar("R")
 
 
-@dataclass(frozen=True)
 class Roles:
-    """What a loop calls. A role that algorithm.roles does not name is absent: None where a loop may do without it."""
+    """What a loop calls: `policy`, `rollout`, `reward`, and `reference`, which is None where algorithm.roles leaves it out."""
 
-    policy: Policy
-    rollout: Rollout
-    reward: Reward
-    reference: Reference | None = None
+    def __init__(
+        self, policy: Policy, rollout: Rollout | None, reward: Reward | None, reference: Reference | None
+    ) -> None:
+        self.policy, self.reference = policy, reference
+        self._rollout, self._reward = rollout, reward
+
+    @property
+    def rollout(self) -> Rollout:
+        """The vLLM replicas. Raises ValueError where algorithm.roles leaves them out."""
+        return _present(self._rollout, "rollout")
+
+    @property
+    def reward(self) -> Reward:
+        """The scorer. Raises ValueError where algorithm.roles leaves it out."""
+        return _present(self._reward, "reward")
+
+    @property
+    def built(self) -> list[Role]:
+        """Every role that there is."""
+        return [role for role in (self.policy, self._rollout, self._reward, self.reference) if role is not None]
+
+
+def _present(role: R | None, name: str) -> R:
+    if role is None:
+        raise ValueError(
+            f"the loop uses roles.{name}, which algorithm.roles leaves out; add {name} to algorithm.roles."
+        )
+    return role
 
 
 def build_roles(
@@ -71,4 +94,4 @@ def build_roles(
         rollout = Rollout("rollout", world, meshes["rollout"], spec, config.rollout, config.sampling, config.seed)
     if "reward" in wanted:
         reward = Reward("reward", world, meshes["reward"], config.reward, tokenizer)
-    return Roles(policy, rollout, reward, reference)  # type: ignore[arg-type]
+    return Roles(policy, rollout, reward, reference)

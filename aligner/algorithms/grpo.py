@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 from aligner.algorithms.step import Step
 from aligner.data.prompts import Prompt
 from aligner.data.samples import leave_out_unscored
-from aligner.objective.advantages import group_advantages
+from aligner.objective.advantages import Normalize, group_advantages
 from aligner.roles import Roles
 
 
@@ -25,6 +25,18 @@ class GrpoConfig:
     """Divide advantages by the group's standard deviation (std) or not (none, as Dr. GRPO)."""
     loss: Any = None
     """Loss with its settings, as a `_target_` with `_partial_: true`."""
+
+    def check(self) -> None:
+        """Raises ValueError naming the setting and the values that would work."""
+        if self.normalize not in get_args(Normalize):
+            raise ValueError(
+                f"algorithm.normalize={self.normalize} is unknown; use {' or '.join(get_args(Normalize))}."
+            )
+        if self.group_size < 2:
+            raise ValueError(
+                f"algorithm.group_size={self.group_size} leaves nothing to compare in a group, so every advantage would "
+                "be 0; use 2 or more."
+            )
 
 
 def grpo(roles: Roles, prompts: Iterable[list[Prompt]], cfg: GrpoConfig) -> Iterator[Step]:

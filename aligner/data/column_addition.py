@@ -38,6 +38,9 @@ class ColumnAddition:
     """Digits of both terms."""
     demonstrations: int = 60_000
     """Rows with a completion."""
+    demonstrated: int = 1_500
+    """Different additions among them: enough to learn to work in columns, too few to learn direct answers by more than
+    heart."""
     prompts: int = 16_384
     """Rows to generate from in training."""
     heldout: int = 512
@@ -52,13 +55,13 @@ class ColumnAddition:
             raise ValueError(f"digits={self.digits} must be 1 or more.")
         if not 0 <= self.direct_fraction <= 1:
             raise ValueError(f"direct_fraction={self.direct_fraction} must be between 0 and 1.")
-        for name in ("demonstrations", "prompts", "heldout"):
+        for name in ("demonstrations", "demonstrated", "prompts", "heldout"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be 1 or more.")
-        wanted, there_are = self.demonstrations + self.prompts + self.heldout, len(self._terms) ** 2
+        wanted, there_are = self.demonstrated + self.prompts + self.heldout, len(self._terms) ** 2
         if wanted > there_are:
             raise ValueError(
-                f"demonstrations={self.demonstrations}, prompts={self.prompts} and heldout={self.heldout} want "
+                f"demonstrated={self.demonstrated}, prompts={self.prompts} and heldout={self.heldout} want "
                 f"{wanted} different additions, but digits={self.digits} has {there_are}; lower them or raise digits."
             )
 
@@ -71,8 +74,8 @@ class ColumnAddition:
 
     def _training_additions(self) -> list[Addition]:
         heldout = set(self._heldout_additions())
-        drawn = self._sample("training", self.demonstrations + self.prompts + self.heldout)
-        return [addition for addition in drawn if addition not in heldout][: self.prompts + self.demonstrations]
+        drawn = self._sample("training", self.demonstrated + self.prompts + self.heldout)
+        return [addition for addition in drawn if addition not in heldout][: self.prompts + self.demonstrated]
 
     def _sample(self, purpose: str, count: int) -> list[Addition]:
         """Different additions, in random order."""
@@ -90,7 +93,8 @@ class ColumnAddition:
 
     def demonstration_rows(self) -> list[LabelledRow]:
         """{'prompt', 'completion', 'answer'}, `direct_fraction` of them direct, mixed."""
-        additions = self._training_additions()[self.prompts :]
+        pool = self._training_additions()[self.prompts :]
+        additions = [pool[row % len(pool)] for row in range(self.demonstrations)]
         direct = round(self.direct_fraction * len(additions))
         styles = [direct_answer] * direct + [column_answer] * (len(additions) - direct)
         random.Random(f"{self.seed}/styles").shuffle(styles)
@@ -153,13 +157,13 @@ def write_tokenizer(folder: Path) -> None:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Sizes of the small Qwen3 model: 607k parameters by default."""
+    """Sizes of the small Qwen3 model: 657k parameters by default."""
 
     hidden: int = 128
     layers: int = 3
-    heads: int = 4
+    heads: int = 2
     kv_heads: int = 2
-    head_dim: int = 32
+    head_dim: int = 64
     """At least 32: vLLM's attention on CPUs needs it."""
     ffn: int = 384
     """Width of the MLP."""

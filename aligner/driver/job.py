@@ -20,7 +20,6 @@ from aligner.config import Config
 from aligner.data.prompts import Prompt
 from aligner.data.samples import Samples
 from aligner.driver.quiet import ignore_library_notes
-from aligner.objective.advantages import Normalize
 
 BATCHES = {"prompts": Iterable[list[Prompt]], "demonstrations": Iterable[Samples]}
 """data.kind -> how a loop annotates the batches that it iterates over."""
@@ -61,9 +60,10 @@ def prepare(config: Config, world_size: int) -> Job:
     loop = _find_loop(config.algorithm)
     settings = _settings(loop, {k: v for k, v in config.algorithm.items() if k != "_target_"})
     _check_batches(loop, config)
-    _check_groups(settings)
+    if hasattr(settings, "check"):
+        settings.check()
     roles = list(getattr(settings, "roles", ["policy", "rollout", "reward"]))
-    checked = check(config, roles, world_size, int(getattr(settings, "group_size", 1)))
+    checked = check(config, roles, world_size)
     return Job(config, loop, settings, roles, checked)
 
 
@@ -140,20 +140,6 @@ def _check_batches(loop: Callable[..., Any], config: Config) -> None:
         raise ValueError(
             f"algorithm._target_={config.algorithm['_target_']} iterates over {wanted[0]}, but data.kind={config.data.kind}; "
             f"use data.kind={wanted[0]}."
-        )
-
-
-def _check_groups(settings: Any) -> None:
-    """Settings with `normalize` are those of a loop whose advantages compare the samples of a group."""
-    normalize = getattr(settings, "normalize", None)
-    if normalize is None:
-        return
-    if normalize not in typing.get_args(Normalize):
-        raise ValueError(f"algorithm.normalize={normalize} is unknown; use {' or '.join(typing.get_args(Normalize))}.")
-    if settings.group_size < 2:
-        raise ValueError(
-            f"algorithm.group_size={settings.group_size} leaves nothing to compare in a group, so every advantage would be "
-            "0; use 2 or more."
         )
 
 

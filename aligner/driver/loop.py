@@ -61,7 +61,7 @@ class Driver:
     def run(self) -> None:
         """The loop with everything around it."""
         train = self.config.train
-        able = self.roles.rollout is not None and self.roles.reward is not None
+        able = {"rollout", "reward"} <= set(self.job.roles)
         evaluates = bool(train.eval_every and self.job.checked.heldout and able)
         if evaluates:
             self.roles.policy.reshard_to(self.roles.rollout)
@@ -108,10 +108,9 @@ class Driver:
         """Seconds by phase since the last time (of the slowest rank) and the last sync's ledger over all ranks."""
         mine: Counter[str] = Counter()
         roles = self.roles
-        for role in (roles.policy, roles.rollout, roles.reference, roles.reward):
-            if role is not None:
-                mine.update(role.seconds)
-                role.seconds.clear()
+        for role in roles.built:
+            mine.update(role.seconds)
+            role.seconds.clear()
         rows = [sync.ledger[-1] for sync in roles.policy.syncs.values() if sync.ledger]
         found: list[Any] = [None] * self.world.size
         dist.all_gather_object(found, (dict(mine), rows))

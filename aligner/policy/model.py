@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from aligner.models.megatron_layout import megatron_layout
 from aligner.models.spec import ModelSpec
 from aligner.policy.attention import PackedAttention, PackedRotary, RMSNorm
 from aligner.reshard.region import Piece
+from aligner.reshard.storage import strided_view
 from aligner.spmd.mesh import Mesh
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -37,10 +39,9 @@ class ShardedModel:
 
     def view(self, piece: Piece) -> Tensor:
         """The strided view of a parameter that holds `piece`; writable."""
-        flat = self.parameters[piece.storage].data.view(-1)  # raises where a parameter is not contiguous
-        return flat.as_strided(piece.size, piece.stride, flat.storage_offset() + piece.offset)
+        return strided_view(self.parameters[piece.storage].data, piece)
 
-    @property
+    @cached_property
     def parameters(self) -> dict[str, torch.nn.Parameter]:
         """Parameters by their Megatron name."""
         return dict(self.gpt.named_parameters())
@@ -146,7 +147,10 @@ def build_model(
         last_stage=last,
         dtype=dtype,
     )
-    return ShardedModel(gpt, config, layout)
+    model = ShardedModel(gpt, config, layout)
+    unfed = sorted(set(model.parameters) ^ {piece.storage for piece in layout})
+    assert not unfed, f"{unfed[0]} is not both in the model and in its layout"
+    return model
 
 
 def _layer_specs(config: TransformerConfig, layers: int) -> TransformerBlockSubmodules:

@@ -45,8 +45,19 @@ def test_the_seed_decides_and_training_sizes_leave_the_heldout_alone() -> None:
     assert ColumnAddition(demonstrations=400, prompts=300, heldout=100, seed=1).heldout_rows() != SMALL.heldout_rows()
 
 
+def test_few_additions_are_demonstrated_in_both_ways() -> None:
+    """Seen often and in either style, an addition's prompt says nothing about the style."""
+    rows = [row for _, row in ColumnAddition(demonstrations=3000, demonstrated=50, prompts=300).demonstration_rows()]
+    assert len(rows) == 3000
+    styles: dict[str, set[bool]] = {}
+    for row in rows:
+        styles.setdefault(row["prompt"], set()).add(row["completion"][0] == "#")
+    assert len(styles) == 50
+    assert set(map(len, styles.values())) == {2}
+
+
 def test_every_addition_of_a_small_task_is_dealt_once() -> None:
-    task = ColumnAddition(digits=1, demonstrations=60, prompts=30, heldout=10)
+    task = ColumnAddition(digits=1, demonstrations=60, demonstrated=60, prompts=30, heldout=10)
     every = task.demonstration_rows() + task.prompt_rows() + task.heldout_rows()
     assert {row["prompt"] for _, row in every} == {f"<bos>{a}+{b}=" for a in range(10) for b in range(10)}
 
@@ -54,7 +65,7 @@ def test_every_addition_of_a_small_task_is_dealt_once() -> None:
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [
-        ({"digits": 1}, "want 76896 different additions, but digits=1 has 100"),
+        ({"digits": 1}, "want 18396 different additions, but digits=1 has 100"),
         ({"digits": 0}, "digits=0 must be 1 or more"),
         ({"heldout": 0}, "heldout=0 must be 1 or more"),
         ({"direct_fraction": 1.5}, "direct_fraction=1.5 must be between 0 and 1"),
@@ -63,7 +74,7 @@ def test_every_addition_of_a_small_task_is_dealt_once() -> None:
 def test_impossible_tasks_are_refused(settings: dict[str, float], reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
         ColumnAddition(**settings)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="kv_heads=3 must divide heads=4"):
+    with pytest.raises(ValueError, match="kv_heads=3 must divide heads=2"):
         ModelShape(kv_heads=3)
 
 
@@ -71,9 +82,9 @@ def test_the_model_folder_loads_with_transformers(tmp_path: Path) -> None:
     write_model(tmp_path / "a", ModelShape(), seed=0)
     write_model(tmp_path / "b", ModelShape(), seed=1)
     model, other = (AutoModelForCausalLM.from_pretrained(str(tmp_path / name)) for name in "ab")
-    # per layer: q and o 128x128, k and v 128x64, MLP 3 x 128x384, norms 2x128 and 2x32; embeddings 128x128, last norm
-    by_hand = 3 * (2 * 128 * 128 + 2 * 128 * 64 + 3 * 128 * 384 + 2 * 128 + 2 * 32) + 128 * 128 + 128
-    assert sum(parameter.numel() for parameter in model.parameters()) == by_hand == 607_296
+    # per layer: q, k, v and o 128x128, MLP 3 x 128x384, norms 2x128 and 2x64; embeddings 128x128, last norm
+    by_hand = 3 * (4 * 128 * 128 + 3 * 128 * 384 + 2 * 128 + 2 * 64) + 128 * 128 + 128
+    assert sum(parameter.numel() for parameter in model.parameters()) == by_hand == 656_640
     assert type(model).__name__ == "Qwen3ForCausalLM"
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert {str(parameter.dtype) for parameter in model.parameters()} == {"torch.float32"}

@@ -56,7 +56,8 @@ class Task:
 def task(tmp_path_factory: pytest.TempPathFactory) -> Task:
     """The task with a model of 2 layers, 4 heads, 2 key/value heads."""
     folder = tmp_path_factory.mktemp("task")
-    write(folder, ColumnAddition(demonstrations=256, prompts=64, heldout=16), ModelShape(hidden=64, layers=2, ffn=96))
+    shape = ModelShape(hidden=64, layers=2, heads=4, kv_heads=2, head_dim=32, ffn=96)
+    write(folder, ColumnAddition(demonstrations=256, prompts=64, heldout=16), shape)
     (folder / "rule.py").write_text(RULE)
     _sharpen(folder / "model")
     return Task(folder)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
+import socket
 import stat
 import subprocess
 import sys
@@ -66,12 +68,22 @@ dist.destroy_process_group()
 """
 
 
+def job_with_a_free_port() -> int:
+    """A job number whose rendezvous port (10000 + job % 20000) nobody on this host listens on."""
+    while True:
+        job = random.randrange(1_000_000)
+        with socket.socket() as probe:
+            if probe.connect_ex(("localhost", 10000 + job % 20000)) != 0:
+                return job
+
+
 class Cluster:
     """A submit folder whose `aligner.main` adds up over all ranks, and a scheduler of two nodes that are both this host."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.record = folder / "scontrol.log"
+        self.job = job_with_a_free_port()
         (folder / "launch").mkdir()
         (folder / "launch" / "environment.sh").write_text(f'export PATH="{Path(sys.executable).parent}:$PATH"\n')
         (folder / "aligner").mkdir()
@@ -93,7 +105,7 @@ class Cluster:
             "ALIGNER_RANKS_PER_NODE": "2",
             "ALIGNER_RESTARTS": "0",
             "SLURM_SUBMIT_DIR": str(self.folder),
-            "SLURM_JOB_ID": str(os.getpid()),
+            "SLURM_JOB_ID": str(self.job),
             "SLURM_JOB_NODELIST": "localhost[1-2]",
             "SLURM_NNODES": "2",
             **variables,
@@ -144,14 +156,15 @@ def test_usr1_reaches_every_rank_and_the_job_queues_again(cluster: Cluster) -> N
     # as --signal=B:USR1 does: to the batch shell alone
     process.send_signal(signal.SIGUSR1)
     status, out = end(process)
-    assert status != 0
+    assert status != 0, out
     assert len(list(cluster.folder.glob("usr1.*"))) == 4, out
-    assert cluster.record.read_text() == f"requeue {os.getpid()}\n"
+    assert cluster.requeued(), out
+    assert cluster.record.read_text() == f"requeue {cluster.job}\n"
 
 
 def test_a_job_that_fails_is_not_queued_again(cluster: Cluster) -> None:
     status, out = end(cluster.submit("mode=fail"))
-    assert status != 0
+    assert status != 0, out
     assert "rank 3 fails" in out
     assert not cluster.requeued()
 

@@ -89,7 +89,7 @@ world.leave()
 def test_promises(torchrun, tmp_path: Path, ranks: int) -> None:  # type: ignore[no-untyped-def]
     from aligner.data.column_addition import ModelShape, write_model
 
-    write_model(tmp_path / "model", ModelShape(hidden=64, layers=2, ffn=96), seed=0)
+    write_model(tmp_path / "model", ModelShape(hidden=64, layers=2, heads=4, kv_heads=2, head_dim=32, ffn=96), seed=0)
     (tmp_path / "promises.py").write_text(PROGRAM)
     done = torchrun(ranks, [str(tmp_path / "promises.py"), str(tmp_path / "model")], seconds=150)
     assert done.returncode == 0, done.stdout[-500:] + done.stderr[-3000:]

@@ -71,7 +71,7 @@ for name, (left, right) in LAYOUTS.items():
             assert "ref.get()" in str(error)
         else:
             raise AssertionError("a Ref was branched on")
-    print("layout", name, "ok")
+    print(f"layout {name} ok\\n", end="", flush=True)
 world.leave()
 """
 
