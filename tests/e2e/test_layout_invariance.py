@@ -68,3 +68,15 @@ def test_the_policy_learns(one_rank: dict[str, Rows], job: Callable[..., Rows]) 
     rows = job(2, "policy.optimizer.lr=3e-3", "train.steps=15", "algorithm.roles=[policy,rollout,reward]")
     first, last = (sum(row["reward"] for row in part) / 3 for part in (rows[:3], rows[-3:]))
     assert last > first + 0.2
+
+
+def test_several_optimizer_steps_on_a_batch(job: Callable[..., Rows]) -> None:
+    """2 epochs of 2 minibatches hold the same rows under any layout; after the first step the batch is off-policy."""
+    steps = ("policy.minibatches=2", "policy.epochs=2", "train.steps=3", "policy.optimizer.lr=1e-3")
+    expected = job(1, *COMMON, *steps)
+    for row, want in zip(job(2, *COMMON, *steps), expected, strict=True):
+        assert row["length"] == want["length"], "other samples"
+        assert row["loss"] == pytest.approx(want["loss"], rel=1e-4)
+        assert row["grad_norm"] == pytest.approx(want["grad_norm"], rel=1e-4)
+        assert row["gap_max"] < 1e-4, "the first step has the rollout's weights"
+        assert row["ratio_max"] > 1.001, "the later ones do not"
