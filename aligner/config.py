@@ -158,7 +158,7 @@ def to_config(composed: DictConfig) -> Config:
     return config
 
 
-def _dataclass_in(hint: Any) -> Any:
+def dataclass_in(hint: Any) -> Any:
     """The dataclass of a hint such as `X` or `X | None`; None where there is none."""
     return next((option for option in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(option)), None)
 
@@ -168,7 +168,7 @@ def _writable(kind: Any) -> Any:
     hints = typing.get_type_hints(kind)
     entries = []
     for entry in dataclasses.fields(kind):
-        hint, inner = hints[entry.name], _dataclass_in(hints[entry.name])
+        hint, inner = hints[entry.name], dataclass_in(hints[entry.name])
         factory = (
             entry.default_factory if entry.default_factory is not dataclasses.MISSING else partial(_same, entry.default)
         )
@@ -199,7 +199,7 @@ def _frozen(kind: Any, values: Any, prefix: str = "") -> Any:
             raise ValueError(
                 f"there is no setting {prefix}{name}; {prefix[:-1] or 'the top level'} has {', '.join(hints)}."
             )
-        inner = _dataclass_in(hints[name])
+        inner = dataclass_in(hints[name])
         made[name] = (
             _frozen(inner, value, f"{prefix}{name}.")
             if inner is not None

@@ -11,7 +11,7 @@ import typing
 from pathlib import Path
 from typing import Any
 
-from aligner.config import CONF, Config
+from aligner.config import CONF, Config, dataclass_in
 
 USAGE = """usage: torchrun --nproc-per-node N -m aligner.main [--config-name NAME] [--config-dir DIR] [--cfg job] [--help] KEY=VALUE ...
 
@@ -51,18 +51,13 @@ def _fields(kind: type, prefix: str) -> list[str]:
     lines: list[str] = []
     for entry in dataclasses.fields(kind):
         name = f"{prefix}{entry.name}"
-        inner = _dataclass_in(hints[entry.name])
+        inner = dataclass_in(hints[entry.name])
         if inner is not None:
             lines += [f"  {name}: {docs.get(entry.name, '')}", *_fields(inner, f"{name}.")]
         else:
             lines.append(f"  {name}={_default(entry)}")
             lines += textwrap.wrap(docs[entry.name], 108, initial_indent=" " * 8, subsequent_indent=" " * 8)
     return lines
-
-
-def _dataclass_in(hint: Any) -> type | None:
-    options = [hint, *typing.get_args(hint)] if typing.get_origin(hint) is not dict else []
-    return next((option for option in options if dataclasses.is_dataclass(option)), None)  # type: ignore[return-value]
 
 
 def _default(entry: dataclasses.Field[Any]) -> str:

@@ -46,7 +46,7 @@ class PolicyConfig:
     reduction: str = "token_mean"
     """Mean of the loss over the global batch: token_mean, sequence_mean or fixed (see fixed_length)."""
     fixed_length: int = 0
-    """Tokens that reduction=fixed divides each row by (Dr. GRPO); 0 means rollout.max_tokens."""
+    """Tokens that reduction=fixed divides each row by (Dr. GRPO); 0 means sampling.max_tokens."""
     minibatches: int = 1
     """Optimizer steps that one batch is cut into."""
     epochs: int = 1

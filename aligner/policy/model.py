@@ -18,7 +18,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from aligner.models.megatron_layout import megatron_layout
+from aligner.models.megatron_layout import megatron_layout, padded_vocab_size, stage_layers
 from aligner.models.spec import ModelSpec
 from aligner.policy.attention import PackedAttention, PackedRotary, RMSNorm
 from aligner.reshard.region import Piece
@@ -115,15 +115,15 @@ def build_model(
     """The part of the model that `rank` holds, with zeroed weights."""
     at = mesh.coordinates(rank)
     first, last = at["pipeline"] == 0, at["pipeline"] == mesh.last_stage
+    layers = stage_layers(spec, at["pipeline"], mesh.pipeline, f"placement.{mesh.name}")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         config = transformer_config(spec, mesh, DTYPES[dtype], sequence_parallel, recompute)
         model_parallel_cuda_manual_seed(1, tp_rank=at["tensor"], ep_rank=0, etp_rank=at["tensor"], force_reset_rng=True)
-        padded_vocab = -(-spec.vocab // mesh.tensor) * mesh.tensor
         gpt = GPTModel(
             config,
-            _layer_specs(config, spec.layers // mesh.pipeline),
-            vocab_size=padded_vocab,
+            _layer_specs(config, len(layers)),
+            vocab_size=padded_vocab_size(spec, mesh.tensor),
             max_sequence_length=spec.max_positions,
             pre_process=first,
             post_process=last,
@@ -136,13 +136,12 @@ def build_model(
         for parameter in gpt.parameters():
             parameter.zero_()  # rows that pad the vocabulary stay zero
     gpt.to(device)
-    layers = spec.layers // mesh.pipeline
     layout = megatron_layout(
         spec,
         at["tensor"],
         mesh.tensor,
-        at["pipeline"] * layers,
-        layers,
+        layers.start,
+        len(layers),
         first_stage=first,
         last_stage=last,
         dtype=dtype,
