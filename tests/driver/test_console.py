@@ -13,6 +13,7 @@ import pytest
 
 from aligner.driver.console import HEADER_EVERY, Console, cell, columns_for, duration, fit
 
+END_OF_TEXT = "\x03"
 ROLLOUT_ROW = {
     "reward": 0.5, "kl": 0.0123, "entropy": 1.25, "length": 20.4, "gap_max": 1.1e-5, "tokens_per_second": 12345.6,
     "seconds_generate": 0.31, "seconds_score": 0.004, "seconds_logprobs": 0.1, "seconds_update": 12.5,
@@ -30,7 +31,7 @@ def printed(*rows: tuple[int, dict[str, float]]) -> list[str]:
 
 
 def through_a_terminal(columns: int, *rows: tuple[int, dict[str, float]]) -> str:
-    """What a real (pseudo) terminal of this width receives."""
+    """What a real (pseudo) terminal of this width receives. It delivers in pieces: the mark says that all has come."""
     main, worker = pty.openpty()
     ioctl(worker, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
     with os.fdopen(worker, "w") as stream, pytest.MonkeyPatch.context() as patch:
@@ -39,9 +40,13 @@ def through_a_terminal(columns: int, *rows: tuple[int, dict[str, float]]) -> str
         for step, row in rows:
             console.row(step, row)
         console.close()
-        content = os.read(main, 65536).decode()
+        stream.write(END_OF_TEXT)
+        stream.flush()
+        content = ""
+        while not content.endswith(END_OF_TEXT):
+            content += os.read(main, 65536).decode()
     os.close(main)
-    return content
+    return content.removesuffix(END_OF_TEXT)
 
 
 def test_a_rollout_row_stands_under_its_titles_within_120_columns() -> None:
