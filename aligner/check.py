@@ -16,14 +16,13 @@ from aligner.data.demonstrations import Demonstration, tokenize_demonstrations
 from aligner.data.jsonl import rows
 from aligner.data.prompts import Prompt, tokenize_prompts
 from aligner.data.tokenizer import load_tokenizer
-from aligner.models.checkpoint import read_into
-from aligner.models.family import logical_tensors
-from aligner.models.spec import ModelSpec, check_sizes, read_spec
-from aligner.reshard.region import whole_tensor
+from aligner.models.sizes import check_runs
+from aligner.models.spec import ModelSpec, read_spec
+from aligner.models.whole import check_weights
 from aligner.reward.config import RewardConfig
 from aligner.reward.pool import RulePool
 from aligner.spmd.mesh import Mesh
-from aligner.spmd.placement import Placement, make_meshes
+from aligner.spmd.placement import Placement, make_meshes, reference_layout
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -92,17 +91,20 @@ def check(config: Config, roles: list[str], world_size: int) -> Checked:
     spec = read_spec(config.model.path)
     for role in ("policy", "reference"):
         if role in roles:
-            check_sizes(spec, meshes[role].tensor, meshes[role].pipeline, f"placement.{role}")
+            layout = reference_layout(config.placement) if role == "reference" else config.placement.policy
+            check_runs(spec, meshes[role], layout.sequence_parallel, cpu=not torch.cuda.is_available())
     tokenizer = load_tokenizer(config.model.path)
     prompts, demonstrations, heldout = _read_data(config, tokenizer)
     _check_positions(demonstrations, spec)
     _check_evaluation(config, roles, heldout)
     if "rollout" in roles:
-        config.rollout.check_model(spec, meshes["rollout"].tensor, cpu=not torch.cuda.is_available())
+        rollout = meshes["rollout"]
+        cpu = not torch.cuda.is_available()
+        config.rollout.check_model(spec, rollout.tensor, cpu, rollout.expert > 1, rollout.pipeline)
         _check_lengths(config)
         _check_end(config, spec, tokenizer)
     _check_memory(config, spec, meshes, roles)
-    _check_weights(spec)
+    check_weights(spec)
     _check_run_dir(config)
     if "reward" in roles:
         _check_rule(config.reward)
@@ -125,6 +127,7 @@ def _check_values(config: Config) -> None:
         if not 0 <= _get(config, key) <= 1:
             raise ValueError(f"{key}={_get(config, key)} must be between 0 and 1.")
     config.logging.check()
+    config.reshard.check()
     if (Path(config.run_dir) / "metrics.jsonl").exists() and not config.overwrite:
         raise ValueError(f"run_dir={config.run_dir} already holds a run; choose another folder or set overwrite=true.")
     sampling = config.sampling
@@ -229,25 +232,19 @@ def _check_memory(config: Config, spec: ModelSpec, meshes: Mapping[str, Mesh], r
         if role == "reward":
             continue
         here = min(local, mesh.size)
-        per_rank = spec.parameters / (mesh.tensor * mesh.pipeline)
-        # policy: weights, fp32 gradients, and masters with two moments over the data shards; vLLM: packed weights, cache
-        bytes_each = {"policy": 8 + 12 / mesh.data, "reference": 4, "rollout": 4}[role]
-        need += here * per_rank * bytes_each
+        dense = (spec.parameters - spec.parameters_of_experts) / (mesh.tensor * mesh.pipeline)
+        experts = spec.parameters_of_experts / (mesh.expert_tensor * mesh.expert * mesh.pipeline)
+        for weights, copies in ((dense, mesh.data), (experts, mesh.expert_data)):
+            # policy: weights, fp32 gradients, and masters with two moments over the data shards; vLLM: packed weights
+            need += here * weights * {"policy": 8 + 12 / copies, "reference": 4, "rollout": 4}[role]
         if role == "rollout":
-            need += here * (config.rollout.kv_cache_bytes(spec, mesh.tensor, cpu=True) or 0)
+            need += here * (config.rollout.kv_cache_bytes(spec, mesh.tensor, True, mesh.pipeline) or 0)
     there_is = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if need > there_is:
         raise ValueError(
             f"the roles on this host need about {need / 2**30:.1f} GiB, and it has {there_is / 2**30:.1f} GiB. Raise "
             "placement.policy.tensor or pipeline over more hosts, drop algorithm.roles reference, or take a smaller model."
         )
-
-
-def _check_weights(spec: ModelSpec) -> None:
-    """One element of every tensor: the files are there, whole, and have the shapes that config.json says."""
-    wholes = [whole_tensor(name, shape, "float32") for name, shape in logical_tensors(spec).items()]
-    corners = [piece.crop(piece.lo, (1,) * len(piece.size)) for piece in wholes]
-    read_into(spec, corners, lambda piece: torch.empty(piece.size))
 
 
 def _check_run_dir(config: Config) -> None:

@@ -21,6 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from aligner.driver.config import LoggingConfig
 from aligner.policy.config import PolicyConfig
+from aligner.reshard.config import ReshardConfig
 from aligner.reward.config import RewardConfig
 from aligner.rollout.config import RolloutConfig, Sampling
 from aligner.spmd.placement import Placement
@@ -106,6 +107,8 @@ class Config:
     """The rule and its worker processes."""
     placement: Placement = field(default_factory=Placement)
     """Which ranks each role has."""
+    reshard: ReshardConfig = field(default_factory=ReshardConfig)
+    """How weights get from the policy to the rollout engines."""
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     """Console, wandb, samples."""
     train: TrainConfig = field(default_factory=TrainConfig)

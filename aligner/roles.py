@@ -77,6 +77,7 @@ def build_roles(
         temperature=temperature,
         total_steps=config.train.steps * config.policy.minibatches * config.policy.epochs,
         max_response=config.sampling.max_tokens,
+        reshard=config.reshard,
     )
     reference = None
     if "reference" in wanted:

@@ -12,21 +12,27 @@ import torch.distributed as dist
 from torch import Tensor
 
 from aligner.models.family import logical_tensors
-from aligner.models.hf_folder import SINGLE, files_of_tensors, opened, prepare, publish, write_rest, write_weights
+from aligner.models.hf_folder import SINGLE, prepare, publish, write_rest, write_weights
 from aligner.models.spec import ModelSpec
+from aligner.models.stored import open_stored
 from aligner.reshard.executor import execute
 from aligner.reshard.ledger import SyncRow
 from aligner.reshard.plan import make_plan
-from aligner.reshard.region import Box, Layout, Piece, whole_tensor
+from aligner.reshard.region import Layout, Piece, whole_tensor
+from aligner.reshard.side import Side, as_side
 from aligner.reshard.storage import Storages, allocate
+
+FILE_BYTES = 5 << 30
+"""Files of weights are split beyond this size."""
+BUCKET_BYTES = 64 << 20
+"""Bounds the extra memory of a transfer."""
 
 
 @torch.no_grad()
-def read_into(spec_or_path: ModelSpec | str | Path, layout: Layout, view: Callable[[Piece], Tensor]) -> int:
-    """Fill `layout` from a checkpoint, reading only the regions it holds; values are cast to the storages' dtype.
+def read_into(spec: ModelSpec, layout: Layout, view: Callable[[Piece], Tensor]) -> int:
+    """Fill `layout` from the model's folder, reading only the regions it holds; values are cast to the storages' dtype.
 
     Args:
-        spec_or_path: the model, whose shapes are then checked against the files', or its folder.
         layout: what to fill.
         view: a writable view of one of the layout's pieces.
 
@@ -36,33 +42,16 @@ def read_into(spec_or_path: ModelSpec | str | Path, layout: Layout, view: Callab
     Raises:
         ValueError: no safetensors, a missing or misshapen tensor, or a broken file; the message names it.
     """
-    shapes = logical_tensors(spec_or_path) if isinstance(spec_or_path, ModelSpec) else None
-    folder = Path(spec_or_path.path if isinstance(spec_or_path, ModelSpec) else spec_or_path)
-    files = files_of_tensors(folder)
-    by_file: dict[Path, list[Piece]] = {}
-    for piece in layout:
-        if piece.name not in files:
-            raise ValueError(
-                f"{folder} has no tensor {piece.name}; its weights do not fit its config.json "
-                "(architectures, num_hidden_layers and tie_word_embeddings decide which tensors there are)."
-            )
-        by_file.setdefault(files[piece.name], []).append(piece)
-    read = 0
-    for file, pieces in by_file.items():
-        with opened(file) as tensors:
-            for piece in pieces:
-                stored = tensors.get_slice(piece.name)
-                _check_shape(piece, tuple(stored.get_shape()), None if shapes is None else shapes[piece.name], file)
-                # a slice of no dimensions is not a slice to safetensors
-                region = stored[_slices(piece)] if piece.size else tensors.get_tensor(piece.name)
-                view(piece).copy_(region)
-                read += region.numel() * region.element_size()
-    return read
+    with open_stored(spec) as stored:
+        held = stored.layout(dict.fromkeys(piece.name for piece in layout))
+        plan = make_plan(0, {0: held}, {0: layout})
+        execute(plan, stored.view, _Views(view, layout), None, torch.device("cpu"), BUCKET_BYTES, verify=False)
+        return stored.bytes_read
 
 
 def export_checkpoint(
     rank: int,
-    layouts: Mapping[int, Layout],
+    layouts: Side | Mapping[int, Layout],
     source: Callable[[Piece], Tensor],
     group: dist.ProcessGroup | None,
     out_dir: str | Path,
@@ -70,8 +59,8 @@ def export_checkpoint(
     dtype: str,
     *,
     device: torch.device | None = None,
-    bucket_bytes: int = 64 << 20,
-    file_bytes: int = 5 << 30,
+    bucket_bytes: int = BUCKET_BYTES,
+    file_bytes: int = FILE_BYTES,
 ) -> SyncRow:
     """Write a role's weights as a Hugging Face folder; collective over the role's ranks, who share the writing.
 
@@ -98,17 +87,19 @@ def export_checkpoint(
         RuntimeError: another rank failed; raised on every rank, none is left waiting.
     """
     device = device or torch.device("cpu")
-    final, ranks = Path(out_dir).absolute(), sorted(layouts)
+    side = as_side(layouts)
+    final, ranks = Path(out_dir).absolute(), side.ranks
     partial = final.with_name(f".{final.name}.partial")
     shapes = logical_tensors(spec)
-    files = _share_out(spec, ranks, dtype, file_bytes)
+    files = files_of_writers(spec, ranks, dtype, file_bytes)
     written = {writer: [whole_tensor(name, shapes[name], dtype) for name in _names(files, writer)] for writer in ranks}
-    plan = make_plan(rank, layouts, written)  # fails on all ranks or on none
     together = _Together(rank, ranks, group, device, f"writing {final}")
     try:
         with together.step():
             if rank == ranks[0]:
                 prepare(final, partial, spec)
+        with together.step():
+            plan = make_plan(rank, side, written)
         with together.step():
             tensors = allocate(written[rank], torch.device("cpu"))
             row = execute(plan, source, Storages(tensors, written[rank]), group, device, bucket_bytes)
@@ -126,7 +117,9 @@ def export_checkpoint(
     return row
 
 
-def _share_out(spec: ModelSpec, ranks: Sequence[int], dtype: str, file_bytes: int) -> dict[str, tuple[int, list[str]]]:
+def files_of_writers(
+    spec: ModelSpec, ranks: Sequence[int], dtype: str, file_bytes: int
+) -> dict[str, tuple[int, list[str]]]:
     """File name -> (its writer, its tensors): tensors by falling size to the writer with the fewest bytes so far."""
     pieces = {name: whole_tensor(name, shape, dtype) for name, shape in logical_tensors(spec).items()}
     load = dict.fromkeys(ranks, 0)
@@ -181,15 +174,12 @@ class _Together:
             raise RuntimeError(f"{self._what} failed on rank {culprits}; its own error says why")
 
 
-def _check_shape(piece: Piece, stored: tuple[int, ...], expected: tuple[int, ...] | None, file: Path) -> None:
-    if expected is not None and stored != expected:
-        raise ValueError(f"{file}: {piece.name} has shape {stored}, config.json says {expected}.")
-    fits = len(stored) == len(piece.lo) and all(
-        low + extent <= whole for low, extent, whole in zip(piece.lo, piece.size, stored, strict=True)
-    )
-    if not fits:
-        raise ValueError(f"{file}: {piece.name} has shape {stored}, which does not hold {Box(piece.lo, piece.size)}.")
+class _Views(Storages):
+    """A destination that somebody else gives views of."""
 
+    def __init__(self, view: Callable[[Piece], Tensor], layout: Layout) -> None:
+        super().__init__({}, layout)
+        self._view = view
 
-def _slices(piece: Piece) -> tuple[slice, ...]:
-    return tuple(slice(low, low + extent) for low, extent in zip(piece.lo, piece.size, strict=True))
+    def view(self, piece: Piece) -> Tensor:
+        return self._view(piece)

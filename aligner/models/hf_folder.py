@@ -56,10 +56,10 @@ def write_rest(partial: Path, spec: ModelSpec, dtype: str, weight_map: dict[str,
     if len(set(weight_map.values())) > 1:
         size = sum(whole_tensor(name, shape, dtype).bytes for name, shape in logical_tensors(spec).items())
         index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
-        _write_json(partial / _INDEX, index)
+        write_json(partial / _INDEX, index)
     config = read_config(folder)
     config["torch_dtype" if "torch_dtype" in config else "dtype"] = dtype
-    _write_json(partial / "config.json", config)
+    write_json(partial / "config.json", config)
     for name in _COPIED:
         if (folder / name).is_file():
             shutil.copyfile(folder / name, partial / name)
@@ -78,7 +78,8 @@ def publish(partial: Path, final: Path) -> None:
     shutil.rmtree(previous, ignore_errors=True)
 
 
-def _write_json(file: Path, value: object) -> None:
+def write_json(file: Path, value: object) -> None:
+    """Write a JSON file through to the disk."""
     file.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
     _flush(file)
 

@@ -1,21 +1,30 @@
-"""Which regions of which logical tensors a Megatron rank's parameters hold (pure arithmetic, no torch, no Megatron)."""
+"""Which regions of which logical tensors Megatron's ranks hold, by rank and by tensor (pure arithmetic, no torch)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 from aligner.models.family import (
     EMBEDDING,
     FINAL_NORM,
+    LAYER,
     Kind,
     Parameter,
+    dense_shapes,
+    end_shapes,
+    expert_parameters,
+    expert_prefix,
+    expert_shapes,
     layer_name,
     layer_parameters,
-    logical_tensors,
     output_layer,
+    split_expert,
 )
-from aligner.models.spec import ModelSpec, check_sizes
+from aligner.models.sizes import check_sizes, make_stages
+from aligner.models.spec import ModelSpec
 from aligner.reshard.region import Piece, contiguous_stride
+from aligner.spmd.mesh import EXPERT_AXES, Mesh
 
 
 def padded_vocab_size(spec: ModelSpec, tensor: int) -> int:
@@ -23,108 +32,202 @@ def padded_vocab_size(spec: ModelSpec, tensor: int) -> int:
     return -(-spec.vocab // tensor) * tensor
 
 
-def stage_layers(spec: ModelSpec, stage: int, pipeline: int, setting: str = "placement.policy") -> range:
-    """The layers (counted over the whole model) of pipeline stage `stage`; ValueError where stages cannot be equal."""
-    check_sizes(spec, 1, pipeline, setting)
-    layers = spec.layers // pipeline
-    return range(stage * layers, (stage + 1) * layers)
+class MegatronSide:
+    """What every rank of a role on Megatron holds; for any mesh, whether or not such a world exists.
 
-
-def megatron_layout(
-    spec: ModelSpec,
-    tensor_rank: int,
-    tensor: int,
-    first_layer: int,
-    layers: int,
-    first_stage: bool,
-    last_stage: bool,
-    dtype: str,
-    padded_vocab: int | None = None,
-    setting: str = "placement.policy",
-) -> list[Piece]:
-    """The layout of one rank's GPTModel: its stage's layers, and the ends of the model where the stage has them.
-
-    Storages are the GPTModel's own parameter names, with layer indices counted from the stage's first layer. Rows that
-    pad the vocabulary belong to no piece. A tied model has an output layer of its own only where the last stage
-    is not also the first; it then holds the embedding's rows again.
-
-    Args:
-        tensor_rank: this rank's place among the `tensor` ranks that share every layer.
-        first_layer: the stage's first layer, counted over the whole model.
-        dtype: of the parameters.
-        padded_vocab: rows of the embedding over all tensor ranks; by default the fewest that fit.
-        setting: the role's placement, for errors.
+    Storages are the GPTModel's own parameter names, with layers counted from the chunk's first and experts from the
+    rank's first; with virtual_pipeline > 1 they begin with "chunk<number>.". Rows that pad the vocabulary belong to no
+    piece. A tied model has an output layer of its own only in a last chunk that is not also the first; it then holds
+    the embedding's rows again.
 
     Raises:
-        ValueError: `tensor` does not divide the heads, key/value heads or MLP width.
+        ValueError: the model cannot be cut over this mesh.
     """
-    check_sizes(spec, tensor, 1, setting)
-    assert 0 <= tensor_rank < tensor, f"tensor rank {tensor_rank} of {tensor}"
-    assert first_layer >= 0 and first_layer + layers <= spec.layers, f"layers {first_layer}+{layers} of {spec.layers}"
-    padded_vocab = padded_vocab or padded_vocab_size(spec, tensor)
-    assert padded_vocab >= spec.vocab and padded_vocab % tensor == 0, f"padded_vocab={padded_vocab}"
-    cut = _Cut(spec, tensor_rank, tensor, dtype, padded_vocab)
-    pieces: list[Piece] = []
-    if first_stage:
-        pieces += cut.pieces(EMBEDDING)
-    for local in range(layers):
-        for parameter in layer_parameters(spec):
-            logical = tuple(layer_name(first_layer + local, name) for name in parameter.logical)
-            pieces += cut.pieces(Parameter(f"decoder.layers.{local}.{parameter.megatron}", parameter.kind, logical))
-    if last_stage:
-        pieces += cut.pieces(FINAL_NORM)
-        if not (spec.tied and first_stage):
-            pieces += cut.pieces(output_layer(spec))
-    return pieces
+
+    def __init__(self, spec: ModelSpec, mesh: Mesh, dtype: str) -> None:
+        check_sizes(spec, mesh)
+        self.stages = make_stages(spec, mesh)
+        self._spec, self._mesh, self._dtype = spec, mesh, dtype
+        self._sparse = frozenset(spec.sparse_layers)
+        self._layers = {
+            sparse: _Cut(spec, layer_parameters(spec, sparse), dense_shapes(spec, sparse), mesh.tensor)
+            for sparse in ((False, True) if spec.experts else (False,))
+        }
+        self._ends = {
+            end: _Cut(spec, self._end_parameters(*end), end_shapes(spec), mesh.tensor)
+            for end in ((0, 0), (mesh.last_stage, mesh.virtual_pipeline - 1))
+        }
+        if spec.experts:
+            self._expert = _Cut(spec, expert_parameters(spec), expert_shapes(spec), mesh.expert_tensor)
+        self._place = {
+            number: (stage, self._layer_storage(chunk, local))
+            for stage in range(mesh.pipeline)
+            for chunk, layers in enumerate(self.stages.chunks(stage))
+            for local, number in enumerate(layers)
+        }
+        self._members: dict[tuple[int, tuple[int, ...], int | None], tuple[int, ...]] = {}
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """World ranks of the role, ascending."""
+        return self._mesh.ranks
+
+    def layout(self, rank: int) -> Sequence[Piece]:
+        """Everything one rank holds; nothing where it is not of the role."""
+        return list(self._pieces(rank)) if self._mesh.shard_of(rank) is not None else []
+
+    def holders(self, name: str) -> Sequence[tuple[Piece, tuple[int, ...]]]:
+        """Every distinct piece of one logical tensor with the ranks that hold it in that very form, ascending."""
+        if not name.startswith(LAYER):
+            return [
+                (self._piece(region, "", self._chunk(chunk)), self._ranks_of(stage, tensors))
+                for (stage, chunk), cut in self._ends.items()
+                for region, tensors in cut.by_name.get(name, ())
+            ]
+        text, _, inside = name[len(LAYER) :].partition(".")
+        number = int(text) if text.isdecimal() else -1
+        if number not in self._place:
+            return []
+        stage, storage = self._place[number]
+        expert = split_expert(self._spec, inside) if number in self._sparse else None
+        if expert is None:
+            cut, part, names = self._layers[number in self._sparse], None, layer_name(number, "")
+        elif expert[0] < self._spec.experts:
+            cut, (part, slot) = self._expert, divmod(expert[0], self._held_experts)
+            names, storage = self._of_expert(number, expert[0], slot, storage)
+            inside = expert[1]
+        else:
+            return []
+        return [
+            (self._piece(region, names, storage), self._ranks_of(stage, tensors, part))
+            for region, tensors in cut.by_name.get(inside, ())
+        ]
+
+    def _pieces(self, rank: int) -> Iterator[Piece]:
+        at = self._mesh.coordinates(rank)
+        stage, tensor = at["pipeline"], at["tensor"]
+        experts = self._mesh.coordinates(rank, EXPERT_AXES)
+        for chunk, layers in enumerate(self.stages.chunks(stage)):
+            end = self._ends.get((stage, chunk))
+            for region in end.of_rank[tensor] if end else ():
+                yield self._piece(region, "", self._chunk(chunk))
+            for number in layers:
+                storage = self._place[number][1]
+                for region in self._layers[number in self._sparse].of_rank[tensor]:
+                    yield self._piece(region, layer_name(number, ""), storage)
+                for slot in range(self._held_experts if number in self._sparse else 0):
+                    expert = experts["expert"] * self._held_experts + slot
+                    at_expert = self._of_expert(number, expert, slot, storage)
+                    for region in self._expert.of_rank[experts["expert_tensor"]]:
+                        yield self._piece(region, *at_expert)
+
+    @property
+    def _held_experts(self) -> int:
+        return self._spec.experts // self._mesh.expert
+
+    def _of_expert(self, number: int, expert: int, slot: int, storage: str) -> tuple[str, str]:
+        """What the names of an expert's tensors and storages begin with."""
+        return layer_name(number, expert_prefix(self._spec, expert)), f"{storage}mlp.experts.local_experts.{slot}."
+
+    def _chunk(self, chunk: int) -> str:
+        return f"chunk{chunk}." if self._mesh.virtual_pipeline > 1 else ""
+
+    def _layer_storage(self, chunk: int, local: int) -> str:
+        return f"{self._chunk(chunk)}decoder.layers.{local}."
+
+    def _end_parameters(self, stage: int, chunk: int) -> list[Parameter]:
+        """Parameters outside the layers, of the chunks that have them."""
+        first, last = self.stages.is_first(stage, chunk), self.stages.is_last(stage, chunk)
+        own_output = [] if self._spec.tied and first else [output_layer(self._spec)]
+        return [*([EMBEDDING] if first else ()), *([FINAL_NORM, *own_output] if last else ())]
+
+    def _piece(self, region: _Region, names: str, storages: str) -> Piece:
+        name, lo, size, storage, offset, stride = region
+        return Piece(names + name, lo, size, storages + storage, offset, stride, self._dtype)
+
+    def _ranks_of(self, stage: int, tensors: tuple[int, ...], expert: int | None = None) -> tuple[int, ...]:
+        """The ranks of a stage with these tensor coordinates, or with these expert-tensor ones of an expert shard."""
+        key = (stage, tensors, expert)
+        if key not in self._members:
+            mesh, members = self._mesh, self._mesh.groups("tensor", "context", "data")[stage]
+            if expert is None:
+                found = [rank for rank in members if mesh.coordinates(rank)["tensor"] in tensors]
+            else:
+                at = {rank: mesh.coordinates(rank, EXPERT_AXES) for rank in members}
+                found = [r for r in members if at[r]["expert"] == expert and at[r]["expert_tensor"] in tensors]
+            self._members[key] = tuple(found)
+        return self._members[key]
+
+
+class _Region(NamedTuple):
+    """A piece without what depends on the layer: names are those inside it."""
+
+    name: str
+    lo: tuple[int, ...]
+    size: tuple[int, ...]
+    storage: str
+    offset: int
+    stride: tuple[int, ...]
 
 
 class _Cut:
-    """How one tensor rank's parameters are cut out of the logical tensors."""
+    """Some parameters cut over tensor ranks, each region once with the tensor ranks that hold it."""
 
-    def __init__(self, spec: ModelSpec, tensor_rank: int, tensor: int, dtype: str, padded_vocab: int) -> None:
-        self._spec, self._rank, self._tensor, self._dtype = spec, tensor_rank, tensor, dtype
-        self._padded_vocab = padded_vocab
-        self._shapes = logical_tensors(spec)
+    def __init__(
+        self, spec: ModelSpec, parameters: Iterable[Parameter], shapes: Mapping[str, tuple[int, ...]], parts: int
+    ) -> None:
+        self._spec, self._shapes, self._parts = spec, shapes, parts
+        found: dict[_Region, list[int]] = {}
+        for parameter in parameters:
+            for part in range(parts):
+                for region in self._regions(parameter, part):
+                    found.setdefault(region, []).append(part)
+        self.by_name: dict[str, list[tuple[_Region, tuple[int, ...]]]] = {}
+        for region, held in found.items():
+            self.by_name.setdefault(region.name, []).append((region, tuple(held)))
+        self.of_rank = [[region for region, held in found.items() if part in held] for part in range(parts)]
 
-    def pieces(self, parameter: Parameter) -> Iterator[Piece]:
+    def _regions(self, parameter: Parameter, part: int) -> Iterator[_Region]:
         first = parameter.logical[0]
+        rows, *rest = self._shapes[first]
         match parameter.kind:
             case Kind.REPLICATED:
-                yield self._rows(parameter, first, 0, self._shapes[first][0], 0)
+                yield self._rows(parameter, first, 0, rows, 0)
             case Kind.VOCABULARY:
-                rows = self._padded_vocab // self._tensor
-                start = min(self._rank * rows, self._spec.vocab)
-                held = min(rows, self._spec.vocab - start)
-                if held:
-                    yield self._rows(parameter, first, start, held, 0)
+                held = padded_vocab_size(self._spec, self._parts) // self._parts
+                start = min(part * held, rows)
+                if start < rows:
+                    yield self._rows(parameter, first, start, min(held, rows - start), 0)
             case Kind.GATE_UP:
-                rows = self._spec.ffn // self._tensor
+                held = rows // self._parts
                 for number, name in enumerate(parameter.logical):
-                    yield self._rows(parameter, name, self._rank * rows, rows, number * rows)
+                    yield self._rows(parameter, name, part * held, held, number * held)
             case Kind.COLUMNS:
-                yield self._columns(parameter, first)
+                width = rest[0] // self._parts
+                yield _Region(first, (0, part * width), (rows, width), parameter.megatron, 0, (width, 1))
             case Kind.QKV:
-                yield from self._qkv(parameter)
+                yield from self._qkv(parameter, part)
 
-    def _qkv(self, parameter: Parameter) -> Iterator[Piece]:
-        """Megatron interleaves: for every key/value head its queries, then its key, then its value."""
-        head = self._spec.head_dim
-        queries = self._spec.heads // self._spec.kv_heads * head
-        groups = self._spec.kv_heads // self._tensor
-        for local in range(groups):
-            group, row = self._rank * groups + local, local * (queries + 2 * head)
+    def _qkv(self, parameter: Parameter, part: int) -> Iterator[_Region]:
+        """Megatron interleaves: for every key/value head its queries, then its key, then its value.
+
+        These rows are cut evenly. Beyond the key/value heads a cut may fall inside a head: the ranks then gather the
+        rows of their head at every forward, and none holds a copy.
+        """
+        head, groups = self._spec.head_dim, self._spec.kv_heads
+        queries = self._spec.heads // groups * head
+        held = groups * (queries + 2 * head) // self._parts
+        begin, end, row = part * held, (part + 1) * held, 0
+        for group in range(groups):
             for name, rows in zip(parameter.logical, (queries, head, head), strict=True):
-                yield self._rows(parameter, name, group * rows, rows, row)
+                low, high = max(begin, row), min(end, row + rows)
+                if low < high:
+                    yield self._rows(parameter, name, group * rows + low - row, high - low, low - begin)
                 row += rows
 
-    def _rows(self, parameter: Parameter, name: str, start: int, rows: int, local_row: int) -> Piece:
+    def _rows(self, parameter: Parameter, name: str, start: int, rows: int, local_row: int) -> _Region:
         """Rows [start, start + rows) of a logical tensor, from row `local_row` of the parameter on."""
         rest = self._shapes[name][1:]
         stride = contiguous_stride((rows, *rest))
         lo, size = (start, *(0 for _ in rest)), (rows, *rest)
-        return Piece(name, lo, size, parameter.megatron, local_row * stride[0], stride, self._dtype)
-
-    def _columns(self, parameter: Parameter, name: str) -> Piece:
-        rows, columns = self._shapes[name]
-        width = columns // self._tensor
-        return Piece(name, (0, self._rank * width), (rows, width), parameter.megatron, 0, (width, 1), self._dtype)
+        return _Region(name, lo, size, parameter.megatron, local_row * stride[0], stride)

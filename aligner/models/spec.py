@@ -18,7 +18,7 @@ class ModelSpec:
     """A decoder-only language model of one of the supported families."""
 
     family: str
-    """Key of `FAMILIES`: "llama", "qwen2" or "qwen3"."""
+    """Key of `FAMILIES`, such as "qwen3_moe"."""
     layers: int
     hidden: int
     heads: int
@@ -27,7 +27,7 @@ class ModelSpec:
     """Key/value heads; each serves heads / kv_heads query heads."""
     head_dim: int
     ffn: int
-    """Width of the MLP."""
+    """Width of a dense MLP."""
     vocab: int
     """Rows of the embedding in the checkpoint."""
     tied: bool
@@ -37,7 +37,25 @@ class ModelSpec:
     rope_scaling: dict[str, Any] | None
     """None, or config.json's parameters of rope_type "llama3"."""
     qkv_bias: bool
+    o_bias: bool
+    mlp_bias: bool
+    """Gate, up and down projections of dense MLPs have a bias."""
     qk_norm: bool
+    activation: str
+    """Of the gate: "silu", or "gelu_tanh" (the tanh approximation)."""
+    norm_plus_one: bool
+    """RMSNorm multiplies by 1 + weight."""
+    embedding_scale: float
+    """Factor on the embeddings, rounded to the weights' data type before use."""
+    experts: int
+    """Experts of a sparse MLP; 0: every MLP is dense."""
+    experts_per_token: int
+    expert_ffn: int
+    """Width of one expert."""
+    norm_topk: bool
+    """The chosen experts' probabilities are divided by their sum."""
+    sparse_layers: tuple[int, ...]
+    """Layers whose MLP is experts, ascending."""
     max_positions: int
     """Longest sequence, in tokens."""
     eos_token_ids: tuple[int, ...]
@@ -52,6 +70,11 @@ class ModelSpec:
         """Number of weights; a tied output layer counts once."""
         return sum(math.prod(shape) for shape in logical_tensors(self).values())
 
+    @property
+    def parameters_of_experts(self) -> int:
+        """Those of them that belong to one expert."""
+        return 3 * self.hidden * self.expert_ffn * self.experts * len(self.sparse_layers)
+
 
 def read_spec(path: str | Path) -> ModelSpec:
     """The model in folder `path`.
@@ -63,61 +86,44 @@ def read_spec(path: str | Path) -> ModelSpec:
     folder = Path(path)
     config = read_config(folder)
     family_name, family = _family(config, folder)
-    _check_supported(config, folder)
+    _check_supported(config, family, folder)
     heads, hidden = _size(config, "num_attention_heads", folder), _size(config, "hidden_size", folder)
     kv_heads = _size(config, "num_key_value_heads", folder, default=heads)
     if heads % kv_heads:
         raise ValueError(
             f"{folder}/config.json: num_key_value_heads={kv_heads} must divide num_attention_heads={heads}."
         )
-    theta, scaling = _rope(config, folder)
+    theta, scaling = _rope(config, family, folder)
+    layers = _size(config, "num_hidden_layers", folder)
     dtype = config.get("dtype") or config.get("torch_dtype") or "float32"
     if dtype not in ELEMENT_BYTES:
         raise ValueError(f"{folder}/config.json: dtype={dtype!r} is not supported; use {', '.join(ELEMENT_BYTES)}.")
     return ModelSpec(
         family=family_name,
-        layers=_size(config, "num_hidden_layers", folder),
+        layers=layers,
         hidden=hidden,
         heads=heads,
         kv_heads=kv_heads,
         head_dim=_size(config, "head_dim", folder, default=family.head_dim or hidden // heads),
         ffn=_size(config, "intermediate_size", folder),
         vocab=_size(config, "vocab_size", folder),
-        tied=bool(config.get("tie_word_embeddings", False)),
-        norm_eps=float(config.get("rms_norm_eps", 1e-6)),
+        tied=bool(config.get("tie_word_embeddings", family.tied)),
+        norm_eps=float(config.get("rms_norm_eps", family.norm_eps)),
         rope_theta=theta,
         rope_scaling=scaling,
-        qkv_bias=family.qkv_bias,
+        qkv_bias=family.qkv_bias or bool(config.get("attention_bias")),
+        o_bias=bool(config.get("attention_bias")),
+        mlp_bias=bool(config.get("mlp_bias")),
         qk_norm=family.qk_norm,
+        activation="gelu_tanh" if "gelu_pytorch_tanh" in family.activations else "silu",
+        norm_plus_one=family.norm_plus_one,
+        embedding_scale=math.sqrt(hidden) if family.scaled_embedding else 1.0,
+        **_experts(config, family, layers, folder),
         max_positions=_size(config, "max_position_embeddings", folder, default=family.max_positions),
         eos_token_ids=_eos_token_ids(config, folder),
         dtype=dtype,
         path=str(folder),
     )
-
-
-def valid_tensor_sizes(spec: ModelSpec) -> list[int]:
-    """Tensor-parallel sizes that can cut this model: common divisors of heads, key/value heads and MLP width."""
-    return _divisors(math.gcd(spec.heads, spec.kv_heads, spec.ffn))
-
-
-def valid_pipeline_sizes(spec: ModelSpec) -> list[int]:
-    """Numbers of pipeline stages that divide the layers evenly."""
-    return _divisors(spec.layers)
-
-
-def check_sizes(spec: ModelSpec, tensor: int, pipeline: int, setting: str) -> None:
-    """ValueError where the model cannot be cut so; `setting` is the role's placement, e.g. "placement.policy"."""
-    if tensor not in valid_tensor_sizes(spec):
-        raise ValueError(
-            f"{setting}.tensor={tensor} does not divide the {spec.heads} heads, {spec.kv_heads} key/value heads and "
-            f"MLP width {spec.ffn} of {spec.path}; use {_either(valid_tensor_sizes(spec))}."
-        )
-    if pipeline not in valid_pipeline_sizes(spec):
-        raise ValueError(
-            f"{setting}.pipeline={pipeline} does not divide the {spec.layers} layers of {spec.path}; "
-            f"use {_either(valid_pipeline_sizes(spec))}."
-        )
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -150,13 +156,15 @@ def _family(config: Mapping[str, Any], folder: Path) -> tuple[str, Family]:
     raise ValueError(f"{folder}/config.json: architecture {found} is not supported; supported are {supported}.")
 
 
-def _check_supported(config: Mapping[str, Any], folder: Path) -> None:
+def _check_supported(config: Mapping[str, Any], family: Family, folder: Path) -> None:
     """Settings that would change the computation and are not implemented are refused, never ignored."""
+    biases = {key: (False, None) for key in ("attention_bias", "mlp_bias") if key not in family.optional_biases}
     needed: dict[str, tuple[Any, ...]] = {
-        "attention_bias": (False, None),
-        "mlp_bias": (False, None),
+        **biases,
+        **family.only,
         "use_sliding_window": (False, None),
-        "hidden_act": ("silu", "swish", None),
+        "hidden_act": (*family.activations, None),
+        "hidden_activation": (family.activations[0], None),  # as transformers 4 names Gemma's
         "quantization_config": (None,),
         "partial_rotary_factor": (1.0, None),
     }
@@ -167,10 +175,36 @@ def _check_supported(config: Mapping[str, Any], folder: Path) -> None:
             )
 
 
-def _rope(config: Mapping[str, Any], folder: Path) -> tuple[float, dict[str, Any] | None]:
+def _experts(config: Mapping[str, Any], family: Family, layers: int, folder: Path) -> dict[str, Any]:
+    """The fields of ModelSpec that describe sparse MLPs."""
+    dense = {"experts": 0, "experts_per_token": 0, "expert_ffn": 0, "norm_topk": False, "sparse_layers": ()}
+    if family.experts is None:
+        return dense
+    key = next((key for key in family.experts.count if key in config), family.experts.count[0])
+    experts, chosen = _size(config, key, folder), _size(config, "num_experts_per_tok", folder)
+    if chosen > experts:
+        raise ValueError(f"{folder}/config.json: num_experts_per_tok={chosen} is more than {key}={experts}.")
+    step, skipped = _size(config, "decoder_sparse_step", folder, default=1), config.get("mlp_only_layers") or []
+    if not isinstance(skipped, list) or any(type(layer) is not int for layer in skipped):
+        raise ValueError(f"{folder}/config.json: mlp_only_layers={skipped!r} must be a list of layer numbers.")
+    sparse = tuple(layer for layer in range(layers) if (layer + 1) % step == 0 and layer not in skipped)
+    if not sparse:
+        return dense
+    norm_topk = bool(config.get("norm_topk_prob", False)) if family.norm_topk is None else family.norm_topk
+    width = _size(config, family.experts.width, folder)
+    return {
+        "experts": experts,
+        "experts_per_token": chosen,
+        "expert_ffn": width,
+        "norm_topk": norm_topk,
+        "sparse_layers": sparse,
+    }
+
+
+def _rope(config: Mapping[str, Any], family: Family, folder: Path) -> tuple[float, dict[str, Any] | None]:
     """(theta, scaling): from `rope_parameters` (transformers 5), or `rope_theta` and `rope_scaling` (before)."""
     rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-    theta = rope.pop("rope_theta", None) or config.get("rope_theta") or 10000.0
+    theta = rope.pop("rope_theta", None) or config.get("rope_theta") or family.rope_theta
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if not isinstance(theta, int | float) or theta <= 0:
         raise ValueError(f"{folder}/config.json: rope_theta={theta!r} must be a positive number.")
@@ -208,11 +242,3 @@ def _size(config: Mapping[str, Any], key: str, folder: Path, default: int | None
     if not isinstance(found, int) or isinstance(found, bool) or found < 1:
         raise ValueError(f"{folder}/config.json: {key} must be a positive whole number, found {found!r}.")
     return found
-
-
-def _divisors(number: int) -> list[int]:
-    return [size for size in range(1, number + 1) if number % size == 0]
-
-
-def _either(sizes: list[int]) -> str:
-    return " or ".join(filter(None, [", ".join(map(str, sizes[:-1])), str(sizes[-1])]))

@@ -1,4 +1,4 @@
-"""Parts of the transformer layer that work without TransformerEngine: packed attention, RMSNorm, rotary positions."""
+"""Attention that works without TransformerEngine: packed rows, and rotary positions of their own."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core.tensor_parallel.mappings import all_gather_last_dim_from_tensor_parallel_region
+from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
 
@@ -96,20 +98,36 @@ class PackedAttention(MegatronModule):
         return out.unsqueeze(1)
 
 
-class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight (Zhang & Sennrich 2019); marked so that its gradient is summed under
-    sequence parallelism."""
+class SharedHeadAttention(SelfAttention):
+    """Self-attention with more tensor ranks than key/value heads, each of which then serves several ranks.
 
-    def __init__(self, config: Any, hidden_size: int, eps: float = 1e-6, **_: Any) -> None:
-        super().__init__()
-        self.eps = eps
-        device = "cpu" if not torch.cuda.is_available() else torch.cuda.current_device()
-        self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype, device=device))
-        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+    The weight's rows are still cut evenly, so a rank computes a part of some head's projections: the ranks gather
+    them, and each takes its query heads and the key/value head that these share. Megatron's own does the same, but
+    asks the global state for its tensor group.
+    """
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., hidden] -> the same."""
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+    def get_query_key_value_tensors(
+        self,
+        hidden_states: Tensor,
+        key_value_states: Tensor | None = None,
+        output_gate: bool = False,
+        split_qkv: bool = True,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """[T / tensor or T, 1, hidden] -> queries [T, 1, heads / tensor, head_dim], key and value [T, 1, 1, head_dim]."""
+        config, group = self.config, self.pg_collection.tp
+        part_T1R, _ = self.linear_qkv(hidden_states)
+        rows_T1R = all_gather_last_dim_from_tensor_parallel_region(part_T1R, group)
+        heads = config.num_attention_heads // config.num_query_groups
+        held, sharers = config.num_attention_heads // group.size(), group.size() // config.num_query_groups
+        shared, place = divmod(group.rank(), sharers)
+        mine = rows_T1R.view(*rows_T1R.shape[:2], config.num_query_groups, heads + 2, config.kv_channels)[:, :, shared]
+        query, key, value = mine.split([heads, 1, 1], dim=2)
+        query = query[:, :, place * held : (place + 1) * held]
+        if self.q_layernorm is not None:
+            query = self.q_layernorm(query)
+        if self.k_layernorm is not None:
+            key = self.k_layernorm(key)
+        return query, key, value
 
 
 class PackedRotary(nn.Module):

@@ -152,7 +152,12 @@ def _install_cpu() -> None:
         if name.startswith("megatron.") and vars(module).get("torch") is torch:
             vars(module)["torch"] = stand_in
     import megatron.core.tensor_parallel.random as rng
+    import megatron.core.transformer.moe.token_dispatcher as dispatcher
 
+    # Megatron takes how many tokens go where to the host as numpy numbers, unless they are there: then tensors remain
+    dispatcher.maybe_move_tensor_to_cpu = lambda tensor, as_numpy=False, record_stream=False: (
+        tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+    )
     rng._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()
     rng._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
 
@@ -160,7 +165,11 @@ def _install_cpu() -> None:
 def _install_without_transformer_engine() -> None:
     """Names that Megatron-core 0.16.1 uses without defining them when TransformerEngine is absent."""
     import megatron.core.tensor_parallel.random as rng
+    import megatron.core.transformer.moe.moe_utils as experts
 
+    for name in ("te_general_gemm", "fused_permute", "fused_unpermute", "fused_sort_chunks_by_index"):
+        if not hasattr(experts, name):
+            setattr(experts, name, None)
     if not hasattr(rng, "FP8GlobalStateManager"):
         rng.FP8GlobalStateManager = types.SimpleNamespace(is_fp8_enabled=lambda: False, get_fp8_recipe=lambda: None)
         rng.activation_recompute_forward = lambda *args, **kwargs: contextlib.nullcontext()

@@ -2,39 +2,44 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from aligner.models.megatron_layout import megatron_layout, padded_vocab_size, stage_layers
+from aligner.models.family import EMBEDDING
+from aligner.models.megatron_layout import MegatronSide, padded_vocab_size
+from aligner.models.sizes import check_runs
 from aligner.models.spec import ModelSpec
-from aligner.policy.attention import PackedAttention, PackedRotary, RMSNorm
+from aligner.policy.attention import PackedRotary
+from aligner.policy.layers import block_spec, scale_embedding
 from aligner.reshard.region import Piece
 from aligner.reshard.storage import strided_view
-from aligner.spmd.mesh import Mesh
+from aligner.spmd.mesh import EXPERT_AXES, Mesh
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+ACTIVATIONS = {"silu": F.silu, "gelu_tanh": partial(F.gelu, approximate="tanh")}
 
 
 @dataclass(frozen=True)
 class ShardedModel:
     """This rank's part of the model."""
 
-    gpt: GPTModel
+    chunks: list[GPTModel]
+    """One, or this stage's chunks of a virtual pipeline, in the model's order."""
+    rotary: PackedRotary
+    """Of all chunks."""
     config: TransformerConfig
-    layout: list[Piece]
+    layout: Sequence[Piece]
     """Which region of which checkpoint tensor each parameter holds."""
 
     def view(self, piece: Piece) -> Tensor:
@@ -43,8 +48,18 @@ class ShardedModel:
 
     @cached_property
     def parameters(self) -> dict[str, torch.nn.Parameter]:
-        """Parameters by their Megatron name."""
-        return dict(self.gpt.named_parameters())
+        """Parameters by the layout's storage names."""
+        prefixes = [f"chunk{number}." for number in range(len(self.chunks))] if len(self.chunks) > 1 else [""]
+        return {
+            f"{prefix}{name}": parameter
+            for prefix, chunk in zip(prefixes, self.chunks, strict=True)
+            for name, parameter in chunk.named_parameters()
+        }
+
+    def train(self, training: bool = True) -> None:
+        """Into training mode, or out of it."""
+        for chunk in self.chunks:
+            chunk.train(training)
 
 
 def keep_values(weight: Tensor) -> Tensor:
@@ -73,7 +88,7 @@ def transformer_config(
         add_qkv_bias=spec.qkv_bias,
         qk_layernorm=spec.qk_norm,
         gated_linear_unit=True,
-        activation_func=F.silu,
+        activation_func=ACTIVATIONS[spec.activation],
         add_bias_linear=False,
         normalization="RMSNorm",
         hidden_dropout=0.0,
@@ -86,12 +101,15 @@ def transformer_config(
         embedding_init_method=keep_values,
         tensor_model_parallel_size=mesh.tensor,
         pipeline_model_parallel_size=mesh.pipeline,
+        virtual_pipeline_model_parallel_size=mesh.virtual_pipeline if mesh.virtual_pipeline > 1 else None,
         sequence_parallel=sequence_parallel,
         # a row-wise mean over the global batch is in the loss's own weights: gradients are summed, never averaged
         calculate_per_token_loss=True,
         variable_seq_lengths=mesh.pipeline > 1,
         moe_token_dispatcher_type="alltoall",  # variable_seq_lengths asks for it, in dense models too
-        batch_p2p_comm=True,
+        # batched messages between the chunks of a virtual pipeline give wrong numbers without an error
+        batch_p2p_comm=mesh.virtual_pipeline == 1,
+        overlap_p2p_comm=mesh.virtual_pipeline > 1,
         bias_activation_fusion=False,
         masked_softmax_fusion=False,
         persist_layer_norm=False,
@@ -99,7 +117,25 @@ def transformer_config(
         apply_rope_fusion=False,
         gradient_accumulation_fusion=False,
         **settings[recompute],
+        **_expert_settings(spec, mesh),
     )
+
+
+def _expert_settings(spec: ModelSpec, mesh: Mesh) -> dict[str, Any]:
+    """The router works as in transformers: float32, the chosen experts' share of the softmax over all of them."""
+    if not spec.experts:
+        return {}
+    return {
+        "num_moe_experts": spec.experts,
+        "moe_router_topk": spec.experts_per_token,
+        "moe_ffn_hidden_size": spec.expert_ffn,
+        # divided by their sum, the chosen probabilities are a softmax over the chosen alone
+        "moe_router_pre_softmax": not spec.norm_topk,
+        "moe_router_load_balancing_type": "none",
+        "moe_router_dtype": "fp32",
+        "expert_model_parallel_size": mesh.expert,
+        "expert_tensor_parallel_size": mesh.expert_tensor,
+    }
 
 
 def build_model(
@@ -112,52 +148,56 @@ def build_model(
     sequence_parallel: bool,
     recompute: str = "none",
 ) -> ShardedModel:
-    """The part of the model that `rank` holds, with zeroed weights."""
-    at = mesh.coordinates(rank)
-    first, last = at["pipeline"] == 0, at["pipeline"] == mesh.last_stage
-    layers = stage_layers(spec, at["pipeline"], mesh.pipeline, f"placement.{mesh.name}")
+    """The part of the model that `rank` holds, with zeroed weights.
+
+    Raises:
+        ValueError: Megatron cannot run this model so.
+    """
+    check_runs(spec, mesh, sequence_parallel, cpu=device.type == "cpu")
+    side, at = MegatronSide(spec, mesh, dtype), mesh.coordinates(rank)
+    experts, stage = mesh.coordinates(rank, EXPERT_AXES), at["pipeline"]
+    rotary = PackedRotary(spec, device)
+    chunks = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         config = transformer_config(spec, mesh, DTYPES[dtype], sequence_parallel, recompute)
-        model_parallel_cuda_manual_seed(1, tp_rank=at["tensor"], ep_rank=0, etp_rank=at["tensor"], force_reset_rng=True)
-        gpt = GPTModel(
-            config,
-            _layer_specs(config, len(layers)),
-            vocab_size=padded_vocab_size(spec, mesh.tensor),
-            max_sequence_length=spec.max_positions,
-            pre_process=first,
-            post_process=last,
-            position_embedding_type="rope",
-            share_embeddings_and_output_weights=spec.tied,
-            pg_collection=groups,
+        model_parallel_cuda_manual_seed(
+            1, tp_rank=at["tensor"], ep_rank=experts["expert"], etp_rank=experts["expert_tensor"], force_reset_rng=True
         )
-    gpt.rotary_pos_emb = PackedRotary(spec, device)
+        for number, layers in enumerate(side.stages.chunks(stage)):
+            gpt = GPTModel(
+                config,
+                block_spec(spec, layers, mesh.tensor),
+                vocab_size=padded_vocab_size(spec, mesh.tensor),
+                max_sequence_length=spec.max_positions,
+                pre_process=side.stages.is_first(stage, number),
+                post_process=side.stages.is_last(stage, number),
+                position_embedding_type="rope",
+                share_embeddings_and_output_weights=spec.tied,
+                pg_collection=groups,
+                vp_stage=number if mesh.virtual_pipeline > 1 else None,
+            )
+            gpt.rotary_pos_emb = rotary
+            if gpt.pre_process and spec.embedding_scale != 1.0:
+                factor = torch.tensor(spec.embedding_scale, dtype=DTYPES[dtype], device=device)
+                gpt.embedding.register_forward_hook(partial(scale_embedding, factor))
+            chunks.append(gpt.to(device))
     with torch.no_grad():
-        for parameter in gpt.parameters():
-            parameter.zero_()  # rows that pad the vocabulary stay zero
-    gpt.to(device)
-    layout = megatron_layout(
-        spec,
-        at["tensor"],
-        mesh.tensor,
-        layers.start,
-        len(layers),
-        first_stage=first,
-        last_stage=last,
-        dtype=dtype,
-    )
-    model = ShardedModel(gpt, config, layout)
-    unfed = sorted(set(model.parameters) ^ {piece.storage for piece in layout})
-    assert not unfed, f"{unfed[0]} is not both in the model and in its layout"
+        for gpt in chunks:
+            for parameter in gpt.parameters():
+                parameter.zero_()  # rows that pad the vocabulary stay zero
+    model = ShardedModel(chunks, rotary, config, side.layout(rank))
+    _check_layout(model)
     return model
 
 
-def _layer_specs(config: TransformerConfig, layers: int) -> TransformerBlockSubmodules:
-    spec = copy.deepcopy(get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=config.qk_layernorm))
-    parts = spec.submodules
-    parts.input_layernorm = parts.pre_mlp_layernorm = RMSNorm
-    attention = parts.self_attention.submodules
-    attention.core_attention = PackedAttention
-    if config.qk_layernorm:
-        attention.q_layernorm = attention.k_layernorm = RMSNorm
-    return TransformerBlockSubmodules(layer_specs=[spec] * layers, layer_norm=RMSNorm)
+def _check_layout(model: ShardedModel) -> None:
+    """Megatron's parameters are those of the layout, and have as many elements; rows that pad the vocabulary aside."""
+    held = dict.fromkeys(model.parameters, 0)
+    for piece in model.layout:
+        assert piece.storage in held, f"{piece.storage} is in the layout, not in the model"
+        held[piece.storage] += piece.elements
+    for name, parameter in model.parameters.items():
+        padded = name.endswith((EMBEDDING.megatron, "output_layer.weight"))
+        fits = held[name] == parameter.numel() or (padded and held[name] < parameter.numel())
+        assert fits, f"{name} has {parameter.numel()} elements, its layout {held[name]}"

@@ -23,16 +23,12 @@ class Optimizer:
         self.config = config
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            self.ddp = DistributedDataParallel(
-                model.config,
-                DistributedDataParallelConfig(
-                    use_distributed_optimizer=config.distributed,
-                    overlap_grad_reduce=False,
-                    grad_reduce_in_fp32=True,
-                ),
-                model.gpt,
-                pg_collection=groups,
+            reduction = DistributedDataParallelConfig(
+                use_distributed_optimizer=config.distributed, overlap_grad_reduce=False, grad_reduce_in_fp32=True
             )
+            self.chunks = [
+                DistributedDataParallel(model.config, reduction, chunk, pg_collection=groups) for chunk in model.chunks
+            ]
             bf16 = model.config.params_dtype == torch.bfloat16
             with optimizer_world(groups.intra_dist_opt):
                 self.inner = get_megatron_optimizer(
@@ -48,7 +44,7 @@ class Optimizer:
                         bf16=bf16,
                         params_dtype=model.config.params_dtype,
                     ),
-                    [self.ddp],
+                    self.chunks,
                     use_gloo_process_groups=False,
                     pg_collection=groups,
                 )
@@ -61,7 +57,8 @@ class Optimizer:
 
     def zero_grad(self) -> None:
         """Forget the last step's gradients."""
-        self.ddp.zero_grad_buffer()
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
         self.inner.zero_grad()
 
     def step(self, lr: float) -> float:

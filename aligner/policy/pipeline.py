@@ -27,24 +27,26 @@ class Pipeline:
 
     def logprobs(self, packed: Sequence[Packed], temperature: float) -> list[Tensor]:
         """Forward only. [B, width] log-probabilities of each microbatch on the last stage; [] on the others."""
-        found: list[Tensor] = []
+        found: dict[int, Tensor] = {}
 
-        def collect(_: int, logp_BT: Tensor, __: Tensor) -> Tensor:
-            found.append(logp_BT)
+        def collect(number: int, logp_BT: Tensor, _: Tensor) -> Tensor:
+            found[number] = logp_BT
             return logp_BT.sum()
 
         with torch.no_grad():
-            self._run(self.model.gpt, packed, temperature, collect, forward_only=True)
-        return found
+            self._run(self.model.chunks, packed, temperature, collect, forward_only=True)
+        return [found[number] for number in sorted(found)]
 
-    def backward(self, wrapped: Any, packed: Sequence[Packed], temperature: float, loss: Loss) -> None:
+    def backward(self, wrapped: list[Any], packed: Sequence[Packed], temperature: float, loss: Loss) -> None:
         """Forward and backward of every microbatch, then the reduction of gradients over the role's ranks."""
         self._run(wrapped, packed, temperature, loss, forward_only=False)
 
-    def _run(self, module: Any, packed: Sequence[Packed], temperature: float, loss: Loss, forward_only: bool) -> None:
+    def _run(
+        self, chunks: Sequence[Any], packed: Sequence[Packed], temperature: float, loss: Loss, forward_only: bool
+    ) -> None:
         def forward_step(iterator: Any, module: Any) -> Any:
             number, batch = next(iterator)
-            self.model.gpt.rotary_pos_emb.positions_T = batch.positions_T
+            self.model.rotary.positions_T = batch.positions_T
             output = module(batch.tokens_T[None], batch.positions_T[None], batch.lengths)
 
             def loss_of(logits_1TV: Tensor) -> Any:
@@ -58,12 +60,13 @@ class Pipeline:
 
             return output, loss_of
 
-        pipelined = self.groups.pp.size() > 1
-        extra = {"p2p_communicator": P2PCommunicator(self.groups.pp, self.model.config)} if pipelined else {}
-        get_forward_backward_func(pp_size=self.groups.pp.size(), vp_size=None)(
+        stages, many = self.groups.pp.size(), len(chunks) > 1
+        extra = {"p2p_communicator": P2PCommunicator(self.groups.pp, self.model.config)} if stages > 1 else {}
+        iterators = [iter(enumerate(packed)) for _ in chunks]
+        get_forward_backward_func(pp_size=stages, vp_size=len(chunks) if many else None)(
             forward_step_func=forward_step,
-            data_iterator=iter(enumerate(packed)),
-            model=module,
+            data_iterator=iterators if many else iterators[0],
+            model=list(chunks) if many else chunks[0],
             num_microbatches=len(packed),
             seq_length=packed[0].tokens_T.numel(),
             micro_batch_size=1,

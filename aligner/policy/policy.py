@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Container
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,9 +14,11 @@ from torch import Tensor
 
 from aligner.data.samples import Samples
 from aligner.models.checkpoint import export_checkpoint, read_into
+from aligner.models.megatron_layout import MegatronSide
 from aligner.models.spec import ModelSpec
 from aligner.objective.reduction import token_weights
 from aligner.policy import cpu_megatron
+from aligner.policy.accounts import MAXIMA, gather_metrics, over_steps
 from aligner.policy.config import PolicyConfig
 from aligner.policy.groups import make_groups, prepare_megatron
 from aligner.policy.model import build_model
@@ -24,6 +26,7 @@ from aligner.policy.optimizer import Optimizer
 from aligner.policy.packing import Packed, microbatches, pack
 from aligner.policy.pipeline import Pipeline
 from aligner.policy.schedule import learning_rate
+from aligner.reshard.config import ReshardConfig
 from aligner.spmd import columns
 from aligner.spmd.mesh import Mesh
 from aligner.spmd.partition import minibatch_groups
@@ -35,8 +38,6 @@ if TYPE_CHECKING:
     from aligner.reshard.sync import WeightSync
     from aligner.rollout.role import Rollout
 
-MAXIMA = ("gap", "ratio", "kl")
-"""Metrics of a loss whose largest token is reported beside the mean, as `<name>_max`."""
 LossFunction = Callable[..., tuple[Tensor, dict[str, Tensor]]]
 
 
@@ -83,31 +84,46 @@ class Reference(Role):
 
     def _logprobs(self, samples: Samples) -> Tensor:
         batches = microbatches(samples.length_B.tolist(), self.config.micro_tokens)
-        self.model.gpt.eval()
+        self.model.train(False)
         logp_BT = torch.zeros(samples.tokens_BT.shape, device=self.world.device)
-        packed = [self._pack(samples, rows) for rows in batches]
-        found = self.pipeline.logprobs(packed or [self._empty()], self.temperature)
+        found = self.pipeline.logprobs(self._packed(samples, batches), self.temperature)
         for rows, part_BT in zip(batches, found, strict=False):
             logp_BT[torch.tensor(rows), : part_BT.shape[1]] = part_BT
         if self.mesh.pipeline > 1:
             dist.broadcast(logp_BT, dist.get_global_rank(self.groups.pp, self.mesh.last_stage), group=self.groups.pp)
         return torch.where(samples.mask_BT, logp_BT.cpu(), 0.0)
 
+    def _packed(self, samples: Samples, batches: list[list[int]]) -> list[Packed]:
+        """This shard's microbatches, and after them as many that weigh nothing as the others' collectives need."""
+        count = max(1, len(batches))
+        if self.mesh.expert > 1:  # every microbatch exchanges tokens with the shards that hold the other experts
+            most = torch.tensor(count)
+            dist.all_reduce(most, op=dist.ReduceOp.MAX, group=self.groups.dp)
+            count = int(most)
+        if self.mesh.virtual_pipeline > 1:  # its schedule works in groups of as many microbatches as stages
+            count += -count % self.mesh.pipeline
+        nothing = pack(torch.zeros(1, 2, dtype=torch.long), torch.tensor([2]), self.multiple_of, self.world.device)
+        return [self._pack(samples, rows) for rows in batches] + [nothing] * (count - len(batches))
+
     def _pack(self, samples: Samples, rows: list[int]) -> Packed:
         part = columns.take(samples, rows)
         width = int(part.length_B.max())
         return pack(part.tokens_BT[:, :width], part.length_B, self.multiple_of, self.world.device)
 
-    def _empty(self) -> Packed:
-        """A microbatch that weighs nothing, for a shard without rows: its ranks still join the collectives."""
-        return pack(torch.zeros(1, 2, dtype=torch.long), torch.tensor([2]), self.multiple_of, self.world.device)
-
 
 class Policy(Reference):
     """The trained model."""
 
-    def __init__(self, *args: Any, total_steps: int = 0, max_response: int = 0, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        total_steps: int = 0,
+        max_response: int = 0,
+        reshard: ReshardConfig | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
+        self.reshard = reshard or ReshardConfig()
         self.optimizer_steps, self.total_steps, self.max_response = 0, total_steps, max_response
         self.syncs: dict[str, WeightSync] = {}
         if self.member:
@@ -141,7 +157,7 @@ class Policy(Reference):
                     mine = [i for i, row in enumerate(local.mine) if row // local.rows.group_size in members]
                     part = {name: _rows_of(value, mine, len(local.mine)) for name, value in local.kwargs.items()}
                     steps.append(self._step(loss, columns.take(local.args[0], mine), part))
-            return Ref(self, _over_steps(steps))
+            return Ref(self, over_steps(steps))
 
     def _step(self, loss: LossFunction, samples: Samples, fields: dict[str, Any]) -> dict[str, float]:
         """One optimizer step over this shard's rows of one minibatch."""
@@ -153,7 +169,7 @@ class Policy(Reference):
         wanted = inspect.signature(loss).parameters
 
         def of_microbatch(number: int, logp_BT: Tensor, entropy_BT: Tensor) -> Tensor:
-            if not batches:
+            if number >= len(batches):
                 return 0.0 * logp_BT.sum()
             part = columns.fit(columns.take(samples, batches[number]), logp_BT.shape[1])
             given = {name: self._to_device(_rows_of(v, batches[number], samples.rows)) for name, v in fields.items()}
@@ -171,16 +187,15 @@ class Policy(Reference):
                 fixed_length=self.config.fixed_length or self.max_response or None,
             )
             value = (loss_BT * weight_BT).sum()
-            _gather_metrics(sums, {"entropy": entropy_BT, **metrics}, MAXIMA, mask_BT)
+            gather_metrics(sums, {"entropy": entropy_BT, **metrics}, MAXIMA, mask_BT)
             sums["sum/loss"] = (
                 sums.get("sum/loss", torch.zeros((), dtype=torch.float64)) + value.detach().double().cpu()
             )
             return value
 
-        self.model.gpt.train()
+        self.model.train()
         self.optimizer.zero_grad()
-        packed = [self._pack(samples, rows) for rows in batches] or [self._empty()]
-        self.pipeline.backward(self.optimizer.ddp, packed, self.temperature, of_microbatch)
+        self.pipeline.backward(self.optimizer.chunks, self._packed(samples, batches), self.temperature, of_microbatch)
         metrics = self._reduce(sums, total_tokens)
         if not math.isfinite(metrics.get("loss", 0.0)):
             raise RuntimeError(
@@ -232,18 +247,16 @@ class Policy(Reference):
 
         with self.call("reshard_to"):
             if rollout.name not in self.syncs:
-                self.syncs[rollout.name] = WeightSync(self, rollout)
+                self.syncs[rollout.name] = WeightSync(self, rollout, self.reshard)
             self.syncs[rollout.name].run()
 
     def save_checkpoint(self, folder: str | Path, dtype: str | None = None) -> None:
         """Write a Hugging Face checkpoint (config, safetensors, tokenizer) from the ranks that hold the weights."""
         with self.call("save_checkpoint"):
             if self.member:
-                layouts: list[Any] = [None] * self.mesh.size
-                dist.all_gather_object(layouts, self.model.layout, group=self.group)
                 export_checkpoint(
                     self.world.rank,
-                    dict(zip(self.mesh.ranks, layouts, strict=True)),
+                    MegatronSide(self.spec, self.mesh, self.config.dtype),
                     self.model.view,
                     self.group,
                     Path(folder),
@@ -255,34 +268,3 @@ class Policy(Reference):
 def _rows_of(value: Any, rows: list[int], total: int) -> Any:
     """The rows of a row-wise value; anything else (a number, None) as it is."""
     return columns.take(value, rows) if isinstance(value, Tensor) and value.dim() and len(value) == total else value
-
-
-def _gather_metrics(
-    sums: dict[str, Tensor], metrics: dict[str, Tensor], topped: Container[str], mask_BT: Tensor
-) -> None:
-    """Add one microbatch's per-token metrics to the running sums, and those of `topped` to the running maxima."""
-    for name, value_BT in metrics.items():
-        kept = value_BT.detach()[mask_BT].double().cpu()
-        sums[f"sum/{name}"] = sums.get(f"sum/{name}", torch.zeros((), dtype=torch.float64)) + kept.sum()
-        if kept.numel() and name in topped:
-            top = sums.get(f"max/{name}", kept[0])
-            sums[f"max/{name}"] = torch.maximum(top, kept.max())
-
-
-def _over_steps(steps: list[dict[str, float]]) -> dict[str, float]:
-    """One row for the batch: means over its optimizer steps, maxima of `*_max`, totals of tokens.
-
-    `gap` is the first step's: there the policy still has the weights that the rollout sampled with.
-    """
-    row: dict[str, float] = {}
-    for name in steps[0]:
-        values = [step[name] for step in steps if name in step]
-        if name.startswith("gap"):
-            row[name] = values[0]
-        elif name.endswith("_max"):
-            row[name] = max(values)
-        elif name == "tokens":
-            row[name] = sum(values)
-        else:
-            row[name] = sum(values) / len(values)
-    return row

@@ -18,6 +18,8 @@ EXPERT_AXES = ("expert_tensor", "expert", "expert_data", "pipeline")
 class Mesh:
     """A role's world ranks as a grid; `data` is what the other sizes leave over.
 
+    The same ranks form a second grid for experts: `expert_tensor` x `expert` x `expert_data` x `pipeline`.
+
     Raises:
         ValueError: sizes that do not divide the number of ranks.
     """
@@ -28,11 +30,19 @@ class Mesh:
     context: int = 1
     expert: int = 1
     name: str = "role"
+    expert_tensor: int = 0
+    """Tensor-parallel size of experts; 0 stands for 1 where expert > 1, else for `tensor`."""
+    stage_layers: tuple[int, ...] = ()
+    """Layers of each pipeline stage (of each chunk, in the model's order, with virtual_pipeline > 1); (): equal."""
+    virtual_pipeline: int = 1
+    """Chunks of layers that each pipeline stage has."""
 
     def __post_init__(self) -> None:
+        if not self.expert_tensor:
+            object.__setattr__(self, "expert_tensor", 1 if self.expert > 1 else self.tensor)
         if not self.ranks or list(self.ranks) != sorted(set(self.ranks)) or self.ranks[0] < 0:
             raise ValueError(f"placement.{self.name}.ranks={list(self.ranks)} must be ascending, distinct and >= 0.")
-        for axis in ("tensor", "pipeline", "context", "expert"):
+        for axis in ("tensor", "pipeline", "context", "expert", "expert_tensor", "virtual_pipeline"):
             if getattr(self, axis) < 1:
                 raise ValueError(f"placement.{self.name}.{axis}={getattr(self, axis)} must be at least 1.")
         whole = self.tensor * self.pipeline * self.context
@@ -45,11 +55,18 @@ class Mesh:
                 f"placement.{self.name}.{axis}={getattr(self, axis)} does not divide its {self.size} rank(s) "
                 f"(tensor={self.tensor} x pipeline={self.pipeline} x context={self.context}); {advice}."
             )
-        if (self.tensor * self.context * self.data) % (self.tensor * self.expert):
-            works = [n for n in range(1, self.context * self.data + 1) if (self.context * self.data) % n == 0]
+        stage = self.size // self.pipeline
+        for axis, other in (("expert", self.expert_tensor), ("expert_tensor", self.expert)):
+            works = [n for n in range(1, stage + 1) if stage % (n * other) == 0]
+            if works and getattr(self, axis) not in works:
+                raise ValueError(
+                    f"placement.{self.name}.{axis}={getattr(self, axis)} does not divide the {stage} rank(s) of a "
+                    f"pipeline stage (expert={self.expert} x expert_tensor={self.expert_tensor}); use {_any_of(works)}."
+                )
+        if stage % (self.expert * self.expert_tensor):
             raise ValueError(
-                f"placement.{self.name}.expert={self.expert} does not divide its {self.context * self.data} "
-                f"context x data shards; use {_any_of(works)}."
+                f"placement.{self.name}.expert={self.expert} x expert_tensor={self.expert_tensor} does not divide the "
+                f"{stage} rank(s) of a pipeline stage; lower both."
             )
 
     @property
@@ -64,22 +81,27 @@ class Mesh:
 
     @property
     def expert_data(self) -> int:
-        """Number of data-parallel replicas of each expert shard (expert tensor size = tensor size)."""
-        return self.size // (self.tensor * self.expert * self.pipeline)
+        """Number of data-parallel replicas of each expert shard."""
+        return self.size // (self.expert_tensor * self.expert * self.pipeline)
 
     def sizes(self, axes: Sequence[str]) -> tuple[int, ...]:
         """Extents of the named axes."""
-        known = {"expert_tensor": self.tensor}
-        return tuple(known.get(axis, 0) or getattr(self, axis) for axis in axes)
+        return tuple(getattr(self, axis) for axis in axes)
 
     def coordinates(self, rank: int, axes: Sequence[str] = AXES) -> dict[str, int]:
         """Where a member world rank sits: {axis: index}. Raises ValueError for a non-member."""
-        index = self.ranks.index(rank)
+        if rank not in self._index:
+            raise ValueError(f"rank {rank} is none of placement.{self.name}.ranks")
+        index = self._index[rank]
         found = {}
         for axis, extent in zip(axes, self.sizes(axes), strict=True):
             found[axis] = index % extent
             index //= extent
         return found
+
+    @cached_property
+    def _index(self) -> dict[int, int]:
+        return {rank: index for index, rank in enumerate(self.ranks)}
 
     def groups(self, *vary: str) -> tuple[tuple[int, ...], ...]:
         """Every set of ranks that differ only along the axes `vary`, each in mesh order.
@@ -105,7 +127,7 @@ class Mesh:
 
     def shard_of(self, rank: int) -> int | None:
         """The data-parallel shard whose rows `rank` holds; None for a non-member."""
-        return self.coordinates(rank)["data"] if rank in self.ranks else None
+        return self.coordinates(rank)["data"] if rank in self._index else None
 
     @property
     def last_stage(self) -> int:

@@ -19,11 +19,19 @@ class RoleLayout:
     tensor: int = 1
     """Tensor-parallel size, in ranks."""
     pipeline: int = 1
-    """Pipeline-parallel size, in stages (policy and reference only)."""
+    """Pipeline-parallel size, in stages."""
     context: int = 1
     """Context-parallel size, in ranks (only 1 for now)."""
     expert: int = 1
-    """Expert-parallel size, in ranks (only 1 for now)."""
+    """Expert-parallel size, in ranks. Policy and reference: each holds experts / expert of a sparse layer's experts.
+    Rollout: 1, or equal to tensor."""
+    expert_tensor: int | None = None
+    """Ranks that each expert is cut over (policy and reference only); null: 1 with expert > 1, else tensor."""
+    stage_layers: tuple[int, ...] = ()
+    """Layers of each pipeline stage, such as [3,5]; with virtual_pipeline > 1 those of each chunk in the model's
+    order. []: equal stages (policy and reference only)."""
+    virtual_pipeline: int = 1
+    """Chunks of layers that each pipeline stage has, which keep it busier (policy and reference only)."""
     sequence_parallel: bool = False
     """Split activations between tensor-parallel ranks along the sequence (needs tensor > 1)."""
 
@@ -87,12 +95,10 @@ def make_meshes(placement: Placement, world_size: int) -> Mapping[str, Mesh]:
     meshes = {}
     for role, layout in layouts.items():
         ranks = parse_ranks(layout.ranks, world_size, role)
-        meshes[role] = Mesh(ranks, layout.tensor, layout.pipeline, layout.context, layout.expert, role)
-        for axis in ("context", "expert"):
-            if getattr(layout, axis) != 1:
-                raise ValueError(f"placement.{role}.{axis}={getattr(layout, axis)} is not supported yet; use 1.")
-        if role in ("rollout", "reward") and layout.pipeline != 1:
-            raise ValueError(f"placement.{role}.pipeline={layout.pipeline} is not supported for {role}; use 1.")
+        meshes[role] = _mesh(role, ranks, layout)
+        if layout.context != 1:
+            raise ValueError(f"placement.{role}.context={layout.context} is not supported yet; use 1.")
+        _check_trained_only(role, layout)
         if role == "reward" and layout.tensor != 1:
             raise ValueError(f"placement.reward.tensor={layout.tensor}: rules run on host CPUs; use 1.")
         if layout.sequence_parallel and (layout.tensor == 1 or role not in ("policy", "reference")):
@@ -101,6 +107,43 @@ def make_meshes(placement: Placement, world_size: int) -> Mapping[str, Mesh]:
                 f"(now tensor={layout.tensor}); set it to false or raise placement.{role}.tensor."
             )
     return meshes
+
+
+def _mesh(role: str, ranks: tuple[int, ...], layout: RoleLayout) -> Mesh:
+    if layout.expert_tensor is not None and layout.expert_tensor < 1:
+        raise ValueError(f"placement.{role}.expert_tensor={layout.expert_tensor} must be at least 1.")
+    return Mesh(
+        ranks,
+        layout.tensor,
+        layout.pipeline,
+        layout.context,
+        layout.expert,
+        role,
+        layout.expert_tensor or 0,
+        tuple(layout.stage_layers),
+        layout.virtual_pipeline,
+    )
+
+
+def _check_trained_only(role: str, layout: RoleLayout) -> None:
+    """What only the roles on Megatron have is refused elsewhere, never ignored."""
+    if role in ("policy", "reference"):
+        return
+    plain = RoleLayout()
+    refused = ("expert_tensor", "stage_layers", "virtual_pipeline", *(("pipeline",) if role == "reward" else ()))
+    for axis in refused:
+        works = getattr(plain, axis)
+        if getattr(layout, axis) != works:
+            shown = "null" if works is None else list(works) if isinstance(works, tuple) else works
+            raise ValueError(
+                f"placement.{role}.{axis}={getattr(layout, axis)} is not supported for {role}; use {shown}."
+            )
+    allowed = (1, layout.tensor) if role == "rollout" else (1,)
+    if layout.expert not in allowed:
+        raise ValueError(
+            f"placement.{role}.expert={layout.expert} is not supported for {role}; use 1"
+            + (f", or {layout.tensor} (placement.rollout.tensor)." if layout.tensor > 1 and role == "rollout" else ".")
+        )
 
 
 def reference_layout(placement: Placement) -> RoleLayout:

@@ -9,9 +9,10 @@ import torch
 import torch.distributed as dist
 
 from aligner.models.checkpoint import export_checkpoint, read_into
-from aligner.models.megatron_layout import megatron_layout, stage_layers
+from aligner.models.megatron_layout import MegatronSide
 from aligner.models.spec import read_spec
 from aligner.reshard.storage import Storages, allocate
+from aligner.spmd.mesh import Mesh
 from tests.reshard.ranks import report, start_rank
 
 TENSOR, PIPELINE = 2, 2
@@ -23,13 +24,8 @@ def main() -> None:
     rows = {}
     for path in sorted(models.iterdir()):
         spec = read_spec(path)
-        layouts = {}
-        for other in range(world):
-            stage = other // TENSOR
-            layers = stage_layers(spec, stage, PIPELINE)
-            layouts[other] = megatron_layout(
-                spec, other % TENSOR, TENSOR, layers.start, len(layers), stage == 0, stage == PIPELINE - 1, "float32"
-            )
+        side = MegatronSide(spec, Mesh(tuple(range(world)), TENSOR, PIPELINE), "float32")
+        layouts = {other: side.layout(other) for other in side.ranks}
         held = Storages(allocate(layouts[rank], torch.device("cpu")), layouts[rank])
         read_into(spec, layouts[rank], held.view)
         for dtype, file_bytes in (("float32", 60_000), ("bfloat16", 1 << 30)):
@@ -53,9 +49,8 @@ def main() -> None:
 def errors(rank: int, world: int, models: Path, out: Path) -> dict[str, str]:
     """Failures on one rank are errors on all."""
     spec = read_spec(models / "qwen2-tied")
-    layouts = {
-        other: megatron_layout(spec, other % 2, 2, 0, spec.layers, True, True, "float32") for other in range(world)
-    }
+    side = MegatronSide(spec, Mesh(tuple(range(world)), tensor=2), "float32")
+    layouts = {other: side.layout(other) for other in side.ranks}
     held = Storages(allocate(layouts[rank], torch.device("cpu")), layouts[rank])
     (out / "occupied").mkdir(exist_ok=True)
     (out / "occupied" / "notes.txt").write_text("keep me")

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from transformers import AutoModelForCausalLM
 
-from aligner.models.family import logical_tensors
-from aligner.models.spec import check_sizes, read_spec, valid_pipeline_sizes, valid_tensor_sizes
-from tests.models.tiny import LLAMA3_ROPE, MODELS, SIZES, save_tiny, tiny_model
+from aligner.models.family import expert_tensors, logical_tensors, router_tensor
+from aligner.models.spec import read_spec
+from tests.models.tiny import LLAMA3_ROPE, MODELS, SIZES, save_tiny, stored_tensors, tiny_model
 
 OLD: dict[str, Any] = {
     "architectures": ["Qwen2ForCausalLM"],
@@ -55,8 +55,7 @@ def test_specs_and_tensors_equal_those_of_transformers(name: str, tmp_path: Path
         {k: v for k, v in LLAMA3_ROPE.items() if k != "rope_theta"} if "rope" in name else None
     )
     assert (spec.eos_token_ids, spec.max_positions, spec.dtype) == ((1,), 128, "float32")
-    parameters = {key: tuple(value.shape) for key, value in model.named_parameters()}
-    assert logical_tensors(spec) == parameters
+    assert logical_tensors(spec) == {key: tuple(value.shape) for key, value in stored_tensors(tmp_path).items()}
     assert spec.parameters == model.num_parameters()
 
 
@@ -85,6 +84,73 @@ def test_defaults_of_families(tmp_path: Path) -> None:
         32768,
         False,
     )
+
+
+MOE: dict[str, Any] = {
+    **OLD,
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+}
+
+
+def test_sparse_layers_are_those_of_transformers(tmp_path: Path) -> None:
+    """By hand: of 6 layers every second is sparse, 1, 3 and 5, and 3 is taken out."""
+    spec = read_spec(written(tmp_path, MOE, decoder_sparse_step=2, mlp_only_layers=[3]))
+    assert (spec.experts, spec.experts_per_token, spec.expert_ffn, spec.sparse_layers) == (8, 2, 24, (1, 5))
+    assert (spec.norm_topk, spec.qk_norm, spec.ffn) == (False, True, 96)
+    assert read_spec(written(tmp_path, MOE, norm_topk_prob=True)).norm_topk
+    dense = read_spec(written(tmp_path, MOE, mlp_only_layers=list(range(6))))
+    assert (dense.experts, dense.sparse_layers) == (0, ())
+    mixtral = {**MOE, "architectures": ["MixtralForCausalLM"], "num_local_experts": 4, "num_experts": "absent"}
+    spec = read_spec(written(tmp_path, mixtral, rms_norm_eps="absent"))
+    assert (spec.experts, spec.expert_ffn, spec.norm_topk, spec.norm_eps) == (4, 96, True, 1e-5)
+
+
+def test_names_of_experts(tmp_path: Path) -> None:
+    spec = read_spec(written(tmp_path, MOE))
+    assert router_tensor(spec, 3) == "model.layers.3.mlp.gate.weight"
+    assert expert_tensors(spec, 3, 7)[2] == "model.layers.3.mlp.experts.7.down_proj.weight"
+    mixtral = {**MOE, "architectures": ["MixtralForCausalLM"], "num_local_experts": 4}
+    spec = read_spec(written(tmp_path, mixtral))
+    assert router_tensor(spec, 0) == "model.layers.0.block_sparse_moe.gate.weight"
+    found = [name.rsplit(".", 2)[1] for name in expert_tensors(spec, 0, 1)]
+    assert found == ["w1", "w3", "w2"]  # gate, up, down
+
+
+def test_gemma_as_older_configs_have_it(tmp_path: Path) -> None:
+    gemma = {**OLD, "architectures": ["GemmaForCausalLM"], "hidden_act": "gelu", "tie_word_embeddings": "absent"}
+    spec = read_spec(written(tmp_path, gemma, hidden_activation=None, head_dim="absent"))
+    assert (spec.activation, spec.norm_plus_one, spec.embedding_scale) == ("gelu_tanh", True, 8.0)
+    assert (spec.tied, spec.head_dim) == (True, 256)
+    with pytest.raises(ValueError, match="hidden_activation='gelu'"):
+        read_spec(written(tmp_path, gemma, hidden_activation="gelu"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_experts_per_tok": 9}, "num_experts_per_tok=9 is more than num_experts=8"),
+        ({"num_experts": "absent"}, "num_experts must be a positive whole number, found None"),
+        ({"moe_intermediate_size": "absent"}, "moe_intermediate_size must be a positive whole number"),
+        ({"mlp_only_layers": ["first"]}, "mlp_only_layers=.* must be a list of layer numbers"),
+        ({"decoder_sparse_step": 0}, "decoder_sparse_step must be a positive whole number"),
+        ({"mlp_bias": True}, "mlp_bias=True is not supported"),
+        (
+            {"architectures": ["MixtralForCausalLM"], "num_local_experts": 8, "sliding_window": 64},
+            "sliding_window=64 is not supported; only sliding_window=null",
+        ),
+        (
+            {"architectures": ["MixtralForCausalLM"], "num_local_experts": 8, "router_jitter_noise": 0.1},
+            "router_jitter_noise=0.1",
+        ),
+        ({"architectures": ["GemmaForCausalLM"], "use_bidirectional_attention": True}, "use_bidirectional_attention"),
+    ],
+)
+def test_what_experts_cannot_be_is_refused(change: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        read_spec(written(tmp_path, MOE, **change))
 
 
 @pytest.mark.parametrize(
@@ -131,19 +197,6 @@ def test_missing_and_malformed_files(tmp_path: Path) -> None:
         read_spec(tmp_path)
     with pytest.raises(ValueError, match="must hold a JSON object, found list"):
         read_spec(written(tmp_path, []))
-
-
-def test_sizes_that_work_are_named(tmp_path: Path) -> None:
-    spec = read_spec(written(tmp_path, OLD))
-    assert valid_tensor_sizes(spec) == [1, 2, 3, 6]
-    assert valid_pipeline_sizes(spec) == [1, 2, 3, 6]
-    check_sizes(spec, 3, 2, "placement.policy")
-    with pytest.raises(
-        ValueError, match=r"placement.policy.tensor=4 does not divide the 12 heads, 6 .*use 1, 2, 3 or 6\."
-    ):
-        check_sizes(spec, 4, 1, "placement.policy")
-    with pytest.raises(ValueError, match=r"placement.reference.pipeline=4 .* 6 layers .*use 1, 2, 3 or 6\."):
-        check_sizes(spec, 1, 4, "placement.reference")
 
 
 def test_a_saved_model_reads_back_through_transformers(tmp_path: Path) -> None:

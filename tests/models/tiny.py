@@ -6,14 +6,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
+from torch import Tensor
 from transformers import (
+    AutoModelForCausalLM,
+    GemmaConfig,
     LlamaConfig,
-    LlamaForCausalLM,
+    MixtralConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     Qwen2Config,
-    Qwen2ForCausalLM,
     Qwen3Config,
-    Qwen3ForCausalLM,
+    Qwen3MoeConfig,
 )
 
 SIZES: dict[str, Any] = {
@@ -34,20 +38,35 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
-MODELS = ("llama", "llama-rope", "qwen2", "qwen2-tied", "qwen3", "qwen3-tied")
+QWEN3_MOE: dict[str, Any] = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "mlp_only_layers": [2],
+    "norm_topk_prob": True,
+}
+KINDS: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
+    "llama": (LlamaConfig, {}),
+    "llama-rope": (LlamaConfig, {"rope_parameters": LLAMA3_ROPE}),
+    "llama-bias": (LlamaConfig, {"attention_bias": True, "mlp_bias": True}),
+    "qwen2": (Qwen2Config, {}),
+    "qwen2-tied": (Qwen2Config, {}),
+    "qwen3": (Qwen3Config, {"head_dim": 8}),
+    "qwen3-tied": (Qwen3Config, {"head_dim": 8}),
+    "qwen3-moe": (Qwen3MoeConfig, {"head_dim": 8, "attention_bias": True, **QWEN3_MOE}),
+    "mixtral": (MixtralConfig, {"num_local_experts": 4, "num_experts_per_tok": 3}),
+    "gemma-tied": (GemmaConfig, {"head_dim": 8}),
+}
+MODELS = tuple(KINDS)
 
 
 def tiny_model(name: str) -> PreTrainedModel:
     """Every parameter random, norms and biases too, so that none can be mistaken for another."""
-    tied = name.endswith("-tied")
+    kind, settings = KINDS[name]
     torch.manual_seed(len(name))
-    if name.startswith("llama"):
-        rope = {"rope_parameters": LLAMA3_ROPE} if name == "llama-rope" else {}
-        model: PreTrainedModel = LlamaForCausalLM(LlamaConfig(**SIZES, tie_word_embeddings=tied, **rope))
-    elif name.startswith("qwen2"):
-        model = Qwen2ForCausalLM(Qwen2Config(**SIZES, tie_word_embeddings=tied))
-    else:
-        model = Qwen3ForCausalLM(Qwen3Config(**SIZES, head_dim=8, tie_word_embeddings=tied))
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(
+        kind(**SIZES, **settings, tie_word_embeddings=name.endswith("-tied"))
+    )
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_()
@@ -57,3 +76,8 @@ def tiny_model(name: str) -> PreTrainedModel:
 def save_tiny(name: str, folder: Path, **arguments: Any) -> Path:
     tiny_model(name).save_pretrained(folder, **arguments)
     return folder
+
+
+def stored_tensors(folder: Path) -> dict[str, Tensor]:
+    """Every tensor of a checkpoint: transformers fuses experts in memory, not in its files."""
+    return {name: value for file in folder.glob("*.safetensors") for name, value in load_file(file).items()}

@@ -1,0 +1,83 @@
+"""Offline conversion of a checkpoint: between Hugging Face files and the shards of any layout, and between data types."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from aligner.models.checkpoint import BUCKET_BYTES, FILE_BYTES, files_of_writers
+from aligner.models.family import logical_tensors
+from aligner.models.hf_folder import prepare, publish, write_rest, write_weights
+from aligner.models.spec import ModelSpec, read_spec
+from aligner.models.stored import Cut, Stored, open_stored, shard_file, write_cut
+from aligner.reshard.executor import execute
+from aligner.reshard.ledger import SyncRow, total
+from aligner.reshard.plan import make_plan
+from aligner.reshard.region import Layout, whole_tensor
+from aligner.reshard.storage import Storages, allocate
+
+CPU = torch.device("cpu")
+
+
+def convert(
+    source: str | Path, out: str | Path, cut: Cut | None, dtype: str | None = None, file_bytes: int = FILE_BYTES
+) -> SyncRow:
+    """Write the checkpoint in folder `source` to folder `out`, a file at a time: memory holds one file's weights.
+
+    Each file is filled by the plan and the executor that also move weights between roles, and is proven likewise.
+
+    Args:
+        source: a Hugging Face checkpoint, or a folder of shards that this function wrote.
+        out: the folder to write; it appears under its name when it is complete, and replaces a checkpoint there.
+        cut: one file for each rank of this layout; None: a Hugging Face checkpoint.
+        dtype: of the written weights, "float32", "bfloat16" or "float16"; None: as config.json says.
+        file_bytes: Hugging Face files are split beyond this size.
+
+    Returns:
+        The transfer's account.
+
+    Raises:
+        ValueError: a folder that is not a checkpoint, or a layout that does not fit the model; the message says which.
+    """
+    spec = read_spec(source)
+    dtype = dtype or spec.dtype
+    files = _files(spec, cut, dtype, file_bytes)
+    final = Path(out).absolute()
+    partial = final.with_name(f".{final.name}.partial")
+    prepare(final, partial, spec)
+    try:
+        with open_stored(spec) as stored:
+            rows = [_write(stored, partial / name, layout, flat=cut is not None) for name, layout in files]
+        of_tensor = {} if cut else {piece.name: name for name, layout in files for piece in layout}
+        write_rest(partial, spec, dtype, of_tensor)
+        if cut:
+            write_cut(partial, cut, dtype)
+        publish(partial, final)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return total(rows)
+
+
+def _files(spec: ModelSpec, cut: Cut | None, dtype: str, file_bytes: int) -> Sequence[tuple[str, Layout]]:
+    """The files to write, each with what it holds."""
+    if cut:
+        side = cut.side(spec, dtype)
+        return [(shard_file(rank), side.layout(rank)) for rank in side.ranks]
+    shapes = logical_tensors(spec)
+    files = files_of_writers(spec, [0], dtype, file_bytes)
+    return [(file, [whole_tensor(name, shapes[name], dtype) for name in names]) for file, (_, names) in files.items()]
+
+
+def _write(stored: Stored, file: Path, layout: Layout, flat: bool) -> SyncRow:
+    """Fill one file; storages of a shard are flat, tensors of a Hugging Face file have their shape."""
+    tensors = allocate(layout, CPU)
+    names = dict.fromkeys(piece.name for piece in layout)
+    plan = make_plan(0, {0: stored.layout(names)}, {0: layout})
+    row = execute(plan, stored.view, Storages(tensors, layout), None, CPU, BUCKET_BYTES)
+    shapes = {} if flat else {piece.storage: piece.size for piece in layout}
+    write_weights(file, {name: tensor.view(shapes.get(name, -1)) for name, tensor in tensors.items()})
+    return row

@@ -1,0 +1,26 @@
+"""How weights are brought from the policy to the rollout engines."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class ReshardConfig:
+    """Weight transfers."""
+
+    bucket_mib: float = 64.0
+    """Bound on messages: a transfer takes at most twice this much extra memory on a rank, in MiB."""
+    verify: bool = True
+    """Prove each transfer: what the engine holds is what the policy held, bit for bit."""
+    deltas: bool = False
+    """Send only the elements that changed since the last transfer; keeps a copy of what was sent on both ends."""
+
+    def check(self) -> None:
+        """ValueError where a value cannot work."""
+        if not self.bucket_mib > 0:
+            raise ValueError(f"reshard.bucket_mib={self.bucket_mib} must be above 0; the default is 64.")
+
+    @property
+    def bucket_bytes(self) -> int:
+        return max(1, round(self.bucket_mib * (1 << 20)))

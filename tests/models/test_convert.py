@@ -1,0 +1,126 @@
+"""tools/convert.py: any layout to any other and back to Hugging Face files, bit for bit; and how it fails."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from aligner.models.checkpoint import read_into
+from aligner.models.convert import convert
+from aligner.models.family import logical_tensors
+from aligner.models.megatron_layout import MegatronSide
+from aligner.models.spec import read_spec
+from aligner.models.stored import Cut
+from aligner.reshard.storage import Storages, allocate
+from aligner.spmd.mesh import Mesh
+from tests.models.tiny import save_tiny
+
+ROOT = Path(__file__).resolve().parents[2]
+CUTS = {
+    "llama": [Cut(tensor=2, pipeline=2), Cut(tensor=4)],
+    "qwen2-tied": [Cut(pipeline=4), Cut(tensor=2)],
+    "qwen3-moe": [Cut(expert=2), Cut(tensor=2, pipeline=2, expert=2)],
+    "mixtral": [Cut(tensor=2, expert_tensor=2), Cut(expert=4, pipeline=2)],
+}
+
+
+def weights(folder: Path) -> dict[str, Tensor]:
+    return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+
+
+@pytest.mark.parametrize("name", CUTS)
+def test_through_two_layouts_and_back_is_bit_exact(name: str, tmp_path: Path) -> None:
+    model = save_tiny(name, tmp_path / "model", max_shard_size="40KB")
+    (model / "tokenizer.json").write_text('{"stands": "for a tokenizer"}')
+    original, spec = weights(model), read_spec(model)
+    at = model
+    for number, cut in enumerate(CUTS[name]):
+        row = convert(at, tmp_path / f"cut{number}", cut)
+        at = tmp_path / f"cut{number}"
+        side = cut.side(spec, "float32")
+        assert row.local_bytes == sum(piece.bytes for rank in side.ranks for piece in side.layout(rank))
+        assert row.checksummed and not row.moved_bytes
+        assert len(list(at.glob("rank-*.safetensors"))) == len(side.ranks)
+    convert(at, tmp_path / "back", None, file_bytes=30_000)
+    found = weights(tmp_path / "back")
+    assert {name: found[name].shape for name in found} == {name: original[name].shape for name in logical_tensors(spec)}
+    assert all(torch.equal(found[name], original[name]) for name in found)
+    assert (tmp_path / "back" / "model.safetensors.index.json").is_file()
+    assert (tmp_path / "back" / "tokenizer.json").read_text() == (model / "tokenizer.json").read_text()
+    convert(at, tmp_path / "half", None, "bfloat16")
+    found = weights(tmp_path / "half")
+    assert all(torch.equal(found[name], original[name].bfloat16()) for name in found)
+    assert read_spec(tmp_path / "half").dtype == "bfloat16"
+
+
+def test_a_folder_of_shards_is_read_into_any_layout(tmp_path: Path) -> None:
+    model = save_tiny("llama", tmp_path / "model")
+    convert(model, tmp_path / "cut", Cut(tensor=2, pipeline=2))
+    mesh = Mesh((0, 1, 2, 3), tensor=4, name="policy")
+    for rank in mesh.ranks:
+        found = []
+        for folder in (model, tmp_path / "cut"):
+            layout = MegatronSide(read_spec(folder), mesh, "float32").layout(rank)
+            tensors = allocate(layout, torch.device("cpu"))
+            read = read_into(read_spec(folder), layout, Storages(tensors, layout).view)
+            assert read == sum(piece.bytes for piece in layout)
+            found.append(tensors)
+        assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
+def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    tool = [sys.executable, str(ROOT / "tools" / "convert.py")]
+    return subprocess.run([*tool, *map(str, arguments)], capture_output=True, text=True, timeout=120)
+
+
+def test_the_command(tmp_path: Path) -> None:
+    model = save_tiny("qwen3", tmp_path / "model")
+    done = run(model, tmp_path / "cut", "--layout", "tensor=2,pipeline=2", "--dtype", "bfloat16")
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "cut" / "shards.json").read_text())["tensor"] == 2
+    assert "regions proven" in done.stdout
+    # A cut that does not fit, a size that there is not, a folder that is no checkpoint, its own folder.
+    for arguments, said in (
+        ((model, tmp_path / "x", "--layout", "tensor=3"), "layout.tensor=3"),
+        (
+            (model, tmp_path / "x", "--layout", "data=2"),
+            "'data=2' is not understood; use huggingface, or sizes of tensor",
+        ),
+        ((tmp_path / "none", tmp_path / "x"), "is not a folder"),
+        ((model, model), "write to another folder"),
+    ):
+        done = run(*arguments)
+        assert done.returncode == 2 and said in done.stderr, done.stderr
+        assert "Traceback" not in done.stderr and not (tmp_path / "x").exists()
+
+
+def test_broken_shards_are_named(tmp_path: Path) -> None:
+    model = save_tiny("qwen3", tmp_path / "model")
+    whole = tmp_path / "cut"
+    convert(model, whole, Cut(tensor=2))
+
+    def broken(name: str) -> Path:
+        return Path(shutil.copytree(whole, tmp_path / name))
+
+    lacking = broken("lacking")
+    (lacking / "rank-00001.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"lacks rank-00001\.safetensors; convert"):
+        convert(lacking, tmp_path / "out", None)
+    garbled = broken("garbled")
+    (garbled / "shards.json").write_text('{"tensor": 2}')
+    with pytest.raises(ValueError, match=r"shards\.json is not valid"):
+        convert(garbled, tmp_path / "out", None)
+    short = broken("short")
+    content = (short / "rank-00000.safetensors").read_bytes()
+    (short / "rank-00000.safetensors").write_bytes(content[: len(content) // 2])
+    with pytest.raises(ValueError, match=r"rank-00000\.safetensors cannot be read.*incomplete"):
+        convert(short, tmp_path / "out", None)
+    assert {path.name for path in tmp_path.iterdir()} == {"model", "cut", "lacking", "garbled", "short"}

@@ -1,0 +1,61 @@
+"""Convert a checkpoint offline, without torchrun:
+
+python tools/convert.py MODEL OUT --layout tensor=2,pipeline=4     one file for each rank, readable under any layout
+python tools/convert.py SHARDS OUT --layout huggingface            back
+python tools/convert.py MODEL OUT --dtype bfloat16                 another data type
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from aligner.models.checkpoint import FILE_BYTES
+from aligner.models.convert import convert
+from aligner.models.stored import Cut
+from aligner.reshard.region import ELEMENT_BYTES
+
+SIZES = [field.name for field in fields(Cut)]
+
+
+def layout(text: str) -> Cut | None:
+    """`huggingface`, or sizes such as tensor=2,pipeline=4."""
+    if text == "huggingface":
+        return None
+    sizes: dict[str, int] = {}
+    for part in text.split(","):
+        name, _, size = part.partition("=")
+        if name not in SIZES or name in sizes or not size.isdigit() or int(size) < 1:
+            raise argparse.ArgumentTypeError(
+                f"{part!r} is not understood; use huggingface, or sizes of {', '.join(SIZES)} such as tensor=2,pipeline=4"
+            )
+        sizes[name] = int(size)
+    return Cut(**sizes)
+
+
+def main(arguments: list[str]) -> int:
+    """The command. Returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "source", type=Path, help="a Hugging Face checkpoint, or a folder of shards written by this tool"
+    )
+    parser.add_argument("out", type=Path, help="the folder to write; a checkpoint that stands there is replaced")
+    parser.add_argument("--layout", type=layout, default=None, help="huggingface (default), or sizes by comma")
+    parser.add_argument("--dtype", choices=list(ELEMENT_BYTES), help="of the written weights (default: as they are)")
+    parser.add_argument("--file-bytes", type=int, default=FILE_BYTES, help="split Hugging Face files beyond this size")
+    given = parser.parse_args(arguments)
+    try:
+        row = convert(given.source, given.out, given.layout, given.dtype, given.file_bytes)
+    except ValueError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
+    print(f"{given.out}: {row.local_bytes:,} bytes of weights, {row.checksummed:,} regions proven, {row.seconds:.1f} s")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
