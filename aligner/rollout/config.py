@@ -15,8 +15,19 @@ BLOCK_TOKENS = 32
 """Tokens in one block of the KV cache; the CPU kernels want multiples of 32, CUDA's take it too."""
 CPU_HEAD_DIMS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 """Head sizes that the engine's CPU attention has kernels for."""
+CPU_EXPERT_BLOCK = 32
+"""The engine's CPU kernels for experts work on multiples of this many columns."""
+OUTPUT_BIAS_FAMILIES = ("llama",)
+"""Families whose attention output may have a bias in the engine; in others it would drop it silently."""
+VOCABULARY_BLOCK = 64
+"""The engine rounds the embedding's rows up to a multiple of this, before it cuts them."""
 CPU_KV_CACHE_LIMIT_MIB = 1024
 """Most that rollout.kv_cache_mib=null takes on a CPU, whose memory the training roles share."""
+
+
+def padded_vocab(vocab: int) -> int:
+    """Rows of the engine's embedding over all tensor ranks."""
+    return -(-vocab // VOCABULARY_BLOCK) * VOCABULARY_BLOCK
 
 
 @dataclass(frozen=True)
@@ -98,53 +109,108 @@ class RolloutConfig:
                 f"rollout.gpu_memory_utilization={self.gpu_memory_utilization} is no fraction; use above 0, at most 1."
             )
 
-    def check_model(self, spec: ModelSpec, tensor: int, cpu: bool) -> None:
-        """Raises ValueError where the engine could not run this model over `tensor` ranks with these settings."""
+    def check_model(
+        self, spec: ModelSpec, tensor: int, cpu: bool, expert_parallel: bool = False, pipeline: int = 1
+    ) -> None:
+        """Raises ValueError where the engine could not run this model over `tensor` x `pipeline` ranks."""
         self.check()
         if self.max_model_len > spec.max_positions:
             raise ValueError(
                 f"rollout.max_model_len={self.max_model_len} is beyond the {spec.max_positions} positions of the model "
                 f"in {spec.path}; use {spec.max_positions} or less."
             )
-        fits = [size for size in range(1, spec.heads + 1) if _divides(spec, size)]
+        if expert_parallel and not spec.experts:
+            raise ValueError(f"placement.rollout.expert={tensor}: the model in {spec.path} has no experts; use 1.")
+        fits = [size for size in range(1, spec.heads + 1) if _divides(spec, size, expert_parallel)]
         if tensor not in fits:
             raise ValueError(
-                f"placement.rollout.tensor={tensor} does not divide the model's {spec.heads} attention heads, "
-                f"{spec.kv_heads} key-value heads and MLP width {spec.ffn}; use {', '.join(map(str, fits))}."
+                f"placement.rollout.tensor={tensor} does not divide the model's {_widths(spec, expert_parallel)}; "
+                f"use {', '.join(map(str, fits))}."
             )
-        if cpu and spec.head_dim not in CPU_HEAD_DIMS:
+        if spec.experts and tensor > spec.experts:
             raise ValueError(
-                f"the rollout engine has no CPU attention for head_dim={spec.head_dim} (the model in {spec.path}); "
-                f"use a model with head_dim {', '.join(map(str, CPU_HEAD_DIMS))}, or a GPU."
+                f"placement.rollout.tensor={tensor} is more than the {spec.experts} experts of the model in "
+                f"{spec.path}; use {', '.join(str(size) for size in fits if size <= spec.experts)}."
+            )
+        _check_stages(spec, pipeline)
+        if cpu:
+            _check_cpu(spec)
+        if spec.o_bias and spec.family not in OUTPUT_BIAS_FAMILIES:
+            raise ValueError(
+                f"the rollout engine ignores the bias of a {spec.family} model's attention output; use a model with "
+                f"attention_bias=false ({spec.path}/config.json)."
             )
         if self.kv_cache_mib is not None:
-            self._check_kv_cache(self.kv_cache_mib, spec, tensor)
+            self._check_kv_cache(self.kv_cache_mib, spec, tensor, pipeline)
 
-    def kv_cache_bytes(self, spec: ModelSpec, tensor: int, cpu: bool) -> int | None:
+    def kv_cache_bytes(self, spec: ModelSpec, tensor: int, cpu: bool, pipeline: int = 1) -> int | None:
         """The KV cache of each rank in bytes; None where the engine measures what is left (CUDA)."""
         if self.kv_cache_mib is not None:
             return self.kv_cache_mib << 20
         if not cpu:
             return None
-        one = self._sequence_bytes(spec, tensor)
+        one = self._sequence_bytes(spec, tensor, pipeline)
         return max(one, min(one * self.max_num_seqs, CPU_KV_CACHE_LIMIT_MIB << 20))
 
-    def _check_kv_cache(self, mib: int, spec: ModelSpec, tensor: int) -> None:
-        needed = math.ceil(self._sequence_bytes(spec, tensor) / (1 << 20))
+    def _check_kv_cache(self, mib: int, spec: ModelSpec, tensor: int, pipeline: int) -> None:
+        needed = math.ceil(self._sequence_bytes(spec, tensor, pipeline) / (1 << 20))
         if mib < needed:
             raise ValueError(
                 f"rollout.kv_cache_mib={mib} cannot hold one sample of rollout.max_model_len={self.max_model_len} "
                 f"tokens; use rollout.kv_cache_mib={needed} or more, or a smaller rollout.max_model_len."
             )
 
-    def _sequence_bytes(self, spec: ModelSpec, tensor: int) -> int:
+    def _sequence_bytes(self, spec: ModelSpec, tensor: int, pipeline: int) -> int:
         """KV cache of one sample of max_model_len tokens on one rank."""
         blocks = math.ceil(self.max_model_len / BLOCK_TOKENS) + 1  # the engine keeps one empty
         kv_heads = max(1, spec.kv_heads // tensor)
-        return blocks * BLOCK_TOKENS * 2 * spec.layers * kv_heads * spec.head_dim * ELEMENT_BYTES[self.dtype]
+        return (
+            blocks * BLOCK_TOKENS * 2 * (spec.layers // pipeline) * kv_heads * spec.head_dim * ELEMENT_BYTES[self.dtype]
+        )
 
 
-def _divides(spec: ModelSpec, tensor: int) -> bool:
+def _check_stages(spec: ModelSpec, pipeline: int) -> None:
+    """Stages of equal size: their ranks schedule for themselves, and must find room for equally many samples."""
+    if spec.layers % pipeline:
+        works = [size for size in range(1, spec.layers + 1) if spec.layers % size == 0]
+        raise ValueError(
+            f"placement.rollout.pipeline={pipeline} does not divide the {spec.layers} layers of the model in "
+            f"{spec.path}; use {', '.join(map(str, works))}."
+        )
+    sparse_stages = {layer // (spec.layers // pipeline) for layer in spec.sparse_layers}
+    if spec.experts and len(sparse_stages) < pipeline:
+        raise ValueError(
+            f"placement.rollout.pipeline={pipeline}: the engine wants experts in every stage of the model in "
+            f"{spec.path}, and its sparse layers are {list(spec.sparse_layers)}; use fewer stages."
+        )
+
+
+def _check_cpu(spec: ModelSpec) -> None:
+    if spec.head_dim not in CPU_HEAD_DIMS:
+        raise ValueError(
+            f"the rollout engine has no CPU attention for head_dim={spec.head_dim} (the model in {spec.path}); "
+            f"use a model with head_dim {', '.join(map(str, CPU_HEAD_DIMS))}, or a GPU."
+        )
+    if spec.experts and spec.hidden % CPU_EXPERT_BLOCK:
+        raise ValueError(
+            f"the rollout engine has no CPU kernel for experts of a hidden size of {spec.hidden} (the model in "
+            f"{spec.path}); use a model whose hidden size is a multiple of {CPU_EXPERT_BLOCK}, or a GPU."
+        )
+
+
+def _divides(spec: ModelSpec, tensor: int, expert_parallel: bool) -> bool:
     # Beyond its key-value heads the engine gives each rank a copy of one of them.
     kv = spec.kv_heads % tensor == 0 if tensor <= spec.kv_heads else tensor % spec.kv_heads == 0
-    return spec.heads % tensor == 0 and spec.ffn % tensor == 0 and kv
+    dense = len(spec.sparse_layers) == spec.layers or spec.ffn % tensor == 0
+    sparse = not spec.experts or expert_parallel or spec.expert_ffn % tensor == 0
+    return spec.heads % tensor == 0 and kv and dense and sparse and padded_vocab(spec.vocab) % tensor == 0
+
+
+def _widths(spec: ModelSpec, expert_parallel: bool) -> str:
+    found = [f"{spec.heads} attention heads", f"{spec.kv_heads} key-value heads"]
+    if len(spec.sparse_layers) < spec.layers:
+        found.append(f"MLP width {spec.ffn}")
+    if spec.experts and not expert_parallel:
+        found.append(f"expert width {spec.expert_ffn}")
+    found.append(f"{padded_vocab(spec.vocab)} rows of the embedding")
+    return f"{', '.join(found[:-1])} and {found[-1]}"

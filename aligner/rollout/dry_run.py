@@ -35,6 +35,8 @@ class DryRun:
 
     slots: dict[str, Slot] = field(default_factory=dict)
     pieces: list[Piece] = field(default_factory=list)
+    elsewhere: list[str] = field(default_factory=list)
+    """Tensors of experts and of pipeline stages that live on other ranks of the replica."""
 
 
 def dry_run(model: Module, logical: Mapping[str, Sequence[int]], dtype: torch.dtype) -> DryRun:
@@ -55,16 +57,42 @@ def dry_run(model: Module, logical: Mapping[str, Sequence[int]], dtype: torch.dt
         )
         with recorder:
             model.load_weights(list(recorder.sources.items()))  # type: ignore[operator]
-    unused = sorted(set(shapes) - recorder.used)
-    if unused:
+    experts, stages, unused = _experts_held(model), _missing_modules(model), set(shapes) - recorder.used
+    elsewhere = sorted(name for name in unused if _lives_elsewhere(name, experts, stages))
+    nowhere = sorted(unused.difference(elsewhere))
+    if nowhere:
         raise ValueError(
-            f"the rollout engine has no parameter for tensor {unused[0]}{_more(unused)}; "
+            f"the rollout engine has no parameter for tensor {nowhere[0]}{_more(nowhere)}; "
             "is tie_word_embeddings in the model's config.json right?"
         )
     order = {storage: index for index, storage in enumerate(slots)}
     pieces = sorted(recorder.pieces, key=lambda piece: order[piece.storage])
     _check_coverage(slots, pieces)
-    return DryRun(slots, pieces)
+    return DryRun(slots, pieces, elsewhere)
+
+
+def _lives_elsewhere(name: str, experts: Mapping[str, set[int]], stages: tuple[str, ...]) -> bool:
+    """Whether other ranks of the replica hold the tensor: whole experts, or a pipeline stage's modules."""
+    prefix, dots, rest = name.rpartition(".experts.")
+    here, expert = experts.get(prefix + dots), rest.split(".")[0]
+    return name.startswith(stages) or (here is not None and expert.isdecimal() and int(expert) not in here)
+
+
+def _experts_held(model: Module) -> dict[str, set[int]]:
+    """The experts of each layer on this rank, by the prefix of their tensors; only layers that hold a part of them."""
+    found = {}
+    for path, module in model.named_modules():
+        slots = getattr(module, "expert_map", None)  # expert -> local slot, or -1
+        if isinstance(slots, Tensor):
+            found[path.removesuffix("routed_experts")] = set((slots >= 0).nonzero()[:, 0].tolist())
+    return found
+
+
+def _missing_modules(model: Module) -> tuple[str, ...]:
+    """Prefixes of the tensors of other pipeline stages."""
+    from vllm.model_executor.models.utils import PPMissingLayer
+
+    return tuple(f"{path}." for path, module in model.named_modules() if isinstance(module, PPMissingLayer))
 
 
 @contextmanager
@@ -192,14 +220,23 @@ def _check_coverage(slots: Mapping[str, Slot], pieces: Sequence[Piece]) -> None:
 
 def _check_method(slot: Slot) -> None:
     """Only layers whose re-layout `EngineWeights` repeats and proves."""
+    from vllm.model_executor.layers.fused_moe import UnquantizedFusedMoEMethod
+    from vllm.model_executor.layers.fused_moe.oracle.unquantized import UnquantizedMoeBackend
     from vllm.model_executor.layers.linear import UnquantizedLinearMethod
     from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 
-    method = getattr(slot.module, "quant_method", None)
-    if method is not None and not isinstance(method, UnquantizedLinearMethod | UnquantizedEmbeddingMethod):
+    method: Any = getattr(slot.module, "quant_method", None)
+    if method is None or isinstance(method, UnquantizedLinearMethod | UnquantizedEmbeddingMethod):
+        return
+    layer = f"the rollout engine's layer {slot.storage} ({type(slot.module).__name__}, {type(method).__name__})"
+    if not isinstance(method, UnquantizedFusedMoEMethod):
+        raise ValueError(f"{layer} is not supported; use a model without quantization.")
+    known = (UnquantizedMoeBackend.CPU, UnquantizedMoeBackend.TRITON)
+    activation = method.moe.activation.value
+    if method.unquantized_backend not in known or activation != "silu":
         raise ValueError(
-            f"the rollout engine's layer {slot.storage} ({type(slot.module).__name__}, {type(method).__name__}) is not "
-            "supported; use a dense model without quantization."
+            f"{layer} computes {activation} by {method.unquantized_backend.value}, which is not "
+            f"supported; use silu by {' or '.join(backend.value for backend in known)}."
         )
 
 

@@ -6,7 +6,7 @@ import gc
 import json
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,11 @@ import torch.distributed as dist
 
 from aligner.models.spec import read_spec
 from aligner.rollout.config import BLOCK_TOKENS, RolloutConfig, Sampling
+from aligner.rollout.experts import mend_cpu_expert_parallel
 from aligner.rollout.subworld import SubWorld, engine_is_live, executor_class
+
+LOAD_FORMAT = "dummy"
+"""vLLM starts with placeholder weights: the policy's arrive by resharding."""
 
 
 @dataclass(frozen=True)
@@ -33,22 +37,34 @@ class Completion:
 
 
 class RolloutEngine:
-    """vLLM in this process, for the replica whose ranks are `group` (its size is the tensor parallel size).
+    """vLLM in this process, for the replica whose ranks are `group`.
 
     Every rank of the replica makes every call with equal arguments. The engine starts without weights: `EngineWeights`
     writes them. A process holds one engine at a time.
     """
 
     def __init__(
-        self, model_path: str | Path, group: dist.ProcessGroup, ident: str, config: RolloutConfig, device: torch.device
+        self,
+        model_path: str | Path,
+        group: dist.ProcessGroup,
+        ident: str,
+        config: RolloutConfig,
+        device: torch.device,
+        expert_parallel: bool = False,
+        pipeline: int = 1,
     ) -> None:
         """Collective over `group`, which must carry CPU tensors; `ident` names the replica among this host's.
+
+        Args:
+            group: the replica's ranks, tensor neighbours adjacent; its size is tensor x pipeline.
+            expert_parallel: each rank of the replica holds whole experts, rather than a part of every expert.
 
         Raises ValueError where the settings and the model do not go together.
         """
         self.spec, self.config, self.device = read_spec(str(model_path)), config, device
         cpu = device.type == "cpu"
-        config.check_model(self.spec, dist.get_world_size(group), cpu)
+        tensor = dist.get_world_size(group) // pipeline
+        config.check_model(self.spec, tensor, cpu, expert_parallel, pipeline)
         self.ready = False
         """Whether the engine holds one whole set of weights; see `EngineWeights`."""
         self._subworld = SubWorld(group, ident, device)
@@ -57,8 +73,14 @@ class RolloutEngine:
             assert not engine_is_live(), "this process already holds a rollout engine; close() that one first"
         with self._subworld.starting():
             _register(Path(model_path))
-            kv_cache_bytes = config.kv_cache_bytes(self.spec, self._subworld.size, cpu)
-            self._llm = _build(model_path, self._subworld, config, kv_cache_bytes)
+            sizes = {
+                "tensor_parallel_size": tensor,
+                "pipeline_parallel_size": pipeline,
+                "enable_expert_parallel": expert_parallel,
+                "kv_cache_memory_bytes": config.kv_cache_bytes(self.spec, tensor, cpu, pipeline),
+            }
+            self._llm = _build(model_path, self._subworld, config, sizes)
+        self._receive_buffer()
         gc.unfreeze()  # vLLM hides all objects of the process from the garbage collector, the training roles' too
 
     @property
@@ -69,6 +91,14 @@ class RolloutEngine:
     @property
     def _worker(self) -> Any:
         return self._llm.model_executor.driver_worker.worker
+
+    def _receive_buffer(self) -> None:
+        """What a later pipeline stage receives into: vLLM makes it in a trial run, which a CPU's engine leaves out."""
+        runner = self._worker.model_runner
+        if runner.broadcast_pp_output and runner.intermediate_tensors is None:
+            runner.intermediate_tensors = runner.model.make_empty_intermediate_tensors(
+                batch_size=runner.max_num_tokens, dtype=runner.dtype, device=runner.device
+            )
 
     @contextmanager
     def inside(self) -> Iterator[None]:
@@ -100,6 +130,10 @@ class RolloutEngine:
             outputs = self._run(prompts, [self._params(sampling, seed, num_samples) for seed in seeds])
         found = [[_completion(one) for one in outputs[index].outputs] for index in range(len(prompts))]
         return [group * num_samples for group in found] if sampling.temperature == 0 else found
+
+    def gather(self, value: Any) -> list[Any]:
+        """The value that each rank of the replica gives; collective."""
+        return self._subworld.gather(value)
 
     def reset_prefix_cache(self) -> None:
         """Forget every KV cache entry, all of which the present weights computed."""
@@ -191,6 +225,7 @@ def _platform(device: torch.device) -> None:
     if device.type == "cpu":
         # Compiling the sampler's small kernels takes 7 to 13 s and gains nothing on a CPU. Must precede other imports.
         type(current_platform).simple_compile_backend = "eager"
+        mend_cpu_expert_parallel()
 
 
 def _register(model_path: Path) -> None:
@@ -203,7 +238,7 @@ def _register(model_path: Path) -> None:
             ModelRegistry.register_model(architecture, known.load_model_cls())
 
 
-def _build(model_path: str | Path, subworld: SubWorld, config: RolloutConfig, kv_cache_bytes: int | None) -> Any:
+def _build(model_path: str | Path, subworld: SubWorld, config: RolloutConfig, sizes: Mapping[str, Any]) -> Any:
     from vllm.engine.arg_utils import EngineArgs
     from vllm.usage.usage_lib import UsageContext
     from vllm.v1.engine.llm_engine import LLMEngine
@@ -211,17 +246,18 @@ def _build(model_path: str | Path, subworld: SubWorld, config: RolloutConfig, kv
     arguments = EngineArgs(
         model=str(model_path),
         skip_tokenizer_init=True,
-        load_format="dummy",  # the policy's weights arrive by resharding
+        load_format=LOAD_FORMAT,
         generation_config="vllm",
         dtype=config.dtype,  # type: ignore[arg-type]
         seed=0,
-        tensor_parallel_size=subworld.size,
+        **sizes,
+        # The kernel that reads experts as they are written; CUDA's others re-lay them out. A CPU has one only.
+        moe_backend="triton" if subworld.device.type == "cuda" else "auto",
         distributed_executor_backend=executor_class(subworld),
         max_model_len=config.max_model_len,
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_batched_tokens,
         block_size=BLOCK_TOKENS,  # type: ignore[arg-type]
-        kv_cache_memory_bytes=kv_cache_bytes,
         gpu_memory_utilization=config.gpu_memory_utilization,
         enable_prefix_caching=config.prefix_caching,
         enforce_eager=config.enforce_eager or subworld.device.type == "cpu",

@@ -32,7 +32,7 @@ def request_seed(*parts: int) -> int:
 
 
 class Rollout(Role):
-    """vLLM on this role's ranks: ranks / tensor replicas, each generating for its share of the prompts."""
+    """vLLM on this role's ranks: ranks / (tensor x pipeline) replicas, each generating for its share of the prompts."""
 
     def __init__(
         self, name: str, world: World, mesh: Mesh, spec: ModelSpec, config: RolloutConfig, sampling: Sampling, seed: int
@@ -40,11 +40,13 @@ class Rollout(Role):
         super().__init__(name, world, mesh)
         self.config, self.sampling, self.seed = config, sampling, seed
         self.calls = 0
-        replica = world.my_group(mesh.groups("tensor"))
+        replica = world.my_group(mesh.groups("tensor", "pipeline"))
         if replica is None:
             return
         first = mesh.shards[self.shard or 0][0]
-        self.engine = RolloutEngine(spec.path, replica, f"{name}{first}", config, world.device)
+        self.engine = RolloutEngine(
+            spec.path, replica, f"{name}{first}", config, world.device, mesh.expert > 1, mesh.pipeline
+        )
         self.weights = EngineWeights(self.engine)
         world.on_leave(self.engine.close)
 

@@ -63,6 +63,12 @@ class SubWorld:
             dist.broadcast(shared, group=self.group, group_src=0)
         return int(shared)
 
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value; collective over the replica."""
+        gathered: list[Any] = [None] * self.size
+        dist.all_gather_object(gathered, value, group=self.group)
+        return gathered
+
     @contextmanager
     def inside(self) -> Iterator[None]:
         """The process as vLLM's engine wants it; restored at the end, whatever happens."""
@@ -163,6 +169,14 @@ def executor_class(subworld: SubWorld) -> type[Any]:
     from vllm.v1.executor.uniproc_executor import ExecutorWithExternalLauncher
 
     class SubWorldExecutor(ExecutorWithExternalLauncher):
+        supports_pp = True
+
+        def _init_executor(self) -> None:
+            if self.parallel_config.pipeline_parallel_size > 1:
+                # vLLM gives the last stage's samples to every rank of a replica only under this name.
+                self.parallel_config.distributed_executor_backend = "external_launcher"
+            super()._init_executor()
+
         def _distributed_args(self) -> tuple[str, int, int]:
             # Process groups exist already, so the address is never dialled; its tail names the shared memory.
             return f"tcp://subworld:{subworld.ident}", subworld.rank, subworld.local_rank

@@ -4,28 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import Module, Parameter
-from torch.nn import functional as F
+from torch.nn import Module
 
 from aligner.reshard.region import Box, Piece, intersect
 from aligner.reshard.storage import strided_view
-from aligner.rollout.dry_run import Slot, dry_run
+from aligner.rollout.dry_run import DryRun, Slot, dry_run
 from aligner.rollout.engine import RolloutEngine
-
-EXACT_PROBE_PRODUCTS = 1 << 24
-"""Multiplications spent on proving one packed weight exactly, about 1 ms on one core."""
+from aligner.rollout.experts import packed_experts
+from aligner.rollout.packing import Packed, forget_embedding_kernel, packed_linears
 
 
 class EngineWeights:
     """Writable regions of a `RolloutEngine`'s parameters; implements `aligner.reshard.executor.Destination`.
 
-    On a CPU vLLM packs linear weights for its kernels and drops the plain ones. So a packed weight's plain storage is
-    made when its first region is written; when all are, vLLM packs it again, the packed kernel is proven against the
-    plain weight, and the plain one goes. At most the modules being written are in memory twice.
+    On a CPU vLLM packs linear weights and experts for its kernels and drops the plain ones. So a packed weight's plain
+    storage is made when its first region is written; when all are, vLLM packs it again, the packed kernel is proven
+    against the plain weight, and the plain one goes. At most the modules being written are in memory twice.
 
     On CUDA unquantized weights stay plain: regions are written in place, which keeps CUDA graphs valid, and nothing is
     packed or probed; there the executor's checksums read the very storage that the kernels read.
@@ -35,25 +32,56 @@ class EngineWeights:
         self._engine = engine
         self._pieces: list[Piece] | None = None
         self._slots: dict[str, Slot] = {}
-        self._kernels: dict[str, tuple[tuple[str, Module], ...]] = {}
+        self._packed: dict[str, tuple[Packed, ...]] = {}
+        self._in_place: set[str] = set()
         self._sync = _Progress()
         self._syncs = 0
 
     def pieces(self, logical: Mapping[str, Sequence[int]]) -> list[Piece]:
         """The regions of the logical tensors (name -> shape) that this rank's engine holds, found once.
 
-        Raises ValueError where the engine and the tensors do not match; see `dry_run`.
+        The first call is collective over the replica. Raises ValueError where the engine and
+        the tensors do not match; see `dry_run`.
         """
         if self._pieces is None:
             model = self._engine.model
+            outcome, mistake = DryRun(), ""
             with self._engine.inside():
-                outcome = dry_run(model, logical, getattr(torch, self._engine.config.dtype))
+                try:
+                    outcome = dry_run(model, logical, getattr(torch, self._engine.config.dtype))
+                except ValueError as error:
+                    mistake = str(error)
+                self._check_replica(mistake, outcome.elsewhere)
                 self._slots = outcome.slots
-                self._kernels = {storage: _kernels(model, slot) for storage, slot in self._slots.items()}
-                _forget_embedding_kernel(model)
-                _clear_padding(self._slots)
+                self._packed = _packed(model, self._slots)
+                forget_embedding_kernel(model)
+                self._in_place = _in_place(self._slots, self._packed)
+                for storage in self._in_place:
+                    self._clear_padding(self._slots[storage])
             self._pieces = outcome.pieces
         return self._pieces
+
+    def _check_replica(self, mistake: str, elsewhere: Sequence[str]) -> None:
+        """ValueError on all ranks where one found a mistake or a tensor is left by each of them to the others."""
+        found = self._engine.gather((mistake, elsewhere))
+        for one, _ in found:
+            if one:
+                raise ValueError(mistake or one)
+        nowhere = sorted(set(elsewhere).intersection(*(names for _, names in found)))
+        if nowhere:
+            raise ValueError(f"no rank of the rollout replica holds tensor {nowhere[0]} (of {len(nowhere)} such).")
+
+    def agrees(self, layout: Sequence[Piece]) -> str | None:
+        """None where `layout` is what this rank holds, piece for piece; else the first parameter that differs, and how."""
+        assert self._pieces is not None, "pieces() comes first"
+        mine, theirs = set(self._pieces), set(layout)
+        for piece in (*self._pieces, *layout):
+            if piece in mine and piece in theirs:
+                continue
+            at = (piece.storage, piece.name)
+            found, said = ([str(p) for p in side if (p.storage, p.name) == at] for side in (self._pieces, layout))
+            return f"{piece.storage}: the engine holds {found or 'nothing'} of {piece.name}, the layout {said or 'nothing'}"
+        return None
 
     def view(self, piece: Piece) -> Tensor:
         """A writable view of the region in plain storage; from here until `finish` the engine has no valid weights."""
@@ -64,7 +92,7 @@ class EngineWeights:
         return strided_view(self._plain(piece.storage), piece)
 
     def written(self, piece: Piece) -> None:
-        """Count the region as written; the last one of a parameter makes the engine pack it, and proves that.
+        """Count the region as written; the last one of a module makes the engine pack it, and proves that.
 
         Raises RuntimeError where a region comes twice or the engine's kernel does not hold what was written.
         """
@@ -72,10 +100,15 @@ class EngineWeights:
         slot = self._slots[piece.storage]
         if self._sync.elements[piece.storage] < slot.plain.numel() - slot.padding:
             return
-        with self._engine.inside():
-            self._complete(slot)
         self._sync.complete.add(piece.storage)
-        self._sync.plain.pop(piece.storage, None)
+        ready = [one for one in self._packed[piece.storage] if self._sync.complete.issuperset(one.storages)]
+        for packed in ready:
+            plain = {storage: self._plain(storage) for storage in packed.storages}
+            with self._engine.inside():
+                packed.pack(plain)
+                packed.prove(plain, self._syncs)
+        for storage in {storage for packed in ready for storage in packed.storages}:
+            self._sync.plain.pop(storage, None)
 
     def finish(self) -> None:
         """Every region was written once: forget cached prefixes and let the engine generate.
@@ -101,25 +134,18 @@ class EngineWeights:
 
     def _plain(self, storage: str) -> Tensor:
         slot = self._slots[storage]
-        live = slot.module._parameters[slot.parameter]
-        assert live is not None
-        if live.shape == slot.plain.shape:
-            return live.detach()
+        if storage in self._in_place:
+            return _live(slot).detach()
         if storage not in self._sync.plain:
             self._sync.plain[storage] = torch.zeros(
                 slot.plain.shape, dtype=slot.plain.dtype, device=self._engine.device
             )
         return self._sync.plain[storage]
 
-    def _complete(self, slot: Slot) -> None:
-        plain = self._plain(slot.storage)
-        for path, module in self._kernels[slot.storage]:
-            dropped = module._parameters[slot.parameter]
-            assert dropped is not None
-            if dropped.shape != plain.shape:
-                module._parameters[slot.parameter] = Parameter(plain, requires_grad=False)
-            _pack(module)
-            _prove(path, module, plain, self._syncs)
+    def _clear_padding(self, slot: Slot) -> None:
+        """vLLM's placeholder weights fill the rows that round the vocabulary up, too; its loaders would zero them."""
+        if slot.padding:
+            _live(slot).detach().view(-1)[-slot.padding :].zero_()
 
 
 @dataclass
@@ -139,82 +165,26 @@ class _Progress:
         self.elements[piece.storage] = self.elements.get(piece.storage, 0) + piece.elements
 
 
-def _kernels(model: Module, slot: Slot) -> tuple[tuple[str, Module], ...]:
-    """The modules that packed this parameter: its own, and a tied output layer, which packs its own copy."""
+def _packed(model: Module, slots: Mapping[str, Slot]) -> dict[str, tuple[Packed, ...]]:
+    """What is packed from each storage; () where the engine's kernels read the plain one."""
+    found: dict[str, tuple[Packed, ...]] = {}
+    for storage, slot in slots.items():
+        experts = packed_experts(storage.rpartition(":")[0], slot.module)
+        linears = packed_linears(model, storage, slot.module, slot.parameter)
+        found[storage] = (*experts, *linears)
+    return found
+
+
+def _in_place(slots: Mapping[str, Slot], packed: Mapping[str, Sequence[Packed]]) -> set[str]:
+    """The storages that the engine keeps plain: packed experts have the plain shape too, but not its order."""
+    return {
+        storage
+        for storage, slot in slots.items()
+        if _live(slot).shape == slot.plain.shape and all(one.storages == (storage,) for one in packed[storage])
+    }
+
+
+def _live(slot: Slot) -> Tensor:
     live = slot.module._parameters[slot.parameter]
-    if slot.parameter != "weight":
-        return ()
-    return tuple(
-        (path, module)
-        for path, module in model.named_modules()
-        if hasattr(module, "cpu_linear")
-        and not _only_embeds(model, module)
-        and module._parameters.get("weight") is live
-    )
-
-
-def _only_embeds(model: Module, module: Module) -> bool:
-    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
-
-    embeds = isinstance(module, VocabParallelEmbedding) and not isinstance(module, ParallelLMHead)
-    return embeds and getattr(model, "lm_head", None) is not module
-
-
-def _forget_embedding_kernel(model: Module) -> None:
-    """vLLM packs the input embedding too, which only ever looks rows up: a stale copy nobody may read."""
-    for path, module in model.named_modules():
-        if hasattr(module, "cpu_linear") and _only_embeds(model, module):
-            module.cpu_linear = _Unusable(path)
-
-
-class _Unusable:
-    def __init__(self, path: str) -> None:
-        self._path = path
-
-    def __call__(self, *_: object) -> Tensor:
-        raise RuntimeError(f"the rollout engine multiplies by {self._path}, whose weights are kept for look-ups only")
-
-
-def _clear_padding(slots: Mapping[str, Slot]) -> None:
-    """vLLM's placeholder weights fill the rows that round the vocabulary up, too; its loaders would zero them."""
-    for slot in slots.values():
-        live = slot.module._parameters[slot.parameter]
-        if slot.padding and live is not None and live.shape == slot.plain.shape:
-            live.detach().view(-1)[-slot.padding :].zero_()
-
-
-def _pack(module: Any) -> None:
-    module.quant_method.process_weights_after_loading(module)
-
-
-def _prove(path: str, module: Module, plain: Tensor, round_: int) -> None:
-    """Raise RuntimeError unless the module's packed kernel multiplies by `plain`.
-
-    Unit vectors read columns of the packed weight back exactly, in any data type: all of them where that is cheap, else
-    a window that moves on at every transfer. A random vector covers the rest to rounding.
-    """
-    rows, columns = plain.shape
-    count = min(columns, max(8, EXACT_PROBE_PRODUCTS // plain.numel()))
-    window = (torch.arange(count) + round_ * count) % columns
-    unit = torch.zeros(count, columns, dtype=plain.dtype)
-    unit[torch.arange(count), window] = 1
-    exact = torch.equal(_kernel(module, unit), plain[:, window].t())
-    noise = torch.randn(2, columns, generator=torch.Generator().manual_seed(round_)).to(plain.dtype)
-    expected = F.linear(noise.float(), plain.float())
-    scale = noise.float().norm(dim=1)[:, None] * torch.linalg.vector_norm(plain, dim=1, dtype=torch.float32)[None]
-    bound = (8 + columns**0.5) * torch.finfo(plain.dtype).eps * scale
-    close = bool(((_kernel(module, noise).float() - expected).abs() <= bound).all())
-    if not (exact and close):
-        cause = (
-            "what was written"
-            if torch.isfinite(plain).all()
-            else "finite numbers: NaN or infinite weights were written"
-        )
-        raise RuntimeError(
-            f"reshard: the rollout engine's packed kernel of {path} ({rows} x {columns}) does not hold {cause}"
-        )
-
-
-def _kernel(module: Any, x: Tensor) -> Tensor:
-    product: Tensor = module.quant_method.apply(module, x, None)
-    return product
+    assert live is not None, slot.storage
+    return live

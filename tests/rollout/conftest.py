@@ -20,7 +20,7 @@ from tests.rollout import tiny
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Any, str]]:
     """family -> (transformers model, its folder)."""
     root: Path = tmp_path_factory.mktemp("models")
-    made = {family: tiny.make_model(family, seed) for seed, family in enumerate(tiny.FAMILIES)}
+    made = {family: tiny.make_model(family, seed) for seed, family in enumerate((*tiny.FAMILIES, *tiny.MORE_FAMILIES))}
     return {family: (model, tiny.save(model, root / family)) for family, model in made.items()}
 
 

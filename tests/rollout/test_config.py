@@ -14,8 +14,11 @@ from aligner.rollout.config import RolloutConfig, Sampling
 
 # 4 layers, 8 heads, 2 key-value heads of 64: in float32 a token's cache is 2 * 4 * 2 * 64 * 4 = 4096 bytes.
 SPEC: Any = SimpleNamespace(
-    path="/models/x", layers=4, heads=8, kv_heads=2, head_dim=64, ffn=24, max_positions=4096, vocab=100
-)
+    family="qwen3", path="/models/x", layers=4, heads=8, kv_heads=2, head_dim=64, hidden=512, ffn=24, vocab=100,
+    max_positions=4096, o_bias=False, experts=0, expert_ffn=0, sparse_layers=(),
+)  # fmt: skip
+# 6 experts of width 20 in layers 1 and 3.
+MOE: Any = SimpleNamespace(**{**vars(SPEC), "experts": 6, "expert_ffn": 20, "sparse_layers": (1, 3)})
 
 
 @pytest.mark.parametrize(
@@ -65,6 +68,44 @@ def test_tensor_parallel_sizes() -> None:
         config.check_model(SPEC, 3, cpu=True)
 
 
+def test_sizes_for_experts() -> None:
+    config = RolloutConfig()
+    for tensor in (1, 2, 4):
+        config.check_model(MOE, tensor, cpu=True, expert_parallel=True)
+    narrow: Any = SimpleNamespace(**{**vars(MOE), "expert_ffn": 18})
+    with pytest.raises(ValueError, match=r"tensor=4 does not divide .* MLP width 24, expert width 18 .*; use 1, 2\."):
+        config.check_model(narrow, 4, cpu=True)
+    config.check_model(narrow, 4, cpu=True, expert_parallel=True)
+    with pytest.raises(ValueError, match=r"tensor=8 is more than the 6 experts .*; use 1, 2, 4\."):
+        config.check_model(MOE, 8, cpu=True, expert_parallel=True)
+    with pytest.raises(ValueError, match=r"placement\.rollout\.expert=2: the model in /models/x has no experts; use 1"):
+        config.check_model(SPEC, 2, cpu=True, expert_parallel=True)
+    odd: Any = SimpleNamespace(**{**vars(MOE), "hidden": 500})
+    config.check_model(odd, 1, cpu=False)
+    with pytest.raises(ValueError, match="no CPU kernel for experts of a hidden size of 500"):
+        config.check_model(odd, 1, cpu=True)
+
+
+def test_pipeline_stages() -> None:
+    config = RolloutConfig()
+    for pipeline in (1, 2, 4):
+        config.check_model(SPEC, 1, cpu=True, pipeline=pipeline)
+    with pytest.raises(ValueError, match=r"pipeline=3 does not divide the 4 layers .*; use 1, 2, 4\."):
+        config.check_model(SPEC, 1, cpu=True, pipeline=3)
+    config.check_model(MOE, 1, cpu=True, pipeline=2)
+    with pytest.raises(ValueError, match=r"experts in every stage .* sparse layers are \[1, 3\]; use fewer stages"):
+        config.check_model(MOE, 1, cpu=True, pipeline=4)
+
+
+def test_a_bias_that_the_engine_would_drop() -> None:
+    biased = {**vars(SPEC), "o_bias": True}
+    RolloutConfig().check_model(SimpleNamespace(**{**biased, "family": "llama"}), 1, cpu=True)  # type: ignore[arg-type]
+    with pytest.raises(
+        ValueError, match=r"ignores the bias of a qwen3 model's attention output; .* attention_bias=false"
+    ):
+        RolloutConfig().check_model(SimpleNamespace(**biased), 1, cpu=True)  # type: ignore[arg-type]
+
+
 def test_head_sizes_without_a_cpu_kernel() -> None:
     narrow: Any = SimpleNamespace(**{**vars(SPEC), "head_dim": 16})
     RolloutConfig().check_model(narrow, 1, cpu=False)
@@ -78,6 +119,7 @@ def test_kv_cache_sizes() -> None:
     assert config.kv_cache_bytes(SPEC, 1, cpu=False) is None
     assert config.kv_cache_bytes(SPEC, 1, cpu=True) == 128 * one
     assert config.kv_cache_bytes(SPEC, 8, cpu=True) == 128 * one // 2  # 1 key-value head of 2
+    assert config.kv_cache_bytes(SPEC, 1, cpu=True, pipeline=2) == 128 * one // 2  # 2 of 4 layers
     assert replace(config, dtype="bfloat16").kv_cache_bytes(SPEC, 1, cpu=True) == 128 * one // 2
     assert replace(config, max_num_seqs=4096).kv_cache_bytes(SPEC, 1, cpu=True) == 1024 << 20
     assert replace(config, kv_cache_mib=7).kv_cache_bytes(SPEC, 1, cpu=False) == 7 << 20

@@ -18,11 +18,13 @@ CONFIG = RolloutConfig(max_model_len=96, max_num_seqs=32, kv_cache_mib=8)
 VOCAB = 100  # the engine rounds it up to 128
 EOS = 1
 FAMILIES = ("qwen2", "qwen3_tied", "llama")
+MORE_FAMILIES = ("qwen3_moe", "mixtral", "gemma", "llama_bias")
+EXPERTS = 5  # an odd number: under expert parallelism the first rank holds one more
 
 
 def make_model(family: str, seed: int) -> Any:
     """A random transformers model in float32: 2 layers, 4 heads, 2 key-value heads of 32."""
-    from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+    import transformers as hf
 
     sizes: dict[str, Any] = {
         "vocab_size": VOCAB,
@@ -35,14 +37,26 @@ def make_model(family: str, seed: int) -> Any:
         "bos_token_id": 2,
         "eos_token_id": EOS,
         "pad_token_id": 0,
+        "tie_word_embeddings": family in ("qwen3_tied", "gemma"),
     }
     torch.manual_seed(seed)
     if family == "qwen2":
-        model: Any = Qwen2ForCausalLM(Qwen2Config(tie_word_embeddings=False, **sizes))
+        model: Any = hf.Qwen2ForCausalLM(hf.Qwen2Config(**sizes))
     elif family == "qwen3_tied":
-        model = Qwen3ForCausalLM(Qwen3Config(tie_word_embeddings=True, head_dim=32, **sizes))
+        model = hf.Qwen3ForCausalLM(hf.Qwen3Config(head_dim=32, **sizes))
+    elif family == "llama":
+        model = hf.LlamaForCausalLM(hf.LlamaConfig(**sizes))
+    elif family == "llama_bias":
+        model = hf.LlamaForCausalLM(hf.LlamaConfig(attention_bias=True, mlp_bias=True, **sizes))
+    elif family == "gemma":
+        model = hf.GemmaForCausalLM(hf.GemmaConfig(head_dim=32, **sizes))
+    elif family == "mixtral":
+        more = {"num_local_experts": EXPERTS, "num_experts_per_tok": 2, "sliding_window": None}
+        model = hf.MixtralForCausalLM(hf.MixtralConfig(**more, **sizes))
     else:
-        model = LlamaForCausalLM(LlamaConfig(tie_word_embeddings=False, **sizes))
+        # Experts of width 80 are padded to 96 on a CPU, and over two ranks from 40 to 64; layer 0 is dense.
+        more = {"num_experts": EXPERTS, "num_experts_per_tok": 2, "moe_intermediate_size": 80, "mlp_only_layers": [0]}
+        model = hf.Qwen3MoeForCausalLM(hf.Qwen3MoeConfig(head_dim=32, norm_topk_prob=True, **more, **sizes))
     randomize(model)
     return model.float().eval()
 
@@ -51,10 +65,12 @@ def make_model(family: str, seed: int) -> Any:
 def randomize(model: Any) -> None:
     """New weights from torch's random state, large enough that every layer shows in the output."""
     outer = 0.1 if model.config.tie_word_embeddings else 0.3  # tied, the input token would always win
+    gemma = model.config.model_type == "gemma"
+    outer = 0.02 if gemma else outer  # which multiplies its embeddings by sqrt(128)
     for name, parameter in model.named_parameters():
         noise = torch.randn_like(parameter)
         if "norm" in name:
-            parameter.copy_(1 + 0.2 * noise)
+            parameter.copy_((0 if gemma else 1) + 0.2 * noise)
         elif name.endswith("bias"):
             parameter.copy_(0.2 * noise)
         else:
@@ -70,8 +86,11 @@ def save(model: Any, folder: Path) -> str:
 
 
 def tensors(model: Any) -> dict[str, Tensor]:
-    """The checkpoint's tensors: an output layer tied to the embedding is not among them."""
-    found = {name: value.detach() for name, value in model.state_dict().items()}
+    """The checkpoint's tensors: an output layer tied to the embedding is not among them, each expert's own are."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    # transformers fuses experts in memory; this is what it does when it saves them.
+    found = revert_weight_conversion(model, {name: value.detach() for name, value in model.state_dict().items()})
     if model.config.tie_word_embeddings:
         del found["lm_head.weight"]
     return found

@@ -1,0 +1,139 @@
+"""Fused experts: packed anew for the engine's CPU kernels when written, proven expert by expert."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Module, Parameter
+from torch.nn import functional as F
+
+from aligner.rollout.packing import EXACT_PROBE_PRODUCTS, multiplies_by, not_held
+
+_GATE = 32.0
+"""silu(32) is 32 in every data type here."""
+
+
+class PackedExperts:
+    """One layer's experts on this rank.
+
+    vLLM packs w13 (gate above up, experts x 2 width x hidden) and w2 (down, experts x hidden x width) in place, after
+    rounding the width up with zeros. Its own second packing is left out by vLLM, so it is asked for directly.
+    """
+
+    def __init__(self, path: str, module: Any) -> None:
+        self.storages: tuple[str, ...] = (f"{path}:w13_weight", f"{path}:w2_weight")
+        self._path, self._module = path.removesuffix(".routed_experts"), module
+        chosen = module.expert_map
+        self._numbers = (
+            list(range(module.local_num_experts)) if chosen is None else (chosen >= 0).nonzero()[:, 0].tolist()
+        )
+        """The expert that each local slot holds, counted over the whole layer."""
+
+    def pack(self, plain: Mapping[str, Tensor]) -> None:
+        for storage, weight in plain.items():
+            self._module._parameters[storage.rpartition(":")[2]] = Parameter(weight, requires_grad=False)
+        self._module.quant_method.moe_kernel.fused_experts.process_weights_after_loading(self._module)
+
+    def prove(self, plain: Mapping[str, Tensor], round_: int) -> None:
+        """Every expert, every time: its packed matrices one by one, then all through the layer as it is called."""
+        w13, w2 = (plain[storage] for storage in self.storages)
+        for slot, number in enumerate(self._numbers):
+            gate_up, down = w13[slot], w2[slot]
+            for what, weight, padded, packed in (
+                ("gate and up projection", gate_up, self._pad_rows(gate_up), self._module.w13_weight[slot]),
+                ("down projection", down, self._pad_columns(down), self._module.w2_weight[slot]),
+            ):
+                multiply = functools.partial(self._multiply, packed)
+                if not multiplies_by(padded, multiply, round_, EXACT_PROBE_PRODUCTS // len(self._numbers)):
+                    raise not_held(f"{self._path}, expert {number}, {what}", weight)
+        self._prove_layer(w13, w2, round_)
+
+    def _pad_rows(self, gate_up: Tensor) -> Tensor:
+        """Rows of zeros after the gate and after the up projection, as the kernel has them."""
+        more = (self._module.w13_weight.shape[1] - gate_up.shape[0]) // 2
+        return torch.cat([F.pad(half, (0, 0, 0, more)) for half in gate_up.chunk(2)])
+
+    def _pad_columns(self, down: Tensor) -> Tensor:
+        return F.pad(down, (0, self._module.w2_weight.shape[2] - down.shape[1]))
+
+    def _multiply(self, packed: Tensor, x: Tensor) -> Tensor:
+        """x @ W^T for one packed matrix W of one expert, exactly as the fused kernel multiplies.
+
+        The kernel computes W (silu(G p) * (U p)). Here W is the matrix in question and G, U are a probe's: token i is
+        the unit vector p_i, every element of G is 32 and column i of U is row i of x over 32, so that W meets x itself.
+        """
+        from vllm._custom_ops import cpu_fused_moe, cpu_prepack_moe_weight
+
+        isa = self._module.quant_method.moe_kernel.fused_experts.isa
+        tokens, columns = x.shape
+        width = -(-tokens // 32) * 32  # the kernel's blocks
+        probe = torch.zeros(1, 2 * columns, width, dtype=x.dtype)
+        probe[0, :columns] = _GATE
+        probe[0, columns:, :tokens] = x.t() / _GATE
+        product = torch.empty(tokens, packed.shape[0], dtype=x.dtype)
+        first = torch.zeros(tokens, 1, dtype=torch.int32)
+        cpu_fused_moe(
+            product,
+            torch.eye(width, dtype=x.dtype)[:tokens].contiguous(),
+            cpu_prepack_moe_weight(probe, isa),
+            packed[None],
+            None,
+            None,
+            torch.ones(tokens, 1),
+            first,
+            "silu",
+            isa,
+        )
+        return product
+
+    def _prove_layer(self, w13: Tensor, w2: Tensor, round_: int) -> None:
+        """The layer's own call gives each expert's own answer: the kernel reads these matrices and no others."""
+        module, numbers = self._module, self._numbers
+        noise = torch.randn(len(numbers), w13.shape[2], generator=torch.Generator().manual_seed(round_))
+        x = noise.to(w13.dtype)
+        weight, chosen = torch.ones(len(numbers), 1), torch.tensor(numbers, dtype=torch.int32)[:, None]
+        found = module.quant_method.apply(module, x, weight, chosen, None, None).float()
+        for slot, number in enumerate(numbers):
+            gate, up = F.linear(x[slot].float(), w13[slot].float()).chunk(2)
+            expected = F.linear(F.silu(gate) * up, w2[slot].float())
+            wide = 16 * torch.finfo(w13.dtype).eps + sum(w13.shape[1:]) ** 0.5 * torch.finfo(torch.float32).eps
+            if not bool((found[slot] - expected).norm() <= wide * expected.norm()):
+                raise not_held(f"{self._path}, expert {number}", w13[slot])
+
+
+def packed_experts(path: str, module: Module) -> list[PackedExperts]:
+    """What packs the parameters of this module: nothing where its kernel reads the plain ones."""
+    from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
+
+    kernel: Any = getattr(getattr(module, "quant_method", None), "moe_kernel", None)
+    return (
+        [PackedExperts(path, module)]
+        if isinstance(getattr(kernel, "fused_experts", None), CPUUnquantizedExperts)
+        else []
+    )
+
+
+def mend_cpu_expert_parallel() -> None:
+    """Let vLLM's CPU experts find their local slots.
+
+    Under expert parallelism vLLM 0.32.0 indexes a CPU rank's experts by their number over the whole layer, beyond the
+    end of its weights. Mended, an expert that lives on another rank counts with weight 0, like on a GPU.
+    """
+    from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
+
+    apply: Any = CPUUnquantizedExperts.apply
+    if hasattr(apply, "__wrapped__"):
+        return
+
+    @functools.wraps(apply)
+    def mended(self: Any, *, topk_weights: Tensor, topk_ids: Tensor, expert_map: Tensor | None, **rest: Any) -> None:
+        if expert_map is not None:
+            slots = expert_map[topk_ids.long()]
+            topk_weights, topk_ids = topk_weights.masked_fill(slots < 0, 0), slots.clamp(min=0)
+        apply(self, topk_weights=topk_weights, topk_ids=topk_ids, expert_map=expert_map, **rest)
+
+    CPUUnquantizedExperts.apply = mended  # type: ignore[method-assign]

@@ -1,0 +1,115 @@
+"""Linear layers that the engine packs for its CPU kernels: packed anew when written, proven through the kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import Module, Parameter
+from torch.nn import functional as F
+
+EXACT_PROBE_PRODUCTS = 1 << 24
+"""Multiplications spent on proving one packed parameter exactly, about 1 ms on one core."""
+
+
+class Packed(Protocol):
+    """A module whose kernel reads another form of its weights than the one that the loaders write."""
+
+    storages: tuple[str, ...]
+    """The plain storages that it is packed from."""
+
+    def pack(self, plain: Mapping[str, Tensor]) -> None:
+        """Make the kernel's form of the plain storages, by name."""
+
+    def prove(self, plain: Mapping[str, Tensor], round_: int) -> None:
+        """RuntimeError naming the module unless its kernel holds `plain`; `round_` counts the transfers."""
+
+
+class PackedLinear:
+    """A linear layer, or an output layer that is tied and packs its own copy of the embedding."""
+
+    def __init__(self, path: str, module: Module, storage: str) -> None:
+        self.storages: tuple[str, ...] = (storage,)
+        self._path, self._module = path, module
+
+    def pack(self, plain: Mapping[str, Tensor]) -> None:
+        module: Any = self._module
+        (weight,) = plain.values()
+        if module.weight.shape != weight.shape:  # packing has dropped it
+            module._parameters["weight"] = Parameter(weight, requires_grad=False)
+        module.quant_method.process_weights_after_loading(module)
+
+    def prove(self, plain: Mapping[str, Tensor], round_: int) -> None:
+        (weight,) = plain.values()
+        if not multiplies_by(weight, self._multiply, round_, EXACT_PROBE_PRODUCTS):
+            raise not_held(self._path, weight)
+
+    def _multiply(self, x: Tensor) -> Tensor:
+        module: Any = self._module
+        product: Tensor = module.quant_method.apply(module, x, None)
+        return product
+
+
+def multiplies_by(plain: Tensor, multiply: Callable[[Tensor], Tensor], round_: int, products: int) -> bool:
+    """Whether `multiply` (x -> x @ W^T) has W = `plain`.
+
+    Unit vectors read columns of W back exactly, in any data type: all of them where `products` multiplications suffice,
+    else a window of 8 or more that moves on at every round. A random vector covers the rest to rounding.
+    """
+    columns = plain.shape[1]
+    count = min(columns, max(8, products // plain.numel()))
+    window = (torch.arange(count) + round_ * count) % columns
+    unit = torch.zeros(count, columns, dtype=plain.dtype)
+    unit[torch.arange(count), window] = 1
+    if not torch.equal(multiply(unit), plain[:, window].t()):
+        return False
+    noise = torch.randn(2, columns, generator=torch.Generator().manual_seed(round_)).to(plain.dtype)
+    expected = F.linear(noise.float(), plain.float())
+    scale = noise.float().norm(dim=1)[:, None] * torch.linalg.vector_norm(plain, dim=1, dtype=torch.float32)[None]
+    bound = (8 + columns**0.5) * torch.finfo(plain.dtype).eps * scale
+    return bool(((multiply(noise).float() - expected).abs() <= bound).all())
+
+
+def not_held(what: str, plain: Tensor) -> RuntimeError:
+    """The error for a kernel that holds other weights than `plain`."""
+    finite = torch.isfinite(plain).all()
+    cause = "what was written" if finite else "finite numbers: NaN or infinite weights were written"
+    shape = " x ".join(map(str, plain.shape))
+    return RuntimeError(f"reshard: the rollout engine's packed kernel of {what} ({shape}) does not hold {cause}")
+
+
+def packed_linears(model: Module, storage: str, module: Module, parameter: str) -> list[PackedLinear]:
+    """The modules that pack this parameter: its own, and a tied output layer, which packs its own copy."""
+    live = module._parameters[parameter]
+    if parameter != "weight":
+        return []
+    return [
+        PackedLinear(path, other, storage)
+        for path, other in model.named_modules()
+        if hasattr(other, "cpu_linear") and not _only_embeds(model, other) and other._parameters.get("weight") is live
+    ]
+
+
+def forget_embedding_kernel(model: Module) -> None:
+    """vLLM packs the input embedding too, which only ever looks rows up: a stale copy nobody may read."""
+    for path, module in model.named_modules():
+        if hasattr(module, "cpu_linear") and _only_embeds(model, module):
+            module.cpu_linear = _Unusable(path)
+
+
+def _only_embeds(model: Module, module: Module) -> bool:
+    """An input embedding, unless it is the output layer too: as `lm_head`, or in a model that has none."""
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+
+    embeds = isinstance(module, VocabParallelEmbedding) and not isinstance(module, ParallelLMHead)
+    return embeds and getattr(model, "lm_head", module) is not module
+
+
+class _Unusable:
+    def __init__(self, path: str) -> None:
+        self._path = path
+
+    def __call__(self, *_: object) -> Tensor:
+        raise RuntimeError(f"the rollout engine multiplies by {self._path}, whose weights are kept for look-ups only")

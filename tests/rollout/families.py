@@ -1,0 +1,110 @@
+"""The job of test_families.py: engines of many families, written three times, against engines that loaded the same.
+
+Arguments: a folder for checkpoints, then one case each: family:dtype, and :experts for expert parallelism or
+:stages for two pipeline stages. The world is one replica.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import aligner.rollout.engine as engine_module
+from aligner.models.family import logical_tensors
+from aligner.rollout.config import Sampling
+from aligner.rollout.engine import Completion, RolloutEngine
+from aligner.rollout.layout import EngineSide
+from aligner.rollout.weights import EngineWeights
+from aligner.spmd.mesh import Mesh
+from tests.rollout import tiny
+
+GREEDY = Sampling(temperature=0.0, max_tokens=8, stop_token_ids=())
+DRAWN = Sampling(temperature=1.0, max_tokens=8, stop_token_ids=())
+SYNCS = 3
+
+
+def main() -> None:
+    dist.init_process_group("gloo")
+    root = Path(sys.argv[1])
+    for case in sys.argv[2:]:
+        family, dtype, *cut = case.split(":")
+        check(family, dtype, "experts" in cut, 1 + ("stages" in cut), root / case.replace(":", "-"))
+        sys.stdout.write(f"{case}: ok\n")  # in one piece: ranks share the output
+    dist.barrier()
+    dist.destroy_process_group()
+    sys.stdout.flush()
+    os._exit(0)
+
+
+def check(family: str, dtype: str, expert_parallel: bool, stages: int, folder: Path) -> None:
+    """Tokens and log-probabilities equal those of an engine that loaded the last weights from a checkpoint."""
+    model = tiny.make_model(family, 3)
+    if dist.get_rank() == 0:
+        tiny.save(model, folder)
+    dist.barrier()
+    engine = start(folder, dtype, expert_parallel, stages)
+    wanted = {name: tuple(value.shape) for name, value in tiny.tensors(model).items()}
+    assert wanted == logical_tensors(engine.spec)
+    refused = ["lm_head.weight"] if "lm_head.weight" not in wanted else []  # only the last stage knows
+    refused += [name.replace(".experts.0.", ".experts.9.") for name in wanted if ".experts.0.up_proj." in name]
+    for name in refused:
+        check_refused(engine, wanted, name)
+    weights = EngineWeights(engine)
+    weights.pieces(wanted)
+    world = dist.get_world_size()
+    mesh = Mesh(tuple(range(world)), tensor=world // stages, pipeline=stages)
+    differs = weights.agrees(EngineSide(engine.spec, mesh, dtype, expert_parallel).layout(dist.get_rank()))
+    assert differs is None, f"{family}: {differs}"
+    answers = []
+    for sync in range(SYNCS):
+        torch.manual_seed(10 + sync)
+        tiny.randomize(model)
+        tiny.write(weights, model)
+        answers.append(ask(engine))
+        if dtype == "float32":
+            assert gap(model, answers[-1]) < 1e-4, f"{family}: {gap(model, answers[-1])}"
+    assert answers[0] != answers[1] != answers[2]
+    engine.close()
+    if dist.get_rank() == 0:
+        tiny.save(model, folder)
+    dist.barrier()
+    engine_module.LOAD_FORMAT = "auto"
+    stock = start(folder, dtype, expert_parallel, stages)
+    engine_module.LOAD_FORMAT = "dummy"
+    stock.ready = True
+    assert ask(stock) == answers[-1], f"{family}: differs from an engine that loaded the same weights"
+    stock.close()
+
+
+def check_refused(engine: RolloutEngine, wanted: dict[str, tuple[int, ...]], name: str) -> None:
+    """A tensor too many is an error on every rank, none of which waits for the others."""
+    with pytest.raises(ValueError, match=re.escape(name)):
+        EngineWeights(engine).pieces({**wanted, name: (tiny.VOCAB, 128)})
+
+
+def start(folder: Path, dtype: str, expert_parallel: bool, stages: int) -> RolloutEngine:
+    config = replace(tiny.CONFIG, dtype=dtype)
+    ident = f"families-{os.getppid()}"
+    return RolloutEngine(folder, dist.group.WORLD, ident, config, torch.device("cpu"), expert_parallel, stages)
+
+
+def ask(engine: RolloutEngine) -> list[list[Completion]]:
+    asked = tiny.prompts(4)
+    return [group for how in (GREEDY, DRAWN) for group in engine.generate(asked, [7, 107, 207, 307], how)]
+
+
+def gap(model: Any, answers: list[list[Completion]]) -> float:
+    asked = tiny.prompts(4) * 2
+    return max(tiny.gap(model, prompt, one) for prompt, (one,) in zip(asked, answers, strict=True))
+
+
+if __name__ == "__main__":
+    main()
