@@ -32,7 +32,7 @@ ROLLOUT_TABLE = (
     STEP,
     Column("reward", "reward", 7),
     Column("accuracy", "accuracy", 8),
-    Column("kl", "kl", 8, 1),
+    Column("kl", "kl", 7, 1),
     Column("entropy", "entropy", 7, 4),
     Column("length", "length", 6, 5),
     Column("gap_max", "gap", 7, 2),
@@ -42,6 +42,7 @@ ROLLOUT_TABLE = (
     Column("seconds_logprobs", "logprobs", 8, 9),
     Column("seconds_update", "update", 7, 7),
     Column("seconds_reshard", "reshard", 7, 8),
+    Column("reshard_gigabytes_per_second", "GB/s", 4, 11),
 )
 # Loops that sample nothing (supervised, preferences): the columns whose metrics the row has, in this order.
 SUPERVISED_TABLE = (
@@ -77,7 +78,7 @@ def columns_for(metrics: Collection[str]) -> tuple[Column, ...]:
     """The table for these metrics: rollouts where there is a reward (or only an evaluation), else supervised."""
     known = QUIET | {column.metric for column in ROLLOUT_TABLE + SUPERVISED_TABLE}
     own = tuple(
-        Column(name, name, max(8, len(name)), 11) for name in metrics if name not in known and not name.startswith(FINE)
+        Column(name, name, max(8, len(name)), 12) for name in metrics if name not in known and not name.startswith(FINE)
     )
     if "reward" in metrics or "loss" not in metrics:
         return ROLLOUT_TABLE + own
@@ -107,6 +108,8 @@ def cell(metric: str, value: object) -> str:
         return f"{value:,.0f}" if abs(value) < 1e6 else f"{value:.3g}"
     if metric.startswith("seconds"):
         return f"{value:.{3 if abs(value) < 10 else 1}f}" if abs(value) < 1000 else f"{value:.0f}"
+    if metric == "reshard_gigabytes_per_second":
+        return f"{value:.{2 if abs(value) < 9.995 else 1 if abs(value) < 99.95 else 0}f}"
     if metric == "lr" or metric.startswith("gap"):
         return f"{value:.1e}"
     if metric == "length":

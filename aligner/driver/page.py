@@ -21,6 +21,13 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 LAST_ROWS = 12
+SYNC_PHASES = {
+    "plan": "plan (once)",
+    "pack": "pack: read, cast, checksum",
+    "wire": "wire: wait for messages",
+    "apply": "apply: write, the engine's re-layout",
+    "verify": "verify: check and compare",
+}
 EXCERPT = 3000
 """Characters of a samples file."""
 
@@ -49,7 +56,10 @@ def page(run_dir: Path, rows: list[Row]) -> str:
         _section("Learning curve", _picture(learning_curve, rows, "learning curve")),
         _section("How it went", _picture(panels, rows, "metrics by step")),
         _section("Seconds by phase", _picture(phases, rows, "seconds by phase") + _phase_table(rows)),
-        _section("Resharding", _ledger_text(rows) + _picture(ledger, rows, "bytes and rate of each sync")),
+        _section(
+            "Resharding",
+            _ledger_text(rows) + _picture(ledger, rows, "bytes and rate of each sync") + _sync_table(rows),
+        ),
         _section(f"Last {min(len(rows), LAST_ROWS)} rows", _rows_table(rows)),
         _section("Samples", _samples(run_dir)),
         _section("Environment", _environment(run_dir / ENVIRONMENT_FILE)),
@@ -115,7 +125,25 @@ def _ledger_text(rows: Sequence[Row]) -> str:
     parts = [f"{len(syncs)} steps with a sync moved {_bytes(moved)}, {beside}"]
     parts += [f"median {1000 * median(times):.1f} ms a sync"] if times else []
     parts += [f"median {median(rates):.2f} GB/s"] if rates else []
+    changed = sum(row.get("reshard_changed_bytes") or 0 for row in syncs)
+    parts += [f"{changed / least:.2%} of the needed bytes had changed"] if changed and least else []
     return f"<p>{escape('; '.join(parts))}.</p>"
+
+
+def _sync_table(rows: Sequence[Row]) -> str:
+    """Where a sync's time goes: each phase's seconds on the rank that spent most on it."""
+    phases = {name: [float(row.get(f"seconds_reshard_{name}") or 0) for row in rows] for name in SYNC_PHASES}
+    syncs = [sum(values) > 0 for values in zip(*phases.values(), strict=True)]
+    lines = [
+        [
+            what,
+            f"{sum(phases[name]):.3f}",
+            f"{1000 * median(v for v, one in zip(phases[name], syncs, strict=True) if one):.1f}",
+        ]
+        for name, what in SYNC_PHASES.items()
+        if any(phases[name])
+    ]
+    return _table(["phase of a sync", "seconds", "median ms"], lines) if lines else ""
 
 
 def _bytes(count: float) -> str:

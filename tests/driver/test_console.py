@@ -18,6 +18,7 @@ ROLLOUT_ROW = {
     "reward": 0.5, "kl": 0.0123, "entropy": 1.25, "length": 20.4, "gap_max": 1.1e-5, "tokens_per_second": 12345.6,
     "seconds_generate": 0.31, "seconds_score": 0.004, "seconds_logprobs": 0.1, "seconds_update": 12.5,
     "seconds_reshard": 0.02, "loss": 0.01, "truncated": 0.0, "reshard_moved_bytes": 12,
+    "reshard_gigabytes_per_second": 1.234,
 }  # fmt: skip
 
 
@@ -53,11 +54,11 @@ def test_a_rollout_row_stands_under_its_titles_within_120_columns() -> None:
     _, titles, rule, row = printed((7, {**ROLLOUT_ROW, "accuracy": 0.984}))
     assert titles.split() == [
         "step", "reward", "accuracy", "kl", "entropy", "length", "gap", "tok/s",
-        "generate", "score", "logprobs", "update", "reshard",
+        "generate", "score", "logprobs", "update", "reshard", "GB/s",
     ]  # fmt: skip
     assert row.split() == [
         "7", "0.500", "0.984", "0.0123", "1.250", "20.4", "1.1e-05", "12,346",
-        "0.310", "0.004", "0.100", "12.5", "0.020",
+        "0.310", "0.004", "0.100", "12.5", "0.020", "1.23",
     ]  # fmt: skip
     assert len(titles) == len(rule) == len(row) <= 120
     ends = [match.end() for match in re.finditer(r"-+", rule)]

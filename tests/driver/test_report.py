@@ -30,6 +30,7 @@ def make_run(folder: Path, lift: float = 0.5, rows: int = 4) -> Path:
                 "entropy": 1.0, "length": 20.0, "gap_max": 1e-5, "tokens_per_second": 100.0 * step, "seconds": 10.0,
                 "seconds_generate": 4.0, "seconds_update": 3.0, "seconds_reshard": 0.5, "reward_timeout": 1,
                 "reward_failed": 0, "reshard_moved_bytes": 2e6, "reshard_minimum_bytes": 1e6,
+                "seconds_reshard_pack": 0.1 * step, "seconds_reshard_wire": 0.2, "reshard_changed_bytes": 25e4,
             }
         )  # fmt: skip
     lines[-1]["accuracy"] = 0.25 + lift
@@ -86,6 +87,9 @@ def test_the_page_is_self_contained_well_formed_and_has_every_section(tmp_path: 
     assert "4 timeout" in text
     # 4 syncs of 2 MB where 1 MB would do, in 0.5 s each.
     assert "moved 8 MB, 2.000 times the minimum of 4 MB; median 500.0 ms a sync; median 0.00 GB/s" in text
+    assert "25.00% of the needed bytes had changed" in text
+    assert "<td>pack: read, cast, checksum</td><td>1.000</td><td>250.0</td>" in text
+    assert "<td>wire: wait for messages</td><td>0.800</td><td>200.0</td>" in text
 
 
 def test_samples_of_the_first_and_last_step_are_shown_escaped(tmp_path: Path) -> None:

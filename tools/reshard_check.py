@@ -1,0 +1,224 @@
+"""What a weight transfer between two layouts would move, on worlds that need not exist.
+
+python tools/reshard_check.py --model CONFIG.json_or_folder --train tp=8,pp=16,dp=4 --infer tp=16,replicas=32
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from statistics import mean
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from aligner.models.family import logical_tensors
+from aligner.models.megatron_layout import MegatronSide
+from aligner.models.spec import ModelSpec, read_spec
+from aligner.reshard.account import Account, Load, make_account
+from aligner.reshard.config import ReshardConfig
+from aligner.reshard.plan import make_plan
+from aligner.reshard.region import ELEMENT_BYTES
+from aligner.rollout.config import RolloutConfig
+from aligner.rollout.layout import EngineSide
+from aligner.spmd.mesh import Mesh
+
+BUCKET_BYTES = ReshardConfig().bucket_bytes
+SHOWN = 16
+TRAIN_KEYS = {"tp": "tensor", "pp": "pipeline", "cp": "context", "ep": "expert", "etp": "expert_tensor", "dp": "data"}
+TRAIN_KEYS |= {"vpp": "virtual_pipeline", "stages": "stage_layers"}
+INFER_KEYS = {"tp": "tensor", "pp": "pipeline", "ep": "expert", "replicas": "data"}
+
+
+def main(arguments: list[str]) -> int:
+    """The command. Returns the exit status."""
+    parser = argparse.ArgumentParser(prog="tools/reshard_check.py", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--model", required=True, help="a config.json, or the folder it is in")
+    parser.add_argument("--train", required=True, help=f"{', '.join(TRAIN_KEYS)}; stages=12+13+... if uneven")
+    parser.add_argument("--infer", required=True, help=", ".join(INFER_KEYS))
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--disjoint", action="store_true", help="inference on ranks of its own (the default)")
+    where.add_argument("--colocated", action="store_true", help="both roles from rank 0 on")
+    parser.add_argument("--gbps", type=float, default=50.0, help="each rank's link, GB/s each way (50: 400 Gb/s)")
+    parser.add_argument("--ranks", default="8", help="how many ranks to plan one by one for the time it takes, or all")
+    parser.add_argument("--dtype", default="bfloat16", choices=list(ELEMENT_BYTES))
+    parsed = parser.parse_args(arguments)
+    try:
+        with ExitStack() as stack:
+            check(parsed, stack)
+    except ValueError as error:
+        sys.stderr.write(f"error: {_in_own_words(str(error))}\n")
+        return 2
+    return 0
+
+
+def _in_own_words(error: str) -> str:
+    """Errors name a job's settings; here they are options."""
+    for role, option, keys in (("train", "train", TRAIN_KEYS), ("infer|rollout", "infer", INFER_KEYS)):
+        for key, name in keys.items():
+            error = re.sub(rf"placement\.({role})\.{name}\b", f"--{option} {key}", error)
+    return re.sub(r"stages=\[([\d, ]+)\]", lambda found: f"stages={found[1].replace(', ', '+')}", error)
+
+
+def check(parsed: argparse.Namespace, stack: ExitStack) -> None:
+    """Plan and print. Raises ValueError for anything that does not fit."""
+    spec = read_spec(_folder(Path(parsed.model), stack))
+    if parsed.gbps <= 0:
+        raise ValueError(f"--gbps={parsed.gbps} must be above 0.")
+    train = _mesh("train", parsed.train, TRAIN_KEYS, 0)
+    infer = _mesh("infer", parsed.infer, INFER_KEYS, 0 if parsed.colocated else train.size)
+    if infer.expert not in (1, infer.tensor):
+        raise ValueError(
+            f"--infer ep={infer.expert}: the engine spreads experts over all tensor ranks or none; use 1 or {infer.tensor}."
+        )
+    longest = min(RolloutConfig().max_model_len, spec.max_positions)
+    replace(RolloutConfig(), max_model_len=longest).check_model(
+        spec, infer.tensor, False, infer.expert > 1, infer.pipeline
+    )
+
+    def sides() -> tuple[MegatronSide, EngineSide]:
+        return MegatronSide(spec, train, parsed.dtype), EngineSide(spec, infer, parsed.dtype, infer.expert > 1)
+
+    sample = _sample(parsed.ranks, sorted({*train.ranks, *infer.ranks}))
+    account = make_account(*sides(), logical_tensors(spec), 2 * BUCKET_BYTES, _progress)
+    seconds = _plan_each(sides, sample)
+    print(f"model: {spec.family}, {spec.parameters:,} parameters, {_gb(_bytes(spec, parsed.dtype))} in {parsed.dtype}")
+    print(f"train: {_told(train, parsed.train)}\ninfer: {_told(infer, parsed.infer)}\n")
+    print(_table(account, train, infer))
+    print(_summary(account, train, infer, parsed.gbps))
+    print(
+        f"planning:       {max(seconds.values()):.2f} s at most on a rank, of {len(seconds)} ranks planned one by one"
+    )
+
+
+def _folder(model: Path, stack: ExitStack) -> Path:
+    """The folder of the model; a JSON file of another name is taken as the config.json of one."""
+    if model.is_file() and model.name != "config.json":
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        shutil.copy(model, folder / "config.json")
+        return folder
+    return model.parent if model.is_file() else model
+
+
+def _mesh(role: str, text: str, keys: Mapping[str, str], first: int) -> Mesh:
+    """The role's ranks from `first` on."""
+    found: dict[str, int] = dict.fromkeys(("tensor", "pipeline", "context", "data"), 1)
+    stages: tuple[int, ...] = ()
+    for part in text.split(","):
+        key, _, value = part.strip().partition("=")
+        numbers = value.split("+") if key == "stages" else [value]
+        if key not in keys or not all(number.isdecimal() and int(number) for number in numbers):
+            raise ValueError(
+                f"--{role} has {part.strip()!r}; use key=number, separated by commas, of {', '.join(keys)}."
+            )
+        if key == "stages":
+            stages = tuple(map(int, numbers))
+        else:
+            found[keys[key]] = int(value)
+    ranks = found["tensor"] * found["pipeline"] * found["context"] * found.pop("data")
+    return Mesh(tuple(range(first, first + ranks)), name=role, stage_layers=stages, **found)  # type: ignore[arg-type]
+
+
+def _sample(text: str, ranks: list[int]) -> list[int]:
+    """Which ranks to plan: spread over all, the first and the last included."""
+    if text == "all":
+        return ranks
+    if not text.isdecimal() or int(text) < 1:
+        raise ValueError(f"--ranks={text!r} must be a number above 0, or all.")
+    count = min(int(text), len(ranks))
+    return sorted({ranks[number * (len(ranks) - 1) // max(1, count - 1)] for number in range(count)})
+
+
+def _plan_each(sides: Callable[[], tuple[MegatronSide, EngineSide]], ranks: list[int]) -> dict[int, float]:
+    """Seconds of each rank that starts with nothing, as in a job."""
+    seconds = {}
+    for number, rank in enumerate(ranks):
+        _progress(number, len(ranks))
+        started = time.perf_counter()
+        make_plan(rank, *sides())
+        seconds[rank] = time.perf_counter() - started
+    return seconds
+
+
+def _progress(done: int, of: int) -> None:
+    if sys.stderr.isatty():
+        sys.stderr.write(f"\rplanning {done + 1} of {of} ranks ...\x1b[K" + ("\r\x1b[K" if done + 1 == of else ""))
+
+
+def _table(account: Account, train: Mesh, infer: Mesh) -> str:
+    """All ranks where there are few, else the least, mean and most of each role."""
+    rows = [["rank", "sends", "passes on", "receives", "copies"]]
+    loads = account.loads
+    if len(loads) <= SHOWN:
+        rows += [[str(rank), *_cells(load)] for rank, load in loads.items()]
+    else:
+        for role, ranks in {"train": train.ranks, "infer": infer.ranks}.items():
+            values = [_numbers(loads[rank]) for rank in ranks]
+            for name, of in {"min": min, "mean": mean, "max": max}.items():
+                rows.append([f"{role} {name}", *(_gb(of(column)) for column in zip(*values, strict=True))])  # type: ignore[operator]
+            heaviest = max(ranks, key=lambda rank: max(loads[rank].out, loads[rank].received))
+            rows.append([f"{role}: rank {heaviest}", *_cells(loads[heaviest])])
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = [
+        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
+        for row in rows
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _summary(account: Account, train: Mesh, infer: Mesh, speed: float) -> str:
+    loads = account.loads
+    moved, least = sum(load.out for load in loads.values()), sum(load.received for load in loads.values())
+    seconds = max(max(load.out, load.received) for load in loads.values()) / speed / 1e9
+    bound = max(max(load.received for load in loads.values()), account.least_heaviest) / speed / 1e9
+    return "\n".join(
+        [
+            f"moved:          {_gb(moved)}, the least possible {_gb(least)}",
+            f"heaviest train: {_heaviest({rank: loads[rank].sent for rank in train.ranks}, account.least_heaviest)}",
+            f"heaviest infer: {_heaviest({rank: loads[rank].relayed for rank in infer.ranks}, 0)}",
+            f"time:           {seconds:.3f} s at {speed:g} GB/s each way (no plan takes less than {bound:.3f} s)",
+        ]
+    )
+
+
+def _heaviest(sent: Mapping[int, int], least: float) -> str:
+    busy = [amount for amount in sent.values() if amount]
+    if not busy:
+        return "nothing to send"
+    rank = max(sent, key=lambda rank: sent[rank])
+    average = mean(busy)
+    told = f"rank {rank} sends {_gb(sent[rank])}, {sent[rank] / average:.3f} x the mean of the {len(busy)} that send"
+    return told + (f" (the layout allows no less than {max(1.0, least / average):.3f})" if least else "")
+
+
+def _numbers(load: Load) -> tuple[int, ...]:
+    return load.sent, load.relayed, load.received, load.local
+
+
+def _cells(load: Load) -> list[str]:
+    return [_gb(number) for number in _numbers(load)]
+
+
+def _gb(count: float) -> str:
+    """Bytes as people read them; small numbers exactly."""
+    return f"{count / 1e9:,.3f} GB" if count >= 1e6 else f"{count:,.0f} B"
+
+
+def _bytes(spec: ModelSpec, dtype: str) -> int:
+    return spec.parameters * ELEMENT_BYTES[dtype]
+
+
+def _told(mesh: Mesh, text: str) -> str:
+    return f"{mesh.size} ranks ({mesh.ranks[0]}-{mesh.ranks[-1]}), {text}"
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
