@@ -25,8 +25,7 @@ SYNC_PHASES = {
     "plan": "plan (once)",
     "pack": "pack: read, cast, checksum",
     "wire": "wire: wait for messages",
-    "apply": "apply: write, the engine's re-layout",
-    "verify": "verify: check and compare",
+    "apply": "apply: check, write, compare, the engine's re-layout",
 }
 EXCERPT = 3000
 """Characters of a samples file."""

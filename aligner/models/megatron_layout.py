@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import NamedTuple
 
 from aligner.models.family import (
@@ -149,14 +150,20 @@ class MegatronSide:
         """The ranks of a stage with these tensor coordinates, or with these expert-tensor ones of an expert shard."""
         key = (stage, tensors, expert)
         if key not in self._members:
-            mesh, members = self._mesh, self._mesh.groups("tensor", "context", "data")[stage]
-            if expert is None:
-                found = [rank for rank in members if mesh.coordinates(rank)["tensor"] in tensors]
-            else:
-                at = {rank: mesh.coordinates(rank, EXPERT_AXES) for rank in members}
-                found = [r for r in members if at[r]["expert"] == expert and at[r]["expert_tensor"] in tensors]
-            self._members[key] = tuple(found)
+            at = self._ranks_at[stage]
+            self._members[key] = tuple(sorted(rank for tensor in tensors for rank in at.get((expert, tensor), ())))
         return self._members[key]
+
+    @cached_property
+    def _ranks_at(self) -> list[dict[tuple[int | None, int], list[int]]]:
+        """Per stage: (None, tensor) and (expert, expert tensor) -> the ranks with these coordinates."""
+        stages: list[dict[tuple[int | None, int], list[int]]] = [{} for _ in range(self._mesh.pipeline)]
+        for rank in self._mesh.ranks:
+            dense, of_experts = self._mesh.coordinates(rank), self._mesh.coordinates(rank, EXPERT_AXES)
+            found = stages[dense["pipeline"]]
+            found.setdefault((None, dense["tensor"]), []).append(rank)
+            found.setdefault((of_experts["expert"], of_experts["expert_tensor"]), []).append(rank)
+        return stages
 
 
 class _Region(NamedTuple):

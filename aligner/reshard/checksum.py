@@ -1,79 +1,114 @@
-"""Checksums that prove a copy: exact, sensitive to every bit and to every position, equal on CPU and CUDA."""
+"""Checksums that prove a message: exact, sensitive to every bit and to every position, equal on CPU and CUDA."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-_ROW_WORDS = 2048  # 16 KiB: weights stay in L1 while the words stream past
-_BLOCK_ROWS = 64  # 1 MiB of words at a time: the shifted copy below stays in L2
-_COMMON_ROWS = 1024  # 16 MiB: weights of more rows are made when asked for
+ROW_WORDS = 2048
+"""A sum covers 16 KiB: the bytes of a message that one sum stands for."""
+CELL_BYTES = 1024
+"""|byte| <= 128, |weight| <= 64: a cell's sum stays within 2^23, exact in float32, and pairs of products in int16."""
+CELLS = ROW_WORDS * 8 // CELL_BYTES
+COLUMNS = 3
+_BLOCK_CELLS = 512  # 512 KiB at a time: read once from memory, if at all, and twice from the cache
 _GOLDEN = 0x9E3779B97F4A7C15
 
 
 class Checksum:
-    """64-bit checksum of a tensor's bytes, read as 64-bit words x_i in rows of 2048.
+    """64-bit sums of a message's rows of 16 KiB, read as signed bytes x_p.
 
-        sum_i  m_row(i) * (w_i * x_i + v_i * (x_i >> 32))  mod 2^64
+        sum_p  V_p * x_p  mod 2^64,    V_p = sum_j W[j, p // 1024] * w[p % 1024, j],    j = 0, 1, 2
 
-    w, v and m are fixed odd pseudo-random 64-bit numbers, so one changed bit always changes the sum. The second term is
-    there for swaps: floats often differ in their top bits only, and such a difference times an even w_i - w_j would
-    vanish mod 2^64; shifted down it survives unless 2^32 divides v_i - v_j. A swap of two unequal words, rows or
-    items thus escapes with a chance of about 2^-31.
+    w are fixed pseudo-random weights in -64..63 whose sum over j is odd; W are fixed odd pseudo-random 64-bit numbers.
+    So every V_p is odd: one changed bit, indeed one changed byte, always changes the sum. The inner sums over a cell of
+    1024 bytes are over the integers, where no top bit vanishes as it would mod 2^64. Two bytes of a cell that change
+    places always show, since no two w[p] are equal. Words, elements and runs that change places escape with a chance
+    of at most about 2^-21, reached where they differ in two bytes by the same amount; bf16's 1.0 and 2.0 with 2^-39.
 
-    Measured on one thread (AMD EPYC, AVX-512, torch 2.13): 6.7 GB/s on 64 MiB, 8.1 on 8 MiB, 7.7 on 1 MiB, 29 us on a
-    few bytes. Integer matrix-vector products do the work; multiply-and-sum of widened 32-bit halves reaches
-    2.5-5.7 GB/s. CUDA has no integer matrix-vector product, so there it multiplies and sums.
+    Measured on one thread of a shared machine (AMD EPYC of family 26, 32 MiB of L3, AVX-512 VNNI, torch 2.13):
+    20-22 GB/s on 8 MiB, 12-13 on 1 MiB, 10-15 on 64 MiB from memory, 45 us on a single row. The inner sums alone run
+    at 25-29 GB/s in the cache. Other ways in the cache: one integer matrix-vector product 23 GB/s, but it is blind to
+    swaps of top bits, and with a shifted copy beside it 8; multiply-and-fold in halves 23, as blind; `_int_mm` with
+    four columns at once 15.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._word_weight = _odd_numbers(1, _ROW_WORDS, device)
-        self._half_weight = _odd_numbers(2, _ROW_WORDS, device)
-        self._row_weight = self._row_weights(_COMMON_ROWS)
-        self._halves = torch.empty(_BLOCK_ROWS * _ROW_WORDS, dtype=torch.int64, device=device)
+        byte, cell = weights(device)
+        self._columns = [byte[:, j : j + 1].contiguous() for j in range(COLUMNS)]
+        self._byte, self._cell = byte.to(torch.float32), cell
 
-    def words(self, words: Tensor) -> Tensor:
-        """The checksum (0-d int64, on the device) of a contiguous 1-d int64 tensor."""
+    def rows(self, words: Tensor) -> Tensor:
+        """The sums (rows,) int64 of whole rows (rows * 2048 contiguous int64)."""
+        return RowSums(self, words).finish()
+
+    def cells(self, data: Tensor, found: Sequence[Tensor]) -> None:
+        """The inner sums of cells (n, 1024) int8, one (n, 1) int32 per column."""
+        if data.device.type == "cpu":
+            # One column at a time: oneDNN's product of a matrix and a single column is some five times faster.
+            for column, sums in zip(self._columns, found, strict=True):
+                torch._int_mm(data, column, out=sums)
+        else:
+            for column, sums in zip((data.to(torch.float32) @ self._byte).split(1, 1), found, strict=True):
+                sums.copy_(column)
+
+    def combine(self, found: Tensor) -> Tensor:
+        """Row sums (rows,) int64 from inner sums (columns, cells, 1) int32."""
+        sums = torch.zeros(found.shape[1] // CELLS, dtype=torch.int64, device=found.device)
+        for column, weight in zip(found.view(COLUMNS, -1, CELLS), self._cell, strict=True):
+            wide = column.to(torch.int64)
+            # CUDA has no integer product of a matrix and a vector.
+            sums += torch.mv(wide, weight) if wide.device.type == "cpu" else (wide * weight).sum(1)
+        return sums
+
+
+class RowSums:
+    """The sums of a message's rows while it is being written: each block is summed as long as it is in the cache."""
+
+    def __init__(self, checksum: Checksum, words: Tensor) -> None:
         assert words.dtype == torch.int64 and words.dim() == 1 and words.is_contiguous()
-        whole = words.numel() // _ROW_WORDS
-        rows = [self._rows(block) for block in words[: whole * _ROW_WORDS].view(whole, _ROW_WORDS).split(_BLOCK_ROWS)]
-        if whole * _ROW_WORDS < words.numel():
-            rows.append(self._rows(words[whole * _ROW_WORDS :].view(1, -1)))
-        if len(rows) == 1 and rows[0].numel() == 1:
-            return rows[0][0]
-        sums = torch.cat(rows) if rows else words.new_zeros(0)
-        weight = self._row_weight if sums.numel() <= _COMMON_ROWS else self._row_weights(sums.numel())
-        return (sums * weight[: sums.numel()]).sum()
+        assert words.numel() % ROW_WORDS == 0, f"{words.numel()} words are not whole rows of {ROW_WORDS}"
+        data = words.view(torch.int8).view(-1, CELL_BYTES)
+        self._checksum = checksum
+        self._found = torch.empty(COLUMNS, len(data), 1, dtype=torch.int32, device=words.device)
+        # Cut beforehand: slices made one by one take as long as the sums.
+        self._blocks = list(
+            zip(data.split(_BLOCK_CELLS), *(column.split(_BLOCK_CELLS) for column in self._found), strict=True)
+        )
+        self._done = 0
 
-    def tensor(self, tensor: Tensor) -> Tensor:
-        """The checksum (0-d int64) of any tensor's elements in row-major order."""
-        raw = tensor.contiguous().view(-1).view(torch.uint8)
-        words = torch.zeros((raw.numel() + 7) // 8, dtype=torch.int64, device=tensor.device)
-        words.view(torch.uint8)[: raw.numel()] = raw
-        return self.words(words)
+    def written(self, words: int) -> None:
+        """The first `words` words are final; sums the whole blocks among them."""
+        self._up_to(min(words * 8 // (_BLOCK_CELLS * CELL_BYTES), len(self._blocks)))
 
-    def _row_weights(self, count: int) -> Tensor:
-        weight = _odd_numbers(3, count, self._device)
-        weight[0] = 1  # one row alone then needs no multiplication
-        return weight
+    def finish(self) -> Tensor:
+        """All words are final: the sums (rows,) int64."""
+        self._up_to(len(self._blocks))
+        return self._checksum.combine(self._found)
 
-    def _rows(self, words: Tensor) -> Tensor:
-        width = words.shape[1]
-        word_weight, half_weight = self._word_weight[:width], self._half_weight[:width]
-        halves = self._halves[: words.numel()].view_as(words)
-        torch.bitwise_right_shift(words, 32, out=halves)
-        if words.device.type == "cpu":
-            return torch.mv(words, word_weight) + torch.mv(halves, half_weight)
-        return (words * word_weight + halves * half_weight).sum(1)
+    def _up_to(self, block: int) -> None:
+        for data, *found in self._blocks[self._done : block]:
+            self._checksum.cells(data, found)
+        self._done = max(self._done, block)
 
 
-def _odd_numbers(stream: int, count: int, device: torch.device) -> Tensor:
-    """`count` fixed odd 64-bit numbers (splitmix64, Steele et al. 2014), the same on every machine."""
+def weights(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Weights of the bytes of a cell (1024, columns) int8, and of the cells of a row (columns, cells) int64."""
+    drawn = _numbers(3, CELL_BYTES * COLUMNS, device).view(CELL_BYTES, COLUMNS)
+    byte = (drawn & 127) - 64
+    byte[:, 0] ^= (byte.sum(1) & 1) ^ 1
+    cell = _numbers(2, COLUMNS * CELLS, device).view(COLUMNS, CELLS) | 1
+    return byte.to(torch.int8), cell
+
+
+def _numbers(stream: int, count: int, device: torch.device) -> Tensor:
+    """`count` fixed 64-bit numbers (splitmix64, Steele et al. 2014), the same on every machine."""
     state = torch.arange(1, count + 1, dtype=torch.int64, device=device) * _signed(_GOLDEN) + (stream << 48)
     state = (state ^ _shift_right(state, 30)) * _signed(0xBF58476D1CE4E5B9)
     state = (state ^ _shift_right(state, 27)) * _signed(0x94D049BB133111EB)
-    return (state ^ _shift_right(state, 31)) | 1
+    return state ^ _shift_right(state, 31)
 
 
 def _shift_right(words: Tensor, bits: int) -> Tensor:

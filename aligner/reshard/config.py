@@ -9,7 +9,7 @@ from dataclasses import dataclass
 class ReshardConfig:
     """Weight transfers."""
 
-    bucket_mib: float = 64.0
+    bucket_mib: float = 32.0
     """Bound on messages: a transfer takes at most twice this much extra memory on a rank, in MiB."""
     verify: bool = True
     """Prove each transfer: what the engine holds is what the policy held, bit for bit."""
@@ -19,7 +19,7 @@ class ReshardConfig:
     def check(self) -> None:
         """ValueError where a value cannot work."""
         if not self.bucket_mib > 0:
-            raise ValueError(f"reshard.bucket_mib={self.bucket_mib} must be above 0; the default is 64.")
+            raise ValueError(f"reshard.bucket_mib={self.bucket_mib} must be above 0; the default is 32.")
 
     @property
     def bucket_bytes(self) -> int:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -11,11 +12,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from aligner.reshard.bucket import Bucket, Buffers
-from aligner.reshard.checksum import Checksum
+from aligner.reshard.bucket import Bucket, Buffers, copy_local
 from aligner.reshard.ledger import SyncRow
-from aligner.reshard.plan import Item, Plan, buckets
+from aligner.reshard.plan import Item, Plan
 from aligner.reshard.region import Piece
+from aligner.reshard.schedule import Message, Schedule, Step, packed_by, schedule_of
+from aligner.reshard.wire import Changes, Kept, Whole, Wire
 
 Source = Callable[[Piece], Tensor]
 """Reads a piece of this rank's source storages: a view of shape `piece.size`."""
@@ -42,60 +44,53 @@ def execute(
     device: torch.device,
     bucket_bytes: int,
     verify: bool = True,
+    kept: Kept | None = None,
+    buffers: Buffers | None = None,
+    transfer: int = 0,
 ) -> SyncRow:
     """Carry out `plan` on this rank; collective over the ranks that the plan gives something to send or receive.
 
-    Ranks with nothing to do return at once. Data goes peer to peer in rounds: in round k every rank posts its sends
-    and receives of every pair's k-th bucket, all of them before it waits for any, and posts round k + 1 only when
-    round k is complete; so by induction over the rounds every message finds its partner and no order of ranks can
-    deadlock. While a round is on the wire the next one is packed and local copies are made. Staging takes at most 4
-    `bucket_bytes` per rank (two rounds each way) and one bucket for local copies, however many peers there are.
+    Ranks with nothing to do return at once. Data goes peer to peer in the steps of the plan's schedule, whose order
+    cannot deadlock. While a step is on the wire the next message is packed and local copies are made; what came in is
+    written and proven while the next step is on the wire. Staging takes at most 3 messages of 2/3 `bucket_bytes` per
+    rank, however many peers there are; local copies need none. It is freed afterwards, unless the caller gives the same
+    `buffers` to every transfer: then as much stays taken in between, and no transfer waits for fresh memory.
 
     `group` holds all ranks of the plan (world ranks). gloo sends CPU buffers, whatever `device` is. With NCCL the
     group must have run a collective before: its communicator is made by all members together.
 
-    Checksums of the packed regions travel in front of them (not counted as bytes); the receiver reads each region
-    back from the destination's storage and compares before `written` lets the engine re-lay it out. Local copies are
-    proven alike.
+    The source's checksums travel in front of its regions (not counted as bytes), through relays as well. The receiver
+    compares them with what arrived, and what arrived with what the destination's storage holds after the write,
+    before `written` lets the engine re-lay it out. Local copies are compared with their source. Each comparison comes
+    right after its write: that no other piece overwrites it is what `storage.check_disjoint` says of the layout.
     A rank that fails completes its sends and receives, marked as failed, before it raises: nobody is left waiting.
 
     `source` and `destination` may be None on ranks that the plan asks for neither.
 
+    `kept` (empty at first, the same object in every transfer of this plan) makes messages travel as what changed since
+    the last transfer, where that is shorter; see `wire.Changes`.
+
+    `transfer` numbers the transfers of a plan, alike on all ranks: with `verify` a message of another one is refused.
+
     Raises RuntimeError naming tensor, region, source rank and destination rank where a proof fails; also where another
     rank could not read its source. The first error of this rank is raised, whatever its type.
     """
-    if not (plan.local or plan.sends or plan.receives or destination):
+    if not (plan.local or plan.streams or destination):
         return SyncRow()
     started = time.perf_counter()
     on_cpu = group is None or dist.get_backend(group) == "gloo"
-    work = _Work(plan.rank, source, destination, torch.device("cpu") if on_cpu else device, verify)
-    limit = max(1, bucket_bytes // max(1, plan.streams))
-    sends = {to: buckets(items, limit) for to, items in plan.sends.items()}
-    receives = {by: buckets(items, limit) for by, items in plan.receives.items()}
-    own = buckets(plan.local, bucket_bytes)
-    rounds = max((len(cut) for cut in (*sends.values(), *receives.values())), default=0)
-    flight = _Flight(work, group, sends, receives)
-    staged, arrived = flight.pack(0), flight.post_receives(0)
-    flight.post_sends(staged)
-    for number in range(rounds):
-        staged = flight.pack(number + 1)
-        # Local copies are spread over the rounds, so that modules fed by both complete early.
-        for items in own[len(own) * number // rounds : len(own) * (number + 1) // rounds]:
-            work.copy(items)
-        with work.clock("wire"):
-            flight.wait()
-        landed, arrived = arrived, flight.post_receives(number + 1)
-        flight.post_sends(staged)
-        for by, bucket in landed.items():
-            work.apply(by, bucket)
-            work.buffers.give(bucket)
-    if rounds == 0:
-        for items in own:
-            work.copy(items)
+    buffers = buffers or Buffers(torch.device("cpu") if on_cpu else device)
+    buffers.transfer = transfer
+    work = _Work(plan.rank, source, destination, buffers, verify)
+    schedule = schedule_of(plan, 2 * bucket_bytes)
+    wire = Whole(group) if kept is None else Changes(group, kept)
+    _Flight(work, wire, schedule).run()
     work.finish()
     return SyncRow(
-        moved_bytes=plan.moved_bytes,
-        received_bytes=plan.received_bytes,
+        moved_bytes=wire.sent_bytes,
+        relayed_bytes=wire.relayed_bytes,
+        received_bytes=wire.received_bytes,
+        changed_bytes=wire.changed_bytes,
         minimum_bytes=plan.minimum_bytes,
         local_bytes=plan.local_bytes,
         checksummed=work.checksummed,
@@ -103,63 +98,76 @@ def execute(
         seconds_pack=work.seconds["pack"],
         seconds_wire=work.seconds["wire"],
         seconds_apply=work.seconds["apply"],
-        seconds_verify=work.seconds["verify"],
     )
 
 
 class _Flight:
-    """The messages between this rank and its peers, a round at a time."""
+    """The messages between this rank and its peers, a step at a time."""
 
-    def __init__(
-        self,
-        work: _Work,
-        group: dist.ProcessGroup | None,
-        sends: Mapping[int, Sequence[Sequence[Item]]],
-        receives: Mapping[int, Sequence[Sequence[Item]]],
-    ) -> None:
-        self._work, self._group, self._sends, self._receives = work, group, sends, receives
-        self._posts: list[dist.P2POp] = []
-        self._requests: list[dist.Work] = []
-        self._staged: dict[int, Bucket] = {}
+    def __init__(self, work: _Work, wire: Wire, schedule: Schedule) -> None:
+        self._work, self._wire, self._schedule = work, wire, schedule
+        self._relays = Counter(step.send.content for step in schedule.steps if step.send and step.send.relay)
+        self._passing: dict[object, Bucket] = {}
+        """What came in and has to go on to others."""
 
-    def pack(self, number: int) -> dict[int, Bucket]:
-        return {to: self._work.pack(cut[number]) for to, cut in sorted(self._sends.items()) if number < len(cut)}
+    def run(self) -> None:
+        work, steps, local = self._work, self._schedule.steps, self._schedule.local
+        packed = self._pack(steps[0]) if steps else None
+        arrived: tuple[Message, Bucket] | None = None
+        for number, step in enumerate(steps):
+            leaving = self._passing[step.send.content] if step.send and step.send.relay else packed
+            arriving = Bucket(self._schedule.items(step.receive), work.buffers) if step.receive else None
+            with work.clock("wire"):
+                requests = self._wire.post(step, leaving, arriving)
+            if arrived:
+                self._apply(*arrived)
+            packed = self._pack(steps[number + 1]) if number + 1 < len(steps) else None
+            # Local copies are spread over the steps, so that modules fed by both complete early.
+            for items in local[len(local) * number // len(steps) : len(local) * (number + 1) // len(steps)]:
+                work.copy(items)
+            with work.clock("wire"):
+                for request in requests:
+                    request.wait()
+            if step.send and leaving:
+                self._sent(step.send, leaving)
+            arrived = (step.receive, arriving) if step.receive and arriving else None
+            if arrived:
+                work.land(self._wire, *arrived)
+            if arrived and arrived[0].content in self._relays:
+                self._passing[arrived[0].content] = arrived[1]
+        if arrived:
+            self._apply(*arrived)
+        for items in () if steps else local:
+            work.copy(items)
 
-    def post_receives(self, number: int) -> dict[int, Bucket]:
-        """Empty buckets for what arrives in this round; they go out together with the round's sends."""
-        arriving = {
-            by: Bucket(cut[number], self._work.buffers)
-            for by, cut in sorted(self._receives.items())
-            if number < len(cut)
-        }
-        self._posts = [dist.P2POp(dist.irecv, bucket.words, by, self._group) for by, bucket in arriving.items()]
-        return arriving
+    def _pack(self, step: Step) -> Bucket | None:
+        return self._work.pack(self._schedule.items(step.send)) if step.send and not step.send.relay else None
 
-    def post_sends(self, staged: dict[int, Bucket]) -> None:
-        self._posts += [dist.P2POp(dist.isend, bucket.words, to, self._group) for to, bucket in staged.items()]
-        self._staged = staged  # alive until sent
-        self._requests = dist.batch_isend_irecv(self._posts) if self._posts else []
-        self._posts = []
+    def _sent(self, message: Message, bucket: Bucket) -> None:
+        if message.relay:
+            self._relays[message.content] -= 1
+            if self._relays[message.content]:
+                return
+            del self._passing[message.content]
+        self._work.buffers.give(bucket)
 
-    def wait(self) -> None:
-        for request in self._requests:
-            request.wait()
-        for bucket in self._staged.values():
+    def _apply(self, message: Message, bucket: Bucket) -> None:
+        self._work.apply(packed_by(message), bucket)
+        if message.content not in self._relays:
             self._work.buffers.give(bucket)
-        self._staged = {}
 
 
 class _Work:
     """What this rank does to buckets: it keeps the first error and goes on exchanging, so that no peer hangs."""
 
     def __init__(
-        self, rank: int, source: Source | None, destination: Destination | None, device: torch.device, verify: bool
+        self, rank: int, source: Source | None, destination: Destination | None, buffers: Buffers, verify: bool
     ) -> None:
-        self.buffers = Buffers(device)
+        self.buffers = buffers
         self.checksummed = 0
-        self.seconds = dict.fromkeys(("pack", "wire", "apply", "verify"), 0.0)
+        self.seconds = dict.fromkeys(("pack", "wire", "apply"), 0.0)
         self._rank, self._source, self._destination = rank, source, destination
-        self._checksum = Checksum(device) if verify else None
+        self._verify = verify
         self._failure: BaseException | None = None
 
     @contextmanager
@@ -176,10 +184,17 @@ class _Work:
         with self.clock("pack"), self._keep_failure():
             if self._failure is None:
                 assert self._source is not None, f"rank {self._rank} sends {items[0]} but has no source"
-                bucket.pack(self._source, self._checksum)
+                bucket.pack(self._source, self._verify)
                 return bucket
         bucket.mark_failed()
         return bucket
+
+    def land(self, wire: Wire, message: Message, bucket: Bucket) -> None:
+        """Let the wire make a whole bucket of what came in."""
+        with self.clock("apply"), self._keep_failure():
+            wire.landed(message, bucket)
+            return
+        bucket.mark_failed()
 
     def apply(self, by: int, bucket: Bucket) -> None:
         """Write what came from rank `by`, prove it, and tell the destination."""
@@ -194,21 +209,23 @@ class _Work:
             destination = self._destination
             assert destination is not None, f"rank {self._rank} receives {bucket.items[0]} but has no destination"
             with self.clock("apply"):
-                bucket.write(destination.view)
-            if self._checksum is not None:
-                with self.clock("verify"):
-                    bucket.prove(destination.view, self._checksum, by, self._rank)
-                self.checksummed += len(bucket.items)
-            with self.clock("apply"):
+                bucket.land(destination.view, by, self._rank, self._verify)
                 for item in bucket.items:
                     destination.written(item.destination)
+            self.checksummed += len(bucket.items) if self._verify else 0
 
     def copy(self, items: Sequence[Item]) -> None:
-        """Copy what this rank holds itself, by the same path as what travels."""
-        if self._failure is None:
-            bucket = self.pack(items)
-            self.apply(self._rank, bucket)
-            self.buffers.give(bucket)
+        """Copy what this rank holds itself, and prove it, without a message."""
+        with self._keep_failure():
+            if self._failure is not None:
+                return
+            source, destination = self._source, self._destination
+            assert source and destination, f"rank {self._rank} copies {items[0]} but lacks a source or a destination"
+            with self.clock("apply"):
+                copy_local(items, source, destination.view, self._rank, self._verify)
+                for item in items:
+                    destination.written(item.destination)
+            self.checksummed += len(items) if self._verify else 0
 
     def finish(self) -> None:
         """Raise the first error, or let the destination finish."""

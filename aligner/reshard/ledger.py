@@ -13,12 +13,16 @@ class SyncRow:
 
     moved_bytes: int = 0
     """Bytes this rank sent."""
+    relayed_bytes: int = 0
+    """Of these, bytes it had received and passed on to others that wanted them too."""
     received_bytes: int = 0
     """Bytes this rank received."""
     minimum_bytes: int = 0
     """Bytes this rank needed and did not hold; over all ranks, the `moved_bytes` should sum to the sum of these."""
     local_bytes: int = 0
     """Bytes this rank copied within itself."""
+    changed_bytes: int = 0
+    """Bytes whose value is another than after the last transfer, where that was looked at."""
     checksummed: int = 0
     """Regions whose checksum this rank, as destination, found equal to the source's after writing."""
     seconds: float = 0.0
@@ -26,17 +30,21 @@ class SyncRow:
     seconds_plan: float = 0.0
     """Seconds spent planning, where this transfer made its plan."""
     seconds_pack: float = 0.0
-    """Seconds reading, casting and checksumming at the source."""
+    """Seconds reading, casting and checksumming what is sent."""
     seconds_wire: float = 0.0
     """Seconds waiting for sends and receives."""
     seconds_apply: float = 0.0
-    """Seconds writing, the engine's own re-layout and its finish included."""
-    seconds_verify: float = 0.0
-    """Seconds reading back and comparing checksums."""
+    """Seconds writing what came and copying what was there, the proof, the engine's re-layout and its finish included."""
+
+    @property
+    def gigabytes_per_second(self) -> float:
+        """Bytes sent, or received where those are more, by the seconds of the whole transfer."""
+        return max(self.moved_bytes, self.received_bytes) / self.seconds / 1e9 if self.seconds else 0.0
 
     def metrics(self) -> dict[str, float]:
         """The row under the metrics' names: reshard_moved_bytes, ..., seconds_reshard, seconds_reshard_plan, ..."""
-        return {_metric(f.name): float(getattr(self, f.name)) for f in fields(self)}
+        names = [*(f.name for f in fields(self)), "gigabytes_per_second"]
+        return {_metric(name): float(getattr(self, name)) for name in names}
 
 
 def total(rows: Sequence[SyncRow]) -> SyncRow:

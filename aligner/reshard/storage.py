@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -24,12 +24,14 @@ def strided_view(storage: Tensor, piece: Piece) -> Tensor:
 
 
 class Storages:
-    """Contiguous tensors by storage name; as a `Destination` it checks that all of `layout` is written exactly once."""
+    """Contiguous tensors by storage name; as a `Destination` it checks that all of `layout`, which must be
+    disjoint, is written exactly once."""
 
     def __init__(self, tensors: Mapping[str, Tensor], layout: Layout) -> None:
         self._tensors = tensors
         self._missing: dict[str, int] = {}
         self._names: dict[str, str] = {}
+        check_disjoint(layout)
         for piece in layout:
             self._missing[piece.storage] = self._missing.get(piece.storage, 0) + piece.elements
             self._names.setdefault(piece.storage, piece.name)
@@ -48,10 +50,77 @@ class Storages:
             raise RuntimeError(f"reshard: {storage} ({self._names[storage]}): {what}")
 
 
+def check_disjoint(layout: Layout, device: torch.device | None = None) -> None:
+    """ValueError, with the storage and both tensors, where two pieces, or one with itself, share an element.
+
+    Exact. Where pieces interleave (columns beside columns) their elements are marked on `device` (default: CPU), a byte
+    for each element of their common span; rows beside rows need no memory.
+    """
+    storages: dict[str, list[Piece]] = {}
+    for piece in layout:
+        if piece.elements:
+            storages.setdefault(piece.storage, []).append(piece)
+    for pieces in storages.values():
+        for cluster in _interleaved(sorted(pieces, key=lambda piece: piece.offset)):
+            if len(cluster) > 1 or not _nests(cluster[0]):
+                _check_marks(cluster, device)
+
+
+def _interleaved(pieces: Sequence[Piece]) -> Iterator[list[Piece]]:
+    """Pieces by ascending offset, those together whose spans of the storage overlap."""
+    cluster: list[Piece] = []
+    end = 0
+    for piece in pieces:
+        if cluster and piece.offset >= end:
+            yield cluster
+            cluster = []
+        cluster.append(piece)
+        end = max(end, _end(piece))
+    if cluster:
+        yield cluster
+
+
+def _nests(piece: Piece) -> bool:
+    """Whether its strides nest, each beyond all that the smaller ones reach: then no two elements share a place."""
+    reach = 0
+    for step, extent in sorted(zip(piece.stride, piece.size, strict=True)):
+        if extent > 1:
+            if step <= reach:
+                return False
+            reach += step * (extent - 1)
+    return True
+
+
+def _check_marks(pieces: Sequence[Piece], device: torch.device | None) -> None:
+    start = pieces[0].offset
+    marks = torch.zeros(max(map(_end, pieces)) - start, dtype=torch.bool, device=device)
+    for number, piece in enumerate(pieces):
+        view = marks.as_strided(piece.size, piece.stride, piece.offset - start)
+        before = int(marks.count_nonzero())
+        hit = bool(view.any())
+        view.fill_(True)
+        if not hit and int(marks.count_nonzero()) == before + piece.elements:
+            continue
+        other = next((one for one in pieces[:number] if hit and _share(one, piece, marks, start)), piece)
+        raise ValueError(
+            f"reshard: {piece.storage} holds {other.name}{other.box} and {piece.name}{piece.box} in the same elements"
+        )
+
+
+def _share(one: Piece, other: Piece, marks: Tensor, start: int) -> bool:
+    marks.zero_()
+    marks.as_strided(one.size, one.stride, one.offset - start).fill_(True)
+    return bool(marks.as_strided(other.size, other.stride, other.offset - start).any())
+
+
+def _end(piece: Piece) -> int:
+    """The place after a piece's last element."""
+    return piece.offset + sum((n - 1) * step for n, step in zip(piece.size, piece.stride, strict=True)) + 1
+
+
 def allocate(layout: Layout, device: torch.device) -> dict[str, Tensor]:
     """Zeroed flat storages that hold every piece of `layout`."""
     ends: dict[str, tuple[int, str]] = {}
     for piece in layout:
-        last = piece.offset + sum((extent - 1) * step for extent, step in zip(piece.size, piece.stride, strict=True))
-        ends[piece.storage] = (max(ends.get(piece.storage, (0, ""))[0], last + 1), piece.dtype)
+        ends[piece.storage] = (max(ends.get(piece.storage, (0, ""))[0], _end(piece)), piece.dtype)
     return {name: torch.zeros(end, dtype=getattr(torch, dtype), device=device) for name, (end, dtype) in ends.items()}

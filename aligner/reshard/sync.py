@@ -1,51 +1,58 @@
-"""One role's weights into another's: layouts exchanged once, the plan made once, then run at every sync."""
+"""One role's weights into another's: the plan made once, then run at every sync."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
+from dataclasses import replace
+from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 
 from aligner.models.family import logical_tensors
+from aligner.models.megatron_layout import MegatronSide
+from aligner.reshard.bucket import Buffers
+from aligner.reshard.config import ReshardConfig
 from aligner.reshard.executor import execute
 from aligner.reshard.ledger import SyncRow
-from aligner.reshard.plan import make_plan
+from aligner.reshard.plan import Plan, make_plan
+from aligner.reshard.region import Layout
+from aligner.reshard.side import Explicit, Side
+from aligner.reshard.storage import check_disjoint
+from aligner.reshard.wire import Kept
+from aligner.rollout.layout import EngineSide
 
 if TYPE_CHECKING:
     from aligner.policy.policy import Policy
     from aligner.rollout.role import Rollout
 
-BUCKET_BYTES = 64 << 20
-"""Largest message, in bytes: bounds the extra memory of a sync."""
-
 
 class WeightSync:
-    """Policy -> rollout. Making one is a collective of the whole world; `run` is one of the two roles' ranks."""
+    """Policy -> rollout. Making one is a collective of the whole world; `run` is one of the two roles' ranks.
 
-    def __init__(self, policy: Policy, rollout: Rollout) -> None:
-        self.policy, self.rollout = policy, rollout
+    On the CPU the message buffers of a sync, at most twice `bucket_mib`, are kept for the next one.
+    """
+
+    def __init__(self, policy: Policy, rollout: Rollout, config: ReshardConfig) -> None:
+        self.policy, self.rollout, self.config = policy, rollout, config
+        self.kept: Kept | None = {} if config.deltas else None
         world = policy.world
+        # On CUDA the caching allocator keeps freed memory.
+        self.buffers = Buffers(world.device) if world.device.type == "cpu" else None
         self.ranks = tuple(sorted({*policy.mesh.ranks, *rollout.mesh.ranks}))
         self.group = world.group(self.ranks)
         self.ledger: list[SyncRow] = []
+        self._transfers = 0
         if self.group is None:
             return
         start = time.perf_counter()
-        mine = (
-            self.policy.model.layout if policy.member else [],
-            rollout.weights.pieces(logical_tensors(policy.spec)) if rollout.member else [],
-        )
-        gathered: list[Any] = [None] * len(self.ranks)
-        dist.all_gather_object(gathered, mine, group=self.group)
-        sources = {rank: held for rank, (held, _) in zip(self.ranks, gathered, strict=True) if held}
-        destinations = {rank: wanted for rank, (_, wanted) in zip(self.ranks, gathered, strict=True) if wanted}
-        self.plan = make_plan(world.rank, sources, destinations)
+        source, destination = sides(policy, rollout, self.ranks, self.group)
+        self.plan = _plan_together(world.rank, source, destination, self.ranks, self.group)
         self.planning_seconds = time.perf_counter() - start
-        if (
-            world.device.type == "cuda"
-        ):  # NCCL makes a group's communicator in its first collective, all members together
+        if world.device.type == "cuda":
+            # NCCL makes a group's communicator in its first collective, all members together.
             dist.all_reduce(torch.zeros(1, device=world.device), group=self.group)
 
     def run(self) -> None:
@@ -53,12 +60,61 @@ class WeightSync:
         if self.group is None:
             return
         policy, rollout = self.policy, self.rollout
+        self._transfers += 1
         row = execute(
             self.plan,
             policy.model.view if policy.member else None,
             rollout.weights if rollout.member else None,
             self.group,
             policy.world.device,
-            BUCKET_BYTES,
+            self.config.bucket_bytes,
+            self.config.verify,
+            self.kept,
+            self.buffers,
+            self._transfers,
         )
-        self.ledger.append(row)
+        self.ledger.append(row if self.ledger else replace(row, seconds_plan=self.planning_seconds))
+
+
+def sides(policy: Policy, rollout: Rollout, ranks: Sequence[int], group: dist.ProcessGroup) -> tuple[Side, Side]:
+    """What the two roles hold; collective over `group`, whose world ranks are `ranks`.
+
+    Each rank compares what it holds with what its role's arithmetic says. Where all agree, as they should, nothing is
+    exchanged: at a thousand ranks the layouts are gigabytes. Else the layouts themselves are.
+    """
+    rank = policy.world.rank
+    held = policy.model.layout if policy.member else []
+    wanted = rollout.weights.pieces(logical_tensors(policy.spec)) if rollout.member else []
+    source = MegatronSide(policy.spec, policy.mesh, policy.config.dtype)
+    destination = EngineSide(policy.spec, rollout.mesh, rollout.config.dtype, rollout.mesh.expert > 1)
+    agree = set(held) == set(source.layout(rank)) and set(wanted) == set(destination.layout(rank))
+    told = [False] * len(ranks)
+    dist.all_gather_object(told, agree, group=group)
+    return (source, destination) if all(told) else (exchanged(held, ranks, group), exchanged(wanted, ranks, group))
+
+
+def exchanged(mine: Layout, ranks: Sequence[int], group: dist.ProcessGroup) -> Explicit:
+    """Every rank's layout, of which each distinct one is sent once: replicas have the same."""
+    digest = blake2b("\n".join(map(repr, mine)).encode(), digest_size=16).digest() if mine else b""
+    digests: list[bytes] = [b""] * len(ranks)
+    dist.all_gather_object(digests, digest, group=group)
+    first = digests.index(digest) == dist.get_rank(group)
+    told: list[Any] = [None] * len(ranks)
+    dist.all_gather_object(told, mine if mine and first else None, group=group)
+    layouts = {found: layout for found, layout in zip(digests, told, strict=True) if layout is not None}
+    return Explicit({rank: layouts[found] for rank, found in zip(ranks, digests, strict=True) if found})
+
+
+def _plan_together(rank: int, source: Side, destination: Side, ranks: Sequence[int], group: dist.ProcessGroup) -> Plan:
+    """This rank's plan; ValueError on every rank where one of them finds that the two sides do not match."""
+    plan, failure = None, None
+    try:
+        plan = make_plan(rank, source, destination)
+        check_disjoint(destination.layout(rank))
+    except ValueError as error:
+        failure = str(error)
+    told: list[str | None] = [None] * len(ranks)
+    dist.all_gather_object(told, failure, group=group)
+    if plan is None or any(told):
+        raise ValueError(next(text for text in (failure, *told) if text))
+    return plan

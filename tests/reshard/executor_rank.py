@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from aligner.reshard.bucket import Buffers
 from aligner.reshard.executor import execute
 from aligner.reshard.plan import make_plan
 from aligner.reshard.region import Layout, Piece, whole_tensor
@@ -20,6 +21,8 @@ from tests.reshard.layouts import Grid, Shapes, parts, scattered
 from tests.reshard.ranks import report, start_rank
 
 CPU = torch.device("cpu")
+BUFFERS = Buffers(CPU)
+"""Kept between all transfers, of whatever sizes, also of those that fail."""
 SHAPES: Shapes = {f"layer{n}.{name}": shape for n in range(4) for name, shape in {"w": (24, 20), "b": (7,)}.items()}
 SHAPES = {**SHAPES, "cube": (3, 5, 4), "scale": (), "embedding": (100, 16)}
 
@@ -56,7 +59,7 @@ class Case:
     def run(self, bucket_bytes: int, verify: bool = True, destination: Any = None, group: Any = None) -> dict[str, Any]:
         """Execute, and compare every destination piece with the tensor it should hold, bit by bit."""
         to = destination or (Storages(self.filled, self.wanted) if self.wanted else None)
-        row = execute(self.plan, self.source, to, group or dist.group.WORLD, CPU, bucket_bytes, verify)
+        row = execute(self.plan, self.source, to, group or dist.group.WORLD, CPU, bucket_bytes, verify, buffers=BUFFERS)
         for piece in self.wanted:
             expected = self.values[piece.name][inside(piece)].to(getattr(torch, piece.dtype))
             assert torch.equal(strided_view(self.filled[piece.storage], piece), expected), piece
@@ -71,35 +74,34 @@ class Case:
 
 
 class Broken(Storages):
-    """A destination that goes wrong in one tensor."""
+    """A destination that goes wrong in one tensor: looked up again for the proof, it is not what was written."""
 
-    def __init__(self, case: Case, name: str, harm: Callable[[Tensor, int], Tensor]) -> None:
+    def __init__(self, case: Case, name: str, harm: Callable[[Tensor], Tensor]) -> None:
         super().__init__(case.filled, case.wanted)
-        self._name, self._harm, self._reads = name, harm, 0
+        self._case, self._name, self._harm, self._reads = case, name, harm, 0
 
     def view(self, piece: Piece) -> Tensor:
         view = super().view(piece)
-        if piece.name != self._name:
+        self._reads += piece.name == self._name
+        if piece.name != self._name or self._reads == 1:
             return view
-        self._reads += 1
-        return self._harm(view, self._reads)
+        return self._harm(self._case.values[piece.name][inside(piece)].to(view.dtype))
 
 
-def stale(view: Tensor, read: int) -> Tensor:
-    """The write goes to a copy, as when an engine keeps a packed one."""
-    return view.clone()
+def stale(right: Tensor) -> Tensor:
+    """The write went to a copy, as when an engine keeps a packed one."""
+    return torch.zeros_like(right)
 
 
-def flipped(view: Tensor, read: int) -> Tensor:
-    """One bit of the storage changes after the write."""
-    if read == 2:
-        view.view(torch.int16 if view.element_size() == 2 else torch.int32)[-1:, -1:] ^= 1
-    return view
+def flipped(right: Tensor) -> Tensor:
+    """One bit of the storage changed."""
+    right.view(torch.int16 if right.element_size() == 2 else torch.int32)[-1:, -1:] ^= 1
+    return right
 
 
-def swapped(view: Tensor, read: int) -> Tensor:
-    """Rows change places after the write."""
-    return view if read == 1 else view.flip(0)
+def swapped(right: Tensor) -> Tensor:
+    """Rows changed places."""
+    return right.flip(0)
 
 
 def good_cases(rank: int, world: int) -> dict[str, Any]:
@@ -148,7 +150,7 @@ def failures(rank: int) -> dict[str, str]:
     halves = [Piece(p.name, p.lo, p.size, f"engine.{p.name}", 0, p.stride, "bfloat16") for p in whole]
     found = {}
 
-    def case(name: str, to: int, harm: Callable[[Tensor, int], Tensor]) -> None:
+    def case(name: str, to: int, harm: Callable[[Tensor], Tensor]) -> None:
         one = Case(rank, shapes, {0: whole}, {to: halves})
         found[name] = one.error(**({"destination": Broken(one, "b.weight", harm)} if rank == to else {}))
 
@@ -175,6 +177,10 @@ def failures(rank: int) -> dict[str, str]:
     if rank == 0:
         del unreadable.held["b.weight"]
     found["source fails"] = unreadable.error()
+    everyone = Case(rank, shapes, {0: whole}, dict.fromkeys(range(1, dist.get_world_size()), halves))
+    if rank == 0:
+        del everyone.held["b.weight"]
+    found["source of many fails"] = everyone.error()
     partial = Case(rank, shapes, {0: whole}, {1: halves})
     more = [*halves, Piece("a.weight", (0, 0), (6, 8), "engine.more", 0, (8, 1), "bfloat16")]
     found["not all written"] = partial.error(**({"destination": Storages(partial.filled, more)} if rank == 1 else {}))

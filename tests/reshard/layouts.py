@@ -81,11 +81,15 @@ def shattered(box: Box, draw: random.Random) -> list[Box]:
 
 
 def store(boxes: list[tuple[str, Box]], dtype: str, draw: random.Random) -> Layout:
-    """Put boxes into a few storages, dimensions in random order in memory, with gaps between them."""
+    """Put boxes into a few storages, dimensions in random order in memory, with gaps between them.
+
+    `dtype` may name several, of which each box gets one.
+    """
     ends: dict[str, int] = {}
     layout = []
     for name, box in boxes:
-        storage = f"storage{draw.randrange(3)}"
+        kind = draw.choice(dtype.split())
+        storage = f"{kind}.{draw.randrange(3)}"
         order = draw.choice(list(permutations(range(len(box.size)))))
         stride, step = [0] * len(box.size), 1
         for dim in order:
@@ -93,5 +97,5 @@ def store(boxes: list[tuple[str, Box]], dtype: str, draw: random.Random) -> Layo
             step *= box.size[dim]
         offset = ends.get(storage, 0) + draw.randrange(3)
         ends[storage] = offset + step
-        layout.append(Piece(name, box.lo, box.size, storage, offset, tuple(stride), dtype))
+        layout.append(Piece(name, box.lo, box.size, storage, offset, tuple(stride), kind))
     return layout

@@ -1,0 +1,158 @@
+"""How buckets travel: whole, or as what changed since the last transfer."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from aligner.reshard import delta
+from aligner.reshard.bucket import Bucket
+from aligner.reshard.region import ELEMENT_BYTES
+from aligner.reshard.schedule import Message, Step, deal
+
+Kept = dict[object, Tensor]
+"""What each message of a plan held in the last transfer: as much memory as a rank sends and receives."""
+
+
+class Wire(Protocol):
+    """Carries the messages of one transfer and counts their bytes, those of headers left out."""
+
+    sent_bytes: int
+    relayed_bytes: int
+    received_bytes: int
+    changed_bytes: int
+    """Bytes of received elements that differ from those of the last transfer; all where that is not known."""
+
+    def post(self, step: Step, leaving: Bucket | None, arriving: Bucket | None) -> list[dist.Work]:
+        """Start a step's send and receive."""
+
+    def landed(self, message: Message, bucket: Bucket) -> None:
+        """What came in is complete: make a whole bucket of it. RuntimeError where that cannot be done."""
+
+
+class Whole:
+    """Buckets as they are."""
+
+    def __init__(self, group: dist.ProcessGroup | None) -> None:
+        self._group = group
+        self.sent_bytes = self.relayed_bytes = self.received_bytes = self.changed_bytes = 0
+
+    def post(self, step: Step, leaving: Bucket | None, arriving: Bucket | None) -> list[dist.Work]:
+        posts = []
+        if step.send and leaving:
+            self._count(step.send, leaving.payload_bytes)
+            posts.append(self._sending(step.send, leaving.words))
+        if step.receive and arriving:
+            posts.append(self._receiving(step.receive, arriving.words))
+        return list(dist.batch_isend_irecv(posts))
+
+    def landed(self, message: Message, bucket: Bucket) -> None:
+        self.received_bytes += bucket.payload_bytes
+        self.changed_bytes += bucket.payload_bytes
+
+    def _count(self, message: Message, amount: int) -> None:
+        self.sent_bytes += amount
+        self.relayed_bytes += amount if message.relay else 0
+
+    def _sending(self, message: Message, data: Tensor) -> dist.P2POp:
+        return dist.P2POp(dist.isend, data, message.to, self._group)
+
+    def _receiving(self, message: Message, data: Tensor) -> dist.P2POp:
+        return dist.P2POp(dist.irecv, data, message.by, self._group)
+
+
+class Changes(Whole):
+    """Buckets as their header and a delta where that is shorter, else whole; relays pass on what they got.
+
+    Lengths are known only when a bucket is packed, so each travels in front of its message. The receiver makes the
+    whole bucket of the delta and what it kept: checksums, write and proof are the same as ever. Staging grows by the
+    delta that leaves and the one that comes in, each smaller than its bucket.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None, kept: Kept) -> None:
+        super().__init__(group)
+        self._kept = kept
+
+    def post(self, step: Step, leaving: Bucket | None, arriving: Bucket | None) -> list[dist.Work]:
+        """In the one order of all messages: whoever waits for a length has sent all that others may wait for first."""
+        requests: list[dist.Work] = []
+        for message in sorted(message for message in step if message):
+            if leaving and message is step.send:
+                requests += self._send(message, leaving)
+            elif arriving:
+                requests += self._receive(message, arriving)
+        return requests
+
+    def _send(self, message: Message, bucket: Bucket) -> list[dist.Work]:
+        out = self._out(message, bucket)
+        told = torch.tensor([out.numel()], device=out.device)
+        return [work for data in (told, out) for work in dist.batch_isend_irecv([self._sending(message, data)])]
+
+    def _receive(self, message: Message, bucket: Bucket) -> list[dist.Work]:
+        length = torch.zeros(1, dtype=torch.int64, device=bucket.words.device)
+        for request in dist.batch_isend_irecv([self._receiving(message, length)]):
+            request.wait()
+        into = bucket.words.view(torch.uint8)
+        if int(length) != into.numel():
+            into = bucket.delta = into.new_empty(int(length))
+        return list(dist.batch_isend_irecv([self._receiving(message, into)]))
+
+    def landed(self, message: Message, bucket: Bucket) -> None:
+        data, kept = bucket.delta, self._last(message, bucket)
+        self.received_bytes += self._length(bucket)
+        if data is None:
+            self.changed_bytes += bucket.payload_bytes if kept is None else _changed_bytes(bucket, kept)
+            self._keep(message, bucket)
+            return
+        if kept is None:
+            raise RuntimeError(
+                f"reshard: rank {message.by} sent changes of {bucket.items[0]}, of which nothing was kept"
+            )
+        header = bucket.header.nbytes
+        bucket.header.view(torch.uint8).copy_(data[:header])
+        self.changed_bytes += delta.decode(data[header:], _elements(bucket, kept)) * _itemsize(bucket)
+        bucket.payload.copy_(kept)
+
+    def _out(self, message: Message, bucket: Bucket) -> Tensor:
+        """The bytes that stand for the bucket."""
+        if not message.relay and not bucket.failed():
+            kept = self._last(message, bucket)
+            changes = None if kept is None else delta.encode(_elements(bucket, bucket.payload), _elements(bucket, kept))
+            if changes is not None and changes.numel() < bucket.payload_bytes:
+                bucket.delta = torch.cat([bucket.header.view(torch.uint8), changes])
+            if message.to == [to for by, to in deal(*message.content) if by == message.by][-1]:
+                self._keep(message, bucket)  # not before: all whom this rank sends it to kept the same
+        self._count(message, self._length(bucket))
+        return bucket.words.view(torch.uint8) if bucket.delta is None else bucket.delta
+
+    def _last(self, message: Message, bucket: Bucket) -> Tensor | None:
+        """What was kept of the message; None where that was no bucket of this size."""
+        kept = self._kept.get(message.content)
+        return kept if kept is not None and kept.shape == bucket.payload.shape else None
+
+    def _keep(self, message: Message, bucket: Bucket) -> None:
+        kept = self._last(message, bucket)
+        if kept is None:
+            self._kept[message.content] = bucket.payload.clone()
+        else:
+            kept.copy_(bucket.payload)
+
+    def _length(self, bucket: Bucket) -> int:
+        return bucket.payload_bytes if bucket.delta is None else bucket.delta.numel() - bucket.header.nbytes
+
+
+def _elements(bucket: Bucket, words: Tensor) -> Tensor:
+    """The payload as bits of its elements."""
+    return words.view(torch.int16 if _itemsize(bucket) == 2 else torch.int32)
+
+
+def _changed_bytes(bucket: Bucket, kept: Tensor) -> int:
+    differ = _elements(bucket, bucket.payload) != _elements(bucket, kept)
+    return int(torch.count_nonzero(differ)) * _itemsize(bucket)
+
+
+def _itemsize(bucket: Bucket) -> int:
+    return min(4, *(ELEMENT_BYTES[item.destination.dtype] for item in bucket.items))
