@@ -23,14 +23,19 @@ from aligner.models.family import logical_tensors
 from aligner.models.megatron_layout import MegatronSide
 from aligner.models.spec import ModelSpec, read_spec
 from aligner.reshard.account import Account, Load, make_account
+from aligner.reshard.clock import duration
 from aligner.reshard.config import ReshardConfig
 from aligner.reshard.plan import make_plan
 from aligner.reshard.region import ELEMENT_BYTES
+from aligner.reshard.schedule import make_schedule
 from aligner.rollout.config import RolloutConfig
 from aligner.rollout.layout import EngineSide
 from aligner.spmd.mesh import Mesh
 
 BUCKET_BYTES = ReshardConfig().bucket_bytes
+LATENCY = 20e-6
+"""Seconds from a message's start to its first byte."""
+SIMULATED_RANKS = 64
 SHOWN = 16
 TRAIN_KEYS = {"tp": "tensor", "pp": "pipeline", "cp": "context", "ep": "expert", "etp": "expert_tensor", "dp": "data"}
 TRAIN_KEYS |= {"vpp": "virtual_pipeline", "stages": "stage_layers"}
@@ -94,8 +99,20 @@ def check(parsed: argparse.Namespace, stack: ExitStack) -> None:
     print(f"train: {_told(train, parsed.train)}\ninfer: {_told(infer, parsed.infer)}\n")
     print(_table(account, train, infer))
     print(_summary(account, train, infer, parsed.gbps))
+    if len(account.loads) <= SIMULATED_RANKS:
+        print(_simulated(*sides(), parsed.gbps))
     print(
         f"planning:       {max(seconds.values()):.2f} s at most on a rank, of {len(seconds)} ranks planned one by one"
+    )
+
+
+def _simulated(source: MegatronSide, destination: EngineSide, speed: float) -> str:
+    """The messages in their order, each waiting for its turn at both of its ends."""
+    ranks = sorted({*source.ranks, *destination.ranks})
+    schedules = {rank: make_schedule(make_plan(rank, source, destination), 2 * BUCKET_BYTES) for rank in ranks}
+    seconds = duration(schedules, speed * 1e9, LATENCY)
+    return (
+        f"in turn:        {seconds:.3f} s with every message waiting for its turn, {LATENCY * 1e6:.0f} us each to start"
     )
 
 

@@ -83,7 +83,7 @@ def execute(
     buffers.transfer = transfer
     work = _Work(plan.rank, source, destination, buffers, verify)
     schedule = schedule_of(plan, 2 * bucket_bytes)
-    wire = Whole(group) if kept is None else Changes(group, kept)
+    wire = Whole(group) if kept is None else Changes(group, kept, schedule)
     _Flight(work, wire, schedule).run()
     work.finish()
     return SyncRow(

@@ -25,15 +25,16 @@ _OVERLAPPING, _WORTHWHILE = 4, 1 << 20
 class Label(NamedTuple):
     """A message's place in the one order that all ranks follow; no two messages are equal.
 
-    Rounds come first, so that every stream moves forward. Within a round streams are ordered by the distance between
-    their first ranks, so that holders and wanting ranks meet in changing pairs. A stream's own relays stay together.
+    Rounds come first, so that everything moves forward together. Within a round a direct message stands at the distance
+    between its ends, so that every rank can send one and receive one at each distance, and none waits for a third.
+    A stream that is relayed stands at the distance between its first ranks, its own relays together.
     """
 
     round: int
     distance: int
     relayed: bool
-    direct_tick: int
-    key: StreamKey
+    stream: StreamKey | tuple[()]
+    """Of a relayed message."""
     tick: int
     by: int
 
@@ -44,6 +45,7 @@ class Message(NamedTuple):
     label: Label
     by: int
     to: int
+    key: StreamKey
     bucket: int
     """Counts within the stream."""
     relay: bool
@@ -52,7 +54,7 @@ class Message(NamedTuple):
     @property
     def content(self) -> tuple[StreamKey, int]:
         """What is in it: the same for a bucket and its relays."""
-        return self.label.key, self.bucket
+        return self.key, self.bucket
 
 
 class Step(NamedTuple):
@@ -71,7 +73,7 @@ class Schedule:
     local: tuple[tuple[Item, ...], ...]
 
     def items(self, message: Message) -> tuple[Item, ...]:
-        return self.buckets[message.label.key][message.bucket]
+        return self.buckets[message.key][message.bucket]
 
     @cached_property
     def sent_bytes(self) -> int:
@@ -88,7 +90,7 @@ class Schedule:
 
     def _bytes(self, messages: Iterable[Message | None]) -> int:
         sizes = {key: [sum(item.bytes for item in items) for items in cut] for key, cut in self.buckets.items()}
-        return sum(sizes[message.label.key][message.bucket] for message in messages if message)
+        return sum(sizes[message.key][message.bucket] for message in messages if message)
 
 
 def packed_by(message: Message) -> int:
@@ -113,10 +115,11 @@ def make_schedule(plan: Plan, staging_bytes: int) -> Schedule:
     limit = max(1, staging_bytes // STAGED)
     buckets = {stream.key: cut(stream, limit) for stream in plan.streams}
     place = {rank: number for number, rank in enumerate(plan.ranks)}
-    found: list[Message] = []
-    for key, filled in buckets.items():
-        spread = _relayed if key.relayed else _direct
-        found += spread(plan.rank, key, len(filled), _distance(place, key))
+    counts = {key: len(filled) for key, filled in buckets.items()}
+    found = list(_direct(plan.rank, {key: count for key, count in counts.items() if not key.relayed}, place))
+    for key, count in counts.items():
+        if key.relayed:
+            found += _relayed(plan.rank, key, count, _distance(place, key.holders[0], key.wanters[0]))
     found.sort()
     total = plan.local_bytes
     count = max(1, _fewest(total, limit))
@@ -124,9 +127,8 @@ def make_schedule(plan: Plan, staging_bytes: int) -> Schedule:
     return Schedule(tuple(_steps(plan.rank, found)), buckets, tuple(local))
 
 
-def _distance(place: Mapping[int, int], key: StreamKey) -> int:
-    """How far the wanting ranks are from the holders."""
-    return (place[key.wanters[0]] - place[key.holders[0]]) % len(place)
+def _distance(place: Mapping[int, int], by: int, to: int) -> int:
+    return (place[to] - place[by]) % len(place)
 
 
 def cut(stream: Stream, limit: int) -> list[tuple[Item, ...]]:
@@ -209,16 +211,17 @@ def deal(key: StreamKey, bucket: int) -> list[tuple[int, int]]:
     return [(holders[(by + number) % len(holders)], to) for number, to in enumerate(wanters)]
 
 
-def _direct(rank: int, key: StreamKey, count: int, distance: int) -> Iterator[Message]:
-    """In a round of as many buckets as there are holders, each holder sends as much as any other, and in a tick no two
-    wanting ranks ask the same one: where they are more than the holders, they come in waves."""
-    waves = -(-len(key.wanters) // len(key.holders))
-    for bucket in range(count):
-        round_, turn = divmod(bucket, len(key.holders))
-        for number, (by, to) in enumerate(deal(key, bucket)):
-            if rank in (by, to):
-                tick = turn * waves + number // len(key.holders)
-                yield Message(Label(round_, distance, False, tick, key, 0, by), by, to, bucket, False)
+def _direct(rank: int, counts: Mapping[StreamKey, int], place: Mapping[int, int]) -> Iterator[Message]:
+    """All buckets that go between two ranks, those of several streams in turn, one in each round."""
+    pairs: dict[tuple[int, int], list[tuple[float, StreamKey, int]]] = {}
+    for key, count in counts.items():
+        for bucket in range(count):
+            for by, to in deal(key, bucket):
+                if rank in (by, to):
+                    pairs.setdefault((by, to), []).append(((bucket + 0.5) / count, key, bucket))
+    for (by, to), found in pairs.items():
+        for round_, (_, key, bucket) in enumerate(sorted(found)):
+            yield Message(Label(round_, _distance(place, by, to), False, (), 0, by), by, to, key, bucket, False)
 
 
 def _relayed(rank: int, key: StreamKey, count: int, distance: int) -> Iterator[Message]:
@@ -235,11 +238,11 @@ def _relayed(rank: int, key: StreamKey, count: int, distance: int) -> Iterator[M
         ((holder, relay),) = deal(key, bucket)
         first = wanters.index(relay)
         if rank in (holder, relay):
-            yield Message(Label(round_, distance, True, 0, key, first, holder), holder, relay, bucket, False)
+            yield Message(Label(round_, distance, True, key, first, holder), holder, relay, key, bucket, False)
         for other in range(len(wanters)) if rank == relay else () if mine is None else (mine,):
             if other != first:
-                label = Label(round_, distance, True, 0, key, first + other + 1, relay)
-                yield Message(label, relay, wanters[other], bucket, True)
+                label = Label(round_, distance, True, key, first + other + 1, relay)
+                yield Message(label, relay, wanters[other], key, bucket, True)
 
 
 def _turn(first: int, count: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Protocol
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from aligner.reshard import delta
 from aligner.reshard.bucket import Bucket
 from aligner.reshard.region import ELEMENT_BYTES
-from aligner.reshard.schedule import Message, Step, deal
+from aligner.reshard.schedule import Message, Schedule, Step
 
 Kept = dict[object, Tensor]
 """What each message of a plan held in the last transfer: as much memory as a rank sends and receives."""
@@ -72,9 +73,10 @@ class Changes(Whole):
     delta that leaves and the one that comes in, each smaller than its bucket.
     """
 
-    def __init__(self, group: dist.ProcessGroup | None, kept: Kept) -> None:
+    def __init__(self, group: dist.ProcessGroup | None, kept: Kept, schedule: Schedule) -> None:
         super().__init__(group)
         self._kept = kept
+        self._left = Counter(step.send.content for step in schedule.steps if step.send and not step.send.relay)
 
     def post(self, step: Step, leaving: Bucket | None, arriving: Bucket | None) -> list[dist.Work]:
         """In the one order of all messages: whoever waits for a length has sent all that others may wait for first."""
@@ -123,7 +125,8 @@ class Changes(Whole):
             changes = None if kept is None else delta.encode(_elements(bucket, bucket.payload), _elements(bucket, kept))
             if changes is not None and changes.numel() < bucket.payload_bytes:
                 bucket.delta = torch.cat([bucket.header.view(torch.uint8), changes])
-            if message.to == [to for by, to in deal(*message.content) if by == message.by][-1]:
+            self._left[message.content] -= 1
+            if not self._left[message.content]:
                 self._keep(message, bucket)  # not before: all whom this rank sends it to kept the same
         self._count(message, self._length(bucket))
         return bucket.words.view(torch.uint8) if bucket.delta is None else bucket.delta
