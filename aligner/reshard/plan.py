@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from aligner.reshard.cover import Flow, Held, Missing, Ranks, flows, wanted
 from aligner.reshard.region import Box, Layout, Piece, intersect
-from aligner.reshard.side import Side, as_side
+from aligner.reshard.side import Side, Spread, as_side
 
 if TYPE_CHECKING:
     from aligner.reshard.schedule import Schedule
@@ -145,15 +145,20 @@ class _Matcher:
 
     def matches(self, name: str, held: _Entries, want: _Entries) -> list[_Match]:
         """The regions of tensor `name` that concern this rank, in order of their place."""
-        known, number = self._by_id.get, self._number
-        form = (
-            tuple([(piece.lo, piece.size, known(id(ranks)) or number(ranks)) for piece, ranks in held]),
-            tuple([(piece.lo, piece.size, piece.dtype, known(id(ranks)) or number(ranks)) for piece, ranks in want]),
-        )
+        form = self._form(held), self._form(want)
         found = self._known.get(form)
         if found is None:
             found = self._known[form] = sorted(self._match(name, held, want), key=lambda match: match.region)
         return found
+
+    def _form(self, entries: _Entries) -> object:
+        """Equal for tensors of one side that have the same boxes, dtypes and ranks."""
+        if isinstance(entries, Spread):
+            return entries.form
+        known, number = self._by_id.get, self._number
+        return tuple(
+            [(piece.lo, piece.size, piece.dtype, known(id(ranks)) or number(ranks)) for piece, ranks in entries]
+        )
 
     def _number(self, ranks: Ranks) -> int:
         """Positive, equal for equal tuples; found by identity, since to hash hundreds of ranks for each piece is slow."""

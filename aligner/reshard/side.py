@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Protocol
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any, Protocol, TypeVar
 
 from aligner.reshard.region import Layout, Piece
+
+R = TypeVar("R")
 
 
 class Side(Protocol):
@@ -24,6 +26,28 @@ class Side(Protocol):
         Empty where nobody holds the tensor. Costs as much as the distinct pieces of this one tensor, never as much as
         the model. The same box may appear in several forms (other strides, storages or dtypes), also on one rank.
         """
+
+
+class Spread(Sequence[tuple[Piece, tuple[int, ...]]]):
+    """What `holders` returns, with pieces that are made only when they are looked at.
+
+    Args:
+        form: equal for tensors of this side that have the same boxes, dtype and ranks, and for no others.
+        regions: what each piece is made of, with the ranks that hold it.
+        make: a region -> its piece.
+    """
+
+    def __init__(
+        self, form: Hashable, regions: Sequence[tuple[R, tuple[int, ...]]], make: Callable[[R], Piece]
+    ) -> None:
+        self.form, self._regions, self._make = form, regions, make
+
+    def __len__(self) -> int:
+        return len(self._regions)
+
+    def __getitem__(self, index: Any) -> Any:
+        region, ranks = self._regions[index]
+        return self._make(region), ranks
 
 
 class Explicit:

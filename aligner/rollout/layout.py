@@ -24,6 +24,7 @@ from aligner.models.family import (
 )
 from aligner.models.spec import ModelSpec
 from aligner.reshard.region import Piece
+from aligner.reshard.side import Spread
 from aligner.rollout.config import padded_vocab
 from aligner.spmd.mesh import Mesh
 
@@ -120,15 +121,17 @@ class EngineSide:
         stage, sparse, layer = number // self._stage_layers, number in self._sparse, layer_name(number, "")
         expert = split_expert(self._spec, inside) if sparse else None
         if expert is None:
-            found = self._layers[stage][sparse].by_name.get(inside, ())
-            return [(self._piece(region, name, layer), ranks) for region, ranks in found]
+            found = self._layers[stage][sparse].by_name.get(inside, [])
+            return Spread((stage, sparse, inside), found, lambda region: self._piece(region, name, layer))
         if expert[0] >= self._spec.experts:
             return []
         owner, slot = self._place(expert[0])
-        return [
-            (self._piece(region, name, layer, slot), ranks if owner is None else self._of_tensor[stage][owner])
-            for region, ranks in self._experts[stage].by_name.get(expert[1], ())
-        ]
+        found = self._experts[stage].by_name.get(expert[1], [])
+        if owner is not None:
+            found = [(region, self._of_tensor[stage][owner]) for region, _ in found]
+        return Spread(
+            ("experts", stage, owner, expert[1]), found, lambda region: self._piece(region, name, layer, slot)
+        )
 
     def _pieces(self, stage: int, tensor: int) -> Iterator[Piece]:
         for cut, stages in self._ends:
