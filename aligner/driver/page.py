@@ -125,7 +125,9 @@ def _ledger_text(rows: Sequence[Row]) -> str:
     parts += [f"median {1000 * median(times):.1f} ms a sync"] if times else []
     parts += [f"median {median(rates):.2f} GB/s"] if rates else []
     changed = sum(row.get("reshard_changed_bytes") or 0 for row in syncs)
-    parts += [f"{changed / least:.2%} of the needed bytes had changed"] if changed and least else []
+    parts += (
+        [f"{changed / least:.2%} of the needed bytes had changed"] if 0 < changed < least else []
+    )  # all: not compared
     return f"<p>{escape('; '.join(parts))}.</p>"
 
 
