@@ -92,5 +92,5 @@ def timed(rows: Sequence[Row]) -> list[Row]:
 
 
 def sync_rate(row: Row) -> float | None:
-    moved, seconds = row.get("reshard_moved_bytes"), row.get("seconds_reshard")
-    return moved / seconds / 1e9 if moved and seconds else None
+    """GB/s of the step's weight transfer, as its ledger says; None where nothing was moved."""
+    return row.get("reshard_gigabytes_per_second") or None

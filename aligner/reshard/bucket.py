@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from ctypes import CDLL, c_size_t, c_void_p
+from collections.abc import Callable, Sequence
 from hashlib import blake2b
 
 import torch
 from torch import Tensor
 
-from aligner.reshard.checksum import ROW_WORDS, Checksum, RowSums
+from aligner.reshard.checksum import Checksum, Hashes, Running, Sums
 from aligner.reshard.kernels import kernels_of
 from aligner.reshard.plan import Item
 from aligner.reshard.region import Piece
+from aligner.reshard.slabs import Done, Scratch, copy, copy_proven, ignore, on_cpu
 
 _OK, _FAILED = 0, 1
 _ALIGN_WORDS = 8  # the payload starts on a cache line
-_SLAB_BYTES = 512 << 10  # copied, then summed and compared while it is in L2
 _BITS = {2: torch.int16, 4: torch.int32}
 _MESSAGE = "the message does not hold what {source} held"
 _STORAGE = "after the write {destination} does not hold what {source} held"
-_memcmp = CDLL(None).memcmp
-_memcmp.argtypes = [c_void_p, c_void_p, c_size_t]
 
 View = Callable[[Piece], Tensor]
 """Gives a piece of this rank's storages as a strided view of shape `piece.size`."""
@@ -35,7 +32,10 @@ class Buffers:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.checksum, self.kernels = Checksum(device), kernels_of(device)
+        self.kernels = kernels_of(device)
+        # The kernels make the sums in the pass that packs.
+        self.checksum: Checksum = Hashes() if device.type == "cpu" and self.kernels is None else Sums(device)
+        self.scratch = Scratch()
         self.transfer = 0
         """Number of the transfer at hand, equal on all its ranks: a message of another one is refused."""
         self._spare: list[Tensor] = []
@@ -55,7 +55,7 @@ class Buffers:
 
 
 class Bucket:
-    """64-bit words laid out as [status, identity of transfer and items, a sum per 16 KiB of payload | payload].
+    """64-bit words laid out as [status, identity of transfer and items, a checksum per row of payload | payload].
 
     The payload holds the items one after the other, each padded to whole words. `words` is what travels; it may be
     relayed as it is to ranks that want the same regions.
@@ -64,6 +64,7 @@ class Bucket:
     def __init__(self, items: Sequence[Item], buffers: Buffers) -> None:
         self.items = tuple(items)
         self._checksum, self._kernels, self._transfer = buffers.checksum, buffers.kernels, buffers.transfer
+        self._scratch = buffers.scratch
         self.payload_bytes = 0
         """Bytes of the items, the padding between them left out."""
         self._bounds = [0]
@@ -71,15 +72,16 @@ class Bucket:
             size = item.bytes
             self.payload_bytes += size
             self._bounds.append(self._bounds[-1] + (size + 7) // 8)
-        rows = -(-self._bounds[-1] // ROW_WORDS)
+        self._row_words = buffers.checksum.row_words
+        rows = -(-self._bounds[-1] // self._row_words)
         header = -(-(2 + rows) // _ALIGN_WORDS) * _ALIGN_WORDS
-        self.buffer = buffers.take(header + rows * ROW_WORDS)
+        self.buffer = buffers.take(header + rows * self._row_words)
         self.words = self.buffer[: header + self._bounds[-1]]
         self.header, self.payload = self.words[:header], self.words[header:]
         self.delta: Tensor | None = None
         """The bytes that stand for `words` on the wire, where they are fewer."""
         self._sums = self.buffer[2 : 2 + rows]
-        self._payload = self.buffer[header : header + rows * ROW_WORDS]
+        self._payload = self.buffer[header : header + rows * self._row_words]
         self._payload[self._bounds[-1] :] = 0  # the last row is summed as a whole on both sides
 
     def pack(self, source: View, proof: bool) -> None:
@@ -93,17 +95,13 @@ class Bucket:
         self.words[0], self.words[1] = _OK, self._identity() if proof else 0
 
     def _pack(self, views: Sequence[Tensor], proof: bool) -> None:
-        sums = RowSums(self._checksum, self._payload) if proof else None
+        sums = self._checksum.start(self._payload) if proof else None
         for number, item in enumerate(self.items):
             start = self._bounds[number]
             if item.bytes % 8:
                 self._payload[self._bounds[number + 1] - 1] = 0  # padding takes part in the sums
-            written = 0
-            for packed, read in _slabs(self._elements(number), views[number]):
-                _copy(packed, read)
-                written += packed.nbytes
-                if sums is not None:
-                    sums.written(start + written // 8)
+            done = ignore if sums is None else _told(sums, start)
+            copy(self._elements(number), views[number], self._scratch, done)
         if sums is not None:
             self._sums.copy_(sums.finish())
 
@@ -124,7 +122,7 @@ class Bucket:
         again = _views(view, self.items) if proof else held
         if not proof:
             self._write(held)
-        elif _on_cpu([*held, *again, self.words]):
+        elif on_cpu([*held, *again, self.words]):
             sums, differing = self._land_slabs(held, again)
             self._settle(sums, differing, by, to)
         else:
@@ -134,15 +132,10 @@ class Bucket:
 
     def _land_slabs(self, held: Sequence[Tensor], again: Sequence[Tensor]) -> tuple[Tensor, list[int]]:
         """Writes; gives the sums of the message, and which items the storages do not hold."""
-        sums, differing = RowSums(self._checksum, self._payload), []
-        for number, views in enumerate(zip(held, again, strict=True)):
-            elements, done, same = self._elements(number), self._bounds[number] * 8, True
-            for written, read, packed in _slabs(*views, elements):
-                written.copy_(packed)
-                same = _same(read, packed) and same
-                done += packed.nbytes
-                sums.written(done // 8)
-            if not same:
+        sums, differing = self._checksum.start(self._payload), []
+        for number, (written, read) in enumerate(zip(held, again, strict=True)):
+            done = _told(sums, self._bounds[number])
+            if not copy_proven(written, read, self._elements(number), self._scratch, done):
                 differing.append(number)
         return sums.finish(), differing
 
@@ -192,43 +185,30 @@ class Bucket:
 
     def _overlaps(self, number: int, rows: Sequence[int]) -> bool:
         start, end = self._bounds[number], self._bounds[number + 1]
-        return any(start < (row + 1) * ROW_WORDS and end > row * ROW_WORDS for row in rows)
+        return any(start < (row + 1) * self._row_words and end > row * self._row_words for row in rows)
 
 
-def copy_local(items: Sequence[Item], source: View, view: View, rank: int, proof: bool) -> None:
+def _told(sums: Running, start: int) -> Done:
+    """Tells `sums` of an item's bytes as they are written, `start` words into the payload."""
+    return lambda size: sums.written(start + size // 8)
+
+
+def copy_local(items: Sequence[Item], source: View, view: View, rank: int, proof: bool, scratch: Scratch) -> None:
     """Copy and cast from storage to storage on one rank, without a message.
 
     With `proof` the destinations, looked up again, are compared bit for bit with what was written: on the CPU each slab
-    while it is in the cache. All of it takes a few slabs (512 KiB) of extra memory there. RuntimeError names the first
-    that differs.
+    while it is in the cache. RuntimeError names the first that differs.
     """
     reads, held = _views(source, items, from_source=True), _views(view, items)
     again = _views(view, items) if proof else held
-    if proof and _on_cpu([*reads, *held, *again]):
-        wrong = [n for n, views in enumerate(zip(held, again, reads, strict=True)) if not _copy_proven(*views)]
+    if proof and on_cpu([*reads, *held, *again]):
+        wrong = [n for n, views in enumerate(zip(held, again, reads, strict=True)) if not copy_proven(*views, scratch)]
     else:
         for written, read in zip(held, reads, strict=True):
-            for one, other in _slabs(written, read):
-                _copy(one, other)
+            copy(written, read, scratch)
         wrong = _differing(list(zip(again, reads, strict=True))) if proof else []
     if wrong:
         raise _mismatch(items, wrong, rank, rank, _STORAGE)
-
-
-def _copy_proven(held: Tensor, again: Tensor, source: Tensor) -> bool:
-    """Copies and casts on the CPU, a slab at a time; False where `again` does not hold what was written."""
-    same = True
-    for written, read, taken in _slabs(held, again, source):
-        cast = taken.contiguous().to(written.dtype)
-        written.copy_(cast)
-        same = _same(read, cast) and same
-    return same
-
-
-def _same(held: Tensor, expected: Tensor) -> bool:
-    """Whether a slab on the CPU holds these contiguous elements, by the C library: `torch.equal` is a third as fast."""
-    held = held.contiguous()
-    return _memcmp(held.data_ptr(), expected.data_ptr(), held.nbytes) == 0
 
 
 def _differing(pairs: Sequence[tuple[Tensor, Tensor]]) -> list[int]:
@@ -240,32 +220,6 @@ def _differing(pairs: Sequence[tuple[Tensor, Tensor]]) -> list[int]:
 
 def _bits(tensor: Tensor) -> Tensor:
     return tensor.view(_BITS[tensor.element_size()])
-
-
-def _copy(to: Tensor, read: Tensor) -> None:
-    """One slab, cast: a cast of strided elements is not vectorised on the CPU, so they are gathered first."""
-    near = to.device.type == "cpu" and to.dtype != read.dtype
-    to.copy_(read.contiguous() if near else read)
-
-
-def _slabs(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Tensors of one shape as views of at most 512 KiB of the first, in row-major order; whole on CUDA."""
-    first = tensors[0]
-    most = _SLAB_BYTES // first.element_size()
-    if first.numel() <= most or not _on_cpu(tensors):
-        yield tensors
-    elif all(tensor.is_contiguous() for tensor in tensors):
-        yield from zip(*(tensor.view(-1).split(most) for tensor in tensors), strict=True)
-    elif first.numel() // first.shape[0] > most:
-        for rows in zip(*tensors, strict=True):
-            yield from _slabs(*rows)
-    else:
-        count = most // (first.numel() // first.shape[0])
-        yield from zip(*(tensor.split(count) for tensor in tensors), strict=True)
-
-
-def _on_cpu(tensors: Sequence[Tensor]) -> bool:
-    return all(tensor.device.type == "cpu" for tensor in tensors)
 
 
 def _views(view: View, items: Sequence[Item], from_source: bool = False) -> list[Tensor]:

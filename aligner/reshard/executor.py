@@ -222,7 +222,7 @@ class _Work:
             source, destination = self._source, self._destination
             assert source and destination, f"rank {self._rank} copies {items[0]} but lacks a source or a destination"
             with self.clock("apply"):
-                copy_local(items, source, destination.view, self._rank, self._verify)
+                copy_local(items, source, destination.view, self._rank, self._verify, self.buffers.scratch)
                 for item in items:
                     destination.written(item.destination)
             self.checksummed += len(items) if self._verify else 0

@@ -29,7 +29,7 @@ def make_run(folder: Path, lift: float = 0.5, rows: int = 4) -> Path:
                 "step": step, "time": 1000.0 + 10 * step, "reward": 0.1 * step, "kl": None if step == 2 else 0.01,
                 "entropy": 1.0, "length": 20.0, "gap_max": 1e-5, "tokens_per_second": 100.0 * step, "seconds": 10.0,
                 "seconds_generate": 4.0, "seconds_update": 3.0, "seconds_reshard": 0.5, "reward_timeout": 1,
-                "reward_failed": 0, "reshard_moved_bytes": 2e6, "reshard_minimum_bytes": 1e6,
+                "reward_failed": 0, "reshard_moved_bytes": 2e6, "reshard_minimum_bytes": 1e6, "reshard_gigabytes_per_second": 0.004,
                 "seconds_reshard_pack": 0.1 * step, "seconds_reshard_wire": 0.2, "reshard_changed_bytes": 25e4,
             }
         )  # fmt: skip

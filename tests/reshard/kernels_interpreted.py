@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from aligner.reshard.bucket import Bucket, Buffers
-from aligner.reshard.checksum import ROW_WORDS, Checksum
+from aligner.reshard.checksum import ROW_WORDS, Sums
 from aligner.reshard.kernels_triton import Kernels
 from tests.reshard.test_bucket import Harmed, Pair, flipped
 
@@ -53,7 +53,7 @@ def check(device: torch.device, seed: int) -> None:
     for view, dtype, start in zip(held, dtypes, bounds, strict=False):
         expected[start:].view(dtype)[: view.numel()] = view.to(dtype).contiguous().view(-1)
     assert torch.equal(payload, expected)
-    cpu = Checksum(torch.device("cpu")).rows(expected.cpu())
+    cpu = Sums(torch.device("cpu")).rows(expected.cpu())
     assert sums.tolist() == kernels.rows(payload).tolist() == cpu.tolist()
 
     filled = [torch.empty_strided(view.shape, view.stride(), dtype=dtype, device=device).fill_(5.0)

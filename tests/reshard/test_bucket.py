@@ -12,12 +12,16 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from aligner.reshard.bucket import Bucket, Buffers, copy_local
+from aligner.reshard.checksum import Hashes
 from aligner.reshard.plan import Item
 from aligner.reshard.region import Piece, whole_tensor
+from aligner.reshard.slabs import Scratch
 from aligner.reshard.storage import allocate, strided_view
 from tests.reshard.layouts import Grid, Shapes
 
 CPU = torch.device("cpu")
+SCRATCH = Scratch()
+ROW_WORDS = Hashes.row_words
 BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
 SHAPES: Shapes = {
     "a": (33, 70), "b": (33, 70), "bias": (7,), "one": (1, 1), "scale": (), "cube": (3, 5, 4), "deep": (2, 3, 4, 5),
@@ -79,7 +83,7 @@ def test_round_trip(from_dtype: str, to_dtype: str) -> None:
 def test_local_copy(to_dtype: str) -> None:
     for seed in range(3):
         pair = Pair(SHAPES, "float32", to_dtype, seed)
-        copy_local(pair.items, pair.source, pair.view, 3, proof=True)
+        copy_local(pair.items, pair.source, pair.view, 3, True, SCRATCH)
         pair.assert_exact()
 
 
@@ -87,7 +91,7 @@ def test_no_items_and_no_proof() -> None:
     pair = Pair({}, "float32", "float32")
     bucket = pair.sent()
     bucket.land(pair.view, 0, 1, proof=True)
-    copy_local([], pair.source, pair.view, 0, proof=True)
+    copy_local([], pair.source, pair.view, 0, True, SCRATCH)
     plain = Pair(SHAPES, "float32", "bfloat16")
     plain.sent(proof=False).land(plain.view, 0, 1, proof=False)
     plain.assert_exact()
@@ -108,7 +112,7 @@ def test_nan_and_negative_zero_are_compared_as_bits(dtype: str) -> None:
     storage[::3], storage[1::3] = float("nan"), -0.0
     pair.sent().land(pair.view, 0, 1, proof=True)
     pair.assert_exact()
-    copy_local(pair.items, pair.source, pair.view, 0, proof=True)
+    copy_local(pair.items, pair.source, pair.view, 0, True, SCRATCH)
     pair.assert_exact()
     with pytest.raises(RuntimeError, match="mismatch in w"):
         pair.sent().land(Harmed(pair, positive, "w"), 0, 1, proof=True)
@@ -130,7 +134,7 @@ def test_a_flipped_bit_in_the_message_is_named(to_dtype: str) -> None:
             bucket.words[word] ^= 1 << (7 * number)
             with pytest.raises(RuntimeError, match="from rank 4 to rank 5: the message") as error:
                 bucket.land(pair.view, 4, 5, proof=True)
-            row = (word - header(bucket)) // 2048
+            row = (word - header(bucket)) // ROW_WORDS
             assert any(str(one) in str(error.value) for one in touching(pair.items, row))
             bucket.words[word] ^= 1 << (7 * number)
         start += words
@@ -142,7 +146,7 @@ def touching(items: list[Item], row: int) -> list[Item]:
     found, start = [], 0
     for item in items:
         end = start + (item.bytes + 7) // 8
-        if start < (row + 1) * 2048 and end > row * 2048:
+        if start < (row + 1) * ROW_WORDS and end > row * ROW_WORDS:
             found.append(item)
         start = end
     return found
@@ -151,7 +155,7 @@ def touching(items: list[Item], row: int) -> list[Item]:
 def test_a_flipped_bit_in_the_header_is_seen() -> None:
     pair = Pair(SHAPES, "float32", "float32")
     bucket = pair.sent()
-    rows = -(-sum((item.bytes + 7) // 8 for item in pair.items) // 2048)
+    rows = -(-sum((item.bytes + 7) // 8 for item in pair.items) // ROW_WORDS)
     for word in range(2 + rows):
         for bit in (0, 17, 63):
             flip = -(1 << 63) if bit == 63 else 1 << bit
@@ -201,7 +205,7 @@ class Harmed:
 
     def __init__(self, pair: Pair, harm: Callable[..., None], *names: str) -> None:
         self._pair, self._seen = pair, set[Piece]()
-        copy_local(pair.items, pair.source, pair.view, 0, proof=False)
+        copy_local(pair.items, pair.source, pair.view, 0, False, SCRATCH)
         self._copies = {name: storage.clone() for name, storage in pair.filled.items()}
         pieces = {item.name: item.destination for item in pair.items}
         harm(*(strided_view(self._copies[pieces[name].storage], pieces[name]) for name in names))
@@ -224,7 +228,7 @@ def test_a_wrong_storage_is_named(to_dtype: str, rows: int, harm: Callable[..., 
     with pytest.raises(RuntimeError, match=told.format(2)):
         pair.sent().land(Harmed(pair, harm, "expert1", "expert2"), 2, 3, proof=True)
     with pytest.raises(RuntimeError, match=told.format(3)):
-        copy_local(pair.items, pair.source, Harmed(pair, harm, "expert1", "expert2"), 3, proof=True)
+        copy_local(pair.items, pair.source, Harmed(pair, harm, "expert1", "expert2"), 3, True, SCRATCH)
 
 
 def test_a_wrong_message_is_told_before_a_wrong_storage() -> None:
@@ -260,7 +264,7 @@ def test_a_local_copy_takes_little_memory(stride: tuple[int, int], to_dtype: str
     item = Item("w", (0, 0), (1024, 4096), piece, whole_tensor("w", (1024, 4096), to_dtype))
     held, filled = torch.randn(1024 * 4096), torch.zeros(1024, 4096, dtype=getattr(torch, to_dtype))
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
-        copy_local([item], lambda p: strided_view(held, p), lambda p: strided_view(filled, p), 0, proof=True)
+        copy_local([item], lambda p: strided_view(held, p), lambda p: strided_view(filled, p), 0, True, SCRATCH)
     sizes = [event.cpu_memory_usage for event in seen.events()]
     assert max(sizes) <= 1 << 20
     assert torch.equal(filled, held.as_strided((1024, 4096), stride).to(filled.dtype))

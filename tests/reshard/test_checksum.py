@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 
 import pytest
 import torch
 from torch import Tensor
 
-from aligner.reshard.checksum import CELL_BYTES, COLUMNS, ROW_WORDS, Checksum, RowSums, weights
+from aligner.reshard.checksum import CELL_BYTES, COLUMNS, ROW_WORDS, Checksum, Hashes, Sums, weights
 
 CPU = torch.device("cpu")
 MASK = (1 << 64) - 1
@@ -44,19 +45,29 @@ def reference(row: bytes) -> int:
     return total - (1 << 64) if total >> 63 else total
 
 
-def padded(tensor: Tensor) -> Tensor:
+def padded(tensor: Tensor, row_words: int) -> Tensor:
     """A tensor's elements in row-major order as whole rows of words."""
     raw = tensor.contiguous().view(-1).view(torch.uint8)
-    words = torch.zeros(max(1, -(-raw.numel() // ROW_BYTES)) * ROW_WORDS, dtype=torch.int64)
+    words = torch.zeros(max(1, -(-raw.numel() // (8 * row_words))) * row_words, dtype=torch.int64)
     words.view(torch.uint8)[: raw.numel()] = raw
     return words
 
 
-CHECKSUM = Checksum(CPU)
+SUMS = Sums(CPU)
 
 
-def of(tensor: Tensor) -> list[int]:
-    return CHECKSUM.rows(padded(tensor)).tolist()
+@pytest.fixture(params=[Hashes(), SUMS], ids=["hashes", "sums"])
+def checksum(request: pytest.FixtureRequest) -> Checksum:
+    found: Checksum = request.param
+    return found
+
+
+@pytest.fixture
+def of(checksum: Checksum) -> Callable[[Tensor], list[int]]:
+    return lambda tensor: checksum.rows(padded(tensor, checksum.row_words)).tolist()
+
+
+Of = Callable[[Tensor], list[int]]
 
 
 def random_words(rows: int) -> Tensor:
@@ -68,25 +79,34 @@ def test_equals_python_integers(rows: int) -> None:
     words = random_words(rows)
     raw = bytes(words.view(torch.uint8).tolist())
     expected = [reference(raw[row * ROW_BYTES : (row + 1) * ROW_BYTES]) for row in range(rows)]
-    assert CHECKSUM.rows(words).tolist() == expected
+    assert SUMS.rows(words).tolist() == expected
 
 
 @pytest.mark.parametrize("fill", [0x00, 0x7F, 0x80, 0xFF])
 def test_extreme_bytes_do_not_saturate(fill: int) -> None:
     """A processor's 8-bit products are summed in pairs of 16 bits on some machines."""
     words = torch.full((ROW_BYTES,), fill, dtype=torch.uint8).view(torch.int64)
-    assert CHECKSUM.rows(words).tolist() == [reference(bytes([fill]) * ROW_BYTES)]
+    assert SUMS.rows(words).tolist() == [reference(bytes([fill]) * ROW_BYTES)]
 
 
-@pytest.mark.parametrize("rows", [1, 63, 64, 65, 130])
-def test_blocks_of_any_number_give_the_sums_of_single_rows(rows: int) -> None:
-    words = random_words(rows)
-    alone = torch.cat([CHECKSUM.rows(row) for row in words.split(ROW_WORDS)])
-    assert torch.equal(CHECKSUM.rows(words), alone)
-    sums = RowSums(CHECKSUM, words)
-    for written in range(0, words.numel(), 100_003):
-        sums.written(written)
-    assert torch.equal(sums.finish(), alone)
+@pytest.mark.parametrize("rows", [1, 2, 5])
+def test_rows_that_are_summed_as_they_come_are_those_of_single_rows(checksum: Checksum, rows: int) -> None:
+    size = checksum.row_words
+    words = random_words(rows * size // ROW_WORDS)
+    alone = torch.cat([checksum.rows(row) for row in words.split(size)])
+    assert torch.equal(checksum.rows(words), alone) and len(set(alone.tolist())) == rows
+    arriving = torch.zeros_like(words)
+    running = checksum.start(arriving)
+    for written in range(0, words.numel(), 5003):
+        arriving[:written] = words[:written]
+        running.written(written)
+    arriving.copy_(words)
+    assert torch.equal(running.finish(), alone)
+
+
+def test_hashes_are_xxh3() -> None:
+    """The digest of 64 KiB of zeros by the reference implementation's own command, xxhsum 0.8 -H3."""
+    assert Hashes().rows(torch.zeros(Hashes.row_words, dtype=torch.int64)).tolist() == [0x33B202D302B65CAA]
 
 
 def test_float32_products_give_the_same_sums() -> None:
@@ -107,20 +127,20 @@ def test_every_byte_has_an_odd_weight_and_no_two_of_a_cell_the_same() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", [(1,), (3,), (5, 7), (64, 96), (96, 2048)])
-def test_every_flipped_bit_is_seen(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
-    words = padded(torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype))
-    before = CHECKSUM.rows(words)
+def test_every_flipped_bit_is_seen(checksum: Checksum, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    words = padded(torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype), checksum.row_words)
+    before = checksum.rows(words)
     raw = words.view(torch.uint8)
     for place in (*range(0, min(raw.numel(), 64)), raw.numel() // 2, raw.numel() - 2, raw.numel() - 1):
         for bit in range(8):
             raw[place] ^= 1 << bit
-            assert (CHECKSUM.rows(words) != before).nonzero().tolist() == [[place // ROW_BYTES]]
+            assert (checksum.rows(words) != before).nonzero().tolist() == [[place // (8 * checksum.row_words)]]
             raw[place] ^= 1 << bit
-    assert torch.equal(CHECKSUM.rows(words), before)
+    assert torch.equal(checksum.rows(words), before)
 
 
 @pytest.mark.parametrize("columns", [1, 2, 3, 128, 2048, 5000])
-def test_swapped_rows_are_seen(columns: int) -> None:
+def test_swapped_rows_are_seen(of: Of, columns: int) -> None:
     tensor = torch.randn(40, columns, generator=torch.Generator().manual_seed(columns))
     before = of(tensor)
     for a, b in [(0, 1), (0, 39), (7, 23), (38, 39)]:
@@ -131,7 +151,7 @@ def test_swapped_rows_are_seen(columns: int) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("reach", [90, 2000])
-def test_swapped_plain_numbers_are_seen(dtype: torch.dtype, reach: int) -> None:
+def test_swapped_plain_numbers_are_seen(of: Of, dtype: torch.dtype, reach: int) -> None:
     """1.0 and 2.0, x and -x differ in top bits only, where a plain weighted sum mod 2^64 misses one swap in hundreds."""
     base = torch.ones(4096, dtype=dtype)
     base[::3] = 2.0
@@ -146,7 +166,7 @@ def test_swapped_plain_numbers_are_seen(dtype: torch.dtype, reach: int) -> None:
     assert missed == 0
 
 
-def test_swapped_rows_of_a_permutation_are_seen() -> None:
+def test_swapped_rows_of_a_permutation_are_seen(of: Of) -> None:
     """Rows of equal sums, columns of equal sums: only the places tell them apart."""
     ones = torch.eye(128)[torch.randperm(128, generator=torch.Generator().manual_seed(5))]
     before = of(ones)
@@ -156,7 +176,7 @@ def test_swapped_rows_of_a_permutation_are_seen() -> None:
         assert of(swapped) != before
 
 
-def test_swapped_halves_of_a_word_are_seen() -> None:
+def test_swapped_halves_of_a_word_are_seen(of: Of) -> None:
     pairs = torch.tensor([[1.0, 2.0], [2.0, 1.0]]).repeat(500, 1)
     before = of(pairs)
     for row in range(0, 998, 3):
@@ -165,7 +185,7 @@ def test_swapped_halves_of_a_word_are_seen() -> None:
         assert of(swapped) != before
 
 
-def test_shifted_and_stale_tensors_are_seen() -> None:
+def test_shifted_and_stale_tensors_are_seen(of: Of) -> None:
     new = torch.randn(300, 30, generator=torch.Generator().manual_seed(1))
     assert of(new) != of(new.roll(1))
     assert of(new) != of(new.roll(1, 0))

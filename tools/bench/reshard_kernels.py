@@ -25,6 +25,7 @@ from aligner.reshard.bucket import Bucket, Buffers, copy_local
 from aligner.reshard.delta import decode, encode
 from aligner.reshard.plan import Item
 from aligner.reshard.region import Piece
+from aligner.reshard.slabs import Scratch
 from aligner.reshard.storage import strided_view
 
 WIDTH = 4096
@@ -82,8 +83,8 @@ class _Case:
             "pack + sums": lambda: bucket.pack(view, True),
             "land": lambda: bucket.land(view, 0, 1, False),
             "land + proof": lambda: bucket.land(view, 0, 1, True),
-            "local": lambda: copy_local(self.items, view, view, 0, False),
-            "local + proof": lambda: copy_local(self.items, view, view, 0, True),
+            "local": lambda: copy_local(self.items, view, view, 0, False, Scratch()),
+            "local + proof": lambda: copy_local(self.items, view, view, 0, True, Scratch()),
         }
         times: dict[str, list[float]] = {step: [] for step in steps}
         for _ in range(repeats + 2):  # interleaved, so that what else the machine does meets all alike

@@ -1,0 +1,120 @@
+"""Copies on the CPU that are proven in the same pass: each slab is compared while it is in the cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from ctypes import CDLL, c_size_t, c_void_p
+
+import torch
+from torch import Tensor
+
+SLAB_BYTES = 256 << 10
+"""Source, copy and scratch of a slab fit into an L2 of 1 MiB together."""
+
+_libc = CDLL(None)
+_libc.memcmp.argtypes = _libc.memcpy.argtypes = [c_void_p, c_void_p, c_size_t]
+_libc.memcpy.restype = c_void_p
+
+
+Done = Callable[[int], None]
+
+
+def ignore(_: int) -> None:
+    """Nobody wants to know how far a copy is."""
+
+
+class Scratch:
+    """Room for a slab, used over and over: memory from the allocator would cost a page fault for every 4 KiB."""
+
+    def __init__(self) -> None:
+        self._rooms = [torch.empty(SLAB_BYTES, dtype=torch.uint8) for _ in range(3)]
+        # A model has few shapes, and to cut a view takes as long as to fill 64 KiB.
+        self._views: dict[tuple[int, torch.Size, torch.dtype], Tensor] = {}
+
+    def gathered(self, slab: Tensor) -> Tensor:
+        """The slab's elements in a row; the slab itself where they are."""
+        return slab if slab.is_contiguous() else self._into(0, slab, slab.dtype)
+
+    def cast(self, slab: Tensor, dtype: torch.dtype) -> Tensor:
+        """The slab in a row and in another dtype. A cast of strided elements is not vectorised: they are gathered first."""
+        slab = self.gathered(slab)
+        return slab if slab.dtype == dtype else self._into(1, slab, dtype)
+
+    def held(self, slab: Tensor) -> Tensor:
+        """The slab's elements in a row, elsewhere than what `gathered` and `cast` gave."""
+        return slab if slab.is_contiguous() else self._into(2, slab, slab.dtype)
+
+    def _into(self, room: int, slab: Tensor, dtype: torch.dtype) -> Tensor:
+        key = (room, slab.shape, dtype)
+        view = self._views.get(key)
+        if view is None:
+            bytes_ = self._rooms[room][: slab.numel() * dtype.itemsize]
+            view = self._views[key] = bytes_.view(dtype).view(slab.shape)
+        return view.copy_(slab)
+
+
+def copy(to: Tensor, read: Tensor, scratch: Scratch, done: Done = ignore) -> None:
+    """Copy and cast a slab at a time; `done` is told how many bytes of `to` are written so far."""
+    if _plain(to, read):
+        for written, given, count in _addresses(to, read):
+            _libc.memcpy(written, given, count)
+            done(written + count - to.data_ptr())
+        return
+    written = 0
+    for one, other in slabs(to, read):
+        one.copy_(other if one.dtype == other.dtype else scratch.gathered(other))
+        written += one.nbytes
+        done(written)
+
+
+def copy_proven(to: Tensor, again: Tensor, read: Tensor, scratch: Scratch, done: Done = ignore) -> bool:
+    """Copy and cast as `copy` does; False where `again` does not hold what was written, to the last bit."""
+    same, written = True, 0
+    if _plain(to, again, read):
+        for place, back, given, count in _addresses(to, again, read):
+            _libc.memcpy(place, given, count)
+            same = _libc.memcmp(back, given, count) == 0 and same
+            done(place + count - to.data_ptr())
+        return same
+    for one, back, other in slabs(to, again, read):
+        cast = scratch.cast(other, one.dtype)
+        one.copy_(cast)
+        same = _libc.memcmp(scratch.held(back).data_ptr(), cast.data_ptr(), cast.nbytes) == 0 and same
+        written += one.nbytes
+        done(written)
+    return same
+
+
+def _plain(first: Tensor, *others: Tensor) -> bool:
+    """Bytes in a row on the CPU: the C library copies them. To cut and copy a slab takes torch some 8 us more."""
+    return all(
+        tensor.is_contiguous() and tensor.dtype == first.dtype and tensor.device.type == "cpu"
+        for tensor in (first, *others)
+    )
+
+
+def _addresses(*tensors: Tensor) -> Iterator[tuple[int, ...]]:
+    """Where each slab of each begins, and its bytes."""
+    size, starts = tensors[0].nbytes, [tensor.data_ptr() for tensor in tensors]
+    for offset in range(0, size, SLAB_BYTES):
+        yield (*(start + offset for start in starts), min(SLAB_BYTES, size - offset))
+
+
+def slabs(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Tensors of one shape as views of at most 128 KiB of the widest, in row-major order; whole on CUDA."""
+    first = tensors[0]
+    most = SLAB_BYTES // max(tensor.element_size() for tensor in tensors)
+    if first.numel() <= most or not on_cpu(tensors):
+        yield tensors
+    elif all(tensor.is_contiguous() for tensor in tensors):
+        yield from zip(*(tensor.view(-1).split(most) for tensor in tensors), strict=True)
+    elif first.numel() // first.shape[0] > most:
+        for rows in zip(*tensors, strict=True):
+            yield from slabs(*rows)
+    else:
+        count = most // (first.numel() // first.shape[0])
+        yield from zip(*(tensor.split(count) for tensor in tensors), strict=True)
+
+
+def on_cpu(tensors: Sequence[Tensor]) -> bool:
+    return all(tensor.device.type == "cpu" for tensor in tensors)
