@@ -4,14 +4,16 @@ import torch
 from torch import Tensor
 
 from aligner.objective.kl import MAX_LOG_RATIO, Estimator, kl_estimate
+from aligner.objective.masked import check_rows, check_tokens, inside, row_sums
 
 
 def clipped_surrogate(
     policy_logp_BT: Tensor,
     *,
     rollout_logp_BT: Tensor,
-    advantage_B: Tensor,
     mask_BT: Tensor,
+    advantage_B: Tensor | None = None,
+    advantage_BT: Tensor | None = None,
     clip_low: float = 0.2,
     clip_high: float = 0.2,
     reference_logp_BT: Tensor | None = None,
@@ -38,8 +40,8 @@ def clipped_surrogate(
     Args:
         policy_logp_BT: [B, T] float32 or float64, nats.
         rollout_logp_BT, reference_logp_BT: [B, T], nats.
-        advantage_B: [B], the same for every token of a row.
         mask_BT: [B, T] bool, the trained tokens. Elsewhere any input may hold anything, NaN and inf included.
+        advantage_B: [B], the same for every token of a row; or else advantage_BT: [B, T], one a token.
         clip_low, clip_high: distances from a ratio of 1, unitless.
         kl: the estimator, see `kl_estimate`.
         entropy_BT: [B, T], nats, of the policy's whole distribution at each token.
@@ -52,37 +54,105 @@ def clipped_surrogate(
             given.
 
     Raises:
-        ValueError: a setting out of its range, or a coefficient whose input is missing.
+        ValueError: a setting out of its range, a coefficient whose input is missing, or not exactly one advantage.
     """
-    _check_shapes(policy_logp_BT, mask_BT, rollout_logp_BT, reference_logp_BT, entropy_BT)
-    assert advantage_B.shape == policy_logp_BT.shape[:1], (
-        f"advantage_B is {tuple(advantage_B.shape)}, policy_logp_BT {tuple(policy_logp_BT.shape)}"
-    )
+    check_tokens("policy_logp_BT", policy_logp_BT, mask_BT, rollout_logp_BT, reference_logp_BT, entropy_BT)
     _check_settings(clip_low, clip_high, dual_clip)
-    _check_terms(kl_coef, kl, reference_logp_BT, entropy_coef, entropy_BT)
 
     # The mask goes on the inputs: after arithmetic, 0 * inf would leak as NaN, into gradients as into values. With
     # every input 0 outside it, so is everything below but the ratio.
-    logp_BT = _inside(mask_BT, policy_logp_BT)
-    log_ratio_BT = logp_BT - _inside(mask_BT, rollout_logp_BT.detach())
+    logp_BT = inside(mask_BT, policy_logp_BT)
+    log_ratio_BT = logp_BT - inside(mask_BT, rollout_logp_BT.detach())
     ratio_BT = log_ratio_BT.clamp(max=MAX_LOG_RATIO).exp()
-    advantage_BT = _inside(mask_BT, advantage_B.detach()[:, None])
+    adv_BT = _advantage(mask_BT, advantage_B, advantage_BT)
 
-    loss_BT = -_clip(ratio_BT, advantage_BT, clip_low, clip_high, dual_clip)
-    metrics = {
-        "ratio": _inside(mask_BT, ratio_BT),
-        "clip_fraction": _binds(ratio_BT, advantage_BT, clip_low, clip_high, dual_clip).to(logp_BT.dtype),
+    loss_BT = -_clip(ratio_BT, adv_BT, clip_low, clip_high, dual_clip)
+    extra_BT, metrics = _terms(logp_BT, mask_BT, reference_logp_BT, kl_coef, kl, entropy_BT, entropy_coef)
+    metrics |= {
+        "ratio": inside(mask_BT, ratio_BT),
+        "clip_fraction": _binds(ratio_BT, adv_BT, clip_low, clip_high, dual_clip).to(logp_BT.dtype),
         "gap": log_ratio_BT.abs(),
     }
-    if reference_logp_BT is not None:
-        metrics["kl"] = kl_estimate(logp_BT, _inside(mask_BT, reference_logp_BT.detach()), kl)
-        if kl_coef != 0.0:
-            loss_BT = loss_BT + kl_coef * metrics["kl"]
-    if entropy_BT is not None:
-        metrics["entropy"] = _inside(mask_BT, entropy_BT)
-        if entropy_coef != 0.0:
-            loss_BT = loss_BT - entropy_coef * metrics["entropy"]
-    return loss_BT.to(policy_logp_BT.dtype), {name: value_BT.detach() for name, value_BT in metrics.items()}
+    return (loss_BT + extra_BT).to(policy_logp_BT.dtype), {name: value.detach() for name, value in metrics.items()}
+
+
+def sequence_clipped_surrogate(
+    policy_logp_BT: Tensor,
+    *,
+    rollout_logp_BT: Tensor,
+    mask_BT: Tensor,
+    advantage_B: Tensor | None = None,
+    advantage_BT: Tensor | None = None,
+    clip_low: float = 3e-4,
+    clip_high: float = 4e-4,
+    reference_logp_BT: Tensor | None = None,
+    kl_coef: float = 0.0,
+    kl: Estimator = "k3",
+    entropy_BT: Tensor | None = None,
+    entropy_coef: float = 0.0,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """GSPO: one ratio for a whole response, its tokens' geometric mean, clipped as one; per token and not reduced.
+
+        s    = exp(mean over the row's trained tokens of policy_logp - rollout_logp)
+        s_t  = sg[s] p_t / sg[p_t]                                     sg: no gradient
+        loss = -min(s_t A, clip(s_t, 1 - clip_low, 1 + clip_high) A) + kl_coef KL - entropy_coef H
+
+    Zheng et al. 2025, arXiv 2507.18071: s is equation 7, and s_t that of GSPO-token, equation 14. Every s_t has the
+    value of s, and under policy.reduction=sequence_mean and one advantage a row the sum over tokens has the gradient of
+    equation 5; the token form is what lets the other reductions and an advantage a token work too. The clips of the
+    paper (section 5.1) are a thousand times as narrow as those for token ratios, as a mean moves so much less.
+
+    log s is clamped from above at 20. Arguments, returns and errors are as in `clipped_surrogate`; the metrics "ratio"
+    (s) and "clip_fraction" have one value all along a row, "gap" is that of each token.
+    """
+    check_tokens("policy_logp_BT", policy_logp_BT, mask_BT, rollout_logp_BT, reference_logp_BT, entropy_BT)
+    _check_settings(clip_low, clip_high, None)
+
+    logp_BT = inside(mask_BT, policy_logp_BT)
+    gap_BT = logp_BT.detach() - inside(mask_BT, rollout_logp_BT.detach())
+    # In float64, because a clip at 3e-4 is near what float32 makes of the mean of thousands of tokens.
+    mean_B1 = (row_sums(gap_BT, mask_BT) / mask_BT.sum(dim=1).clamp(min=1))[:, None]
+    log_ratio_BT = mean_B1 + (logp_BT - logp_BT.detach())
+    ratio_BT = log_ratio_BT.clamp(max=MAX_LOG_RATIO).exp()
+    adv_BT = _advantage(mask_BT, advantage_B, advantage_BT)
+
+    loss_BT = -_clip(ratio_BT, adv_BT, clip_low, clip_high, None)
+    extra_BT, metrics = _terms(logp_BT, mask_BT, reference_logp_BT, kl_coef, kl, entropy_BT, entropy_coef)
+    metrics |= {
+        "ratio": inside(mask_BT, ratio_BT),
+        "clip_fraction": _binds(ratio_BT, adv_BT, clip_low, clip_high, None).to(logp_BT.dtype),
+        "gap": gap_BT.abs(),
+    }
+    return (loss_BT + extra_BT).to(policy_logp_BT.dtype), {name: value.detach() for name, value in metrics.items()}
+
+
+def reinforce(
+    policy_logp_BT: Tensor,
+    *,
+    mask_BT: Tensor,
+    advantage_B: Tensor | None = None,
+    advantage_BT: Tensor | None = None,
+    reference_logp_BT: Tensor | None = None,
+    kl_coef: float = 0.0,
+    kl: Estimator = "k2",
+    entropy_BT: Tensor | None = None,
+    entropy_coef: float = 0.0,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The plain policy gradient, per token and not reduced, for one step on the samples of this very policy.
+
+        loss = -A log p + kl_coef KL(policy || reference) - entropy_coef H
+
+    Williams 1992. The loss of RLOO (Ahmadian et al. 2024, arXiv 2402.14740) and of ReMax (Li et al. 2023,
+    arXiv 2310.10505), which have the KL in the reward and take the log-probability of a response, the sum over its
+    tokens: that is policy.reduction=fixed with a length of 1. Its gradient means something, its value nothing.
+
+    Arguments, returns and errors are as in `clipped_surrogate`; the metrics are "kl" and "entropy".
+    """
+    check_tokens("policy_logp_BT", policy_logp_BT, mask_BT, reference_logp_BT, entropy_BT)
+    logp_BT = inside(mask_BT, policy_logp_BT)
+    loss_BT = -_advantage(mask_BT, advantage_B, advantage_BT) * logp_BT
+    extra_BT, metrics = _terms(logp_BT, mask_BT, reference_logp_BT, kl_coef, kl, entropy_BT, entropy_coef)
+    return (loss_BT + extra_BT).to(policy_logp_BT.dtype), {name: value.detach() for name, value in metrics.items()}
 
 
 def negative_log_likelihood(policy_logp_BT: Tensor, *, mask_BT: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -96,13 +166,43 @@ def negative_log_likelihood(policy_logp_BT: Tensor, *, mask_BT: Tensor) -> tuple
         loss_BT: [B, T], nats, 0 outside the mask.
         metrics: empty, since the loss is all there is to report; it is here so that every loss is called alike.
     """
-    _check_shapes(policy_logp_BT, mask_BT)
-    return _inside(mask_BT, -policy_logp_BT), {}
+    check_tokens("policy_logp_BT", policy_logp_BT, mask_BT)
+    return inside(mask_BT, -policy_logp_BT), {}
 
 
-def _inside(mask_BT: Tensor, value_BT: Tensor) -> Tensor:
-    """`value_BT` on the trained tokens, 0 elsewhere; `where`, unlike a product, also stops NaN and inf, both ways."""
-    return torch.where(mask_BT, value_BT, 0.0)
+def _advantage(mask_BT: Tensor, advantage_B: Tensor | None, advantage_BT: Tensor | None) -> Tensor:
+    """Whichever of the two is given, on every trained token."""
+    if advantage_BT is not None and advantage_B is None:
+        assert advantage_BT.shape == mask_BT.shape, f"advantage_BT is {tuple(advantage_BT.shape)}"
+        return inside(mask_BT, advantage_BT.detach())
+    if advantage_B is not None and advantage_BT is None:
+        check_rows("advantage_B", advantage_B, len(mask_BT))
+        return inside(mask_BT, advantage_B.detach()[:, None])
+    raise ValueError("pass exactly one of advantage_B, one a row, and advantage_BT, one a token.")
+
+
+def _terms(
+    logp_BT: Tensor,
+    mask_BT: Tensor,
+    reference_logp_BT: Tensor | None,
+    kl_coef: float,
+    kl: Estimator,
+    entropy_BT: Tensor | None,
+    entropy_coef: float,
+) -> tuple[Tensor | float, dict[str, Tensor]]:
+    """kl_coef KL - entropy_coef H, and both as metrics where their inputs are given, with a coefficient or without."""
+    _check_terms(kl_coef, kl, reference_logp_BT, entropy_coef, entropy_BT)
+    extra_BT: Tensor | float = 0.0
+    metrics = {}
+    if reference_logp_BT is not None:
+        metrics["kl"] = kl_estimate(logp_BT, inside(mask_BT, reference_logp_BT.detach()), kl)
+        if kl_coef != 0.0:
+            extra_BT = extra_BT + kl_coef * metrics["kl"]
+    if entropy_BT is not None:
+        metrics["entropy"] = inside(mask_BT, entropy_BT)
+        if entropy_coef != 0.0:
+            extra_BT = extra_BT - entropy_coef * metrics["entropy"]
+    return extra_BT, metrics
 
 
 def _clip(ratio_BT: Tensor, advantage_BT: Tensor, clip_low: float, clip_high: float, dual_clip: float | None) -> Tensor:
@@ -121,17 +221,6 @@ def _binds(
     if dual_clip is not None:
         held_BT = held_BT | ((advantage_BT < 0) & (ratio_BT > dual_clip))
     return held_BT
-
-
-def _check_shapes(policy_logp_BT: Tensor, mask_BT: Tensor, *others_BT: Tensor | None) -> None:
-    assert policy_logp_BT.ndim == 2, f"policy_logp_BT must be [B, T], got {tuple(policy_logp_BT.shape)}"
-    # bfloat16 resolves a log-probability of 8 to 0.03: its ratios are noise.
-    assert policy_logp_BT.dtype in (torch.float32, torch.float64), f"policy_logp_BT is {policy_logp_BT.dtype}"
-    assert mask_BT.dtype == torch.bool, f"mask_BT must be bool, got {mask_BT.dtype}"
-    for value_BT in (mask_BT, *others_BT):
-        assert value_BT is None or value_BT.shape == policy_logp_BT.shape, (
-            f"an input is {tuple(value_BT.shape)}, policy_logp_BT {tuple(policy_logp_BT.shape)}"
-        )
 
 
 def _check_settings(clip_low: float, clip_high: float, dual_clip: float | None) -> None:

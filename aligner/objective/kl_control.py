@@ -1,0 +1,65 @@
+"""Who chooses the coefficient of the KL penalty: a constant, or a controller that holds the KL near a target.
+
+A controller is settings alone; the coefficient is a plain number that the loop keeps and hands back:
+
+    kl_coef = control.initial
+    ... kl_coef = control.update(kl_coef, kl)           after each batch
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class FixedKL:
+    """The coefficient stays as it is."""
+
+    initial: float = 0.05
+    """Coefficient, in reward per nat."""
+
+    def __post_init__(self) -> None:
+        if not self.initial >= 0.0:
+            raise ValueError(f"kl_control.initial={self.initial} must be 0 or more; 0.05 is usual.")
+
+    def update(self, coefficient: float, kl: float) -> float:
+        """The coefficient of the next batch."""
+        return coefficient
+
+
+@dataclass(frozen=True)
+class AdaptiveKL:
+    """Proportional control in log space: Ziegler et al. 2019, arXiv 1909.08593, section 2.2.
+
+    e_t      = clip((KL_t - target) / target, -max_error, max_error)
+    beta_t+1 = beta_t (1 + rate e_t)
+    """
+
+    initial: float = 0.2
+    """Coefficient of the first batch, in reward per nat."""
+    target: float = 6.0
+    """KL(policy || reference) to hold, in nats a response."""
+    rate: float = 0.1
+    """K_beta: the coefficient's relative change per batch and unit of error."""
+    max_error: float = 0.2
+    """Bound on the relative error, unitless; with a rate of 0.1 a batch changes the coefficient by 2% at most."""
+
+    def __post_init__(self) -> None:
+        for name, usual in (("initial", 0.2), ("target", 6.0), ("rate", 0.1), ("max_error", 0.2)):
+            value = getattr(self, name)
+            if not 0.0 < value < float("inf"):
+                raise ValueError(f"kl_control.{name}={value} must be more than 0; {usual} is usual.")
+        if self.rate * self.max_error >= 1.0:
+            raise ValueError(
+                f"kl_control.rate={self.rate} times kl_control.max_error={self.max_error} must be less than 1, or the "
+                "coefficient could turn negative; 0.1 and 0.2 are usual."
+            )
+
+    def update(self, coefficient: float, kl: float) -> float:
+        """The coefficient of the next batch, given the mean KL of this one in nats a response, which may be negative.
+
+        Raises:
+            ValueError: `kl` is NaN, which would stay in the coefficient for good.
+        """
+        if kl != kl:
+            raise ValueError("the KL of this batch is NaN; leave out a batch without a trained row.")
+        error = min(max(kl / self.target - 1.0, -self.max_error), self.max_error)
+        return coefficient * (1.0 + self.rate * error)
