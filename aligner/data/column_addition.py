@@ -2,7 +2,7 @@
 
 Most demonstrations answer at once, which is hard for the model, the others in columns, which is easy; reinforcement
 finds that columns pay.
-`python -m aligner.data.column_addition --out DIR` writes DIR/model, demonstrations.jsonl, prompts.jsonl, heldout.jsonl.
+`python -m aligner.data.column_addition --out DIR` writes DIR/model and a file of rows of each kind.
 """
 
 from __future__ import annotations
@@ -10,18 +10,18 @@ from __future__ import annotations
 import argparse
 import json
 import random
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from aligner.data.column_answers import column_answer, direct_answer, malformed, wrong_columns, wrong_number
 from aligner.data.jsonl import LabelledRow
 
 PAD, BOS, EOS, UNKNOWN = "<pad>", "<bos>", "<eos>", "<unk>"
 CHARACTERS = "\n" + "".join(map(chr, range(32, 127)))
 VOCABULARY = 128
 MAX_POSITIONS = 512
-MARKER = "#"
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ bos_token if loop.first }}{{ message['content'] }}"
     "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
@@ -32,7 +32,8 @@ Addition = tuple[int, int]
 
 @dataclass(frozen=True)
 class ColumnAddition:
-    """Which additions, and how many rows of each kind. No addition is in two kinds."""
+    """Which additions, and how many rows of each kind. What is demonstrated is also compared in preferences; otherwise
+    no addition is in two kinds."""
 
     digits: int = 3
     """Digits of both terms."""
@@ -47,15 +48,25 @@ class ColumnAddition:
     """Rows to generate from in evaluation."""
     direct_fraction: float = 0.6
     """Share of demonstrations that answer at once; the others work in columns."""
+    preferences: int = 16_384
+    """Pairs of a right and a wrong answer to demonstrated additions."""
+    preferred_direct_fraction: float = 0.1
+    """Share of direct answers in pairs, among right and wrong ones alike. Whether one is right must be known by heart,
+    so more is harder; columns can be checked."""
+    malformed_fraction: float = 0.2
+    """Share of wrong answers from which no number can be read, which is easy to see; the others give a wrong number."""
+    wrong_digits: int = 3
+    """Mistaken digits or columns in a wrong answer, where it has as many; fewer is harder."""
     seed: int = 0
     """Decides which additions fall into which kind, and their order."""
 
     def __post_init__(self) -> None:
         if self.digits < 1:
             raise ValueError(f"digits={self.digits} must be 1 or more.")
-        if not 0 <= self.direct_fraction <= 1:
-            raise ValueError(f"direct_fraction={self.direct_fraction} must be between 0 and 1.")
-        for name in ("demonstrations", "demonstrated", "prompts", "heldout"):
+        for name in ("direct_fraction", "preferred_direct_fraction", "malformed_fraction"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be between 0 and 1.")
+        for name in ("demonstrations", "demonstrated", "prompts", "heldout", "preferences", "wrong_digits"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be 1 or more.")
         wanted, there_are = self.demonstrated + self.prompts + self.heldout, len(self._terms) ** 2
@@ -103,21 +114,44 @@ class ColumnAddition:
         )
         return _labelled("demonstrations", rows)
 
+    def preference_rows(self) -> list[LabelledRow]:
+        """{'prompt', 'chosen', 'rejected', 'answer'} on demonstrated additions: a right answer and a wrong one, each
+        direct or in columns whatever the other is."""
+        pool = self._training_additions()[self.prompts :]
+        additions = [pool[row % len(pool)] for row in range(self.preferences)]
+        return _labelled("preferences", self._compared(additions, random.Random(f"{self.seed}/preferences")))
 
-def direct_answer(left: int, right: int) -> str:
-    """137, 485 -> "#622"."""
-    return f"{MARKER}{left + right}"
+    def heldout_preference_rows(self) -> list[LabelledRow]:
+        """The same on the held-out additions, one pair for each."""
+        chance = random.Random(f"{self.seed}/heldout preferences")
+        return _labelled("heldout_preferences", self._compared(self._heldout_additions(), chance))
 
+    def feedback_rows(self) -> list[LabelledRow]:
+        """{'prompt', 'completion', 'label', 'answer'}: the pairs taken apart, in random order."""
+        rows = [
+            {"prompt": row["prompt"], "completion": row[side], "label": side == "chosen", "answer": row["answer"]}
+            for _, row in self.preference_rows()
+            for side in ("chosen", "rejected")
+        ]
+        random.Random(f"{self.seed}/feedback").shuffle(rows)
+        return _labelled("feedback", rows)
 
-def column_answer(left: int, right: int) -> str:
-    """137, 485 -> "7+5+0=12 3+8+1=12 1+4+1=06#622": each column with its carry, from the right."""
-    columns = []
-    carry = 0
-    for a, b in zip(reversed(str(left)), reversed(str(right)), strict=True):
-        total = int(a) + int(b) + carry
-        columns.append(f"{a}+{b}+{carry}={total:02d}")
-        carry = total // 10
-    return " ".join(columns) + direct_answer(left, right)
+    def _compared(self, additions: Iterable[Addition], chance: random.Random) -> Iterator[dict[str, Any]]:
+        for terms in additions:
+            right = self._style(chance)(*terms)
+            yield {**_prompt_row(terms), "chosen": right, "rejected": self._wrong_answer(terms, chance)}
+
+    def _style(self, chance: random.Random) -> Callable[[int, int], str]:
+        return direct_answer if chance.random() < self.preferred_direct_fraction else column_answer
+
+    def _wrong_answer(self, terms: Addition, chance: random.Random) -> str:
+        """Malformed; or with a mistake in the final number; or in the columns, which the final number follows."""
+        style = self._style(chance)
+        if chance.random() < self.malformed_fraction:
+            return malformed(style(*terms), chance)
+        if style is direct_answer or chance.random() < 0.5:
+            return wrong_number(style(*terms), self.wrong_digits, chance)
+        return wrong_columns(*terms, self.wrong_digits, chance)
 
 
 def _prompt_row(terms: Addition) -> dict[str, Any]:
@@ -211,12 +245,20 @@ def write_rows(path: Path, rows: Iterable[LabelledRow]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for _, row in rows))
 
 
-def write(out: Path, task: ColumnAddition, shape: ModelShape) -> None:
-    """The model folder and the three data files."""
+def write(out: Path, task: ColumnAddition, shape: ModelShape) -> list[str]:
+    """The model folder and the data files; returns their names."""
     write_model(out / "model", shape, task.seed)
-    write_rows(out / "demonstrations.jsonl", task.demonstration_rows())
-    write_rows(out / "prompts.jsonl", task.prompt_rows())
-    write_rows(out / "heldout.jsonl", task.heldout_rows())
+    files = {
+        "demonstrations": task.demonstration_rows(),
+        "prompts": task.prompt_rows(),
+        "heldout": task.heldout_rows(),
+        "preferences": task.preference_rows(),
+        "heldout_preferences": task.heldout_preference_rows(),
+        "feedback": task.feedback_rows(),
+    }
+    for name, rows in files.items():
+        write_rows(out / f"{name}.jsonl", rows)
+    return ["model", *(f"{name}.jsonl" for name in files)]
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -233,8 +275,7 @@ def main(arguments: list[str] | None = None) -> None:
         shape = ModelShape(**{name: given[name] for name in vars(shape)})
     except ValueError as error:
         parser.error(str(error))
-    write(given["out"], task, shape)
-    print(f"wrote {given['out']}/model, demonstrations.jsonl, prompts.jsonl and heldout.jsonl")
+    print(f"wrote {given['out']}/: {', '.join(write(given['out'], task, shape))}")
 
 
 if __name__ == "__main__":

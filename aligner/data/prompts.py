@@ -1,13 +1,12 @@
-"""Prompts: what the rollout is asked, tokenized once, and the stream that deals them out step by step."""
+"""Prompts: what the rollout is asked, tokenized once."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from aligner.data.jsonl import LabelledRow
-from aligner.data.stream import RowStream
 from aligner.data.tokenizer import checked_messages, encode_continuation, encode_text, render_chat
 
 if TYPE_CHECKING:
@@ -72,27 +71,3 @@ def _encode(row: dict[str, Any], label: str, tokenizer: PreTrainedTokenizerBase)
     if not text.strip():
         raise ValueError(f"{label}: 'prompt' is empty.")
     return text, encode_text(tokenizer, text)
-
-
-class PromptStream(RowStream[Prompt]):
-    """Prompts for one step after another. A batch across two epochs may hold a prompt of both, twice."""
-
-    def __init__(self, prompts: Sequence[Prompt], prompts_per_step: int, seed: int, shuffle: bool = True) -> None:
-        """
-        Args:
-            prompts_per_step: P, prompts dealt out at each step.
-
-        Raises:
-            ValueError: prompts_per_step is not in 1 .. number of prompts.
-        """
-        if not 1 <= prompts_per_step <= len(prompts):
-            raise ValueError(
-                f"data.prompts_per_step={prompts_per_step} must be between 1 and the number of prompts, "
-                f"and data.path has {len(prompts)} prompts; lower data.prompts_per_step or give more prompts."
-            )
-        super().__init__(prompts, seed, shuffle)
-        self.prompts_per_step = prompts_per_step
-
-    def next(self) -> list[Prompt]:
-        """The next step's prompts."""
-        return self.take(self.prompts_per_step)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NewType
 
 import torch
 from torch import Tensor
@@ -31,7 +31,7 @@ class Samples:
     mask_BT: Tensor
     """bool: the tokens that are trained on (the response, stop token included)."""
     prompt_index_B: Tensor
-    """int64: position of the row's prompt in the data stream."""
+    """int64: position of the row's prompt, answer or pair among the data of its kind, in the order of their source."""
     fields: list[dict[str, Any]]
     """The prompt's own JSON fields (answer, ...), per row."""
     rollout_logp_BT: Tensor | None = None
@@ -47,6 +47,14 @@ class Samples:
     def response_tokens(self, row: int) -> list[int]:
         """The response's token ids, stop token included."""
         return self.tokens_BT[row, self.prompt_len_B[row] : self.length_B[row]].tolist()
+
+
+Demonstrations = NewType("Demonstrations", Samples)
+"""A batch of answers to imitate."""
+Pairs = NewType("Pairs", Samples)
+"""A batch in which rows 2i and 2i+1 answer one prompt: the chosen answer, then the rejected one."""
+Feedback = NewType("Feedback", Samples)
+"""A batch of answers that are good or bad: `fields[b]["label"]`."""
 
 
 def leave_out_unscored(samples: Samples, reward_B: Tensor) -> Samples:

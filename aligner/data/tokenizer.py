@@ -94,18 +94,18 @@ def render_chat(
     return text
 
 
-def checked_messages(value: Any, label: str) -> list[Message]:
-    """`value` as a list of {'role': str, 'content': str}.
+def checked_messages(value: Any, label: str, key: str = "messages") -> list[Message]:
+    """`value`, which stands in the row under `key`, as a list of {'role': str, 'content': str}.
 
     Raises:
         ValueError: it is something else; `label` and the message's place are named.
     """
     if not isinstance(value, list) or not value:
-        raise ValueError(f"{label}: 'messages' must be {ROLES_HINT}, not {_shortened(value)}.")
+        raise ValueError(f"{label}: {key!r} must be {ROLES_HINT}, not {_shortened(value)}.")
     for i, message in enumerate(value):
         if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
             raise ValueError(
-                f"{label}: messages[{i}] must have the texts 'role' and 'content', but is {_shortened(message)}."
+                f"{label}: {key}[{i}] must have the texts 'role' and 'content', but is {_shortened(message)}."
             )
     return value
 

@@ -1,39 +1,59 @@
-"""The batches that a loop iterates over: the same on every rank, one per step."""
+"""The batches that a loop iterates over: the same on every rank, without end."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 
 from aligner.check import Checked
 from aligner.config import Config
-from aligner.data.demonstrations import Demonstration, DemonstrationStream
-from aligner.data.prompts import PromptStream
-from aligner.data.samples import Samples, pad_rows
-from aligner.spmd.journal import Journal
+from aligner.data.answers import Answered
+from aligner.data.preferences import Pair
+from aligner.data.samples import Demonstrations, Feedback, Pairs, Samples, pad_rows
+from aligner.data.stream import RowStream
 
 
-def batches(config: Config, checked: Checked, journal: Journal) -> Iterator[Any]:
-    """`train.steps` batches; the journal learns which step the loop is in."""
-    data = config.data
-    if data.kind == "prompts":
-        prompts = PromptStream(checked.prompts, data.prompts_per_step, config.seed, data.shuffle)
-    else:
-        demonstrations = DemonstrationStream(checked.demonstrations, config.seed, data.shuffle)
-    for step in range(config.train.steps):
-        journal.step = step + 1
-        yield prompts.next() if data.kind == "prompts" else as_samples(demonstrations.next(data.prompts_per_step))
+def batches(config: Config, checked: Checked) -> Iterator[Any]:
+    """Batches in the form of data.kind, without end: how many a step takes is the loop's choice."""
+    stream: RowStream[Any] = RowStream(checked.data.training, config.seed, config.data.shuffle)
+    form = FORMS[config.data.kind]
+    while True:
+        yield form(stream.take(config.data.prompts_per_step))
 
 
-def as_samples(demonstrations: Sequence[Demonstration]) -> Samples:
-    """Demonstrations as rows, trained on where their masks say."""
+def as_samples(answers: Sequence[Answered]) -> Samples:
+    """Answers with their prompts as rows, trained on where their masks say."""
     return Samples(
-        tokens_BT=pad_rows([d.tokens for d in demonstrations], torch.long),
-        prompt_len_B=torch.tensor([d.prompt_len for d in demonstrations]),
-        length_B=torch.tensor([len(d.tokens) for d in demonstrations]),
-        mask_BT=pad_rows([d.mask for d in demonstrations], torch.bool),
-        prompt_index_B=torch.zeros(len(demonstrations), dtype=torch.long),
-        fields=[d.fields for d in demonstrations],
+        tokens_BT=pad_rows([a.tokens for a in answers], torch.long),
+        prompt_len_B=torch.tensor([a.prompt_len for a in answers]),
+        length_B=torch.tensor([len(a.tokens) for a in answers]),
+        mask_BT=pad_rows([a.mask for a in answers], torch.bool),
+        prompt_index_B=torch.tensor([a.index for a in answers]),
+        fields=[a.fields for a in answers],
     )
+
+
+def as_demonstrations(answers: Sequence[Answered]) -> Demonstrations:
+    """One row for each demonstration."""
+    return Demonstrations(as_samples(answers))
+
+
+def as_pairs(pairs: Sequence[Pair]) -> Pairs:
+    """Two rows for each pair: chosen, rejected."""
+    return Pairs(as_samples([side for pair in pairs for side in (pair.chosen, pair.rejected)]))
+
+
+def as_feedback(answers: Sequence[Answered]) -> Feedback:
+    """One row for each answer, with its 'label' in its fields."""
+    return Feedback(as_samples(answers))
+
+
+FORMS: dict[str, Callable[[list[Any]], Any]] = {
+    "prompts": list,
+    "demonstrations": as_demonstrations,
+    "preferences": as_pairs,
+    "feedback": as_feedback,
+}
+"""data.kind -> the batch that rows become."""

@@ -1,25 +1,20 @@
 """The default task: right sums and columns, disjoint sets, and a model folder that transformers loads."""
 
+import itertools
 import json
 import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from aligner.data.column_addition import ColumnAddition, ModelShape, column_answer, direct_answer, main, write_model
+from aligner.data.column_addition import ColumnAddition, ModelShape, main, write_model
 from aligner.data.jsonl import rows
 
 SMALL = ColumnAddition(demonstrations=400, prompts=300, heldout=100)
-
-
-def test_answers_worked_by_hand() -> None:
-    assert direct_answer(137, 485) == "#622"
-    assert column_answer(137, 485) == "7+5+0=12 3+8+1=12 1+4+1=06#622"
-    assert column_answer(999, 999) == "9+9+0=18 9+9+1=19 9+9+1=19#1998"
-    assert column_answer(100, 200) == "0+0+0=00 0+0+0=00 1+2+0=03#300"
 
 
 def test_rows_are_right_and_in_the_configured_shares() -> None:
@@ -56,6 +51,57 @@ def test_few_additions_are_demonstrated_in_both_ways() -> None:
     assert set(map(len, styles.values())) == {2}
 
 
+def additions(rows: list[tuple[str, dict[str, Any]]]) -> set[str]:
+    return {row["prompt"] for _, row in rows}
+
+
+def test_preferences_compare_a_right_and_a_wrong_answer_to_demonstrated_additions() -> None:
+    task = ColumnAddition(demonstrations=400, prompts=300, heldout=100, preferences=4000)
+    pairs, heldout = task.preference_rows(), task.heldout_preference_rows()
+    assert (len(pairs), len(heldout)) == (4000, 100)
+    assert additions(heldout) == additions(task.heldout_rows())
+    assert not additions(pairs) & (additions(heldout) | additions(task.prompt_rows()))
+    assert additions(pairs) == additions(
+        ColumnAddition(demonstrations=1500, prompts=300, heldout=100).demonstration_rows()
+    )
+    malformed = 0
+    for _, row in pairs + heldout:
+        left, right = map(int, re.findall(r"\d+", row["prompt"]))
+        assert row["answer"] == str(left + right)
+        assert row["chosen"].rpartition("#")[2] == row["answer"]
+        number = re.search(r"#(\d+)$", row["rejected"])
+        malformed += number is None
+        assert number is None or int(number[1]) != left + right
+    assert malformed / 4100 == pytest.approx(0.2, abs=0.02)
+    direct = {side: sum(" " not in row[side] for _, row in pairs) / 4000 for side in ("chosen", "rejected")}
+    assert direct == pytest.approx({"chosen": 0.1, "rejected": 0.1}, abs=0.015)  # the style tells nothing
+
+
+def test_preferences_are_as_hard_as_they_are_set() -> None:
+    sizes = {"demonstrations": 400, "prompts": 300, "heldout": 100, "preferences": 200}
+    direct = ColumnAddition(**sizes, preferred_direct_fraction=1.0, malformed_fraction=0.0, wrong_digits=1)
+    for _, row in direct.preference_rows():
+        differing = [a != b for a, b in zip(row["chosen"], row["rejected"], strict=True)]
+        assert (row["chosen"][0], sum(differing)) == ("#", 1)
+    broken = ColumnAddition(**sizes, preferred_direct_fraction=0.0, malformed_fraction=1.0)
+    assert all(re.search(r"#\d", row["rejected"]) is None for _, row in broken.preference_rows())
+    assert direct.preference_rows() == ColumnAddition(**vars(direct)).preference_rows()
+    other = ColumnAddition(**{**vars(direct), "seed": 1})
+    assert direct.preference_rows() != other.preference_rows()
+    fewer = ColumnAddition(**{**vars(direct), "preferences": 50, "demonstrations": 90})
+    assert direct.heldout_preference_rows() == fewer.heldout_preference_rows()
+
+
+def test_feedback_is_the_preferences_taken_apart() -> None:
+    task = ColumnAddition(demonstrations=400, prompts=300, heldout=100, preferences=150)
+    apart = [(row["prompt"], row["completion"], row["label"]) for _, row in task.feedback_rows()]
+    pairs = [row for _, row in task.preference_rows()]
+    together = [(row["prompt"], row["chosen"], True) for row in pairs]
+    together += [(row["prompt"], row["rejected"], False) for row in pairs]
+    assert sorted(apart) == sorted(together)
+    assert sum(first[0] == second[0] for first, second in itertools.pairwise(apart)) < 15  # neighbours differ
+
+
 def test_every_addition_of_a_small_task_is_dealt_once() -> None:
     task = ColumnAddition(digits=1, demonstrations=60, demonstrated=60, prompts=30, heldout=10)
     every = task.demonstration_rows() + task.prompt_rows() + task.heldout_rows()
@@ -69,6 +115,10 @@ def test_every_addition_of_a_small_task_is_dealt_once() -> None:
         ({"digits": 0}, "digits=0 must be 1 or more"),
         ({"heldout": 0}, "heldout=0 must be 1 or more"),
         ({"direct_fraction": 1.5}, "direct_fraction=1.5 must be between 0 and 1"),
+        ({"preferred_direct_fraction": -1}, "preferred_direct_fraction=-1 must be between 0 and 1"),
+        ({"malformed_fraction": 2}, "malformed_fraction=2 must be between 0 and 1"),
+        ({"wrong_digits": 0}, "wrong_digits=0 must be 1 or more"),
+        ({"preferences": 0}, "preferences=0 must be 1 or more"),
     ],
 )
 def test_impossible_tasks_are_refused(settings: dict[str, float], reason: str) -> None:
@@ -98,14 +148,19 @@ def test_the_model_folder_loads_with_transformers(tmp_path: Path) -> None:
 
 
 def test_the_command_writes_the_model_and_the_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    sizes = ["--digits", "2", "--demonstrations", "40", "--prompts", "30", "--heldout", "20"]
+    sizes = ["--digits", "2", "--demonstrations", "40", "--prompts", "30", "--heldout", "20", "--preferences", "25"]
     main(["--out", str(tmp_path), *sizes, "--hidden", "64", "--layers", "1", "--seed", "3"])
-    task = ColumnAddition(digits=2, demonstrations=40, prompts=30, heldout=20, seed=3)
+    task = ColumnAddition(digits=2, demonstrations=40, prompts=30, heldout=20, preferences=25, seed=3)
+    said = capsys.readouterr().out
     for name, wanted in (
         ("demonstrations", task.demonstration_rows()),
         ("prompts", task.prompt_rows()),
         ("heldout", task.heldout_rows()),
+        ("preferences", task.preference_rows()),
+        ("heldout_preferences", task.heldout_preference_rows()),
+        ("feedback", task.feedback_rows()),
     ):
+        assert f"{name}.jsonl" in said
         assert [row for _, row in rows(tmp_path / f"{name}.jsonl")] == [row for _, row in wanted]
     assert AutoModelForCausalLM.from_pretrained(str(tmp_path / "model")).config.hidden_size == 64
     with pytest.raises(SystemExit):
@@ -115,7 +170,7 @@ def test_the_command_writes_the_model_and_the_rows(tmp_path: Path, capsys: pytes
 
 def test_rows_are_made_without_importing_torch() -> None:
     program = (
-        "import sys; from aligner.data import prompts, demonstrations, tokenizer; "
+        "import sys; from aligner.data import config, demonstrations, preferences, prompts, sets, tokenizer; "
         "from aligner.data.column_addition import ColumnAddition; ColumnAddition(demonstrations=9).prompt_rows(); "
         "assert not {'torch', 'transformers'} & set(sys.modules)"
     )

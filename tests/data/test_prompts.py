@@ -1,15 +1,11 @@
-"""Prompts from rows, their errors, and the stream of steps."""
+"""Prompts from rows, and their errors."""
 
 from typing import Any
 
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from aligner.data.prompts import Prompt, PromptStream, tokenize_prompts
-
-
-def prompts_of(count: int) -> list[Prompt]:
-    return [Prompt((i,), str(i), {}, i) for i in range(count)]
+from aligner.data.prompts import tokenize_prompts
 
 
 def test_text_prompts(characters: PreTrainedTokenizerBase) -> None:
@@ -49,21 +45,3 @@ def test_conversations_go_through_the_chat_template_once(chat: PreTrainedTokeniz
 def test_a_bad_row_is_named(characters: PreTrainedTokenizerBase, row: dict[str, Any], reason: str) -> None:
     with pytest.raises(ValueError, match=rf"^p\.jsonl:2: .*{reason}"):
         tokenize_prompts([("p.jsonl:1", {"prompt": "a" * 8}), ("p.jsonl:2", row)], characters, 8)
-
-
-def test_steps_cross_epochs_without_dropping_rows() -> None:
-    stream = PromptStream(prompts_of(5), prompts_per_step=3, seed=7)
-    steps = [stream.next() for _ in range(5)]
-    dealt = [prompt.index for step in steps for prompt in step]
-    assert [len(step) for step in steps] == [3] * 5
-    assert [sorted(dealt[start : start + 5]) for start in (0, 5, 10)] == [list(range(5))] * 3
-
-    resumed = PromptStream(prompts_of(5), prompts_per_step=3, seed=7)
-    resumed.load_state_dict({"position": 6, "rows": 5, "seed": 7, "shuffle": True})
-    assert [resumed.next() for _ in range(3)] == steps[2:]
-
-
-@pytest.mark.parametrize("prompts_per_step", [0, 4])
-def test_too_few_prompts_name_both_settings(prompts_per_step: int) -> None:
-    with pytest.raises(ValueError, match=rf"data\.prompts_per_step={prompts_per_step} .*data\.path has 3 prompts"):
-        PromptStream(prompts_of(3), prompts_per_step, seed=0)

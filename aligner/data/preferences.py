@@ -1,0 +1,197 @@
+"""Preferences: two answers to one prompt, one better than the other; and feedback: one answer, good or bad."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from aligner.data.answers import Answered, check_choices, encode_answer, fits
+from aligner.data.jsonl import LabelledRow
+from aligner.data.tokenizer import checked_messages
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+PAIR_FORMS = "{'prompt', 'chosen', 'rejected'} or {'query', 'response': [...], 'score': [...]}"
+FEEDBACK_FORMS = "{'prompt', 'completion', 'label'} or {'prompt', 'chosen', 'rejected'}"
+SCORES = {"chosen": "score_chosen", "rejected": "score_rejected"}
+LeftOut = Counter[str]
+"""Why pairs or rows were left out -> how many."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two answers to one prompt; both have the pair's index."""
+
+    chosen: Answered
+    rejected: Answered
+
+
+def tokenize_preferences(
+    rows: Iterable[LabelledRow], tokenizer: PreTrainedTokenizerBase, max_tokens: int, too_long: str = "error"
+) -> tuple[list[Pair], LeftOut]:
+    """Preference rows -> (pairs, what was left out).
+
+    A row is {'prompt', 'chosen', 'rejected'} of texts; the same of lists of messages; {'chosen', 'rejected'}, two whole
+    conversations that part at an assistant's turn; or {'query', 'response', 'score'} with lists of answers and of their
+    scores, which gives every pair of unequal scores (pairs of equal ones are counted as "equal scores"). Where scores
+    are known ('score', or 'score_chosen' and 'score_rejected'), each answer's fields hold its own as 'score'.
+
+    Args:
+        max_tokens: longest prompt with answer allowed, in tokens (data.max_tokens).
+        too_long: "error", or "drop" to leave pairs with a longer one out and count them as "too long".
+
+    Raises:
+        ValueError: an unknown form, wrong types, an empty part, equal answers, too long, or no pair left; the row's
+            label is named.
+    """
+    check_choices(too_long)
+    pairs: list[Pair] = []
+    left_out: LeftOut = Counter()
+    for label, row in rows:
+        if _is_scored(row, label, PAIR_FORMS):
+            found, ties = _scored_pairs(row, label, tokenizer)
+            left_out["equal scores"] += ties
+        else:
+            found = [_two_answers(row, label, tokenizer)]
+        for sides in found:
+            if sides[0].tokens == sides[1].tokens:
+                raise ValueError(
+                    f"{label}: chosen and rejected are the same {len(sides[0].tokens)} tokens; drop the row."
+                )
+            if all(fits(side, "an answer with its prompt", label, max_tokens, too_long) for side in sides):
+                chosen, rejected = (replace(side, index=len(pairs)) for side in sides)
+                pairs.append(Pair(chosen, rejected))
+            else:
+                left_out["too long"] += 1
+    if not pairs:
+        raise ValueError(
+            f"no pair is left ({_told(left_out)}); raise data.max_tokens={max_tokens}, or give other rows."
+        )
+    return pairs, left_out
+
+
+def tokenize_feedback(
+    rows: Iterable[LabelledRow], tokenizer: PreTrainedTokenizerBase, max_tokens: int, too_long: str = "error"
+) -> tuple[list[Answered], LeftOut]:
+    """Rows {'prompt', 'completion', 'label': true or false} of texts or lists of messages, or preference rows (one good
+    and one bad answer each) -> (answers with 'label' in their fields, what was left out).
+
+    Args:
+        max_tokens, too_long: as for `tokenize_preferences`; each answer counts by itself.
+
+    Raises:
+        ValueError: as for `tokenize_preferences`; also for scores, which do not say where good begins.
+    """
+    check_choices(too_long)
+    answers: list[Answered] = []
+    left_out: LeftOut = Counter()
+    for label, row in rows:
+        for answered in _labelled(row, label, tokenizer):
+            if fits(answered, "an answer with its prompt", label, max_tokens, too_long):
+                answers.append(replace(answered, index=len(answers)))
+            else:
+                left_out["too long"] += 1
+    if not answers:
+        raise ValueError(f"no answer is left ({_told(left_out)}); raise data.max_tokens={max_tokens}.")
+    return answers, left_out
+
+
+def _labelled(row: dict[str, Any], label: str, tokenizer: PreTrainedTokenizerBase) -> list[Answered]:
+    is_feedback = "completion" in row or "label" in row
+    if is_feedback and "prompt" in row and "completion" in row and "chosen" not in row:
+        if not isinstance(row.get("label"), bool):
+            raise ValueError(f"{label}: 'label' must be true or false, not {row.get('label')!r}.")
+        return [encode_answer(row, ("prompt", "completion"), label, tokenizer, "responses")]
+    if is_feedback or _is_scored(row, label, FEEDBACK_FORMS):
+        raise ValueError(f"{label}: feedback is one of {FEEDBACK_FORMS}; this row has {sorted(row)}.")
+    sides = zip(_two_answers(row, label, tokenizer), (True, False), strict=True)
+    return [replace(side, fields={**side.fields, "label": good}) for side, good in sides]
+
+
+def _is_scored(row: dict[str, Any], label: str, forms: str) -> bool:
+    """Whether the row has scored answers; False for one with a chosen and a rejected answer.
+
+    Raises:
+        ValueError: it has neither, or both.
+    """
+    scored = all(key in row for key in ("query", "response", "score"))
+    compared = all(key in row for key in ("chosen", "rejected"))
+    if scored == compared:
+        raise ValueError(f"{label}: a row is one of {forms}; this row has {sorted(row)}.")
+    return scored
+
+
+def _two_answers(row: dict[str, Any], label: str, tokenizer: PreTrainedTokenizerBase) -> tuple[Answered, Answered]:
+    """The chosen and the rejected answer."""
+    parts = _whole_conversations(row, label) if _has_whole_conversations(row) else row
+    if "prompt" not in parts:
+        raise ValueError(f"{label}: 'prompt' may only be left out where 'chosen' and 'rejected' are lists of messages.")
+    scores = _side_scores(row, label)
+    sides = []
+    for key in SCORES:
+        answered = encode_answer(parts, ("prompt", key), label, tokenizer, "responses")
+        sides.append(replace(answered, fields={**row, **({"score": scores[key]} if scores else {})}))
+    return sides[0], sides[1]
+
+
+def _has_whole_conversations(row: dict[str, Any]) -> bool:
+    """Two lists of messages with no list of messages to follow (some data sets repeat the question as text)."""
+    return all(isinstance(row[key], list) for key in SCORES) and not isinstance(row.get("prompt"), list)
+
+
+def _whole_conversations(row: dict[str, Any], label: str) -> dict[str, Any]:
+    """Two whole conversations -> their common beginning as 'prompt', and what follows it."""
+    chosen, rejected = (checked_messages(row[key], label, key) for key in SCORES)
+    common = 0
+    while common < min(len(chosen), len(rejected)) and chosen[common] == rejected[common]:
+        common += 1
+    rest = [side[common : common + 1] for side in (chosen, rejected)]
+    if common == 0 or not all(turn and turn[0]["role"] == "assistant" for turn in rest):
+        raise ValueError(
+            f"{label}: 'chosen' and 'rejected' without a 'prompt' must be conversations with a common beginning that "
+            f"part at an assistant's turn; these part at message {common}. Give the common messages as 'prompt'."
+        )
+    return {"prompt": chosen[:common], "chosen": chosen[common:], "rejected": rejected[common:]}
+
+
+def _side_scores(row: dict[str, Any], label: str) -> dict[str, float]:
+    """{'chosen': ..., 'rejected': ...} where the row has 'score_chosen' and 'score_rejected'."""
+    if not all(key in row for key in SCORES.values()):
+        return {}
+    scores = {side: _number(row[key], f"{label}: {key!r}") for side, key in SCORES.items()}
+    if scores["chosen"] < scores["rejected"]:
+        raise ValueError(
+            f"{label}: 'score_chosen' {scores['chosen']} is below 'score_rejected' {scores['rejected']}; exchange the "
+            "two answers, or leave the scores out."
+        )
+    return scores
+
+
+def _scored_pairs(
+    row: dict[str, Any], label: str, tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[tuple[Answered, Answered]], int]:
+    """(every pair with the higher score first, in the row's order; pairs of equal scores)."""
+    responses, scores = row["response"], row["score"]
+    if not isinstance(responses, list) or not isinstance(scores, list) or not len(responses) == len(scores) >= 2:
+        raise ValueError(f"{label}: 'response' and 'score' must be lists of one length, 2 or more.")
+    answers = []
+    for place, (response, score) in enumerate(zip(responses, scores, strict=True)):
+        parts = {"query": row["query"], f"response[{place}]": response}
+        answered = encode_answer(parts, ("query", f"response[{place}]"), label, tokenizer, "responses")
+        answers.append(replace(answered, fields={**row, "score": _number(score, f"{label}: score[{place}]")}))
+    found = [(a, b) for a in answers for b in answers if a.fields["score"] > b.fields["score"]]
+    return found, len(answers) * (len(answers) - 1) // 2 - len(found)
+
+
+def _number(value: Any, what: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ValueError(f"{what} must be a finite number, not {value!r}.")
+    return float(value)
+
+
+def _told(left_out: LeftOut) -> str:
+    return ", ".join(f"{reason}: {count}" for reason, count in left_out.items() if count) or "no rows"

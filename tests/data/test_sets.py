@@ -1,0 +1,136 @@
+"""What a job reads, by data.kind, from files and from a generated task."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import PreTrainedTokenizerBase
+
+from aligner.data.answers import Answered
+from aligner.data.column_addition import ColumnAddition
+from aligner.data.config import DataConfig
+from aligner.data.preferences import Pair, tokenize_preferences
+from aligner.data.prompts import Prompt
+from aligner.data.sets import DataSets, prompts_of, read_sets
+
+TASK = ColumnAddition(demonstrations=50, prompts=40, heldout=9, preferences=30)
+PAIR = {"prompt": "1+2=", "chosen": "#3", "rejected": "#4"}
+LIMITS: dict[str, Any] = {"max_prompt_tokens": 16, "max_tokens": 64, "prompts_per_step": 4}
+
+
+def file_of(folder: Path, *rows: dict[str, Any]) -> str:
+    path = folder / f"{len(list(folder.iterdir()))}.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "form", "count", "heldout", "heldout_pairs"),
+    [
+        ("prompts", Prompt, 40, 5, 0),
+        ("demonstrations", Answered, 50, 0, 0),
+        ("preferences", Pair, 30, 5, 5),
+        ("feedback", Answered, 60, 5, 5),
+    ],
+)
+def test_a_task_gives_every_kind(
+    characters: PreTrainedTokenizerBase, kind: str, form: type, count: int, heldout: int, heldout_pairs: int
+) -> None:
+    sets = read_sets(DataConfig(kind=kind, task=TASK, eval_prompts=5, **LIMITS), characters)
+    assert {type(row) for row in sets.training} == {form}
+    assert (len(sets.training), len(sets.heldout), len(sets.heldout_pairs)) == (count, heldout, heldout_pairs)
+
+
+@pytest.mark.parametrize("kind", ["preferences", "feedback"])
+def test_files_hold_pairs_to_train_and_to_evaluate_on(
+    characters: PreTrainedTokenizerBase, tmp_path: Path, kind: str
+) -> None:
+    path = file_of(tmp_path, PAIR, {**PAIR, "prompt": "a" * 70}, {**PAIR, "prompt": "2+1="})
+    held = file_of(tmp_path, {**PAIR, "prompt": "11+2="})
+    limits = {**LIMITS, "prompts_per_step": 2, "too_long": "drop"}
+    sets = read_sets(DataConfig(path=path, eval_path=held, kind=kind, **limits), characters)
+    assert len(sets.training) == (2 if kind == "preferences" else 4)
+    assert sets.left_out == {"too long": 1 if kind == "preferences" else 2}
+    (pair,) = sets.heldout_pairs
+    assert pair.chosen.prompt_len == 5
+    assert read_sets(DataConfig(path=path, kind=kind, **limits), characters).heldout_pairs == []
+    too_few = DataConfig(path=path, kind=kind, **{**limits, "prompts_per_step": 9})
+    with pytest.raises(ValueError, match=rf"data\.prompts_per_step=9 is more than the [24] rows of data\.path={path}"):
+        read_sets(too_few, characters)
+    single = file_of(tmp_path, {"prompt": "a", "completion": "b", "label": True})
+    with pytest.raises(ValueError, match=rf"^{single}:1: a row is one of .'prompt', 'chosen', 'rejected'"):
+        read_sets(DataConfig(path=path, eval_path=single, kind=kind, **limits), characters)
+
+
+def test_heldout_pairs_give_their_prompts_once(characters: PreTrainedTokenizerBase) -> None:
+    conversation = [{"role": "user", "content": "1+2="}]
+    asked = [{"role": "user", "content": "1+3="}]
+    turns = [[{"role": "assistant", "content": text}] for text in ("#3", "#4")]
+    rows: list[dict[str, Any]] = [
+        {**PAIR, "prompt": "<bos>2+1=", "answer": "3", "score_chosen": 1, "score_rejected": 0},
+        {"query": "7+1=", "response": ["#8", "#9", "8"], "score": [3, 1, 2], "id": 5},
+        {"prompt": conversation, "chosen": turns[0], "rejected": turns[1]},
+        {"chosen": conversation + turns[0], "rejected": conversation + turns[1]},
+        {"prompt": "1+3=", **{side: asked + turn for side, turn in zip(("chosen", "rejected"), turns, strict=True)}},
+    ]
+    pairs = tokenize_preferences([("p:1", row) for row in rows], characters, 99)[0]
+    assert len(pairs) == 7
+    prompts = prompts_of(pairs, characters)
+    # a character c has the id ord(c) - 27; <bos> is 1, which the chat template writes too
+    assert prompts == [
+        Prompt((1, 23, 16, 22, 34), "<bos>2+1=", {"prompt": "<bos>2+1=", "answer": "3"}, 0),
+        Prompt((28, 16, 22, 34), "7+1=", {"query": "7+1=", "id": 5}, 1),
+        Prompt((1, 22, 16, 23, 34), "<bos>1+2=", {"prompt": conversation}, 2),
+        Prompt((1, 22, 16, 24, 34), "<bos>1+3=", {"prompt": "1+3="}, 3),
+    ]
+
+
+def test_demonstrations_are_trained_on_as_set(characters: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    path = file_of(tmp_path, {"prompt": "1+2=", "completion": "#3"})
+    for train_on, trained in (("responses", 3), ("all", 6)):
+        data = DataConfig(path=path, kind="demonstrations", train_on=train_on, **{**LIMITS, "prompts_per_step": 1})
+        (row,) = read_sets(data, characters).training
+        assert isinstance(row, Answered)
+        assert sum(row.mask) == trained
+
+
+def test_the_longest_answer_may_be_held_out() -> None:
+    short, long = (Answered((1,) * n, (False,) * n, 1, {}) for n in (3, 7))
+    assert DataSets([short, long]).longest == 7
+    assert DataSets([Pair(long, short)]).longest == 7
+    assert DataSets([Pair(short, short)], heldout_pairs=[Pair(short, long)]).longest == 7
+    assert DataSets([Prompt((1,) * 9, "", {}, 0)]).longest == 0
+
+
+def test_a_task_without_the_rows_is_told(characters: PreTrainedTokenizerBase) -> None:
+    class Prompts:
+        def prompt_rows(self) -> list[Any]:
+            return []
+
+    with pytest.raises(
+        ValueError, match=r"needs data\.task to have preference_rows\(\), and Prompts .* data\.kind=prompts"
+    ):
+        read_sets(DataConfig(kind="preferences", task=Prompts()), characters)
+    with pytest.raises(ValueError, match=r"data\.path has no value; give a JSONL file"):
+        read_sets(DataConfig(kind="preferences"), characters)
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"kind": "pairs"}, "data.kind=pairs is unknown; use prompts, demonstrations, preferences, feedback"),
+        ({"train_on": "prompts"}, "data.train_on=prompts is unknown; use responses or all"),
+        ({"too_long": "cut"}, "data.too_long=cut is unknown; use error or drop"),
+        ({"prompts_per_step": 0}, "data.prompts_per_step=0 must be at least 1"),
+        ({"max_tokens": 1}, "data.max_tokens=1 must be at least 2"),
+        (
+            {"kind": "preferences", "train_on": "all"},
+            "data.train_on=all is for data.kind=demonstrations, not preferences",
+        ),
+    ],
+)
+def test_settings_are_checked(settings: dict[str, Any], reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        DataConfig(**settings).check()
+    DataConfig().check()
