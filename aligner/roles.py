@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
+from aligner.models.spec import read_spec, with_scalar_head
+from aligner.policy.config import TrainingConfig
+from aligner.policy.critic import Critic
+from aligner.policy.model_role import ModelRole
 from aligner.policy.policy import Policy, Reference
+from aligner.policy.reward_model import RewardModel
+from aligner.policy.trained import Trained
 from aligner.reward.role import Reward
 from aligner.rollout.role import Rollout
-from aligner.spmd.placement import reference_layout
+from aligner.spmd.placement import role_layout
 from aligner.spmd.role import Role
 from aligner.spmd.world import World
 
@@ -20,40 +26,63 @@ if TYPE_CHECKING:
     from aligner.models.spec import ModelSpec
     from aligner.spmd.mesh import Mesh
 
-R = TypeVar("R")
+M = TypeVar("M", bound=ModelRole)
 
 
 class Roles:
-    """What a loop calls: `policy`, `rollout`, `reward`, and `reference`, which is None where algorithm.roles leaves it out."""
+    """What a loop calls: `roles.policy` and so on; those that algorithm.roles leaves out raise ValueError, but for
+    `reference`, which is None then."""
 
-    def __init__(
-        self, policy: Policy, rollout: Rollout | None, reward: Reward | None, reference: Reference | None
-    ) -> None:
-        self.policy, self.reference = policy, reference
-        self._rollout, self._reward = rollout, reward
+    def __init__(self, built: Mapping[str, Role]) -> None:
+        self._built = dict(built)
+
+    @property
+    def policy(self) -> Policy:
+        """The trained language model."""
+        return cast(Policy, self._present("policy"))
 
     @property
     def rollout(self) -> Rollout:
-        """The vLLM replicas. Raises ValueError where algorithm.roles leaves them out."""
-        return _present(self._rollout, "rollout")
+        """The vLLM replicas."""
+        return cast(Rollout, self._present("rollout"))
 
     @property
     def reward(self) -> Reward:
-        """The scorer. Raises ValueError where algorithm.roles leaves it out."""
-        return _present(self._reward, "reward")
+        """The scorer."""
+        return cast(Reward, self._present("reward"))
+
+    @property
+    def critic(self) -> Critic:
+        """The value model."""
+        return cast(Critic, self._present("critic"))
+
+    @property
+    def reward_model(self) -> RewardModel:
+        """The model that scores responses."""
+        return cast(RewardModel, self._present("reward_model"))
+
+    @property
+    def reference(self) -> Reference | None:
+        """The frozen copy of the starting model."""
+        return cast("Reference | None", self._built.get("reference"))
 
     @property
     def built(self) -> list[Role]:
         """Every role that there is."""
-        return [role for role in (self.policy, self._rollout, self._reward, self.reference) if role is not None]
+        return list(self._built.values())
 
+    @property
+    def trained(self) -> list[Trained]:
+        """What a run leaves behind: the policy, then what else a loop has updated; the same on every rank."""
+        found = [role for role in self._built.values() if isinstance(role, Trained)]
+        return [role for role in found if role.version or role.name == "policy"]
 
-def _present(role: R | None, name: str) -> R:
-    if role is None:
-        raise ValueError(
-            f"the loop uses roles.{name}, which algorithm.roles leaves out; add {name} to algorithm.roles."
-        )
-    return role
+    def _present(self, name: str) -> Role:
+        if name not in self._built:
+            raise ValueError(
+                f"the loop uses roles.{name}, which algorithm.roles leaves out; add {name} to algorithm.roles."
+            )
+        return self._built[name]
 
 
 def build_roles(
@@ -65,34 +94,33 @@ def build_roles(
     tokenizer: PreTrainedTokenizerBase,
 ) -> Roles:
     """Every rank calls this; each role builds its engine on its own ranks only."""
-    temperature = config.sampling.temperature if "rollout" in wanted else 1.0
-    placement = config.placement
-    policy = Policy(
-        "policy",
-        world,
-        meshes["policy"],
-        spec,
-        config.policy,
-        sequence_parallel=placement.policy.sequence_parallel,
-        temperature=temperature,
-        total_steps=config.train.steps * config.policy.minibatches * config.policy.epochs,
-        max_response=config.sampling.max_tokens,
-        reshard=config.reshard,
-    )
-    reference = None
+    # Only what was sampled is judged under the sampling temperature: in other data nothing says what it would be.
+    temperature = config.sampling.temperature if "rollout" in wanted and config.data.kind == "prompts" else 1.0
+    built: dict[str, Role] = {}
+
+    def model(kind: type[M], name: str, settings: TrainingConfig, spec: ModelSpec, **more: Any) -> M:
+        parallel = role_layout(config.placement, name).sequence_parallel
+        if issubclass(kind, Trained):
+            more["total_steps"] = config.train.steps * settings.minibatches * settings.epochs
+            more["max_response"] = config.sampling.max_tokens
+        return kind(name, world, meshes[name], spec, settings, sequence_parallel=parallel, **more)
+
+    def scalar(name: str) -> ModelSpec:
+        return with_scalar_head(read_spec(config.model_path(name)[1]))
+
+    if "policy" in wanted:
+        built["policy"] = model(Policy, "policy", config.policy, spec, temperature=temperature, reshard=config.reshard)
     if "reference" in wanted:
-        reference = Reference(
-            "reference",
-            world,
-            meshes["reference"],
-            spec,
-            config.policy,
-            sequence_parallel=reference_layout(placement).sequence_parallel,
-            temperature=temperature,
-        )
-    rollout = reward = None
+        built["reference"] = model(Reference, "reference", config.policy, spec, temperature=temperature)
+    if "critic" in wanted:
+        built["critic"] = model(Critic, "critic", config.critic, scalar("critic"))
+    if "reward_model" in wanted:
+        built["reward_model"] = model(RewardModel, "reward_model", config.reward_model, scalar("reward_model"))
     if "rollout" in wanted:
-        rollout = Rollout("rollout", world, meshes["rollout"], spec, config.rollout, config.sampling, config.seed)
+        built["rollout"] = Rollout(
+            "rollout", world, meshes["rollout"], spec, config.rollout, config.sampling, config.seed
+        )
     if "reward" in wanted:
-        reward = Reward("reward", world, meshes["reward"], config.reward, tokenizer)
-    return Roles(policy, rollout, reward, reference)
+        scorer = cast("RewardModel | None", built.get("reward_model"))
+        built["reward"] = Reward("reward", world, meshes["reward"], config.reward, tokenizer, scorer)
+    return Roles(built)

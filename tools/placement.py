@@ -11,7 +11,7 @@ from aligner.config import compose_config, to_config
 from aligner.spmd.mesh import Mesh
 from aligner.spmd.placement import make_meshes
 
-ROLES = ("policy", "reference", "rollout", "reward")
+ROLES = ("policy", "reference", "rollout", "reward", "critic", "reward_model")
 
 
 def cell(mesh: Mesh, rank: int) -> str:

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from aligner.models.family import logical_tensors
+from aligner.models.family import logical_tensors, new_tensors
 from aligner.models.hf_folder import SINGLE, prepare, publish, write_rest, write_weights
 from aligner.models.spec import ModelSpec
 from aligner.models.stored import open_stored
@@ -32,6 +32,8 @@ BUCKET_BYTES = 64 << 20
 def read_into(spec: ModelSpec, layout: Layout, view: Callable[[Piece], Tensor]) -> int:
     """Fill `layout` from the model's folder, reading only the regions it holds; values are cast to the storages' dtype.
 
+    A head that the folder does not have (see `new_tensors`) becomes zero.
+
     Args:
         layout: what to fill.
         view: a writable view of one of the layout's pieces.
@@ -42,6 +44,10 @@ def read_into(spec: ModelSpec, layout: Layout, view: Callable[[Piece], Tensor]) 
     Raises:
         ValueError: no safetensors, a missing or misshapen tensor, or a broken file; the message names it.
     """
+    new = new_tensors(spec)
+    for piece in (piece for piece in layout if piece.name in new):
+        view(piece).zero_()
+    layout = [piece for piece in layout if piece.name not in new]
     with open_stored(spec) as stored:
         held = stored.layout(dict.fromkeys(piece.name for piece in layout))
         plan = make_plan(0, {0: held}, {0: layout})
@@ -66,7 +72,8 @@ def export_checkpoint(
 
     Each rank receives its share of the tensors (about 1 / ranks of the bytes, held in host memory) and writes it to
     files of its own. The folder appears under its name only when it is complete; one that stood there is replaced.
-    Configuration and tokenizer are copied from `spec.path`.
+    Configuration and tokenizer are copied from `spec.path`; a model with a scalar head becomes a
+    `*ForSequenceClassification` of one label.
 
     Args:
         rank: this rank; `layouts` and `group` are in world ranks.

@@ -61,6 +61,11 @@ class Family:
     tied: bool = False
     """tie_word_embeddings where config.json leaves it out."""
 
+    @property
+    def classifier(self) -> str:
+        """The architecture with a scalar head in place of the output layer."""
+        return self.architecture.replace("ForCausalLM", "ForSequenceClassification")
+
 
 _QWEN3_EXPERTS = ExpertNames(
     ("num_experts", "num_local_experts"), "moe_intermediate_size", "mlp", ("gate_proj", "up_proj", "down_proj")
@@ -105,6 +110,15 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
 """By config.json's "model_type"."""
 
 
+class Head(StrEnum):
+    """What a model makes of the last hidden states."""
+
+    LANGUAGE = "language"
+    """Logits over the vocabulary: an output layer of its own, or the embedding again."""
+    SCALAR = "scalar"
+    """One number a token: the tensor `score.weight` [1, hidden], no bias."""
+
+
 class Kind(StrEnum):
     """How a Megatron parameter is made of logical tensors and cut over the tensor axis."""
 
@@ -133,11 +147,24 @@ class Parameter:
 
 EMBEDDING = Parameter("embedding.word_embeddings.weight", Kind.VOCABULARY, ("model.embed_tokens.weight",))
 FINAL_NORM = Parameter("decoder.final_layernorm.weight", Kind.REPLICATED, ("model.norm.weight",))
+SCALAR_HEAD = "score.weight"
+"""The checkpoint's name of a scalar head."""
 
 
 def output_layer(spec: ModelSpec) -> Parameter:
-    """The output layer of a last stage that has its own; a tied one is a second copy of the embedding."""
+    """The head of a last stage that has its own; that of a tied model is a second copy of the embedding."""
+    if spec.head is Head.SCALAR:
+        return Parameter("output_layer.weight", Kind.REPLICATED, (SCALAR_HEAD,))
     return Parameter("output_layer.weight", Kind.VOCABULARY, EMBEDDING.logical if spec.tied else ("lm_head.weight",))
+
+
+def new_tensors(spec: ModelSpec) -> frozenset[str]:
+    """Tensors that the model's folder does not hold: a scalar head on a language model's weights.
+
+    They start at zero, which is the same under every layout; the head learns from the first step on, the layers under
+    it from the second.
+    """
+    return frozenset((SCALAR_HEAD,) if spec.head is not spec.stored_head else ())
 
 
 def layer_parameters(spec: ModelSpec, sparse: bool) -> list[Parameter]:
@@ -243,7 +270,8 @@ def expert_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
 
 def end_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     """Shapes of the tensors outside the layers, by their name in the checkpoint."""
-    output = {} if spec.tied else {output_layer(spec).logical[0]: (spec.vocab, spec.hidden)}
+    outputs = 1 if spec.head is Head.SCALAR else spec.vocab
+    output = {} if spec.tied else {output_layer(spec).logical[0]: (outputs, spec.hidden)}
     return {EMBEDDING.logical[0]: (spec.vocab, spec.hidden), FINAL_NORM.logical[0]: (spec.hidden,), **output}
 
 

@@ -8,12 +8,13 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from aligner.models.family import logical_tensors
+from aligner.models.family import FAMILIES, Head, logical_tensors
 from aligner.models.spec import ModelSpec, read_config
 from aligner.reshard.region import whole_tensor
 
@@ -51,7 +52,7 @@ def write_weights(file: Path, tensors: dict[str, Tensor]) -> None:
 
 
 def write_rest(partial: Path, spec: ModelSpec, dtype: str, weight_map: dict[str, str]) -> None:
-    """Everything but the weights: the index, the configuration with its new dtype, and the source's other files."""
+    """Everything but the weights: the index, the configuration with its new dtype and head, the source's other files."""
     folder = Path(spec.path)
     if len(set(weight_map.values())) > 1:
         size = sum(whole_tensor(name, shape, dtype).bytes for name, shape in logical_tensors(spec).items())
@@ -59,11 +60,35 @@ def write_rest(partial: Path, spec: ModelSpec, dtype: str, weight_map: dict[str,
         write_json(partial / _INDEX, index)
     config = read_config(folder)
     config["torch_dtype" if "torch_dtype" in config else "dtype"] = dtype
+    if spec.head is Head.SCALAR:
+        config["architectures"] = [FAMILIES[spec.family].classifier]
+        config |= {"num_labels": 1, "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
+        config["pad_token_id"] = _pad_token_id(config, spec)
     write_json(partial / "config.json", config)
     for name in _COPIED:
         if (folder / name).is_file():
             shutil.copyfile(folder / name, partial / name)
             _flush(partial / name)
+
+
+def _pad_token_id(config: dict[str, Any], spec: ModelSpec) -> int | None:
+    """What the tokenizer pads with, as config.json says where there is no tokenizer.
+
+    Transformers reads a score at the last token that is not this one. Where the end token is also the pad token, rows
+    that end with it are scored one token earlier there than here.
+    """
+    tokenizer = _tokenizer(Path(spec.path))
+    pad = tokenizer.pad_token_id if tokenizer else None
+    return config.get("pad_token_id") if pad is None else pad
+
+
+def _tokenizer(folder: Path) -> Any:
+    """The folder's tokenizer; None where it has none."""
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        return None
+    from transformers import AutoTokenizer  # seconds, which no other export needs
+
+    return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
 
 
 def publish(partial: Path, final: Path) -> None:

@@ -5,17 +5,17 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from aligner.models.family import FAMILIES, Family, logical_tensors
+from aligner.models.family import FAMILIES, Family, Head, logical_tensors
 from aligner.reshard.region import ELEMENT_BYTES
 
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """A decoder-only language model of one of the supported families."""
+    """A decoder-only model of one of the supported families, with the head of a language model or a scalar one."""
 
     family: str
     """Key of `FAMILIES`, such as "qwen3_moe"."""
@@ -30,8 +30,12 @@ class ModelSpec:
     """Width of a dense MLP."""
     vocab: int
     """Rows of the embedding in the checkpoint."""
+    head: Head
+    """What the model has on top."""
+    stored_head: Head
+    """What the folder has; where the two differ, the head starts at zero (see `new_tensors`)."""
     tied: bool
-    """The output layer is the embedding."""
+    """The output layer is the embedding; never with a scalar head."""
     norm_eps: float
     rope_theta: float
     rope_scaling: dict[str, Any] | None
@@ -76,8 +80,13 @@ class ModelSpec:
         return 3 * self.hidden * self.expert_ffn * self.experts * len(self.sparse_layers)
 
 
+def with_scalar_head(spec: ModelSpec) -> ModelSpec:
+    """The same model with a scalar head: the folder's, or a new one on the layers of a language model."""
+    return replace(spec, head=Head.SCALAR, tied=False)
+
+
 def read_spec(path: str | Path) -> ModelSpec:
-    """The model in folder `path`.
+    """The model in folder `path`, a language model or one with a scalar head.
 
     Raises:
         ValueError: a missing folder or config.json, an architecture or a setting that is not supported, or sizes that
@@ -85,7 +94,7 @@ def read_spec(path: str | Path) -> ModelSpec:
     """
     folder = Path(path)
     config = read_config(folder)
-    family_name, family = _family(config, folder)
+    family_name, family, head = _family(config, folder)
     _check_supported(config, family, folder)
     heads, hidden = _size(config, "num_attention_heads", folder), _size(config, "hidden_size", folder)
     kv_heads = _size(config, "num_key_value_heads", folder, default=heads)
@@ -107,7 +116,9 @@ def read_spec(path: str | Path) -> ModelSpec:
         head_dim=_size(config, "head_dim", folder, default=family.head_dim or hidden // heads),
         ffn=_size(config, "intermediate_size", folder),
         vocab=_size(config, "vocab_size", folder),
-        tied=bool(config.get("tie_word_embeddings", family.tied)),
+        head=head,
+        stored_head=head,
+        tied=head is Head.LANGUAGE and bool(config.get("tie_word_embeddings", family.tied)),
         norm_eps=float(config.get("rms_norm_eps", family.norm_eps)),
         rope_theta=theta,
         rope_scaling=scaling,
@@ -145,15 +156,31 @@ def _json_object(file: Path) -> dict[str, Any]:
     return found
 
 
-def _family(config: Mapping[str, Any], folder: Path) -> tuple[str, Family]:
-    """By architecture; by model_type where a config names no architecture."""
+def _family(config: Mapping[str, Any], folder: Path) -> tuple[str, Family, Head]:
+    """By architecture; by model_type, as a language model, where a config names no architecture."""
     named = config.get("architectures") or []
     for name, family in FAMILIES.items():
         if family.architecture in named or (not named and config.get("model_type") == name):
-            return name, family
+            return name, family, Head.LANGUAGE
+        if family.classifier in named:
+            _check_one_score(config, folder)
+            return name, family, Head.SCALAR
     found = named[0] if named else config.get("model_type")
     supported = ", ".join(family.architecture for family in FAMILIES.values())
-    raise ValueError(f"{folder}/config.json: architecture {found} is not supported; supported are {supported}.")
+    raise ValueError(
+        f"{folder}/config.json: architecture {found} is not supported; supported are {supported}, and each as "
+        "...ForSequenceClassification with num_labels=1."
+    )
+
+
+def _check_one_score(config: Mapping[str, Any], folder: Path) -> None:
+    """Transformers writes the number of labels as `id2label`, and takes two where nothing is said."""
+    labels = config.get("num_labels", len(config.get("id2label") or (0, 1)))
+    if labels != 1:
+        raise ValueError(
+            f"{folder}/config.json: num_labels={labels} is not supported: a critic or a reward model gives one number; "
+            "use a model with num_labels=1 (one entry in id2label), or a language model, which gets a new head."
+        )
 
 
 def _check_supported(config: Mapping[str, Any], family: Family, folder: Path) -> None:

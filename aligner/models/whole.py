@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from aligner.models.checkpoint import read_into
-from aligner.models.family import logical_tensors
+from aligner.models.family import Head, logical_tensors
 from aligner.models.hf_folder import files_of_tensors
 from aligner.models.spec import ModelSpec
 from aligner.models.stored import SHARDS
@@ -33,7 +33,9 @@ def check_names(spec: ModelSpec, known: Container[str]) -> None:
     folder = Path(spec.path)
     if (folder / SHARDS).is_file():
         return
-    harmless = (*(["lm_head.weight"] if spec.tied else ()), "rotary_emb.inv_freq")  # copies of what is known anyway
+    replaced = spec.head is Head.SCALAR and spec.stored_head is Head.LANGUAGE
+    # copies of what is known anyway, and the output layer where a scalar head takes its place
+    harmless = (*(["lm_head.weight"] if spec.tied or replaced else ()), "rotary_emb.inv_freq")
     strange = sorted(n for n in files_of_tensors(folder) if n not in known and not n.endswith(harmless))
     if strange:
         raise ValueError(

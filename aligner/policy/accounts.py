@@ -1,26 +1,44 @@
-"""What an update reports: sums over tokens and microbatches, then one row over its optimizer steps."""
+"""What an update reports: sums over tokens, rows and microbatches, then one row over its optimizer steps."""
 
 from __future__ import annotations
-
-from collections.abc import Container
 
 import torch
 from torch import Tensor
 
+from aligner.policy.global_mean import Totals
+
 MAXIMA = ("gap", "ratio", "kl")
-"""Metrics of a loss whose largest token is reported beside the mean, as `<name>_max`."""
+"""Metrics of a loss whose largest token (or row) is reported beside the mean, as `<name>_max`."""
 
 
-def gather_metrics(
-    sums: dict[str, Tensor], metrics: dict[str, Tensor], topped: Container[str], mask_BT: Tensor
-) -> None:
-    """Add one microbatch's per-token metrics to the running sums, and those of `topped` to the running maxima."""
-    for name, value_BT in metrics.items():
-        kept = value_BT.detach()[mask_BT].double().cpu()
-        sums[f"sum/{name}"] = sums.get(f"sum/{name}", torch.zeros((), dtype=torch.float64)) + kept.sum()
-        if kept.numel() and name in topped:
+def add_to(sums: dict[str, Tensor], name: str, value: Tensor) -> None:
+    """Add to a running sum, in float64 on the host."""
+    sums[name] = sums.get(name, torch.zeros((), dtype=torch.float64)) + value.detach().double().cpu()
+
+
+def gather_metrics(sums: dict[str, Tensor], metrics: dict[str, Tensor], mask_BT: Tensor) -> None:
+    """Add one microbatch's metrics to the running sums (`token/` of those that are [B, T], `row/` of those that are
+    [B]), and those of MAXIMA to the running maxima."""
+    for name, value in metrics.items():
+        per_row = value.dim() == 1
+        kept = value.detach()[mask_BT.any(1) if per_row else mask_BT].double().cpu()
+        add_to(sums, f"{'row' if per_row else 'token'}/{name}", kept.sum())
+        if kept.numel() and name in MAXIMA:
             top = sums.get(f"max/{name}", kept[0])
             sums[f"max/{name}"] = torch.maximum(top, kept.max())
+
+
+def means(sums: dict[str, float], totals: Totals) -> dict[str, float]:
+    """The global batch's sums by their kind -> what is reported; `sum/` stays as it is."""
+    count = {"sum": 1.0, "token": max(totals.tokens, 1.0), "row": max(totals.rows, 1.0)}
+    found = {}
+    for key, value in sums.items():
+        kind, _, name = key.partition("/")
+        if kind == "max":
+            found[f"{name}_max"] = value
+        else:
+            found[name] = value / count[kind]
+    return found
 
 
 def over_steps(steps: list[dict[str, float]]) -> dict[str, float]:

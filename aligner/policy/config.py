@@ -1,8 +1,9 @@
-"""Settings of the trained model: precision, optimizer, schedule, microbatches, recompute."""
+"""Settings of the models on Megatron: precision, optimizer, schedule, microbatches, recompute."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from operator import attrgetter
 
 
 @dataclass(frozen=True)
@@ -33,9 +34,28 @@ class OptimizerConfig:
     """Shard optimizer state over the data-parallel ranks (Megatron's distributed optimizer)."""
 
 
+CHOICES = {
+    "dtype": ("float32", "bfloat16"),
+    "recompute": ("none", "selective", "full"),
+    "reduction": ("token_mean", "sequence_mean", "fixed"),
+    "optimizer.schedule": ("constant", "linear", "cosine"),
+}
+AT_LEAST = {
+    "micro_tokens": 1,
+    "minibatches": 1,
+    "epochs": 1,
+    "fixed_length": 0,
+    "optimizer.lr": 0,
+    "optimizer.warmup_steps": 0,
+    "optimizer.decay_steps": 0,
+    "optimizer.weight_decay": 0,
+    "optimizer.clip_grad": 0,
+}
+
+
 @dataclass(frozen=True)
-class PolicyConfig:
-    """The trained model and how a batch passes through it."""
+class TrainingConfig:
+    """A model on Megatron and how a batch passes through it."""
 
     dtype: str = "float32"
     """Parameters and activations: float32 or bfloat16 (bfloat16 keeps float32 master weights and gradients)."""
@@ -44,7 +64,7 @@ class PolicyConfig:
     recompute: str = "none"
     """Activation recompute in backward: none, selective (attention only) or full."""
     reduction: str = "token_mean"
-    """Mean of the loss over the global batch: token_mean, sequence_mean or fixed (see fixed_length)."""
+    """Mean of a loss per token over the global batch: token_mean, sequence_mean or fixed (see fixed_length)."""
     fixed_length: int = 0
     """Tokens that reduction=fixed divides each row by (Dr. GRPO); 0 means sampling.max_tokens."""
     minibatches: int = 1
@@ -53,3 +73,41 @@ class PolicyConfig:
     """Passes over each batch."""
     optimizer: OptimizerConfig = OptimizerConfig()
     """AdamW and its schedule."""
+
+    def check(self, name: str) -> None:
+        """Raises ValueError naming the setting, which begins with `name`, and the values that would work."""
+        for key, allowed in CHOICES.items():
+            if attrgetter(key)(self) not in allowed:
+                raise ValueError(f"{name}.{key}={attrgetter(key)(self)} is unknown; use {', '.join(allowed)}.")
+        for key, least in AT_LEAST.items():
+            if not attrgetter(key)(self) >= least:
+                raise ValueError(f"{name}.{key}={attrgetter(key)(self)} must be at least {least}.")
+        adam = self.optimizer
+        for key, beta in (("beta1", adam.beta1), ("beta2", adam.beta2)):
+            if not 0 <= beta < 1:
+                raise ValueError(f"{name}.optimizer.{key}={beta} must be in [0, 1).")
+        if not 0 <= adam.min_lr_ratio <= 1:
+            raise ValueError(f"{name}.optimizer.min_lr_ratio={adam.min_lr_ratio} must be between 0 and 1.")
+
+
+@dataclass(frozen=True)
+class PolicyConfig(TrainingConfig):
+    """The trained language model, which starts from model.path; the reference's precision and microbatches too."""
+
+
+@dataclass(frozen=True)
+class CriticConfig(TrainingConfig):
+    """The value model of PPO."""
+
+    path: str | None = None
+    """Hugging Face folder to start from: a language model, which gets a new head, or one for sequence classification
+    with num_labels=1. null: model.path."""
+
+
+@dataclass(frozen=True)
+class RewardModelConfig(TrainingConfig):
+    """The model that scores whole responses; frozen unless the loop updates it."""
+
+    path: str | None = None
+    """Hugging Face folder to start from: a language model, which gets a new head, or one for sequence classification
+    with num_labels=1. null: model.path."""

@@ -1,4 +1,4 @@
-"""Megatron's layers as a model family has them: norms, biases, dense MLP or experts, attention without TransformerEngine."""
+"""Megatron's layers as a model has them: norms, biases, dense MLP or experts, own attention, the scalar head."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from torch import Tensor, nn
@@ -54,6 +55,30 @@ class BiasedRows(RowParallelLinear):
 
     def __init__(self, *args: Any, bias: bool, **kwargs: Any) -> None:
         super().__init__(*args, bias=True, **kwargs)
+
+
+class ScalarHead(nn.Module):
+    """One number a token in place of the output layer; computed in float32, since bfloat16 resolves a value of 10 to
+    0.06.
+
+    Whole on every tensor rank, each of which computes the same loss. Under sequence parallelism a rank multiplies its
+    own tokens and gathers the numbers, not the hidden states; its weight's gradient is then of its tokens alone, and is
+    summed like a norm's.
+    """
+
+    def __init__(self, config: Any, group: Any) -> None:
+        super().__init__()
+        self.group, self.sequence_parallel = group, config.sequence_parallel
+        device = "cpu" if not torch.cuda.is_available() else torch.cuda.current_device()
+        self.weight = nn.Parameter(torch.zeros(1, config.hidden_size, dtype=config.params_dtype, device=device))
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, hidden_states: Tensor, weight: None = None, runtime_gather_output: bool | None = None) -> Any:
+        """[T / tensor or T, 1, hidden] -> ([T, 1, 1] float32, None), as Megatron calls its output layer."""
+        out = F.linear(hidden_states.float(), self.weight.float())
+        if self.sequence_parallel:  # not reduced in backward: every rank has the whole gradient of the numbers
+            out = gather_from_sequence_parallel_region(out, tensor_parallel_output_grad=False, group=self.group)
+        return out, None
 
 
 def scale_embedding(factor: Tensor, _: nn.Module, __: Any, embedded: Tensor) -> Tensor:

@@ -16,12 +16,12 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from aligner.models.family import EMBEDDING
+from aligner.models.family import EMBEDDING, Head
 from aligner.models.megatron_layout import MegatronSide, padded_vocab_size
 from aligner.models.sizes import check_runs
 from aligner.models.spec import ModelSpec
 from aligner.policy.attention import PackedRotary
-from aligner.policy.layers import block_spec, scale_embedding
+from aligner.policy.layers import ScalarHead, block_spec, scale_embedding
 from aligner.reshard.region import Piece
 from aligner.reshard.storage import strided_view
 from aligner.spmd.mesh import EXPERT_AXES, Mesh
@@ -178,6 +178,8 @@ def build_model(
                 vp_stage=number if mesh.virtual_pipeline > 1 else None,
             )
             gpt.rotary_pos_emb = rotary
+            if gpt.post_process and spec.head is Head.SCALAR:  # Megatron's own, just made, goes unused
+                gpt.output_layer = ScalarHead(config, groups.tp)
             if gpt.pre_process and spec.embedding_scale != 1.0:
                 factor = torch.tensor(spec.embedding_scale, dtype=DTYPES[dtype], device=device)
                 gpt.embedding.register_forward_hook(partial(scale_embedding, factor))

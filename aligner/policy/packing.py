@@ -12,19 +12,25 @@ import torch
 from torch import Tensor
 
 
-def microbatches(lengths: Sequence[int], budget: int) -> list[list[int]]:
+def microbatches(lengths: Sequence[int], budget: int, together: int = 1) -> list[list[int]]:
     """Row positions of each microbatch: at most `budget` tokens each, rows of similar length together.
 
-    Similar lengths keep the attention's padding small. A row longer than the budget gets a microbatch of its own.
+    Similar lengths keep the attention's padding small. What is longer than the budget gets a microbatch of its own.
+
+    Args:
+        together: groups of this many consecutive rows are never split.
     """
+    assert len(lengths) % together == 0, f"{len(lengths)} rows are not whole groups of {together}"
+    groups = [range(first, first + together) for first in range(0, len(lengths), together)]
     found: list[list[int]] = []
     used = budget + 1
-    for row in sorted(range(len(lengths)), key=lambda r: (-lengths[r], r)):
-        if used + lengths[row] > budget:
+    for group in sorted(groups, key=lambda rows: (-max(lengths[row] for row in rows), rows[0])):
+        tokens = sum(lengths[row] for row in group)
+        if used + tokens > budget:
             found.append([])
             used = 0
-        found[-1].append(row)
-        used += lengths[row]
+        found[-1].extend(group)
+        used += tokens
     return found
 
 
@@ -44,6 +50,8 @@ class Packed:
     """Flat positions whose prediction is wanted: every token but each row's last."""
     target_N: Tensor
     """Where it belongs in a flattened [B, width] array: the predicted token's own place."""
+    last_B: Tensor
+    """Flat position of each row's last token."""
     rows: int
     width: int
 
@@ -76,6 +84,6 @@ def pack(tokens_BT: Tensor, length_B: Tensor, multiple_of: int, device: torch.de
     targets_T = torch.cat([tokens_T[1:], tokens_T.new_zeros(1)])
     last = torch.cumsum(lengths.long(), 0) - 1
     targets_T[last] = 0
-    on = [t.to(device, non_blocking=True) for t in (tokens_T, positions_T, targets_T, source_N)]
-    target_N = torch.nonzero(predicted_BT.flatten())[:, 0].to(device, non_blocking=True)
-    return Packed(on[0], on[1], on[2], lengths, on[3], target_N, rows, width)
+    target_N = torch.nonzero(predicted_BT.flatten())[:, 0]
+    on = [t.to(device, non_blocking=True) for t in (tokens_T, positions_T, targets_T, source_N, target_N, last[:rows])]
+    return Packed(on[0], on[1], on[2], lengths, on[3], on[4], on[5], rows, width)

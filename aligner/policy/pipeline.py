@@ -1,4 +1,4 @@
-"""Run microbatches through the role's pipeline with Megatron's schedules: log-probabilities out, or gradients in."""
+"""Run microbatches through the role's pipeline with Megatron's schedules: what the last stage reads out, or gradients."""
 
 from __future__ import annotations
 
@@ -13,48 +13,42 @@ from torch import Tensor
 
 from aligner.policy.model import ShardedModel
 from aligner.policy.packing import Packed
-from aligner.policy.vocab_parallel import logprobs_and_entropy
+from aligner.policy.readout import Readout
 
-Loss = Callable[[int, Tensor, Tensor], Tensor]
-"""(microbatch number, policy_logp_BT, entropy_BT) -> scalar to add to the global loss."""
+Loss = Callable[[int, dict[str, Tensor]], Tensor]
+"""(microbatch number, what the readout made of it) -> scalar to add to the global loss."""
 
 
 class Pipeline:
     """One role's model and groups, ready to run packed microbatches."""
 
-    def __init__(self, model: ShardedModel, groups: ProcessGroupCollection, vocab: int) -> None:
-        self.model, self.groups, self.vocab = model, groups, vocab
+    def __init__(self, model: ShardedModel, groups: ProcessGroupCollection, readout: Readout) -> None:
+        self.model, self.groups, self.readout = model, groups, readout
 
-    def logprobs(self, packed: Sequence[Packed], temperature: float) -> list[Tensor]:
-        """Forward only. [B, width] log-probabilities of each microbatch on the last stage; [] on the others."""
+    def forward(self, packed: Sequence[Packed]) -> list[Tensor]:
+        """Forward only. The readout's result for each microbatch on the last stage; [] on the others."""
         found: dict[int, Tensor] = {}
 
-        def collect(number: int, logp_BT: Tensor, _: Tensor) -> Tensor:
-            found[number] = logp_BT
-            return logp_BT.sum()
+        def collect(number: int, made: dict[str, Tensor]) -> Tensor:
+            found[number] = next(iter(made.values()))
+            return found[number].sum()
 
         with torch.no_grad():
-            self._run(self.model.chunks, packed, temperature, collect, forward_only=True)
+            self._run(self.model.chunks, packed, collect, forward_only=True)
         return [found[number] for number in sorted(found)]
 
-    def backward(self, wrapped: list[Any], packed: Sequence[Packed], temperature: float, loss: Loss) -> None:
+    def backward(self, wrapped: list[Any], packed: Sequence[Packed], loss: Loss) -> None:
         """Forward and backward of every microbatch, then the reduction of gradients over the role's ranks."""
-        self._run(wrapped, packed, temperature, loss, forward_only=False)
+        self._run(wrapped, packed, loss, forward_only=False)
 
-    def _run(
-        self, chunks: Sequence[Any], packed: Sequence[Packed], temperature: float, loss: Loss, forward_only: bool
-    ) -> None:
+    def _run(self, chunks: Sequence[Any], packed: Sequence[Packed], loss: Loss, forward_only: bool) -> None:
         def forward_step(iterator: Any, module: Any) -> Any:
             number, batch = next(iterator)
             self.model.rotary.positions_T = batch.positions_T
             output = module(batch.tokens_T[None], batch.positions_T[None], batch.lengths)
 
-            def loss_of(logits_1TV: Tensor) -> Any:
-                logits_TV = logits_1TV[0]
-                if temperature != 1.0:
-                    logits_TV = logits_TV / temperature
-                logp_T, entropy_T = logprobs_and_entropy(logits_TV, batch.targets_T, self.groups.tp, self.vocab)
-                value = loss(number, batch.to_rows(logp_T), batch.to_rows(entropy_T))
+            def loss_of(output_1TX: Tensor) -> Any:
+                value = loss(number, self.readout(output_1TX[0], batch))
                 # three values: Megatron then neither averages over microbatches nor scales by data shards
                 return value, torch.zeros((), dtype=torch.int, device=value.device), {}
 

@@ -23,17 +23,21 @@ class RoleLayout:
     context: int = 1
     """Context-parallel size, in ranks (only 1 for now)."""
     expert: int = 1
-    """Expert-parallel size, in ranks. Policy and reference: each holds experts / expert of a sparse layer's experts.
+    """Expert-parallel size, in ranks. Models on Megatron: each holds experts / expert of a sparse layer's experts.
     Rollout: 1, or equal to tensor."""
     expert_tensor: int | None = None
-    """Ranks that each expert is cut over (policy and reference only); null: 1 with expert > 1, else tensor."""
+    """Ranks that each expert is cut over (models on Megatron only); null: 1 with expert > 1, else tensor."""
     stage_layers: tuple[int, ...] = ()
     """Layers of each pipeline stage, such as [3,5]; with virtual_pipeline > 1 those of each chunk in the model's
-    order. []: equal stages (policy and reference only)."""
+    order. []: equal stages (models on Megatron only)."""
     virtual_pipeline: int = 1
-    """Chunks of layers that each pipeline stage has, which keep it busier (policy and reference only)."""
+    """Chunks of layers that each pipeline stage has, which keep it busier (models on Megatron only)."""
     sequence_parallel: bool = False
     """Split activations between tensor-parallel ranks along the sequence (needs tensor > 1)."""
+
+
+MEGATRON = ("policy", "reference", "critic", "reward_model")
+"""Roles whose model is on Megatron; all but the policy are laid out like it where they have no ranks of their own."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,10 @@ class Placement:
     """vLLM replicas: ranks / tensor of them."""
     reference: RoleLayout = field(default_factory=lambda: RoleLayout(ranks="policy"))
     """The frozen copy of the starting model; ranks=policy: on the policy's ranks and with its sizes."""
+    critic: RoleLayout = field(default_factory=lambda: RoleLayout(ranks="policy"))
+    """The value model; ranks=policy: on the policy's ranks and with its sizes."""
+    reward_model: RoleLayout = field(default_factory=lambda: RoleLayout(ranks="policy"))
+    """The model that scores responses; ranks=policy: on the policy's ranks and with its sizes."""
     reward: RoleLayout = field(default_factory=RoleLayout)
     """Ranks whose host CPUs score samples."""
 
@@ -81,19 +89,14 @@ def parse_ranks(value: Any, world_size: int, role: str) -> tuple[int, ...]:
 
 
 def make_meshes(placement: Placement, world_size: int) -> Mapping[str, Mesh]:
-    """Role -> mesh for every role of the placement (reference falls back to the policy's layout).
+    """Role -> mesh for every role of the placement (models on Megatron fall back to the policy's layout).
 
     Raises:
         ValueError: naming the setting and the values that would work.
     """
-    layouts = {
-        "policy": placement.policy,
-        "rollout": placement.rollout,
-        "reference": reference_layout(placement),
-        "reward": placement.reward,
-    }
     meshes = {}
-    for role, layout in layouts.items():
+    for role in ("policy", "rollout", "reference", "reward", "critic", "reward_model"):
+        layout = role_layout(placement, role)
         ranks = parse_ranks(layout.ranks, world_size, role)
         meshes[role] = _mesh(role, ranks, layout)
         if layout.context != 1:
@@ -101,10 +104,10 @@ def make_meshes(placement: Placement, world_size: int) -> Mapping[str, Mesh]:
         _check_trained_only(role, layout)
         if role == "reward" and layout.tensor != 1:
             raise ValueError(f"placement.reward.tensor={layout.tensor}: rules run on host CPUs; use 1.")
-        if layout.sequence_parallel and (layout.tensor == 1 or role not in ("policy", "reference")):
+        if layout.sequence_parallel and (layout.tensor == 1 or role not in MEGATRON):
             raise ValueError(
-                f"placement.{role}.sequence_parallel=true needs a policy or reference with tensor > 1 "
-                f"(now tensor={layout.tensor}); set it to false or raise placement.{role}.tensor."
+                f"placement.{role}.sequence_parallel=true needs a model on Megatron ({', '.join(MEGATRON)}) with "
+                f"tensor > 1 (now tensor={layout.tensor}); set it to false or raise placement.{role}.tensor."
             )
     return meshes
 
@@ -127,7 +130,7 @@ def _mesh(role: str, ranks: tuple[int, ...], layout: RoleLayout) -> Mesh:
 
 def _check_trained_only(role: str, layout: RoleLayout) -> None:
     """What only the roles on Megatron have is refused elsewhere, never ignored."""
-    if role in ("policy", "reference"):
+    if role in MEGATRON:
         return
     plain = RoleLayout()
     refused = ("expert_tensor", "stage_layers", "virtual_pipeline", *(("pipeline",) if role == "reward" else ()))
@@ -146,17 +149,18 @@ def _check_trained_only(role: str, layout: RoleLayout) -> None:
         )
 
 
-def reference_layout(placement: Placement) -> RoleLayout:
-    """The reference's own layout, or the policy's.
+def role_layout(placement: Placement, role: str) -> RoleLayout:
+    """The role's own layout, or the policy's where it has `ranks=policy`.
 
     Raises:
         ValueError: sizes without ranks, which would be silently ignored.
     """
-    if placement.reference.ranks != "policy":
-        return placement.reference
-    if placement.reference != RoleLayout(ranks="policy"):
+    layout: RoleLayout = getattr(placement, role)
+    if layout.ranks != "policy" or role not in MEGATRON[1:]:
+        return layout
+    if layout != RoleLayout(ranks="policy"):
         raise ValueError(
-            "placement.reference.ranks=policy takes the policy's sizes too; to give the reference sizes of its own, give "
-            "it ranks as well, such as placement.reference.ranks=all."
+            f"placement.{role}.ranks=policy takes the policy's sizes too; to give the {role} sizes of its own, give "
+            f"it ranks as well, such as placement.{role}.ranks=all."
         )
     return placement.policy

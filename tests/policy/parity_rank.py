@@ -24,7 +24,7 @@ from aligner.models.family import expert_tensors
 from aligner.models.spec import ModelSpec, read_spec
 from aligner.objective.advantages import group_advantages
 from aligner.objective.losses import clipped_surrogate
-from aligner.policy import pipeline
+from aligner.policy import readout
 from aligner.policy.config import OptimizerConfig, PolicyConfig
 from aligner.policy.packing import microbatches
 from aligner.policy.policy import Policy
@@ -137,15 +137,15 @@ def logits_off(policy: Policy, mine: list[int], logits_BTV: Tensor, caught: list
 
 def check_logits(policy: Policy, ref: Any, expected: Reference) -> float:
     caught: list[Tensor] = []
-    inner = pipeline.logprobs_and_entropy
+    inner = readout.logprobs_and_entropy
 
     def catching(logits_TV: Tensor, *rest: Any) -> Any:
         caught.append(logits_TV.detach().clone())
         return inner(logits_TV, *rest)
 
-    pipeline.logprobs_and_entropy = catching
+    readout.logprobs_and_entropy = catching
     got = policy.logprobs(ref).get()
-    pipeline.logprobs_and_entropy = inner
+    readout.logprobs_and_entropy = inner
     off = (got - torch.where(MASK_BT, expected.logp_BT, 0)).abs().max().item()
     mine = [field["row"] for field in policy.localize((ref,), {}).args[0].fields]
     return max(off, logits_off(policy, mine, expected.logits_BTV, caught))

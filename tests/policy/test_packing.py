@@ -21,6 +21,24 @@ def test_microbatches_hold_every_row_within_budget(lengths: list[int], budget: i
     assert all(sum(lengths[row] for row in rows) <= budget or len(rows) == 1 for rows in found)
 
 
+@given(st.lists(st.integers(1, 90), min_size=1, max_size=20), st.integers(10, 200), st.integers(1, 4))
+def test_rows_that_belong_together_stay_together(groups: list[int], budget: int, together: int) -> None:
+    lengths = [length for length in groups for _ in range(together)]
+    found = microbatches(lengths, budget, together)
+    assert sorted(row for rows in found for row in rows) == list(range(len(lengths)))
+    for rows in found:
+        firsts = rows[::together]
+        assert all(first % together == 0 for first in firsts)
+        assert rows == [first + place for first in firsts for place in range(together)]
+        assert sum(lengths[row] for row in rows) <= budget or len(rows) == together
+
+
+def test_pairs_by_hand() -> None:
+    # pairs of 12, 9 and 4 tokens, by their longest row 7, 8 and 2: the second pair comes first
+    assert microbatches([5, 7, 8, 1, 2, 2], 16, 2) == [[2, 3], [0, 1, 4, 5]]
+    assert microbatches([5, 7, 8, 1, 2, 2], 16) == [[2, 1], [0, 4, 5, 3]]
+
+
 def test_pack_by_hand() -> None:
     tokens_BT = torch.tensor([[5, 6, 7], [8, 9, 0]])
     packed = pack(tokens_BT, torch.tensor([3, 2]), 4, torch.device("cpu"))
@@ -28,6 +46,7 @@ def test_pack_by_hand() -> None:
     assert packed.positions_T.tolist() == [0, 1, 2, 0, 1, 0, 1, 2]
     assert packed.targets_T.tolist() == [6, 7, 0, 9, 0, 0, 0, 0]
     assert packed.lengths.tolist() == [3, 2, 3]  # the padding is a row of its own
+    assert packed.last_B.tolist() == [2, 4]
     # predictions 0,1 of row 0 are of its tokens 1,2; prediction 3 (row 1) is of its token 1
     rows_BT = packed.to_rows(torch.arange(8.0) + 10)
     assert rows_BT.tolist() == [[0, 10, 11], [0, 13, 0]]

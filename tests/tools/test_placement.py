@@ -20,14 +20,17 @@ def test_ranks_worked_by_hand() -> None:
         "placement.rollout.ranks=2-3",
         "placement.rollout.tensor=2",
         "placement.reward.ranks=1",
+        "placement.critic.ranks=2-3",
+        "placement.critic.pipeline=2",
+        "placement.reward_model.ranks=3",
     )
     assert done.returncode == 0, done.stderr
     assert [line.split() for line in done.stdout.splitlines()[:5]] == [
-        ["rank", "policy", "reference", "rollout", "reward"],
-        ["0", "d0", "t0", "d0", "t0", ".", "."],
-        ["1", "d0", "t1", "d0", "t1", ".", "all"],
-        ["2", "d1", "t0", "d1", "t0", "t0", "."],
-        ["3", "d1", "t1", "d1", "t1", "t1", "."],
+        ["rank", "policy", "reference", "rollout", "reward", "critic", "reward_model"],
+        ["0", "d0", "t0", "d0", "t0", ".", ".", ".", "."],
+        ["1", "d0", "t1", "d0", "t1", ".", "all", ".", "."],
+        ["2", "d1", "t0", "d1", "t0", "t0", ".", "p0", "."],
+        ["3", "d1", "t1", "d1", "t1", "t1", ".", "p1", "all"],
     ]
 
 

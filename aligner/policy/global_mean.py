@@ -1,0 +1,57 @@
+"""From a loss's own form to its mean over the global batch, so that microbatches and data shards simply add up."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from aligner.objective.reduction import token_weights
+from aligner.policy.config import TrainingConfig
+
+LossFunction = Callable[..., tuple[Tensor, dict[str, Tensor]]]
+"""(result, mask_BT=..., fields by name) -> (loss, metrics), each [B, T] per token or [B] per row."""
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Counts over the global batch of one optimizer step: every data shard, every microbatch."""
+
+    tokens: float
+    """Trained tokens."""
+    rows: float
+    """Rows with a trained token."""
+
+
+def rows_together(loss: LossFunction) -> int:
+    """How many consecutive rows the loss compares: the attribute of this name on the function, 1 where it has none."""
+    function: Any = loss
+    while isinstance(function, functools.partial):
+        function = function.func
+    return int(getattr(function, "rows_together", 1))
+
+
+def global_mean(loss: Tensor, mask_BT: Tensor, totals: Totals, config: TrainingConfig, max_response: int) -> Tensor:
+    """This microbatch's part of the mean of the loss over the global batch.
+
+    Args:
+        loss: [B, T], weighted by `config.reduction`; or [B], the mean over the rows with a trained token, whatever the
+            others hold.
+        mask_BT: [B, T] bool, the trained tokens.
+        max_response: tokens that reduction=fixed divides by where config.fixed_length is 0.
+    """
+    if loss.dim() == 1:
+        assert loss.shape == mask_BT.shape[:1], f"the loss is {tuple(loss.shape)} for {len(mask_BT)} rows"
+        return torch.where(mask_BT.any(1), loss, 0.0).sum() / max(totals.rows, 1.0)
+    weight_BT = token_weights(
+        mask_BT,
+        config.reduction,  # type: ignore[arg-type]
+        total_tokens=totals.tokens,
+        total_rows=totals.rows,
+        fixed_length=config.fixed_length or max_response or None,
+    )
+    return (loss * weight_BT).sum()

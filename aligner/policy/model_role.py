@@ -1,0 +1,115 @@
+"""What every role on Megatron-core shares: a model built and loaded over its ranks, run over a batch, and exported."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from aligner.data.samples import Samples
+from aligner.models.checkpoint import export_checkpoint, read_into
+from aligner.models.megatron_layout import MegatronSide
+from aligner.models.spec import ModelSpec
+from aligner.policy import cpu_megatron
+from aligner.policy.config import TrainingConfig
+from aligner.policy.groups import make_groups, prepare_megatron
+from aligner.policy.model import build_model
+from aligner.policy.packing import Packed, microbatches, pack
+from aligner.policy.pipeline import Pipeline
+from aligner.policy.readout import Readout
+from aligner.spmd import columns
+from aligner.spmd.mesh import Mesh
+from aligner.spmd.ref import Ref
+from aligner.spmd.role import Role
+from aligner.spmd.world import World
+
+
+class ModelRole(Role):
+    """A model on Megatron-core whose last stage makes of a batch what `readout` says."""
+
+    def __init__(
+        self,
+        name: str,
+        world: World,
+        mesh: Mesh,
+        spec: ModelSpec,
+        config: TrainingConfig,
+        *,
+        sequence_parallel: bool = False,
+    ) -> None:
+        super().__init__(name, world, mesh)
+        cpu_megatron.install()
+        prepare_megatron()
+        self.spec, self.config = spec, config
+        self.multiple_of = mesh.tensor if sequence_parallel else 1
+        groups = make_groups(world, mesh)
+        if groups is None:
+            return
+        self.groups = groups
+        self.model = build_model(
+            spec, mesh, world.rank, groups, world.device, config.dtype, sequence_parallel, config.recompute
+        )
+        self.bytes_read = read_into(spec, self.model.layout, self.model.view)
+        self.pipeline = Pipeline(self.model, groups, self.readout())
+
+    def readout(self) -> Readout:
+        """What this kind of role makes of its head's output."""
+        raise NotImplementedError
+
+    def forward(self, samples: Samples) -> Tensor:
+        """The readout of this shard's rows, on every rank that holds them: [B] or [B, T] float32, on the host.
+
+        [B, T] is 0 at each row's first token and beyond its last; the caller applies the mask.
+        """
+        batches = microbatches(samples.length_B.tolist(), self.config.micro_tokens)
+        self.model.train(False)
+        out = torch.zeros(samples.tokens_BT.shape[: self.pipeline.readout.dims], device=self.world.device)
+        found = self.pipeline.forward(self.packed(samples, batches))
+        for rows, part in zip(batches, found, strict=False):
+            (out if part.dim() == 1 else out[:, : part.shape[1]])[torch.tensor(rows)] = part
+        if self.mesh.pipeline > 1:
+            dist.broadcast(out, dist.get_global_rank(self.groups.pp, self.mesh.last_stage), group=self.groups.pp)
+        return out.cpu()
+
+    def packed(self, samples: Samples, batches: list[list[int]]) -> list[Packed]:
+        """This shard's microbatches, and after them as many that weigh nothing as the others' collectives need."""
+        count = max(1, len(batches))
+        if self.mesh.expert > 1:  # every microbatch exchanges tokens with the shards that hold the other experts
+            most = torch.tensor(count)
+            dist.all_reduce(most, op=dist.ReduceOp.MAX, group=self.groups.dp)
+            count = int(most)
+        if self.mesh.virtual_pipeline > 1:  # its schedule works in groups of as many microbatches as stages
+            count += -count % self.mesh.pipeline
+        nothing = pack(torch.zeros(1, 2, dtype=torch.long), torch.tensor([2]), self.multiple_of, self.world.device)
+        return [self._pack(samples, rows) for rows in batches] + [nothing] * (count - len(batches))
+
+    def _pack(self, samples: Samples, rows: list[int]) -> Packed:
+        part = columns.take(samples, rows)
+        width = int(part.length_B.max())
+        return pack(part.tokens_BT[:, :width], part.length_B, self.multiple_of, self.world.device)
+
+    def save_checkpoint(self, folder: str | Path, dtype: str | None = None) -> None:
+        """Write a Hugging Face checkpoint (config, safetensors, tokenizer) from the ranks that hold the weights."""
+        with self.call("save_checkpoint"):
+            if self.member:
+                export_checkpoint(
+                    self.world.rank,
+                    MegatronSide(self.spec, self.mesh, self.config.dtype),
+                    self.model.view,
+                    self.group,
+                    Path(folder),
+                    self.spec,
+                    dtype or self.config.dtype,
+                )
+
+    def read(self, method: str, samples: Ref) -> Ref:
+        """The role call `method`: `forward` of the batch, 0 outside `samples.mask_BT` where it is [B, T]."""
+        with self.call(method):
+            local = self.localize((samples,), {})
+            if not self.member:
+                return Ref(self, None, local.rows)
+            mine: Samples = local.args[0]
+            value = self.forward(mine)
+            return Ref(self, value if value.dim() == 1 else torch.where(mine.mask_BT, value, 0.0), local.rows)

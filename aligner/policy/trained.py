@@ -1,0 +1,165 @@
+"""The update: optimizer steps on one batch, whatever the model's readout and the loss are."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from functools import cached_property
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from aligner.data.samples import Samples
+from aligner.policy.accounts import add_to, gather_metrics, means, over_steps
+from aligner.policy.global_mean import LossFunction, Totals, global_mean, rows_together
+from aligner.policy.model_role import ModelRole
+from aligner.policy.optimizer import Optimizer
+from aligner.policy.packing import microbatches
+from aligner.policy.schedule import learning_rate
+from aligner.spmd import columns
+from aligner.spmd.partition import minibatch_groups
+from aligner.spmd.ref import Ref
+
+
+class Trained(ModelRole):
+    """A model that losses change."""
+
+    section = "policy"
+    """Where its settings stand in the configuration."""
+
+    def __init__(self, *args: Any, total_steps: int = 0, max_response: int = 0, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.optimizer_steps, self.total_steps, self.max_response = 0, total_steps, max_response
+        self.version = 0
+        """Calls of `update` so far; the same on every rank of the world."""
+
+    @cached_property
+    def optimizer(self) -> Optimizer:
+        """Gradients and optimizer state; collective over the role's ranks when it is first asked for."""
+        return Optimizer(self.model, self.config.optimizer, self.groups)
+
+    def update(self, loss: LossFunction, samples: Ref, **fields: Any) -> Ref:
+        """Optimizer steps on one batch: `epochs` passes over `minibatches` minibatches.
+
+        Args:
+            loss: `loss(<the readout's result>, mask_BT=..., <fields it names>) -> (loss, metrics)`, not reduced: [B, T]
+                per token, weighted by `reduction`, or [B] per row, for the mean over the rows with a trained token. It
+                may also name rollout_logp_BT and the readout's further results (entropy_BT of a policy). Its attribute
+                `rows_together` = n says that n consecutive rows belong together; no microbatch splits them.
+            fields: row-wise Refs (or plain values) handed to the loss by name.
+
+        Returns:
+            Ref to {metric: float}: the loss, its metrics' means over the trained tokens, or over the rows with one,
+            (and `<name>_max`), grad_norm, lr, tokens.
+
+        Raises:
+            ValueError: rows that belong together are not in one group of the batch.
+            RuntimeError: the loss or the gradient is not finite.
+        """
+        self.version += 1
+        with self.call("update"):
+            local = self.localize((samples,), fields, self.config.minibatches)
+            if not self.member:
+                return Ref(self)
+            assert local.rows is not None and local.rows.lengths is not None
+            size = local.rows.group_size
+            together = rows_together(loss)
+            if size % together:
+                raise ValueError(
+                    f"{self.name}.update: the loss needs groups of {together} consecutive rows, and the batch has groups "
+                    f"of {size}; make them with place(batch, group_size={together}) or num_samples={together}."
+                )
+            ranges = minibatch_groups(len(local.rows.lengths) // size, self.config.minibatches)
+            steps = []
+            for _ in range(self.config.epochs):
+                for members in ranges:
+                    mine = [i for i, row in enumerate(local.mine) if row // size in members]
+                    part = {name: _rows_of(value, mine, len(local.mine)) for name, value in local.kwargs.items()}
+                    steps.append(self._step(loss, together, columns.take(local.args[0], mine), part))
+            return Ref(self, over_steps(steps))
+
+    def _step(self, loss: LossFunction, together: int, samples: Samples, fields: dict[str, Any]) -> dict[str, float]:
+        """One optimizer step over this shard's rows of one minibatch."""
+        totals = self._totals(samples)
+        batches = microbatches(samples.length_B.tolist(), self.config.micro_tokens, together)
+        sums: dict[str, Tensor] = {}
+        wanted = inspect.signature(loss).parameters
+
+        def of_microbatch(number: int, made: dict[str, Tensor]) -> Tensor:
+            (_, result), *further = made.items()
+            if number >= len(batches):
+                return 0.0 * result.sum()
+            rows = batches[number]
+            given = {name: _rows_of(value, rows, samples.rows) for name, value in fields.items()}
+            given |= {"mask_BT": samples.mask_BT[rows], "rollout_logp_BT": columns.take(samples.rollout_logp_BT, rows)}
+            given = {name: self._fit(value, samples.length_B[rows]) for name, value in given.items()}
+            given |= dict(further)
+            unreduced, metrics = loss(result, **{name: given[name] for name in given if name in wanted})
+            reported = {name.removesuffix("_BT"): value_BT for name, value_BT in further}
+            gather_metrics(sums, {**reported, **metrics}, given["mask_BT"])
+            part = global_mean(unreduced, given["mask_BT"], totals, self.config, self.max_response)
+            add_to(sums, "sum/loss", part)
+            return part
+
+        self.model.train()
+        self.optimizer.zero_grad()
+        self.pipeline.backward(self.optimizer.chunks, self.packed(samples, batches), of_microbatch)
+        return {**self._descend(means(self._reduce(sums), totals)), "tokens": totals.tokens}
+
+    def _descend(self, metrics: dict[str, float]) -> dict[str, float]:
+        """The gradients that are there -> new weights."""
+        setting = f"{self.section}.optimizer"
+        if not math.isfinite(metrics.get("loss", 0.0)):
+            raise RuntimeError(
+                f"the loss is {metrics['loss']} at optimizer step {self.optimizer_steps}; the weights are as before it. "
+                f"Lower {setting}.lr, set {setting}.clip_grad, or look at the batch's rewards."
+            )
+        lr = learning_rate(self.config.optimizer, self.optimizer_steps, self.total_steps)
+        norm = self.optimizer.step(lr)
+        if not math.isfinite(norm):
+            raise RuntimeError(
+                f"the gradient norm is {norm} at optimizer step {self.optimizer_steps}. "
+                f"Lower {setting}.lr or look at the batch's rewards."
+            )
+        self.optimizer_steps += 1
+        return {**metrics, "grad_norm": norm, "lr": lr}
+
+    def _fit(self, value: Any, length_B: Tensor) -> Any:
+        """On the model's device and as wide as the microbatch's longest row; what is no tensor stays as it is."""
+        if not isinstance(value, Tensor):
+            return value
+        return columns.fit(value.to(self.world.device, non_blocking=True), int(length_B.max()))
+
+    def _totals(self, samples: Samples) -> Totals:
+        counts = [samples.mask_BT.sum().item(), samples.mask_BT.any(1).sum().item()]
+        return Totals(*self._sum_over_data(torch.tensor(counts, dtype=torch.float64)).tolist())
+
+    def _sum_over_data(self, value: Tensor, op: Any = dist.ReduceOp.SUM) -> Tensor:
+        dist.all_reduce(value, op=op, group=self.groups.dp)
+        return value
+
+    def _reduce(self, sums: dict[str, Tensor]) -> dict[str, float]:
+        """Sums and maxima over the data shards, on every rank of the role; in float64 on the host."""
+        gathered: list[Any] = [None] * self.mesh.size
+        dist.all_gather_object(gathered, sorted(sums), group=self.group)
+        every = sorted({name for found in gathered for name in found})
+        minus_infinity = torch.tensor(-math.inf, dtype=torch.float64)
+        zero = torch.zeros((), dtype=torch.float64)
+        added = [name for name in every if not name.startswith("max/")]
+        topped = [name for name in every if name.startswith("max/")]
+        total = torch.stack([sums.get(n, zero) for n in added] or [zero])
+        top = torch.stack([sums.get(n, minus_infinity) for n in topped] or [zero])
+        self._sum_over_data(total)
+        self._sum_over_data(top, dist.ReduceOp.MAX)
+        if self.mesh.pipeline > 1:
+            source = dist.get_global_rank(self.groups.pp, self.mesh.last_stage)
+            dist.broadcast(total, source, group=self.groups.pp)
+            dist.broadcast(top, source, group=self.groups.pp)
+        return dict(zip(topped, top.tolist(), strict=False)) | dict(zip(added, total.tolist(), strict=False))
+
+
+def _rows_of(value: Any, rows: list[int], total: int) -> Any:
+    """The rows of a row-wise value; anything else (a number, None) as it is."""
+    return columns.take(value, rows) if isinstance(value, Tensor) and value.dim() and len(value) == total else value

@@ -1,0 +1,96 @@
+"""Roles as a job builds them: a policy, a critic and a reward model on ranks of their own; a reward model alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+PROGRAM = """
+import dataclasses, sys, torch
+from pathlib import Path
+from safetensors.torch import load_file
+from transformers import AutoModelForSequenceClassification
+from aligner.config import compose_config, to_config
+from aligner.data.samples import Samples
+from aligner.data.tokenizer import load_tokenizer
+from aligner.models.spec import read_spec
+from aligner.roles import build_roles
+from aligner.spmd.placement import make_meshes
+from aligner.spmd.world import World
+
+folder = Path(sys.argv[1])
+world = World(100)
+length_B = torch.tensor([9, 6, 4, 8])
+place_BT = torch.arange(9).expand(4, 9)
+tokens_BT = torch.randint(4, 60, (4, 9), generator=torch.Generator().manual_seed(0)) * (place_BT < length_B[:, None])
+mask_BT = (place_BT >= 2) & (place_BT < length_B[:, None])
+samples = Samples(tokens_BT, torch.full((4,), 2), length_B, mask_BT, torch.arange(4), [{}] * 4)
+
+def roles(wanted, *overrides):
+    config = to_config(compose_config([f"model.path={folder}/model", "train.steps=5", *overrides]))
+    meshes = make_meshes(config.placement, world.size)
+    return build_roles(config, wanted, world, meshes, read_spec(folder / "model"), load_tokenizer(folder / "model"))
+
+def likelihood(policy_logp_BT, *, mask_BT, value_BT):
+    assert value_BT.shape == mask_BT.shape
+    return -torch.where(mask_BT, policy_logp_BT, 0.0), {}
+
+def to_one(value_BT, *, mask_BT):
+    return torch.where(mask_BT, (value_BT - 1).square(), 0.0), {}
+
+def first_wins(score_B, *, mask_BT):
+    return torch.nn.functional.softplus(score_B[1::2] - score_B[::2]).repeat_interleave(2), {}
+first_wins.rows_together = 2
+
+# nothing but a reward model; its layout is the policy's, which is not built
+alone = roles(["reward_model"], "reward_model.optimizer.lr=1e-2", "placement.policy.pipeline=2")
+model = alone.reward_model
+assert alone.built == [model] and alone.trained == [] and alone.reference is None and model.mesh.pipeline == 2
+for name in ("policy", "critic", "rollout", "reward"):
+    try:
+        getattr(alone, name)
+    except ValueError as error:
+        assert f"add {name} to algorithm.roles" in str(error)
+    else:
+        raise AssertionError(f"{name} is there")
+rows = model.place(samples, 2)
+assert model.scores(rows).get().tolist() == [0.0] * 4, "a new head is zero"
+losses = [model.update(first_wins, rows).get()["loss"] for _ in range(5)]
+assert abs(losses[0] - 0.6931472) < 1e-6 and losses[-1] < 0.5, losses
+assert alone.trained == [model]
+model.save_checkpoint(folder / "scorer")
+score_B = model.scores(rows).get()
+with torch.no_grad():
+    for row, n in enumerate(length_B):
+        back = AutoModelForSequenceClassification.from_pretrained(folder / "scorer")
+        assert abs(back(tokens_BT[row : row + 1, :n]).logits.item() - score_B[row].item()) < 1e-5
+
+# each on ranks of its own; the reward model starts from the folder written above
+split = ["placement.policy.ranks=[0]", "placement.critic.ranks=[1]", "placement.reward_model.ranks=all"]
+split += ["placement.reward_model.tensor=2", f"reward_model.path={folder}/scorer", "critic.optimizer.lr=1e-2"]
+several = roles(["policy", "reference", "critic", "reward_model"], *split)
+assert several.trained == [several.policy]
+rows = several.policy.place(samples, 2)
+assert (several.reward_model.scores(rows).get() - score_B).abs().max() < 1e-5
+assert several.critic.section == "critic" and several.critic.total_steps == 5
+losses = []
+for _ in range(5):
+    value_BT = several.critic.values(rows)
+    losses.append(several.critic.update(to_one, rows).get()["loss"])
+    several.policy.update(likelihood, rows, value_BT=value_BT)
+assert losses[0] == 1.0 and losses[-1] < 0.5, losses
+assert not (several.critic.values(rows).get() * ~mask_BT).any()
+assert several.trained == [several.policy, several.critic]
+assert "optimizer" not in vars(several.reward_model)
+print("roles stand\\n", end="", flush=True)
+world.leave()
+"""
+
+
+def test_roles_of_a_job(torchrun, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    from aligner.data.column_addition import ModelShape, write_model
+
+    write_model(tmp_path / "model", ModelShape(hidden=64, layers=2, heads=4, kv_heads=2, head_dim=32, ffn=96), seed=0)
+    (tmp_path / "roles.py").write_text(PROGRAM)
+    done = torchrun(2, [str(tmp_path / "roles.py"), str(tmp_path)], seconds=150)
+    assert done.returncode == 0, done.stdout[-500:] + done.stderr[-3000:]
+    assert done.stdout.count("roles stand") == 2
