@@ -5,55 +5,38 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from aligner.config import Config
-from aligner.data.demonstrations import Demonstration, tokenize_demonstrations
-from aligner.data.jsonl import rows
-from aligner.data.prompts import Prompt, tokenize_prompts
+from aligner.data.preferences import Pair
+from aligner.data.prompts import Prompt
+from aligner.data.sets import DataSets, read_sets
 from aligner.data.tokenizer import load_tokenizer
+from aligner.models.family import FAMILIES, Head
 from aligner.models.sizes import check_runs
-from aligner.models.spec import ModelSpec, read_spec
+from aligner.models.spec import ModelSpec, read_spec, with_scalar_head
 from aligner.models.whole import check_weights
+from aligner.reward.components import parts_of
 from aligner.reward.config import RewardConfig
-from aligner.reward.pool import RulePool
 from aligner.spmd.mesh import Mesh
-from aligner.spmd.placement import Placement, make_meshes, reference_layout
+from aligner.spmd.placement import MEGATRON, Placement, make_meshes, role_layout
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-ROLES = ("policy", "rollout", "reference", "reward")
+ROLES = ("policy", "rollout", "reference", "reward", "critic", "reward_model")
+WITH_SCALAR_HEAD = ("critic", "reward_model")
 CHOICES = {
-    "policy.dtype": ("float32", "bfloat16"),
     "rollout.dtype": ("float32", "bfloat16"),
-    "policy.recompute": ("none", "selective", "full"),
-    "policy.reduction": ("token_mean", "sequence_mean", "fixed"),
-    "policy.optimizer.schedule": ("constant", "linear", "cosine"),
-    "data.kind": ("prompts", "demonstrations"),
-    "data.too_long": ("error", "drop"),
 }
 AT_LEAST = {
     "train.steps": 1,
     "train.eval_every": 0,
     "train.eval_temperature": 0,
-    "data.prompts_per_step": 1,
-    "data.max_prompt_tokens": 1,
-    "data.max_tokens": 2,
-    "data.eval_prompts": 1,
-    "policy.micro_tokens": 1,
-    "policy.minibatches": 1,
-    "policy.epochs": 1,
-    "policy.fixed_length": 0,
-    "policy.optimizer.lr": 0,
-    "policy.optimizer.warmup_steps": 0,
-    "policy.optimizer.decay_steps": 0,
-    "policy.optimizer.weight_decay": 0,
-    "policy.optimizer.clip_grad": 0,
     "sampling.max_tokens": 1,
     "reward.workers": 1,
     "seed": 0,
@@ -68,9 +51,17 @@ class Checked:
     spec: ModelSpec
     tokenizer: PreTrainedTokenizerBase
     meshes: Mapping[str, Mesh]
-    prompts: list[Prompt]
-    demonstrations: list[Demonstration]
-    heldout: list[Prompt]
+    data: DataSets
+
+    @property
+    def heldout(self) -> list[Prompt]:
+        """Prompts to evaluate on."""
+        return self.data.heldout
+
+    @property
+    def heldout_pairs(self) -> list[Pair]:
+        """Pairs to evaluate on."""
+        return self.data.heldout_pairs
 
 
 def check(config: Config, roles: list[str], world_size: int) -> Checked:
@@ -83,32 +74,34 @@ def check(config: Config, roles: list[str], world_size: int) -> Checked:
         ValueError: the first thing found wrong, with the setting and the values that would work.
     """
     _check_values(config)
-    unknown = [role for role in roles if role not in ROLES]
-    if unknown or "policy" not in roles:
-        raise ValueError(f"algorithm.roles={roles} must hold policy and otherwise only {', '.join(ROLES[1:])}.")
+    _check_roles(roles)
     _check_ranks(config.placement)
     meshes = make_meshes(config.placement, world_size)
     spec = read_spec(config.model.path)
-    for role in ("policy", "reference"):
-        if role in roles:
-            layout = reference_layout(config.placement) if role == "reference" else config.placement.policy
-            check_runs(spec, meshes[role], layout.sequence_parallel, cpu=not torch.cuda.is_available())
+    specs = {role: _spec(config, role) for role in roles if role != "reward"}
+    for role in (role for role in roles if role in MEGATRON):
+        parallel = role_layout(config.placement, role).sequence_parallel
+        check_runs(specs[role], meshes[role], parallel, cpu=not torch.cuda.is_available())
     tokenizer = load_tokenizer(config.model.path)
-    prompts, demonstrations, heldout = _read_data(config, tokenizer)
-    _check_positions(demonstrations, spec)
-    _check_evaluation(config, roles, heldout)
+    _check_tokenizers(config, roles, tokenizer)
+    data = read_sets(config.data, tokenizer)
+    for role in specs:
+        _check_positions(config, role, data.longest, specs)
+    if config.data.kind == "prompts":
+        _check_evaluation(config, roles, data.heldout)
     if "rollout" in roles:
         rollout = meshes["rollout"]
         cpu = not torch.cuda.is_available()
         config.rollout.check_model(spec, rollout.tensor, cpu, rollout.expert > 1, rollout.pipeline)
-        _check_lengths(config)
+        _check_lengths(config, data.heldout)
         _check_end(config, spec, tokenizer)
-    _check_memory(config, spec, meshes, roles)
-    check_weights(spec)
+    _check_memory(config, specs, meshes)
+    for role in (role for role in specs if role in MEGATRON):
+        check_weights(specs[role])
     _check_run_dir(config)
     if "reward" in roles:
-        _check_rule(config.reward)
-    return Checked(spec, tokenizer, meshes, prompts, demonstrations, heldout)
+        _check_rule(config.reward, roles)
+    return Checked(spec, tokenizer, meshes, data)
 
 
 def _check_values(config: Config) -> None:
@@ -120,12 +113,12 @@ def _check_values(config: Config) -> None:
         value = _get(config, key)
         if not value >= least:
             raise ValueError(f"{key}={value} must be at least {least}.")
-    for key in ("policy.optimizer.beta1", "policy.optimizer.beta2"):
-        if not 0 <= _get(config, key) < 1:
-            raise ValueError(f"{key}={_get(config, key)} must be in [0, 1).")
-    for key in ("reward.max_missing", "policy.optimizer.min_lr_ratio"):
-        if not 0 <= _get(config, key) <= 1:
-            raise ValueError(f"{key}={_get(config, key)} must be between 0 and 1.")
+    if not 0 <= config.reward.max_missing <= 1:
+        raise ValueError(f"reward.max_missing={config.reward.max_missing} must be between 0 and 1.")
+    config.policy.check("policy")
+    config.critic.check("critic")
+    config.reward_model.check("reward_model")
+    config.data.check()
     config.logging.check()
     config.reshard.check()
     if (Path(config.run_dir) / "metrics.jsonl").exists() and not config.overwrite:
@@ -143,6 +136,48 @@ def _check_values(config: Config) -> None:
         )
 
 
+def _check_roles(roles: list[str]) -> None:
+    unknown = [role for role in roles if role not in ROLES]
+    if unknown or not {"policy", "reward_model"} & set(roles):
+        raise ValueError(
+            f"algorithm.roles={roles} must hold policy (or reward_model, to train that alone), and otherwise only "
+            f"{', '.join(ROLES[1:])}."
+        )
+    if "rollout" in roles and "policy" not in roles:
+        raise ValueError(f"algorithm.roles={roles}: rollout takes its weights from the policy; add policy.")
+
+
+def _spec(config: Config, role: str) -> ModelSpec:
+    """The model of a role, with the head that the role needs."""
+    setting, path = config.model_path(role)
+    spec = read_spec(path)
+    if role in WITH_SCALAR_HEAD:
+        return with_scalar_head(spec)
+    if spec.head is Head.SCALAR:
+        raise ValueError(
+            f"{setting}={path} is a {FAMILIES[spec.family].classifier}, which has no output layer over the vocabulary; "
+            f"the role {role} needs a {FAMILIES[spec.family].architecture}."
+        )
+    return spec
+
+
+def _check_tokenizers(config: Config, roles: list[str], tokenizer: PreTrainedTokenizerBase) -> None:
+    """Every model reads the same token ids, so the ids must mean the same."""
+    for role in (role for role in roles if role in WITH_SCALAR_HEAD):
+        setting, path = config.model_path(role)
+        if setting == "model.path":
+            continue
+        ours, others = tokenizer.get_vocab(), load_tokenizer(path, setting).get_vocab()
+        differing = sorted(token for token in ours.keys() | others.keys() if ours.get(token) != others.get(token))
+        if differing:
+            token = differing[0]
+            raise ValueError(
+                f"{setting}={path} has another tokenizer than model.path={config.model.path}: {len(differing)} token(s) "
+                f"differ, such as {token!r} (id {others.get(token)} against {ours.get(token)}); use a model of the same "
+                "tokenizer."
+            )
+
+
 def _check_ranks(placement: Placement) -> None:
     """The form of every `ranks`; what they name is checked where they become meshes."""
     for role in ROLES:
@@ -156,36 +191,13 @@ def _check_ranks(placement: Placement) -> None:
             )
 
 
-def _read_data(
-    config: Config, tokenizer: PreTrainedTokenizerBase
-) -> tuple[list[Prompt], list[Demonstration], list[Prompt]]:
-    data = config.data
-    if data.task is None and data.path is None:
-        raise ValueError("data.path has no value; give a JSONL file, or choose a generated task: data=column_addition.")
-    task = data.task
-    prompts: list[Prompt] = []
-    demonstrations: list[Demonstration] = []
-    if data.kind == "prompts":
-        source = task.prompt_rows() if task else rows(data.path or "")
-        prompts = tokenize_prompts(source, tokenizer, data.max_prompt_tokens)
-    else:
-        source = task.demonstration_rows() if task else rows(data.path or "")
-        too_long: Any = data.too_long
-        demonstrations, _ = tokenize_demonstrations(source, tokenizer, data.max_tokens, too_long)
-    count = len(prompts or demonstrations)
-    if data.prompts_per_step > count:
+def _check_lengths(config: Config, heldout: list[Prompt]) -> None:
+    longest = max((len(prompt.tokens) for prompt in heldout), default=0)
+    if longest > config.data.max_prompt_tokens:  # of held-out pairs; other prompts were checked when they were read
         raise ValueError(
-            f"data.prompts_per_step={data.prompts_per_step} is more than the {count} rows of "
-            f"{'data.task' if task else f'data.path={data.path}'}; use {count} or less, or give more rows."
+            f"a held-out pair's prompt has {longest} tokens, and the role rollout answers it in evaluations; raise "
+            f"data.max_prompt_tokens={config.data.max_prompt_tokens} to {longest} or more."
         )
-    heldout: list[Prompt] = []
-    if data.kind == "prompts" and (task or data.eval_path):
-        held_rows = task.heldout_rows() if task else rows(data.eval_path or "", "data.eval_path")
-        heldout = tokenize_prompts(held_rows, tokenizer, data.max_prompt_tokens)[: data.eval_prompts]
-    return prompts, demonstrations, heldout
-
-
-def _check_lengths(config: Config) -> None:
     longest = config.data.max_prompt_tokens + config.sampling.max_tokens
     if longest > config.rollout.max_model_len:
         raise ValueError(
@@ -194,11 +206,17 @@ def _check_lengths(config: Config) -> None:
         )
 
 
-def _check_positions(demonstrations: list[Demonstration], spec: ModelSpec) -> None:
-    longest = max((len(demonstration.tokens) for demonstration in demonstrations), default=0)
-    if longest > spec.max_positions:
+def _check_positions(config: Config, role: str, longest: int, specs: Mapping[str, ModelSpec]) -> None:
+    spec = specs[role]
+    if role in WITH_SCALAR_HEAD and "rollout" in specs and config.rollout.max_model_len > spec.max_positions:
         raise ValueError(
-            f"a demonstration has {longest} tokens, beyond the {spec.max_positions} positions of the model in {spec.path}; "
+            f"rollout.max_model_len={config.rollout.max_model_len} is beyond the {spec.max_positions} positions of the "
+            f"{role} in {spec.path}, which reads whole samples; use {spec.max_positions} or less."
+        )
+    if longest > spec.max_positions:
+        what = "a demonstration" if config.data.kind == "demonstrations" else "an answer with its prompt"
+        raise ValueError(
+            f"{what} has {longest} tokens, beyond the {spec.max_positions} positions of the model in {spec.path}; "
             f"set data.max_tokens={spec.max_positions} with data.too_long=drop, or shorten it."
         )
 
@@ -221,22 +239,21 @@ def _check_end(config: Config, spec: ModelSpec, tokenizer: PreTrainedTokenizerBa
         )
 
 
-def _check_memory(config: Config, spec: ModelSpec, meshes: Mapping[str, Mesh], roles: list[str]) -> None:
+def _check_memory(config: Config, specs: Mapping[str, ModelSpec], meshes: Mapping[str, Mesh]) -> None:
     """Host memory on CPU-only machines: weights, gradients and optimizer state of every role on this host."""
     if torch.cuda.is_available():
         return
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    trained = ("policy", "critic") if "policy" in specs else WITH_SCALAR_HEAD
     need = 0.0
-    for role in roles:
+    for role, spec in specs.items():
         mesh = meshes[role]
-        if role == "reward":
-            continue
         here = min(local, mesh.size)
         dense = (spec.parameters - spec.parameters_of_experts) / (mesh.tensor * mesh.pipeline)
         experts = spec.parameters_of_experts / (mesh.expert_tensor * mesh.expert * mesh.pipeline)
         for weights, copies in ((dense, mesh.data), (experts, mesh.expert_data)):
-            # policy: weights, fp32 gradients, and masters with two moments over the data shards; vLLM: packed weights
-            need += here * weights * {"policy": 8 + 12 / copies, "reference": 4, "rollout": 4}[role]
+            # trained: weights, fp32 gradients, and masters with two moments over the data shards; vLLM: packed weights
+            need += here * weights * (8 + 12 / copies if role in trained else 4)
         if role == "rollout":
             need += here * (config.rollout.kv_cache_bytes(spec, mesh.tensor, True, mesh.pipeline) or 0)
     there_is = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -261,9 +278,14 @@ def _check_run_dir(config: Config) -> None:
         ) from None
 
 
-def _check_rule(reward: RewardConfig) -> None:
-    """In a worker process, as it will run: only its import tells whether it can be called."""
-    RulePool(reward.rule, reward.kwargs, 1, reward.timeout_s).close()
+def _check_rule(reward: RewardConfig, roles: list[str]) -> None:
+    """Rules in a worker process, as they will run: only their import tells whether they can be called."""
+    for part in parts_of(reward):
+        if part.component.model and "reward_model" not in roles:
+            raise ValueError(f"{part.source} needs the role reward_model; add it to algorithm.roles={roles}.")
+        scorer = replace(part, workers=1).scorer()
+        if scorer is not None:
+            scorer.close()
 
 
 def _get(config: Config, key: str) -> Any:

@@ -19,8 +19,9 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from aligner.data.config import DataConfig
 from aligner.driver.config import LoggingConfig
-from aligner.policy.config import PolicyConfig
+from aligner.policy.config import CriticConfig, PolicyConfig, RewardModelConfig
 from aligner.reshard.config import ReshardConfig
 from aligner.reward.config import RewardConfig
 from aligner.rollout.config import RolloutConfig, Sampling
@@ -46,32 +47,6 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
-class DataConfig:
-    """What is trained and evaluated on: JSONL files, or a generated task."""
-
-    path: str | None = None
-    """JSONL file of prompts ({"prompt"} or {"messages"}, with the fields that the reward needs) or demonstrations."""
-    eval_path: str | None = None
-    """JSONL file of held-out prompts; none: no evaluation."""
-    task: Any = None
-    """A generated task in place of files, as a `_target_` (see data=column_addition)."""
-    kind: str = "prompts"
-    """What the loop trains on: prompts (to sample from) or demonstrations (to imitate)."""
-    prompts_per_step: int = 32
-    """Prompts (or demonstrations) in one step."""
-    max_prompt_tokens: int = 512
-    """Longest prompt allowed, in tokens."""
-    max_tokens: int = 1024
-    """Longest demonstration allowed, in tokens."""
-    too_long: str = "error"
-    """Demonstrations longer than max_tokens: error or drop."""
-    shuffle: bool = True
-    """A new order in each epoch."""
-    eval_prompts: int = 256
-    """Held-out prompts used in an evaluation, at most."""
-
-
-@dataclass(frozen=True)
 class TrainConfig:
     """How long, and what is done beside training."""
 
@@ -81,6 +56,8 @@ class TrainConfig:
     """Iterations between evaluations on held-out prompts (also before the first and after the last); 0: never."""
     eval_temperature: float = 1.0
     """Sampling temperature in evaluations; 0 is greedy."""
+    eval_reward: str | None = None
+    """Component of the reward that evaluations report (see reward.components); none: the whole reward."""
     save: bool = True
     """Write run_dir/model, a Hugging Face checkpoint, at the end."""
     report: bool = True
@@ -99,6 +76,10 @@ class Config:
     """Training and held-out data."""
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     """The trained model, its optimizer and microbatches."""
+    critic: CriticConfig = field(default_factory=CriticConfig)
+    """The value model (role critic)."""
+    reward_model: RewardModelConfig = field(default_factory=RewardModelConfig)
+    """The model that scores responses (role reward_model)."""
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     """The vLLM engine."""
     sampling: Sampling = field(default_factory=Sampling)
@@ -121,6 +102,11 @@ class Config:
     """Replace the run that run_dir already holds."""
     timeout_seconds: float = 1800.0
     """A collective that takes longer ends the job, in seconds."""
+
+    def model_path(self, role: str) -> tuple[str, str]:
+        """(setting, folder) of what a role on Megatron starts from."""
+        own = getattr(getattr(self, role, None), "path", None)
+        return (f"{role}.path", own) if own else ("model.path", self.model.path)
 
 
 def compose_config(overrides: Sequence[str], name: str = "train", folder: Path = CONF) -> DictConfig:

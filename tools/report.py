@@ -2,6 +2,7 @@
 
 python tools/report.py RUN_DIR [--out FOLDER]                  learning_curve.png and report.html
 python tools/report.py RUN_DIR RUN_DIR ... [--out FILE.png]    the runs' curves in one picture
+python tools/report.py RUN_DIR ... --summary                   one line for each run, and no picture
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # also from a checkout that was never installed
 
+from aligner.driver.facts import summary
+from aligner.driver.metrics import read_metrics
 from aligner.driver.report import compare_report, write_report
 
 
@@ -21,8 +24,13 @@ def main() -> int:
     parser.add_argument(
         "--out", help="one run: the folder to write to (default: the run's); several: the PNG (default: compare.png)"
     )
+    parser.add_argument("--summary", action="store_true", help="print what each run reached")
     arguments = parser.parse_args()
     try:
+        if arguments.summary:
+            for run_dir in arguments.run_dirs:
+                print(f"{Path(run_dir).name}: {summary(read_metrics(run_dir))}")
+            return 0
         if len(arguments.run_dirs) > 1:
             paths = [compare_report(arguments.run_dirs, arguments.out or "compare.png")]
         elif arguments.out and Path(arguments.out).suffix:

@@ -1,57 +1,113 @@
-"""GRPO (Shao et al. 2024): sample a group for each prompt, score it, compare inside the group, take a clipped step."""
+"""GRPO and its kin without a critic: sample a group for each prompt, score it, compare inside the group, take a step.
+
+GRPO (Shao et al. 2024), Dr. GRPO, DAPO, GSPO, RLOO and REINFORCE++-baseline differ in `advantages`, `loss`, what is
+added to the reward, and policy.reduction: see conf/algorithm.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, get_args
+from typing import Any
 
+import torch
+from torch import Tensor
+
+from aligner.algorithms.sampling import scored_samples
 from aligner.algorithms.step import Step
+from aligner.algorithms.whitening import whitened
 from aligner.data.prompts import Prompt
-from aligner.data.samples import leave_out_unscored
-from aligner.objective.advantages import Normalize, group_advantages
+from aligner.data.samples import Samples, leave_out_unscored
+from aligner.objective.masked import inside
+from aligner.objective.token_rewards import kl_penalized
 from aligner.roles import Roles
 
 
 @dataclass(frozen=True)
 class GrpoConfig:
-    """GRPO and its kin: variants differ in `normalize`, `loss` and policy.reduction."""
+    """GRPO and its kin."""
 
     roles: list[str] = field(default_factory=lambda: ["policy", "rollout", "reference", "reward"])
     """Roles to build; without reference there is no KL."""
     group_size: int = 8
     """Samples per prompt."""
-    normalize: str = "std"
-    """Divide advantages by the group's standard deviation (std) or not (none, as Dr. GRPO)."""
+    advantages: Any = None
+    """(reward_B, group_size) -> advantage_B, as a `_target_` with `_partial_: true`."""
+    whiten: bool = False
+    """Divide advantages by their standard deviation over the tokens of the whole batch (REINFORCE++-baseline)."""
+    length_penalty: Any = None
+    """Response lengths -> what is added to the reward (DAPO's overlong punishment), as a `_target_`; null: nothing."""
+    reward_kl_coef: float = 0.0
+    """What a nat of KL(policy || reference) costs in the reward; a KL in the loss is algorithm.loss.kl_coef."""
+    more_batches: int = 0
+    """Dynamic sampling (DAPO): further batches of prompts that a step may sample to replace groups of equal rewards."""
     loss: Any = None
     """Loss with its settings, as a `_target_` with `_partial_: true`."""
 
     def check(self) -> None:
         """Raises ValueError naming the setting and the values that would work."""
-        if self.normalize not in get_args(Normalize):
-            raise ValueError(
-                f"algorithm.normalize={self.normalize} is unknown; use {' or '.join(get_args(Normalize))}."
-            )
         if self.group_size < 2:
             raise ValueError(
                 f"algorithm.group_size={self.group_size} leaves nothing to compare in a group, so every advantage would "
                 "be 0; use 2 or more."
             )
+        if self.more_batches < 0:
+            raise ValueError(f"algorithm.more_batches={self.more_batches} must be 0 (no dynamic sampling) or more.")
+        if self.advantages is None or self.loss is None:
+            raise ValueError("algorithm.advantages and algorithm.loss need a _target_; see conf/algorithm/grpo.yaml.")
+        try:
+            self.advantages(torch.zeros(self.group_size), group_size=self.group_size)
+        except ValueError as error:
+            raise ValueError(f"algorithm.advantages: {error}") from None
+        if self.reward_kl_coef and "reference" not in self.roles:
+            raise ValueError(
+                f"algorithm.reward_kl_coef={self.reward_kl_coef} needs the reference; add it to algorithm.roles, or use 0."
+            )
 
 
 def grpo(roles: Roles, prompts: Iterable[list[Prompt]], cfg: GrpoConfig) -> Iterator[Step]:
     """One on-policy update for each batch of prompts."""
-    policy, rollout, reference, reward = roles.policy, roles.rollout, roles.reference, roles.reward
-    loss: Callable[..., Any] = cfg.loss
+    policy, rollout, reference = roles.policy, roles.rollout, roles.reference
     policy.reshard_to(rollout)
-    for batch in prompts:
-        samples = rollout.generate(batch, num_samples=cfg.group_size)
-        scores = reward.score(samples)
+    for batch in scored_samples(roles, prompts, cfg.group_size, cfg.more_batches):
+        samples, scores = batch.samples, batch.scores
         reference_logp_BT = reference.logprobs(samples) if reference else None
-        advantage_B = policy.run(
-            group_advantages, scores["reward_B"], group_size=cfg.group_size, normalize=cfg.normalize
+        reward_B = policy.run(
+            shaped, samples, scores["reward_B"], reference_logp_BT, cfg.length_penalty, cfg.reward_kl_coef
         )
+        advantage_B = policy.run(cfg.advantages, reward_B, group_size=cfg.group_size)
         trained = policy.run(leave_out_unscored, samples, scores["reward_B"])
-        metrics = policy.update(loss, trained, advantage_B=advantage_B, reference_logp_BT=reference_logp_BT)
+        if cfg.whiten:
+            advantage = {"advantage_BT": whitened(policy, policy.run(on_tokens, advantage_B, trained), trained)}
+        else:
+            advantage = {"advantage_B": advantage_B}
+        metrics = policy.update(cfg.loss, trained, reference_logp_BT=reference_logp_BT, **advantage)
         policy.reshard_to(rollout)
-        yield Step(metrics, samples, scores)
+        yield Step(metrics, samples, scores, batch.report)
+
+
+def shaped(
+    samples: Samples,
+    reward_B: Tensor,
+    reference_logp_BT: Tensor | None,
+    length_penalty: Callable[[Tensor], Tensor] | None,
+    kl_coef: float,
+) -> Tensor:
+    """The reward with what its response's length and distance from the reference cost; NaN stays NaN."""
+    if length_penalty is not None:
+        reward_B = reward_B + length_penalty(samples.length_B - samples.prompt_len_B)
+    if kl_coef:
+        assert samples.rollout_logp_BT is not None and reference_logp_BT is not None
+        reward_B = kl_penalized(
+            reward_B,
+            mask_BT=samples.mask_BT,
+            policy_logp_BT=samples.rollout_logp_BT,
+            reference_logp_BT=reference_logp_BT,
+            kl_coef=kl_coef,
+        )
+    return reward_B
+
+
+def on_tokens(advantage_B: Tensor, samples: Samples) -> Tensor:
+    """A row's advantage on each of its trained tokens."""
+    return inside(samples.mask_BT, advantage_B[:, None])

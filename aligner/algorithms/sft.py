@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from aligner.algorithms.step import Step
-from aligner.data.samples import Samples
+from aligner.data.samples import Demonstrations
 from aligner.roles import Roles
 
 
@@ -21,7 +21,7 @@ class SftConfig:
     """Loss with its settings, as a `_target_` with `_partial_: true`."""
 
 
-def sft(roles: Roles, demonstrations: Iterable[Samples], cfg: SftConfig) -> Iterator[Step]:
+def sft(roles: Roles, demonstrations: Iterable[Demonstrations], cfg: SftConfig) -> Iterator[Step]:
     """One optimizer step for each batch of demonstrations."""
     policy = roles.policy
     loss: Callable[..., Any] = cfg.loss

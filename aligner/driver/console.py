@@ -49,6 +49,9 @@ SUPERVISED_TABLE = (
     STEP,
     Column("loss", "loss", 9),
     Column("accuracy", "accuracy", 8),
+    Column("pair_accuracy", "pairs", 7),
+    Column("margin", "margin", 8, 1),
+    Column("heldout_margin", "held-out margin", 15, 7),
     Column("kl", "kl", 8, 1),
     Column("entropy", "entropy", 7, 5),
     Column("grad_norm", "grad norm", 9, 2),
@@ -69,9 +72,14 @@ QUIET = {
     "reward_ok",
     "time",
     "seconds_evaluate",
+    "chosen_reward",
+    "rejected_reward",
+    "chosen_logp",
+    "rejected_logp",
+    "heldout_pair_accuracy",
     *LEFT_OUT,
 }
-FINE = ("reshard_", "seconds_")
+FINE = ("reshard_", "seconds_", "critic_", "reward/")
 
 
 def columns_for(metrics: Collection[str]) -> tuple[Column, ...]:

@@ -1,20 +1,74 @@
-"""Held-out accuracy: the mean reward of one response to each held-out prompt, with the same seeds every time."""
+"""Evaluation on what is held out: rewards of answers to prompts, and which side of pairs a model prefers."""
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
+from aligner.algorithms.reference_sums import ReferenceSums
+from aligner.check import Checked
 from aligner.config import Config
-from aligner.data.prompts import Prompt
+from aligner.driver.batches import as_pairs
+from aligner.objective.masked import row_sums
 from aligner.roles import Roles
 
 
-def evaluate(roles: Roles, prompts: list[Prompt], config: Config) -> float:
-    """Mean reward over the prompts whose response has one; NaN if none has. A collective of the whole world."""
-    sampling = replace(config.sampling, temperature=config.train.eval_temperature)
-    samples = roles.rollout.generate(prompts, sampling=sampling, seed=config.seed)
-    reward_B: torch.Tensor = roles.reward.score(samples)["reward_B"].get()
-    scored_B = reward_B[~torch.isnan(reward_B)]
-    return scored_B.mean().item() if len(scored_B) else float("nan")
+class Evaluation:
+    """What the roles of a job and its held-out data allow; every call is one of all ranks.
+
+    `accuracy` is the mean reward of one answer to each held-out prompt, drawn with the same seeds every time; without a
+    rollout or held-out prompts, the share of held-out pairs on which the model prefers the chosen answer.
+    """
+
+    def __init__(self, roles: Roles, checked: Checked, config: Config) -> None:
+        names = {role.name for role in roles.built}
+        self.roles, self.config = roles, config
+        self.prompts = checked.heldout if {"rollout", "reward"} <= names else []
+        self.pairs = checked.heldout_pairs if {"policy", "reward_model"} & names else []
+        self._sums = ReferenceSums(roles.reference) if roles.reference else None
+
+    @property
+    def able(self) -> bool:
+        """Whether there is anything to evaluate."""
+        return bool(self.prompts or self.pairs)
+
+    def run(self) -> dict[str, float]:
+        """accuracy, heldout_pair_accuracy and heldout_margin as far as they are known, and seconds_evaluate."""
+        start = time.perf_counter()
+        row = self._of_pairs() if self.pairs else {}
+        if self.prompts:
+            row["accuracy"] = self._of_prompts()
+        row.setdefault("accuracy", row.get("heldout_pair_accuracy", float("nan")))
+        return {**row, "seconds_evaluate": time.perf_counter() - start}
+
+    def _of_prompts(self) -> float:
+        roles, config = self.roles, self.config
+        roles.policy.sync(roles.rollout)
+        sampling = replace(config.sampling, temperature=config.train.eval_temperature)
+        samples = roles.rollout.generate(self.prompts, sampling=sampling, seed=config.seed)
+        scores = roles.reward.score(samples)
+        named = config.train.eval_reward
+        reward_B: Tensor = (scores["components"][named] if named else scores["reward_B"]).get()
+        return reward_B.nanmean().item()
+
+    def _of_pairs(self) -> dict[str, float]:
+        """How often, and by how much, the chosen answer scores higher: by the reward model where there is one, else by
+        log p - log q of the answer, or log p alone without a reference."""
+        batch, names = as_pairs(self.pairs), {role.name for role in self.roles.built}
+        if "reward_model" in names and "policy" not in names:
+            model = self.roles.reward_model
+            score_B: Tensor = model.scores(model.place(batch, group_size=2)).get().double()
+        else:
+            policy = self.roles.policy
+            rows = policy.place(batch, group_size=2)
+            score_B = policy.run(row_sums, policy.logprobs(rows), rows["mask_BT"]).get()
+            if self._sums:
+                score_B = score_B - self._sums(batch, rows).get()
+        margin_P = score_B[::2] - score_B[1::2]
+        return {
+            "heldout_pair_accuracy": torch.where(margin_P == 0, 0.5, (margin_P > 0).double()).mean().item(),
+            "heldout_margin": margin_P.mean().item(),
+        }

@@ -9,25 +9,32 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 import torch.distributed as dist
 import yaml
 
 from aligner.algorithms.step import Step
 from aligner.driver.batches import batches
-from aligner.driver.evaluate import evaluate
+from aligner.driver.evaluate import Evaluation
 from aligner.driver.metrics import CONFIG_FILE, METRICS_FILE, MetricsWriter
 from aligner.driver.report import write_report
 from aligner.driver.samples import write_samples
 from aligner.reshard.ledger import total
 from aligner.reward.pool import Status
 from aligner.roles import Roles, build_roles
+from aligner.spmd.ref import Ref
 from aligner.spmd.world import World
 
 if TYPE_CHECKING:
     from aligner.driver.job import Job
 
-PHASES = {"generate": "generate", "score": "score", "logprobs": "logprobs", "update": "update", "reshard_to": "reshard"}
+PHASES = {
+    "generate": "generate",
+    "score": "score",
+    "logprobs": "logprobs",
+    "values": "values",
+    "update": "update",
+    "reshard_to": "reshard",
+}
 """Role call -> name of its seconds in a row."""
 
 
@@ -61,34 +68,36 @@ class Driver:
     def run(self) -> None:
         """The loop with everything around it."""
         train = self.config.train
-        able = {"rollout", "reward"} <= set(self.job.roles)
-        evaluates = bool(train.eval_every and self.job.checked.heldout and able)
+        evaluation = Evaluation(self.roles, self.job.checked, self.config)
+        evaluates = bool(train.eval_every and evaluation.able)
         if evaluates:
-            self.roles.policy.reshard_to(self.roles.rollout)
-            self._log(0, self._evaluate())
-        stream = batches(self.config, self.job.checked, self.world.journal)
+            self._log(0, evaluation.run())
+        stream = batches(self.config, self.job.checked)
         start = time.perf_counter()
         self._accounts()
-        step = 0
+        self.world.journal.step = 1
         for step, result in enumerate(self.job.loop(self.roles, stream, self.job.settings), start=1):
             row = self._row(result, time.perf_counter() - start)
             if evaluates and (step % train.eval_every == 0 or step == train.steps):
-                row |= self._evaluate()
+                row |= evaluation.run()
                 self._accounts()  # an evaluation's calls are no part of the next step's
             self._log(step, row)
             self._write_samples(step, result)
+            if step == train.steps:
+                return self._finish()
+            self.world.journal.step = step + 1
             start = time.perf_counter()
-        if step != train.steps:
-            raise ValueError(
-                f"the loop yielded {step} steps of train.steps={train.steps}; it must yield one per batch."
-            )
-        self._finish()
+        raise ValueError(
+            f"the loop ended before train.steps={train.steps}; it must yield a Step for each, batches never run out."
+        )
 
     def _row(self, result: Step, seconds: float) -> dict[str, float]:
         """Everything known of one iteration, on every rank."""
-        row: dict[str, float] = dict(result.metrics.get())
+        row: dict[str, float] = dict(result.metrics.get()) if result.metrics is not None else {}
+        for name, value in result.more.items():
+            row |= {f"{name}_{key}": n for key, n in value.get().items()} if isinstance(value, Ref) else {name: value}
         if result.scores is not None:
-            row |= _reward_row(result.scores["reward_B"].get(), result.scores["status_B"].get())
+            row |= result.scores.get().row()
         if result.samples is not None:
             row |= self._sample_row(result)
         row |= self._accounts()
@@ -111,18 +120,14 @@ class Driver:
         for role in roles.built:
             mine.update(role.seconds)
             role.seconds.clear()
-        rows = [sync.ledger[-1] for sync in roles.policy.syncs.values() if sync.ledger]
+        syncs = roles.policy.syncs.values() if "rollout" in self.job.roles else ()
+        rows = [sync.ledger[-1] for sync in syncs if sync.ledger]
         found: list[Any] = [None] * self.world.size
         dist.all_gather_object(found, (dict(mine), rows))
         names = {name for seconds, _ in found for name in seconds}
         slowest = {name: max(seconds.get(name, 0.0) for seconds, _ in found) for name in names}
         ledger = total([row for _, rows in found for row in rows]).metrics() if "rollout" in self.job.roles else {}
         return ledger | {f"seconds_{name}": slowest[call] for call, name in PHASES.items() if call in slowest}
-
-    def _evaluate(self) -> dict[str, float]:
-        start = time.perf_counter()
-        accuracy = evaluate(self.roles, self.job.checked.heldout, self.config)
-        return {"accuracy": accuracy, "seconds_evaluate": time.perf_counter() - start}
 
     def _log(self, step: int, row: dict[str, float]) -> None:
         if self.writer:
@@ -144,21 +149,21 @@ class Driver:
             write_samples(self.run_dir, step, items[: logging.samples_count])
 
     def _finish(self) -> None:
-        if self.config.train.save:
-            self.roles.policy.save_checkpoint(self.run_dir / "model")
+        saved = (
+            {role.name: self.run_dir / ("model" if role.name == "policy" else role.name) for role in self.roles.trained}
+            if self.config.train.save
+            else {}
+        )
+        for role in self.roles.trained:
+            if role.name in saved:
+                role.save_checkpoint(saved[role.name])
         if self.writer:
             self.writer.close()
-            if self.config.train.save:
-                print(f"model:  {self.run_dir / 'model'}")
+            for name, folder in saved.items():
+                print(f"{name}: {folder}")
             if self.config.train.report:
                 png, html = write_report(self.run_dir)
                 print(f"curve:  {png}\nreport: {html}")
-
-
-def _reward_row(reward_B: torch.Tensor, status_B: torch.Tensor) -> dict[str, float]:
-    row = {f"reward_{status.name.lower()}": (status_B == status).sum().item() for status in Status}
-    scored_B = reward_B[~torch.isnan(reward_B)]
-    return {**row, "reward": scored_B.mean().item() if len(scored_B) else float("nan")}
 
 
 def _plain(config: Any) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Rows of a value: a tensor [B, ...], a list of B items, or a frozen dataclass of these; taken, joined, padded."""
+"""Rows of a value: a tensor [B, ...], a list of B items, or a dict or frozen dataclass of these; taken, joined, padded."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ def take(value: Any, positions: Sequence[int]) -> Any:
         return value[torch.as_tensor(positions, dtype=torch.long)]
     if isinstance(value, list):
         return [value[i] for i in positions]
+    if isinstance(value, dict):
+        return {name: take(part, positions) for name, part in value.items()}
     assert dataclasses.is_dataclass(value) and not isinstance(value, type), f"{type(value).__name__} is not row-wise"
     fields = {f.name: take(getattr(value, f.name), positions) for f in dataclasses.fields(value)}
     return type(value)(**fields)
@@ -35,6 +37,8 @@ def join(parts: Sequence[Any]) -> Any:
         return torch.cat(list(parts))
     if isinstance(first, list):
         return [item for part in parts for item in part]
+    if isinstance(first, dict):
+        return {name: join([part[name] for part in parts]) for name in first}
     fields = {f.name: join([getattr(part, f.name) for part in parts]) for f in dataclasses.fields(first)}
     return type(first)(**fields)
 
@@ -43,6 +47,8 @@ def fit(value: Any, width: int) -> Any:
     """Cut or zero-pad every [B, T] tensor to T = `width`, so that values of the same rows have one shape."""
     if isinstance(value, Tensor):
         return value if value.dim() < 2 or value.shape[1] == width else _widen(value[:, :width], width)
+    if isinstance(value, dict):
+        return {name: fit(part, width) for name, part in value.items()}
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return type(value)(**{f.name: fit(getattr(value, f.name), width) for f in dataclasses.fields(value)})
     return value

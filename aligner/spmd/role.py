@@ -13,7 +13,7 @@ from aligner.spmd import columns
 from aligner.spmd.mesh import Mesh
 from aligner.spmd.partition import partition
 from aligner.spmd.ref import Ref, Rows
-from aligner.spmd.transfer import read
+from aligner.spmd.transfer import learn_lengths, read
 from aligner.spmd.world import World
 
 
@@ -95,3 +95,15 @@ class Role:
         share = partition(lengths, self.mesh.data, group_size, minibatches)[self.shard or 0]
         value = columns.fit(columns.take(samples, share), max((lengths[row] for row in share), default=0))
         return Ref(self, value, rows, minibatches=minibatches)
+
+    def along(self, like: Ref, value: Any) -> Ref:
+        """A row-wise value that every rank holds, rows in global order, cut like the batch that `like` belongs to."""
+        rows = like.rows
+        if rows is None:
+            raise ValueError("along() needs a row-wise Ref, such as samples; metrics have no rows to line up with.")
+        learn_lengths(self.world, rows, self.mesh.ranks)
+        if not self.member:
+            return Ref(self, None, rows)
+        assert rows.lengths is not None
+        share = partition(rows.lengths, self.mesh.data, rows.group_size)[self.shard or 0]
+        return Ref(self, columns.take(value, share), rows)

@@ -76,8 +76,8 @@ def exchange(world: World, outgoing: Mapping[int, bytes], incoming: Sequence[int
     return {peer: body.numpy().tobytes() for peer, body in bodies.items()}
 
 
-def _tell_lengths(world: World, rows: Rows, readers: Sequence[int]) -> None:
-    """Bring `rows.lengths` to every reader that has not got it; senders take turns."""
+def learn_lengths(world: World, rows: Rows, readers: Sequence[int]) -> None:
+    """Bring `rows.lengths` to every reader that has not got it; senders take turns. Every rank of the world calls it."""
     tellers = sorted(rows.known)
     pairs = [(tellers[i % len(tellers)], reader) for i, reader in enumerate(r for r in readers if r not in rows.known)]
     rows.known.update(readers)
@@ -101,7 +101,7 @@ def read_rows(ref: Ref, readers: Sequence[Sequence[int]], minibatches: int = 1) 
     if world.rank not in everyone and not ref.home.member:
         rows.known.update(everyone)
         return None, ()
-    _tell_lengths(world, rows, everyone)
+    learn_lengths(world, rows, everyone)
     assert rows.lengths is not None
     targets = partition(rows.lengths, len(readers), rows.group_size, minibatches)
     moves = plan_moves(ref.shares, ref.home.mesh.shards, targets, readers)

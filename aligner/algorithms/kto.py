@@ -1,0 +1,48 @@
+"""KTO (Ethayarajh et al. 2024): answers called good or bad one by one, without pairs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from aligner.algorithms.reference_sums import ReferenceSums
+from aligner.algorithms.step import Step
+from aligner.data.pairs import labels_of, mismatched
+from aligner.data.samples import Feedback, Samples
+from aligner.objective.masked import row_sums
+from aligner.policy.policy import Policy, Reference
+from aligner.roles import Roles
+
+
+@dataclass(frozen=True)
+class KtoConfig:
+    """The settings are those of the loss."""
+
+    roles: list[str] = field(default_factory=lambda: ["policy", "reference"])
+    """Roles to build; with rollout and reward, held-out prompts are answered and scored in evaluations."""
+    loss: Any = None
+    """Loss with its settings, as a `_target_` with `_partial_: true`."""
+
+
+def kto(roles: Roles, feedback: Iterable[Feedback], cfg: KtoConfig) -> Iterator[Step]:
+    """One optimizer step for each batch of answers."""
+    policy, reference = roles.policy, roles.reference
+    if reference is None:
+        raise ValueError("KTO compares with the reference; add reference to algorithm.roles.")
+    reference_sums = ReferenceSums(reference)
+    for batch in feedback:
+        rows = policy.place(batch)
+        kl = mismatched_kl(policy, reference, batch)
+        metrics = policy.update(
+            cfg.loss, rows, label_B=policy.run(labels_of, rows), reference_sum_B=reference_sums(batch, rows), kl=kl
+        )
+        yield Step(metrics, more={"kl": kl})
+
+
+def mismatched_kl(policy: Policy, reference: Reference, batch: Samples) -> float:
+    """z_0 of the paper's equation 7: how far the policy is from the reference, in nats a response and 0 or more, seen on
+    answers to other prompts of the batch."""
+    others = policy.place(mismatched(batch, policy.spec.max_positions))
+    sums = [model.run(row_sums, model.logprobs(others), others["mask_BT"]).get() for model in (policy, reference)]
+    return max(0.0, float((sums[0] - sums[1]).mean()))

@@ -1,0 +1,33 @@
+"""The reference's log-probability of each response, computed once for each row of the data and kept."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from aligner.data.samples import Samples
+from aligner.objective.masked import row_sums
+from aligner.policy.policy import Reference
+from aligner.spmd.ref import Ref
+
+
+class ReferenceSums:
+    """Answers for rows of preference and feedback data, which come again in every epoch.
+
+    Every rank keeps all sums, 8 bytes a row, and so all agree on whether the reference has to be asked.
+    """
+
+    def __init__(self, reference: Reference) -> None:
+        self.reference = reference
+        self._known: dict[tuple[int, int], float] = {}
+
+    def __call__(self, batch: Samples, rows: Ref) -> Ref:
+        """The sums of `batch`, which every rank holds and `rows` is, as a Ref to [B] float64 that lines up with it."""
+        assert rows.rows is not None
+        size = rows.rows.group_size  # the two sides of a pair have one number
+        keys = [(number, place % size) for place, number in enumerate(batch.prompt_index_B.tolist())]
+        if any(key not in self._known for key in keys):
+            logp_BT = self.reference.logprobs(rows)
+            sums_B: Tensor = self.reference.run(row_sums, logp_BT, rows["mask_BT"]).get()
+            self._known.update(zip(keys, sums_B.tolist(), strict=True))
+        return self.reference.along(rows, torch.tensor([self._known[key] for key in keys], dtype=torch.float64))

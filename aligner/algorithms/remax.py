@@ -1,0 +1,47 @@
+"""ReMax (Li et al. 2023): the baseline of a sample is the reward of its prompt's greedy response."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from aligner.algorithms.grpo import shaped
+from aligner.algorithms.step import Step
+from aligner.data.prompts import Prompt
+from aligner.data.samples import leave_out_unscored
+from aligner.objective.advantages import greedy_baseline_advantages
+from aligner.roles import Roles
+
+
+@dataclass(frozen=True)
+class RemaxConfig:
+    """ReMax."""
+
+    roles: list[str] = field(default_factory=lambda: ["policy", "rollout", "reference", "reward"])
+    """Roles to build."""
+    group_size: int = 1
+    """Samples per prompt, beside the greedy one."""
+    reward_kl_coef: float = 0.0
+    """What a nat of KL(policy || reference) costs in the reward."""
+    loss: Any = None
+    """Loss with its settings, as a `_target_` with `_partial_: true`."""
+
+
+def remax(roles: Roles, prompts: Iterable[list[Prompt]], cfg: RemaxConfig) -> Iterator[Step]:
+    """One update for each batch of prompts."""
+    policy, rollout, reference, reward = roles.policy, roles.rollout, roles.reference, roles.reward
+    greedy = replace(rollout.sampling, temperature=0.0)
+    policy.reshard_to(rollout)
+    for batch in prompts:
+        samples = rollout.generate(batch, num_samples=cfg.group_size)
+        scores = reward.score(samples)
+        greedy_P = reward.score(rollout.generate(batch, sampling=greedy))["reward_B"].get()
+        baseline_B = policy.along(samples, greedy_P.repeat_interleave(cfg.group_size))
+        reference_logp_BT = reference.logprobs(samples) if reference else None
+        reward_B = policy.run(shaped, samples, scores["reward_B"], reference_logp_BT, None, cfg.reward_kl_coef)
+        advantage_B = policy.run(greedy_baseline_advantages, reward_B, baseline_B)
+        trained = policy.run(leave_out_unscored, samples, scores["reward_B"])
+        metrics = policy.update(cfg.loss, trained, advantage_B=advantage_B, reference_logp_BT=reference_logp_BT)
+        policy.reshard_to(rollout)
+        yield Step(metrics, samples, scores, {"greedy_reward": float(greedy_P.nanmean())})

@@ -1,0 +1,33 @@
+"""Reward models: learn which of two answers is the better one (Stiennon et al. 2020)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from aligner.algorithms.step import Step
+from aligner.data.pairs import margins_of
+from aligner.data.samples import Pairs
+from aligner.roles import Roles
+
+
+@dataclass(frozen=True)
+class RewardModelingConfig:
+    """The settings are those of the loss."""
+
+    roles: list[str] = field(default_factory=lambda: ["reward_model"])
+    """Roles to build."""
+    loss: Any = None
+    """Loss with its settings, as a `_target_` with `_partial_: true`."""
+    margin: bool = False
+    """Ask for a difference of at least that between the scores that the data give (Llama 2)."""
+
+
+def reward_modeling(roles: Roles, pairs: Iterable[Pairs], cfg: RewardModelingConfig) -> Iterator[Step]:
+    """One optimizer step for each batch of pairs."""
+    model = roles.reward_model
+    for batch in pairs:
+        rows = model.place(batch, group_size=2)
+        margin_B = model.run(margins_of, rows) if cfg.margin else None
+        yield Step(model.update(cfg.loss, rows, margin_B=margin_B))
