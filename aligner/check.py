@@ -21,7 +21,6 @@ from aligner.models.sizes import check_runs
 from aligner.models.spec import ModelSpec, read_spec, with_scalar_head
 from aligner.models.whole import check_weights
 from aligner.reward.components import parts_of
-from aligner.reward.config import RewardConfig
 from aligner.spmd.mesh import Mesh
 from aligner.spmd.placement import MEGATRON, Placement, make_meshes, role_layout
 
@@ -100,7 +99,7 @@ def check(config: Config, roles: list[str], world_size: int) -> Checked:
         check_weights(specs[role])
     _check_run_dir(config)
     if "reward" in roles:
-        _check_rule(config.reward, roles)
+        _check_reward(config, roles)
     return Checked(spec, tokenizer, meshes, data)
 
 
@@ -278,9 +277,13 @@ def _check_run_dir(config: Config) -> None:
         ) from None
 
 
-def _check_rule(reward: RewardConfig, roles: list[str]) -> None:
+def _check_reward(config: Config, roles: list[str]) -> None:
     """Rules in a worker process, as they will run: only their import tells whether they can be called."""
-    for part in parts_of(reward):
+    parts, named = parts_of(config.reward), config.train.eval_reward
+    names = [part.name for part in parts]
+    if named is not None and named not in names:
+        raise ValueError(f"train.eval_reward={named} is no component of the reward; use {', '.join(names)}, or null.")
+    for part in parts:
         if part.component.model and "reward_model" not in roles:
             raise ValueError(f"{part.source} needs the role reward_model; add it to algorithm.roles={roles}.")
         scorer = replace(part, workers=1).scorer()

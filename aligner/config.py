@@ -264,4 +264,8 @@ def _key(override: str) -> str:
 def _advice(key: str, name: str, folder: Path) -> str:
     close = difflib.get_close_matches(key, known_keys(name, folder), 3, 0.6)
     advice = f"did you mean {' or '.join(close)}?" if close else "see --help for every key."
-    return f"{advice} +{key}=... adds it." if key.startswith(("algorithm.", "reward.kwargs")) else advice
+    return (
+        f"{advice} +{key}=... adds it."
+        if key.startswith(("algorithm.", "reward.kwargs", "reward.components"))
+        else advice
+    )

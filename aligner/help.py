@@ -28,13 +28,21 @@ def help_text(folder: Path = CONF) -> str:
     lines = [USAGE]
     for group in sorted(path for path in folder.iterdir() if path.is_dir()):
         lines.append(f"  {group.name:<11} {', '.join(sorted(path.stem for path in group.glob('*.yaml')))}")
-    lines += ["", "Fields (KEY=VALUE; + adds a key to algorithm or reward.kwargs):"]
+    lines += ["", "Fields (KEY=VALUE; + adds a key to algorithm, reward.kwargs or reward.components):"]
     lines += _fields(Config, "")
     return "\n".join(lines)
 
 
 def field_docs(kind: type) -> dict[str, str]:
-    """The docstring under each field of a dataclass."""
+    """The docstring under each field of a dataclass, inherited ones among them."""
+    docs: dict[str, str] = {}
+    for base in reversed(kind.__mro__):
+        if dataclasses.is_dataclass(base):
+            docs |= _own_docs(base)
+    return docs
+
+
+def _own_docs(kind: type) -> dict[str, str]:
     body = ast.parse(textwrap.dedent(inspect.getsource(kind))).body[0]
     assert isinstance(body, ast.ClassDef)
     docs: dict[str, str] = {}

@@ -53,12 +53,16 @@ class GrpoConfig:
             )
         if self.more_batches < 0:
             raise ValueError(f"algorithm.more_batches={self.more_batches} must be 0 (no dynamic sampling) or more.")
-        if self.advantages is None or self.loss is None:
-            raise ValueError("algorithm.advantages and algorithm.loss need a _target_; see conf/algorithm/grpo.yaml.")
+        if self.advantages is None:
+            raise ValueError("algorithm.advantages needs a _target_; see conf/algorithm/grpo.yaml.")
+        name = "advantages"
         try:
             self.advantages(torch.zeros(self.group_size), group_size=self.group_size)
+            name = "length_penalty"
+            if self.length_penalty is not None:
+                self.length_penalty(torch.ones(1, dtype=torch.long))
         except ValueError as error:
-            raise ValueError(f"algorithm.advantages: {error}") from None
+            raise ValueError(f"algorithm.{name}: {error}") from None
         if self.reward_kl_coef and "reference" not in self.roles:
             raise ValueError(
                 f"algorithm.reward_kl_coef={self.reward_kl_coef} needs the reference; add it to algorithm.roles, or use 0."

@@ -25,6 +25,11 @@ class OnlineDpoConfig:
     loss: Any = None
     """A loss of pairs with its settings, as a `_target_` with `_partial_: true`."""
 
+    def check(self) -> None:
+        """Raises ValueError naming the setting and the values that would work."""
+        if self.more_batches < 0:
+            raise ValueError(f"algorithm.more_batches={self.more_batches} must be 0 (no dynamic sampling) or more.")
+
 
 def online_dpo(roles: Roles, prompts: Iterable[list[Prompt]], cfg: OnlineDpoConfig) -> Iterator[Step]:
     """One optimizer step for each batch of prompts; pairs of equal rewards, or without one, are left out."""

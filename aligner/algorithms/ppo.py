@@ -51,9 +51,8 @@ class PpoConfig:
 
     def check(self) -> None:
         """Raises ValueError naming the setting and the values that would work."""
-        for name in ("kl_control", "loss", "value_loss"):
-            if getattr(self, name) is None:
-                raise ValueError(f"algorithm.{name} needs a _target_; see conf/algorithm/ppo.yaml.")
+        if self.kl_control is None:
+            raise ValueError("algorithm.kl_control needs a _target_; see conf/algorithm/ppo.yaml.")
         for name in ("gamma", "lam"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"algorithm.{name}={getattr(self, name)} must be between 0 and 1.")

@@ -35,6 +35,15 @@ class ReinforcePpConfig:
     loss: Any = None
     """Loss with its settings, as a `_target_` with `_partial_: true`."""
 
+    def check(self) -> None:
+        """Raises ValueError naming the setting and the values that would work."""
+        if not 0 <= self.gamma <= 1:
+            raise ValueError(f"algorithm.gamma={self.gamma} must be between 0 and 1.")
+        if self.group_size < 1 or not self.reward_clip > 0:
+            raise ValueError(
+                f"algorithm.group_size={self.group_size} must be 1 or more, reward_clip={self.reward_clip} more than 0."
+            )
+
 
 def reinforce_pp(roles: Roles, prompts: Iterable[list[Prompt]], cfg: ReinforcePpConfig) -> Iterator[Step]:
     """One update for each batch of prompts."""

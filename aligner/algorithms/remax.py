@@ -27,6 +27,15 @@ class RemaxConfig:
     loss: Any = None
     """Loss with its settings, as a `_target_` with `_partial_: true`."""
 
+    def check(self) -> None:
+        """Raises ValueError naming the setting and the values that would work."""
+        if self.group_size < 1:
+            raise ValueError(f"algorithm.group_size={self.group_size} must be 1 or more.")
+        if self.reward_kl_coef and "reference" not in self.roles:
+            raise ValueError(
+                f"algorithm.reward_kl_coef={self.reward_kl_coef} needs the reference; add it to algorithm.roles, or use 0."
+            )
+
 
 def remax(roles: Roles, prompts: Iterable[list[Prompt]], cfg: RemaxConfig) -> Iterator[Step]:
     """One update for each batch of prompts."""

@@ -13,7 +13,7 @@ from typing import TextIO
 PLAIN_WIDTH = 120  # a log file is read in windows of every width; this is the common one
 HEADER_EVERY = 20  # rows between repeated headers, about one screen
 BAR_WIDTH = 28
-PHASES = ("generate", "score", "logprobs", "update", "reshard", "evaluate")
+PHASES = ("generate", "score", "scores", "logprobs", "values", "update", "reshard", "evaluate")
 
 
 @dataclass(frozen=True)

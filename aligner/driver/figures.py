@@ -21,7 +21,9 @@ if TYPE_CHECKING:  # matplotlib takes half a second and is wanted once, at the e
 BLUE, ORANGE, GREEN, PURPLE, RED, TEAL, GREY = (
     "#3b7dc4", "#e07b39", "#3f9e6e", "#8b6fc0", "#c8504b", "#37a3a3", "#8a8f98",
 )  # fmt: skip
-PHASE_COLORS = dict(zip((*PHASES, "other"), (BLUE, PURPLE, TEAL, ORANGE, GREEN, RED, GREY), strict=True))
+PHASE_COLORS = dict(
+    zip((*PHASES, "other"), (BLUE, PURPLE, "#b57edc", TEAL, "#7fc4bd", ORANGE, GREEN, RED, GREY), strict=True)
+)
 RUN_COLORS = (BLUE, ORANGE, GREEN, PURPLE, RED, TEAL)
 # Small panels in this order; the first six that the run has are drawn.
 PANELS = {
@@ -29,6 +31,9 @@ PANELS = {
     "kl": "KL to the reference",
     "length": "response length (tokens)",
     "gap_max": "largest log-probability gap",
+    "margin": "margin of the chosen answer",
+    "pair_accuracy": "pairs told apart",
+    "critic_loss": "the critic's loss",
     "loss": "loss",
     "grad_norm": "gradient norm",
     "lr": "learning rate",

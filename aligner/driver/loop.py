@@ -32,6 +32,7 @@ PHASES = {
     "score": "score",
     "logprobs": "logprobs",
     "values": "values",
+    "scores": "scores",
     "update": "update",
     "reshard_to": "reshard",
 }

@@ -41,6 +41,7 @@ def settings_of(loop: Callable[..., Any], given: dict[str, Any]) -> Any:
         ) from None
     assert isinstance(values, dict)
     settings = kind(**{**values, **built})  # type: ignore[operator]
+    _check_losses(settings)
     if hasattr(settings, "check"):
         settings.check()
     return settings
@@ -93,6 +94,24 @@ def _try_loss(key: str, loss: Callable[..., Any]) -> None:
         raise ValueError(f"algorithm.{key}: {error}") from None
     except Exception:
         pass
+
+
+def _check_losses(settings: Any) -> None:
+    """Every loss is there, and so is the reference that it compares with."""
+    for key in (entry.name for entry in fields(settings) if entry.name.endswith("loss")):
+        loss = getattr(settings, key)
+        if loss is None:
+            raise ValueError(f"algorithm.{key} has no value; give algorithm.{key}._target_=module.function.")
+        if "reference" in getattr(settings, "roles", ["reference"]):
+            continue
+        kl_coef = getattr(loss, "keywords", {}).get("kl_coef")
+        if kl_coef:
+            raise ValueError(
+                f"algorithm.{key}.kl_coef={kl_coef} needs the reference; add reference to algorithm.roles, or use 0."
+            )
+        parameter = inspect.signature(loss).parameters.get("reference_sum_B")
+        if parameter is not None and parameter.default is parameter.empty:
+            raise ValueError(f"algorithm.{key} compares with the reference; add reference to algorithm.roles.")
 
 
 def one_line(error: BaseException) -> str:

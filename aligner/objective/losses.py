@@ -155,6 +155,9 @@ def reinforce(
     return (loss_BT + extra_BT).to(policy_logp_BT.dtype), {name: value.detach() for name, value in metrics.items()}
 
 
+reinforce.one_step = True  # type: ignore[attr-defined]
+
+
 def negative_log_likelihood(policy_logp_BT: Tensor, *, mask_BT: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss of supervised fine-tuning, per token and not reduced: loss = -log p(token).
 

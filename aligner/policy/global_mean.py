@@ -27,12 +27,21 @@ class Totals:
     """Rows with a trained token."""
 
 
+def takes_one_step(loss: LossFunction) -> bool:
+    """Whether a loss is right only at the weights that sampled: the attribute `one_step` of the function under a partial."""
+    return bool(getattr(_function(loss), "one_step", False))
+
+
 def rows_together(loss: LossFunction) -> int:
     """How many consecutive rows the loss compares: the attribute of this name on the function, 1 where it has none."""
-    function: Any = loss
-    while isinstance(function, functools.partial):
-        function = function.func
-    return int(getattr(function, "rows_together", 1))
+    return int(getattr(_function(loss), "rows_together", 1))
+
+
+def _function(loss: Any) -> Any:
+    """The function under any partials."""
+    while isinstance(loss, functools.partial):
+        loss = loss.func
+    return loss
 
 
 def global_mean(loss: Tensor, mask_BT: Tensor, totals: Totals, config: TrainingConfig, max_response: int) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from aligner.data.samples import Samples
 from aligner.policy.accounts import add_to, gather_metrics, means, over_steps
-from aligner.policy.global_mean import LossFunction, Totals, global_mean, rows_together
+from aligner.policy.global_mean import LossFunction, Totals, global_mean, rows_together, takes_one_step
 from aligner.policy.model_role import ModelRole
 from aligner.policy.optimizer import Optimizer
 from aligner.policy.packing import microbatches
@@ -47,7 +47,8 @@ class Trained(ModelRole):
             loss: `loss(<the readout's result>, mask_BT=..., <fields it names>) -> (loss, metrics)`, not reduced: [B, T]
                 per token, weighted by `reduction`, or [B] per row, for the mean over the rows with a trained token. It
                 may also name rollout_logp_BT and the readout's further results (entropy_BT of a policy). Its attribute
-                `rows_together` = n says that n consecutive rows belong together; no microbatch splits them.
+                `rows_together` = n says that n consecutive rows belong together; no microbatch splits them. `one_step` =
+                True says that it is right only at the weights that sampled.
             fields: row-wise Refs (or plain values) handed to the loss by name.
 
         Returns:
@@ -55,10 +56,15 @@ class Trained(ModelRole):
             (and `<name>_max`), grad_norm, lr, tokens.
 
         Raises:
-            ValueError: rows that belong together are not in one group of the batch.
+            ValueError: rows that belong together are not in one group of the batch; several steps by a loss for one.
             RuntimeError: the loss or the gradient is not finite.
         """
         self.version += 1
+        if takes_one_step(loss) and self.config.epochs * self.config.minibatches > 1:
+            raise ValueError(
+                f"{self.section}.epochs={self.config.epochs} and {self.section}.minibatches={self.config.minibatches}: the "
+                "loss has no ratio, so it is right for one step on a batch only; set both to 1, or take clipped_surrogate."
+            )
         with self.call("update"):
             local = self.localize((samples,), fields, self.config.minibatches)
             if not self.member:

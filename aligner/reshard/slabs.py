@@ -71,9 +71,9 @@ def copy_proven(to: Tensor, again: Tensor, read: Tensor, scratch: Scratch, done:
     """Copy and cast as `copy` does; False where `again` does not hold what was written, to the last bit."""
     same, written = True, 0
     if _plain(to, again, read):
-        for place, back, given, count in _addresses(to, again, read):
+        for place, look, given, count in _addresses(to, again, read):
             _libc.memcpy(place, given, count)
-            same = _libc.memcmp(back, given, count) == 0 and same
+            same = _libc.memcmp(look, given, count) == 0 and same
             done(place + count - to.data_ptr())
         return same
     for one, back, other in slabs(to, again, read):

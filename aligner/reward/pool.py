@@ -25,21 +25,30 @@ POOL_LIVES = 3
 class RulePool:
     """Worker processes that score rows by one rule. They see no GPU and import neither torch nor the job's program."""
 
-    def __init__(self, rule: str, kwargs: Mapping[str, Any] | None = None, workers: int = 2, timeout_s: float = 5.0):
+    def __init__(
+        self,
+        rule: str,
+        kwargs: Mapping[str, Any] | None = None,
+        workers: int = 2,
+        timeout_s: float = 5.0,
+        where: str = "reward",
+    ) -> None:
         """
         Args:
             rule: `package.module.function` or `path/to/file.py:function`; see `aligner.reward.rules`.
             kwargs: arguments for every row; a row's own field of the same name comes first.
             workers: processes.
             timeout_s: limit for one row, in seconds; importing the rule is not counted.
+            where: what stands before rule, kwargs, ... in messages.
 
         Raises:
-            ValueError: the rule cannot be imported or called so; names reward.rule, reward.kwargs, ...
+            ValueError: the rule cannot be imported or called so, or refuses these arguments; names reward.rule, ...
         """
         if workers < 1:
-            raise ValueError(f"reward.workers={workers} must be 1 or more.")
+            raise ValueError(f"{where}.workers={workers} must be 1 or more.")
         if not (math.isfinite(timeout_s) and timeout_s > 0):
-            raise ValueError(f"reward.timeout_s={timeout_s} must be a positive number of seconds.")
+            raise ValueError(f"{where}.timeout_s={timeout_s} must be a positive number of seconds.")
+        self._where = where
         path, _, function = rule.rpartition(":")
         # A replacement worker starts later, when this process may stand in another folder.
         self._rule = f"{os.path.abspath(path)}:{function}" if path.endswith(".py") else rule
@@ -79,14 +88,14 @@ class RulePool:
 
     def _check_rule(self) -> None:
         """In a worker, since only there does the import happen, and a rule's import may do anything."""
-        future = self._pool.schedule(rule_problem, (self._rule, self._kwargs))
+        future = self._pool.schedule(rule_problem, (self._rule, self._kwargs, self._timeout_s, self._where))
         if self._settled(future, IMPORT_LIMIT_S):
             error = future.exception()
             problem = future.result() if error is None else f"{type(error).__name__} while it is imported"
         elif self._pool.active:
-            problem = f"reward.rule={self._rule!r} is not imported within {IMPORT_LIMIT_S:.0f} s."
+            problem = f"{self._where}.rule={self._rule!r} is not imported within {IMPORT_LIMIT_S:.0f} s."
         else:
-            problem = f"reward.rule={self._rule!r} ends the process that imports it."
+            problem = f"{self._where}.rule={self._rule!r} ends the process that imports it."
         if problem is not None:
             self.close()
             raise ValueError(problem)
@@ -122,7 +131,7 @@ class RulePool:
         return self._timed_out(score.seconds) if score.seconds > self._timeout_s else score
 
     def _timed_out(self, seconds: float) -> Score:
-        return Score(math.nan, Status.TIMEOUT, seconds, f"no score within reward.timeout_s={self._timeout_s}")
+        return Score(math.nan, Status.TIMEOUT, seconds, f"no score within {self._where}.timeout_s={self._timeout_s}")
 
 
 def _exit_text(code: int) -> str:

@@ -1,19 +1,23 @@
-"""The reward role: every member rank scores its rows by a rule in its own worker processes."""
+"""The reward role: every member rank scores its rows; the whole batch's values become rewards, alike on every rank."""
 
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from aligner.data.samples import Samples
+from aligner.reward.audit import Missing, check_missing, missing_of
+from aligner.reward.combine import combine, reward_row
+from aligner.reward.components import Scorer, parts_of
 from aligner.reward.config import RewardConfig
-from aligner.reward.pool import RulePool, Score, Status
+from aligner.reward.worker import Score, Status
 from aligner.spmd.mesh import Mesh
 from aligner.spmd.ref import Ref
 from aligner.spmd.role import Role
@@ -30,38 +34,79 @@ class Scores:
     reward_B: Tensor
     """float32; NaN where there is no score: never a silent zero."""
     status_B: Tensor
-    """int8 `Status`."""
+    """int8 `Status`: the worst among the components that the row needs."""
     response: list[str]
     """The text that was scored."""
+    components: dict[str, Tensor]
+    """Raw values by component: [B] float32, NaN where missing."""
+    component_status: dict[str, Tensor]
+    """int8 `Status` by component: [B]."""
+
+    def row(self) -> dict[str, float]:
+        """What is logged of a whole batch's scores; see `reward_row`."""
+        kinds = [status.name.lower() for status in Status]
+        return reward_row(self.reward_B, self.status_B, self.components, self.component_status, kinds)
+
+
+class RowScorer(Protocol):
+    """The reward model's side: a role with a scalar head."""
+
+    def scores(self, samples: Ref) -> Ref:
+        """Ref to [B] float32, lined up with the samples. Every rank of the world calls it."""
+        ...
 
 
 class Reward(Role):
-    """Rule rewards."""
+    """Rules, endpoints and the reward model, alone or in a weighted sum."""
 
     def __init__(
-        self, name: str, world: World, mesh: Mesh, config: RewardConfig, tokenizer: PreTrainedTokenizerBase
+        self,
+        name: str,
+        world: World,
+        mesh: Mesh,
+        config: RewardConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        model: RowScorer | None = None,
     ) -> None:
+        """
+        Args:
+            model: scores the components with model=true.
+
+        Raises:
+            ValueError: a component that cannot be computed.
+        """
         super().__init__(name, world, mesh)
         self.config, self.tokenizer = config, tokenizer
+        self.parts = parts_of(config)
+        wanting = [part for part in self.parts if part.component.model]
+        self.model = model if wanting else None
+        if wanting and model is None:
+            raise ValueError(f"{wanting[0].source} needs the role reward_model; add reward_model to algorithm.roles.")
+        self.scorers: dict[str, Scorer] = {}
         if self.member:
-            self.pool = RulePool(config.rule, config.kwargs, config.workers, config.timeout_s)
-            world.on_leave(self.pool.close)
+            for part in self.parts:
+                scorer = part.scorer()
+                if scorer is not None:
+                    self.scorers[part.name] = scorer
+                    world.on_leave(scorer.close)
 
     def score(self, samples: Ref) -> Ref:
-        """Score every row.
+        """Score every row. A collective of the whole world.
 
         Returns:
             Ref to `Scores`.
 
         Raises:
-            ValueError: more rows without a score than reward.max_missing allows; one of them is shown.
+            ValueError: more rows without a score than reward.max_missing allows, or none has one; examples are shown.
         """
+        from_model = self.model.scores(samples) if self.model is not None else None  # a role call: every rank's
         with self.call("score"):
-            local = self.localize((samples,), {})
-            value = self._score(local.args[0]) if self.member else None
+            local = self.localize((samples, from_model), {})
+            here, score_B = local.args
+            value = self._score(here, score_B, local.mine) if self.member else None
             return Ref(self, value, local.rows)
 
-    def _score(self, samples: Samples) -> Scores:
+    def _score(self, samples: Samples, score_B: Tensor | None, rows: Sequence[int]) -> Scores:
         texts = [
             self.tokenizer.decode(samples.response_tokens(row), skip_special_tokens=True) for row in range(samples.rows)
         ]
@@ -69,26 +114,55 @@ class Reward(Role):
             {"prompt": str(fields.get("prompt", "")), "response": text, "fields": fields}
             for text, fields in zip(texts, samples.fields, strict=True)
         ]
-        scores = self.pool.score(items)
-        self._check_missing(scores)
-        return Scores(
-            torch.tensor([score.value if score.status is Status.OK else math.nan for score in scores]),
-            torch.tensor([int(score.status) for score in scores], dtype=torch.int8),
-            texts,
-        )
+        scores = self._by_part(items, score_B)
+        raw = {name: _raw(of_part) for name, of_part in scores.items()}
+        status = {name: torch.tensor([int(s.status) for s in of], dtype=torch.int8) for name, of in scores.items()}
+        reward_B, status_B = self._combined(rows, raw, status, {name: missing_of(of) for name, of in scores.items()})
+        return Scores(reward_B, status_B, texts, raw, status)
 
-    def _check_missing(self, scores: list[Score]) -> None:
-        """Counts of the whole batch, so that every rank decides alike."""
-        missing = [score for score in scores if score.status is not Status.OK]
-        example = f"{missing[0].status.name.lower()}: {missing[0].detail}" if missing else ""
+    def _by_part(self, items: Sequence[Mapping[str, Any]], score_B: Tensor | None) -> dict[str, list[Score]]:
+        """Scores of each component; they wait for each other, not for their turn."""
+        with ThreadPoolExecutor(max(1, len(self.scorers))) as threads:
+            running = {name: threads.submit(scorer.score, items) for name, scorer in self.scorers.items()}
+            return {
+                part.name: running[part.name].result() if part.name in running else _of_model(score_B)
+                for part in self.parts
+            }
+
+    def _combined(
+        self, rows: Sequence[int], raw: dict[str, Tensor], status: dict[str, Tensor], missing: dict[str, Missing]
+    ) -> tuple[Tensor, Tensor]:
+        """This shard's rewards: every rank combines the whole batch in its global order, so that sums over the batch
+        come out the same to the last bit however it is cut into shards."""
         found: list[Any] = [None] * self.mesh.size
-        kinds = Counter(score.status.name.lower() for score in missing)
-        dist.all_gather_object(found, (len(scores), kinds, example), group=self.group)
-        rows = sum(count for count, _, _ in found)
-        lost: Counter[str] = sum((kinds for _, kinds, _ in found), Counter())
-        if rows and lost.total() > self.config.max_missing * rows:
-            raise ValueError(
-                f"{lost.total()} of {rows} rows have no reward ({', '.join(f'{n} {k}' for k, n in lost.items())}), more "
-                f"than reward.max_missing={self.config.max_missing}. reward.rule={self.config.rule} said, for one row: "
-                + next(text for _, _, text in found if text)
-            )
+        dist.all_gather_object(found, (tuple(rows), raw, status, missing), group=self.group)
+        held = sorted({row: (n, i) for n, (theirs, *_) in enumerate(found) for i, row in enumerate(theirs)}.items())
+        counts = [len(theirs) for theirs, *_ in found]
+        take = torch.tensor([sum(counts[:n]) + i for _, (n, i) in held], dtype=torch.long)
+        all_raw, all_status = (
+            {part.name: torch.cat([shard[field][part.name] for shard in found])[take] for part in self.parts}
+            for field in (1, 2)
+        )
+        reward_B, status_B = combine(all_raw, all_status, {part.name: part.component for part in self.parts})
+        lacking = {part.source: Missing() for part in self.parts}
+        for shard in {theirs[0]: missing for theirs, _, _, missing in found if theirs}.values():
+            for part in self.parts:
+                lacking[part.source].update(shard[part.name])
+        check_missing(status_B.tolist(), lacking, self.config.max_missing)
+        place = {row: position for position, (row, _) in enumerate(held)}
+        mine = torch.tensor([place[row] for row in rows], dtype=torch.long)
+        return reward_B[mine], status_B[mine]
+
+
+def _raw(scores: Sequence[Score]) -> Tensor:
+    return torch.tensor([s.value if s.status is Status.OK else math.nan for s in scores], dtype=torch.float32)
+
+
+def _of_model(score_B: Tensor | None) -> list[Score]:
+    assert score_B is not None
+    return [
+        Score(value, Status.OK, 0.0)
+        if math.isfinite(value)
+        else Score(math.nan, Status.FAILED, 0.0, f"the reward model returned {value}")
+        for value in score_B.tolist()
+    ]

@@ -12,9 +12,15 @@ import importlib
 import importlib.util
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+CHECK = "check_settings"
+"""Attribute of a rule that has a check of its own; see `checked_by`."""
+SETTINGS = "settings"
+"""Attribute of a rule whose data must not decide everything; see `checked_by`."""
+Rule = TypeVar("Rule", bound=Callable[..., Any])
 
 
 class Unparsable(Exception):
@@ -36,6 +42,23 @@ def exact_match(prompt: str, response: str, *, answer: Any, ignore_case: bool = 
 def regex_format(prompt: str, response: str, *, pattern: str) -> float:
     """1 if the whole response, blanks around it aside, matches the pattern (`.` is any character), else 0."""
     return float(re.fullmatch(pattern, response.strip(), re.DOTALL) is not None)
+
+
+def checked_by(check: Callable[[Mapping[str, Any], float], str | None], *settings: str) -> Callable[[Rule], Rule]:
+    """Give a rule a check of its own, made before the job starts, in a worker process on each rank that scores.
+
+    Args:
+        check: (configured kwargs, the row's time limit in seconds) -> what is wrong, or None. The answer begins with
+            the setting, such as "kwargs.seconds=9 is ...".
+        settings: arguments that only reward.kwargs may give; a row's field of that name is left out.
+    """
+
+    def mark(rule: Rule) -> Rule:
+        setattr(rule, CHECK, check)
+        setattr(rule, SETTINGS, frozenset(settings))
+        return rule
+
+    return mark
 
 
 def load_rule(name: str) -> Callable[..., Any]:

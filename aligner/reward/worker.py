@@ -20,7 +20,7 @@ from numbers import Real
 from types import ModuleType
 from typing import Any
 
-from aligner.reward.rules import Unparsable, load_rule
+from aligner.reward.rules import CHECK, SETTINGS, Unparsable, load_rule
 
 QUIET_EXIT = 256
 """Stands for exit code 0 of a worker, outside the codes that a process can have."""
@@ -80,21 +80,24 @@ def _loaded(rule: str) -> tuple[Callable[..., Any], frozenset[str] | None, froze
     return function, frozenset(parameter.name for parameter in parameters[2:]), filled
 
 
-def rule_problem(rule: str, kwargs: Mapping[str, Any]) -> str | None:
-    """What is wrong with reward.rule or reward.kwargs, if anything."""
+def rule_problem(rule: str, kwargs: Mapping[str, Any], timeout_s: float, where: str) -> str | None:
+    """What is wrong with reward.rule, reward.kwargs or reward.timeout_s for it, if anything."""
     try:
-        signature = inspect.signature(_loaded(rule)[0])
+        function = _loaded(rule)[0]
+        signature = inspect.signature(function)
     except ValueError as error:
-        return str(error)
+        return str(error).replace("reward.rule=", f"{where}.rule=", 1)
     try:
         signature.bind_partial("", "")
     except TypeError as error:
-        return f"reward.rule={rule!r} must take (prompt, response, **fields): {error}."
+        return f"{where}.rule={rule!r} must take (prompt, response, **fields): {error}."
     try:
         signature.bind_partial("", "", **kwargs)
     except TypeError as error:
-        return f"reward.kwargs={dict(kwargs)} do not fit reward.rule={rule!r}: {error}."
-    return None
+        return f"{where}.kwargs={dict(kwargs)} do not fit {where}.rule={rule!r}: {error}."
+    check = getattr(function, CHECK, None)
+    problem = check(kwargs, timeout_s) if check else None
+    return f"{where}.{problem}" if problem else None
 
 
 def score_row(rule: str, kwargs: Mapping[str, Any], prompt: str, response: str, fields: Mapping[str, Any]) -> Score:
@@ -103,7 +106,8 @@ def score_row(rule: str, kwargs: Mapping[str, Any], prompt: str, response: str, 
     value, status, detail = math.nan, Status.FAILED, ""
     try:
         function, names, filled = _loaded(rule)
-        given = {**kwargs, **fields}
+        settings: frozenset[str] = getattr(function, SETTINGS, frozenset())
+        given = {**kwargs, **{k: v for k, v in fields.items() if k not in settings}}
         wanted = {k: v for k, v in given.items() if k not in filled and (names is None or k in names)}
         start = time.perf_counter()
         value, status, detail = _verdict(function(prompt, response, **wanted))

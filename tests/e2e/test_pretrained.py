@@ -49,7 +49,7 @@ from transformers import AutoTokenizer
 from aligner.data.prompts import tokenize_prompts
 from aligner.data.samples import Samples
 from aligner.models.spec import read_spec
-from aligner.policy import pipeline
+from aligner.policy import readout
 from aligner.policy.config import PolicyConfig
 from aligner.policy.packing import microbatches
 from aligner.policy.policy import Policy, Reference
@@ -67,11 +67,11 @@ samples = Samples(
     expected["tokens_BT"], torch.ones(rows, dtype=torch.long), expected["length_B"], expected["mask_BT"],
     torch.arange(rows), [{} for _ in range(rows)], torch.zeros(expected["tokens_BT"].shape),
 )
-inner, caught = pipeline.logprobs_and_entropy, []
+inner, caught = readout.logprobs_and_entropy, []
 def catching(logits_TV, *rest):
     caught.append(logits_TV.detach().clone())
     return inner(logits_TV, *rest)
-pipeline.logprobs_and_entropy = catching
+readout.logprobs_and_entropy = catching
 tp1 = Reference("tp1", world, Mesh((0,), 1, 1), spec, config)
 pp2 = Policy("pp2", world, Mesh((0, 1), 1, 2), spec, config)
 for role in (tp1, pp2):

@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from aligner.objective.losses import clipped_surrogate, reinforce
 from aligner.policy.accounts import gather_metrics, means, over_steps
 from aligner.policy.config import PolicyConfig
-from aligner.policy.global_mean import Totals, global_mean, rows_together
+from aligner.policy.global_mean import Totals, global_mean, rows_together, takes_one_step
 
 MASK_BT = torch.tensor([[False, True, True], [False, False, False], [False, True, False]])
 TOTALS = Totals(tokens=6.0, rows=4.0)
@@ -58,3 +59,8 @@ def test_rows_together_is_found_under_partials() -> None:
     assert rows_together(pairs) == 1  # type: ignore[arg-type]
     pairs.rows_together = 2  # type: ignore[attr-defined]
     assert rows_together(functools.partial(functools.partial(pairs, one=1), two=2)) == 2  # type: ignore[arg-type]
+
+
+def test_a_loss_without_a_ratio_is_known_under_partials() -> None:
+    assert takes_one_step(functools.partial(reinforce, kl_coef=0.0))
+    assert not takes_one_step(functools.partial(clipped_surrogate, clip_low=0.1))

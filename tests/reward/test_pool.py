@@ -137,7 +137,7 @@ def test_a_worker_killed_between_two_batches_is_replaced(pool: RulePool) -> None
 
 
 def test_every_row_may_kill_its_worker(rule_file: Path) -> None:
-    with RulePool(f"{rule_file}:act", workers=3, timeout_s=20) as pool:
+    with RulePool(f"{rule_file}:act", workers=3, timeout_s=100) as pool:
         scores = pool.score(items(*["exit 7", "value 1"] * 20))
     assert [score.status for score in scores] == [Status.FAILED, Status.OK] * 20
 

@@ -1,0 +1,162 @@
+"""The components of a reward, read from its settings and checked; and what scores each of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from aligner.reward.config import RewardComponent, RewardConfig
+from aligner.reward.pool import RulePool
+from aligner.reward.remote import HttpScorer
+from aligner.reward.worker import Score
+
+NORMALIZE = ("none", "batch")
+KINDS = ("rule", "url", "model")
+WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", dict: "keys and values"}
+
+
+class Scorer(Protocol):
+    """Scores rows on this rank."""
+
+    def score(self, items: Sequence[Mapping[str, Any]]) -> list[Score]:
+        """One score for each {'prompt': str, 'response': str, 'fields': dict}, in the same order."""
+        ...
+
+    def close(self) -> None:
+        """Free what it holds. May be called again."""
+        ...
+
+
+@dataclass(frozen=True)
+class Part:
+    """A component with its name, and where its settings stand."""
+
+    name: str
+    where: str
+    """`reward` or `reward.components.NAME`: the prefix of its settings in messages."""
+    component: RewardComponent
+    workers: int
+    timeout_s: float
+
+    @property
+    def source(self) -> str:
+        """The setting that says where its values come from, for messages."""
+        kind = _kinds(self.component)[0]
+        value = getattr(self.component, kind)
+        return f"{self.where}.{kind}={'true' if value is True else value}"
+
+    def scorer(self) -> Scorer | None:
+        """What computes it on this rank; None for the reward model, which is a role of its own.
+
+        Raises:
+            ValueError: the rule cannot be imported or called; the url cannot be used.
+        """
+        component = self.component
+        if component.rule is not None:
+            return RulePool(component.rule, component.kwargs, self.workers, self.timeout_s, self.where)
+        if component.url is not None:
+            return HttpScorer(component, self.where, self.workers, self.timeout_s)
+        return None
+
+
+def parts_of(reward: RewardConfig) -> list[Part]:
+    """The components in their order; a reward of one rule is one component of weight 1, called after the function.
+
+    Raises:
+        ValueError: a setting that is unknown, of the wrong type or impossible, with what would work.
+    """
+    if not reward.components:
+        name = re.split(r"[.:]", reward.rule)[-1] or "rule"
+        component = RewardComponent(rule=reward.rule, kwargs=reward.kwargs)
+        return [Part(name, "reward", component, reward.workers, reward.timeout_s)]
+    if reward.rule != RewardConfig.rule or reward.kwargs:
+        which = f"reward.rule={reward.rule}" if reward.rule != RewardConfig.rule else f"reward.kwargs={reward.kwargs}"
+        raise ValueError(
+            f"{which} is the form of a reward of one rule, and reward.components={', '.join(reward.components)} are given; "
+            "make it a component too: reward.components.NAME.rule=... with its kwargs."
+        )
+    parts = []
+    for name, values in reward.components.items():
+        if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]*", str(name)):
+            raise ValueError(f"reward.components.{name}: a component's name is a word of letters, digits and _.")
+        where = f"reward.components.{name}"
+        component = _read(RewardComponent, values, where)
+        workers = reward.workers if component.workers is None else component.workers
+        timeout_s = reward.timeout_s if component.timeout_s is None else component.timeout_s
+        parts.append(Part(str(name), where, component, workers, timeout_s))
+    for part in parts:
+        _check(part, [other.name for other in parts])
+    if all(part.component.weight == 0 for part in parts):
+        raise ValueError("every reward.components.*.weight is 0, so every reward would be 0; set one to 1.")
+    return parts
+
+
+def _kinds(component: RewardComponent) -> list[str]:
+    return [kind for kind in KINDS if getattr(component, kind)]
+
+
+def _check(part: Part, names: Sequence[str]) -> None:
+    component, where = part.component, part.where
+    given = _kinds(component)
+    if len(given) != 1:
+        said = f"has {' and '.join(given)}" if given else "has none"
+        raise ValueError(f"{where} {said}; give exactly one of rule, url and model=true.")
+    if component.normalize not in NORMALIZE:
+        raise ValueError(f"{where}.normalize={component.normalize} is unknown; use {' or '.join(NORMALIZE)}.")
+    for key in ("weight", "gate_above", "gate_value"):
+        if not math.isfinite(getattr(component, key)):
+            raise ValueError(f"{where}.{key}={getattr(component, key)} must be a finite number.")
+    if component.clip is not None and not (len(component.clip) == 2 and component.clip[0] < component.clip[1]):
+        raise ValueError(f"{where}.clip={list(component.clip)} must be [low, high] with low < high, such as [-5, 5].")
+    if component.gate is not None and (component.gate not in names or component.gate == part.name):
+        others = [name for name in names if name != part.name]
+        works = f"use one of {', '.join(others)}" if others else "there is no other; leave gate out"
+        raise ValueError(f"{where}.gate={component.gate} is no other component; {works}.")
+    if component.gate is None and (component.gate_above or component.gate_value):
+        raise ValueError(f"{where}.gate_above and gate_value say nothing without {where}.gate; name a component there.")
+    if part.workers < 1:
+        raise ValueError(f"{where}.workers={part.workers} must be 1 or more.")
+    if not (math.isfinite(part.timeout_s) and part.timeout_s > 0):
+        raise ValueError(f"{where}.timeout_s={part.timeout_s} must be a positive number of seconds.")
+    if component.kwargs and component.rule is None:
+        raise ValueError(f"{where}.kwargs are arguments of a rule, and this is a {given[0]}; leave them out.")
+    if component.url is None and (component.judge or component.token_env):
+        raise ValueError(f"{where}.judge and token_env belong to an endpoint; set {where}.url.")
+
+
+def _read(kind: Any, values: Any, where: str) -> Any:
+    """Plain values -> a frozen dataclass, every type checked: below `components` the schema of OmegaConf ends."""
+    hints = typing.get_type_hints(kind)
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{where}={values} is not possible; set one of its keys: {', '.join(hints)}.")
+    made = {}
+    for key, value in values.items():
+        if key not in hints:
+            raise ValueError(f"there is no setting {where}.{key}; {where} has {', '.join(hints)}.")
+        made[key] = _typed(value, hints[key], f"{where}.{key}")
+    return kind(**made)
+
+
+def _typed(value: Any, hint: Any, where: str) -> Any:
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if value is None and type(None) in options:
+        return None
+    option = options[0]
+    if dataclasses.is_dataclass(option):
+        return _read(option, value, where)
+    origin = typing.get_origin(option) or option
+    if origin is tuple:
+        if isinstance(value, list | tuple) and all(type(item) in (int, float) for item in value):
+            return tuple(float(item) for item in value)
+        raise ValueError(f"{where}={value} is not possible; give a list of two numbers.")
+    if origin is float and type(value) is int:
+        return float(value)
+    if type(value) is not origin:
+        raise ValueError(f"{where}={value} is not possible; give {WORDS[origin]}.")
+    return value

@@ -1,0 +1,75 @@
+"""One rank of the reward role's tests: scores a batch, and prints what every rank must agree on."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+
+from aligner.data.samples import Samples, pad_rows
+from aligner.reward.config import RewardConfig
+from aligner.reward.role import Reward
+from aligner.spmd.mesh import Mesh
+from aligner.spmd.ref import Ref
+from aligner.spmd.role import Role
+from aligner.spmd.world import World
+
+
+class Head(Role):
+    """Stands where the reward model does: a role on ranks of its own, whose score is a function of the tokens."""
+
+    def scores(self, samples: Ref) -> Ref:
+        """[B] float32; NaN for every row of 7 tokens."""
+
+        def score(held: Samples) -> torch.Tensor:
+            mean_B = held.tokens_BT.float().sum(1) / held.length_B
+            return torch.where(held.length_B == 7, torch.nan, torch.sin(mean_B * 1000))
+
+        return self.run(score, samples)
+
+
+def batch(responses: list[str], tokenizer: Any) -> Samples:
+    """One prompt of 2 tokens before each response."""
+    rows = [[1, 1, *tokenizer.encode(text, add_special_tokens=False).ids] for text in responses]
+    length_B = torch.tensor([len(row) for row in rows])
+    return Samples(
+        tokens_BT=pad_rows(rows, torch.long),
+        prompt_len_B=torch.full((len(rows),), 2),
+        length_B=length_B,
+        mask_BT=torch.arange(int(length_B.max()))[None] < length_B[:, None],
+        prompt_index_B=torch.arange(len(rows)) // 2,
+        fields=[{"prompt": "p", "row": row} for row in range(len(rows))],
+    )
+
+
+def main() -> None:
+    """job.json: {tokenizer, cases: {name: {reward, responses, ranks}}}; each case is scored, or says its error."""
+    job = json.loads(Path(sys.argv[1]).read_text())
+    tokenizer = Tokenizer.from_file(job["tokenizer"])
+    world = World(60)
+    head = Head("reward_model", world, Mesh((world.size - 1,)))
+    for name, case in job["cases"].items():
+        mesh = Mesh(tuple(case["ranks"]))
+        source = Role(f"source_{name}", world, mesh)
+        reward = Reward(f"reward_{name}", world, mesh, RewardConfig(**case["reward"]), tokenizer, head)
+        try:
+            scores = reward.score(source.place(batch(case["responses"], tokenizer), group_size=2)).get()
+        except ValueError as error:
+            print(f"said {name} {json.dumps(str(error))}\n", end="", flush=True)
+            continue
+        said = {
+            "reward": [value.hex() for value in scores.reward_B.tolist()],
+            "status": scores.status_B.tolist(),
+            "response": scores.response,
+            "components": {name: value_B.tolist() for name, value_B in scores.components.items()},
+            "row": scores.row(),
+        }
+        print(f"said {name} {json.dumps(said)}\n", end="", flush=True)
+    world.leave()
+
+
+main()
