@@ -7,11 +7,18 @@ import sys
 from pathlib import Path
 
 import pytest
+from hydra.utils import instantiate
 
 from aligner.config import CONF, Config, compose_config, to_config
+from aligner.data.column_addition import ColumnAddition
+from aligner.data.config import KINDS
+from aligner.data.sets import METHODS
 from aligner.help import field_docs, help_text
+from aligner.policy.config import CriticConfig
 
 NEEDED = ["model.path=folder"]
+PIPELINE = "RLHF_RUN"
+"""Environment variable: the folder of a pipeline's stages, which their configurations name."""
 GROUPS = [
     (group.name, file.stem)
     for group in sorted(CONF.iterdir())
@@ -20,14 +27,33 @@ GROUPS = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def pipeline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(PIPELINE, "pipeline")
+
+
 @pytest.mark.parametrize("name", sorted(file.stem for file in CONF.glob("*.yaml")))
 def test_every_top_level_configuration_is_whole(name: str) -> None:
     assert to_config(compose_config(NEEDED, name)).model.path == "folder"
 
 
-@pytest.mark.parametrize(("group", "option"), GROUPS)
+@pytest.mark.parametrize(("group", "option"), [(group, option) for group, option in GROUPS if group != "stage"])
 def test_every_option_of_every_group_composes(group: str, option: str) -> None:
     assert isinstance(to_config(compose_config([*NEEDED, f"{group}={option}"])), Config)
+
+
+@pytest.mark.parametrize("stage", [option for group, option in GROUPS if group == "stage"])
+def test_every_stage_reads_and_writes_in_the_pipeline_s_folder(stage: str) -> None:
+    config = to_config(compose_config([f"stage={stage}"], "rlhf"))
+    assert config.run_dir == f"pipeline/{stage}"
+    for path in (config.model.path, config.data.path):
+        assert path is not None and path.startswith("pipeline/"), path
+
+
+def test_a_stage_without_its_folder_names_the_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(PIPELINE)
+    with pytest.raises(ValueError, match=PIPELINE):
+        to_config(compose_config([], "rlhf"))
 
 
 def test_values_arrive_with_their_types() -> None:
@@ -49,12 +75,23 @@ def test_values_arrive_with_their_types() -> None:
     assert config.algorithm["group_size"] == 8
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_data_is_a_choice(kind: str) -> None:
+    config = to_config(compose_config([*NEEDED, f"data={kind}", "data.path=rows.jsonl"]))
+    config.data.check()
+    assert (config.data.kind, config.data.task) == (kind, None)
+    generated = to_config(compose_config([*NEEDED, "data=column_addition", f"data.kind={kind}"])).data
+    task = instantiate(generated.task)
+    assert callable(getattr(task, METHODS[kind]))
+    assert task == ColumnAddition()
+
+
 @pytest.mark.parametrize(
     ("override", "said"),
     [
         ("modle.path=x", "there is no setting modle.path; did you mean model.path"),
         ("placement.policy.tensro=2", "did you mean placement.policy.tensor"),
-        ("algorithm=grop", "no such configuration; available: grpo, sft"),
+        ("algorithm=grop", "no such configuration; available: dapo, dpo, dr_grpo, grpo, gspo, ipo, kto"),
         ("algorithm.group_sise=2", "did you mean algorithm.group_size"),
         (
             "policy.optimizer.lr=abc",
@@ -74,11 +111,14 @@ def test_help_explains_every_field() -> None:
     for word in (
         "placement.policy.tensor=1",
         "policy.optimizer.lr=",
-        "algorithm   grpo, sft",
+        "algorithm   dapo, dpo, dr_grpo, grpo,",
+        "stage       dpo, grpo, ppo, preferences, reward_model, sft",
+        "critic.optimizer.lr=",
         "logging     console, wandb",
     ):
         assert word in text, word
     assert set(field_docs(Config)) == set(Config.__dataclass_fields__)
+    assert field_docs(CriticConfig).keys() >= {"path", "micro_tokens"}, "its own and what it inherits"
 
 
 def test_help_is_fast_and_light() -> None:

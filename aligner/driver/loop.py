@@ -89,7 +89,8 @@ class Driver:
             self.world.journal.step = step + 1
             start = time.perf_counter()
         raise ValueError(
-            f"the loop ended before train.steps={train.steps}; it must yield a Step for each, batches never run out."
+            f"the loop yielded {self.world.journal.step - 1} steps of train.steps={train.steps} and ended; it must yield "
+            "one per batch, and batches never run out."
         )
 
     def _row(self, result: Step, seconds: float) -> dict[str, float]:

@@ -27,7 +27,7 @@ def settings_of(loop: Callable[..., Any], given: dict[str, Any]) -> Any:
     built = {key: _built(key, value) for key, value in given.items() if isinstance(value, dict) and "_target_" in value}
     if kind is None or not is_dataclass(kind):
         return SimpleNamespace(**{"loss": None, **given, **built})
-    known = {entry.name for entry in fields(kind)}
+    known = [entry.name for entry in fields(kind)]
     if "loss" in built and "loss" not in known:
         del built["loss"]  # of the configuration that a loop of one's own is laid over
     try:
@@ -36,9 +36,7 @@ def settings_of(loop: Callable[..., Any], given: dict[str, Any]) -> Any:
         values = OmegaConf.to_container(checked)
     except OmegaConfBaseException as error:
         text = str(error).splitlines()[0]
-        raise ValueError(
-            f"algorithm: {text} (settings of {loop.__name__}: {', '.join(kind.__annotations__)})"
-        ) from None
+        raise ValueError(f"algorithm: {text} (settings of {loop.__name__}: {', '.join(known)})") from None
     assert isinstance(values, dict)
     settings = kind(**{**values, **built})  # type: ignore[operator]
     _check_losses(settings)

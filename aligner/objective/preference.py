@@ -151,14 +151,16 @@ def simpo(
     beta: float = 2.0,
     gamma: float = 1.0,
     label_smoothing: float = 0.0,
+    nll_coef: float = 0.0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Simple preference optimisation, without a reference: mean log-probabilities, a margin apart.
 
         z    = beta (m(log p(w)) - m(log p(l))) - gamma
-        loss = -(1 - label_smoothing) log sigmoid(z) - label_smoothing log sigmoid(-z)
+        loss = -(1 - label_smoothing) log sigmoid(z) - label_smoothing log sigmoid(-z) - nll_coef m(log p(w))
 
-    Meng et al. 2024, arXiv 2405.14734, equation 6; gamma / beta is about one half there. "margin" is without gamma;
-    "chosen_logp" and "rejected_logp" are means over tokens.
+    Meng et al. 2024, arXiv 2405.14734, equation 6; gamma / beta is about one half there. Nothing in it holds the chosen
+    answers' probability up while the rejected ones' falls; nll_coef does (their code's sft_weight, 0 in the paper).
+    "margin" is without gamma; "chosen_logp" and "rejected_logp" are means over tokens.
     """
     _check_beta(beta)
     _check_smoothing(label_smoothing, 1.0)
@@ -167,6 +169,7 @@ def simpo(
     chosen_P, rejected_P = pairs.split(beta * mean_B)
     z_P = chosen_P - rejected_P - gamma
     loss_P = -(1.0 - label_smoothing) * logsigmoid(z_P) - label_smoothing * logsigmoid(-z_P)
+    loss_P = loss_P - nll_coef * pairs.split(mean_B)[0]
     return _report(pairs, loss_P, chosen_P, rejected_P, mean_B, policy_logp_BT.dtype)
 
 

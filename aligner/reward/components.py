@@ -75,11 +75,12 @@ def parts_of(reward: RewardConfig) -> list[Part]:
         name = re.split(r"[.:]", reward.rule)[-1] or "rule"
         component = RewardComponent(rule=reward.rule, kwargs=reward.kwargs)
         return [Part(name, "reward", component, reward.workers, reward.timeout_s)]
-    if reward.rule != RewardConfig.rule or reward.kwargs:
-        which = f"reward.rule={reward.rule}" if reward.rule != RewardConfig.rule else f"reward.kwargs={reward.kwargs}"
+    with_rule = reward.rule not in ("", RewardConfig.rule)
+    if with_rule or reward.kwargs:
+        which = f"reward.rule={reward.rule}" if with_rule else f"reward.kwargs={reward.kwargs}"
         raise ValueError(
             f"{which} is the form of a reward of one rule, and reward.components={', '.join(reward.components)} are given; "
-            "make it a component too: reward.components.NAME.rule=... with its kwargs."
+            "make it a component too, reward.components.NAME.rule=... with its kwargs, or leave it out: reward.rule=''."
         )
     parts = []
     for name, values in reward.components.items():

@@ -1,4 +1,4 @@
-"""A loop of one's own that branches: what is solved is not trained on, and two batches make up for it.
+"""A loop of one's own that branches: batches that are solved already are not trained on.
 
 The branch is taken on a value that `.get()` has brought to every rank, so that all of them take the same one.
 

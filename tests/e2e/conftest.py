@@ -17,15 +17,35 @@ from safetensors.torch import load_file, save_file
 from aligner.data.column_addition import ColumnAddition, ModelShape, write
 
 RULE = '''
+from aligner.reward.worker import Unparsable
+
+
 def digits(prompt, response, **fields):
     """Share of digits in the response, and a little for its length: random text earns different rewards."""
     return sum(c.isdigit() for c in response) / max(1, len(response)) + 0.01 * len(response)
+
+
+def brief(prompt, response, **fields):
+    """1 for a response that ended by itself: some groups of 4 agree, and some do not."""
+    return float(len(response) < 20)
+
+
+def number(prompt, response, **fields):
+    """The response as a number."""
+    if not response.isdigit():
+        raise Unparsable(response)
+    return float(response)
+
+
+def fair(prompt, response, **fields):
+    """Always 1: nothing is left to learn."""
+    return 1.0
 '''
 
 
 @dataclass(frozen=True)
 class Task:
-    """A folder with model/, prompts.jsonl, heldout.jsonl, demonstrations.jsonl and rule.py."""
+    """A folder with model/, a file of rows of each kind of data, and rule.py."""
 
     folder: Path
 
@@ -57,7 +77,7 @@ def task(tmp_path_factory: pytest.TempPathFactory) -> Task:
     """The task with a model of 2 layers, 4 heads, 2 key/value heads."""
     folder = tmp_path_factory.mktemp("task")
     shape = ModelShape(hidden=64, layers=2, heads=4, kv_heads=2, head_dim=32, ffn=96)
-    write(folder, ColumnAddition(demonstrations=256, prompts=64, heldout=16), shape)
+    write(folder, ColumnAddition(demonstrations=256, prompts=64, heldout=16, preferences=64), shape)
     (folder / "rule.py").write_text(RULE)
     _sharpen(folder / "model")
     return Task(folder)

@@ -37,6 +37,7 @@ class Case:
 
 
 SFT = "algorithm=sft data=demonstrations ~algorithm.group_size"
+DPO = "algorithm=dpo data=preferences ~algorithm.group_size data.path={task}/preferences.jsonl"
 FOUR = {"WORLD_SIZE": "4"}
 
 MODEL = [
@@ -135,6 +136,40 @@ DATA = [
     Case("kind", "data.kind=preferences", ("data.kind=preferences", "use data.kind=prompts")),
     Case("task", "data=column_addition data.task.digits=1", ("data.task cannot be built", "raise digits")),
     Case(
+        "pairs_form", f"{DPO} data.path={{bad}}/number.jsonl", ("{bad}/number.jsonl:1: a row is one of", "'rejected'")
+    ),
+    Case(
+        "pairs_alike",
+        f"{DPO} data.path={{bad}}/alike.jsonl",
+        ("{bad}/alike.jsonl:2: chosen and rejected are the same",),
+    ),
+    Case("pairs_empty", f"{DPO} data.path={{bad}}/unsaid.jsonl", ("{bad}/unsaid.jsonl:1: 'rejected' is empty",)),
+    Case(
+        "pairs_too_long",
+        f"{DPO} data.max_tokens=12",
+        ("preferences.jsonl:1: an answer with its prompt has", "data.max_tokens=12", "data.too_long=drop"),
+    ),
+    Case(
+        "pairs_all_dropped",
+        f"{DPO} data.max_tokens=2 data.too_long=drop",
+        ("no pair is left (too long: ", "data.max_tokens=2"),
+    ),
+    Case(
+        "scores_not_of_answers",
+        f"{DPO} data.path={{bad}}/scores.jsonl",
+        ("{bad}/scores.jsonl:1: 'response' and 'score' must be",),
+    ),
+    Case(
+        "feedback_label",
+        "algorithm=kto data=feedback ~algorithm.group_size data.path={bad}/label.jsonl",
+        ("{bad}/label.jsonl:1: 'label' must be true or false, not 'good'",),
+    ),
+    Case(
+        "dpo_of_prompts",
+        f"{DPO} data=prompts",
+        ("algorithms.dpo.dpo iterates over preferences", "use data.kind=preferences"),
+    ),
+    Case(
         "sft_form",
         f"{SFT} data.path={{bad}}/number.jsonl",
         ("{bad}/number.jsonl:1: a demonstration is one of", "'completion'"),
@@ -173,10 +208,14 @@ SETTINGS = [
     Case(
         "key_that_the_loop_lacks",
         "+algorithm.clip=3",
-        ("Key 'clip' not in 'GrpoConfig'", "roles, group_size, normalize, loss"),
+        ("Key 'clip' not in 'GrpoConfig'", "settings of grpo: roles, group_size, advantages, whiten"),
     ),
     Case("key_that_the_loss_lacks", "+algorithm.loss.clip_lo=1", ("algorithm.loss.clip_lo", "clip_low, clip_high")),
-    Case("option", "algorithm=gppo", ("algorithm/gppo: no such configuration; available: grpo, sft",)),
+    Case(
+        "option",
+        "algorithm=gppo",
+        ("algorithm/gppo: no such configuration; available: dapo, dpo, dr_grpo, grpo, gspo",),
+    ),
     Case("option_of_no_name", "placement=2", ("placement=2: no such configuration; available: colocated, split",)),
     Case("word_for_a_number", "train.steps=many", ("train.steps=many", "give a whole number")),
     Case("fraction_for_a_whole", "train.steps=1.5", ("train.steps=1.5", "give a whole number")),
@@ -210,7 +249,11 @@ SETTINGS = [
     Case("top_p", "sampling.top_p=0.9", ("sampling.top_p=0.9", "use top_p=1")),
     Case("group_of_0", "algorithm.group_size=0", ("algorithm.group_size=0", "use 2 or more")),
     Case("group_of_1", "algorithm.group_size=1", ("algorithm.group_size=1", "use 2 or more")),
-    Case("normalize", "algorithm.normalize=mean", ("algorithm.normalize=mean is unknown", "use std or none")),
+    Case(
+        "normalize",
+        "algorithm.advantages.normalize=mean",
+        ("algorithm.advantages: normalize='mean' is not known", "use one of std, none"),
+    ),
     Case(
         "loop_not_importable", "algorithm._target_=nowhere.loop", ("algorithm._target_=nowhere.loop", "module.function")
     ),
@@ -226,8 +269,8 @@ SETTINGS = [
     ),
     Case(
         "roles_unknown",
-        "algorithm.roles=[policy,critic]",
-        ("algorithm.roles=['policy', 'critic']", "rollout, reference, reward"),
+        "algorithm.roles=[policy,judge]",
+        ("algorithm.roles=['policy', 'judge']", "rollout, reference, reward, critic, reward_model"),
     ),
     Case(
         "evaluation_without_rollout",
@@ -289,6 +332,14 @@ REWARD = [
         ("reward.kwargs={{'colour': 'red'}} do not fit reward.rule='aligner.reward.rules.exact_match'", "colour"),
     ),
     Case("timeout", "reward.timeout_s=0", ("reward.timeout_s=0.0 must be a positive number",)),
+    Case(
+        "no_reward_model",
+        "reward=model reward.rule=''",
+        ("reward.components.model.model=true needs the role reward_model; add it to algorithm.roles=",),
+    ),
+    Case(
+        "eval_reward", "train.eval_reward=judge", ("train.eval_reward=judge is no component of the reward", "or null")
+    ),
     Case("workers", "reward.workers=0", ("reward.workers=0 must be at least 1",)),
 ]
 GROUPS = {"model": MODEL, "data": DATA, "settings": SETTINGS, "placement": PLACEMENT, "reward": REWARD}
@@ -335,6 +386,10 @@ FILES = {
     "long.jsonl": b'{"prompt": "1"}\n{"prompt": "<bos>' + b"1" * 30 + b'"}\n',
     "silent.jsonl": b'{"prompt": "1", "completion": "1"}\n{"prompt": "1", "completion": ""}\n',
     "endless.jsonl": (b'{"prompt": "' + b"1" * 9 + b'", "completion": "' + b"1" * 600 + b'"}\n') * 4,
+    "alike.jsonl": b'{"prompt": "1", "chosen": "2", "rejected": "3"}\n{"prompt": "1", "chosen": "2", "rejected": "2"}\n',
+    "unsaid.jsonl": b'{"prompt": "1", "chosen": "2", "rejected": ""}\n',
+    "scores.jsonl": b'{"query": "1", "response": ["2", "3"], "score": [1]}\n',
+    "label.jsonl": b'{"prompt": "1", "completion": "2", "label": "good"}\n',
     "used/metrics.jsonl": b"{}\n",
     "rules.py": b"def of_one(text):\n    return 1.0\n",
 }

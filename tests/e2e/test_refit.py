@@ -17,13 +17,19 @@ import pytest
 
 LOOP = """
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
-from aligner.algorithms.grpo import grpo
+from aligner.algorithms.grpo import GrpoConfig, grpo
 from aligner.rollout.config import Sampling
 
 
-def loop(roles, prompts, cfg):
+@dataclass
+class LoopConfig(GrpoConfig):
+    out: str = ""
+
+
+def loop(roles, prompts, cfg: LoopConfig):
     seen = []
     def remember():
         for batch in prompts:

@@ -106,6 +106,9 @@ def test_simpo_by_hand() -> None:
         "chosen_reward": -3.0, "rejected_reward": -8.0, "margin": 5.0, "pair_accuracy": 1.0,
         "chosen_logp": -1.5, "rejected_logp": -4.0,
     }  # fmt: skip
+    with_nll, _, same = one_pair(simpo, [-1.0, -2.0], [-4.0], (0, 0), beta=2.0, gamma=1.0, nll_coef=0.2)
+    assert with_nll == pytest.approx(0.01814992791780974 + 0.2 * 1.5, abs=1e-15)
+    assert same == metrics
 
 
 def test_kto_by_hand() -> None:

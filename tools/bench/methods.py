@@ -40,10 +40,16 @@ METHODS: dict[str, tuple[str, ...]] = {
     "reward_model": ("stage=reward_model",),
     "dpo": PAIRS,
     "robust_dpo": PAIRS,
-    "ipo": PAIRS,
-    "simpo": PAIRS,
-    "orpo": PAIRS,
-    "kto": (*PAIRS, "data.kind=feedback", "data.prompts_per_step=64"),
+    "ipo": (*PAIRS, "algorithm.loss.beta=2"),
+    "simpo": (*PAIRS, "policy.optimizer.lr=1e-4", "algorithm.loss.beta=2", "algorithm.loss.nll_coef=1"),
+    "orpo": (*PAIRS, "policy.optimizer.lr=1e-4", "algorithm.loss.beta=0.1"),
+    "kto": (
+        *PAIRS,
+        "policy.optimizer.lr=1e-4",
+        "algorithm.loss.beta=0.1",
+        "data.kind=feedback",
+        "data.prompts_per_step=64",
+    ),
 }
 WITHOUT_REFERENCE = ("orpo", "simpo")
 

@@ -71,7 +71,7 @@ LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
     "one": (1, ()),
     "dp2": (2, ()),
     "tp2": (2, ("placement.policy.tensor=2",)),
-    "pp2": (2, ("placement.policy.pipeline=2",)),
+    "pp2": (2, ("placement.policy.pipeline=2", "placement.policy.stage_layers=[1,2]")),
     "tp2_dp2": (4, ("placement.policy.tensor=2",)),
 }
 AGAIN = "trl_again"

@@ -1,0 +1,104 @@
+"""Every method of conf/algorithm as a short job of the tests' small task."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from aligner.config import CONF
+
+Row = dict[str, float]
+Found = dict[str, dict[str, list[Row]]]
+"""layout -> case -> a row for each step."""
+
+ENTROPY = "+algorithm.loss.entropy_coef=0.05"
+"""Keeps a loss away from 0, where advantages cancel and a relative error says nothing."""
+SMALL = ["data.prompts_per_step=4", "algorithm.group_size=4"]
+TWICE = ["policy.minibatches=2", "policy.epochs=2"]
+ONLINE: dict[str, list[str]] = {
+    "grpo": [*SMALL, ENTROPY.lstrip("+"), "algorithm.loss.kl_coef=0.05"],
+    "dapo": [*SMALL, ENTROPY.lstrip("+"), "reward.rule='{task}/rule.py:brief'", "algorithm.length_penalty.buffer=8"],
+    "dr_grpo": [*SMALL, ENTROPY.lstrip("+"), "policy.reduction=fixed"],
+    "gspo": [*SMALL, ENTROPY, "policy.reduction=sequence_mean"],
+    "rloo": [*SMALL, "algorithm.reward_kl_coef=0.1"],
+    "reinforce_pp_baseline": [*SMALL, ENTROPY.lstrip("+"), "algorithm.loss.kl_coef=0.05"],
+    "reinforce_pp": [ENTROPY],
+    "remax": ["algorithm.reward_kl_coef=0.1"],
+    "ppo": ["algorithm.kl_control.initial=0.1", ENTROPY],
+    "online_dpo": [],
+}
+OFFLINE: dict[str, list[str]] = {
+    "sft": ["data=demonstrations", "data.path={task}/demonstrations.jsonl"],
+    "kto": ["data=feedback", "data.path={task}/feedback.jsonl"],
+    **{
+        name: ["data=preferences", "data.path={task}/preferences.jsonl"]
+        for name in ("dpo", "ipo", "robust_dpo", "orpo", "simpo", "reward_model")
+    },
+}
+UNTRAINED = {"rank_samples"}
+MORE: dict[str, list[str]] = {
+    "grpo, several steps a batch": ["algorithm=grpo", *ONLINE["grpo"], *TWICE, "policy.micro_tokens=64"],
+    "ppo, several steps a batch": [
+        "algorithm=ppo",
+        *ONLINE["ppo"],
+        *TWICE,
+        "critic.minibatches=2",
+        "critic.epochs=2",
+        "critic.micro_tokens=64",
+        "policy.micro_tokens=64",
+        "algorithm.scale_rewards=true",
+        "algorithm.kl_control._target_=aligner.objective.kl_control.AdaptiveKL",
+        "+algorithm.kl_control.target=0.02",
+    ],
+    "dpo, several steps a batch": ["algorithm=dpo", *OFFLINE["dpo"], *TWICE, "policy.micro_tokens=64"],
+}
+BASE = [
+    "model.path={task}/model",
+    "data.path={task}/prompts.jsonl",
+    "reward.rule='{task}/rule.py:digits'",
+    "reward.workers=1",
+    "run_dir={task}/run",
+    "train.steps=3",
+    "train.eval_every=0",
+    "data.prompts_per_step=8",
+    "data.max_tokens=64",
+    "sampling.max_tokens=20",
+    "rollout.kv_cache_mib=16",
+    "policy.micro_tokens=256",
+    "policy.optimizer.warmup_steps=0",
+    "policy.optimizer.lr=1e-4",
+    "critic.optimizer.lr=1e-4",
+    "reward_model.optimizer.lr=1e-4",
+]
+
+
+def methods() -> list[str]:
+    """What conf/algorithm has."""
+    return sorted(file.stem for file in (CONF / "algorithm").glob("*.yaml"))
+
+
+def cases() -> dict[str, list[str]]:
+    """Case -> overrides: every method that trains, and some of them with several optimizer steps on a batch."""
+    return {name: [f"algorithm={name}", *more] for name, more in (ONLINE | OFFLINE).items()} | MORE
+
+
+def run_methods(
+    torchrun: Callable[..., Any], task: Path, out: Path, ranks: int, layouts: dict[str, list[str]],
+    rollout: list[str] | None = None, seconds: float = 280,
+) -> Found:  # fmt: skip
+    """Every case under every layout, in one job of `ranks` ranks."""
+    plan = {
+        "base": [text.format(task=task) for text in BASE],
+        "cases": {name: [text.format(task=task) for text in more] for name, more in cases().items()},
+        "layouts": layouts, "rollout": rollout or [], "steps": 3, "out": str(out / f"found{ranks}.json"),
+    }  # fmt: skip
+    file = out / f"plan{ranks}.json"
+    file.write_text(json.dumps(plan))
+    script = Path(__file__).with_name("methods_rank.py")
+    done: subprocess.CompletedProcess[str] = torchrun(ranks, [str(script), str(file)], seconds=seconds)
+    assert done.returncode == 0, done.stdout[-1500:] + done.stderr[-5000:]
+    found: Found = json.loads(Path(plan["out"]).read_text())
+    return found

@@ -1,0 +1,112 @@
+"""One rank of the methods' tests: a few steps of every method under several layouts, with one engine for all of them.
+
+Argument: a JSON file {rollout, base, cases, layouts, steps, out}; `base` are the overrides of every job, `rollout` and
+`layouts` overrides of the placement, `cases` further ones by name. Rank 0 writes {layout: {case: rows}} to `out`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import itertools
+import json
+import sys
+import zlib
+from pathlib import Path
+from typing import Any
+
+from aligner.algorithms import Step
+from aligner.config import Config, compose_config, to_config
+from aligner.driver.batches import batches
+from aligner.driver.job import Job, prepare
+from aligner.roles import Roles, build_roles
+from aligner.spmd.mesh import Mesh
+from aligner.spmd.placement import Placement, make_meshes
+from aligner.spmd.ref import Ref
+from aligner.spmd.role import Role
+from aligner.spmd.world import World
+
+Row = dict[str, float]
+
+
+class Bench:
+    """The engine and the rules, which are made once, and what is trained, which is made for each run."""
+
+    def __init__(self, world: World, rollout: Placement) -> None:
+        self.world, self.rollout = world, rollout
+        self.shared: dict[str, Role] = {}
+
+    def roles(self, job: Job, placement: Placement) -> Roles:
+        """Fresh models under `placement`, and the shared roles that the loop wants."""
+        config = dataclasses.replace(job.config, placement=placement)
+        meshes = make_meshes(placement, self.world.size)
+        fresh = build(job, config, self.world, meshes, [r for r in job.roles if r not in ("rollout", "reward")])
+        found = {role.name: role for role in fresh.built}
+        if "rollout" in job.roles:
+            layout = make_meshes(self.rollout, self.world.size)
+            found["rollout"] = self._once("rollout", job, config, layout)
+            found["rollout"].calls = 0  # type: ignore[attr-defined] # the same seeds in every run
+        if "reward" in job.roles:
+            found["reward"] = self._once("reward", job, config, meshes, (config.reward, meshes["reward"]))
+        return Roles(found)
+
+    def _once(self, name: str, job: Job, config: Config, meshes: Any, of: Any = ()) -> Role:
+        key = f"{name} {of}"
+        if key not in self.shared:
+            self.shared[key] = build(job, config, self.world, meshes, [name]).built[0]
+        return self.shared[key]
+
+
+def build(job: Job, config: Config, world: World, meshes: dict[str, Mesh], wanted: list[str]) -> Roles:
+    return build_roles(config, wanted, world, meshes, job.checked.spec, job.checked.tokenizer)
+
+
+def row_of(step: Step) -> Row:
+    """Everything that a step tells, as the driver logs it."""
+    row: Row = dict(step.metrics.get()) if step.metrics is not None else {}
+    for name, value in step.more.items():
+        row |= {f"{name}_{key}": n for key, n in value.get().items()} if isinstance(value, Ref) else {name: value}
+    if step.scores is not None:
+        row |= step.scores.get().row()
+    if step.samples is not None:
+        samples = step.samples.get()
+        row["samples"] = float(zlib.crc32(repr(samples.tokens_BT.tolist()).encode()))
+    return row
+
+
+def steps_of(job: Job, roles: Roles, steps: int) -> list[Row]:
+    loop = job.loop(roles, batches(job.config, job.checked), job.settings)
+    rows = [row_of(step) for step in itertools.islice(loop, steps)]
+    loop.close()  # type: ignore[attr-defined]
+    return rows
+
+
+def placement_of(base: list[str], overrides: list[str]) -> Placement:
+    return to_config(compose_config([*base, *overrides], "quickstart")).placement
+
+
+def main() -> None:
+    plan: dict[str, Any] = json.loads(Path(sys.argv[1]).read_text())
+    world = World(120)
+    jobs = {
+        name: prepare(to_config(compose_config([*plan["base"], *overrides], "quickstart")), world.size)
+        for name, overrides in plan["cases"].items()
+    }
+    layouts = {name: placement_of(plan["base"], overrides) for name, overrides in plan["layouts"].items()}
+    bench = Bench(world, placement_of(plan["base"], plan["rollout"]))
+    found: dict[str, dict[str, list[Row]]] = {name: {} for name in layouts}
+    for case, job in jobs.items():
+        for layout, placement in layouts.items():
+            try:
+                found[layout][case] = steps_of(job, bench.roles(job, placement), plan["steps"])
+            except Exception as error:
+                error.add_note(f"{case} under {layout}")
+                world.fail(error)
+            gc.collect()
+    if world.rank == 0:
+        Path(plan["out"]).write_text(json.dumps(found))
+    world.leave()
+
+
+if __name__ == "__main__":
+    main()

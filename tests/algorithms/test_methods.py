@@ -1,0 +1,137 @@
+"""Every method of conf/algorithm gives the same numbers under any layout, starts where its formula says, and moves."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.algorithms.methods import UNTRAINED, Found, Row, cases, methods, run_methods
+
+TENSOR, PIPELINE = "placement.policy.tensor=2", "placement.policy.pipeline=2"
+TWO = {"data 2": [], "tensor 2": [TENSOR], "pipeline 2": [PIPELINE]}
+MORE_TWO = {
+    "tensor 2, sequence parallel": [TENSOR, "placement.policy.sequence_parallel=true"],
+    "each on its own rank": [
+        "placement.policy.ranks=[0]", "placement.reference.ranks=[1]", "placement.critic.ranks=[1]",
+        "placement.reward_model.ranks=[1]", "placement.reward.ranks=[1]",
+    ],
+}  # fmt: skip
+FOUR = {
+    "tensor 2, pipeline 2": [TENSOR, PIPELINE],
+    "data 4": [],
+    "data 2, tensor 2, sequence parallel": [TENSOR, "placement.policy.sequence_parallel=true"],
+    "policy 0-1, others 2-3": [
+        "placement.policy.ranks=0-1", TENSOR, "placement.critic.ranks=2-3", "placement.reference.ranks=2-3",
+        "placement.reference.pipeline=2", "placement.reward_model.ranks=2-3", "placement.reward.ranks=[3]",
+    ],
+}  # fmt: skip
+
+RELATIVE = 1e-5
+NEAR_ZERO: dict[str, float] = {
+    # Differences of log-probabilities of 4 to 9 nats, each rounded to 5e-7: their own size says nothing of their error.
+    "gap": 5e-6,
+    "gap_max": 2e-5,
+    "kl": 1e-7,
+    "kl_max": 5e-6,
+    # such differences summed over a response of 20 to 60 tokens (times beta in the rewards of preference losses)
+    "response_kl": 2e-5,
+    "chosen_reward": 2e-6,
+    "rejected_reward": 2e-6,
+    "margin": 2e-6,
+    "reward": 2e-6,
+    # a maximum of exp(difference)
+    "ratio_max": 1e-5,
+}
+"""Metric -> how far it may be off where that is more than the relative bound, in its own unit."""
+
+LN2 = math.log(2)
+FIRST_LOSS = {"dpo": LN2, "robust_dpo": LN2, "online_dpo": LN2, "reward_model": LN2, "ipo": 25.0, "kto": 0.5}
+"""Where policy and reference agree (or the new head says 0): log 2, (1 / (2 beta))^2, 1 - sigmoid(0)."""
+
+
+@pytest.fixture(scope="module")
+def cache() -> dict[str, Found]:
+    return {}
+
+
+@pytest.fixture
+def found(cache: dict[str, Found], torchrun: Callable[..., Any], task: Any, tmp_path: Path) -> Callable[..., Found]:
+    """found(ranks, layouts): the runs, made once."""
+
+    def of(ranks: int, layouts: dict[str, list[str]], seconds: float = 280) -> Found:
+        key = f"{ranks} {sorted(layouts)}"
+        if key not in cache:
+            cache[key] = run_methods(torchrun, task.folder, tmp_path, ranks, layouts, seconds=seconds)
+        return cache[key]
+
+    return of
+
+
+def differences(got: Row, want: Row) -> list[str]:
+    """What is not the same, in words."""
+    assert got.keys() == want.keys(), got.keys() ^ want.keys()
+    return [
+        f"{name}: {got[name]:.9g} for {want[name]:.9g}"
+        for name in want
+        if not abs(got[name] - want[name]) <= max(RELATIVE * abs(want[name]), NEAR_ZERO.get(name, 0.0))
+    ]
+
+
+def check_layouts(one: dict[str, list[Row]], others: Found) -> None:
+    off = [
+        f"{layout}, {case}, step {step}: {', '.join(said)}"
+        for layout, found in others.items()
+        for case, rows in found.items()
+        for step, (got, want) in enumerate(zip(rows, one[case], strict=True), start=1)
+        if (said := differences(got, want))
+    ]
+    assert not off, "\n".join(off)
+
+
+def test_every_method_has_a_case() -> None:
+    tried = {override.removeprefix("algorithm=") for more in cases().values() for override in more}
+    assert set(methods()) - UNTRAINED <= tried
+
+
+def test_every_method_is_the_same_under_any_layout(found: Callable[..., Found]) -> None:
+    one = found(1, {"one rank": []})["one rank"]
+    assert set(one) == set(cases())
+    check_layouts(one, found(2, TWO))
+
+
+@pytest.mark.parametrize("case", cases())
+def test_it_learns_from_something(case: str, found: Callable[..., Found]) -> None:
+    rows = found(1, {"one rank": []})["one rank"][case]
+    assert len(rows) == 3
+    for row in rows:
+        assert row["grad_norm"] > 0.05, "nothing to learn from"
+        assert row.get("gap", 0.0) < 1e-5, "the engine has not got the policy's weights"
+    if case in FIRST_LOSS:
+        assert rows[0]["loss"] == pytest.approx(FIRST_LOSS[case], rel=1e-6)
+        assert abs(rows[2]["loss"] - rows[0]["loss"]) > 1e-4, "the model does not move"
+    if "kl" in rows[0] and case != "kto" and "several" not in case:
+        assert rows[0]["kl"] < 1e-9 < 1e-4 < rows[1]["kl"] < rows[2]["kl"], "the policy does not leave the reference"
+
+
+def test_what_each_method_is_named_for_happens(found: Callable[..., Found]) -> None:
+    one = found(1, {"one rank": []})["one rank"]
+    assert any(row["sampled_groups"] > 4 for row in one["dapo"]), "no group was replaced"
+    assert all(row["batch_filled"] == 1 for row in one["dapo"])
+    assert all(row["critic_grad_norm"] > 0.05 for row in one["ppo"])
+    assert [row["kl_coef"] for row in one["ppo"]] == [0.1] * 3
+    # a KL below its target of 0.02: each step lowers the price by rate x max_error = 2%
+    assert [row["kl_coef"] for row in one["ppo, several steps a batch"]] == pytest.approx([0.1, 0.098, 0.09604])
+    assert one["kto"][0]["kl"] == 0 < one["kto"][1]["kl"]
+    assert any(row["ratio_max"] > 1.05 for row in one["grpo, several steps a batch"]), "the later steps are off-policy"
+
+
+@pytest.mark.matrix
+@pytest.mark.timeout(3000)
+def test_every_method_under_more_layouts(found: Callable[..., Found]) -> None:
+    one = found(1, {"one rank": []}, seconds=900)["one rank"]
+    check_layouts(one, found(2, MORE_TWO, seconds=900))
+    check_layouts(one, found(4, FOUR, seconds=1500))
