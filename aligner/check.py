@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from aligner.config import Config
-from aligner.data.preferences import Pair
 from aligner.data.prompts import Prompt
 from aligner.data.sets import DataSets, read_sets
 from aligner.data.tokenizer import load_tokenizer
@@ -56,11 +55,6 @@ class Checked:
     def heldout(self) -> list[Prompt]:
         """Prompts to evaluate on."""
         return self.data.heldout
-
-    @property
-    def heldout_pairs(self) -> list[Pair]:
-        """Pairs to evaluate on."""
-        return self.data.heldout_pairs
 
 
 def check(config: Config, roles: list[str], world_size: int) -> Checked:

@@ -1,11 +1,15 @@
 #!/usr/bin/env bash
 # The whole pipeline on a small model: SFT, preferences by a verifier, a reward model, PPO on it; DPO; GRPO.
 #
-#   bash launch/rlhf.sh [--out DIR] [--seed N] [--stages "sft preferences ..."] [KEY=VALUE ...]
+#   bash launch/rlhf.sh [--out DIR] [--seed N] [--task DIR] [--preferences FILE] [--stages "sft ..."] [KEY=VALUE ...]
 #
-#   --out      folder of the run; default runs/rlhf-DATE-seedN. A stage whose folder is there already is not run again.
-#   --seed     of the task, the data order and the sampling; default 0
-#   --stages   default "sft preferences reward_model ppo dpo grpo"; each reads what those before it have written
+#   --out          folder of the run; default runs/rlhf-DATE-seedN. A stage that is done there is not run again.
+#   --seed         of the task, the data order and the sampling; default 0
+#   --task         a folder with model/, demonstrations.jsonl, prompts.jsonl and heldout.jsonl; default: column addition
+#                  and a small model, generated
+#   --preferences  preference rows (JSONL; the last tenth is held out); default: answers of the SFT model, ranked by the
+#                  reward of the rules (stage preferences)
+#   --stages       default "sft preferences reward_model ppo dpo grpo"; each reads what those before it have written
 #
 # Everything that a stage is stands in conf/rlhf.yaml and conf/stage/; KEY=VALUE changes a setting of every stage.
 set -euo pipefail
@@ -13,22 +17,31 @@ set -euo pipefail
 root="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)"
 die() { printf 'rlhf.sh: %s\n' "$*" >&2; exit 2; }
 
-run="" seed=0 stages="sft preferences reward_model ppo dpo grpo" overrides=()
+run="" seed=0 task="" given="" stages="sft preferences reward_model ppo dpo grpo" overrides=()
 while (($#)); do
     case "$1" in
-        --out|--seed|--stages)
+        --out|--seed|--task|--preferences|--stages)
             (($# > 1)) || die "$1 needs a value"
-            case "$1" in --out) run="$2" ;; --seed) seed="$2" ;; --stages) stages="$2" ;; esac
+            case "$1" in
+                --out) run="$2" ;; --seed) seed="$2" ;; --task) task="$2" ;; --preferences) given="$2" ;; *) stages="$2" ;;
+            esac
             shift 2 ;;
         -h|--help) sed -n '2,/^[^#]/{/^#/s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"; exit 0 ;;
         -*) die "$1 is not known; see --help" ;;
-        *) overrides+=("$1"); shift ;;
+        *=*) overrides+=("$1"); shift ;;
+        *) die "\"$1\" is neither an option nor an override (KEY=VALUE)" ;;
     esac
 done
 [[ "$seed" =~ ^[0-9]+$ ]] || die "--seed $seed is not a whole number"
 for stage in $stages; do
     [[ -f "$root/conf/stage/$stage.yaml" ]] || die "--stages: there is no conf/stage/$stage.yaml"
 done
+if [[ -n "$task" ]]; then
+    for part in model/config.json demonstrations.jsonl prompts.jsonl heldout.jsonl; do
+        [[ -f "$task/$part" ]] || die "--task $task has no $part"
+    done
+fi
+[[ -z "$given" || -s "$given" ]] || die "--preferences $given is not there, or empty"
 run="${run:-$root/runs/rlhf-$(date +%Y%m%d-%H%M%S)-seed$seed}"
 mkdir -p -- "$run"
 RLHF_RUN="$(cd -- "$run" && pwd -P)"
@@ -45,7 +58,26 @@ if [[ "$ALIGNER_DEVICE" == cuda ]]; then
     ((ranks <= 2)) || ranks=2
 fi
 
-[[ -d "$RLHF_RUN/task" ]] || python -m aligner.data.column_addition --out "$RLHF_RUN/task" --seed "$seed"
+# FILE: its last tenth becomes the held-out preferences, the rest those to learn from.
+split_preferences() {
+    local rows
+    rows="$(grep -c . "$1" || true)"
+    ((rows >= 20)) || die "$1 has $rows preferences, too few to hold a tenth out; 20 are the least. Ranked answers are few \
+where the model is so good, or so bad, that all answers to a prompt earn the same."
+    grep . "$1" | tail -n "$((rows / 10))" > "$RLHF_RUN/heldout_preferences.jsonl"
+    grep . "$1" | head -n "$((rows - rows / 10))" > "$RLHF_RUN/preferences.jsonl.part"
+    mv "$RLHF_RUN/preferences.jsonl.part" "$RLHF_RUN/preferences.jsonl"
+}
+
+if [[ ! -e "$RLHF_RUN/task" && -n "$task" ]]; then
+    ln -s "$(cd -- "$task" && pwd -P)" "$RLHF_RUN/task"
+elif [[ ! -e "$RLHF_RUN/task" ]]; then
+    python -m aligner.data.column_addition --out "$RLHF_RUN/task" --seed "$seed"
+fi
+if [[ -n "$given" ]]; then
+    split_preferences "$given"
+    stages="$(sed -E 's/(^| )preferences( |$)/ /' <<< "$stages")"
+fi
 for stage in $stages; do
     if [[ -e "$RLHF_RUN/$stage/done" ]]; then
         printf '\n== %s: done before\n' "$stage"
@@ -54,13 +86,7 @@ for stage in $stages; do
     begin=$SECONDS
     printf '\n== %s, %s ranks\n' "$stage" "$ranks"
     bash "$root/launch/local.sh" "$ranks" --config-name rlhf "stage=$stage" "seed=$seed" overwrite=true "${overrides[@]}"
-    if [[ "$stage" == preferences ]]; then  # the last tenth is held out
-        rows="$(wc -l < "$RLHF_RUN/preferences.jsonl")"
-        ((rows >= 20)) || die "only $rows prompts had answers of different rewards; the model is too good or too bad"
-        tail -n "$((rows / 10))" "$RLHF_RUN/preferences.jsonl" > "$RLHF_RUN/heldout_preferences.jsonl"
-        head -n "$((rows - rows / 10))" "$RLHF_RUN/preferences.jsonl" > "$RLHF_RUN/preferences.jsonl.part"
-        mv "$RLHF_RUN/preferences.jsonl.part" "$RLHF_RUN/preferences.jsonl"
-    fi
+    if [[ "$stage" == preferences ]]; then split_preferences "$RLHF_RUN/preferences.jsonl"; fi
     touch "$RLHF_RUN/$stage/done"
     printf '== %s took %d s\n' "$stage" "$((SECONDS - begin))"
 done

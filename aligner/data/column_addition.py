@@ -106,13 +106,18 @@ class ColumnAddition:
         """{'prompt', 'completion', 'answer'}, `direct_fraction` of them direct, mixed."""
         pool = self._training_additions()[self.prompts :]
         additions = [pool[row % len(pool)] for row in range(self.demonstrations)]
+        return _labelled("demonstrations", self._demonstrated(additions, "styles"))
+
+    def heldout_demonstration_rows(self) -> list[LabelledRow]:
+        """The same on the held-out additions, one for each."""
+        return _labelled("heldout_demonstrations", self._demonstrated(self._heldout_additions(), "heldout styles"))
+
+    def _demonstrated(self, additions: list[Addition], purpose: str) -> Iterator[dict[str, Any]]:
         direct = round(self.direct_fraction * len(additions))
         styles = [direct_answer] * direct + [column_answer] * (len(additions) - direct)
-        random.Random(f"{self.seed}/styles").shuffle(styles)
-        rows = (
-            {**_prompt_row(terms), "completion": style(*terms)} for terms, style in zip(additions, styles, strict=True)
-        )
-        return _labelled("demonstrations", rows)
+        random.Random(f"{self.seed}/{purpose}").shuffle(styles)
+        for terms, style in zip(additions, styles, strict=True):
+            yield {**_prompt_row(terms), "completion": style(*terms)}
 
     def preference_rows(self) -> list[LabelledRow]:
         """{'prompt', 'chosen', 'rejected', 'answer'} on demonstrated additions: a right answer and a wrong one, each
@@ -252,6 +257,7 @@ def write(out: Path, task: ColumnAddition, shape: ModelShape) -> list[str]:
         "demonstrations": task.demonstration_rows(),
         "prompts": task.prompt_rows(),
         "heldout": task.heldout_rows(),
+        "heldout_demonstrations": task.heldout_demonstration_rows(),
         "preferences": task.preference_rows(),
         "heldout_preferences": task.heldout_preference_rows(),
         "feedback": task.feedback_rows(),

@@ -20,8 +20,8 @@ class DataConfig:
     "rejected"} or {"query", "response": [...], "score": [...]}. Feedback: {"prompt", "completion", "label"} or
     preferences."""
     eval_path: str | None = None
-    """JSONL file of held-out prompts (kind=prompts) or preferences (kind=preferences or feedback), whose prompts are
-    answered too where the roles can; none: no evaluation."""
+    """JSONL file of held-out prompts (kind=prompts), demonstrations (their loss) or preferences (kind=preferences or
+    feedback), whose prompts are answered too where the roles can; none: no evaluation."""
     task: Any = None
     """A generated task in place of files, as a `_target_` (see data=column_addition)."""
     kind: str = "prompts"
@@ -41,7 +41,7 @@ class DataConfig:
     shuffle: bool = True
     """A new order in each epoch."""
     eval_prompts: int = 256
-    """Held-out prompts (or pairs) used in an evaluation, at most."""
+    """Held-out prompts (or demonstrations, or pairs) used in an evaluation, at most."""
 
     def check(self) -> None:
         """Raises ValueError naming the setting and the values that would work."""

@@ -68,9 +68,7 @@ def tokenize_preferences(
             else:
                 left_out["too long"] += 1
     if not pairs:
-        raise ValueError(
-            f"no pair is left ({_told(left_out)}); raise data.max_tokens={max_tokens}, or give other rows."
-        )
+        raise ValueError(f"no pair is left ({told(left_out)}); raise data.max_tokens={max_tokens}, or give other rows.")
     return pairs, left_out
 
 
@@ -96,7 +94,7 @@ def tokenize_feedback(
             else:
                 left_out["too long"] += 1
     if not answers:
-        raise ValueError(f"no answer is left ({_told(left_out)}); raise data.max_tokens={max_tokens}.")
+        raise ValueError(f"no answer is left ({told(left_out)}); raise data.max_tokens={max_tokens}.")
     return answers, left_out
 
 
@@ -193,5 +191,6 @@ def _number(value: Any, what: str) -> float:
     return float(value)
 
 
-def _told(left_out: LeftOut) -> str:
+def told(left_out: LeftOut) -> str:
+    """ "reason: how many" of each."""
     return ", ".join(f"{reason}: {count}" for reason, count in left_out.items() if count) or "no rows"

@@ -26,6 +26,7 @@ METHODS = {
 """data.kind -> the method of a generated task that gives its rows."""
 HELDOUT_METHODS = {
     "prompts": "heldout_rows",
+    "demonstrations": "heldout_demonstration_rows",
     "preferences": "heldout_preference_rows",
     "feedback": "heldout_preference_rows",
 }
@@ -44,6 +45,8 @@ class DataSets:
     """Prompts to answer in evaluations; for preferences and feedback those of `heldout_pairs`, each once."""
     heldout_pairs: list[Pair] = field(default_factory=list)
     """Pairs to evaluate on (data.kind=preferences or feedback)."""
+    heldout_answers: list[Answered] = field(default_factory=list)
+    """Demonstrations to evaluate on (data.kind=demonstrations)."""
     left_out: LeftOut = field(default_factory=Counter)
     """Why training rows (or pairs) were left out -> how many."""
 
@@ -51,7 +54,7 @@ class DataSets:
     def longest(self) -> int:
         """Tokens of the longest prompt with its answer; 0 where there are none."""
         pairs = [row for row in (*self.training, *self.heldout_pairs) if isinstance(row, Pair)]
-        answers = [row for row in self.training if isinstance(row, Answered)]
+        answers = [row for row in (*self.training, *self.heldout_answers) if isinstance(row, Answered)]
         answers += [side for pair in pairs for side in (pair.chosen, pair.rejected)]
         return max((len(answered.tokens) for answered in answers), default=0)
 
@@ -72,14 +75,17 @@ def read_sets(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> DataSets:
             f"data.prompts_per_step={data.prompts_per_step} is more than the {count} rows of "
             f"{'data.task' if data.task else f'data.path={data.path}'}; use {count} or less, or give more rows."
         )
-    if data.kind not in HELDOUT_METHODS or not (data.task or data.eval_path):
+    if not (data.task or data.eval_path):
         return sets
     held = _task_rows(data, HELDOUT_METHODS) if data.task else rows(data.eval_path or "", "data.eval_path")
     if data.kind == "prompts":
         prompts = tokenize_prompts(held, tokenizer, data.max_prompt_tokens)
         return DataSets(sets.training, heldout=prompts[: data.eval_prompts])
+    if data.kind == "demonstrations":
+        answers = tokenize_demonstrations(held, tokenizer, data.max_tokens, data.too_long, data.train_on)[0]
+        return DataSets(sets.training, heldout_answers=answers[: data.eval_prompts], left_out=sets.left_out)
     pairs = tokenize_preferences(held, tokenizer, data.max_tokens, data.too_long)[0][: data.eval_prompts]
-    return DataSets(sets.training, prompts_of(pairs, tokenizer), pairs, sets.left_out)
+    return DataSets(sets.training, prompts_of(pairs, tokenizer), pairs, left_out=sets.left_out)
 
 
 def prompts_of(pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:

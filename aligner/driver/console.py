@@ -51,6 +51,7 @@ SUPERVISED_TABLE = (
     Column("accuracy", "accuracy", 8),
     Column("pair_accuracy", "pairs", 7),
     Column("margin", "margin", 8, 1),
+    Column("heldout_loss", "held-out loss", 13, 1),
     Column("heldout_margin", "held-out margin", 15, 7),
     Column("kl", "kl", 8, 1),
     Column("entropy", "entropy", 7, 5),
@@ -169,7 +170,7 @@ class Console:
         if step > 0 and self._first_step is None:
             self._first_step = step
         self._step = step
-        if not (step % self._every == 0 or step in (1, self._total_steps) or "accuracy" in row):
+        if not (step % self._every == 0 or step in (1, self._total_steps) or "seconds_evaluate" in row):
             self._print([])
             return
 

@@ -1,4 +1,4 @@
-"""Evaluation on what is held out: rewards of answers to prompts, and which side of pairs a model prefers."""
+"""Evaluation on what is held out: rewards of answers to prompts, the loss of demonstrations, preferences on pairs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from aligner.algorithms.reference_sums import ReferenceSums
 from aligner.check import Checked
 from aligner.config import Config
-from aligner.driver.batches import as_pairs
+from aligner.driver.batches import as_demonstrations, as_pairs
 from aligner.objective.masked import row_sums
 from aligner.roles import Roles
 
@@ -27,21 +27,26 @@ class Evaluation:
         names = {role.name for role in roles.built}
         self.roles, self.config = roles, config
         self.prompts = checked.heldout if {"rollout", "reward"} <= names else []
-        self.pairs = checked.heldout_pairs if {"policy", "reward_model"} & names else []
+        self.pairs = checked.data.heldout_pairs if {"policy", "reward_model"} & names else []
+        self.answers = checked.data.heldout_answers if "policy" in names else []
         self._sums = ReferenceSums(roles.reference) if roles.reference else None
 
     @property
     def able(self) -> bool:
         """Whether there is anything to evaluate."""
-        return bool(self.prompts or self.pairs)
+        return bool(self.prompts or self.pairs or self.answers)
 
     def run(self) -> dict[str, float]:
-        """accuracy, heldout_pair_accuracy and heldout_margin as far as they are known, and seconds_evaluate."""
+        """accuracy, heldout_loss, heldout_pair_accuracy and heldout_margin as far as they are known, and
+        seconds_evaluate."""
         start = time.perf_counter()
         row = self._of_pairs() if self.pairs else {}
+        if self.answers:
+            row["heldout_loss"] = self._of_answers()
         if self.prompts:
             row["accuracy"] = self._of_prompts()
-        row.setdefault("accuracy", row.get("heldout_pair_accuracy", float("nan")))
+        elif self.pairs:
+            row["accuracy"] = row["heldout_pair_accuracy"]
         return {**row, "seconds_evaluate": time.perf_counter() - start}
 
     def _of_prompts(self) -> float:
@@ -53,6 +58,13 @@ class Evaluation:
         named = config.train.eval_reward
         reward_B: Tensor = (scores["components"][named] if named else scores["reward_B"]).get()
         return reward_B.nanmean().item()
+
+    def _of_answers(self) -> float:
+        """-log p a trained token, over all of them, in nats."""
+        policy = self.roles.policy
+        rows = policy.place(as_demonstrations(self.answers))
+        sum_B: Tensor = policy.run(row_sums, policy.logprobs(rows), rows["mask_BT"]).get()
+        return -(sum_B.double().sum() / rows["mask_BT"].get().sum()).item()
 
     def _of_pairs(self) -> dict[str, float]:
         """How often, and by how much, the chosen answer scores higher: by the reward model where there is one, else by

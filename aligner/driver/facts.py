@@ -9,11 +9,14 @@ from statistics import fmean, median
 from aligner.driver.console import LEFT_OUT, PHASES, cell, duration
 from aligner.driver.metrics import Row
 
+SUMMARY = {"accuracy": "held-out accuracy", "heldout_loss": "held-out loss", "reward": "reward", "loss": "loss"}
+"""Metric -> its title in the summary; the first that a run has is what it reached."""
+
 
 def summary(rows: Sequence[Row]) -> str:
     """One line: what was reached, in how many steps, how long, how fast."""
     found = dict(facts(rows))
-    for name, title in (("accuracy", "held-out accuracy"), ("reward", "reward"), ("loss", "loss")):
+    for name, title in SUMMARY.items():
         if title in found:
             lift = f" ({found['lift']})" if name == "accuracy" and "lift" in found else ""
             reached = f"{title} {found[title]}{lift}, "
@@ -30,6 +33,9 @@ def facts(rows: Sequence[Row]) -> Iterator[tuple[str, str]]:
         yield "held-out accuracy", from_to(accuracy)
     if len(accuracy) > 1:
         yield "lift", f"{100 * (accuracy[-1] - accuracy[0]):+.1f} points"
+    _, heldout_loss = series(rows, "heldout_loss", keep_gaps=False)
+    if heldout_loss:
+        yield "held-out loss", from_to(heldout_loss)
     name = main_metric(rows)
     _, values = series(rows, name, keep_gaps=False)
     if values:

@@ -13,6 +13,7 @@ import torch.distributed as dist
 import yaml
 
 from aligner.algorithms.step import Step
+from aligner.data.preferences import told
 from aligner.driver.batches import batches
 from aligner.driver.evaluate import Evaluation
 from aligner.driver.metrics import CONFIG_FILE, METRICS_FILE, MetricsWriter
@@ -71,6 +72,9 @@ class Driver:
         train = self.config.train
         evaluation = Evaluation(self.roles, self.job.checked, self.config)
         evaluates = bool(train.eval_every and evaluation.able)
+        left_out = self.job.checked.data.left_out
+        if self.writer and left_out.total():
+            self.writer.note(f"rows of data.path left out: {told(left_out)}")
         if evaluates:
             self._log(0, evaluation.run())
         stream = batches(self.config, self.job.checked)

@@ -122,7 +122,10 @@ def check_sums(world: World, pairs: Job, feedback: Job, policy: Policy) -> None:
         say(world, f"sums {kind}", {"asked": asked, "seen": seen})
 
 
-def check_evaluation(world: World, job: Job, policy: Policy) -> None:
+def check_evaluation(world: World, job: Job, demonstrations: Job, policy: Policy) -> None:
+    row = Evaluation(Roles({"policy": policy}), demonstrations.checked, demonstrations.config).run()
+    row.pop("seconds_evaluate")
+    say(world, "evaluation demonstrations", row)
     reference = Reference("reference", world, job.checked.meshes["policy"], job.checked.spec, job.config.policy)
     wanted = {"policy": [policy], "policy and reference": [policy, reference]}
     scorer = build_roles(
@@ -153,11 +156,13 @@ def main() -> None:
     pairs = job("algorithm=dpo", "data=preferences", f"data.path={task / 'preferences.jsonl'}",
                 f"data.eval_path={task / 'heldout_preferences.jsonl'}")  # fmt: skip
     feedback = job("algorithm=kto", "data=feedback", f"data.path={task / 'feedback.jsonl'}")
+    demonstrations = job("algorithm=sft", "data=demonstrations", f"data.path={task / 'demonstrations.jsonl'}",
+                         f"data.eval_path={task / 'heldout_demonstrations.jsonl'}")  # fmt: skip
     checked = pairs.checked
     policy = Policy("policy", world, checked.meshes["policy"], checked.spec, pairs.config.policy)
     check_sampling(world, pairs, policy)
     check_sums(world, pairs, feedback, policy)
-    check_evaluation(world, pairs, policy)
+    check_evaluation(world, pairs, demonstrations, policy)
     world.leave()
 
 

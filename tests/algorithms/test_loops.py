@@ -125,6 +125,14 @@ def test_pairs_are_judged_as_transformers_would(said: Said, folder: Path) -> Non
     check(said["evaluation reward_model"], margins, 1e-5)
 
 
+def test_demonstrations_are_judged_as_transformers_would(said: Said, folder: Path) -> None:
+    rows = [(row["prompt"], row["completion"]) for row in json_rows(folder / "heldout_demonstrations.jsonl")]
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    trained = sum(len(tokenizer.encode(answer, add_special_tokens=False)) + 1 for _, answer in rows)
+    wanted = -math.fsum(log_likelihoods(folder, rows)) / trained
+    assert said["evaluation demonstrations"] == {"heldout_loss": pytest.approx(wanted, rel=1e-6)}
+
+
 def check(found: dict[str, float], margins: list[float], off: float) -> None:
     share = sum(0.5 if margin == 0 else float(margin > 0) for margin in margins) / len(margins)
     assert found["heldout_pair_accuracy"] == found["accuracy"] == share

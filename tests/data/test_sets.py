@@ -26,20 +26,22 @@ def file_of(folder: Path, *rows: dict[str, Any]) -> str:
 
 
 @pytest.mark.parametrize(
-    ("kind", "form", "count", "heldout", "heldout_pairs"),
+    ("kind", "form", "count", "heldout", "heldout_pairs", "heldout_answers"),
     [
-        ("prompts", Prompt, 40, 5, 0),
-        ("demonstrations", Answered, 50, 0, 0),
-        ("preferences", Pair, 30, 5, 5),
-        ("feedback", Answered, 60, 5, 5),
+        ("prompts", Prompt, 40, 5, 0, 0),
+        ("demonstrations", Answered, 50, 0, 0, 5),
+        ("preferences", Pair, 30, 5, 5, 0),
+        ("feedback", Answered, 60, 5, 5, 0),
     ],
 )
 def test_a_task_gives_every_kind(
-    characters: PreTrainedTokenizerBase, kind: str, form: type, count: int, heldout: int, heldout_pairs: int
-) -> None:
+    characters: PreTrainedTokenizerBase, kind: str, form: type, count: int, heldout: int, heldout_pairs: int,
+    heldout_answers: int,
+) -> None:  # fmt: skip
     sets = read_sets(DataConfig(kind=kind, task=TASK, eval_prompts=5, **LIMITS), characters)
     assert {type(row) for row in sets.training} == {form}
-    assert (len(sets.training), len(sets.heldout), len(sets.heldout_pairs)) == (count, heldout, heldout_pairs)
+    found = (sets.training, sets.heldout, sets.heldout_pairs, sets.heldout_answers)
+    assert tuple(map(len, found)) == (count, heldout, heldout_pairs, heldout_answers)
 
 
 @pytest.mark.parametrize("kind", ["preferences", "feedback"])
@@ -84,6 +86,22 @@ def test_heldout_pairs_give_their_prompts_once(characters: PreTrainedTokenizerBa
         Prompt((1, 22, 16, 23, 34), "<bos>1+2=", {"prompt": conversation}, 2),
         Prompt((1, 22, 16, 24, 34), "<bos>1+3=", {"prompt": "1+3="}, 3),
     ]
+
+
+def test_demonstrations_are_held_out_too(characters: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    row = {"prompt": "1+1=", "completion": "2"}
+    path, held = (
+        file_of(tmp_path, row, row),
+        file_of(tmp_path, {**row, "completion": "211"}, {**row, "prompt": "1" * 70}),
+    )
+    sets = read_sets(
+        DataConfig(
+            path=path, eval_path=held, kind="demonstrations", **{**LIMITS, "prompts_per_step": 2, "too_long": "drop"}
+        ),
+        characters,
+    )
+    (answered,) = sets.heldout_answers
+    assert (answered.prompt_len, sum(answered.mask)) == (4, 4), "three characters and the end"
 
 
 def test_demonstrations_are_trained_on_as_set(characters: PreTrainedTokenizerBase, tmp_path: Path) -> None:

@@ -184,7 +184,7 @@ def test_every_prints_some_rows_and_never_loses_an_evaluation() -> None:
     stream = io.StringIO()
     console = Console(total_steps=10, stream=stream, every=4)
     for step in range(1, 11):
-        console.row(step, {"loss": 1.0 / step, **({"accuracy": 0.5} if step == 7 else {})})
+        console.row(step, {"loss": 1.0 / step, **({"accuracy": 0.5, "seconds_evaluate": 0.1} if step == 7 else {})})
     console.close()
     shown = [int(line.split()[0]) for line in stream.getvalue().splitlines() if line.strip()[:1].isdigit()]
     assert shown == [1, 4, 7, 8, 10]

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import stat
 import subprocess
 import tomllib
 from importlib.metadata import version
@@ -12,51 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.launch.conftest import Launch
+
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = [ROOT / ".ci" / "run", *sorted((ROOT / "launch").iterdir())]
-
-RECORDER = """#!/bin/bash
-printf '%s\\n' "$(basename "$0")" "$@" >>"$RECORD"
-[[ "$RUNS_LONG" == "" ]] || exec sleep "$RUNS_LONG"
-for argument in "$@"; do
-    case "$argument" in
-        "run_dir='"*"/grpo'") folder="${argument#run_dir=\\'}" && folder="${folder%\\'}" && folder="${folder//\\\\/}" && mkdir -p "$folder" \\
-            && touch "$folder/curve.png" "$folder/report.html" ;;
-    esac
-done
-"""
-
-
-class Launch:
-    """The launch folder with an environment whose torchrun and python only record what they are asked."""
-
-    def __init__(self, folder: Path) -> None:
-        self.root = folder / "a checkout"
-        self.record = folder / "commands.log"
-        binaries = folder / "bin"
-        binaries.mkdir()
-        shutil.copytree(ROOT / "launch", self.root / "launch")
-        environment = f'export PATH="{binaries}:$PATH" ALIGNER_DEVICE="${{ALIGNER_DEVICE:-cpu}}"\n'
-        (self.root / "launch" / "environment.sh").write_text(environment)
-        for name in ("torchrun", "python"):
-            (binaries / name).write_text(RECORDER)
-            (binaries / name).chmod(stat.S_IRWXU)
-        gpus = binaries / "nvidia-smi"
-        gpus.write_text('#!/bin/bash\nfor ((i = 0; i < GPUS; i++)); do echo "GPU $i: H200 (UUID: GPU-$i)"; done\n')
-        gpus.chmod(stat.S_IRWXU)
-
-    def run(self, script: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
-        command = ["bash", str(self.root / "launch" / script), *arguments]
-        environment = {**os.environ, "RECORD": str(self.record), **variables}
-        return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60)
-
-    def commands(self) -> list[str]:
-        return self.record.read_text().splitlines()
-
-
-@pytest.fixture
-def launch(tmp_path: Path) -> Launch:
-    return Launch(tmp_path)
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
