@@ -64,7 +64,7 @@ class Recipe:
 
 
 RECIPES = {
-    "sft": Recipe(lr=3e-3, data="demonstrations"),
+    "sft": Recipe(lr=1e-3, data="demonstrations"),
     "dpo": Recipe(lr=3e-4, data="preferences", beta=0.1),
 }
 LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
