@@ -36,8 +36,8 @@ class Case:
     env: dict[str, str] = field(default_factory=dict)
 
 
-SFT = "algorithm=sft data=demonstrations ~algorithm.group_size"
-DPO = "algorithm=dpo data=preferences ~algorithm.group_size data.path={task}/preferences.jsonl"
+SFT = "algorithm=sft data=demonstrations data.eval_path=null ~algorithm.group_size"
+DPO = "algorithm=dpo data=preferences data.eval_path=null ~algorithm.group_size data.path={task}/preferences.jsonl"
 FOUR = {"WORLD_SIZE": "4"}
 
 MODEL = [
