@@ -24,9 +24,10 @@ from aligner.algorithms.grpo import GrpoConfig, grpo
 from aligner.rollout.config import Sampling
 
 
-@dataclass
+@dataclass(frozen=True)
 class LoopConfig(GrpoConfig):
     out: str = ""
+    last: int = 5
 
 
 def loop(roles, prompts, cfg: LoopConfig):
@@ -35,16 +36,21 @@ def loop(roles, prompts, cfg: LoopConfig):
         for batch in prompts:
             seen.append(batch)
             yield batch
-    yield from grpo(roles, remember(), cfg)
-    batch = [prompt for batch in seen for prompt in batch]
+    for step, result in enumerate(grpo(roles, remember(), cfg), start=1):
+        if step == cfg.last:
+            answer_and_export(roles, [prompt for batch in seen for prompt in batch], Path(cfg.out))
+        yield result
+
+
+def answer_and_export(roles, batch, out):
     samples = roles.rollout.generate(batch, sampling=Sampling(temperature=0.0, max_tokens=24), seed=0)
-    roles.policy.save_checkpoint(Path(cfg.out) / "export")
+    roles.policy.save_checkpoint(out / "export")
     rows = samples.get()
     ledger = [vars(row) for sync in roles.policy.syncs.values() for row in sync.ledger]
     if roles.policy.world.rank == 0:
         answers = [rows.response_tokens(row) for row in range(rows.rows)]
-        out = {"prompts": [prompt.tokens for prompt in batch], "answers": answers, "ledger": ledger}
-        (Path(cfg.out) / "greedy.json").write_text(json.dumps(out))
+        found = {"prompts": [prompt.tokens for prompt in batch], "answers": answers, "ledger": ledger}
+        (out / "greedy.json").write_text(json.dumps(found))
 """
 FRESH = """
 import json, sys
