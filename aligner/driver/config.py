@@ -38,6 +38,8 @@ class LoggingConfig:
     """Write rollout samples to a readable file each this many steps; 0 writes none."""
     samples_count: int = 8
     """Samples in each such file."""
+    timeline_steps: int = 20
+    """Each rank writes what it did and waited for in the first so many steps (run_dir/timeline); 0 writes nothing."""
 
     def check(self) -> None:
         """Raises ValueError naming the setting and the values that would work."""
@@ -51,6 +53,8 @@ class LoggingConfig:
             raise ValueError("logging.project is empty; give a wandb project name such as aligner.")
         if self.samples_every < 0:
             raise ValueError(f"logging.samples_every={self.samples_every} is negative; use 0 (none) or more steps.")
+        if self.timeline_steps < 0:
+            raise ValueError(f"logging.timeline_steps={self.timeline_steps} is negative; use 0 (none) or more steps.")
         if self.samples_count < 1:
             raise ValueError(f"logging.samples_count={self.samples_count} is below 1; use 1 or more samples.")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections import Counter
 from dataclasses import asdict
@@ -23,6 +24,7 @@ from aligner.reshard.ledger import total
 from aligner.reward.pool import Status
 from aligner.roles import Roles, build_roles
 from aligner.spmd.ref import Ref
+from aligner.spmd.timeline import FOLDER
 from aligner.spmd.world import World
 
 if TYPE_CHECKING:
@@ -78,9 +80,10 @@ class Driver:
         if evaluates:
             self._log(0, evaluation.run())
         stream = batches(self.config, self.job.checked)
+        self._trace()
         start = time.perf_counter()
         self._accounts()
-        self.world.journal.step = 1
+        self._at(1)
         for step, result in enumerate(self.job.loop(self.roles, stream, self.job.settings), start=1):
             row = self._row(result, time.perf_counter() - start)
             if evaluates and (step % train.eval_every == 0 or step == train.steps):
@@ -90,12 +93,26 @@ class Driver:
             self._write_samples(step, result)
             if step == train.steps:
                 return self._finish()
-            self.world.journal.step = step + 1
+            self._at(step + 1)
             start = time.perf_counter()
         raise ValueError(
             f"the loop yielded {self.world.journal.step - 1} steps of train.steps={train.steps} and ended; it must yield "
             "one per batch, and batches never run out."
         )
+
+    def _trace(self) -> None:
+        """Start this rank's timeline."""
+        world, steps = self.world, self.config.logging.timeline_steps
+        if self.writer:
+            shutil.rmtree(self.run_dir / FOLDER, ignore_errors=True)  # of a run that is overwritten
+        if steps:
+            roles = [role.name for role in self.roles.built if role.member]
+            dist.barrier()
+            world.timeline.open(self.run_dir, f"rank {world.rank}: {', '.join(roles)}", steps)
+
+    def _at(self, step: int) -> None:
+        self.world.journal.step = step
+        self.world.timeline.at(step)
 
     def _row(self, result: Step, seconds: float) -> dict[str, float]:
         """Everything known of one iteration, on every rank."""
@@ -129,7 +146,8 @@ class Driver:
         syncs = roles.policy.syncs.values() if "rollout" in self.job.roles else ()
         rows = [sync.ledger[-1] for sync in syncs if sync.ledger]
         found: list[Any] = [None] * self.world.size
-        dist.all_gather_object(found, (dict(mine), rows))
+        with self.world.timeline.span("wait", "end of the step", range(self.world.size)):
+            dist.all_gather_object(found, (dict(mine), rows))
         names = {name for seconds, _ in found for name in seconds}
         slowest = {name: max(seconds.get(name, 0.0) for seconds, _ in found) for name in names}
         ledger = total([row for _, rows in found for row in rows]).metrics() if "rollout" in self.job.roles else {}

@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING
 from aligner.driver.console import cell, columns_for
 from aligner.driver.facts import facts, phase_seconds, summary, sync_rate
 from aligner.driver.figures import DARK, LIGHT, Theme, learning_curve, ledger, panels, phases, png, styled
+from aligner.driver.gantt import gantt
 from aligner.driver.metrics import CONFIG_FILE, ENVIRONMENT_FILE, Row
 from aligner.driver.samples import sample_files
+from aligner.driver.traces import read_spans, whole_steps
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -54,6 +56,7 @@ def page(run_dir: Path, rows: list[Row]) -> str:
     parts = [
         _section("Learning curve", _picture(learning_curve, rows, "learning curve")),
         _section("How it went", _picture(panels, rows, "metrics by step")),
+        _timeline(run_dir),
         _section("Seconds by phase", _picture(phases, rows, "seconds by phase") + _phase_table(rows)),
         _section(
             "Resharding",
@@ -88,6 +91,20 @@ def _picture(draw: Callable[[Sequence[Row], Theme], Figure | None], rows: Sequen
             sources.append(f"data:image/png;base64,{base64.b64encode(png(figure)).decode()}")
     dark = f'<source media="(prefers-color-scheme:dark)" srcset="{sources[1]}">'
     return f'<picture>{dark}<img alt="{escape(text)}" src="{sources[0]}"></picture>'
+
+
+def _timeline(run_dir: Path) -> str:
+    """The last traced step, rank by rank; nothing where the run wrote no timelines, or cut one short."""
+    try:
+        spans = read_spans(run_dir)
+    except ValueError:
+        return ""
+    steps = whole_steps(spans)
+    if not steps:
+        return ""
+    of_step = [span for span in spans if span.step == steps[-1]]
+    picture = _picture(lambda _, theme: gantt(of_step, theme, steps[-1]), (), "what each rank did in one step")
+    return _section("One step, rank by rank", picture)
 
 
 def _table(titles: Sequence[str], lines: Sequence[Sequence[str]]) -> str:

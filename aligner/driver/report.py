@@ -8,8 +8,10 @@ from pathlib import Path
 
 from aligner.driver.facts import series, summary
 from aligner.driver.figures import LIGHT, comparison, learning_curve, png, styled
+from aligner.driver.gantt import gantt, lines
 from aligner.driver.metrics import read_metrics
 from aligner.driver.page import page
+from aligner.driver.traces import merge, read_spans, whole_steps
 
 PNG_FILE = "learning_curve.png"
 HTML_FILE = "report.html"
@@ -52,6 +54,29 @@ def compare_report(run_dirs: Sequence[str | Path], out: str | Path) -> Path:
     out.parent.mkdir(parents=True, exist_ok=True)
     with styled(LIGHT):
         return _write(out, png(comparison(runs, shared[:2])))
+
+
+def write_timeline(
+    run_dir: str | Path, step: int | None = None, out_dir: str | Path | None = None
+) -> tuple[Path, Path]:
+    """Write timeline.json, all ranks for Perfetto, and timeline.png: one step, by default the last that was traced.
+
+    Raises:
+        ValueError: the run has no timelines, or none of this step.
+    """
+    spans = read_spans(run_dir)
+    steps = whole_steps(spans)
+    if not steps or step not in (None, *steps):
+        there = f"use one of {', '.join(map(str, steps))}" if steps else "no step of it is whole"
+        raise ValueError(f"{run_dir} has no timeline of step {step}; {there} (logging.timeline_steps sets how many).")
+    chosen = steps[-1] if step is None else step
+    of_step = [span for span in spans if span.step == chosen]
+    out = Path(run_dir) if out_dir is None else Path(out_dir)
+    out.mkdir(parents=True, exist_ok=True)
+    with styled(LIGHT):
+        picture = _write(out / "timeline.png", png(gantt(of_step, LIGHT, chosen)))
+    print("\n".join(lines(of_step)))
+    return merge(run_dir, out / "timeline.json"), picture
 
 
 def _write(path: Path, content: bytes) -> Path:

@@ -70,6 +70,7 @@ def _built(key: str, given: dict[str, Any]) -> Any:
         unknown = [name for name in made.keywords if name not in known]
         if unknown and not any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values()):
             raise ValueError(f"algorithm.{key}.{unknown[0]}: {target} has no such argument; it has {', '.join(known)}.")
+        made = functools.partial(made.func, *made.args, **made.keywords)  # Hydra's own checks its policies at each call
     if key.endswith("loss"):
         _try_loss(key, made)
     return made

@@ -52,7 +52,7 @@ class Policy(Trained, Reference):
         """Bring the rollout engine the weights as they are now; a proof of the sync is in its ledger row."""
         from aligner.reshard.sync import WeightSync
 
-        with self.call("reshard_to"):
+        with self.call("reshard_to", takes_part=self.member or rollout.member):
             if rollout.name not in self.syncs:
                 self.syncs[rollout.name] = WeightSync(self, rollout, self.reshard)
             self.syncs[rollout.name].run()

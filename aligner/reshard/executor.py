@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Protocol
 
 import torch
@@ -21,6 +21,9 @@ from aligner.reshard.wire import Changes, Kept, Whole, Wire
 
 Source = Callable[[Piece], Tensor]
 """Reads a piece of this rank's source storages: a view of shape `piece.size`."""
+
+
+Waiting = Callable[[Sequence[int]], AbstractContextManager[None]]
 
 
 class Destination(Protocol):
@@ -47,6 +50,7 @@ def execute(
     kept: Kept | None = None,
     buffers: Buffers | None = None,
     transfer: int = 0,
+    waiting: Waiting | None = None,
 ) -> SyncRow:
     """Carry out `plan` on this rank; collective over the ranks that the plan gives something to send or receive.
 
@@ -70,6 +74,8 @@ def execute(
     `kept` (empty at first, the same object in every transfer of this plan) makes messages travel as what changed since
     the last transfer, where that is shorter; see `wire.Changes`.
 
+    `waiting(ranks)` is entered around each wait for messages from and to these ranks.
+
     `transfer` numbers the transfers of a plan, alike on all ranks: with `verify` a message of another one is refused.
 
     Raises RuntimeError naming tensor, region, source rank and destination rank where a proof fails; also where another
@@ -84,7 +90,7 @@ def execute(
     work = _Work(plan.rank, source, destination, buffers, verify)
     schedule = schedule_of(plan, 2 * bucket_bytes)
     wire = Whole(group) if kept is None else Changes(group, kept, schedule)
-    _Flight(work, wire, schedule).run()
+    _Flight(work, wire, schedule, waiting or _unseen).run()
     work.finish()
     return SyncRow(
         moved_bytes=wire.sent_bytes,
@@ -101,11 +107,15 @@ def execute(
     )
 
 
+def _unseen(_: Sequence[int]) -> AbstractContextManager[None]:
+    return nullcontext()
+
+
 class _Flight:
     """The messages between this rank and its peers, a step at a time."""
 
-    def __init__(self, work: _Work, wire: Wire, schedule: Schedule) -> None:
-        self._work, self._wire, self._schedule = work, wire, schedule
+    def __init__(self, work: _Work, wire: Wire, schedule: Schedule, waiting: Waiting) -> None:
+        self._work, self._wire, self._schedule, self._waiting = work, wire, schedule, waiting
         self._relays = Counter(step.send.content for step in schedule.steps if step.send and step.send.relay)
         self._passing: dict[object, Bucket] = {}
         """What came in and has to go on to others."""
@@ -125,7 +135,9 @@ class _Flight:
             # Local copies are spread over the steps, so that modules fed by both complete early.
             for items in local[len(local) * number // len(steps) : len(local) * (number + 1) // len(steps)]:
                 work.copy(items)
-            with work.clock("wire"):
+            peers = [step.send.to] if step.send else []
+            peers += [step.receive.by] if step.receive else []
+            with work.clock("wire"), self._waiting(peers):
                 for request in requests:
                     request.wait()
             if step.send and leaving:

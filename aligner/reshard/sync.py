@@ -72,6 +72,7 @@ class WeightSync:
             self.kept,
             self.buffers,
             self._transfers,
+            lambda ranks: policy.world.timeline.span("wait", "weights", ranks),
         )
         self.ledger.append(row if self.ledger else replace(row, seconds_plan=self.planning_seconds))
 

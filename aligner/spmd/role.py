@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,11 +41,18 @@ class Role:
         """Seconds in each call since the driver last asked (this rank)."""
 
     @contextmanager
-    def call(self, method: str) -> Iterator[None]:
-        """One role call: noted in the journal of every rank, timed on members."""
-        self.world.journal.enter(f"{self.name}.{method}")
+    def call(self, method: str, takes_part: bool | None = None) -> Iterator[None]:
+        """One role call: noted in the journal of every rank, timed on members.
+
+        Args:
+            takes_part: whether this rank's timeline shows it; by default where it is a member.
+        """
+        takes_part = self.member if takes_part is None else takes_part
+        what = f"{self.name}.{method}"
+        self.world.journal.enter(what)
         start = time.perf_counter()
-        yield
+        with self.world.timeline.span("call", what) if takes_part else nullcontext():
+            yield
         if self.member:
             self.seconds[method] = self.seconds.get(method, 0.0) + time.perf_counter() - start
 
@@ -80,7 +87,9 @@ class Role:
             function: gets this shard's rows of every Ref argument (whole groups, in order) and returns row-wise
                 values: a tensor [B, ...], a list of B items or a dataclass of these.
         """
-        name = getattr(function, "__name__", type(function).__name__)
+        name = getattr(
+            getattr(function, "func", function), "__name__", type(function).__name__
+        )  # of a partial: its own
         with self.call(f"run({name})"):
             local = self.localize(args, kwargs)
             value = function(*local.args, **local.kwargs) if self.member else None

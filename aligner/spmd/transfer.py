@@ -54,6 +54,14 @@ def plan_moves(
 
 def exchange(world: World, outgoing: Mapping[int, bytes], incoming: Sequence[int]) -> dict[int, bytes]:
     """Send `outgoing[peer]`, receive one message from each rank of `incoming`. Host memory, gloo."""
+    peers = sorted({*outgoing, *incoming})
+    if not peers:
+        return {}
+    with world.timeline.span("wait", "values", peers):
+        return _exchange(world, outgoing, incoming)
+
+
+def _exchange(world: World, outgoing: Mapping[int, bytes], incoming: Sequence[int]) -> dict[int, bytes]:
     stamp = world.journal.stamp()
     sizes = {peer: torch.zeros(3, dtype=torch.int64) for peer in incoming}
     pending: list[Any] = [dist.irecv(size, peer) for peer, size in sizes.items()]

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from aligner.spmd.journal import Journal
+from aligner.spmd.timeline import Timeline
 from aligner.spmd.watch import GRACE, Watch
 
 
@@ -36,6 +37,7 @@ class World:
             torch.cuda.set_device(self.device)
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(seconds=timeout_seconds))
         self.journal = Journal(self.rank)
+        self.timeline = Timeline(self.rank)
         self.watch = Watch(self.journal, self.rank, self.size)
         self._groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
         self._closers: list[Callable[[], Any]] = []
@@ -68,6 +70,7 @@ class World:
         """
         for close in reversed(self._closers):
             close()
+        self.timeline.close()
         self.journal.enter("end of the job")
         dist.barrier()
         self.watch.stop()
