@@ -19,7 +19,7 @@ from aligner.models.family import FAMILIES, Head
 from aligner.models.sizes import check_runs
 from aligner.models.spec import ModelSpec, read_spec, with_scalar_head
 from aligner.models.whole import check_weights
-from aligner.reward.components import parts_of
+from aligner.reward.components import parts_of, shown_component
 from aligner.spmd.mesh import Mesh
 from aligner.spmd.placement import MEGATRON, Placement, make_meshes, role_layout
 
@@ -94,6 +94,8 @@ def check(config: Config, roles: list[str], world_size: int) -> Checked:
     _check_run_dir(config)
     if "reward" in roles:
         _check_reward(config, roles)
+        if config.train.eval_every and data.heldout:
+            shown_component(config.reward, config.train.eval_reward)
     return Checked(spec, tokenizer, meshes, data)
 
 

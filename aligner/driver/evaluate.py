@@ -13,6 +13,7 @@ from aligner.check import Checked
 from aligner.config import Config
 from aligner.driver.batches import as_demonstrations, as_pairs
 from aligner.objective.masked import row_sums
+from aligner.reward.components import shown_component
 from aligner.roles import Roles
 
 
@@ -55,7 +56,7 @@ class Evaluation:
         sampling = replace(config.sampling, temperature=config.train.eval_temperature)
         samples = roles.rollout.generate(self.prompts, sampling=sampling, seed=config.seed)
         scores = roles.reward.score(samples)
-        named = config.train.eval_reward
+        named = shown_component(config.reward, config.train.eval_reward)
         reward_B: Tensor = (scores["components"][named] if named else scores["reward_B"]).get()
         return reward_B.nanmean().item()
 

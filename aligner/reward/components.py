@@ -98,6 +98,28 @@ def parts_of(reward: RewardConfig) -> list[Part]:
     return parts
 
 
+def shown_component(reward: RewardConfig, named: str | None) -> str | None:
+    """The component whose raw value evaluations report; None: the whole reward.
+
+    A batch's normalised rewards have the mean 0, whatever the answers are worth: then it is the only component's value.
+
+    Args:
+        named: train.eval_reward.
+
+    Raises:
+        ValueError: there are several components, one of them normalised, and none is named.
+    """
+    parts = parts_of(reward)
+    if named is not None or all(part.component.normalize == "none" for part in parts):
+        return named
+    if len(parts) > 1:
+        raise ValueError(
+            "train.eval_reward=null: the reward is normalised over each batch, so that its mean in an evaluation says "
+            f"nothing; name one of its components: {', '.join(part.name for part in parts)}."
+        )
+    return parts[0].name
+
+
 def _kinds(component: RewardComponent) -> list[str]:
     return [kind for kind in KINDS if getattr(component, kind)]
 

@@ -340,6 +340,12 @@ REWARD = [
     Case(
         "eval_reward", "train.eval_reward=judge", ("train.eval_reward=judge is no component of the reward", "or null")
     ),
+    Case(
+        "eval_reward_of_none",
+        "reward=model_and_verifier reward.rule='' +reward.components.model.normalize=batch train.eval_every=1 algorithm.roles=[policy,rollout,reward,reward_model] "
+        "reward_model.path={task}/model",
+        ("train.eval_reward=null", "normalised over each batch", "name one of its components: model, verifier"),
+    ),
     Case("workers", "reward.workers=0", ("reward.workers=0 must be at least 1",)),
 ]
 GROUPS = {"model": MODEL, "data": DATA, "settings": SETTINGS, "placement": PLACEMENT, "reward": REWARD}
