@@ -192,5 +192,5 @@ def _number(value: Any, what: str) -> float:
 
 
 def told(left_out: LeftOut) -> str:
-    """ "reason: how many" of each."""
+    """Each reason, and how many were left out for it."""
     return ", ".join(f"{reason}: {count}" for reason, count in left_out.items() if count) or "no rows"

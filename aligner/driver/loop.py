@@ -173,6 +173,8 @@ class Driver:
             write_samples(self.run_dir, step, items[: logging.samples_count])
 
     def _finish(self) -> None:
+        self.world.timeline.close()
+        dist.barrier()  # the report reads every rank's
         saved = (
             {role.name: self.run_dir / ("model" if role.name == "policy" else role.name) for role in self.roles.trained}
             if self.config.train.save

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from aligner.driver.console import cell, columns_for
 from aligner.driver.facts import facts, phase_seconds, summary, sync_rate
 from aligner.driver.figures import DARK, LIGHT, Theme, learning_curve, ledger, panels, phases, png, styled
-from aligner.driver.gantt import gantt
+from aligner.driver.gantt import MOST_RANKS, gantt
 from aligner.driver.metrics import CONFIG_FILE, ENVIRONMENT_FILE, Row
 from aligner.driver.samples import sample_files
 from aligner.driver.traces import read_spans, whole_steps
@@ -94,13 +94,16 @@ def _picture(draw: Callable[[Sequence[Row], Theme], Figure | None], rows: Sequen
 
 
 def _timeline(run_dir: Path) -> str:
-    """The last traced step, rank by rank; nothing where the run wrote no timelines, or cut one short."""
+    """The last traced step, rank by rank; nothing where the run wrote no timelines, or cut one short.
+
+    Of a large world it is left to tools/report.py: the job's end should not wait for it.
+    """
     try:
         spans = read_spans(run_dir)
     except ValueError:
         return ""
     steps = whole_steps(spans)
-    if not steps:
+    if not steps or len({span.rank for span in spans}) > MOST_RANKS:
         return ""
     of_step = [span for span in spans if span.step == steps[-1]]
     picture = _picture(lambda _, theme: gantt(of_step, theme, steps[-1]), (), "what each rank did in one step")
