@@ -125,7 +125,8 @@ class Driver:
             row |= self._sample_row(result)
         row |= self._accounts()
         row["seconds"] = seconds
-        row["tokens_per_second"] = row.get("tokens", 0.0) / seconds
+        if "tokens" in row:
+            row["tokens_per_second"] = row["tokens"] / seconds
         return row
 
     def _sample_row(self, result: Step) -> dict[str, float]:
