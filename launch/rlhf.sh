@@ -64,8 +64,9 @@ split_preferences() {
     rows="$(grep -c . "$1" || true)"
     ((rows >= 20)) || die "$1 has $rows preferences, too few to hold a tenth out; 20 are the least. Ranked answers are few \
 where the model is so good, or so bad, that all answers to a prompt earn the same."
-    grep . "$1" | tail -n "$((rows / 10))" > "$RLHF_RUN/heldout_preferences.jsonl"
-    grep . "$1" | head -n "$((rows - rows / 10))" > "$RLHF_RUN/preferences.jsonl.part"
+    # sed reads to the end where head would stop, which ends grep with a signal, and so the script
+    grep . "$1" | sed -n "$((rows - rows / 10 + 1)),\$p" > "$RLHF_RUN/heldout_preferences.jsonl"
+    grep . "$1" | sed -n "1,$((rows - rows / 10))p" > "$RLHF_RUN/preferences.jsonl.part"
     mv "$RLHF_RUN/preferences.jsonl.part" "$RLHF_RUN/preferences.jsonl"
 }
 

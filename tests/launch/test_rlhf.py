@@ -60,6 +60,17 @@ def test_a_task_and_preferences_of_one_s_own(launch: Launch, tmp_path: Path) -> 
     assert (run / "heldout_preferences.jsonl").read_text().splitlines() == ["own 23", "own 24"]
 
 
+def test_a_large_file_of_preferences_is_cut_too(launch: Launch, tmp_path: Path) -> None:
+    """More than a pipe holds."""
+    rows = tmp_path / "pairs.jsonl"
+    rows.write_text("\n\n".join(f"{row} {'x' * 200}" for row in range(5000)) + "\n")
+    done = launch.run("rlhf.sh", "--out", str(tmp_path / "run"), "--preferences", str(rows), "--stages", "sft")
+    assert done.returncode == 0, done.stderr
+    training, held = (tmp_path / "run" / name for name in ("preferences.jsonl", "heldout_preferences.jsonl"))
+    numbers = [[int(line.split()[0]) for line in file.read_text().splitlines()] for file in (training, held)]
+    assert numbers == [list(range(4500)), list(range(4500, 5000))]
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
