@@ -88,8 +88,9 @@ def by_size(seconds: Mapping[str, float]) -> list[tuple[str, float]]:
 def lines(spans: Sequence[Span]) -> list[str]:
     """A line for each rank: seconds by call, then seconds waited by cause."""
     begin, end = window(spans)
-    found = [said(uses(spans), end - begin)]
-    for rank, use in sorted(uses(spans).items()):
+    spent = uses(spans)
+    found = [said(spent, end - begin)]
+    for rank, use in sorted(spent.items()):
         work = ", ".join(f"{call} {seconds:.3f}" for call, seconds in by_size(use.calls))
         waits = ", ".join(f"{cause} {seconds:.3f}" for cause, seconds in by_size(use.waits)) or "nothing"
         found.append(f"rank {rank}: {work}; waits for {waits}")

@@ -87,9 +87,8 @@ class Role:
             function: gets this shard's rows of every Ref argument (whole groups, in order) and returns row-wise
                 values: a tensor [B, ...], a list of B items or a dataclass of these.
         """
-        name = getattr(
-            getattr(function, "func", function), "__name__", type(function).__name__
-        )  # of a partial: its own
+        inner = getattr(function, "func", function)  # of a partial
+        name = getattr(inner, "__name__", type(function).__name__)
         with self.call(f"run({name})"):
             local = self.localize(args, kwargs)
             value = function(*local.args, **local.kwargs) if self.member else None

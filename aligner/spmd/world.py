@@ -70,7 +70,6 @@ class World:
         """
         for close in reversed(self._closers):
             close()
-        self.timeline.close()
         self.journal.enter("end of the job")
         dist.barrier()
         self.watch.stop()
