@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,31 +14,22 @@ import yaml
 
 from aligner.algorithms.step import Step
 from aligner.data.preferences import told
+from aligner.driver.accounts import account_of, merged
 from aligner.driver.batches import batches
 from aligner.driver.evaluate import Evaluation
 from aligner.driver.metrics import CONFIG_FILE, METRICS_FILE, MetricsWriter
 from aligner.driver.report import write_report
 from aligner.driver.samples import write_samples
-from aligner.reshard.ledger import total
 from aligner.reward.pool import Status
+from aligner.reward.role import Scores
 from aligner.roles import Roles, build_roles
 from aligner.spmd.ref import Ref
 from aligner.spmd.timeline import FOLDER
+from aligner.spmd.transfer import read_at_first
 from aligner.spmd.world import World
 
 if TYPE_CHECKING:
     from aligner.driver.job import Job
-
-PHASES = {
-    "generate": "generate",
-    "score": "score",
-    "logprobs": "logprobs",
-    "values": "values",
-    "scores": "scores",
-    "update": "update",
-    "reshard_to": "reshard",
-}
-"""Role call -> name of its seconds in a row."""
 
 
 def run_job(job: Job, world: World) -> None:
@@ -81,14 +71,14 @@ class Driver:
             self._log(0, evaluation.run())
         stream = batches(self.config, self.job.checked)
         self._trace()
+        self._forget()
         start = time.perf_counter()
-        self._accounts()
         self._at(1)
         for step, result in enumerate(self.job.loop(self.roles, stream, self.job.settings), start=1):
             row = self._row(result, time.perf_counter() - start)
             if evaluates and (step % train.eval_every == 0 or step == train.steps):
                 row |= evaluation.run()
-                self._accounts()  # an evaluation's calls are no part of the next step's
+                self._forget()  # an evaluation's calls are no part of the next step's
             self._log(step, row)
             self._write_samples(step, result)
             if step == train.steps:
@@ -115,44 +105,35 @@ class Driver:
         self.world.timeline.at(step)
 
     def _row(self, result: Step, seconds: float) -> dict[str, float]:
-        """Everything known of one iteration, on every rank."""
-        row: dict[str, float] = dict(result.metrics.get()) if result.metrics is not None else {}
+        """Everything known of one iteration, on rank 0; nothing elsewhere. One message from each rank, up a tree."""
+        syncs = self.roles.policy.syncs.values() if "rollout" in self.job.roles else ()
+        mine = account_of(self.roles.built, [sync.ledger[-1] for sync in syncs if sync.ledger])
+        found = read_at_first(self.world, _wanted(result), mine, merged)
+        if found is None:
+            return {}
+        values, account = found
+        row: dict[str, float] = dict(values.get("metrics", {}))
         for name, value in result.more.items():
-            row |= {f"{name}_{key}": n for key, n in value.get().items()} if isinstance(value, Ref) else {name: value}
+            if isinstance(value, Ref):
+                row |= {f"{name}_{key}": n for key, n in values[f"more.{name}"].items()}
+            else:
+                row[name] = value
         if result.scores is not None:
-            row |= result.scores.get().row()
+            row |= Scores(*(values[name] for name in SCORED[:2]), [], *(values[name] for name in SCORED[2:])).row()
         if result.samples is not None:
-            row |= self._sample_row(result)
-        row |= self._accounts()
+            length_B = values["length_B"] - values["prompt_len_B"]
+            row["length"] = length_B.float().mean().item()
+            row["truncated"] = values["truncated_B"].float().mean().item()
+        row |= account.row()
         row["seconds"] = seconds
         if "tokens" in row:
             row["tokens_per_second"] = row["tokens"] / seconds
         return row
 
-    def _sample_row(self, result: Step) -> dict[str, float]:
-        assert result.samples is not None
-        length_B = result.samples["length_B"].get() - result.samples["prompt_len_B"].get()
-        return {
-            "length": length_B.float().mean().item(),
-            "truncated": result.samples["truncated_B"].get().float().mean().item(),
-        }
-
-    def _accounts(self) -> dict[str, float]:
-        """Seconds by phase since the last time (of the slowest rank) and the last sync's ledger over all ranks."""
-        mine: Counter[str] = Counter()
-        roles = self.roles
-        for role in roles.built:
-            mine.update(role.seconds)
+    def _forget(self) -> None:
+        """What was timed so far is no part of the next row."""
+        for role in self.roles.built:
             role.seconds.clear()
-        syncs = roles.policy.syncs.values() if "rollout" in self.job.roles else ()
-        rows = [sync.ledger[-1] for sync in syncs if sync.ledger]
-        found: list[Any] = [None] * self.world.size
-        with self.world.timeline.span("wait", "end of the step", range(self.world.size)):
-            dist.all_gather_object(found, (dict(mine), rows))
-        names = {name for seconds, _ in found for name in seconds}
-        slowest = {name: max(seconds.get(name, 0.0) for seconds, _ in found) for name in names}
-        ledger = total([row for _, rows in found for row in rows]).metrics() if "rollout" in self.job.roles else {}
-        return ledger | {f"seconds_{name}": slowest[call] for call, name in PHASES.items() if call in slowest}
 
     def _log(self, step: int, row: dict[str, float]) -> None:
         if self.writer:
@@ -163,15 +144,17 @@ class Driver:
         wanted = logging.samples_every and (step % logging.samples_every == 0 or step in (1, self.config.train.steps))
         if not wanted or result.scores is None or result.samples is None:
             return
-        scores = [result.scores[name].get() for name in ("response", "reward_B", "status_B")]
-        fields = result.samples["fields"].get()
-        if self.world.rank == 0:
+        refs = {"response": result.scores["response"], "reward_B": result.scores["reward_B"]}
+        refs |= {"status_B": result.scores["status_B"], "fields": result.samples["fields"]}
+        found = read_at_first(self.world, refs, None, lambda one, other: None, limit=logging.samples_count)
+        if found is not None:
+            values = (found[0][name] for name in ("fields", "response", "reward_B", "status_B"))
             items = [
                 {"prompt": row.get("prompt", ""), "response": text, "reward": reward.item(), "status": Status(int(status)),
                  "fields": {k: v for k, v in row.items() if k != "prompt"}}
-                for row, text, reward, status in zip(fields, *scores, strict=True)
+                for row, text, reward, status in zip(*values, strict=True)
             ]  # fmt: skip
-            write_samples(self.run_dir, step, items[: logging.samples_count])
+            write_samples(self.run_dir, step, items)
 
     def _finish(self) -> None:
         self.world.timeline.close()
@@ -191,6 +174,22 @@ class Driver:
             if self.config.train.report:
                 png, html = write_report(self.run_dir)
                 print(f"curve:  {png}\nreport: {html}")
+
+
+SCORED = ("reward_B", "status_B", "components", "component_status")
+"""Fields of `Scores` that are logged."""
+
+
+def _wanted(result: Step) -> dict[str, Ref]:
+    """The values that a row is made of, by name."""
+    refs = {f"more.{name}": value for name, value in result.more.items() if isinstance(value, Ref)}
+    if result.metrics is not None:
+        refs["metrics"] = result.metrics
+    if result.scores is not None:
+        refs |= {name: result.scores[name] for name in SCORED}
+    if result.samples is not None:
+        refs |= {name: result.samples[name] for name in ("length_B", "prompt_len_B", "truncated_B")}
+    return refs
 
 
 def _plain(config: Any) -> dict[str, Any]:

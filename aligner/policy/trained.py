@@ -19,6 +19,7 @@ from aligner.policy.optimizer import Optimizer
 from aligner.policy.packing import microbatches
 from aligner.policy.schedule import learning_rate
 from aligner.spmd import columns
+from aligner.spmd.messages import everyone
 from aligner.spmd.partition import minibatch_groups
 from aligner.spmd.ref import Ref
 
@@ -148,9 +149,7 @@ class Trained(ModelRole):
 
     def _reduce(self, sums: dict[str, Tensor]) -> dict[str, float]:
         """Sums and maxima over the data shards, on every rank of the role; in float64 on the host."""
-        gathered: list[Any] = [None] * self.mesh.size
-        dist.all_gather_object(gathered, sorted(sums), group=self.group)
-        every = sorted({name for found in gathered for name in found})
+        every = sorted({name for found in everyone(self.world, sorted(sums), self.mesh.ranks) for name in found})
         minus_infinity = torch.tensor(-math.inf, dtype=torch.float64)
         zero = torch.zeros((), dtype=torch.float64)
         added = [name for name in every if not name.startswith("max/")]

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from aligner.data.samples import Samples
@@ -19,6 +18,7 @@ from aligner.reward.components import Scorer, parts_of
 from aligner.reward.config import RewardConfig
 from aligner.reward.worker import Score, Status
 from aligner.spmd.mesh import Mesh
+from aligner.spmd.messages import everyone
 from aligner.spmd.ref import Ref
 from aligner.spmd.role import Role
 from aligner.spmd.world import World
@@ -134,8 +134,7 @@ class Reward(Role):
     ) -> tuple[Tensor, Tensor]:
         """This shard's rewards: every rank combines the whole batch in its global order, so that sums over the batch
         come out the same to the last bit however it is cut into shards."""
-        found: list[Any] = [None] * self.mesh.size
-        dist.all_gather_object(found, (tuple(rows), raw, status, missing), group=self.group)
+        found = everyone(self.world, (tuple(rows), raw, status, missing), self.mesh.ranks)
         held = sorted({row: (n, i) for n, (theirs, *_) in enumerate(found) for i, row in enumerate(theirs)}.items())
         counts = [len(theirs) for theirs, *_ in found]
         take = torch.tensor([sum(counts[:n]) + i for _, (n, i) in held], dtype=torch.long)

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from aligner.data.prompts import Prompt
 from aligner.data.samples import Samples, pad_rows
@@ -16,6 +14,7 @@ from aligner.rollout.config import RolloutConfig, Sampling
 from aligner.rollout.engine import Completion, RolloutEngine
 from aligner.rollout.weights import EngineWeights
 from aligner.spmd.mesh import Mesh
+from aligner.spmd.messages import everyone
 from aligner.spmd.partition import partition
 from aligner.spmd.ref import Ref, Rows
 from aligner.spmd.role import Role
@@ -90,9 +89,8 @@ class Rollout(Role):
 
     def _lengths(self, samples: Samples, shares: Sequence[Sequence[int]]) -> list[int]:
         """Lengths of all rows on every rank of the role; replicas of one shard must agree."""
-        gathered: list[Any] = [None] * self.mesh.size
         check = int(samples.tokens_BT.sum())
-        dist.all_gather_object(gathered, (self.shard, samples.length_B.tolist(), check), group=self.group)
+        gathered = everyone(self.world, (self.shard, samples.length_B.tolist(), check), self.mesh.ranks)
         by_shard: dict[int, tuple[list[int], int]] = {}
         for rank, (shard, lengths, total) in zip(self.mesh.ranks, gathered, strict=True):
             if by_shard.setdefault(shard, (lengths, total)) != (lengths, total):

@@ -25,6 +25,14 @@ class Rows:
     """World ranks that hold `lengths`."""
     lengths: list[int] | None = None
     """Tokens of each row, in global order; None on ranks that have not needed it."""
+    _shares: dict[tuple[int, int], Shares] = field(default_factory=dict, repr=False)
+
+    def shares(self, shards: int, minibatches: int = 1) -> Shares:
+        """The partition of these rows, computed once; needs the lengths."""
+        if (shards, minibatches) not in self._shares:
+            assert self.lengths is not None, "a rank that has not learned the lengths asks for the partition"
+            self._shares[shards, minibatches] = partition(self.lengths, shards, self.group_size, minibatches)
+        return self._shares[shards, minibatches]
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,22 +50,23 @@ class Ref:
     fixed_shares: Shares | None = field(default=None, repr=False)
     """Rows of each shard where they are not `partition(lengths)`: a rollout replica holds what it sampled."""
     minibatches: int = 1
+    kept: dict[Any, tuple[Any, tuple[int, ...]]] = field(default_factory=dict, repr=False)
+    """What roles have read of it, by (their shards, minibatches): (value here, global rows). The keys are the same on
+    every rank."""
 
     @property
     def shares(self) -> Shares:
         """Global row numbers of each home shard; needs the lengths."""
         if self.fixed_shares is not None:
             return self.fixed_shares
-        assert self.rows is not None and self.rows.lengths is not None
-        return partition(self.rows.lengths, self.home.mesh.data, self.rows.group_size, self.minibatches)
+        assert self.rows is not None
+        return self.rows.shares(self.home.mesh.data, self.minibatches)
 
     def __getitem__(self, name: str) -> Ref:
         if not isinstance(name, str):
             raise TypeError(f"a Ref has fields, not positions: ref[{name!r}]. Use ref.get() to bring the value here.")
-        if not self.home.member:
-            return self
-        value = self.value[name] if isinstance(self.value, dict) else getattr(self.value, name)
-        return replace(self, value=value)
+        kept = {key: (_field(value, name), rows) for key, (value, rows) in self.kept.items()}
+        return replace(self, value=_field(self.value, name) if self.home.member else None, kept=kept)
 
     def get(self) -> Any:
         """The whole value, rows in global order, on every rank. A collective: every rank must call it."""
@@ -94,3 +103,10 @@ class Ref:
 
     __le__ = __gt__ = __ge__ = __ne__ = __lt__
     __hash__ = object.__hash__
+
+
+def _field(value: Any, name: str) -> Any:
+    """A field of a dict or dataclass; None where a rank holds nothing."""
+    if value is None:
+        return None
+    return value[name] if isinstance(value, dict) else getattr(value, name)

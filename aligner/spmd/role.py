@@ -11,7 +11,6 @@ from typing import Any
 from aligner.data.samples import Samples
 from aligner.spmd import columns
 from aligner.spmd.mesh import Mesh
-from aligner.spmd.partition import partition
 from aligner.spmd.ref import Ref, Rows
 from aligner.spmd.transfer import learn_lengths, read
 from aligner.spmd.world import World
@@ -85,7 +84,8 @@ class Role:
 
         Args:
             function: gets this shard's rows of every Ref argument (whole groups, in order) and returns row-wise
-                values: a tensor [B, ...], a list of B items or a dataclass of these.
+                values: a tensor [B, ...], a list of B items or a dataclass of these. It must not change its arguments
+                in place: others read the same ones.
         """
         inner = getattr(function, "func", function)  # of a partial
         name = getattr(inner, "__name__", type(function).__name__)
@@ -100,7 +100,7 @@ class Role:
         rows = Rows(group_size, set(range(self.world.size)), lengths)
         if not self.member:
             return Ref(self, None, rows, minibatches=minibatches)
-        share = partition(lengths, self.mesh.data, group_size, minibatches)[self.shard or 0]
+        share = rows.shares(self.mesh.data, minibatches)[self.shard or 0]
         value = columns.fit(columns.take(samples, share), max((lengths[row] for row in share), default=0))
         return Ref(self, value, rows, minibatches=minibatches)
 
@@ -112,6 +112,5 @@ class Role:
         learn_lengths(self.world, rows, self.mesh.ranks)
         if not self.member:
             return Ref(self, None, rows)
-        assert rows.lengths is not None
-        share = partition(rows.lengths, self.mesh.data, rows.group_size)[self.shard or 0]
+        share = rows.shares(self.mesh.data)[self.shard or 0]
         return Ref(self, columns.take(value, share), rows)

@@ -1,98 +1,90 @@
-"""Values move peer to peer from the ranks that hold rows to the ranks that read them; nothing passes a controller.
-
-Every rank issues the same transfers in the same order (lockstep), and within one transfer all receives are posted
-before anything is waited for, so no two ranks can wait for each other. Each message carries the sender's call number
-and its digest: a rank that is somewhere else in the loop is found at the first message.
-"""
+"""Values move peer to peer from the ranks that hold rows to the ranks that read them; nothing passes a controller."""
 
 from __future__ import annotations
 
-import pickle
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
-
-import torch
-import torch.distributed as dist
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from aligner.spmd import columns
-from aligner.spmd.partition import Shares, partition
+from aligner.spmd.messages import everyone, exchange, merged_at_first, spread
+from aligner.spmd.parcels import pack, unpack
+from aligner.spmd.partition import Shares
 from aligner.spmd.ref import Ref, Rows
 
 if TYPE_CHECKING:
     from aligner.spmd.role import Role
     from aligner.spmd.world import World
 
-Moves = dict[tuple[int, int], list[int]]
-"""(source rank, destination rank) -> global rows to move, ascending. Equal ranks: a local copy."""
+T = TypeVar("T")
+Moves = dict[int, list[int]]
+"""Peer -> global rows, ascending. The rank itself: rows that it has already."""
+
+
+@lru_cache(maxsize=64)
+def shard_of_rows(shares: Shares) -> dict[int, int]:
+    """Global row -> the shard that holds it."""
+    return {row: shard for shard, share in enumerate(shares) for row in share}
 
 
 def plan_moves(
-    sources: Shares, source_ranks: Sequence[Sequence[int]], targets: Shares, target_ranks: Sequence[Sequence[int]]
-) -> Moves:
-    """Who sends which rows to whom: pure. A rank that holds a row already reads its own copy.
+    rank: int,
+    sources: Shares,
+    source_ranks: Sequence[Sequence[int]],
+    targets: Shares,
+    target_ranks: Sequence[Sequence[int]],
+) -> tuple[Moves, Moves]:
+    """What one rank sends and receives: pure, and each rank plans its own messages only.
+
+    A rank that holds a row already reads its own copy. Replicas of a row take turns by the reader's number among all
+    readers, so that no single tensor-parallel rank sends everything.
 
     Args:
         sources, targets: rows of each shard on the two sides.
         source_ranks, target_ranks: world ranks that hold (need) each shard.
+
+    Returns:
+        (reader -> rows to send, holder -> rows to receive). An empty share still learns the value's type: one message
+        of no rows.
     """
-    holders = {row: ranks for share, ranks in zip(sources, source_ranks, strict=True) for row in share}
-    moves: Moves = {}
-    turn = 0
-    everywhere = [rank for ranks in source_ranks for rank in ranks]
+    outgoing: Moves = {}
+    incoming: Moves = {}
+    everywhere = [holder for ranks in source_ranks for holder in ranks]
+    turns = _turns(target_ranks)
+    of_source, of_target = shard_of_rows(sources), shard_of_rows(targets)
+    reads = next((shard for shard, ranks in enumerate(target_ranks) if rank in ranks), None)
+    for row in targets[reads] if reads is not None else ():
+        ranks = source_ranks[of_source[row]]
+        incoming.setdefault(rank if rank in ranks else ranks[turns[rank] % len(ranks)], []).append(row)
+    holds = next((shard for shard, ranks in enumerate(source_ranks) if rank in ranks), None)
+    for row in sources[holds] if holds is not None else ():
+        ranks = source_ranks[holds or 0]
+        for reader in target_ranks[of_target[row]]:
+            if reader not in ranks and ranks[turns[reader] % len(ranks)] == rank:
+                outgoing.setdefault(reader, []).append(row)
     for share, readers in zip(targets, target_ranks, strict=True):
-        for reader in readers:
-            if not share:  # an empty share still learns the value's type: one message of no rows
-                moves[(reader if reader in everywhere else everywhere[turn % len(everywhere)], reader)] = []
-            for row in share:
-                ranks = holders[row]
-                # replicas take turns, so that no single tensor-parallel rank sends everything
-                source = reader if reader in ranks else ranks[turn % len(ranks)]
-                moves.setdefault((source, reader), []).append(row)
-            turn += 1
-    return moves
+        for reader in readers if not share else ():
+            source = reader if reader in everywhere else everywhere[turns[reader] % len(everywhere)]
+            if rank == reader:
+                incoming[source] = []
+            elif rank == source:
+                outgoing[reader] = []
+    return outgoing, incoming
 
 
-def exchange(world: World, outgoing: Mapping[int, bytes], incoming: Sequence[int]) -> dict[int, bytes]:
-    """Send `outgoing[peer]`, receive one message from each rank of `incoming`. Host memory, gloo."""
-    peers = sorted({*outgoing, *incoming})
-    if not peers:
-        return {}
-    with world.timeline.span("wait", "values", peers):
-        return _exchange(world, outgoing, incoming)
-
-
-def _exchange(world: World, outgoing: Mapping[int, bytes], incoming: Sequence[int]) -> dict[int, bytes]:
-    stamp = world.journal.stamp()
-    sizes = {peer: torch.zeros(3, dtype=torch.int64) for peer in incoming}
-    pending: list[Any] = [dist.irecv(size, peer) for peer, size in sizes.items()]
-    kept = []
-    for peer, payload in outgoing.items():
-        size = torch.tensor([len(payload), *stamp], dtype=torch.int64)
-        body = torch.frombuffer(bytearray(payload), dtype=torch.uint8)
-        kept.append((size, body))
-        pending += [dist.isend(size, peer), dist.isend(body, peer)]
-    bodies = {}
-    for peer, work in zip(list(sizes), pending[: len(sizes)], strict=True):
-        work.wait()
-        length, *theirs = sizes[peer].tolist()
-        if tuple(theirs) != stamp:
-            world.journal.disagree(peer, theirs[0])
-        bodies[peer] = torch.empty(length, dtype=torch.uint8)
-        pending.append(dist.irecv(bodies[peer], peer))
-    for work in pending[len(sizes) :]:
-        work.wait()
-    return {peer: body.numpy().tobytes() for peer, body in bodies.items()}
+def _turns(target_ranks: Sequence[Sequence[int]]) -> dict[int, int]:
+    """Each reader's number, shard by shard."""
+    readers = [reader for ranks in target_ranks for reader in ranks]
+    return {reader: turn for turn, reader in enumerate(readers)}
 
 
 def learn_lengths(world: World, rows: Rows, readers: Sequence[int]) -> None:
-    """Bring `rows.lengths` to every reader that has not got it; senders take turns. Every rank of the world calls it."""
-    tellers = sorted(rows.known)
-    pairs = [(tellers[i % len(tellers)], reader) for i, reader in enumerate(r for r in readers if r not in rows.known)]
-    rows.known.update(readers)
-    outgoing = {to: pickle.dumps(rows.lengths) for teller, to in pairs if teller == world.rank}
-    got = exchange(world, outgoing, [teller for teller, to in pairs if to == world.rank])
-    for payload in got.values():
-        rows.lengths = pickle.loads(payload)
+    """Bring `rows.lengths` to every reader that has not got it. Every rank of the world calls it."""
+    lack = [rank for rank in readers if rank not in rows.known]
+    if lack:
+        lengths = spread(world, rows.lengths, sorted(rows.known), lack)
+        rows.known.update(lack)
+        rows.lengths = lengths if rows.lengths is None else rows.lengths
 
 
 def read_rows(ref: Ref, readers: Sequence[Sequence[int]], minibatches: int = 1) -> tuple[Any, tuple[int, ...]]:
@@ -102,63 +94,110 @@ def read_rows(ref: Ref, readers: Sequence[Sequence[int]], minibatches: int = 1) 
         (value, global rows), both None/() on a rank that does not read. [B, T] fields come as wide as the longest
         row of the share, whatever padding they had at home.
     """
-    world = ref.home.world
-    rows = ref.rows
+    home, world, rows = ref.home, ref.home.world, ref.rows
     assert rows is not None
-    everyone = sorted({rank for ranks in readers for rank in ranks})
-    if world.rank not in everyone and not ref.home.member:
-        rows.known.update(everyone)
+    learn_lengths(world, rows, [rank for ranks in readers for rank in ranks])
+    reads = any(world.rank in ranks for ranks in readers)
+    if not reads and not home.member:
         return None, ()
-    learn_lengths(world, rows, everyone)
     assert rows.lengths is not None
-    targets = partition(rows.lengths, len(readers), rows.group_size, minibatches)
-    moves = plan_moves(ref.shares, ref.home.mesh.shards, targets, readers)
-    held = (
-        {row: i for i, row in enumerate(ref.shares[ref.home.mesh.shard_of(world.rank) or 0])} if ref.home.member else {}
-    )
-    outgoing = {
-        to: pickle.dumps(columns.take(ref.value, [held[row] for row in wanted]), protocol=5)
-        for (source, to), wanted in moves.items()
-        if source == world.rank and to != world.rank
-    }
-    received = exchange(world, outgoing, [s for (s, to) in moves if to == world.rank and s != world.rank])
-    mine = next((share for share, ranks in zip(targets, readers, strict=True) if world.rank in ranks), None)
-    if mine is None:
+    targets = rows.shares(len(readers), minibatches)
+    sources = ref.shares
+    outgoing, incoming = plan_moves(world.rank, sources, home.mesh.shards, targets, readers)
+    held = {row: place for place, row in enumerate(sources[home.shard or 0])} if home.member else {}
+
+    def mine(wanted: Sequence[int]) -> Any:
+        """These rows of what is here; all of them in order without a copy."""
+        return ref.value if len(wanted) == len(held) else columns.take(ref.value, [held[row] for row in wanted])
+
+    # replicas of a reading shard get the same message, packed once
+    packed = {wanted: pack(mine(wanted)) for wanted in {tuple(wanted) for wanted in outgoing.values()}}
+    messages = {to: packed[tuple(wanted)] for to, wanted in outgoing.items()}
+    received = exchange(world, messages, [source for source in incoming if source != world.rank])
+    if not reads:
         return None, ()
-    parts, order = [], []
-    for (source, to), wanted in moves.items():
-        if to == world.rank:
-            here = source == world.rank
-            parts.append(columns.take(ref.value, [held[r] for r in wanted]) if here else pickle.loads(received[source]))
-            order += wanted
+    parts = [mine(wanted) if source == world.rank else unpack(received[source]) for source, wanted in incoming.items()]
+    order = [row for wanted in incoming.values() for row in wanted]
+    value = _in_order(parts, order)
+    return columns.fit(value, max((rows.lengths[row] for row in order), default=0)), tuple(sorted(order))
+
+
+def _in_order(parts: Sequence[Any], order: Sequence[int]) -> Any:
+    """Parts whose rows have the global numbers `order`, joined and sorted by these."""
+    value = parts[0] if len(parts) == 1 else columns.join(parts)
     back = sorted(range(len(order)), key=order.__getitem__)
-    value = columns.take(columns.join(parts), back)
-    return columns.fit(value, max((rows.lengths[row] for row in mine), default=0)), mine
-
-
-def read_value(ref: Ref, readers: Sequence[int]) -> Any:
-    """A value that is not row-wise, on each of `readers`; home ranks take turns to send it."""
-    world = ref.home.world
-    home = ref.home.mesh.ranks
-    pairs = [(home[i % len(home)], reader) for i, reader in enumerate(r for r in readers if r not in home)]
-    outgoing = {to: pickle.dumps(ref.value, protocol=5) for source, to in pairs if source == world.rank}
-    got = exchange(world, outgoing, [source for source, to in pairs if to == world.rank])
-    if ref.home.member:
-        return ref.value
-    return next((pickle.loads(payload) for payload in got.values()), None)
+    return value if back == list(range(len(order))) else columns.take(value, back)
 
 
 def read(ref: Ref, reader: Role, minibatches: int = 1) -> tuple[Any, tuple[int, ...]]:
-    """`ref` as `reader` needs it on this rank: (value, global rows)."""
-    if ref.rows is None:
-        return read_value(ref, reader.mesh.ranks), ()
-    return read_rows(ref, reader.mesh.shards, minibatches)
+    """`ref` as `reader` needs it on this rank: (value, global rows). What was read once is kept with the Ref."""
+    key = (reader.mesh.shards, minibatches)
+    if key not in ref.kept:
+        if ref.rows is None:
+            ref.kept[key] = (spread(ref.home.world, ref.value, ref.home.mesh.ranks, reader.mesh.ranks), ())
+        else:
+            ref.kept[key] = read_rows(ref, reader.mesh.shards, minibatches)
+    return ref.kept[key]
 
 
 def read_everywhere(ref: Ref) -> Any:
     """The whole value on every rank of the world."""
-    world = ref.home.world
-    world.journal.enter(f"get() of a value from {ref.home.name}")
+    home, world = ref.home, ref.home.world
+    world.journal.enter(f"get() of a value from {home.name}")
     if ref.rows is None:
-        return read_value(ref, range(world.size))
-    return read_rows(ref, [tuple(range(world.size))])[0]
+        return spread(world, ref.value, home.mesh.ranks, range(world.size))
+    told = _told(ref)
+    parts = [part for part in everyone(world, told, range(world.size)) if part is not None]
+    return _whole(parts)
+
+
+Part = tuple[tuple[int, ...], int, Any]
+"""A shard's global rows, the length of the longest, and its value."""
+
+
+def _told(ref: Ref, limit: int | None = None) -> Part | None:
+    """What this rank tells of a row-wise value: its shard's rows (below `limit`), if it is the shard's first rank."""
+    home = ref.home
+    shard = home.shard
+    if shard is None or home.mesh.shards[shard][0] != home.world.rank:
+        return None
+    assert ref.rows is not None and ref.rows.lengths is not None
+    share = ref.shares[shard]
+    value = ref.value
+    if limit is not None:
+        kept = [place for place, row in enumerate(share) if row < limit]
+        share, value = tuple(share[place] for place in kept), columns.take(value, kept)
+    return share, max((ref.rows.lengths[row] for row in share), default=0), value
+
+
+def _whole(parts: Sequence[Part]) -> Any:
+    value = _in_order([value for *_, value in parts], [row for share, *_ in parts for row in share])
+    return columns.fit(value, max(longest for _, longest, _ in parts))
+
+
+def read_at_first(
+    world: World, refs: Mapping[str, Ref], more: T, merge: Callable[[T, T], T], limit: int | None = None
+) -> tuple[dict[str, Any], T] | None:
+    """Several values, and something of every rank, on rank 0, in one message up a tree; None on other ranks.
+
+    Args:
+        refs: by any names, the same on every rank.
+        more: this rank's; merged in rank order by `merge`.
+        limit: of row-wise values only the rows with a lower global number.
+    """
+    world.journal.enter(f"the first rank reads {', '.join(refs)}")
+    parts: dict[str, list[Any]] = {name: [] for name in refs}
+    for name, ref in refs.items():
+        if ref.rows is not None:
+            told = _told(ref, limit)
+            parts[name] = [] if told is None else [told]
+        elif ref.home.mesh.ranks[0] == world.rank:
+            parts[name] = [ref.value]
+
+    def both(one: tuple[dict[str, list[Any]], T], other: tuple[dict[str, list[Any]], T]) -> Any:
+        return {name: [*found, *other[0][name]] for name, found in one[0].items()}, merge(one[1], other[1])
+
+    found = merged_at_first(world, (parts, more), both)
+    if found is None:
+        return None
+    return {n: told[0] if refs[n].rows is None else _whole(told) for n, told in found[0].items()}, found[1]

@@ -1,7 +1,8 @@
 """A thread per rank that ends the job when ranks leave lockstep or one of them fails; the reason reaches everybody.
 
-Each rank publishes its journal's recent digests in the job's store; rank 0 compares them. The first verdict, a
-disagreement or a failed rank, is final: every rank reads it within `PERIOD` seconds and leaves.
+Each rank publishes its journal's recent digests in the job's store, some 2 KB and only when there are new ones; rank 0
+compares one digest of each rank, that of the last call which all have made. The first verdict, a disagreement or a
+failed rank, is final: every rank reads it within `PERIOD` seconds and leaves.
 """
 
 from __future__ import annotations
@@ -11,11 +12,13 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Iterable, Sequence
 from datetime import timedelta
 
+import numpy as np
 import torch.distributed as dist
 
-from aligner.spmd.journal import Journal
+from aligner.spmd.journal import Call, Journal
 
 PERIOD = 1.0
 """Seconds between two looks."""
@@ -33,6 +36,7 @@ class Watch:
         tcp = dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=60), wait_for_workers=False)
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         self.store = dist.PrefixStore(f"aligner-watch-{os.environ.get('TORCHELASTIC_RUN_ID', '')}-{attempt}", tcp)
+        self._published, self._all_there = -1, False
         self.stopped = threading.Event()
         self.thread = threading.Thread(target=self._run, name="aligner-watch", daemon=True)
         self.thread.start()
@@ -65,19 +69,23 @@ class Watch:
                 os._exit(1)
 
     def _publish(self) -> None:
-        calls = {call.number: call.digest for call in list(self.journal.calls)}
-        self.store.set(f"calls/{self.rank}", json.dumps(calls))
+        calls = list(self.journal.calls)
+        if calls[-1].number > self._published:
+            self.store.set(f"calls/{self.rank}", as_bytes(calls))  # type: ignore[arg-type]  # bytes are taken too
+            self._published = calls[-1].number
 
     def _judge(self) -> None:
         """Rank 0: find the first call in which two ranks' histories differ."""
         keys = [f"calls/{rank}" for rank in range(self.size)]
-        if not self.store.check(keys):
+        self._all_there = self._all_there or self.store.check(keys)
+        if not self._all_there:
             return
-        histories = [{int(k): v for k, v in json.loads(raw).items()} for raw in self.store.multi_get(keys)]
-        number = first_difference(histories)
-        if number is None:
+        published = self.store.multi_get(keys)
+        if agree(published):
             return
-        self.store.compare_set("verdict", "", json.dumps({"number": number}))
+        number = first_difference([from_bytes(raw) for raw in published])
+        if number is not None:
+            self.store.compare_set("verdict", "", json.dumps({"number": number}))
 
     def _leave(self, verdict: dict) -> None:
         if "number" not in verdict:
@@ -115,6 +123,27 @@ class Watch:
             "Every rank must issue the same role calls; look for a branch on a value that differs between ranks "
             "(bring it to every rank with ref.get() first)."
         )
+
+
+def as_bytes(calls: Iterable[Call]) -> bytes:
+    """Consecutive calls: the last one's number (int64), then every digest (uint32), the last one's first."""
+    newest_first = list(calls)[::-1]
+    digests = np.array([call.digest for call in newest_first], np.uint32)
+    return np.int64(newest_first[0].number).tobytes() + digests.tobytes()
+
+
+def from_bytes(raw: bytes) -> dict[int, int]:
+    """{number: digest}."""
+    last = int(np.frombuffer(raw, np.int64, 1)[0])
+    return {last - back: digest for back, digest in enumerate(np.frombuffer(raw, np.uint32, offset=8).tolist())}
+
+
+def agree(published: Sequence[bytes]) -> bool:
+    """Whether all ranks have one digest at the last call that every rank has made; it covers all calls before it."""
+    last = [int.from_bytes(raw[:8], "little") for raw in published]
+    common = min(last)
+    places = [8 + 4 * (number - common) for number in last]  # beyond the end: a rank that no longer knows
+    return len({raw[place : place + 4] for raw, place in zip(published, places, strict=True)} - {b""}) <= 1
 
 
 def first_difference(histories: list[dict[int, int]]) -> int | None:

@@ -6,8 +6,8 @@ import time
 
 import pytest
 
-from aligner.spmd.journal import Journal
-from aligner.spmd.watch import first_difference
+from aligner.spmd.journal import Call, Journal
+from aligner.spmd.watch import agree, as_bytes, first_difference, from_bytes
 
 START = """
 import time, torch, os
@@ -90,3 +90,17 @@ def test_digests_tell_histories_apart() -> None:
         for call in calls:
             journal.enter(call)
     assert one.stamp() == two.stamp() != three.stamp()
+
+
+def test_published_histories_by_hand() -> None:
+    """Digests of 4 bytes each; the ranks are at calls 3, 2 and 4, so call 2 is the last that all have made."""
+    history = [Call(0, 0, 0, "start"), Call(1, 11, 0, "a"), Call(2, 2**32 - 1, 0, "b"), Call(3, 13, 0, "c")]
+    assert from_bytes(as_bytes(history)) == {0: 0, 1: 11, 2: 2**32 - 1, 3: 13}
+    ahead = [*history[1:], Call(4, 14, 0, "d")]
+    published = [as_bytes(history), as_bytes(history[:3]), as_bytes(ahead)]
+    assert agree(published)
+    other = [history[0], Call(1, 11, 0, "a"), Call(2, 99, 0, "x")]
+    assert not agree([*published, as_bytes(other)])
+    assert first_difference([from_bytes(raw) for raw in [*published, as_bytes(other)]]) == 2
+    # a rank so far ahead that it no longer keeps the call cannot be asked about it
+    assert agree([as_bytes(history[:2]), as_bytes(ahead[-1:])])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -34,19 +36,44 @@ def test_worked_by_hand() -> None:
     assert partition([4, 9, 5, 7], 2, group_size=2) == ((0, 1), (2, 3))
 
 
-@given(LENGTHS, st.integers(1, 4), st.integers(1, 3), st.integers(1, 4), st.integers(0, 5))
+def plan_of_all(sources: Any, source_ranks: Any, targets: Any, target_ranks: Any) -> dict[tuple[int, int], list[int]]:
+    """(source, reader) -> rows, planned in one place for every rank at once: what the ranks' own plans must add up to."""
+    moves: dict[tuple[int, int], list[int]] = {}
+    turn = 0
+    everywhere = [rank for ranks in source_ranks for rank in ranks]
+    for share, readers in zip(targets, target_ranks, strict=True):
+        for reader in readers:
+            if not share:
+                moves[reader if reader in everywhere else everywhere[turn % len(everywhere)], reader] = []
+            for row in share:
+                ranks = next(ranks for held, ranks in zip(sources, source_ranks, strict=True) if row in held)
+                moves.setdefault((reader if reader in ranks else ranks[turn % len(ranks)], reader), []).append(row)
+            turn += 1
+    return moves
+
+
+@given(LENGTHS, st.integers(1, 4), st.integers(1, 3), st.integers(1, 4), st.integers(1, 3), st.integers(0, 5))
 def test_moves_bring_each_reader_its_rows_once(
-    lengths: list[int], source_shards: int, replicas: int, readers: int, shift: int
+    lengths: list[int], source_shards: int, replicas: int, target_shards: int, readers: int, shift: int
 ) -> None:
     sources = partition(lengths, source_shards)
     source_ranks = [[s * replicas + i for i in range(replicas)] for s in range(source_shards)]
-    targets = partition(lengths, readers)
-    target_ranks = [[shift + i] for i in range(readers)]
-    moves = plan_moves(sources, source_ranks, targets, target_ranks)
+    targets = partition(lengths, target_shards)
+    target_ranks = [[shift + s * readers + i for i in range(readers)] for s in range(target_shards)]
+    ranks = range(max(source_shards * replicas, shift + target_shards * readers))
+    plans = {rank: plan_moves(rank, sources, source_ranks, targets, target_ranks) for rank in ranks}
     holds = {rank: set(share) for share, ranks in zip(sources, source_ranks, strict=True) for rank in ranks}
-    for share, (reader,) in zip(targets, target_ranks, strict=True):
-        got = sorted(row for (_, to), rows in moves.items() if to == reader for row in rows)
-        assert got == sorted(share)
-    for (source, to), rows in moves.items():
-        assert set(rows) <= holds[source]
-        assert source == to or not (set(rows) & holds.get(to, set())), "a row that the reader holds must not travel"
+    for share, shard_ranks in zip(targets, target_ranks, strict=True):
+        for reader in shard_ranks:
+            _, incoming = plans[reader]
+            assert sorted(row for rows in incoming.values() for row in rows) == list(share)
+    together = {}
+    for rank, (outgoing, incoming) in plans.items():
+        for source, rows in incoming.items():
+            assert source == rank or plans[source][0][rank] == rows, "both ends must know of a message"
+            assert set(rows) <= holds[source]
+            assert source == rank or not (set(rows) & holds.get(rank, set())), "a row that the reader holds"
+            together[source, rank] = rows
+        for reader in outgoing:
+            assert reader != rank and rank in plans[reader][1]
+    assert together == plan_of_all(sources, source_ranks, targets, target_ranks)

@@ -1,0 +1,53 @@
+"""What every rank has to say at the end of a step, merged on its way to the first rank."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from aligner.reshard.ledger import SyncRow, total
+from aligner.spmd.role import Role
+
+PHASES = {
+    "generate": "generate",
+    "score": "score",
+    "logprobs": "logprobs",
+    "values": "values",
+    "scores": "scores",
+    "update": "update",
+    "reshard_to": "reshard",
+}
+"""Role call -> name of its seconds in a row."""
+
+
+@dataclass(frozen=True)
+class Account:
+    """One rank's, or several ranks' together."""
+
+    most: dict[str, float] = field(default_factory=dict)
+    """Metrics of which the highest rank's counts, such as seconds of a phase."""
+    syncs: tuple[SyncRow, ...] = ()
+    """The last transfer of weights."""
+
+    def row(self) -> dict[str, float]:
+        """The metrics."""
+        return {**(self.syncs[0].metrics() if self.syncs else {}), **self.most}
+
+
+def account_of(roles: Sequence[Role], syncs: Sequence[SyncRow]) -> Account:
+    """This rank's since the last time."""
+    seconds: Counter[str] = Counter()
+    for role in roles:
+        seconds.update(role.seconds)
+        role.seconds.clear()
+    most = {f"seconds_{name}": seconds[call] for call, name in PHASES.items() if call in seconds}
+    return Account(most, (total(syncs),) if syncs else ())
+
+
+def merged(one: Account, other: Account) -> Account:
+    """Both ranks' together; associative."""
+    names = [*one.most, *(name for name in other.most if name not in one.most)]
+    most = {name: max(found[name] for found in (one.most, other.most) if name in found) for name in names}
+    syncs = one.syncs + other.syncs
+    return Account(most, (total(syncs),) if syncs else ())

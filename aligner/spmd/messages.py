@@ -1,0 +1,131 @@
+"""Messages between ranks, over the world's own connections: host memory, gloo.
+
+Every rank issues the same transfers in the same order (lockstep), and within one exchange all receives are posted
+before anything is waited for, so no two ranks can wait for each other. Each message carries the sender's call number
+and its digest: a rank that is somewhere else in the loop is found at the first message.
+
+What many ranks need goes by trees: a rank sends and receives log2(ranks) messages at most, never one for each rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from aligner.spmd.parcels import ALIGN, Bytes, frame, pack, unframe, unpack
+
+if TYPE_CHECKING:
+    from aligner.spmd.world import World
+
+T = TypeVar("T")
+INLINE = 4096 - ALIGN
+"""A payload of at most so many bytes travels with its header, as one message."""
+
+
+def exchange(
+    world: World, outgoing: Mapping[int, Bytes], incoming: Sequence[int], what: str = "values"
+) -> dict[int, Bytes]:
+    """Send `outgoing[peer]`, receive one message from each rank of `incoming`."""
+    peers = sorted({*outgoing, *incoming})
+    if not peers:
+        return {}
+    with world.timeline.span("wait", what, peers):
+        return _exchange(world, outgoing, incoming)
+
+
+def _exchange(world: World, outgoing: Mapping[int, Bytes], incoming: Sequence[int]) -> dict[int, Bytes]:
+    stamp = world.journal.stamp()
+    heads = {peer: np.empty(ALIGN + INLINE, np.uint8) for peer in incoming}
+    arriving: list[Any] = [dist.irecv(torch.from_numpy(head), peer) for peer, head in heads.items()]
+    leaving: list[Any] = []
+    kept = []
+    for peer, payload in outgoing.items():
+        head = np.empty(ALIGN + INLINE, np.uint8)
+        head[:24].view(np.int64)[:] = (payload.size, *stamp)
+        messages = [torch.from_numpy(head)]
+        if payload.size <= INLINE:
+            head[ALIGN : ALIGN + payload.size] = payload
+        else:
+            messages.append(torch.from_numpy(payload))
+        kept += messages
+        leaving += [dist.isend(message, peer) for message in messages]
+    bodies = {}
+    for (peer, head), work in zip(heads.items(), arriving, strict=True):
+        work.wait()
+        size, *theirs = head[:24].view(np.int64).tolist()
+        if tuple(theirs) != stamp:
+            world.journal.disagree(peer, theirs[0])
+        if size <= INLINE:
+            bodies[peer] = head[ALIGN : ALIGN + size]
+        else:
+            bodies[peer] = torch.empty(size, dtype=torch.uint8).numpy()
+            leaving.append(dist.irecv(torch.from_numpy(bodies[peer]), peer))
+    for work in leaving:
+        work.wait()
+    return bodies
+
+
+def spread(world: World, value: Any, holders: Sequence[int], readers: Sequence[int]) -> Any:
+    """`value` of the holders on each of `readers`: whoever has it passes it on, so that each round doubles them.
+
+    Every rank of the world calls it, with the same holders and readers.
+
+    Returns:
+        The value on holders and readers, None elsewhere.
+    """
+    have = list(holders)
+    holding = set(have)
+    lack = [rank for rank in readers if rank not in holding]
+    message = None
+    while lack:
+        told, lack = lack[: len(have)], lack[len(have) :]
+        for source, to in zip(have, told, strict=False):
+            if world.rank == source:
+                message = pack(value) if message is None else message
+                exchange(world, {to: message}, ())
+            elif world.rank == to:
+                message = exchange(world, {}, (source,))[source]
+                value = unpack(message)
+        have += told
+    return value
+
+
+def everyone(world: World, value: Any, ranks: Sequence[int]) -> list[Any]:
+    """Each rank's value on all of `ranks`, in their order; a collective of `ranks`, which hold the caller.
+
+    In round k a rank passes all that it has to the rank 2^k before it (Bruck et al. 1997): log2(ranks) messages, and
+    what arrives is no more than what is wanted.
+    """
+    size, place = len(ranks), ranks.index(world.rank)
+    blocks = [pack(value)]
+    while len(blocks) < size:
+        reach = len(blocks)
+        to, source = ranks[(place - reach) % size], ranks[(place + reach) % size]
+        got = exchange(world, {to: frame(blocks[: size - reach])}, (source,))
+        blocks += unframe(got[source])
+    return [value if n == 0 else unpack(blocks[n]) for n in ((i - place) % size for i in range(size))]
+
+
+def merged_at_first(world: World, value: T, merge: Callable[[T, T], T]) -> T | None:
+    """Every rank's value merged on rank 0, in rank order, up a binomial tree; None elsewhere.
+
+    Args:
+        merge: associative; gets the values of lower ranks first.
+    """
+    rank, size = world.rank, world.size
+    below = []
+    reach = 1
+    while not rank & reach and rank + reach < size:
+        below.append(rank + reach)
+        reach *= 2
+    got = exchange(world, {}, below, "end of the step")
+    for child in below:
+        value = merge(value, unpack(got[child]))
+    if rank == 0:
+        return value
+    exchange(world, {rank & (rank - 1): pack(value)}, (), "end of the step")
+    return None

@@ -1,0 +1,184 @@
+"""What a step costs outside the engines: GRPO through the real loop, driver, roles and transfers, with null engines.
+
+python tools/bench/overhead.py [--ranks 2 8 32 64] [--batches fixed rows] [--placements colocated split] [--steps 5]
+
+Ranks are forked from this process, which has imported everything: 64 of them take some 4 GiB. On a machine with fewer
+cores than ranks the wall time of a step is the sum of all ranks' work; `cpu a rank` is what a rank itself pays, which
+is what a machine with a core for each rank would see, but for the wires.
+
+  fixed     512 rows of up to 1,024 tokens in all, however many ranks
+  rows      8 rows for each rank
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import gc
+import json
+import multiprocessing
+import signal
+import socket
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))  # also from a checkout never installed
+
+import numpy as np
+
+TOKENS = 1024
+"""Longest row."""
+FIXED_ROWS = 512
+ROWS_A_RANK = 8
+PARTS = ("generate", "score", "logprobs", "run", "update", "values", "end of the step", "other threads")
+
+
+def run_case(ranks: int, rows: int, split: bool, steps: int, limit: float) -> list[dict[str, Any]]:
+    """Every rank's figures. RuntimeError where a rank failed or the limit (seconds) passed; no process is left."""
+    import overhead_rank
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with tempfile.TemporaryDirectory() as folder:
+
+        def rank_main(rank: int) -> None:
+            ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # goes with its parent, whatever ends that
+            overhead_rank.environment(rank, ranks, port)
+            overhead_rank.run_rank(ranks, rows, TOKENS, split, steps, Path(folder))
+
+        fork = multiprocessing.get_context("fork")
+        gc.freeze()  # the collector would otherwise write to pages that the ranks share
+        running = [fork.Process(target=rank_main, args=(rank,)) for rank in range(ranks)]
+        for process in running:
+            process.start()
+        end = time.monotonic() + limit
+        try:
+            for process in running:
+                process.join(max(0.0, end - time.monotonic()))
+        finally:
+            late = [process for process in running if process.is_alive()]
+            for process in late:
+                process.kill()
+                process.join()
+        files = [Path(folder) / f"rank{rank}.json" for rank in range(ranks)]
+        if late or not all(file.exists() for file in files):
+            raise RuntimeError(f"{ranks} ranks, {rows} rows: {len(late)} ranks not done within {limit:.0f} s")
+        return [json.loads(file.read_text()) for file in files]
+
+
+def figures(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Of one case, a step: milliseconds of wall and CPU, messages; means over the measured steps."""
+    count = len(found[0]["marks"]) - 1
+
+    def spent(rank: Mapping[str, Any], name: str) -> float:
+        return (rank["marks"][-1][name] - rank["marks"][0][name]) / count * 1e3
+
+    def counted(rank: Mapping[str, Any], group: str, name: str) -> float:
+        return (rank["marks"][-1][group].get(name, 0) - rank["marks"][0][group].get(name, 0)) / count
+
+    cpu = [spent(rank, "cpu") for rank in found]
+    names = {name for rank in found for name in rank["marks"][-1]["parts"]}
+    parts: dict[str, float] = dict.fromkeys(PARTS, 0.0)
+    for name in names:
+        part = "run" if name.startswith("run(") else name
+        parts[part] = parts.get(part, 0.0) + statistics.fmean(counted(rank, "parts", name) for rank in found) * 1e3
+    parts["other threads"] = statistics.fmean(spent(rank, "cpu") - spent(rank, "main") for rank in found)
+    return {
+        "wall": statistics.median(
+            [1e3 * (b["wall"] - a["wall"]) for a, b in zip(found[0]["marks"], found[0]["marks"][1:], strict=False)]
+        ),
+        "cpu": statistics.fmean(cpu),
+        "cpu_most": max(cpu),
+        "cpu_first": cpu[0],
+        "parts": parts,
+        "messages": statistics.fmean(counted(rank, "sent", "messages") for rank in found),
+        "messages_most": max(counted(rank, "sent", "messages") for rank in found),
+        "bytes": statistics.fmean(counted(rank, "sent", "bytes") for rank in found),
+        "bytes_most": max(counted(rank, "sent", "bytes") for rank in found),
+        "collectives": statistics.fmean(counted(rank, "sent", "collectives") for rank in found),
+        "start_world": max(rank["start"]["world"] for rank in found),
+        "start_groups": max(rank["start"]["groups"] for rank in found),
+        "memory": sum(rank["memory"] for rank in found) / len(found),
+    }
+
+
+def fit(ranks: Sequence[int], values: Sequence[float]) -> dict[str, float]:
+    """values ~ a + b log2 n + c n with a, b, c >= 0: least squares of relative errors; the best of all subsets."""
+    n = np.array(ranks, dtype=float)
+    y = np.array(values, dtype=float)
+    columns = {"1": np.ones_like(n), "log2 n": np.log2(n), "n": n}
+    best: tuple[float, dict[str, float]] = (float("inf"), {})
+    for mask in range(1, 8):
+        names = [name for i, name in enumerate(columns) if mask >> i & 1]
+        a = np.stack([columns[name] / y for name in names], 1)
+        found, *_ = np.linalg.lstsq(a, np.ones_like(y), rcond=None)
+        error = float(((a @ found - 1) ** 2).sum()) + 1e-4 * len(names)  # of equals the simpler
+        if (found >= 0).all() and error < best[0]:
+            best = error, dict(zip(names, found.tolist(), strict=True))
+    return {name: best[1].get(name, 0.0) for name in columns}
+
+
+def at(parts: Mapping[str, float], ranks: int) -> float:
+    """What a fit says of so many ranks."""
+    return parts["1"] + parts["log2 n"] * float(np.log2(ranks)) + parts["n"] * ranks
+
+
+def table(name: str, cases: Mapping[int, Mapping[str, Any]]) -> str:
+    """One series of ranks."""
+    lines = [
+        f"{name}\n  ranks   wall ms   cpu ms a rank (most, rank 0)    messages (most)   KiB sent (most)  collectives"
+        "   start s: world, groups"
+    ]
+    for ranks, case in cases.items():
+        lines.append(
+            f"  {ranks:5d} {case['wall']:9.1f} {case['cpu']:10.2f} ({case['cpu_most']:7.2f}, {case['cpu_first']:7.2f})"
+            f"   {case['messages']:9.1f} ({case['messages_most']:5.0f})  {case['bytes'] / 1024:8.0f} "
+            f"({case['bytes_most'] / 1024:6.0f})    {case['collectives']:9.1f}   {case['start_world']:6.1f},"
+            f" {case['start_groups']:6.1f}"
+        )
+    lines.append("  cpu ms a rank by part: " + ", ".join(PARTS))
+    for ranks, case in cases.items():
+        rest = case["cpu"] - sum(case["parts"].values())
+        shown = "  ".join(f"{part} {case['parts'][part]:.2f}" for part in PARTS)
+        lines.append(f"  {ranks:5d} {shown}  rest {rest:.2f}")
+    if len(cases) >= 3:
+        for what in ("cpu", "cpu_first"):
+            parts = fit(list(cases), [case[what] for case in cases.values()])
+            words = " + ".join(f"{value:.3g} {part}" for part, value in parts.items() if value)
+            lines.append(f"  {what} ~ {words} ms; at 1,024 ranks an estimate of {at(parts, 1024):.0f} ms")
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ranks", nargs="+", type=int, default=[2, 8, 32, 64])
+    parser.add_argument("--batches", nargs="+", choices=["fixed", "rows"], default=["fixed", "rows"])
+    parser.add_argument("--placements", nargs="+", choices=["colocated", "split"], default=["colocated", "split"])
+    parser.add_argument("--steps", type=int, default=5, help="measured, after 3 that are not")
+    parser.add_argument("--limit", type=float, default=300.0, help="seconds of one case, at most")
+    parser.add_argument("--json", type=Path, help="write the figures there too")
+    given = parser.parse_args(arguments)
+    sys.path.insert(0, str(Path(__file__).resolve().parent))
+    every: dict[str, dict[int, dict[str, Any]]] = {}
+    for placement in given.placements:
+        for batch in given.batches:
+            name = f"{placement}, " + (f"{FIXED_ROWS} rows" if batch == "fixed" else f"{ROWS_A_RANK} rows a rank")
+            every[name] = {}
+            for ranks in given.ranks:
+                rows = FIXED_ROWS if batch == "fixed" else ROWS_A_RANK * ranks
+                found = run_case(ranks, rows, placement == "split", given.steps, given.limit)
+                every[name][ranks] = figures(found)
+            print(table(name, every[name]), flush=True)
+            if given.json:
+                given.json.write_text(json.dumps(every, indent=2))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

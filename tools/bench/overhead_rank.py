@@ -1,0 +1,289 @@
+"""One rank of tools/bench/overhead.py: the real loop, driver, roles and transfers, with engines that do nothing.
+
+What a null engine leaves out is what an engine computes; everything around it is the product's own code.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from aligner.algorithms.grpo import GrpoConfig, grpo
+from aligner.config import Config, TrainConfig
+from aligner.data.config import DataConfig
+from aligner.data.prompts import Prompt
+from aligner.data.samples import Samples
+from aligner.driver import loop as driver_loop
+from aligner.driver.config import LoggingConfig
+from aligner.objective.advantages import group_advantages
+from aligner.objective.losses import clipped_surrogate
+from aligner.policy.config import PolicyConfig
+from aligner.policy.groups import make_groups
+from aligner.policy.policy import Policy, Reference
+from aligner.reshard.ledger import SyncRow
+from aligner.reward.components import parts_of
+from aligner.reward.config import RewardConfig
+from aligner.reward.role import Reward
+from aligner.reward.worker import Score, Status
+from aligner.roles import Roles
+from aligner.rollout.engine import Completion
+from aligner.rollout.role import Rollout
+from aligner.spmd import transfer
+from aligner.spmd.mesh import Mesh
+from aligner.spmd.role import Role
+from aligner.spmd.world import World
+
+GROUP = 8
+"""Samples of each prompt."""
+PROMPT = 128
+"""Tokens of each prompt."""
+WARM = 3
+"""Steps before the measured ones."""
+METRICS = ("token/clip_fraction", "token/ratio", "token/kl", "token/entropy", "token/gap", "sum/loss", "max/gap")
+"""Of a GRPO update, so that its reductions are of the usual size."""
+
+
+class NullEngine:
+    """Responses of 3/8 to 7/8 of the longest row, the same for the same seed."""
+
+    def __init__(self, tokens: int) -> None:
+        self.longest = tokens - PROMPT
+        self.tokens, self.logp = list(range(100, 100 + self.longest)), [-1.0] * self.longest
+
+    def generate(self, prompts: Any, seeds: Sequence[int], sampling: Any, num_samples: int) -> list[list[Completion]]:
+        found = []
+        for seed in seeds:
+            lengths = [self.longest * (3 + (seed + 7 * i) % 5) // 8 for i in range(num_samples)]
+            found.append([Completion(self.tokens[:n], self.logp[:n], False) for n in lengths])
+        return found
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+class NullRollout(Rollout):
+    """`Rollout` without vLLM."""
+
+    def __init__(self, world: World, mesh: Mesh, tokens: int) -> None:
+        Role.__init__(self, "rollout", world, mesh)
+        self.sampling, self.seed, self.calls = None, 0, 0  # type: ignore[assignment]
+        world.my_group(mesh.groups("tensor", "pipeline"))
+        self.engine = NullEngine(tokens)  # type: ignore[assignment]
+
+
+class NullScorer:
+    """Rewards 0 and 1 in turn."""
+
+    def score(self, items: Sequence[Mapping[str, Any]]) -> list[Score]:
+        return [Score(float(i % 2), Status.OK, 0.0) for i in range(len(items))]
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+class NullReward(Reward):
+    """`Reward` without worker processes; a response is 4 characters a token."""
+
+    def __init__(self, world: World, mesh: Mesh) -> None:
+        Role.__init__(self, "reward", world, mesh)
+        self.config, self.model = RewardConfig(), None
+        self.tokenizer = SimpleNamespace(decode=lambda tokens, **_: "abcd" * len(tokens))  # type: ignore[assignment]
+        self.parts = parts_of(self.config)
+        self.scorers = {part.name: NullScorer() for part in self.parts}
+
+
+class NullReference(Reference):
+    """`Reference` without a model."""
+
+    def __init__(self, name: str, world: World, mesh: Mesh) -> None:
+        Role.__init__(self, name, world, mesh)
+        self.config = PolicyConfig()
+        groups = make_groups(world, mesh)
+        if groups is not None:
+            self.groups = groups
+
+    def forward(self, samples: Samples) -> Tensor:
+        return torch.zeros(samples.tokens_BT.shape)
+
+
+class NullPolicy(NullReference, Policy):
+    """`Policy` without a model: an update sums its metrics over the ranks, and nothing else."""
+
+    def __init__(self, world: World, mesh: Mesh) -> None:
+        NullReference.__init__(self, "policy", world, mesh)
+        self.optimizer_steps = self.version = self.max_response = 0
+        self.syncs = {"rollout": SimpleNamespace(ledger=[])}  # type: ignore[dict-item]
+
+    def _step(self, loss: Any, together: int, samples: Samples, fields: dict[str, Any]) -> dict[str, float]:
+        totals = self._totals(samples)
+        sums = self._reduce({name: torch.zeros((), dtype=torch.float64) for name in METRICS})
+        return {**{name.partition("/")[2]: value for name, value in sums.items()}, "tokens": totals.tokens}
+
+    def reshard_to(self, rollout: Any) -> None:
+        with self.call("reshard_to", takes_part=self.member or rollout.member):
+            if self.member or rollout.member:
+                self.syncs["rollout"].ledger[:] = [SyncRow(moved_bytes=1 << 30, seconds=1.0)]
+
+
+class Meter:
+    """This rank's seconds of CPU by part, and what it sends."""
+
+    def __init__(self) -> None:
+        self.cpu: Counter[str] = Counter()
+        self.sent: Counter[str] = Counter()
+        self._open: list[list[Any]] = []
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """The main thread's CPU seconds inside, but for parts inside it."""
+        self._open.append([time.thread_time(), 0.0])
+        try:
+            yield
+        finally:
+            start, inner = self._open.pop()
+            taken = time.thread_time() - start
+            self.cpu[name] += taken - inner
+            if self._open:
+                self._open[-1][1] += taken
+
+    def watch(self, owner: Any, function: str, name: str) -> None:
+        """Count a function's CPU seconds as `name` from here on."""
+        inner = getattr(owner, function)
+
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            with self.part(name):
+                return inner(*args, **kwargs)
+
+        setattr(owner, function, timed)
+
+    def install(self) -> None:
+        """Before any role is built."""
+        self._count_messages()
+        call = Role.call
+
+        @contextmanager
+        def timed_call(role: Role, method: str, takes_part: bool | None = None) -> Iterator[None]:
+            with self.part(method), call(role, method, takes_part):
+                yield
+
+        Role.call = timed_call  # type: ignore[method-assign]
+        self.watch(Role, "localize", "values")
+        self.watch(driver_loop.Driver, "_row", "end of the step")
+        self.watch(driver_loop.Driver, "_log", "metrics")
+
+    def _count_messages(self) -> None:
+        send = dist.isend
+
+        def counted(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+            self.sent["messages"] += 1
+            self.sent["bytes"] += tensor.numel() * tensor.element_size()
+            return send(tensor, *args, **kwargs)
+
+        dist.isend = counted
+        for name in ("all_gather_object", "all_reduce", "broadcast", "barrier"):
+            self._count_collective(name, getattr(dist, name))
+
+    def _count_collective(self, name: str, inner: Callable[..., Any]) -> None:
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            self.sent["collectives"] += 1
+            return inner(*args, **kwargs)
+
+        setattr(dist, name, counted)
+
+
+class MarkingDriver(driver_loop.Driver):
+    """The driver, with a mark at the start of every step."""
+
+    meter: Meter
+    marks: list[dict[str, Any]]
+
+    def _at(self, step: int) -> None:
+        super()._at(step)
+        mark: dict[str, Any] = {"wall": time.perf_counter(), "cpu": time.process_time(), "main": time.thread_time()}
+        self.marks.append(mark | {"parts": dict(self.meter.cpu), "sent": dict(self.meter.sent)})
+
+
+def meshes_of(ranks: int, split: bool) -> dict[str, Mesh]:
+    """Policy and reference with tensor=2 where that is possible, rollout and reward with one rank a replica."""
+    policy = tuple(range(ranks // 2)) if split else tuple(range(ranks))
+    others = tuple(range(ranks // 2, ranks)) if split else policy
+    tensor = 2 if len(policy) % 2 == 0 else 1
+    sizes = {"policy": tensor, "reference": tensor, "rollout": 1, "reward": 1}
+    places = {"policy": policy, "reference": policy, "rollout": others, "reward": others}
+    return {name: Mesh(places[name], tensor=sizes[name], name=name) for name in sizes}
+
+
+def run_rank(ranks: int, rows: int, tokens: int, split: bool, steps: int, folder: Path) -> None:
+    """Build the roles, run the loop, leave this rank's figures in `folder`. Does not return."""
+    begin = time.perf_counter()
+    torch.set_num_threads(1)
+    world = World(120.0)
+    try:
+        started = time.perf_counter()
+        meter = Meter()
+        meter.install()
+        meshes = meshes_of(ranks, split)
+        roles = Roles(
+            {
+                "policy": NullPolicy(world, meshes["policy"]),
+                "reference": NullReference("reference", world, meshes["reference"]),
+                "rollout": NullRollout(world, meshes["rollout"], tokens),
+                "reward": NullReward(world, meshes["reward"]),
+            }
+        )
+        dist.barrier()
+        built = time.perf_counter()
+        driver = MarkingDriver(_job(rows // GROUP, WARM + steps, folder), world, roles)  # type: ignore[arg-type]
+        driver.meter, driver.marks = meter, []
+        driver.run()
+        start = {"world": started - begin, "groups": built - started}
+        found = {"start": start, "marks": driver.marks[WARM:], "memory": _memory()}
+        (folder / f"rank{world.rank}.json").write_text(json.dumps(found))
+    except BaseException as error:
+        world.fail(error)
+    world.leave()
+
+
+def _job(prompts: int, steps: int, folder: Path) -> Any:
+    data = [
+        Prompt(tuple(range(PROMPT)), "p" * 4 * PROMPT, {"prompt": "p" * 4 * PROMPT, "answer": "42"}, i)
+        for i in range(4 * prompts)
+    ]
+    config = Config(
+        data=DataConfig(prompts_per_step=prompts),
+        logging=LoggingConfig(console=False, timeline_steps=0, samples_every=0),
+        train=TrainConfig(steps=steps, eval_every=0, save=False, report=False),
+        run_dir=str(folder / "run"),
+    )
+    sets = SimpleNamespace(training=data, left_out=Counter(), heldout=[], heldout_pairs=[], heldout_answers=[])
+    settings = GrpoConfig(group_size=GROUP, advantages=partial(group_advantages, normalize="std"),
+                          loss=partial(clipped_surrogate, clip_low=0.2, clip_high=0.28))  # fmt: skip
+    checked = SimpleNamespace(data=sets, heldout=[])
+    return SimpleNamespace(config=config, loop=grpo, settings=settings, roles=settings.roles, checked=checked)
+
+
+def _memory() -> int:
+    """Bytes of this process that are its own."""
+    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    return sum(int(line.split()[1]) for line in lines if line.startswith("Private_")) * 1024
+
+
+def environment(rank: int, ranks: int, port: int) -> None:
+    """What torchrun would set."""
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK="0", MASTER_ADDR="127.0.0.1",
+                      MASTER_PORT=str(port), TORCHELASTIC_RUN_ID=f"overhead-{port}")  # fmt: skip
+
+
+__all__ = ["environment", "run_rank", "transfer"]
