@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -37,9 +36,10 @@ class Account:
 
 def account_of(roles: Sequence[Role], syncs: Sequence[SyncRow]) -> Account:
     """This rank's since the last time."""
-    seconds: Counter[str] = Counter()
+    seconds: dict[str, float] = {}
     for role in roles:
-        seconds.update(role.seconds)
+        for call, taken in role.seconds.items():
+            seconds[call] = seconds.get(call, 0.0) + taken
         role.seconds.clear()
     most = {f"seconds_{name}": seconds[call] for call, name in PHASES.items() if call in seconds}
     return Account(most, (total(syncs),) if syncs else ())

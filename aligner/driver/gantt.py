@@ -22,6 +22,8 @@ COLORS = {
     "update": ORANGE,
     "reshard_to": GREEN,
     "run": GREY,
+    "transfer": "#b0b7bd",
+    "end of the step": "#8a9097",
 }
 FURTHER = (RED, "#b57edc", "#c9a227", "#5d7a3a", "#96624d")
 
@@ -32,7 +34,7 @@ def color_of(call: str, used: dict[str, str]) -> str:
     if method.startswith("run("):
         call, method = f"{role}.run", "run"
     if call not in used:
-        used[call] = COLORS.get(method) or FURTHER[len(used) % len(FURTHER)]
+        used[call] = COLORS.get(method or role) or FURTHER[len(used) % len(FURTHER)]
     return used[call]
 
 

@@ -119,7 +119,7 @@ class Driver:
             else:
                 row[name] = value
         if result.scores is not None:
-            row |= Scores(*(values[name] for name in SCORED[:2]), [], *(values[name] for name in SCORED[2:])).row()
+            row |= Scores(response=[], **{name: values[name] for name in SCORED}).row()
         if result.samples is not None:
             length_B = values["length_B"] - values["prompt_len_B"]
             row["length"] = length_B.float().mean().item()

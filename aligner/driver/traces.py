@@ -11,10 +11,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from aligner.spmd.timeline import FOLDER
+from aligner.spmd.timeline import FOLDER, TRANSFER
 
-TRANSFER, LOOP = "transfer", "between calls"
-"""Causes that are no role call: both ends of a message wait for it alone; a rank is in the loop or the driver."""
+LOOP = "between calls"
+"""Causes that are no role call: TRANSFER, both ends of a message wait for it alone, or one still packs it; LOOP, a rank
+is in the loop or the driver."""
 
 
 @dataclass(frozen=True)

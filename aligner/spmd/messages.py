@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from aligner.spmd.parcels import ALIGN, Bytes, frame, pack, unframe, unpack
+from aligner.spmd.timeline import STEP_END
 
 if TYPE_CHECKING:
     from aligner.spmd.world import World
@@ -98,7 +99,7 @@ def everyone(world: World, value: Any, ranks: Sequence[int]) -> list[Any]:
     """Each rank's value on all of `ranks`, in their order; a collective of `ranks`, which hold the caller.
 
     In round k a rank passes all that it has to the rank 2^k before it (Bruck et al. 1997): log2(ranks) messages, and
-    what arrives is no more than what is wanted.
+    what arrives is no more than what is wanted. Equal values of several ranks may be one object.
     """
     size, place = len(ranks), ranks.index(world.rank)
     blocks = [pack(value)]
@@ -107,7 +108,17 @@ def everyone(world: World, value: Any, ranks: Sequence[int]) -> list[Any]:
         to, source = ranks[(place - reach) % size], ranks[(place + reach) % size]
         got = exchange(world, {to: frame(blocks[: size - reach])}, (source,))
         blocks += unframe(got[source])
-    return [value if n == 0 else unpack(blocks[n]) for n in ((i - place) % size for i in range(size))]
+    made: dict[bytes, Any] = {}  # ranks often say the same
+    found = [value]
+    for block in blocks[1:]:
+        key = block.tobytes() if block.size <= INLINE else b""
+        if key in made:
+            found.append(made[key])
+            continue
+        found.append(unpack(block))
+        if key:
+            made[key] = found[-1]
+    return [found[(i - place) % size] for i in range(size)]
 
 
 def merged_at_first(world: World, value: T, merge: Callable[[T, T], T]) -> T | None:
@@ -122,10 +133,10 @@ def merged_at_first(world: World, value: T, merge: Callable[[T, T], T]) -> T | N
     while not rank & reach and rank + reach < size:
         below.append(rank + reach)
         reach *= 2
-    got = exchange(world, {}, below, "end of the step")
+    got = exchange(world, {}, below, STEP_END)
     for child in below:
         value = merge(value, unpack(got[child]))
     if rank == 0:
         return value
-    exchange(world, {rank & (rank - 1): pack(value)}, (), "end of the step")
+    exchange(world, {rank & (rank - 1): pack(value)}, (), STEP_END)
     return None

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import io
 import pickle
-from collections.abc import Sequence
+import struct
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,7 @@ def pack(value: Any) -> Bytes:
     stream = io.BytesIO()
     beside: list[pickle.PickleBuffer] = []
     _Pickler(stream, protocol=5, buffer_callback=beside.append).dump(value)
-    return frame([np.frombuffer(stream.getbuffer(), np.uint8), *(np.frombuffer(b.raw(), np.uint8) for b in beside)])
+    return frame([stream.getbuffer(), *(part.raw() for part in beside)])
 
 
 def unpack(data: Bytes) -> Any:
@@ -34,36 +35,36 @@ def unpack(data: Bytes) -> Any:
     return pickle.loads(head.data, buffers=beside)
 
 
-def frame(parts: Sequence[Bytes]) -> Bytes:
+def frame(parts: Sequence[Bytes | memoryview]) -> Bytes:
     """Several byte strings as one: their number and sizes (int64), then each, aligned."""
-    sizes = np.array([len(parts), *(part.size for part in parts)], np.int64)
-    starts = _starts(sizes)
-    whole = np.empty(starts[-1], np.uint8)
-    whole[: sizes.nbytes] = sizes.view(np.uint8)
-    for start, part in zip(starts[:-1], parts, strict=True):
-        whole[start : start + part.size] = part
-    return whole
+    sizes = [part.nbytes for part in parts]
+    chunks: list[Any] = [struct.pack(f"<{len(sizes) + 1}q", len(sizes), *sizes)]
+    for part in parts:
+        chunks += [bytes(-len(chunks[-1]) % ALIGN), part]
+    return np.frombuffer(bytearray().join(chunks), np.uint8)
 
 
 def unframe(whole: Bytes) -> list[Bytes]:
     """The parts of a frame, as views of it."""
-    count = int(whole[:8].view(np.int64)[0])
-    sizes = whole[: 8 * (count + 1)].view(np.int64)
-    return [whole[start : start + size] for start, size in zip(_starts(sizes)[:-1], sizes[1:].tolist(), strict=True)]
+    (count,) = struct.unpack_from("<q", whole.data)
+    sizes = struct.unpack_from(f"<{count}q", whole.data, 8)
+    return [whole[start : start + size] for start, size in zip(_starts(sizes), sizes, strict=True)]
 
 
-def _starts(sizes: NDArray[np.int64]) -> list[int]:
-    """Where each part starts, and where the frame ends."""
-    padded = -(-np.concatenate([[sizes.nbytes], sizes[1:]]) // ALIGN) * ALIGN
-    found: list[int] = np.cumsum(padded).tolist()
-    return found
+def _starts(sizes: Sequence[int]) -> Iterator[int]:
+    end = 8 * (len(sizes) + 1)
+    for size in sizes:
+        start = end + -end % ALIGN
+        yield start
+        end = start + size
 
 
 class _Pickler(pickle.Pickler):
     def reducer_override(self, obj: Any) -> Any:
         if type(obj) is Tensor and obj.device.type == "cpu" and obj.layout is torch.strided:
             flat = obj.detach().contiguous().reshape(-1)
-            return _tensor, (pickle.PickleBuffer(flat.view(torch.uint8).numpy()), obj.dtype, tuple(obj.shape))
+            memory: Any = flat.view(torch.uint8).numpy()
+            return _tensor, (pickle.PickleBuffer(memory), obj.dtype, tuple(obj.shape))
         return NotImplemented
 
 

@@ -11,6 +11,8 @@ from typing import Any, Literal, TextIO
 
 Kind = Literal["call", "wait"]
 FOLDER = "timeline"
+TRANSFER, STEP_END = "transfer", "end of the step"
+"""What a rank does that is no role call: it moves values; it tells the first rank what becomes a row of metrics."""
 
 
 def trace_file(run_dir: str | Path, rank: int) -> Path:

@@ -11,6 +11,7 @@ from aligner.spmd.messages import everyone, exchange, merged_at_first, spread
 from aligner.spmd.parcels import pack, unpack
 from aligner.spmd.partition import Shares
 from aligner.spmd.ref import Ref, Rows
+from aligner.spmd.timeline import STEP_END, TRANSFER
 
 if TYPE_CHECKING:
     from aligner.spmd.role import Role
@@ -131,12 +132,13 @@ def _in_order(parts: Sequence[Any], order: Sequence[int]) -> Any:
 
 def read(ref: Ref, reader: Role, minibatches: int = 1) -> tuple[Any, tuple[int, ...]]:
     """`ref` as `reader` needs it on this rank: (value, global rows). What was read once is kept with the Ref."""
-    key = (reader.mesh.shards, minibatches)
+    key, world = (reader.mesh.shards, minibatches), ref.home.world
     if key not in ref.kept:
-        if ref.rows is None:
-            ref.kept[key] = (spread(ref.home.world, ref.value, ref.home.mesh.ranks, reader.mesh.ranks), ())
-        else:
-            ref.kept[key] = read_rows(ref, reader.mesh.shards, minibatches)
+        with world.timeline.span("call", TRANSFER):
+            if ref.rows is None:
+                ref.kept[key] = (spread(world, ref.value, ref.home.mesh.ranks, reader.mesh.ranks), ())
+            else:
+                ref.kept[key] = read_rows(ref, reader.mesh.shards, minibatches)
     return ref.kept[key]
 
 
@@ -144,11 +146,10 @@ def read_everywhere(ref: Ref) -> Any:
     """The whole value on every rank of the world."""
     home, world = ref.home, ref.home.world
     world.journal.enter(f"get() of a value from {home.name}")
-    if ref.rows is None:
-        return spread(world, ref.value, home.mesh.ranks, range(world.size))
-    told = _told(ref)
-    parts = [part for part in everyone(world, told, range(world.size)) if part is not None]
-    return _whole(parts)
+    with world.timeline.span("call", TRANSFER):
+        if ref.rows is None:
+            return spread(world, ref.value, home.mesh.ranks, range(world.size))
+        return _whole([part for part in everyone(world, _told(ref), range(world.size)) if part is not None])
 
 
 Part = tuple[tuple[int, ...], int, Any]
@@ -197,7 +198,8 @@ def read_at_first(
     def both(one: tuple[dict[str, list[Any]], T], other: tuple[dict[str, list[Any]], T]) -> Any:
         return {name: [*found, *other[0][name]] for name, found in one[0].items()}, merge(one[1], other[1])
 
-    found = merged_at_first(world, (parts, more), both)
-    if found is None:
-        return None
-    return {n: told[0] if refs[n].rows is None else _whole(told) for n, told in found[0].items()}, found[1]
+    with world.timeline.span("call", STEP_END):
+        found = merged_at_first(world, (parts, more), both)
+        if found is None:
+            return None
+        return {n: told[0] if refs[n].rows is None else _whole(told) for n, told in found[0].items()}, found[1]

@@ -231,6 +231,7 @@ def run_rank(ranks: int, rows: int, tokens: int, split: bool, steps: int, folder
     torch.set_num_threads(1)
     world = World(120.0)
     try:
+        dist.barrier()
         started = time.perf_counter()
         meter = Meter()
         meter.install()
