@@ -53,6 +53,7 @@ class Ref:
     kept: dict[Any, tuple[Any, tuple[int, ...]]] = field(default_factory=dict, repr=False)
     """What roles have read of it, by (their shards, minibatches): (value here, global rows). The keys are the same on
     every rank."""
+    _fields: dict[str, Ref] = field(default_factory=dict, repr=False)
 
     @property
     def shares(self) -> Shares:
@@ -65,8 +66,11 @@ class Ref:
     def __getitem__(self, name: str) -> Ref:
         if not isinstance(name, str):
             raise TypeError(f"a Ref has fields, not positions: ref[{name!r}]. Use ref.get() to bring the value here.")
-        kept = {key: (_field(value, name), rows) for key, (value, rows) in self.kept.items()}
-        return replace(self, value=_field(self.value, name) if self.home.member else None, kept=kept)
+        if name not in self._fields:
+            kept = {key: (_field(value, name), rows) for key, (value, rows) in self.kept.items()}
+            value = _field(self.value, name) if self.home.member else None
+            self._fields[name] = replace(self, value=value, kept=kept, _fields={})
+        return self._fields[name]
 
     def get(self) -> Any:
         """The whole value, rows in global order, on every rank. A collective: every rank must call it."""

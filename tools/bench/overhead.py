@@ -1,6 +1,7 @@
 """What a step costs outside the engines: GRPO through the real loop, driver, roles and transfers, with null engines.
 
-python tools/bench/overhead.py [--ranks 2 8 32 64] [--batches fixed rows] [--placements colocated split] [--steps 5]
+python tools/bench/overhead.py [--ranks 2 4 8 ...] [--batches fixed rows] [--placements colocated split] [--steps 5]
+python tools/bench/overhead.py --job RUN_DIR...     the same of real jobs, from their timelines
 
 Ranks are forked from this process, which has imported everything: 64 of them take some 4 GiB. On a machine with fewer
 cores than ranks the wall time of a step is the sum of all ranks' work; `cpu a rank` is what a rank itself pays, which
@@ -23,6 +24,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -109,16 +111,19 @@ def figures(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def fit(ranks: Sequence[int], values: Sequence[float]) -> dict[str, float]:
-    """values ~ a + b log2 n + c n with a, b, c >= 0: least squares of relative errors; the best of all subsets."""
+    """values ~ a/n + b + c log2 n + d n, none negative: least squares of relative errors, of the best few terms.
+
+    1/n is what ranks share, log2 n what goes by trees, n what a rank does for each other one.
+    """
     n = np.array(ranks, dtype=float)
     y = np.array(values, dtype=float)
-    columns = {"1": np.ones_like(n), "log2 n": np.log2(n), "n": n}
+    columns = {"/n": 1 / n, "": np.ones_like(n), "log2 n": np.log2(n), "n": n}
     best: tuple[float, dict[str, float]] = (float("inf"), {})
-    for mask in range(1, 8):
+    for mask in range(1, 16):
         names = [name for i, name in enumerate(columns) if mask >> i & 1]
         a = np.stack([columns[name] / y for name in names], 1)
         found, *_ = np.linalg.lstsq(a, np.ones_like(y), rcond=None)
-        error = float(((a @ found - 1) ** 2).sum()) + 1e-4 * len(names)  # of equals the simpler
+        error = float(((a @ found - 1) ** 2).sum()) + 1e-3 * len(names)  # of nearly equals the simpler
         if (found >= 0).all() and error < best[0]:
             best = error, dict(zip(names, found.tolist(), strict=True))
     return {name: best[1].get(name, 0.0) for name in columns}
@@ -126,7 +131,7 @@ def fit(ranks: Sequence[int], values: Sequence[float]) -> dict[str, float]:
 
 def at(parts: Mapping[str, float], ranks: int) -> float:
     """What a fit says of so many ranks."""
-    return parts["1"] + parts["log2 n"] * float(np.log2(ranks)) + parts["n"] * ranks
+    return parts["/n"] / ranks + parts[""] + parts["log2 n"] * float(np.log2(ranks)) + parts["n"] * ranks
 
 
 def table(name: str, cases: Mapping[int, Mapping[str, Any]]) -> str:
@@ -148,22 +153,61 @@ def table(name: str, cases: Mapping[int, Mapping[str, Any]]) -> str:
         shown = "  ".join(f"{part} {case['parts'][part]:.2f}" for part in PARTS)
         lines.append(f"  {ranks:5d} {shown}  rest {rest:.2f}")
     if len(cases) >= 3:
-        for what in ("cpu", "cpu_first"):
+        for what, title in (("cpu", "cpu ms a rank"), ("cpu_first", "cpu ms of rank 0"), ("messages", "messages")):
             parts = fit(list(cases), [case[what] for case in cases.values()])
-            words = " + ".join(f"{value:.3g} {part}" for part, value in parts.items() if value)
-            lines.append(f"  {what} ~ {words} ms; at 1,024 ranks an estimate of {at(parts, 1024):.0f} ms")
+            words = " + ".join(
+                f"{value:.3g}{'' if part == '/n' else ' '}{part}" for part, value in parts.items() if value
+            )
+            lines.append(f"  {title} ~ {words.strip()}; 1,024 ranks, an estimate: {at(parts, 1024):.0f}")
     return "\n".join(lines)
+
+
+def job(run_dir: str) -> str:
+    """Where the steps of a real job went, the first two left out: means over ranks and steps."""
+    from aligner.driver.traces import LOOP, TRANSFER, read_spans, uses, whole_steps, window
+
+    spans = read_spans(run_dir)
+    steps = whole_steps(spans)[2:]
+    kinds = {LOOP: "loop and driver", TRANSFER: "values between roles", "end of the step": "end of the step"}
+
+    def kind_of(call: str, waited: bool) -> str:
+        if call in kinds:
+            return kinds[call]
+        return "small functions (run)" if ".run(" in call else "waits for engines" if waited else "engines"
+
+    spent: dict[str, float] = defaultdict(float)
+    seconds = ranks = 0.0
+    for step in steps:
+        part = [span for span in spans if span.step == step]
+        begin, end = window(part)
+        seconds += end - begin
+        used = uses(part)
+        ranks = len(used)
+        for use in used.values():
+            for waited, found in ((False, use.calls), (True, use.waits)):
+                for call, taken in found.items():
+                    spent[kind_of(call, waited)] += taken / ranks
+    overhead = sum(taken for kind, taken in spent.items() if "engines" not in kind)
+    lines = [f"{run_dir}: {len(steps)} steps of {1e3 * seconds / len(steps):.0f} ms on {ranks:.0f} ranks"]
+    lines += [f"  {kind:<24}{1e3 * taken / len(steps):9.2f} ms {taken / seconds:7.2%}" for kind, taken in spent.items()]
+    return "\n".join(
+        [*lines, f"  {'outside the engines':<24}{1e3 * overhead / len(steps):9.2f} ms {overhead / seconds:7.2%}"]
+    )
 
 
 def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ranks", nargs="+", type=int, default=[2, 8, 32, 64])
+    parser.add_argument("--ranks", nargs="+", type=int, default=[2, 4, 8, 16, 32, 64])
     parser.add_argument("--batches", nargs="+", choices=["fixed", "rows"], default=["fixed", "rows"])
     parser.add_argument("--placements", nargs="+", choices=["colocated", "split"], default=["colocated", "split"])
     parser.add_argument("--steps", type=int, default=5, help="measured, after 3 that are not")
     parser.add_argument("--limit", type=float, default=300.0, help="seconds of one case, at most")
     parser.add_argument("--json", type=Path, help="write the figures there too")
+    parser.add_argument("--job", nargs="+", metavar="RUN_DIR", help="runs with timelines (logging.timeline_steps)")
     given = parser.parse_args(arguments)
+    if given.job:
+        print("\n".join(job(run_dir) for run_dir in given.job))
+        return 0
     sys.path.insert(0, str(Path(__file__).resolve().parent))
     every: dict[str, dict[int, dict[str, Any]]] = {}
     for placement in given.placements:
