@@ -111,6 +111,7 @@ def _check_values(config: Config) -> None:
     if not 0 <= config.reward.max_missing <= 1:
         raise ValueError(f"reward.max_missing={config.reward.max_missing} must be between 0 and 1.")
     config.policy.check("policy")
+    config.reference.check()
     config.critic.check("critic")
     config.reward_model.check("reward_model")
     config.data.check()

@@ -49,7 +49,7 @@ class Ref:
         if self.fixed_shares is not None:
             return self.fixed_shares
         assert self.rows is not None and self.rows.lengths is not None
-        return partition(self.rows.lengths, self.home.mesh.data, self.rows.group_size, self.minibatches)
+        return partition(self.rows.lengths, self.home.mesh.data, self.rows.group_size, self.minibatches, self.home.cost)
 
     def __getitem__(self, name: str) -> Ref:
         if not isinstance(name, str):

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from aligner.spmd import columns
+from aligner.spmd.cost import TOKENS, Cost
 from aligner.spmd.partition import Shares, partition
 from aligner.spmd.ref import Ref, Rows
 
@@ -95,7 +96,9 @@ def learn_lengths(world: World, rows: Rows, readers: Sequence[int]) -> None:
         rows.lengths = pickle.loads(payload)
 
 
-def read_rows(ref: Ref, readers: Sequence[Sequence[int]], minibatches: int = 1) -> tuple[Any, tuple[int, ...]]:
+def read_rows(
+    ref: Ref, readers: Sequence[Sequence[int]], minibatches: int = 1, cost: Cost = TOKENS
+) -> tuple[Any, tuple[int, ...]]:
     """This rank's rows of `ref` under the partition over `readers` (ranks of each reading shard).
 
     Returns:
@@ -111,7 +114,7 @@ def read_rows(ref: Ref, readers: Sequence[Sequence[int]], minibatches: int = 1) 
         return None, ()
     learn_lengths(world, rows, everyone)
     assert rows.lengths is not None
-    targets = partition(rows.lengths, len(readers), rows.group_size, minibatches)
+    targets = partition(rows.lengths, len(readers), rows.group_size, minibatches, cost)
     moves = plan_moves(ref.shares, ref.home.mesh.shards, targets, readers)
     held = (
         {row: i for i, row in enumerate(ref.shares[ref.home.mesh.shard_of(world.rank) or 0])} if ref.home.member else {}
@@ -152,7 +155,7 @@ def read(ref: Ref, reader: Role, minibatches: int = 1) -> tuple[Any, tuple[int, 
     """`ref` as `reader` needs it on this rank: (value, global rows)."""
     if ref.rows is None:
         return read_value(ref, reader.mesh.ranks), ()
-    return read_rows(ref, reader.mesh.shards, minibatches)
+    return read_rows(ref, reader.mesh.shards, minibatches, reader.cost)
 
 
 def read_everywhere(ref: Ref) -> Any:
