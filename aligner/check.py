@@ -15,13 +15,14 @@ from aligner.config import Config
 from aligner.data.prompts import Prompt
 from aligner.data.sets import DataSets, read_sets
 from aligner.data.tokenizer import load_tokenizer
+from aligner.memory import role_bytes
 from aligner.models.family import FAMILIES, Head
 from aligner.models.sizes import check_runs
 from aligner.models.spec import ModelSpec, read_spec, with_scalar_head
 from aligner.models.whole import check_weights
 from aligner.reward.components import parts_of, shown_component
 from aligner.spmd.mesh import Mesh
-from aligner.spmd.placement import MEGATRON, Placement, make_meshes, role_layout
+from aligner.spmd.placement import MEGATRON, RANKS_THAT_WORK, Placement, make_meshes, role_layout
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -111,6 +112,7 @@ def _check_values(config: Config) -> None:
     if not 0 <= config.reward.max_missing <= 1:
         raise ValueError(f"reward.max_missing={config.reward.max_missing} must be between 0 and 1.")
     config.policy.check("policy")
+    config.reference.check()
     config.critic.check("critic")
     config.reward_model.check("reward_model")
     config.data.check()
@@ -182,7 +184,7 @@ def _check_ranks(placement: Placement) -> None:
         if type(ranks) not in (str, int):
             raise ValueError(
                 f"placement.{role}.ranks={list(ranks) if isinstance(ranks, tuple) else ranks} is not understood; use all, "
-                'a list such as [0,1], or ranges like "0-3,6".'
+                f"{RANKS_THAT_WORK}."
             )
 
 
@@ -235,22 +237,14 @@ def _check_end(config: Config, spec: ModelSpec, tokenizer: PreTrainedTokenizerBa
 
 
 def _check_memory(config: Config, specs: Mapping[str, ModelSpec], meshes: Mapping[str, Mesh]) -> None:
-    """Host memory on CPU-only machines: weights, gradients and optimizer state of every role on this host."""
+    """Host memory on CPU-only machines: what every role holds on this host."""
     if torch.cuda.is_available():
         return
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    trained = ("policy", "critic") if "policy" in specs else WITH_SCALAR_HEAD
-    need = 0.0
-    for role, spec in specs.items():
-        mesh = meshes[role]
-        here = min(local, mesh.size)
-        dense = (spec.parameters - spec.parameters_of_experts) / (mesh.tensor * mesh.pipeline)
-        experts = spec.parameters_of_experts / (mesh.expert_tensor * mesh.expert * mesh.pipeline)
-        for weights, copies in ((dense, mesh.data), (experts, mesh.expert_data)):
-            # trained: weights, fp32 gradients, and masters with two moments over the data shards; vLLM: packed weights
-            need += here * weights * (8 + 12 / copies if role in trained else 4)
-        if role == "rollout":
-            need += here * (config.rollout.kv_cache_bytes(spec, mesh.tensor, True, mesh.pipeline) or 0)
+    need = sum(
+        min(local, meshes[role].size) * role_bytes(config, role, specs.keys(), spec, meshes[role], cpu=True)
+        for role, spec in specs.items()
+    )
     there_is = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if need > there_is:
         raise ValueError(

@@ -21,7 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from aligner.data.config import DataConfig
 from aligner.driver.config import LoggingConfig
-from aligner.policy.config import CriticConfig, PolicyConfig, RewardModelConfig
+from aligner.policy.config import CriticConfig, PolicyConfig, ReferenceConfig, RewardModelConfig
 from aligner.reshard.config import ReshardConfig
 from aligner.reward.config import RewardConfig
 from aligner.rollout.config import RolloutConfig, Sampling
@@ -76,6 +76,8 @@ class Config:
     """Training and held-out data."""
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     """The trained model, its optimizer and microbatches."""
+    reference: ReferenceConfig = field(default_factory=ReferenceConfig)
+    """The frozen copy of the starting model (role reference)."""
     critic: CriticConfig = field(default_factory=CriticConfig)
     """The value model (role critic)."""
     reward_model: RewardModelConfig = field(default_factory=RewardModelConfig)

@@ -111,7 +111,9 @@ def build_roles(
     if "policy" in wanted:
         built["policy"] = model(Policy, "policy", config.policy, spec, temperature=temperature, reshard=config.reshard)
     if "reference" in wanted:
-        built["reference"] = model(Reference, "reference", config.policy, spec, temperature=temperature)
+        built["reference"] = model(
+            Reference, "reference", config.reference.over(config.policy), spec, temperature=temperature
+        )
     if "critic" in wanted:
         built["critic"] = model(Critic, "critic", config.critic, scalar("critic"))
     if "reward_model" in wanted:

@@ -1,49 +1,170 @@
-"""Print who owns which rank: `python tools/placement.py WORLD_SIZE [KEY=VALUE ...]` (the job's own overrides)."""
+"""Draw who owns which rank: `python tools/placement.py WORLD_SIZE [--per-node N] [KEY=VALUE ...]` (the job's own overrides).
+
+With model.path, the estimated GiB on every rank too, and the sizes are checked against the model.
+"""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from aligner.config import compose_config, to_config
-from aligner.spmd.mesh import Mesh
-from aligner.spmd.placement import make_meshes
+from aligner.config import Config, compose_config, to_config
+from aligner.memory import learns, role_bytes
+from aligner.models.sizes import check_sizes
+from aligner.models.spec import ModelSpec, read_spec, with_scalar_head
+from aligner.spmd.mesh import EXPERT_AXES, Mesh
+from aligner.spmd.placement import MEGATRON, make_meshes
 
-ROLES = ("policy", "reference", "rollout", "reward", "critic", "reward_model")
+USAGE = "usage: python tools/placement.py WORLD_SIZE [--per-node N] [KEY=VALUE ...]"
+UNREAD = "unread"
+"""Stands for model.path where none is given."""
+LETTERS = {
+    "data": "d: data shard (rollout: replica)",
+    "tensor": "t: tensor slice",
+    "pipeline": "p: pipeline stage",
+    "context": "c: context slice",
+    "expert": "e: expert shard",
+    "expert_tensor": "x: slice of each expert",
+}
+
+
+@dataclass(frozen=True)
+class Map:
+    """Everything that is drawn."""
+
+    world_size: int
+    per_node: int
+    """Ranks of one host; 0: not said."""
+    meshes: Mapping[str, Mesh]
+    """Of the algorithm's roles."""
+    gib: Mapping[str, float]
+    """On each of a role's ranks; empty without a model."""
+
+    def roles_of(self, rank: int) -> list[str]:
+        """Which roles a rank has."""
+        return [role for role, mesh in self.meshes.items() if rank in mesh.ranks]
+
+    def row(self, rank: int) -> list[str]:
+        """One line of the table."""
+        place = [str(n) for n in (rank, *divmod(rank, self.per_node))] if self.per_node else [str(rank)]
+        total = sum(self.gib.get(role, 0.0) for role in self.roles_of(rank))
+        memory = [f"{total:.2f}"] if self.gib else []
+        return [*place, *(cell(mesh, rank) for mesh in self.meshes.values()), *memory]
+
+    def table(self) -> list[str]:
+        """One line for each rank."""
+        head = ["rank", *(["host", "device"] if self.per_node else []), *self.meshes, *(["GiB"] if self.gib else [])]
+        rows = [head, *(self.row(rank) for rank in range(self.world_size))]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        return ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+    def roles(self, learning: Iterable[str]) -> list[str]:
+        """A line for each role: its ranks, sizes and memory; then which roles share ranks."""
+        width = max(map(len, self.meshes))
+        lines = []
+        for role, mesh in self.meshes.items():
+            sizes = " x ".join(f"{axis} {getattr(mesh, axis)}" for axis in axes(mesh)) or "one rank"
+            memory = f", {self.gib[role]:.2f} GiB on each" if role in self.gib else ""
+            lines.append(
+                f"{role.ljust(width)}  ranks {shown(mesh.ranks)}: {sizes}{memory}{', learns' * (role in learning)}"
+            )
+        together: dict[tuple[str, ...], list[int]] = {}
+        for rank in range(self.world_size):
+            together.setdefault(tuple(self.roles_of(rank)), []).append(rank)
+        for roles, ranks in together.items():
+            what = f"shared by {', '.join(roles)}" if len(roles) > 1 else f"{roles[0]} alone" if roles else "unused"
+            lines.append(f"ranks {shown(ranks)}: {what}")
+        return [*lines, *self.crossings()]
+
+    def crossings(self) -> list[str]:
+        """Tensor groups whose ranks are not on one host: their collectives are in every layer."""
+        found = []
+        for role, mesh in self.meshes.items():
+            groups = [
+                group
+                for group in mesh.groups("tensor")
+                if self.per_node and len({r // self.per_node for r in group}) > 1
+            ]
+            if groups:
+                found.append(
+                    f"placement.{role}.tensor={mesh.tensor} spans hosts, such as ranks {shown(groups[0])}: slow"
+                )
+        return found
+
+
+def axes(mesh: Mesh) -> list[str]:
+    """The axes along which this mesh has more than one place."""
+    cut = mesh.expert > 1
+    return [
+        axis for axis in LETTERS if getattr(mesh, axis) > 1 and (cut or axis not in EXPERT_AXES or axis == "pipeline")
+    ]
 
 
 def cell(mesh: Mesh, rank: int) -> str:
-    """What this rank is in the role: data shard, tensor slice, pipeline stage."""
+    """What this rank is in the role, axis by axis; "all": the whole role."""
     if rank not in mesh.ranks:
         return "."
-    at = mesh.coordinates(rank)
-    sizes = {"d": (at["data"], mesh.data), "t": (at["tensor"], mesh.tensor), "p": (at["pipeline"], mesh.pipeline)}
-    return " ".join(f"{axis}{index}" for axis, (index, size) in sizes.items() if size > 1) or "all"
+    at = mesh.coordinates(rank, EXPERT_AXES) | mesh.coordinates(rank)
+    return " ".join(f"{LETTERS[axis][0]}{at[axis]}" for axis in axes(mesh)) or "all"
 
 
-def table(meshes: dict[str, Mesh], world_size: int) -> str:
-    """One row for each rank."""
-    rows = [["rank", *ROLES]]
-    rows += [[str(rank), *(cell(meshes[role], rank) for role in ROLES)] for rank in range(world_size)]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    shapes = [f"{role}: {mesh.data} x tensor {mesh.tensor} x pipeline {mesh.pipeline}" for role, mesh in meshes.items()]
-    return "\n".join(
-        [*lines, "", "d: data shard or replica, t: tensor slice, p: pipeline stage, all: the whole role", *shapes]
-    )
+def shown(ranks: Iterable[int]) -> str:
+    """Ascending ranks, such as "0-3,6"."""
+    runs: list[list[int]] = []
+    for rank in ranks:
+        if runs and runs[-1][-1] == rank - 1:
+            runs[-1].append(rank)
+        else:
+            runs.append([rank])
+    return ",".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
+
+
+def draw(config: Config, world_size: int, per_node: int) -> str:
+    """The map of a job.
+
+    Raises:
+        ValueError: sizes that do not fit the ranks or the model, with the setting and the values that would work.
+    """
+    roles = list(config.algorithm.get("roles") or ("policy", "rollout", "reward"))
+    every = make_meshes(config.placement, world_size)
+    meshes = {role: every[role] for role in roles}
+    gib = {}
+    if config.model.path != UNREAD:
+        for role in (role for role in roles if role != "reward"):
+            spec = _spec(config, role)
+            if role in MEGATRON:
+                check_sizes(spec, meshes[role])
+            gib[role] = role_bytes(config, role, roles, spec, meshes[role], cpu=False) / 2**30
+    found = Map(world_size, per_node, meshes, gib)
+    used = [axis for axis in LETTERS if any(axis in axes(mesh) for mesh in meshes.values())]
+    legend = "; ".join([*(LETTERS[axis] for axis in used), "all: the whole role", ".: not there"])
+    notes = [legend] + (["GiB: weights, gradients, optimizer; no activations, no KV cache"] if gib else [])
+    return "\n".join([*found.table(), "", *notes, "", *found.roles([role for role in roles if learns(role, roles)])])
+
+
+def _spec(config: Config, role: str) -> ModelSpec:
+    spec = read_spec(config.model_path(role)[1])
+    return with_scalar_head(spec) if role in ("critic", "reward_model") else spec
 
 
 def main(arguments: list[str]) -> int:
     """The command. Returns the exit status."""
-    if not arguments or not arguments[0].isdigit() or int(arguments[0]) < 1:
-        sys.stderr.write(f"usage: python tools/placement.py WORLD_SIZE [KEY=VALUE ...]; got {arguments}\n")
+    rest, per_node = list(arguments), "0"
+    if "--per-node" in rest:
+        at = rest.index("--per-node")
+        per_node = "".join(rest[at + 1 : at + 2])
+        rest[at : at + 2] = []
+        per_node = per_node if per_node != "0" else ""
+    if not rest or not rest[0].isdecimal() or int(rest[0]) < 1 or not per_node.isdecimal():
+        sys.stderr.write(f"{USAGE}; got {arguments}\n")
         return 2
-    world_size = int(arguments[0])
     try:
-        config = to_config(compose_config(["model.path=unused", *arguments[1:]]))
-        print(table(dict(make_meshes(config.placement, world_size)), world_size))
+        config = to_config(compose_config([f"model.path={UNREAD}", *rest[1:]]))
+        print(draw(config, int(rest[0]), int(per_node)))
     except ValueError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2

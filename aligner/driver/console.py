@@ -70,6 +70,8 @@ QUIET = {
     "ratio_max",
     "kl_max",
     "clip_fraction",
+    "imbalance",
+    "padding",
     "reward_ok",
     "time",
     "seconds_evaluate",

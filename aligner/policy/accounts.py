@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
+from aligner.policy.calls import attended
 from aligner.policy.global_mean import Totals
 
 MAXIMA = ("gap", "ratio", "kl")
@@ -28,16 +31,32 @@ def gather_metrics(sums: dict[str, Tensor], metrics: dict[str, Tensor], mask_BT:
             sums[f"max/{name}"] = torch.maximum(top, kept.max())
 
 
+def account_work(sums: dict[str, Tensor], tokens: int, microbatches: Sequence[tuple[int, ...]]) -> None:
+    """Add a shard's tokens, and those that were computed: with what pads attention calls, sequence-parallel ranks and
+    microbatches that are there for other shards' collectives.
+
+    Args:
+        microbatches: lengths of the rows of each, what pads them among them.
+    """
+    add_to(sums, "work/rows", torch.tensor(tokens))
+    add_to(sums, "work/computed", torch.tensor(sum(attended(lengths) for lengths in microbatches)))
+
+
 def means(sums: dict[str, float], totals: Totals) -> dict[str, float]:
     """The global batch's sums by their kind -> what is reported; `sum/` stays as it is."""
     count = {"sum": 1.0, "token": max(totals.tokens, 1.0), "row": max(totals.rows, 1.0)}
-    found = {}
+    found: dict[str, float] = {}
+    work: dict[str, float] = {}
     for key, value in sums.items():
         kind, _, name = key.partition("/")
         if kind == "max":
             found[f"{name}_max"] = value
+        elif kind == "work":
+            work[name] = value
         else:
             found[name] = value / count[kind]
+    if work:
+        found["padding"] = 1 - work["rows"] / work["computed"]
     return found
 
 

@@ -13,9 +13,7 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
 
 from aligner.models.spec import ModelSpec
-
-WASTE = 0.25
-"""Rows share one attention call while padding them to the longest wastes at most this fraction."""
+from aligner.policy.calls import shared_calls
 
 
 @lru_cache(maxsize=64)
@@ -27,14 +25,10 @@ def _calls(lengths: tuple[int, ...], device: torch.device) -> tuple[list[tuple[T
     """
     length = torch.tensor(lengths)
     start = torch.cumsum(length, 0) - length
-    order = torch.argsort(length, descending=True, stable=True).tolist()
-    calls, valid, base, at = [], [], 0, 0
-    while at < len(order):
-        longest = lengths[order[at]]
-        end = at
-        while end < len(order) and lengths[order[end]] >= (1 - WASTE) * longest:
-            end += 1
-        rows = torch.tensor(order[at:end])
+    calls, valid, base = [], [], 0
+    for members in shared_calls(lengths):
+        longest = lengths[members[0]]
+        rows = torch.tensor(members)
         place = torch.arange(longest).expand(len(rows), longest)
         # beyond a row's end its last token is read again: causal attention never lets a real query see it
         index = start[rows][:, None] + torch.minimum(place, length[rows][:, None] - 1)
@@ -42,7 +36,6 @@ def _calls(lengths: tuple[int, ...], device: torch.device) -> tuple[list[tuple[T
         valid.append(torch.stack([index[inside], base + torch.nonzero(inside.flatten())[:, 0]]))
         calls.append((index.flatten().to(device), len(rows), longest))
         base += index.numel()
-        at = end
     packed, joined = torch.cat(valid, 1)
     back = torch.empty_like(packed)
     back[packed] = joined
@@ -50,7 +43,7 @@ def _calls(lengths: tuple[int, ...], device: torch.device) -> tuple[list[tuple[T
 
 
 def packed_attention(q_TND: Tensor, k_TKD: Tensor, v_TKD: Tensor, lengths: tuple[int, ...], scale: float) -> Tensor:
-    """Causal attention inside each row of a packed sequence; rows of similar length share one SDPA call.
+    """Causal attention inside each row of a packed sequence; rows of similar length share one SDPA call (`shared_calls`).
 
     Args:
         q_TND: [T, query heads, head_dim]; k_TKD, v_TKD: [T, key/value heads, head_dim].

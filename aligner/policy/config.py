@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import attrgetter
 
 
@@ -61,6 +61,8 @@ class TrainingConfig:
     """Parameters and activations: float32 or bfloat16 (bfloat16 keeps float32 master weights and gradients)."""
     micro_tokens: int = 16384
     """Tokens packed into one microbatch, at most (one longer row makes a microbatch of its own)."""
+    forward_micro_tokens: int | None = None
+    """The same where nothing is learned (logprobs, values, scores), which keeps no activations; null: micro_tokens."""
     recompute: str = "none"
     """Activation recompute in backward: none, selective (attention only) or full."""
     reduction: str = "token_mean"
@@ -82,6 +84,10 @@ class TrainingConfig:
         for key, least in AT_LEAST.items():
             if not attrgetter(key)(self) >= least:
                 raise ValueError(f"{name}.{key}={attrgetter(key)(self)} must be at least {least}.")
+        if self.forward_micro_tokens is not None and self.forward_micro_tokens < 1:
+            raise ValueError(
+                f"{name}.forward_micro_tokens={self.forward_micro_tokens} must be at least 1, or null for micro_tokens."
+            )
         adam = self.optimizer
         for key, beta in (("beta1", adam.beta1), ("beta2", adam.beta2)):
             if not 0 <= beta < 1:
@@ -92,7 +98,35 @@ class TrainingConfig:
 
 @dataclass(frozen=True)
 class PolicyConfig(TrainingConfig):
-    """The trained language model, which starts from model.path; the reference's precision and microbatches too."""
+    """The trained language model, which starts from model.path."""
+
+
+@dataclass(frozen=True)
+class ReferenceConfig:
+    """The frozen copy of the starting model; what is null is as the policy's."""
+
+    dtype: str | None = None
+    """Parameters and activations: float32 or bfloat16. Another one than the policy's rounds otherwise, so that the KL
+    to the reference does not start at 0. null: policy.dtype."""
+    micro_tokens: int | None = None
+    """Tokens packed into one microbatch, at most. null: policy.forward_micro_tokens, or policy.micro_tokens."""
+
+    def check(self) -> None:
+        """Raises ValueError naming the setting and the values that would work."""
+        if self.dtype not in (*CHOICES["dtype"], None):
+            raise ValueError(f"reference.dtype={self.dtype} is unknown; use {', '.join(CHOICES['dtype'])} or null.")
+        if self.micro_tokens is not None and self.micro_tokens < 1:
+            raise ValueError(
+                f"reference.micro_tokens={self.micro_tokens} must be at least 1, or null for the policy's."
+            )
+
+    def over(self, policy: PolicyConfig) -> PolicyConfig:
+        """The reference's settings: the policy's, but for what is said here."""
+        return replace(
+            policy,
+            dtype=self.dtype or policy.dtype,
+            forward_micro_tokens=self.micro_tokens or policy.forward_micro_tokens,
+        )
 
 
 @dataclass(frozen=True)

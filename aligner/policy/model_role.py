@@ -10,13 +10,14 @@ from torch import Tensor
 
 from aligner.data.samples import Samples
 from aligner.models.checkpoint import export_checkpoint, read_into
+from aligner.models.cost import row_cost
 from aligner.models.megatron_layout import MegatronSide
 from aligner.models.spec import ModelSpec
 from aligner.policy import cpu_megatron
 from aligner.policy.config import TrainingConfig
 from aligner.policy.groups import make_groups, prepare_megatron
 from aligner.policy.model import build_model
-from aligner.policy.packing import Packed, microbatches, pack
+from aligner.policy.packing import Packed, even_microbatches, microbatches, pack
 from aligner.policy.pipeline import Pipeline
 from aligner.policy.readout import Readout
 from aligner.spmd import columns
@@ -39,7 +40,7 @@ class ModelRole(Role):
         *,
         sequence_parallel: bool = False,
     ) -> None:
-        super().__init__(name, world, mesh)
+        super().__init__(name, world, mesh, row_cost(spec))
         cpu_megatron.install()
         prepare_megatron()
         self.spec, self.config = spec, config
@@ -63,27 +64,40 @@ class ModelRole(Role):
 
         [B, T] is 0 at each row's first token and beyond its last; the caller applies the mask.
         """
-        batches = microbatches(samples.length_B.tolist(), self.config.micro_tokens)
+        batches = self.microbatches(samples, self.config.forward_micro_tokens or self.config.micro_tokens)
         self.model.train(False)
         out = torch.zeros(samples.tokens_BT.shape[: self.pipeline.readout.dims], device=self.world.device)
         found = self.pipeline.forward(self.packed(samples, batches))
         for rows, part in zip(batches, found, strict=False):
-            (out if part.dim() == 1 else out[:, : part.shape[1]])[torch.tensor(rows)] = part
+            if rows:
+                (out if part.dim() == 1 else out[:, : part.shape[1]])[torch.tensor(rows)] = part
         if self.mesh.pipeline > 1:
             dist.broadcast(out, dist.get_global_rank(self.groups.pp, self.mesh.last_stage), group=self.groups.pp)
         return out.cpu()
 
-    def packed(self, samples: Samples, batches: list[list[int]]) -> list[Packed]:
-        """This shard's microbatches, and after them as many that weigh nothing as the others' collectives need."""
-        count = max(1, len(batches))
-        if self.mesh.expert > 1:  # every microbatch exchanges tokens with the shards that hold the other experts
+    def microbatches(self, samples: Samples, budget: int, together: int = 1) -> list[list[int]]:
+        """This shard's rows of each microbatch; empty ones weigh nothing, and are there for the others' collectives.
+
+        Data shards that exchange tokens with each other's experts have equally many, and pipelines microbatches of
+        nearly equal cost.
+        """
+        lengths = samples.length_B.tolist()
+        found = microbatches(lengths, budget, together) or [[]]
+        if self.mesh.expert == 1 and self.mesh.pipeline == 1:
+            return found
+        count = len(found)
+        if self.mesh.expert > 1:
             most = torch.tensor(count)
             dist.all_reduce(most, op=dist.ReduceOp.MAX, group=self.groups.dp)
             count = int(most)
         if self.mesh.virtual_pipeline > 1:  # its schedule works in groups of as many microbatches as stages
             count += -count % self.mesh.pipeline
+        return even_microbatches(lengths, budget, together, count, self.cost)
+
+    def packed(self, samples: Samples, batches: list[list[int]]) -> list[Packed]:
+        """These microbatches as the model sees them."""
         nothing = pack(torch.zeros(1, 2, dtype=torch.long), torch.tensor([2]), self.multiple_of, self.world.device)
-        return [self._pack(samples, rows) for rows in batches] + [nothing] * (count - len(batches))
+        return [self._pack(samples, rows) if rows else nothing for rows in batches]
 
     def _pack(self, samples: Samples, rows: list[int]) -> Packed:
         part = columns.take(samples, rows)

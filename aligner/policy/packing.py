@@ -11,27 +11,56 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from aligner.spmd.cost import TOKENS, Cost
+from aligner.spmd.partition import deal, of_groups
+
 
 def microbatches(lengths: Sequence[int], budget: int, together: int = 1) -> list[list[int]]:
-    """Row positions of each microbatch: at most `budget` tokens each, rows of similar length together.
+    """Row positions of each microbatch: at most `budget` tokens each, in few microbatches, rows of similar length together.
 
-    Similar lengths keep the attention's padding small. What is longer than the budget gets a microbatch of its own.
+    Largest first into the first microbatch that has room (first fit decreasing, Johnson 1974: at most 11/9 of the fewest
+    and one). What is longer than the budget gets a microbatch of its own.
 
     Args:
         together: groups of this many consecutive rows are never split.
     """
     assert len(lengths) % together == 0, f"{len(lengths)} rows are not whole groups of {together}"
-    groups = [range(first, first + together) for first in range(0, len(lengths), together)]
+    tokens = of_groups(lengths, together, TOKENS)
     found: list[list[int]] = []
-    used = budget + 1
-    for group in sorted(groups, key=lambda rows: (-max(lengths[row] for row in rows), rows[0])):
-        tokens = sum(lengths[row] for row in group)
-        if used + tokens > budget:
+    room: list[int] = []
+    for group in sorted(range(len(tokens)), key=lambda group: (-tokens[group], group)):
+        place = next((number for number, left in enumerate(room) if left >= tokens[group]), len(room))
+        if place == len(room):
             found.append([])
-            used = 0
-        found[-1].extend(group)
-        used += tokens
-    return found
+            room.append(budget)
+        found[place].append(group)
+        room[place] -= tokens[group]
+    return [_rows(groups, together) for groups in found]
+
+
+def even_microbatches(
+    lengths: Sequence[int], budget: int, together: int, count: int, cost: Cost = TOKENS
+) -> list[list[int]]:
+    """Exactly `count` microbatches of nearly equal cost, dearest first, for ranks that wait for each other's; those at the
+    end are empty where there are fewer groups.
+
+    Args:
+        count: as many as `microbatches` finds, or more.
+    """
+    tokens, costs = of_groups(lengths, together, TOKENS), of_groups(lengths, together, cost)
+    found = deal(costs, count, tokens)
+    if any(len(groups) > 1 and sum(tokens[group] for group in groups) > budget for groups in found):
+        found = [[row // together for row in rows[::together]] for rows in microbatches(lengths, budget, together)]
+        while len(found) < count:  # halve the dearest: that keeps within the budget
+            found.sort(key=lambda groups: sum(costs[group] for group in groups) if len(groups) > 1 else -1)
+            groups = found.pop()
+            found += [[groups[at] for at in half] for half in deal([costs[group] for group in groups], 2)]
+    found.sort(key=lambda groups: -sum(costs[group] for group in groups))
+    return [_rows(sorted(groups, key=lambda group: (-tokens[group], group)), together) for groups in found]
+
+
+def _rows(groups: Sequence[int], together: int) -> list[int]:
+    return [row for group in groups for row in range(group * together, (group + 1) * together)]
 
 
 @dataclass(frozen=True)

@@ -12,15 +12,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from aligner.data.samples import Samples
-from aligner.policy.accounts import add_to, gather_metrics, means, over_steps
+from aligner.policy.accounts import account_work, add_to, gather_metrics, means, over_steps
 from aligner.policy.global_mean import LossFunction, Totals, global_mean, rows_together, takes_one_step
 from aligner.policy.model_role import ModelRole
 from aligner.policy.optimizer import Optimizer
-from aligner.policy.packing import microbatches
 from aligner.policy.schedule import learning_rate
 from aligner.spmd import columns
 from aligner.spmd.messages import everyone
-from aligner.spmd.partition import minibatch_groups
+from aligner.spmd.partition import idle, minibatch_groups, partition
 from aligner.spmd.ref import Ref
 
 
@@ -54,7 +53,8 @@ class Trained(ModelRole):
 
         Returns:
             Ref to {metric: float}: the loss, its metrics' means over the trained tokens, or over the rows with one,
-            (and `<name>_max`), grad_norm, lr, tokens.
+            (and `<name>_max`), grad_norm, lr, tokens; imbalance: the share of their time in which data shards wait for the
+            one with the dearest rows, by `cost`; padding: the share of the computed tokens that are none of the rows'.
 
         Raises:
             ValueError: rows that belong together are not in one group of the batch; several steps by a loss for one.
@@ -85,20 +85,20 @@ class Trained(ModelRole):
                     mine = [i for i, row in enumerate(local.mine) if row // size in members]
                     part = {name: _rows_of(value, mine, len(local.mine)) for name, value in local.kwargs.items()}
                     steps.append(self._step(loss, together, columns.take(local.args[0], mine), part))
-            return Ref(self, over_steps(steps))
+            return Ref(self, {**over_steps(steps), "imbalance": self._imbalance(local.rows.lengths, size)})
 
     def _step(self, loss: LossFunction, together: int, samples: Samples, fields: dict[str, Any]) -> dict[str, float]:
         """One optimizer step over this shard's rows of one minibatch."""
         totals = self._totals(samples)
-        batches = microbatches(samples.length_B.tolist(), self.config.micro_tokens, together)
+        batches = self.microbatches(samples, self.config.micro_tokens, together)
         sums: dict[str, Tensor] = {}
         wanted = inspect.signature(loss).parameters
 
         def of_microbatch(number: int, made: dict[str, Tensor]) -> Tensor:
             (_, result), *further = made.items()
-            if number >= len(batches):
-                return 0.0 * result.sum()
             rows = batches[number]
+            if not rows:
+                return 0.0 * result.sum()
             given = {name: _rows_of(value, rows, samples.rows) for name, value in fields.items()}
             given |= {"mask_BT": samples.mask_BT[rows], "rollout_logp_BT": columns.take(samples.rollout_logp_BT, rows)}
             given = {name: self._fit(value, samples.length_B[rows]) for name, value in given.items()}
@@ -112,8 +112,15 @@ class Trained(ModelRole):
 
         self.model.train()
         self.optimizer.zero_grad()
-        self.pipeline.backward(self.optimizer.chunks, self.packed(samples, batches), of_microbatch)
+        packed = self.packed(samples, batches)
+        self.pipeline.backward(self.optimizer.chunks, packed, of_microbatch)
+        account_work(sums, int(samples.length_B.sum()), [tuple(batch.lengths.tolist()) for batch in packed])
         return {**self._descend(means(self._reduce(sums), totals)), "tokens": totals.tokens}
+
+    def _imbalance(self, lengths: list[int], group_size: int) -> float:
+        minibatches = self.config.minibatches
+        shares = partition(lengths, self.mesh.data, group_size, minibatches, self.cost)
+        return idle(lengths, shares, group_size, minibatches, self.cost)
 
     def _descend(self, metrics: dict[str, float]) -> dict[str, float]:
         """The gradients that are there -> new weights."""

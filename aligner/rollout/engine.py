@@ -159,7 +159,10 @@ class RolloutEngine:
         finished: dict[int, Any] = {}
         names = [str(index) for index in range(len(prompts))]
         try:
-            for name, prompt, one in zip(names, prompts, params, strict=True):
+            # longest first: the long ones then do not start when the short ones are done
+            for name, prompt, one in sorted(
+                zip(names, prompts, params, strict=True), key=lambda request: -len(request[1])
+            ):
                 self._llm.add_request(name, tokens_input(list(prompt)), one)
             while self._llm.has_unfinished_requests():
                 finished.update({int(output.request_id): output for output in self._llm.step() if output.finished})

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Sequence
+from itertools import accumulate
+
+from aligner.spmd.cost import TOKENS, Cost
 
 Shares = tuple[tuple[int, ...], ...]
 """For each shard, the ascending global row numbers that it holds."""
+CLOSE = 1000
+"""Loads whose largest is within 1 / CLOSE of their mean are left as they are."""
+PARTNERS = 4
+"""Emptiest shards that the fullest one tries to share anew with, before the deal is final."""
 
 
 def minibatch_groups(groups: int, minibatches: int) -> list[range]:
@@ -14,27 +22,97 @@ def minibatch_groups(groups: int, minibatches: int) -> list[range]:
     return [range(bounds[i], bounds[i + 1]) for i in range(minibatches)]
 
 
-def partition(lengths: Sequence[int], shards: int, group_size: int = 1, minibatches: int = 1) -> Shares:
-    """Rows -> shards, balanced by tokens, whole groups together, every minibatch balanced by itself.
+def partition(
+    lengths: Sequence[int], shards: int, group_size: int = 1, minibatches: int = 1, cost: Cost = TOKENS
+) -> Shares:
+    """Rows -> shards, balanced by cost, whole groups together, every minibatch balanced by itself.
 
     Args:
         lengths: tokens of each row, in global order; rows of one group are consecutive.
         shards: data-parallel shards of the reading role.
         group_size: rows of one prompt, kept on one shard.
         minibatches: optimizer steps that the batch is cut into; minibatch j holds the same rows under any layout.
-
-    Longest group first to the least loaded shard (Graham 1969: at most 4/3 of the best balance); ties go to the
-    lower index, so the answer is the same on every rank.
+        cost: what a row costs the reading role.
     """
     assert len(lengths) % group_size == 0, f"{len(lengths)} rows are not whole groups of {group_size}"
-    tokens = [sum(lengths[g * group_size : (g + 1) * group_size]) for g in range(len(lengths) // group_size)]
+    groups = len(lengths) // group_size
+    tokens, costs = of_groups(lengths, group_size, TOKENS), of_groups(lengths, group_size, cost)
     held: list[list[int]] = [[] for _ in range(shards)]
-    for members in minibatch_groups(len(tokens), minibatches):
-        load = [0] * shards
-        count = [0] * shards
-        for group in sorted(members, key=lambda g: (-tokens[g], g)):
-            shard = min(range(shards), key=lambda s: (load[s], count[s], s))
-            load[shard] += tokens[group]
-            count[shard] += 1
-            held[shard].extend(range(group * group_size, (group + 1) * group_size))
-    return tuple(tuple(sorted(rows)) for rows in held)
+    for members in minibatch_groups(groups, minibatches):
+        part = slice(members.start, members.stop)
+        for share, found in zip(held, deal(costs[part], shards, tokens[part]), strict=True):
+            share += [members.start + group for group in found]
+    return tuple(
+        tuple(row for group in sorted(share) for row in range(group * group_size, (group + 1) * group_size))
+        for share in held
+    )
+
+
+def of_groups(lengths: Sequence[int], group_size: int, cost: Cost) -> list[int]:
+    """What each group of consecutive rows costs."""
+    ends = [0, *accumulate(cost.of(length) for length in lengths)]
+    return [ends[at + group_size] - ends[at] for at in range(0, len(lengths), group_size)]
+
+
+def deal(costs: Sequence[int], shards: int, order: Sequence[int] | None = None) -> list[list[int]]:
+    """Items -> shards, so that the costliest shard costs little more than the mean.
+
+    Dearest item first to the least loaded shard (Graham 1969: at most 4/3 of the best balance), by `costs` and by
+    `order` (such as tokens), of which the better one counts. Then, as long as that helps, the fullest shard and one of
+    the emptiest share their items anew by largest differences (Karmarkar and Karp 1982). Ties go to lower numbers.
+    """
+    found = min((_greedy(key, shards) for key in (costs, order or costs)), key=lambda dealt: _most(dealt, costs))
+    loads = [sum(costs[item] for item in share) for share in found]
+    total = sum(loads)
+    for _ in range(2 * shards):
+        fullest = max(range(shards), key=lambda shard: (loads[shard], -shard))
+        if CLOSE * shards * loads[fullest] <= (CLOSE + 1) * total:
+            break
+        emptiest = heapq.nsmallest(PARTNERS, (shard for shard in range(shards) if shard != fullest), loads.__getitem__)
+        for other in emptiest:
+            pair = _halves(sorted([*found[fullest], *found[other]]), costs)
+            sums = [sum(costs[item] for item in half) for half in pair]
+            if max(sums) < loads[fullest]:
+                for shard, half, load in zip((fullest, other), pair, sums, strict=True):
+                    found[shard], loads[shard] = half, load
+                break
+        else:
+            break
+    return found
+
+
+def idle(lengths: Sequence[int], shares: Shares, group_size: int, minibatches: int, cost: Cost) -> float:
+    """The share of all shards' time in which they wait for the costliest one, minibatch by minibatch: 0 to 1."""
+    groups = minibatch_groups(len(lengths) // group_size, minibatches)
+    step = {group: number for number, members in enumerate(groups) for group in members}
+    loads = [[0] * len(shares) for _ in groups]
+    for shard, rows in enumerate(shares):
+        for row in rows:
+            loads[step[row // group_size]][shard] += cost.of(lengths[row])
+    longest = sum(max(load) for load in loads) * len(shares)
+    return 1 - sum(map(sum, loads)) / longest if longest else 0.0
+
+
+def _greedy(costs: Sequence[int], shards: int) -> list[list[int]]:
+    held: list[list[int]] = [[] for _ in range(shards)]
+    heap = [(0, 0, shard) for shard in range(shards)]
+    for item in sorted(range(len(costs)), key=lambda item: (-costs[item], item)):
+        load, count, shard = heap[0]
+        held[shard].append(item)
+        heapq.heapreplace(heap, (load + costs[item], count + 1, shard))
+    return held
+
+
+def _most(dealt: Sequence[Sequence[int]], costs: Sequence[int]) -> int:
+    return max(sum(costs[item] for item in share) for share in dealt)
+
+
+def _halves(items: Sequence[int], costs: Sequence[int]) -> list[list[int]]:
+    """Items -> two shares of nearly equal cost: the two largest go apart and leave their difference, to the last one."""
+    heap: list[tuple[int, int, list[int], list[int]]]
+    heap = [(-costs[item], number, [item], []) for number, item in enumerate(items)]
+    heapq.heapify(heap)
+    while len(heap) > 1:
+        (large, number, more, less), (small, _, more_2, less_2) = heapq.heappop(heap), heapq.heappop(heap)
+        heapq.heappush(heap, (large - small, number, more + less_2, less + more_2))
+    return [heap[0][2], heap[0][3]]

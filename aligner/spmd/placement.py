@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Any
 
 from aligner.spmd.mesh import Mesh
+
+RANKS_THAT_WORK = 'a list such as [0,1], ranges like "0-3,6", or parts like 0%-50%'
+PART = re.compile(r"\s*(?:(\d+)(?:-(\d+))?|(\d+(?:\.\d+)?)%-(\d+(?:\.\d+)?)%)\s*")
+"""A rank, ranks first-last, or a part of the world: those from one boundary up to, and not with, the next."""
 
 
 @dataclass(frozen=True)
@@ -15,7 +22,7 @@ class RoleLayout:
     """One role's ranks and parallel sizes."""
 
     ranks: Any = "all"
-    """World ranks: `all`, a list such as [0, 1], or ranges such as "0-3,6"."""
+    """World ranks: `all`, a list such as [0, 1], ranges such as "0-3,6", or parts of any world such as 0%-50%."""
     tensor: int = 1
     """Tensor-parallel size, in ranks."""
     pipeline: int = 1
@@ -59,7 +66,7 @@ class Placement:
 
 
 def parse_ranks(value: Any, world_size: int, role: str) -> tuple[int, ...]:
-    """`all`, a list of ints or "0-3,6" -> ascending world ranks.
+    """`all`, a list of ints, "0-3,6" or "0%-50%" -> ascending world ranks.
 
     Raises:
         ValueError: not understood, repeated, or outside the world.
@@ -70,12 +77,7 @@ def parse_ranks(value: Any, world_size: int, role: str) -> tuple[int, ...]:
     if isinstance(value, int):
         value = [value]
     if isinstance(value, str):
-        if not re.fullmatch(r"\s*\d+(-\d+)?(\s*,\s*\d+(-\d+)?)*\s*", value):
-            raise ValueError(
-                f'{name}={value!r} is not understood; use all, a list such as [0,1], or ranges like "0-3,6".'
-            )
-        bounds = [[int(n) for n in part.split("-")] for part in value.split(",")]
-        value = [rank for low_high in bounds for rank in range(low_high[0], low_high[-1] + 1)]
+        value = [rank for part in value.split(",") for rank in _part(part, value, world_size, name)]
     ranks = [int(rank) for rank in value]
     if not ranks or len(set(ranks)) != len(ranks):
         raise ValueError(f"{name}={ranks} must name at least one rank and none twice.")
@@ -86,6 +88,29 @@ def parse_ranks(value: Any, world_size: int, role: str) -> tuple[int, ...]:
             f"{world_size - 1}, or start it with torchrun --nproc-per-node {max(outside) + 1}."
         )
     return tuple(sorted(ranks))
+
+
+def _part(text: str, whole: str, world_size: int, name: str) -> range:
+    """The ranks of one part of a `ranks` setting."""
+    found = PART.fullmatch(text)
+    if not found:
+        raise ValueError(f"{name}={whole!r} is not understood; use all, {RANKS_THAT_WORK}.")
+    first, last, low, high = found.groups()
+    if first is not None:
+        return range(int(first), int(last or first) + 1)
+    if not Fraction(low) < Fraction(high) <= 100:
+        raise ValueError(f"{name}={whole!r} must go up, and to 100% at most; use parts like 0%-50% and 50%-100%.")
+
+    def of(size: int) -> range:  # parts that share a boundary neither overlap nor leave a rank between them
+        return range(*(math.floor(size * Fraction(percent) / 100) for percent in (low, high)))
+
+    if not of(world_size):
+        least = next(size for size in itertools.count(world_size + 1) if of(size))
+        raise ValueError(
+            f"{name}={whole} is no rank of a job of {world_size}; start it with torchrun --nproc-per-node {least} or "
+            "more, or use placement=colocated."
+        )
+    return of(world_size)
 
 
 def make_meshes(placement: Placement, world_size: int) -> Mapping[str, Mesh]:

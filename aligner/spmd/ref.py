@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from aligner.spmd.cost import TOKENS, Cost
 from aligner.spmd.partition import Shares, partition
 
 if TYPE_CHECKING:
@@ -25,14 +26,15 @@ class Rows:
     """World ranks that hold `lengths`."""
     lengths: list[int] | None = None
     """Tokens of each row, in global order; None on ranks that have not needed it."""
-    _shares: dict[tuple[int, int], Shares] = field(default_factory=dict, repr=False)
+    _shares: dict[tuple[int, int, Cost], Shares] = field(default_factory=dict, repr=False)
 
-    def shares(self, shards: int, minibatches: int = 1) -> Shares:
+    def shares(self, shards: int, minibatches: int = 1, cost: Cost = TOKENS) -> Shares:
         """The partition of these rows, computed once; needs the lengths."""
-        if (shards, minibatches) not in self._shares:
+        key = (shards, minibatches, cost)
+        if key not in self._shares:
             assert self.lengths is not None, "a rank that has not learned the lengths asks for the partition"
-            self._shares[shards, minibatches] = partition(self.lengths, shards, self.group_size, minibatches)
-        return self._shares[shards, minibatches]
+            self._shares[key] = partition(self.lengths, shards, self.group_size, minibatches, cost)
+        return self._shares[key]
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,7 +53,7 @@ class Ref:
     """Rows of each shard where they are not `partition(lengths)`: a rollout replica holds what it sampled."""
     minibatches: int = 1
     kept: dict[Any, tuple[Any, tuple[int, ...]]] = field(default_factory=dict, repr=False)
-    """What roles have read of it, by (their shards, minibatches): (value here, global rows). The keys are the same on
+    """What roles have read of it, by (their shards, minibatches, cost): (value here, global rows). The keys are the same on
     every rank."""
     _fields: dict[str, Ref] = field(default_factory=dict, repr=False)
 
@@ -61,7 +63,7 @@ class Ref:
         if self.fixed_shares is not None:
             return self.fixed_shares
         assert self.rows is not None
-        return self.rows.shares(self.home.mesh.data, self.minibatches)
+        return self.rows.shares(self.home.mesh.data, self.minibatches, self.home.cost)
 
     def __getitem__(self, name: str) -> Ref:
         if not isinstance(name, str):

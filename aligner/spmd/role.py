@@ -10,6 +10,7 @@ from typing import Any
 
 from aligner.data.samples import Samples
 from aligner.spmd import columns
+from aligner.spmd.cost import TOKENS, Cost
 from aligner.spmd.mesh import Mesh
 from aligner.spmd.ref import Ref, Rows
 from aligner.spmd.transfer import learn_lengths, read
@@ -30,8 +31,10 @@ class Arguments:
 class Role:
     """Common part of policy, reference, rollout and reward."""
 
-    def __init__(self, name: str, world: World, mesh: Mesh) -> None:
+    def __init__(self, name: str, world: World, mesh: Mesh, cost: Cost = TOKENS) -> None:
         self.name, self.world, self.mesh = name, world, mesh
+        self.cost = cost
+        """What a row costs this role, alike on every rank: its rows are dealt by it."""
         self.member = world.rank in mesh.ranks
         self.shard = mesh.shard_of(world.rank)
         self.group = world.group(mesh.ranks)
@@ -100,7 +103,7 @@ class Role:
         rows = Rows(group_size, set(range(self.world.size)), lengths)
         if not self.member:
             return Ref(self, None, rows, minibatches=minibatches)
-        share = rows.shares(self.mesh.data, minibatches)[self.shard or 0]
+        share = rows.shares(self.mesh.data, minibatches, self.cost)[self.shard or 0]
         value = columns.fit(columns.take(samples, share), max((lengths[row] for row in share), default=0))
         return Ref(self, value, rows, minibatches=minibatches)
 
@@ -112,5 +115,5 @@ class Role:
         learn_lengths(self.world, rows, self.mesh.ranks)
         if not self.member:
             return Ref(self, None, rows)
-        share = rows.shares(self.mesh.data)[self.shard or 0]
+        share = rows.shares(self.mesh.data, cost=self.cost)[self.shard or 0]
         return Ref(self, columns.take(value, share), rows)

@@ -7,6 +7,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from aligner.spmd import columns
+from aligner.spmd.cost import TOKENS, Cost
 from aligner.spmd.messages import everyone, exchange, merged_at_first, spread
 from aligner.spmd.parcels import pack, unpack
 from aligner.spmd.partition import Shares
@@ -88,7 +89,9 @@ def learn_lengths(world: World, rows: Rows, readers: Sequence[int]) -> None:
         rows.lengths = lengths if rows.lengths is None else rows.lengths
 
 
-def read_rows(ref: Ref, readers: Sequence[Sequence[int]], minibatches: int = 1) -> tuple[Any, tuple[int, ...]]:
+def read_rows(
+    ref: Ref, readers: Sequence[Sequence[int]], minibatches: int = 1, cost: Cost = TOKENS
+) -> tuple[Any, tuple[int, ...]]:
     """This rank's rows of `ref` under the partition over `readers` (ranks of each reading shard).
 
     Returns:
@@ -102,7 +105,7 @@ def read_rows(ref: Ref, readers: Sequence[Sequence[int]], minibatches: int = 1) 
     if not reads and not home.member:
         return None, ()
     assert rows.lengths is not None
-    targets = rows.shares(len(readers), minibatches)
+    targets = rows.shares(len(readers), minibatches, cost)
     sources = ref.shares
     outgoing, incoming = plan_moves(world.rank, sources, home.mesh.shards, targets, readers)
     held = {row: place for place, row in enumerate(sources[home.shard or 0])} if home.member else {}
@@ -132,13 +135,13 @@ def _in_order(parts: Sequence[Any], order: Sequence[int]) -> Any:
 
 def read(ref: Ref, reader: Role, minibatches: int = 1) -> tuple[Any, tuple[int, ...]]:
     """`ref` as `reader` needs it on this rank: (value, global rows). What was read once is kept with the Ref."""
-    key, world = (reader.mesh.shards, minibatches), ref.home.world
+    key, world = (reader.mesh.shards, minibatches, reader.cost), ref.home.world
     if key not in ref.kept:
         with world.timeline.span("call", TRANSFER):
             if ref.rows is None:
                 ref.kept[key] = (spread(world, ref.value, ref.home.mesh.ranks, reader.mesh.ranks), ())
             else:
-                ref.kept[key] = read_rows(ref, reader.mesh.shards, minibatches)
+                ref.kept[key] = read_rows(ref, reader.mesh.shards, minibatches, reader.cost)
     return ref.kept[key]
 
 

@@ -216,7 +216,9 @@ SETTINGS = [
         "algorithm=gppo",
         ("algorithm/gppo: no such configuration; available: dapo, dpo, dr_grpo, grpo, gspo",),
     ),
-    Case("option_of_no_name", "placement=2", ("placement=2: no such configuration; available: colocated, split",)),
+    Case(
+        "option_of_no_name", "placement=2", ("placement=2: no such configuration; available: colocated, mixed, split",)
+    ),
     Case("word_for_a_number", "train.steps=many", ("train.steps=many", "give a whole number")),
     Case("fraction_for_a_whole", "train.steps=1.5", ("train.steps=1.5", "give a whole number")),
     Case("word_for_a_fraction", "policy.optimizer.lr=fast", ("policy.optimizer.lr=fast", "give a number")),
@@ -311,7 +313,7 @@ PLACEMENT = [
     Case("bucket", "reshard.bucket_mib=0", ("reshard.bucket_mib=0.0 must be above 0",)),
     Case("sequence_parallel", "placement.policy.sequence_parallel=true", ("placement.policy.sequence_parallel=true", "tensor > 1")),
     Case("reference_sizes", "placement.reference.tensor=2", ("placement.reference.ranks=policy", "placement.reference.ranks=all")),
-    Case("world_size", "placement=split", ("placement.rollout.ranks=[1]", "1 rank(s)", "--nproc-per-node 2"), {"WORLD_SIZE": "1"}),
+    Case("world_size", "placement=split", ("placement.policy.ranks=0%-50%", "job of 1", "--nproc-per-node 2"), {"WORLD_SIZE": "1"}),
     *([Case("memory", "model.path={bad}/huge", ("GiB, and it has", "placement.policy.tensor"))] if ON_CPU else []),
 ]  # fmt: skip
 REWARD = [

@@ -51,7 +51,6 @@ from aligner.data.samples import Samples
 from aligner.models.spec import read_spec
 from aligner.policy import readout
 from aligner.policy.config import PolicyConfig
-from aligner.policy.packing import microbatches
 from aligner.policy.policy import Policy, Reference
 from aligner.rollout.config import RolloutConfig, Sampling
 from aligner.rollout.role import Rollout
@@ -79,7 +78,7 @@ for role in (tp1, pp2):
     logp_BT = role.logprobs(role.place(samples, 1)).get()
     off = (logp_BT - expected["logp_BT"]).abs().max().item()
     if caught:
-        order = [row for batch in microbatches(lengths, config.micro_tokens) for row in batch]
+        order = [row for batch in role.microbatches(samples, config.micro_tokens) for row in batch]
         logits = torch.cat(caught)
         wanted = torch.cat([expected["logits"][row] for row in order])
         found = {"layout": role.name, "logp": off, "logits": (logits[:, :spec.vocab] - wanted).abs().max().item(),

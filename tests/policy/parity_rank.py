@@ -26,7 +26,6 @@ from aligner.objective.advantages import group_advantages
 from aligner.objective.losses import clipped_surrogate
 from aligner.policy import readout
 from aligner.policy.config import OptimizerConfig, PolicyConfig
-from aligner.policy.packing import microbatches
 from aligner.policy.policy import Policy
 from aligner.spmd.mesh import Mesh
 from aligner.spmd.world import World
@@ -121,10 +120,10 @@ class Case:
         return Policy(name, world, mesh, self.spec, config, sequence_parallel=self.sequence_parallel)
 
 
-def logits_off(policy: Policy, mine: list[int], logits_BTV: Tensor, caught: list[Tensor]) -> float:
+def logits_off(policy: Policy, samples: Samples, logits_BTV: Tensor, caught: list[Tensor]) -> float:
     """The largest difference of any logit of this shard's rows, on the last stage."""
-    worst, lengths = 0.0, [LENGTHS[row] for row in mine]
-    for batch, part in zip(microbatches(lengths, policy.config.micro_tokens), caught, strict=False):
+    worst, mine = 0.0, [field["row"] for field in samples.fields]
+    for batch, part in zip(policy.microbatches(samples, policy.config.micro_tokens), caught, strict=False):
         parts = [torch.empty_like(part) for _ in range(policy.mesh.tensor)]
         dist.all_gather(parts, part, group=policy.groups.tp)
         flat, at = torch.cat(parts, -1)[:, :VOCAB], 0
@@ -147,8 +146,8 @@ def check_logits(policy: Policy, ref: Any, expected: Reference) -> float:
     got = policy.logprobs(ref).get()
     readout.logprobs_and_entropy = inner
     off = (got - torch.where(MASK_BT, expected.logp_BT, 0)).abs().max().item()
-    mine = [field["row"] for field in policy.localize((ref,), {}).args[0].fields]
-    return max(off, logits_off(policy, mine, expected.logits_BTV, caught))
+    samples = policy.localize((ref,), {}).args[0]
+    return max(off, logits_off(policy, samples, expected.logits_BTV, caught))
 
 
 def update(policy: Policy, ref: Any, expected: Reference) -> dict[str, float]:

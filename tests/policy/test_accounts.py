@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from aligner.objective.losses import clipped_surrogate, reinforce
-from aligner.policy.accounts import gather_metrics, means, over_steps
+from aligner.policy.accounts import account_work, gather_metrics, means, over_steps
 from aligner.policy.config import PolicyConfig
 from aligner.policy.global_mean import Totals, global_mean, rows_together, takes_one_step
 
@@ -43,6 +43,15 @@ def test_metrics_of_either_form() -> None:
     found = means({name: value.item() for name, value in sums.items()}, TOTALS)
     # kl: (1 + 2 + 3 + 5) / 6 tokens; gap: (1 - 3 + 0.5) / 4 rows
     assert found == pytest.approx({"kl": 11 / 6, "kl_max": 5.0, "gap": -1.5 / 4, "gap_max": 1.0})
+
+
+def test_padding_by_hand() -> None:
+    sums: dict[str, Tensor] = {}
+    # a row of 19 shares the call of four of 20, one of 5 not that of 10; sequence parallelism and empty microbatches
+    account_work(sums, 99, [(20, 20, 20, 20, 19), (1,), (2,)])
+    account_work(sums, 15, [(10, 5)])
+    found = means({name: value.item() for name, value in sums.items()}, TOTALS)
+    assert found == pytest.approx({"padding": 1 - (99 + 15) / (100 + 1 + 2 + 15)})
 
 
 def test_one_row_over_the_steps() -> None:

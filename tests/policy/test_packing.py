@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
+import random
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from aligner.policy.calls import attended, shared_calls
 from aligner.policy.config import OptimizerConfig
-from aligner.policy.packing import microbatches, pack
+from aligner.policy.packing import even_microbatches, microbatches, pack
 from aligner.policy.schedule import learning_rate
+from aligner.spmd.cost import Cost
 
 
 @given(st.lists(st.integers(1, 90), min_size=1, max_size=40), st.integers(10, 200))
@@ -33,10 +36,60 @@ def test_rows_that_belong_together_stay_together(groups: list[int], budget: int,
         assert sum(lengths[row] for row in rows) <= budget or len(rows) == together
 
 
-def test_pairs_by_hand() -> None:
-    # pairs of 12, 9 and 4 tokens, by their longest row 7, 8 and 2: the second pair comes first
-    assert microbatches([5, 7, 8, 1, 2, 2], 16, 2) == [[2, 3], [0, 1, 4, 5]]
-    assert microbatches([5, 7, 8, 1, 2, 2], 16) == [[2, 1], [0, 4, 5, 3]]
+@given(st.lists(st.integers(1, 90), min_size=1, max_size=40), st.integers(90, 200))
+def test_few_microbatches(lengths: list[int], budget: int) -> None:
+    least = math.ceil(sum(lengths) / budget)
+    # first fit leaves at most one microbatch half empty
+    assert len(microbatches(lengths, budget)) <= 2 * least
+
+
+@given(
+    st.lists(st.integers(1, 90), min_size=1, max_size=20), st.integers(10, 200), st.integers(1, 3), st.integers(0, 6)
+)
+def test_even_microbatches_are_as_many_as_asked_for(lengths: list[int], budget: int, together: int, more: int) -> None:
+    rows, cost = [length for length in lengths for _ in range(together)], Cost(90, 1)
+    count = len(microbatches(rows, budget, together)) + more
+    found = even_microbatches(rows, budget, together, count, cost)
+    assert len(found) == count
+    assert sorted(row for batch in found for row in batch) == list(range(len(rows)))
+    assert sum(1 for batch in found if batch) >= min(count, len(lengths)), "empty though there are rows left"
+    for batch in found:
+        assert len({row // together for row in batch}) * together == len(batch), "a group is split"
+        assert sum(rows[row] for row in batch) <= budget or len(batch) == together
+    costs = [sum(cost.of(rows[row]) for row in batch) for batch in found]
+    assert costs == sorted(costs, reverse=True)
+
+
+def test_packed_by_hand() -> None:
+    # pairs of 12, 9 and 4 tokens: the 4 fit in beside the 12
+    assert microbatches([5, 7, 8, 1, 2, 2], 16, 2) == [[0, 1, 4, 5], [2, 3]]
+    # 8 + 7, then 5 + 2 + 2 + 1 in a second one, where 1 also fits in the first
+    assert microbatches([5, 7, 8, 1, 2, 2], 16) == [[2, 1, 3], [0, 4, 5]]
+    # three of equal tokens: 7 + 2, 8, and 5 + 2 + 1
+    assert even_microbatches([5, 7, 8, 1, 2, 2], 16, 1, 3) == [[1, 5], [2], [0, 4, 3]]
+    # squares: 25 + 9 and 16 + 16
+    assert even_microbatches([5, 4, 4, 3], 9, 1, 2, Cost(0, 1)) == [[0, 3], [1, 2]]
+
+
+@given(st.lists(st.integers(1, 400), min_size=1, max_size=80))
+def test_rows_share_calls_with_little_padding(lengths: list[int]) -> None:
+    calls = shared_calls(tuple(lengths))
+    assert sorted(row for call in calls for row in call) == list(range(len(lengths)))
+    for call in calls:
+        assert lengths[call[0]] == max(lengths[row] for row in call)
+    padded = sum(lengths[call[0]] - lengths[row] for call in calls for row in call)
+    assert padded <= 0.025 * sum(lengths)
+    assert attended(tuple(lengths)) == sum(lengths) + padded
+
+
+def test_skewed_lengths_share_calls() -> None:
+    """A long tail, 32 times the median: padding below 3%, with many rows in a call."""
+    draw = random.Random(0)
+    lengths = [max(1, min(2048, int(64 * draw.lognormvariate(0, 1)))) for _ in range(512)]
+    batches = [tuple(lengths[row] for row in batch) for batch in microbatches(lengths, 4096)]
+    assert 1 - sum(lengths) / sum(map(attended, batches)) < 0.03
+    assert sum(len(shared_calls(batch)) for batch in batches) < 512 / 3
+    assert len(batches) <= math.ceil(sum(lengths) / 4096) + 1
 
 
 def test_pack_by_hand() -> None:

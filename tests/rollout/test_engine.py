@@ -69,6 +69,19 @@ def test_samples_depend_on_their_seed_only(loaded: Loaded) -> None:
     assert all(a[0].tokens != b[0].tokens for a, b in zip(one_order, other_seeds, strict=True))
 
 
+def test_long_prompts_go_first_and_answers_come_in_the_prompts_order(
+    loaded: Loaded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, engine, _ = loaded
+    words, added = tiny.prompts(4)[0], []
+    asked = [[*words, *words][:length] for length in (3, 9, 5, 9)]
+    inner = engine._llm.add_request
+    monkeypatch.setattr(engine._llm, "add_request", lambda name, *rest: (added.append(name), inner(name, *rest)))
+    found = engine.generate(asked, [0] * 4, GREEDY)
+    assert added == ["1", "3", "2", "0"]
+    assert [one.tokens for (one,) in found] == [tiny.greedy(model, prompt, 24) for prompt in asked]
+
+
 def test_stop_token_is_included(loaded: Loaded) -> None:
     model, engine, _ = loaded
     (prompt,) = tiny.prompts(1)

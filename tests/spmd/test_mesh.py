@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from megatron.core.parallel_state import RankGenerator
 
+from aligner.config import CONF, compose_config, to_config
 from aligner.spmd.mesh import Mesh
 from aligner.spmd.placement import Placement, RoleLayout, make_meshes, parse_ranks
 
@@ -95,3 +100,61 @@ def test_any_rank_lists() -> None:
     assert parse_ranks("0-2,5", 8, "policy") == (0, 1, 2, 5)
     assert parse_ranks([3, 1], 8, "policy") == (1, 3)
     assert parse_ranks("all", 3, "policy") == (0, 1, 2)
+    assert parse_ranks("0%-50%", 8, "policy") == (0, 1, 2, 3)
+    assert parse_ranks("0%-25%,75%-100%", 8, "policy") == (0, 1, 6, 7)
+    assert parse_ranks("7,0%-12.5%", 8, "policy") == (0, 7)
+
+
+@given(st.integers(4, 300), st.lists(st.integers(1, 99), unique=True, max_size=3).map(sorted))
+def test_parts_that_share_boundaries_hold_every_rank_once(world_size: int, inner: list[int]) -> None:
+    bounds = [0, *inner, 100]
+    parts = [range(world_size * low // 100, world_size * high // 100) for low, high in pairwise(bounds)]
+    for (low, high), ranks in zip(pairwise(bounds), parts, strict=True):
+        if ranks:
+            assert parse_ranks(f"{low}%-{high}%", world_size, "policy") == tuple(ranks)
+    assert [rank for ranks in parts for rank in ranks] == list(range(world_size))
+
+
+@pytest.mark.parametrize(
+    ("ranks", "world_size", "said"),
+    [
+        ("0%-50%", 1, "is no rank of a job of 1; start it with torchrun --nproc-per-node 2 or more"),
+        ("50%-75%", 2, "is no rank of a job of 2; start it with torchrun --nproc-per-node 4 or more"),
+        ("50%-20%", 4, "must go up, and to 100% at most"),
+        ("50%-120%", 4, "must go up, and to 100% at most"),
+        ("50%", 4, 'is not understood; use all, a list such as [0,1], ranges like "0-3,6", or parts like 0%-50%.'),
+        ("0%-50%,1", 4, "none twice"),
+        ("0-50%", 4, "is not understood"),
+    ],
+)
+def test_parts_that_cannot_be(ranks: str, world_size: int, said: str) -> None:
+    with pytest.raises(ValueError, match=r"placement\.policy\.ranks") as error:
+        parse_ranks(ranks, world_size, "policy")
+    assert said in str(error.value)
+
+
+OPTIONS = sorted(file.stem for file in (CONF / "placement").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 4, 8, 64])
+@pytest.mark.parametrize("option", OPTIONS)
+def test_every_shipped_placement_works_for_any_world(option: str, world_size: int) -> None:
+    config = to_config(compose_config(["model.path=x", f"placement={option}"]))
+    meshes = make_meshes(config.placement, world_size)
+    assert {rank for mesh in meshes.values() for rank in mesh.ranks} == set(range(world_size)), "ranks without a role"
+    if option == "colocated":
+        assert {mesh.ranks for mesh in meshes.values()} == {tuple(range(world_size))}
+        return
+    learn, answer = tuple(range(world_size // 2)), tuple(range(world_size // 2, world_size))
+    frozen = answer if option == "split" else learn
+    assert {role: mesh.ranks for role, mesh in meshes.items()} == {
+        "policy": learn, "critic": learn, "rollout": answer, "reward": answer, "reference": frozen, "reward_model": frozen,
+    }  # fmt: skip
+
+
+def test_split_cuts_frozen_models_like_the_policy() -> None:
+    sizes = ["placement.policy.tensor=2", "placement.policy.pipeline=2", "placement.policy.stage_layers=[1,3]"]
+    config = to_config(compose_config(["model.path=x", "placement=split", *sizes]))
+    meshes = make_meshes(config.placement, 8)
+    for role in ("policy", "reference", "reward_model"):
+        assert (meshes[role].tensor, meshes[role].pipeline, meshes[role].stage_layers) == (2, 2, (1, 3)), role

@@ -1,0 +1,30 @@
+"""What a row costs a model: FLOPs of a forward pass by the row's length (pure arithmetic)."""
+
+from __future__ import annotations
+
+import math
+
+from aligner.models.family import EMBEDDING, Head, dense_shapes, end_shapes, expert_shapes
+from aligner.models.spec import ModelSpec
+from aligner.spmd.cost import Cost
+
+
+def row_cost(spec: ModelSpec) -> Cost:
+    """FLOPs of a forward pass over one row; a backward pass has twice as many of each kind.
+
+    2 for each weight of a matrix that a token passes: of experts those that it is sent to, of the embedding none (it is looked up)
+    unless it is the output layer too. Attention: 2 products (scores, values) of 2 FLOPs over the causal half of l^2
+    pairs, for every query head's dimensions in every layer.
+    """
+    sparse = len(spec.sparse_layers)
+    passed = (spec.layers - sparse) * _weights(dense_shapes(spec, False))
+    if sparse:
+        passed += sparse * (_weights(dense_shapes(spec, True)) + spec.experts_per_token * _weights(expert_shapes(spec)))
+    ends = end_shapes(spec)
+    embedding = ends.pop(EMBEDDING.logical[0])
+    passed += _weights(ends) + (math.prod(embedding) if spec.tied and spec.head is Head.LANGUAGE else 0)
+    return Cost(2 * passed, 2 * spec.layers * spec.heads * spec.head_dim)
+
+
+def _weights(shapes: dict[str, tuple[int, ...]]) -> int:
+    return sum(math.prod(shape) for shape in shapes.values() if len(shape) > 1)
