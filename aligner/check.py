@@ -246,7 +246,7 @@ def _check_memory(config: Config, specs: Mapping[str, ModelSpec], meshes: Mappin
         here = min(local, mesh.size)
         dense = (spec.parameters - spec.parameters_of_experts) / (mesh.tensor * mesh.pipeline)
         experts = spec.parameters_of_experts / (mesh.expert_tensor * mesh.expert * mesh.pipeline)
-        for weights, copies in ((dense, mesh.data), (experts, mesh.expert_data)):
+        for weights, copies in ((dense, mesh.data * mesh.context), (experts, mesh.expert_data)):
             # trained: weights, fp32 gradients, and masters with two moments over the data shards; vLLM: packed weights
             need += here * weights * (8 + 12 / copies if role in trained else 4)
         if role == "rollout":

@@ -19,7 +19,7 @@ def cell(mesh: Mesh, rank: int) -> str:
     if rank not in mesh.ranks:
         return "."
     at = mesh.coordinates(rank)
-    sizes = {"d": (at["data"], mesh.data), "t": (at["tensor"], mesh.tensor), "p": (at["pipeline"], mesh.pipeline)}
+    sizes = {"d": (at["data"], mesh.data), "t": (at["tensor"], mesh.tensor), "p": (at["pipeline"], mesh.pipeline), "c": (at["context"], mesh.context)}  # fmt: skip
     return " ".join(f"{axis}{index}" for axis, (index, size) in sizes.items() if size > 1) or "all"
 
 

@@ -82,13 +82,16 @@ class ModelRole(Role):
             count = int(most)
         if self.mesh.virtual_pipeline > 1:  # its schedule works in groups of as many microbatches as stages
             count += -count % self.mesh.pipeline
-        nothing = pack(torch.zeros(1, 2, dtype=torch.long), torch.tensor([2]), self.multiple_of, self.world.device)
+        nothing = self._cut(torch.zeros(1, 2, dtype=torch.long), torch.tensor([2]))
         return [self._pack(samples, rows) for rows in batches] + [nothing] * (count - len(batches))
 
     def _pack(self, samples: Samples, rows: list[int]) -> Packed:
         part = columns.take(samples, rows)
-        width = int(part.length_B.max())
-        return pack(part.tokens_BT[:, :width], part.length_B, self.multiple_of, self.world.device)
+        return self._cut(part.tokens_BT[:, : int(part.length_B.max())], part.length_B)
+
+    def _cut(self, tokens_BT: Tensor, length_B: Tensor) -> Packed:
+        context = self.mesh.coordinates(self.world.rank)["context"]
+        return pack(tokens_BT, length_B, self.multiple_of, self.world.device, self.mesh.context, context)
 
     def save_checkpoint(self, folder: str | Path, dtype: str | None = None) -> None:
         """Write a Hugging Face checkpoint (config, safetensors, tokenizer) from the ranks that hold the weights."""
