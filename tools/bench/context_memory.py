@@ -1,0 +1,119 @@
+"""Activation memory of an update on one long row, by context-parallel size: bytes per rank above what rests.
+
+python tools/bench/context_memory.py [--tokens 8192] [--layers 4] [--context 1 2] [--tensor 1] [--recompute none ...]
+
+One line of JSON for each size and kind of recompute. On a CPU the peak is summed up from the profiler's record of every
+allocation, exact to the byte; with CUDA it is the allocator's own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+sys.path.insert(0, str(ROOT))  # also from a checkout never installed
+
+import torch
+
+from aligner.data.column_addition import ModelShape, write_model
+from aligner.data.samples import Samples
+from aligner.models.spec import read_spec
+from aligner.policy.config import OptimizerConfig, PolicyConfig
+from aligner.policy.policy import Policy
+from aligner.spmd.mesh import Mesh
+from aligner.spmd.world import World
+
+SHAPE: dict[str, int] = {"hidden": 256, "heads": 8, "kv_heads": 2, "head_dim": 32, "ffn": 768}
+
+
+def peak_bytes(work: Callable[[], Any], device: torch.device) -> int:
+    """The most memory that `work` holds at once, beside what was there before."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        work()
+        return torch.cuda.max_memory_allocated(device) - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        work()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
+
+
+def one_row(tokens: int, vocab: int) -> Samples:
+    """All of it but the first token is trained."""
+    one = torch.ones(1, dtype=torch.long)
+    generator = torch.Generator().manual_seed(0)
+    tokens_BT = torch.randint(3, vocab, (1, tokens), generator=generator)
+    return Samples(tokens_BT, one, one * tokens, torch.arange(tokens)[None] > 0, one, [{}])
+
+
+def measure(world: World, arguments: argparse.Namespace, recompute: str) -> int:
+    """Peak of the second update: buffers and optimizer state are there since the first."""
+    with tempfile.TemporaryDirectory() as folder:
+        write_model(Path(folder), ModelShape(**SHAPE, layers=arguments.layers), seed=0)
+        spec = read_spec(Path(folder))
+        mesh = Mesh(tuple(range(world.size)), arguments.tensor, context=world.size // arguments.tensor, name="policy")
+        config = PolicyConfig(micro_tokens=1, recompute=recompute, optimizer=OptimizerConfig(lr=0.0))
+        policy = Policy(recompute, world, mesh, spec, config, sequence_parallel=arguments.tensor > 1)
+
+    def likelihood(policy_logp_BT: torch.Tensor, *, mask_BT: torch.Tensor) -> tuple[torch.Tensor, dict[str, Any]]:
+        return -torch.where(mask_BT, policy_logp_BT, 0.0), {}
+
+    ref = policy.place(one_row(arguments.tokens, spec.vocab))
+    policy.update(likelihood, ref)
+    return peak_bytes(lambda: policy.update(likelihood, ref), world.device)
+
+
+def measure_all(arguments: argparse.Namespace) -> None:
+    """A rank of the job."""
+    world = World(600)
+    for recompute in arguments.recompute:
+        peak = torch.tensor([measure(world, arguments, recompute)])
+        peak = max(int(n) for n in world_values(world, peak))
+        if world.rank == 0:
+            sizes = {"context": world.size // arguments.tensor, "tensor": arguments.tensor, "tokens": arguments.tokens}
+            print(json.dumps({**sizes, "recompute": recompute, "peak_mib": round(peak / 2**20, 1)}), flush=True)
+    world.leave()
+
+
+def world_values(world: World, value: torch.Tensor) -> list[torch.Tensor]:
+    """A number from every rank."""
+    found = [torch.zeros_like(value) for _ in range(world.size)]
+    torch.distributed.all_gather(found, value)
+    return found
+
+
+def main() -> int:
+    """The command: one job for each size. Returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, default=8192)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--context", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--tensor", type=int, default=1)
+    parser.add_argument("--recompute", nargs="+", default=["none", "selective", "full"])
+    parser.add_argument("--rank", action="store_true", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.rank:
+        measure_all(arguments)
+        return 0
+    for size in arguments.context:
+        launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={size * arguments.tensor}"]
+        done = subprocess.run([sys.executable, *launch, __file__, *sys.argv[1:], "--rank"])
+        if done.returncode:
+            return done.returncode
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
