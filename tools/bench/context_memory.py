@@ -60,12 +60,10 @@ def one_row(tokens: int, vocab: int) -> Samples:
 
 def measure(world: World, arguments: argparse.Namespace, recompute: str) -> int:
     """Peak of the second update: buffers and optimizer state are there since the first."""
-    with tempfile.TemporaryDirectory() as folder:
-        write_model(Path(folder), ModelShape(**SHAPE, layers=arguments.layers), seed=0)
-        spec = read_spec(Path(folder))
-        mesh = Mesh(tuple(range(world.size)), arguments.tensor, context=world.size // arguments.tensor, name="policy")
-        config = PolicyConfig(micro_tokens=1, recompute=recompute, optimizer=OptimizerConfig(lr=0.0))
-        policy = Policy(recompute, world, mesh, spec, config, sequence_parallel=arguments.tensor > 1)
+    spec = read_spec(arguments.folder)
+    mesh = Mesh(tuple(range(world.size)), arguments.tensor, context=world.size // arguments.tensor, name="policy")
+    config = PolicyConfig(micro_tokens=1, recompute=recompute, optimizer=OptimizerConfig(lr=0.0))
+    policy = Policy(recompute, world, mesh, spec, config, sequence_parallel=arguments.tensor > 1)
 
     def likelihood(policy_logp_BT: torch.Tensor, *, mask_BT: torch.Tensor) -> tuple[torch.Tensor, dict[str, Any]]:
         return -torch.where(mask_BT, policy_logp_BT, 0.0), {}
@@ -102,16 +100,18 @@ def main() -> int:
     parser.add_argument("--context", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--tensor", type=int, default=1)
     parser.add_argument("--recompute", nargs="+", default=["none", "selective", "full"])
-    parser.add_argument("--rank", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)  # given to the ranks
     arguments = parser.parse_args()
-    if arguments.rank:
+    if arguments.folder:
         measure_all(arguments)
         return 0
-    for size in arguments.context:
-        launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={size * arguments.tensor}"]
-        done = subprocess.run([sys.executable, *launch, __file__, *sys.argv[1:], "--rank"])
-        if done.returncode:
-            return done.returncode
+    with tempfile.TemporaryDirectory() as folder:
+        write_model(Path(folder), ModelShape(**SHAPE, layers=arguments.layers), seed=0)
+        for size in arguments.context:
+            launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={size * arguments.tensor}"]
+            done = subprocess.run([sys.executable, *launch, __file__, *sys.argv[1:], "--folder", folder])
+            if done.returncode:
+                return done.returncode
     return 0
 
 
