@@ -131,7 +131,13 @@ def _check_trained_only(role: str, layout: RoleLayout) -> None:
     if role in MEGATRON:
         return
     plain = RoleLayout()
-    refused = ("context", "expert_tensor", "stage_layers", "virtual_pipeline", *(("pipeline",) if role == "reward" else ()))
+    refused = [
+        "context",
+        "expert_tensor",
+        "stage_layers",
+        "virtual_pipeline",
+        *(["pipeline"] if role == "reward" else []),
+    ]
     for axis in refused:
         works = getattr(plain, axis)
         if getattr(layout, axis) != works:

@@ -1,14 +1,16 @@
 """One rank of the tests of attention over context ranks: outputs and gradients beside attention with a dense mask, in
-float64."""
+float64, and what a layer keeps for its backward."""
 
 from __future__ import annotations
+
+import weakref
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from aligner.policy.context import cut, held_by_each
-from aligner.policy.context_attention import context_attention
+from aligner.policy.context_attention import Gathered, context_attention
 
 ROWS = [(9, 17, 12, 5), (1,), (3, 1), (2, 1, 3, 1, 2), (40, 40, 6, 6, 6), (600, 300), (521,)]
 """Ragged; fewer tokens than ranks; equal rows, which share a call; pieces longer than one block of queries."""
@@ -59,11 +61,37 @@ def check(lengths: tuple[int, ...], multiple_of: int, heads: tuple[int, int], dr
         assert not x.grad[len(mine) :].any()
 
 
+def check_kept() -> None:
+    """What was gathered is gone after the forward, and after the backward; without `drop` it stays for the backward."""
+    group = dist.group.WORLD
+    assert group is not None
+    filled, inner = [], Gathered.fill
+
+    def noted(self: Gathered, *tensors: Tensor) -> None:
+        inner(self, *tensors)
+        filled.extend(weakref.ref(rows.untyped_storage()) for rows in self.rows)
+
+    Gathered.fill = noted  # type: ignore[method-assign]
+    for heads, lengths in ((4, (700, 100)), (2, (300, 300))):  # views of what was gathered, and copies
+        for drop in (True, False):
+            filled.clear()
+            held = sum(lengths) // group.size() + 1
+            local = [torch.randn(held, n, 16).requires_grad_() for n in (4, heads, heads)]
+            out = context_attention(*local, lengths, SCALE, group, drop)
+            assert len(filled) == 2
+            assert all((storage() is None) == drop for storage in filled), (lengths, drop)
+            out.sum().backward()
+            assert len(filled) == (4 if drop else 2)
+            assert not any(storage() for storage in filled)
+    Gathered.fill = inner  # type: ignore[method-assign]
+
+
 def main() -> None:
     dist.init_process_group("gloo")
     for number, lengths in enumerate(ROWS):
         check(lengths, 1 + number % 3, (4, 2), drop=True)
         check(lengths, 1, (3, 3), drop=False)
+    check_kept()
     print(f"rank {dist.get_rank()} agrees\n", end="", flush=True)
     dist.destroy_process_group()
 

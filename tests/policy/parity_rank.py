@@ -25,8 +25,8 @@ from aligner.models.spec import ModelSpec, read_spec
 from aligner.objective.advantages import group_advantages
 from aligner.objective.losses import clipped_surrogate
 from aligner.policy import readout
-from aligner.policy.context import cut
 from aligner.policy.config import OptimizerConfig, PolicyConfig
+from aligner.policy.context import cut
 from aligner.policy.packing import microbatches
 from aligner.policy.policy import Policy
 from aligner.spmd.mesh import Mesh

@@ -2,8 +2,8 @@
 
 python tools/bench/context_memory.py [--tokens 8192] [--layers 4] [--context 1 2] [--tensor 1] [--recompute none ...]
 
-One line of JSON for each size and kind of recompute. On a CPU the peak is summed up from the profiler's record of every
-allocation, exact to the byte; with CUDA it is the allocator's own.
+One line of JSON for each size and kind of recompute. On a CPU the tensors that live are added up (what a kernel takes
+for itself is not seen); with CUDA it is the allocator's own peak.
 """
 
 from __future__ import annotations
@@ -13,14 +13,18 @@ import json
 import subprocess
 import sys
 import tempfile
+import weakref
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-sys.path.insert(0, str(ROOT))  # also from a checkout never installed
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))  # also from a checkout never installed
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+from torch.utils.weak import WeakIdKeyDictionary
 
 from aligner.data.column_addition import ModelShape, write_model
 from aligner.data.samples import Samples
@@ -30,7 +34,36 @@ from aligner.policy.policy import Policy
 from aligner.spmd.mesh import Mesh
 from aligner.spmd.world import World
 
-SHAPE: dict[str, int] = {"hidden": 256, "heads": 8, "kv_heads": 2, "head_dim": 32, "ffn": 768}
+SHAPE: dict[str, int] = {"hidden": 256, "heads": 8, "head_dim": 32, "ffn": 768}
+
+
+class Held(TorchDispatchMode):
+    """Counts the bytes of tensors that were made under it and still live, whoever lets go of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = self.peak = 0
+        self.known: Any = WeakIdKeyDictionary()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        tree_map_only(torch.Tensor, partial(self.see, made=False), (args, kwargs))
+        found = function(*args, **(kwargs or {}))
+        tree_map_only(torch.Tensor, partial(self.see, made=True), found)
+        return found
+
+    def see(self, tensor: torch.Tensor, made: bool) -> None:
+        """A tensor comes by; what is an argument before it is a result was there before."""
+        storage = tensor.untyped_storage()
+        if storage in self.known:
+            return
+        self.known[storage] = True
+        if made:
+            self.add(storage.nbytes())
+            weakref.finalize(storage, self.add, -storage.nbytes())
+
+    def add(self, count: int) -> None:
+        self.bytes += count
+        self.peak = max(self.peak, self.bytes)
 
 
 def peak_bytes(work: Callable[[], Any], device: torch.device) -> int:
@@ -40,14 +73,9 @@ def peak_bytes(work: Callable[[], Any], device: torch.device) -> int:
         before = torch.cuda.memory_allocated(device)
         work()
         return torch.cuda.max_memory_allocated(device) - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    with Held() as held:
         work()
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    held = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak
+    return held.peak
 
 
 def one_row(tokens: int, vocab: int) -> Samples:
@@ -97,6 +125,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--kv-heads", type=int, default=2, help="of 8")
     parser.add_argument("--context", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--tensor", type=int, default=1)
     parser.add_argument("--recompute", nargs="+", default=["none", "selective", "full"])
@@ -106,7 +135,7 @@ def main() -> int:
         measure_all(arguments)
         return 0
     with tempfile.TemporaryDirectory() as folder:
-        write_model(Path(folder), ModelShape(**SHAPE, layers=arguments.layers), seed=0)
+        write_model(Path(folder), ModelShape(**SHAPE, layers=arguments.layers, kv_heads=arguments.kv_heads), seed=0)
         for size in arguments.context:
             launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={size * arguments.tensor}"]
             done = subprocess.run([sys.executable, *launch, __file__, *sys.argv[1:], "--folder", folder])
