@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from aligner.models.spec import ModelSpec
 from aligner.policy.calls import shared_calls
+from aligner.policy.context_attention import context_attention
 
 
 @lru_cache(maxsize=64)
@@ -72,22 +73,35 @@ def packed_attention(q_TND: Tensor, k_TKD: Tensor, v_TKD: Tensor, lengths: tuple
 
 
 class PackedAttention(MegatronModule):
-    """Megatron's core attention on torch SDPA. `attention_mask` carries the rows' lengths (int32, CPU).
+    """Megatron's core attention on torch SDPA. `attention_mask` carries the rows' lengths (int32, CPU): of the
+    tokens here, padding included, or with context parallelism of the whole rows.
 
     The lengths travel as an argument, not as state of the module: with pipeline parallelism and recompute, the
     backward of one microbatch runs after the forward of a later one.
     """
 
     def __init__(
-        self, config: Any, layer_number: int, *args: Any, softmax_scale: float | None = None, **kwargs: Any
+        self,
+        config: Any,
+        layer_number: int,
+        *args: Any,
+        softmax_scale: float | None = None,
+        pg_collection: Any,
+        **kwargs: Any,
     ) -> None:
         super().__init__(config)
         self.scale = softmax_scale or config.kv_channels**-0.5
+        self.context = pg_collection.cp
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor, *_: Any, **__: Any) -> Tensor:
         """[T, 1, heads, head_dim] each -> [T, 1, heads x head_dim]."""
         lengths = tuple(attention_mask.tolist())
-        out = packed_attention(query.squeeze(1), key.squeeze(1), value.squeeze(1), lengths, self.scale)
+        q_TND, k_TKD, v_TKD = query.squeeze(1), key.squeeze(1), value.squeeze(1)
+        if self.context.size() > 1:
+            drop = self.config.recompute_granularity is None
+            out = context_attention(q_TND, k_TKD, v_TKD, lengths, self.scale, self.context, drop)
+        else:
+            out = packed_attention(q_TND, k_TKD, v_TKD, lengths, self.scale)
         return out.unsqueeze(1)
 
 

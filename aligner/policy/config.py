@@ -60,7 +60,8 @@ class TrainingConfig:
     dtype: str = "float32"
     """Parameters and activations: float32 or bfloat16 (bfloat16 keeps float32 master weights and gradients)."""
     micro_tokens: int = 16384
-    """Tokens packed into one microbatch, at most (one longer row makes a microbatch of its own)."""
+    """Tokens packed into one microbatch, at most (one longer row makes a microbatch of its own). Context ranks share
+    them."""
     forward_micro_tokens: int | None = None
     """The same where nothing is learned (logprobs, values, scores), which keeps no activations; null: micro_tokens."""
     recompute: str = "none"

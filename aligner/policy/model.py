@@ -101,6 +101,7 @@ def transformer_config(
         embedding_init_method=keep_values,
         tensor_model_parallel_size=mesh.tensor,
         pipeline_model_parallel_size=mesh.pipeline,
+        context_parallel_size=mesh.context,
         virtual_pipeline_model_parallel_size=mesh.virtual_pipeline if mesh.virtual_pipeline > 1 else None,
         sequence_parallel=sequence_parallel,
         # a row-wise mean over the global batch is in the loss's own weights: gradients are summed, never averaged

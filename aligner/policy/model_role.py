@@ -96,13 +96,16 @@ class ModelRole(Role):
 
     def packed(self, samples: Samples, batches: list[list[int]]) -> list[Packed]:
         """These microbatches as the model sees them."""
-        nothing = pack(torch.zeros(1, 2, dtype=torch.long), torch.tensor([2]), self.multiple_of, self.world.device)
+        nothing = self._cut(torch.zeros(1, 2, dtype=torch.long), torch.tensor([2]))
         return [self._pack(samples, rows) if rows else nothing for rows in batches]
 
     def _pack(self, samples: Samples, rows: list[int]) -> Packed:
         part = columns.take(samples, rows)
-        width = int(part.length_B.max())
-        return pack(part.tokens_BT[:, :width], part.length_B, self.multiple_of, self.world.device)
+        return self._cut(part.tokens_BT[:, : int(part.length_B.max())], part.length_B)
+
+    def _cut(self, tokens_BT: Tensor, length_B: Tensor) -> Packed:
+        context = self.mesh.coordinates(self.world.rank)["context"]
+        return pack(tokens_BT, length_B, self.multiple_of, self.world.device, self.mesh.context, context)
 
     def save_checkpoint(self, folder: str | Path, dtype: str | None = None) -> None:
         """Write a Hugging Face checkpoint (config, safetensors, tokenizer) from the ranks that hold the weights."""

@@ -9,6 +9,7 @@ import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.mappings import reduce_from_tensor_model_parallel_region
 from torch import Tensor
 
 from aligner.policy.model import ShardedModel
@@ -48,7 +49,7 @@ class Pipeline:
             output = module(batch.tokens_T[None], batch.positions_T[None], batch.lengths)
 
             def loss_of(output_1TX: Tensor) -> Any:
-                value = loss(number, self.readout(output_1TX[0], batch))
+                value = loss(number, self._whole(self.readout(output_1TX[0], batch)))
                 # three values: Megatron then neither averages over microbatches nor scales by data shards
                 return value, torch.zeros((), dtype=torch.int, device=value.device), {}
 
@@ -68,3 +69,14 @@ class Pipeline:
             pg_collection=self.groups,
             **extra,
         )
+
+    def _whole(self, made: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What the context ranks read out, each of its own tokens, added up: the same on all of them.
+
+        Each then computes the same loss, and its gradient goes back to its own tokens alone: summed over the context
+        ranks as over data shards, it is counted once.
+        """
+        if self.groups.cp.size() == 1:
+            return made
+        joined = reduce_from_tensor_model_parallel_region(torch.stack(list(made.values())), self.groups.cp)
+        return dict(zip(made, joined, strict=True))

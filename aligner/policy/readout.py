@@ -19,8 +19,8 @@ class Readout(Protocol):
     """Dimensions of what it makes: 2 for [B, T], 1 for [B]."""
 
     def __call__(self, output_TX: Tensor, packed: Packed) -> dict[str, Tensor]:
-        """The head's output on the packed tokens -> float32 tensors by name. The first is the role's result and a
-        loss's first argument; a loss may ask for the others by name."""
+        """The head's output on the packed tokens -> float32 tensors by name, 0 at what another context rank holds. The
+        first is the role's result and a loss's first argument; a loss may ask for the others by name."""
 
 
 @dataclass(frozen=True)
@@ -60,4 +60,4 @@ class Scores:
 
     def __call__(self, output_TX: Tensor, packed: Packed) -> dict[str, Tensor]:
         """[T, 1] -> score_B."""
-        return {"score_B": output_TX[packed.last_B, 0]}
+        return {"score_B": packed.at_ends(output_TX[:, 0])}

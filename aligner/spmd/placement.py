@@ -28,7 +28,7 @@ class RoleLayout:
     pipeline: int = 1
     """Pipeline-parallel size, in stages."""
     context: int = 1
-    """Context-parallel size, in ranks (only 1 for now)."""
+    """Context-parallel size: ranks that each row's tokens are cut over (models on Megatron only)."""
     expert: int = 1
     """Expert-parallel size, in ranks. Models on Megatron: each holds experts / expert of a sparse layer's experts.
     Rollout: 1, or equal to tensor."""
@@ -124,8 +124,6 @@ def make_meshes(placement: Placement, world_size: int) -> Mapping[str, Mesh]:
         layout = role_layout(placement, role)
         ranks = parse_ranks(layout.ranks, world_size, role)
         meshes[role] = _mesh(role, ranks, layout)
-        if layout.context != 1:
-            raise ValueError(f"placement.{role}.context={layout.context} is not supported yet; use 1.")
         _check_trained_only(role, layout)
         if role == "reward" and layout.tensor != 1:
             raise ValueError(f"placement.reward.tensor={layout.tensor}: rules run on host CPUs; use 1.")
@@ -158,7 +156,13 @@ def _check_trained_only(role: str, layout: RoleLayout) -> None:
     if role in MEGATRON:
         return
     plain = RoleLayout()
-    refused = ("expert_tensor", "stage_layers", "virtual_pipeline", *(("pipeline",) if role == "reward" else ()))
+    refused = [
+        "context",
+        "expert_tensor",
+        "stage_layers",
+        "virtual_pipeline",
+        *(["pipeline"] if role == "reward" else []),
+    ]
     for axis in refused:
         works = getattr(plain, axis)
         if getattr(layout, axis) != works:

@@ -12,8 +12,14 @@ import pytest
 from tests.algorithms.methods import UNTRAINED, Found, Row, cases, methods, run_methods
 
 TENSOR, PIPELINE = "placement.policy.tensor=2", "placement.policy.pipeline=2"
+CONTEXT = "placement.policy.context=2"
 TWO = {"data 2": [], "tensor 2": [TENSOR], "pipeline 2": [PIPELINE]}
 MORE_TWO = {
+    "context 2": [CONTEXT],
+    "context 2 on its own": [
+        CONTEXT, "placement.reference.ranks=[0]", "placement.critic.ranks=[1]", "placement.reward_model.ranks=all",
+        "placement.reward_model.context=2", "policy.recompute=full",
+    ],
     "tensor 2, sequence parallel": [TENSOR, "placement.policy.sequence_parallel=true"],
     "each on its own rank": [
         "placement.policy.ranks=[0]", "placement.reference.ranks=[1]", "placement.critic.ranks=[1]",
@@ -21,6 +27,9 @@ MORE_TWO = {
     ],
 }  # fmt: skip
 FOUR = {
+    "context 2, tensor 2, sequence parallel": [CONTEXT, TENSOR, "placement.policy.sequence_parallel=true"],
+    "context 2, pipeline 2": [CONTEXT, PIPELINE],
+    "context 2, data 2": [CONTEXT],
     "tensor 2, pipeline 2": [TENSOR, PIPELINE],
     "data 4": [],
     "data 2, tensor 2, sequence parallel": [TENSOR, "placement.policy.sequence_parallel=true"],

@@ -17,6 +17,7 @@ LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
     "dp2": (2, ()),
     "tp2": (2, ("placement.policy.tensor=2", "placement.rollout.tensor=2")),
     "pp2": (2, ("placement.policy.pipeline=2",)),
+    "cp2": (2, ("placement.policy.context=2",)),
     "tp2_rollout_2xtp1": (2, ("placement.policy.tensor=2", "placement.policy.sequence_parallel=true")),
     "policy_0_rollout_1": (2, ("placement=split",)),
     "tp2_pp2_rollout_2xtp2": (
@@ -74,7 +75,8 @@ def test_several_optimizer_steps_on_a_batch(job: Callable[..., Rows]) -> None:
     """2 epochs of 2 minibatches hold the same rows under any layout; after the first step the batch is off-policy."""
     steps = ("policy.minibatches=2", "policy.epochs=2", "train.steps=3", "policy.optimizer.lr=1e-3")
     expected = job(1, *COMMON, *steps)
-    for row, want in zip(job(2, *COMMON, *steps), expected, strict=True):
+    found = [*job(2, *COMMON, *steps), *job(2, *COMMON, *steps, "placement.policy.context=2")]
+    for row, want in zip(found, expected * 2, strict=True):
         assert row["length"] == want["length"], "other samples"
         assert row["loss"] == pytest.approx(want["loss"], rel=1e-4)
         assert row["grad_norm"] == pytest.approx(want["grad_norm"], rel=1e-4)

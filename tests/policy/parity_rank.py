@@ -26,6 +26,7 @@ from aligner.objective.advantages import group_advantages
 from aligner.objective.losses import clipped_surrogate
 from aligner.policy import readout
 from aligner.policy.config import OptimizerConfig, PolicyConfig
+from aligner.policy.context import cut
 from aligner.policy.policy import Policy
 from aligner.spmd.mesh import Mesh
 from aligner.spmd.world import World
@@ -121,16 +122,19 @@ class Case:
 
 
 def logits_off(policy: Policy, samples: Samples, logits_BTV: Tensor, caught: list[Tensor]) -> float:
-    """The largest difference of any logit of this shard's rows, on the last stage."""
-    worst, mine = 0.0, [field["row"] for field in samples.fields]
+    """The largest difference of any logit that this rank has of its shard's rows, on the last stage."""
+    worst, mine, lengths = 0.0, [field["row"] for field in samples.fields], samples.length_B.tolist()
+    context = policy.mesh.coordinates(policy.world.rank)["context"]
     for batch, part in zip(policy.microbatches(samples, policy.config.micro_tokens), caught, strict=False):
         parts = [torch.empty_like(part) for _ in range(policy.mesh.tensor)]
         dist.all_gather(parts, part, group=policy.groups.tp)
         flat, at = torch.cat(parts, -1)[:, :VOCAB], 0
-        for row in (mine[local] for local in batch):
-            expected = logits_BTV[row, : LENGTHS[row]]
-            worst = max(worst, (flat[at : at + LENGTHS[row]] - expected).abs().max().item())
-            at += LENGTHS[row]
+        pieces = cut(tuple(lengths[row] for row in batch), policy.mesh.context).pieces[context]
+        for piece in pieces:
+            expected = logits_BTV[mine[batch[piece.row]], piece.start : piece.stop]
+            count = piece.stop - piece.start
+            worst = max(worst, (flat[at : at + count] - expected).abs().max().item())
+            at += count
     return worst
 
 

@@ -12,7 +12,7 @@ from transformers import AutoModelForSequenceClassification
 from tests.policy.test_parity import FAMILIES
 
 SMALL = ("qwen3", "llama")
-LAYOUTS = {1: ["adam", "micro=1000"], 2: ["adam", "tensor=2", "tensor=2,sp,adam", "pipeline=2,adam"]}
+LAYOUTS = {1: ["adam", "micro=1000"], 2: ["adam", "tensor=2", "tensor=2,sp,adam", "pipeline=2,adam", "context=2,adam"]}
 SPECIAL = {2: ["qwen3_moe:expert=2,adam", "gemma:tensor=2,sp", "llama:pipeline=2,virtual_pipeline=2"]}
 EVEN = [name for name in FAMILIES if name != "three"]
 """Models whose layers make two equal stages."""
@@ -24,6 +24,11 @@ MATRIX = {
         "qwen3_moe:tensor=2,expert=2,sp,adam",
         "qwen3_moe_raw:expert=2,pipeline=2,virtual_pipeline=2",
         "mixtral:expert=2,adam",
+        "qwen3:context=2,tensor=2,sp,recompute=selective,adam",
+        "llama:context=2,pipeline=2,adam",
+        "qwen2:context=2,adam",
+        "mixtral:context=2,expert=2,recompute=full",
+        "gemma:context=4,adam",
         "one_kv:tensor=4",
         "one_kv_biased:tensor=4,sp",
     ],

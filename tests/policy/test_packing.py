@@ -99,7 +99,7 @@ def test_pack_by_hand() -> None:
     assert packed.positions_T.tolist() == [0, 1, 2, 0, 1, 0, 1, 2]
     assert packed.targets_T.tolist() == [6, 7, 0, 9, 0, 0, 0, 0]
     assert packed.lengths.tolist() == [3, 2, 3]  # the padding is a row of its own
-    assert packed.last_B.tolist() == [2, 4]
+    assert packed.last_N.tolist() == [2, 4] and packed.row_N.tolist() == [0, 1]
     # predictions 0,1 of row 0 are of its tokens 1,2; prediction 3 (row 1) is of its token 1
     rows_BT = packed.to_rows(torch.arange(8.0) + 10)
     assert rows_BT.tolist() == [[0, 10, 11], [0, 13, 0]]

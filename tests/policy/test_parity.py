@@ -81,6 +81,11 @@ CASES = {
         "one_kv:tensor=2",
         "three:pipeline=2,stage_layers=1+2",
         "llama:pipeline=2,virtual_pipeline=2,adam",
+        "llama:context=2,adam",
+        "qwen2:context=2",
+        "qwen3:context=2,recompute=full",
+        "qwen3_moe:context=2,expert=2,adam",
+        "mixtral:context=2,recompute=selective,micro=16",
     ],
     4: [
         "qwen3:tensor=2,adam",
@@ -91,6 +96,13 @@ CASES = {
         "one_kv:tensor=4",
         "one_kv_biased:tensor=4,sp",
         "gemma:tensor=2,pipeline=2,sp,recompute=full",
+        "llama:context=2,adam",
+        "qwen3:context=2,tensor=2,sp,recompute=selective,adam",
+        "qwen2_tied:context=2,pipeline=2",
+        "llama:context=2,pipeline=2,virtual_pipeline=2",
+        "qwen3_moe:context=2,tensor=2,expert=2,sp",
+        "one_kv_biased:context=2,tensor=2",
+        "gemma:context=4,recompute=full",
     ],
 }
 
@@ -125,3 +137,18 @@ def test_a_step_equals_transformers(torchrun, checkpoints: Path, tmp_path: Path,
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     for case in cases:
         assert done.stdout.count(f"{case} logits off by") == ranks, case
+
+
+@pytest.mark.parametrize(
+    ("ranks", "cases"),
+    [
+        (2, ["llama:context=2,micro=1", "qwen3:context=2", "llama:context=2,bf16"]),
+        (4, ["qwen2:context=4", "qwen3:context=2,tensor=2,sp,recompute=selective,micro=2", "llama:context=2"]),
+    ],
+)
+def test_rows_shorter_than_there_are_ranks(torchrun, checkpoints: Path, ranks: int, cases: list[str]) -> None:  # type: ignore[no-untyped-def]
+    script = Path(__file__).with_name("short_rows_rank.py")
+    done = torchrun(ranks, [str(script), str(checkpoints), *cases], seconds=200)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    for case in cases:
+        assert done.stdout.count(f"{case} done") == ranks, case

@@ -73,7 +73,7 @@ def test_shards_hold_every_rank_once() -> None:
         (RoleLayout(expert_tensor=0), "placement.rollout.expert_tensor=0 must be at least 1"),
         (RoleLayout(tensor=4, expert=2), "placement.rollout.expert=2 is not supported for rollout; use 1, or 4"),
         (RoleLayout(expert=3), "placement.rollout.expert=3 does not divide the 8 rank(s) of a pipeline stage"),
-        (RoleLayout(context=2), "placement.rollout.context=2 is not supported yet; use 1"),
+        (RoleLayout(context=2), "placement.rollout.context=2 is not supported for rollout; use 1"),
     ],
 )
 def test_errors_name_the_setting(layout: RoleLayout, said: str) -> None:

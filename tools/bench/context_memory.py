@@ -1,0 +1,148 @@
+"""Activation memory of an update on one long row, by context-parallel size: bytes per rank above what rests.
+
+python tools/bench/context_memory.py [--tokens 8192] [--layers 4] [--context 1 2] [--tensor 1] [--recompute none ...]
+
+One line of JSON for each size and kind of recompute. On a CPU the tensors that live are added up (what a kernel takes
+for itself is not seen); with CUDA it is the allocator's own peak.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import weakref
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))  # also from a checkout never installed
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+from torch.utils.weak import WeakIdKeyDictionary
+
+from aligner.data.column_addition import ModelShape, write_model
+from aligner.data.samples import Samples
+from aligner.models.spec import read_spec
+from aligner.policy.config import OptimizerConfig, PolicyConfig
+from aligner.policy.policy import Policy
+from aligner.spmd.mesh import Mesh
+from aligner.spmd.world import World
+
+SHAPE: dict[str, int] = {"hidden": 256, "heads": 8, "head_dim": 32, "ffn": 768}
+
+
+class Held(TorchDispatchMode):
+    """Counts the bytes of tensors that were made under it and still live, whoever lets go of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = self.peak = 0
+        self.known: Any = WeakIdKeyDictionary()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        tree_map_only(torch.Tensor, partial(self.see, made=False), (args, kwargs))
+        found = function(*args, **(kwargs or {}))
+        tree_map_only(torch.Tensor, partial(self.see, made=True), found)
+        return found
+
+    def see(self, tensor: torch.Tensor, made: bool) -> None:
+        """A tensor comes by; what is an argument before it is a result was there before."""
+        storage = tensor.untyped_storage()
+        if storage in self.known:
+            return
+        self.known[storage] = True
+        if made:
+            self.add(storage.nbytes())
+            weakref.finalize(storage, self.add, -storage.nbytes())
+
+    def add(self, count: int) -> None:
+        self.bytes += count
+        self.peak = max(self.peak, self.bytes)
+
+
+def peak_bytes(work: Callable[[], Any], device: torch.device) -> int:
+    """The most memory that `work` holds at once, beside what was there before."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        work()
+        return torch.cuda.max_memory_allocated(device) - before
+    with Held() as held:
+        work()
+    return held.peak
+
+
+def one_row(tokens: int, vocab: int) -> Samples:
+    """All of it but the first token is trained."""
+    one = torch.ones(1, dtype=torch.long)
+    generator = torch.Generator().manual_seed(0)
+    tokens_BT = torch.randint(3, vocab, (1, tokens), generator=generator)
+    return Samples(tokens_BT, one, one * tokens, torch.arange(tokens)[None] > 0, one, [{}])
+
+
+def measure(world: World, arguments: argparse.Namespace, recompute: str) -> int:
+    """Peak of the second update: buffers and optimizer state are there since the first."""
+    spec = read_spec(arguments.folder)
+    mesh = Mesh(tuple(range(world.size)), arguments.tensor, context=world.size // arguments.tensor, name="policy")
+    config = PolicyConfig(micro_tokens=1, recompute=recompute, optimizer=OptimizerConfig(lr=0.0))
+    policy = Policy(recompute, world, mesh, spec, config, sequence_parallel=arguments.tensor > 1)
+
+    def likelihood(policy_logp_BT: torch.Tensor, *, mask_BT: torch.Tensor) -> tuple[torch.Tensor, dict[str, Any]]:
+        return -torch.where(mask_BT, policy_logp_BT, 0.0), {}
+
+    ref = policy.place(one_row(arguments.tokens, spec.vocab))
+    policy.update(likelihood, ref)
+    return peak_bytes(lambda: policy.update(likelihood, ref), world.device)
+
+
+def measure_all(arguments: argparse.Namespace) -> None:
+    """A rank of the job."""
+    world = World(600)
+    for recompute in arguments.recompute:
+        peak = torch.tensor([measure(world, arguments, recompute)])
+        peak = max(int(n) for n in world_values(world, peak))
+        if world.rank == 0:
+            sizes = {"context": world.size // arguments.tensor, "tensor": arguments.tensor, "tokens": arguments.tokens}
+            print(json.dumps({**sizes, "recompute": recompute, "peak_mib": round(peak / 2**20, 1)}), flush=True)
+    world.leave()
+
+
+def world_values(world: World, value: torch.Tensor) -> list[torch.Tensor]:
+    """A number from every rank."""
+    found = [torch.zeros_like(value) for _ in range(world.size)]
+    torch.distributed.all_gather(found, value)
+    return found
+
+
+def main() -> int:
+    """The command: one job for each size. Returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, default=8192)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--kv-heads", type=int, default=2, help="of 8")
+    parser.add_argument("--context", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--tensor", type=int, default=1)
+    parser.add_argument("--recompute", nargs="+", default=["none", "selective", "full"])
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)  # given to the ranks
+    arguments = parser.parse_args()
+    if arguments.folder:
+        measure_all(arguments)
+        return 0
+    with tempfile.TemporaryDirectory() as folder:
+        write_model(Path(folder), ModelShape(**SHAPE, layers=arguments.layers, kv_heads=arguments.kv_heads), seed=0)
+        for size in arguments.context:
+            launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={size * arguments.tensor}"]
+            done = subprocess.run([sys.executable, *launch, __file__, *sys.argv[1:], "--folder", folder])
+            if done.returncode:
+                return done.returncode
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
