@@ -39,7 +39,8 @@ PHASES = {
     "update": "update",
     "reshard_to": "reshard",
 }
-"""Role call -> name of its seconds in a row."""
+"""Role call -> name of its seconds, and of its memory in GiB, in a row."""
+PEAK = {"peak": "peak"}
 
 
 def run_job(job: Job, world: World) -> None:
@@ -88,7 +89,8 @@ class Driver:
             row = self._row(result, time.perf_counter() - start)
             if evaluates and (step % train.eval_every == 0 or step == train.steps):
                 row |= evaluation.run()
-                self._accounts()  # an evaluation's calls are no part of the next step's
+                peak = self._accounts()["memory_peak"]  # an evaluation's calls are no part of the next step's
+                row["memory_peak"] = max(row["memory_peak"], peak)
             self._log(step, row)
             self._write_samples(step, result)
             if step == train.steps:
@@ -138,7 +140,7 @@ class Driver:
         }
 
     def _accounts(self) -> dict[str, float]:
-        """Seconds by phase since the last time (of the slowest rank) and the last sync's ledger over all ranks."""
+        """Seconds and memory by phase since the last time (the most of any rank) and the last sync's ledger over all."""
         mine: Counter[str] = Counter()
         roles = self.roles
         for role in roles.built:
@@ -148,11 +150,11 @@ class Driver:
         rows = [sync.ledger[-1] for sync in syncs if sync.ledger]
         found: list[Any] = [None] * self.world.size
         with self.world.timeline.span("wait", "end of the step", range(self.world.size)):
-            dist.all_gather_object(found, (dict(mine), rows))
-        names = {name for seconds, _ in found for name in seconds}
-        slowest = {name: max(seconds.get(name, 0.0) for seconds, _ in found) for name in names}
-        ledger = total([row for _, rows in found for row in rows]).metrics() if "rollout" in self.job.roles else {}
-        return ledger | {f"seconds_{name}": slowest[call] for call, name in PHASES.items() if call in slowest}
+            dist.all_gather_object(found, (dict(mine), rows, self.world.residency.meter.take()))
+        ledger = total([row for _, rows, _ in found for row in rows]).metrics() if "rollout" in self.job.roles else {}
+        slowest, largest = _over_ranks([mine for mine, _, _ in found]), _over_ranks([memory for _, _, memory in found])
+        ledger |= {f"seconds_{name}": slowest[call] for call, name in PHASES.items() if call in slowest}
+        return ledger | {f"memory_{name}": largest[call] for call, name in (PHASES | PEAK).items() if call in largest}
 
     def _log(self, step: int, row: dict[str, float]) -> None:
         if self.writer:
@@ -191,6 +193,11 @@ class Driver:
             if self.config.train.report:
                 png, html = write_report(self.run_dir)
                 print(f"curve:  {png}\nreport: {html}")
+
+
+def _over_ranks(found: list[dict[str, float]]) -> dict[str, float]:
+    """The largest value of any rank."""
+    return {name: max(one.get(name, 0.0) for one in found) for name in {name for one in found for name in one}}
 
 
 def _plain(config: Any) -> dict[str, Any]:
