@@ -69,6 +69,7 @@ def check(config: Config, roles: list[str], world_size: int) -> Checked:
     """
     _check_values(config)
     _check_roles(roles)
+    config.residency.check(roles)
     _check_ranks(config.placement)
     meshes = make_meshes(config.placement, world_size)
     spec = read_spec(config.model.path)

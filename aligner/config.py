@@ -26,6 +26,7 @@ from aligner.reshard.config import ReshardConfig
 from aligner.reward.config import RewardConfig
 from aligner.rollout.config import RolloutConfig, Sampling
 from aligner.spmd.placement import Placement
+from aligner.spmd.residency_config import ResidencyConfig
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 EXPECTED = {
@@ -92,6 +93,8 @@ class Config:
     """Which ranks each role has."""
     reshard: ReshardConfig = field(default_factory=ReshardConfig)
     """How weights get from the policy to the rollout engines."""
+    residency: ResidencyConfig = field(default_factory=ResidencyConfig)
+    """How roles on the same ranks share their memory."""
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     """Console, wandb, samples."""
     train: TrainConfig = field(default_factory=TrainConfig)

@@ -97,6 +97,7 @@ def build_roles(
     # Only what was sampled is judged under the sampling temperature: in other data nothing says what it would be.
     temperature = config.sampling.temperature if "rollout" in wanted and config.data.kind == "prompts" else 1.0
     built: dict[str, Role] = {}
+    world.residency.config = config.residency
 
     def model(kind: type[M], name: str, settings: TrainingConfig, spec: ModelSpec, **more: Any) -> M:
         parallel = role_layout(config.placement, name).sequence_parallel

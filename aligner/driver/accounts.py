@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from aligner.reshard.ledger import SyncRow, total
@@ -17,7 +17,8 @@ PHASES = {
     "update": "update",
     "reshard_to": "reshard",
 }
-"""Role call -> name of its seconds in a row."""
+"""Role call -> name of its seconds, and of its memory in GiB, in a row."""
+PEAK = {"peak": "peak"}
 
 
 @dataclass(frozen=True)
@@ -34,14 +35,15 @@ class Account:
         return {**(self.syncs[0].metrics() if self.syncs else {}), **self.most}
 
 
-def account_of(roles: Sequence[Role], syncs: Sequence[SyncRow]) -> Account:
-    """This rank's since the last time."""
+def account_of(roles: Sequence[Role], syncs: Sequence[SyncRow], memory: Mapping[str, float]) -> Account:
+    """This rank's since the last time; `memory` in GiB by role call."""
     seconds: dict[str, float] = {}
     for role in roles:
         for call, taken in role.seconds.items():
             seconds[call] = seconds.get(call, 0.0) + taken
         role.seconds.clear()
     most = {f"seconds_{name}": seconds[call] for call, name in PHASES.items() if call in seconds}
+    most |= {f"memory_{name}": memory[call] for call, name in (PHASES | PEAK).items() if call in memory}
     return Account(most, (total(syncs),) if syncs else ())
 
 

@@ -82,7 +82,7 @@ QUIET = {
     "heldout_pair_accuracy",
     *LEFT_OUT,
 }
-FINE = ("reshard_", "seconds_", "critic_", "reward/")
+FINE = ("reshard_", "seconds_", "memory_", "critic_", "reward/")
 
 
 def columns_for(metrics: Collection[str]) -> tuple[Column, ...]:

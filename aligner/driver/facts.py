@@ -49,6 +49,9 @@ def facts(rows: Sequence[Row]) -> Iterator[tuple[str, str]]:
     _, gap = series(rows, "gap_max", keep_gaps=False)
     if gap:
         yield "largest gap", f"{max(gap):.1e}"
+    _, memory = series(rows, "memory_peak", keep_gaps=False)
+    if memory:
+        yield "peak memory of a rank", f"{max(memory):.2f} GiB"
     counts = [(name.removeprefix("reward_"), sum(series(rows, name, keep_gaps=False)[1])) for name in LEFT_OUT]
     if any(name in row for name in LEFT_OUT for row in rows):
         yield "rewards left out", ", ".join(f"{count:.0f} {name}" for name, count in counts if count) or "none"

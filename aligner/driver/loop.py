@@ -107,7 +107,9 @@ class Driver:
     def _row(self, result: Step, seconds: float) -> dict[str, float]:
         """Everything known of one iteration, on rank 0; nothing elsewhere. One message from each rank, up a tree."""
         syncs = self.roles.policy.syncs.values() if "rollout" in self.job.roles else ()
-        mine = account_of(self.roles.built, [sync.ledger[-1] for sync in syncs if sync.ledger])
+        mine = account_of(
+            self.roles.built, [sync.ledger[-1] for sync in syncs if sync.ledger], self.world.residency.meter.take()
+        )
         found = read_at_first(self.world, _wanted(result), mine, merged)
         if found is None:
             return {}
@@ -131,9 +133,10 @@ class Driver:
         return row
 
     def _forget(self) -> None:
-        """What was timed so far is no part of the next row."""
+        """What was measured so far is no part of the next row."""
         for role in self.roles.built:
             role.seconds.clear()
+        self.world.residency.meter.take()
 
     def _log(self, step: int, row: dict[str, float]) -> None:
         if self.writer:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 import torch.distributed as dist
@@ -13,7 +15,7 @@ from aligner.models.checkpoint import export_checkpoint, read_into
 from aligner.models.cost import row_cost
 from aligner.models.megatron_layout import MegatronSide
 from aligner.models.spec import ModelSpec
-from aligner.policy import cpu_megatron
+from aligner.policy import cpu_megatron, offload
 from aligner.policy.config import TrainingConfig
 from aligner.policy.groups import make_groups, prepare_megatron
 from aligner.policy.model import build_model
@@ -23,12 +25,19 @@ from aligner.policy.readout import Readout
 from aligner.spmd import columns
 from aligner.spmd.mesh import Mesh
 from aligner.spmd.ref import Ref
+from aligner.spmd.residency import Kind, Part
 from aligner.spmd.role import Role
 from aligner.spmd.world import World
 
 
 class ModelRole(Role):
     """A model on Megatron-core whose last stage makes of a batch what `readout` says."""
+
+    needs: ClassVar[Mapping[str, Sequence[str]]] = dict.fromkeys(
+        ("logprobs", "values", "scores", "save_checkpoint", "reshard_to"), ("weights",)
+    )
+    reads = frozenset(needs)
+    kinds: ClassVar[Mapping[str, Kind]] = {"weights": Kind(copied=True)}
 
     def __init__(
         self,
@@ -46,6 +55,8 @@ class ModelRole(Role):
         self.spec, self.config = spec, config
         self.multiple_of = mesh.tensor if sequence_parallel else 1
         groups = make_groups(world, mesh)
+        world.residency.make_room(name, mesh)
+        world.residency.register(name, mesh, self.kinds, self.parts() if groups else None)
         if groups is None:
             return
         self.groups = groups
@@ -54,6 +65,10 @@ class ModelRole(Role):
         )
         self.bytes_read = read_into(spec, self.model.layout, self.model.view)
         self.pipeline = Pipeline(self.model, groups, self.readout())
+
+    def parts(self) -> dict[str, Part]:
+        """What this rank holds; asked before the model is built, and nothing is moved before it is."""
+        return {"weights": offload.Offloaded(lambda: offload.weights(self.model), self.world.residency.stream)}
 
     def readout(self) -> Readout:
         """What this kind of role makes of its head's output."""

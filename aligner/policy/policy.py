@@ -52,13 +52,28 @@ class Policy(Trained, Reference):
         """Bring the rollout engine the weights as they are now; a proof of the sync is in its ledger row."""
         from aligner.reshard.sync import WeightSync
 
-        with self.call("reshard_to", takes_part=self.member or rollout.member):
+        with self.call("reshard_to", also=(rollout,)):
             if rollout.name not in self.syncs:
                 self.syncs[rollout.name] = WeightSync(self, rollout, self.reshard)
             self.syncs[rollout.name].run()
         self._sent[rollout.name] = self.version
+        rollout.sender = self
 
     def sync(self, rollout: Rollout) -> None:
         """`reshard_to`, unless the engine has these weights already."""
-        if self._sent.get(rollout.name) != self.version:
+        if self._sent.get(rollout.name) != self.version or self.world.residency.is_out(rollout.name, "weights"):
             self.reshard_to(rollout)
+
+    def send_again(self, rollout: Rollout) -> None:
+        """Bring an engine that gave up its weights the same ones; a role call of every rank.
+
+        Raises:
+            RuntimeError: this policy has other weights by now.
+        """
+        if self._sent.get(rollout.name) != self.version:
+            raise RuntimeError(
+                f"{rollout.name}.generate: the engine's weights were given up to make room for other roles, and the policy "
+                "has been updated since they were sent. Call policy.reshard_to(rollout) before generate, or keep them with "
+                f"residency.keep=[{rollout.name}.weights]."
+            )
+        self.reshard_to(rollout)

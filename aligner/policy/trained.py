@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import inspect
 import math
+from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from aligner.data.samples import Samples
+from aligner.policy import offload
 from aligner.policy.accounts import account_work, add_to, gather_metrics, means, over_steps
 from aligner.policy.global_mean import LossFunction, Totals, global_mean, rows_together, takes_one_step
 from aligner.policy.model_role import ModelRole
@@ -21,6 +23,7 @@ from aligner.spmd import columns
 from aligner.spmd.messages import everyone
 from aligner.spmd.partition import idle, minibatch_groups, partition
 from aligner.spmd.ref import Ref
+from aligner.spmd.residency import Kind, Part
 
 
 class Trained(ModelRole):
@@ -28,6 +31,8 @@ class Trained(ModelRole):
 
     section = "policy"
     """Where its settings stand in the configuration."""
+    needs: ClassVar[Mapping[str, Sequence[str]]] = {**ModelRole.needs, "update": ("weights", "gradients", "optimizer")}
+    kinds: ClassVar[Mapping[str, Kind]] = {**ModelRole.kinds, "gradients": Kind(), "optimizer": Kind(copied=True)}
 
     def __init__(self, *args: Any, total_steps: int = 0, max_response: int = 0, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -39,6 +44,15 @@ class Trained(ModelRole):
     def optimizer(self) -> Optimizer:
         """Gradients and optimizer state; collective over the role's ranks when it is first asked for."""
         return Optimizer(self.model, self.config.optimizer, self.groups)
+
+    def parts(self) -> dict[str, Part]:
+        """The optimizer may not have been asked for yet, or not stepped: its parts are then still empty."""
+
+        def made() -> Optimizer | None:
+            return vars(self).get("optimizer")
+
+        state = offload.Offloaded(lambda: offload.optimizer_state(made(), self.model), self.world.residency.stream)
+        return {**super().parts(), "gradients": offload.Scratch(lambda: offload.gradients(made())), "optimizer": state}
 
     def update(self, loss: LossFunction, samples: Ref, **fields: Any) -> Ref:
         """Optimizer steps on one batch: `epochs` passes over `minibatches` minibatches.

@@ -52,12 +52,14 @@ class RolloutEngine:
         device: torch.device,
         expert_parallel: bool = False,
         pipeline: int = 1,
+        sleeps: bool = False,
     ) -> None:
         """Collective over `group`, which must carry CPU tensors; `ident` names the replica among this host's.
 
         Args:
             group: the replica's ranks, tensor neighbours adjacent; its size is tensor x pipeline.
             expert_parallel: each rank of the replica holds whole experts, rather than a part of every expert.
+            sleeps: CUDA: weights and cache must be able to leave the device (`rollout.sleep`).
 
         Raises ValueError where the settings and the model do not go together.
         """
@@ -78,6 +80,7 @@ class RolloutEngine:
                 "pipeline_parallel_size": pipeline,
                 "enable_expert_parallel": expert_parallel,
                 "kv_cache_memory_bytes": config.kv_cache_bytes(self.spec, tensor, cpu, pipeline),
+                "enable_sleep_mode": sleeps and not cpu,
             }
             self._llm = _build(model_path, self._subworld, config, sizes)
         self._receive_buffer()
@@ -87,6 +90,16 @@ class RolloutEngine:
     def model(self) -> torch.nn.Module:
         """vLLM's model, this rank's shard."""
         return self._worker.model_runner.model
+
+    @property
+    def caches(self) -> list[torch.Tensor]:
+        """The KV cache, a tensor for each layer."""
+        return list(self._worker.model_runner.kv_caches)
+
+    @property
+    def executor(self) -> Any:
+        """vLLM's executor, which puts the engine to sleep."""
+        return self._llm.model_executor
 
     @property
     def _worker(self) -> Any:

@@ -107,9 +107,16 @@ def _only_embeds(model: Module, module: Module) -> bool:
     return embeds and getattr(model, "lm_head", module) is not module
 
 
+def drop_kernels(model: Module) -> None:
+    """Free every packed kernel; the next transfer packs them again."""
+    for path, module in model.named_modules():
+        if hasattr(module, "cpu_linear") and not isinstance(module.cpu_linear, _Unusable):
+            module.cpu_linear = _Unusable(path, "were given up; reshard to it first")
+
+
 class _Unusable:
-    def __init__(self, path: str) -> None:
-        self._path = path
+    def __init__(self, path: str, why: str = "are kept for look-ups only") -> None:
+        self._path, self._why = path, why
 
     def __call__(self, *_: object) -> Tensor:
-        raise RuntimeError(f"the rollout engine multiplies by {self._path}, whose weights are kept for look-ups only")
+        raise RuntimeError(f"the rollout engine multiplies by {self._path}, whose weights {self._why}")

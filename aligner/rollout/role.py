@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
@@ -12,6 +13,7 @@ from aligner.data.samples import Samples, pad_rows
 from aligner.models.spec import ModelSpec
 from aligner.rollout.config import RolloutConfig, Sampling
 from aligner.rollout.engine import Completion, RolloutEngine
+from aligner.rollout.sleep import KINDS, parts_of
 from aligner.rollout.weights import EngineWeights
 from aligner.spmd.mesh import Mesh
 from aligner.spmd.messages import everyone
@@ -19,6 +21,9 @@ from aligner.spmd.partition import partition
 from aligner.spmd.ref import Ref, Rows
 from aligner.spmd.role import Role
 from aligner.spmd.world import World
+
+if TYPE_CHECKING:
+    from aligner.policy.policy import Policy
 
 
 def request_seed(*parts: int) -> int:
@@ -33,20 +38,30 @@ def request_seed(*parts: int) -> int:
 class Rollout(Role):
     """vLLM on this role's ranks: ranks / (tensor x pipeline) replicas, each generating for its share of the prompts."""
 
+    needs: ClassVar[Mapping[str, Sequence[str]]] = {"generate": ("weights", "cache"), "reshard_to": ("weights",)}
+
     def __init__(
         self, name: str, world: World, mesh: Mesh, spec: ModelSpec, config: RolloutConfig, sampling: Sampling, seed: int
     ) -> None:
         super().__init__(name, world, mesh)
         self.config, self.sampling, self.seed = config, sampling, seed
         self.calls = 0
+        self.sender: Policy | None = None
+        """Whose weights the engine was given last."""
         replica = world.my_group(mesh.groups("tensor", "pipeline"))
+        world.residency.make_room(name, mesh)
+        sleeps = world.device.type == "cpu" or world.residency.crowds(name, mesh)
+        world.residency.register(name, mesh, KINDS if sleeps else {})
         if replica is None:
             return
         first = mesh.shards[self.shard or 0][0]
         self.engine = RolloutEngine(
-            spec.path, replica, f"{name}{first}", config, world.device, mesh.expert > 1, mesh.pipeline
+            spec.path, replica, f"{name}{first}", config, world.device, mesh.expert > 1, mesh.pipeline, sleeps
         )
         self.weights = EngineWeights(self.engine)
+        if sleeps:
+            parts = parts_of(self.engine, self.weights, world.residency.meter)
+            world.residency.register(name, mesh, KINDS, parts)
         world.on_leave(self.engine.close)
 
     def generate(
@@ -66,6 +81,8 @@ class Rollout(Role):
         Returns:
             Ref to `Samples`: row p * num_samples + g is sample g of prompt p.
         """
+        if self.sender is not None and self.world.residency.is_out(self.name, "weights"):
+            self.sender.send_again(self)
         with self.call("generate"):
             self.calls += 1
             seeds = [request_seed(self.seed, self.calls if seed is None else -1 - seed, i) for i in range(len(prompts))]

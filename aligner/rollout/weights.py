@@ -56,8 +56,7 @@ class EngineWeights:
                 self._packed = _packed(model, self._slots)
                 forget_embedding_kernel(model)
                 self._in_place = _in_place(self._slots, self._packed)
-                for storage in self._in_place:
-                    self._clear_padding(self._slots[storage])
+                self.clear_padding()
             self._pieces = outcome.pieces
         return self._pieces
 
@@ -82,6 +81,22 @@ class EngineWeights:
             found, said = ([str(p) for p in side if (p.storage, p.name) == at] for side in (self._pieces, layout))
             return f"{piece.storage}: the engine holds {found or 'nothing'} of {piece.name}, the layout {said or 'nothing'}"
         return None
+
+    def bytes(self) -> int:
+        """Size of everything that a transfer writes; 0 before `pieces`."""
+        return sum(slot.plain.nbytes for slot in self._slots.values())
+
+    def in_place(self) -> list[Tensor]:
+        """The parameters that a transfer writes where they are; before `pieces` every one."""
+        if self._pieces is None:
+            return list(self._engine.model.parameters())
+        return [_live(self._slots[storage]) for storage in sorted(self._in_place)]
+
+    def clear_padding(self) -> None:
+        """vLLM's placeholder weights fill the rows that round the vocabulary up, too; its loaders would zero them."""
+        for slot in (self._slots[storage] for storage in self._in_place):
+            if slot.padding:
+                _live(slot).detach().view(-1)[-slot.padding :].zero_()
 
     def view(self, piece: Piece) -> Tensor:
         """A writable view of the region in plain storage; from here until `finish` the engine has no valid weights."""
@@ -141,11 +156,6 @@ class EngineWeights:
                 slot.plain.shape, dtype=slot.plain.dtype, device=self._engine.device
             )
         return self._sync.plain[storage]
-
-    def _clear_padding(self, slot: Slot) -> None:
-        """vLLM's placeholder weights fill the rows that round the vocabulary up, too; its loaders would zero them."""
-        if slot.padding:
-            _live(slot).detach().view(-1)[-slot.padding :].zero_()
 
 
 @dataclass

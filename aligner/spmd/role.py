@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from aligner.data.samples import Samples
 from aligner.spmd import columns
@@ -31,6 +31,11 @@ class Arguments:
 class Role:
     """Common part of policy, reference, rollout and reward."""
 
+    needs: ClassVar[Mapping[str, Sequence[str]]] = {}
+    """Role call -> which of this role's parts must be on the device; see `aligner.spmd.residency`."""
+    reads: ClassVar[frozenset[str]] = frozenset()
+    """Those of them that change nothing: copies on the host stay good."""
+
     def __init__(self, name: str, world: World, mesh: Mesh, cost: Cost = TOKENS) -> None:
         self.name, self.world, self.mesh = name, world, mesh
         self.cost = cost
@@ -43,17 +48,19 @@ class Role:
         """Seconds in each call since the driver last asked (this rank)."""
 
     @contextmanager
-    def call(self, method: str, takes_part: bool | None = None) -> Iterator[None]:
-        """One role call: noted in the journal of every rank, timed on members.
+    def call(self, method: str, also: Sequence[Role] = ()) -> Iterator[None]:
+        """One role call: noted in the journal of every rank, timed on members, with what it needs in memory.
 
         Args:
-            takes_part: whether this rank's timeline shows it; by default where it is a member.
+            also: other roles that take part in it.
         """
-        takes_part = self.member if takes_part is None else takes_part
+        roles = (self, *also)
+        takes_part = any(role.member for role in roles)
         what = f"{self.name}.{method}"
         self.world.journal.enter(what)
         start = time.perf_counter()
-        with self.world.timeline.span("call", what) if takes_part else nullcontext():
+        span = self.world.timeline.span("call", what) if takes_part else nullcontext()
+        with span, self.world.residency.call(roles, method):
             yield
         if self.member:
             self.seconds[method] = self.seconds.get(method, 0.0) + time.perf_counter() - start

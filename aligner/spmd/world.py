@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from aligner.spmd.journal import Journal
+from aligner.spmd.residency import Residency
 from aligner.spmd.timeline import Timeline
 from aligner.spmd.watch import GRACE, Watch
 
@@ -38,6 +39,7 @@ class World:
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(seconds=timeout_seconds))
         self.journal = Journal(self.rank)
         self.timeline = Timeline(self.rank)
+        self.residency = Residency(self.device)
         self.watch = Watch(self.journal, self.rank, self.size)
         self._groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
         self._closers: list[Callable[[], Any]] = []

@@ -1,0 +1,161 @@
+"""The engine's memory while other roles compute: its weights, which a transfer writes anew, and its KV cache."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from aligner.rollout.packing import drop_kernels
+from aligner.spmd.residency import Kind, Part
+
+if TYPE_CHECKING:
+    from aligner.rollout.engine import RolloutEngine
+    from aligner.rollout.weights import EngineWeights
+    from aligner.spmd.memory import Meter
+
+KINDS = {"weights": Kind(lost=True), "cache": Kind()}
+
+
+def parts_of(engine: RolloutEngine, weights: EngineWeights, meter: Meter) -> dict[str, Part]:
+    """The engine's parts on this rank's device. CUDA: of an engine that was built to sleep."""
+    if engine.device.type == "cpu":
+        return {"weights": FreedWeights(engine, weights), "cache": FreedCache(engine)}
+    return {
+        "weights": SleepingWeights(engine, weights, meter),
+        "cache": SleepingCache(engine, meter),
+    }
+
+
+class FreedWeights:
+    """On a CPU: packed kernels are dropped, plain parameters give up their storages."""
+
+    def __init__(self, engine: RolloutEngine, weights: EngineWeights) -> None:
+        self.resident = True
+        self._engine, self._weights = engine, weights
+        self._sizes: dict[int, int] = {}
+        self._bytes = sum(parameter.nbytes for parameter in engine.model.parameters())
+
+    def bytes(self) -> int:
+        """About its size: what packed kernels hold is known from the parameters that they were packed from."""
+        return max(self._bytes, self._weights.bytes())
+
+    def changed(self) -> None:
+        """Nothing is kept."""
+
+    def evict(self) -> None:
+        """The engine has no weights from here on."""
+        self._engine.ready = False
+        drop_kernels(self._engine.model)
+        for parameter in self._engine.model.parameters():
+            storage = parameter.untyped_storage()
+            self._sizes.setdefault(storage._cdata, storage.nbytes())
+            storage.resize_(0)
+        self.resident = False
+
+    def bring(self) -> None:
+        """Memory for what a transfer writes in place; what it packs makes its own."""
+        for parameter in self._weights.in_place():
+            storage = parameter.untyped_storage()
+            storage.resize_(self._sizes.get(storage._cdata, storage.nbytes()))
+        self._sizes.clear()
+        self._weights.clear_padding()
+        self.resident = True
+
+
+class FreedCache:
+    """On a CPU: the KV cache's storages."""
+
+    def __init__(self, engine: RolloutEngine) -> None:
+        self.resident = True
+        self._engine = engine
+        self._storages = list({(s := cache.untyped_storage())._cdata: s for cache in engine.caches}.values())
+        self._sizes = [storage.nbytes() for storage in self._storages]
+
+    def bytes(self) -> int:
+        """Its size."""
+        return sum(self._sizes)
+
+    def changed(self) -> None:
+        """Nothing is kept."""
+
+    def evict(self) -> None:
+        """Cached prefixes are forgotten."""
+        self._engine.reset_prefix_cache()
+        for storage in self._storages:
+            storage.resize_(0)
+        self.resident = False
+
+    def bring(self) -> None:
+        """Empty; zeroed, since kernels read beyond what was written and multiply it by 0."""
+        for storage, size in zip(self._storages, self._sizes, strict=True):
+            storage.resize_(size)
+            torch.empty(0, dtype=torch.uint8).set_(storage).zero_()
+        self.resident = True
+
+
+class SleepingWeights:
+    """On CUDA: vLLM's sleep of level 2 unmaps weights and cache; addresses, which CUDA graphs hold, stay."""
+
+    def __init__(self, engine: RolloutEngine, weights: EngineWeights, meter: Meter) -> None:
+        self.resident = True
+        self._engine, self._weights, self._meter = engine, weights, meter
+        self._bytes = sum(parameter.nbytes for parameter in engine.model.parameters())
+
+    def bytes(self) -> int:
+        """Its size."""
+        return self._bytes
+
+    def changed(self) -> None:
+        """Nothing is kept."""
+
+    def evict(self) -> None:
+        """The engine has no weights from here on; its cache has left already."""
+        self._engine.ready = False
+        with self._engine.inside():
+            self._engine.executor.sleep(level=2)  # unlike discard() it keeps the model's buffers
+        self._meter.phantom += self._bytes
+        self.resident = False
+
+    def bring(self) -> None:
+        """Mapped memory for a transfer to write."""
+        self._meter.phantom -= self._bytes
+        torch.cuda.synchronize(self._engine.device)  # copies to the host still hold what is to be mapped here
+        with self._engine.inside():
+            self._engine.executor.wake_up(["weights"])
+        self._weights.clear_padding()
+        self.resident = True
+
+
+class SleepingCache:
+    """On CUDA: the KV cache, which vLLM unmaps and maps by its tag."""
+
+    def __init__(self, engine: RolloutEngine, meter: Meter) -> None:
+        self.resident = True
+        self._engine, self._meter = engine, meter
+        self._bytes = sum({(s := c.untyped_storage())._cdata: s.nbytes() for c in engine.caches}.values())
+
+    def bytes(self) -> int:
+        """Its size."""
+        return self._bytes
+
+    def changed(self) -> None:
+        """Nothing is kept."""
+
+    def evict(self) -> None:
+        """Cached prefixes are forgotten."""
+        self._engine.reset_prefix_cache()
+        with self._engine.inside():
+            self._engine.executor.discard(("kv_cache",))
+        self._meter.phantom += self._bytes
+        self.resident = False
+
+    def bring(self) -> None:
+        """Empty."""
+        self._meter.phantom -= self._bytes
+        torch.cuda.synchronize(self._engine.device)
+        with self._engine.inside():
+            self._engine.executor.wake_up(["kv_cache"])
+            for cache in self._engine.caches:
+                cache.zero_()
+        self.resident = True

@@ -1,0 +1,115 @@
+"""Memory of this rank: the largest amount that each role call took, and errors that say who held what."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+
+GIB = 1 << 30
+REMEDIES = (
+    "What helps: residency.mode=auto (or an emptier residency.keep), a smaller policy.micro_tokens, "
+    "policy.recompute=full, a smaller rollout.kv_cache_mib or rollout.max_num_seqs, a placement with more ranks for a role "
+    "(placement.policy.tensor, placement.policy.pipeline), or roles on ranks of their own (placement=split)."
+)
+
+
+class OutOfMemory(RuntimeError):
+    """A role call did not find the memory it asked for."""
+
+
+class Meter:
+    """Largest memory in each role call: resident pages on a CPU, allocated bytes on CUDA.
+
+    A boundary is the start or the end of a call. The kernel's high-water mark is read and reset there; where it cannot
+    be reset, a call that did not raise the process's mark counts what is resident at its two ends.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._open: list[float] = []
+        self._calls: dict[str, float] = {}
+        self._peak = 0.0
+        self._mark = 0.0
+        self.phantom = 0
+        """Bytes that CUDA's allocator counts although they are unmapped: a sleeping engine's."""
+
+    def start(self) -> None:
+        """A call begins."""
+        self._boundary()
+        self._open.append(0.0)
+
+    def stop(self, method: str, counts: bool) -> None:
+        """The call that began last ends; `counts`: this rank took part in it."""
+        self._boundary()
+        largest = self._open.pop()
+        if counts:
+            self._calls[method] = max(self._calls.get(method, 0.0), largest)
+
+    def take(self) -> dict[str, float]:
+        """GiB by role call since the last time, and under "peak" the largest of all, between calls too."""
+        self._boundary()
+        found = {**self._calls, "peak": self._peak}
+        self._calls, self._peak = {}, 0.0
+        return found
+
+    def _boundary(self) -> None:
+        reached = (self._of_cuda() if self._device.type == "cuda" else self._of_process()) / GIB
+        self._peak = max(self._peak, reached)
+        self._open = [max(largest, reached) for largest in self._open]
+
+    def _of_cuda(self) -> float:
+        reached = torch.cuda.max_memory_allocated(self._device) - self.phantom
+        torch.cuda.reset_peak_memory_stats(self._device)
+        return reached
+
+    def _of_process(self) -> float:
+        mark, now = resident()
+        try:
+            Path("/proc/self/clear_refs").write_text("5")  # resets the mark and nothing else
+        except OSError:
+            mark, self._mark = (mark if mark > self._mark else now), max(mark, self._mark)
+        return mark
+
+
+def resident() -> tuple[float, float]:
+    """Bytes of this process in memory: the largest since the mark was reset, and now. (0, 0) without /proc."""
+    try:
+        status = Path("/proc/self/status").read_bytes()
+    except OSError:
+        return 0.0, 0.0
+    found = [1024.0 * int(status.partition(name)[2].split(None, 1)[0]) for name in (b"VmHWM:", b"VmRSS:")]
+    return found[0], found[1]
+
+
+def trim() -> None:
+    """Give freed memory back to the system (glibc keeps blocks below its threshold)."""
+    release = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if release is not None:
+        release(0)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed, by any of torch's and Python's names for it."""
+    if isinstance(error, OutOfMemory):
+        return False
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and (
+        "can't allocate memory" in str(error) or "not enough memory" in str(error)
+    )
+
+
+def explain(error: BaseException, what: str, device: torch.device, held: Iterable[tuple[str, int, bool]]) -> str:
+    """The error with who held what. `held`: (role.part, bytes, whether it is on the device now)."""
+    here = [f"{name} {size / GIB:.2f} GiB" for name, size, resident in held if resident and size]
+    out = [f"{name} {size / GIB:.2f} GiB" for name, size, resident in held if size and not resident]
+    said = f"out of memory in {what} on {device}: {' '.join(str(error).split())}\n"
+    said += f"  held here: {', '.join(here) or 'nothing by roles'}"
+    if out:
+        said += f"\n  moved out: {', '.join(out)}"
+    if device.type == "cpu":
+        said += f"\n  resident in this process: {resident()[1] / GIB:.2f} GiB"
+    return f"{said}\n  {REMEDIES}"

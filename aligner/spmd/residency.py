@@ -1,0 +1,230 @@
+"""Who is in memory: a role call brings in what it needs, and what other roles on its ranks hold besides leaves.
+
+What is in or out is a pure function of the role calls so far and of the placement, the same on every rank: a part is
+out on all of its role's ranks or on none. Loops never mention it; `Role.needs` says what each call needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+
+from aligner.spmd.memory import Meter, OutOfMemory, explain, is_out_of_memory, trim
+from aligner.spmd.residency_config import ResidencyConfig
+
+if TYPE_CHECKING:
+    from aligner.spmd.mesh import Mesh
+    from aligner.spmd.role import Role
+
+Key = tuple[str, str]
+"""(role, part)."""
+
+
+class Part(Protocol):
+    """Some of a role's memory on this rank's device."""
+
+    resident: bool
+    """Whether it is on the device."""
+
+    def bytes(self) -> int:
+        """Its size on the device while it is there."""
+
+    def changed(self) -> None:
+        """A call is about to change it: a copy on the host is no longer the same."""
+
+    def evict(self) -> None:
+        """Leave the device; called where `resident`."""
+
+    def bring(self) -> None:
+        """Come back; called where not `resident`."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What every rank knows of a part, member or not."""
+
+    copied: bool = False
+    """Leaving means a copy on the host, which frees nothing where the device is the host."""
+    lost: bool = False
+    """Its contents are gone once it has left: a role call must write them."""
+
+
+@dataclass
+class _Holder:
+    ranks: frozenset[int]
+    kinds: dict[str, Kind] = field(default_factory=dict)
+    parts: dict[str, Part] = field(default_factory=dict)
+    """Empty on ranks outside the role."""
+    before_evict: Callable[[], None] | None = None
+
+
+class Residency:
+    """One rank's view of all roles' parts. Without a configuration nothing ever moves."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.config = ResidencyConfig(mode="off")
+        self.meter = Meter(device)
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        """Copies to and from the host run here, beside the computation."""
+        self._roles: dict[str, _Holder] = {}
+        self._out: set[Key] = set()
+        self._open: list[frozenset[Key]] = []
+        self._past: tuple[str, ...] = ("", "")
+        self._next: dict[tuple[str, ...], tuple[frozenset[Key], frozenset[int]]] = {}
+        self._most = 0
+
+    def register(
+        self, role: str, mesh: Mesh, kinds: Mapping[str, Kind], parts: Mapping[str, Part] | None = None
+    ) -> None:
+        """A role that was just built says what it holds; one of the same name that was there before is forgotten.
+
+        Args:
+            kinds: the same on every rank.
+            parts: what is really here, on member ranks; they leave in the reverse order and come back in this one.
+        """
+        self._out -= {key for key in self._out if key[0] == role}
+        self._roles[role] = _Holder(frozenset(mesh.ranks), dict(kinds), dict(parts or {}))
+
+    def before_evict(self, role: str, hook: Callable[[], None]) -> None:
+        """Call `hook` before any part of this role leaves."""
+        self._roles[role].before_evict = hook
+
+    def is_out(self, role: str, part: str) -> bool:
+        """Whether the part has left; the same on every rank."""
+        return (role, part) in self._out
+
+    def crowds(self, role: str, mesh: Mesh) -> bool:
+        """Whether another role holds something on a rank of this one, and either may have to leave."""
+        ranks = frozenset(mesh.ranks)
+        others = (holder for name, holder in self._roles.items() if name != role and holder.kinds)
+        return self.config.mode != "off" and any(holder.ranks & ranks for holder in others)
+
+    def make_room(self, role: str, mesh: Mesh) -> None:
+        """A role is about to be built on these ranks: everything there leaves."""
+        if self.crowds(role, mesh):
+            self._leave(frozenset(), frozenset(mesh.ranks))
+
+    @contextmanager
+    def call(self, roles: Sequence[Role], method: str) -> Iterator[None]:
+        """Around a role call: what it needs is there, its memory is measured, running out of it is explained.
+
+        Args:
+            roles: whose call it is, and then the others that take part; each one's `needs` counts.
+        """
+        what = f"{roles[0].name}.{method}"
+        self.meter.start()
+        try:
+            with self._needed(what, roles, method):
+                yield
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            raise OutOfMemory(explain(error, what, self.device, self._held())) from error
+        self.meter.stop(method, any(role.member for role in roles))
+
+    @contextmanager
+    def _needed(self, what: str, roles: Sequence[Role], method: str) -> Iterator[None]:
+        needed = frozenset((role.name, part) for role in roles for part in role.needs.get(method, ()))
+        if not needed or self.config.mode == "off":
+            yield
+            return
+        ranks = frozenset[int]().union(*(role.mesh.ranks for role in roles))
+        self._next[self._past] = needed, ranks
+        self._past = (*self._past[1:], what)
+        # what a call around this one needs may be in use
+        self._open.append(needed.union(*self._open))
+        try:
+            self._leave(self._open[-1], ranks)
+            self._come(needed)
+            for role in roles:
+                if method not in role.reads:
+                    self._changed(key for key in needed if key[0] == role.name)
+            yield
+        finally:
+            self._open.pop()
+        if not self._open:
+            self._prefetch()
+
+    def _leave(self, needed: frozenset[Key], ranks: frozenset[int], prefetching: bool = False) -> None:
+        """What is not needed leaves, where its role shares one of `ranks` and another role does too."""
+        freed = False
+        for name, holder in self._roles.items():
+            if not holder.ranks & ranks or not self._shared(name):
+                continue
+            leaving = [p for p in holder.kinds if (name, p) not in needed and self._movable(name, p, prefetching)]
+            here = [holder.parts[p] for p in reversed(leaving) if p in holder.parts and holder.parts[p].resident]
+            if holder.before_evict and here:
+                holder.before_evict()
+            for part in here:
+                part.evict()
+            self._out |= {(name, part) for part in leaving}
+            freed = freed or bool(here)
+        if freed and self.device.type == "cpu":
+            trim()
+
+    def _come(self, needed: frozenset[Key]) -> None:
+        for name, holder in self._roles.items():
+            for kind in holder.kinds:
+                if (name, kind) in needed:
+                    self._out.discard((name, kind))
+                    part = holder.parts.get(kind)
+                    if part is not None and not part.resident:
+                        part.bring()
+        if self.stream is not None:
+            torch.cuda.current_stream(self.device).wait_stream(self.stream)
+        if self._ahead:
+            self._most = max(self._most, self._resident_bytes())
+
+    def _prefetch(self) -> None:
+        """Start what the next call will do, if it is the one that came after these two last time.
+
+        A wrong guess costs time and nothing else: nothing leaves that only a role call could write again, and a part
+        that is here too early counts as out until a call needs it. No more is held than calls have held before.
+        """
+        if not self._ahead or self._past not in self._next:
+            return
+        needed, ranks = self._next[self._past]
+        self._leave(needed, ranks, prefetching=True)
+        room = self._most - self._resident_bytes()
+        for name, holder in self._roles.items():
+            for kind, part in holder.parts.items():
+                if (name, kind) in needed and not part.resident and part.bytes() <= room:
+                    room -= part.bytes()
+                    part.bring()
+
+    @property
+    def _ahead(self) -> bool:
+        """Whether there is anything to gain, or to test, from moving ahead of a call."""
+        return self.config.prefetch and (self.stream is not None or self.config.mode == "offload")
+
+    def _changed(self, keys: Iterator[Key]) -> None:
+        for name, kind in keys:
+            part = self._roles[name].parts.get(kind) if name in self._roles else None
+            if part is not None:
+                part.changed()
+
+    def _shared(self, role: str) -> bool:
+        mine = self._roles[role].ranks
+        return any(mine & other.ranks for name, other in self._roles.items() if name != role and other.kinds)
+
+    def _movable(self, role: str, part: str, prefetching: bool) -> bool:
+        kind, config = self._roles[role].kinds[part], self.config
+        if role in config.keep or f"{role}.{part}" in config.keep or (prefetching and kind.lost):
+            return False
+        return not kind.copied or self.device.type == "cuda" or config.mode == "offload"
+
+    def _resident_bytes(self) -> int:
+        return sum(size for _, size, resident in self._held() if resident)
+
+    def _held(self) -> list[tuple[str, int, bool]]:
+        """(role.part, bytes, on the device) of everything on this rank."""
+        return [
+            (f"{name}.{kind}", part.bytes(), part.resident)
+            for name, holder in self._roles.items()
+            for kind, part in holder.parts.items()
+        ]

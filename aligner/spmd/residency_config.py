@@ -1,0 +1,47 @@
+"""How roles that share ranks share their memory (no torch)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+MODES = ("off", "auto", "offload")
+TRAINED = ("weights", "gradients", "optimizer")
+PARTS = {
+    "policy": TRAINED,
+    "reference": ("weights",),
+    "critic": TRAINED,
+    "reward_model": TRAINED,
+    "rollout": ("weights", "cache"),
+}
+"""What each role holds on a device."""
+
+
+@dataclass(frozen=True)
+class ResidencyConfig:
+    """Which role holds what on a device while another one computes there."""
+
+    mode: str = "auto"
+    """What a role call does with what other roles on its ranks hold and it does not need. off: nothing. auto: on CUDA it
+    leaves the device; on a CPU only what can be remade is freed (KV cache, engine weights, gradients). offload: models
+    go to host copies on a CPU too, which saves nothing there and tests what CUDA does."""
+    keep: tuple[str, ...] = ()
+    """Roles, or parts of roles such as rollout.weights, that always stay."""
+    prefetch: bool = True
+    """Move what the next role call needs as soon as the last one ends, as the step before went (CUDA, and offload)."""
+
+    def check(self, roles: Sequence[str]) -> None:
+        """Raises ValueError naming the setting and the values that would work in a job of `roles`."""
+        if self.mode not in MODES:
+            raise ValueError(f"residency.mode={self.mode} is unknown; use {', '.join(MODES)}.")
+        if self.keep and self.mode == "off":
+            raise ValueError(
+                f"residency.keep={list(self.keep)} says what stays, and with residency.mode=off everything does; use "
+                "residency.mode=auto, or leave keep empty."
+            )
+        works = [
+            name for role in roles for name in (role, *(f"{role}.{p}" for p in PARTS.get(role, ()))) if role in PARTS
+        ]
+        for name in self.keep:
+            if name not in works:
+                raise ValueError(f"residency.keep has {name!r}, which this job does not hold; use {', '.join(works)}.")

@@ -1,0 +1,38 @@
+"""One rank of the residency tests: several whole jobs one after the other in the same processes.
+
+Argument: a JSON file, a list of lists of overrides.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import sys
+from pathlib import Path
+
+from aligner.config import compose_config, to_config
+from aligner.driver.job import prepare
+from aligner.driver.loop import run_job
+from aligner.spmd.residency import Residency
+from aligner.spmd.world import World
+
+
+def main() -> None:
+    world = World(100)
+    for overrides in json.loads(Path(sys.argv[1]).read_text()):
+        job = prepare(to_config(compose_config(overrides, "quickstart")), world.size)
+        world.residency = Residency(world.device)
+        try:
+            run_job(job, world)
+        except Exception as error:
+            error.add_note(" ".join(overrides))
+            world.fail(error)
+        for close in reversed(world._closers):
+            close()
+        world._closers.clear()
+        gc.collect()
+    world.leave()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,81 @@
+"""Roles that share ranks share memory: whatever leaves and comes back, a job's numbers and weights are the same."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.e2e.conftest import Task
+
+Rows = list[dict[str, Any]]
+MODES: dict[str, list[str]] = {
+    "off": ["residency.mode=off"],
+    "auto": ["residency.mode=auto"],
+    "offload": ["residency.mode=offload"],
+}
+COMMON = ["train.steps=3", "train.eval_every=2", "train.save=true", "policy.optimizer.lr=1e-3"]
+# a reference, groups that are sampled again, an evaluation between two steps
+GRPO = ["algorithm=grpo", "algorithm.group_size=4", "algorithm.loss.kl_coef=0.05", "+algorithm.more_batches=2"]
+PPO = ["algorithm=ppo", "algorithm.kl_control.initial=0.1", "critic.optimizer.lr=1e-3", "critic.minibatches=2"]
+TENSOR = ["placement.policy.tensor=2", "placement.rollout.tensor=2"]
+PART = ["placement.rollout.ranks=[1]"]
+TIMED = ("seconds", "memory_", "time", "tokens_per_second", "reshard_gigabytes")
+
+
+def run_modes(
+    torchrun: Callable[..., Any], task: Task, folder: Path, ranks: int, cases: dict[str, list[str]]
+) -> dict[tuple[str, str], Path]:
+    """(case, mode) -> the folder of its run."""
+    runs = {
+        (case, mode): [*task.overrides(folder / f"{case} {mode}"), *COMMON, *more, *setting]
+        for case, more in cases.items()
+        for mode, setting in MODES.items()
+    }
+    plan = folder / "plan.json"
+    plan.write_text(json.dumps([[o for o in run if not o.startswith("--")] for run in runs.values()]))
+    done = torchrun(ranks, [str(Path(__file__).with_name("residency_rank.py")), str(plan)], seconds=280)
+    assert done.returncode == 0, done.stdout[-1500:] + done.stderr[-5000:]
+    return {(case, mode): folder / f"{case} {mode}" for case, mode in runs}
+
+
+def rows_of(run: Path) -> Rows:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def numbers(row: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in row.items() if not name.startswith(TIMED)}
+
+
+@pytest.mark.parametrize(
+    ("ranks", "cases"),
+    [
+        (1, {"grpo": [*GRPO], "ppo": [*PPO]}),
+        (2, {"grpo TP2": [*GRPO, *TENSOR], "ppo DP2": [*PPO], "grpo engine on one of two": [*GRPO, *PART]}),
+    ],
+)
+def test_a_job_is_the_same_to_the_last_bit(
+    ranks: int, cases: dict[str, list[str]], torchrun: Callable[..., Any], task: Task, tmp_path: Path
+) -> None:
+    cases = {name: [*more, f"reward.rule='{task.folder}/rule.py:brief'"] for name, more in cases.items()}
+    found = run_modes(torchrun, task, tmp_path, ranks, cases)
+    for case in cases:
+        plain = rows_of(found[case, "off"])
+        assert [row["step"] for row in plain] == [0, 1, 2, 3]
+        weights = load_file(found[case, "off"] / "model" / "model.safetensors")
+        assert any(row.get("sampled_groups", 0) > 4 for row in plain) or "grpo" not in case, "no group was sampled again"
+        for mode in ("auto", "offload"):
+            rows = rows_of(found[case, mode])
+            for row, want in zip(rows, plain, strict=True):
+                assert numbers(row) == numbers(want), f"{case}, {mode}, step {row['step']}"
+            got = load_file(found[case, mode] / "model" / "model.safetensors")
+            assert got.keys() == weights.keys()
+            assert all(torch.equal(got[name], weights[name]) for name in weights), f"{case}, {mode}"
+        row = plain[-1]
+        assert {"memory_generate", "memory_update", "memory_reshard", "memory_logprobs", "memory_peak"} <= row.keys()
+        assert row["memory_peak"] == max(value for name, value in row.items() if name.startswith("memory_"))
