@@ -119,6 +119,7 @@ def _check_values(config: Config) -> None:
     config.data.check()
     config.logging.check()
     config.reshard.check()
+    config.stream.check()
     if (Path(config.run_dir) / "metrics.jsonl").exists() and not config.overwrite:
         raise ValueError(f"run_dir={config.run_dir} already holds a run; choose another folder or set overwrite=true.")
     sampling = config.sampling

@@ -24,7 +24,7 @@ from aligner.driver.config import LoggingConfig
 from aligner.policy.config import CriticConfig, PolicyConfig, ReferenceConfig, RewardModelConfig
 from aligner.reshard.config import ReshardConfig
 from aligner.reward.config import RewardConfig
-from aligner.rollout.config import RolloutConfig, Sampling
+from aligner.rollout.config import RolloutConfig, Sampling, StreamConfig
 from aligner.spmd.placement import Placement
 from aligner.spmd.residency_config import ResidencyConfig
 
@@ -87,6 +87,8 @@ class Config:
     """The vLLM engine."""
     sampling: Sampling = field(default_factory=Sampling)
     """How training responses are drawn."""
+    stream: StreamConfig = field(default_factory=StreamConfig)
+    """How far generation runs ahead of training."""
     reward: RewardConfig = field(default_factory=RewardConfig)
     """The rule and its worker processes."""
     placement: Placement = field(default_factory=Placement)

@@ -121,7 +121,7 @@ def build_roles(
         built["reward_model"] = model(RewardModel, "reward_model", config.reward_model, scalar("reward_model"))
     if "rollout" in wanted:
         built["rollout"] = Rollout(
-            "rollout", world, meshes["rollout"], spec, config.rollout, config.sampling, config.seed
+            "rollout", world, meshes["rollout"], spec, config.rollout, config.sampling, config.seed, config.stream
         )
     if "reward" in wanted:
         scorer = cast("RewardModel | None", built.get("reward_model"))

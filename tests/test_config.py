@@ -92,7 +92,10 @@ def test_every_kind_of_data_is_a_choice(kind: str) -> None:
     [
         ("modle.path=x", "there is no setting modle.path; did you mean model.path"),
         ("placement.policy.tensro=2", "did you mean placement.policy.tensor"),
-        ("algorithm=grop", "no such configuration; available: dapo, dpo, dr_grpo, grpo, gspo, ipo, kto"),
+        (
+            "algorithm=grop",
+            "no such configuration; available: dapo, dpo, dr_grpo, grpo, grpo_off_policy, gspo, ipo, kto",
+        ),
         ("algorithm.group_sise=2", "did you mean algorithm.group_size"),
         (
             "policy.optimizer.lr=abc",

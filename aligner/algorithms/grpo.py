@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from aligner.algorithms.off_policy import proximal
 from aligner.algorithms.sampling import scored_samples
 from aligner.algorithms.step import Step
 from aligner.algorithms.whitening import whitened
@@ -70,7 +71,7 @@ class GrpoConfig:
 
 
 def grpo(roles: Roles, prompts: Iterable[list[Prompt]], cfg: GrpoConfig) -> Iterator[Step]:
-    """One on-policy update for each batch of prompts."""
+    """One update for each batch of prompts."""
     policy, rollout, reference = roles.policy, roles.rollout, roles.reference
     policy.reshard_to(rollout)
     for batch in scored_samples(roles, prompts, cfg.group_size, cfg.more_batches):
@@ -85,7 +86,8 @@ def grpo(roles: Roles, prompts: Iterable[list[Prompt]], cfg: GrpoConfig) -> Iter
             advantage = {"advantage_BT": whitened(policy, policy.run(on_tokens, advantage_B, trained), trained)}
         else:
             advantage = {"advantage_B": advantage_B}
-        metrics = policy.update(cfg.loss, trained, reference_logp_BT=reference_logp_BT, **advantage)
+        more = proximal(policy, cfg.loss, trained)
+        metrics = policy.update(cfg.loss, trained, reference_logp_BT=reference_logp_BT, **advantage, **more)
         policy.reshard_to(rollout)
         yield Step(metrics, samples, scores, batch.report)
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from aligner.algorithms.off_policy import proximal
 from aligner.algorithms.sampling import scored_samples
 from aligner.algorithms.step import Step
 from aligner.algorithms.whitening import whitened
@@ -96,7 +97,8 @@ def ppo(roles: Roles, prompts: Iterable[list[Prompt]], cfg: PpoConfig) -> Iterat
         }
         metrics = None
         if step >= cfg.critic_warmup:
-            metrics = policy.update(cfg.loss, trained, advantage_BT=advantage_BT, reference_logp_BT=reference_logp_BT)
+            fields = {"advantage_BT": advantage_BT, "reference_logp_BT": reference_logp_BT}
+            metrics = policy.update(cfg.loss, trained, **fields, **proximal(policy, cfg.loss, trained))
             policy.reshard_to(rollout)
         if reference:
             kl = mean_of(policy.run(response_kl, trained, reference_logp_BT).get())

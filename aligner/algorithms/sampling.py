@@ -36,20 +36,20 @@ def scored_samples(
             differ (Yu et al. 2025, arXiv 2503.14476, equation 11). A step whose groups are still too few goes on with
             those it has, or, if it has none, with what it sampled last; the report counts both.
     """
-    stream = iter(prompts)
-    for batch in stream:
-        samples = roles.rollout.generate(batch, num_samples=group_size)
+    stream = roles.rollout.stream(prompts, group_size)
+    for samples in stream:
         scores = roles.reward.score(samples)
         if not more_batches:
             yield Sampled(samples, scores)
             continue
+        wanted = sum(map(len, samples.shares))
         pool = _Pool(group_size)
         pool.add(samples, scores)
-        while pool.rows < len(batch) * group_size and pool.batches <= more_batches:
-            samples = roles.rollout.generate(next(stream), num_samples=group_size)
+        while pool.rows < wanted and pool.batches <= more_batches:
+            samples = next(stream)
             scores = roles.reward.score(samples)
             pool.add(samples, scores)
-        yield pool.batch(roles, samples, scores, len(batch) * group_size)
+        yield pool.batch(roles, samples, scores, wanted)
 
 
 class _Pool:

@@ -38,6 +38,8 @@ class Samples:
     """float32: log-probability by the rollout engine that sampled the token, after temperature."""
     truncated_B: Tensor | None = None
     """bool: the response ran into its token limit."""
+    version_BT: Tensor | None = None
+    """int32: version of the policy's weights (updates so far) that drew the token; 0 outside the response."""
 
     @property
     def rows(self) -> int:

@@ -1,10 +1,16 @@
 """Losses, one number a token: log-probabilities and advantages in, what to minimise and what to report out."""
 
-import torch
 from torch import Tensor
 
-from aligner.objective.kl import MAX_LOG_RATIO, Estimator, kl_estimate
-from aligner.objective.masked import check_rows, check_tokens, inside, row_sums
+from aligner.objective.kl import MAX_LOG_RATIO, Estimator
+from aligner.objective.masked import check_tokens, inside, row_sums
+from aligner.objective.surrogate import (
+    advantage_on_tokens,
+    check_clips,
+    clip_binds,
+    clipped_objective,
+    further_terms,
+)
 
 
 def clipped_surrogate(
@@ -57,20 +63,20 @@ def clipped_surrogate(
         ValueError: a setting out of its range, a coefficient whose input is missing, or not exactly one advantage.
     """
     check_tokens("policy_logp_BT", policy_logp_BT, mask_BT, rollout_logp_BT, reference_logp_BT, entropy_BT)
-    _check_settings(clip_low, clip_high, dual_clip)
+    check_clips(clip_low, clip_high, dual_clip)
 
     # The mask goes on the inputs: after arithmetic, 0 * inf would leak as NaN, into gradients as into values. With
     # every input 0 outside it, so is everything below but the ratio.
     logp_BT = inside(mask_BT, policy_logp_BT)
     log_ratio_BT = logp_BT - inside(mask_BT, rollout_logp_BT.detach())
     ratio_BT = log_ratio_BT.clamp(max=MAX_LOG_RATIO).exp()
-    adv_BT = _advantage(mask_BT, advantage_B, advantage_BT)
+    adv_BT = advantage_on_tokens(mask_BT, advantage_B, advantage_BT)
 
-    loss_BT = -_clip(ratio_BT, adv_BT, clip_low, clip_high, dual_clip)
-    extra_BT, metrics = _terms(logp_BT, mask_BT, reference_logp_BT, kl_coef, kl, entropy_BT, entropy_coef)
+    loss_BT = -clipped_objective(ratio_BT, adv_BT, clip_low, clip_high, dual_clip)
+    extra_BT, metrics = further_terms(logp_BT, mask_BT, reference_logp_BT, kl_coef, kl, entropy_BT, entropy_coef)
     metrics |= {
         "ratio": inside(mask_BT, ratio_BT),
-        "clip_fraction": _binds(ratio_BT, adv_BT, clip_low, clip_high, dual_clip).to(logp_BT.dtype),
+        "clip_fraction": clip_binds(ratio_BT, adv_BT, clip_low, clip_high, dual_clip).to(logp_BT.dtype),
         "gap": log_ratio_BT.abs(),
     }
     return (loss_BT + extra_BT).to(policy_logp_BT.dtype), {name: value.detach() for name, value in metrics.items()}
@@ -106,7 +112,7 @@ def sequence_clipped_surrogate(
     (s) and "clip_fraction" have one value all along a row, "gap" is that of each token.
     """
     check_tokens("policy_logp_BT", policy_logp_BT, mask_BT, rollout_logp_BT, reference_logp_BT, entropy_BT)
-    _check_settings(clip_low, clip_high, None)
+    check_clips(clip_low, clip_high, None)
 
     logp_BT = inside(mask_BT, policy_logp_BT)
     gap_BT = logp_BT.detach() - inside(mask_BT, rollout_logp_BT.detach())
@@ -114,13 +120,13 @@ def sequence_clipped_surrogate(
     mean_B1 = (row_sums(gap_BT, mask_BT) / mask_BT.sum(dim=1).clamp(min=1))[:, None]
     log_ratio_BT = mean_B1 + (logp_BT - logp_BT.detach())
     ratio_BT = log_ratio_BT.clamp(max=MAX_LOG_RATIO).exp()
-    adv_BT = _advantage(mask_BT, advantage_B, advantage_BT)
+    adv_BT = advantage_on_tokens(mask_BT, advantage_B, advantage_BT)
 
-    loss_BT = -_clip(ratio_BT, adv_BT, clip_low, clip_high, None)
-    extra_BT, metrics = _terms(logp_BT, mask_BT, reference_logp_BT, kl_coef, kl, entropy_BT, entropy_coef)
+    loss_BT = -clipped_objective(ratio_BT, adv_BT, clip_low, clip_high, None)
+    extra_BT, metrics = further_terms(logp_BT, mask_BT, reference_logp_BT, kl_coef, kl, entropy_BT, entropy_coef)
     metrics |= {
         "ratio": inside(mask_BT, ratio_BT),
-        "clip_fraction": _binds(ratio_BT, adv_BT, clip_low, clip_high, None).to(logp_BT.dtype),
+        "clip_fraction": clip_binds(ratio_BT, adv_BT, clip_low, clip_high, None).to(logp_BT.dtype),
         "gap": gap_BT.abs(),
     }
     return (loss_BT + extra_BT).to(policy_logp_BT.dtype), {name: value.detach() for name, value in metrics.items()}
@@ -150,8 +156,8 @@ def reinforce(
     """
     check_tokens("policy_logp_BT", policy_logp_BT, mask_BT, reference_logp_BT, entropy_BT)
     logp_BT = inside(mask_BT, policy_logp_BT)
-    loss_BT = -_advantage(mask_BT, advantage_B, advantage_BT) * logp_BT
-    extra_BT, metrics = _terms(logp_BT, mask_BT, reference_logp_BT, kl_coef, kl, entropy_BT, entropy_coef)
+    loss_BT = -advantage_on_tokens(mask_BT, advantage_B, advantage_BT) * logp_BT
+    extra_BT, metrics = further_terms(logp_BT, mask_BT, reference_logp_BT, kl_coef, kl, entropy_BT, entropy_coef)
     return (loss_BT + extra_BT).to(policy_logp_BT.dtype), {name: value.detach() for name, value in metrics.items()}
 
 
@@ -171,78 +177,3 @@ def negative_log_likelihood(policy_logp_BT: Tensor, *, mask_BT: Tensor) -> tuple
     """
     check_tokens("policy_logp_BT", policy_logp_BT, mask_BT)
     return inside(mask_BT, -policy_logp_BT), {}
-
-
-def _advantage(mask_BT: Tensor, advantage_B: Tensor | None, advantage_BT: Tensor | None) -> Tensor:
-    """Whichever of the two is given, on every trained token."""
-    if advantage_BT is not None and advantage_B is None:
-        assert advantage_BT.shape == mask_BT.shape, f"advantage_BT is {tuple(advantage_BT.shape)}"
-        return inside(mask_BT, advantage_BT.detach())
-    if advantage_B is not None and advantage_BT is None:
-        check_rows("advantage_B", advantage_B, len(mask_BT))
-        return inside(mask_BT, advantage_B.detach()[:, None])
-    raise ValueError("pass exactly one of advantage_B, one a row, and advantage_BT, one a token.")
-
-
-def _terms(
-    logp_BT: Tensor,
-    mask_BT: Tensor,
-    reference_logp_BT: Tensor | None,
-    kl_coef: float,
-    kl: Estimator,
-    entropy_BT: Tensor | None,
-    entropy_coef: float,
-) -> tuple[Tensor | float, dict[str, Tensor]]:
-    """kl_coef KL - entropy_coef H, and both as metrics where their inputs are given, with a coefficient or without."""
-    _check_terms(kl_coef, kl, reference_logp_BT, entropy_coef, entropy_BT)
-    extra_BT: Tensor | float = 0.0
-    metrics = {}
-    if reference_logp_BT is not None:
-        metrics["kl"] = kl_estimate(logp_BT, inside(mask_BT, reference_logp_BT.detach()), kl)
-        if kl_coef != 0.0:
-            extra_BT = extra_BT + kl_coef * metrics["kl"]
-    if entropy_BT is not None:
-        metrics["entropy"] = inside(mask_BT, entropy_BT)
-        if entropy_coef != 0.0:
-            extra_BT = extra_BT - entropy_coef * metrics["entropy"]
-    return extra_BT, metrics
-
-
-def _clip(ratio_BT: Tensor, advantage_BT: Tensor, clip_low: float, clip_high: float, dual_clip: float | None) -> Tensor:
-    clipped_BT = ratio_BT.clamp(1.0 - clip_low, 1.0 + clip_high)
-    objective_BT = torch.minimum(ratio_BT * advantage_BT, clipped_BT * advantage_BT)
-    if dual_clip is None:
-        return objective_BT
-    return torch.where(advantage_BT < 0, torch.maximum(objective_BT, dual_clip * advantage_BT), objective_BT)
-
-
-def _binds(
-    ratio_BT: Tensor, advantage_BT: Tensor, clip_low: float, clip_high: float, dual_clip: float | None
-) -> Tensor:
-    """Where a clip holds the objective constant: only on the side to which the advantage pushes the ratio."""
-    held_BT = ((advantage_BT > 0) & (ratio_BT > 1.0 + clip_high)) | ((advantage_BT < 0) & (ratio_BT < 1.0 - clip_low))
-    if dual_clip is not None:
-        held_BT = held_BT | ((advantage_BT < 0) & (ratio_BT > dual_clip))
-    return held_BT
-
-
-def _check_settings(clip_low: float, clip_high: float, dual_clip: float | None) -> None:
-    if not 0.0 <= clip_low <= 1.0:
-        raise ValueError(f"clip_low={clip_low} must lie in [0, 1]; 0.2 is usual, 1 clips nothing.")
-    if not clip_high >= 0.0:
-        raise ValueError(f"clip_high={clip_high} must be 0 or more; 0.2 is usual, 0.28 is DAPO's, inf clips nothing.")
-    if dual_clip is not None and not dual_clip > 1.0:
-        raise ValueError(f"dual_clip={dual_clip} must be more than 1; 3 is usual, null turns it off.")
-
-
-def _check_terms(
-    kl_coef: float, kl: Estimator, reference_logp_BT: Tensor | None, entropy_coef: float, entropy_BT: Tensor | None
-) -> None:
-    if kl_coef != 0.0 and reference_logp_BT is None:
-        raise ValueError(f"kl_coef={kl_coef} needs reference_logp_BT; pass it, or set kl_coef=0.")
-    if kl_coef != 0.0 and kl == "k1":
-        raise ValueError(
-            f"kl=k1 with kl_coef={kl_coef} regularises nothing, the gradient of k1 being 0 in the mean; use k2 or k3."
-        )
-    if entropy_coef != 0.0 and entropy_BT is None:
-        raise ValueError(f"entropy_coef={entropy_coef} needs entropy_BT; pass it, or set entropy_coef=0.")

@@ -10,7 +10,7 @@ from torch import Tensor
 from aligner.policy.calls import attended
 from aligner.policy.global_mean import Totals
 
-MAXIMA = ("gap", "ratio", "kl")
+MAXIMA = ("gap", "ratio", "kl", "weight", "staleness")
 """Metrics of a loss whose largest token (or row) is reported beside the mean, as `<name>_max`."""
 
 

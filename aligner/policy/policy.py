@@ -39,6 +39,7 @@ class Policy(Trained, Reference):
     """The trained language model. A loss's first argument is policy_logp_BT; it may also name entropy_BT."""
 
     section = "policy"
+    samples_itself = True
 
     def __init__(self, *args: Any, reshard: ReshardConfig | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -52,10 +53,12 @@ class Policy(Trained, Reference):
         """Bring the rollout engine the weights as they are now; a proof of the sync is in its ledger row."""
         from aligner.reshard.sync import WeightSync
 
+        rollout.make_way(self.mesh)
         with self.call("reshard_to", also=(rollout,)):
             if rollout.name not in self.syncs:
                 self.syncs[rollout.name] = WeightSync(self, rollout, self.reshard)
             self.syncs[rollout.name].run()
+        rollout.took_weights(self.version)
         self._sent[rollout.name] = self.version
         rollout.sender = self
 

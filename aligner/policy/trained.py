@@ -31,6 +31,8 @@ class Trained(ModelRole):
 
     section = "policy"
     """Where its settings stand in the configuration."""
+    samples_itself = False
+    """The rollout samples with its weights: `version_BT` of samples counts its updates."""
     needs: ClassVar[Mapping[str, Sequence[str]]] = {**ModelRole.needs, "update": ("weights", "gradients", "optimizer")}
     kinds: ClassVar[Mapping[str, Kind]] = {**ModelRole.kinds, "gradients": Kind(), "optimizer": Kind(copied=True)}
 
@@ -85,6 +87,7 @@ class Trained(ModelRole):
             if not self.member:
                 return Ref(self)
             assert local.rows is not None and local.rows.lengths is not None
+            self._check_versions(loss, local.args[0])
             size = local.rows.group_size
             together = rows_together(loss)
             if size % together:
@@ -100,6 +103,15 @@ class Trained(ModelRole):
                     part = {name: _rows_of(value, mine, len(local.mine)) for name, value in local.kwargs.items()}
                     steps.append(self._step(loss, together, columns.take(local.args[0], mine), part))
             return Ref(self, {**over_steps(steps), "imbalance": self._imbalance(local.rows.lengths, size)})
+
+    def _check_versions(self, loss: LossFunction, samples: Samples) -> None:
+        """ValueError for samples of earlier weights, with a loss that would silently take them for its own."""
+        version_BT = samples.version_BT if self.samples_itself else None
+        if version_BT is not None and takes_one_step(loss) and (version_BT[samples.mask_BT] != self.version - 1).any():
+            raise ValueError(
+                "the samples were drawn by earlier weights (stream.lag, stream.step_tokens), and the loss is right for the "
+                "present ones only; set stream.lag=0 and stream.step_tokens=null, or take decoupled_surrogate."
+            )
 
     def _step(self, loss: LossFunction, together: int, samples: Samples, fields: dict[str, Any]) -> dict[str, float]:
         """One optimizer step over this shard's rows of one minibatch."""
@@ -118,6 +130,8 @@ class Trained(ModelRole):
             given = {name: self._fit(value, samples.length_B[rows]) for name, value in given.items()}
             given |= dict(further)
             unreduced, metrics = loss(result, **{name: given[name] for name in given if name in wanted})
+            if self.samples_itself and samples.version_BT is not None:
+                metrics["staleness"] = self._fit(self.version - 1 - samples.version_BT[rows], samples.length_B[rows])
             reported = {name.removesuffix("_BT"): value_BT for name, value_BT in further}
             gather_metrics(sums, {**reported, **metrics}, given["mask_BT"])
             part = global_mean(unreduced, given["mask_BT"], totals, self.config, self.max_response)

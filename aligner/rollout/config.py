@@ -169,6 +169,32 @@ class RolloutConfig:
         )
 
 
+@dataclass(frozen=True)
+class StreamConfig:
+    """How far generation runs ahead of training, in loops that take their samples from a stream (all but ReMax)."""
+
+    lag: int = 0
+    """Batches that are generated ahead of the one that is trained on. 0: strictly on-policy. 1: a rollout on ranks of
+    its own works while the policy trains, and each batch was drawn by the weights before the last update."""
+    in_flight: bool = False
+    """With lag > 0: new weights reach the engines as soon as the policy has them, between two tokens of what is being
+    generated, whose KV cache is then computed anew. false: a batch is drawn by one version of the weights."""
+    step_tokens: int | None = None
+    """Most tokens that a step adds to a response; what has not ended goes on in the next one, with the weights of
+    then (partial rollout). null: every response is completed in its step."""
+
+    def check(self) -> None:
+        """Raises ValueError naming the setting and the values that would work."""
+        if self.lag < 0:
+            raise ValueError(f"stream.lag={self.lag} must be 0 (on-policy) or more.")
+        if self.in_flight and not self.lag:
+            raise ValueError(
+                "stream.in_flight=true changes weights under what is generated ahead; set stream.lag=1 or more."
+            )
+        if self.step_tokens is not None and self.step_tokens < 1:
+            raise ValueError(f"stream.step_tokens={self.step_tokens} must be 1 or more, or null.")
+
+
 def _check_stages(spec: ModelSpec, pipeline: int) -> None:
     """Stages of equal size: their ranks schedule for themselves, and must find room for equally many samples."""
     if spec.layers % pipeline:

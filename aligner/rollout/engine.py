@@ -6,9 +6,8 @@ import gc
 import json
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,22 +17,11 @@ import torch.distributed as dist
 from aligner.models.spec import read_spec
 from aligner.rollout.config import BLOCK_TOKENS, RolloutConfig, Sampling
 from aligner.rollout.experts import mend_cpu_expert_parallel
+from aligner.rollout.requests import Requests, Sample
 from aligner.rollout.subworld import SubWorld, engine_is_live, executor_class
 
 LOAD_FORMAT = "dummy"
 """vLLM starts with placeholder weights: the policy's arrive by resharding."""
-
-
-@dataclass(frozen=True)
-class Completion:
-    """One response."""
-
-    tokens: list[int]
-    """Sampled token ids, with the stop token where one was drawn."""
-    logp: list[float]
-    """log p of each token under the distribution it was drawn from: after temperature, top-k and top-p."""
-    truncated: bool
-    """The response reached max_tokens without a stop token."""
 
 
 class RolloutEngine:
@@ -84,6 +72,8 @@ class RolloutEngine:
             }
             self._llm = _build(model_path, self._subworld, config, sizes)
         self._receive_buffer()
+        self.requests = Requests(self._llm, self._worker.model_runner, self.spec.eos_token_ids)
+        """What is being generated."""
         gc.unfreeze()  # vLLM hides all objects of the process from the garbage collector, the training roles' too
 
     @property
@@ -121,9 +111,44 @@ class RolloutEngine:
         with self._subworld.inside(), set_current_vllm_config(self._worker.vllm_config), torch.no_grad():
             yield
 
+    def start(
+        self,
+        prompts: Sequence[list[int]],
+        seeds: Sequence[int],
+        sampling: Sampling,
+        num_samples: int = 1,
+    ) -> int:
+        """Take `num_samples` responses to each prompt into work; see `generate`. Returns what `finish` takes."""
+        assert len(prompts) == len(seeds), f"{len(prompts)} prompts but {len(seeds)} seeds"
+        assert num_samples >= 1, f"num_samples={num_samples}"
+        sampling.check()
+        self._check_prompts(prompts, sampling)
+        return self.resume(
+            [Sample(list(p), seed + i) for p, seed in zip(prompts, seeds, strict=True) for i in range(num_samples)],
+            sampling,
+        )
+
+    def resume(self, samples: Sequence[Sample], sampling: Sampling, step_tokens: int | None = None) -> int:
+        """Take samples into work that may have been begun before; see `Requests.start`. Returns what `finish` takes."""
+        if not self.ready:
+            raise RuntimeError("the rollout engine has no weights yet; call policy.reshard_to(rollout) first.")
+        with self.inside():
+            return self.requests.start(samples, sampling, step_tokens)
+
+    def finish(self, ticket: int) -> list[Sample]:
+        """Generate until the samples of one `start` or `resume` are there, in its order."""
+        with self.inside():
+            return self.requests.finish(ticket)
+
+    def work_until(self, enough: Callable[[], bool]) -> None:
+        """Generate until `enough()`, asked on the replica's first rank before each token, or until nothing is left."""
+        with self.inside():
+            while self.requests.under_way and not self._subworld.first_says(enough):
+                self.requests.advance()
+
     def generate(
         self, prompts: Sequence[list[int]], seeds: Sequence[int], sampling: Sampling, num_samples: int = 1
-    ) -> list[list[Completion]]:
+    ) -> list[list[Sample]]:
         """`num_samples` responses to each prompt, in the order of the prompts.
 
         Sample i of a prompt is drawn with seed `seeds[prompt] + i` and nothing else: the other prompts, their order,
@@ -131,27 +156,19 @@ class RolloutEngine:
 
         Raises ValueError where a prompt is empty or does not fit, RuntimeError before the first weights.
         """
-        assert len(prompts) == len(seeds), f"{len(prompts)} prompts but {len(seeds)} seeds"
-        assert num_samples >= 1, f"num_samples={num_samples}"
-        sampling.check()
-        self._check_prompts(prompts, sampling)
-        if not self.ready:
-            raise RuntimeError("the rollout engine has no weights yet; call policy.reshard_to(rollout) first.")
-        if not prompts:
-            return []
-        with self.inside():
-            outputs = self._run(prompts, [self._params(sampling, seed, num_samples) for seed in seeds])
-        found = [[_completion(one) for one in outputs[index].outputs] for index in range(len(prompts))]
-        return [group * num_samples for group in found] if sampling.temperature == 0 else found
+        drawn = 1 if sampling.temperature == 0 else num_samples  # greedy samples are all the same
+        found = self.finish(self.start(prompts, seeds, sampling, drawn))
+        groups = [found[first : first + drawn] for first in range(0, len(found), drawn)]
+        return [group * (num_samples // drawn) for group in groups]
 
     def gather(self, value: Any) -> list[Any]:
         """The value that each rank of the replica gives; collective."""
         return self._subworld.gather(value)
 
-    def reset_prefix_cache(self) -> None:
-        """Forget every KV cache entry, all of which the present weights computed."""
-        if not self._llm.reset_prefix_cache():
-            raise RuntimeError("the rollout engine's prefix cache is in use: weights were changed during a generation.")
+    def new_weights(self) -> None:
+        """Forget every KV cache entry, all of which the weights before computed; what is under way is read anew."""
+        if not self._llm.reset_prefix_cache(reset_running_requests=self.requests.under_way > 0):
+            raise RuntimeError("the rollout engine could not empty its KV cache.")
 
     def close(self) -> None:
         """Free the engine; collective over the replica. The process can then make another one."""
@@ -164,45 +181,6 @@ class RolloutEngine:
         self.ready = False
         self._llm = None
         self._subworld.close()
-
-    def _run(self, prompts: Sequence[list[int]], params: Sequence[Any]) -> dict[int, Any]:
-        """Finished outputs by index of the prompt."""
-        from vllm.inputs import tokens_input
-
-        finished: dict[int, Any] = {}
-        names = [str(index) for index in range(len(prompts))]
-        try:
-            # longest first: the long ones then do not start when the short ones are done
-            for name, prompt, one in sorted(
-                zip(names, prompts, params, strict=True), key=lambda request: -len(request[1])
-            ):
-                self._llm.add_request(name, tokens_input(list(prompt)), one)
-            while self._llm.has_unfinished_requests():
-                finished.update({int(output.request_id): output for output in self._llm.step() if output.finished})
-        except BaseException:
-            self._llm.abort_request(names)
-            raise
-        return finished
-
-    def _params(self, sampling: Sampling, seed: int, num_samples: int) -> Any:
-        from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind
-
-        stop = self.spec.eos_token_ids if sampling.stop_token_ids is None else sampling.stop_token_ids
-        return SamplingParams(
-            n=1 if sampling.temperature == 0 else num_samples,  # greedy samples are all the same
-            seed=seed,
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            top_k=sampling.top_k,
-            max_tokens=sampling.max_tokens,
-            stop_token_ids=list(stop),
-            ignore_eos=True,  # the list above is the whole truth
-            logprobs=0,  # of the sampled token only
-            flat_logprobs=True,
-            detokenize=False,
-            output_kind=RequestOutputKind.FINAL_ONLY,
-        )
 
     def _check_prompts(self, prompts: Sequence[list[int]], sampling: Sampling) -> None:
         longest = max((len(prompt) for prompt in prompts), default=0)
@@ -282,11 +260,3 @@ def _build(model_path: str | Path, subworld: SubWorld, config: RolloutConfig, si
         disable_log_stats=True,
     )
     return LLMEngine.from_engine_args(arguments, usage_context=UsageContext.LLM_CLASS)
-
-
-def _completion(output: Any) -> Completion:
-    tokens, logp = list(output.token_ids), list(output.logprobs.logprobs)
-    assert len(tokens) == len(logp), f"{len(tokens)} tokens but {len(logp)} log-probabilities"
-    if output.finish_reason not in ("stop", "length"):
-        raise RuntimeError(f"the rollout engine ended a response with {output.finish_reason!r}.")
-    return Completion(tokens, logp, output.finish_reason == "length")

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, ClassVar
-
-import torch
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from aligner.data.prompts import Prompt
-from aligner.data.samples import Samples, pad_rows
 from aligner.models.spec import ModelSpec
-from aligner.rollout.config import RolloutConfig, Sampling
-from aligner.rollout.engine import Completion, RolloutEngine
+from aligner.rollout import partial
+from aligner.rollout.arrivals import Arrivals
+from aligner.rollout.config import RolloutConfig, Sampling, StreamConfig
+from aligner.rollout.engine import RolloutEngine
+from aligner.rollout.rows import as_samples, request_seed
 from aligner.rollout.sleep import KINDS, parts_of
 from aligner.rollout.weights import EngineWeights
 from aligner.spmd.mesh import Mesh
 from aligner.spmd.messages import everyone
-from aligner.spmd.partition import partition
+from aligner.spmd.partition import Shares, partition
 from aligner.spmd.ref import Ref, Rows
 from aligner.spmd.role import Role
 from aligner.spmd.world import World
@@ -25,14 +27,19 @@ from aligner.spmd.world import World
 if TYPE_CHECKING:
     from aligner.policy.policy import Policy
 
+T = TypeVar("T")
 
-def request_seed(*parts: int) -> int:
-    """A seed for one prompt's samples, a function of its arguments only: no layout changes what is sampled.
 
-    vLLM gives sample i of a request seed + i, so seeds are spread over 2^48 and never neighbours.
-    """
-    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 16
+@dataclass(eq=False)
+class Started:
+    """A generation that has been begun; the same on every rank, but for the ticket."""
+
+    prompts: Sequence[Prompt]
+    num_samples: int
+    shares: Shares
+    """Prompts of each replica."""
+    ticket: int | None
+    """The engine's, on this role's ranks."""
 
 
 class Rollout(Role):
@@ -41,13 +48,24 @@ class Rollout(Role):
     needs: ClassVar[Mapping[str, Sequence[str]]] = {"generate": ("weights", "cache"), "reshard_to": ("weights",)}
 
     def __init__(
-        self, name: str, world: World, mesh: Mesh, spec: ModelSpec, config: RolloutConfig, sampling: Sampling, seed: int
+        self,
+        name: str,
+        world: World,
+        mesh: Mesh,
+        spec: ModelSpec,
+        config: RolloutConfig,
+        sampling: Sampling,
+        seed: int,
+        overlap: StreamConfig | None = None,
     ) -> None:
         super().__init__(name, world, mesh)
-        self.config, self.sampling, self.seed = config, sampling, seed
+        self.config, self.sampling, self.seed, self.overlap = config, sampling, seed, overlap or StreamConfig()
         self.calls = 0
         self.sender: Policy | None = None
         """Whose weights the engine was given last."""
+        self.under_way: list[Any] = []
+        """What was started and not finished; the same on every rank."""
+        self._arrivals = Arrivals(world, name) if self.overlap.in_flight else None
         replica = world.my_group(mesh.groups("tensor", "pipeline"))
         world.residency.make_room(name, mesh)
         sleeps = world.device.type == "cpu" or world.residency.crowds(name, mesh)
@@ -62,6 +80,7 @@ class Rollout(Role):
         if sleeps:
             parts = parts_of(self.engine, self.weights, world.residency.meter)
             world.residency.register(name, mesh, KINDS, parts)
+            world.residency.before_evict(name, self._complete)
         world.on_leave(self.engine.close)
 
     def generate(
@@ -81,61 +100,131 @@ class Rollout(Role):
         Returns:
             Ref to `Samples`: row p * num_samples + g is sample g of prompt p.
         """
-        if self.sender is not None and self.world.residency.is_out(self.name, "weights"):
-            self.sender.send_again(self)
+        self.wake()
         with self.call("generate"):
-            self.calls += 1
-            seeds = [request_seed(self.seed, self.calls if seed is None else -1 - seed, i) for i in range(len(prompts))]
-            shares = partition([len(prompt.tokens) for prompt in prompts], self.mesh.data)
-            row_shares = tuple(
-                tuple(p * num_samples + g for p in share for g in range(num_samples)) for share in shares
-            )
-            rows = Rows(num_samples, set(self.mesh.ranks))
-            if not self.member:
-                return Ref(self, None, rows, row_shares)
-            mine = shares[self.shard or 0]
-            found = self.engine.generate(
-                [list(prompts[p].tokens) for p in mine],
-                [seeds[p] for p in mine],
-                sampling or self.sampling,
-                num_samples,
-            )
-            samples = _as_samples([prompts[p] for p in mine], found)
-            rows.lengths = self._lengths(samples, row_shares)
-            return Ref(self, samples, rows, row_shares)
+            return self._finish(self._start(prompts, num_samples, sampling, seed))
 
-    def _lengths(self, samples: Samples, shares: Sequence[Sequence[int]]) -> list[int]:
-        """Lengths of all rows on every rank of the role; replicas of one shard must agree."""
-        check = int(samples.tokens_BT.sum())
-        gathered = everyone(self.world, (self.shard, samples.length_B.tolist(), check), self.mesh.ranks)
-        by_shard: dict[int, tuple[list[int], int]] = {}
-        for rank, (shard, lengths, total) in zip(self.mesh.ranks, gathered, strict=True):
-            if by_shard.setdefault(shard, (lengths, total)) != (lengths, total):
+    def stream(self, prompts: Iterable[Sequence[Prompt]], num_samples: int = 1) -> Iterator[Ref]:
+        """`generate` for each batch of prompts, `stream.lag` batches ahead of the one that is handed out.
+
+        What is ahead is generated while the other roles work on what was handed out, where these have other ranks. It
+        is drawn by the weights that were there when it was started, or, with `stream.in_flight`, by newer ones from the
+        token on at which these arrive; `Samples.version_BT` says which. With lag=0 this is `generate`, bit for bit.
+        With `stream.step_tokens` long responses are carried over: see `partial.batches`.
+        """
+        if self.overlap.step_tokens is not None:
+            return partial.batches(self, prompts, num_samples)
+        return self._ahead(prompts, num_samples)
+
+    def _ahead(self, prompts: Iterable[Sequence[Prompt]], num_samples: int) -> Iterator[Ref]:
+        ahead: deque[Started] = deque()
+        for batch in prompts:
+            if not self.overlap.lag:
+                yield self.generate(batch, num_samples)
+                continue
+            ahead.append(self.start(batch, num_samples))
+            if len(ahead) > self.overlap.lag:
+                yield self.finish(ahead.popleft())
+        while ahead:
+            yield self.finish(ahead.popleft())
+
+    def start(self, prompts: Sequence[Prompt], num_samples: int = 1, sampling: Sampling | None = None) -> Started:
+        """Begin what `generate` does; nothing is waited for. The engine works on it whenever it works."""
+        self.wake()
+        with self.call("start"):
+            started = self._start(prompts, num_samples, sampling, None)
+            self.under_way.append(started)
+            return started
+
+    def finish(self, started: Started) -> Ref:
+        """What `generate` returns, of something started."""
+        self.under_way.remove(started)
+        with self.working():
+            return self._finish(started)
+
+    def wake(self) -> None:
+        """Have the engine's weights, if they had to leave."""
+        if self.sender is not None and self.asleep:
+            self.sender.send_again(self)
+
+    @property
+    def asleep(self) -> bool:
+        """The engine's weights had to leave; before they did, it completed what was under way."""
+        return self.world.residency.is_out(self.name, "weights")
+
+    def working(self) -> AbstractContextManager[None]:
+        """The role call in which what is under way is completed: it needs the engine, unless that is done."""
+        return self.call("collect" if self.asleep else "generate")
+
+    def _complete(self) -> None:
+        if self.under_way:
+            self.engine.work_until(_never)
+
+    def make_way(self, policy: Mesh) -> None:
+        """Before new weights: what is under way is completed by those that are there; with `stream.in_flight` only
+        as far as it comes until the policy's ranks stand waiting with the new ones. Every rank of the world calls it."""
+        if not self.under_way or self.asleep:
+            return
+        arrived = self._arrivals.announce(policy.ranks) if self._arrivals else _never
+        with self.call("generate"):
+            if self.member:
+                self.engine.work_until(arrived)
+
+    def took_weights(self, version: int) -> None:
+        """The engine now has the policy's weights of this version."""
+        if self.member:
+            self.engine.requests.new_weights(version)
+
+    def _start(
+        self, prompts: Sequence[Prompt], num_samples: int, sampling: Sampling | None, seed: int | None
+    ) -> Started:
+        self.calls += 1
+        shares = partition([len(prompt.tokens) for prompt in prompts], self.mesh.data)
+        ticket = None
+        if self.member:
+            mine = shares[self.shard or 0]
+            seeds = [request_seed(self.seed, self.calls if seed is None else -1 - seed, i) for i in mine]
+            tokens = [list(prompts[p].tokens) for p in mine]
+            ticket = self.engine.start(tokens, seeds, sampling or self.sampling, num_samples)
+        return Started(prompts, num_samples, shares, ticket)
+
+    def _finish(self, started: Started) -> Ref:
+        size = started.num_samples
+        row_shares = tuple(tuple(p * size + g for p in share for g in range(size)) for share in started.shares)
+        rows = Rows(size, set(self.mesh.ranks))
+        if started.ticket is None:
+            return Ref(self, None, rows, row_shares)
+        mine = started.shares[self.shard or 0]
+        drawn = self.engine.finish(started.ticket)
+        samples = as_samples([started.prompts[p] for p in mine for _ in range(size)], drawn)
+        lengths = self.agreed(samples.length_B.tolist(), int(samples.tokens_BT.sum()))
+        by_row = {
+            row: n
+            for share, found in zip(row_shares, lengths, strict=True)
+            for row, n in zip(share, found, strict=True)
+        }
+        rows.lengths = [by_row[row] for row in range(len(by_row))]
+        return Ref(self, samples, rows, row_shares)
+
+    def agreed(self, value: T, check: int) -> list[T]:
+        """What each replica found, on every rank of the role, after a comparison of its ranks; collective over the role.
+
+        Args:
+            check: a sum over what was sampled, equal on the ranks of a replica.
+        """
+        gathered = everyone(self.world, (value, check), self.mesh.ranks)
+        found: list[Any] = [None] * self.mesh.data
+        for rank, said in zip(self.mesh.ranks, gathered, strict=True):
+            shard = self.mesh.shard_of(rank)
+            assert shard is not None
+            if (found[shard] or said) != said:
                 raise RuntimeError(
                     f"rank {rank} sampled other tokens than its tensor-parallel neighbours of rollout replica {shard}; "
                     "their weights or random states have diverged."
                 )
-        lengths_by_row = {
-            row: n for s, share in enumerate(shares) for row, n in zip(share, by_shard[s][0], strict=True)
-        }
-        return [lengths_by_row[row] for row in range(len(lengths_by_row))]
+            found[shard] = said
+        return [value for value, _ in found]
 
 
-def _as_samples(prompts: Sequence[Prompt], found: Sequence[Sequence[Completion]]) -> Samples:
-    rows = [(prompt, completion) for prompt, group in zip(prompts, found, strict=True) for completion in group]
-    tokens = [[*prompt.tokens, *completion.tokens] for prompt, completion in rows]
-    prompt_len_B = torch.tensor([len(prompt.tokens) for prompt, _ in rows], dtype=torch.long)
-    length_B = torch.tensor([len(row) for row in tokens], dtype=torch.long)
-    tokens_BT = pad_rows(tokens, torch.long)
-    place_T = torch.arange(tokens_BT.shape[1])
-    logp = [[0.0] * len(prompt.tokens) + list(completion.logp) for prompt, completion in rows]
-    return Samples(
-        tokens_BT=tokens_BT,
-        prompt_len_B=prompt_len_B,
-        length_B=length_B,
-        mask_BT=(place_T >= prompt_len_B[:, None]) & (place_T < length_B[:, None]),
-        prompt_index_B=torch.tensor([prompt.index for prompt, _ in rows], dtype=torch.long),
-        fields=[{"prompt": prompt.text, **prompt.fields} for prompt, _ in rows],
-        rollout_logp_BT=pad_rows(logp, torch.float32),
-        truncated_B=torch.tensor([completion.truncated for _, completion in rows], dtype=torch.bool),
-    )
+def _never() -> bool:
+    return False

@@ -81,7 +81,7 @@ class FreedCache:
 
     def evict(self) -> None:
         """Cached prefixes are forgotten."""
-        self._engine.reset_prefix_cache()
+        self._engine.new_weights()
         for storage in self._storages:
             storage.resize_(0)
         self.resident = False
@@ -144,7 +144,7 @@ class SleepingCache:
 
     def evict(self) -> None:
         """Cached prefixes are forgotten."""
-        self._engine.reset_prefix_cache()
+        self._engine.new_weights()
         with self._engine.inside():
             self._engine.executor.discard(("kv_cache",))
         self._meter.phantom += self._bytes

@@ -10,7 +10,7 @@ import secrets
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -68,6 +68,14 @@ class SubWorld:
         gathered: list[Any] = [None] * self.size
         dist.all_gather_object(gathered, value, group=self.group)
         return gathered
+
+    def first_says(self, question: Callable[[], bool]) -> bool:
+        """What the first rank of the replica answers, on each of them; collective over the replica."""
+        if self.size == 1:
+            return question()
+        answer = torch.tensor([self.rank == 0 and question()], dtype=torch.int64)
+        dist.broadcast(answer, group=self.group, group_src=0)
+        return bool(answer)
 
     @contextmanager
     def inside(self) -> Iterator[None]:

@@ -140,7 +140,7 @@ class EngineWeights:
                 )
                 if done < total:
                     raise RuntimeError(f"reshard: {total - done} of {total} elements of {piece.name} were not written")
-        self._engine.reset_prefix_cache()
+        self._engine.new_weights()
         self._engine.ready = True
 
     def discard(self) -> None:

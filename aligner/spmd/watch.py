@@ -13,12 +13,11 @@ import sys
 import threading
 import time
 from collections.abc import Iterable, Sequence
-from datetime import timedelta
 
 import numpy as np
-import torch.distributed as dist
 
 from aligner.spmd.journal import Call, Journal
+from aligner.spmd.store import own_store
 
 PERIOD = 1.0
 """Seconds between two looks."""
@@ -31,11 +30,7 @@ class Watch:
 
     def __init__(self, journal: Journal, rank: int, size: int, period: float = PERIOD) -> None:
         self.journal, self.rank, self.size, self.period = journal, rank, size, period
-        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        # a connection of its own: a blocking call of the main thread must not hold up the watch
-        tcp = dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=60), wait_for_workers=False)
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        self.store = dist.PrefixStore(f"aligner-watch-{os.environ.get('TORCHELASTIC_RUN_ID', '')}-{attempt}", tcp)
+        self.store = own_store("watch")  # a blocking call of the main thread must not hold up the watch
         self._published, self._all_there = -1, False
         self.stopped = threading.Event()
         self.thread = threading.Thread(target=self._run, name="aligner-watch", daemon=True)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -57,6 +57,9 @@ class Table(Role):
         index_B = torch.tensor([p.index for p, _ in answers])
         fields = [p.fields for p, _ in answers]
         return self.place(Samples(tokens_BT, prompt_len_B, length_B, mask_BT, index_B, fields), num_samples)
+
+    def stream(self, prompts: Iterable[Sequence[Prompt]], num_samples: int) -> Iterator[Ref]:
+        return (self.generate(batch, num_samples) for batch in prompts)
 
 
 def prompts_of(batches: Sequence[str], tokenizer: Any) -> list[list[Prompt]]:

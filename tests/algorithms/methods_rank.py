@@ -45,7 +45,8 @@ class Bench:
         if "rollout" in job.roles:
             layout = make_meshes(self.rollout, self.world.size)
             found["rollout"] = self._once("rollout", job, config, layout)
-            found["rollout"].calls = 0  # type: ignore[attr-defined] # the same seeds in every run
+            rollout: Any = found["rollout"]
+            rollout.calls, rollout.overlap = 0, config.stream  # the same seeds in every run
         if "reward" in job.roles:
             found["reward"] = self._once("reward", job, config, meshes, (config.reward, meshes["reward"]))
         return Roles(found)
@@ -78,6 +79,9 @@ def steps_of(job: Job, roles: Roles, steps: int) -> list[Row]:
     loop = job.loop(roles, batches(job.config, job.checked), job.settings)
     rows = [row_of(step) for step in itertools.islice(loop, steps)]
     loop.close()  # type: ignore[attr-defined]
+    if "rollout" in job.roles:
+        for started in list(roles.rollout.under_way):  # ahead of the last step
+            roles.rollout.finish(started)
     return rows
 
 

@@ -20,7 +20,8 @@ from aligner.models.spec import read_spec
 from aligner.policy.config import PolicyConfig
 from aligner.policy.policy import Policy
 from aligner.rollout.config import Sampling
-from aligner.rollout.engine import Completion, RolloutEngine
+from aligner.rollout.engine import RolloutEngine
+from aligner.rollout.requests import Sample
 from aligner.rollout.role import Rollout
 from aligner.spmd.mesh import Mesh
 from aligner.spmd.world import World
@@ -102,7 +103,7 @@ def save(world: World, model: object, folder: Path) -> None:
     dist.barrier()
 
 
-def stock(folder: Path, group: dist.ProcessGroup | None, ident: str, config: object) -> list[list[Completion]]:
+def stock(folder: Path, group: dist.ProcessGroup | None, ident: str, config: object) -> list[list[Sample]]:
     """What an engine answers that has loaded the checkpoint by itself."""
     assert group is not None
     engine_module.LOAD_FORMAT = "auto"
@@ -114,7 +115,7 @@ def stock(folder: Path, group: dist.ProcessGroup | None, ident: str, config: obj
     return answer
 
 
-def ask(engine: RolloutEngine) -> list[list[Completion]]:
+def ask(engine: RolloutEngine) -> list[list[Sample]]:
     asked = tiny.prompts(4)
     return [group for how in (GREEDY, DRAWN) for group in engine.generate(asked, [7, 107, 207, 307], how)]
 

@@ -68,7 +68,9 @@ def test_a_job_is_the_same_to_the_last_bit(
         plain = rows_of(found[case, "off"])
         assert [row["step"] for row in plain] == [0, 1, 2, 3]
         weights = load_file(found[case, "off"] / "model" / "model.safetensors")
-        assert any(row.get("sampled_groups", 0) > 4 for row in plain) or "grpo" not in case, "no group was sampled again"
+        assert any(row.get("sampled_groups", 0) > 4 for row in plain) or "grpo" not in case, (
+            "no group was sampled again"
+        )
         for mode in ("auto", "offload"):
             rows = rows_of(found[case, mode])
             for row, want in zip(rows, plain, strict=True):

@@ -107,11 +107,13 @@ class Trl:
         self, logp_BT: Tensor, rollout_logp_BT: Tensor, mask_BT: Tensor, advantage: Tensor,
         reference_logp_BT: Tensor | None, **settings: Any,
     ) -> tuple[Tensor, dict[str, float]]:  # fmt: skip
-        """`GRPOTrainer._compute_loss`: reduced as `loss_type` says."""
+        """`GRPOTrainer._compute_loss`: reduced as `loss_type` says. `weight_BT`: of vLLM's samples."""
+        weight_BT = settings.pop("weight_BT", None)
         args = SimpleNamespace(delta=settings.pop("delta", None), use_bias_correction_kl=False)
         trainer = trainer_with(
             **{"importance_sampling_level": "token", "beta": 0.0, **settings}, args=args, top_entropy_quantile=1.0,
-            off_policy_mask_threshold=None, use_vllm=False, current_gradient_accumulation_steps=1,
+            off_policy_mask_threshold=None, use_vllm=weight_BT is not None,
+            vllm_importance_sampling_correction=True, current_gradient_accumulation_steps=1,
             _entropy_bonus_enabled=False,
         )  # fmt: skip
         return self.GRPO._compute_loss(
@@ -122,6 +124,7 @@ class Trl:
                 "advantages": advantage,
                 "old_per_token_logps": rollout_logp_BT,
                 "ref_per_token_logps": reference_logp_BT,
+                "importance_sampling_ratio": weight_BT,
             },
         ), last(trainer)
 

@@ -20,8 +20,9 @@ import torch.distributed as dist
 import aligner.rollout.engine as engine_module
 from aligner.models.family import logical_tensors
 from aligner.rollout.config import Sampling
-from aligner.rollout.engine import Completion, RolloutEngine
+from aligner.rollout.engine import RolloutEngine
 from aligner.rollout.layout import EngineSide
+from aligner.rollout.requests import Sample
 from aligner.rollout.weights import EngineWeights
 from aligner.spmd.mesh import Mesh
 from tests.rollout import tiny
@@ -96,12 +97,12 @@ def start(folder: Path, dtype: str, expert_parallel: bool, stages: int) -> Rollo
     return RolloutEngine(folder, dist.group.WORLD, ident, config, torch.device("cpu"), expert_parallel, stages)
 
 
-def ask(engine: RolloutEngine) -> list[list[Completion]]:
+def ask(engine: RolloutEngine) -> list[list[Sample]]:
     asked = tiny.prompts(4)
     return [group for how in (GREEDY, DRAWN) for group in engine.generate(asked, [7, 107, 207, 307], how)]
 
 
-def gap(model: Any, answers: list[list[Completion]]) -> float:
+def gap(model: Any, answers: list[list[Sample]]) -> float:
     asked = tiny.prompts(4) * 2
     return max(tiny.gap(model, prompt, one) for prompt, (one,) in zip(asked, answers, strict=True))
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from aligner.reshard.region import Piece
 from aligner.rollout.config import RolloutConfig
-from aligner.rollout.engine import Completion
+from aligner.rollout.requests import Sample
 from aligner.rollout.weights import EngineWeights
 
 CONFIG = RolloutConfig(max_model_len=96, max_num_seqs=32, kv_cache_mib=8)
@@ -125,9 +125,14 @@ def greedy(model: Any, prompt: Sequence[int], length: int) -> list[int]:
 
 
 @torch.no_grad()
-def gap(model: Any, prompt: Sequence[int], completion: Completion, temperature: float = 1.0) -> float:
-    """Largest |rollout log-probability - log_softmax(logits / temperature)| of the response's tokens."""
-    logits_TV = model(torch.tensor([[*prompt, *completion.tokens]])).logits[0, len(prompt) - 1 : -1].float()
+def log_probabilities(model: Any, prompt: Sequence[int], tokens: Sequence[int], temperature: float = 1.0) -> Tensor:
+    """transformers' log_softmax(logits / temperature) of the response's tokens."""
+    logits_TV = model(torch.tensor([[*prompt, *tokens]])).logits[0, len(prompt) - 1 : -1].float()
     logp_TV = torch.log_softmax(logits_TV / temperature, dim=-1)
-    logp_T = logp_TV.gather(1, torch.tensor(completion.tokens)[:, None])[:, 0]
-    return float((logp_T - torch.tensor(completion.logp)).abs().max())
+    return logp_TV.gather(1, torch.tensor(tokens)[:, None])[:, 0]
+
+
+def gap(model: Any, prompt: Sequence[int], completion: Sample, temperature: float = 1.0) -> float:
+    """Largest |rollout log-probability - transformers'| of the response's tokens."""
+    expected = log_probabilities(model, prompt, completion.tokens, temperature)
+    return float((expected - torch.tensor(completion.logp)).abs().max())

@@ -51,14 +51,25 @@ METHODS: dict[str, tuple[str, ...]] = {
         "data.prompts_per_step=64",
     ),
 }
+OFF_POLICY = (*ONLINE, "algorithm=grpo_off_policy")
+STREAMS: dict[str, tuple[str, ...]] = {
+    "lag_2": (*OFF_POLICY, "stream.lag=2"),
+    "lag_2_masked": (*OFF_POLICY, "stream.lag=2", "algorithm.loss.correction=mask"),
+    "lag_2_uncorrected": (*OFF_POLICY, "stream.lag=2", "algorithm.loss.correction=none"),
+    "lag_2_clipped": (*ONLINE, "algorithm=grpo", "stream.lag=2"),
+    "lag_8": (*OFF_POLICY, "stream.lag=8"),
+    "lag_8_uncorrected": (*OFF_POLICY, "stream.lag=8", "algorithm.loss.correction=none"),
+    "partial": (*OFF_POLICY, "stream.step_tokens=16"),
+}
+"""GRPO off-policy, to be compared with grpo."""
 WITHOUT_REFERENCE = ("orpo", "simpo")
 
 
 def overrides(method: str, run: Path, seed: int) -> list[str]:
     """Everything that makes the job of one method and seed."""
-    found = [*METHODS[method], f"seed={seed}", f"run_dir={folder_of(run, method, seed)}", "overwrite=true"]
+    found = [*(METHODS | STREAMS)[method], f"seed={seed}", f"run_dir={folder_of(run, method, seed)}", "overwrite=true"]
     stage = next(value.removeprefix("stage=") for value in found if value.startswith("stage="))
-    if method != stage:
+    if method in METHODS and method != stage:
         found.append(f"algorithm={method}")
     if stage == "dpo":
         roles = "policy,rollout,reward" if method in WITHOUT_REFERENCE else "policy,reference,rollout,reward"
@@ -135,7 +146,7 @@ def draw(run: Path, methods: list[str], seeds: list[int], out: Path) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, required=True, help="folder of launch/rlhf.sh")
-    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS | STREAMS), default=list(METHODS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--limit", type=int, default=900, help="seconds of one job, at most")

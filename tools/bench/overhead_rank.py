@@ -38,7 +38,8 @@ from aligner.reward.config import RewardConfig
 from aligner.reward.role import Reward
 from aligner.reward.worker import Score, Status
 from aligner.roles import Roles
-from aligner.rollout.engine import Completion
+from aligner.rollout.config import StreamConfig
+from aligner.rollout.requests import Sample
 from aligner.rollout.role import Rollout
 from aligner.spmd import transfer
 from aligner.spmd.mesh import Mesh
@@ -62,12 +63,19 @@ class NullEngine:
         self.longest = tokens - PROMPT
         self.tokens, self.logp = list(range(100, 100 + self.longest)), [-1.0] * self.longest
 
-    def generate(self, prompts: Any, seeds: Sequence[int], sampling: Any, num_samples: int) -> list[list[Completion]]:
-        found = []
-        for seed in seeds:
-            lengths = [self.longest * (3 + (seed + 7 * i) % 5) // 8 for i in range(num_samples)]
-            found.append([Completion(self.tokens[:n], self.logp[:n], False) for n in lengths])
-        return found
+    def start(self, prompts: Sequence[list[int]], seeds: Sequence[int], sampling: Any, num_samples: int) -> int:
+        """Draws at once."""
+        self.drawn = [
+            Sample(list(prompt), seed + i, self.tokens[:n], self.logp[:n], [0] * n, ended=True)
+            for prompt, seed in zip(prompts, seeds, strict=True)
+            for i in range(num_samples)
+            for n in [self.longest * (3 + (seed + 7 * i) % 5) // 8]
+        ]
+        return 0
+
+    def finish(self, ticket: int) -> list[Sample]:
+        """What was started last."""
+        return self.drawn
 
     def close(self) -> None:
         """Nothing is held."""
@@ -79,6 +87,7 @@ class NullRollout(Rollout):
     def __init__(self, world: World, mesh: Mesh, tokens: int) -> None:
         Role.__init__(self, "rollout", world, mesh)
         self.sampling, self.seed, self.calls = None, 0, 0  # type: ignore[assignment]
+        self.overlap, self.under_way, self.sender = StreamConfig(), [], None
         world.my_group(mesh.groups("tensor", "pipeline"))
         self.engine = NullEngine(tokens)  # type: ignore[assignment]
 

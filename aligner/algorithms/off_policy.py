@@ -1,0 +1,20 @@
+"""What a loss that corrects for another sampler asks of a loop."""
+
+from __future__ import annotations
+
+import inspect
+
+from aligner.policy.global_mean import LossFunction
+from aligner.policy.policy import Policy
+from aligner.spmd.ref import Ref
+
+
+def proximal(policy: Policy, loss: LossFunction, samples: Ref) -> dict[str, Ref]:
+    """The policy's log-probabilities before its update, for a loss that names `proximal_logp_BT`.
+
+    Nothing for other losses, and none where a batch is one step: the loss then takes those of the step itself.
+    """
+    one_step = policy.config.epochs * policy.config.minibatches == 1
+    if one_step or "proximal_logp_BT" not in inspect.signature(loss).parameters:
+        return {}
+    return {"proximal_logp_BT": policy.logprobs(samples)}

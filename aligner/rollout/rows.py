@@ -1,0 +1,42 @@
+"""What the engines drew, as rows of `Samples`; and the seeds it is drawn with."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import torch
+
+from aligner.data.prompts import Prompt
+from aligner.data.samples import Samples, pad_rows
+from aligner.rollout.requests import Sample
+
+
+def request_seed(*parts: int) -> int:
+    """A seed for one prompt's samples, a function of its arguments only: no layout changes what is sampled.
+
+    vLLM gives sample i of a request seed + i, so seeds are spread over 2^48 and never neighbours.
+    """
+    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 16
+
+
+def as_samples(prompts: Sequence[Prompt], found: Sequence[Sample]) -> Samples:
+    """One row for each sample, which answers the prompt at its place."""
+    tokens = [[*prompt.tokens, *sample.tokens] for prompt, sample in zip(prompts, found, strict=True)]
+    prompt_len_B = torch.tensor([len(prompt.tokens) for prompt in prompts], dtype=torch.long)
+    length_B = torch.tensor([len(row) for row in tokens], dtype=torch.long)
+    tokens_BT = pad_rows(tokens, torch.long)
+    place_T = torch.arange(tokens_BT.shape[1])
+    before = [[0] * len(prompt.tokens) for prompt in prompts]
+    return Samples(
+        tokens_BT=tokens_BT,
+        prompt_len_B=prompt_len_B,
+        length_B=length_B,
+        mask_BT=(place_T >= prompt_len_B[:, None]) & (place_T < length_B[:, None]),
+        prompt_index_B=torch.tensor([prompt.index for prompt in prompts], dtype=torch.long),
+        fields=[{"prompt": prompt.text, **prompt.fields} for prompt in prompts],
+        rollout_logp_BT=pad_rows([[*b, *one.logp] for b, one in zip(before, found, strict=True)], torch.float32),
+        truncated_B=torch.tensor([one.truncated for one in found], dtype=torch.bool),
+        version_BT=pad_rows([[*b, *one.versions] for b, one in zip(before, found, strict=True)], torch.int32),
+    )

@@ -1,0 +1,94 @@
+"""Streams on real ranks with both real engines: what is generated ahead, carried over or met by new weights."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+SPLIT = ["placement=split"]
+LAYOUTS = {
+    "split": (2, SPLIT),
+    "colocated, tensor 2": (2, ["placement.policy.tensor=2", "placement.rollout.tensor=2"]),
+    "two replicas": (3, [*SPLIT, "placement.rollout.ranks=[1,2]"]),
+}
+Said = dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def cache() -> dict[str, Said]:
+    return {}
+
+
+@pytest.fixture(params=LAYOUTS)
+def said(request: pytest.FixtureRequest, cache: dict[str, Said], task: Any, torchrun: Callable[..., Any]) -> Said:
+    """What all ranks say alike under a layout."""
+    if request.param not in cache:
+        ranks, overrides = LAYOUTS[request.param]
+        script = Path(__file__).with_name("streams_rank.py")
+        done = torchrun(ranks, [str(script), str(task.folder), *overrides], seconds=400)
+        assert done.returncode == 0, done.stdout[-1500:] + done.stderr[-4000:]
+        found: list[Said] = [{} for _ in range(ranks)]
+        for rank, what, value in re.findall(r"said (\d+) ([^:]+): (.*)", done.stdout):
+            found[int(rank)][what] = json.loads(value)
+        assert all(other == found[0] for other in found), "the ranks disagree"
+        cache[request.param] = found[0]
+    return cache[request.param]
+
+
+@pytest.mark.parametrize("stream", ["lag 0", "lag 1", "lag 2", "in flight"])
+def test_what_is_generated_ahead_is_what_generate_makes(said: Said, stream: str) -> None:
+    assert len(said["plain"]) == 6
+    assert said[stream] == said["plain"]
+
+
+@pytest.mark.parametrize("stream", ["partial", "partial, ahead"])
+def test_what_is_carried_over_is_what_it_would_have_been(said: Said, stream: str) -> None:
+    """Every group, whole, with the tokens of an uninterrupted generation; some were carried over, some not."""
+    plain = [tuple(map(str, row)) for batch in said["plain"] for row in batch]
+    found = [tuple(map(str, row)) for batch in said[stream] for row in batch]
+    assert sorted(found) == sorted(plain)
+    assert found != plain
+    for batch in said[stream]:
+        assert [row[0] for row in batch[::2]] == [row[0] for row in batch[1::2]], "a group's samples stay together"
+    assert [len(batch) for batch in said[stream]] == [8] * 6
+    lengths = {len(tokens) for batch in said["plain"] for _, tokens in batch}
+    assert min(lengths) <= 6 < 12 < max(lengths)
+
+
+def test_all_layouts_draw_the_same(cache: dict[str, Said], said: Said) -> None:
+    for other in cache.values():
+        assert other["plain"] == said["plain"]
+        assert other["partial"] == said["partial"]
+
+
+@pytest.mark.parametrize(
+    ("stream", "staleness"),
+    [("lag 0", [0, 0, 0, 0, 0, 0]), ("lag 2", [0, 1, 2, 2, 2, 2])],
+)
+def test_staleness_is_the_lag(said: Said, stream: str, staleness: list[int]) -> None:
+    found = said[f"training, {stream}"]
+    assert found["staleness"] == [[n, n] for n in staleness]
+    assert found["versions"] == [[step - n] for step, n in enumerate(staleness)]
+
+
+@pytest.mark.parametrize("stream", ["in flight", "partial"])
+def test_a_sample_may_be_drawn_by_several_versions(said: Said, stream: str) -> None:
+    found = said[f"training, {stream}"]
+    assert any(len(versions) > 1 for versions in found["versions"])
+    for step, (mean, most) in enumerate(found["staleness"]):
+        assert 0 <= mean <= most <= 4
+        assert max(found["versions"][step]) <= step
+        assert most == step - min(found["versions"][step])
+
+
+@pytest.mark.parametrize("stream", ["lag 0", "lag 2", "in flight", "partial"])
+def test_each_token_was_drawn_by_the_weights_of_its_version(said: Said, stream: str) -> None:
+    """The policy's log-probabilities under that version's weights are the engine's; under another's they are not."""
+    found = said[f"training, {stream}"]
+    assert found["worst"] < 1e-4
+    assert found["wrong"] > 1e-2

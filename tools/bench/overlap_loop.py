@@ -1,0 +1,41 @@
+"""GRPO with engines that sleep: a machine of few cores cannot compute on two sides at once, but it can wait on both."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from aligner.algorithms.grpo import GrpoConfig, grpo
+from aligner.algorithms.step import Step
+from aligner.data.prompts import Prompt
+from aligner.roles import Roles
+
+
+@dataclass(frozen=True)
+class SlowGrpoConfig(GrpoConfig):
+    """GRPO's, and what the engines take beside their work."""
+
+    token_seconds: float = 0.0
+    """Sleep of each engine step."""
+    update_seconds: float = 0.0
+    """Sleep of each optimizer step's backward pass."""
+
+
+def slow_grpo(roles: Roles, prompts: Iterable[list[Prompt]], cfg: SlowGrpoConfig) -> Iterator[Step]:
+    """GRPO as it is, its real engines slowed down."""
+    policy, rollout = roles.policy, roles.rollout
+    if rollout.member:
+        rollout.engine.requests.advance = slowed(rollout.engine.requests.advance, cfg.token_seconds)  # type: ignore[method-assign]
+    if policy.member:
+        policy.pipeline.backward = slowed(policy.pipeline.backward, cfg.update_seconds)  # type: ignore[method-assign]
+    yield from grpo(roles, prompts, cfg)
+
+
+def slowed(function: Callable[..., Any], seconds: float) -> Callable[..., Any]:
+    def slow(*args: Any, **kwargs: Any) -> Any:
+        time.sleep(seconds)
+        return function(*args, **kwargs)
+
+    return slow
