@@ -16,6 +16,7 @@ from aligner.data.prompts import Prompt
 from aligner.data.samples import Demonstrations, Feedback, Pairs
 from aligner.driver.quiet import ignore_library_notes
 from aligner.driver.settings import hints_of, one_line, settings_of
+from aligner.policy.global_mean import takes_one_step
 
 BATCHES = {
     "prompts": Iterable[list[Prompt]],
@@ -62,6 +63,7 @@ def prepare(config: Config, world_size: int) -> Job:
     settings = settings_of(loop, {k: v for k, v in config.algorithm.items() if k != "_target_"})
     _check_batches(loop, config)
     roles = list(getattr(settings, "roles", ["policy", "rollout", "reward"]))
+    _check_stream(config, settings, roles)
     checked = check(config, roles, world_size)
     return Job(config, loop, settings, roles, checked)
 
@@ -92,6 +94,23 @@ def _check_batches(loop: Callable[..., Any], config: Config) -> None:
         raise ValueError(
             f"algorithm._target_={config.algorithm['_target_']} iterates over {wanted[0]}, but data.kind={config.data.kind}; "
             f"use data.kind={wanted[0]}."
+        )
+
+
+def _check_stream(config: Config, settings: Any, roles: list[str]) -> None:
+    """What is sampled by other weights than it trains needs a loop that samples, and a loss that is right for that."""
+    stream = config.stream
+    if not stream.lag and stream.step_tokens is None:
+        return
+    given = (
+        f"stream.lag={stream.lag}, stream.step_tokens={'null' if stream.step_tokens is None else stream.step_tokens}"
+    )
+    if "rollout" not in roles:
+        raise ValueError(f"{given}: the loop samples nothing (algorithm.roles={roles}); use lag=0, step_tokens=null.")
+    if takes_one_step(getattr(settings, "loss", None)):
+        raise ValueError(
+            f"{given}: the loss is right for samples of the present weights only; use lag=0 and step_tokens=null, or "
+            "algorithm=grpo_off_policy."
         )
 
 

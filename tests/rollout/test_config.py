@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from aligner.rollout.config import RolloutConfig, Sampling
+from aligner.rollout.config import RolloutConfig, Sampling, StreamConfig
 
 # 4 layers, 8 heads, 2 key-value heads of 64: in float32 a token's cache is 2 * 4 * 2 * 64 * 4 = 4096 bytes.
 SPEC: Any = SimpleNamespace(
@@ -128,3 +128,17 @@ def test_kv_cache_sizes() -> None:
 def test_settings_load_neither_torch_nor_vllm() -> None:
     code = "import sys, aligner.rollout.config; sys.exit(bool({'torch', 'vllm'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False, timeout=30).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("stream", "message"),
+    [
+        (StreamConfig(lag=-1), r"stream.lag=-1 must be 0 \(on-policy\) or more"),
+        (StreamConfig(in_flight=True), "stream.in_flight=true .* set stream.lag=1 or more"),
+        (StreamConfig(lag=1, step_tokens=0), "stream.step_tokens=0 must be 1 or more, or null"),
+    ],
+)
+def test_an_impossible_stream_is_named(stream: StreamConfig, message: str) -> None:
+    StreamConfig(lag=2, in_flight=True, step_tokens=64).check()
+    with pytest.raises(ValueError, match=message):
+        stream.check()
