@@ -1,0 +1,113 @@
+"""Checkpoints are written by a thread of each rank beside training; the first rank's gives them their name."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from aligner.checkpoint import folder
+from aligner.checkpoint.folder import STATE, Sum, partial_folder, publish, rank_file
+from aligner.spmd.store import own_store
+from aligner.spmd.world import World
+
+PATIENCE = 3600.0
+"""Seconds that the first rank waits for the others' files."""
+POLL = 0.05
+
+
+class Saver:
+    """One rank's part in the writing. A save that fails costs a warning: training goes on, older checkpoints stay."""
+
+    def __init__(self, world: World, root: Path, keep: int, beside: bool) -> None:
+        self.world, self.root, self.keep, self.beside = world, root, keep, beside
+        self._store = own_store("checkpoints")
+        self._thread: threading.Thread | None = None
+        self._saves = 0
+        self.last: Path | None = None
+        """The newest checkpoint (first rank)."""
+        self.failed = 0
+        """Saves that did not become one (first rank)."""
+
+    def save(self, step: int, shared: Mapping[str, Any], own: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        """Start a checkpoint of this moment; every rank calls it. What is given may change afterwards.
+
+        Args:
+            shared: what all ranks know; the first one writes it.
+            own: what this rank alone knows.
+            tensors: on this rank, on any device.
+        """
+        self.wait()
+        self._saves += 1
+        kept = {name: _on_host(tensor) for name, tensor in tensors.items()}
+        texts = json.dumps(shared), json.dumps(own)  # now: the values may change
+        self._thread = threading.Thread(
+            target=self._write, args=(step, self._saves, *texts, kept), name="aligner-checkpoint", daemon=True
+        )
+        self._thread.start()
+        if not self.beside:
+            self.wait()
+
+    def wait(self) -> None:
+        """Until this rank's part of the last save is done; on the first rank, until it has its name."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def _write(self, step: int, number: int, shared: str, own: str, tensors: Mapping[str, Tensor]) -> None:
+        rank, partial = self.world.rank, partial_folder(self.root, step)
+        try:
+            partial.mkdir(parents=True, exist_ok=True)
+            files: dict[str, Sum] = {}
+            if rank == 0:
+                files[STATE] = folder.write_text(partial / STATE, shared)
+            files[rank_file(rank, "json")] = folder.write_text(partial / rank_file(rank, "json"), own)
+            name = rank_file(rank, "safetensors")
+            files[name] = folder.write_tensors(partial / name, tensors)
+            said = {"files": files}
+        except OSError as error:
+            said = {"error": f"rank {rank}: {error}"}  # type: ignore[dict-item]
+        self._store.set(f"{number}/{rank}", json.dumps(said))
+        if rank == 0:
+            self._publish(step, number)
+
+    def _publish(self, step: int, number: int) -> None:
+        """First rank: when everyone has written."""
+        size = self.world.size
+        try:
+            keys = [f"{number}/{rank}" for rank in range(size)]
+            end = time.monotonic() + PATIENCE
+            while not self._store.check(keys):
+                if time.monotonic() > end:
+                    raise OSError(f"not all ranks had written their part after {PATIENCE:.0f} s")
+                time.sleep(POLL)
+            said = [json.loads(self._store.get(key)) for key in keys]
+            errors = [one["error"] for one in said if "error" in one]
+            if errors:
+                raise OSError("; ".join(errors))
+            files = {name: tuple(found) for one in said for name, found in one["files"].items()}
+            self.last = publish(self.root, step, size, files, self.keep)  # type: ignore[arg-type]
+        except OSError as error:
+            self.failed += 1
+            shutil.rmtree(partial_folder(self.root, step), ignore_errors=True)
+            there = self.last.name if self.last else "none of this run"
+            sys.stderr.write(
+                f"aligner: WARNING: the checkpoint of step {step} could not be written: {error}. Training goes on; the last "
+                f"good checkpoint is {there}.\n"
+            )
+            sys.stderr.flush()
+
+
+def _on_host(tensor: Tensor) -> Tensor:
+    """A copy that nothing else changes."""
+    if tensor.device.type == "cpu":
+        return tensor.detach().clone(memory_format=torch.contiguous_format)
+    return tensor.detach().to("cpu", copy=True).contiguous()

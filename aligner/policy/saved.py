@@ -1,0 +1,111 @@
+"""A trained role's part of a checkpoint: its tensors with the regions that they hold, and back under another layout."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor
+
+from aligner.models.megatron_layout import MegatronSide
+from aligner.policy.state import MOMENTS, WEIGHTS, clip, make_moments, slices, written_by
+from aligner.reshard.executor import execute
+from aligner.reshard.plan import make_plan
+from aligner.reshard.region import Layout, Piece
+from aligner.reshard.storage import Storages, strided_view
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from aligner.policy.trained import Trained
+
+BUCKET_BYTES = 64 << 20
+Entry = tuple[str, list[int], list[int], str, int, list[int]]
+"""A piece as JSON: logical tensor, first element, extent, tensor of the file, offset in it, strides."""
+
+
+class Source(Protocol):
+    """A checkpoint that is open."""
+
+    def entries(self, key: str) -> Iterable[tuple[int, Entry]]:
+        """(rank that wrote it, piece) of everything that was saved under `key`."""
+
+    def tensor(self, rank: int, name: str) -> Tensor:
+        """A tensor of that rank's file, mapped."""
+
+
+def save(role: Trained) -> tuple[dict[str, Tensor], dict[str, list[Entry]]]:
+    """This rank's tensors (float32, flat, as they are in memory) and, by key, which regions of them it is to write."""
+    optimizer, model = role.optimizer, role.model
+    side = MegatronSide(role.spec, role.mesh, "float32")
+    mine = written_by(role.world.rank, side, role.spec, role.mesh, role.config.optimizer.distributed)
+    tensors: dict[str, Tensor] = {}
+    entries: dict[str, list[Entry]] = {f"{role.name}/{kind}": [] for kind in (WEIGHTS, *MOMENTS)}
+    held = slices(optimizer, model)
+    for part in held:
+        pieces = [
+            kept
+            for piece in model.layout
+            if piece.storage == part.storage and (piece.name, piece.storage) in mine
+            for kept in clip(piece, part.start, part.stop)
+        ]
+        for kind, tensor in ({WEIGHTS: part.master} | part.moments).items() if pieces else ():
+            name = f"{role.name}/{kind}/{part.storage}"
+            tensors[name] = tensor
+            entries[f"{role.name}/{kind}"] += [
+                (p.name, list(p.lo), list(p.size), name, p.offset, list(p.stride)) for p in pieces
+            ]
+    return tensors, entries
+
+
+def load(role: Trained, source: Source, steps: int) -> None:
+    """Weights, masters and moments as they were after `steps` optimizer steps, whatever layout wrote them."""
+    model, optimizer = role.model, role.optimizer
+    make_moments(optimizer, steps)
+    _read(source, f"{role.name}/{WEIGHTS}", model.layout, model.view)
+    held = slices(optimizer, model)
+    for kind in (WEIGHTS, *(MOMENTS if steps else ())):
+        if kind == WEIGHTS and role.config.dtype == "float32":  # its own master
+            continue
+        flat = {part.storage: part.master if kind == WEIGHTS else part.moments[kind] for part in held}
+        layout = [
+            kept
+            for part in held
+            for piece in model.layout
+            if piece.storage == part.storage
+            for kept in clip(_as_float32(piece), part.start, part.stop)
+        ]
+        _read(source, f"{role.name}/{kind}", layout, lambda piece, flat=flat: strided_view(flat[piece.storage], piece))
+
+
+def _as_float32(piece: Piece) -> Piece:
+    return Piece(piece.name, piece.lo, piece.size, piece.storage, piece.offset, piece.stride, "float32")
+
+
+@torch.no_grad()
+def _read(source: Source, key: str, layout: Layout, view: Callable[[Piece], Tensor]) -> None:
+    wanted = {piece.name for piece in layout}
+    held = [
+        Piece(name, tuple(lo), tuple(size), f"{rank}:{stored}", offset, tuple(stride), "float32")
+        for rank, (name, lo, size, stored, offset, stride) in source.entries(key)
+        if name in wanted
+    ]
+    plan = make_plan(0, {0: held}, {0: layout})
+
+    def stored_view(piece: Piece) -> Tensor:
+        rank, _, name = piece.storage.partition(":")
+        return strided_view(source.tensor(int(rank), name), piece)
+
+    execute(plan, stored_view, _Views(view, layout), None, torch.device("cpu"), BUCKET_BYTES, verify=False)
+
+
+class _Views(Storages):
+    """A destination that somebody else gives views of."""
+
+    def __init__(self, view: Callable[[Piece], Tensor], layout: Layout) -> None:
+        super().__init__({}, layout)
+        self._view = view
+
+    def view(self, piece: Piece) -> Tensor:
+        return self._view(piece)
