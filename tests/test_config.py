@@ -94,7 +94,7 @@ def test_every_kind_of_data_is_a_choice(kind: str) -> None:
         ("placement.policy.tensro=2", "did you mean placement.policy.tensor"),
         (
             "algorithm=grop",
-            "no such configuration; available: dapo, dpo, dr_grpo, grpo, grpo_off_policy, gspo, ipo, kto",
+            "no such configuration; available: dapo, dpo, dr_grpo, grpo, grpo_decoupled, gspo, ipo, kto",
         ),
         ("algorithm.group_sise=2", "did you mean algorithm.group_size"),
         (

@@ -111,7 +111,7 @@ def _check_stream(config: Config, settings: Any, roles: list[str]) -> None:
     if loss is not None and takes_one_step(loss):
         raise ValueError(
             f"{given}: the loss is right for samples of the present weights only; use lag=0 and step_tokens=null, or "
-            "algorithm=grpo_off_policy."
+            "algorithm=grpo_decoupled."
         )
 
 
