@@ -108,6 +108,9 @@ class Residency:
         """A role is about to be built on these ranks: everything there leaves."""
         if self.crowds(role, mesh):
             self._leave(frozenset(), frozenset(mesh.ranks))
+            if self.device.type == "cuda":  # the engine asks the device, not torch, for what is free
+                torch.cuda.synchronize(self.device)
+                torch.cuda.empty_cache()
 
     @contextmanager
     def call(self, roles: Sequence[Role], method: str) -> Iterator[None]:
@@ -125,7 +128,8 @@ class Residency:
             if not is_out_of_memory(error):
                 raise
             raise OutOfMemory(explain(error, what, self.device, self._held())) from error
-        self.meter.stop(method, any(role.member for role in roles))
+        finally:
+            self.meter.stop(method, any(role.member for role in roles))
 
     @contextmanager
     def _needed(self, what: str, roles: Sequence[Role], method: str) -> Iterator[None]:

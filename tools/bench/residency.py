@@ -1,6 +1,6 @@
 """What colocation costs in memory: peak resident size of a GRPO step beside those of training and generating alone.
 
-python tools/bench/residency.py [--micro-tokens 2048] [--kv-cache-mib 512] [--reference] [--json FILE]
+python tools/bench/residency.py [--micro-tokens 2048] [--kv-cache-mib 512] [--reference] [--cases train ...] [--json FILE]
 
 One rank, a model of about 110M fp32 parameters with random weights, 16 samples of 64 + 64 tokens (one microbatch), two steps. Each case
 runs in a process of its own that has imported both engines:
@@ -45,6 +45,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--micro-tokens", type=int, default=2048)
     parser.add_argument("--kv-cache-mib", type=int, default=512)
     parser.add_argument("--reference", action="store_true", help="a reference model beside the policy")
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--json", type=Path, help="write the figures there too")
     parser.add_argument("--case", choices=CASES, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
@@ -54,16 +55,18 @@ def main(arguments: list[str]) -> int:
     found: dict[str, dict[str, float]] = {}
     with tempfile.TemporaryDirectory() as folder:
         write_model(Path(folder))
-        for case in CASES:
+        for case in given.cases:
             found[case] = _run(case, folder, arguments)
             print(f"{case}: {json.dumps({name: round(value, 3) for name, value in found[case].items()})}", flush=True)
     names = sorted({name for row in found.values() for name in row})
     print("GiB        " + "".join(f"{name:>12}" for name in names))
     for case, row in found.items():
         print(f"{case:11}" + "".join(f"{row[name]:12.2f}" if name in row else f"{'-':>12}" for name in names))
-    alone = max(found["train"]["peak"], found["generate"]["peak"]) + BUCKET
-    for case in ("off", "auto"):
-        print(f"{case}: {found[case]['peak'] / alone:.3f} x (larger one alone + one bucket = {alone:.2f} GiB)")
+    if {"train", "generate"} <= found.keys():
+        alone = max(found["train"]["peak"], found["generate"]["peak"]) + BUCKET
+        for case in ("off", "auto"):
+            if case in found:
+                print(f"{case}: {found[case]['peak'] / alone:.3f} x (larger one alone + one bucket = {alone:.2f} GiB)")
     if given.json:
         given.json.write_text(json.dumps(found, indent=1))
     return 0
