@@ -113,16 +113,17 @@ class Residency:
                 torch.cuda.empty_cache()
 
     @contextmanager
-    def call(self, roles: Sequence[Role], method: str) -> Iterator[None]:
+    def call(self, roles: Sequence[Role], method: str, on_host: bool = False) -> Iterator[None]:
         """Around a role call: what it needs is there, its memory is measured, running out of it is explained.
 
         Args:
             roles: whose call it is, and then the others that take part; each one's `needs` counts.
+            on_host: it needs nothing.
         """
         what = f"{roles[0].name}.{method}"
         self.meter.start()
         try:
-            with self._needed(what, roles, method):
+            with self._needed(what, () if on_host else roles, method):
                 yield
         except Exception as error:
             if not is_out_of_memory(error):
@@ -133,7 +134,7 @@ class Residency:
 
     @contextmanager
     def _needed(self, what: str, roles: Sequence[Role], method: str) -> Iterator[None]:
-        needed = frozenset((role.name, part) for role in roles for part in role.needs.get(method, ()))
+        needed = frozenset((role.name, part) for role in roles for part in self._needs(role, method))
         if not needed or self.config.mode == "off":
             yield
             return
@@ -153,6 +154,11 @@ class Residency:
             self._open.pop()
         if not self._open:
             self._prefetch()
+
+    def _needs(self, role: Role, method: str) -> Sequence[str]:
+        """A call that the role's table does not name needs everything: it may touch what it likes."""
+        holder = self._roles.get(role.name)
+        return role.needs.get(method, tuple(holder.kinds) if holder else ())
 
     def _leave(self, needed: frozenset[Key], ranks: frozenset[int], prefetching: bool = False) -> None:
         """What is not needed leaves, where its role shares one of `ranks` and another role does too."""

@@ -104,6 +104,17 @@ def test_a_step_of_grpo_under_offload() -> None:
     assert not scene.residency.is_out("rollout", "weights")
 
 
+def test_a_call_that_no_table_names_needs_all_that_its_role_holds() -> None:
+    scene = Scene(ResidencyConfig("offload", prefetch=False))
+    scene.call("rollout", "generate")
+    assert set(scene.call("policy", "of_my_own")) == {
+        "out rollout.cache", "out rollout.weights", *(f"in policy.{part}" for part in MODEL),
+    }  # fmt: skip
+    assert "changed policy.weights" in scene.log
+    with scene.residency.call(scene.roles("rollout"), "run(shaped)", on_host=True):
+        assert scene.here() == {f"policy.{part}" for part in MODEL}, "functions of host values move nothing"
+
+
 def test_on_a_cpu_auto_frees_only_what_can_be_remade() -> None:
     scene = Scene(ResidencyConfig("auto"))
     assert scene.call("rollout", "generate") == ["out policy.gradients"]
