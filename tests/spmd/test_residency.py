@@ -215,6 +215,12 @@ def test_a_role_that_is_built_finds_room() -> None:
     scene = Scene(ResidencyConfig("offload"))
     scene.residency.make_room("critic", Mesh((0,), name="critic"))
     assert scene.here() == set()
+    alone = Scene(ResidencyConfig("auto"))
+    for role in ("reference", "rollout"):
+        del alone.residency._roles[role]
+    assert alone.call("policy", "logprobs") == []
+    alone.residency.make_room("rollout", Mesh((0,), name="rollout"))
+    assert alone.log[-1:] == ["out policy.gradients"]
     apart = Scene(ResidencyConfig("offload"), rollout=(1,))
     apart.residency.make_room("critic", Mesh((1,), name="critic"))
     assert apart.here() == {"policy.weights", "policy.gradients", "policy.optimizer", "reference.weights"}
@@ -249,18 +255,17 @@ def test_the_largest_size_of_each_call(resettable: bool, monkeypatch: pytest.Mon
         write = Path.write_text
         refuse = lambda self, text: refused() if self.name == "clear_refs" else write(self, text)  # noqa: E731
         monkeypatch.setattr(Path, "write_text", refuse)
-    meter = Meter(CPU)
+    meter: Any = Meter(CPU)
     meter.take()
-    meter.start()  # one call around two others
-    meter.start()
-    raised = torch.ones(1 << 26)  # 256 MiB, gone at the call's end
-    del raised
-    meter.stop("high", True)
-    meter.start()
-    meter.stop("low", True)
-    meter.start()
-    meter.stop("elsewhere", False)
-    meter.stop("around", True)
+    here, elsewhere = [SimpleNamespace(member=True)], [SimpleNamespace(member=False)]
+    with meter.measured("around", here):
+        with meter.measured("high", here):
+            raised = torch.ones(1 << 26)  # 256 MiB, gone at the call's end
+            del raised
+        with meter.measured("low", here):
+            pass
+        with meter.measured("elsewhere", elsewhere):
+            pass
     found = meter.take()
     assert found["high"] - found["low"] == pytest.approx(0.25, abs=0.02)
     assert found["around"] == found["peak"] == found["high"]
