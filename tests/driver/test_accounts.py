@@ -18,8 +18,11 @@ def role(**seconds: float) -> Any:
 def test_a_ranks_own() -> None:
     """Two models' log-probabilities add up; a call that is no phase is left out; what was told is forgotten."""
     roles = [role(logprobs=1.0, update=4.0), role(logprobs=2.0), role(save_checkpoint=9.0)]
-    assert account_of(roles, ()).row() == {"seconds_logprobs": 3.0, "seconds_update": 4.0}
-    assert account_of(roles, ()).row() == {}
+    memory = {"update": 1.5, "save_checkpoint": 2.0, "peak": 2.5}
+    assert account_of(roles, (), memory).row() == {
+        "seconds_logprobs": 3.0, "seconds_update": 4.0, "memory_update": 1.5, "memory_peak": 2.5,
+    }  # fmt: skip
+    assert account_of(roles, (), {}).row() == {}
 
 
 def test_merged() -> None:
