@@ -133,7 +133,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_step_equals_transformers(torchrun, checkpoints: Path, tmp_path: Path, ranks: int) -> None:  # type: ignore[no-untyped-def]
     cases = [f"{name}:{layout}" for name in DENSE for layout in LAYOUTS[ranks]] + CASES[ranks]
     script = Path(__file__).with_name("parity_rank.py")
-    done = torchrun(ranks, [str(script), str(checkpoints), str(tmp_path), *cases], seconds=300)
+    done = torchrun(ranks, [str(script), str(checkpoints), str(tmp_path), *cases], seconds=400)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     for case in cases:
         assert done.stdout.count(f"{case} logits off by") == ranks, case
