@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.algorithms.conftest import said_alike
 
 SPLIT = ["placement=split"]
 LAYOUTS = {
@@ -32,11 +32,7 @@ def said(request: pytest.FixtureRequest, cache: dict[str, Said], task: Any, torc
         script = Path(__file__).with_name("streams_rank.py")
         done = torchrun(ranks, [str(script), str(task.folder), *overrides], seconds=400)
         assert done.returncode == 0, done.stdout[-1500:] + done.stderr[-4000:]
-        found: list[Said] = [{} for _ in range(ranks)]
-        for rank, what, value in re.findall(r"said (\d+) ([^:]+): (.*)", done.stdout):
-            found[int(rank)][what] = json.loads(value)
-        assert all(other == found[0] for other in found), "the ranks disagree"
-        cache[request.param] = found[0]
+        cache[request.param] = said_alike(done.stdout, ranks)
     return cache[request.param]
 
 
