@@ -99,6 +99,7 @@ def numbers(row: dict[str, Any]) -> dict[str, Any]:
     ("ranks", "case", "more"),
     [
         (1, "grpo", GRPO),
+        (1, "grpo ahead and carried over", [*GRPO, "stream.lag=1", "stream.step_tokens=8"]),
         (2, "grpo TP2", [*GRPO, *TENSOR]),
         (2, "ppo DP2", PPO),
         (2, "grpo engine on one of two", [*GRPO, *PART]),
