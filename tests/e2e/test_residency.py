@@ -98,11 +98,10 @@ def numbers(row: dict[str, Any]) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("ranks", "case", "more"),
     [
-        (1, "grpo", GRPO),
         (1, "grpo ahead and carried over", [*GRPO, "stream.lag=1", "stream.step_tokens=8"]),
         (2, "grpo TP2", [*GRPO, *TENSOR]),
         (2, "ppo DP2", PPO),
-        (2, "grpo engine on one of two", [*GRPO, *PART]),
+        pytest.param(2, "grpo engine on one of two", [*GRPO, *PART], marks=pytest.mark.matrix),
     ],
 )
 def test_a_job_is_the_same_to_the_last_bit(
