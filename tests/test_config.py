@@ -76,6 +76,12 @@ def test_values_arrive_with_their_types() -> None:
     assert config.algorithm["group_size"] == 8
 
 
+def test_residency_composes() -> None:
+    config = to_config(compose_config([*NEEDED, "residency.mode=offload", "residency.keep=[policy,rollout.weights]"]))
+    assert (config.residency.mode, config.residency.keep) == ("offload", ("policy", "rollout.weights"))
+    assert config.residency.prefetch
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_data_is_a_choice(kind: str) -> None:
     config = to_config(compose_config([*NEEDED, f"data={kind}", "data.path=rows.jsonl"]))
@@ -94,7 +100,7 @@ def test_every_kind_of_data_is_a_choice(kind: str) -> None:
         ("placement.policy.tensro=2", "did you mean placement.policy.tensor"),
         (
             "algorithm=grop",
-            "no such configuration; available: dapo, dpo, dr_grpo, grpo, grpo_off_policy, gspo, ipo, kto",
+            "no such configuration; available: dapo, dpo, dr_grpo, grpo, grpo_decoupled, gspo, ipo, kto",
         ),
         ("algorithm.group_sise=2", "did you mean algorithm.group_size"),
         (

@@ -107,10 +107,11 @@ def _check_stream(config: Config, settings: Any, roles: list[str]) -> None:
     )
     if "rollout" not in roles:
         raise ValueError(f"{given}: the loop samples nothing (algorithm.roles={roles}); use lag=0, step_tokens=null.")
-    if takes_one_step(getattr(settings, "loss", None)):
+    loss = getattr(settings, "loss", None)
+    if loss is not None and takes_one_step(loss):
         raise ValueError(
             f"{given}: the loss is right for samples of the present weights only; use lag=0 and step_tokens=null, or "
-            "algorithm=grpo_off_policy."
+            "algorithm=grpo_decoupled."
         )
 
 

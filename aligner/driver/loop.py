@@ -125,7 +125,8 @@ class Driver:
         if result.samples is not None:
             length_B = values["length_B"] - values["prompt_len_B"]
             row["length"] = length_B.float().mean().item()
-            row["truncated"] = values["truncated_B"].float().mean().item()
+            if values["truncated_B"] is not None:
+                row["truncated"] = values["truncated_B"].float().mean().item()
         row |= account.row()
         row["seconds"] = seconds
         if "tokens" in row:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 
-WASTE = 0.025
+WASTE = 0.03
 """Tokens that pad shorter rows to the longest of their call, at most, as a share of the rows' own tokens."""
 
 
@@ -31,7 +31,7 @@ def shared_calls(lengths: tuple[int, ...]) -> list[list[int]]:
             total += more
         if total <= limit:
             return calls
-        allowance = allowance * 3 // 4
+        allowance = allowance * 9 // 10
 
 
 def attended(lengths: tuple[int, ...]) -> int:

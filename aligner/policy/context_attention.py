@@ -23,7 +23,7 @@ from torch.nn.attention.bias import causal_lower_right
 from aligner.policy.context import cut
 
 BLOCK = 256
-"""Queries in one call on a CPU, where their mask is a tensor: [BLOCK, longest row], one for all layers."""
+"""Queries in one call where their mask is a tensor: [BLOCK, longest row] at most, on a CPU one for all layers."""
 
 
 @dataclass(frozen=True)
@@ -173,6 +173,11 @@ def _mask(block: int, longest: int, dtype: torch.dtype) -> Tensor:
     return torch.zeros(block, longest, dtype=dtype).masked_fill_(hidden, -torch.inf)
 
 
+def _block(query: Tensor) -> int:
+    """Only CUDA's flash kernel, which takes 16 bits, has causal attention of few queries to many keys without a mask."""
+    return 0 if query.device.type == "cuda" and query.element_size() == 2 else BLOCK
+
+
 def _bias(call: Call, plan: Plan, query: Tensor) -> Tensor:
     if query.device.type != "cpu":  # CUDA's kernels know this mask by its name
         return causal_lower_right(call.queries, call.keys)
@@ -199,9 +204,7 @@ def context_attention(
     Returns:
         [T, query heads x head_dim]; 0 at the padding.
     """
-    held, device = len(q_TND), q_TND.device
-    block = BLOCK if device.type == "cpu" else 0
-    plan = make_plan(lengths, group.size(), group.rank(), held, block, device)
+    plan = make_plan(lengths, group.size(), group.rank(), len(q_TND), _block(q_TND), q_TND.device)
     gathered = Gathered(group, plan.order_S)
     key, value = _Gather.apply(k_TKD, v_TKD, gathered)
     grouped = q_TND.shape[1] != k_TKD.shape[1]

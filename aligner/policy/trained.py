@@ -21,8 +21,8 @@ from aligner.policy.optimizer import Optimizer
 from aligner.policy.schedule import learning_rate
 from aligner.spmd import columns
 from aligner.spmd.messages import everyone
-from aligner.spmd.partition import idle, minibatch_groups, partition
-from aligner.spmd.ref import Ref
+from aligner.spmd.partition import idle, minibatch_groups
+from aligner.spmd.ref import Ref, Rows
 from aligner.spmd.residency import Kind, Part
 
 
@@ -102,7 +102,7 @@ class Trained(ModelRole):
                     mine = [i for i, row in enumerate(local.mine) if row // size in members]
                     part = {name: _rows_of(value, mine, len(local.mine)) for name, value in local.kwargs.items()}
                     steps.append(self._step(loss, together, columns.take(local.args[0], mine), part))
-            return Ref(self, {**over_steps(steps), "imbalance": self._imbalance(local.rows.lengths, size)})
+            return Ref(self, {**over_steps(steps), "imbalance": self._imbalance(local.rows)})
 
     def _check_versions(self, loss: LossFunction, samples: Samples) -> None:
         """ValueError for samples of earlier weights, with a loss that would silently take them for its own."""
@@ -145,10 +145,11 @@ class Trained(ModelRole):
         account_work(sums, int(samples.length_B.sum()), [tuple(batch.lengths.tolist()) for batch in packed])
         return {**self._descend(means(self._reduce(sums), totals)), "tokens": totals.tokens}
 
-    def _imbalance(self, lengths: list[int], group_size: int) -> float:
+    def _imbalance(self, rows: Rows) -> float:
+        assert rows.lengths is not None
         minibatches = self.config.minibatches
-        shares = partition(lengths, self.mesh.data, group_size, minibatches, self.cost)
-        return idle(lengths, shares, group_size, minibatches, self.cost)
+        shares = rows.shares(self.mesh.data, minibatches, self.cost)
+        return idle(rows.lengths, shares, rows.group_size, minibatches, self.cost)
 
     def _descend(self, metrics: dict[str, float]) -> dict[str, float]:
         """The gradients that are there -> new weights."""

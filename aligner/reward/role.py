@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -136,8 +137,8 @@ class Reward(Role):
         come out the same to the last bit however it is cut into shards."""
         found = everyone(self.world, (tuple(rows), raw, status, missing), self.mesh.ranks)
         held = sorted({row: (n, i) for n, (theirs, *_) in enumerate(found) for i, row in enumerate(theirs)}.items())
-        counts = [len(theirs) for theirs, *_ in found]
-        take = torch.tensor([sum(counts[:n]) + i for _, (n, i) in held], dtype=torch.long)
+        starts = [0, *accumulate(len(theirs) for theirs, *_ in found)]
+        take = torch.tensor([starts[n] + i for _, (n, i) in held], dtype=torch.long)
         all_raw, all_status = (
             {part.name: torch.cat([shard[field][part.name] for shard in found])[take] for part in self.parts}
             for field in (1, 2)

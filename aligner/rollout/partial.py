@@ -90,7 +90,7 @@ class _Pool:
         rollout = self.rollout
         mesh = rollout.mesh
         rollout.wake()
-        with rollout.call("start"):
+        with rollout.call("start", on_host=True):
             rollout.calls += 1
             first, self._count = self._count, self._count + len(prompts)
             for shard, share in enumerate(partition([len(prompt.tokens) for prompt in prompts], mesh.data)):

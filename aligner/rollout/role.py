@@ -131,7 +131,7 @@ class Rollout(Role):
     def start(self, prompts: Sequence[Prompt], num_samples: int = 1, sampling: Sampling | None = None) -> Started:
         """Begin what `generate` does; nothing is waited for. The engine works on it whenever it works."""
         self.wake()
-        with self.call("start"):
+        with self.call("start", on_host=True):
             started = self._start(prompts, num_samples, sampling, None)
             self.under_way.append(started)
             return started
@@ -154,7 +154,7 @@ class Rollout(Role):
 
     def working(self) -> AbstractContextManager[None]:
         """The role call in which what is under way is completed: it needs the engine, unless that is done."""
-        return self.call("collect" if self.asleep else "generate")
+        return self.call("collect", on_host=True) if self.asleep else self.call("generate")
 
     def _complete(self) -> None:
         if self.under_way:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from aligner.rollout.packing import drop_kernels
 from aligner.spmd.residency import Kind, Part
@@ -95,25 +96,30 @@ class FreedCache:
 
 
 class SleepingWeights:
-    """On CUDA: vLLM's sleep of level 2 unmaps weights and cache; addresses, which CUDA graphs hold, stay."""
+    """On CUDA: vLLM unmaps the memory tagged weights; addresses, which CUDA graphs hold, stay.
+
+    Its sleep of level 2 would do the same, and take a cache that is to stay along; like it, buffers are saved.
+    """
 
     def __init__(self, engine: RolloutEngine, weights: EngineWeights, meter: Meter) -> None:
         self.resident = True
         self._engine, self._weights, self._meter = engine, weights, meter
         self._bytes = sum(parameter.nbytes for parameter in engine.model.parameters())
+        self._buffers: list[tuple[Tensor, Tensor]] = []
 
     def bytes(self) -> int:
         """Its size."""
         return self._bytes
 
     def changed(self) -> None:
-        """Nothing is kept."""
+        """Nothing is kept but buffers."""
 
     def evict(self) -> None:
-        """The engine has no weights from here on; its cache has left already."""
+        """The engine has no weights from here on."""
         self._engine.ready = False
+        self._buffers = [(buffer, buffer.to("cpu", copy=True)) for buffer in self._engine.model.buffers()]
         with self._engine.inside():
-            self._engine.executor.sleep(level=2)  # unlike discard() it keeps the model's buffers
+            self._engine.executor.discard(("weights",))
         self._meter.phantom += self._bytes
         self.resident = False
 
@@ -123,6 +129,9 @@ class SleepingWeights:
         torch.cuda.synchronize(self._engine.device)  # copies to the host still hold what is to be mapped here
         with self._engine.inside():
             self._engine.executor.wake_up(["weights"])
+            for buffer, saved in self._buffers:
+                buffer.copy_(saved)
+        self._buffers = []
         self._weights.clear_padding()
         self.resident = True
 

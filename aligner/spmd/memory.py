@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
+
+if TYPE_CHECKING:
+    from aligner.spmd.role import Role
 
 GIB = 1 << 30
 REMEDIES = (
@@ -23,7 +28,7 @@ class OutOfMemory(RuntimeError):
 class Meter:
     """Largest memory in each role call: resident pages on a CPU, allocated bytes on CUDA.
 
-    A boundary is the start or the end of a call. The kernel's high-water mark is read and reset there; where it cannot
+    A boundary is the start of a call, once what it needs is there, or its end. The kernel's high-water mark is read and reset there; where it cannot
     be reset, a call that did not raise the process's mark counts what is resident at its two ends.
     """
 
@@ -36,20 +41,21 @@ class Meter:
         self.phantom = 0
         """Bytes that CUDA's allocator counts although they are unmapped: a sleeping engine's."""
 
-    def start(self) -> None:
-        """A call begins."""
+    @contextmanager
+    def measured(self, method: str, roles: Sequence[Role]) -> Iterator[None]:
+        """Inside is a role call; it counts where this rank is a member of one of `roles`."""
         self._boundary()
         self._open.append(0.0)
-
-    def stop(self, method: str, counts: bool) -> None:
-        """The call that began last ends; `counts`: this rank took part in it."""
-        self._boundary()
-        largest = self._open.pop()
-        if counts:
-            self._calls[method] = max(self._calls.get(method, 0.0), largest)
+        try:
+            yield
+        finally:
+            self._boundary()
+            largest = self._open.pop()
+            if any(role.member for role in roles):
+                self._calls[method] = max(self._calls.get(method, 0.0), largest)
 
     def take(self) -> dict[str, float]:
-        """GiB by role call since the last time, and under "peak" the largest of all, between calls too."""
+        """GiB by role call since the last time, and under "peak" the largest of all, between calls and as they change too."""
         self._boundary()
         found = {**self._calls, "peak": self._peak}
         self._calls, self._peak = {}, 0.0

@@ -69,10 +69,12 @@ class Ref:
         if not isinstance(name, str):
             raise TypeError(f"a Ref has fields, not positions: ref[{name!r}]. Use ref.get() to bring the value here.")
         if name not in self._fields:
-            kept = {key: (_field(value, name), rows) for key, (value, rows) in self.kept.items()}
             value = _field(self.value, name) if self.home.member else None
-            self._fields[name] = replace(self, value=value, kept=kept, _fields={})
-        return self._fields[name]
+            self._fields[name] = replace(self, value=value, kept={}, _fields={})
+        found = self._fields[name]
+        for key, (value, rows) in self.kept.items():
+            found.kept.setdefault(key, (_field(value, name), rows))
+        return found
 
     def get(self) -> Any:
         """The whole value, rows in global order, on every rank. A collective: every rank must call it."""

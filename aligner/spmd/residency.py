@@ -107,29 +107,31 @@ class Residency:
     def make_room(self, role: str, mesh: Mesh) -> None:
         """A role is about to be built on these ranks: everything there leaves."""
         if self.crowds(role, mesh):
-            self._leave(frozenset(), frozenset(mesh.ranks))
+            self._leave(frozenset(), frozenset(mesh.ranks), arriving=True)
+            if self.device.type == "cuda":  # the engine asks the device, not torch, for what is free
+                torch.cuda.synchronize(self.device)
+                torch.cuda.empty_cache()
 
     @contextmanager
-    def call(self, roles: Sequence[Role], method: str) -> Iterator[None]:
+    def call(self, roles: Sequence[Role], method: str, on_host: bool = False) -> Iterator[None]:
         """Around a role call: what it needs is there, its memory is measured, running out of it is explained.
 
         Args:
             roles: whose call it is, and then the others that take part; each one's `needs` counts.
+            on_host: it needs nothing.
         """
         what = f"{roles[0].name}.{method}"
-        self.meter.start()
         try:
-            with self._needed(what, roles, method):
+            with self._needed(what, () if on_host else roles, method), self.meter.measured(method, roles):
                 yield
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
             raise OutOfMemory(explain(error, what, self.device, self._held())) from error
-        self.meter.stop(method, any(role.member for role in roles))
 
     @contextmanager
     def _needed(self, what: str, roles: Sequence[Role], method: str) -> Iterator[None]:
-        needed = frozenset((role.name, part) for role in roles for part in role.needs.get(method, ()))
+        needed = frozenset((role.name, part) for role in roles for part in self._needs(role, method))
         if not needed or self.config.mode == "off":
             yield
             return
@@ -150,11 +152,18 @@ class Residency:
         if not self._open:
             self._prefetch()
 
-    def _leave(self, needed: frozenset[Key], ranks: frozenset[int], prefetching: bool = False) -> None:
-        """What is not needed leaves, where its role shares one of `ranks` and another role does too."""
+    def _needs(self, role: Role, method: str) -> Sequence[str]:
+        """A call that the role's table does not name needs everything: it may touch what it likes."""
+        holder = self._roles.get(role.name)
+        return role.needs.get(method, tuple(holder.kinds) if holder else ())
+
+    def _leave(
+        self, needed: frozenset[Key], ranks: frozenset[int], prefetching: bool = False, arriving: bool = False
+    ) -> None:
+        """What is not needed leaves, where its role has one of `ranks` and shares ranks with another, or one arrives."""
         freed = False
         for name, holder in self._roles.items():
-            if not holder.ranks & ranks or not self._shared(name):
+            if not holder.ranks & ranks or not (arriving or self._shared(name)):
                 continue
             leaving = [p for p in holder.kinds if (name, p) not in needed and self._movable(name, p, prefetching)]
             here = [holder.parts[p] for p in reversed(leaving) if p in holder.parts and holder.parts[p].resident]

@@ -32,7 +32,7 @@ class Role:
     """Common part of policy, reference, rollout and reward."""
 
     needs: ClassVar[Mapping[str, Sequence[str]]] = {}
-    """Role call -> which of this role's parts must be on the device; see `aligner.spmd.residency`."""
+    """Role call -> which of this role's parts must be on the device, all by default; see `aligner.spmd.residency`."""
     reads: ClassVar[frozenset[str]] = frozenset()
     """Those of them that change nothing: copies on the host stay good."""
 
@@ -48,11 +48,12 @@ class Role:
         """Seconds in each call since the driver last asked (this rank)."""
 
     @contextmanager
-    def call(self, method: str, also: Sequence[Role] = ()) -> Iterator[None]:
+    def call(self, method: str, also: Sequence[Role] = (), on_host: bool = False) -> Iterator[None]:
         """One role call: noted in the journal of every rank, timed on members, with what it needs in memory.
 
         Args:
             also: other roles that take part in it.
+            on_host: it touches nothing that the roles hold.
         """
         roles = (self, *also)
         takes_part = any(role.member for role in roles)
@@ -60,7 +61,7 @@ class Role:
         self.world.journal.enter(what)
         start = time.perf_counter()
         span = self.world.timeline.span("call", what) if takes_part else nullcontext()
-        with span, self.world.residency.call(roles, method):
+        with span, self.world.residency.call(roles, method, on_host):
             yield
         if self.member:
             self.seconds[method] = self.seconds.get(method, 0.0) + time.perf_counter() - start
@@ -99,7 +100,7 @@ class Role:
         """
         inner = getattr(function, "func", function)  # of a partial
         name = getattr(inner, "__name__", type(function).__name__)
-        with self.call(f"run({name})"):
+        with self.call(f"run({name})", on_host=True):
             local = self.localize(args, kwargs)
             value = function(*local.args, **local.kwargs) if self.member else None
             return Ref(self, value, local.rows)

@@ -22,7 +22,7 @@ ONLINE: dict[str, list[str]] = {
     "grpo": [*SMALL, ENTROPY.lstrip("+"), "algorithm.loss.kl_coef=0.05"],
     "dapo": [*SMALL, ENTROPY.lstrip("+"), "reward.rule='{task}/rule.py:brief'", "algorithm.length_penalty.buffer=8"],
     "dr_grpo": [*SMALL, ENTROPY.lstrip("+"), "policy.reduction=fixed"],
-    "grpo_off_policy": [*SMALL, ENTROPY.lstrip("+"), "stream.step_tokens=8"],
+    "grpo_decoupled": [*SMALL, ENTROPY.lstrip("+"), "stream.step_tokens=8"],
     "gspo": [*SMALL, ENTROPY, "policy.reduction=sequence_mean"],
     "rloo": [*SMALL, "algorithm.reward_kl_coef=0.1"],
     "reinforce_pp_baseline": [*SMALL, ENTROPY.lstrip("+"), "algorithm.loss.kl_coef=0.05"],
@@ -42,8 +42,8 @@ OFFLINE: dict[str, list[str]] = {
 UNTRAINED = {"rank_samples"}
 MORE: dict[str, list[str]] = {
     "grpo, several steps a batch": ["algorithm=grpo", *ONLINE["grpo"], *TWICE, "policy.micro_tokens=64"],
-    "grpo_off_policy, ahead, several steps a batch": [
-        "algorithm=grpo_off_policy",
+    "grpo_decoupled, ahead, several steps a batch": [
+        "algorithm=grpo_decoupled",
         *ONLINE["grpo"],
         *TWICE,
         "policy.micro_tokens=64",

@@ -127,7 +127,7 @@ def main() -> None:
         compose_config(
             [
                 f"model.path={task / 'model'}", f"data.path={task / 'prompts.jsonl'}", f"run_dir={task / 'run'}",
-                "algorithm=grpo_off_policy", "algorithm.roles=[policy,rollout]", "train.eval_every=0", "data.shuffle=false",
+                "algorithm=grpo_decoupled", "algorithm.roles=[policy,rollout]", "train.eval_every=0", "data.shuffle=false",
                 "sampling.max_tokens=20", "sampling.stop_token_ids=[4,14,24,34,44,54,64,74,84]", "rollout.kv_cache_mib=16", "policy.optimizer.lr=3e-3", *layout,
             ],
             "quickstart",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +12,8 @@ from typing import Any
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+from tests.algorithms.conftest import said_alike
 
 LAYOUTS = {"one rank": (1, []), "data 2": (2, []), "tensor 2": (2, ["placement.policy.tensor=2"])}
 Said = dict[str, Any]
@@ -40,11 +41,7 @@ def said(request: pytest.FixtureRequest, cache: dict[str, Said], folder: Path, t
         script = Path(__file__).with_name("loops_rank.py")
         done = torchrun(ranks, [str(script), str(folder), *overrides], seconds=200)
         assert done.returncode == 0, done.stdout[-1500:] + done.stderr[-4000:]
-        found: list[Said] = [{} for _ in range(ranks)]
-        for rank, what, value in re.findall(r"said (\d+) ([^:]+): (.*)", done.stdout):
-            found[int(rank)][what] = json.loads(value)
-        assert all(other == found[0] for other in found), "the ranks disagree"
-        cache[request.param] = found[0]
+        cache[request.param] = said_alike(done.stdout, ranks)
     return cache[request.param]
 
 

@@ -45,7 +45,8 @@ NEAR_ZERO: dict[str, float] = {
     "gap": 5e-6,
     "gap_max": 2e-5,
     "kl": 1e-7,
-    "kl_max": 5e-6,
+    # of one token of 0.5 after two steps whose gradients grow fivefold: micro_tokens alone moves it by 1.4e-6, layouts by 1e-5
+    "kl_max": 2e-5,
     # such differences summed over a response of 20 to 60 tokens (times beta in the rewards of preference losses)
     "response_kl": 2e-5,
     "chosen_reward": 2e-6,
@@ -147,10 +148,10 @@ def test_what_each_method_is_named_for_happens(found: Callable[..., Found]) -> N
     # a KL below its target of 0.02: each step lowers the price by rate x max_error = 2%
     assert [row["kl_coef"] for row in one["ppo, several steps a batch"]] == pytest.approx([0.1, 0.098, 0.09604])
     assert one["kto"][0]["kl"] == 0 < one["kto"][1]["kl"]
-    ahead = one["grpo_off_policy, ahead, several steps a batch"]
+    ahead = one["grpo_decoupled, ahead, several steps a batch"]
     assert [row["staleness"] for row in ahead] == [0, 1, 1]
     assert ahead[1]["weight_max"] == pytest.approx(1.01) and ahead[1]["bounded_fraction"] > 0
-    assert one["grpo_off_policy"][1]["staleness_max"] == 1 > one["grpo_off_policy"][1]["staleness"] > 0
+    assert one["grpo_decoupled"][1]["staleness_max"] == 1 > one["grpo_decoupled"][1]["staleness"] > 0
     assert any(row["ratio_max"] > 1.05 for row in one["grpo, several steps a batch"]), "the later steps are off-policy"
 
 

@@ -196,7 +196,7 @@ DATA = [
     ),
 ]
 SETTINGS = [
-    Case("stream_on_policy_loss", "algorithm=rloo stream.lag=1", ("stream.lag=1", "algorithm=grpo_off_policy")),
+    Case("stream_on_policy_loss", "algorithm=rloo stream.lag=1", ("stream.lag=1", "algorithm=grpo_decoupled")),
     Case("stream_samples_nothing", f"{SFT} stream.step_tokens=8", ("stream.step_tokens=8", "samples nothing")),
     Case("stream_in_flight", "stream.in_flight=true", ("stream.in_flight=true", "set stream.lag=1")),
     Case("unknown_key", "sede=1", ("sede=1: there is no setting sede", "did you mean seed")),

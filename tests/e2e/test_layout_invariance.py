@@ -19,7 +19,9 @@ LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
     "pp2": (2, ("placement.policy.pipeline=2",)),
     "cp2": (2, ("placement.policy.context=2",)),
     "tp2_rollout_2xtp1": (2, ("placement.policy.tensor=2", "placement.policy.sequence_parallel=true")),
-    "policy_0_rollout_1": (2, ("placement=split",)),
+    "split": (2, ("placement=split",)),
+    "mixed": (2, ("placement=mixed",)),
+    "rules_on_a_rank_of_their_own": (3, ("placement=mixed", "placement.policy.ranks=[0]", "placement.rollout.ranks=[1]", "placement.reward.ranks=[2]", "reward.workers=2")),
     "tp2_pp2_rollout_2xtp2": (
         4,
         ("placement.policy.tensor=2", "placement.policy.pipeline=2", "placement.rollout.tensor=2"),
@@ -61,6 +63,7 @@ def test_same_job_under_any_layout(name: str, one_rank: dict[str, Rows], job: Ca
         assert row["clip_fraction"] == 0
         assert row["reshard_moved_bytes"] == row["reshard_minimum_bytes"]
         assert row["reshard_checksummed"] > 0
+        assert 0 <= row["imbalance"] < 0.5 and 0 <= row["padding"] < 0.03
     assert {row["loss"] for row in rows} != {rows[0]["loss"]}, "the policy does not move"
 
 

@@ -74,8 +74,9 @@ print("equal answers:", len(answers))
         ("placement.policy.tensor=2",),
         ("placement.policy.pipeline=2", "placement.rollout.tensor=2"),
         ("placement=split",),
+        ("placement.policy.context=2", "policy.recompute=selective", "policy.minibatches=2"),
     ],
-    ids=["tp2_to_2xtp1", "pp2_to_tp2", "split"],
+    ids=["tp2_to_2xtp1", "pp2_to_tp2", "split", "cp2_to_2xtp1"],
 )
 def test_synced_engine_equals_a_fresh_one(layout: tuple[str, ...], job: Callable[..., Any], tmp_path: Path) -> None:
     (tmp_path / "own_loop.py").write_text(LOOP)

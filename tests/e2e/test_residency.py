@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from tests.e2e.conftest import Task
+from tests.models.tiny import stored_tensors
 
 Rows = list[dict[str, Any]]
 MODES: dict[str, list[str]] = {
@@ -25,23 +25,66 @@ GRPO = ["algorithm=grpo", "algorithm.group_size=4", "algorithm.loss.kl_coef=0.05
 PPO = ["algorithm=ppo", "algorithm.kl_control.initial=0.1", "critic.optimizer.lr=1e-3", "critic.minibatches=2"]
 TENSOR = ["placement.policy.tensor=2", "placement.rollout.tensor=2"]
 PART = ["placement.rollout.ranks=[1]"]
+AGAIN = """
+import sys
+from aligner.config import compose_config, to_config
+from aligner.driver.job import prepare
+from aligner.roles import build_roles
+from aligner.spmd.world import World
+
+world = World(100)
+job = prepare(to_config(compose_config(sys.argv[1:], "quickstart")), world.size)
+roles = build_roles(job.config, job.roles, world, job.checked.meshes, job.checked.spec, job.checked.tokenizer)
+policy, rollout, reference = roles.policy, roles.rollout, roles.reference
+prompts = list(job.checked.data.training[:4])
+
+def tokens():
+    return rollout.generate(prompts, num_samples=2, seed=5).get().tokens_BT.tolist()
+
+def imitate(policy_logp_BT, *, mask_BT):
+    return -policy_logp_BT.where(mask_BT, 0.0), {}
+
+def syncs():
+    return [call.what for call in world.journal.calls].count("policy.reshard_to")
+
+policy.reshard_to(rollout)
+first = tokens()
+samples = rollout.generate(prompts, num_samples=2, seed=5)
+reference.logprobs(samples)
+kept = world.residency.config.keep == ("rollout.weights",)
+assert world.residency.is_out("rollout", "weights") is not kept
+assert tokens() == first and syncs() == (1 if kept else 2), "the same weights, sent once more where they were given up"
+policy.sync(rollout)
+assert syncs() == (1 if kept else 2)
+reference.logprobs(samples)
+policy.sync(rollout)
+assert syncs() == (1 if kept else 3) and not world.residency.is_out("rollout", "weights")
+policy.update(imitate, samples).get()
+if kept:
+    assert tokens() == first, "the weights that were sent before the update"
+else:
+    try:
+        tokens()
+    except RuntimeError as error:
+        assert "residency.keep=[rollout.weights]" in str(error) and "policy.reshard_to(rollout)" in str(error), error
+    else:
+        raise AssertionError("it generated with weights that nobody has sent")
+policy.reshard_to(rollout)
+assert tokens() != first
+print("sent again\\n", end="", flush=True)
+world.leave()
+"""
 TIMED = ("seconds", "memory_", "time", "tokens_per_second", "reshard_gigabytes")
 
 
-def run_modes(
-    torchrun: Callable[..., Any], task: Task, folder: Path, ranks: int, cases: dict[str, list[str]]
-) -> dict[tuple[str, str], Path]:
-    """(case, mode) -> the folder of its run."""
-    runs = {
-        (case, mode): [*task.overrides(folder / f"{case} {mode}"), *COMMON, *more, *setting]
-        for case, more in cases.items()
-        for mode, setting in MODES.items()
-    }
+def run_modes(torchrun: Callable[..., Any], task: Task, folder: Path, ranks: int, more: list[str]) -> dict[str, Path]:
+    """Mode -> the folder of its run."""
+    runs = {mode: [*task.overrides(folder / mode), *COMMON, *more, *setting] for mode, setting in MODES.items()}
     plan = folder / "plan.json"
     plan.write_text(json.dumps([[o for o in run if not o.startswith("--")] for run in runs.values()]))
     done = torchrun(ranks, [str(Path(__file__).with_name("residency_rank.py")), str(plan)], seconds=280)
     assert done.returncode == 0, done.stdout[-1500:] + done.stderr[-5000:]
-    return {(case, mode): folder / f"{case} {mode}" for case, mode in runs}
+    return {mode: folder / mode for mode in runs}
 
 
 def rows_of(run: Path) -> Rows:
@@ -53,31 +96,41 @@ def numbers(row: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("ranks", "cases"),
+    ("ranks", "case", "more"),
     [
-        (1, {"grpo": [*GRPO], "ppo": [*PPO]}),
-        (2, {"grpo TP2": [*GRPO, *TENSOR], "ppo DP2": [*PPO], "grpo engine on one of two": [*GRPO, *PART]}),
+        (1, "grpo ahead and carried over", [*GRPO, "stream.lag=1", "stream.step_tokens=8"]),
+        (2, "grpo TP2", [*GRPO, *TENSOR]),
+        (2, "ppo DP2", PPO),
+        pytest.param(2, "grpo engine on one of two", [*GRPO, *PART], marks=pytest.mark.matrix),
     ],
 )
 def test_a_job_is_the_same_to_the_last_bit(
-    ranks: int, cases: dict[str, list[str]], torchrun: Callable[..., Any], task: Task, tmp_path: Path
+    ranks: int, case: str, more: list[str], torchrun: Callable[..., Any], task: Task, tmp_path: Path
 ) -> None:
-    cases = {name: [*more, f"reward.rule='{task.folder}/rule.py:brief'"] for name, more in cases.items()}
-    found = run_modes(torchrun, task, tmp_path, ranks, cases)
-    for case in cases:
-        plain = rows_of(found[case, "off"])
-        assert [row["step"] for row in plain] == [0, 1, 2, 3]
-        weights = load_file(found[case, "off"] / "model" / "model.safetensors")
-        assert any(row.get("sampled_groups", 0) > 4 for row in plain) or "grpo" not in case, (
-            "no group was sampled again"
-        )
-        for mode in ("auto", "offload"):
-            rows = rows_of(found[case, mode])
-            for row, want in zip(rows, plain, strict=True):
-                assert numbers(row) == numbers(want), f"{case}, {mode}, step {row['step']}"
-            got = load_file(found[case, mode] / "model" / "model.safetensors")
-            assert got.keys() == weights.keys()
-            assert all(torch.equal(got[name], weights[name]) for name in weights), f"{case}, {mode}"
-        row = plain[-1]
-        assert {"memory_generate", "memory_update", "memory_reshard", "memory_logprobs", "memory_peak"} <= row.keys()
-        assert row["memory_peak"] == max(value for name, value in row.items() if name.startswith("memory_"))
+    more = [*more, f"reward.rule='{task.folder}/rule.py:brief'"]
+    found = run_modes(torchrun, task, tmp_path, ranks, more)
+    plain = rows_of(found["off"])
+    assert [row["step"] for row in plain] == [0, 1, 2, 3]
+    weights = stored_tensors(found["off"] / "model")
+    assert any(row.get("sampled_groups", 0) > 4 for row in plain) or "grpo" not in case, "no group was sampled again"
+    for mode in ("auto", "offload"):
+        for row, want in zip(rows_of(found[mode]), plain, strict=True):
+            assert numbers(row) == numbers(want), f"{mode}, step {row['step']}"
+        got = stored_tensors(found[mode] / "model")
+        assert got.keys() == weights.keys()
+        assert all(torch.equal(got[name], weights[name]) for name in weights), mode
+    row = plain[-1]
+    assert {"memory_generate", "memory_update", "memory_reshard", "memory_logprobs", "memory_peak"} <= row.keys()
+    assert row["memory_peak"] == max(value for name, value in row.items() if name.startswith("memory_"))
+
+
+@pytest.mark.parametrize("keep", ["", "rollout.weights"])
+def test_weights_that_were_given_up_are_sent_again_or_missed(
+    keep: str, torchrun: Callable[..., Any], task: Task, tmp_path: Path
+) -> None:
+    (tmp_path / "again.py").write_text(AGAIN)
+    overrides = [o for o in task.overrides(tmp_path / "run") if not o.startswith("--")]
+    more = [*TENSOR, "policy.optimizer.lr=1e-2", f"residency.keep=[{keep}]"]
+    done = torchrun(2, [str(tmp_path / "again.py"), *overrides, *more], seconds=280)
+    assert done.returncode == 0, done.stdout[-1500:] + done.stderr[-5000:]
+    assert done.stdout.count("sent again") == 2

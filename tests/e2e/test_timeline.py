@@ -12,7 +12,7 @@ from aligner.driver.traces import TRANSFER, read_spans, uses, whole_steps
 
 
 def test_every_rank_writes_what_it_did(job: Callable[..., list[dict[str, Any]]], tmp_path: Path) -> None:
-    rows = job(2, "placement=split", "train.steps=3", "logging.timeline_steps=2")
+    rows = job(2, "placement=mixed", "train.steps=3", "logging.timeline_steps=2")
     spans = read_spans(tmp_path / "run0")
     assert whole_steps(spans) == [1, 2]
     calls = {(span.rank, span.name) for span in spans if span.kind == "call" and span.step == 2}

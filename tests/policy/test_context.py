@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +18,7 @@ from aligner.policy.context import Piece, cut, held_by_each
 from aligner.policy.context_attention import BLOCK, Call, Plan, _bias
 from aligner.policy.packing import pack
 
+ROOT = Path(__file__).resolve().parents[2]
 LENGTHS = st.lists(st.integers(1, 90), min_size=1, max_size=20)
 
 
@@ -80,3 +85,17 @@ def test_attention_beside_a_dense_mask(torchrun, ranks: int) -> None:  # type: i
     done = torchrun(ranks, [str(Path(__file__).with_name("context_rank.py"))], seconds=120)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     assert done.stdout.count("agrees") == ranks
+
+
+def test_activations_fall_with_the_ranks() -> None:
+    """All key/value heads are there, so that keys and values of other ranks, were they kept, would show."""
+    tool = ROOT / "tools" / "bench" / "context_memory.py"
+    size = ["--tokens", "1024", "--layers", "2", "--kv-heads", "8", "--recompute", "none"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, str(tool), *size], capture_output=True, text=True, timeout=200, env=environment
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    one, two = (json.loads(line) for line in done.stdout.splitlines() if line.startswith("{"))
+    assert (one["context"], two["context"]) == (1, 2)
+    assert 1.85 < one["peak_mib"] / two["peak_mib"] < 2.05

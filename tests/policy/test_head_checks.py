@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -139,3 +140,19 @@ def test_memory_counts_every_model(folder: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("aligner.check.os.sysconf", lambda name: 1 if name == "SC_PAGE_SIZE" else needed - 1)
     with pytest.raises(ValueError, match=r"the roles on this host need about"):
         check(config(folder), ["policy", "critic", "reward_model"], world_size=1)
+
+
+def test_the_reference_has_sizes_of_its_own(folder: Path) -> None:
+    policy = config(folder, "policy.micro_tokens=9", "policy.dtype=bfloat16", "policy.forward_micro_tokens=30")
+    assert policy.reference.over(policy.policy) == policy.policy, "null is the policy's"
+    own = config(folder, "reference.micro_tokens=7", "reference.dtype=float32", "policy.dtype=bfloat16")
+    found = own.reference.over(own.policy)
+    assert (found.dtype, found.forward_micro_tokens) == ("float32", 7)
+    for override, said in (
+        ("reference.micro_tokens=0", "reference.micro_tokens=0 must be at least 1, or null for the policy's"),
+        ("reference.dtype=float16", "reference.dtype=float16 is unknown; use float32, bfloat16 or null"),
+        ("critic.forward_micro_tokens=0", "critic.forward_micro_tokens=0 must be at least 1, or null for micro_tokens"),
+    ):
+        wrong = config(folder, override)
+        with pytest.raises(ValueError, match=re.escape(said)):
+            (wrong.reference.check(), wrong.critic.check("critic"))

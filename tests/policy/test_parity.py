@@ -133,7 +133,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_step_equals_transformers(torchrun, checkpoints: Path, tmp_path: Path, ranks: int) -> None:  # type: ignore[no-untyped-def]
     cases = [f"{name}:{layout}" for name in DENSE for layout in LAYOUTS[ranks]] + CASES[ranks]
     script = Path(__file__).with_name("parity_rank.py")
-    done = torchrun(ranks, [str(script), str(checkpoints), str(tmp_path), *cases], seconds=300)
+    done = torchrun(ranks, [str(script), str(checkpoints), str(tmp_path), *cases], seconds=400)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     for case in cases:
         assert done.stdout.count(f"{case} logits off by") == ranks, case
@@ -143,7 +143,11 @@ def test_a_step_equals_transformers(torchrun, checkpoints: Path, tmp_path: Path,
     ("ranks", "cases"),
     [
         (2, ["llama:context=2,micro=1", "qwen3:context=2", "llama:context=2,bf16"]),
-        (4, ["qwen2:context=4", "qwen3:context=2,tensor=2,sp,recompute=selective,micro=2", "llama:context=2"]),
+        pytest.param(
+            4,
+            ["qwen2:context=4", "qwen3:context=2,tensor=2,sp,recompute=selective,micro=2", "llama:context=2"],
+            marks=pytest.mark.matrix,
+        ),
     ],
 )
 def test_rows_shorter_than_there_are_ranks(torchrun, checkpoints: Path, ranks: int, cases: list[str]) -> None:  # type: ignore[no-untyped-def]

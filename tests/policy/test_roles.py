@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 PROGRAM = """
-import dataclasses, sys, torch
+import dataclasses, functools, sys, torch
 from pathlib import Path
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
@@ -66,11 +66,21 @@ with torch.no_grad():
 
 # each on ranks of its own; the reward model starts from the folder written above
 split = ["placement.policy.ranks=[0]", "placement.critic.ranks=[1]", "placement.reward_model.ranks=all"]
+split += ["policy.forward_micro_tokens=18", "reference.micro_tokens=9"]
 split += ["placement.reward_model.tensor=2", f"reward_model.path={folder}/scorer", "critic.optimizer.lr=1e-2"]
 several = roles(["policy", "reference", "critic", "reward_model"], *split)
 assert several.trained == [several.policy]
 rows = several.policy.place(samples, 2)
 assert (several.reward_model.scores(rows).get() - score_B).abs().max() < 1e-5
+# rows of 9, 8, 6 and 4 tokens: two microbatches of 18, four of 9
+counts = []
+def counted(run, packed):
+    counts.append(len(packed))
+    return run(packed)
+for role in (several.policy, several.reference) if world.rank == 0 else ():
+    role.pipeline.forward = functools.partial(counted, role.pipeline.forward)
+ours_BT, theirs_BT = several.policy.logprobs(rows).get(), several.reference.logprobs(rows).get()
+assert (ours_BT - theirs_BT).abs().max() < 1e-5 and counts == ([2, 4] if world.rank == 0 else []), counts
 assert several.critic.section == "critic" and several.critic.total_steps == 5
 losses = []
 for _ in range(5):

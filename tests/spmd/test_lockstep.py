@@ -14,6 +14,7 @@ import time, torch, os
 from aligner.data.samples import Samples
 from aligner.spmd.mesh import Mesh
 from aligner.spmd.role import Role
+from aligner.spmd.transfer import read_at_first
 from aligner.spmd.world import World
 world = World(600)
 everyone = tuple(range(world.size))
@@ -50,6 +51,12 @@ def _program(body: str) -> str:
             "if step == 1 and world.rank == 0: b.run(lambda x: time.sleep(500) or x.length_B, ref)\n"
             "        if step == 1 and world.rank == 1: a.run(update, ref)",
             ["rank(s) 0: call 5: reward.run(<lambda>) (step 1)", "rank(s) 1: call 5: policy.run(update) (step 1)"],
+        ),
+        # rank 1 has made one call more when the first rank reads what is logged; nothing but that reading has a message
+        (
+            "if step == 1 and world.rank == 1: a.run(update, ref)\n"
+            "        read_at_first(world, {'lengths': ref['length_B']}, 0, max)",
+            ["call", "step 1"],
         ),
         # one rank ends its loop early
         ("if world.rank == 0 and step == 1: break", ["call"]),

@@ -119,7 +119,7 @@ def test_parts_that_share_boundaries_hold_every_rank_once(world_size: int, inner
     ("ranks", "world_size", "said"),
     [
         ("0%-50%", 1, "is no rank of a job of 1; start it with torchrun --nproc-per-node 2 or more"),
-        ("50%-75%", 2, "is no rank of a job of 2; start it with torchrun --nproc-per-node 4 or more"),
+        ("50%-75%", 2, "is no rank of a job of 2; start it with torchrun --nproc-per-node 3 or more"),
         ("50%-20%", 4, "must go up, and to 100% at most"),
         ("50%-120%", 4, "must go up, and to 100% at most"),
         ("50%", 4, 'is not understood; use all, a list such as [0,1], ranges like "0-3,6", or parts like 0%-50%.'),

@@ -10,7 +10,7 @@ from itertools import product
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from aligner.spmd.cost import TOKENS, Cost
@@ -59,7 +59,6 @@ def test_never_worse_than_greedy_by_tokens(lengths: list[int], shards: int, grou
 
 
 @given(st.lists(st.integers(1, 60), min_size=2, max_size=6), st.integers(2, 3))
-@settings(deadline=None)
 def test_near_the_best_deal_that_there_is(costs: list[int], shards: int) -> None:
     best = min(
         max(sum(cost for cost, at in zip(costs, places, strict=True) if at == shard) for shard in range(shards))

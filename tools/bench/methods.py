@@ -51,7 +51,7 @@ METHODS: dict[str, tuple[str, ...]] = {
         "data.prompts_per_step=64",
     ),
 }
-OFF_POLICY = (*ONLINE, "algorithm=grpo_off_policy")
+OFF_POLICY = (*ONLINE, "algorithm=grpo_decoupled")
 STREAMS: dict[str, tuple[str, ...]] = {
     "lag_2": (*OFF_POLICY, "stream.lag=2"),
     "lag_2_masked": (*OFF_POLICY, "stream.lag=2", "algorithm.loss.correction=mask"),

@@ -141,7 +141,7 @@ class NullPolicy(NullReference, Policy):
         return {**{name.partition("/")[2]: value for name, value in sums.items()}, "tokens": totals.tokens}
 
     def reshard_to(self, rollout: Any) -> None:
-        with self.call("reshard_to", takes_part=self.member or rollout.member):
+        with self.call("reshard_to", also=(rollout,)):
             if self.member or rollout.member:
                 self.syncs["rollout"].ledger[:] = [SyncRow(moved_bytes=1 << 30, seconds=1.0)]
 
@@ -183,8 +183,8 @@ class Meter:
         call = Role.call
 
         @contextmanager
-        def timed_call(role: Role, method: str, takes_part: bool | None = None) -> Iterator[None]:
-            with self.part(method), call(role, method, takes_part):
+        def timed_call(role: Role, method: str, **more: Any) -> Iterator[None]:
+            with self.part(method), call(role, method, **more):
                 yield
 
         Role.call = timed_call  # type: ignore[method-assign]

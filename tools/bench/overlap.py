@@ -37,7 +37,7 @@ def job(name: str, overrides: list[str], task: Path, out: Path) -> list[dict[str
     run_dir = out / name.replace(", ", "-").replace(" ", "")
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=4", "-m", "aligner.main",
-        "--config-name=quickstart", "algorithm=grpo_off_policy", "algorithm.roles=[policy,rollout,reward]",
+        "--config-name=quickstart", "algorithm=grpo_decoupled", "algorithm.roles=[policy,rollout,reward]",
         "algorithm._target_=tools.bench.overlap_loop.slow_grpo", f"+algorithm.token_seconds={TOKEN_SECONDS}",
         f"+algorithm.update_seconds={UPDATE_SECONDS}", "algorithm.group_size=4", f"model.path={task / 'model'}",
         f"data.path={task / 'prompts.jsonl'}", "data.prompts_per_step=8", "train.eval_every=0", "train.save=false",
