@@ -1,0 +1,61 @@
+"""Batches that are generated ahead of the one that is handed out; what is ahead can be saved and taken up again."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from aligner.data.prompts import Prompt
+from aligner.rollout.requests import Sample
+from aligner.spmd.ref import Ref
+
+if TYPE_CHECKING:
+    from aligner.rollout.role import Rollout, Started
+
+
+class Ahead(Iterator[Ref]):
+    """`generate` for each batch of prompts, `stream.lag` batches ahead; see `Rollout.stream`."""
+
+    def __init__(
+        self,
+        rollout: Rollout,
+        prompts: Iterable[Sequence[Prompt]],
+        num_samples: int,
+        saved: Sequence[Mapping[str, Any]] = (),
+    ) -> None:
+        self._rollout, self._prompts, self._num_samples = rollout, iter(prompts), num_samples
+        self._queue: deque[Started] = deque(rollout.taken_up(_prompts(one), num_samples, _samples(one)) for one in saved)
+
+    def __next__(self) -> Ref:
+        rollout, lag = self._rollout, self._rollout.overlap.lag
+        if not lag and not self._queue:
+            return rollout.generate(next(self._prompts), self._num_samples)
+        while len(self._queue) <= lag:
+            batch = next(self._prompts, None)
+            if batch is None:  # the prompts have an end
+                break
+            self._queue.append(rollout.start(batch, self._num_samples))
+        if not self._queue:
+            raise StopIteration
+        return rollout.finish(self._queue.popleft())
+
+    def state(self) -> list[dict[str, Any]]:
+        """What is ahead, after it was completed: on the first rank of the world. A call of all ranks."""
+        return [
+            {"prompts": [as_json(prompt) for prompt in started.prompts], "samples": self._rollout.drawn(started)}
+            for started in self._queue
+        ]
+
+
+def as_json(prompt: Prompt) -> dict[str, Any]:
+    """A prompt as a checkpoint has it."""
+    return {"tokens": list(prompt.tokens), "text": prompt.text, "fields": prompt.fields, "index": prompt.index}
+
+
+def _prompts(saved: Mapping[str, Any]) -> list[Prompt]:
+    return [Prompt(tuple(p["tokens"]), p["text"], p["fields"], p["index"]) for p in saved["prompts"]]
+
+
+def _samples(saved: Mapping[str, Any]) -> list[Sample]:
+    return [Sample(**sample) for sample in saved["samples"]]
