@@ -7,7 +7,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from aligner.data.prompts import Prompt
-from aligner.rollout.requests import Sample
 from aligner.spmd.ref import Ref
 
 if TYPE_CHECKING:
@@ -22,10 +21,10 @@ class Ahead(Iterator[Ref]):
         rollout: Rollout,
         prompts: Iterable[Sequence[Prompt]],
         num_samples: int,
-        saved: Sequence[Mapping[str, Any]] = (),
+        saved: Sequence[Mapping[str, Any]] | None = None,
     ) -> None:
         self._rollout, self._prompts, self._num_samples = rollout, iter(prompts), num_samples
-        self._queue: deque[Started] = deque(rollout.taken_up(_prompts(one), num_samples, _samples(one)) for one in saved)
+        self._queue: deque[Started] = deque(rollout.taken_up(one, num_samples) for one in saved or ())
 
     def __next__(self) -> Ref:
         rollout, lag = self._rollout, self._rollout.overlap.lag
@@ -41,21 +40,5 @@ class Ahead(Iterator[Ref]):
         return rollout.finish(self._queue.popleft())
 
     def state(self) -> list[dict[str, Any]]:
-        """What is ahead, after it was completed: on the first rank of the world. A call of all ranks."""
-        return [
-            {"prompts": [as_json(prompt) for prompt in started.prompts], "samples": self._rollout.drawn(started)}
-            for started in self._queue
-        ]
-
-
-def as_json(prompt: Prompt) -> dict[str, Any]:
-    """A prompt as a checkpoint has it."""
-    return {"tokens": list(prompt.tokens), "text": prompt.text, "fields": prompt.fields, "index": prompt.index}
-
-
-def _prompts(saved: Mapping[str, Any]) -> list[Prompt]:
-    return [Prompt(tuple(p["tokens"]), p["text"], p["fields"], p["index"]) for p in saved["prompts"]]
-
-
-def _samples(saved: Mapping[str, Any]) -> list[Sample]:
-    return [Sample(**sample) for sample in saved["samples"]]
+        """What is ahead, after it was completed, as JSON; samples on the first rank only. A call of all ranks."""
+        return [self._rollout.laid_down(started) for started in self._queue]

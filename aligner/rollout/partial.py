@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from aligner.data.prompts import Prompt
 from aligner.rollout.requests import Sample
-from aligner.rollout.rows import as_samples, request_seed
+from aligner.rollout.rows import as_samples, prompt_from, prompt_to, request_seed, sample_from, sample_to
+from aligner.spmd.messages import everyone, spread
 from aligner.spmd.partition import partition
 from aligner.spmd.ref import Ref, Rows
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from aligner.rollout.role import Rollout
 
 
-def batches(rollout: Rollout, prompts: Iterable[Sequence[Prompt]], num_samples: int) -> Iterator[Ref]:
+class Partial(Iterator[Ref]):
     """Batches of as many complete groups as there were prompts in the last batch, in the order in which they completed.
 
     A round takes one more batch of prompts and adds at most `stream.step_tokens` tokens to each response under way, new
@@ -26,22 +27,44 @@ def batches(rollout: Rollout, prompts: Iterable[Sequence[Prompt]], num_samples: 
     the weights stayed the same. What is under way never exceeds ceil(max_tokens / step_tokens) + lag batches.
     `stream.lag` rounds are started ahead.
     """
-    pool = _Pool(rollout, num_samples)
-    rounds: deque[_Round] = deque()
-    wanted = 0
-    for batch in prompts:
-        wanted = len(batch)
-        rounds.append(pool.start(batch))
-        if len(rounds) > rollout.overlap.lag:
+
+    def __init__(
+        self,
+        rollout: Rollout,
+        prompts: Iterable[Sequence[Prompt]],
+        num_samples: int,
+        saved: Mapping[str, Any] | None = None,
+    ) -> None:
+        self._rollout, self._prompts = rollout, iter(prompts)
+        self._pool = _Pool(rollout, num_samples)
+        self._rounds: deque[_Round] = deque()
+        self._wanted = 0
+        if saved:
+            self._wanted = saved["wanted"]
+            self._rounds.extend(self._pool.take_up(saved))
+
+    def __next__(self) -> Ref:
+        pool, rounds = self._pool, self._rounds
+        while not self._wanted or pool.complete < self._wanted:
+            batch = next(self._prompts, None)
+            if batch is not None:
+                self._wanted = len(batch)
+                rounds.append(pool.start(batch))
+                if len(rounds) <= self._rollout.overlap.lag:
+                    continue
+            elif pool.carried and not rounds:  # the prompts have an end
+                rounds.append(pool.start([]))
+            elif not rounds:
+                break
             pool.finish(rounds.popleft())
-        while pool.complete >= wanted:
-            yield pool.take(wanted)
-    while rounds or pool.carried:  # the prompts have an end
-        if not rounds:
-            rounds.append(pool.start([]))
-        pool.finish(rounds.popleft())
-    while pool.complete:
-        yield pool.take(min(wanted, pool.complete))
+        if not pool.complete:
+            raise StopIteration
+        return pool.take(min(self._wanted, pool.complete))
+
+    def state(self) -> dict[str, Any]:
+        """Everything that is under way or complete; samples on the first rank only. A call of all ranks, who have
+        completed the rounds that were started."""
+        return {"wanted": self._wanted, **self._pool.state(self._rounds)}
 
 
 @dataclass
@@ -88,16 +111,13 @@ class _Pool:
     def start(self, prompts: Sequence[Prompt]) -> _Round:
         """Everything carried over and new groups for these prompts, into work."""
         rollout = self.rollout
-        mesh = rollout.mesh
         rollout.wake()
         with rollout.call("start", on_host=True):
             rollout.calls += 1
             first, self._count = self._count, self._count + len(prompts)
-            for shard, share in enumerate(partition([len(prompt.tokens) for prompt in prompts], mesh.data)):
-                self.replica.update({first + p: shard for p in share})
-            numbers = [*self.carried, *range(first, self._count)]
-            self.carried = []
-            work = _Round([[n for n in numbers if self.replica[n] == shard] for shard in range(mesh.data)], None)
+            self._deal({first + place: prompt for place, prompt in enumerate(prompts)})
+            numbers, self.carried = [*self.carried, *range(first, self._count)], []
+            work = _Round(self._by_replica(numbers), None)
             rollout.under_way.append(work)
             if rollout.member:
                 mine = work.groups[rollout.shard or 0]
@@ -110,20 +130,37 @@ class _Pool:
                 work.ticket = rollout.engine.resume(going_on, rollout.sampling, rollout.overlap.step_tokens)
             return work
 
+    def _deal(self, prompts: Mapping[int, Prompt]) -> None:
+        numbers = list(prompts)
+        shares = partition([len(prompt.tokens) for prompt in prompts.values()], self.rollout.mesh.data)
+        for shard, share in enumerate(shares):
+            self.replica.update({numbers[place]: shard for place in share})
+
+    def _by_replica(self, numbers: Sequence[int]) -> list[list[int]]:
+        return [[n for n in numbers if self.replica[n] == shard] for shard in range(self.rollout.mesh.data)]
+
+    def _absorb(self, work: _Round) -> list[_Group]:
+        """This replica's groups of a round, with what the engine has added."""
+        rollout = self.rollout
+        mine = [self._held[number] for number in work.groups[rollout.shard or 0]]
+        if work.ticket is not None:
+            grown = iter(rollout.engine.finish(work.ticket))
+            work.ticket = None
+            for group in mine:
+                group.samples = [one if one.ended else next(grown) for one in group.samples]
+        return mine
+
     def finish(self, work: _Round) -> None:
         """Wait for a round; every rank learns which of its groups are complete."""
         rollout = self.rollout
         rollout.under_way.remove(work)
         lengths: dict[int, list[int]] = {}
         with rollout.working():
-            if work.ticket is not None:
-                grown = iter(rollout.engine.finish(work.ticket))
-                mine = [self._held[number] for number in work.groups[rollout.shard or 0]]
-                for group in mine:
-                    group.samples = [one if one.ended else next(grown) for one in group.samples]
-                ended = {n: self._held[n].lengths for n in work.groups[rollout.shard or 0] if self._held[n].ended}
-                check = sum(sum(one.tokens) for group in mine for one in group.samples)
-                for found in rollout.agreed(ended, check):
+            if rollout.member:
+                mine = self._absorb(work)
+                numbers = work.groups[rollout.shard or 0]
+                ended = {n: group.lengths for n, group in zip(numbers, mine, strict=True) if group.ended}
+                for found in rollout.agreed(ended, sum(sum(one.tokens) for group in mine for one in group.samples)):
                     lengths |= found
         lengths = Ref(rollout, lengths).get()
         for number in sorted(n for share in work.groups for n in share):
@@ -146,3 +183,38 @@ class _Pool:
         mine = [self._held.pop(taken[row // size][0]) for row in shares[rollout.shard or 0][::size]]
         samples = as_samples([g.prompt for g in mine for _ in g.samples], [one for g in mine for one in g.samples])
         return Ref(rollout, samples, rows, fixed)
+
+    def state(self, rounds: Iterable[_Round]) -> dict[str, Any]:
+        """As JSON. A call of all ranks."""
+        rollout, groups = self.rollout, {}
+        if rollout.member:
+            for work in rounds:
+                self._absorb(work)
+            mine = {
+                n: {"prompt": prompt_to(group.prompt), "samples": [sample_to(one) for one in group.samples]}
+                for n, group in self._held.items()
+            }
+            for found in everyone(rollout.world, mine, rollout.mesh.ranks):
+                groups |= found
+        groups = spread(rollout.world, groups, rollout.mesh.ranks, [0]) or {}
+        return {
+            "count": self._count,
+            "carried": self.carried,
+            "complete": [[number, lengths] for number, lengths in self._complete],
+            "rounds": [sorted(n for share in work.groups for n in share) for work in rounds],
+            "groups": [[number, groups[number]] for number in sorted(groups)],
+        }
+
+    def take_up(self, saved: Mapping[str, Any]) -> list[_Round]:
+        """Continue from a `state`, dealt anew to the replicas there are. Returns its rounds."""
+        rollout = self.rollout
+        self._count, self.carried = saved["count"], list(saved["carried"])
+        self._complete.extend((number, list(lengths)) for number, lengths in saved["complete"])
+        prompts = {number: prompt_from(group["prompt"]) for number, group in saved["groups"]}
+        self._deal(prompts)
+        for number, group in saved["groups"]:
+            if rollout.member and self.replica[number] == rollout.shard:
+                self._held[number] = _Group(prompts[number], [sample_from(one) for one in group["samples"]])
+        rounds = [_Round(self._by_replica(numbers), None) for numbers in saved["rounds"]]
+        rollout.under_way += rounds
+        return rounds

@@ -96,6 +96,16 @@ class Requests:
         """Whether all samples of one `start` have left the engine."""
         return all(one.name not in self._live for one in self._tickets[ticket])
 
+    def hold(self, samples: Sequence[Sample]) -> int:
+        """Samples that have left the engine, or another one, as if it had been started here: what `finish` takes."""
+        self._started += 1
+        self._tickets[self._started] = [_Live(sample, f"{self._started}.{n}") for n, sample in enumerate(samples)]
+        return self._started
+
+    def held(self, ticket: int) -> list[Sample]:
+        """The samples of one `start` or `hold`, as far as they have left the engine."""
+        return [one.sample for one in self._tickets[ticket]]
+
     def finish(self, ticket: int) -> list[Sample]:
         """The samples of one `start`, in its order, after all have left the engine."""
         while not self.ended(ticket):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -10,15 +9,16 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from aligner.data.prompts import Prompt
 from aligner.models.spec import ModelSpec
-from aligner.rollout import partial
+from aligner.rollout.ahead import Ahead
 from aligner.rollout.arrivals import Arrivals
 from aligner.rollout.config import RolloutConfig, Sampling, StreamConfig
 from aligner.rollout.engine import RolloutEngine
-from aligner.rollout.rows import as_samples, request_seed
+from aligner.rollout.partial import Partial
+from aligner.rollout.rows import as_samples, prompt_from, prompt_to, request_seed, sample_from, sample_to
 from aligner.rollout.sleep import KINDS, parts_of
 from aligner.rollout.weights import EngineWeights
 from aligner.spmd.mesh import Mesh
-from aligner.spmd.messages import everyone
+from aligner.spmd.messages import everyone, spread
 from aligner.spmd.partition import Shares, partition
 from aligner.spmd.ref import Ref, Rows
 from aligner.spmd.role import Role
@@ -65,6 +65,8 @@ class Rollout(Role):
         """Whose weights the engine was given last."""
         self.under_way: list[Any] = []
         """What was started and not finished; the same on every rank."""
+        self._streams: list[Ahead | Partial] = []
+        self._saved: list[Any] = []
         self._arrivals = Arrivals(world, name) if self.overlap.in_flight else None
         replica = world.my_group(mesh.groups("tensor", "pipeline"))
         world.residency.make_room(name, mesh)
@@ -112,21 +114,10 @@ class Rollout(Role):
         token on at which these arrive; `Samples.version_BT` says which. With lag=0 this is `generate`, bit for bit.
         With `stream.step_tokens` long responses are carried over: see `partial.batches`.
         """
-        if self.overlap.step_tokens is not None:
-            return partial.batches(self, prompts, num_samples)
-        return self._ahead(prompts, num_samples)
-
-    def _ahead(self, prompts: Iterable[Sequence[Prompt]], num_samples: int) -> Iterator[Ref]:
-        ahead: deque[Started] = deque()
-        for batch in prompts:
-            if not self.overlap.lag:
-                yield self.generate(batch, num_samples)
-                continue
-            ahead.append(self.start(batch, num_samples))
-            if len(ahead) > self.overlap.lag:
-                yield self.finish(ahead.popleft())
-        while ahead:
-            yield self.finish(ahead.popleft())
+        saved = self._saved.pop(0) if self._saved else None
+        kind: Any = Ahead if self.overlap.step_tokens is None else Partial
+        self._streams.append(kind(self, prompts, num_samples, saved))
+        return self._streams[-1]
 
     def start(self, prompts: Sequence[Prompt], num_samples: int = 1, sampling: Sampling | None = None) -> Started:
         """Begin what `generate` does; nothing is waited for. The engine works on it whenever it works."""
@@ -174,6 +165,44 @@ class Rollout(Role):
         """The engine now has the policy's weights of this version."""
         if self.member:
             self.engine.requests.new_weights(version)
+
+    def save_state(self) -> dict[str, Any]:
+        """What the rest of a run depends on, as JSON; what is under way is completed first. A role call of every rank.
+
+        Samples are there on the first rank of the world only.
+        """
+        with self.working():
+            if self.member:
+                self._complete()
+        return {"calls": self.calls, "streams": [stream.state() for stream in self._streams]}
+
+    def load_state(self, saved: Mapping[str, Any]) -> None:
+        """Go on from a `save_state`, whatever the layout: the next streams to be asked for take up what it has."""
+        self.calls, self._saved = saved["calls"], list(saved["streams"])
+
+    def laid_down(self, started: Started) -> dict[str, Any]:
+        """Something started and completed, as JSON; its samples on the first rank of the world."""
+        mine = {}
+        if started.ticket is not None:
+            drawn, size = self.engine.requests.held(started.ticket), started.num_samples
+            for place, prompt in enumerate(started.shares[self.shard or 0]):
+                mine[prompt] = [sample_to(one) for one in drawn[place * size : (place + 1) * size]]
+            for other in everyone(self.world, mine, self.mesh.ranks):
+                mine |= other
+        mine = spread(self.world, mine, self.mesh.ranks, [0]) or {}
+        samples = [mine[place] for place in sorted(mine)]
+        return {"prompts": [prompt_to(prompt) for prompt in started.prompts], "samples": samples}
+
+    def taken_up(self, saved: Mapping[str, Any], num_samples: int) -> Started:
+        """What `laid_down` wrote, dealt to the replicas there are."""
+        prompts = [prompt_from(one) for one in saved["prompts"]]
+        shares = partition([len(prompt.tokens) for prompt in prompts], self.mesh.data)
+        ticket = None
+        if self.member:
+            mine = [sample_from(one) for p in shares[self.shard or 0] for one in saved["samples"][p]]
+            ticket = self.engine.requests.hold(mine)
+        self.under_way.append(Started(prompts, num_samples, shares, ticket))
+        return self.under_way[-1]  # type: ignore[no-any-return]
 
     def _start(
         self, prompts: Sequence[Prompt], num_samples: int, sampling: Sampling | None, seed: int | None

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -40,3 +41,26 @@ def as_samples(prompts: Sequence[Prompt], found: Sequence[Sample]) -> Samples:
         truncated_B=torch.tensor([one.truncated for one in found], dtype=torch.bool),
         version_BT=pad_rows([[*b, *one.versions] for b, one in zip(before, found, strict=True)], torch.int32),
     )
+
+
+def prompt_to(prompt: Prompt) -> dict[str, Any]:
+    """A prompt as JSON."""
+    return {"tokens": list(prompt.tokens), "text": prompt.text, "fields": prompt.fields, "index": prompt.index}
+
+
+def prompt_from(saved: Mapping[str, Any]) -> Prompt:
+    """What `prompt_to` wrote."""
+    return Prompt(tuple(saved["tokens"]), saved["text"], saved["fields"], saved["index"])
+
+
+def sample_to(sample: Sample) -> dict[str, Any]:
+    """A sample as JSON, with the state of its random stream."""
+    draws = None if sample.draws is None else sample.draws.numpy().tobytes().hex()
+    return {**{name: value for name, value in vars(sample).items() if name != "draws"}, "draws": draws}
+
+
+def sample_from(saved: Mapping[str, Any]) -> Sample:
+    """What `sample_to` wrote."""
+    draws = saved["draws"]
+    state = None if draws is None else torch.frombuffer(bytearray.fromhex(draws), dtype=torch.uint8)
+    return Sample(**{**saved, "draws": state})
