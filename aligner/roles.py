@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from aligner.models.spec import read_spec, with_scalar_head
@@ -35,6 +36,38 @@ class Roles:
 
     def __init__(self, built: Mapping[str, Role]) -> None:
         self._built = dict(built)
+        self._kept: list[SimpleNamespace] = []
+        self._restored: list[dict[str, Any]] = []
+
+    def keep(self, **values: Any) -> Any:
+        """What a loop carries from step to step in names of its own: numbers, texts, lists, dicts, NamedTuples of these.
+
+        Args:
+            values: as at the start of a run.
+
+        Returns:
+            An object with these attributes, to be read and set. A checkpoint holds them, and a loop that goes on from
+            one gets what they were; anything else that a loop remembers starts anew. A loop calls it before its first
+            step, always in the same order.
+        """
+        if self._restored:
+            saved = self._restored.pop(0)
+            if saved.keys() != values.keys():
+                raise ValueError(
+                    f"the checkpoint's loop kept {', '.join(saved)}, and this one keeps {', '.join(values)}; go on with the "
+                    "loop that began, or start a new run."
+                )
+            values = {name: _like(values[name], value) for name, value in saved.items()}
+        self._kept.append(SimpleNamespace(**values))
+        return self._kept[-1]
+
+    def kept_values(self) -> list[dict[str, Any]]:
+        """What `keep` holds now, as JSON."""
+        return [dict(vars(one)) for one in self._kept]
+
+    def restore_kept(self, saved: list[dict[str, Any]]) -> None:
+        """The next calls of `keep` return these."""
+        self._restored = list(saved)
 
     @property
     def policy(self) -> Policy:
@@ -77,12 +110,22 @@ class Roles:
         found = [role for role in self._built.values() if isinstance(role, Trained)]
         return [role for role in found if role.version or role.name == "policy"]
 
+    @property
+    def trainable(self) -> list[Trained]:
+        """Every role that could learn; the same on every rank."""
+        return [role for role in self._built.values() if isinstance(role, Trained)]
+
     def _present(self, name: str) -> Role:
         if name not in self._built:
             raise ValueError(
                 f"the loop uses roles.{name}, which algorithm.roles leaves out; add {name} to algorithm.roles."
             )
         return self._built[name]
+
+
+def _like(value: Any, saved: Any) -> Any:
+    """A NamedTuple is a list in JSON."""
+    return type(value)(*saved) if isinstance(value, tuple) else saved
 
 
 def build_roles(

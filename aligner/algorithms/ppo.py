@@ -75,17 +75,17 @@ class Estimates:
 def ppo(roles: Roles, prompts: Iterable[list[Prompt]], cfg: PpoConfig) -> Iterator[Step]:
     """`epochs` x `minibatches` updates of critic and policy for each batch of prompts."""
     policy, critic, rollout, reference = roles.policy, roles.critic, roles.rollout, roles.reference
-    kl_coef, rewards, scale = cfg.kl_control.initial, Moments(), 1.0
+    kept = roles.keep(kl_coef=cfg.kl_control.initial, rewards=Moments(), scale=1.0, steps=0)
     policy.reshard_to(rollout)
-    for step, batch in enumerate(scored_samples(roles, prompts, cfg.group_size)):
+    for batch in scored_samples(roles, prompts, cfg.group_size):
         samples, scores = batch.samples, batch.scores
         trained = policy.run(leave_out_unscored, samples, scores["reward_B"])
         reference_logp_BT = reference.logprobs(samples) if reference else None
         value_BT = critic.values(trained)
         if cfg.scale_rewards:
-            rewards, scale = running_scale(rewards, scores["reward_B"].get())
+            kept.rewards, kept.scale = running_scale(kept.rewards, scores["reward_B"].get())
         reward_BT = policy.run(
-            token_rewards, trained, scores["reward_B"], reference_logp_BT, kl_coef, scale, cfg.reward_clip
+            token_rewards, trained, scores["reward_B"], reference_logp_BT, kept.kl_coef, kept.scale, cfg.reward_clip
         )
         estimates = policy.run(estimate, reward_BT, value_BT, trained, cfg.gamma, cfg.lam)
         advantage_BT = whitened(policy, estimates["advantage_BT"], trained)
@@ -93,16 +93,17 @@ def ppo(roles: Roles, prompts: Iterable[list[Prompt]], cfg: PpoConfig) -> Iterat
             "critic": critic.update(
                 cfg.value_loss, trained, rollout_value_BT=value_BT, return_BT=estimates["return_BT"]
             ),
-            "kl_coef": kl_coef,
+            "kl_coef": kept.kl_coef,
         }
         metrics = None
-        if step >= cfg.critic_warmup:
+        kept.steps += 1
+        if kept.steps > cfg.critic_warmup:
             fields = {"advantage_BT": advantage_BT, "reference_logp_BT": reference_logp_BT}
             metrics = policy.update(cfg.loss, trained, **fields, **proximal(policy, cfg.loss, trained))
             policy.reshard_to(rollout)
         if reference:
             kl = mean_of(policy.run(response_kl, trained, reference_logp_BT).get())
-            kl_coef = cfg.kl_control.update(kl_coef, kl) if not math.isnan(kl) else kl_coef
+            kept.kl_coef = cfg.kl_control.update(kept.kl_coef, kl) if not math.isnan(kl) else kept.kl_coef
             more["response_kl"] = kl
         yield Step(metrics, samples, scores, more)
 

@@ -6,7 +6,17 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-FREE = ("run_dir", "overwrite", "logging", "train", "placement", "residency", "checkpoint", "timeout_seconds", "reshard")
+FREE = (
+    "run_dir",
+    "overwrite",
+    "logging",
+    "train",
+    "placement",
+    "residency",
+    "checkpoint",
+    "timeout_seconds",
+    "reshard",
+)
 """Sections that may change without a word: they decide where and how long, not what is computed."""
 FIXED = ("model.path", "seed", "data")
 """Settings that a position in the data, or the sampled seeds, would mean something else under."""

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from aligner.data.samples import Samples
-from aligner.policy import offload
+from aligner.policy import offload, saved
 from aligner.policy.accounts import account_work, add_to, gather_metrics, means, over_steps
 from aligner.policy.global_mean import LossFunction, Totals, global_mean, rows_together, takes_one_step
 from aligner.policy.model_role import ModelRole
@@ -103,6 +103,20 @@ class Trained(ModelRole):
                     part = {name: _rows_of(value, mine, len(local.mine)) for name, value in local.kwargs.items()}
                     steps.append(self._step(loss, together, columns.take(local.args[0], mine), part))
             return Ref(self, {**over_steps(steps), "imbalance": self._imbalance(local.rows)})
+
+    def save_state(self) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Any]]:
+        """(what every rank knows, this rank's tensors, the regions that they hold); see `policy.saved`. A role call."""
+        known = {"version": self.version, "optimizer_steps": self.optimizer_steps}
+        with self.call("save_state"):
+            tensors, regions = saved.save(self) if self.member else ({}, {})
+        return known, tensors, regions
+
+    def load_state(self, known: Mapping[str, Any], source: saved.Source) -> None:
+        """Go on from a `save_state`, whatever layout wrote it. A role call."""
+        self.version, self.optimizer_steps = known["version"], known["optimizer_steps"]
+        with self.call("load_state"):
+            if self.member:
+                saved.load(self, source, self.optimizer_steps)
 
     def _check_versions(self, loss: LossFunction, samples: Samples) -> None:
         """ValueError for samples of earlier weights, with a loss that would silently take them for its own."""
