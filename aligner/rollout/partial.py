@@ -17,14 +17,14 @@ if TYPE_CHECKING:
     from aligner.rollout.role import Rollout
 
 
-def batches(rollout: Rollout, prompts: Iterable[Sequence[Prompt]], num_samples: int) -> Iterator[Ref]:
+def batches(rollout: Rollout, prompts: Iterable[Sequence[Prompt]], num_samples: int, lag: int) -> Iterator[Ref]:
     """Batches of as many complete groups as there were prompts in the last batch, in the order in which they completed.
 
     A round takes one more batch of prompts and adds at most `stream.step_tokens` tokens to each response under way, new
     or carried over. A step takes the groups that have been complete for longest, after as many rounds as it needs to
     have enough. A group stays on its replica, and draws the tokens that it would have drawn without interruptions, if
     the weights stayed the same. What is under way never exceeds ceil(max_tokens / step_tokens) + lag batches.
-    `stream.lag` rounds are started ahead.
+    `lag` rounds are started ahead.
     """
     pool = _Pool(rollout, num_samples)
     rounds: deque[_Round] = deque()
@@ -32,7 +32,7 @@ def batches(rollout: Rollout, prompts: Iterable[Sequence[Prompt]], num_samples: 
     for batch in prompts:
         wanted = len(batch)
         rounds.append(pool.start(batch))
-        if len(rounds) > rollout.overlap.lag:
+        if len(rounds) > lag:
             pool.finish(rounds.popleft())
         while pool.complete >= wanted:
             yield pool.take(wanted)

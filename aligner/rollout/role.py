@@ -104,26 +104,29 @@ class Rollout(Role):
         with self.call("generate"):
             return self._finish(self._start(prompts, num_samples, sampling, seed))
 
-    def stream(self, prompts: Iterable[Sequence[Prompt]], num_samples: int = 1) -> Iterator[Ref]:
-        """`generate` for each batch of prompts, `stream.lag` batches ahead of the one that is handed out.
+    def stream(
+        self, prompts: Iterable[Sequence[Prompt]], num_samples: int = 1, lag: int | None = None
+    ) -> Iterator[Ref]:
+        """`generate` for each batch of prompts, `lag` batches (`stream.lag`) ahead of the one that is handed out.
 
         What is ahead is generated while the other roles work on what was handed out, where these have other ranks. It
         is drawn by the weights that were there when it was started, or, with `stream.in_flight`, by newer ones from the
         token on at which these arrive; `Samples.version_BT` says which. With lag=0 this is `generate`, bit for bit.
         With `stream.step_tokens` long responses are carried over: see `partial.batches`.
         """
+        lag = self.overlap.lag if lag is None else lag
         if self.overlap.step_tokens is not None:
-            return partial.batches(self, prompts, num_samples)
-        return self._ahead(prompts, num_samples)
+            return partial.batches(self, prompts, num_samples, lag)
+        return self._ahead(prompts, num_samples, lag)
 
-    def _ahead(self, prompts: Iterable[Sequence[Prompt]], num_samples: int) -> Iterator[Ref]:
+    def _ahead(self, prompts: Iterable[Sequence[Prompt]], num_samples: int, lag: int) -> Iterator[Ref]:
         ahead: deque[Started] = deque()
         for batch in prompts:
-            if not self.overlap.lag:
+            if not lag:
                 yield self.generate(batch, num_samples)
                 continue
             ahead.append(self.start(batch, num_samples))
-            if len(ahead) > self.overlap.lag:
+            if len(ahead) > lag:
                 yield self.finish(ahead.popleft())
         while ahead:
             yield self.finish(ahead.popleft())
