@@ -12,8 +12,8 @@ from aligner.spmd.cost import Cost
 def row_cost(spec: ModelSpec) -> Cost:
     """FLOPs of a forward pass over one row; a backward pass has twice as many of each kind.
 
-    2 for each weight of a matrix that a token passes: of experts those that it is sent to, of the embedding none (it is looked up)
-    unless it is the output layer too. Attention: 2 products (scores, values) of 2 FLOPs over the causal half of l^2
+    2 for each weight of a matrix that a token passes: of experts those that it is sent to, of the embedding none (it is
+    looked up) unless it is the output layer too. Attention: 2 products (scores, values) of 2 FLOPs over the causal half of l^2
     pairs, for every query head's dimensions in every layer.
     """
     sparse = len(spec.sparse_layers)

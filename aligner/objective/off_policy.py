@@ -50,6 +50,12 @@ def importance_weights(
     Raises:
         ValueError: an unknown correction or level, or bounds that leave nothing.
     """
+    _check_weights(correction, level, weight_low, weight_high)
+    weight_BT = _ratios(proximal_logp_BT, rollout_logp_BT, mask_BT, level)
+    return _bounded(weight_BT, mask_BT, correction, weight_low, weight_high)
+
+
+def _check_weights(correction: Correction, level: Level, weight_low: float, weight_high: float) -> None:
     if correction not in get_args(Correction) or level not in get_args(Level):
         raise ValueError(
             f"correction={correction}, level={level}: use {', '.join(get_args(Correction))} with "
@@ -60,9 +66,13 @@ def importance_weights(
             f"weight_low={weight_low} and weight_high={weight_high} must hold 1, the weight of an unchanged policy, "
             "between them; 0 and 2 are usual."
         )
+
+
+def _bounded(
+    weight_BT: Tensor, mask_BT: Tensor, correction: Correction, weight_low: float, weight_high: float
+) -> Tensor:
     if correction == "none":
-        return mask_BT.to(proximal_logp_BT.dtype)
-    weight_BT = _ratios(proximal_logp_BT, rollout_logp_BT, mask_BT, level)
+        return mask_BT.to(weight_BT.dtype)
     if correction == "truncate":
         return inside(mask_BT, weight_BT.clamp(weight_low, weight_high))
     return torch.where((weight_BT >= weight_low) & (weight_BT <= weight_high), weight_BT, 0.0)
@@ -120,21 +130,21 @@ def decoupled_surrogate(
         "policy_logp_BT", policy_logp_BT, mask_BT, rollout_logp_BT, proximal_logp_BT, reference_logp_BT, entropy_BT
     )
     check_clips(clip_low, clip_high, dual_clip)
+    _check_weights(correction, level, weight_low, weight_high)
     logp_BT = inside(mask_BT, policy_logp_BT)
     proximal_BT = logp_BT.detach() if proximal_logp_BT is None else inside(mask_BT, proximal_logp_BT.detach())
     ratio_BT = (logp_BT - proximal_BT).clamp(max=MAX_LOG_RATIO).exp()
     adv_BT = advantage_on_tokens(mask_BT, advantage_B, advantage_BT)
-    bounds = {"correction": correction, "level": level, "weight_low": weight_low, "weight_high": weight_high}
-    weight_BT = importance_weights(proximal_BT, rollout_logp_BT, mask_BT, **bounds)  # type: ignore[arg-type]
+    unbounded_BT = _ratios(proximal_BT, rollout_logp_BT, mask_BT, level)
+    weight_BT = _bounded(unbounded_BT, mask_BT, correction, weight_low, weight_high)
 
     loss_BT = -weight_BT * clipped_objective(ratio_BT, adv_BT, clip_low, clip_high, dual_clip)
     extra_BT, metrics = further_terms(logp_BT, mask_BT, reference_logp_BT, kl_coef, kl, entropy_BT, entropy_coef)
-    met_BT = weight_BT != _ratios(proximal_BT, rollout_logp_BT, mask_BT, level)
     metrics |= {
         "ratio": inside(mask_BT, ratio_BT),
         "clip_fraction": clip_binds(ratio_BT, adv_BT, clip_low, clip_high, dual_clip).to(logp_BT.dtype),
         "gap": (proximal_BT - inside(mask_BT, rollout_logp_BT.detach())).abs(),
         "weight": weight_BT,
-        "bounded_fraction": (met_BT & (correction != "none")).to(logp_BT.dtype),
+        "bounded_fraction": ((weight_BT != unbounded_BT) & (correction != "none")).to(logp_BT.dtype),
     }
     return (loss_BT + extra_BT).to(policy_logp_BT.dtype), {name: value.detach() for name, value in metrics.items()}

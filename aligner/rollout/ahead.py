@@ -14,20 +14,21 @@ if TYPE_CHECKING:
 
 
 class Ahead(Iterator[Ref]):
-    """`generate` for each batch of prompts, `stream.lag` batches ahead; see `Rollout.stream`."""
+    """`generate` for each batch of prompts, `lag` batches ahead; see `Rollout.stream`."""
 
     def __init__(
         self,
         rollout: Rollout,
         prompts: Iterable[Sequence[Prompt]],
         num_samples: int,
+        lag: int,
         saved: Sequence[Mapping[str, Any]] | None = None,
     ) -> None:
-        self._rollout, self._prompts, self._num_samples = rollout, iter(prompts), num_samples
+        self._rollout, self._prompts, self._num_samples, self._lag = rollout, iter(prompts), num_samples, lag
         self._queue: deque[Started] = deque(rollout.taken_up(one, num_samples) for one in saved or ())
 
     def __next__(self) -> Ref:
-        rollout, lag = self._rollout, self._rollout.overlap.lag
+        rollout, lag = self._rollout, self._lag
         if not lag and not self._queue:
             return rollout.generate(next(self._prompts), self._num_samples)
         while len(self._queue) <= lag:

@@ -25,7 +25,7 @@ class Partial(Iterator[Ref]):
     or carried over. A step takes the groups that have been complete for longest, after as many rounds as it needs to
     have enough. A group stays on its replica, and draws the tokens that it would have drawn without interruptions, if
     the weights stayed the same. What is under way never exceeds ceil(max_tokens / step_tokens) + lag batches.
-    `stream.lag` rounds are started ahead.
+    `lag` rounds are started ahead.
     """
 
     def __init__(
@@ -33,9 +33,10 @@ class Partial(Iterator[Ref]):
         rollout: Rollout,
         prompts: Iterable[Sequence[Prompt]],
         num_samples: int,
+        lag: int,
         saved: Mapping[str, Any] | None = None,
     ) -> None:
-        self._rollout, self._prompts = rollout, iter(prompts)
+        self._prompts, self._lag = iter(prompts), lag
         self._pool = _Pool(rollout, num_samples)
         self._rounds: deque[_Round] = deque()
         self._wanted = 0
@@ -50,7 +51,7 @@ class Partial(Iterator[Ref]):
             if batch is not None:
                 self._wanted = len(batch)
                 rounds.append(pool.start(batch))
-                if len(rounds) <= self._rollout.overlap.lag:
+                if len(rounds) <= self._lag:
                     continue
             elif pool.carried and not rounds:  # the prompts have an end
                 rounds.append(pool.start([]))

@@ -106,17 +106,19 @@ class Rollout(Role):
         with self.call("generate"):
             return self._finish(self._start(prompts, num_samples, sampling, seed))
 
-    def stream(self, prompts: Iterable[Sequence[Prompt]], num_samples: int = 1) -> Iterator[Ref]:
-        """`generate` for each batch of prompts, `stream.lag` batches ahead of the one that is handed out.
+    def stream(
+        self, prompts: Iterable[Sequence[Prompt]], num_samples: int = 1, lag: int | None = None
+    ) -> Iterator[Ref]:
+        """`generate` for each batch of prompts, `lag` batches (`stream.lag`) ahead of the one that is handed out.
 
         What is ahead is generated while the other roles work on what was handed out, where these have other ranks. It
         is drawn by the weights that were there when it was started, or, with `stream.in_flight`, by newer ones from the
         token on at which these arrive; `Samples.version_BT` says which. With lag=0 this is `generate`, bit for bit.
-        With `stream.step_tokens` long responses are carried over: see `partial.batches`.
+        With `stream.step_tokens` long responses are carried over: see `partial.Partial`.
         """
         saved = self._saved.pop(0) if self._saved else None
         kind: Any = Ahead if self.overlap.step_tokens is None else Partial
-        self._streams.append(kind(self, prompts, num_samples, saved))
+        self._streams.append(kind(self, prompts, num_samples, self.overlap.lag if lag is None else lag, saved))
         return self._streams[-1]
 
     def start(self, prompts: Sequence[Prompt], num_samples: int = 1, sampling: Sampling | None = None) -> Started:

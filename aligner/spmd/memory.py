@@ -28,8 +28,9 @@ class OutOfMemory(RuntimeError):
 class Meter:
     """Largest memory in each role call: resident pages on a CPU, allocated bytes on CUDA.
 
-    A boundary is the start of a call, once what it needs is there, or its end. The kernel's high-water mark is read and reset there; where it cannot
-    be reset, a call that did not raise the process's mark counts what is resident at its two ends.
+    A boundary is the start of a call, once what it needs is there, or its end. The kernel's high-water mark is read and
+    reset there; where it cannot be reset, a call that did not raise the process's mark counts what is resident at its
+    two ends.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -55,7 +56,7 @@ class Meter:
                 self._calls[method] = max(self._calls.get(method, 0.0), largest)
 
     def take(self) -> dict[str, float]:
-        """GiB by role call since the last time, and under "peak" the largest of all, between calls and as they change too."""
+        """GiB by role call since the last time, and under "peak" the largest of all, between calls too."""
         self._boundary()
         found = {**self._calls, "peak": self._peak}
         self._calls, self._peak = {}, 0.0

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Collection, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,9 @@ class Streams:
     def begin(self, config: StreamConfig, arrivals: type[Arrivals] = Arrivals) -> Iterator[Ref]:
         self.rollout.calls, self.rollout.overlap = 0, config
         self.rollout._arrivals = arrivals(self.world, f"{config}") if config.in_flight else None
+        if config.step_tokens is None:  # the call's own lag counts
+            self.rollout.overlap = replace(config, lag=7)
+            return self.rollout.stream(self.batches(), SAMPLES, lag=config.lag)
         return self.rollout.stream(self.batches(), SAMPLES)
 
     def unchanged(self) -> None:

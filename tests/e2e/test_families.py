@@ -28,7 +28,7 @@ def run(torchrun: Callable[..., Any], folder: Path, ranks: int, fresh: int, case
     ("ranks", "cases"),
     [
         (COLOCATED, ["qwen3_moe:float32:2:colocated", "gemma:bfloat16:1:colocated"]),
-        (SPLIT, ["mixtral:float32:2:split"]),
+        pytest.param(SPLIT, ["mixtral:float32:2:split"], marks=pytest.mark.matrix),
     ],
     ids=["colocated", "split"],
 )

@@ -74,7 +74,10 @@ print("equal answers:", len(answers))
         ("placement.policy.tensor=2",),
         ("placement.policy.pipeline=2", "placement.rollout.tensor=2"),
         ("placement=split",),
-        ("placement.policy.context=2", "policy.recompute=selective", "policy.minibatches=2"),
+        pytest.param(
+            ("placement.policy.context=2", "policy.recompute=selective", "policy.minibatches=2"),
+            marks=pytest.mark.matrix,
+        ),
     ],
     ids=["tp2_to_2xtp1", "pp2_to_tp2", "split", "cp2_to_2xtp1"],
 )

@@ -99,7 +99,7 @@ def numbers(row: dict[str, Any]) -> dict[str, Any]:
     ("ranks", "case", "more"),
     [
         (1, "grpo ahead and carried over", [*GRPO, "stream.lag=1", "stream.step_tokens=8"]),
-        (2, "grpo TP2", [*GRPO, *TENSOR]),
+        pytest.param(2, "grpo TP2", [*GRPO, *TENSOR], marks=pytest.mark.matrix),
         (2, "ppo DP2", PPO),
         pytest.param(2, "grpo engine on one of two", [*GRPO, *PART], marks=pytest.mark.matrix),
     ],

@@ -76,7 +76,12 @@ def test_long_prompts_go_first_and_answers_come_in_the_prompts_order(
     words, added = tiny.prompts(4)[0], []
     asked = [[*words, *words][:length] for length in (3, 9, 5, 9)]
     inner = engine._llm.add_request
-    monkeypatch.setattr(engine._llm, "add_request", lambda name, *rest: (added.append(name), inner(name, *rest)))
+
+    def noting(name: str, *rest: Any) -> Any:
+        added.append(name.rpartition(".")[2])
+        return inner(name, *rest)
+
+    monkeypatch.setattr(engine._llm, "add_request", noting)
     found = engine.generate(asked, [0] * 4, GREEDY)
     assert added == ["1", "3", "2", "0"]
     assert [one.tokens for (one,) in found] == [tiny.greedy(model, prompt, 24) for prompt in asked]

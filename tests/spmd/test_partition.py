@@ -5,8 +5,9 @@ from __future__ import annotations
 import random
 import subprocess
 import sys
-import time
+import zlib
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from aligner.spmd.cost import TOKENS, Cost
 from aligner.spmd.partition import Shares, deal, idle, minibatch_groups, partition
 from aligner.spmd.transfer import plan_moves
 
+ROOT = Path(__file__).resolve().parents[2]
 LENGTHS = st.lists(st.integers(1, 500), min_size=1, max_size=60)
 COSTS = st.sampled_from([TOKENS, Cost(100, 1), Cost(7, 3), Cost(1, 0), Cost(0, 1)])
 
@@ -82,30 +84,19 @@ def skewed(rows: int, seed: int) -> list[int]:
 
 
 def test_the_same_in_any_process() -> None:
+    lengths = skewed(512, 3)
     program = (
-        "from tests.spmd.test_partition import *; import zlib;"
-        "print(zlib.crc32(repr(partition(skewed(512, 3), 6, 4, 3, Cost(10**10, 10**6))).encode()))"
+        "from aligner.spmd.cost import Cost; from aligner.spmd.partition import partition; import zlib;"
+        f"print(zlib.crc32(repr(partition({lengths}, 6, 4, 3, Cost(10**10, 10**6))).encode()))"
     )
-    found = {
-        subprocess.run(
-            [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True,
-            env={"PYTHONPATH": ":".join(sys.path), "PYTHONHASHSEED": seed},
-        ).stdout
-        for seed in ("0", "1")
-    }  # fmt: skip
-    assert len(found) == 1 and next(iter(found)).strip().isdigit()
-
-
-@pytest.mark.parametrize("group_size", [1, 8])
-def test_fast_enough_for_every_step(group_size: int) -> None:
-    """8,192 rows over 128 shards: 16 ms of one core when it was written."""
-    taken = []
-    for seed in range(3):
-        lengths = skewed(8192, seed)
-        start = time.process_time()
-        partition(lengths, 128, group_size, 1, Cost(10**10, 10**6))
-        taken.append(time.process_time() - start)
-    assert min(taken) < 0.05
+    found = set()
+    for seed in ("0", "1"):
+        env = {"PYTHONPATH": str(ROOT), "PYTHONHASHSEED": seed}
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, env=env)
+        assert done.returncode == 0, done.stderr
+        found.add(done.stdout)
+    expected = zlib.crc32(repr(partition(lengths, 6, 4, 3, Cost(10**10, 10**6))).encode())
+    assert found == {f"{expected}\n"}
 
 
 def test_idle_by_hand() -> None:
