@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from aligner.checkpoint.claim import how_to_start
 from aligner.config import Config
 from aligner.data.prompts import Prompt
 from aligner.data.sets import DataSets, read_sets
@@ -120,8 +121,9 @@ def _check_values(config: Config) -> None:
     config.logging.check()
     config.reshard.check()
     config.stream.check()
-    if (Path(config.run_dir) / "metrics.jsonl").exists() and not config.overwrite:
-        raise ValueError(f"run_dir={config.run_dir} already holds a run; choose another folder or set overwrite=true.")
+    config.checkpoint.check()
+    if os.environ.get("RANK", "0") == "0":  # whose launch owns the folder
+        how_to_start(Path(config.run_dir), config.checkpoint, config.overwrite, config.train.steps)
     sampling = config.sampling
     sampling.check("sampling")
     if sampling.temperature == 0:

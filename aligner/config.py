@@ -19,6 +19,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from aligner.checkpoint.config import CheckpointConfig
 from aligner.data.config import DataConfig
 from aligner.driver.config import LoggingConfig
 from aligner.policy.config import CriticConfig, PolicyConfig, ReferenceConfig, RewardModelConfig
@@ -101,12 +102,14 @@ class Config:
     """Console, wandb, samples."""
     train: TrainConfig = field(default_factory=TrainConfig)
     """Steps, evaluation, what is written at the end."""
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    """What a run can be continued from."""
     seed: int = 0
     """Seeds the data order and the sampling."""
     run_dir: str = "runs/latest"
     """Folder for metrics, samples, report and checkpoint."""
     overwrite: bool = False
-    """Replace the run that run_dir already holds."""
+    """Start anew, and replace the run that run_dir already holds; restarts of this launch go on with it."""
     timeout_seconds: float = 1800.0
     """A collective that takes longer ends the job, in seconds."""
 

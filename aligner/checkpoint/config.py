@@ -10,13 +10,15 @@ class CheckpointConfig:
     """Checkpoints of everything that decides the rest of a run: run_dir/checkpoints."""
 
     every: int = 50
-    """Steps between two checkpoints; 0: none."""
+    """Steps between two checkpoints; the last step has one too. 0: none, but for SIGTERM and SIGUSR1."""
     keep: int = 2
     """How many stay; older ones are removed once a newer one is complete."""
     beside: bool = True
-    """Write while training goes on, from a copy in host memory. false: training waits, and nothing is copied twice."""
+    """Write while training goes on. false: training waits until the checkpoint is complete."""
     resume: bool = True
-    """Go on from the newest whole checkpoint in run_dir, if there is one; false: a run_dir with a run in it is refused."""
+    """Go on from the newest whole checkpoint in run_dir, if there is one; false: a run_dir with a run is refused."""
+    accept_changes: bool = False
+    """Go on although settings that decide what is computed differ from the checkpoint's; they are reported."""
 
     def check(self) -> None:
         """Raises ValueError naming the setting and the values that would work."""

@@ -79,7 +79,7 @@ def write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> Sum:
         end += size
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 64)
-    bodies = (memoryview(tensor.view(-1).view(torch.uint8).numpy()) for tensor in tensors.values())
+    bodies = (tensor.view(-1).view(torch.uint8).numpy().data for tensor in tensors.values())
     return _write(file, [struct.pack("<Q", len(text)), text, *bodies])
 
 

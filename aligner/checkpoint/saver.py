@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from aligner.checkpoint import folder
@@ -38,19 +37,18 @@ class Saver:
         """Saves that did not become one (first rank)."""
 
     def save(self, step: int, shared: Mapping[str, Any], own: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-        """Start a checkpoint of this moment; every rank calls it. What is given may change afterwards.
+        """Start a checkpoint of this moment, after the last one is complete; every rank calls it.
 
         Args:
-            shared: what all ranks know; the first one writes it.
+            shared: what all ranks know; the first one writes it. The values may change afterwards.
             own: what this rank alone knows.
-            tensors: on this rank, on any device.
+            tensors: on the host, the saver's own from here on.
         """
         self.wait()
         self._saves += 1
-        kept = {name: _on_host(tensor) for name, tensor in tensors.items()}
-        texts = json.dumps(shared), json.dumps(own)  # now: the values may change
+        texts = json.dumps(shared), json.dumps(own)
         self._thread = threading.Thread(
-            target=self._write, args=(step, self._saves, *texts, kept), name="aligner-checkpoint", daemon=True
+            target=self._write, args=(step, self._saves, *texts, tensors), name="aligner-checkpoint", daemon=True
         )
         self._thread.start()
         if not self.beside:
@@ -104,10 +102,3 @@ class Saver:
                 f"good checkpoint is {there}.\n"
             )
             sys.stderr.flush()
-
-
-def _on_host(tensor: Tensor) -> Tensor:
-    """A copy that nothing else changes."""
-    if tensor.device.type == "cpu":
-        return tensor.detach().clone(memory_format=torch.contiguous_format)
-    return tensor.detach().to("cpu", copy=True).contiguous()

@@ -29,13 +29,17 @@ class Account:
     """Metrics of which the highest rank's counts, such as seconds of a phase."""
     syncs: tuple[SyncRow, ...] = ()
     """The last transfer of weights."""
+    asked: str = ""
+    """The signal that asks the job to leave."""
 
     def row(self) -> dict[str, float]:
         """The metrics."""
         return {**(self.syncs[0].metrics() if self.syncs else {}), **self.most}
 
 
-def account_of(roles: Sequence[Role], syncs: Sequence[SyncRow], memory: Mapping[str, float]) -> Account:
+def account_of(
+    roles: Sequence[Role], syncs: Sequence[SyncRow], memory: Mapping[str, float], asked: str = ""
+) -> Account:
     """This rank's since the last time; `memory` in GiB by role call."""
     seconds: dict[str, float] = {}
     for role in roles:
@@ -44,7 +48,7 @@ def account_of(roles: Sequence[Role], syncs: Sequence[SyncRow], memory: Mapping[
         role.seconds.clear()
     most = {f"seconds_{name}": seconds[call] for call, name in PHASES.items() if call in seconds}
     most |= {f"memory_{name}": memory[call] for call, name in (PHASES | PEAK).items() if call in memory}
-    return Account(most, (total(syncs),) if syncs else ())
+    return Account(most, (total(syncs),) if syncs else (), asked)
 
 
 def merged(one: Account, other: Account) -> Account:
@@ -52,4 +56,4 @@ def merged(one: Account, other: Account) -> Account:
     names = [*one.most, *(name for name in other.most if name not in one.most)]
     most = {name: max(found[name] for found in (one.most, other.most) if name in found) for name in names}
     syncs = one.syncs + other.syncs
-    return Account(most, (total(syncs),) if syncs else ())
+    return Account(most, (total(syncs),) if syncs else (), one.asked or other.asked)

@@ -15,12 +15,16 @@ from aligner.data.samples import Demonstrations, Feedback, Pairs, Samples, pad_r
 from aligner.data.stream import RowStream
 
 
-def batches(config: Config, checked: Checked) -> Iterator[Any]:
+def rows_of(config: Config, checked: Checked) -> RowStream[Any]:
+    """The training rows in the order of the run, with the position in them."""
+    return RowStream(checked.data.training, config.seed, config.data.shuffle)
+
+
+def batches(config: Config, rows: RowStream[Any]) -> Iterator[Any]:
     """Batches in the form of data.kind, without end: how many a step takes is the loop's choice."""
-    stream: RowStream[Any] = RowStream(checked.data.training, config.seed, config.data.shuffle)
     form = FORMS[config.data.kind]
     while True:
-        yield form(stream.take(config.data.prompts_per_step))
+        yield form(rows.take(config.data.prompts_per_step))
 
 
 def as_samples(answers: Sequence[Answered]) -> Samples:

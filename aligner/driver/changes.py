@@ -9,17 +9,16 @@ from typing import Any
 FREE = (
     "run_dir",
     "overwrite",
+    "timeout_seconds",
     "logging",
-    "train",
+    "checkpoint",
     "placement",
     "residency",
-    "checkpoint",
-    "timeout_seconds",
     "reshard",
+    "train.save",
+    "train.report",
 )
-"""Sections that may change without a word: they decide where and how long, not what is computed."""
-FIXED = ("model.path", "seed", "data")
-"""Settings that a position in the data, or the sampled seeds, would mean something else under."""
+"""What may change without a word: it decides where, how long and what is shown, not what is computed."""
 
 
 def changes(before: Mapping[str, Any], after: Mapping[str, Any], at: str = "") -> list[tuple[str, Any, Any]]:
@@ -34,21 +33,28 @@ def changes(before: Mapping[str, Any], after: Mapping[str, Any], at: str = "") -
     return found
 
 
-def report_changes(before: Mapping[str, Any], after: Mapping[str, Any], say: bool) -> None:
-    """Say on the console which settings have changed since the checkpoint, field by field.
+def check_changes(before: Mapping[str, Any], after: Mapping[str, Any], accepted: bool, say: bool) -> None:
+    """Compare the settings that decide what is computed.
+
+    Args:
+        accepted: changes are wanted; they are reported, field by field.
 
     Raises:
-        ValueError: one that cannot change in the middle of a run.
+        ValueError: there are changes that nobody has accepted; it lists them.
     """
-    found = [change for change in changes(before, after) if change[0].partition(".")[0] not in FREE]
-    stuck = [change for change in found if any(change[0] == key or change[0].startswith(f"{key}.") for key in FIXED)]
-    if stuck:
-        key, one, other = stuck[0]
+    found = [
+        (key, one, other)
+        for key, one, other in changes(before, after)
+        if not any(key == free or key.startswith(f"{free}.") for free in FREE)
+    ]
+    if not found:
+        return
+    told = "\n".join(f"  {key}: {one} -> {other}" for key, one, other in found)
+    if not accepted:
         raise ValueError(
-            f"{key}={other}, but the checkpoint in run_dir was made with {key}={one}, and a run cannot change it on its way: "
-            "set it back, choose another run_dir, or set checkpoint.resume=false overwrite=true to start anew."
+            f"run_dir has a checkpoint of a run with other settings:\n{told}\nSet them back, accept them with "
+            "checkpoint.accept_changes=true, choose another run_dir, or start anew with overwrite=true."
         )
-    if found and say:
-        lines = [f"  {key}: {one} -> {other}" for key, one, other in found]
-        sys.stderr.write("aligner: going on with changed settings:\n" + "\n".join(lines) + "\n")
+    if say:
+        sys.stderr.write(f"aligner: going on with changed settings:\n{told}\n")
         sys.stderr.flush()

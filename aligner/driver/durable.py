@@ -5,15 +5,17 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
 
+from aligner.checkpoint.claim import FOLDER, Start, claim, finish, how_to_start
 from aligner.checkpoint.loader import Checkpoint, find
 from aligner.checkpoint.saver import Saver
-from aligner.driver.changes import report_changes
+from aligner.driver.changes import check_changes
 from aligner.driver.plain import plain
+from aligner.spmd.messages import everyone
 
 if TYPE_CHECKING:
     from aligner.data.stream import RowStream
@@ -21,52 +23,58 @@ if TYPE_CHECKING:
     from aligner.roles import Roles
     from aligner.spmd.world import World
 
-FOLDER = "checkpoints"
-
 
 class Durable:
     """One rank's part: the same calls on every rank."""
 
-    def __init__(self, job: Job, world: World, roles: Roles, stream: RowStream[Any]) -> None:
-        self.job, self.world, self.roles, self.stream = job, world, roles, stream
+    def __init__(self, job: Job, world: World, roles: Roles, rows: RowStream[Any]) -> None:
+        self.job, self.world, self.roles, self.rows = job, world, roles, rows
+        self.run_dir = Path(job.config.run_dir)
         config = job.config.checkpoint
-        self.root = Path(job.config.run_dir) / FOLDER
-        self.saver = Saver(world, self.root, config.keep, config.beside)
+        self.saver = Saver(world, self.run_dir / FOLDER, config.keep, config.beside)
+        self.extra: dict[str, Any] = {}
+        """Further values of the driver, as JSON; those of the checkpoint after `restore`."""
 
     def restore(self) -> int:
-        """Go on from the newest whole checkpoint.
+        """Take the run's folder; go on from its newest whole checkpoint, where there is one.
 
         Returns:
             The last step that it knows; 0 where there is none.
 
         Raises:
-            ValueError: the configuration has changed in a way that cannot be gone on with.
+            ValueError: the folder holds a run that is not to be touched, or one of other settings.
         """
-        found = find(self.world, self.root) if self.job.config.checkpoint.resume else None
+        config, first = self.job.config, self.world.rank == 0
+        start = how_to_start(self.run_dir, config.checkpoint, config.overwrite, config.train.steps) if first else None
+        start = everyone(self.world, start, range(self.world.size))[0]
+        found = find(self.world, self.run_dir / FOLDER) if start is Start.RESUME else None
+        if found is not None:
+            check_changes(found.state["config"], plain(config), config.checkpoint.accept_changes, first)
+        if first:
+            claim(self.run_dir, Start.NEW if found is None else Start.RESUME)
         if found is None:
             return 0
-        report_changes(found.state["config"], plain(self.job.config), say=self.world.rank == 0)
         self._load(found)
         found.close()
         return found.step
 
     def _load(self, found: Checkpoint) -> None:
         state = found.state
-        self.stream.load_state_dict(state["data"])
+        self.rows.load_state_dict(state["data"])
         for role in self.roles.trainable:
             if role.name in state["roles"]:
                 role.load_state(state["roles"][role.name], found)
-        if "rollout" in state:
+        if "rollout" in state and "rollout" in self.job.roles:
             self.roles.rollout.load_state(state["rollout"])
         self.roles.restore_kept(state["kept"])
-        mine = found.ranks[self.world.rank] if self.world.rank < found.world else {}
-        if "random" in mine and found.world == self.world.size:
-            _set_random_states(mine["random"])
+        self.extra = state["extra"]
+        if found.world == self.world.size:
+            _set_random_states(found.ranks[self.world.rank]["random"])
 
     def due(self, step: int) -> bool:
         """Whether this step ends with a checkpoint."""
         every = self.job.config.checkpoint.every
-        return bool(every) and step % every == 0
+        return bool(every) and (step % every == 0 or step == self.job.config.train.steps)
 
     def save(self, step: int) -> None:
         """Start to write one."""
@@ -74,8 +82,9 @@ class Durable:
         entries: dict[str, Any] = {}
         shared: dict[str, Any] = {
             "config": plain(self.job.config),
-            "data": self.stream.state_dict(),
+            "data": self.rows.state_dict(),
             "kept": self.roles.kept_values(),
+            "extra": self.extra,
             "roles": {},
         }
         if "rollout" in self.job.roles:
@@ -88,15 +97,22 @@ class Durable:
         own = {"tensors": entries, "random": _random_states()}
         self.saver.save(step, shared, own, tensors)
 
-    def finish(self) -> None:
-        """The last save is complete."""
+    def wait(self) -> None:
+        """The last save is complete, on every rank."""
         self.saver.wait()
+        everyone(self.world, None, range(self.world.size))
+
+    def finish(self) -> None:
+        """The run is complete."""
+        self.wait()
+        if self.world.rank == 0:
+            finish(self.run_dir, self.job.config.train.steps)
 
 
 def _random_states() -> dict[str, Any]:
     """Python's, numpy's and torch's, as JSON; what samples are drawn with is no part of them."""
     version, words, gauss = random.getstate()
-    kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    kind, keys, position, has_gauss, cached = cast(tuple[str, Any, int, int, float], np.random.get_state(legacy=True))
     found = {
         "python": [version, list(words), gauss],
         "numpy": [kind, keys.tolist(), int(position), int(has_gauss), float(cached)],

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
-from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 import yaml
@@ -15,14 +13,18 @@ import yaml
 from aligner.algorithms.step import Step
 from aligner.data.preferences import told
 from aligner.driver.accounts import account_of, merged
-from aligner.driver.batches import batches
+from aligner.driver.batches import batches, rows_of
+from aligner.driver.durable import Durable
 from aligner.driver.evaluate import Evaluation
-from aligner.driver.metrics import CONFIG_FILE, METRICS_FILE, MetricsWriter
+from aligner.driver.metrics import CONFIG_FILE, MetricsWriter
+from aligner.driver.plain import plain
 from aligner.driver.report import write_report
 from aligner.driver.samples import write_samples
+from aligner.driver.signals import Signals
 from aligner.reward.pool import Status
 from aligner.reward.role import Scores
 from aligner.roles import Roles, build_roles
+from aligner.spmd.messages import spread
 from aligner.spmd.ref import Ref
 from aligner.spmd.timeline import FOLDER
 from aligner.spmd.transfer import read_at_first
@@ -49,14 +51,17 @@ class Driver:
     def __init__(self, job: Job, world: World, roles: Roles) -> None:
         self.job, self.config, self.world, self.roles = job, job.config, world, roles
         self.run_dir = Path(job.config.run_dir)
+        self.rows = rows_of(job.config, job.checked)
+        self.durable = Durable(job, world, roles, self.rows)
+        self.before = self.durable.restore()
+        """Steps that an earlier start of this run has made."""
+        self.signals, self.asked = Signals(), ""
         self.writer: MetricsWriter | None = None
         if world.rank == 0:
-            self.run_dir.mkdir(parents=True, exist_ok=True)
-            (self.run_dir / METRICS_FILE).unlink(missing_ok=True)  # checked: overwrite=true where it is there
-            (self.run_dir / CONFIG_FILE).write_text(yaml.safe_dump(_plain(job.config), sort_keys=False))
-            logging = job.config.logging
+            (self.run_dir / CONFIG_FILE).write_text(yaml.safe_dump(plain(job.config), sort_keys=False))
+            logging, steps = job.config.logging, job.config.train.steps
             self.writer = MetricsWriter(
-                self.run_dir, logging.console, logging.wandb_run(), job.config.train.steps, logging.every
+                self.run_dir, logging.console, logging.wandb_run(), steps, logging.every, self.before
             )
 
     def run(self) -> None:
@@ -64,23 +69,28 @@ class Driver:
         train = self.config.train
         evaluation = Evaluation(self.roles, self.job.checked, self.config)
         evaluates = bool(train.eval_every and evaluation.able)
-        left_out = self.job.checked.data.left_out
-        if self.writer and left_out.total():
-            self.writer.note(f"rows of data.path left out: {told(left_out)}")
-        if evaluates:
+        self._greet()
+        if evaluates and not self.before:
             self._log(0, evaluation.run())
-        stream = batches(self.config, self.job.checked)
+        if self.before >= train.steps:
+            return self._finish()
+        stream = batches(self.config, self.rows)
         self._trace()
         self._forget()
         start = time.perf_counter()
-        self._at(1)
-        for step, result in enumerate(self.job.loop(self.roles, stream, self.job.settings), start=1):
+        self._at(self.before + 1)
+        for step, result in enumerate(self.job.loop(self.roles, stream, self.job.settings), start=self.before + 1):
             row = self._row(result, time.perf_counter() - start)
             if evaluates and (step % train.eval_every == 0 or step == train.steps):
                 row |= evaluation.run()
-                self._forget()  # an evaluation's calls are no part of the next step's
             self._log(step, row)
             self._write_samples(step, result)
+            signal = self._signal()
+            if signal or self.durable.due(step):
+                self.durable.save(step)
+            self._forget()  # the calls of evaluations and checkpoints are no part of the next step's
+            if signal:
+                return self._leave(step, signal)
             if step == train.steps:
                 return self._finish()
             self._at(step + 1)
@@ -89,6 +99,24 @@ class Driver:
             f"the loop yielded {self.world.journal.step - 1} steps of train.steps={train.steps} and ended; it must yield "
             "one per batch, and batches never run out."
         )
+
+    def _greet(self) -> None:
+        left_out = self.job.checked.data.left_out
+        if self.writer and left_out.total():
+            self.writer.note(f"rows of data.path left out: {told(left_out)}")
+        if self.writer and self.before:
+            self.writer.note(f"going on after step {self.before}, from the checkpoint in {self.run_dir}")
+
+    def _signal(self) -> str:
+        """The signal that asks the job to leave, of whichever rank has had one; the same on every rank."""
+        return spread(self.world, self.asked, (0,), range(self.world.size))  # type: ignore[no-any-return]
+
+    def _leave(self, step: int, signal: str) -> None:
+        self.durable.wait()
+        self.world.timeline.close()
+        if self.writer:
+            self.writer.note(f"{signal}: saved after step {step}; the same command goes on from there")
+            self.writer.close()
 
     def _trace(self) -> None:
         """Start this rank's timeline."""
@@ -108,12 +136,16 @@ class Driver:
         """Everything known of one iteration, on rank 0; nothing elsewhere. One message from each rank, up a tree."""
         syncs = self.roles.policy.syncs.values() if "rollout" in self.job.roles else ()
         mine = account_of(
-            self.roles.built, [sync.ledger[-1] for sync in syncs if sync.ledger], self.world.residency.meter.take()
+            self.roles.built,
+            [sync.ledger[-1] for sync in syncs if sync.ledger],
+            self.world.residency.meter.take(),
+            self.signals.asked,
         )
         found = read_at_first(self.world, _wanted(result), mine, merged)
         if found is None:
             return {}
         values, account = found
+        self.asked = account.asked
         row: dict[str, float] = dict(values.get("metrics", {}))
         for name, value in result.more.items():
             if isinstance(value, Ref):
@@ -175,9 +207,10 @@ class Driver:
             self.writer.close()
             for name, folder in saved.items():
                 print(f"{name}: {folder}")
-            if self.config.train.report:
-                png, html = write_report(self.run_dir)
-                print(f"curve:  {png}\nreport: {html}")
+        self.durable.finish()
+        if self.writer and self.config.train.report:
+            png, html = write_report(self.run_dir)
+            print(f"curve:  {png}\nreport: {html}")
 
 
 SCORED = ("reward_B", "status_B", "components", "component_status")
@@ -194,9 +227,3 @@ def _wanted(result: Step) -> dict[str, Ref]:
     if result.samples is not None:
         refs |= {name: result.samples[name] for name in ("length_B", "prompt_len_B", "truncated_B")}
     return refs
-
-
-def _plain(config: Any) -> dict[str, Any]:
-    """The configuration as YAML can hold it (no tuples, no objects)."""
-    values: dict[str, Any] = json.loads(json.dumps(asdict(config), default=str))
-    return values

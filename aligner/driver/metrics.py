@@ -32,7 +32,7 @@ class MetricsWriter:
     """Writes rows as they come; used by rank 0 only. Call `close()` (or use `with`) so that wandb's run is complete.
 
     Each line is flushed as a whole: a killed job loses at most the row it was writing, whose torn line the next start
-    removes. A resumed run appends; `read_metrics` lets the later of two rows with the same step count.
+    removes. A run that goes on from a checkpoint drops the rows of later steps, which it will write again.
     """
 
     def __init__(
@@ -42,11 +42,17 @@ class MetricsWriter:
         wandb: WandbConfig | None = None,
         total_steps: int | None = None,
         console_every: int = 1,
+        before: int = 0,
     ) -> None:
+        """
+        Args:
+            before: steps of this run that are known already; later rows of the file are dropped.
+        """
         self._run_dir = Path(run_dir)
         self._run_dir.mkdir(parents=True, exist_ok=True)
         self.path = self._run_dir / METRICS_FILE
         _remove_torn_line(self.path)
+        _drop_rows_after(self.path, before)
         environment = json.dumps(capture_environment(), indent=2) + "\n"
         (self._run_dir / ENVIRONMENT_FILE).write_text(environment, encoding="utf-8")
         self._file = self.path.open("a", encoding="utf-8")
@@ -237,6 +243,16 @@ def _config_values(run_dir: Path) -> dict[str, Any]:
     import yaml
 
     return dict(yaml.safe_load(path.read_text(encoding="utf-8")) or {})
+
+
+def _drop_rows_after(path: Path, step: int) -> None:
+    """What stays is written beside the file, then takes its place."""
+    lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
+    kept = [line for line in lines if line.strip() and int(json.loads(line)["step"]) <= step]
+    if len(kept) < len(lines):
+        partial = path.with_suffix(".partial")
+        partial.write_bytes(b"".join(kept))
+        os.replace(partial, path)
 
 
 def _remove_torn_line(path: Path) -> None:

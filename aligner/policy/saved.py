@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -36,7 +37,10 @@ class Source(Protocol):
 
 
 def save(role: Trained) -> tuple[dict[str, Tensor], dict[str, list[Entry]]]:
-    """This rank's tensors (float32, flat, as they are in memory) and, by key, which regions of them it is to write."""
+    """This rank's tensors (float32, flat, as they are in memory) and, by key, which regions of them it is to write.
+
+    The tensors are copies on the host: training may go on while they are written.
+    """
     optimizer, model = role.optimizer, role.model
     side = MegatronSide(role.spec, role.mesh, "float32")
     mine = written_by(role.world.rank, side, role.spec, role.mesh, role.config.optimizer.distributed)
@@ -52,7 +56,7 @@ def save(role: Trained) -> tuple[dict[str, Tensor], dict[str, list[Entry]]]:
         ]
         for kind, tensor in ({WEIGHTS: part.master} | part.moments).items() if pieces else ():
             name = f"{role.name}/{kind}/{part.storage}"
-            tensors[name] = tensor
+            tensors[name] = tensor.detach().to("cpu", copy=True)
             entries[f"{role.name}/{kind}"] += [
                 (p.name, list(p.lo), list(p.size), name, p.offset, list(p.stride)) for p in pieces
             ]
@@ -76,7 +80,11 @@ def load(role: Trained, source: Source, steps: int) -> None:
             if piece.storage == part.storage
             for kept in clip(_as_float32(piece), part.start, part.stop)
         ]
-        _read(source, f"{role.name}/{kind}", layout, lambda piece, flat=flat: strided_view(flat[piece.storage], piece))
+        _read(source, f"{role.name}/{kind}", layout, partial(_in_flat, flat))
+
+
+def _in_flat(flat: Mapping[str, Tensor], piece: Piece) -> Tensor:
+    return strided_view(flat[piece.storage], piece)
 
 
 def _as_float32(piece: Piece) -> Piece:

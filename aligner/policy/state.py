@@ -76,12 +76,18 @@ def _moments(inner: Any, master: Any) -> dict[str, Tensor]:
 def make_moments(optimizer: Optimizer, steps: int) -> None:
     """Adam's state as after `steps` steps, its moments zero: what a checkpoint's are written into.
 
-    Each parameter has a step count of its own: Adam counts them up one by one.
+    torch's Adam counts the steps of each parameter one by one, so each has a tensor of its own; fused ones (apex,
+    TransformerEngine) have a number in each group.
     """
     for inner, _, _, _, master in _masters(optimizer):
-        if steps:
-            made = {name: torch.zeros_like(master) for name in MOMENTS}
-            inner.state[master] = {"step": torch.tensor(float(steps)), **made}
+        if not steps:
+            continue
+        inner.state[master] = {name: torch.zeros_like(master) for name in MOMENTS}
+        if isinstance(inner, torch.optim.Adam):
+            inner.state[master]["step"] = torch.tensor(float(steps))
+        else:
+            for group in inner.param_groups:
+                group["step"] = steps
 
 
 def clip(piece: Piece, start: int, stop: int) -> list[Piece]:

@@ -33,7 +33,13 @@ class Trained(ModelRole):
     """Where its settings stand in the configuration."""
     samples_itself = False
     """The rollout samples with its weights: `version_BT` of samples counts its updates."""
-    needs: ClassVar[Mapping[str, Sequence[str]]] = {**ModelRole.needs, "update": ("weights", "gradients", "optimizer")}
+    needs: ClassVar[Mapping[str, Sequence[str]]] = {
+        **ModelRole.needs,
+        "update": ("weights", "gradients", "optimizer"),
+        "save_state": ("weights", "optimizer"),
+        "load_state": ("weights", "optimizer"),
+    }
+    reads = ModelRole.reads | {"save_state"}
     kinds: ClassVar[Mapping[str, Kind]] = {**ModelRole.kinds, "gradients": Kind(), "optimizer": Kind(copied=True)}
 
     def __init__(self, *args: Any, total_steps: int = 0, max_response: int = 0, **kwargs: Any) -> None:
@@ -107,6 +113,8 @@ class Trained(ModelRole):
     def save_state(self) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Any]]:
         """(what every rank knows, this rank's tensors, the regions that they hold); see `policy.saved`. A role call."""
         known = {"version": self.version, "optimizer_steps": self.optimizer_steps}
+        if not self.version:  # never updated: it is what its folder has
+            return known, {}, {}
         with self.call("save_state"):
             tensors, regions = saved.save(self) if self.member else ({}, {})
         return known, tensors, regions
@@ -114,6 +122,8 @@ class Trained(ModelRole):
     def load_state(self, known: Mapping[str, Any], source: saved.Source) -> None:
         """Go on from a `save_state`, whatever layout wrote it. A role call."""
         self.version, self.optimizer_steps = known["version"], known["optimizer_steps"]
+        if not self.version:
+            return
         with self.call("load_state"):
             if self.member:
                 saved.load(self, source, self.optimizer_steps)

@@ -187,7 +187,8 @@ class _Pool:
 
     def state(self, rounds: Iterable[_Round]) -> dict[str, Any]:
         """As JSON. A call of all ranks."""
-        rollout, groups = self.rollout, {}
+        rollout = self.rollout
+        groups: dict[int, Any] = {}
         if rollout.member:
             for work in rounds:
                 self._absorb(work)

@@ -1,0 +1,23 @@
+"""Signals that ask the job to save and leave: SIGTERM, and SIGUSR1, which Slurm sends before the time is up."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from types import FrameType
+
+ASKING = (signal.SIGTERM, signal.SIGUSR1)
+
+
+class Signals:
+    """Notes them; the loop looks at the end of each step."""
+
+    def __init__(self) -> None:
+        self.asked = ""
+        """The name of the first one that came."""
+        if threading.current_thread() is threading.main_thread():
+            for number in ASKING:
+                signal.signal(number, self._note)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.asked = self.asked or signal.Signals(number).name
