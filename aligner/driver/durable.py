@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import random
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
 from aligner.checkpoint.claim import FOLDER, Start, claim, finish, how_to_start
@@ -15,6 +12,7 @@ from aligner.checkpoint.loader import Checkpoint, find
 from aligner.checkpoint.saver import Saver
 from aligner.driver.changes import check_changes
 from aligner.driver.plain import plain
+from aligner.driver.random_states import random_states, set_random_states
 from aligner.spmd.messages import everyone
 
 if TYPE_CHECKING:
@@ -69,7 +67,7 @@ class Durable:
         self.roles.restore_kept(state["kept"])
         self.extra = state["extra"]
         if found.world == self.world.size:
-            _set_random_states(found.ranks[self.world.rank]["random"])
+            set_random_states(found.ranks[self.world.rank]["random"])
 
     def due(self, step: int) -> bool:
         """Whether this step ends with a checkpoint."""
@@ -94,7 +92,7 @@ class Durable:
             shared["roles"][role.name] = values
             tensors |= mine
             entries |= regions
-        own = {"tensors": entries, "random": _random_states()}
+        own = {"tensors": entries, "random": random_states()}
         self.saver.save(step, shared, own, tensors)
 
     def wait(self) -> None:
@@ -107,31 +105,3 @@ class Durable:
         self.wait()
         if self.world.rank == 0:
             finish(self.run_dir, self.job.config.train.steps)
-
-
-def _random_states() -> dict[str, Any]:
-    """Python's, numpy's and torch's, as JSON; what samples are drawn with is no part of them."""
-    version, words, gauss = random.getstate()
-    kind, keys, position, has_gauss, cached = cast(tuple[str, Any, int, int, float], np.random.get_state(legacy=True))
-    found = {
-        "python": [version, list(words), gauss],
-        "numpy": [kind, keys.tolist(), int(position), int(has_gauss), float(cached)],
-        "torch": torch.get_rng_state().numpy().tobytes().hex(),
-    }
-    if torch.cuda.is_available():
-        found["cuda"] = torch.cuda.get_rng_state().numpy().tobytes().hex()
-    return found
-
-
-def _set_random_states(found: Mapping[str, Any]) -> None:
-    version, words, gauss = found["python"]
-    random.setstate((version, tuple(words), gauss))
-    kind, keys, *rest = found["numpy"]
-    np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
-    torch.set_rng_state(_bytes(found["torch"]))
-    if "cuda" in found and torch.cuda.is_available():
-        torch.cuda.set_rng_state(_bytes(found["cuda"]))
-
-
-def _bytes(text: str) -> torch.Tensor:
-    return torch.frombuffer(bytearray.fromhex(text), dtype=torch.uint8)

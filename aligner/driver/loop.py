@@ -18,6 +18,7 @@ from aligner.driver.durable import Durable
 from aligner.driver.evaluate import Evaluation
 from aligner.driver.metrics import CONFIG_FILE, MetricsWriter
 from aligner.driver.plain import plain
+from aligner.driver.random_states import seed_all
 from aligner.driver.report import write_report
 from aligner.driver.samples import write_samples
 from aligner.driver.signals import Signals
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 
 def run_job(job: Job, world: World) -> None:
     """Build the roles and drive the loop to its end."""
+    seed_all(job.config.seed)
     roles = build_roles(job.config, job.roles, world, job.checked.meshes, job.checked.spec, job.checked.tokenizer)
     driver = Driver(job, world, roles)
     try:

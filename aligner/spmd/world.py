@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from aligner.spmd.journal import Journal
 from aligner.spmd.residency import Residency
+from aligner.spmd.store import meet
 from aligner.spmd.timeline import Timeline
 from aligner.spmd.watch import GRACE, Watch
 
@@ -36,7 +37,14 @@ class World:
         self.device = torch.device("cuda", self.local_rank) if cuda else torch.device("cpu")
         if cuda:
             torch.cuda.set_device(self.device)
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(seconds=timeout_seconds))
+        store = meet(self.rank, self.size, timeout_seconds)
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if cuda else "gloo",
+            store=store,
+            rank=self.rank if store else -1,
+            world_size=self.size if store else -1,
+            timeout=timedelta(seconds=timeout_seconds),
+        )
         self.journal = Journal(self.rank)
         self.timeline = Timeline(self.rank)
         self.residency = Residency(self.device)

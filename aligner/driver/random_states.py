@@ -1,0 +1,58 @@
+"""The global random states of this process: seeded, saved and restored.
+
+What is sampled does not depend on them: each request has a seed of its own. They are for loops and rewards of the user's.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from typing import Any, cast
+
+import numpy as np
+import torch
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+
+
+def seed_all(seed: int) -> None:
+    """Python's, numpy's and torch's; the same on every rank, so that a loop that draws stays in lockstep."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def random_states() -> dict[str, Any]:
+    """Python's, numpy's, torch's and Megatron's, as JSON."""
+    version, words, gauss = random.getstate()
+    kind, keys, position, has_gauss, cached = cast(tuple[str, Any, int, int, float], np.random.get_state(legacy=True))
+    found: dict[str, Any] = {
+        "python": [version, list(words), gauss],
+        "numpy": [kind, keys.tolist(), int(position), int(has_gauss), float(cached)],
+        "torch": _text(torch.get_rng_state()),
+    }
+    if torch.cuda.is_available():
+        found["cuda"] = _text(torch.cuda.get_rng_state())
+    tracked = get_cuda_rng_tracker().get_states()
+    found["megatron"] = {name: _text(state) for name, state in tracked.items() if isinstance(state, torch.Tensor)}
+    return found
+
+
+def set_random_states(found: Mapping[str, Any]) -> None:
+    """Back to what `random_states` saw."""
+    version, words, gauss = found["python"]
+    random.setstate((version, tuple(words), gauss))
+    kind, keys, *rest = found["numpy"]
+    np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
+    torch.set_rng_state(_bytes(found["torch"]))
+    if "cuda" in found and torch.cuda.is_available():
+        torch.cuda.set_rng_state(_bytes(found["cuda"]))
+    tracker = get_cuda_rng_tracker()
+    tracker.set_states({**tracker.get_states(), **{name: _bytes(text) for name, text in found["megatron"].items()}})
+
+
+def _bytes(text: str) -> torch.Tensor:
+    return torch.frombuffer(bytearray.fromhex(text), dtype=torch.uint8)
+
+
+def _text(state: torch.Tensor) -> str:
+    return state.numpy().tobytes().hex()

@@ -1,0 +1,206 @@
+"""Kill random ranks of a GRPO job at random moments, saves included: every run must end as if nothing had happened.
+
+`python tools/bench/kill.py [--runs 50] [--seed 0] [--out DIR] [OVERRIDES...]`. One run is left alone; in each of the others
+up to 3 ranks get SIGKILL, torchrun restarts the job, and it goes on from its newest whole checkpoint. Compared bit by bit:
+weights, masters and moments of the last checkpoint, what the loop, the data and the random states were, and every row of
+metrics.jsonl but its times. Half of the kills wait for a checkpoint that is being written. Exit status 1 if any run differs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))  # also from a checkout never installed
+
+from aligner.checkpoint.folder import complete
+from aligner.data.column_addition import ColumnAddition, ModelShape, write
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+RANKS, STEPS, KILLS = 2, 6, 3
+LIMIT = 150.0
+"""Seconds that a run may take."""
+TIMES = ("time", "seconds", "tokens_per_second", "memory", "reshard_")
+"""How the names of those metrics begin that say how fast it went."""
+RULE = (
+    "def digits(prompt, response, **fields):\n    return sum(c.isdigit() for c in response) / max(1, len(response))\n"
+)
+
+
+@dataclass
+class Run:
+    """One job and what was done to it."""
+
+    folder: Path
+    seconds: float = 0.0
+    kills: list[str] = field(default_factory=list)
+    """Of each: which rank, how long after the start, and whether a checkpoint was being written."""
+    status: int | None = None
+    said: str = ""
+
+
+def make_task(folder: Path) -> Path:
+    """A task, a model of two layers and a rule."""
+    if not folder.exists():
+        shape = ModelShape(hidden=64, layers=2, heads=4, kv_heads=2, head_dim=32, ffn=96)
+        write(folder, ColumnAddition(demonstrations=8, prompts=64, heldout=8, preferences=8), shape)
+        (folder / "rule.py").write_text(RULE)
+    return folder
+
+
+def command(task: Path, run_dir: Path, overrides: list[str]) -> list[str]:
+    """The job; `overrides` come last."""
+    return [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}", f"--max-restarts={KILLS}",
+        "-m", "aligner.main", "--config-name=quickstart", f"model.path={task / 'model'}", f"data.path={task / 'prompts.jsonl'}",
+        f"data.eval_path={task / 'heldout.jsonl'}", f"reward.rule='{task / 'rule.py'}:digits'", "reward.workers=1",
+        f"run_dir={run_dir}", f"train.steps={STEPS}", "train.eval_every=3", "train.save=false", "train.report=false",
+        "data.prompts_per_step=4", "algorithm.group_size=4", "sampling.max_tokens=20", "rollout.kv_cache_mib=16",
+        "logging.console=false", "checkpoint.every=2", *overrides,
+    ]  # fmt: skip
+
+
+def run(task: Path, run_dir: Path, overrides: list[str], plan: list[tuple[float, bool]], chance: random.Random) -> Run:
+    """Run the job to its end; after each (seconds, wait for a save) of `plan` a rank is killed, if the job still runs."""
+    made = Run(run_dir)
+    start = time.monotonic()
+    with run_dir.with_suffix(".log").open("w+") as log:
+        process = subprocess.Popen(
+            command(task, run_dir, overrides), cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        )  # fmt: skip
+        try:
+            for seconds, in_save in plan:
+                _kill_one(process, made, seconds, in_save, chance, start)
+            made.status = process.wait(timeout=max(1.0, LIMIT - (time.monotonic() - start)))
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        log.seek(0)
+        made.said = log.read()
+    made.seconds = time.monotonic() - start
+    return made
+
+
+def _kill_one(
+    process: subprocess.Popen[Any], made: Run, after: float, in_save: bool, chance: random.Random, start: float
+) -> None:
+    end = time.monotonic() + after
+    while time.monotonic() < end and process.poll() is None:
+        time.sleep(0.005)
+    while in_save and process.poll() is None and not _saving(made.folder) and time.monotonic() - start < LIMIT:
+        time.sleep(0.0005)
+    time.sleep(chance.uniform(0, 0.01) if in_save else 0)
+    ranks = {}
+    while process.poll() is None and not ranks:  # between two attempts there is nobody
+        ranks = dict(_ranks_of(process.pid))
+        time.sleep(0 if ranks else 0.01)
+    if ranks:
+        rank = chance.choice(sorted(ranks))
+        saving = " in a save" if _saving(made.folder) else ""
+        try:
+            os.kill(ranks[rank], signal.SIGKILL)
+        except ProcessLookupError:
+            return
+        made.kills.append(f"rank {rank} at {time.monotonic() - start:.1f} s{saving}")
+        while Path(f"/proc/{ranks[rank]}").exists():  # not the same one twice
+            time.sleep(0.01)
+
+
+def _saving(run_dir: Path) -> bool:
+    return any((run_dir / "checkpoints").glob(".step-*.partial"))
+
+
+def _ranks_of(agent: int) -> Iterator[tuple[int, int]]:
+    """(rank, process) of the ranks that torchrun has started."""
+    for folder in Path("/proc").iterdir():
+        try:
+            if not folder.name.isdigit() or int((folder / "stat").read_text().rpartition(")")[2].split()[1]) != agent:
+                continue
+            found = dict(v.split(b"=", 1) for v in (folder / "environ").read_bytes().split(b"\0") if b"=" in v)
+        except OSError:  # it has just ended
+            continue
+        if b"RANK" in found:
+            yield int(found[b"RANK"]), int(folder.name)
+
+
+def outcome(run_dir: Path) -> dict[str, Any]:
+    """Everything that must be the same: files of the last checkpoint with their checksums, its values, the metrics."""
+    last = complete(run_dir / "checkpoints")[0]
+    files = json.loads((last / "manifest.json").read_text())["files"]
+    state = json.loads((last / "state.json").read_text())
+    del state["config"]  # it names the folder
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    kept = [{name: value for name, value in row.items() if not name.startswith(TIMES)} for row in rows]
+    return {
+        "step": last.name,
+        "files": {n: f for n, f in files.items() if n != "state.json"},
+        "state": state,
+        "rows": kept,
+    }
+
+
+def difference(expected: dict[str, Any], found: dict[str, Any]) -> str:
+    """The first thing that differs; nothing if nothing does."""
+    for name in expected:
+        if expected[name] != found[name]:
+            one, other = json.dumps(expected[name]), json.dumps(found[name])
+            at = next(
+                (i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other))
+            )
+            return f"{name}: ...{one[max(0, at - 60) : at + 40]}... became ...{other[max(0, at - 60) : at + 40]}..."
+    return ""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=int, default=50, help="runs that are disturbed")
+    parser.add_argument("--seed", type=int, default=0, help="decides when and whom")
+    parser.add_argument("--out", type=Path, default=None, help="folder for the runs (default: a temporary one)")
+    parser.add_argument("overrides", nargs="*", help="further settings of the job")
+    given = parser.parse_args()
+    out = (given.out or Path(tempfile.mkdtemp(prefix="kill-"))).resolve()
+    task = make_task(out / "task")
+    calm = run(task, out / "calm", given.overrides, [], random.Random())
+    if calm.status:
+        raise SystemExit(f"the run that nothing disturbs ends with status {calm.status}:\n{calm.said[-4000:]}")
+    expected = outcome(calm.folder)
+    print(f"undisturbed: {calm.seconds:.1f} s, {STEPS} steps; runs in {out}", flush=True)
+    wrong, kills, saves, seconds = 0, 0, 0, []
+    for number in range(given.runs):
+        chance = random.Random(f"{given.seed}/{number}")
+        plan = [(chance.uniform(0, calm.seconds), chance.random() < 0.5) for _ in range(chance.randint(1, KILLS))]
+        made = run(task, out / f"run{number}", given.overrides, plan, chance)
+        if made.status:
+            verdict = f"ENDED WITH STATUS {made.status}: {made.said[-1500:]}"
+        elif made.status is None:
+            verdict = f"NO END WITHIN {LIMIT:.0f} s: {made.said[-1500:]}"
+        else:
+            differs = difference(expected, outcome(made.folder))
+            verdict = f"DIFFERS: {differs}" if differs else "the same to the last bit"
+        wrong += verdict != "the same to the last bit"
+        kills += len(made.kills)
+        saves += sum("save" in kill for kill in made.kills)
+        seconds.append(made.seconds)
+        print(f"run {number:2}: {made.seconds:5.1f} s  {'; '.join(made.kills) or 'not hit'}: {verdict}", flush=True)
+    print(
+        f"{given.runs - wrong} of {given.runs} runs are the same to the last bit, after {kills} kills, {saves} of them in a "
+        f"save; median {median(seconds):.1f} s"
+    )
+    raise SystemExit(1 if wrong else 0)
+
+
+if __name__ == "__main__":
+    main()
