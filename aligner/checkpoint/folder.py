@@ -1,7 +1,7 @@
 """A checkpoint on disk: a folder that has its name only when it is complete, with a checksum of every file in it.
 
 step-00000120/
-    manifest.json               {format, step, world, files: {name: [bytes, XXH3]}}
+    manifest.json               {format, step, world, seconds to write, files: {name: [bytes, XXH3]}}
     state.json                  what all ranks know
     rank-00000.json             what only this rank knows, and which regions its tensors hold
     rank-00000.safetensors      its tensors
@@ -98,13 +98,20 @@ def _write(file: Path, parts: Sequence[Any]) -> Sum:
     return written, digest.hexdigest()
 
 
-def publish(root: Path, step: int, world: int, files: Mapping[str, Sum], keep: int) -> Path:
+def publish(
+    root: Path, step: int, world: int, files: Mapping[str, Sum], keep: int, more: Mapping[str, Any] | None = None
+) -> Path:
     """Give the complete folder its name; then remove all but the newest `keep` checkpoints.
 
     At no moment does a half-written checkpoint stand under a name that `complete` finds.
+
+    Args:
+        world: ranks that have written it.
+        more: further entries of the manifest.
     """
     partial, final = partial_folder(root, step), step_folder(root, step)
-    write_json(partial / MANIFEST, {"format": FORMAT, "step": step, "world": world, "files": dict(files)})
+    manifest = {"format": FORMAT, "step": step, "world": world, **(more or {}), "files": dict(files)}
+    write_json(partial / MANIFEST, manifest)
     _flush(partial)
     if final.exists():  # of a run that came here before
         shutil.rmtree(final)

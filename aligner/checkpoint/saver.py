@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 import sys
@@ -21,6 +22,8 @@ from aligner.spmd.world import World
 PATIENCE = 3600.0
 """Seconds that the first rank waits for the others' files."""
 POLL = 0.05
+_SAVERS = itertools.count()
+"""Of this process, in the same order on every rank: each has keys of its own."""
 
 
 class Saver:
@@ -28,9 +31,9 @@ class Saver:
 
     def __init__(self, world: World, root: Path, keep: int, beside: bool) -> None:
         self.world, self.root, self.keep, self.beside = world, root, keep, beside
-        self._store = own_store("checkpoints")
+        self._store = own_store(f"checkpoints-{next(_SAVERS)}")
         self._thread: threading.Thread | None = None
-        self._saves = 0
+        self._saves, self._began = 0, 0.0
         self.last: Path | None = None
         """The newest checkpoint (first rank)."""
         self.failed = 0
@@ -47,6 +50,7 @@ class Saver:
         self.wait()
         self._saves += 1
         texts = json.dumps(shared), json.dumps(own)
+        self._began = time.perf_counter()
         self._thread = threading.Thread(
             target=self._write, args=(step, self._saves, *texts, tensors), name="aligner-checkpoint", daemon=True
         )
@@ -92,7 +96,8 @@ class Saver:
             if errors:
                 raise OSError("; ".join(errors))
             files = {name: tuple(found) for one in said for name, found in one["files"].items()}
-            self.last = publish(self.root, step, size, files, self.keep)  # type: ignore[arg-type]
+            more = {"seconds": round(time.perf_counter() - self._began, 3)}
+            self.last = publish(self.root, step, size, files, self.keep, more)  # type: ignore[arg-type]
         except OSError as error:
             self.failed += 1
             shutil.rmtree(partial_folder(self.root, step), ignore_errors=True)

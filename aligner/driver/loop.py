@@ -79,17 +79,21 @@ class Driver:
         stream = batches(self.config, self.rows)
         self._trace()
         self._forget()
-        start = time.perf_counter()
+        start, held_up = time.perf_counter(), 0.0
         self._at(self.before + 1)
         for step, result in enumerate(self.job.loop(self.roles, stream, self.job.settings), start=self.before + 1):
             row = self._row(result, time.perf_counter() - start)
+            if held_up:
+                row["seconds_checkpoint"], held_up = held_up, 0.0
             if evaluates and (step % train.eval_every == 0 or step == train.steps):
                 row |= evaluation.run()
             self._log(step, row)
             self._write_samples(step, result)
             signal = self._signal()
             if signal or self.durable.due(step):
+                began = time.perf_counter()
                 self.durable.save(step)
+                held_up = time.perf_counter() - began
             self._forget()  # the calls of evaluations and checkpoints are no part of the next step's
             if signal:
                 return self._leave(step, signal)

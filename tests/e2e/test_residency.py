@@ -82,7 +82,7 @@ def run_modes(torchrun: Callable[..., Any], task: Task, folder: Path, ranks: int
     runs = {mode: [*task.overrides(folder / mode), *COMMON, *more, *setting] for mode, setting in MODES.items()}
     plan = folder / "plan.json"
     plan.write_text(json.dumps([[o for o in run if not o.startswith("--")] for run in runs.values()]))
-    done = torchrun(ranks, [str(Path(__file__).with_name("residency_rank.py")), str(plan)], seconds=280)
+    done = torchrun(ranks, [str(Path(__file__).with_name("jobs_rank.py")), str(plan)], seconds=280)
     assert done.returncode == 0, done.stdout[-1500:] + done.stderr[-5000:]
     return {mode: folder / mode for mode in runs}
 

@@ -1,4 +1,4 @@
-"""One rank of the residency tests: several whole jobs one after the other in the same processes.
+"""One rank of tests with several whole jobs one after the other in the same processes.
 
 Argument: a JSON file, a list of lists of overrides.
 """

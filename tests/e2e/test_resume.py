@@ -1,0 +1,157 @@
+"""A run that goes on from a checkpoint: in the same layout bit for bit, in any other one to rounding.
+
+Each run is whole once; its checkpoint of step 3 then goes into an empty folder, from which another job takes 5 more steps.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.e2e.conftest import Task
+
+COMMON = ["train.steps=8", "checkpoint.every=3", "checkpoint.keep=9", "policy.optimizer.lr=1e-4"]
+# The entropy term keeps the loss away from 0, where advantages cancel and a relative error says nothing.
+GRPO = ["algorithm=grpo", "algorithm.group_size=4", "algorithm.loss.kl_coef=0.05", "algorithm.loss.entropy_coef=0.05"]
+RUNS: dict[str, list[str]] = {
+    "grpo": [*GRPO, "train.eval_every=2"],
+    "distributed_bf16": [
+        *GRPO,
+        "policy.minibatches=2",
+        "policy.dtype=bfloat16",
+        "policy.optimizer.distributed=true",
+        "policy.optimizer.schedule=cosine",
+    ],
+    "ppo": [
+        "algorithm=ppo",
+        "algorithm.group_size=4",
+        "algorithm.scale_rewards=true",
+        "algorithm.kl_control._target_=aligner.objective.kl_control.AdaptiveKL",
+        "algorithm.kl_control.initial=0.1",
+        "+algorithm.kl_control.target=0.01",
+        "+algorithm.kl_control.rate=0.5",
+        "algorithm.critic_warmup=1",
+        "critic.optimizer.lr=1e-3",
+    ],
+    "two_ahead": ["algorithm=grpo_decoupled", "algorithm.group_size=4", "stream.lag=2"],
+    "carried_over": ["algorithm=grpo_decoupled", "algorithm.group_size=4", "stream.lag=1", "stream.step_tokens=7"],
+}
+LAYOUTS: dict[str, list[str]] = {
+    "tp2": ["placement.policy.tensor=2", "placement.rollout.tensor=2", "placement.policy.sequence_parallel=true"],
+    "pp2": ["placement.policy.pipeline=2"],
+    "split": ["placement=split"],
+    "distributed": ["policy.optimizer.distributed=true", "checkpoint.accept_changes=true"],
+}
+TIMED = ("seconds", "memory_", "time", "tokens_per_second", "reshard_")
+NEAR_ZERO = ("gap", "gap_max", "imbalance", "padding", "idle")
+"""Rounding itself, or the deal of the rows."""
+Jobs = Callable[[int, Mapping[str, Sequence[str]]], None]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("resume")
+
+
+@pytest.fixture
+def jobs(folder: Path, task: Task, torchrun: Callable[..., Any]) -> Jobs:
+    """jobs(ranks, {folder: overrides}) runs the jobs one after the other."""
+
+    def run(ranks: int, wanted: Mapping[str, Sequence[str]]) -> None:
+        lists = [[*task.overrides(folder / name)[1:], *COMMON, *overrides] for name, overrides in wanted.items()]
+        file = folder / "jobs.json"
+        file.write_text(json.dumps(lists))
+        done = torchrun(ranks, [str(Path(__file__).with_name("jobs_rank.py")), str(file)], seconds=400)
+        assert done.returncode == 0, done.stdout[-1500:] + done.stderr[-4000:]
+
+    return run
+
+
+def continued(folder: Path, source: str, name: str) -> str:
+    """A folder with the checkpoint of step 3 of a run."""
+    to = folder / name / "checkpoints" / "step-00000003"
+    shutil.copytree(folder / source / "checkpoints" / "step-00000003", to)
+    return name
+
+
+def rows_of(run_dir: Path) -> dict[int, dict[str, Any]]:
+    rows = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
+    return {row["step"]: {k: v for k, v in row.items() if not k.startswith(TIMED)} for row in rows}
+
+
+def last_of(run_dir: Path) -> Path:
+    return run_dir / "checkpoints" / "step-00000008"
+
+
+def assert_close(run_dir: Path, whole: Path, tolerance: float = 1e-5) -> None:
+    """The 5 steps after step 3 have the metrics of the run in one go."""
+    found, expected = rows_of(run_dir), rows_of(whole)
+    assert sorted(found) == [4, 5, 6, 7, 8]
+    for step, row in found.items():
+        for name in row.keys() - {*NEAR_ZERO, "step"}:
+            assert row[name] == pytest.approx(expected[step][name], rel=tolerance, abs=tolerance), (
+                f"{name} of step {step}"
+            )
+
+
+@pytest.fixture(scope="module")
+def whole() -> set[str]:
+    """The runs that were made in one go."""
+    return set()
+
+
+def make(whole: set[str], jobs: Jobs, ranks: int, wanted: Mapping[str, Sequence[str]]) -> None:
+    missing = {name: overrides for name, overrides in wanted.items() if name not in whole}
+    if missing:
+        jobs(ranks, missing)
+        whole.update(missing)
+
+
+def test_the_same_layout_goes_on_bit_for_bit(folder: Path, jobs: Jobs, whole: set[str]) -> None:
+    make(whole, jobs, 2, RUNS)
+    again = {continued(folder, name, f"{name}_again"): overrides for name, overrides in RUNS.items()}
+    jobs(2, again)
+    for name in RUNS:
+        one, other = folder / name, folder / f"{name}_again"
+        first, second = rows_of(one), rows_of(other)
+        assert sorted(second) == [4, 5, 6, 7, 8]
+        assert all(first[step] == row for step, row in second.items()), name
+        for file in sorted(last_of(one).iterdir()):
+            twin = last_of(other) / file.name
+            if file.suffix == ".safetensors":
+                a, b = load_file(file), load_file(twin)
+                assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a), (name, file.name)
+            elif file.name != "manifest.json":
+                a, b = (json.loads(path.read_text()) for path in (file, twin))
+                a.pop("config", None), b.pop("config", None)
+                assert a == b, (name, file.name)
+    critic = [key for key in load_file(last_of(folder / "ppo") / "rank-00000.safetensors") if key.startswith("critic/")]
+    assert critic, "the critic is no part of it"
+
+
+def test_another_layout_goes_on_to_rounding(folder: Path, jobs: Jobs, whole: set[str]) -> None:
+    make(whole, jobs, 2, {"grpo": RUNS["grpo"]})
+    jobs(2, {continued(folder, "grpo", name): [*RUNS["grpo"], *layout] for name, layout in LAYOUTS.items()})
+    for name in LAYOUTS:
+        assert_close(folder / name, folder / "grpo")
+
+
+def test_from_tensor_to_pipeline_parallel(folder: Path, jobs: Jobs) -> None:
+    tensor, pipeline = ([*RUNS["ppo"], f"placement.policy.{axis}=2"] for axis in ("tensor", "pipeline"))
+    jobs(2, {"ppo_tp2": tensor})
+    jobs(2, {continued(folder, "ppo_tp2", "ppo_pp2"): pipeline})
+    assert_close(folder / "ppo_pp2", folder / "ppo_tp2")
+
+
+def test_from_one_rank_to_four(folder: Path, jobs: Jobs) -> None:
+    jobs(1, {"one": RUNS["grpo"]})
+    layout = ["placement.policy.tensor=2", "placement.policy.pipeline=2", "placement.rollout.tensor=2"]
+    jobs(4, {continued(folder, "one", "four"): [*RUNS["grpo"], *layout]})
+    assert_close(folder / "four", folder / "one")
