@@ -30,7 +30,7 @@ from aligner.data.column_addition import ColumnAddition, ModelShape, write
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 RANKS, STEPS, KILLS = 2, 6, 3
-LIMIT = 150.0
+LIMIT = 400.0
 """Seconds that a run may take."""
 TIMES = ("time", "seconds", "tokens_per_second", "memory", "reshard_")
 """How the names of those metrics begin that say how fast it went."""
