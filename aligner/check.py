@@ -118,6 +118,7 @@ def _check_values(config: Config) -> None:
     config.reward_model.check("reward_model")
     config.data.check()
     config.logging.check()
+    config.guards.check()
     config.reshard.check()
     config.stream.check()
     if (Path(config.run_dir) / "metrics.jsonl").exists() and not config.overwrite:

@@ -21,6 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from aligner.data.config import DataConfig
 from aligner.driver.config import LoggingConfig
+from aligner.driver.guard_config import GuardConfig
 from aligner.policy.config import CriticConfig, PolicyConfig, ReferenceConfig, RewardModelConfig
 from aligner.reshard.config import ReshardConfig
 from aligner.reward.config import RewardConfig
@@ -99,6 +100,8 @@ class Config:
     """How roles on the same ranks share their memory."""
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     """Console, wandb, samples."""
+    guards: GuardConfig = field(default_factory=GuardConfig)
+    """Signs of a run that has gone wrong, and what is done then."""
     train: TrainConfig = field(default_factory=TrainConfig)
     """Steps, evaluation, what is written at the end."""
     seed: int = 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from aligner.models.spec import read_spec, with_scalar_head
@@ -104,6 +105,9 @@ def build_roles(
         if issubclass(kind, Trained):
             more["total_steps"] = config.train.steps * settings.minibatches * settings.epochs
             more["max_response"] = config.sampling.max_tokens
+            more["not_finite"] = config.guards.not_finite
+            more["skip_empty"] = config.guards.empty_batch.action == "skip"
+            more["offending"] = Path(config.run_dir) / "offending"
         return kind(name, world, meshes[name], spec, settings, sequence_parallel=parallel, **more)
 
     def scalar(name: str) -> ModelSpec:

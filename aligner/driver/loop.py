@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,14 +17,16 @@ from aligner.data.preferences import told
 from aligner.driver.accounts import account_of, merged
 from aligner.driver.batches import batches
 from aligner.driver.evaluate import Evaluation
+from aligner.driver.guards import Guards
 from aligner.driver.metrics import CONFIG_FILE, METRICS_FILE, MetricsWriter
 from aligner.driver.report import write_report
 from aligner.driver.samples import write_samples
 from aligner.reward.pool import Status
 from aligner.reward.role import Scores
 from aligner.roles import Roles, build_roles
+from aligner.spmd.messages import spread
 from aligner.spmd.ref import Ref
-from aligner.spmd.timeline import FOLDER
+from aligner.spmd.timeline import FOLDER, STEP_END
 from aligner.spmd.transfer import read_at_first
 from aligner.spmd.world import World
 
@@ -43,12 +45,21 @@ def run_job(job: Job, world: World) -> None:
             driver.writer.close()
 
 
+@dataclass(frozen=True)
+class Verdict:
+    """What rank 0 has decided at the end of a step; every rank does it."""
+
+    stop: str | None = None
+    """Why the job ends."""
+
+
 class Driver:
     """The same object on every rank; only rank 0 writes."""
 
     def __init__(self, job: Job, world: World, roles: Roles) -> None:
         self.job, self.config, self.world, self.roles = job, job.config, world, roles
         self.run_dir = Path(job.config.run_dir)
+        self.guards = Guards(job.config.guards)
         self.writer: MetricsWriter | None = None
         if world.rank == 0:
             self.run_dir.mkdir(parents=True, exist_ok=True)
@@ -79,8 +90,11 @@ class Driver:
             if evaluates and (step % train.eval_every == 0 or step == train.steps):
                 row |= evaluation.run()
                 self._forget()  # an evaluation's calls are no part of the next step's
+            verdict = self._agree(step, row)
             self._log(step, row)
             self._write_samples(step, result)
+            if verdict.stop:
+                raise ValueError(verdict.stop)
             if step == train.steps:
                 return self._finish()
             self._at(step + 1)
@@ -132,6 +146,21 @@ class Driver:
         if "tokens" in row:
             row["tokens_per_second"] = row["tokens"] / seconds
         return row
+
+    def _agree(self, step: int, row: dict[str, float]) -> Verdict:
+        """What rank 0 makes of its row, and what it says, known to every rank; it adds guard/NAME to the row."""
+        verdict = Verdict()
+        if self.writer:
+            found = self.guards.look(step, row)
+            row |= {f"guard/{one.guard}": 1.0 for one in found}
+            for one in (one for one in found if one.say and not one.stop):
+                self.writer.note(f"! {one.text}")
+            verdict = Verdict(
+                next((f"{one.text}. {one.guard}.action=stop ends it." for one in found if one.stop), None)
+            )
+        self.world.journal.enter("the first rank's verdict")
+        with self.world.timeline.span("call", STEP_END):
+            return spread(self.world, verdict, (0,), range(self.world.size))
 
     def _forget(self) -> None:
         """What was measured so far is no part of the next row."""
