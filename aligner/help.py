@@ -63,7 +63,10 @@ def _fields(made: Any, prefix: str) -> list[str]:
         name, value = f"{prefix}{entry.name}", getattr(made, entry.name)
         inner = dataclass_in(hints[entry.name])
         if inner is not None:
-            lines += [f"  {name}: {docs.get(entry.name, '')}", *_fields(inner() if value is None else value, f"{name}.")]
+            lines += [
+                f"  {name}: {docs.get(entry.name, '')}",
+                *_fields(inner() if value is None else value, f"{name}."),
+            ]
         else:
             lines.append(f"  {name}={'null' if value is None else value}")
             lines += textwrap.wrap(docs[entry.name], 108, initial_indent=" " * 8, subsequent_indent=" " * 8)

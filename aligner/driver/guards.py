@@ -46,7 +46,7 @@ class Guards:
             ),
             self._streak(
                 "stuck_reward", step, self._same_reward(row.get("reward")),
-                f"the mean reward is {row.get('reward')} as in the steps before",
+                f"the mean reward is {row.get('reward')}, unchanged",
             ),
             self._skipped(step, skipped),
         ]  # fmt: skip

@@ -156,7 +156,7 @@ class Driver:
             for one in (one for one in found if one.say and not one.stop):
                 self.writer.note(f"! {one.text}")
             verdict = Verdict(
-                next((f"{one.text}. {one.guard}.action=stop ends it." for one in found if one.stop), None)
+                stop=next((f"{one.text}; guards.{one.guard}.action=stop." for one in found if one.stop), None)
             )
         self.world.journal.enter("the first rank's verdict")
         with self.world.timeline.span("call", STEP_END):
