@@ -56,7 +56,14 @@ def main(arguments: list[str] | None = None) -> None:
             return _print_once(rank, OmegaConf.to_yaml(composed))
         from aligner.driver.job import prepare
 
-        job = prepare(configuration.to_config(composed), int(os.environ.get("WORLD_SIZE", "1")))
+        config = configuration.to_config(composed)
+        checking = config.mode == "check"
+        ranks = config.check.ranks if checking and config.check.ranks else int(os.environ.get("WORLD_SIZE", "1"))
+        job = prepare(config, ranks)
+        if checking:
+            from aligner.driver.summary import summary
+
+            return _print_once(rank, summary(job, ranks))
     except ValueError as error:
         _refuse(rank, str(error))
     job.run()
