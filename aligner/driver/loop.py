@@ -64,10 +64,10 @@ class Driver:
         if world.rank == 0:
             self.run_dir.mkdir(parents=True, exist_ok=True)
             (self.run_dir / METRICS_FILE).unlink(missing_ok=True)  # checked: overwrite=true where it is there
-            (self.run_dir / CONFIG_FILE).write_text(yaml.safe_dump(_plain(job.config), sort_keys=False))
+            (self.run_dir / CONFIG_FILE).write_text(yaml.safe_dump(job.mask.plain(_plain(job.config)), sort_keys=False))
             logging = job.config.logging
             self.writer = MetricsWriter(
-                self.run_dir, logging.console, logging.wandb_run(), job.config.train.steps, logging.every
+                self.run_dir, logging.console, logging.wandb_run(), job.config.train.steps, logging.every, job.mask.text
             )
 
     def run(self) -> None:
