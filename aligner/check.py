@@ -9,14 +9,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from aligner.checkpoint.claim import how_to_start
 from aligner.config import Config
 from aligner.data.prompts import Prompt
 from aligner.data.sets import DataSets, read_sets
 from aligner.data.tokenizer import load_tokenizer
-from aligner.memory import role_bytes
+from aligner.disk import bytes_needed, check_disk
+from aligner.memory import check_memory, machine_of
 from aligner.models.family import FAMILIES, Head
 from aligner.models.sizes import check_runs
 from aligner.models.spec import ModelSpec, read_spec, with_scalar_head
@@ -31,6 +30,7 @@ if TYPE_CHECKING:
 ROLES = ("policy", "rollout", "reference", "reward", "critic", "reward_model")
 WITH_SCALAR_HEAD = ("critic", "reward_model")
 CHOICES = {
+    "mode": ("train", "check"),
     "rollout.dtype": ("float32", "bfloat16"),
 }
 AT_LEAST = {
@@ -52,6 +52,8 @@ class Checked:
     tokenizer: PreTrainedTokenizerBase
     meshes: Mapping[str, Mesh]
     data: DataSets
+    specs: Mapping[str, ModelSpec]
+    """The model of each role that has one."""
 
     @property
     def heldout(self) -> list[Prompt]:
@@ -73,11 +75,12 @@ def check(config: Config, roles: list[str], world_size: int) -> Checked:
     config.residency.check(roles)
     _check_ranks(config.placement)
     meshes = make_meshes(config.placement, world_size)
+    machine = machine_of(config, world_size)
     spec = read_spec(config.model.path)
     specs = {role: _spec(config, role) for role in roles if role != "reward"}
     for role in (role for role in roles if role in MEGATRON):
         parallel = role_layout(config.placement, role).sequence_parallel
-        check_runs(specs[role], meshes[role], parallel, cpu=not torch.cuda.is_available())
+        check_runs(specs[role], meshes[role], parallel, cpu=machine.cpu)
     tokenizer = load_tokenizer(config.model.path)
     _check_tokenizers(config, roles, tokenizer)
     data = read_sets(config.data, tokenizer)
@@ -87,19 +90,19 @@ def check(config: Config, roles: list[str], world_size: int) -> Checked:
         _check_evaluation(config, roles, data.heldout)
     if "rollout" in roles:
         rollout = meshes["rollout"]
-        cpu = not torch.cuda.is_available()
-        config.rollout.check_model(spec, rollout.tensor, cpu, rollout.expert > 1, rollout.pipeline)
+        config.rollout.check_model(spec, rollout.tensor, machine.cpu, rollout.expert > 1, rollout.pipeline)
         _check_lengths(config, data.heldout)
         _check_end(config, spec, tokenizer)
-    _check_memory(config, specs, meshes)
+    check_memory(config, specs, meshes, machine)
     for role in (role for role in specs if role in MEGATRON):
         check_weights(specs[role])
     _check_run_dir(config)
+    check_disk(config, bytes_needed(config, roles, specs, world_size))
     if "reward" in roles:
         _check_reward(config, roles)
         if config.train.eval_every and data.heldout:
             shown_component(config.reward, config.train.eval_reward)
-    return Checked(spec, tokenizer, meshes, data)
+    return Checked(spec, tokenizer, meshes, data, specs)
 
 
 def _check_values(config: Config) -> None:
@@ -119,6 +122,8 @@ def _check_values(config: Config) -> None:
     config.reward_model.check("reward_model")
     config.data.check()
     config.logging.check()
+    config.guards.check()
+    config.check.check()
     config.reshard.check()
     config.stream.check()
     config.checkpoint.check()
@@ -237,23 +242,6 @@ def _check_end(config: Config, spec: ModelSpec, tokenizer: PreTrainedTokenizerBa
         raise ValueError(
             f"{spec.path}/config.json has no eos_token_id, so responses would never end; set it, or "
             f"sampling.stop_token_ids=[{tokenizer.eos_token_id}] (the tokenizer's {tokenizer.eos_token})."
-        )
-
-
-def _check_memory(config: Config, specs: Mapping[str, ModelSpec], meshes: Mapping[str, Mesh]) -> None:
-    """Host memory on CPU-only machines: what every role holds on this host."""
-    if torch.cuda.is_available():
-        return
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    need = sum(
-        min(local, meshes[role].size) * role_bytes(config, role, specs.keys(), spec, meshes[role], cpu=True)
-        for role, spec in specs.items()
-    )
-    there_is = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if need > there_is:
-        raise ValueError(
-            f"the roles on this host need about {need / 2**30:.1f} GiB, and it has {there_is / 2**30:.1f} GiB. Raise "
-            "placement.policy.tensor or pipeline over more hosts, drop algorithm.roles reference, or take a smaller model."
         )
 
 

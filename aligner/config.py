@@ -22,6 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 from aligner.checkpoint.config import CheckpointConfig
 from aligner.data.config import DataConfig
 from aligner.driver.config import LoggingConfig
+from aligner.driver.guard_config import GuardConfig
 from aligner.policy.config import CriticConfig, PolicyConfig, ReferenceConfig, RewardModelConfig
 from aligner.reshard.config import ReshardConfig
 from aligner.reward.config import RewardConfig
@@ -67,6 +68,25 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
+class CheckConfig:
+    """The job that mode=check is about, where it is not to run as this command was started."""
+
+    ranks: int | None = None
+    """Ranks of the job. null: torchrun's, and 1 without torchrun."""
+    ranks_per_host: int | None = None
+    """Ranks on one host. null: torchrun's, and all without torchrun."""
+    device_gib: float | None = None
+    """Memory of the GPU that each rank will have, in GiB. null: this machine's GPU; without one, ranks on CPUs."""
+
+    def check(self) -> None:
+        """Raises ValueError naming the setting and the values that would work."""
+        for name in ("ranks", "ranks_per_host", "device_gib"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"check.{name}={value} must be more than 0, or null.")
+
+
+@dataclass(frozen=True)
 class Config:
     """Everything that decides a run."""
 
@@ -100,10 +120,16 @@ class Config:
     """How roles on the same ranks share their memory."""
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     """Console, wandb, samples."""
+    guards: GuardConfig = field(default_factory=GuardConfig)
+    """Signs of a run that has gone wrong, and what is done then."""
     train: TrainConfig = field(default_factory=TrainConfig)
     """Steps, evaluation, what is written at the end."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     """What a run can be continued from."""
+    mode: str = "train"
+    """train, or check: find every mistake that can be found before models are built, say what the job needs, and leave."""
+    check: CheckConfig = field(default_factory=CheckConfig)
+    """mode=check: which machine the job is for."""
     seed: int = 0
     """Seeds the data order and the sampling."""
     run_dir: str = "runs/latest"

@@ -29,7 +29,7 @@ def help_text(folder: Path = CONF) -> str:
     for group in sorted(path for path in folder.iterdir() if path.is_dir()):
         lines.append(f"  {group.name:<11} {', '.join(sorted(path.stem for path in group.glob('*.yaml')))}")
     lines += ["", "Fields (KEY=VALUE; + adds a key to algorithm, reward.kwargs or reward.components):"]
-    lines += _fields(Config, "")
+    lines += _fields(Config(), "")
     return "\n".join(lines)
 
 
@@ -53,23 +53,21 @@ def _own_docs(kind: type) -> dict[str, str]:
     return docs
 
 
-def _fields(kind: type, prefix: str) -> list[str]:
+def _fields(made: Any, prefix: str) -> list[str]:
+    """The fields of a dataclass with the values that they have in `made`."""
+    kind = type(made)
     docs = field_docs(kind)
     hints = typing.get_type_hints(kind, vars(sys.modules[kind.__module__]))
     lines: list[str] = []
     for entry in dataclasses.fields(kind):
-        name = f"{prefix}{entry.name}"
+        name, value = f"{prefix}{entry.name}", getattr(made, entry.name)
         inner = dataclass_in(hints[entry.name])
         if inner is not None:
-            lines += [f"  {name}: {docs.get(entry.name, '')}", *_fields(inner, f"{name}.")]
+            lines += [
+                f"  {name}: {docs.get(entry.name, '')}",
+                *_fields(inner() if value is None else value, f"{name}."),
+            ]
         else:
-            lines.append(f"  {name}={_default(entry)}")
+            lines.append(f"  {name}={'null' if value is None else value}")
             lines += textwrap.wrap(docs[entry.name], 108, initial_indent=" " * 8, subsequent_indent=" " * 8)
     return lines
-
-
-def _default(entry: dataclasses.Field[Any]) -> str:
-    if entry.default is not dataclasses.MISSING:
-        return "null" if entry.default is None else str(entry.default)
-    assert entry.default_factory is not dataclasses.MISSING
-    return str(entry.default_factory())

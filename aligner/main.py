@@ -6,11 +6,14 @@ Nothing heavy is imported before the configuration has been checked.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import sys
 import time
 from pathlib import Path
 from typing import NoReturn
+
+from aligner.masking import Mask
 
 PATIENCE = 30.0
 """Other ranks wait this many seconds for rank 0 to say the mistake; the launcher ends them when rank 0 has left."""
@@ -40,8 +43,10 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> None:
     """One rank of the job, from its command line to its exit."""
     rank = int(os.environ.get("RANK", "0"))
+    arguments = sys.argv[1:] if arguments is None else arguments
+    mask = Mask.of(arguments)
     try:
-        found = parse(sys.argv[1:] if arguments is None else arguments)
+        found = parse(arguments)
         from aligner import config as configuration
 
         folder = (found.config_dir or configuration.CONF).resolve()
@@ -53,12 +58,21 @@ def main(arguments: list[str] | None = None) -> None:
         if found.cfg:
             from omegaconf import OmegaConf
 
-            return _print_once(rank, OmegaConf.to_yaml(composed))
+            plain = mask.plain(OmegaConf.to_container(composed))
+            return _print_once(rank, OmegaConf.to_yaml(OmegaConf.create(plain)))
         from aligner.driver.job import prepare
 
-        job = prepare(configuration.to_config(composed), int(os.environ.get("WORLD_SIZE", "1")))
+        config = configuration.to_config(composed)
+        mask = Mask.of(arguments, dataclasses.asdict(config))
+        checking = config.mode == "check"
+        ranks = config.check.ranks if checking and config.check.ranks else int(os.environ.get("WORLD_SIZE", "1"))
+        job = dataclasses.replace(prepare(config, ranks), mask=mask)
+        if checking:
+            from aligner.driver.summary import summary
+
+            return _print_once(rank, mask.text(summary(job, ranks)))
     except ValueError as error:
-        _refuse(rank, str(error))
+        _refuse(rank, mask.text(str(error)))
     job.run()
 
 

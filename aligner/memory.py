@@ -1,8 +1,10 @@
-"""What a role holds in memory on one of its ranks: an estimate before anything is built (no torch)."""
+"""What roles hold in memory on their ranks, and what there is: an estimate before anything is built (no torch)."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import os
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from aligner.models.spec import ModelSpec
@@ -37,3 +39,87 @@ def role_bytes(config: Config, role: str, roles: Collection[str], spec: ModelSpe
         for weights, copies in ((dense, mesh.data * mesh.context), (experts, mesh.expert_data)):
             held += weights * (4 + 12 / (copies if settings.optimizer.distributed else 1))
     return held
+
+
+@dataclass(frozen=True)
+class Machine:
+    """One of the hosts that a job runs on."""
+
+    ranks: int
+    """Ranks of the job on it."""
+    host_bytes: int
+    """Its memory."""
+    device_bytes: float | None
+    """Memory of each rank's GPU; None: ranks compute on the CPU."""
+
+    @property
+    def cpu(self) -> bool:
+        """Ranks compute on the CPU."""
+        return self.device_bytes is None
+
+
+def machine_of(config: Config, world_size: int) -> Machine:
+    """The machine that this is, or, in mode=check, that `check` says it will be."""
+    import torch
+
+    check = config.check if config.mode == "check" else None
+    device = None
+    if check and check.device_gib is not None:
+        device = check.device_gib * 2**30
+    elif torch.cuda.is_available():
+        device = float(torch.cuda.get_device_properties(0).total_memory)
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", str(world_size if check else 1)))
+    ranks = check.ranks_per_host if check and check.ranks_per_host is not None else here
+    return Machine(min(ranks, world_size), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), device)
+
+
+def bytes_of_roles(
+    config: Config, specs: Mapping[str, ModelSpec], meshes: Mapping[str, Mesh], machine: Machine
+) -> dict[str, float]:
+    """`role_bytes` of each role; on CUDA an engine with kv_cache_mib=null takes gpu_memory_utilization of the device."""
+    found = {
+        role: role_bytes(config, role, specs.keys(), spec, meshes[role], machine.cpu) for role, spec in specs.items()
+    }
+    if machine.device_bytes is not None and "rollout" in found and config.rollout.kv_cache_mib is None:
+        found["rollout"] = max(found["rollout"], config.rollout.gpu_memory_utilization * machine.device_bytes)
+    return found
+
+
+def bytes_of_rank(config: Config, held: Mapping[str, float], roles: Collection[str], machine: Machine) -> float:
+    """What a rank with these roles holds at the same time, at least: where roles give way, the largest of them."""
+    alone = machine.cpu or config.residency.mode == "off"
+    staying = [held[role] for role in roles if alone or role in config.residency.keep]
+    others = [held[role] for role in roles if not alone and role not in config.residency.keep]
+    return sum(staying) + max(others, default=0.0)
+
+
+def roles_of_ranks(meshes: Mapping[str, Mesh], roles: Collection[str]) -> dict[tuple[str, ...], int]:
+    """Roles that share a rank -> the first such rank."""
+    of_role = {role: frozenset(meshes[role].ranks) for role in roles}
+    found: dict[tuple[str, ...], int] = {}
+    for rank in sorted(frozenset[int]().union(*of_role.values())):
+        found.setdefault(tuple(role for role in roles if rank in of_role[role]), rank)
+    return found
+
+
+def check_memory(config: Config, specs: Mapping[str, ModelSpec], meshes: Mapping[str, Mesh], machine: Machine) -> None:
+    """ValueError where what roles hold (activations not counted) is more than a host, or a GPU, has."""
+    held = bytes_of_roles(config, specs, meshes, machine)
+    if machine.device_bytes is None:
+        need = sum(min(machine.ranks, meshes[role].size) * held[role] for role in specs)
+        if need > machine.host_bytes:
+            raise ValueError(
+                f"the roles on this host need about {need / 2**30:.1f} GiB, and it has {machine.host_bytes / 2**30:.1f} GiB. "
+                "Raise placement.policy.tensor or pipeline over more hosts, drop algorithm.roles reference, or take a smaller "
+                "model."
+            )
+        return
+    for roles, rank in roles_of_ranks(meshes, specs.keys()).items():
+        need = bytes_of_rank(config, held, roles, machine)
+        if need > machine.device_bytes:
+            parts = ", ".join(f"{role} {held[role] / 2**30:.1f}" for role in roles)
+            raise ValueError(
+                f"rank {rank} needs at least {need / 2**30:.1f} GiB ({parts}; activations not counted), and its GPU has "
+                f"{machine.device_bytes / 2**30:.1f} GiB. Raise placement.policy.tensor or pipeline, use policy.dtype=bfloat16, "
+                "residency.mode=auto, or a lower rollout.gpu_memory_utilization."
+            )

@@ -2,32 +2,33 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from aligner.models.spec import read_spec, with_scalar_head
-from aligner.policy.config import TrainingConfig
-from aligner.policy.critic import Critic
-from aligner.policy.model_role import ModelRole
-from aligner.policy.policy import Policy, Reference
-from aligner.policy.reward_model import RewardModel
-from aligner.policy.trained import Trained
-from aligner.reward.role import Reward
-from aligner.rollout.role import Rollout
 from aligner.spmd.placement import role_layout
-from aligner.spmd.role import Role
-from aligner.spmd.world import World
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # the engines take seconds to import; loops name `Roles`, and checking a job must not wait for them
     from collections.abc import Mapping
 
     from transformers import PreTrainedTokenizerBase
 
     from aligner.config import Config
     from aligner.models.spec import ModelSpec
+    from aligner.policy.config import TrainingConfig
+    from aligner.policy.critic import Critic
+    from aligner.policy.model_role import ModelRole
+    from aligner.policy.policy import Policy, Reference
+    from aligner.policy.reward_model import RewardModel
+    from aligner.policy.trained import Trained
+    from aligner.reward.role import Reward
+    from aligner.rollout.role import Rollout
     from aligner.spmd.mesh import Mesh
+    from aligner.spmd.role import Role
+    from aligner.spmd.world import World
 
-M = TypeVar("M", bound=ModelRole)
+M = TypeVar("M", bound="ModelRole")
 
 
 class Roles:
@@ -72,27 +73,27 @@ class Roles:
     @property
     def policy(self) -> Policy:
         """The trained language model."""
-        return cast(Policy, self._present("policy"))
+        return cast("Policy", self._present("policy"))
 
     @property
     def rollout(self) -> Rollout:
         """The vLLM replicas."""
-        return cast(Rollout, self._present("rollout"))
+        return cast("Rollout", self._present("rollout"))
 
     @property
     def reward(self) -> Reward:
         """The scorer."""
-        return cast(Reward, self._present("reward"))
+        return cast("Reward", self._present("reward"))
 
     @property
     def critic(self) -> Critic:
         """The value model."""
-        return cast(Critic, self._present("critic"))
+        return cast("Critic", self._present("critic"))
 
     @property
     def reward_model(self) -> RewardModel:
         """The model that scores responses."""
-        return cast(RewardModel, self._present("reward_model"))
+        return cast("RewardModel", self._present("reward_model"))
 
     @property
     def reference(self) -> Reference | None:
@@ -107,6 +108,8 @@ class Roles:
     @property
     def trained(self) -> list[Trained]:
         """What a run leaves behind: the policy, then what else a loop has updated; the same on every rank."""
+        from aligner.policy.trained import Trained
+
         found = [role for role in self._built.values() if isinstance(role, Trained)]
         return [role for role in found if role.version or role.name == "policy"]
 
@@ -137,6 +140,13 @@ def build_roles(
     tokenizer: PreTrainedTokenizerBase,
 ) -> Roles:
     """Every rank calls this; each role builds its engine on its own ranks only."""
+    from aligner.policy.critic import Critic
+    from aligner.policy.policy import Policy, Reference
+    from aligner.policy.reward_model import RewardModel
+    from aligner.policy.trained import Trained
+    from aligner.reward.role import Reward
+    from aligner.rollout.role import Rollout
+
     # Only what was sampled is judged under the sampling temperature: in other data nothing says what it would be.
     temperature = config.sampling.temperature if "rollout" in wanted and config.data.kind == "prompts" else 1.0
     built: dict[str, Role] = {}
@@ -147,6 +157,9 @@ def build_roles(
         if issubclass(kind, Trained):
             more["total_steps"] = config.train.steps * settings.minibatches * settings.epochs
             more["max_response"] = config.sampling.max_tokens
+            more["not_finite"] = config.guards.not_finite
+            more["skip_empty"] = config.guards.empty_batch.action == "skip"
+            more["offending"] = Path(config.run_dir) / "offending"
         return kind(name, world, meshes[name], spec, settings, sequence_parallel=parallel, **more)
 
     def scalar(name: str) -> ModelSpec:

@@ -16,7 +16,7 @@ from aligner.config import Config, compose_config, to_config
 from aligner.memory import learns, role_bytes
 from aligner.models.sizes import check_sizes
 from aligner.models.spec import ModelSpec, read_spec, with_scalar_head
-from aligner.spmd.mesh import EXPERT_AXES, Mesh
+from aligner.spmd.mesh import EXPERT_AXES, Mesh, axes, shown
 from aligner.spmd.placement import MEGATRON, make_meshes
 
 USAGE = "usage: python tools/placement.py WORLD_SIZE [--per-node N] [KEY=VALUE ...]"
@@ -96,31 +96,12 @@ class Map:
         return found
 
 
-def axes(mesh: Mesh) -> list[str]:
-    """The axes along which this mesh has more than one place."""
-    cut = mesh.expert > 1
-    return [
-        axis for axis in LETTERS if getattr(mesh, axis) > 1 and (cut or axis not in EXPERT_AXES or axis == "pipeline")
-    ]
-
-
 def cell(mesh: Mesh, rank: int) -> str:
     """What this rank is in the role, axis by axis; "all": the whole role."""
     if rank not in mesh.ranks:
         return "."
     at = mesh.coordinates(rank, EXPERT_AXES) | mesh.coordinates(rank)
     return " ".join(f"{LETTERS[axis][0]}{at[axis]}" for axis in axes(mesh)) or "all"
-
-
-def shown(ranks: Iterable[int]) -> str:
-    """Ascending ranks, such as "0-3,6"."""
-    runs: list[list[int]] = []
-    for rank in ranks:
-        if runs and runs[-1][-1] == rank - 1:
-            runs[-1].append(rank)
-        else:
-            runs.append([rank])
-    return ",".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
 
 
 def draw(config: Config, world_size: int, per_node: int) -> str:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from aligner.algorithms.reference_sums import ReferenceSums
 from aligner.algorithms.step import Step
 from aligner.data.pairs import labels_of, mismatched
 from aligner.data.samples import Feedback, Samples
 from aligner.objective.masked import row_sums
-from aligner.policy.policy import Policy, Reference
 from aligner.roles import Roles
+
+if TYPE_CHECKING:
+    from aligner.policy.policy import Policy, Reference
 
 
 @dataclass(frozen=True)

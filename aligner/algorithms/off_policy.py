@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import inspect
+from typing import TYPE_CHECKING
 
 from aligner.policy.global_mean import LossFunction
-from aligner.policy.policy import Policy
 from aligner.spmd.ref import Ref
+
+if TYPE_CHECKING:
+    from aligner.policy.policy import Policy
 
 
 def proximal(policy: Policy, loss: LossFunction, samples: Ref) -> dict[str, Ref]:

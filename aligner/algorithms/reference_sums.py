@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from aligner.data.samples import Samples
 from aligner.objective.masked import row_sums
-from aligner.policy.policy import Reference
 from aligner.spmd.ref import Ref
+
+if TYPE_CHECKING:
+    from aligner.policy.policy import Reference
 
 
 class ReferenceSums:

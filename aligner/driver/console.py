@@ -72,6 +72,7 @@ QUIET = {
     "clip_fraction",
     "imbalance",
     "padding",
+    "advantage_abs_max",
     "reward_ok",
     "time",
     "seconds_evaluate",
@@ -82,7 +83,7 @@ QUIET = {
     "heldout_pair_accuracy",
     *LEFT_OUT,
 }
-FINE = ("reshard_", "seconds_", "memory_", "critic_", "reward/")
+FINE = ("reshard_", "seconds_", "memory_", "critic_", "reward/", "guard/")
 
 
 def columns_for(metrics: Collection[str]) -> tuple[Column, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,9 +30,9 @@ class Durable:
         self.job, self.world, self.roles, self.rows = job, world, roles, rows
         self.run_dir = Path(job.config.run_dir)
         config = job.config.checkpoint
+        self.driver: dict[str, Any] = {}
+        """What `save` was given, after `restore`; empty in a new run."""
         self.saver = Saver(world, self.run_dir / FOLDER, config.keep, config.beside)
-        self.extra: dict[str, Any] = {}
-        """Further values of the driver, as JSON; those of the checkpoint after `restore`."""
 
     def restore(self) -> int:
         """Take the run's folder; go on from its newest whole checkpoint, where there is one.
@@ -47,7 +48,7 @@ class Durable:
         start = everyone(self.world, start, range(self.world.size))[0]
         found = find(self.world, self.run_dir / FOLDER) if start is Start.RESUME else None
         if found is not None:
-            check_changes(found.state["config"], plain(config), config.checkpoint.accept_changes, first)
+            check_changes(found.state["config"], plain(self.job), config.checkpoint.accept_changes, first)
         if first:
             claim(self.run_dir, Start.NEW if found is None else Start.RESUME)
         if found is None:
@@ -65,7 +66,7 @@ class Durable:
         if "rollout" in state and "rollout" in self.job.roles:
             self.roles.rollout.load_state(state["rollout"])
         self.roles.restore_kept(state["kept"])
-        self.extra = state["extra"]
+        self.driver = state["driver"]
         if found.world == self.world.size:
             set_random_states(found.ranks[self.world.rank]["random"])
 
@@ -74,15 +75,19 @@ class Durable:
         every = self.job.config.checkpoint.every
         return bool(every) and (step % every == 0 or step == self.job.config.train.steps)
 
-    def save(self, step: int) -> None:
-        """Start to write one."""
+    def save(self, step: int, driver: Mapping[str, Any]) -> None:
+        """Start to write one.
+
+        Args:
+            driver: what the driver itself is to remember, as JSON; it matters on the first rank.
+        """
         tensors: dict[str, torch.Tensor] = {}
         entries: dict[str, Any] = {}
         shared: dict[str, Any] = {
-            "config": plain(self.job.config),
+            "config": plain(self.job),
             "data": self.rows.state_dict(),
             "kept": self.roles.kept_values(),
-            "extra": self.extra,
+            "driver": dict(driver),
             "roles": {},
         }
         if "rollout" in self.job.roles:

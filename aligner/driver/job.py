@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import hydra.utils
@@ -16,6 +16,7 @@ from aligner.data.prompts import Prompt
 from aligner.data.samples import Demonstrations, Feedback, Pairs
 from aligner.driver.quiet import ignore_library_notes
 from aligner.driver.settings import hints_of, one_line, settings_of
+from aligner.masking import Mask
 from aligner.policy.global_mean import takes_one_step
 
 BATCHES = {
@@ -37,6 +38,8 @@ class Job:
     """The loop's own settings, `cfg` in its signature."""
     roles: list[str]
     checked: Checked
+    mask: Mask = field(default_factory=Mask)
+    """The secrets that must not be shown or saved."""
 
     def run(self) -> None:
         """Start the world, run the loop on this rank, leave. Does not return."""
@@ -44,6 +47,7 @@ class Job:
         from aligner.spmd.world import World
 
         world = World(self.config.timeout_seconds)
+        world.hide = self.mask.text
         try:
             run_job(self, world)
         except BaseException as error:

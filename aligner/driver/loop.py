@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,7 @@ from aligner.driver.accounts import account_of, merged
 from aligner.driver.batches import batches, rows_of
 from aligner.driver.durable import Durable
 from aligner.driver.evaluate import Evaluation
+from aligner.driver.guards import Guards
 from aligner.driver.metrics import CONFIG_FILE, MetricsWriter
 from aligner.driver.plain import plain
 from aligner.driver.random_states import seed_all
@@ -27,7 +29,7 @@ from aligner.reward.role import Scores
 from aligner.roles import Roles, build_roles
 from aligner.spmd.messages import spread
 from aligner.spmd.ref import Ref
-from aligner.spmd.timeline import FOLDER
+from aligner.spmd.timeline import FOLDER, STEP_END
 from aligner.spmd.transfer import read_at_first
 from aligner.spmd.world import World
 
@@ -47,23 +49,34 @@ def run_job(job: Job, world: World) -> None:
             driver.writer.close()
 
 
+@dataclass(frozen=True)
+class Verdict:
+    """What rank 0 has decided at the end of a step; every rank does it."""
+
+    stop: str | None = None
+    """Why the job ends."""
+    leave: str = ""
+    """The signal that asks it to save and leave."""
+
+
 class Driver:
     """The same object on every rank; only rank 0 writes."""
 
     def __init__(self, job: Job, world: World, roles: Roles) -> None:
         self.job, self.config, self.world, self.roles = job, job.config, world, roles
         self.run_dir = Path(job.config.run_dir)
+        self.guards, self.signals = Guards(job.config.guards), Signals()
         self.rows = rows_of(job.config, job.checked)
         self.durable = Durable(job, world, roles, self.rows)
         self.before = self.durable.restore()
         """Steps that an earlier start of this run has made."""
-        self.signals, self.asked = Signals(), ""
+        self._asked = ""
         self.writer: MetricsWriter | None = None
         if world.rank == 0:
-            (self.run_dir / CONFIG_FILE).write_text(yaml.safe_dump(plain(job.config), sort_keys=False))
+            (self.run_dir / CONFIG_FILE).write_text(yaml.safe_dump(plain(job), sort_keys=False))
             logging, steps = job.config.logging, job.config.train.steps
             self.writer = MetricsWriter(
-                self.run_dir, logging.console, logging.wandb_run(), steps, logging.every, self.before
+                self.run_dir, logging.console, logging.wandb_run(), steps, logging.every, job.mask.text, self.before
             )
 
     def run(self) -> None:
@@ -87,16 +100,18 @@ class Driver:
                 row["seconds_checkpoint"], held_up = held_up, 0.0
             if evaluates and (step % train.eval_every == 0 or step == train.steps):
                 row |= evaluation.run()
+            verdict = self._agree(step, row)
             self._log(step, row)
             self._write_samples(step, result)
-            signal = self._signal()
-            if signal or self.durable.due(step):
+            if verdict.stop:
+                raise ValueError(verdict.stop)
+            if verdict.leave or self.durable.due(step):
                 began = time.perf_counter()
                 self.durable.save(step)
                 held_up = time.perf_counter() - began
             self._forget()  # the calls of evaluations and checkpoints are no part of the next step's
-            if signal:
-                return self._leave(step, signal)
+            if verdict.leave:
+                return self._leave(step, verdict.leave)
             if step == train.steps:
                 return self._finish()
             self._at(step + 1)
@@ -112,10 +127,6 @@ class Driver:
             self.writer.note(f"rows of data.path left out: {told(left_out)}")
         if self.writer and self.before:
             self.writer.note(f"going on after step {self.before}, from the checkpoint in {self.run_dir}")
-
-    def _signal(self) -> str:
-        """The signal that asks the job to leave, of whichever rank has had one; the same on every rank."""
-        return spread(self.world, self.asked, (0,), range(self.world.size))  # type: ignore[no-any-return]
 
     def _leave(self, step: int, signal: str) -> None:
         self.durable.wait()
@@ -151,7 +162,7 @@ class Driver:
         if found is None:
             return {}
         values, account = found
-        self.asked = account.asked
+        self._asked = account.asked
         row: dict[str, float] = dict(values.get("metrics", {}))
         for name, value in result.more.items():
             if isinstance(value, Ref):
@@ -170,6 +181,21 @@ class Driver:
         if "tokens" in row:
             row["tokens_per_second"] = row["tokens"] / seconds
         return row
+
+    def _agree(self, step: int, row: dict[str, float]) -> Verdict:
+        """What rank 0 makes of its row, and what it says, known to every rank; it adds guard/NAME to the row."""
+        verdict = Verdict()
+        if self.writer:
+            found = self.guards.look(step, row)
+            row |= {f"guard/{one.guard}": 1.0 for one in found}
+            for one in (one for one in found if one.say and not one.stop):
+                self.writer.note(f"! {one.text}")
+            verdict = Verdict(
+                next((f"{one.text}; guards.{one.guard}.action=stop." for one in found if one.stop), None), self._asked
+            )
+        self.world.journal.enter("the first rank's verdict")
+        with self.world.timeline.span("call", STEP_END):
+            return spread(self.world, verdict, (0,), range(self.world.size))
 
     def _forget(self) -> None:
         """What was measured so far is no part of the next row."""

@@ -42,12 +42,15 @@ class MetricsWriter:
         wandb: WandbConfig | None = None,
         total_steps: int | None = None,
         console_every: int = 1,
+        hide: Callable[[str], str] = str,
         before: int = 0,
     ) -> None:
         """
         Args:
+            hide: takes secrets out of notes.
             before: steps of this run that are known already; later rows of the file are dropped.
         """
+        self._hide = hide
         self._run_dir = Path(run_dir)
         self._run_dir.mkdir(parents=True, exist_ok=True)
         self.path = self._run_dir / METRICS_FILE
@@ -57,7 +60,7 @@ class MetricsWriter:
         (self._run_dir / ENVIRONMENT_FILE).write_text(environment, encoding="utf-8")
         self._file = self.path.open("a", encoding="utf-8")
         self._console = Console(total_steps, every=console_every) if console else None
-        self._wandb = WandbRun(self._run_dir, wandb, self.note) if wandb else None
+        self._wandb = WandbRun(self._run_dir, wandb, self.note, hide) if wandb else None
 
     def log(self, step: int, row: Mapping[str, Any]) -> None:
         """One row of numbers (anything `float()` takes); NaN and infinities become null in the file.
@@ -77,6 +80,7 @@ class MetricsWriter:
 
     def note(self, text: str) -> None:
         """Say something to whoever watches, without breaking the table."""
+        text = self._hide(text)
         if self._console:
             self._console.note(text)
         else:
@@ -101,7 +105,9 @@ class MetricsWriter:
 class WandbRun:
     """One wandb run whose failures never reach the training: the first is said once, then it is silent."""
 
-    def __init__(self, run_dir: Path, config: WandbConfig, warn: Callable[[str], None]) -> None:
+    def __init__(
+        self, run_dir: Path, config: WandbConfig, warn: Callable[[str], None], hide: Callable[[str], str] = str
+    ) -> None:
         self._warn = warn
         self._run: Any = None
         try:
@@ -113,7 +119,9 @@ class WandbRun:
             # Silent before init: on a terminal without an account wandb would stop the job and ask for a key.
             wandb.setup(wandb.Settings(silent=True))
             # console="off": wandb would otherwise wrap stdout, and the bar would no longer see a terminal.
-            settings = wandb.Settings(silent=True, console="off", init_timeout=60)
+            # Its metadata hold the command line, which wandb would save with the secrets that stand in it.
+            given = " ".join(sys.argv)
+            settings = wandb.Settings(silent=True, console="off", init_timeout=60, x_disable_meta=hide(given) != given)
             self._run = wandb.init(
                 project=config.project,
                 name=config.name or run_dir.resolve().name,

@@ -1,4 +1,4 @@
-"""The configuration as files can hold it."""
+"""The configuration as files may hold it."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from aligner.config import Config
+    from aligner.driver.job import Job
 
 
-def plain(config: Config) -> dict[str, Any]:
-    """Nested dicts of what YAML and JSON have (no tuples, no objects)."""
-    values: dict[str, Any] = json.loads(json.dumps(asdict(config), default=str))
+def plain(job: Job) -> dict[str, Any]:
+    """Nested dicts of what YAML and JSON have (no tuples, no objects), without secrets."""
+    values: dict[str, Any] = job.mask.plain(json.loads(json.dumps(asdict(job.config), default=str)))
     return values

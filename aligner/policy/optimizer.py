@@ -9,6 +9,7 @@ import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer import get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from aligner.policy.config import OptimizerConfig
@@ -61,15 +62,24 @@ class Optimizer:
             chunk.zero_grad_buffer()
         self.inner.zero_grad()
 
-    def step(self, lr: float) -> float:
-        """One AdamW step at learning rate `lr`. Returns the gradient norm before clipping.
+    @torch.no_grad()
+    def norm(self) -> float:
+        """The norm of the gradients over the role's ranks, before clipping; nothing has changed yet."""
+        self.inner.prepare_grads()
+        return float(self.inner.get_grad_norm())
 
-        Raises:
-            RuntimeError: the gradient norm is not finite; the weights are as before.
+    @torch.no_grad()
+    def step(self, lr: float, norm: float) -> None:
+        """One AdamW step at learning rate `lr`, after `norm()`, whose result it is given.
+
+        Megatron's own `step` asks for the norm and goes on whatever it is; so its parts are called here.
         """
         for group in self.inner.param_groups:
             group["lr"] = lr * group.get("lr_mult", 1.0)
             # Megatron leaves this to its own scheduler: norms and biases carry wd_mult=0
             group["weight_decay"] = self.config.weight_decay * group.get("wd_mult", 1.0)
-        _, norm, _ = self.inner.step()
-        return float(norm)
+        for one in self.inner.chained_optimizers:
+            parameters = [] if getattr(one, "is_stub_optimizer", False) else one.get_parameters()
+            if parameters and self.config.clip_grad > 0:
+                clip_grad_by_total_norm_fp32(parameters, max_norm=self.config.clip_grad, total_norm=norm)
+        self.inner.step_with_ready_grads()

@@ -6,7 +6,8 @@ import inspect
 import math
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import Any, ClassVar
+from pathlib import Path
+from typing import Any, ClassVar, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -14,13 +15,15 @@ from torch import Tensor
 
 from aligner.data.samples import Samples
 from aligner.policy import offload, saved
-from aligner.policy.accounts import account_work, add_to, gather_metrics, means, over_steps
+from aligner.policy.accounts import account_work, add_to, gather_advantages, gather_metrics, means, over_steps
 from aligner.policy.global_mean import LossFunction, Totals, global_mean, rows_together, takes_one_step
 from aligner.policy.model_role import ModelRole
+from aligner.policy.offending import Seen, begin_offending, save_offending
 from aligner.policy.optimizer import Optimizer
 from aligner.policy.schedule import learning_rate
+from aligner.policy.skips import EMPTY, SKIPPED, NotFinite, Skips
 from aligner.spmd import columns
-from aligner.spmd.messages import everyone
+from aligner.spmd.messages import everyone, spread
 from aligner.spmd.partition import idle, minibatch_groups
 from aligner.spmd.ref import Ref, Rows
 from aligner.spmd.residency import Kind, Part
@@ -42,9 +45,24 @@ class Trained(ModelRole):
     reads = ModelRole.reads | {"save_state"}
     kinds: ClassVar[Mapping[str, Kind]] = {**ModelRole.kinds, "gradients": Kind(), "optimizer": Kind(copied=True)}
 
-    def __init__(self, *args: Any, total_steps: int = 0, max_response: int = 0, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        total_steps: int = 0,
+        max_response: int = 0,
+        not_finite: NotFinite | None = None,
+        skip_empty: bool = True,
+        offending: Path | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """
+        Args:
+            skip_empty: no optimizer step on a minibatch without a trained token, which would move weights by momentum.
+            offending: folder for the batch that stops the job; None writes none.
+        """
         super().__init__(*args, **kwargs)
         self.optimizer_steps, self.total_steps, self.max_response = 0, total_steps, max_response
+        self.skips, self.skip_empty, self.offending = Skips(not_finite or NotFinite()), skip_empty, offending
         self.version = 0
         """Calls of `update` so far; the same on every rank of the world."""
 
@@ -75,12 +93,13 @@ class Trained(ModelRole):
 
         Returns:
             Ref to {metric: float}: the loss, its metrics' means over the trained tokens, or over the rows with one,
-            (and `<name>_max`), grad_norm, lr, tokens; imbalance: the share of their time in which data shards wait for the
-            one with the dearest rows, by `cost`; padding: the share of the computed tokens that are none of the rows'.
+            (and `<name>_max`), grad_norm, lr, tokens; skipped_steps and empty_steps where some were left out; imbalance:
+            the share of their time in which data shards wait for the one with the dearest rows, by `cost`; padding: the
+            share of the computed tokens that are none of the rows'.
 
         Raises:
             ValueError: rows that belong together are not in one group of the batch; several steps by a loss for one.
-            RuntimeError: the loss or the gradient is not finite.
+            ValueError: losses or gradients were not finite, beyond what `guards.not_finite` allows; on every rank of the role.
         """
         self.version += 1
         if takes_one_step(loss) and self.config.epochs * self.config.minibatches > 1:
@@ -111,8 +130,10 @@ class Trained(ModelRole):
             return Ref(self, {**over_steps(steps), "imbalance": self._imbalance(local.rows)})
 
     def save_state(self) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Any]]:
-        """(what every rank knows, this rank's tensors, the regions that they hold); see `policy.saved`. A role call."""
-        known = {"version": self.version, "optimizer_steps": self.optimizer_steps}
+        """(what decides the rest on every rank, complete on the first of the world; this rank's tensors; the regions
+        that they hold: see `policy.saved`). A role call."""
+        mine = {"version": self.version, "optimizer_steps": self.optimizer_steps, "skips": self.skips.state()}
+        known = spread(self.world, mine, self.mesh.ranks, (0,)) or mine  # only members count steps
         if not self.version:  # never updated: it is what its folder has
             return known, {}, {}
         with self.call("save_state"):
@@ -122,6 +143,7 @@ class Trained(ModelRole):
     def load_state(self, known: Mapping[str, Any], source: saved.Source) -> None:
         """Go on from a `save_state`, whatever layout wrote it. A role call."""
         self.version, self.optimizer_steps = known["version"], known["optimizer_steps"]
+        self.skips.restore(known["skips"])
         if not self.version:
             return
         with self.call("load_state"):
@@ -140,6 +162,9 @@ class Trained(ModelRole):
     def _step(self, loss: LossFunction, together: int, samples: Samples, fields: dict[str, Any]) -> dict[str, float]:
         """One optimizer step over this shard's rows of one minibatch."""
         totals = self._totals(samples)
+        if self.skip_empty and not totals.tokens:
+            return {EMPTY: 1.0, "tokens": 0.0}
+        seen: list[Seen] = []
         batches = self.microbatches(samples, self.config.micro_tokens, together)
         sums: dict[str, Tensor] = {}
         wanted = inspect.signature(loss).parameters
@@ -154,6 +179,7 @@ class Trained(ModelRole):
             given = {name: self._fit(value, samples.length_B[rows]) for name, value in given.items()}
             given |= dict(further)
             unreduced, metrics = loss(result, **{name: given[name] for name in given if name in wanted})
+            seen.append(Seen(rows, result.detach(), unreduced.detach()))
             if self.samples_itself and samples.version_BT is not None:
                 metrics["staleness"] = self._fit(self.version - 1 - samples.version_BT[rows], samples.length_B[rows])
             reported = {name.removesuffix("_BT"): value_BT for name, value_BT in further}
@@ -167,7 +193,17 @@ class Trained(ModelRole):
         packed = self.packed(samples, batches)
         self.pipeline.backward(self.optimizer.chunks, packed, of_microbatch)
         account_work(sums, int(samples.length_B.sum()), [tuple(batch.lengths.tolist()) for batch in packed])
-        return {**self._descend(means(self._reduce(sums), totals)), "tokens": totals.tokens}
+        gather_advantages(sums, fields, samples.mask_BT)
+        metrics = means(self._reduce(sums), totals)
+        norm = self.optimizer.norm()
+        wrong = self._wrong(metrics.get("loss", 0.0), norm)
+        if wrong:
+            too_many = self.skips.left_out()
+            if too_many:
+                self._stop(wrong, too_many, samples, fields, seen)
+            return {**metrics, "grad_norm": norm, "tokens": totals.tokens, SKIPPED: 1.0}
+        self.skips.taken()
+        return {**metrics, "grad_norm": norm, "lr": self._descend(norm), "tokens": totals.tokens}
 
     def _imbalance(self, rows: Rows) -> float:
         assert rows.lengths is not None
@@ -175,23 +211,52 @@ class Trained(ModelRole):
         shares = rows.shares(self.mesh.data, minibatches, self.cost)
         return idle(rows.lengths, shares, rows.group_size, minibatches, self.cost)
 
-    def _descend(self, metrics: dict[str, float]) -> dict[str, float]:
-        """The gradients that are there -> new weights."""
-        setting = f"{self.section}.optimizer"
-        if not math.isfinite(metrics.get("loss", 0.0)):
-            raise RuntimeError(
-                f"the loss is {metrics['loss']} at optimizer step {self.optimizer_steps}; the weights are as before it. "
-                f"Lower {setting}.lr, set {setting}.clip_grad, or look at the batch's rewards."
-            )
+    def _descend(self, norm: float) -> float:
+        """The gradients that are there, of this norm -> new weights. Returns the learning rate."""
         lr = learning_rate(self.config.optimizer, self.optimizer_steps, self.total_steps)
-        norm = self.optimizer.step(lr)
-        if not math.isfinite(norm):
-            raise RuntimeError(
-                f"the gradient norm is {norm} at optimizer step {self.optimizer_steps}. "
-                f"Lower {setting}.lr or look at the batch's rewards."
-            )
+        self.optimizer.step(lr, norm)
         self.optimizer_steps += 1
-        return {**metrics, "grad_norm": norm, "lr": lr}
+        return lr
+
+    def _wrong(self, loss: float, norm: float) -> str | None:
+        """What is not finite on any of the role's ranks; all of them say the same."""
+        code = 2.0 if not math.isfinite(loss) else 1.0 if not math.isfinite(norm) else 0.0
+        worst = self._most(code)
+        if not worst:
+            return None
+        if worst == code:
+            return f"the loss is {loss}" if code == 2 else f"the gradient norm is {norm}"
+        return f"the {'loss' if worst == 2 else 'gradient norm'} is not finite on another rank"
+
+    def _most(self, value: float) -> float:
+        """The largest over the role's ranks, on all of them."""
+        if self.mesh.size == 1:
+            return value
+        found = torch.tensor(value, dtype=torch.float64)
+        dist.all_reduce(found, op=dist.ReduceOp.MAX, group=self.group)
+        return float(found)
+
+    def _stop(
+        self, wrong: str, too_many: str, samples: Samples, fields: dict[str, Any], seen: Sequence[Seen]
+    ) -> NoReturn:
+        """End the job on all of the role's ranks, once every shard has written its rows of the batch."""
+        step, setting = self.world.journal.step, f"{self.section}.optimizer"
+        what = f"{wrong} at optimizer step {self.optimizer_steps} of {self.name} (step {step} of the loop)"
+        kept = ""
+        if self.offending is not None:
+            folder, at = self.offending / f"step_{step}", self.mesh.coordinates(self.world.rank)
+            if self.world.rank == self.mesh.ranks[0]:
+                begin_offending(folder)
+            self._most(0.0)
+            if at["pipeline"] == self.mesh.last_stage and at["tensor"] == at["context"] == 0:
+                about = {"role": self.name, "what": what, "why": too_many}
+                save_offending(folder, self.world.rank, samples, fields, seen, about, self.spec.path)
+            self._most(0.0)  # the launcher ends every rank when one has left
+            kept = f" The batch is in {folder} (README.md beside it says how to load it)."
+        raise ValueError(
+            f"{what}; {too_many}. The weights are as before it.{kept} Lower {setting}.lr, set {setting}.clip_grad, or look at "
+            "the batch's rewards."
+        )
 
     def _fit(self, value: Any, length_B: Tensor) -> Any:
         """On the model's device and as wide as the microbatch's longest row; what is no tensor stays as it is."""

@@ -6,7 +6,7 @@ Nothing outside this file divides a rank by a parallel size. The order of the ax
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -133,6 +133,30 @@ class Mesh:
     def last_stage(self) -> int:
         """Index of the last pipeline stage."""
         return self.pipeline - 1
+
+
+SHOWN_AXES = ("data", "tensor", "pipeline", "context", "expert", "expert_tensor")
+
+
+def axes(mesh: Mesh) -> list[str]:
+    """The axes along which this mesh has more than one place, for people; those of experts where these are cut."""
+    cut = mesh.expert > 1
+    return [
+        axis
+        for axis in SHOWN_AXES
+        if getattr(mesh, axis) > 1 and (cut or axis not in EXPERT_AXES or axis == "pipeline")
+    ]
+
+
+def shown(ranks: Iterable[int]) -> str:
+    """Ascending ranks, such as "0-3,6"."""
+    runs: list[list[int]] = []
+    for rank in ranks:
+        if runs and runs[-1][-1] == rank - 1:
+            runs[-1].append(rank)
+        else:
+            runs.append([rank])
+    return ",".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
 
 
 def _any_of(values: Sequence[int]) -> str:

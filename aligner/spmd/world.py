@@ -49,6 +49,8 @@ class World:
         self.timeline = Timeline(self.rank)
         self.residency = Residency(self.device)
         self.watch = Watch(self.journal, self.rank, self.size)
+        self.hide: Callable[[str], str] = str
+        """Takes secrets out of what is said of an error."""
         self._groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
         self._closers: list[Callable[[], Any]] = []
 
@@ -91,11 +93,11 @@ class World:
 
         A ValueError is the user's to mend and is shown without a traceback.
         """
-        message = describe(error)
+        message = self.hide(describe(error))
         if self.watch.fail(message):
             sys.stderr.write(f"aligner: error on rank {self.rank}: {message}\n")
             if not isinstance(error, ValueError):
-                sys.stderr.write("".join(traceback.format_exception(error)))
+                sys.stderr.write(self.hide("".join(traceback.format_exception(error))))
             sys.stderr.flush()
         self.watch.stopped.wait(GRACE)  # the launcher ends every rank at the first exit: let the others hear first
         _exit(1)

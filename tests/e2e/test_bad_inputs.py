@@ -574,7 +574,7 @@ OWN_LOOP = f"{SFT} data.path={{task}}/demonstrations.jsonl algorithm.roles=[poli
 LATE = {
     "loop_of_no_steps": Case("", f"{OWN_LOOP} algorithm._target_=own.nothing", ("yielded 0 steps of train.steps=5", "one per batch")),
     "loop_raises_on_one_rank": Case("", f"{OWN_LOOP} algorithm._target_=own.raising", ("RuntimeError: the disk of rank 1 is gone",)),
-    "loss_of_nan": Case("", f"{OWN_LOOP} algorithm.loss._target_=own.nan", ("the loss is nan at optimizer step 0", "policy.optimizer.lr")),
+    "loss_of_nan": Case("", f"{OWN_LOOP} algorithm.loss._target_=own.nan", ("the loss is nan at optimizer step 0", "guards.not_finite.max_in_row=3", "policy.optimizer.lr")),
     "rule_hangs": Case(
         "",
         f"{OWN_LOOP} algorithm._target_=own.scoring algorithm.roles=[policy,reward] reward.rule=own.hanging reward.timeout_s=0.2",
@@ -586,8 +586,8 @@ LATE = {
         ("16 of 16 rows have no reward (16 failed)", "reward.max_missing=0.5", "reward.rule=own.failing", "no such answer"),
     ),
 }  # fmt: skip
-USERS = ("loop_of_no_steps", "rule_hangs", "rule_raises")
-"""Mistakes that need no traceback; where own code raised, or numbers went bad, one shows the place."""
+USERS = ("loop_of_no_steps", "loss_of_nan", "rule_hangs", "rule_raises")
+"""Mistakes that need no traceback; where own code raised, one shows the place."""
 
 
 @pytest.mark.parametrize("name", LATE)

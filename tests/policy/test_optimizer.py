@@ -12,6 +12,7 @@ from aligner.data.samples import Samples
 from aligner.models.spec import read_spec
 from aligner.policy.config import OptimizerConfig, PolicyConfig
 from aligner.policy.policy import Policy
+from aligner.policy.skips import NotFinite, Skips
 from aligner.spmd.mesh import Mesh
 from aligner.spmd.world import World
 
@@ -69,13 +70,14 @@ free = Policy("free", world, Mesh(everyone), spec, config)
 norms = [p.update(imitate, p.place(samples)).get()["grad_norm"] for p in (clipped, free)]
 assert abs(norms[0] - norms[1]) < 1e-5 * norms[1] and norms[1] > 1e-2, norms
 
-# a loss that is not finite stops before the weights change
+# a loss that is not finite stops, where it shall, before the weights change
+free.skips = Skips(NotFinite("stop"))
 def broken(policy_logp_BT, *, mask_BT):
     return policy_logp_BT * float("nan"), {}
 before = weights(free)
 try:
     free.update(broken, free.place(samples)).get()
-except RuntimeError as error:
+except ValueError as error:
     assert "the loss is nan at optimizer step 1" in str(error), error
 else:
     raise AssertionError("a NaN loss went through")

@@ -19,8 +19,8 @@ ROOT = Path(__file__).resolve().parents[2]
 def test_two_ranks(tmp_path: Path) -> None:
     """Split: rank 1 samples and scores, rank 0 trains.
 
-    A step's messages, all from rank 1: the rows' lengths, the samples (header and body), the rewards, the end of the
-    step. Rank 0 sends none, for what is logged is read there.
+    A step's messages from rank 1: the rows' lengths, the samples (header and body), the rewards, the end of the step.
+    Rank 0, where what is logged is read, sends one: whether the job goes on.
     """
     out = tmp_path / "figures.json"
     command = [sys.executable, str(ROOT / "tools/bench/overhead.py"), "--ranks", "2", "--batches", "rows"]
@@ -28,7 +28,7 @@ def test_two_ranks(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=150, check=False)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     (found,) = json.loads(out.read_text()).values()
-    assert (found["2"]["messages"], found["2"]["messages_most"]) == (2.5, 5.0)
+    assert (found["2"]["messages"], found["2"]["messages_most"]) == (3.0, 5.0)
     # 16 rows of 656 tokens in the mean, some 17 bytes a token: int64 ids, a mask, float32 log-probabilities, int32 versions
     assert 100e3 < found["2"]["bytes_most"] < 16 * 1024 * 17 + 5 * 4096 + 32e3
     assert 0 < found["2"]["cpu_first"] <= found["2"]["cpu_most"] and found["2"]["wall"] > 0
