@@ -77,6 +77,11 @@ class Roles:
         found = [role for role in self._built.values() if isinstance(role, Trained)]
         return [role for role in found if role.version or role.name == "policy"]
 
+    @property
+    def main(self) -> Trained:
+        """What the run is about: the policy, or the reward model that is trained alone."""
+        return next(role for role in self._built.values() if isinstance(role, Trained))
+
     def _present(self, name: str) -> Role:
         if name not in self._built:
             raise ValueError(

@@ -16,7 +16,9 @@ from aligner.algorithms.step import Step
 from aligner.data.preferences import told
 from aligner.driver.accounts import account_of, merged
 from aligner.driver.batches import batches
+from aligner.driver.best import best_of
 from aligner.driver.evaluate import Evaluation
+from aligner.driver.exports import Exports
 from aligner.driver.metrics import CONFIG_FILE, METRICS_FILE, MetricsWriter
 from aligner.driver.report import write_report
 from aligner.driver.samples import write_samples
@@ -49,6 +51,9 @@ class Driver:
     def __init__(self, job: Job, world: World, roles: Roles) -> None:
         self.job, self.config, self.world, self.roles = job, job.config, world, roles
         self.run_dir = Path(job.config.run_dir)
+        best = best_of(self.config.train, job.roles, job.checked.data)
+        self.exports = Exports(roles.main, self.run_dir, self.config.train, best, self._note)
+        self.exports.clear()
         self.writer: MetricsWriter | None = None
         if world.rank == 0:
             self.run_dir.mkdir(parents=True, exist_ok=True)
@@ -68,7 +73,9 @@ class Driver:
         if self.writer and left_out.total():
             self.writer.note(f"rows of data.path left out: {told(left_out)}")
         if evaluates:
-            self._log(0, evaluation.run())
+            row = evaluation.run()
+            self._log(0, row)
+            self.exports.after(0, row, True)
         stream = batches(self.config, self.job.checked)
         self._trace()
         self._forget()
@@ -76,10 +83,13 @@ class Driver:
         self._at(1)
         for step, result in enumerate(self.job.loop(self.roles, stream, self.job.settings), start=1):
             row = self._row(result, time.perf_counter() - start)
-            if evaluates and (step % train.eval_every == 0 or step == train.steps):
+            evaluated = evaluates and (step % train.eval_every == 0 or step == train.steps)
+            if evaluated:
                 row |= evaluation.run()
                 self._forget()  # an evaluation's calls are no part of the next step's
             self._log(step, row)
+            if self.exports.after(step, row, evaluated):
+                self._forget()
             self._write_samples(step, result)
             if step == train.steps:
                 return self._finish()
@@ -139,6 +149,10 @@ class Driver:
             role.seconds.clear()
         self.world.residency.meter.take()
 
+    def _note(self, text: str) -> None:
+        if self.writer:
+            self.writer.note(text)
+
     def _log(self, step: int, row: dict[str, float]) -> None:
         if self.writer:
             self.writer.log(step, row)
@@ -175,6 +189,8 @@ class Driver:
             self.writer.close()
             for name, folder in saved.items():
                 print(f"{name}: {folder}")
+            for line in self.exports.told():
+                print(line)
             if self.config.train.report:
                 png, html = write_report(self.run_dir)
                 print(f"curve:  {png}\nreport: {html}")
