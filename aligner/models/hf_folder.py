@@ -49,7 +49,10 @@ def prepare(final: Path, partial: Path, spec: ModelSpec) -> None:
 
 
 def write_weights(file: Path, tensors: dict[str, Tensor]) -> None:
+    file.touch()
+    mode = file.stat().st_mode
     save_file(tensors, file, metadata={"format": "pt"})
+    file.chmod(mode)  # safetensors lets nobody else read it, a server under another account for one
     flush(file)
 
 
