@@ -34,6 +34,7 @@ from aligner.data.tokenizer import load_tokenizer
 from aligner.driver.console import duration
 from aligner.models.spec import end_tokens, read_config
 from aligner.models.stored import SHARDS
+from aligner.reshard.region import ELEMENT_BYTES
 from aligner.rollout.config import Sampling
 from aligner.rollout.offline import OfflineEngine, fingerprint, take_devices
 from aligner.rollout.requests import Sample
@@ -77,7 +78,7 @@ def options() -> argparse.ArgumentParser:
     add("--logprobs", action="store_true", help="write token_ids, and log p of each (after temperature, top-k, top-p)")
     add("--batch", type=int, default=512, help="rows between two writings to the disk (default %(default)s)")
     add("--tensor", type=int, default=1, help="tensor-parallel size of an engine (default %(default)s)")
-    add("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"], help="default: the model's")
+    add("--dtype", choices=list(ELEMENT_BYTES), help="of weights and computation (default: as config.json says)")
     add("--max-model-len", type=int, help="longest prompt with its answer (default: what the rows need)")
     add("--max-num-seqs", type=int, default=256, help="most samples generated at the same time (default %(default)s)")
     add("--kv-cache-mib", type=int, help="KV cache of each device (default: what is left of a GPU; 1024 on a CPU)")
@@ -172,6 +173,8 @@ def generate(given: argparse.Namespace, rank: int, count: int) -> None:
     """Answer what is not answered yet of this process's batches: batch k is that of process k mod `count`."""
     sampling = checked(given)
     config = read_config(given.model)
+    # vLLM's own choice would be half precision for weights in float32
+    given.dtype = given.dtype or config.get("dtype") or config.get("torch_dtype") or "auto"
     tokenizer = load_tokenizer(given.model, "--model")
     source = list(rows(given.input, "--input"))
     prompts, length = read_prompts(source, tokenizer, given)

@@ -24,6 +24,9 @@ Line = dict[str, Any]
 class Lines:
     """One writer's view of the file `out`; a context manager. See the module."""
 
+    done: dict[int, str]
+    """Index -> key of each line that there was at the start, in any part."""
+
     def __init__(self, out: str | Path, settings: Mapping[str, Any], part: int = 0) -> None:
         """Go on where an earlier run stopped, or begin.
 
@@ -40,16 +43,13 @@ class Lines:
         self._path = self.out.with_name(f"{self.out.name}.part-{part}")
         self._file: BinaryIO = self._path.open("ab")
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            self._own()
+            with self._alone():  # another writer may be merging what there is
+                _drop_torn_line(self._path)
+                self.done = {line["index"]: line["key"] for line in self._lines()}
+        except BaseException:
             self._file.close()
-            raise ValueError(f"{self._path} is being written by another process; wait for it, or end it.") from None
-        except OSError:
-            pass  # a file system without locks
-        with self._alone():  # another writer may be merging what there is
-            _drop_torn_line(self._path)
-            self.done: dict[int, str] = {line["index"]: line["key"] for line in self._lines()}
-        """Index -> key of each line that there was at the start, in any part."""
+            raise
 
     def append(self, lines: Sequence[Line]) -> None:
         """Add lines; they are on the disk when this returns."""
@@ -101,6 +101,15 @@ class Lines:
         with suppress(FileNotFoundError):
             if self.out.is_file() and not self._path.stat().st_size:
                 self._path.unlink()
+
+    def _own(self) -> None:
+        """Nobody else writes this part."""
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{self._path} is being written by another process; wait for it, or end it.") from None
+        except OSError:
+            pass  # a file system without locks
 
     def _check(self, settings: dict[str, Any]) -> None:
         remedy = f"give another --output, or remove {self.out}*"

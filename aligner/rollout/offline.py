@@ -47,7 +47,7 @@ class OfflineEngine:
         *,
         stop: Sequence[int],
         tensor: int = 1,
-        dtype: str = "auto",
+        dtype: str,
         max_model_len: int,
         max_num_seqs: int = 256,
         kv_cache_mib: int | None = None,
