@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from tests.e2e.conftest import Task
+
+ROOT = Path(__file__).resolve().parents[2]
 LOOP = """
 import torch
 from dataclasses import dataclass
@@ -33,7 +40,7 @@ def loop(roles, prompts, cfg: LoopConfig):
 """
 
 
-def test_each_step_and_the_best(job: Callable[..., list[dict[str, Any]]], tmp_path: Path) -> None:
+def test_each_step_and_the_best(job: Callable[..., list[dict[str, Any]]], task: Task, tmp_path: Path) -> None:
     (tmp_path / "my_loop.py").write_text(LOOP)
     rows = job(
         2, "algorithm._target_=my_loop.loop", f"+algorithm.out={tmp_path}", "policy.optimizer.lr=3e-3", "train.steps=4",
@@ -57,6 +64,18 @@ def test_each_step_and_the_best(job: Callable[..., list[dict[str, Any]]], tmp_pa
         assert gaps[step][step - 2] < 1e-4, gaps
         assert min(found for other, found in enumerate(gaps[step], start=2) if other != step) > 1e-2, gaps
     assert weights(run / "exports" / "step_4") == weights(run / "model")
+    assert answered(task, run / "best", tmp_path / "answers.jsonl") == pytest.approx(evaluated[best], abs=1e-6)
+
+
+def answered(task: Task, model: Path, out: Path) -> float:
+    """The mean reward of tools/generate.py's answers to the held-out prompts, with the seed of the job's evaluations."""
+    command = [sys.executable, str(ROOT / "tools" / "generate.py"), "--model", str(model), "--output", str(out),
+               "--input", str(task.folder / "heldout.jsonl"), "--max-tokens", "20", "--kv-cache-mib", "16"]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    texts = [json.loads(line)["response"][0] for line in out.read_text().splitlines()]
+    return sum(sum(c.isdigit() for c in text) / max(1, len(text)) + 0.01 * len(text) for text in texts) / len(texts)
 
 
 @torch.no_grad()
