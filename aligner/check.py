@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,7 @@ from aligner.data.prompts import Prompt
 from aligner.data.sets import DataSets, read_sets
 from aligner.data.tokenizer import load_tokenizer
 from aligner.disk import bytes_needed, check_disk
+from aligner.driver.best import FOLDER, best_of
 from aligner.memory import check_memory, machine_of
 from aligner.models.family import FAMILIES, Head
 from aligner.models.sizes import check_runs
@@ -37,6 +38,8 @@ AT_LEAST = {
     "train.steps": 1,
     "train.eval_every": 0,
     "train.eval_temperature": 0,
+    "train.export_every": 0,
+    "train.export_keep": 0,
     "sampling.max_tokens": 1,
     "reward.workers": 1,
     "seed": 0,
@@ -88,6 +91,7 @@ def check(config: Config, roles: list[str], world_size: int) -> Checked:
         _check_positions(config, role, data.longest, specs)
     if config.data.kind == "prompts":
         _check_evaluation(config, roles, data.heldout)
+    best_of(config.train, roles, data)
     if "rollout" in roles:
         rollout = meshes["rollout"]
         config.rollout.check_model(spec, rollout.tensor, machine.cpu, rollout.expert > 1, rollout.pipeline)
@@ -98,6 +102,7 @@ def check(config: Config, roles: list[str], world_size: int) -> Checked:
         check_weights(specs[role])
     _check_run_dir(config)
     check_disk(config, bytes_needed(config, roles, specs, world_size))
+    _check_sources(config, specs)
     if "reward" in roles:
         _check_reward(config, roles)
         if config.train.eval_every and data.heldout:
@@ -257,6 +262,17 @@ def _check_run_dir(config: Config) -> None:
         raise ValueError(
             f"run_dir={config.run_dir} cannot be written ({folder}: {error.strerror}); choose another folder."
         ) from None
+
+
+def _check_sources(config: Config, roles: Iterable[str]) -> None:
+    """A run that is overwritten loses its exports first: none of them can be what this run starts from."""
+    exports = (Path(config.run_dir) / FOLDER).resolve()
+    for setting, path in (config.model_path(role) for role in roles):
+        if Path(path).resolve().is_relative_to(exports):
+            raise ValueError(
+                f"{setting}={path} is an export of the run in run_dir={config.run_dir}, which is overwritten; "
+                "choose another run_dir."
+            )
 
 
 def _check_reward(config: Config, roles: list[str]) -> None:

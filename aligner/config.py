@@ -63,6 +63,17 @@ class TrainConfig:
     """Component of the reward that evaluations report (see reward.components); none: the whole reward."""
     save: bool = True
     """Write run_dir/model, a Hugging Face checkpoint, at the end."""
+    export_every: int = 0
+    """Iterations between Hugging Face exports to run_dir/exports/step_N; 0: none."""
+    export_keep: int = 0
+    """Most such exports that stay, the newest (the best is not counted); 0: all."""
+    keep_best: bool = False
+    """Export whenever an evaluation is better than all before, the one before the first step too; run_dir/best is a link
+    to it. Takes the room of a model (of two while one replaces the other)."""
+    best_metric: str | None = None
+    """What keep_best goes by: accuracy, heldout_pair_accuracy or heldout_margin (higher is better), or heldout_loss
+    (lower is better); null: accuracy (the mean of eval_reward on held-out prompts, or of pairs) where it is known, else
+    heldout_loss."""
     report: bool = True
     """Write run_dir/report.html and a PNG of the learning curve at the end."""
 

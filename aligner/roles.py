@@ -118,6 +118,11 @@ class Roles:
         """Every role that could learn; the same on every rank."""
         return [role for role in self._built.values() if isinstance(role, Trained)]
 
+    @property
+    def main(self) -> Trained:
+        """What the run is about: the policy, or the reward model that is trained alone."""
+        return self.trainable[0]
+
     def _present(self, name: str) -> Role:
         if name not in self._built:
             raise ValueError(

@@ -3,6 +3,7 @@
 python tools/convert.py MODEL OUT --layout tensor=2,pipeline=4     one file for each rank, readable under any layout
 python tools/convert.py SHARDS OUT --layout huggingface            back
 python tools/convert.py MODEL OUT --dtype bfloat16                 another data type
+python tools/convert.py MODEL OUT --file-bytes 2000000000          other files
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from dataclasses import fields
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from safetensors import SafetensorError
 
 from aligner.models.checkpoint import FILE_BYTES
 from aligner.models.convert import convert
@@ -50,7 +53,7 @@ def main(arguments: list[str]) -> int:
     given = parser.parse_args(arguments)
     try:
         row = convert(given.source, given.out, given.layout, given.dtype, given.file_bytes)
-    except ValueError as error:
+    except (ValueError, OSError, SafetensorError) as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
     print(f"{given.out}: {row.local_bytes:,} bytes of weights, {row.checksummed:,} regions proven, {row.seconds:.1f} s")

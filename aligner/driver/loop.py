@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import shutil
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 import yaml
@@ -15,8 +16,10 @@ from aligner.algorithms.step import Step
 from aligner.data.preferences import told
 from aligner.driver.accounts import account_of, merged
 from aligner.driver.batches import batches, rows_of
+from aligner.driver.best import best_of
 from aligner.driver.durable import Durable
 from aligner.driver.evaluate import Evaluation
+from aligner.driver.exports import Exports
 from aligner.driver.guards import Guards
 from aligner.driver.metrics import CONFIG_FILE, MetricsWriter
 from aligner.driver.plain import plain
@@ -65,12 +68,14 @@ class Driver:
     def __init__(self, job: Job, world: World, roles: Roles) -> None:
         self.job, self.config, self.world, self.roles = job, job.config, world, roles
         self.run_dir = Path(job.config.run_dir)
-        self.guards, self.signals = Guards(job.config.guards), Signals()
+        self.guards, self.signals, self._asked = Guards(job.config.guards), Signals(), ""
+        best = best_of(self.config.train, job.roles, job.checked.data)
+        self.exports = Exports(roles.main, self.run_dir, self.config.train, best, self._note)
         self.rows = rows_of(job.config, job.checked)
         self.durable = Durable(job, world, roles, self.rows)
         self.before = self.durable.restore()
         """Steps that an earlier start of this run has made."""
-        self._asked = ""
+        self._recall(self.durable.driver)
         self.writer: MetricsWriter | None = None
         if world.rank == 0:
             (self.run_dir / CONFIG_FILE).write_text(yaml.safe_dump(plain(job), sort_keys=False))
@@ -86,7 +91,9 @@ class Driver:
         evaluates = bool(train.eval_every and evaluation.able)
         self._greet()
         if evaluates and not self.before:
-            self._log(0, evaluation.run())
+            row = evaluation.run()
+            self._log(0, row)
+            self.exports.after(0, row, True)
         if self.before >= train.steps:
             return self._finish()
         stream = batches(self.config, self.rows)
@@ -98,18 +105,20 @@ class Driver:
             row = self._row(result, time.perf_counter() - start)
             if held_up:
                 row["seconds_checkpoint"], held_up = held_up, 0.0
-            if evaluates and (step % train.eval_every == 0 or step == train.steps):
+            evaluated = evaluates and (step % train.eval_every == 0 or step == train.steps)
+            if evaluated:
                 row |= evaluation.run()
             verdict = self._agree(step, row)
             self._log(step, row)
+            self.exports.after(step, row, evaluated)
             self._write_samples(step, result)
             if verdict.stop:
                 raise ValueError(verdict.stop)
             if verdict.leave or self.durable.due(step):
                 began = time.perf_counter()
-                self.durable.save(step)
+                self.durable.save(step, self._memory())
                 held_up = time.perf_counter() - began
-            self._forget()  # the calls of evaluations and checkpoints are no part of the next step's
+            self._forget()  # the calls of evaluations, exports and checkpoints are no part of the next step's
             if verdict.leave:
                 return self._leave(step, verdict.leave)
             if step == train.steps:
@@ -127,6 +136,18 @@ class Driver:
             self.writer.note(f"rows of data.path left out: {told(left_out)}")
         if self.writer and self.before:
             self.writer.note(f"going on after step {self.before}, from the checkpoint in {self.run_dir}")
+
+    def _memory(self) -> dict[str, Any]:
+        """What this object itself must know to go on."""
+        best = self.exports.best
+        return {"guards": self.guards.state(), "best": best.state() if best else None}
+
+    def _recall(self, memory: Mapping[str, Any]) -> None:
+        if not memory:
+            return self.exports.clear()
+        self.guards.restore(memory["guards"])
+        if self.exports.best and memory["best"]:
+            self.exports.best.restore(memory["best"])
 
     def _leave(self, step: int, signal: str) -> None:
         self.durable.wait()
@@ -203,6 +224,10 @@ class Driver:
             role.seconds.clear()
         self.world.residency.meter.take()
 
+    def _note(self, text: str) -> None:
+        if self.writer:
+            self.writer.note(text)
+
     def _log(self, step: int, row: dict[str, float]) -> None:
         if self.writer:
             self.writer.log(step, row)
@@ -239,6 +264,8 @@ class Driver:
             self.writer.close()
             for name, folder in saved.items():
                 print(f"{name}: {folder}")
+            for line in self.exports.told():
+                print(line)
         self.durable.finish()
         if self.writer and self.config.train.report:
             png, html = write_report(self.run_dir)

@@ -91,7 +91,7 @@ def export_checkpoint(
 
     Raises:
         ValueError: `out_dir` is the model's own folder, or holds something that is not a checkpoint.
-        RuntimeError: another rank failed; raised on every rank, none is left waiting.
+        PeerFailedError: another rank failed; one error or the other is raised on every rank, none is left waiting.
     """
     device = device or torch.device("cpu")
     side = as_side(layouts)
@@ -107,8 +107,8 @@ def export_checkpoint(
                 prepare(final, partial, spec)
         with together.step():
             plan = make_plan(rank, side, written)
-        with together.step():
             tensors = allocate(written[rank], torch.device("cpu"))
+        with together.step():
             row = execute(plan, source, Storages(tensors, written[rank]), group, device, bucket_bytes)
             for file, (writer, names) in files.items():
                 if writer == rank:
@@ -154,6 +154,10 @@ def _names(files: Mapping[str, tuple[int, list[str]]], rank: int) -> list[str]:
     return [name for writer, names in files.values() if writer == rank for name in names]
 
 
+class PeerFailedError(RuntimeError):
+    """This rank did its part; another one failed."""
+
+
 class _Together:
     """Steps that succeed on all ranks or raise on all of them."""
 
@@ -178,7 +182,7 @@ class _Together:
             raise failure
         if failed.any():
             culprits = ", ".join(str(rank) for rank, bad in zip(self._ranks, failed.tolist(), strict=True) if bad)
-            raise RuntimeError(f"{self._what} failed on rank {culprits}; its own error says why")
+            raise PeerFailedError(f"{self._what} failed on rank {culprits}; its own error says why")
 
 
 class _Views(Storages):

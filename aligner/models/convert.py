@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from aligner.models.checkpoint import BUCKET_BYTES, FILE_BYTES, files_of_writers
 from aligner.models.family import logical_tensors
@@ -40,8 +41,11 @@ def convert(
         The transfer's account.
 
     Raises:
-        ValueError: a folder that is not a checkpoint, or a layout that does not fit the model; the message says which.
+        ValueError: a folder that is not a checkpoint, a layout that does not fit the model, or weights beyond what
+            `dtype` holds; the message says which.
     """
+    if file_bytes < 1:
+        raise ValueError(f"--file-bytes {file_bytes} leaves no room for a tensor; use 1 or more, such as {FILE_BYTES}.")
     spec = read_spec(source)
     dtype = dtype or spec.dtype
     files = _files(spec, cut, dtype, file_bytes)
@@ -78,6 +82,16 @@ def _write(stored: Stored, file: Path, layout: Layout, flat: bool) -> SyncRow:
     names = dict.fromkeys(piece.name for piece in layout)
     plan = make_plan(0, {0: stored.layout(names)}, {0: layout})
     row = execute(plan, stored.view, Storages(tensors, layout), None, CPU, BUCKET_BYTES)
+    _check_range(tensors)
     shapes = {} if flat else {piece.storage: piece.size for piece in layout}
     write_weights(file, {name: tensor.view(shapes.get(name, -1)) for name, tensor in tensors.items()})
     return row
+
+
+def _check_range(tensors: Mapping[str, Tensor]) -> None:
+    """float16 ends at 65504: what is beyond would silently become infinite."""
+    for name, tensor in tensors.items():
+        if tensor.dtype == torch.float16 and not torch.isfinite(tensor).all():
+            raise ValueError(
+                f"{name} has values that float16 cannot hold, or none to begin with; use --dtype bfloat16."
+            )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import shutil
@@ -25,6 +26,7 @@ _COPIED = (
     "tokenizer.json",
     "tokenizer_config.json",
     "tokenizer.model",
+    "spiece.model",
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.json",
@@ -47,8 +49,11 @@ def prepare(final: Path, partial: Path, spec: ModelSpec) -> None:
 
 
 def write_weights(file: Path, tensors: dict[str, Tensor]) -> None:
+    file.touch()
+    mode = file.stat().st_mode
     save_file(tensors, file, metadata={"format": "pt"})
-    _flush(file)
+    file.chmod(mode)  # safetensors lets nobody else read it, a server under another account for one
+    flush(file)
 
 
 def write_rest(partial: Path, spec: ModelSpec, dtype: str, weight_map: dict[str, str]) -> None:
@@ -68,7 +73,7 @@ def write_rest(partial: Path, spec: ModelSpec, dtype: str, weight_map: dict[str,
     for name in _COPIED:
         if (folder / name).is_file():
             shutil.copyfile(folder / name, partial / name)
-            _flush(partial / name)
+            flush(partial / name)
 
 
 def _pad_token_id(config: dict[str, Any], spec: ModelSpec) -> int | None:
@@ -92,24 +97,38 @@ def _tokenizer(folder: Path) -> Any:
 
 
 def publish(partial: Path, final: Path) -> None:
-    """Rename the complete folder into place; at no moment does a half-written one stand under the name."""
-    _flush(partial)
+    """Rename the complete folder into place; at no moment does a half-written one stand under the name.
+
+    Where one stood there before, the two change places in one step; on a file system that cannot do that, there is none
+    under the name for the moment between two renames.
+    """
+    flush(partial)
     previous = final.with_name(f".{final.name}.previous")
     shutil.rmtree(previous, ignore_errors=True)
-    if final.exists():
-        final.rename(previous)
-    partial.rename(final)
-    _flush(final.parent)
+    if final.exists() and _exchange(partial, final):
+        partial.rename(previous)
+    else:
+        if final.exists():
+            final.rename(previous)
+        partial.rename(final)
+    flush(final.parent)
     shutil.rmtree(previous, ignore_errors=True)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Let two folders change names (Linux); whether that was possible."""
+    rename = getattr(ctypes.CDLL(None), "renameat2", None)
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return rename is not None and rename(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0
 
 
 def write_json(file: Path, value: object) -> None:
     """Write a JSON file through to the disk."""
     file.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    _flush(file)
+    flush(file)
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
     """To the disk: a rename may otherwise survive a power cut that the contents do not."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

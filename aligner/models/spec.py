@@ -131,7 +131,7 @@ def read_spec(path: str | Path) -> ModelSpec:
         embedding_scale=math.sqrt(hidden) if family.scaled_embedding else 1.0,
         **_experts(config, family, layers, folder),
         max_positions=_size(config, "max_position_embeddings", folder, default=family.max_positions),
-        eos_token_ids=_eos_token_ids(config, folder),
+        eos_token_ids=end_tokens(config, folder),
         dtype=dtype,
         path=str(folder),
     )
@@ -252,7 +252,7 @@ def _rope(config: Mapping[str, Any], family: Family, folder: Path) -> tuple[floa
     return float(theta), {"rope_type": "llama3", **{key: rope[key] for key in wanted}}
 
 
-def _eos_token_ids(config: Mapping[str, Any], folder: Path) -> tuple[int, ...]:
+def end_tokens(config: Mapping[str, Any], folder: Path) -> tuple[int, ...]:
     """Both files' end tokens: chat models often end turns with one that only generation_config.json names."""
     generation = folder / "generation_config.json"
     found: list[int] = []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -40,9 +40,10 @@ class Stored(Protocol):
 
 @contextmanager
 def open_stored(spec: ModelSpec) -> Iterator[Stored]:
-    """The checkpoint in the model's folder."""
+    """The checkpoint in the model's folder: of the first kind in `KINDS` whose file is there, else Hugging Face files."""
+    found = next((kind for file, kind in KINDS.items() if (Path(spec.path) / file).is_file()), _HuggingFace)
     with ExitStack() as stack:
-        yield (_Shards if (Path(spec.path) / SHARDS).is_file() else _HuggingFace)(spec, stack)
+        yield found(spec, stack)
 
 
 class _Files:
@@ -168,3 +169,7 @@ class _Shards(_Files):
             raise ValueError(f"{file} has no {storage}: {error}; convert the checkpoint again.") from error
         self.bytes_read += piece.bytes
         return strided_view(found, piece)
+
+
+KINDS: Mapping[str, Callable[[ModelSpec, ExitStack], Stored]] = {SHARDS: _Shards}
+"""A file that tells a kind of checkpoint -> what opens it. Whatever is here, models start from and tools/convert.py reads."""

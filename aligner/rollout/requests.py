@@ -73,7 +73,7 @@ class Requests:
             left = sampling.max_tokens - len(so_far.tokens)
             most = left if step_tokens is None else min(left, step_tokens)
             one.may_go_on = most < left
-            params = self._params(sampling, so_far.seed, most)
+            params = request_params(sampling, so_far.seed, most, self._stop)
             one.inside = self._llm.add_request(one.name, tokens_input([*so_far.prompt, *so_far.tokens]), params)
             one.marks = [(0, self.version)]
             self._live[one.name] = one
@@ -148,23 +148,29 @@ class Requests:
             draws=self._draws.state(one.inside) if goes_on else None,
         )
 
-    def _params(self, sampling: Sampling, seed: int, max_tokens: int) -> Any:
-        from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind
 
-        return SamplingParams(
-            seed=seed,
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            top_k=sampling.top_k,
-            max_tokens=max_tokens,
-            stop_token_ids=list(self._stop if sampling.stop_token_ids is None else sampling.stop_token_ids),
-            ignore_eos=True,  # the list above is the whole truth
-            logprobs=0,  # of the sampled token only
-            flat_logprobs=True,
-            detokenize=False,
-            output_kind=RequestOutputKind.FINAL_ONLY,
-        )
+def request_params(sampling: Sampling, seed: int, max_tokens: int, stop: Sequence[int]) -> Any:
+    """vLLM's parameters of one sample.
+
+    Args:
+        stop: tokens that end it where `sampling` names none.
+    """
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    return SamplingParams(
+        seed=seed,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        max_tokens=max_tokens,
+        stop_token_ids=list(stop if sampling.stop_token_ids is None else sampling.stop_token_ids),
+        ignore_eos=True,  # the list above is the whole truth
+        logprobs=0,  # of the sampled token only
+        flat_logprobs=True,
+        detokenize=False,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+    )
 
 
 @dataclass

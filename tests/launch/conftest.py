@@ -38,7 +38,7 @@ class Launch:
             shutil.copytree(ROOT / part, self.root / part)
         environment = f'export PATH="{binaries}:$PATH" ALIGNER_DEVICE="${{ALIGNER_DEVICE:-cpu}}"\n'
         (self.root / "launch" / "environment.sh").write_text(environment)
-        for name in ("torchrun", "python"):
+        for name in ("torchrun", "python", "vllm"):
             (binaries / name).write_text(RECORDER)
             (binaries / name).chmod(stat.S_IRWXU)
         gpus = binaries / "nvidia-smi"

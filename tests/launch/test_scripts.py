@@ -52,6 +52,28 @@ def test_local_refuses_what_is_not_a_number(launch: Launch, arguments: tuple[str
     assert not launch.record.exists()
 
 
+def test_serve_hands_the_options_to_vllm(launch: Launch, tmp_path: Path) -> None:
+    (tmp_path / "a model").mkdir()
+    model = tmp_path / "a model"
+    done = launch.run("serve.sh", str(model))
+    assert done.returncode == 2 and "has no config.json" in done.stderr
+    (model / "config.json").write_text("{}")
+    assert launch.run("serve.sh", str(model), "--port", "80", ALIGNER_DEVICE="cuda").returncode == 0
+    assert launch.run("serve.sh", str(model), "--port", "80", ALIGNER_DEVICE="cpu").returncode == 0
+    module = [
+        "python",
+        "-m",
+        "vllm.entrypoints.openai.api_server",
+        "--model",
+        str(model),
+        "--enforce-eager",
+        "--port",
+        "80",
+    ]
+    assert launch.commands() == ["vllm", "serve", str(model), "--port", "80", *module]
+    assert launch.run("serve.sh", "--port", "80").returncode == 2
+
+
 def test_quickstart_runs_task_sft_and_grpo_and_prints_the_results(launch: Launch, tmp_path: Path) -> None:
     run = tmp_path / "it's a run"
     done = launch.run("quickstart.sh", "--seed", "3", "--out", str(run), "train.steps=20")

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from aligner.models.checkpoint import read_into
 from aligner.models.convert import convert
@@ -96,10 +97,45 @@ def test_the_command(tmp_path: Path) -> None:
         ),
         ((tmp_path / "none", tmp_path / "x"), "is not a folder"),
         ((model, model), "write to another folder"),
+        ((model, tmp_path / "x", "--file-bytes", "0"), "--file-bytes 0 leaves no room for a tensor; use 1 or more"),
+        ((model, tmp_path / "model" / "config.json" / "x"), "Not a directory"),
     ):
         done = run(*arguments)
         assert done.returncode == 2 and said in done.stderr, done.stderr
         assert "Traceback" not in done.stderr and not (tmp_path / "x").exists()
+
+
+def test_files_of_another_size_and_type(tmp_path: Path) -> None:
+    """Hugging Face to Hugging Face, by the bytes of the files: transformers reads the same weights."""
+    model = save_tiny("qwen2-tied", tmp_path / "model")
+    original = weights(model)
+    done = run(model, tmp_path / "small", "--file-bytes", "20000")
+    assert done.returncode == 0, done.stderr
+    files = sorted((tmp_path / "small").glob("*.safetensors"))
+    largest = max(tensor.nbytes for tensor in original.values())
+    assert len(files) > 3
+    for file in files:
+        held = [tensor.nbytes for tensor in load_file(file).values()]
+        assert sum(held) <= 20000 or len(held) == 1, "a tensor is never split"
+    assert largest < 20000
+    assert run(tmp_path / "small", tmp_path / "half", "--dtype", "float16").returncode == 0
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "half")
+    assert found.dtype == torch.float16
+    assert all(torch.equal(found.state_dict()[name], tensor.half()) for name, tensor in original.items())
+    assert [file.name for file in (tmp_path / "half").glob("*.safetensors")] == ["model.safetensors"]
+
+
+def test_a_type_that_cannot_hold_the_weights_is_refused(tmp_path: Path) -> None:
+    model = save_tiny("qwen3", tmp_path / "model")
+    changed = weights(model)
+    changed["model.layers.1.mlp.up_proj.weight"][3, 4] = 65520.0  # the least that float16 rounds to infinity
+    save_file(changed, model / "model.safetensors", metadata={"format": "pt"})
+    done = run(model, tmp_path / "half", "--dtype", "float16")
+    assert done.returncode == 2 and not (tmp_path / "half").exists()
+    assert "model.layers.1.mlp.up_proj.weight has values that float16 cannot hold" in done.stderr
+    changed["model.layers.1.mlp.up_proj.weight"][3, 4] = 65519.0
+    save_file(changed, model / "model.safetensors", metadata={"format": "pt"})
+    assert run(model, tmp_path / "half", "--dtype", "float16").returncode == 0
 
 
 def test_broken_shards_are_named(tmp_path: Path) -> None:
