@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from aligner.memory import learns
+from aligner.memory import STATE, learns
 from aligner.models.spec import ModelSpec
 from aligner.reshard.region import ELEMENT_BYTES
 
@@ -31,16 +31,22 @@ def bytes_needed(
     train, logging = config.train, config.logging
     files = 2 + train.steps // logging.samples_every if logging.samples_every else 0
     tokens = config.data.max_prompt_tokens + config.sampling.max_tokens
+    learned = [role for role in specs if learns(role, roles)]
+    models = {role: specs[role].parameters * ELEMENT_BYTES[getattr(config, role).dtype] for role in learned}
+    main = models[learned[0]] if learned else 0
+    exports = train.steps // train.export_every if train.export_every else 0
+    exports = min(exports, train.export_keep + 1) if train.export_keep else exports
     need = {
         "metrics": train.steps * ROW * (1 if logging.wandb == "off" else 2),
         "samples": files * logging.samples_count * tokens * TOKEN if {"rollout", "reward"} <= set(roles) else 0,
         "timeline": min(logging.timeline_steps, train.steps) * world_size * CALLS,
         "report": REPORT if train.report else 0,
-        "exported model": sum(
-            specs[role].parameters * ELEMENT_BYTES[getattr(config, role).dtype]
-            for role in specs
-            if train.save and learns(role, roles)
-        ),
+        "exported model": sum(models.values()) if train.save else 0,
+        # the last one goes when the new one is complete
+        "exports": main * (exports + (2 if train.keep_best else 0)),
+        "checkpoints": sum(specs[role].parameters for role in learned) * STATE * (config.checkpoint.keep + 1)
+        if config.checkpoint.every
+        else 0,
     }
     return {name: float(size) for name, size in need.items() if size}
 
@@ -61,7 +67,7 @@ def check_disk(config: Config, need: Mapping[str, float]) -> None:
         parts = ", ".join(f"{name} {gib(size)}" for name, size in sorted(need.items(), key=lambda item: -item[1]))
         raise ValueError(
             f"run_dir={config.run_dir} is on a file system with {gib(free)} free, and the run will write about "
-            f"{gib(total)} ({parts}); make room, choose another folder, or write less (train.save=false)."
+            f"{gib(total)} ({parts}); make room, choose another folder, or write less (train.save=false, a lower checkpoint.keep)."
         )
 
 

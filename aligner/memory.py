@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from aligner.config import Config
 
 
+STATE = 12
+"""Bytes of a parameter in a checkpoint: a float32 master and two moments."""
+
+
 def learns(role: str, roles: Collection[str]) -> bool:
     """Whether a job with these roles trains this one: the policy and the critic, or what there is without a policy."""
     return role in (("policy", "critic") if "policy" in roles else ("critic", "reward_model"))
@@ -107,6 +111,10 @@ def check_memory(config: Config, specs: Mapping[str, ModelSpec], meshes: Mapping
     held = bytes_of_roles(config, specs, meshes, machine)
     if machine.device_bytes is None:
         need = sum(min(machine.ranks, meshes[role].size) * held[role] for role in specs)
+        if config.checkpoint.every:  # a copy of what is being written
+            learned = [role for role in specs if learns(role, specs.keys())]
+            shares = {role: min(machine.ranks, meshes[role].size) / meshes[role].size for role in learned}
+            need += sum(specs[role].parameters * STATE * shares[role] for role in learned)
         if need > machine.host_bytes:
             raise ValueError(
                 f"the roles on this host need about {need / 2**30:.1f} GiB, and it has {machine.host_bytes / 2**30:.1f} GiB. "

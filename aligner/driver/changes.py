@@ -15,8 +15,16 @@ FREE = (
     "placement",
     "residency",
     "reshard",
+    "guards",
+    "mode",
+    "check",
+    "hang",
     "train.save",
     "train.report",
+    "train.export_every",
+    "train.export_keep",
+    "train.keep_best",
+    "train.best_metric",
 )
 """What may change without a word: it decides where, how long and what is shown, not what is computed."""
 

@@ -1,4 +1,4 @@
-"""The logging settings: what is shown on the console, sent to wandb and written as samples."""
+"""Settings of what is done around the algorithm: how long, logging, exports, checks before the start (no torch)."""
 
 from __future__ import annotations
 
@@ -63,3 +63,51 @@ class LoggingConfig:
         if self.wandb == "off":
             return None
         return WandbConfig("online" if self.wandb == "online" else "offline", self.project, self.name)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How long, and what is done beside training."""
+
+    steps: int = 100
+    """Iterations of the loop."""
+    eval_every: int = 10
+    """Iterations between evaluations on held-out prompts (also before the first and after the last); 0: never."""
+    eval_temperature: float = 1.0
+    """Sampling temperature in evaluations; 0 is greedy."""
+    eval_reward: str | None = None
+    """Component of the reward that evaluations report (see reward.components); none: the whole reward."""
+    save: bool = True
+    """Write run_dir/model, a Hugging Face checkpoint, at the end."""
+    export_every: int = 0
+    """Iterations between Hugging Face exports to run_dir/exports/step_N; 0: none."""
+    export_keep: int = 0
+    """Most such exports that stay, the newest (the best is not counted); 0: all."""
+    keep_best: bool = False
+    """Export whenever an evaluation is better than all before, the one before the first step too; run_dir/best is a link
+    to it. Takes the room of a model (of two while one replaces the other)."""
+    best_metric: str | None = None
+    """What keep_best goes by: accuracy, heldout_pair_accuracy or heldout_margin (higher is better), or heldout_loss
+    (lower is better); null: accuracy (the mean of eval_reward on held-out prompts, or of pairs) where it is known, else
+    heldout_loss."""
+    report: bool = True
+    """Write run_dir/report.html and a PNG of the learning curve at the end."""
+
+
+@dataclass(frozen=True)
+class CheckConfig:
+    """The job that mode=check is about, where it is not to run as this command was started."""
+
+    ranks: int | None = None
+    """Ranks of the job. null: torchrun's, and 1 without torchrun."""
+    ranks_per_host: int | None = None
+    """Ranks on one host. null: torchrun's, and all without torchrun."""
+    device_gib: float | None = None
+    """Memory of the GPU that each rank will have, in GiB. null: this machine's GPU; without one, ranks on CPUs."""
+
+    def check(self) -> None:
+        """Raises ValueError naming the setting and the values that would work."""
+        for name in ("ranks", "ranks_per_host", "device_gib"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"check.{name}={value} must be more than 0, or null.")
