@@ -108,14 +108,13 @@ class Roles:
     @property
     def trained(self) -> list[Trained]:
         """What a run leaves behind: the policy, then what else a loop has updated; the same on every rank."""
-        from aligner.policy.trained import Trained
-
-        found = [role for role in self._built.values() if isinstance(role, Trained)]
-        return [role for role in found if role.version or role.name == "policy"]
+        return [role for role in self.trainable if role.version or role.name == "policy"]
 
     @property
     def trainable(self) -> list[Trained]:
         """Every role that could learn; the same on every rank."""
+        from aligner.policy.trained import Trained
+
         return [role for role in self._built.values() if isinstance(role, Trained)]
 
     @property

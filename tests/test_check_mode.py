@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 
+from aligner.checkpoint.config import CheckpointConfig
 from aligner.config import CheckConfig, Config, compose_config, to_config
 from aligner.data.column_addition import ColumnAddition, ModelShape, write
 from aligner.disk import bytes_needed, check_disk, nearest_folder
@@ -151,9 +152,11 @@ def test_memory_by_hand(task: Path) -> None:
     assert bytes_of_rank(moving, held, roles, cpu) == 28 * n + 2**20
     # two data shards: 4 + 4 + 12 / 2 bytes for the policy on each of two ranks
     exact = int(2 * ((4 + 4 + 6 + 4 + 4) * n + 2**20))
-    check_memory(config, specs, meshes, Machine(2, exact, None))
+    copy = 12 * n  # of a checkpoint that is being written, over the ranks
+    check_memory(config, specs, meshes, Machine(2, exact + copy, None))
     with pytest.raises(ValueError, match="the roles on this host need about"):
-        check_memory(config, specs, meshes, Machine(2, exact - 2, None))
+        check_memory(config, specs, meshes, Machine(2, exact + copy - 2, None))
+    check_memory(replace(config, checkpoint=CheckpointConfig(every=0)), specs, meshes, Machine(2, exact, None))
     check_memory(config, specs, meshes, Machine(2, 1, exact / 2))
     with pytest.raises(ValueError, match=r"rank 0 needs at least .* its GPU has"):
         check_memory(config, specs, meshes, Machine(2, 1, exact / 2 - 1))
@@ -178,7 +181,14 @@ def test_disk_by_hand(task: Path) -> None:
     assert need["exported model"] == pytest.approx(file, rel=0.05)
     half = config_of(task, "policy.dtype=bfloat16", "train.report=false", "logging.samples_every=0")
     need = bytes_needed(half, ["policy", "rollout", "reference", "reward"], specs, 2)
-    assert need["exported model"] == 2 * spec.parameters and need.keys() == {"exported model", "metrics", "timeline"}
+    assert need["exported model"] == 2 * spec.parameters
+    assert need["checkpoints"] == 3 * 12 * spec.parameters, "two that stay, and a new one beside them"
+    assert need.keys() == {"exported model", "checkpoints", "metrics", "timeline"}
+    assert "checkpoints" not in bytes_needed(config_of(task, "checkpoint.every=0"), ["policy"], {"policy": spec}, 2)
+    kept = bytes_needed(
+        config_of(task, "train.steps=9", "train.export_every=2", "train.export_keep=1"), ["policy"], specs, 1
+    )
+    assert kept["exports"] == 2 * 4 * spec.parameters
     none = config_of(task, "train.save=false")
     assert "exported model" not in bytes_needed(none, ["policy"], {"policy": spec}, 2)
     both = bytes_needed(config_of(task), ["policy", "critic"], {"policy": spec, "critic": spec}, 1)

@@ -7,8 +7,8 @@ from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from aligner.config import TrainConfig
     from aligner.data.sets import DataSets
+    from aligner.driver.config import TrainConfig
 
 FOLDER = "exports"
 """Under run_dir: a Hugging Face folder for each export."""

@@ -24,7 +24,7 @@ from aligner.models.hf_folder import flush, write_json
 from aligner.spmd.messages import everyone, spread
 
 if TYPE_CHECKING:
-    from aligner.config import TrainConfig
+    from aligner.driver.config import TrainConfig
     from aligner.policy.model_role import ModelRole
 
 LINK = "best"
