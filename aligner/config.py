@@ -19,6 +19,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from aligner.check_config import CheckConfig
 from aligner.data.config import DataConfig
 from aligner.driver.config import LoggingConfig
 from aligner.driver.guard_config import GuardConfig
@@ -64,25 +65,6 @@ class TrainConfig:
     """Write run_dir/model, a Hugging Face checkpoint, at the end."""
     report: bool = True
     """Write run_dir/report.html and a PNG of the learning curve at the end."""
-
-
-@dataclass(frozen=True)
-class CheckConfig:
-    """The job that mode=check is about, where it is not to run as this command was started."""
-
-    ranks: int | None = None
-    """Ranks of the job. null: torchrun's, and 1 without torchrun."""
-    ranks_per_host: int | None = None
-    """Ranks on one host. null: torchrun's, and all without torchrun."""
-    device_gib: float | None = None
-    """Memory of the GPU that each rank will have, in GiB. null: this machine's GPU; without one, ranks on CPUs."""
-
-    def check(self) -> None:
-        """Raises ValueError naming the setting and the values that would work."""
-        for name in ("ranks", "ranks_per_host", "device_gib"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"check.{name}={value} must be more than 0, or null.")
 
 
 @dataclass(frozen=True)
