@@ -19,9 +19,10 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from aligner.check_config import CheckConfig
 from aligner.checkpoint.config import CheckpointConfig
 from aligner.data.config import DataConfig
-from aligner.driver.config import CheckConfig, LoggingConfig, TrainConfig
+from aligner.driver.config import LoggingConfig, TrainConfig
 from aligner.driver.guard_config import GuardConfig
 from aligner.policy.config import CriticConfig, PolicyConfig, ReferenceConfig, RewardModelConfig
 from aligner.reshard.config import ReshardConfig

@@ -16,8 +16,9 @@ from typing import Any
 import pytest
 import torch
 
+from aligner.check_config import CheckConfig
 from aligner.checkpoint.config import CheckpointConfig
-from aligner.config import CheckConfig, Config, compose_config, to_config
+from aligner.config import Config, compose_config, to_config
 from aligner.data.column_addition import ColumnAddition, ModelShape, write
 from aligner.disk import bytes_needed, check_disk, nearest_folder
 from aligner.driver.job import prepare

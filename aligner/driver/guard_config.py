@@ -52,7 +52,7 @@ class GuardConfig:
     not_finite: NotFinite = field(default_factory=NotFinite)
     """A loss or gradient norm of NaN or infinity."""
     kl: Limit = field(default_factory=lambda: Limit(limit=10.0))
-    """The KL to the reference (metric kl: nats a token)."""
+    """The KL to the reference (metric kl: nats a token; in KTO, a response)."""
     logp_gap: Limit = field(default_factory=lambda: Limit(limit=1.0))
     """The mean difference of the rollout's and the policy's log-probabilities of sampled tokens (metric gap: nats)."""
     empty_batch: EmptyBatch = field(default_factory=EmptyBatch)

@@ -37,7 +37,7 @@ class Guards:
         skipped = sum(value for name, value in row.items() if name.endswith("skipped_steps"))
         empty = None if "tokens" not in row else not row["tokens"] or "empty_steps" in row
         found = [
-            self._limit("kl", step, row.get("kl"), "a KL to the reference", "nats a token"),
+            self._limit("kl", step, row.get("kl"), "a KL to the reference", "nats"),
             self._limit("logp_gap", step, row.get("gap"), "log-probabilities of rollout and policy differ by", "nats"),
             self._streak("empty_batch", step, empty, "a batch, or a minibatch, without a token to train on"),
             self._streak(

@@ -60,7 +60,7 @@ def test_a_limit(name: str, metric: str) -> None:
 def test_messages_name_the_setting_the_value_and_the_step() -> None:
     (found,) = Guards(GuardConfig(kl=Limit("stop", limit=2.0))).look(7, {"kl": 3.25})
     assert found.stop and found.say
-    for words in ("guards.kl", "3.25 nats a token", "guards.kl.limit=2", "step 7"):
+    for words in ("guards.kl", "3.25 nats", "guards.kl.limit=2", "step 7"):
         assert words in found.text, found.text
     (found,) = Guards(GuardConfig(zero_advantages=Streak("warn", 1))).look(3, {"advantage_abs_max": 0.0})
     assert not found.stop and "guards.zero_advantages" in found.text and "step 3" in found.text

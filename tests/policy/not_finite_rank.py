@@ -1,6 +1,6 @@
 """One rank of the tests of steps that are left out. Arguments: a model's folder, a folder to write to, cases.
 
-A case is "loss" or "gradient" (what is NaN, on row 5 alone), a dtype, "shared" or "whole" (distributed optimizer or not)
+A case is "loss", "gradient" or "scores" (what is NaN, on row 5 alone; scores: of a reward model), a dtype, "shared" or "whole" (distributed optimizer or not)
 and sizes, such as "gradient float32 shared tensor=2". Beside the policy that meets bad batches goes one that never does.
 """
 
@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from aligner.data.samples import Samples, pad_rows
-from aligner.models.spec import read_spec
+from aligner.models.spec import read_spec, with_scalar_head
 from aligner.policy.config import OptimizerConfig, PolicyConfig
 from aligner.policy.offending import load_offending
 from aligner.policy.policy import Policy
+from aligner.policy.reward_model import RewardModel
 from aligner.policy.skips import NotFinite
 from aligner.spmd.mesh import Mesh
 from aligner.spmd.world import World
@@ -43,7 +44,16 @@ def bad_gradient(policy_logp_BT: Tensor, *, mask_BT: Tensor, advantage_B: Tensor
     return policy_logp_BT + torch.where(here_B[:, None], nothing_BT, 1.0).sqrt(), {}
 
 
-LOSSES = {"loss": bad_loss, "gradient": bad_gradient}
+def good_scores(score_B: Tensor, *, mask_BT: Tensor, advantage_B: Tensor) -> Any:
+    return -score_B * advantage_B, {}
+
+
+def bad_scores(score_B: Tensor, *, mask_BT: Tensor, row_B: Tensor) -> Any:
+    """NaN where the row is the bad one, with a loss for each row."""
+    return torch.where(row_B == BAD, torch.nan, 1.0) * score_B, {}
+
+
+LOSSES = {"loss": (good_loss, bad_loss), "gradient": (good_loss, bad_gradient), "scores": (good_scores, bad_scores)}
 
 
 def batch() -> Samples:
@@ -78,12 +88,15 @@ class Case:
         self.model, self.distributed = model, shared == "shared"
         self.sizes: Any = {axis: int(size) for axis, size in (size.split("=") for size in sizes)}
 
-    def policy(self, name: str, not_finite: NotFinite | None = None) -> Policy:
+    def policy(self, name: str, not_finite: NotFinite | None = None) -> Any:
         mesh = Mesh(tuple(range(self.world.size)), name="policy", **self.sizes)
         optimizer = OptimizerConfig(lr=1e-2, weight_decay=0.1, warmup_steps=4, distributed=self.distributed)
         config = PolicyConfig(dtype=self.dtype, micro_tokens=24, optimizer=optimizer)
-        given = {"not_finite": not_finite, "offending": self.out / "offending", "total_steps": 10}
-        return Policy(f"{name} {self.text}", self.world, mesh, read_spec(self.model), config, **given)
+        given: Any = {"not_finite": not_finite, "offending": self.out / "offending", "total_steps": 10}
+        spec, kind = read_spec(self.model), Policy
+        if self.kind == "scores":
+            spec, kind = with_scalar_head(spec), RewardModel
+        return kind(f"{name} {self.text}", self.world, mesh, spec, config, **given)
 
     def update(self, policy: Policy, loss: Any) -> dict[str, float]:
         placed = policy.place(batch())
@@ -93,19 +106,19 @@ class Case:
 
 
 def check(case: Case) -> None:
-    bad = LOSSES[case.kind]
+    good, bad = LOSSES[case.kind]
     met = case.policy("met", NotFinite(max_in_row=2))
     spared = case.policy("spared")
     for policy in (met, spared):
-        assert "skipped_steps" not in case.update(policy, good_loss)
+        assert "skipped_steps" not in case.update(policy, good)
     before, state = weights(met), moments(met)
     for number in (1, 2):
         row = case.update(met, bad)
         assert row["skipped_steps"] == 1.0 and "lr" not in row, row
-        assert row["loss"] == row["loss"] if case.kind == "gradient" else row["loss"] != row["loss"], row
+        assert (row["loss"] == row["loss"]) == (case.kind == "gradient"), row
         assert (met.skips.in_row, met.skips.total, met.optimizer_steps) == (number, number, 1)
         assert same(before, weights(met)) and same(state, moments(met)), case.text
-    after = [case.update(policy, good_loss) for policy in (met, spared)]
+    after = [case.update(policy, good) for policy in (met, spared)]
     assert met.skips.in_row == 0 and met.skips.total == 2
     # lr too: the schedule is where it would be
     assert after[0] == after[1], after
@@ -127,7 +140,7 @@ def check_stop(case: Case, met: Policy, bad: Any) -> None:
         said = str(error)
     else:
         raise AssertionError("a third step was left out")
-    what = "the loss is nan at optimizer step 2" if case.kind == "loss" else "the gradient norm is nan"
+    what = "the gradient norm is nan" if case.kind == "gradient" else "the loss is nan at optimizer step 2"
     for words in (what, "3 such steps in a row", "guards.not_finite.max_in_row=2", "offending/step_7"):
         assert words in said, said
     assert same(before, weights(met))

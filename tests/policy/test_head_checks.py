@@ -134,10 +134,10 @@ def test_memory_counts_every_model(folder: Path, monkeypatch: pytest.MonkeyPatch
     scalar = with_scalar_head(language)
     # one rank: 20 bytes a weight for what is trained (4 + 4 + 12), 4 for what is not
     needed = 20 * language.parameters + 20 * scalar.parameters + 4 * scalar.parameters
-    monkeypatch.setattr("aligner.check.torch.cuda.is_available", lambda: False)
-    monkeypatch.setattr("aligner.check.os.sysconf", lambda name: 1 if name == "SC_PAGE_SIZE" else needed)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("aligner.memory.os.sysconf", lambda name: 1 if name == "SC_PAGE_SIZE" else needed)
     check(config(folder), ["policy", "critic", "reward_model"], world_size=1)
-    monkeypatch.setattr("aligner.check.os.sysconf", lambda name: 1 if name == "SC_PAGE_SIZE" else needed - 1)
+    monkeypatch.setattr("aligner.memory.os.sysconf", lambda name: 1 if name == "SC_PAGE_SIZE" else needed - 1)
     with pytest.raises(ValueError, match=r"the roles on this host need about"):
         check(config(folder), ["policy", "critic", "reward_model"], world_size=1)
 

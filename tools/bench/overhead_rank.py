@@ -27,6 +27,7 @@ from aligner.data.prompts import Prompt
 from aligner.data.samples import Samples
 from aligner.driver import loop as driver_loop
 from aligner.driver.config import LoggingConfig
+from aligner.masking import Mask
 from aligner.objective.advantages import group_advantages
 from aligner.objective.losses import clipped_surrogate
 from aligner.policy.config import PolicyConfig
@@ -280,8 +281,8 @@ def _job(prompts: int, steps: int, folder: Path) -> Any:
     sets = SimpleNamespace(training=data, left_out=Counter(), heldout=[], heldout_pairs=[], heldout_answers=[])
     settings = GrpoConfig(group_size=GROUP, advantages=partial(group_advantages, normalize="std"),
                           loss=partial(clipped_surrogate, clip_low=0.2, clip_high=0.28))  # fmt: skip
-    checked = SimpleNamespace(data=sets, heldout=[])
-    return SimpleNamespace(config=config, loop=grpo, settings=settings, roles=settings.roles, checked=checked)
+    more = {"checked": SimpleNamespace(data=sets, heldout=[]), "mask": Mask()}
+    return SimpleNamespace(config=config, loop=grpo, settings=settings, roles=settings.roles, **more)
 
 
 def _memory() -> int:
