@@ -80,7 +80,7 @@ def options() -> argparse.ArgumentParser:
         "--batch",
         type=int,
         default=4096,
-        help="rows that are written together; a kill loses at most these (default %(default)s)",
+        help="rows written together: the most that a kill loses (default %(default)s)",
     )
     add("--tensor", type=int, default=1, help="tensor-parallel size of an engine (default %(default)s)")
     add("--dtype", choices=list(ELEMENT_BYTES), help="of weights and computation (default: as config.json says)")
