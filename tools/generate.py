@@ -76,7 +76,12 @@ def options() -> argparse.ArgumentParser:
     add("--system", help="a system message before every conversation")
     add("--prompt-field", help='where rows have the text or the messages (default: "prompt" or "messages")')
     add("--logprobs", action="store_true", help="write token_ids, and log p of each (after temperature, top-k, top-p)")
-    add("--batch", type=int, default=512, help="rows between two writings to the disk (default %(default)s)")
+    add(
+        "--batch",
+        type=int,
+        default=4096,
+        help="rows written together: the most that a kill loses (default %(default)s)",
+    )
     add("--tensor", type=int, default=1, help="tensor-parallel size of an engine (default %(default)s)")
     add("--dtype", choices=list(ELEMENT_BYTES), help="of weights and computation (default: as config.json says)")
     add("--max-model-len", type=int, help="longest prompt with its answer (default: what the rows need)")

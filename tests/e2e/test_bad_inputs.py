@@ -282,6 +282,23 @@ SETTINGS = [
         "algorithm.roles=[policy] train.eval_every=1",
         ("train.eval_every=1", "train.eval_every=0"),
     ),
+    Case("best_never_evaluated", "train.keep_best=true", ("train.keep_best=true", "set train.eval_every=10")),
+    Case(
+        "best_of_nothing",
+        "train.keep_best=true train.eval_every=1 data.eval_path=null",
+        ("train.keep_best=true", "give data.eval_path"),
+    ),
+    Case(
+        "best_metric",
+        "train.keep_best=true train.eval_every=1 train.best_metric=reward",
+        ("train.best_metric=reward", "use accuracy"),
+    ),
+    Case("export_keep", "train.export_keep=-1", ("train.export_keep=-1 must be at least 0",)),
+    Case(
+        "starts_from_its_own_export",
+        "run_dir={bad}/again overwrite=true model.path={bad}/again/best",
+        ("model.path={bad}/again/best is an export of the run in run_dir={bad}/again", "another run_dir"),
+    ),
     Case("run_dir_used", "run_dir={bad}/used", ("run_dir={bad}/used already holds a run", "overwrite=true")),
     Case(
         "run_dir_is_a_file",
@@ -437,6 +454,8 @@ def _write_bad(bad: Path, good: Path) -> None:
     (model("bad_tokenizer") / "tokenizer.json").write_text("{}")
     edit(model("endless") / "config.json", eos_token_id=None)
     edit(bad / "endless/generation_config.json", eos_token_id=None)
+    model("again/exports/step_4")
+    (bad / "again" / "best").symlink_to("exports/step_4")
     weights = model("truncated") / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     for name, size in [("lacking", None), ("misshapen", 63)]:
