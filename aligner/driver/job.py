@@ -43,7 +43,7 @@ class Job:
         from aligner.driver.loop import run_job
         from aligner.spmd.world import World
 
-        world = World(self.config.timeout_seconds)
+        world = World(self.config.timeout_seconds, self.config.hang, self.config.run_dir)
         try:
             run_job(self, world)
         except BaseException as error:

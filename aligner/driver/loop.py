@@ -74,6 +74,7 @@ class Driver:
         self._forget()
         start = time.perf_counter()
         self._at(1)
+        self.world.activity.in_loop = True
         for step, result in enumerate(self.job.loop(self.roles, stream, self.job.settings), start=1):
             row = self._row(result, time.perf_counter() - start)
             if evaluates and (step % train.eval_every == 0 or step == train.steps):
@@ -161,8 +162,10 @@ class Driver:
             write_samples(self.run_dir, step, items)
 
     def _finish(self) -> None:
+        self.world.activity.in_loop = False
         self.world.timeline.close()
-        dist.barrier()  # the report reads every rank's
+        with self.world.timeline.span("wait", "all ranks", range(self.world.size)):
+            dist.barrier()  # the report reads every rank's
         saved = (
             {role.name: self.run_dir / ("model" if role.name == "policy" else role.name) for role in self.roles.trained}
             if self.config.train.save
