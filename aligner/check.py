@@ -120,6 +120,10 @@ def _check_values(config: Config) -> None:
     config.logging.check()
     config.reshard.check()
     config.stream.check()
+    config.hang.check()
+    memory = config.reward.memory_mib
+    if memory is not None and memory < 256:
+        raise ValueError(f"reward.memory_mib={memory} is less than Python takes; use 256 or more, or null.")
     if (Path(config.run_dir) / "metrics.jsonl").exists() and not config.overwrite:
         raise ValueError(f"run_dir={config.run_dir} already holds a run; choose another folder or set overwrite=true.")
     sampling = config.sampling
@@ -275,6 +279,7 @@ def _check_reward(config: Config, roles: list[str]) -> None:
     names = [part.name for part in parts]
     if named is not None and named not in names:
         raise ValueError(f"train.eval_reward={named} is no component of the reward; use {', '.join(names)}, or null.")
+    config.hang.check(max(part.timeout_s for part in parts))
     for part in parts:
         if part.component.model and "reward_model" not in roles:
             raise ValueError(f"{part.source} needs the role reward_model; add it to algorithm.roles={roles}.")

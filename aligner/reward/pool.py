@@ -6,7 +6,7 @@ import math
 import os
 import signal
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, wait
 from concurrent.futures.process import BrokenProcessPool
 from types import TracebackType
@@ -32,6 +32,7 @@ class RulePool:
         workers: int = 2,
         timeout_s: float = 5.0,
         where: str = "reward",
+        memory_bytes: int | None = None,
     ) -> None:
         """
         Args:
@@ -40,6 +41,7 @@ class RulePool:
             workers: processes.
             timeout_s: limit for one row, in seconds; importing the rule is not counted.
             where: what stands before rule, kwargs, ... in messages.
+            memory_bytes: of one worker; beyond it the row fails with MemoryError. None: no limit.
 
         Raises:
             ValueError: the rule cannot be imported or called so, or refuses these arguments; names reward.rule, ...
@@ -54,7 +56,10 @@ class RulePool:
         self._rule = f"{os.path.abspath(path)}:{function}" if path.endswith(".py") else rule
         self._kwargs = dict(kwargs or {})
         self._workers = workers
-        self._timeout_s = timeout_s
+        self._timeout_s, self._memory_bytes = timeout_s, memory_bytes
+        self._futures: dict[int, Future[Score]] = {}
+        self.progress: Callable[[], None] = lambda: None
+        """Called after each row."""
         self._pool = self._start()
         self._check_rule()
 
@@ -72,6 +77,10 @@ class RulePool:
         lost = Score(math.nan, Status.FAILED, math.nan, f"the pool of workers broke {POOL_LIVES} times")
         return [scores.get(i, lost) for i in range(len(items))]
 
+    def under_way(self) -> list[int]:
+        """Items that a worker has, whoever asks."""
+        return [i for i, future in list(self._futures.items()) if future.running()]
+
     def close(self) -> None:
         """End the workers, whatever they do. May be called again."""
         self._pool.stop()
@@ -84,7 +93,9 @@ class RulePool:
         self.close()
 
     def _start(self) -> ProcessPool:
-        return ProcessPool(self._workers, initializer=enter_worker, initargs=(self._rule,), context=WorkerContext())
+        return ProcessPool(
+            self._workers, initializer=enter_worker, initargs=(self._rule, self._memory_bytes), context=WorkerContext()
+        )
 
     def _check_rule(self) -> None:
         """In a worker, since only there does the import happen, and a rule's import may do anything."""
@@ -109,14 +120,19 @@ class RulePool:
 
     def _score_rows(self, rows: Mapping[int, Mapping[str, Any]]) -> dict[int, Score]:
         """Scores by row; rows that a broken pool has swallowed are missing."""
-        futures: dict[int, Future[Score]] = {}
+        futures = self._futures = {}
         try:
             for i, row in rows.items():
                 arguments = (self._rule, self._kwargs, row["prompt"], row["response"], row.get("fields", {}))
                 futures[i] = self._pool.schedule(score_row, arguments, timeout=self._timeout_s)
         except RuntimeError:  # the pool broke while rows were handed in
             pass
-        return {i: self._outcome(future) for i, future in futures.items() if self._settled(future)}
+        found = {}
+        for i, future in futures.items():
+            if self._settled(future):
+                found[i] = self._outcome(future)
+            self.progress()
+        return found
 
     def _outcome(self, future: Future[Score]) -> Score:
         try:

@@ -28,10 +28,13 @@ CONSOLE_RANKS = 32
 OWN_THREAD = "aligner-watch"
 
 
-def statement(rank: int, journal: Journal, activity: Activity, whole: bool = True) -> Statement:
+def statement(
+    rank: int, journal: Journal, activity: Activity, whole: bool = True, error: BaseException | None = None
+) -> Statement:
     """This rank's; called beside the main thread.
 
     Args:
+        error: that has ended the main thread's work: its stack is shown in place of the present one.
         whole: all threads' stacks with their source lines; else the main thread's places only, which takes microseconds.
     """
     chain, call = activity.chain(), journal.calls[-1]
@@ -45,7 +48,7 @@ def statement(rank: int, journal: Journal, activity: Activity, whole: bool = Tru
         "doing": [[one.kind, one.what, [*one.ranks]] for one in chain[1:] or chain],
         "seconds": time.monotonic() - chain[-1].since,
         "details": _details(activity, whole),
-        "stacks": _stacks() if whole else {"MainThread": _places(_main_frame())},
+        "stacks": _stacks(error) if whole else {"MainThread": _places(_main_frame())},
         "at": time.time(),
     }
 
@@ -63,7 +66,9 @@ def _details(activity: Activity, whole: bool) -> list[str]:
 def shortened(text: str) -> str:
     """A prompt or response in one line."""
     line = repr(text)
-    return line if len(line) <= SHORT else f"{line[: SHORT * 2 // 3]} [...] {line[-SHORT // 3 :]} ({len(text)} characters)"
+    return (
+        line if len(line) <= SHORT else f"{line[: SHORT * 2 // 3]} [...] {line[-SHORT // 3 :]} ({len(text)} characters)"
+    )
 
 
 def _main_frame() -> FrameType | None:
@@ -80,7 +85,7 @@ def _places(frame: FrameType | None) -> list[str]:
     return found
 
 
-def _stacks() -> dict[str, list[str]]:
+def _stacks(error: BaseException | None) -> dict[str, list[str]]:
     """Thread -> its calls, outermost first; the main thread first, the watch left out."""
     names = {thread.ident: thread.name for thread in threading.enumerate()}
     main = threading.main_thread().ident
@@ -90,9 +95,13 @@ def _stacks() -> dict[str, list[str]]:
         name = names.get(ident, f"thread {ident}")
         if name == OWN_THREAD:
             continue
-        calls = traceback.extract_stack(frames[ident])
+        of_error = error is not None and ident == main
+        calls = (
+            traceback.extract_tb(error.__traceback__) if error and of_error else traceback.extract_stack(frames[ident])
+        )
         name = name if name not in found else f"{name} ({ident})"
         found[name] = [f"{one.filename}:{one.lineno} {one.name}: {one.line or ''}" for one in calls]
+        found[name] += [f"{type(error).__name__}: {str(error)[:SHORT]}"] if of_error else []
     return found
 
 
@@ -128,13 +137,16 @@ def headline(verdict: Verdict, said: Mapping[int, Statement]) -> str:
     one = said.get(first)
     process = f" (process {one['pid']} on {one['host']})" if one else ""
     at = f"at {place_text(one)}; in {doing_text(one)}" if one else "before it had said anything"
+    others = [other for rank, other in said.items() if rank not in ranks]
+    ahead = max(others, key=lambda other: int(other["number"]), default=None)
     is_, has = ("is", "has") if len(ranks) == 1 else ("are", "have")
     if verdict["kind"] == "dead":
         return (
-            f"{who} died{process if len(ranks) == 1 else ''}: killed, or ended by itself; it was last seen {at}.{_killer(said)}"
+            f"{who} died{process if len(ranks) == 1 else ''}: killed, or ended by itself; last seen {at}"
+            f"{f'; others are at {place_text(ahead)}' if ahead else ''}.{_killer(said)}"
         )
     if verdict["kind"] == "stopped":
-        return f"{who} {is_} stopped{process} since {verdict['seconds']:.0f} s (SIGSTOP, or a debugger) {at}."
+        return f"{who} {is_} stopped{process}, for {verdict['seconds']:.0f} s (SIGSTOP, or a debugger) {at}."
     if verdict["kind"] == "silent":
         return (
             f"{who} {has} been silent for {verdict['seconds']:.0f} s (hang.dead_seconds){process} {at}. Either the host is "
@@ -194,7 +206,9 @@ def _row(rank: int, said: Statement | None, answered: bool) -> tuple[str, ...]:
 
 def _table(rows: Sequence[tuple[str, ...]]) -> str:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )
 
 
 def grouped_table(known: Mapping[int, Statement]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 from collections.abc import Mapping
@@ -69,14 +70,15 @@ class Neighbours:
         self._store, self._me, self._count = store, me, count
         self._key = f"processes/{_machine()}"
         self._known: dict[int, Process] = {}
-        store.append(self._key, f"{me.rank} {me.pid} {me.started};")
+        store.append(self._key, f"{me.rank} {me.pid} {me.started};")  # type: ignore[attr-defined]  # torch's stub lacks it
 
     def all(self) -> Mapping[int, Process]:
-        """By rank, this one left out, as far as they have told."""
+        """By rank, this one left out, as far as they have told; the store may be gone."""
         if len(self._known) < self._count - 1:
-            told = self._store.get(self._key).decode().split(";")[:-1]
-            found = [Process(*map(int, one.split())) for one in told]
-            self._known = {process.rank: process for process in found if process.rank != self._me.rank}
+            with contextlib.suppress(RuntimeError):
+                told = self._store.get(self._key).decode().split(";")[:-1]
+                found = [Process(*map(int, one.split())) for one in told]
+                self._known = {process.rank: process for process in found if process.rank != self._me.rank}
         return self._known
 
     def states(self) -> dict[int, str]:
@@ -86,7 +88,10 @@ class Neighbours:
 
 def _machine() -> str:
     parts = [socket.gethostname()]
-    for read in (lambda: Path("/proc/sys/kernel/random/boot_id").read_text().strip(), lambda: os.readlink("/proc/self/ns/pid")):
+    for read in (
+        lambda: Path("/proc/sys/kernel/random/boot_id").read_text().strip(),
+        lambda: os.readlink("/proc/self/ns/pid"),
+    ):
         try:
             parts.append(read())
         except OSError:

@@ -9,6 +9,7 @@ leaves as soon as the rank that gave the verdict has written the report.
 from __future__ import annotations
 
 import json
+import math
 import os
 import select
 import signal
@@ -62,15 +63,19 @@ class Watch:
         self.neighbours = Neighbours(self.store, this_process(rank), int(os.environ.get("LOCAL_WORLD_SIZE", size)))
         self._last_words = LastWords(self.folder, rank, 0.6 * self.config.dead_seconds)
         self._pulse = Pulse(range(size) if rank == 0 else [0], self.config)
-        self._published, self._heard, self._beats, self._all_there = -1, (), 0, False
+        self._published, self._beats, self._all_there = -1, 0, False
+        self._heard: tuple[Any, ...] = ()
         self._stopped_at: dict[int, float] = {}
         self._kills = out_of_memory_kills()
         self._end_at: float | None = None
+        self._error: BaseException | None = None
         self._bell, self._ear = socket.socketpair()
+        self._looked_at = time.monotonic()
         self.stopped = threading.Event()
         self._listen()
         self.thread = threading.Thread(target=self._run, name=doctor.OWN_THREAD, daemon=True)
         self.thread.start()
+        threading.Thread(target=self._watch_store, name=doctor.OWN_THREAD, daemon=True).start()
 
     def stop(self) -> None:
         """End the thread (a clean end of the job)."""
@@ -83,7 +88,9 @@ class Watch:
     def dead(self) -> list[int]:
         """Ranks known to be dead, stopped or silent: their processes on this host are gone or stopped, or the job's
         verdict says so. May be called from any thread, and in a signal's handler."""
-        found = {rank for rank, state in self.neighbours.states().items() if state == STOPPED or self._died(rank, state)}
+        found = {
+            rank for rank, state in self.neighbours.states().items() if state == STOPPED or self._died(rank, state)
+        }
         if self.store.check(["verdict"]):
             verdict = json.loads(self.store.get("verdict"))
             found |= set(verdict["ranks"] if verdict["kind"] in ("dead", "stopped", "silent") else ())
@@ -91,6 +98,7 @@ class Watch:
 
     def fail(self, error: BaseException, message: str) -> None:
         """This rank's error ends the job: report it, unless something else has ended the job before."""
+        self._error = error
         if epilogue.is_lost_connection(error):
             # Not the cause but what follows from it: the dead rank is about to be named, and this process to leave.
             self._bell.send(b"\0")
@@ -108,12 +116,13 @@ class Watch:
 
     def _run(self) -> None:
         try:
-            while True:
+            while not self.stopped.is_set():
+                self._publish()
                 numbers = self._rest()
                 if self.stopped.is_set():
                     return
-                self._publish()
                 self._look(signal.SIGTERM in numbers)
+                self._looked_at = time.monotonic()
                 if self.store.check(["verdict"]):
                     self._leave(json.loads(self.store.get("verdict")))
         except (RuntimeError, ConnectionError) as error:
@@ -215,6 +224,7 @@ class Watch:
 
     def _leave(self, verdict: Verdict) -> None:
         """Say what this rank was doing; report, or wait for the report; leave."""
+        self._looked_at = math.inf
         failed = verdict["kind"] == "failed"
         if verdict["by"] == self.rank and failed:
             time.sleep(PATIENCE + GRACE)  # the main thread reports and leaves by itself
@@ -241,7 +251,7 @@ class Watch:
                 os.kill(process.pid, signal.SIGKILL)
 
     def _say(self, verdict: Verdict) -> None:
-        mine: dict[str, Any] = doctor.statement(self.rank, self.journal, self.activity)
+        mine = doctor.statement(self.rank, self.journal, self.activity, error=self._error)
         there = self.journal.at(verdict["number"]) if "number" in verdict else None
         mine |= {"there": str(there) if there else "", "kills": out_of_memory_kills() - self._kills}
         self.store.set(f"said/{self.rank}", json.dumps(mine))
@@ -251,6 +261,17 @@ class Watch:
         said, heard = epilogue.collect(self.store, self.size, named, GRACE)
         epilogue.publish(verdict, said, heard, self.size, self.folder, error)
         self.store.set("reported", "1")
+
+    def _watch_store(self) -> None:
+        """A call to a store whose host is frozen, or whose network is gone, waits for ever."""
+        last = time.monotonic()
+        while not self.stopped.wait(self.period):
+            now = time.monotonic()
+            if now - last > self.config.dead_seconds / 2:  # it was this process that slept
+                self._looked_at = max(self._looked_at, now)
+            last = now
+            if now - self._looked_at > self.config.dead_seconds + GRACE:
+                self._store_lost(TimeoutError(f"no answer for {now - self._looked_at:.0f} s"))
 
     def _store_lost(self, error: Exception) -> None:
         """The launcher of the first host has ended, or rank 0 where there is no launcher: nobody can be asked."""
