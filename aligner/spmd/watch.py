@@ -48,6 +48,7 @@ class Watch:
         activity: Activity,
         rank: int,
         size: int,
+        attempt: str = "",
         config: HangConfig | None = None,
         run_dir: str | Path | None = None,
         period: float = PERIOD,
@@ -59,7 +60,7 @@ class Watch:
         self.journal, self.activity, self.rank, self.size, self.period = journal, activity, rank, size, period
         self.config = config or HangConfig()
         self.folder = Path(run_dir) / doctor.FOLDER if run_dir is not None else None
-        self.store = own_store("watch")  # a blocking call of the main thread must not hold up the watch
+        self.store = own_store("watch", attempt)  # a blocking call of the main thread must not hold up the watch
         self.neighbours = Neighbours(self.store, this_process(rank), int(os.environ.get("LOCAL_WORLD_SIZE", size)))
         self._last_words = LastWords(self.folder, rank, 0.6 * self.config.dead_seconds)
         self._pulse = Pulse(range(size) if rank == 0 else [0], self.config)

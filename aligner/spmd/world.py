@@ -16,6 +16,7 @@ from aligner.spmd.activity import Activity
 from aligner.spmd.hang import HangConfig
 from aligner.spmd.journal import Journal
 from aligner.spmd.residency import Residency
+from aligner.spmd.store import agree_on_attempt, own_store
 from aligner.spmd.timeline import Timeline
 from aligner.spmd.watch import Watch
 
@@ -45,12 +46,18 @@ class World:
         self.device = torch.device("cuda", self.local_rank) if cuda else torch.device("cpu")
         if cuda:
             torch.cuda.set_device(self.device)
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(seconds=timeout_seconds))
+        self.attempt = agree_on_attempt(self.rank, self.size)
+        """Names this attempt of a job that its launcher may restart."""
+        store: dict[str, Any] = {}
+        if self.attempt:
+            store = {"store": own_store("world", self.attempt), "rank": self.rank, "world_size": self.size}
+        backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds), **store)
         self.journal = Journal(self.rank)
         self.activity = Activity()
         self.timeline = Timeline(self.rank, self.activity)
         self.residency = Residency(self.device)
-        self.watch = Watch(self.journal, self.activity, self.rank, self.size, hang, run_dir)
+        self.watch = Watch(self.journal, self.activity, self.rank, self.size, self.attempt, hang, run_dir)
         self._groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
         self._closers: list[Callable[[], Any]] = []
 
