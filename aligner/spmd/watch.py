@@ -207,7 +207,7 @@ class Watch:
                 return {"kind": "lockstep", "ranks": list(range(self.size)), "number": number}
         verdict = self._pulse.look(published if self.rank else published[::2], time.monotonic())
         if verdict is None or verdict["kind"] != "silent":
-            return verdict
+            return verdict if self.rank == 0 else None  # who sees one rank only cannot say whom it waits for
         ended = [rank for rank in verdict["ranks"] if self.store.check([f"ends/{rank}"])]
         if ended:
             return None
