@@ -20,6 +20,8 @@ __all__ = ["RulePool", "Score", "Status"]
 
 IMPORT_LIMIT_S = 120.0
 POOL_LIVES = 3
+HOPELESS_S = 30.0
+"""After so many seconds of nothing but timeouts, from the first row of a call on, the rest of it is given up."""
 
 
 class RulePool:
@@ -127,12 +129,25 @@ class RulePool:
                 futures[i] = self._pool.schedule(score_row, arguments, timeout=self._timeout_s)
         except RuntimeError:  # the pool broke while rows were handed in
             pass
-        found = {}
+        start, found = time.monotonic(), {}
         for i, future in futures.items():
             if self._settled(future):
                 found[i] = self._outcome(future)
             self.progress()
+            late = all(score.status is Status.TIMEOUT for score in found.values())
+            if late and len(found) >= 2 * self._workers and time.monotonic() - start > HOPELESS_S:
+                return self._give_up(futures, found)
         return found
+
+    def _give_up(self, futures: Mapping[int, Future[Score]], found: Mapping[int, Score]) -> dict[int, Score]:
+        """The rest would take rows / workers * timeout_s to say the same."""
+        rest = [i for i in futures if i not in found]
+        for i in rest:
+            futures[i].cancel()
+        detail = (
+            f"not tried: the first {len(found)} rows all had no score within {self._where}.timeout_s={self._timeout_s}"
+        )
+        return {**found, **dict.fromkeys(rest, Score(math.nan, Status.TIMEOUT, math.nan, detail))}
 
     def _outcome(self, future: Future[Score]) -> Score:
         try:
