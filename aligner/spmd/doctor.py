@@ -137,19 +137,21 @@ def headline(verdict: Verdict, said: Mapping[int, Statement]) -> str:
     one = said.get(first)
     process = f" (process {one['pid']} on {one['host']})" if one else ""
     at = f"at {place_text(one)}; in {doing_text(one)}" if one else "before it had said anything"
+    # what a rank told last may be a second old, and short calls have gone by since
     others = [other for rank, other in said.items() if rank not in ranks]
     ahead = max(others, key=lambda other: int(other["number"]), default=None)
+    beside = f"; others are at {place_text(ahead)}" if ahead else ""
     is_, has = ("is", "has") if len(ranks) == 1 else ("are", "have")
     if verdict["kind"] == "dead":
         return (
             f"{who} died{process if len(ranks) == 1 else ''}: killed, or ended by itself; last seen {at}"
-            f"{f'; others are at {place_text(ahead)}' if ahead else ''}.{_killer(said)}"
+            f"{beside}.{_killer(said)}"
         )
     if verdict["kind"] == "stopped":
-        return f"{who} {is_} stopped{process}, for {verdict['seconds']:.0f} s (SIGSTOP, or a debugger) {at}."
+        return f"{who} {is_} stopped{process}, for {verdict['seconds']:.0f} s (SIGSTOP, or a debugger) {at}{beside}."
     if verdict["kind"] == "silent":
         return (
-            f"{who} {has} been silent for {verdict['seconds']:.0f} s (hang.dead_seconds){process} {at}. Either the host is "
+            f"{who} {has} been silent for {verdict['seconds']:.0f} s (hang.dead_seconds){process} {at}{beside}. Either the host is "
             "gone or frozen, or a computation keeps Python's lock."
         )
     if verdict["kind"] == "hang":
