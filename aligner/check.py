@@ -119,8 +119,7 @@ def _check_values(config: Config) -> None:
         value = _get(config, key)
         if not value >= least:
             raise ValueError(f"{key}={value} must be at least {least}.")
-    if not 0 <= config.reward.max_missing <= 1:
-        raise ValueError(f"reward.max_missing={config.reward.max_missing} must be between 0 and 1.")
+    config.reward.check()
     config.policy.check("policy")
     config.reference.check()
     config.critic.check("critic")
@@ -132,6 +131,7 @@ def _check_values(config: Config) -> None:
     config.reshard.check()
     config.stream.check()
     config.checkpoint.check()
+    config.hang.check()
     if os.environ.get("RANK", "0") == "0":  # whose launch owns the folder
         how_to_start(Path(config.run_dir), config.checkpoint, config.overwrite, config.train.steps)
     sampling = config.sampling
@@ -281,6 +281,7 @@ def _check_reward(config: Config, roles: list[str]) -> None:
     names = [part.name for part in parts]
     if named is not None and named not in names:
         raise ValueError(f"train.eval_reward={named} is no component of the reward; use {', '.join(names)}, or null.")
+    config.hang.check(max(part.timeout_s for part in parts))
     for part in parts:
         if part.component.model and "reward_model" not in roles:
             raise ValueError(f"{part.source} needs the role reward_model; add it to algorithm.roles={roles}.")

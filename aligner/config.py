@@ -28,6 +28,7 @@ from aligner.policy.config import CriticConfig, PolicyConfig, ReferenceConfig, R
 from aligner.reshard.config import ReshardConfig
 from aligner.reward.config import RewardConfig
 from aligner.rollout.config import RolloutConfig, Sampling, StreamConfig
+from aligner.spmd.hang import HangConfig
 from aligner.spmd.placement import Placement
 from aligner.spmd.residency_config import ResidencyConfig
 
@@ -82,6 +83,8 @@ class Config:
     """How weights get from the policy to the rollout engines."""
     residency: ResidencyConfig = field(default_factory=ResidencyConfig)
     """How roles on the same ranks share their memory."""
+    hang: HangConfig = field(default_factory=HangConfig)
+    """When a job that stands still is ended, with a report of every rank."""
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     """Console, wandb, samples."""
     guards: GuardConfig = field(default_factory=GuardConfig)

@@ -14,7 +14,7 @@ import os
 import re
 import shutil
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,8 +68,12 @@ def write_json(file: Path, value: object) -> Sum:
     return write_text(file, json.dumps(value))
 
 
-def write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> Sum:
-    """Write host tensors as safetensors, through to the disk; each byte is hashed as it is written."""
+def write_tensors(file: Path, tensors: Mapping[str, Tensor], tick: Callable[[], None] = lambda: None) -> Sum:
+    """Write host tensors as safetensors, through to the disk; each byte is hashed as it is written.
+
+    Args:
+        tick: called after each few MiB.
+    """
     header: dict[str, Any] = {}
     end = 0
     for name, tensor in tensors.items():
@@ -80,10 +84,10 @@ def write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> Sum:
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 64)
     bodies = (tensor.view(-1).view(torch.uint8).numpy().data for tensor in tensors.values())
-    return _write(file, [struct.pack("<Q", len(text)), text, *bodies])
+    return _write(file, [struct.pack("<Q", len(text)), text, *bodies], tick)
 
 
-def _write(file: Path, parts: Sequence[Any]) -> Sum:
+def _write(file: Path, parts: Sequence[Any], tick: Callable[[], None] = lambda: None) -> Sum:
     digest, written = xxhash.xxh3_128(), 0
     with file.open("wb", buffering=0) as out:
         for part in parts:
@@ -94,6 +98,7 @@ def _write(file: Path, parts: Sequence[Any]) -> Sum:
                 while chunk:  # a disk that is nearly full takes a part
                     taken = out.write(chunk)
                     written, chunk = written + taken, chunk[taken:]
+                tick()
         os.fsync(out.fileno())
     return written, digest.hexdigest()
 
@@ -151,13 +156,14 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return {**found, "files": files}
 
 
-def verify(folder: Path, files: Mapping[str, Sum]) -> None:
+def verify(folder: Path, files: Mapping[str, Sum], tick: Callable[[], None] = lambda: None) -> None:
     """Raises Broken, naming the first of `files` that does not hold what was written."""
     for name, (_, expected) in files.items():
         digest = xxhash.xxh3_128()
         with (folder / name).open("rb") as file:
             for chunk in iter(lambda: file.read(CHUNK), b""):
                 digest.update(chunk)
+                tick()
         if digest.hexdigest() != expected:
             raise Broken(f"{folder / name} is damaged: its checksum is {digest.hexdigest()}, not {expected}")
 

@@ -30,7 +30,7 @@ def find(world: World, root: Path) -> Checkpoint | None:
         try:
             manifest = read_manifest(folder)
             mine = sorted(manifest["files"])[world.rank :: world.size]
-            verify(folder, {file: manifest["files"][file] for file in mine})
+            verify(folder, {file: manifest["files"][file] for file in mine}, world.activity.tick)
         except (Broken, OSError) as error:
             wrong = str(error)
         found = [said for said in everyone(world, wrong, range(world.size)) if said]

@@ -31,7 +31,7 @@ class Saver:
 
     def __init__(self, world: World, root: Path, keep: int, beside: bool) -> None:
         self.world, self.root, self.keep, self.beside = world, root, keep, beside
-        self._store = own_store(f"checkpoints-{next(_SAVERS)}")
+        self._store = own_store(f"checkpoints-{next(_SAVERS)}", world.attempt)
         self._thread: threading.Thread | None = None
         self._saves, self._began = 0, 0.0
         self.last: Path | None = None
@@ -73,7 +73,7 @@ class Saver:
                 files[STATE] = folder.write_text(partial / STATE, shared)
             files[rank_file(rank, "json")] = folder.write_text(partial / rank_file(rank, "json"), own)
             name = rank_file(rank, "safetensors")
-            files[name] = folder.write_tensors(partial / name, tensors)
+            files[name] = folder.write_tensors(partial / name, tensors, self.world.activity.tick)
             said = {"files": files}
         except OSError as error:
             said = {"error": f"rank {rank}: {error}"}  # type: ignore[dict-item]

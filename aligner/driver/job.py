@@ -46,8 +46,8 @@ class Job:
         from aligner.driver.loop import run_job
         from aligner.spmd.world import World
 
-        world = World(self.config.timeout_seconds)
-        world.hide = self.mask.text
+        world = World(self.config.timeout_seconds, self.config.hang, self.config.run_dir)
+        world.watch.hide = self.mask.text
         try:
             run_job(self, world)
         except BaseException as error:

@@ -101,6 +101,7 @@ class Driver:
         self._forget()
         start, held_up = time.perf_counter(), 0.0
         self._at(self.before + 1)
+        self.world.activity.in_loop = True
         for step, result in enumerate(self.job.loop(self.roles, stream, self.job.settings), start=self.before + 1):
             row = self._row(result, time.perf_counter() - start)
             if held_up:
@@ -250,8 +251,10 @@ class Driver:
             write_samples(self.run_dir, step, items)
 
     def _finish(self) -> None:
+        self.world.activity.in_loop = False
         self.world.timeline.close()
-        dist.barrier()  # the report reads every rank's
+        with self.world.timeline.span("wait", "all ranks", range(self.world.size)):
+            dist.barrier()  # the report reads every rank's
         saved = (
             {role.name: self.run_dir / ("model" if role.name == "policy" else role.name) for role in self.roles.trained}
             if self.config.train.save

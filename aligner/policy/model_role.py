@@ -64,7 +64,7 @@ class ModelRole(Role):
             spec, mesh, world.rank, groups, world.device, config.dtype, sequence_parallel, config.recompute
         )
         self.bytes_read = read_into(spec, self.model.layout, self.model.view)
-        self.pipeline = Pipeline(self.model, groups, self.readout())
+        self.pipeline = Pipeline(self.model, groups, self.readout(), world.activity.tick)
 
     def parts(self) -> dict[str, Part]:
         """What this rank holds; asked before the model is built, and nothing is moved before it is."""

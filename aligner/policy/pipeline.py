@@ -23,8 +23,18 @@ Loss = Callable[[int, dict[str, Tensor]], Tensor]
 class Pipeline:
     """One role's model and groups, ready to run packed microbatches."""
 
-    def __init__(self, model: ShardedModel, groups: ProcessGroupCollection, readout: Readout) -> None:
-        self.model, self.groups, self.readout = model, groups, readout
+    def __init__(
+        self,
+        model: ShardedModel,
+        groups: ProcessGroupCollection,
+        readout: Readout,
+        progress: Callable[[], None] = lambda: None,
+    ) -> None:
+        """
+        Args:
+            progress: called at each microbatch.
+        """
+        self.model, self.groups, self.readout, self.progress = model, groups, readout, progress
 
     def forward(self, packed: Sequence[Packed]) -> list[Tensor]:
         """Forward only. The readout's result for each microbatch on the last stage; [] on the others."""
@@ -44,11 +54,13 @@ class Pipeline:
 
     def _run(self, chunks: Sequence[Any], packed: Sequence[Packed], loss: Loss, forward_only: bool) -> None:
         def forward_step(iterator: Any, module: Any) -> Any:
+            self.progress()
             number, batch = next(iterator)
             self.model.rotary.positions_T = batch.positions_T
             output = module(batch.tokens_T[None], batch.positions_T[None], batch.lengths)
 
             def loss_of(output_1TX: Tensor) -> Any:
+                self.progress()
                 value = loss(number, self._whole(self.readout(output_1TX[0], batch)))
                 # three values: Megatron then neither averages over microbatches nor scales by data shards
                 return value, torch.zeros((), dtype=torch.int, device=value.device), {}

@@ -7,7 +7,7 @@ import math
 import re
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -24,8 +24,15 @@ WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "
 class Scorer(Protocol):
     """Scores rows on this rank."""
 
+    progress: Callable[[], None]
+    """Called whenever rows have been scored, or given up."""
+
     def score(self, items: Sequence[Mapping[str, Any]]) -> list[Score]:
         """One score for each {'prompt': str, 'response': str, 'fields': dict}, in the same order."""
+        ...
+
+    def under_way(self) -> list[int]:
+        """Which items of the present call are being scored; asked by another thread."""
         ...
 
     def close(self) -> None:
@@ -43,6 +50,7 @@ class Part:
     component: RewardComponent
     workers: int
     timeout_s: float
+    memory_mib: int | None = None
 
     @property
     def source(self) -> str:
@@ -59,7 +67,8 @@ class Part:
         """
         component = self.component
         if component.rule is not None:
-            return RulePool(component.rule, component.kwargs, self.workers, self.timeout_s, self.where)
+            memory = None if self.memory_mib is None else self.memory_mib << 20
+            return RulePool(component.rule, component.kwargs, self.workers, self.timeout_s, self.where, memory)
         if component.url is not None:
             return HttpScorer(component, self.where, self.workers, self.timeout_s)
         return None
@@ -74,7 +83,7 @@ def parts_of(reward: RewardConfig) -> list[Part]:
     if not reward.components:
         name = re.split(r"[.:]", reward.rule)[-1] or "rule"
         component = RewardComponent(rule=reward.rule, kwargs=reward.kwargs)
-        return [Part(name, "reward", component, reward.workers, reward.timeout_s)]
+        return [Part(name, "reward", component, reward.workers, reward.timeout_s, reward.memory_mib)]
     with_rule = reward.rule not in ("", RewardConfig.rule)
     if with_rule or reward.kwargs:
         which = f"reward.rule={reward.rule}" if with_rule else f"reward.kwargs={reward.kwargs}"
@@ -90,7 +99,7 @@ def parts_of(reward: RewardConfig) -> list[Part]:
         component = _read(RewardComponent, values, where)
         workers = reward.workers if component.workers is None else component.workers
         timeout_s = reward.timeout_s if component.timeout_s is None else component.timeout_s
-        parts.append(Part(str(name), where, component, workers, timeout_s))
+        parts.append(Part(str(name), where, component, workers, timeout_s, reward.memory_mib))
     for part in parts:
         _check(part, [other.name for other in parts])
     if all(part.component.weight == 0 for part in parts):

@@ -77,5 +77,17 @@ class RewardConfig:
     """Worker processes of each rule (requests in flight of each url) on each rank."""
     timeout_s: float = 5.0
     """Limit for one row (url: one request), in seconds."""
+    memory_mib: int | None = 4096
+    """Private memory of a worker process, in MiB, and of each that it starts: beyond it the row has failed with
+    MemoryError. null: no limit, and a rule that eats memory takes the host's ranks with it."""
     max_missing: float = 0.5
     """Fraction of a batch's rows without a score (failed, timed out, unparsable) above which the job stops, 0 to 1."""
+
+    def check(self) -> None:
+        """Raises ValueError naming the setting and the values that would work."""
+        if not 0 <= self.max_missing <= 1:
+            raise ValueError(f"reward.max_missing={self.max_missing} must be between 0 and 1.")
+        if self.memory_mib is not None and self.memory_mib < 256:
+            raise ValueError(
+                f"reward.memory_mib={self.memory_mib} is less than Python takes; use 256 or more, or null."
+            )

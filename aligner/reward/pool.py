@@ -6,7 +6,7 @@ import math
 import os
 import signal
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, wait
 from concurrent.futures.process import BrokenProcessPool
 from types import TracebackType
@@ -20,6 +20,8 @@ __all__ = ["RulePool", "Score", "Status"]
 
 IMPORT_LIMIT_S = 120.0
 POOL_LIVES = 3
+HOPELESS_S = 30.0
+"""After so many seconds of nothing but timeouts, from the first row of a call on, the rest of it is given up."""
 
 
 class RulePool:
@@ -32,6 +34,7 @@ class RulePool:
         workers: int = 2,
         timeout_s: float = 5.0,
         where: str = "reward",
+        memory_bytes: int | None = None,
     ) -> None:
         """
         Args:
@@ -40,6 +43,7 @@ class RulePool:
             workers: processes.
             timeout_s: limit for one row, in seconds; importing the rule is not counted.
             where: what stands before rule, kwargs, ... in messages.
+            memory_bytes: of one worker; beyond it the row fails with MemoryError. None: no limit.
 
         Raises:
             ValueError: the rule cannot be imported or called so, or refuses these arguments; names reward.rule, ...
@@ -54,7 +58,10 @@ class RulePool:
         self._rule = f"{os.path.abspath(path)}:{function}" if path.endswith(".py") else rule
         self._kwargs = dict(kwargs or {})
         self._workers = workers
-        self._timeout_s = timeout_s
+        self._timeout_s, self._memory_bytes = timeout_s, memory_bytes
+        self._futures: dict[int, Future[Score]] = {}
+        self.progress: Callable[[], None] = lambda: None
+        """Called after each row."""
         self._pool = self._start()
         self._check_rule()
 
@@ -72,6 +79,10 @@ class RulePool:
         lost = Score(math.nan, Status.FAILED, math.nan, f"the pool of workers broke {POOL_LIVES} times")
         return [scores.get(i, lost) for i in range(len(items))]
 
+    def under_way(self) -> list[int]:
+        """Items that a worker has, whoever asks."""
+        return [i for i, future in list(self._futures.items()) if future.running()]
+
     def close(self) -> None:
         """End the workers, whatever they do. May be called again."""
         self._pool.stop()
@@ -84,7 +95,9 @@ class RulePool:
         self.close()
 
     def _start(self) -> ProcessPool:
-        return ProcessPool(self._workers, initializer=enter_worker, initargs=(self._rule,), context=WorkerContext())
+        return ProcessPool(
+            self._workers, initializer=enter_worker, initargs=(self._rule, self._memory_bytes), context=WorkerContext()
+        )
 
     def _check_rule(self) -> None:
         """In a worker, since only there does the import happen, and a rule's import may do anything."""
@@ -109,14 +122,32 @@ class RulePool:
 
     def _score_rows(self, rows: Mapping[int, Mapping[str, Any]]) -> dict[int, Score]:
         """Scores by row; rows that a broken pool has swallowed are missing."""
-        futures: dict[int, Future[Score]] = {}
+        futures = self._futures = {}
         try:
             for i, row in rows.items():
                 arguments = (self._rule, self._kwargs, row["prompt"], row["response"], row.get("fields", {}))
                 futures[i] = self._pool.schedule(score_row, arguments, timeout=self._timeout_s)
         except RuntimeError:  # the pool broke while rows were handed in
             pass
-        return {i: self._outcome(future) for i, future in futures.items() if self._settled(future)}
+        start, found = time.monotonic(), {}
+        for i, future in futures.items():
+            if self._settled(future):
+                found[i] = self._outcome(future)
+            self.progress()
+            late = all(score.status is Status.TIMEOUT for score in found.values())
+            if late and len(found) >= 2 * self._workers and time.monotonic() - start > HOPELESS_S:
+                return self._give_up(futures, found)
+        return found
+
+    def _give_up(self, futures: Mapping[int, Future[Score]], found: Mapping[int, Score]) -> dict[int, Score]:
+        """The rest would take rows / workers * timeout_s to say the same."""
+        rest = [i for i in futures if i not in found]
+        for i in rest:
+            futures[i].cancel()
+        detail = (
+            f"not tried: the first {len(found)} rows all had no score within {self._where}.timeout_s={self._timeout_s}"
+        )
+        return {**found, **dict.fromkeys(rest, Score(math.nan, Status.TIMEOUT, math.nan, detail))}
 
     def _outcome(self, future: Future[Score]) -> Score:
         try:

@@ -12,7 +12,7 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
 
@@ -66,6 +66,9 @@ class HttpScorer:
         assert component.url is not None
         self.url, self.where, self.workers, self.timeout_s = component.url, where, workers, timeout_s
         self.retries, self.backoff_s = component.retries, component.backoff_s
+        self.progress: Callable[[], None] = lambda: None
+        """Called after each request."""
+        self._open: dict[int, int] = {}
         self.judge = Judge(component.judge, where) if component.judge else None
         self.rows_per_request = 1 if self.judge else component.rows_per_request
         for key, least in (("rows_per_request", 1), ("retries", 0), ("backoff_s", 0)):
@@ -83,7 +86,7 @@ class HttpScorer:
         size = self.rows_per_request
         batches = [items[start : start + size] for start in range(0, len(items), size)]
         threads = ThreadPoolExecutor(self.workers)
-        futures = [threads.submit(self._scores_of, batch) for batch in batches]
+        futures = [threads.submit(self._followed, size * number, batch) for number, batch in enumerate(batches)]
         # A server that drips its headers byte by byte outwits a socket's own timeout.
         one = (self.timeout_s + LONGEST_WAIT_S) * (self.retries + 1)
         done, _ = wait(futures, one * math.ceil(len(batches) / self.workers))
@@ -95,8 +98,20 @@ class HttpScorer:
             )
         return scores
 
+    def under_way(self) -> list[int]:
+        """Items of requests that have no answer yet."""
+        return [item for first, count in list(self._open.items()) for item in range(first, first + count)]
+
     def close(self) -> None:
         """Nothing is held between two batches."""
+
+    def _followed(self, first: int, batch: Sequence[Item]) -> list[Score]:
+        self._open[first] = len(batch)
+        try:
+            return self._scores_of(batch)
+        finally:
+            del self._open[first]
+            self.progress()
 
     def _scores_of(self, batch: Sequence[Item]) -> list[Score]:
         start = time.perf_counter()
@@ -108,6 +123,7 @@ class HttpScorer:
                     after = f" ({attempt + 1} attempts)" if attempt else ""
                     return self._lost(batch, error.status, error.detail + after, time.perf_counter() - start)
                 pause = min(max(self.backoff_s * 2**attempt * random.uniform(0.8, 1.2), error.wait_s), LONGEST_WAIT_S)
+                self.progress()
                 time.sleep(pause)
             except Exception as error:  # a row that cannot be written as JSON, a field that the judge's prompt lacks
                 detail = f"{type(error).__name__}: {error}"

@@ -18,6 +18,7 @@ from aligner.reward.combine import combine, reward_row
 from aligner.reward.components import Scorer, parts_of
 from aligner.reward.config import RewardConfig
 from aligner.reward.worker import Score, Status
+from aligner.spmd.doctor import shortened
 from aligner.spmd.mesh import Mesh
 from aligner.spmd.messages import everyone
 from aligner.spmd.ref import Ref
@@ -88,6 +89,7 @@ class Reward(Role):
             for part in self.parts:
                 scorer = part.scorer()
                 if scorer is not None:
+                    scorer.progress = world.activity.tick
                     self.scorers[part.name] = scorer
                     world.on_leave(scorer.close)
 
@@ -115,11 +117,22 @@ class Reward(Role):
             {"prompt": str(fields.get("prompt", "")), "response": text, "fields": fields}
             for text, fields in zip(texts, samples.fields, strict=True)
         ]
+        self.world.activity.details["reward"] = lambda: self._being_scored(items, rows)
         scores = self._by_part(items, score_B)
+        self.world.activity.details.pop("reward")
         raw = {name: _raw(of_part) for name, of_part in scores.items()}
         status = {name: torch.tensor([int(s.status) for s in of], dtype=torch.int8) for name, of in scores.items()}
         reward_B, status_B = self._combined(rows, raw, status, {name: missing_of(of) for name, of in scores.items()})
         return Scores(reward_B, status_B, texts, raw, status)
+
+    def _being_scored(self, items: Sequence[Mapping[str, Any]], rows: Sequence[int]) -> list[str]:
+        """For a report: rows that workers have, and endpoints have not answered."""
+        return [
+            f"{name}, row {rows[i] if i < len(rows) else '?'}: prompt {shortened(items[i]['prompt'])}, response "
+            f"{shortened(items[i]['response'])}"
+            for name, scorer in self.scorers.items()
+            for i in scorer.under_way()
+        ]
 
     def _by_part(self, items: Sequence[Mapping[str, Any]], score_B: Tensor | None) -> dict[str, list[Score]]:
         """Scores of each component; they wait for each other, not for their turn."""

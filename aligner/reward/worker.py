@@ -7,6 +7,7 @@ import inspect
 import math
 import multiprocessing
 import os
+import resource
 import sys
 import threading
 import time
@@ -53,8 +54,16 @@ class Score:
     """What went wrong."""
 
 
-def enter_worker(rule: str) -> None:
-    """Once in each worker, before its first row."""
+def enter_worker(rule: str, memory_bytes: int | None = None) -> None:
+    """Once in each worker, before its first row.
+
+    Args:
+        memory_bytes: private memory of this process and of each that it starts; beyond it Python raises MemoryError.
+    """
+    if memory_bytes is not None:
+        hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
+        limit = memory_bytes if hard == resource.RLIM_INFINITY else min(memory_bytes, hard)
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
     os.environ.update(CUDA_VISIBLE_DEVICES="", HIP_VISIBLE_DEVICES="", OMP_NUM_THREADS="1")
     threading.Thread(target=_die_with_parent, daemon=True).start()
     with contextlib.suppress(ValueError):  # told by rule_problem, or by the row
@@ -130,7 +139,8 @@ def _verdict(returned: Any) -> tuple[float, Status, str]:
 
 def _error_text(error: BaseException) -> str:
     frame = traceback.extract_tb(error.__traceback__)[-1]
-    return f"{type(error).__name__} at {os.path.basename(frame.filename)}:{frame.lineno}: {error}"
+    said = str(error) or ("more than reward.memory_mib allows a worker" if isinstance(error, MemoryError) else "")
+    return f"{type(error).__name__} at {os.path.basename(frame.filename)}:{frame.lineno}: {said}"
 
 
 class _Start(popen_spawn_posix.Popen):

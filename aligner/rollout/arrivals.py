@@ -12,7 +12,7 @@ class Arrivals:
     """A count in the job's store for each time that ranks gather."""
 
     def __init__(self, world: World, name: str) -> None:
-        self._rank, self._store = world.rank, own_store(f"arrivals-{name}")
+        self._rank, self._store = world.rank, own_store(f"arrivals-{name}", world.attempt)
         self._times = 0
 
     def announce(self, ranks: Collection[int]) -> Callable[[], bool]:

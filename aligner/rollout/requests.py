@@ -47,6 +47,8 @@ class Requests:
         self._started = 0
         self.version = 0
         """Version of the weights that the engine holds."""
+        self.progress: Callable[[], None] = lambda: None
+        """Called after each engine step."""
 
     @property
     def under_way(self) -> int:
@@ -84,7 +86,9 @@ class Requests:
     def advance(self) -> None:
         """One engine step: about one token for each sample that has room."""
         try:
-            for output in self._llm.step():
+            outputs = self._llm.step()
+            self.progress()
+            for output in outputs:
                 if output.finished:
                     one = self._live.pop(output.request_id)
                     one.sample = self._grown(one, output.outputs[0])

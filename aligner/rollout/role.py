@@ -78,6 +78,7 @@ class Rollout(Role):
         self.engine = RolloutEngine(
             spec.path, replica, f"{name}{first}", config, world.device, mesh.expert > 1, mesh.pipeline, sleeps
         )
+        self.engine.requests.progress = world.activity.tick
         self.weights = EngineWeights(self.engine)
         if sleeps:
             parts = parts_of(self.engine, self.weights, world.residency.meter)

@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
+from aligner.spmd.activity import Activity
+
 Kind = Literal["call", "wait"]
 FOLDER = "timeline"
 TRANSFER, STEP_END = "transfer", "end of the step"
@@ -27,8 +29,13 @@ class Timeline:
     the trace of a killed job is whole up to its last span.
     """
 
-    def __init__(self, rank: int) -> None:
+    def __init__(self, rank: int, activity: Activity | None = None) -> None:
+        """
+        Args:
+            activity: is told of every span as well, whether a trace is written or not.
+        """
         self.rank, self.step = rank, 0
+        self.activity = activity or Activity()
         self._file: TextIO | None = None
         self._origin, self._last_step = 0.0, 0
 
@@ -58,14 +65,17 @@ class Timeline:
     @contextmanager
     def span(self, kind: Kind, name: str, ranks: Sequence[int] = ()) -> Iterator[None]:
         """Time what runs inside: a role call, or a wait for something from `ranks`."""
-        if self._file is None:
-            yield
-            return
-        start = time.perf_counter()
+        self.activity.enter(kind, name, ranks)
+        traced, start = self._file is not None, time.perf_counter()
         try:
             yield
+        except BaseException:
+            self.activity.broke()
+            raise
         finally:
-            self._close_span(kind, name, ranks, start)
+            self.activity.leave()
+            if traced:
+                self._close_span(kind, name, ranks, start)
 
     def _close_span(self, kind: Kind, name: str, ranks: Sequence[int], start: float) -> None:
         args: dict[str, Any] = {"step": self.step}

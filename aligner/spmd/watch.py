@@ -1,154 +1,294 @@
-"""A thread per rank that ends the job when ranks leave lockstep or one of them fails; the reason reaches everybody.
+"""A thread per rank that ends a job which can go no further: one report on file and console, then every rank leaves.
 
-Each rank publishes its journal's recent digests in the job's store, some 2 KB and only when there are new ones; rank 0
-compares one digest of each rank, that of the last call which all have made. The first verdict, a disagreement or a
-failed rank, is final: every rank reads it within `PERIOD` seconds and leaves.
+Each rank publishes in the job's store: a heartbeat (40 bytes, every `PERIOD` seconds), its journal's recent digests and
+where it stands, both only when they are new. Rank 0 compares them; all others look after rank 0, and after the next
+process on their host. The first verdict is final: every rank reads it within `PERIOD` seconds, says what it was doing, and
+leaves as soon as the rank that gave the verdict has written the report.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
+import select
+import signal
+import socket
 import sys
 import threading
 import time
-from collections.abc import Iterable, Sequence
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
-import numpy as np
-
-from aligner.spmd.journal import Call, Journal
+from aligner.spmd import doctor, epilogue
+from aligner.spmd.activity import Activity
+from aligner.spmd.hang import HangConfig
+from aligner.spmd.histories import agree, as_bytes, first_difference, from_bytes
+from aligner.spmd.journal import Journal
+from aligner.spmd.last_words import LastWords
+from aligner.spmd.processes import GONE, STOPPED, Neighbours, out_of_memory_kills, this_process
+from aligner.spmd.pulse import Pulse, Verdict, beat_of
 from aligner.spmd.store import own_store
 
 PERIOD = 1.0
 """Seconds between two looks."""
 GRACE = 3.0
-"""Seconds that ranks get to say what they were doing."""
+"""Seconds that ranks get to say what they were doing, and that a SIGTERM gets to be explained by a death."""
+PATIENCE = 4 * GRACE
+"""Seconds after which a rank leaves without having heard that the report is written."""
 
 
 class Watch:
     """Runs beside the loop; never touches the process groups, only its own connection to the store."""
 
-    def __init__(self, journal: Journal, rank: int, size: int, period: float = PERIOD) -> None:
-        self.journal, self.rank, self.size, self.period = journal, rank, size, period
-        self.store = own_store("watch")  # a blocking call of the main thread must not hold up the watch
-        self._published, self._all_there = -1, False
+    def __init__(
+        self,
+        journal: Journal,
+        activity: Activity,
+        rank: int,
+        size: int,
+        attempt: str = "",
+        config: HangConfig | None = None,
+        run_dir: str | Path | None = None,
+        period: float = PERIOD,
+    ) -> None:
+        """
+        Args:
+            run_dir: reports go to its folder `faults`; None: to the console only.
+        """
+        self.journal, self.activity, self.rank, self.size, self.period = journal, activity, rank, size, period
+        self.config = config or HangConfig()
+        self.folder = Path(run_dir) / doctor.FOLDER if run_dir is not None else None
+        self.store = own_store("watch", attempt)  # a blocking call of the main thread must not hold up the watch
+        self.neighbours = Neighbours(self.store, this_process(rank), int(os.environ.get("LOCAL_WORLD_SIZE", size)))
+        self.hide: Callable[[str], str] = str
+        """Takes secrets out of what is said."""
+        self._last_words = LastWords(self.folder, rank, 0.6 * self.config.dead_seconds)
+        self._pulse = Pulse(range(size) if rank == 0 else [0], self.config)
+        self._published, self._beats, self._all_there = -1, 0, False
+        self._heard: tuple[Any, ...] = ()
+        self._stopped_at: dict[int, float] = {}
+        self._kills = out_of_memory_kills()
+        self._end_at: float | None = None
+        self._error: BaseException | None = None
+        self._bell, self._ear = socket.socketpair()
+        self._looked_at = time.monotonic()
         self.stopped = threading.Event()
-        self.thread = threading.Thread(target=self._run, name="aligner-watch", daemon=True)
+        self._listen()
+        self.thread = threading.Thread(target=self._run, name=doctor.OWN_THREAD, daemon=True)
         self.thread.start()
+        threading.Thread(target=self._watch_store, name=doctor.OWN_THREAD, daemon=True).start()
 
     def stop(self) -> None:
         """End the thread (a clean end of the job)."""
+        self.store.add(f"ends/{self.rank}", 1)  # answered by the store, so that nobody takes the end for a death
         self.stopped.set()
+        self._bell.send(b"\0")
         self.thread.join(timeout=2 * self.period + GRACE)
+        self._last_words.close()
 
-    def fail(self, message: str) -> bool:
-        """Publish this rank's failure. Returns whether it was the first verdict of the job."""
-        verdict = json.dumps({"rank": self.rank, "message": message})
-        try:
-            return self.store.compare_set("verdict", "", verdict).decode() == verdict
-        except RuntimeError:  # the store's host has left already
-            return False
+    def dead(self) -> list[int]:
+        """Ranks known to be dead, stopped or silent: their processes on this host are gone or stopped, or the job's
+        verdict says so. May be called from any thread, and in a signal's handler."""
+        found = {
+            rank for rank, state in self.neighbours.states().items() if state == STOPPED or self._died(rank, state)
+        }
+        if self.store.check(["verdict"]):
+            verdict = json.loads(self.store.get("verdict"))
+            found |= set(verdict["ranks"] if verdict["kind"] in ("dead", "stopped", "silent") else ())
+        return sorted(found)
+
+    def fail(self, error: BaseException, message: str) -> None:
+        """This rank's error ends the job: report it, unless something else has ended the job before."""
+        self._error = error
+        if epilogue.is_lost_connection(error):
+            # Not the cause but what follows from it: the dead rank is about to be named, and this process to leave.
+            self._bell.send(b"\0")
+            self.stopped.wait(self.config.dead_seconds + GRACE)
+        shown = "" if isinstance(error, ValueError) else "".join(traceback.format_exception(error))
+        verdict = {"kind": "failed", "ranks": [self.rank], "message": message}
+        first = self._propose(verdict)
+        if first is None:
+            sys.stderr.write(self.hide(f"aligner: error on rank {self.rank}: {message}\n{shown}"))
+        elif first:
+            self._say(verdict)
+            self._report(verdict, shown)
+        self.stopped.wait(PERIOD if first else PATIENCE)  # the watch leaves when the report is written
+        self._last_words.close()
 
     def _run(self) -> None:
         try:
-            while not self.stopped.wait(self.period):
+            while not self.stopped.is_set():
                 self._publish()
-                if self.rank == 0:
-                    self._judge()
+                numbers = self._rest()
+                if self.stopped.is_set():
+                    return
+                self._look(signal.SIGTERM in numbers)
+                self._looked_at = time.monotonic()
                 if self.store.check(["verdict"]):
                     self._leave(json.loads(self.store.get("verdict")))
-        except (RuntimeError, ConnectionError) as error:  # store gone: the launcher is ending the job
+        except (RuntimeError, ConnectionError) as error:
             if not self.stopped.is_set():
-                sys.stderr.write(f"aligner: rank {self.rank} lost the job's store ({error}); leaving.\n")
-                sys.stderr.flush()
-                os._exit(1)
+                self._store_lost(error)
+
+    def _listen(self) -> None:
+        """A SIGTERM reaches this thread while the main one is inside a collective: launchers send it after a death."""
+        for end in (self._bell, self._ear):
+            end.setblocking(False)
+        if threading.current_thread() is not threading.main_thread():
+            return
+        if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
+            signal.signal(signal.SIGTERM, _noted)
+        signal.set_wakeup_fd(self._bell.fileno(), warn_on_full_buffer=False)
+
+    def _rest(self) -> bytes:
+        """Until the next look. Returns the numbers of signals that have come."""
+        select.select([self._ear], [], [], min(self.period, 0.2) if self._end_at else self.period)
+        try:
+            return self._ear.recv(4096)
+        except BlockingIOError:
+            return b""
 
     def _publish(self) -> None:
+        self._last_words.again()
+        self._beats += 1
+        self.store.set(f"beat/{self.rank}", beat_of(self._beats, self.activity, self.journal))  # type: ignore[arg-type]
         calls = list(self.journal.calls)
         if calls[-1].number > self._published:
             self.store.set(f"calls/{self.rank}", as_bytes(calls))  # type: ignore[arg-type]  # bytes are taken too
             self._published = calls[-1].number
+        brief = doctor.statement(self.rank, self.journal, self.activity, whole=False)
+        heard = (self.activity.progress, brief["number"], brief["stacks"], brief["details"])
+        if heard != self._heard:
+            self.store.set(f"heard/{self.rank}", json.dumps(brief))
+            self._heard = heard
 
-    def _judge(self) -> None:
-        """Rank 0: find the first call in which two ranks' histories differ."""
-        keys = [f"calls/{rank}" for rank in range(self.size)]
+    def _look(self, told_to_end: bool) -> None:
+        if told_to_end and signal.getsignal(signal.SIGTERM) is _noted:
+            self._end_at = time.monotonic() + GRACE
+        verdict = self._of_processes() or self._of_beats()
+        if verdict is not None:
+            self._propose(verdict)
+        elif self._end_at is not None and time.monotonic() > self._end_at and not self.dead():
+            self.store.add(f"ends/{self.rank}", 1)
+            sys.stderr.write(f"aligner: rank {self.rank} leaves because it was told to (SIGTERM).\n")
+            sys.stderr.flush()
+            os._exit(128 + signal.SIGTERM)
+
+    def _of_processes(self) -> Verdict | None:
+        """The next rank on this host (so that each is looked after by one), and all of them where that one is dead."""
+        others = sorted(self.neighbours.all())
+        after = [rank for rank in others if rank > self.rank] or others
+        if not after:
+            return None
+        state = self.neighbours.all()[after[0]].state()
+        if self._end_at is not None or self._died(after[0], state):
+            dead = [rank for rank, state in self.neighbours.states().items() if self._died(rank, state)]
+            return {"kind": "dead", "ranks": dead} if dead else None
+        if state != STOPPED:
+            self._stopped_at.pop(after[0], None)
+            return None
+        seconds = time.monotonic() - self._stopped_at.setdefault(after[0], time.monotonic())
+        late = seconds > self.config.dead_seconds
+        return {"kind": "stopped", "ranks": [after[0]], "seconds": seconds} if late else None
+
+    def _died(self, rank: int, state: str) -> bool:
+        return state == GONE and not self.store.check([f"ends/{rank}"])
+
+    def _of_beats(self) -> Verdict | None:
+        """Rank 0: of everybody's; others: of rank 0's."""
+        keys = [f"{kind}/{rank}" for rank in self._pulse.ranks for kind in ("beat", "calls")]
         self._all_there = self._all_there or self.store.check(keys)
         if not self._all_there:
-            return
-        published = self.store.multi_get(keys)
-        if agree(published):
-            return
-        number = first_difference([from_bytes(raw) for raw in published])
-        if number is not None:
-            self.store.compare_set("verdict", "", json.dumps({"number": number}))
+            return None
+        published = self.store.multi_get(keys[:1] if self.rank else keys)
+        if self.rank == 0 and not agree(published[1::2]):
+            number = first_difference([from_bytes(raw) for raw in published[1::2]])
+            if number is not None:
+                return {"kind": "lockstep", "ranks": list(range(self.size)), "number": number}
+        verdict = self._pulse.look(published if self.rank else published[::2], time.monotonic())
+        if verdict is None or verdict["kind"] != "silent":
+            return verdict if self.rank == 0 else None  # who sees one rank only cannot say whom it waits for
+        ended = [rank for rank in verdict["ranks"] if self.store.check([f"ends/{rank}"])]
+        if ended:
+            return None
+        states = {self.neighbours.states().get(rank) for rank in verdict["ranks"]}
+        kind = {GONE: "dead", STOPPED: "stopped"}.get(str(states.pop()), "silent") if len(states) == 1 else "silent"
+        return {**verdict, "kind": kind}
 
-    def _leave(self, verdict: dict) -> None:
-        if "number" not in verdict:
-            self._leave_failed(verdict)
-        number = verdict["number"]
-        here = self.journal.at(number)
-        now = self.journal.calls[-1]
-        self.store.set(f"said/{self.rank}", json.dumps([str(here) if here else "", str(now)]))
-        if self.rank == 0:
-            sys.stderr.write(self._report(number) + "\n")
-            sys.stderr.flush()
-            self.store.set("reported", "1")
-        else:
-            _wait_until(lambda: self.store.check(["reported"]), 2 * GRACE)
-        os._exit(1)
+    def _propose(self, verdict: Verdict) -> bool | None:
+        """Whether it is the job's first; None: the store's host has left."""
+        text = json.dumps({**verdict, "by": self.rank})
+        try:
+            return self.store.compare_set("verdict", "", text).decode() == text
+        except RuntimeError:
+            return None
 
-    def _leave_failed(self, verdict: dict) -> None:
-        if verdict["rank"] == self.rank:
-            time.sleep(GRACE)  # the main thread prints and leaves by itself
-        else:
-            sys.stderr.write(f"aligner: rank {self.rank} leaves because rank {verdict['rank']} failed.\n")
-            sys.stderr.flush()
-        os._exit(1)
+    def _leave(self, verdict: Verdict) -> None:
+        """Say what this rank was doing; report, or wait for the report; leave."""
+        self._looked_at = math.inf
+        failed = verdict["kind"] == "failed"
+        if verdict["by"] == self.rank and failed:
+            time.sleep(PATIENCE + GRACE)  # the main thread reports and leaves by itself
+            os._exit(1)
+        try:
+            self._say(verdict)
+            if failed:
+                sys.stderr.write(f"aligner: rank {self.rank} leaves because rank {verdict['by']} failed.\n")
+                sys.stderr.flush()
+            if verdict["by"] == self.rank:
+                self._report(verdict)
+            else:
+                epilogue.wait_until(lambda: self.store.check(["reported"]), PATIENCE)
+        finally:
+            if verdict["kind"] in ("stopped", "silent"):
+                self._kill(verdict["ranks"])
+            self._last_words.close()
+            os._exit(1)
 
-    def _report(self, number: int) -> str:
-        _wait_until(lambda: self.store.check([f"said/{r}" for r in range(self.size)]), GRACE)
-        said: dict[str, list[int]] = {}
-        for rank in range(self.size):
-            key = f"said/{rank}"
-            there, now = json.loads(self.store.get(key)) if self.store.check([key]) else ("", "unknown")
-            said.setdefault(there or f"nothing yet; last {now}", []).append(rank)
-        lines = [f"  rank(s) {', '.join(map(str, ranks))}: {what}" for what, ranks in said.items()]
-        return (
-            f"aligner: error: ranks are not in lockstep since role call {number}:\n" + "\n".join(lines) + "\n"
-            "Every rank must issue the same role calls; look for a branch on a value that differs between ranks "
-            "(bring it to every rank with ref.get() first)."
+    def _kill(self, ranks: list[int]) -> None:
+        """A rank that cannot hear would keep its launcher waiting for 30 s more."""
+        for process in (self.neighbours.all()[rank] for rank in ranks if rank in self.neighbours.all()):
+            if process.state() != GONE:
+                os.kill(process.pid, signal.SIGKILL)
+
+    def _say(self, verdict: Verdict) -> None:
+        mine = doctor.statement(self.rank, self.journal, self.activity, error=self._error)
+        there = self.journal.at(verdict["number"]) if "number" in verdict else None
+        mine |= {"there": str(there) if there else "", "kills": out_of_memory_kills() - self._kills}
+        self.store.set(f"said/{self.rank}", json.dumps(mine))
+
+    def _report(self, verdict: Verdict, error: str = "") -> None:
+        named = set(verdict["ranks"]) if verdict["kind"] in ("dead", "stopped", "silent") else set()
+        said, heard = epilogue.collect(self.store, self.size, named, GRACE)
+        epilogue.publish(verdict, said, heard, self.size, self.folder, error, self.hide)
+        self.store.set("reported", "1")
+
+    def _watch_store(self) -> None:
+        """A call to a store whose host is frozen, or whose network is gone, waits for ever."""
+        last = time.monotonic()
+        while not self.stopped.wait(self.period):
+            now = time.monotonic()
+            if now - last > self.config.dead_seconds / 2:  # it was this process that slept
+                self._looked_at = max(self._looked_at, now)
+            last = now
+            if now - self._looked_at > self.config.dead_seconds + GRACE:
+                self._store_lost(TimeoutError(f"no answer for {now - self._looked_at:.0f} s"))
+
+    def _store_lost(self, error: Exception) -> None:
+        """The launcher of the first host has ended, or rank 0 where there is no launcher: nobody can be asked."""
+        gone = [rank for rank, process in self.neighbours.all().items() if process.state() == GONE]
+        mine = doctor.statement(self.rank, self.journal, self.activity)
+        epilogue.alone(
+            mine, f"{type(error).__name__}: {error}", gone, min([self.rank, *self._living()]), self.folder, self.hide
         )
+        os._exit(1)
+
+    def _living(self) -> list[int]:
+        return [rank for rank, process in self.neighbours.all().items() if process.state() != GONE]
 
 
-def as_bytes(calls: Iterable[Call]) -> bytes:
-    """Consecutive calls: the last one's number (int64), then every digest (uint32), the last one's first."""
-    newest_first = list(calls)[::-1]
-    digests = np.array([call.digest for call in newest_first], np.uint32)
-    return np.int64(newest_first[0].number).tobytes() + digests.tobytes()
-
-
-def from_bytes(raw: bytes) -> dict[int, int]:
-    """{number: digest}."""
-    last = int(np.frombuffer(raw, np.int64, 1)[0])
-    return {last - back: digest for back, digest in enumerate(np.frombuffer(raw, np.uint32, offset=8).tolist())}
-
-
-def agree(published: Sequence[bytes]) -> bool:
-    """Whether all ranks have one digest at the last call that every rank has made; it covers all calls before it."""
-    last = [int.from_bytes(raw[:8], "little") for raw in published]
-    common = min(last)
-    places = [8 + 4 * (number - common) for number in last]  # beyond the end: a rank that no longer knows
-    return len({raw[place : place + 4] for raw, place in zip(published, places, strict=True)} - {b""}) <= 1
-
-
-def first_difference(histories: list[dict[int, int]]) -> int | None:
-    """Lowest call number at which two ranks' digests differ, or None. Histories: {number: digest} per rank."""
-    seen: dict[int, int] = {}
-    wrong = [n for history in histories for n, digest in history.items() if seen.setdefault(n, digest) != digest]
-    return min(wrong, default=None)
-
-
-def _wait_until(condition, seconds: float) -> None:  # type: ignore[no-untyped-def]
-    end = time.monotonic() + seconds
-    while time.monotonic() < end and not condition():
-        time.sleep(0.1)
+def _noted(number: int, frame: Any) -> None:
+    """SIGTERM is told to the watch, which knows whether another rank has died."""

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import os
 import sys
-import traceback
 from collections.abc import Callable, Sequence
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
 
+from aligner.spmd.activity import Activity
+from aligner.spmd.hang import HangConfig
 from aligner.spmd.journal import Journal
 from aligner.spmd.residency import Residency
-from aligner.spmd.store import meet
+from aligner.spmd.store import agree_on_attempt, own_store
 from aligner.spmd.timeline import Timeline
-from aligner.spmd.watch import GRACE, Watch
+from aligner.spmd.watch import Watch
 
 
 class World:
@@ -25,7 +27,14 @@ class World:
     CPU tensors travel by gloo and CUDA tensors by NCCL, over the same groups.
     """
 
-    def __init__(self, timeout_seconds: float = 1800.0) -> None:
+    def __init__(
+        self, timeout_seconds: float = 1800.0, hang: HangConfig | None = None, run_dir: str | Path | None = None
+    ) -> None:
+        """
+        Args:
+            timeout_seconds: limit of one collective.
+            run_dir: where reports of faults are written; None: on the console only.
+        """
         self.rank = int(os.environ.get("RANK", "0"))
         self.size = int(os.environ.get("WORLD_SIZE", "1"))
         self.local_rank = int(os.environ.get("LOCAL_RANK", "0"))
@@ -37,20 +46,18 @@ class World:
         self.device = torch.device("cuda", self.local_rank) if cuda else torch.device("cpu")
         if cuda:
             torch.cuda.set_device(self.device)
-        store = meet(self.rank, self.size, timeout_seconds)
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if cuda else "gloo",
-            store=store,
-            rank=self.rank if store else -1,
-            world_size=self.size if store else -1,
-            timeout=timedelta(seconds=timeout_seconds),
-        )
+        self.attempt = agree_on_attempt(self.rank, self.size)
+        """Names this attempt of a job that its launcher may restart."""
+        store: dict[str, Any] = {}
+        if self.attempt:
+            store = {"store": own_store("world", self.attempt), "rank": self.rank, "world_size": self.size}
+        backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds), **store)
         self.journal = Journal(self.rank)
-        self.timeline = Timeline(self.rank)
+        self.activity = Activity()
+        self.timeline = Timeline(self.rank, self.activity)
         self.residency = Residency(self.device)
-        self.watch = Watch(self.journal, self.rank, self.size)
-        self.hide: Callable[[str], str] = str
-        """Takes secrets out of what is said of an error."""
+        self.watch = Watch(self.journal, self.activity, self.rank, self.size, self.attempt, hang, run_dir)
         self._groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
         self._closers: list[Callable[[], Any]] = []
 
@@ -83,23 +90,18 @@ class World:
         for close in reversed(self._closers):
             close()
         self.journal.enter("end of the job")
-        dist.barrier()
+        with self.timeline.span("wait", "all ranks", range(self.size)):
+            dist.barrier()
         self.watch.stop()
         dist.destroy_process_group()
         _exit(0)
 
     def fail(self, error: BaseException) -> NoReturn:
-        """The other end: tell every rank, print the error once, leave with status 1.
+        """The other end: the job's report, on every rank's behalf, and status 1.
 
         A ValueError is the user's to mend and is shown without a traceback.
         """
-        message = self.hide(describe(error))
-        if self.watch.fail(message):
-            sys.stderr.write(f"aligner: error on rank {self.rank}: {message}\n")
-            if not isinstance(error, ValueError):
-                sys.stderr.write(self.hide("".join(traceback.format_exception(error))))
-            sys.stderr.flush()
-        self.watch.stopped.wait(GRACE)  # the launcher ends every rank at the first exit: let the others hear first
+        self.watch.fail(error, describe(error))
         _exit(1)
 
 

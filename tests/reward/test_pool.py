@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +17,7 @@ from aligner.reward import rules
 from aligner.reward.pool import RulePool, Score, Status
 
 RULES = """
-import ctypes, os, signal, sys, time
+import ctypes, os, signal, subprocess, sys, time
 from aligner.reward.rules import Unparsable
 
 def act(prompt, response, **fields):
@@ -29,6 +30,8 @@ def act(prompt, response, **fields):
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         while True: pass
     if what == "sleep": time.sleep(float(value))
+    if what == "eat": return len(bytearray(int(value) << 20))
+    if what == "child": return subprocess.run([sys.executable, "-c", f"bytearray({value} << 20)"]).returncode
     if what == "raise": raise KeyError(value)
     if what == "unparsable": raise Unparsable(value)
     if what == "exit": os._exit(int(value))
@@ -134,6 +137,49 @@ def test_a_worker_killed_between_two_batches_is_replaced(pool: RulePool) -> None
         after = pool.score(items("pid", "value 2"))
         assert [score.status for score in after] == [Status.OK, Status.OK]
         assert after[0].value != before.value
+
+
+def test_a_row_that_eats_memory_fails_alone(rule_file: Path) -> None:
+    """2 GiB are more than 512 MiB, in the worker and in what it starts; 100 MiB are not."""
+    with RulePool(f"{rule_file}:act", workers=1, timeout_s=20, memory_bytes=512 << 20) as pool:
+        (pid,) = pool.score(items("pid"))
+        eaten, small, child, after = pool.score(items("eat 2048", "eat 100", "child 2048", "pid"))
+    assert (eaten.status, math.isnan(eaten.value)) == (Status.FAILED, True)
+    assert "MemoryError at my_rules.py:" in eaten.detail
+    assert "reward.memory_mib" in eaten.detail
+    assert small.value == 100 << 20
+    assert child.value == 1
+    assert after.value == pid.value, "the worker lives on"
+
+
+def test_a_rule_that_always_sleeps_is_given_up(rule_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """100 rows of 1 s each are not waited for; a rule that answered once is tried on every row."""
+    monkeypatch.setattr("aligner.reward.pool.HOPELESS_S", 3.0)
+    with RulePool(f"{rule_file}:act", workers=2, timeout_s=1.0) as pool:
+        start = time.monotonic()
+        scores = pool.score(items(*["sleep 100"] * 100))
+        assert time.monotonic() - start < 50
+        assert {score.status for score in scores} == {Status.TIMEOUT}
+        assert "no score within reward.timeout_s=1.0" in scores[0].detail
+        assert "not tried: the first" in scores[-1].detail
+        scores = pool.score(items("value 1", *["sleep 100"] * 8, "value 2"))
+        assert [score.status for score in scores] == [Status.OK, *[Status.TIMEOUT] * 8, Status.OK]
+
+
+def test_what_is_being_scored_is_told(rule_file: Path) -> None:
+    """By another thread, while the rows before are done and those behind wait for a worker."""
+    with RulePool(f"{rule_file}:act", workers=1, timeout_s=20) as pool:
+        seen, done = [], []
+        pool.progress = lambda: done.append(pool.under_way())
+        scoring = threading.Thread(target=pool.score, args=(items("value 1", "sleep 2", "value 3"),))
+        scoring.start()
+        while scoring.is_alive():
+            seen.append(pool.under_way())
+            time.sleep(0.05)
+        scoring.join()
+        assert seen.count([1]) > 10, seen
+        assert len(done) == 3
+        assert pool.under_way() == []
 
 
 def test_every_row_may_kill_its_worker(rule_file: Path) -> None:

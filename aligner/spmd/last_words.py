@@ -1,0 +1,47 @@
+"""Stacks of a rank that can no longer say them: written by C code, without Python's lock, to a file of the run."""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import os
+from pathlib import Path
+from typing import TextIO
+
+
+def stack_file(folder: Path, rank: int) -> Path:
+    """Where a rank's C thread writes."""
+    return folder / f"rank{rank:05d}.stack"
+
+
+class LastWords:
+    """All threads' stacks if `again` is not called for `after` seconds, or at a crash (SIGSEGV, SIGABRT, ...)."""
+
+    def __init__(self, folder: Path | None, rank: int, after: float) -> None:
+        self._after = after
+        self._file: TextIO | None = None
+        if folder is None:
+            return
+        with contextlib.suppress(OSError):  # a run's folder that cannot be written is told by whoever needs it
+            folder.mkdir(parents=True, exist_ok=True)
+            self._file = stack_file(folder, rank).open("w")
+            faulthandler.enable(self._file)
+
+    def again(self) -> None:
+        """All is well; what was written is void."""
+        if self._file is not None:
+            if os.fstat(self._file.fileno()).st_size:
+                os.ftruncate(self._file.fileno(), 0)
+                os.lseek(self._file.fileno(), 0, os.SEEK_SET)
+            faulthandler.dump_traceback_later(self._after, file=self._file)
+
+    def close(self) -> None:
+        """Nothing more is written, and nothing stays behind."""
+        if self._file is not None:
+            faulthandler.cancel_dump_traceback_later()
+            faulthandler.disable()
+            self._file.close()
+            with contextlib.suppress(OSError):
+                os.unlink(self._file.name)
+                os.rmdir(os.path.dirname(self._file.name))
+            self._file = None

@@ -1,0 +1,267 @@
+"""How long it takes from a fault to a report that names it: each one in a short GRPO job of 2 ranks on this machine.
+
+python tools/bench/faults.py [--faults killed stopped ...] [--out DIR] [--settings KEY=VALUE ...]
+
+The model is a random one of 2 layers. A fault is a function of the table below: it may change the job's settings or data
+before the start, and the source of the job's own loop says what happens in it. Prints a line for each: the fault, seconds
+until the report, until every process has ended, and the report's first line. Exits with 1 where a report is missing, names
+another cause, or comes later than 60 s.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))  # also from a checkout never installed
+
+from aligner.data.column_addition import ColumnAddition, ModelShape, write
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+PROMISE = 60.0
+LIMIT = 240.0
+AT = "ALIGNER_FAULT"
+OWN = '''
+import ctypes, os, resource, signal, sys, time
+
+from aligner.algorithms.grpo import GrpoConfig, grpo
+
+FAULT = os.environ.get("ALIGNER_FAULT", "")
+
+
+def hit(what):
+    """Says when, and whether this is where."""
+    if FAULT != what:
+        return False
+    print(f"FAULT {time.time()}", flush=True)
+    return True
+
+
+def faulty(roles, batches, cfg: GrpoConfig):
+    """GRPO, and the fault after its second step, on one rank."""
+    world = roles.policy.world
+    if FAULT == "engine" and world.rank == 1:
+        break_engine(roles.rollout.engine)
+    for step, result in enumerate(grpo(roles, batches, cfg), start=1):
+        yield result
+        if step == 2:
+            at_step(world, roles)
+
+
+def at_step(world, roles):
+    first = world.rank == 0
+    if first and hit("first_killed") or not first and hit("killed"):
+        os.kill(os.getpid(), signal.SIGKILL)
+    if first and hit("first_stopped") or not first and hit("stopped"):
+        os.kill(os.getpid(), signal.SIGSTOP)
+    if not first and hit("asleep"):
+        time.sleep(10_000)
+    if not first and hit("lock_held"):
+        ctypes.PyDLL(None).sleep(10_000)
+    if first and FAULT == "skipped":
+        hit("skipped")
+    if first or FAULT != "skipped":
+        roles.policy.run(nothing)  # a role call that one rank leaves out
+    if not first and hit("memory"):
+        size = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (size + (64 << 20), resource.RLIM_INFINITY))
+        kept = [bytearray(1 << 20) for _ in range(1 << 20)]
+
+
+def nothing():
+    return None
+
+
+def break_engine(engine):
+    """vLLM's own executor fails in the 20th engine step."""
+    core = engine._llm.engine_core.engine_core
+    execute, steps = core.model_executor.execute_model, []
+
+    def failing(*args, **kwargs):
+        steps.append(1)
+        if len(steps) == 20:
+            hit("engine")
+            raise RuntimeError("an engine step went wrong")
+        return execute(*args, **kwargs)
+
+    core.model_executor.execute_model = failing
+
+
+def digits(prompt, response, **fields):
+    """Share of digits in the response: random text earns different rewards."""
+    return sum(c.isdigit() for c in response) / max(1, len(response)) + 0.01 * len(response)
+
+
+def sleeping(prompt, response, **fields):
+    hit("reward_asleep")
+    time.sleep(10_000)
+
+
+def eating(prompt, response, **fields):
+    hit("reward_memory")
+    return len([bytearray(1 << 20) for _ in range(1 << 20)])
+'''
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What is done, and what the first line of the report must say."""
+
+    what: str
+    said: str
+    """A regular expression."""
+    settings: tuple[str, ...] = ()
+    before: Callable[[Path], None] = lambda folder: None
+    """Damages the job's files (model/, prompts.jsonl, ...) in its folder before the start, which is when the fault is."""
+    file: bool = True
+    """Whether the report is written to run_dir/faults: mistakes found before the job starts are not."""
+    env: dict[str, str] = field(default_factory=dict)
+
+
+def spoil_line(folder: Path) -> None:
+    """A line in the middle of the prompts loses its second half."""
+    lines = (folder / "prompts.jsonl").read_bytes().splitlines(keepends=True)
+    lines[30] = lines[30][: len(lines[30]) // 2] + b"\xff\xfe\n"
+    (folder / "prompts.jsonl").write_bytes(b"".join(lines))
+
+
+FAULTS: dict[str, Fault] = {
+    "killed": Fault("rank 1 killed (SIGKILL)", r"rank 1 died"),
+    "first_killed": Fault("rank 0 killed (SIGKILL)", r"rank 0 died"),
+    "stopped": Fault("rank 1 stopped (SIGSTOP)", r"rank 1 is stopped"),
+    "first_stopped": Fault("rank 0 stopped (SIGSTOP)", r"rank 0 is stopped"),
+    "lock_held": Fault("rank 1 keeps Python's lock for ever", r"rank 1 has been silent"),
+    "asleep": Fault("rank 1 sleeps for ever", r"rank 1 has made no progress", ("hang.after_seconds=30",)),
+    "skipped": Fault("rank 1 leaves out a role call", r"not in lockstep"),
+    "reward_asleep": Fault(
+        "the rule sleeps for ever",
+        r"rows have no reward \(\d+ timeout\).*reward.timeout_s",
+        ("reward.rule=own.sleeping", "reward.timeout_s=2"),
+    ),
+    "reward_memory": Fault(
+        "the rule eats memory",
+        r"rows have no reward \(\d+ failed\).*reward.memory_mib",
+        ("reward.rule=own.eating", "reward.memory_mib=512", "reward.timeout_s=20"),
+    ),
+    "data": Fault("a broken line in the prompts' file", r"prompts.jsonl.*31", before=spoil_line, file=False),
+    "engine": Fault(
+        "vLLM fails in an engine step of rank 1", r"error on rank 1: RuntimeError: an engine step went wrong"
+    ),
+    "memory": Fault("rank 1 runs out of memory", r"error on rank 1: \w*(OutOfMemory|MemoryError)"),
+}
+"""Name -> fault; what happens in the loop or a rule is under the same name in `OWN`."""
+
+
+@dataclass
+class Outcome:
+    """Seconds from the fault to the report, and to the end of the last process."""
+
+    line: str = ""
+    report_s: float = float("nan")
+    end_s: float = float("nan")
+    ok: bool = False
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the faults; 0 where all are told in time."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--faults", nargs="*", choices=FAULTS, default=list(FAULTS))
+    parser.add_argument("--out", type=Path, help="keep the runs here")
+    parser.add_argument("--settings", nargs="*", default=[], help="for every job")
+    found = parser.parse_args(arguments)
+    out = found.out or Path(tempfile.mkdtemp(prefix="faults"))
+    source = out / "source"
+    shutil.rmtree(source, ignore_errors=True)
+    shape = ModelShape(hidden=64, layers=2, heads=4, kv_heads=2, head_dim=32, ffn=96)
+    write(source, ColumnAddition(demonstrations=8, prompts=64, heldout=16, preferences=8), shape)
+    print("| fault | report after | all ended after | the report's first line |\n| --- | --- | --- | --- |", flush=True)
+    bad = 0
+    for name in found.faults:
+        folder = out / name
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(source, folder)
+        outcome = run(name, FAULTS[name], folder, found.settings)
+        bad += not outcome.ok
+        mark = "" if outcome.ok else " **not as promised**"
+        print(
+            f"| {FAULTS[name].what} | {outcome.report_s:.1f} s | {outcome.end_s:.1f} s | {outcome.line[:160]}{mark} |",
+            flush=True,
+        )
+    if found.out is None:
+        shutil.rmtree(out)
+    return 1 if bad else 0
+
+
+def run(name: str, fault: Fault, folder: Path, settings: list[str]) -> Outcome:
+    """One job with one fault."""
+    (folder / "own.py").write_text(OWN)
+    fault.before(folder)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += ["-m", "aligner.main", *overrides(folder), *fault.settings, *settings]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    environment |= {"PYTHONPATH": f"{ROOT}{os.pathsep}{folder}", AT: name, **fault.env}
+    start = time.time()
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=folder
+    )
+    lines: list[tuple[float, str]] = []
+    readers = [threading.Thread(target=read, args=(pipe, lines)) for pipe in (process.stdout, process.stderr)]
+    for reader in readers:
+        reader.start()
+    try:
+        process.wait(LIMIT)
+    except subprocess.TimeoutExpired:
+        process.terminate()  # the launcher kills its ranks 30 s later
+        process.wait(60)
+    end = time.time()
+    for reader in readers:
+        reader.join(30)
+    (folder / "console.txt").write_text("".join(line for _, line in lines))
+    return judge(fault, folder, lines, start, end)
+
+
+def overrides(folder: Path) -> list[str]:
+    """A job of 5 steps whose loop is `own.faulty`."""
+    return [
+        "--config-name=quickstart", "algorithm._target_=own.faulty", f"model.path={folder / 'model'}",
+        f"data.path={folder / 'prompts.jsonl'}", "data.eval_path=null", "reward.rule=own.digits",
+        f"run_dir={folder / 'run'}", "reward.workers=1", "train.steps=5", "train.eval_every=0", "train.save=false",
+        "train.report=false", "data.prompts_per_step=4", "algorithm.group_size=4", "sampling.max_tokens=20",
+        "rollout.kv_cache_mib=16", "policy.micro_tokens=256", "policy.optimizer.warmup_steps=0",
+    ]  # fmt: skip
+
+
+def read(pipe: IO[str] | None, lines: list[tuple[float, str]]) -> None:
+    """Lines with the time of their arrival."""
+    assert pipe is not None
+    for line in pipe:
+        lines.append((time.time(), line))
+
+
+def judge(fault: Fault, folder: Path, lines: list[tuple[float, str]], start: float, end: float) -> Outcome:
+    """What came of it. The first mark of the fault counts: rules are called again and again."""
+    marks = [float(found[1]) for _, line in lines if (found := re.search(r"FAULT ([\d.]+)", line))]
+    at = min(marks, default=start)
+    report = next(((when, line) for when, line in lines if "aligner: error" in line), None)
+    if report is None:
+        return Outcome("no report", end_s=end - at)
+    files = list((folder / "run" / "faults").glob("*.txt"))
+    text = " ".join((files[0].read_text() if files else "".join(line for _, line in lines)).split())
+    in_time = report[0] - at < PROMISE and end - at < PROMISE
+    named = re.search(fault.said, text) is not None and len(files) == fault.file
+    return Outcome(report[1].strip().replace("aligner: ", "", 1), report[0] - at, end - at, in_time and named)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
