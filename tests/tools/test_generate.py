@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from aligner.rollout.offline import fingerprint, take_devices
+from aligner.rollout.requests import Sample
 from tests.e2e.conftest import Task, task
 from tests.tools.generate_forks import ROOT, SETTINGS, tool
 
@@ -134,6 +136,42 @@ def test_the_command_is_killed_and_two_engines_go_on(folder: Path, tmp_path: Pat
     assert out.read_bytes() == (folder / "whole.jsonl").read_bytes()
     assert "rows were answered before" in done.stderr and "tokens/s" in done.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.jsonl", "out.jsonl.settings.json"]
+
+
+class Company:
+    """An engine at its worst: each answer depends on everything that is asked with it."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        pass
+
+    def answers(self, prompts: list[Any], seeds: list[int], sampling: Any, num_samples: int) -> list[list[Sample]]:
+        digest = zlib.crc32(repr((prompts, seeds)).encode())
+        tokens = [digest // 60**place % 60 + 3 for place in range(5)]
+        return [[Sample([], 0, tokens, [0.0] * 5, ended=True)] * num_samples for _ in prompts]
+
+
+def test_a_batch_keeps_its_company(task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many lines there were, and however many processes share the batches, which run one after the other here."""
+    module = tool()
+    monkeypatch.setattr(module, "OfflineEngine", Company)
+    (tmp_path / "rows.jsonl").write_text("\n".join((task.folder / "prompts.jsonl").read_text().splitlines()[:11]))
+
+    def run(name: str, processes: int = 1) -> bytes:
+        out = tmp_path / name
+        command = ["--model", task.folder / "model", "--input", tmp_path / "rows.jsonl", "--output", out, *SETTINGS]
+        for rank in range(processes):
+            monkeypatch.setenv("RANK", str(rank))
+            monkeypatch.setenv("WORLD_SIZE", str(processes))
+            assert module.main([str(argument) for argument in command]) == 0
+            assert out.exists() == (rank == processes - 1)
+        return out.read_bytes()
+
+    whole = run("whole")
+    assert len({tuple(line["response"]) for line in lines(tmp_path / "whole")}) == 4, "batches of 3 rows: 3, 3, 3, 2"
+    for kept in range(11):
+        (tmp_path / f"kept{kept}.part-0").write_bytes(b"".join(whole.splitlines(keepends=True)[:kept]))
+        shutil.copy(tmp_path / "whole.settings.json", tmp_path / f"kept{kept}.settings.json")
+        assert run(f"kept{kept}", processes=kept % 3 + 1) == whole, kept
 
 
 GOOD = '{"prompt": "1+1="}\n'
