@@ -2,6 +2,7 @@
 
 python tools/convert.py MODEL OUT --layout tensor=2,pipeline=4     one file for each rank, readable under any layout
 python tools/convert.py SHARDS OUT --layout huggingface            back
+python tools/convert.py RUN/checkpoints/step-00000050/policy OUT   a training checkpoint
 python tools/convert.py MODEL OUT --dtype bfloat16                 another data type
 python tools/convert.py MODEL OUT --file-bytes 2000000000          other files
 """
@@ -44,7 +45,7 @@ def main(arguments: list[str]) -> int:
     """The command. Returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "source", type=Path, help="a Hugging Face checkpoint, or a folder of shards written by this tool"
+        "source", type=Path, help="a Hugging Face checkpoint, a role of a training checkpoint, or shards of this tool"
     )
     parser.add_argument("out", type=Path, help="the folder to write; a checkpoint that stands there is replaced")
     parser.add_argument("--layout", type=layout, default=None, help="huggingface (default), or sizes by comma")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from aligner.checkpoint.config import CheckpointConfig
-from aligner.checkpoint.folder import complete, write_json
+from aligner.checkpoint.folder import complete, sweep, write_json
 
 FOLDER = "checkpoints"
 CLAIM_FILE = ".launch"
@@ -74,6 +74,7 @@ def claim(run_dir: Path, start: Start) -> None:
     if start is Start.NEW:
         shutil.rmtree(run_dir / FOLDER, ignore_errors=True)
         (run_dir / METRICS_FILE).unlink(missing_ok=True)
+    sweep(run_dir / FOLDER)
     _write_claim(run_dir, None)
 
 

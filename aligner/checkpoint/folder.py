@@ -5,6 +5,7 @@ step-00000120/
     state.json                  what all ranks know
     rank-00000.json             what only this rank knows, and which regions its tensors hold
     rank-00000.safetensors      its tensors
+    policy/                     configuration and tokenizer: a model to start from, or to convert; of each role that learns
 """
 
 from __future__ import annotations
@@ -58,14 +59,14 @@ def rank_file(rank: int, suffix: str) -> str:
     return f"rank-{rank:05d}.{suffix}"
 
 
-def write_text(file: Path, text: str) -> Sum:
-    """Write a text through to the disk."""
-    return _write(file, [text.encode()])
+def write_bytes(file: Path, content: bytes) -> Sum:
+    """Write a small file through to the disk."""
+    return _write(file, [content])
 
 
 def write_json(file: Path, value: object) -> Sum:
     """Write a JSON file through to the disk."""
-    return write_text(file, json.dumps(value))
+    return write_bytes(file, json.dumps(value).encode())
 
 
 def write_tensors(file: Path, tensors: Mapping[str, Tensor], tick: Callable[[], None] = lambda: None) -> Sum:
@@ -123,8 +124,16 @@ def publish(
     partial.rename(final)
     _flush(root)
     for old in complete(root)[keep:]:
-        shutil.rmtree(old, ignore_errors=True)
+        hidden = old.with_name(f".{old.name}.old")  # nobody takes what is half removed for a checkpoint
+        old.rename(hidden)
+        shutil.rmtree(hidden, ignore_errors=True)
     return final
+
+
+def sweep(root: Path) -> None:
+    """Remove what a job that was killed had half written or half removed."""
+    for left in root.glob(".step-*"):
+        shutil.rmtree(left, ignore_errors=True)
 
 
 def _flush(folder: Path) -> None:

@@ -39,20 +39,28 @@ class Saver:
         self.failed = 0
         """Saves that did not become one (first rank)."""
 
-    def save(self, step: int, shared: Mapping[str, Any], own: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    def save(
+        self,
+        step: int,
+        shared: Mapping[str, Any],
+        own: Mapping[str, Any],
+        tensors: Mapping[str, Tensor],
+        files: Mapping[str, bytes],
+    ) -> None:
         """Start a checkpoint of this moment, after the last one is complete; every rank calls it.
 
         Args:
             shared: what all ranks know; the first one writes it. The values may change afterwards.
             own: what this rank alone knows.
             tensors: on the host, the saver's own from here on.
+            files: further small files, by their names in the folder; the first one writes them.
         """
         self.wait()
         self._saves += 1
         texts = json.dumps(shared), json.dumps(own)
         self._began = time.perf_counter()
         self._thread = threading.Thread(
-            target=self._write, args=(step, self._saves, *texts, tensors), name="aligner-checkpoint", daemon=True
+            target=self._write, args=(step, self._saves, *texts, tensors, files), name="aligner-checkpoint", daemon=True
         )
         self._thread.start()
         if not self.beside:
@@ -64,18 +72,23 @@ class Saver:
             self._thread.join()
             self._thread = None
 
-    def _write(self, step: int, number: int, shared: str, own: str, tensors: Mapping[str, Tensor]) -> None:
+    def _write(
+        self, step: int, number: int, shared: str, own: str, tensors: Mapping[str, Tensor], more: Mapping[str, bytes]
+    ) -> None:
         rank, partial = self.world.rank, partial_folder(self.root, step)
         try:
             partial.mkdir(parents=True, exist_ok=True)
             files: dict[str, Sum] = {}
+            small = {rank_file(rank, "json"): own.encode()}
             if rank == 0:
-                files[STATE] = folder.write_text(partial / STATE, shared)
-            files[rank_file(rank, "json")] = folder.write_text(partial / rank_file(rank, "json"), own)
+                small |= {STATE: shared.encode(), **more}
+            for name, content in small.items():
+                (partial / name).parent.mkdir(exist_ok=True)
+                files[name] = folder.write_bytes(partial / name, content)
             name = rank_file(rank, "safetensors")
             files[name] = folder.write_tensors(partial / name, tensors, self.world.activity.tick)
             said = {"files": files}
-        except OSError as error:
+        except Exception as error:
             said = {"error": f"rank {rank}: {error}"}  # type: ignore[dict-item]
         self._store.set(f"{number}/{rank}", json.dumps(said))
         if rank == 0:

@@ -83,6 +83,7 @@ class Durable:
         """
         tensors: dict[str, torch.Tensor] = {}
         entries: dict[str, Any] = {}
+        files: dict[str, bytes] = {}
         shared: dict[str, Any] = {
             "config": plain(self.job),
             "data": self.rows.state_dict(),
@@ -97,8 +98,10 @@ class Durable:
             shared["roles"][role.name] = values
             tensors |= mine
             entries |= regions
+            if self.world.rank == 0 and role.version:
+                files |= {f"{role.name}/{name}": content for name, content in role.description.items()}
         own = {"tensors": entries, "random": random_states()}
-        self.saver.save(step, shared, own, tensors)
+        self.saver.save(step, shared, own, tensors, files)
 
     def wait(self) -> None:
         """The last save is complete, on every rank."""

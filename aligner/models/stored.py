@@ -7,13 +7,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Protocol
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from aligner.models.family import logical_tensors
-from aligner.models.hf_folder import files_of_tensors, opened, write_json
+from aligner.models.hf_folder import files_of_tensors, opened, write_json, write_rest
 from aligner.models.megatron_layout import MegatronSide
 from aligner.models.spec import ModelSpec
 from aligner.reshard.region import Box, Piece, whole_tensor
@@ -22,6 +23,8 @@ from aligner.spmd.mesh import Mesh
 
 SHARDS = "shards.json"
 """The file that tells a folder of shards from a Hugging Face checkpoint."""
+TRAINING = "training.json"
+"""The file that tells a role of a training checkpoint."""
 _DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
@@ -171,5 +174,47 @@ class _Shards(_Files):
         return strided_view(found, piece)
 
 
-KINDS: Mapping[str, Callable[[ModelSpec, ExitStack], Stored]] = {SHARDS: _Shards}
+def describe_training(spec: ModelSpec, role: str) -> dict[str, bytes]:
+    """The small files that make a role's folder inside a training checkpoint one to start from, and to convert."""
+    with TemporaryDirectory() as folder:
+        write_rest(Path(folder), spec, "float32", {})
+        found = {file.name: file.read_bytes() for file in Path(folder).iterdir()}
+    return {**found, TRAINING: json.dumps({"role": role}).encode()}
+
+
+class _Training(_Files):
+    """A role of a training checkpoint: step-00000050/policy. Its fp32 weights are in the files of the ranks, above it."""
+
+    def __init__(self, spec: ModelSpec, stack: ExitStack) -> None:
+        super().__init__(stack)
+        self._folder = Path(spec.path).resolve()
+        self._pieces: dict[str, list[Piece]] = {}
+        try:
+            key = f"{json.loads((self._folder / TRAINING).read_text())['role']}/param"
+            ranks = sorted(self._folder.parent.glob("rank-*.json"))
+            for number, file in enumerate(ranks):
+                for name, lo, size, tensor, offset, stride in json.loads(file.read_text())["tensors"].get(key, ()):
+                    piece = Piece(name, tuple(lo), tuple(size), f"{number}:{tensor}", offset, tuple(stride), "float32")
+                    self._pieces.setdefault(name, []).append(piece)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{self._folder} cannot be read as a part of a training checkpoint: {error!r}.") from None
+
+    def layout(self, names: Iterable[str]) -> list[Piece]:
+        missing = [name for name in names if name not in self._pieces]
+        if missing:
+            raise ValueError(f"{self._folder.parent} has no part of {missing[0]}.")
+        return [piece for name in names for piece in self._pieces[name]]
+
+    def view(self, piece: Piece) -> Tensor:
+        rank, _, tensor = piece.storage.partition(":")
+        file = self._folder.parent / shard_file(int(rank))
+        try:
+            found = self[file].get_tensor(tensor)
+        except SafetensorError as error:
+            raise ValueError(f"{file} has no {tensor}: {error}.") from error
+        self.bytes_read += piece.bytes
+        return strided_view(found, piece)
+
+
+KINDS: Mapping[str, Callable[[ModelSpec, ExitStack], Stored]] = {SHARDS: _Shards, TRAINING: _Training}
 """A file that tells a kind of checkpoint -> what opens it. Whatever is here, models start from and tools/convert.py reads."""

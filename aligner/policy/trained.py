@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from aligner.data.samples import Samples
+from aligner.models.stored import describe_training
 from aligner.policy import offload, saved
 from aligner.policy.accounts import account_work, add_to, gather_advantages, gather_metrics, means, over_steps
 from aligner.policy.global_mean import LossFunction, Totals, global_mean, rows_together, takes_one_step
@@ -70,6 +71,11 @@ class Trained(ModelRole):
     def optimizer(self) -> Optimizer:
         """Gradients and optimizer state; collective over the role's ranks when it is first asked for."""
         return Optimizer(self.model, self.config.optimizer, self.groups)
+
+    @cached_property
+    def description(self) -> dict[str, bytes]:
+        """Files, by name, that make a folder of a training checkpoint a model: configuration and tokenizer."""
+        return describe_training(self.spec, self.name)
 
     def parts(self) -> dict[str, Part]:
         """The optimizer may not have been asked for yet, or not stepped: its parts are then still empty."""
@@ -130,8 +136,7 @@ class Trained(ModelRole):
             return Ref(self, {**over_steps(steps), "imbalance": self._imbalance(local.rows)})
 
     def save_state(self) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Any]]:
-        """(what decides the rest on every rank, complete on the first of the world; this rank's tensors; the regions
-        that they hold: see `policy.saved`). A role call."""
+        """(counts, complete on the first rank of the world; this rank's tensors; their regions). A role call."""
         mine = {"version": self.version, "optimizer_steps": self.optimizer_steps, "skips": self.skips.state()}
         known = spread(self.world, mine, self.mesh.ranks, (0,)) or mine  # only members count steps
         if not self.version:  # never updated: it is what its folder has

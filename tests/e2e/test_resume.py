@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.e2e.conftest import Task
+from tools.convert import main as convert
 
 COMMON = ["train.steps=8", "checkpoint.every=3", "checkpoint.keep=9", "policy.optimizer.lr=1e-4"]
 # The entropy term keeps the loss away from 0, where advantages cancel and a relative error says nothing.
@@ -155,3 +156,17 @@ def test_from_one_rank_to_four(folder: Path, jobs: Jobs) -> None:
     layout = ["placement.policy.tensor=2", "placement.policy.pipeline=2", "placement.rollout.tensor=2"]
     jobs(4, {continued(folder, "one", "four"): [*RUNS["grpo"], *layout]})
     assert_close(folder / "four", folder / "one")
+
+
+def test_a_training_checkpoint_becomes_a_model(folder: Path, task: Task, jobs: Jobs) -> None:
+    layout = ["placement.policy.tensor=2", "policy.optimizer.distributed=true", "train.save=true"]
+    jobs(2, {"exported": [*RUNS["grpo"], *layout]})
+    convert([str(last_of(folder / "exported") / "policy"), str(folder / "converted")])
+    found, expected = (
+        {name: tensor for file in path.glob("*.safetensors") for name, tensor in load_file(file).items()}
+        for path in (folder / "converted", folder / "exported" / "model")
+    )
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
+    assert (folder / "converted" / "tokenizer.json").read_bytes() == (
+        task.folder / "model" / "tokenizer.json"
+    ).read_bytes()
