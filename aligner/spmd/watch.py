@@ -165,7 +165,7 @@ class Watch:
     def _look(self, told_to_end: bool) -> None:
         if told_to_end and signal.getsignal(signal.SIGTERM) is _noted:
             self._end_at = time.monotonic() + GRACE
-        verdict = self._of_processes() or self._of_beats()
+        verdict = self._of_processes(told_to_end) or self._of_beats()
         if verdict is not None:
             self._propose(verdict)
         elif self._end_at is not None and time.monotonic() > self._end_at and not self.dead():
@@ -174,14 +174,15 @@ class Watch:
             sys.stderr.flush()
             os._exit(128 + signal.SIGTERM)
 
-    def _of_processes(self) -> Verdict | None:
-        """The next rank on this host (so that each is looked after by one), and all of them where that one is dead."""
+    def _of_processes(self, told_to_end: bool) -> Verdict | None:
+        """The next rank on this host (so that each is looked after by one), and all of them where that one is dead or the job is
+        told to end."""
         others = sorted(self.neighbours.all())
         after = [rank for rank in others if rank > self.rank] or others
         if not after:
             return None
         state = self.neighbours.all()[after[0]].state()
-        if self._end_at is not None or self._died(after[0], state):
+        if told_to_end or self._end_at is not None or self._died(after[0], state):
             dead = [rank for rank, state in self.neighbours.states().items() if self._died(rank, state)]
             return {"kind": "dead", "ranks": dead} if dead else None
         if state != STOPPED:
