@@ -276,14 +276,15 @@ class Watch:
                 self._store_lost(TimeoutError(f"no answer for {now - self._looked_at:.0f} s"))
 
     def _store_lost(self, error: Exception) -> None:
-        """The launcher of the first host has ended, or rank 0 where there is no launcher: nobody can be asked."""
-        gone = [rank for rank, process in self.neighbours.all().items() if process.state() == GONE]
+        """The launcher of the first host has ended, or rank 0 where there is no launcher: nobody can be asked,
+        and any call to the store may wait for ever."""
+        gone = [rank for rank, process in self.neighbours.known.items() if process.state() == GONE]
         mine = doctor.statement(self.rank, self.journal, self.activity)
         epilogue.alone(mine, f"{type(error).__name__}: {error}", gone, min([self.rank, *self._living()]), self.folder)
         os._exit(1)
 
     def _living(self) -> list[int]:
-        return [rank for rank, process in self.neighbours.all().items() if process.state() != GONE]
+        return [rank for rank, process in self.neighbours.known.items() if process.state() != GONE]
 
 
 def _noted(number: int, frame: Any) -> None:
