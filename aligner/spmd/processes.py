@@ -69,17 +69,18 @@ class Neighbours:
         """
         self._store, self._me, self._count = store, me, count
         self._key = f"processes/{_machine()}"
-        self._known: dict[int, Process] = {}
+        self.known: dict[int, Process] = {}
+        """By rank, this one left out, as far as they have told."""
         store.append(self._key, f"{me.rank} {me.pid} {me.started};")  # type: ignore[attr-defined]  # torch's stub lacks it
 
     def all(self) -> Mapping[int, Process]:
-        """By rank, this one left out, as far as they have told; the store may be gone."""
-        if len(self._known) < self._count - 1:
+        """`known`, after asking for those that are missing; the store may be gone."""
+        if len(self.known) < self._count - 1:
             with contextlib.suppress(RuntimeError):
                 told = self._store.get(self._key).decode().split(";")[:-1]
                 found = [Process(*map(int, one.split())) for one in told]
-                self._known = {process.rank: process for process in found if process.rank != self._me.rank}
-        return self._known
+                self.known = {process.rank: process for process in found if process.rank != self._me.rank}
+        return self.known
 
     def states(self) -> dict[int, str]:
         """Of each neighbour."""

@@ -168,7 +168,7 @@ class Watch:
     def _look(self, told_to_end: bool) -> None:
         if told_to_end and signal.getsignal(signal.SIGTERM) is _noted:
             self._end_at = time.monotonic() + GRACE
-        verdict = self._of_processes() or self._of_beats()
+        verdict = self._of_processes(told_to_end) or self._of_beats()
         if verdict is not None:
             self._propose(verdict)
         elif self._end_at is not None and time.monotonic() > self._end_at and not self.dead():
@@ -177,14 +177,15 @@ class Watch:
             sys.stderr.flush()
             os._exit(128 + signal.SIGTERM)
 
-    def _of_processes(self) -> Verdict | None:
-        """The next rank on this host (so that each is looked after by one), and all of them where that one is dead."""
+    def _of_processes(self, told_to_end: bool) -> Verdict | None:
+        """The next rank on this host (so that each is looked after by one), and all of them where that one is dead or the job is
+        told to end."""
         others = sorted(self.neighbours.all())
         after = [rank for rank in others if rank > self.rank] or others
         if not after:
             return None
         state = self.neighbours.all()[after[0]].state()
-        if self._end_at is not None or self._died(after[0], state):
+        if told_to_end or self._end_at is not None or self._died(after[0], state):
             dead = [rank for rank, state in self.neighbours.states().items() if self._died(rank, state)]
             return {"kind": "dead", "ranks": dead} if dead else None
         if state != STOPPED:
@@ -278,8 +279,9 @@ class Watch:
                 self._store_lost(TimeoutError(f"no answer for {now - self._looked_at:.0f} s"))
 
     def _store_lost(self, error: Exception) -> None:
-        """The launcher of the first host has ended, or rank 0 where there is no launcher: nobody can be asked."""
-        gone = [rank for rank, process in self.neighbours.all().items() if process.state() == GONE]
+        """The launcher of the first host has ended, or rank 0 where there is no launcher: nobody can be asked,
+        and any call to the store may wait for ever."""
+        gone = [rank for rank, process in self.neighbours.known.items() if process.state() == GONE]
         mine = doctor.statement(self.rank, self.journal, self.activity)
         epilogue.alone(
             mine, f"{type(error).__name__}: {error}", gone, min([self.rank, *self._living()]), self.folder, self.hide
@@ -287,7 +289,7 @@ class Watch:
         os._exit(1)
 
     def _living(self) -> list[int]:
-        return [rank for rank, process in self.neighbours.all().items() if process.state() != GONE]
+        return [rank for rank, process in self.neighbours.known.items() if process.state() != GONE]
 
 
 def _noted(number: int, frame: Any) -> None:

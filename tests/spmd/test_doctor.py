@@ -125,6 +125,17 @@ def test_a_lost_launcher_is_told(torchrun: Any, tmp_path: Path) -> None:
     assert len(list((tmp_path / "run" / "faults").glob("*/*.txt"))) == 2
 
 
+def test_a_frozen_store_is_told(torchrun: Any, tmp_path: Path) -> None:
+    """The first host answers no more, and its connections stay open; here the launcher, which is let go on afterwards."""
+    fault = "os.kill(os.getppid(), signal.SIGSTOP); time.sleep(100)"
+    fault = f"subprocess.Popen(['sh', '-c', f'sleep 30; touch continued; kill -CONT {{os.getppid()}}']); {fault}"
+    done = torchrun(2, "import subprocess\n" + _program(1, fault), seconds=90)
+    assert re.search(r"error: rank \d lost the job's store .*no answer for \d+ s", done.stderr), done.stderr[-4000:]
+    reports = list((tmp_path / "run" / "faults").glob("*/*.txt"))
+    assert len(reports) == 2
+    assert all(one.stat().st_mtime < (tmp_path / "continued").stat().st_mtime for one in reports), "before it answered"
+
+
 def test_a_restart_forgets_the_attempt_before(tmp_path: Path, torchrun: Any) -> None:
     """Under the c10d rendezvous, as --standalone is, all attempts share a store."""
     body = "if os.environ['TORCHELASTIC_RESTART_COUNT'] == '0': os.kill(os.getpid(), signal.SIGKILL)"
