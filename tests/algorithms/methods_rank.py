@@ -17,7 +17,7 @@ from typing import Any
 
 from aligner.algorithms import Step
 from aligner.config import Config, compose_config, to_config
-from aligner.driver.batches import batches
+from aligner.driver.batches import batches, rows_of
 from aligner.driver.job import Job, prepare
 from aligner.roles import Roles, build_roles
 from aligner.spmd.mesh import Mesh
@@ -76,7 +76,7 @@ def row_of(step: Step) -> Row:
 
 
 def steps_of(job: Job, roles: Roles, steps: int) -> list[Row]:
-    loop = job.loop(roles, batches(job.config, job.checked), job.settings)
+    loop = job.loop(roles, batches(job.config, rows_of(job.config, job.checked)), job.settings)
     rows = [row_of(step) for step in itertools.islice(loop, steps)]
     loop.close()  # type: ignore[attr-defined]
     if "rollout" in job.roles:

@@ -10,7 +10,7 @@ from aligner.data.answers import Answered
 from aligner.data.preferences import Pair
 from aligner.data.prompts import Prompt
 from aligner.data.samples import Samples
-from aligner.driver.batches import as_pairs, as_samples, batches
+from aligner.driver.batches import as_pairs, as_samples, batches, rows_of
 
 
 def answered(index: int, prompt: list[int], answer: list[int], **fields: Any) -> Answered:
@@ -39,7 +39,7 @@ def dealt(kind: str, training: list[Any], steps: int, per_step: int, shuffle: bo
     data = SimpleNamespace(kind=kind, shuffle=shuffle, prompts_per_step=per_step)
     config: Any = SimpleNamespace(seed=3, data=data)
     checked: Any = SimpleNamespace(data=SimpleNamespace(training=training))
-    return list(islice(batches(config, checked), steps))
+    return list(islice(batches(config, rows_of(config, checked)), steps))
 
 
 @pytest.mark.parametrize(("kind", "rows"), [("demonstrations", 3), ("feedback", 3), ("preferences", 6)])

@@ -5,7 +5,7 @@ python tools/bench/faults.py [--faults killed stopped ...] [--out DIR] [--settin
 The model is a random one of 2 layers. A fault is a function of the table below: it may change the job's settings or data
 before the start, and the source of the job's own loop says what happens in it. Prints a line for each: the fault, seconds
 until the report, until every process has ended, and the report's first line. Exits with 1 where a report is missing, names
-another cause, or comes later than 60 s.
+another cause, or comes later than 60 s. What damages a checkpoint or fills the disk is a warning, and the job must go on.
 """
 
 from __future__ import annotations
@@ -32,86 +32,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 PROMISE = 60.0
 LIMIT = 240.0
 AT = "ALIGNER_FAULT"
-OWN = '''
-import ctypes, os, resource, signal, sys, time
-
-from aligner.algorithms.grpo import GrpoConfig, grpo
-
-FAULT = os.environ.get("ALIGNER_FAULT", "")
-
-
-def hit(what):
-    """Says when, and whether this is where."""
-    if FAULT != what:
-        return False
-    print(f"FAULT {time.time()}", flush=True)
-    return True
-
-
-def faulty(roles, batches, cfg: GrpoConfig):
-    """GRPO, and the fault after its second step, on one rank."""
-    world = roles.policy.world
-    if FAULT == "engine" and world.rank == 1:
-        break_engine(roles.rollout.engine)
-    for step, result in enumerate(grpo(roles, batches, cfg), start=1):
-        yield result
-        if step == 2:
-            at_step(world, roles)
-
-
-def at_step(world, roles):
-    first = world.rank == 0
-    if first and hit("first_killed") or not first and hit("killed"):
-        os.kill(os.getpid(), signal.SIGKILL)
-    if first and hit("first_stopped") or not first and hit("stopped"):
-        os.kill(os.getpid(), signal.SIGSTOP)
-    if not first and hit("asleep"):
-        time.sleep(10_000)
-    if not first and hit("lock_held"):
-        ctypes.PyDLL(None).sleep(10_000)
-    if first and FAULT == "skipped":
-        hit("skipped")
-    if first or FAULT != "skipped":
-        roles.policy.run(nothing)  # a role call that one rank leaves out
-    if not first and hit("memory"):
-        size = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (size + (64 << 20), resource.RLIM_INFINITY))
-        kept = [bytearray(1 << 20) for _ in range(1 << 20)]
-
-
-def nothing():
-    return None
-
-
-def break_engine(engine):
-    """vLLM's own executor fails in the 20th engine step."""
-    core = engine._llm.engine_core.engine_core
-    execute, steps = core.model_executor.execute_model, []
-
-    def failing(*args, **kwargs):
-        steps.append(1)
-        if len(steps) == 20:
-            hit("engine")
-            raise RuntimeError("an engine step went wrong")
-        return execute(*args, **kwargs)
-
-    core.model_executor.execute_model = failing
-
-
-def digits(prompt, response, **fields):
-    """Share of digits in the response: random text earns different rewards."""
-    return sum(c.isdigit() for c in response) / max(1, len(response)) + 0.01 * len(response)
-
-
-def sleeping(prompt, response, **fields):
-    hit("reward_asleep")
-    time.sleep(10_000)
-
-
-def eating(prompt, response, **fields):
-    hit("reward_memory")
-    return len([bytearray(1 << 20) for _ in range(1 << 20)])
-'''
+OWN = Path(__file__).with_name("faults_loop.py")
 
 
 @dataclass(frozen=True)
@@ -127,6 +48,10 @@ class Fault:
     file: bool = True
     """Whether the report is written to run_dir/faults: mistakes found before the job starts are not."""
     env: dict[str, str] = field(default_factory=dict)
+    goes_on: bool = False
+    """The job warns and goes on to its end."""
+    small_disk: bool = False
+    """Checkpoints are on a file system with room for one and a half (needs unshare and mount)."""
 
 
 def spoil_line(folder: Path) -> None:
@@ -136,6 +61,21 @@ def spoil_line(folder: Path) -> None:
     (folder / "prompts.jsonl").write_bytes(b"".join(lines))
 
 
+def damaged(damage: Callable[[bytes], bytes]) -> Callable[[Path], None]:
+    """A first run leaves checkpoints; a file of the newest one is damaged, before the job goes on for two more steps."""
+
+    def before(folder: Path) -> None:
+        made = subprocess.run(
+            launch(folder, ["checkpoint.every=2"]), env=environment(folder, ""), cwd=folder, capture_output=True
+        )
+        assert made.returncode == 0, made.stderr[-2000:]
+        file = max((folder / "run" / "checkpoints").iterdir()) / "rank-00001.safetensors"
+        file.write_bytes(damage(file.read_bytes()))
+
+    return before
+
+
+GOES_ON = ("checkpoint.every=2", "checkpoint.accept_changes=true", "train.steps=7")
 FAULTS: dict[str, Fault] = {
     "killed": Fault("rank 1 killed (SIGKILL)", r"rank 1 died"),
     "first_killed": Fault("rank 0 killed (SIGKILL)", r"rank 0 died"),
@@ -157,6 +97,30 @@ FAULTS: dict[str, Fault] = {
     "data": Fault("a broken line in the prompts' file", r"prompts.jsonl.*31", before=spoil_line, file=False),
     "engine": Fault(
         "vLLM fails in an engine step of rank 1", r"error on rank 1: RuntimeError: an engine step went wrong"
+    ),
+    "truncated": Fault(
+        "a checkpoint's file is cut off",
+        r"step-00000005 is not whole and is passed over: .*rank-00001.safetensors has \d+ bytes",
+        GOES_ON,
+        damaged(lambda content: content[:-100]),
+        file=False,
+        goes_on=True,
+    ),
+    "flipped": Fault(
+        "a bit of a checkpoint's file is flipped",
+        r"step-00000005 is not whole and is passed over: .*rank-00001.safetensors is damaged",
+        GOES_ON,
+        damaged(lambda content: content[:-100] + bytes([content[-100] ^ 4]) + content[-99:]),
+        file=False,
+        goes_on=True,
+    ),
+    "disk": Fault(
+        "the disk is full in a save",
+        r"checkpoint of step 4 could not be written: .*No space left on device.*last good checkpoint is step-00000002",
+        ("checkpoint.every=2",),
+        file=False,
+        goes_on=True,
+        small_disk=True,
     ),
     "memory": Fault("rank 1 runs out of memory", r"error on rank 1: \w*(OutOfMemory|MemoryError)"),
 }
@@ -205,15 +169,22 @@ def main(arguments: list[str] | None = None) -> int:
 
 def run(name: str, fault: Fault, folder: Path, settings: list[str]) -> Outcome:
     """One job with one fault."""
-    (folder / "own.py").write_text(OWN)
+    shutil.copyfile(OWN, folder / "own.py")
     fault.before(folder)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command += ["-m", "aligner.main", *overrides(folder), *fault.settings, *settings]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-    environment |= {"PYTHONPATH": f"{ROOT}{os.pathsep}{folder}", AT: name, **fault.env}
+    command = launch(folder, [*fault.settings, *settings])
+    if fault.small_disk:
+        checkpoints = folder / "run" / "checkpoints"
+        checkpoints.mkdir(parents=True)
+        mounted = ["sh", "-c", 'mount -t tmpfs -o size=2m none "$0" && exec "$@"', str(checkpoints)]
+        command = ["unshare", "--map-root-user", "--mount", *mounted, *command]
     start = time.time()
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=folder
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(folder, name) | fault.env,
+        cwd=folder,
     )
     lines: list[tuple[float, str]] = []
     readers = [threading.Thread(target=read, args=(pipe, lines)) for pipe in (process.stdout, process.stderr)]
@@ -228,7 +199,19 @@ def run(name: str, fault: Fault, folder: Path, settings: list[str]) -> Outcome:
     for reader in readers:
         reader.join(30)
     (folder / "console.txt").write_text("".join(line for _, line in lines))
-    return judge(fault, folder, lines, start, end)
+    return judge(fault, folder, lines, start, end, process.returncode)
+
+
+def launch(folder: Path, settings: list[str]) -> list[str]:
+    """The command of a job."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    return [*torchrun, "-m", "aligner.main", *overrides(folder), *settings]
+
+
+def environment(folder: Path, fault: str) -> dict[str, str]:
+    """What a job with this fault sees."""
+    plain = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", AT: fault}
+    return {**os.environ, **plain, "PYTHONPATH": f"{ROOT}{os.pathsep}{folder}"}
 
 
 def overrides(folder: Path) -> list[str]:
@@ -249,16 +232,17 @@ def read(pipe: IO[str] | None, lines: list[tuple[float, str]]) -> None:
         lines.append((time.time(), line))
 
 
-def judge(fault: Fault, folder: Path, lines: list[tuple[float, str]], start: float, end: float) -> Outcome:
+def judge(fault: Fault, folder: Path, lines: list[tuple[float, str]], start: float, end: float, status: int) -> Outcome:
     """What came of it. The first mark of the fault counts: rules are called again and again."""
     marks = [float(found[1]) for _, line in lines if (found := re.search(r"FAULT ([\d.]+)", line))]
     at = min(marks, default=start)
-    report = next(((when, line) for when, line in lines if "aligner: error" in line), None)
+    mark = "aligner: WARNING" if fault.goes_on else "aligner: error"
+    report = next(((when, line) for when, line in lines if mark in line), None)
     if report is None:
         return Outcome("no report", end_s=end - at)
     files = list((folder / "run" / "faults").glob("*.txt"))
     text = " ".join((files[0].read_text() if files else "".join(line for _, line in lines)).split())
-    in_time = report[0] - at < PROMISE and end - at < PROMISE
+    in_time = report[0] - at < PROMISE and (status == 0 if fault.goes_on else end - at < PROMISE)
     named = re.search(fault.said, text) is not None and len(files) == fault.file
     return Outcome(report[1].strip().replace("aligner: ", "", 1), report[0] - at, end - at, in_time and named)
 
