@@ -94,6 +94,15 @@ class Saver:
         if rank == 0:
             self._publish(step, number)
 
+    @staticmethod
+    def _check_here(partial: Path, files: Mapping[str, Any]) -> None:
+        missing = [name for name in files if not (partial / name).is_file()]
+        if missing:
+            raise OSError(
+                f"{missing[0]} was written on another host and is not seen on the first; put run_dir on a file system that "
+                "all hosts share"
+            )
+
     def _publish(self, step: int, number: int) -> None:
         """First rank: when everyone has written."""
         size = self.world.size
@@ -109,6 +118,7 @@ class Saver:
             if errors:
                 raise OSError("; ".join(errors))
             files = {name: tuple(found) for one in said for name, found in one["files"].items()}
+            self._check_here(partial_folder(self.root, step), files)
             more = {"seconds": round(time.perf_counter() - self._began, 3)}
             self.last = publish(self.root, step, size, files, self.keep, more)  # type: ignore[arg-type]
         except OSError as error:

@@ -116,9 +116,7 @@ class Driver:
             if verdict.stop:
                 raise ValueError(verdict.stop)
             if verdict.leave or self.durable.due(step):
-                began = time.perf_counter()
-                self.durable.save(step, self._memory())
-                held_up = time.perf_counter() - began
+                held_up = self._save(step)
             self._forget()  # the calls of evaluations, exports and checkpoints are no part of the next step's
             if verdict.leave:
                 return self._leave(step, verdict.leave)
@@ -137,6 +135,14 @@ class Driver:
             self.writer.note(f"rows of data.path left out: {told(left_out)}")
         if self.writer and self.before:
             self.writer.note(f"going on after step {self.before}, from the checkpoint in {self.run_dir}")
+
+    def _save(self, step: int) -> float:
+        """Begin a checkpoint. Returns the seconds that the loop was held up."""
+        began = time.perf_counter()
+        if self.writer:
+            self.writer.sync()
+        self.durable.save(step, self._memory())
+        return time.perf_counter() - began
 
     def _memory(self) -> dict[str, Any]:
         """What this object itself must know to go on."""

@@ -80,6 +80,10 @@ class MetricsWriter:
         if self._wandb:
             self._wandb.log(step, values)
 
+    def sync(self) -> None:
+        """Everything logged so far is on the disk: a checkpoint that counts on it is about to be written."""
+        os.fsync(self._file.fileno())
+
     def note(self, text: str) -> None:
         """Say something to whoever watches, without breaking the table."""
         text = self._hide(text)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from tests.e2e.conftest import Task
 
@@ -52,3 +53,46 @@ def test_layouts_of_experts_agree(job: Callable[..., list[dict[str, Any]]], mode
             assert row["gap_max"] < 1e-4
             assert row["reshard_moved_bytes"] == row["reshard_minimum_bytes"]
     assert len({row["reward"] for row in whole}) == 3
+
+
+@pytest.mark.matrix
+def test_a_checkpoint_of_experts_goes_on_under_another_layout(
+    model: Path, task: Task, tmp_path: Path, torchrun: Callable[..., Any]
+) -> None:
+    """Expert parallel and distributed over the data shards; then tensor parallel, and once more as before."""
+    common = [
+        f"model.path={model}",
+        "train.steps=5",
+        "checkpoint.every=2",
+        "checkpoint.keep=9",
+        "policy.optimizer.lr=1e-3",
+    ]
+    common += ["checkpoint.accept_changes=true"]
+    layouts = {
+        "experts": ["placement.policy.expert=2", "policy.optimizer.distributed=true", "policy.dtype=float32"],
+        "again": ["placement.policy.expert=2", "policy.optimizer.distributed=true", "policy.dtype=float32"],
+        "tensor": ["placement.policy.tensor=2", "placement.policy.sequence_parallel=true"],
+        "data": [],
+    }
+    rows: dict[str, dict[int, dict[str, Any]]] = {}
+    for name, sizes in layouts.items():
+        run = tmp_path / name
+        if rows:
+            shutil.copytree(
+                tmp_path / "experts" / "checkpoints" / "step-00000002", run / "checkpoints" / "step-00000002"
+            )
+        done = torchrun(2, ["-m", "aligner.main", *task.overrides(run), *common, *sizes])
+        assert done.returncode == 0, done.stderr[-3000:]
+        rows[name] = {row["step"]: row for row in map(json.loads, (run / "metrics.jsonl").read_text().splitlines())}
+    for name in ("again", "tensor", "data"):
+        assert sorted(rows[name]) == [3, 4, 5]
+        for step, row in rows[name].items():
+            expected = rows["experts"][step]
+            exact = {"rel": 0, "abs": 0} if name == "again" else {"rel": 1e-5, "abs": 1e-6}
+            for key in ("reward", "length", "loss", "grad_norm", "entropy"):
+                assert row[key] == pytest.approx(expected[key], **exact), (name, step, key)
+    last = "checkpoints/step-00000005"
+    for file in (tmp_path / "experts" / last).glob("*.safetensors"):
+        one, other = load_file(file), load_file(tmp_path / "again" / last / file.name)
+        assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+        assert any("experts" in key for key in one)
