@@ -1,4 +1,4 @@
-"""Whose run a folder holds: this launch's, an earlier one's to go on with, or one that must not be touched (no torch)."""
+"""Whose run a folder holds: this launch's, an earlier one's to go on with, or one that must not be touched."""
 
 from __future__ import annotations
 

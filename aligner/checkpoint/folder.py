@@ -23,6 +23,8 @@ import torch
 import xxhash
 from torch import Tensor
 
+from aligner.models.hf_folder import publish as replace
+
 FORMAT = 1
 MANIFEST, STATE = "manifest.json", "state.json"
 NAME = re.compile(r"step-(\d{8,})")
@@ -118,11 +120,7 @@ def publish(
     partial, final = partial_folder(root, step), step_folder(root, step)
     manifest = {"format": FORMAT, "step": step, "world": world, **(more or {}), "files": dict(files)}
     write_json(partial / MANIFEST, manifest)
-    _flush(partial)
-    if final.exists():  # of a run that came here before
-        shutil.rmtree(final)
-    partial.rename(final)
-    _flush(root)
+    replace(partial, final)
     for old in complete(root)[keep:]:
         hidden = old.with_name(f".{old.name}.old")  # nobody takes what is half removed for a checkpoint
         old.rename(hidden)
@@ -134,14 +132,6 @@ def sweep(root: Path) -> None:
     """Remove what a job that was killed had half written or half removed."""
     for left in root.glob(".step-*"):
         shutil.rmtree(left, ignore_errors=True)
-
-
-def _flush(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from aligner.reshard.ledger import SyncRow
 from aligner.reshard.plan import make_plan
 from aligner.reshard.region import Layout, Piece, whole_tensor
 from aligner.reshard.side import Side, as_side
-from aligner.reshard.storage import Storages, allocate
+from aligner.reshard.storage import Storages, Views, allocate
 
 FILE_BYTES = 5 << 30
 """Files of weights are split beyond this size."""
@@ -51,7 +51,7 @@ def read_into(spec: ModelSpec, layout: Layout, view: Callable[[Piece], Tensor]) 
     with open_stored(spec) as stored:
         held = stored.layout(dict.fromkeys(piece.name for piece in layout))
         plan = make_plan(0, {0: held}, {0: layout})
-        execute(plan, stored.view, _Views(view, layout), None, torch.device("cpu"), BUCKET_BYTES, verify=False)
+        execute(plan, stored.view, Views(view, layout), None, torch.device("cpu"), BUCKET_BYTES, verify=False)
         return stored.bytes_read
 
 
@@ -183,14 +183,3 @@ class _Together:
         if failed.any():
             culprits = ", ".join(str(rank) for rank, bad in zip(self._ranks, failed.tolist(), strict=True) if bad)
             raise PeerFailedError(f"{self._what} failed on rank {culprits}; its own error says why")
-
-
-class _Views(Storages):
-    """A destination that somebody else gives views of."""
-
-    def __init__(self, view: Callable[[Piece], Tensor], layout: Layout) -> None:
-        super().__init__({}, layout)
-        self._view = view
-
-    def view(self, piece: Piece) -> Tensor:
-        return self._view(piece)

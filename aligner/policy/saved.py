@@ -14,7 +14,7 @@ from aligner.policy.state import MOMENTS, WEIGHTS, clip, make_moments, slices, w
 from aligner.reshard.executor import execute
 from aligner.reshard.plan import make_plan
 from aligner.reshard.region import Layout, Piece
-from aligner.reshard.storage import Storages, strided_view
+from aligner.reshard.storage import Views, strided_view
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -105,15 +105,4 @@ def _read(source: Source, key: str, layout: Layout, view: Callable[[Piece], Tens
         rank, _, name = piece.storage.partition(":")
         return strided_view(source.tensor(int(rank), name), piece)
 
-    execute(plan, stored_view, _Views(view, layout), None, torch.device("cpu"), BUCKET_BYTES, verify=False)
-
-
-class _Views(Storages):
-    """A destination that somebody else gives views of."""
-
-    def __init__(self, view: Callable[[Piece], Tensor], layout: Layout) -> None:
-        super().__init__({}, layout)
-        self._view = view
-
-    def view(self, piece: Piece) -> Tensor:
-        return self._view(piece)
+    execute(plan, stored_view, Views(view, layout), None, torch.device("cpu"), BUCKET_BYTES, verify=False)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -48,6 +48,17 @@ class Storages:
             storage, count = next(iter(wrong.items()))
             what = f"{count} elements were not written" if count > 0 else f"{-count} elements were written twice"
             raise RuntimeError(f"reshard: {storage} ({self._names[storage]}): {what}")
+
+
+class Views(Storages):
+    """A destination that somebody else gives views of."""
+
+    def __init__(self, view: Callable[[Piece], Tensor], layout: Layout) -> None:
+        super().__init__({}, layout)
+        self._view = view
+
+    def view(self, piece: Piece) -> Tensor:
+        return self._view(piece)
 
 
 def check_disjoint(layout: Layout, device: torch.device | None = None) -> None:
