@@ -132,7 +132,7 @@ def _check_values(config: Config) -> None:
     config.stream.check()
     config.checkpoint.check()
     config.hang.check()
-    if os.environ.get("RANK", "0") == "0":  # whose launch owns the folder
+    if os.environ.get("GROUP_RANK", "0") == "0":  # the host whose launcher owns the folder
         how_to_start(Path(config.run_dir), config.checkpoint, config.overwrite, config.train.steps)
     sampling = config.sampling
     sampling.check("sampling")

@@ -45,24 +45,25 @@ class MetricsWriter:
         total_steps: int | None = None,
         console_every: int = 1,
         hide: Callable[[str], str] = str,
-        before: int = 0,
+        before: int | None = None,
     ) -> None:
         """
         Args:
             hide: takes secrets out of notes.
-            before: steps of this run that are known already; later rows of the file are dropped.
+            before: steps of this run that a checkpoint knows; later rows of the file are dropped. None: none are.
         """
         self._hide = hide
         self._run_dir = Path(run_dir)
         self._run_dir.mkdir(parents=True, exist_ok=True)
         self.path = self._run_dir / METRICS_FILE
         _remove_torn_line(self.path)
-        _drop_rows_after(self.path, before)
+        if before is not None:
+            _drop_rows_after(self.path, before)
         environment = json.dumps(capture_environment(), indent=2) + "\n"
         (self._run_dir / ENVIRONMENT_FILE).write_text(environment, encoding="utf-8")
         self._file = self.path.open("a", encoding="utf-8")
         self._console = Console(total_steps, every=console_every) if console else None
-        self._wandb = WandbRun(self._run_dir, wandb, self.note, hide, goes_on=before > 0) if wandb else None
+        self._wandb = WandbRun(self._run_dir, wandb, self.note, hide, goes_on=bool(before)) if wandb else None
 
     def log(self, step: int, row: Mapping[str, Any]) -> None:
         """One row of numbers (anything `float()` takes); NaN and infinities become null in the file.
