@@ -67,6 +67,7 @@ class Watch:
         """Takes secrets out of what is said."""
         self._last_words = LastWords(self.folder, rank, 0.6 * self.config.dead_seconds)
         self._pulse = Pulse(range(size) if rank == 0 else [0], self.config)
+        self._launched = bool(attempt)
         self._published, self._beats, self._all_there = -1, 0, False
         self._heard: tuple[Any, ...] = ()
         self._stopped_at: dict[int, float] = {}
@@ -281,7 +282,8 @@ class Watch:
     def _store_lost(self, error: Exception) -> None:
         """The launcher of the first host has ended, or rank 0 where there is no launcher: nobody can be asked,
         and any call to the store may wait for ever."""
-        gone = [rank for rank, process in self.neighbours.known.items() if process.state() == GONE]
+        # With a launcher, who is gone was only faster to leave: a death would have been a verdict before.
+        gone = [] if self._launched else [r for r, process in self.neighbours.all().items() if process.state() == GONE]
         mine = doctor.statement(self.rank, self.journal, self.activity)
         epilogue.alone(
             mine, f"{type(error).__name__}: {error}", gone, min([self.rank, *self._living()]), self.folder, self.hide
