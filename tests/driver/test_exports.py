@@ -98,6 +98,7 @@ def test_a_full_disk_is_a_warning(scene: Scene, task: Task, tmp_path: Path) -> N
     doubled(tmp_path / "best", task, 2, torch.bfloat16)
 
 
+@pytest.mark.matrix
 def test_a_kill_in_the_middle_leaves_the_best_whole(scene: Scene, task: Task, tmp_path: Path) -> None:
     scene("killed", ends_well=False)
     doubled(tmp_path / "best", task, 0)

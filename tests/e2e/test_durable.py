@@ -30,7 +30,7 @@ def rows_of(run_dir: Path) -> list[int]:
     return [json.loads(line)["step"] for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGTERM, marks=pytest.mark.matrix), signal.SIGUSR1])
 def test_a_signal_saves_and_leaves_and_the_same_command_goes_on(
     number: signal.Signals, task: Task, tmp_path: Path, torchrun: Callable[..., Any]
 ) -> None:

@@ -37,6 +37,7 @@ def model(task: Task, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.matrix
 def test_layouts_of_experts_agree(job: Callable[..., list[dict[str, Any]]], model: Path) -> None:
     common = (f"model.path={model}", "train.steps=3")
     whole = job(2, *common)

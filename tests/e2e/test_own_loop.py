@@ -64,6 +64,7 @@ def test_what_is_solved_is_not_trained_on(own: Job, task: Any) -> None:
     assert not any("grad_norm" in row for row in rows)
 
 
+@pytest.mark.matrix
 def test_what_is_not_solved_is_trained_on(own: Job) -> None:
     rows = own("skip_solved", "train.steps=3")
     assert [row["skipped"] for row in rows] == [0.0, 0.0, 0.0]

@@ -71,9 +71,9 @@ print("equal answers:", len(answers))
 @pytest.mark.parametrize(
     "layout",
     [
-        ("placement.policy.tensor=2",),
+        pytest.param(("placement.policy.tensor=2",), marks=pytest.mark.matrix),
         ("placement.policy.pipeline=2", "placement.rollout.tensor=2"),
-        ("placement=split",),
+        pytest.param(("placement=split",), marks=pytest.mark.matrix),
         pytest.param(
             ("placement.policy.context=2", "policy.recompute=selective", "policy.minibatches=2"),
             marks=pytest.mark.matrix,

@@ -98,7 +98,12 @@ def numbers(row: dict[str, Any]) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("ranks", "case", "more"),
     [
-        (1, "grpo ahead and carried over", [*GRPO, "stream.lag=1", "stream.step_tokens=8"]),
+        pytest.param(
+            1,
+            "grpo ahead and carried over",
+            [*GRPO, "stream.lag=1", "stream.step_tokens=8"],
+            marks=pytest.mark.matrix,
+        ),
         pytest.param(2, "grpo TP2", [*GRPO, *TENSOR], marks=pytest.mark.matrix),
         (2, "ppo DP2", PPO),
         pytest.param(2, "grpo engine on one of two", [*GRPO, *PART], marks=pytest.mark.matrix),
@@ -124,7 +129,7 @@ def test_a_job_is_the_same_to_the_last_bit(
     assert row["memory_peak"] == max(value for name, value in row.items() if name.startswith("memory_"))
 
 
-@pytest.mark.parametrize("keep", ["", "rollout.weights"])
+@pytest.mark.parametrize("keep", [pytest.param("", marks=pytest.mark.matrix), "rollout.weights"])
 def test_weights_that_were_given_up_are_sent_again_or_missed(
     keep: str, torchrun: Callable[..., Any], task: Task, tmp_path: Path
 ) -> None:

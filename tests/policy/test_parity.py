@@ -129,7 +129,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("ranks", [1, 2, pytest.param(4, marks=pytest.mark.matrix)])
 def test_a_step_equals_transformers(torchrun, checkpoints: Path, tmp_path: Path, ranks: int) -> None:  # type: ignore[no-untyped-def]
     cases = [f"{name}:{layout}" for name in DENSE for layout in LAYOUTS[ranks]] + CASES[ranks]
     script = Path(__file__).with_name("parity_rank.py")

@@ -27,6 +27,7 @@ def test_one_rank(answers_agree: Callable[..., None]) -> None:
     answers_agree(1, ["qwen3_moe:float32", "mixtral:bfloat16", "gemma:float32", "llama_bias:float32"], 200)
 
 
+@pytest.mark.matrix
 def test_two_ranks(answers_agree: Callable[..., None]) -> None:
     answers_agree(2, ["qwen3_moe:bfloat16", "gemma:bfloat16", "mixtral:float32:experts", "llama:float32:stages"], 200)
 

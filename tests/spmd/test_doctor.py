@@ -82,7 +82,13 @@ def _program(who: int, fault: str) -> str:
     return PROGRAM.replace("WHO", str(who)).replace("        FAULT", f"        {fault}")
 
 
-@pytest.mark.parametrize("name", CASES)
+WIDER = ("ended", "first_stopped", "first_killed", "memory")
+"""Run with -m matrix."""
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.matrix) if name in WIDER else name for name in CASES]
+)
 def test_the_faulty_rank_is_named(name: str, torchrun: Any, tmp_path: Path) -> None:
     who, fault, said = CASES[name]
     done = torchrun(3, _program(who, fault), seconds=100)
@@ -125,6 +131,7 @@ def test_a_lost_launcher_is_told(torchrun: Any, tmp_path: Path) -> None:
     assert len(list((tmp_path / "run" / "faults").glob("*/*.txt"))) == 2
 
 
+@pytest.mark.matrix
 def test_a_frozen_store_is_told(torchrun: Any, tmp_path: Path) -> None:
     """The first host answers no more, and its connections stay open; here the launcher, which is let go on afterwards."""
     fault = "os.kill(os.getppid(), signal.SIGSTOP); time.sleep(100)"

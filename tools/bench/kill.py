@@ -167,6 +167,7 @@ def difference(expected: dict[str, Any], found: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=50, help="runs that are disturbed")
+    parser.add_argument("--kills", type=int, default=KILLS, help="at most so many in a run")
     parser.add_argument("--seed", type=int, default=0, help="decides when and whom")
     parser.add_argument("--out", type=Path, default=None, help="folder for the runs (default: a temporary one)")
     parser.add_argument("overrides", nargs="*", help="further settings of the job")
@@ -181,7 +182,7 @@ def main() -> None:
     wrong, kills, saves, seconds = 0, 0, 0, []
     for number in range(given.runs):
         chance = random.Random(f"{given.seed}/{number}")
-        plan = [(chance.uniform(0, calm.seconds), chance.random() < 0.5) for _ in range(chance.randint(1, KILLS))]
+        plan = [(chance.uniform(0, calm.seconds), chance.random() < 0.5) for _ in range(chance.randint(1, given.kills))]
         made = run(task, out / f"run{number}", given.overrides, plan, chance)
         if made.status:
             verdict = f"ENDED WITH STATUS {made.status}: {made.said[-1500:]}"

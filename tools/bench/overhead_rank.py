@@ -89,6 +89,7 @@ class NullRollout(Rollout):
         Role.__init__(self, "rollout", world, mesh)
         self.sampling, self.seed, self.calls = None, 0, 0  # type: ignore[assignment]
         self.overlap, self.under_way, self.sender = StreamConfig(), [], None
+        self._streams, self._saved = [], []
         world.my_group(mesh.groups("tensor", "pipeline"))
         self.engine = NullEngine(tokens)  # type: ignore[assignment]
 
