@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from aligner.algorithms.grpo import GrpoConfig, grpo
+from aligner.checkpoint.config import CheckpointConfig
 from aligner.config import Config, TrainConfig
 from aligner.data.config import DataConfig
 from aligner.data.prompts import Prompt
@@ -277,6 +278,7 @@ def _job(prompts: int, steps: int, folder: Path) -> Any:
         data=DataConfig(prompts_per_step=prompts),
         logging=LoggingConfig(console=False, timeline_steps=0, samples_every=0),
         train=TrainConfig(steps=steps, eval_every=0, save=False, report=False),
+        checkpoint=CheckpointConfig(every=0),
         run_dir=str(folder / "run"),
     )
     sets = SimpleNamespace(training=data, left_out=Counter(), heldout=[], heldout_pairs=[], heldout_answers=[])
