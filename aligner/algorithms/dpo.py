@@ -28,7 +28,8 @@ class DpoConfig:
 def dpo(roles: Roles, pairs: Iterable[Pairs], cfg: DpoConfig) -> Iterator[Step]:
     """One optimizer step for each batch of pairs."""
     policy = roles.policy
-    reference_sums = ReferenceSums(roles.reference) if roles.reference else None
+    kept = roles.keep(reference_sums=[])
+    reference_sums = ReferenceSums(roles.reference, kept) if roles.reference else None
     for batch in pairs:
         rows = policy.place(batch, group_size=2, minibatches=policy.config.minibatches)
         fields = {"reference_sum_B": reference_sums(batch, rows)} if reference_sums else {}

@@ -32,7 +32,7 @@ def kto(roles: Roles, feedback: Iterable[Feedback], cfg: KtoConfig) -> Iterator[
     policy, reference = roles.policy, roles.reference
     if reference is None:
         raise ValueError("KTO compares with the reference; add reference to algorithm.roles.")
-    reference_sums = ReferenceSums(reference)
+    reference_sums = ReferenceSums(reference, roles.keep(reference_sums=[]))
     for batch in feedback:
         rows = policy.place(batch)
         kl = mismatched_kl(policy, reference, batch)

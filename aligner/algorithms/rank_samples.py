@@ -42,16 +42,29 @@ class RankSamplesConfig:
 def rank_samples(roles: Roles, prompts: Iterable[list[Prompt]], cfg: RankSamplesConfig) -> Iterator[Step]:
     """A pair for each prompt whose answers' rewards differ; rows without a reward are in no pair."""
     writes = roles.policy.world.rank == 0
+    kept = roles.keep(bytes=0)
     roles.policy.reshard_to(roles.rollout)
     if writes:
-        Path(cfg.out).write_text("")
+        begin(Path(cfg.out), kept.bytes)
     for batch in scored_samples(roles, prompts, cfg.group_size):
         fields, scores = batch.samples["fields"].get(), batch.scores.get()
         pairs = best_and_worst(scores.reward_B, scores.response, fields, cfg.group_size)
         if writes:
             with Path(cfg.out).open("a", encoding="utf-8") as file:
                 file.writelines(json.dumps(pair) + "\n" for pair in pairs)
+                kept.bytes = file.tell()
         yield Step(None, batch.samples, batch.scores, {"pairs": float(len(pairs))})
+
+
+def begin(out: Path, known: int) -> None:
+    """Anew, or after what a checkpoint knows: later lines will come again."""
+    with out.open("ab") as file:
+        if file.tell() < known:
+            raise ValueError(
+                f"algorithm.out={out} has {file.tell()} bytes, and had {known} when the checkpoint was made; bring the file "
+                "back, or start anew with overwrite=true."
+            )
+        file.truncate(known)
 
 
 def best_and_worst(

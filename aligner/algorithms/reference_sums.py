@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -21,9 +22,15 @@ class ReferenceSums:
     Every rank keeps all sums, 8 bytes a row, and so all agree on whether the reference has to be asked.
     """
 
-    def __init__(self, reference: Reference) -> None:
+    def __init__(self, reference: Reference, kept: Any = None) -> None:
+        """
+        Args:
+            kept: `roles.keep(reference_sums=[])`, so that a run that goes on has the sums that it had, to the last bit:
+                asked again in another batch, the reference's would round differently.
+        """
         self.reference = reference
-        self._known: dict[tuple[int, int], float] = {}
+        self._kept = SimpleNamespace(reference_sums=[]) if kept is None else kept
+        self._known = {(number, side): value for number, side, value in self._kept.reference_sums}
 
     def __call__(self, batch: Samples, rows: Ref) -> Ref:
         """The sums of `batch`, which every rank holds and `rows` is, as a Ref to [B] float64 that lines up with it."""
@@ -33,5 +40,7 @@ class ReferenceSums:
         if any(key not in self._known for key in keys):
             logp_BT = self.reference.logprobs(rows)
             sums_B: Tensor = self.reference.run(row_sums, logp_BT, rows["mask_BT"]).get()
-            self._known.update(zip(keys, sums_B.tolist(), strict=True))
+            found = [(*key, value) for key, value in zip(keys, sums_B.tolist(), strict=True)]
+            self._kept.reference_sums += found
+            self._known |= {(number, side): value for number, side, value in found}
         return self.reference.along(rows, torch.tensor([self._known[key] for key in keys], dtype=torch.float64))

@@ -41,16 +41,21 @@ class Durable:
             The last step that it knows; 0 where there is none.
 
         Raises:
-            ValueError: the folder holds a run that is not to be touched, or one of other settings.
+            ValueError: the folder holds a run that is not to be touched, one of other settings, or only damaged ones.
         """
         config, first = self.job.config, self.world.rank == 0
         start = how_to_start(self.run_dir, config.checkpoint, config.overwrite, config.train.steps) if first else None
         start = everyone(self.world, start, range(self.world.size))[0]
         found = find(self.world, self.run_dir / FOLDER) if start is Start.RESUME else None
+        if start is Start.RESUME and found is None:
+            raise ValueError(
+                f"none of the checkpoints in {self.run_dir / FOLDER} is whole (see above); bring one back, choose another "
+                "run_dir, or start anew with overwrite=true."
+            )
         if found is not None:
             check_changes(found.state["config"], plain(self.job), config.checkpoint.accept_changes, first)
         if first:
-            claim(self.run_dir, Start.NEW if found is None else Start.RESUME)
+            claim(self.run_dir, start)
         if found is None:
             return 0
         self._load(found)

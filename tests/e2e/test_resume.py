@@ -43,6 +43,14 @@ RUNS: dict[str, list[str]] = {
     ],
     "two_ahead": ["algorithm=grpo_decoupled", "algorithm.group_size=4", "stream.lag=2"],
     "carried_over": ["algorithm=grpo_decoupled", "algorithm.group_size=4", "stream.lag=1", "stream.step_tokens=7"],
+    "dpo": [
+        "algorithm=dpo",
+        "data=preferences",
+        "data.path={task}/preferences.jsonl",
+        "data.eval_path=null",
+        "data.prompts_per_step=24",  # the second epoch begins in the third step
+        "policy.optimizer.lr=1e-3",
+    ],
 }
 WIDER = ("distributed_bf16", "two_ahead", "carried_over")
 """Run with -m matrix."""
@@ -67,8 +75,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def jobs(folder: Path, task: Task, torchrun: Callable[..., Any]) -> Jobs:
     """jobs(ranks, {folder: overrides}) runs the jobs one after the other."""
 
+    def task_of(run_dir: Path, overrides: Sequence[str]) -> list[str]:
+        samples = "algorithm=dpo" not in overrides
+        return [one for one in task.overrides(run_dir)[1:] if samples or "group_size" not in one]
+
     def run(ranks: int, wanted: Mapping[str, Sequence[str]]) -> None:
-        lists = [[*task.overrides(folder / name)[1:], *COMMON, *overrides] for name, overrides in wanted.items()]
+        lists = [
+            [*task_of(folder / name, overrides), *COMMON, *(one.format(task=task.folder) for one in overrides)]
+            for name, overrides in wanted.items()
+        ]
         file = folder / "jobs.json"
         file.write_text(json.dumps(lists))
         done = torchrun(ranks, [str(Path(__file__).with_name("jobs_rank.py")), str(file)], seconds=400)
@@ -117,7 +132,7 @@ def make(whole: set[str], jobs: Jobs, ranks: int, wanted: Mapping[str, Sequence[
         whole.update(missing)
 
 
-@pytest.mark.parametrize("names", [("grpo", "ppo"), pytest.param(WIDER, marks=pytest.mark.matrix)])
+@pytest.mark.parametrize("names", [("grpo", "ppo", "dpo"), pytest.param(WIDER, marks=pytest.mark.matrix)])
 def test_the_same_layout_goes_on_bit_for_bit(names: Sequence[str], folder: Path, jobs: Jobs, whole: set[str]) -> None:
     make(whole, jobs, 2, {name: RUNS[name] for name in names})
     jobs(2, {continued(folder, name, f"{name}_again"): RUNS[name] for name in names})
