@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from aligner.algorithms.rank_samples import begin, best_and_worst
