@@ -208,6 +208,7 @@ def test_too_little_room(task: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert nearest_folder(task / "a" / "b") == task
 
 
+@pytest.mark.matrix
 def test_what_a_run_writes_was_foreseen(task: Path, torchrun: Callable[..., Any], tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     base = [

@@ -13,8 +13,9 @@ from tests.algorithms.methods import UNTRAINED, Found, Row, cases, methods, run_
 
 TENSOR, PIPELINE = "placement.policy.tensor=2", "placement.policy.pipeline=2"
 CONTEXT = "placement.policy.context=2"
-TWO = {"data 2": [], "tensor 2": [TENSOR]}
+TWO = {"tensor 2": [TENSOR]}
 MORE_TWO = {
+    "data 2": [],
     "pipeline 2": [PIPELINE],
     "context 2": [CONTEXT],
     "context 2 on its own": [

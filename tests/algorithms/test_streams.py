@@ -25,7 +25,12 @@ def cache() -> dict[str, Said]:
     return {}
 
 
-@pytest.fixture(params=["split", "colocated, tensor 2", pytest.param("two replicas", marks=pytest.mark.matrix)])
+@pytest.fixture(
+    params=[
+        "split",
+        *(pytest.param(name, marks=pytest.mark.matrix) for name in ("colocated, tensor 2", "two replicas")),
+    ]
+)
 def said(request: pytest.FixtureRequest, cache: dict[str, Said], task: Any, torchrun: Callable[..., Any]) -> Said:
     """What all ranks say alike under a layout."""
     if request.param not in cache:

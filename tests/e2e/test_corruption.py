@@ -75,6 +75,7 @@ def test_the_whole_job_ends(fault: str, torchrun: Callable[..., Any], tmp_path: 
 SAME = ("reward", "length", "tokens", "loss", "grad_norm", "gap_max")
 
 
+@pytest.mark.matrix
 def test_deltas_change_nothing_but_the_bytes(job: Callable[..., list[dict[str, Any]]]) -> None:
     """The same job with and without them, over bfloat16: equal samples and losses to the last bit, from fewer bytes."""
     settings = ("placement=split", "rollout.dtype=bfloat16", "train.steps=3", "policy.optimizer.lr=1e-5")

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 OWN = """
 import os, signal, time
 
@@ -56,6 +58,7 @@ def _run(torchrun: Callable[..., Any], task: Any, folder: Path, *settings: str) 
     return done.stderr, reports[0].read_text()
 
 
+@pytest.mark.matrix
 def test_a_rank_that_stops_while_it_scores(torchrun: Callable[..., Any], task: Any, tmp_path: Path) -> None:
     """It cannot say anything any more: what it told last is in the report, the sample among it."""
     settings = "algorithm=sft data=demonstrations algorithm.roles=[policy,reward] reward.rule=own.stopping"

@@ -136,6 +136,7 @@ def test_a_batch_without_a_trained_token_moves_nothing(sft: Job) -> None:
     assert rows[1]["tokens"] == 0.0 and "grad_norm" not in rows[1]
 
 
+@pytest.mark.matrix
 def test_a_guard_ends_every_rank_with_one_message(torchrun: Callable[..., Any], task: Any, tmp_path: Path) -> None:
     """A reward that is always 1: no advantage but 0, said at once, and the end after three steps."""
     run_dir = tmp_path / "run"

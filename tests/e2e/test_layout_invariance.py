@@ -44,7 +44,7 @@ def _baseline(one_rank: dict[str, Rows], job: Callable[..., Rows]) -> Rows:
     return one_rank["rows"]
 
 
-WIDER = ("dp2", "cp2", "mixed", "tp2_rollout_2xtp1", "rules_on_a_rank_of_their_own", "split_2_2")
+WIDER = ("dp2", "tp2", "cp2", "mixed", "tp2_rollout_2xtp1", "rules_on_a_rank_of_their_own", "split_2_2")
 """Run with -m matrix."""
 
 
@@ -80,6 +80,7 @@ def test_the_policy_learns(one_rank: dict[str, Rows], job: Callable[..., Rows]) 
     assert last > first + 0.2
 
 
+@pytest.mark.matrix
 def test_several_optimizer_steps_on_a_batch(job: Callable[..., Rows]) -> None:
     """2 epochs of 2 minibatches hold the same rows under any layout; after the first step the batch is off-policy."""
     steps = ("policy.minibatches=2", "policy.epochs=2", "train.steps=3", "policy.optimizer.lr=1e-3")

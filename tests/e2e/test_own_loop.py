@@ -36,6 +36,7 @@ def test_best_of_n_runs_and_learns(own: Job) -> None:
     assert all(row["gap_max"] < 1e-4 for row in rows)
 
 
+@pytest.mark.matrix
 def test_two_rewards_are_logged_and_learned_from(own: Job, task: Any) -> None:
     rule = task.folder / "rule.py"
     components = [f"+reward.components.{name}.rule='{rule}:{name}'" for name in ("digits", "brief")]

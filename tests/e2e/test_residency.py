@@ -129,7 +129,8 @@ def test_a_job_is_the_same_to_the_last_bit(
     assert row["memory_peak"] == max(value for name, value in row.items() if name.startswith("memory_"))
 
 
-@pytest.mark.parametrize("keep", [pytest.param("", marks=pytest.mark.matrix), "rollout.weights"])
+@pytest.mark.matrix
+@pytest.mark.parametrize("keep", ["", "rollout.weights"])
 def test_weights_that_were_given_up_are_sent_again_or_missed(
     keep: str, torchrun: Callable[..., Any], task: Task, tmp_path: Path
 ) -> None:

@@ -87,6 +87,7 @@ def test_attention_beside_a_dense_mask(torchrun, ranks: int) -> None:  # type: i
     assert done.stdout.count("agrees") == ranks
 
 
+@pytest.mark.matrix
 def test_activations_fall_with_the_ranks() -> None:
     """All key/value heads are there, so that keys and values of other ranks, were they kept, would show."""
     tool = ROOT / "tools" / "bench" / "context_memory.py"

@@ -69,7 +69,7 @@ def run(torchrun, ranks: int, classifiers: Path, out: Path, cases: list[str], se
         assert done.stdout.count(f"{case} values off by") == ranks, case
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.matrix)])
 def test_steps_equal_those_of_transformers(torchrun, classifiers: Path, tmp_path: Path, ranks: int) -> None:  # type: ignore[no-untyped-def]
     cases = [f"{name}:{layout}" for name in SMALL for layout in LAYOUTS[ranks]] + SPECIAL.get(ranks, [])
     run(torchrun, ranks, classifiers, tmp_path, cases, 150)

@@ -152,6 +152,7 @@ def test_a_row_that_eats_memory_fails_alone(rule_file: Path) -> None:
     assert after.value == pid.value, "the worker lives on"
 
 
+@pytest.mark.matrix
 def test_a_rule_that_always_sleeps_is_given_up(rule_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """100 rows of 1 s each are not waited for; a rule that answered once is tried on every row."""
     monkeypatch.setattr("aligner.reward.pool.HOPELESS_S", 3.0)

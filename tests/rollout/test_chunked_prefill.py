@@ -14,6 +14,7 @@ from aligner.rollout.weights import EngineWeights
 from tests.rollout import tiny
 
 
+@pytest.mark.matrix
 def test_a_prompt_read_in_pieces_draws_the_same(models: dict[str, tuple[Any, str]], group: dist.ProcessGroup) -> None:
     """An engine step of 32 tokens reads these prompts in two or more steps, whose draws do not count."""
     model, folder = models["llama"]

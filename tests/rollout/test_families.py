@@ -23,6 +23,7 @@ def answers_agree(torchrun: Callable[..., Any], tmp_path: Path) -> Callable[...,
     return check
 
 
+@pytest.mark.matrix
 def test_one_rank(answers_agree: Callable[..., None]) -> None:
     answers_agree(1, ["qwen3_moe:float32", "mixtral:bfloat16", "gemma:float32", "llama_bias:float32"], 200)
 

@@ -8,9 +8,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.matrix
 def test_replicas_on_part_of_the_world(models: dict[str, tuple[Any, str]]) -> None:
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3", "-m", "tests.rollout.replicas"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
