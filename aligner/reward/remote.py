@@ -69,6 +69,7 @@ class HttpScorer:
         self.progress: Callable[[], None] = lambda: None
         """Called after each request."""
         self._open: dict[int, int] = {}
+        self._jitter = random.Random()  # of its own: the global one is the same on every rank, and stays so
         self.judge = Judge(component.judge, where) if component.judge else None
         self.rows_per_request = 1 if self.judge else component.rows_per_request
         for key, least in (("rows_per_request", 1), ("retries", 0), ("backoff_s", 0)):
@@ -122,7 +123,7 @@ class HttpScorer:
                 if not error.again or attempt == self.retries:
                     after = f" ({attempt + 1} attempts)" if attempt else ""
                     return self._lost(batch, error.status, error.detail + after, time.perf_counter() - start)
-                pause = min(max(self.backoff_s * 2**attempt * random.uniform(0.8, 1.2), error.wait_s), LONGEST_WAIT_S)
+                pause = min(max(self.backoff_s * 2**attempt * self._jitter.uniform(0.8, 1.2), error.wait_s), LONGEST_WAIT_S)
                 self.progress()
                 time.sleep(pause)
             except Exception as error:  # a row that cannot be written as JSON, a field that the judge's prompt lacks
