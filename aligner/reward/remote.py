@@ -123,7 +123,9 @@ class HttpScorer:
                 if not error.again or attempt == self.retries:
                     after = f" ({attempt + 1} attempts)" if attempt else ""
                     return self._lost(batch, error.status, error.detail + after, time.perf_counter() - start)
-                pause = min(max(self.backoff_s * 2**attempt * self._jitter.uniform(0.8, 1.2), error.wait_s), LONGEST_WAIT_S)
+                pause = min(
+                    max(self.backoff_s * 2**attempt * self._jitter.uniform(0.8, 1.2), error.wait_s), LONGEST_WAIT_S
+                )
                 self.progress()
                 time.sleep(pause)
             except Exception as error:  # a row that cannot be written as JSON, a field that the judge's prompt lacks
