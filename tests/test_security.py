@@ -195,6 +195,7 @@ def test_no_secret_in_what_a_run_leaves_behind(job: Callable[..., Any], tmp_path
     assert leaks(done, run_dir) == []
 
 
+@pytest.mark.matrix
 def test_no_secret_in_an_error(job: Callable[..., Any], tmp_path: Path) -> None:
     done = job("reward.rule=own.leaking")
     assert done.returncode != 0

@@ -44,7 +44,7 @@ def _baseline(one_rank: dict[str, Rows], job: Callable[..., Rows]) -> Rows:
     return one_rank["rows"]
 
 
-WIDER = ("dp2", "tp2", "cp2", "mixed", "tp2_rollout_2xtp1", "rules_on_a_rank_of_their_own", "split_2_2")
+WIDER = ("dp2", "tp2", "pp2", "cp2", "mixed", "tp2_rollout_2xtp1", "rules_on_a_rank_of_their_own", "split_2_2")
 """Run with -m matrix."""
 
 

@@ -59,6 +59,7 @@ def test_each_reward_is_compared_by_itself() -> None:
     assert lacking[:2].nan_to_num(0.0).tolist() == [0.0, 0.0], "a row without a reward, and the one left alone"
 
 
+@pytest.mark.matrix
 def test_what_is_solved_is_not_trained_on(own: Job, task: Any) -> None:
     rows = own("skip_solved", f"reward.rule='{task.folder / 'rule.py'}:fair'", "train.steps=3")
     assert [row["skipped"] for row in rows] == [1.0, 1.0, 1.0]

@@ -82,7 +82,7 @@ def _program(who: int, fault: str) -> str:
     return PROGRAM.replace("WHO", str(who)).replace("        FAULT", f"        {fault}")
 
 
-WIDER = ("ended", "lock_held", "first_stopped", "first_killed", "memory")
+WIDER = ("ended", "stopped", "lock_held", "first_stopped", "first_killed", "memory")
 """Run with -m matrix."""
 
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
+
 from tests.conftest import ROOT
 
 RUNS = 5
 
 
+@pytest.mark.matrix
 def test_killed_runs_end_as_if_nothing_had_happened(tmp_path) -> None:  # type: ignore[no-untyped-def]
     command = [
         sys.executable,
