@@ -40,6 +40,7 @@ def loop(roles, prompts, cfg: LoopConfig):
 """
 
 
+@pytest.mark.matrix
 def test_each_step_and_the_best(job: Callable[..., list[dict[str, Any]]], task: Task, tmp_path: Path) -> None:
     (tmp_path / "my_loop.py").write_text(LOOP)
     rows = job(

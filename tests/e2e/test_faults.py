@@ -75,6 +75,7 @@ def test_a_rank_that_stops_while_it_scores(torchrun: Callable[..., Any], task: A
     assert re.search(rf"rank {found[1]}, MainThread \(as last told\):\n(    .*\n)+", report)
 
 
+@pytest.mark.matrix
 def test_an_engine_that_fails_on_one_rank(torchrun: Callable[..., Any], task: Any, tmp_path: Path) -> None:
     settings = "algorithm._target_=own.broken placement.rollout.tensor=2"
     console, report = _run(torchrun, task, tmp_path, *settings.split())

@@ -105,7 +105,7 @@ def numbers(row: dict[str, Any]) -> dict[str, Any]:
             marks=pytest.mark.matrix,
         ),
         pytest.param(2, "grpo TP2", [*GRPO, *TENSOR], marks=pytest.mark.matrix),
-        (2, "ppo DP2", PPO),
+        pytest.param(2, "ppo DP2", PPO, marks=pytest.mark.matrix),
         pytest.param(2, "grpo engine on one of two", [*GRPO, *PART], marks=pytest.mark.matrix),
     ],
 )

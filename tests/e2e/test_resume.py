@@ -179,6 +179,7 @@ def test_from_one_rank_to_four(folder: Path, jobs: Jobs) -> None:
     assert_close(folder / "four", folder / "one")
 
 
+@pytest.mark.matrix
 def test_a_training_checkpoint_becomes_a_model(folder: Path, task: Task, jobs: Jobs) -> None:
     layout = ["placement.policy.tensor=2", "policy.optimizer.distributed=true", "train.save=true"]
     jobs(2, {"exported": [*RUNS["grpo"], *layout]})

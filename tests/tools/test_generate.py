@@ -55,6 +55,7 @@ def test_every_command_ends_well(folder: Path) -> None:
     assert set(report["statuses"].values()) == {0}, (report, (folder / "chat.jsonl.log").read_text())
 
 
+@pytest.mark.matrix
 def test_kills_at_random_moments_change_nothing(folder: Path) -> None:
     kills = json.loads((folder / "report.json").read_text())["kills"]
     size = (folder / "whole.jsonl").stat().st_size
@@ -150,6 +151,7 @@ class Company:
         return [[Sample([], 0, tokens, [0.0] * 5, ended=True)] * num_samples for _ in prompts]
 
 
+@pytest.mark.matrix
 def test_a_batch_keeps_its_company(task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """However many lines there were, and however many processes share the batches, which run one after the other here."""
     module = tool()
