@@ -36,8 +36,6 @@ class Saver:
         self._saves, self._began = 0, 0.0
         self.last: Path | None = None
         """The newest checkpoint (first rank)."""
-        self.failed = 0
-        """Saves that did not become one (first rank)."""
 
     def save(
         self,
@@ -122,7 +120,6 @@ class Saver:
             more = {"seconds": round(time.perf_counter() - self._began, 3)}
             self.last = publish(self.root, step, size, files, self.keep, more)  # type: ignore[arg-type]
         except OSError as error:
-            self.failed += 1
             shutil.rmtree(partial_folder(self.root, step), ignore_errors=True)
             there = self.last.name if self.last else "none of this run"
             sys.stderr.write(

@@ -46,12 +46,12 @@ def save(role: Trained) -> tuple[dict[str, Tensor], dict[str, list[Entry]]]:
     mine = written_by(role.world.rank, side, role.spec, role.mesh, role.config.optimizer.distributed)
     tensors: dict[str, Tensor] = {}
     entries: dict[str, list[Entry]] = {f"{role.name}/{kind}": [] for kind in (WEIGHTS, *MOMENTS)}
-    held = slices(optimizer, model)
-    for part in held:
+    by_storage = _by_storage(model.layout)
+    for part in slices(optimizer, model):
         pieces = [
             kept
-            for piece in model.layout
-            if piece.storage == part.storage and (piece.name, piece.storage) in mine
+            for piece in by_storage.get(part.storage, ())
+            if (piece.name, piece.storage) in mine
             for kept in clip(piece, part.start, part.stop)
         ]
         for kind, tensor in ({WEIGHTS: part.master} | part.moments).items() if pieces else ():
@@ -68,7 +68,7 @@ def load(role: Trained, source: Source, steps: int) -> None:
     model, optimizer = role.model, role.optimizer
     make_moments(optimizer, steps)
     _read(source, f"{role.name}/{WEIGHTS}", model.layout, model.view)
-    held = slices(optimizer, model)
+    held, by_storage = slices(optimizer, model), _by_storage(model.layout)
     for kind in (WEIGHTS, *(MOMENTS if steps else ())):
         if kind == WEIGHTS and role.config.dtype == "float32":  # its own master
             continue
@@ -76,11 +76,17 @@ def load(role: Trained, source: Source, steps: int) -> None:
         layout = [
             kept
             for part in held
-            for piece in model.layout
-            if piece.storage == part.storage
+            for piece in by_storage.get(part.storage, ())
             for kept in clip(_as_float32(piece), part.start, part.stop)
         ]
         _read(source, f"{role.name}/{kind}", layout, partial(_in_flat, flat))
+
+
+def _by_storage(layout: Layout) -> dict[str, list[Piece]]:
+    found: dict[str, list[Piece]] = {}
+    for piece in layout:
+        found.setdefault(piece.storage, []).append(piece)
+    return found
 
 
 def _in_flat(flat: Mapping[str, Tensor], piece: Piece) -> Tensor:
