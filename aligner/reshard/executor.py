@@ -12,7 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from aligner.reshard.bucket import Bucket, Buffers, copy_local
+from aligner.reshard.bucket import Bucket, Buffers
+from aligner.reshard.copies import copy_local
 from aligner.reshard.ledger import SyncRow
 from aligner.reshard.plan import Item, Plan
 from aligner.reshard.region import Piece
@@ -64,19 +65,18 @@ def execute(
     group must have run a collective before: its communicator is made by all members together.
 
     The source's checksums travel in front of its regions (not counted as bytes), through relays as well. The receiver
-    compares them with what arrived, and what arrived with what the destination's storage holds after the write,
-    before `written` lets the engine re-lay it out. Local copies are compared with their source. Each comparison comes
-    right after its write: that no other piece overwrites it is what `storage.check_disjoint` says of the layout.
+    compares them with what arrived, and that with what the destination's storage holds after the write (at once, where a
+    large region arrives in the storage), before `written` lets the engine re-lay it out. Local copies are compared with
+    their source. Each comparison comes right after its write: that no other piece overwrites it is what
+    `storage.check_disjoint` says of the layout.
     A rank that fails completes its sends and receives, marked as failed, before it raises: nobody is left waiting.
 
     `source` and `destination` may be None on ranks that the plan asks for neither.
 
     `kept` (empty at first, the same object in every transfer of this plan) makes messages travel as what changed since
-    the last transfer, where that is shorter; see `wire.Changes`.
-
-    `waiting(ranks)` is entered around each wait for messages from and to these ranks.
-
-    `transfer` numbers the transfers of a plan, alike on all ranks: with `verify` a message of another one is refused.
+    the last transfer, where that is shorter; see `wire.Changes`. `waiting(ranks)` is entered around each wait for messages
+    from and to these ranks. `transfer` numbers the transfers of a plan, alike on all ranks: with `verify` a message of
+    another one is refused.
 
     Raises RuntimeError naming tensor, region, source rank and destination rank where a proof fails; also where another
     rank could not read its source. The first error of this rank is raised, whatever its type.
@@ -86,7 +86,7 @@ def execute(
     started = time.perf_counter()
     on_cpu = group is None or dist.get_backend(group) == "gloo"
     buffers = buffers or Buffers(torch.device("cpu") if on_cpu else device)
-    buffers.transfer = transfer
+    buffers.transfer, buffers.together = transfer, kept is not None
     work = _Work(plan.rank, source, destination, buffers, verify)
     schedule = schedule_of(plan, 2 * bucket_bytes)
     wire = Whole(group) if kept is None else Changes(group, kept, schedule)
@@ -126,7 +126,7 @@ class _Flight:
         arrived: tuple[Message, Bucket] | None = None
         for number, step in enumerate(steps):
             leaving = self._passing[step.send.content] if step.send and step.send.relay else packed
-            arriving = Bucket(self._schedule.items(step.receive), work.buffers) if step.receive else None
+            arriving = self._await(step.receive) if step.receive else None
             with work.clock("wire"):
                 requests = self._wire.post(step, leaving, arriving)
             if arrived:
@@ -151,6 +151,12 @@ class _Flight:
             self._apply(*arrived)
         for items in () if steps else local:
             work.copy(items)
+
+    def _await(self, message: Message) -> Bucket:
+        bucket = Bucket(self._schedule.items(message), self._work.buffers)
+        if message.content not in self._relays:  # what is passed on stays as it came
+            self._work.open(bucket)
+        return bucket
 
     def _pack(self, step: Step) -> Bucket | None:
         return self._work.pack(self._schedule.items(step.send)) if step.send and not step.send.relay else None
@@ -200,6 +206,12 @@ class _Work:
                 return bucket
         bucket.mark_failed()
         return bucket
+
+    def open(self, bucket: Bucket) -> None:
+        """Let what comes in arrive where it belongs, as far as it can."""
+        with self.clock("apply"), self._keep_failure():
+            if self._failure is None and self._destination is not None:
+                bucket.open(self._destination.view)
 
     def land(self, wire: Wire, message: Message, bucket: Bucket) -> None:
         """Let the wire make a whole bucket of what came in."""

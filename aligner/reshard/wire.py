@@ -45,9 +45,9 @@ class Whole:
         posts = []
         if step.send and leaving:
             self._count(step.send, leaving.payload_bytes)
-            posts.append(self._sending(step.send, leaving.words))
+            posts += [self._sending(step.send, part) for part in leaving.parts]
         if step.receive and arriving:
-            posts.append(self._receiving(step.receive, arriving.words))
+            posts += [self._receiving(step.receive, part) for part in arriving.parts]
         return list(dist.batch_isend_irecv(posts))
 
     def landed(self, message: Message, bucket: Bucket) -> None:
@@ -66,7 +66,7 @@ class Whole:
 
 
 class Changes(Whole):
-    """Buckets as their header and a delta where that is shorter, else whole; relays pass on what they got.
+    """Buckets of one part, as their header and a delta where that is shorter, else whole; relays pass on what they got.
 
     Lengths are known only when a bucket is packed, so each travels in front of its message. The receiver makes the
     whole bucket of the delta and what it kept: checksums, write and proof are the same as ever. Staging grows by the

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from math import inf
 
 import pytest
 import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from aligner.reshard.bucket import Bucket, Buffers, copy_local
+from aligner.reshard.bucket import APART_BYTES, Bucket, Buffers
 from aligner.reshard.checksum import Hashes
+from aligner.reshard.copies import View, copy_local
 from aligner.reshard.plan import Item
 from aligner.reshard.region import Piece, whole_tensor
 from aligner.reshard.slabs import Scratch
@@ -32,7 +34,9 @@ SHAPES: Shapes = {
 class Pair:
     """Both ends of a transfer of whole tensors, stored in any strides with gaps between them."""
 
-    def __init__(self, shapes: Shapes, from_dtype: str, to_dtype: str, seed: int = 0) -> None:
+    def __init__(
+        self, shapes: Shapes, from_dtype: str, to_dtype: str, seed: int = 0, apart: float = APART_BYTES
+    ) -> None:
         draw = random.Random(seed)
         sources = Grid([0], 1, 1, from_dtype).layouts(shapes, draw)[0]
         targets = {piece.name: piece for piece in Grid([0], 1, 1, to_dtype).layouts(shapes, draw)[0]}
@@ -40,7 +44,12 @@ class Pair:
         self.held, self.filled = allocate(sources, CPU), allocate(list(targets.values()), CPU)
         for number, storage in enumerate(self.held.values()):
             storage.copy_(torch.randn(storage.shape, generator=torch.Generator().manual_seed(number)))
-        self.buffers = Buffers(CPU)
+        self.buffers = self._buffers(apart)
+
+    def _buffers(self, apart: float) -> Buffers:
+        made = Buffers(CPU)
+        made.apart_bytes = apart
+        return made
 
     def source(self, piece: Piece) -> Tensor:
         return strided_view(self.held[piece.storage], piece)
@@ -48,13 +57,16 @@ class Pair:
     def view(self, piece: Piece) -> Tensor:
         return strided_view(self.filled[piece.storage], piece)
 
-    def sent(self, proof: bool = True) -> Bucket:
-        """A bucket as it arrives: the sender's words in another buffer, which held something else before."""
-        packed, arrived = Bucket(self.items, self.buffers), Bucket(self.items, Buffers(CPU))
+    def sent(self, proof: bool = True, view: View | None = None) -> Bucket:
+        """A bucket as it arrives: its parts in other memory, which held something else before."""
+        apart = self.buffers.apart_bytes
+        packed, arrived = Bucket(self.items, self.buffers), Bucket(self.items, self._buffers(apart))
         packed.buffer.random_()
+        arrived.open(view or self.view)
         packed = Bucket(self.items, self.reused(packed))
         packed.pack(self.source, proof)
-        arrived.words.copy_(packed.words)
+        for here, there in zip(arrived.parts, packed.parts, strict=True):
+            here.copy_(there)
         return arrived
 
     def reused(self, bucket: Bucket) -> Buffers:
@@ -70,9 +82,10 @@ class Pair:
 
 @pytest.mark.parametrize("to_dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("from_dtype", ["float32", "bfloat16", "float16"])
-def test_round_trip(from_dtype: str, to_dtype: str) -> None:
+@pytest.mark.parametrize("apart", [inf, APART_BYTES, 0])
+def test_round_trip(apart: float, from_dtype: str, to_dtype: str) -> None:
     for seed in range(3):
-        pair = Pair(SHAPES, from_dtype, to_dtype, seed)
+        pair = Pair(SHAPES, from_dtype, to_dtype, seed, apart)
         bucket = pair.sent()
         assert not bucket.failed()
         bucket.land(pair.view, 0, 1, proof=True)
@@ -114,31 +127,43 @@ def test_nan_and_negative_zero_are_compared_as_bits(dtype: str) -> None:
     pair.assert_exact()
     copy_local(pair.items, pair.source, pair.view, 0, True, SCRATCH)
     pair.assert_exact()
+    harmed = Harmed(pair, positive, "w")
     with pytest.raises(RuntimeError, match="mismatch in w"):
-        pair.sent().land(Harmed(pair, positive, "w"), 0, 1, proof=True)
+        pair.sent(view=harmed).land(harmed, 0, 1, proof=True)
 
 
-def header(bucket: Bucket) -> int:
-    """Words in front of the payload: the status, the items' identity and the sums, in whole cache lines."""
-    return bucket.words.numel() - sum((item.bytes + 7) // 8 for item in bucket.items)
+def contents(bucket: Bucket) -> Iterator[tuple[Item, Tensor]]:
+    """Each item and the bytes that arrived of it."""
+    start, large = 0, iter(bucket.parts[1:])
+    for item in bucket.items:
+        if start < bucket.payload.numel():
+            yield item, bucket.payload.view(torch.uint8)[8 * start : 8 * start + item.bytes]
+            start += -(-item.bytes // 8)
+        else:
+            yield item, next(large).view(torch.uint8)
 
 
+@pytest.mark.parametrize("apart", [inf, APART_BYTES, 0])
 @pytest.mark.parametrize("to_dtype", ["float32", "bfloat16"])
-def test_a_flipped_bit_in_the_message_is_named(to_dtype: str) -> None:
-    pair = Pair(SHAPES, "float32", to_dtype)
-    bucket = pair.sent()
-    start = header(bucket)
-    for number, item in enumerate(pair.items):
-        words = (item.bytes + 7) // 8
-        for word in (start, start + words // 2, start + words - 1):
-            bucket.words[word] ^= 1 << (7 * number)
-            with pytest.raises(RuntimeError, match="from rank 4 to rank 5: the message") as error:
+def test_a_flipped_bit_in_the_message_is_named(to_dtype: str, apart: float) -> None:
+    pair = Pair(SHAPES, "float32", to_dtype, apart=apart)
+    seen = set()
+    for number in range(len(pair.items)):
+        for place in (0, 1 / 2, 1):
+            bucket = pair.sent()
+            item, data = list(contents(bucket))[number]
+            byte = int(place * (item.bytes - 1))
+            data[byte] ^= 1 << (number % 8)
+            said = r"from rank 4 to rank 5: (the message|after the write \S+) does"
+            with pytest.raises(RuntimeError, match=said) as error:
                 bucket.land(pair.view, 4, 5, proof=True)
-            row = (word - header(bucket)) // ROW_WORDS
-            assert any(str(one) in str(error.value) for one in touching(pair.items, row))
-            bucket.words[word] ^= 1 << (7 * number)
-        start += words
-    bucket.land(pair.view, 4, 5, proof=True)
+            together = [one for one in bucket.items if one.bytes < apart]
+            row = (data.data_ptr() + byte - bucket.payload.data_ptr()) // 8 // ROW_WORDS
+            named = touching(together, row) if item in together else [item]
+            assert any(str(one) in str(error.value) for one in named)
+            seen.add("the message does not" in str(error.value))
+    assert seen == ({True} if apart == inf else {True, False}), "storages are strided, and lie in a row"
+    pair.sent().land(pair.view, 4, 5, proof=True)
     pair.assert_exact()
 
 
@@ -152,10 +177,14 @@ def touching(items: list[Item], row: int) -> list[Item]:
     return found
 
 
-def test_a_flipped_bit_in_the_header_is_seen() -> None:
-    pair = Pair(SHAPES, "float32", "float32")
+@pytest.mark.parametrize("apart", [inf, APART_BYTES])
+def test_a_flipped_bit_in_the_header_is_seen(apart: float) -> None:
+    pair = Pair(SHAPES, "float32", "float32", apart=apart)
     bucket = pair.sent()
-    rows = -(-sum((item.bytes + 7) // 8 for item in pair.items) // ROW_WORDS)
+    together = sum((item.bytes + 7) // 8 for item in pair.items if item.bytes < apart)
+    rows = -(-together // ROW_WORDS) + sum(
+        -(-item.bytes // (8 * ROW_WORDS)) for item in pair.items if item.bytes >= apart
+    )
     for word in range(2 + rows):
         for bit in (0, 17, 63):
             flip = -(1 << 63) if bit == 63 else 1 << bit
@@ -225,8 +254,9 @@ def test_a_wrong_storage_is_named(to_dtype: str, rows: int, harm: Callable[..., 
     told = rf"mismatch in expert1\[0:{rows}, 0:70\] from rank {{}} to rank 3: after the write \S+ does not hold .*"
     told += rf"\({2 if harm is swapped else 1} of 4 regions"
     pair = Pair(shapes, "float32", to_dtype)
+    harmed = Harmed(pair, harm, "expert1", "expert2")
     with pytest.raises(RuntimeError, match=told.format(2)):
-        pair.sent().land(Harmed(pair, harm, "expert1", "expert2"), 2, 3, proof=True)
+        pair.sent(view=harmed).land(harmed, 2, 3, proof=True)
     with pytest.raises(RuntimeError, match=told.format(3)):
         copy_local(pair.items, pair.source, Harmed(pair, harm, "expert1", "expert2"), 3, True, SCRATCH)
 
@@ -251,8 +281,9 @@ def test_every_single_bit_of_a_write_matters(seed: int) -> None:
         def harm(tensor: Tensor, at: list[int] = at, bit: int = bit) -> None:
             tensor.view(torch.int16)[tuple(at)] ^= 1 << bit
 
+        harmed = Harmed(pair, harm, item.name)
         with pytest.raises(RuntimeError, match=re.escape(f"mismatch in {item} from rank 0 to rank 1: after the write")):
-            pair.sent().land(Harmed(pair, harm, item.name), 0, 1, proof=True)
+            pair.sent(view=harmed).land(harmed, 0, 1, proof=True)
 
 
 @pytest.mark.parametrize(

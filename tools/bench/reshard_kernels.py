@@ -21,7 +21,8 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # from a checkout that is not installed too
 
-from aligner.reshard.bucket import Bucket, Buffers, copy_local
+from aligner.reshard.bucket import Bucket, Buffers
+from aligner.reshard.copies import copy_local
 from aligner.reshard.delta import decode, encode
 from aligner.reshard.plan import Item
 from aligner.reshard.region import Piece
