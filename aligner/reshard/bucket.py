@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from hashlib import blake2b
 from math import inf
 
 import torch
@@ -11,16 +10,15 @@ from torch import Tensor
 
 from aligner.reshard.checksum import Checksum, Hashes, Running, Sums
 from aligner.reshard.copies import STORAGE, View, differing_pairs, mismatch, views_of
+from aligner.reshard.form import Form, form_of, words
 from aligner.reshard.kernels import kernels_of
 from aligner.reshard.plan import Item
-from aligner.reshard.region import Piece
 from aligner.reshard.slabs import Done, Scratch, copy, copy_proven, ignore, on_cpu
 
 APART_BYTES = 128 << 10
 """Items of so many bytes travel by themselves; smaller ones together, since a message of their own would cost more than a copy."""
 
 _OK, _FAILED = 0, 1
-_ALIGN_WORDS = 8  # the payload starts on a cache line
 _MESSAGE = "the message does not hold what {source} held"
 
 
@@ -40,9 +38,18 @@ class Buffers:
         self.together = False
         """No item does: what changed since the last transfer is found in a message of one part."""
         self.scratch = Scratch()
+        self._forms: dict[int, tuple[Sequence[Item], Form]] = {}
         self.transfer = 0
         """Number of the transfer at hand, equal on all its ranks: a message of another one is refused."""
         self._spare: list[Tensor] = []
+
+    def form(self, items: Sequence[Item]) -> Form:
+        """The form of a message of these items, made once for as long as the buffers are kept."""
+        known = self._forms.get(id(items))
+        if known is None or known[0] is not items:
+            apart = inf if self.together else self.apart_bytes
+            known = self._forms[id(items)] = items, form_of(items, apart, self.checksum.row_words)
+        return known[1]
 
     def take(self, words: int) -> Tensor:
         """A buffer of at least `words` 64-bit words: the smallest spare one that is large enough, else a new one."""
@@ -62,85 +69,78 @@ class Bucket:
     """What goes from rank to rank at once: `parts`, the first of which are `words`, each other one a large item.
 
     Words, of 64 bits, are laid out as [status, identity of transfer and items, checksums | payload]. The payload holds the
-    small items one after the other, each padded to whole words. A large item leaves from its storage and arrives in its
-    storage, without a copy, where it lies in a row there in the dtype that travels; elsewhere it has a place behind the
-    payload. Parts may be relayed, as they are, to ranks that want the same regions.
+    small items. A large item leaves from its storage and arrives in its storage, without a copy, where it lies in a row
+    there in the dtype that travels; elsewhere it has a place behind the payload. Parts may be relayed, as they are, to
+    ranks that want the same regions.
     """
 
     def __init__(self, items: Sequence[Item], buffers: Buffers) -> None:
-        apart = inf if buffers.together else buffers.apart_bytes
-        small = [item for item in items if item.bytes < apart]
-        self.items = (*small, *(item for item in items if item.bytes >= apart))
-        self._small = len(small)
-        self._checksum, self._kernels, self._transfer = buffers.checksum, buffers.kernels, buffers.transfer
-        self._scratch = buffers.scratch
-        self.payload_bytes = sum(item.bytes for item in self.items)
-        """Bytes of the items, the padding between them left out."""
-        self._bounds = [0]
-        for item in small:
-            self._bounds.append(self._bounds[-1] + _words(item.bytes))
-        self._row_words = buffers.checksum.row_words
-        rows = -(-self._bounds[-1] // self._row_words)
-        places = [rows * self._row_words]  # of the large ones, in words
-        self._rows = [rows]  # the first of each one's, and the end
-        for item in self.items[self._small :]:
-            places.append(places[-1] + -(-_words(item.bytes) // _ALIGN_WORDS) * _ALIGN_WORDS)
-            self._rows.append(self._rows[-1] + -(-_words(item.bytes) // self._row_words))
-        header = -(-(2 + self._rows[-1]) // _ALIGN_WORDS) * _ALIGN_WORDS
-        self.buffer = buffers.take(header + places[-1])
-        self.words = self.buffer[: header + self._bounds[-1]]
-        self.header, self.payload = self.words[:header], self.words[header:]
+        self._form = form = buffers.form(items)
+        self.items, self.payload_bytes = form.items, form.payload_bytes
+        self._checksum, self._kernels, self._scratch = buffers.checksum, buffers.kernels, buffers.scratch
+        self._identity = form.identity(buffers.transfer)
+        self.buffer = buffers.take(form.words)
+        self.words = self.buffer[: form.header + form.bounds[-1]]
+        self.header, self.payload = self.words[: form.header], self.words[form.header :]
         self.delta: Tensor | None = None
         """The bytes that stand for `words` on the wire, where they are fewer."""
-        self._sums = self.buffer[2 : 2 + self._rows[-1]]
-        self._payload = self.buffer[header : header + places[0]]
-        self._payload[self._bounds[-1] :] = 0  # the last row is summed as a whole on both sides
-        self._places = [self.buffer[header + place :] for place in places[:-1]]
-        self._held: dict[int, Tensor] = {}
-        self.parts = [self.words, *(self._elements(number).view(-1) for number in self._large)]
+        self._sums = self.buffer[2 : 2 + form.sums]
+        self._behind = self.buffer[form.header :]
+        self._payload = self._behind[: form.places[0]]
+        self._payload[form.bounds[-1] :] = 0  # the last row is summed as a whole on both sides
+        self._storages: dict[int, Tensor] = {}
+        """Of the large items, those that leave from or arrive in their storage."""
+        self._opened: dict[int, Tensor] = {}
 
     @property
-    def _large(self) -> range:
-        return range(self._small, len(self.items))
+    def parts(self) -> list[Tensor]:
+        return [self.words, *(self._travelling(number) for number in self._form.large)]
 
     def pack(self, source: View, proof: bool) -> None:
         """Read every item from the source and cast it; with `proof`, sum what was cast while it is in the cache."""
         views = views_of(source, self.items, from_source=True)
         if self._kernels is not None and self._near(views):
-            dtypes = [_dtype(item.destination) for item in self.items]
-            self._kernels.pack(views, dtypes, self._payload, self._bounds, self._sums)
+            self._kernels.pack(views, self._form.dtypes, self._payload, self._form.bounds, self._sums)
         else:
             self._pack(views, proof)
-        self.words[0], self.words[1] = _OK, self._identity() if proof else 0
+        self.words[0], self.words[1] = _OK, self._identity if proof else 0
 
     def _pack(self, views: Sequence[Tensor], proof: bool) -> None:
+        form, found = self._form, list[int]()
         sums = self._checksum.start(self._payload) if proof else None
-        for number, item in enumerate(self.items[: self._small]):
+        for number, item in enumerate(self.items[: form.small]):
             if item.bytes % 8:
-                self._payload[self._bounds[number + 1] - 1] = 0  # padding takes part in the sums
-            copy(self._elements(number), views[number], self._scratch, _told(sums, self._bounds[number]))
+                self._payload[form.bounds[number + 1] - 1] = 0  # padding takes part in the sums
+            copy(self._elements(number), views[number], self._scratch, _told(sums, form.bounds[number]))
         if sums is not None:
-            self._sums[: self._rows[0]] = sums.finish()
-        for number in self._large:
-            self._use(number, views[number])
-            part = self._part(number)
-            sums = self._checksum.start(part) if proof else None
-            if part.data_ptr() != views[number].data_ptr():
+            found += sums.finish()
+        for number in form.large:
+            in_place = self._use(number, views[number])
+            sums = self._checksum.whole(_row(self._travelling(number))) if proof else None
+            if not in_place:
                 copy(self._elements(number), views[number], self._scratch, _told(sums, 0))
             if sums is not None:
-                self._sums_of(number).copy_(sums.finish())
+                found += sums.finish()
+        if proof:
+            self._sums.copy_(torch.tensor(found, dtype=torch.int64))
 
     def open(self, view: View) -> None:
         """Before the message is awaited: let large items arrive in the storages where they lie in a row there."""
-        for number in self._large:
-            (self._held[number],) = views_of(view, self.items[number : number + 1])
-            self._use(number, self._held[number])
+        large = self._form.large
+        for number, held in zip(large, views_of(view, self.items[large.start :]), strict=True):
+            self._opened[number] = held
+            self._use(number, held)
 
-    def _use(self, number: int, storage: Tensor) -> None:
+    def _use(self, number: int, storage: Tensor) -> bool:
         """Let a large item travel from or to its storage itself, if it can."""
-        part = self._part(number)
-        if storage.is_contiguous() and storage.dtype == part.dtype and storage.device == part.device:
-            self.parts[1 + number - self._small] = _row(storage)
+        fits = (
+            storage.is_contiguous()
+            and storage.dtype == self._form.dtypes[number]
+            and storage.device == self.words.device
+        )
+        if fits:
+            self._storages[number] = storage
+        return fits
 
     def land(self, view: View, by: int, to: int, proof: bool) -> None:
         """Write what rank `by` packed into the storages of rank `to`; with `proof` nothing is believed.
@@ -150,13 +150,13 @@ class Bucket:
         it bit for bit (a NaN equals itself, -0.0 is not 0.0). On the CPU each slab is written, summed and compared while
         it is in the cache, so nothing may overwrite it later: see `storage.check_disjoint`.
         """
-        if proof and self.words[:2].tolist() != [_OK, self._identity()]:
+        if proof and self.words[:2].tolist() != [_OK, self._identity]:
             told = f"{len(self.items)} regions from {self.items[0]} on" if self.items else "no regions"
             raise RuntimeError(
                 f"reshard: the message from rank {by} to rank {to} is not one of {told} in this transfer"
             )
-        held = views_of(view, self.items[: self._small])
-        held += [self._held[n] if n in self._held else view(self.items[n].destination) for n in self._large]
+        unopened = [item for number, item in enumerate(self.items) if number not in self._opened]
+        held = [*views_of(view, unopened), *self._opened.values()]  # all large items are opened, or none
         again = views_of(view, self.items) if proof else held
         if not proof:
             self._write(held)
@@ -164,54 +164,54 @@ class Bucket:
             sums, differing = self._land_slabs(held, again)
             self._settle(sums, differing, by, to)
         else:
-            rows = (self._kernels or self._checksum).rows
-            self._settle(torch.cat([rows(part) for part in (self._payload, *self.parts[1:])]), [], by, to)
+            sums = (self._kernels or self._checksum).rows(self._payload).tolist()
+            for number in self._form.large:
+                sums += self._checksum.whole(_row(self._travelling(number))).finish()
+            self._settle(sums, [], by, to)
             self._write(held)
-            self._settle(self._sums, self._differing(again), by, to)
+            self._settle(sums, self._differing(again), by, to)
 
-    def _land_slabs(self, held: Sequence[Tensor], again: Sequence[Tensor]) -> tuple[Tensor, list[int]]:
+    def _land_slabs(self, held: Sequence[Tensor], again: Sequence[Tensor]) -> tuple[list[int], list[int]]:
         """Writes; gives the sums of the message, and which items the storages do not hold."""
-        sums, differing = self._checksum.start(self._payload), []
-        for number, (written, read) in enumerate(zip(held[: self._small], again, strict=False)):
-            done = _told(sums, self._bounds[number])
-            if not copy_proven(written, read, self._elements(number), self._scratch, done):
+        form, found, differing = self._form, list[int](), list[int]()
+        sums = self._checksum.start(self._payload)
+        for number in range(form.small):
+            done = _told(sums, form.bounds[number])
+            if not copy_proven(held[number], again[number], self._elements(number), self._scratch, done):
                 differing.append(number)
-        found = [sums.finish()]
-        for number in self._large:
-            if self._arrived(number, held[number]):  # one look says that it came, and that it is there
-                found.append(self._sums_of(number))
-                if not torch.equal(self._checksum.rows(_row(again[number].contiguous())), found[-1]):
-                    differing.append(number)
-                continue
-            sums = self._checksum.start(self._part(number))
-            if not copy_proven(held[number], again[number], self._elements(number), self._scratch, _told(sums, 0)):
+        found += sums.finish()
+        for number in form.large:
+            if number in self._storages:  # one look says that it came, and that it is there
+                sent = [int(self._sums[form.rows + number - form.small])]
+                same = self._checksum.whole(_row(again[number].contiguous())).finish() == sent
+                found += sent
+            else:
+                sums = self._checksum.whole(_row(self._travelling(number)))
+                same = copy_proven(held[number], again[number], self._elements(number), self._scratch, _told(sums, 0))
+                found += sums.finish()
+            if not same:
                 differing.append(number)
-            found.append(sums.finish())
-        return torch.cat(found), differing
-
-    def _arrived(self, number: int, held: Tensor) -> bool:
-        """Whether an item came in where it belongs."""
-        return number >= self._small and self._part(number).data_ptr() == held.data_ptr()
+        return found, differing
 
     def _write(self, held: Sequence[Tensor]) -> None:
         if self._kernels is not None and self._near(held):
-            self._kernels.unpack(held, self._payload, self._bounds)
+            self._kernels.unpack(held, self._payload, self._form.bounds)
         else:
             for number, written in enumerate(held):
-                if not self._arrived(number, written):
+                if number not in self._storages:
                     written.copy_(self._elements(number))
 
     def _differing(self, held: Sequence[Tensor]) -> list[int]:
         if self._kernels is not None and self._near(held):
-            found = self._kernels.differs(held, self._payload, self._bounds)
+            found = self._kernels.differs(held, self._payload, self._form.bounds)
             return found.nonzero().view(-1).tolist()
-        return differing_pairs([(read, self._elements(number)) for number, read in enumerate(held)])
+        return differing_pairs([(read, self._travelling(number)) for number, read in enumerate(held)])
 
-    def _settle(self, sums: Tensor, differing: Sequence[int], by: int, to: int) -> None:
+    def _settle(self, sums: Sequence[int], differing: Sequence[int], by: int, to: int) -> None:
         """RuntimeError where the message is wrong, or else where the storages are."""
-        wrong = (sums != self._sums).nonzero().view(-1).tolist()
+        wrong = [row for row, pair in enumerate(zip(sums, self._sums.tolist(), strict=True)) if pair[0] != pair[1]]
         if wrong:
-            touched = [number for number in range(len(self.items)) if self._overlaps(number, wrong)]
+            touched = self._form.touched(wrong, self._checksum.row_words)
             raise mismatch(self.items, touched, by, to, _MESSAGE)
         if differing:
             raise mismatch(self.items, differing, by, to, STORAGE)
@@ -226,33 +226,16 @@ class Bucket:
     def _near(self, views: Sequence[Tensor]) -> bool:
         return all(view.device == self.words.device for view in views)
 
-    def _identity(self) -> int:
-        """64 bits that stand for which transfer and which regions, in which order and dtype, the message is about."""
-        told = f"{self._transfer};" + ";".join(
-            f"{item.name}{item.lo}{item.size}{item.destination.dtype}" for item in self.items
-        )
-        return int.from_bytes(blake2b(told.encode(), digest_size=8).digest(), "little", signed=True)
+    def _travelling(self, number: int) -> Tensor:
+        """What is sent or received of an item."""
+        return self._storages[number] if number in self._storages else self._elements(number)
 
     def _elements(self, number: int) -> Tensor:
         """An item's place in the payload or behind it, in the destination's dtype."""
-        item = self.items[number]
-        place = self._payload[self._bounds[number] :] if number < self._small else self._places[number - self._small]
-        return place[: _words(item.bytes)].view(_dtype(item.destination))[: item.destination.elements].view(item.size)
-
-    def _part(self, number: int) -> Tensor:
-        """What travels of a large item."""
-        return self.parts[1 + number - self._small]
-
-    def _sums_of(self, number: int) -> Tensor:
-        """The checksums of a large item."""
-        return self._sums[slice(*self._rows[number - self._small : number - self._small + 2])]
-
-    def _overlaps(self, number: int, rows: Sequence[int]) -> bool:
-        if number >= self._small:
-            first, end = self._rows[number - self._small : number - self._small + 2]
-            return any(first <= row < end for row in rows)
-        start, end = self._bounds[number], self._bounds[number + 1]
-        return any(start < (row + 1) * self._row_words and end > row * self._row_words for row in rows)
+        form, item = self._form, self.items[number]
+        start = form.bounds[number] if number < form.small else form.places[number - form.small]
+        room = self._behind[start : start + words(item.bytes)].view(form.dtypes[number])
+        return room[: item.destination.elements].view(item.size)
 
 
 def _row(tensor: Tensor) -> Tensor:
@@ -260,16 +243,6 @@ def _row(tensor: Tensor) -> Tensor:
     return tensor.as_strided((tensor.numel(),), (1,))
 
 
-def _words(size: int) -> int:
-    """64-bit words that hold so many bytes."""
-    return (size + 7) // 8
-
-
 def _told(sums: Running | None, start: int) -> Done:
     """Tells `sums` of an item's bytes as they are written, `start` words into what is summed."""
     return ignore if sums is None else lambda size: sums.written(start + size // 8)
-
-
-def _dtype(piece: Piece) -> torch.dtype:
-    dtype: torch.dtype = getattr(torch, piece.dtype)
-    return dtype

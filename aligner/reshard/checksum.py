@@ -15,7 +15,6 @@ CELL_BYTES = 1024
 CELLS = ROW_WORDS * 8 // CELL_BYTES
 COLUMNS = 3
 _HASHED_WORDS = 8192  # 64 KiB: smaller rows spend a third of their time in the call
-_ROW_BYTES = 8 * _HASHED_WORDS
 _GOLDEN = 0x9E3779B97F4A7C15
 
 
@@ -25,10 +24,10 @@ class Checksum(Protocol):
     row_words: int
 
     def start(self, words: Tensor) -> Running:
-        """The checksums of whole rows (rows * row_words contiguous int64) that are about to be written.
+        """The checksums of whole rows (rows * row_words contiguous int64) that are about to be written."""
 
-        Hashes take contiguous elements of any dtype, and a last row that is shorter.
-        """
+    def whole(self, elements: Tensor) -> Running:
+        """One checksum of contiguous elements of any dtype that are about to be written, or are there."""
 
     def rows(self, words: Tensor) -> Tensor:
         """The checksums (rows,) int64 of rows that are there already."""
@@ -40,8 +39,8 @@ class Running(Protocol):
     def written(self, words: int) -> None:
         """The first `words` words are final."""
 
-    def finish(self) -> Tensor:
-        """All words are final: the checksums (rows,) int64."""
+    def finish(self) -> list[int]:
+        """All words are final: the checksums, signed."""
 
 
 class Hashes:
@@ -56,27 +55,48 @@ class Hashes:
     def start(self, words: Tensor) -> Running:
         return _RunningHashes(words)
 
+    def whole(self, elements: Tensor) -> Running:
+        return _RunningHash(elements)
+
     def rows(self, words: Tensor) -> Tensor:
-        return self.start(words).finish()
+        return torch.tensor(self.start(words).finish(), dtype=torch.int64)
 
 
 class _RunningHashes:
     def __init__(self, words: Tensor) -> None:
-        assert words.dim() == 1 and words.is_contiguous()
-        self._bytes = words.view(torch.uint8).numpy().data
+        _check_rows(words, _HASHED_WORDS)
+        self._rows = words.view(-1, _HASHED_WORDS).numpy()
         self._found: list[int] = []
 
     def written(self, words: int) -> None:
-        self._hash(words // _HASHED_WORDS)
+        done = len(self._found)
+        if words >= (done + 1) * _HASHED_WORDS:
+            rows = self._rows[done : words // _HASHED_WORDS]
+            self._found += [_signed(xxhash.xxh3_64_intdigest(row)) for row in rows]
 
-    def finish(self) -> Tensor:
-        self._hash(-(-len(self._bytes) // _ROW_BYTES))
-        return torch.tensor([_signed(number) for number in self._found], dtype=torch.int64)
+    def finish(self) -> list[int]:
+        self.written(self._rows.size)
+        return self._found
 
-    def _hash(self, rows: int) -> None:
-        for row in range(len(self._found), rows):
-            data = self._bytes[row * _ROW_BYTES : (row + 1) * _ROW_BYTES]
-            self._found.append(xxhash.xxh3_64_intdigest(data))
+
+class _RunningHash:
+    """Of all bytes in a row: the same in one call as slab by slab."""
+
+    def __init__(self, elements: Tensor) -> None:
+        assert elements.dim() == 1 and elements.is_contiguous()
+        self._bytes = elements.view(torch.uint8).numpy().data
+        self._hash = xxhash.xxh3_64()
+        self._done = 0
+
+    def written(self, words: int) -> None:
+        self._hash.update(self._bytes[self._done : 8 * words])
+        self._done = 8 * words
+
+    def finish(self) -> list[int]:
+        if not self._done:
+            return [_signed(xxhash.xxh3_64_intdigest(self._bytes))]
+        self._hash.update(self._bytes[self._done :])
+        return [_signed(self._hash.intdigest())]
 
 
 class Sums:
@@ -100,6 +120,9 @@ class Sums:
     def start(self, words: Tensor) -> Running:
         return _AllSums(self, words)
 
+    def whole(self, elements: Tensor) -> Running:
+        raise NotImplementedError("on CUDA every item is part of the payload")
+
     def rows(self, words: Tensor) -> Tensor:
         _check_rows(words, ROW_WORDS)
         cells = words.view(torch.int8).view(-1, CELLS, CELL_BYTES).to(torch.float32) @ self._byte
@@ -115,8 +138,8 @@ class _AllSums:
 
     def written(self, words: int) -> None: ...
 
-    def finish(self) -> Tensor:
-        return self._checksum.rows(self._words)
+    def finish(self) -> list[int]:
+        return self._checksum.rows(self._words).tolist()
 
 
 def _check_rows(words: Tensor, size: int) -> None:

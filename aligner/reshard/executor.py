@@ -6,7 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
@@ -56,9 +56,8 @@ def execute(
     """Carry out `plan` on this rank; collective over the ranks that the plan gives something to send or receive.
 
     Ranks with nothing to do return at once. Data goes peer to peer in the steps of the plan's schedule, whose order
-    cannot deadlock. While a step is on the wire the next message is packed and local copies are made; what came in is
-    written and proven while the next step is on the wire. Staging takes at most 3 messages of 2/3 `bucket_bytes` per
-    rank, however many peers there are; local copies need none. It is freed afterwards, unless the caller gives the same
+    cannot deadlock. While a step is on the wire what came in before is written and proven, the next step is packed and
+    posted, and local copies are made. Staging takes at most 4 messages of half `bucket_bytes` per rank, however many peers there are; local copies need none. It is freed afterwards, unless the caller gives the same
     `buffers` to every transfer: then as much stays taken in between, and no transfer waits for fresh memory.
 
     `group` holds all ranks of the plan (world ranks). gloo sends CPU buffers, whatever `device` is. With NCCL the
@@ -111,6 +110,14 @@ def _unseen(_: Sequence[int]) -> AbstractContextManager[None]:
     return nullcontext()
 
 
+class _Posted(NamedTuple):
+    """A step that is under way."""
+
+    leaving: Bucket | None
+    arriving: Bucket | None
+    requests: list[dist.Work]
+
+
 class _Flight:
     """The messages between this rank and its peers, a step at a time."""
 
@@ -122,44 +129,57 @@ class _Flight:
 
     def run(self) -> None:
         work, steps, local = self._work, self._schedule.steps, self._schedule.local
-        packed = self._pack(steps[0]) if steps else None
+        now = self._post(steps[0]) if steps else None
         arrived: tuple[Message, Bucket] | None = None
         for number, step in enumerate(steps):
-            leaving = self._passing[step.send.content] if step.send and step.send.relay else packed
-            arriving = self._await(step.receive) if step.receive else None
-            with work.clock("wire"):
-                requests = self._wire.post(step, leaving, arriving)
             if arrived:
                 self._apply(*arrived)
-            packed = self._pack(steps[number + 1]) if number + 1 < len(steps) else None
+            after = steps[number + 1] if number + 1 < len(steps) else None
+            # The next step is posted before this one is waited for, so that the wire never waits for this rank; but
+            # not what this step brings first.
+            then = self._post(after) if after and self._here(after) else None
             # Local copies are spread over the steps, so that modules fed by both complete early.
             for items in local[len(local) * number // len(steps) : len(local) * (number + 1) // len(steps)]:
                 work.copy(items)
-            peers = [step.send.to] if step.send else []
-            peers += [step.receive.by] if step.receive else []
-            with work.clock("wire"), self._waiting(peers):
-                for request in requests:
-                    request.wait()
-            if step.send and leaving:
-                self._sent(step.send, leaving)
-            arrived = (step.receive, arriving) if step.receive and arriving else None
-            if arrived:
-                work.land(self._wire, *arrived)
-            if arrived and arrived[0].content in self._relays:
-                self._passing[arrived[0].content] = arrived[1]
+            assert now is not None
+            arrived = self._wait(step, now)
+            now = self._post(after) if after and then is None else then
         if arrived:
             self._apply(*arrived)
         for items in () if steps else local:
             work.copy(items)
 
-    def _await(self, message: Message) -> Bucket:
-        bucket = Bucket(self._schedule.items(message), self._work.buffers)
-        if message.content not in self._relays:  # what is passed on stays as it came
-            self._work.open(bucket)
-        return bucket
+    def _here(self, step: Step) -> bool:
+        """Whether this rank has what it sends in the step."""
+        return not (step.send and step.send.relay) or step.send.content in self._passing
 
-    def _pack(self, step: Step) -> Bucket | None:
-        return self._work.pack(self._schedule.items(step.send)) if step.send and not step.send.relay else None
+    def _post(self, step: Step) -> _Posted:
+        work, send, receive = self._work, step.send, step.receive
+        leaving = arriving = None
+        if send:
+            leaving = self._passing[send.content] if send.relay else work.pack(self._schedule.items(send))
+        if receive:
+            arriving = Bucket(self._schedule.items(receive), work.buffers)
+            if receive.content not in self._relays:  # what is passed on stays as it came
+                work.open(arriving)
+        with work.clock("wire"):
+            return _Posted(leaving, arriving, self._wire.post(step, leaving, arriving))
+
+    def _wait(self, step: Step, posted: _Posted) -> tuple[Message, Bucket] | None:
+        """The step is done; gives what it brought."""
+        work, send, receive = self._work, step.send, step.receive
+        peers = [*([send.to] if send else []), *([receive.by] if receive else [])]
+        with work.clock("wire"), self._waiting(peers):
+            for request in posted.requests:
+                request.wait()
+        if send and posted.leaving:
+            self._sent(send, posted.leaving)
+        if not (receive and posted.arriving):
+            return None
+        work.land(self._wire, receive, posted.arriving)
+        if receive.content in self._relays:
+            self._passing[receive.content] = posted.arriving
+        return receive, posted.arriving
 
     def _sent(self, message: Message, bucket: Bucket) -> None:
         if message.relay:

@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 from aligner.reshard.plan import Item, Plan, Stream, StreamKey
 
-STAGED = 3
-"""Most messages a rank holds at once: one that is sent, one that comes in, one that is packed or applied meanwhile."""
+STAGED = 4
+"""Most messages a rank holds at once: one that is sent and one that comes in, of this step and of the next."""
 
 _SMALL = 64 << 10
 """Bytes below which a message is not cut only to spread the load: its start would cost more than its bytes."""

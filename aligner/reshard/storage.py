@@ -7,7 +7,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from aligner.reshard.region import Layout, Piece
+from aligner.reshard.region import ELEMENT_BYTES, Layout, Piece
+
+_DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in ELEMENT_BYTES}
 
 
 def strided_view(storage: Tensor, piece: Piece) -> Tensor:
@@ -17,9 +19,7 @@ def strided_view(storage: Tensor, piece: Piece) -> Tensor:
     that is refused.
     """
     assert storage.is_contiguous(), f"{piece.storage} is not contiguous: its strides are {storage.stride()}"
-    assert str(storage.dtype) == f"torch.{piece.dtype}", (
-        f"{piece.storage} is {storage.dtype}, its layout says {piece.dtype}"
-    )
+    assert storage.dtype == _DTYPES[piece.dtype], f"{piece.storage} is {storage.dtype}, its layout says {piece.dtype}"
     return storage.detach().as_strided(piece.size, piece.stride, storage.storage_offset() + piece.offset)
 
 

@@ -7,6 +7,7 @@ from functools import cache
 
 import pytest
 import torch
+import xxhash
 from torch import Tensor
 
 from aligner.reshard.checksum import CELL_BYTES, COLUMNS, ROW_WORDS, Checksum, Hashes, Sums, weights
@@ -101,7 +102,21 @@ def test_rows_that_are_summed_as_they_come_are_those_of_single_rows(checksum: Ch
         arriving[:written] = words[:written]
         running.written(written)
     arriving.copy_(words)
-    assert torch.equal(running.finish(), alone)
+    assert running.finish() == alone.tolist()
+
+
+@pytest.mark.parametrize("size", [1, 7, 1000, 100_003])
+def test_one_hash_of_an_item_is_the_same_slab_by_slab(size: int) -> None:
+    """XXH3's own values, whatever the dtype."""
+    drawn = torch.randn(size, generator=torch.Generator().manual_seed(size)).bfloat16()
+    arriving = torch.zeros_like(drawn)
+    running = Hashes().whole(arriving)
+    for end in range(0, size, 4 * 177):
+        arriving[:end] = drawn[:end]
+        running.written(end * 2 // 8)
+    arriving.copy_(drawn)
+    expected = xxhash.xxh3_64_intdigest(drawn.view(torch.int16).numpy().tobytes())
+    assert running.finish() == Hashes().whole(drawn).finish() == [expected - (expected >> 63 << 64)]
 
 
 def test_hashes_are_xxh3() -> None:

@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import random
 import statistics
 import subprocess
 import sys
@@ -115,16 +116,19 @@ def table(name: str, found: dict[str, Any]) -> str:
 
 
 def median_of_slowest(ways: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """Way -> median over the repeats of the slowest rank's seconds; the ways take turns, after one round of each."""
+    """Way -> median over the repeats of the slowest rank's seconds; the ways take turns, after one round of each.
+
+    In another order each time: whoever comes after one that takes much memory finds cold caches.
+    """
     import torch
     import torch.distributed as dist
 
     seconds: dict[str, list[float]] = {way: [] for way in ways}
     for number in range(repeats + 1):
-        for way, run in ways.items():
+        for way in random.Random(number).sample(list(ways), len(ways)):
             dist.barrier()
             started = time.perf_counter()
-            run()
+            ways[way]()
             taken = torch.tensor(time.perf_counter() - started, dtype=torch.float64)
             dist.all_reduce(taken, op=dist.ReduceOp.MAX)
             if number:

@@ -27,6 +27,7 @@ from aligner.models.spec import ModelSpec, read_spec
 from aligner.policy import cpu_megatron
 from aligner.policy.groups import make_groups, prepare_megatron
 from aligner.policy.model import build_model
+from aligner.reshard.bucket import Buffers
 from aligner.reshard.config import ReshardConfig
 from aligner.reshard.executor import execute
 from aligner.reshard.plan import make_plan
@@ -63,13 +64,14 @@ class Bench:
         self.tensor_group = group_of(self.rank, self.train_mesh.groups("tensor"))
         self.everyone = dist.new_group(list(ranks))
         self._raw = self._raw_buffers()
+        self.buffers = Buffers(CPU)  # kept, as a job keeps them
 
     def view(self, piece: Piece) -> Tensor:
         return strided_view(self.source[piece.storage], piece)
 
     def ours(self, verify: bool, destination: Any = None) -> Any:
         target = destination or Storages(self.out, self.layout)
-        return execute(self.plan, self.view, target, self.everyone, CPU, BUCKET_BYTES, verify)
+        return execute(self.plan, self.view, target, self.everyone, CPU, BUCKET_BYTES, verify, buffers=self.buffers)
 
     def check(self) -> None:
         """What arrived is what was sent; then it is wiped."""
@@ -256,6 +258,7 @@ def main(name: str, folder: str, repeats: str, engine: str, out: str) -> None:
         }
         if not CASES[name].experts:
             ways["megatron"] = megatron_way(bench)
+    bench.buffers = Buffers(CPU)  # what they take is extra memory
     extra = extra_bytes(ways["ours"])
     seconds = median_of_slowest(ways, int(repeats))
     counts = torch.tensor(
