@@ -134,6 +134,7 @@ class _Flight:
         for number, step in enumerate(steps):
             if arrived:
                 self._apply(*arrived)
+                arrived = None  # the storages that it came for may go
             after = steps[number + 1] if number + 1 < len(steps) else None
             # The next step is posted before this one is waited for, so that the wire never waits for this rank; but
             # not what this step brings first.
