@@ -38,17 +38,17 @@ class Buffers:
         self.together = False
         """No item does: what changed since the last transfer is found in a message of one part."""
         self.scratch = Scratch()
-        self._forms: dict[int, tuple[Sequence[Item], Form]] = {}
+        self._forms: dict[tuple[int, float], tuple[Sequence[Item], Form]] = {}
         self.transfer = 0
         """Number of the transfer at hand, equal on all its ranks: a message of another one is refused."""
         self._spare: list[Tensor] = []
 
     def form(self, items: Sequence[Item]) -> Form:
         """The form of a message of these items, made once for as long as the buffers are kept."""
-        known = self._forms.get(id(items))
+        apart = inf if self.together else self.apart_bytes
+        known = self._forms.get((id(items), apart))
         if known is None or known[0] is not items:
-            apart = inf if self.together else self.apart_bytes
-            known = self._forms[id(items)] = items, form_of(items, apart, self.checksum.row_words)
+            known = self._forms[id(items), apart] = items, form_of(items, apart, self.checksum.row_words)
         return known[1]
 
     def take(self, words: int) -> Tensor:
