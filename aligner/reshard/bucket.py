@@ -8,7 +8,7 @@ from math import inf
 import torch
 from torch import Tensor
 
-from aligner.reshard.checksum import Checksum, Hashes, Running, Sums
+from aligner.reshard.checksum import Checksum, Hash, Hashes, Running, Sums
 from aligner.reshard.copies import STORAGE, View, differing_pairs, mismatch, views_of
 from aligner.reshard.form import Form, form_of, words
 from aligner.reshard.kernels import kernels_of
@@ -116,7 +116,7 @@ class Bucket:
             found += sums.finish()
         for number in form.large:
             in_place = self._use(number, views[number])
-            sums = self._checksum.whole(_row(self._travelling(number))) if proof else None
+            sums = Hash(_row(self._travelling(number))) if proof else None
             if not in_place:
                 copy(self._elements(number), views[number], self._scratch, _told(sums, 0))
             if sums is not None:
@@ -166,7 +166,7 @@ class Bucket:
         else:
             sums = (self._kernels or self._checksum).rows(self._payload).tolist()
             for number in self._form.large:
-                sums += self._checksum.whole(_row(self._travelling(number))).finish()
+                sums += Hash(_row(self._travelling(number))).finish()
             self._settle(sums, [], by, to)
             self._write(held)
             self._settle(sums, self._differing(again), by, to)
@@ -183,10 +183,10 @@ class Bucket:
         for number in form.large:
             if number in self._storages:  # one look says that it came, and that it is there
                 sent = [int(self._sums[form.rows + number - form.small])]
-                same = self._checksum.whole(_row(again[number].contiguous())).finish() == sent
+                same = Hash(_row(again[number].contiguous())).finish() == sent
                 found += sent
             else:
-                sums = self._checksum.whole(_row(self._travelling(number)))
+                sums = Hash(_row(self._travelling(number)))
                 same = copy_proven(held[number], again[number], self._elements(number), self._scratch, _told(sums, 0))
                 found += sums.finish()
             if not same:

@@ -26,9 +26,6 @@ class Checksum(Protocol):
     def start(self, words: Tensor) -> Running:
         """The checksums of whole rows (rows * row_words contiguous int64) that are about to be written."""
 
-    def whole(self, elements: Tensor) -> Running:
-        """One checksum of contiguous elements of any dtype that are about to be written, or are there."""
-
     def rows(self, words: Tensor) -> Tensor:
         """The checksums (rows,) int64 of rows that are there already."""
 
@@ -55,9 +52,6 @@ class Hashes:
     def start(self, words: Tensor) -> Running:
         return _RunningHashes(words)
 
-    def whole(self, elements: Tensor) -> Running:
-        return _RunningHash(elements)
-
     def rows(self, words: Tensor) -> Tensor:
         return torch.tensor(self.start(words).finish(), dtype=torch.int64)
 
@@ -79,8 +73,10 @@ class _RunningHashes:
         return self._found
 
 
-class _RunningHash:
-    """Of all bytes in a row: the same in one call as slab by slab."""
+class Hash:
+    """One XXH3 of contiguous elements of any dtype on the CPU, about to be written or there: the same in one call as
+    slab by slab.
+    """
 
     def __init__(self, elements: Tensor) -> None:
         assert elements.dim() == 1 and elements.is_contiguous()
@@ -119,9 +115,6 @@ class Sums:
 
     def start(self, words: Tensor) -> Running:
         return _AllSums(self, words)
-
-    def whole(self, elements: Tensor) -> Running:
-        raise NotImplementedError("on CUDA every item is part of the payload")
 
     def rows(self, words: Tensor) -> Tensor:
         _check_rows(words, ROW_WORDS)

@@ -10,7 +10,7 @@ import torch
 import xxhash
 from torch import Tensor
 
-from aligner.reshard.checksum import CELL_BYTES, COLUMNS, ROW_WORDS, Checksum, Hashes, Sums, weights
+from aligner.reshard.checksum import CELL_BYTES, COLUMNS, ROW_WORDS, Checksum, Hash, Hashes, Sums, weights
 
 CPU = torch.device("cpu")
 MASK = (1 << 64) - 1
@@ -110,13 +110,13 @@ def test_one_hash_of_an_item_is_the_same_slab_by_slab(size: int) -> None:
     """XXH3's own values, whatever the dtype."""
     drawn = torch.randn(size, generator=torch.Generator().manual_seed(size)).bfloat16()
     arriving = torch.zeros_like(drawn)
-    running = Hashes().whole(arriving)
+    running = Hash(arriving)
     for end in range(0, size, 4 * 177):
         arriving[:end] = drawn[:end]
         running.written(end * 2 // 8)
     arriving.copy_(drawn)
     expected = xxhash.xxh3_64_intdigest(drawn.view(torch.int16).numpy().tobytes())
-    assert running.finish() == Hashes().whole(drawn).finish() == [expected - (expected >> 63 << 64)]
+    assert running.finish() == Hash(drawn).finish() == [expected - (expected >> 63 << 64)]
 
 
 def test_hashes_are_xxh3() -> None:
