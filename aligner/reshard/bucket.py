@@ -8,15 +8,19 @@ from math import inf
 import torch
 from torch import Tensor
 
-from aligner.reshard.checksum import Checksum, Hash, Hashes, Running, Sums
+from aligner.reshard.checksum import Checksum, Hash, Hashes, Parts, Running, Sums
 from aligner.reshard.copies import STORAGE, View, differing_pairs, mismatch, views_of
 from aligner.reshard.form import Form, form_of, words
 from aligner.reshard.kernels import kernels_of
+from aligner.reshard.neighbours import Neighbours
 from aligner.reshard.plan import Item
-from aligner.reshard.slabs import Done, Scratch, copy, copy_proven, ignore, on_cpu
+from aligner.reshard.slabs import Done, Scratch, copy, copy_proven, copy_seen, ignore, on_cpu
 
 APART_BYTES = 128 << 10
 """Items of so many bytes travel by themselves; smaller ones together, since a message of their own would cost more than a copy."""
+
+HANDED_BYTES = 4 << 20
+"""Most bytes of a message in shared memory: it is still in the cache when its reader comes."""
 
 _OK, _FAILED = 0, 1
 _MESSAGE = "the message does not hold what {source} held"
@@ -28,8 +32,12 @@ class Buffers:
     Fresh memory costs a page fault every 4 KiB written. What is kept is at most what a transfer takes.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    def __init__(self, device: torch.device, neighbours: Neighbours | None = None) -> None:
+        """
+        Args:
+            neighbours: where messages travel in shared memory; all ranks of a transfer, and CPU, or none.
+        """
+        self.device, self.neighbours = device, neighbours
         self.kernels = kernels_of(device)
         # The kernels make the sums in the pass that packs.
         self.checksum: Checksum = Hashes() if device.type == "cpu" and self.kernels is None else Sums(device)
@@ -37,6 +45,8 @@ class Buffers:
         """The least bytes of an item that travels by itself, alike on all ranks of a transfer."""
         self.together = False
         """No item does: what changed since the last transfer is found in a message of one part."""
+        self.most_bytes: float = HANDED_BYTES if neighbours else inf
+        """Most bytes of a message, alike on all ranks of a transfer."""
         self.scratch = Scratch()
         self._forms: dict[tuple[int, float], tuple[Sequence[Item], Form]] = {}
         self.transfer = 0
@@ -61,8 +71,9 @@ class Buffers:
         return torch.empty(words, dtype=torch.int64, device=self.device)
 
     def give(self, bucket: Bucket) -> None:
-        """Take back the buffer of a bucket that was sent or applied."""
-        self._spare.append(bucket.buffer)
+        """Take back the buffer of a bucket that was sent or applied; a neighbour's goes back to the neighbour."""
+        if self.neighbours is None or not self.neighbours.back(bucket.buffer):
+            self._spare.append(bucket.buffer)
 
 
 class Bucket:
@@ -70,20 +81,24 @@ class Bucket:
 
     Words, of 64 bits, are laid out as [status, identity of transfer and items, checksums | payload]. The payload holds the
     small items. A large item leaves from its storage and arrives in its storage, without a copy, where it lies in a row
-    there in the dtype that travels; elsewhere it has a place behind the payload. Parts may be relayed, as they are, to
-    ranks that want the same regions.
+    there in the dtype that travels; elsewhere, and in memory that is shared, it has a place behind the payload. Parts may
+    be relayed, as they are, to ranks that want the same regions.
     """
 
-    def __init__(self, items: Sequence[Item], buffers: Buffers) -> None:
+    def __init__(self, items: Sequence[Item], buffers: Buffers, buffer: Tensor | None = None) -> None:
+        """`buffer`: memory that is shared with a neighbour; None takes one of `buffers`."""
         self._form = form = buffers.form(items)
         self.items, self.payload_bytes = form.items, form.payload_bytes
         self._checksum, self._kernels, self._scratch = buffers.checksum, buffers.kernels, buffers.scratch
         self._identity = form.identity(buffers.transfer)
-        self.buffer = buffers.take(form.words)
+        self._shared = buffers.neighbours is not None
+        self.buffer = buffers.take(form.words) if buffer is None else buffer
         self.words = self.buffer[: form.header + form.bounds[-1]]
         self.header, self.payload = self.words[: form.header], self.words[form.header :]
         self.delta: Tensor | None = None
         """The bytes that stand for `words` on the wire, where they are fewer."""
+        self.whole = self.buffer[: form.words]
+        """Words, and room for the large items behind them."""
         self._sums = self.buffer[2 : 2 + form.sums]
         self._behind = self.buffer[form.header :]
         self._payload = self._behind[: form.places[0]]
@@ -134,7 +149,8 @@ class Bucket:
     def _use(self, number: int, storage: Tensor) -> bool:
         """Let a large item travel from or to its storage itself, if it can."""
         fits = (
-            storage.is_contiguous()
+            not self._shared
+            and storage.is_contiguous()
             and storage.dtype == self._form.dtypes[number]
             and storage.device == self.words.device
         )
@@ -181,17 +197,23 @@ class Bucket:
                 differing.append(number)
         found += sums.finish()
         for number in form.large:
-            if number in self._storages:  # one look says that it came, and that it is there
-                sent = [int(self._sums[form.rows + number - form.small])]
-                same = Hash(_row(again[number].contiguous())).finish() == sent
-                found += sent
-            else:
-                sums = Hash(_row(self._travelling(number)))
-                same = copy_proven(held[number], again[number], self._elements(number), self._scratch, _told(sums, 0))
-                found += sums.finish()
+            sum_, same = self._land_large(number, held[number], again[number])
+            found.append(sum_)
             if not same:
                 differing.append(number)
         return found, differing
+
+    def _land_large(self, number: int, held: Tensor, again: Tensor) -> tuple[int, bool]:
+        """Writes a large item; gives the sum of what came, and whether the storage holds it."""
+        sent = int(self._sums[self._form.rows + number - self._form.small])
+        if number in self._storages:  # one look says that it came, and that it is there
+            return sent, Hash(_row(again.contiguous())).finish() == [sent]
+        came = self._elements(number)
+        seen = Parts()
+        copy_seen(held, again, came, self._scratch, seen.add)
+        if seen.finish() == sent:
+            return sent, True
+        return Hash(_row(came)).finish()[0], False
 
     def _write(self, held: Sequence[Tensor]) -> None:
         if self._kernels is not None and self._near(held):

@@ -95,6 +95,17 @@ class Hash:
         return [_signed(self._hash.intdigest())]
 
 
+class Parts:
+    """The same as `Hash`, of bytes that are given part by part."""
+
+    def __init__(self) -> None:
+        self._hash = xxhash.xxh3_64()
+        self.add = self._hash.update
+
+    def finish(self) -> int:
+        return _signed(self._hash.intdigest())
+
+
 class Sums:
     """64-bit sums of rows of 16 KiB, read as signed bytes x_p; a sum is linear, so pieces of a row may be added.
 

@@ -13,8 +13,10 @@ class ReshardConfig:
     """Bound on messages: a transfer takes at most twice this much extra memory on a rank, in MiB."""
     verify: bool = True
     """Prove each transfer: what the engine holds is what the policy held, bit for bit."""
+    shared_memory: bool = True
+    """On CPUs, ranks of one host hand messages over in memory that both see; false: over gloo, as between hosts."""
     deltas: bool = False
-    """Send only the elements that changed since the last transfer; keeps a copy of what was sent on both ends."""
+    """Send only the elements that changed since the last transfer; keeps a copy of what was sent on both ends. Over gloo."""
 
     def check(self) -> None:
         """ValueError where a value cannot work."""

@@ -4,40 +4,17 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from aligner.reshard.bucket import Bucket, Buffers
-from aligner.reshard.copies import copy_local
 from aligner.reshard.ledger import SyncRow
-from aligner.reshard.plan import Item, Plan
-from aligner.reshard.region import Piece
-from aligner.reshard.schedule import Message, Schedule, Step, packed_by, schedule_of
-from aligner.reshard.wire import Changes, Kept, Whole, Wire
-
-Source = Callable[[Piece], Tensor]
-"""Reads a piece of this rank's source storages: a view of shape `piece.size`."""
-
-
-Waiting = Callable[[Sequence[int]], AbstractContextManager[None]]
-
-
-class Destination(Protocol):
-    """Storages that a transfer fills."""
-
-    def view(self, piece: Piece) -> Tensor:
-        """A writable view of the piece in the destination's storage, made plain first where the engine packed it."""
-
-    def written(self, piece: Piece) -> None:
-        """`piece` is written and proven; the destination counts elements and re-lays out what is complete."""
-
-    def finish(self) -> None:
-        """Everything was written exactly once and derived state is reset; else RuntimeError naming the tensor."""
+from aligner.reshard.plan import Plan
+from aligner.reshard.schedule import STAGED, Message, Schedule, Step, packed_by, schedule_of
+from aligner.reshard.wire import Kept, Waiting, Wire, wire_of
+from aligner.reshard.work import Destination, Source, Work
 
 
 def execute(
@@ -57,8 +34,10 @@ def execute(
 
     Ranks with nothing to do return at once. Data goes peer to peer in the steps of the plan's schedule, whose order
     cannot deadlock. While a step is on the wire what came in before is written and proven, the next step is packed and
-    posted, and local copies are made. Staging takes at most 4 messages of half `bucket_bytes` per rank, however many peers there are; local copies need none. It is freed afterwards, unless the caller gives the same
-    `buffers` to every transfer: then as much stays taken in between, and no transfer waits for fresh memory.
+    posted, and local copies are made. Staging takes at most 4 messages of half `bucket_bytes` per rank, however many
+    peers there are; local copies need none. It is freed afterwards, unless the caller gives the same `buffers` to every
+    transfer: then as much stays taken in between, and no transfer waits for fresh memory. Buffers that have neighbours
+    hand messages over in shared memory.
 
     `group` holds all ranks of the plan (world ranks). gloo sends CPU buffers, whatever `device` is. With NCCL the
     group must have run a collective before: its communicator is made by all members together.
@@ -86,10 +65,10 @@ def execute(
     on_cpu = group is None or dist.get_backend(group) == "gloo"
     buffers = buffers or Buffers(torch.device("cpu") if on_cpu else device)
     buffers.transfer, buffers.together = transfer, kept is not None
-    work = _Work(plan.rank, source, destination, buffers, verify)
-    schedule = schedule_of(plan, 2 * bucket_bytes)
-    wire = Whole(group) if kept is None else Changes(group, kept, schedule)
-    _Flight(work, wire, schedule, waiting or _unseen).run()
+    work = Work(plan.rank, source, destination, buffers, verify)
+    schedule = schedule_of(plan, int(min(2 * bucket_bytes, STAGED * buffers.most_bytes)))
+    wire = wire_of(group, schedule, buffers, kept, waiting)
+    _Flight(work, wire, schedule).run()
     work.finish()
     return SyncRow(
         moved_bytes=wire.sent_bytes,
@@ -106,10 +85,6 @@ def execute(
     )
 
 
-def _unseen(_: Sequence[int]) -> AbstractContextManager[None]:
-    return nullcontext()
-
-
 class _Posted(NamedTuple):
     """A step that is under way."""
 
@@ -121,8 +96,8 @@ class _Posted(NamedTuple):
 class _Flight:
     """The messages between this rank and its peers, a step at a time."""
 
-    def __init__(self, work: _Work, wire: Wire, schedule: Schedule, waiting: Waiting) -> None:
-        self._work, self._wire, self._schedule, self._waiting = work, wire, schedule, waiting
+    def __init__(self, work: Work, wire: Wire, schedule: Schedule) -> None:
+        self._work, self._wire, self._schedule = work, wire, schedule
         self._relays = Counter(step.send.content for step in schedule.steps if step.send and step.send.relay)
         self._passing: dict[object, Bucket] = {}
         """What came in and has to go on to others."""
@@ -157,30 +132,35 @@ class _Flight:
     def _post(self, step: Step) -> _Posted:
         work, send, receive = self._work, step.send, step.receive
         leaving = arriving = None
-        if send:
-            leaving = self._passing[send.content] if send.relay else work.pack(self._schedule.items(send))
+        if send and send.relay:
+            leaving = self._passing[send.content]
+        elif send:
+            items = self._schedule.items(send)
+            with work.clock("wire"):
+                room = self._wire.room(work.buffers.form(items).words)
+            leaving = work.pack(items, room)
         if receive:
-            arriving = Bucket(self._schedule.items(receive), work.buffers)
-            if receive.content not in self._relays:  # what is passed on stays as it came
-                work.open(arriving)
+            passed_on = receive.content in self._relays
+            if passed_on or not self._wire.shared:
+                arriving = Bucket(self._schedule.items(receive), work.buffers)
+                if not passed_on:  # what is passed on stays as it came
+                    work.open(arriving)
         with work.clock("wire"):
             return _Posted(leaving, arriving, self._wire.post(step, leaving, arriving))
 
     def _wait(self, step: Step, posted: _Posted) -> tuple[Message, Bucket] | None:
         """The step is done; gives what it brought."""
         work, send, receive = self._work, step.send, step.receive
-        peers = [*([send.to] if send else []), *([receive.by] if receive else [])]
-        with work.clock("wire"), self._waiting(peers):
-            for request in posted.requests:
-                request.wait()
+        with work.clock("wire"):
+            arrived = self._wire.wait(step, posted.requests, posted.arriving)
         if send and posted.leaving:
             self._sent(send, posted.leaving)
-        if not (receive and posted.arriving):
+        if not (receive and arrived):
             return None
-        work.land(self._wire, receive, posted.arriving)
+        work.land(self._wire, receive, arrived)
         if receive.content in self._relays:
-            self._passing[receive.content] = posted.arriving
-        return receive, posted.arriving
+            self._passing[receive.content] = arrived
+        return receive, arrived
 
     def _sent(self, message: Message, bucket: Bucket) -> None:
         if message.relay:
@@ -188,102 +168,10 @@ class _Flight:
             if self._relays[message.content]:
                 return
             del self._passing[message.content]
-        self._work.buffers.give(bucket)
+        if message.relay or not self._wire.shared:  # else it is the reader's to give back
+            self._work.buffers.give(bucket)
 
     def _apply(self, message: Message, bucket: Bucket) -> None:
         self._work.apply(packed_by(message), bucket)
         if message.content not in self._relays:
             self._work.buffers.give(bucket)
-
-
-class _Work:
-    """What this rank does to buckets: it keeps the first error and goes on exchanging, so that no peer hangs."""
-
-    def __init__(
-        self, rank: int, source: Source | None, destination: Destination | None, buffers: Buffers, verify: bool
-    ) -> None:
-        self.buffers = buffers
-        self.checksummed = 0
-        self.seconds = dict.fromkeys(("pack", "wire", "apply"), 0.0)
-        self._rank, self._source, self._destination = rank, source, destination
-        self._verify = verify
-        self._failure: BaseException | None = None
-
-    @contextmanager
-    def clock(self, phase: str) -> Iterator[None]:
-        started = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[phase] += time.perf_counter() - started
-
-    def pack(self, items: Sequence[Item]) -> Bucket:
-        """A bucket of these items, read, cast and checksummed; marked as failed after this rank's first error."""
-        bucket = Bucket(items, self.buffers)
-        with self.clock("pack"), self._keep_failure():
-            if self._failure is None:
-                assert self._source is not None, f"rank {self._rank} sends {items[0]} but has no source"
-                bucket.pack(self._source, self._verify)
-                return bucket
-        bucket.mark_failed()
-        return bucket
-
-    def open(self, bucket: Bucket) -> None:
-        """Let what comes in arrive where it belongs, as far as it can."""
-        with self.clock("apply"), self._keep_failure():
-            if self._failure is None and self._destination is not None:
-                bucket.open(self._destination.view)
-
-    def land(self, wire: Wire, message: Message, bucket: Bucket) -> None:
-        """Let the wire make a whole bucket of what came in."""
-        with self.clock("apply"), self._keep_failure():
-            wire.landed(message, bucket)
-            return
-        bucket.mark_failed()
-
-    def apply(self, by: int, bucket: Bucket) -> None:
-        """Write what came from rank `by`, prove it, and tell the destination."""
-        with self._keep_failure():
-            if self._failure is not None:
-                return
-            if bucket.failed():
-                raise RuntimeError(
-                    f"reshard: rank {by} failed while it sent {bucket.items[0]} to rank {self._rank}; "
-                    "its own error says why"
-                )
-            destination = self._destination
-            assert destination is not None, f"rank {self._rank} receives {bucket.items[0]} but has no destination"
-            with self.clock("apply"):
-                bucket.land(destination.view, by, self._rank, self._verify)
-                for item in bucket.items:
-                    destination.written(item.destination)
-            self.checksummed += len(bucket.items) if self._verify else 0
-
-    def copy(self, items: Sequence[Item]) -> None:
-        """Copy what this rank holds itself, and prove it, without a message."""
-        with self._keep_failure():
-            if self._failure is not None:
-                return
-            source, destination = self._source, self._destination
-            assert source and destination, f"rank {self._rank} copies {items[0]} but lacks a source or a destination"
-            with self.clock("apply"):
-                copy_local(items, source, destination.view, self._rank, self._verify, self.buffers.scratch)
-                for item in items:
-                    destination.written(item.destination)
-            self.checksummed += len(items) if self._verify else 0
-
-    def finish(self) -> None:
-        """Raise the first error, or let the destination finish."""
-        if self._failure is not None:
-            raise self._failure
-        if self._destination is not None:
-            with self.clock("apply"):
-                self._destination.finish()
-
-    @contextmanager
-    def _keep_failure(self) -> Iterator[None]:
-        try:
-            yield
-        except Exception as failure:
-            if self._failure is None:
-                self._failure = failure

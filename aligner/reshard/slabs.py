@@ -56,9 +56,11 @@ class Scratch:
 def copy(to: Tensor, read: Tensor, scratch: Scratch, done: Done = ignore) -> None:
     """Copy and cast a slab at a time; `done` is told how many bytes of `to` are written so far."""
     if _plain(to, read):
-        for written, given, count in _addresses(to, read):
-            _libc.memcpy(written, given, count)
-            done(written + count - to.data_ptr())
+        place, given, size = to.data_ptr(), read.data_ptr(), to.nbytes
+        for start in range(0, size, SLAB_BYTES):
+            count = min(SLAB_BYTES, size - start)
+            _libc.memcpy(place + start, given + start, count)
+            done(start + count)
         return
     written = 0
     for one, other in slabs(to, read):
@@ -71,10 +73,12 @@ def copy_proven(to: Tensor, again: Tensor, read: Tensor, scratch: Scratch, done:
     """Copy and cast as `copy` does; False where `again` does not hold what was written, to the last bit."""
     same, written = True, 0
     if _plain(to, again, read):
-        for place, look, given, count in _addresses(to, again, read):
-            _libc.memcpy(place, given, count)
-            same = _libc.memcmp(look, given, count) == 0 and same
-            done(place + count - to.data_ptr())
+        place, look, given, size = to.data_ptr(), again.data_ptr(), read.data_ptr(), to.nbytes
+        for start in range(0, size, SLAB_BYTES):
+            count = min(SLAB_BYTES, size - start)
+            _libc.memcpy(place + start, given + start, count)
+            same = _libc.memcmp(look + start, given + start, count) == 0 and same
+            done(start + count)
         return same
     for one, back, other in slabs(to, again, read):
         cast = scratch.cast(other, one.dtype)
@@ -85,19 +89,32 @@ def copy_proven(to: Tensor, again: Tensor, read: Tensor, scratch: Scratch, done:
     return same
 
 
+def copy_seen(to: Tensor, again: Tensor, read: Tensor, scratch: Scratch, see: Callable[[memoryview], None]) -> None:
+    """Copy and cast as `copy` does; `see` is given the bytes that `again` then holds, in order, a slab at a time."""
+    if _plain(to, again, read):
+        place, given, held = to.data_ptr(), read.data_ptr(), _bytes(again)
+        for start in range(0, len(held), SLAB_BYTES):
+            count = min(SLAB_BYTES, len(held) - start)
+            _libc.memcpy(place + start, given + start, count)
+            see(held[start : start + count])
+        return
+    for one, back, other in slabs(to, again, read):
+        one.copy_(scratch.cast(other, one.dtype))
+        see(_bytes(scratch.held(back)))
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    """A contiguous tensor's bytes."""
+    # torch keeps any stride of a single element, and cannot view its bytes then.
+    return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8).numpy().data
+
+
 def _plain(first: Tensor, *others: Tensor) -> bool:
     """Bytes in a row on the CPU: the C library copies them. To cut and copy a slab takes torch some 8 us more."""
     return all(
         tensor.is_contiguous() and tensor.dtype == first.dtype and tensor.device.type == "cpu"
         for tensor in (first, *others)
     )
-
-
-def _addresses(*tensors: Tensor) -> Iterator[tuple[int, ...]]:
-    """Where each slab of each begins, and its bytes."""
-    size, starts = tensors[0].nbytes, [tensor.data_ptr() for tensor in tensors]
-    for offset in range(0, size, SLAB_BYTES):
-        yield (*(start + offset for start in starts), min(SLAB_BYTES, size - offset))
 
 
 def slabs(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:

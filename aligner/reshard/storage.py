@@ -39,7 +39,7 @@ class Storages:
     def view(self, piece: Piece) -> Tensor:
         return strided_view(self._tensors[piece.storage], piece)
 
-    def written(self, piece: Piece) -> None:
+    def written(self, piece: Piece, proof: bool = True) -> None:
         self._missing[piece.storage] -= piece.elements
 
     def finish(self) -> None:

@@ -17,6 +17,7 @@ from aligner.reshard.bucket import Buffers
 from aligner.reshard.config import ReshardConfig
 from aligner.reshard.executor import execute
 from aligner.reshard.ledger import SyncRow
+from aligner.reshard.neighbours import meet
 from aligner.reshard.plan import Plan, make_plan
 from aligner.reshard.region import Layout
 from aligner.reshard.side import Explicit, Side
@@ -38,9 +39,8 @@ class WeightSync:
     def __init__(self, policy: Policy, rollout: Rollout, config: ReshardConfig) -> None:
         self.policy, self.rollout, self.config = policy, rollout, config
         self.kept: Kept | None = {} if config.deltas else None
+        self.buffers: Buffers | None = None
         world = policy.world
-        # On CUDA the caching allocator keeps freed memory.
-        self.buffers = Buffers(world.device) if world.device.type == "cpu" else None
         self.ranks = tuple(sorted({*policy.mesh.ranks, *rollout.mesh.ranks}))
         self.group = world.group(self.ranks)
         self.ledger: list[SyncRow] = []
@@ -51,7 +51,10 @@ class WeightSync:
         source, destination = sides(policy, rollout, self.ranks, self.group)
         self.plan = _plan_together(world.rank, source, destination, self.ranks, self.group)
         self.planning_seconds = time.perf_counter() - start
-        if world.device.type == "cuda":
+        if world.device.type == "cpu":  # on CUDA the caching allocator keeps freed memory
+            shares = config.shared_memory and not config.deltas
+            self.buffers = Buffers(world.device, meet(self.group) if shares else None)
+        else:
             # NCCL makes a group's communicator in its first collective, all members together.
             dist.all_reduce(torch.zeros(1, device=world.device), group=self.group)
 

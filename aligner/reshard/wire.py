@@ -1,8 +1,10 @@
-"""How buckets travel: whole, or as what changed since the last transfer."""
+"""How buckets travel: whole, in memory that ranks share, or as what changed since the last transfer."""
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
 import torch
@@ -10,12 +12,16 @@ import torch.distributed as dist
 from torch import Tensor
 
 from aligner.reshard import delta
-from aligner.reshard.bucket import Bucket
+from aligner.reshard.bucket import Bucket, Buffers
+from aligner.reshard.neighbours import Neighbours
 from aligner.reshard.region import ELEMENT_BYTES
 from aligner.reshard.schedule import Message, Schedule, Step
 
 Kept = dict[object, Tensor]
 """What each message of a plan held in the last transfer: as much memory as a rank sends and receives."""
+
+Waiting = Callable[[Sequence[int]], AbstractContextManager[None]]
+"""Entered around each wait for messages from and to these ranks."""
 
 
 class Wire(Protocol):
@@ -26,9 +32,17 @@ class Wire(Protocol):
     received_bytes: int
     changed_bytes: int
     """Bytes of received elements that differ from those of the last transfer; all where that is not known."""
+    shared: bool
+    """Whether what comes in is read where its sender wrote it, so that no bucket waits for it."""
+
+    def room(self, words: int) -> Tensor | None:
+        """Memory for a message of so many words that is to be packed; None where any will do."""
 
     def post(self, step: Step, leaving: Bucket | None, arriving: Bucket | None) -> list[dist.Work]:
         """Start a step's send and receive."""
+
+    def wait(self, step: Step, requests: Sequence[dist.Work], arriving: Bucket | None) -> Bucket | None:
+        """The end of a step that was posted; gives what came in."""
 
     def landed(self, message: Message, bucket: Bucket) -> None:
         """What came in is complete: make a whole bucket of it. RuntimeError where that cannot be done."""
@@ -37,9 +51,14 @@ class Wire(Protocol):
 class Whole:
     """Buckets as they are."""
 
-    def __init__(self, group: dist.ProcessGroup | None) -> None:
-        self._group = group
+    shared = False
+
+    def __init__(self, group: dist.ProcessGroup | None, waiting: Waiting) -> None:
+        self._group, self._waiting = group, waiting
         self.sent_bytes = self.relayed_bytes = self.received_bytes = self.changed_bytes = 0
+
+    def room(self, words: int) -> Tensor | None:
+        return None
 
     def post(self, step: Step, leaving: Bucket | None, arriving: Bucket | None) -> list[dist.Work]:
         posts = []
@@ -49,6 +68,12 @@ class Whole:
         if step.receive and arriving:
             posts += [self._receiving(step.receive, part) for part in arriving.parts]
         return list(dist.batch_isend_irecv(posts))
+
+    def wait(self, step: Step, requests: Sequence[dist.Work], arriving: Bucket | None) -> Bucket | None:
+        with self._waiting([*([step.send.to] if step.send else []), *([step.receive.by] if step.receive else [])]):
+            for request in requests:
+                request.wait()
+        return arriving
 
     def landed(self, message: Message, bucket: Bucket) -> None:
         self.received_bytes += bucket.payload_bytes
@@ -65,6 +90,54 @@ class Whole:
         return dist.P2POp(dist.irecv, data, message.by, self._group)
 
 
+class Handed(Whole):
+    """Buckets in memory that sender and receiver both see: packed there, and read from there.
+
+    What a rank passes on it copies out first, so that its sender never waits for a relay, and in again for each reader.
+    So whoever waits for a message, or for room, waits for a step that comes before its own.
+    """
+
+    shared = True
+
+    def __init__(self, neighbours: Neighbours, buffers: Buffers, schedule: Schedule, waiting: Waiting) -> None:
+        super().__init__(None, waiting)
+        self._neighbours, self._buffers, self._schedule = neighbours, buffers, schedule
+
+    def room(self, words: int) -> Tensor:
+        spare = self._neighbours.room(words)
+        if spare is not None:
+            return spare
+        with self._waiting(self._neighbours.readers):
+            self._neighbours.wait_for_room()
+        return self.room(words)
+
+    def post(self, step: Step, leaving: Bucket | None, arriving: Bucket | None) -> list[dist.Work]:
+        if step.send and leaving:
+            self._count(step.send, leaving.payload_bytes)
+            message = leaving.buffer
+            if step.send.relay:
+                message = self.room(leaving.whole.numel()).copy_(leaving.whole)
+            self._neighbours.hand(step.send.to, message)
+        return []
+
+    def wait(self, step: Step, requests: Sequence[dist.Work], arriving: Bucket | None) -> Bucket | None:
+        if step.receive is None:
+            return None
+        with self._waiting([step.receive.by]):
+            message = self._neighbours.take(step.receive.by)
+        items = self._schedule.items(step.receive)
+        if message.numel() != self._buffers.form(items).words:
+            raise RuntimeError(
+                f"reshard: rank {step.receive.by} sent a message of {message.nbytes} bytes where {items[0]} and "
+                f"{len(items) - 1} more make {8 * self._buffers.form(items).words}: the ranks' plans differ"
+            )
+        if arriving is None:
+            return Bucket(items, self._buffers, message)
+        arriving.whole.copy_(message)
+        self._neighbours.back(message)
+        return arriving
+
+
 class Changes(Whole):
     """Buckets of one part, as their header and a delta where that is shorter, else whole; relays pass on what they got.
 
@@ -73,8 +146,8 @@ class Changes(Whole):
     delta that leaves and the one that comes in, each smaller than its bucket.
     """
 
-    def __init__(self, group: dist.ProcessGroup | None, kept: Kept, schedule: Schedule) -> None:
-        super().__init__(group)
+    def __init__(self, group: dist.ProcessGroup | None, kept: Kept, schedule: Schedule, waiting: Waiting) -> None:
+        super().__init__(group, waiting)
         self._kept = kept
         self._left = Counter(step.send.content for step in schedule.steps if step.send and not step.send.relay)
 
@@ -159,3 +232,14 @@ def _changed_bytes(bucket: Bucket, kept: Tensor) -> int:
 
 def _itemsize(bucket: Bucket) -> int:
     return min(4, *(ELEMENT_BYTES[item.destination.dtype] for item in bucket.items))
+
+
+def wire_of(
+    group: dist.ProcessGroup | None, schedule: Schedule, buffers: Buffers, kept: Kept | None, waiting: Waiting | None
+) -> Wire:
+    """The wire of one transfer: shared memory where the buffers have neighbours, changes where `kept` is given."""
+    waiting = waiting or (lambda _: nullcontext())
+    if kept is not None:
+        assert buffers.neighbours is None, "what changed is found in private memory"
+        return Changes(group, kept, schedule, waiting)
+    return Handed(buffers.neighbours, buffers, schedule, waiting) if buffers.neighbours else Whole(group, waiting)

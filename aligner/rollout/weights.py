@@ -106,8 +106,8 @@ class EngineWeights:
         self._engine.ready = False
         return strided_view(self._plain(piece.storage), piece)
 
-    def written(self, piece: Piece) -> None:
-        """Count the region as written; the last one of a module makes the engine pack it, and proves that.
+    def written(self, piece: Piece, proof: bool = True) -> None:
+        """Count the region as written; the last one of a module makes the engine pack it, and `proof` proves that.
 
         Raises RuntimeError where a region comes twice or the engine's kernel does not hold what was written.
         """
@@ -121,7 +121,8 @@ class EngineWeights:
             plain = {storage: self._plain(storage) for storage in packed.storages}
             with self._engine.inside():
                 packed.pack(plain)
-                packed.prove(plain, self._syncs)
+                if proof:
+                    packed.prove(plain, self._syncs)
         for storage in {storage for packed in ready for storage in packed.storages}:
             self._sync.plain.pop(storage, None)
 

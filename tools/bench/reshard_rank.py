@@ -30,6 +30,7 @@ from aligner.policy.model import build_model
 from aligner.reshard.bucket import Buffers
 from aligner.reshard.config import ReshardConfig
 from aligner.reshard.executor import execute
+from aligner.reshard.neighbours import meet
 from aligner.reshard.plan import make_plan
 from aligner.reshard.region import Piece, contiguous_stride
 from aligner.reshard.schedule import Message, schedule_of
@@ -64,14 +65,16 @@ class Bench:
         self.tensor_group = group_of(self.rank, self.train_mesh.groups("tensor"))
         self.everyone = dist.new_group(list(ranks))
         self._raw = self._raw_buffers()
-        self.buffers = Buffers(CPU)  # kept, as a job keeps them
+        self.neighbours = meet(self.everyone)
+        self.buffers = Buffers(CPU, self.neighbours)  # kept, as a job keeps them
+        self.messages = Buffers(CPU)
 
     def view(self, piece: Piece) -> Tensor:
         return strided_view(self.source[piece.storage], piece)
 
-    def ours(self, verify: bool, destination: Any = None) -> Any:
-        target = destination or Storages(self.out, self.layout)
-        return execute(self.plan, self.view, target, self.everyone, CPU, BUCKET_BYTES, verify, buffers=self.buffers)
+    def ours(self, verify: bool, destination: Any = None, shared: bool = True) -> Any:
+        target, buffers = destination or Storages(self.out, self.layout), self.buffers if shared else self.messages
+        return execute(self.plan, self.view, target, self.everyone, CPU, BUCKET_BYTES, verify, buffers=buffers)
 
     def check(self) -> None:
         """What arrived is what was sent; then it is wiped."""
@@ -253,12 +256,13 @@ def main(name: str, folder: str, repeats: str, engine: str, out: str) -> None:
         ways = {
             "ours": lambda: bench.ours(True),
             "ours without proof": lambda: bench.ours(False),
+            "ours over gloo": lambda: bench.ours(True, shared=False),
             "limit": bench.limit,
             "gather": bench.gather,
         }
         if not CASES[name].experts:
             ways["megatron"] = megatron_way(bench)
-    bench.buffers = Buffers(CPU)  # what they take is extra memory
+    bench.buffers = Buffers(CPU, meet(bench.everyone))  # what they take is extra memory
     extra = extra_bytes(ways["ours"])
     seconds = median_of_slowest(ways, int(repeats))
     counts = torch.tensor(
