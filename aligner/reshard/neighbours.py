@@ -15,6 +15,7 @@ import struct
 import sys
 from collections import deque
 from collections.abc import Collection, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -107,13 +108,12 @@ class Neighbours:
         if found is None:
             return False
         by, number = found
-        try:
+        with suppress(ConnectionError):  # who is gone needs no room
             self._lines[by].send(_NOTE.pack(_BACK, number, 0))
-        except ConnectionError as error:
-            raise self._gone(by) from error
         return True
 
     def _await(self, peers: Collection[int], missing: str) -> None:
+        assert peers, "all rooms are taken and none is handed over"
         if not self._listen(peers, self._timeout):
             raise RuntimeError(
                 f"reshard: rank {self._rank} waited {self._timeout:g} s (timeout_seconds) for rank {min(peers)}, {missing}"
@@ -187,17 +187,17 @@ def meet(group: dist.ProcessGroup) -> Neighbours | None:
     rank logs why.
     """
     ranks, rank = dist.get_process_group_ranks(group), dist.get_rank()
-    boot, listener, problem = "", None, ""
+    listener, problem, lines = None, "", dict[int, socket.socket]()
     try:
-        boot, listener = _BOOT.read_text(), _listener()
+        listener = _listener()
     except OSError as error:
         problem = str(error)
-    told = _told((boot, listener.getsockname() if listener else b"", problem), ranks, group)
-    if len({boot for boot, _, _ in told}) > 1 or len(ranks) == 1:
+    host = _BOOT.read_text() if _BOOT.exists() else ""
+    told = _told((host, listener.getsockname() if listener else b""), ranks, group)
+    if len(ranks) == 1 or len({host for host, _ in told}) > 1:
         return None
-    lines: dict[int, socket.socket] = {}
     try:
-        for peer, (_, address, _) in list(zip(ranks, told, strict=True))[: ranks.index(rank)]:
+        for peer, (_, address) in list(zip(ranks, told, strict=True))[: ranks.index(rank)]:
             lines[peer] = _line()
             lines[peer].connect(address)  # waits for nobody: all listen since before they told their addresses
             lines[peer].send(rank.to_bytes(4, "little"))

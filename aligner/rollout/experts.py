@@ -55,6 +55,8 @@ class PackedExperts:
     def _pad_rows(self, gate_up: Tensor) -> Tensor:
         """Rows of zeros after the gate and after the up projection, as the kernel has them."""
         more = (self._module.w13_weight.shape[1] - gate_up.shape[0]) // 2
+        if not more:
+            return gate_up
         return torch.cat([F.pad(half, (0, 0, 0, more)) for half in gate_up.chunk(2)])
 
     def _pad_columns(self, down: Tensor) -> Tensor:

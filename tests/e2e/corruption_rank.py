@@ -53,7 +53,11 @@ class Job:
         self.policy = Policy("policy", world, Mesh((0,), name="policy"), spec, PolicyConfig(dtype="float32"))
         config = replace(tiny.CONFIG, dtype="float32")
         self.rollout = Rollout("rollout", world, Mesh((1,), name="rollout"), spec, config, GREEDY, seed=0)
-        settings = {"whole": ReshardConfig(), "deltas": ReshardConfig(deltas=True)}
+        settings = {
+            "whole": ReshardConfig(),
+            "gloo": ReshardConfig(shared_memory=False),
+            "deltas": ReshardConfig(deltas=True),
+        }
         self.syncs = {name: WeightSync(self.policy, self.rollout, setting) for name, setting in settings.items()}
         self.steps = 0
 

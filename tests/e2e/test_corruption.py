@@ -45,7 +45,7 @@ def ranks(folder: Path, torchrun: Callable[..., Any]) -> list[dict[str, Any]]:
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 
 
-@pytest.mark.parametrize("how", ["whole", "deltas"])
+@pytest.mark.parametrize("how", ["whole", "gloo", "deltas"])
 @pytest.mark.parametrize("fault", NAMED)
 def test_what_goes_wrong_is_named_and_nobody_hangs(ranks: list[dict[str, Any]], fault: str, how: str) -> None:
     """The rank that finds it says what; its engine refuses to generate until a later transfer succeeds."""
@@ -57,7 +57,7 @@ def test_what_goes_wrong_is_named_and_nobody_hangs(ranks: list[dict[str, Any]], 
     assert receiver["answers"], "after the next transfer the engine answers otherwise than transformers"
 
 
-@pytest.mark.parametrize("how", ["whole", "deltas"])
+@pytest.mark.parametrize("how", ["whole", "gloo", "deltas"])
 def test_a_message_of_the_transfer_before_is_refused(ranks: list[dict[str, Any]], how: str) -> None:
     assert "from rank 0 to rank 1" in ranks[1][f"replayed message, {how}"]["error"]
 

@@ -6,6 +6,7 @@ import math
 import random
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from aligner.reshard import executor
+from aligner.reshard import executor, work
 from aligner.reshard.bucket import Bucket, Buffers
+from aligner.reshard.neighbours import meet
 from aligner.reshard.plan import make_plan
 from aligner.reshard.region import Layout, Piece
 from aligner.reshard.storage import Storages, allocate, strided_view
@@ -53,8 +55,8 @@ class Watched(Buffers):
 
 
 class WatchedBucket(Bucket):
-    def __init__(self, items: Any, buffers: Watched) -> None:
-        super().__init__(items, buffers)
+    def __init__(self, items: Any, buffers: Watched, buffer: Tensor | None = None) -> None:
+        super().__init__(items, buffers, buffer)
         buffers.hold(self)
 
 
@@ -121,10 +123,17 @@ def inside(values: dict[str, Tensor], piece: Piece) -> Tensor:
 def main() -> None:
     folder = Path(sys.argv[1])
     rank, world = start_rank(folder)
-    executor.Buffers = Watched  # type: ignore[misc]
-    executor.Bucket = WatchedBucket  # type: ignore[misc,assignment]
+    rooms: list[Any] = []
+    if "shared" in sys.argv:
+        neighbours = meet(dist.group.WORLD)
+        assert neighbours, "these ranks are on one host"
+        executor.Buffers = partial(Buffers, neighbours=neighbours)  # type: ignore[misc,assignment]
+        rooms = neighbours._rooms
+    else:
+        executor.Buffers = Watched  # type: ignore[misc]
+        executor.Bucket = work.Bucket = WatchedBucket  # type: ignore[misc]
     transfers = [transfer(rank, number, 2 + number % (world - 1)) for number in range(CASES)]
-    report(folder, {"transfers": transfers, "exchange": exchange(rank, world)})
+    report(folder, {"transfers": transfers, "exchange": exchange(rank, world), "rooms": len(rooms)})
 
 
 if __name__ == "__main__":

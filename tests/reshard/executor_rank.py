@@ -14,6 +14,7 @@ from torch import Tensor
 
 from aligner.reshard.bucket import Buffers
 from aligner.reshard.executor import execute
+from aligner.reshard.neighbours import meet
 from aligner.reshard.plan import make_plan
 from aligner.reshard.region import Layout, Piece, whole_tensor
 from aligner.reshard.storage import Storages, allocate, strided_view
@@ -21,8 +22,8 @@ from tests.reshard.layouts import Grid, Shapes, parts, scattered
 from tests.reshard.ranks import report, start_rank
 
 CPU = torch.device("cpu")
-BUFFERS = Buffers(CPU)
-"""Kept between all transfers, of whatever sizes, also of those that fail."""
+BUFFERS = [Buffers(CPU)]
+"""The last is kept between all transfers, of whatever sizes, also of those that fail."""
 SHAPES: Shapes = {f"layer{n}.{name}": shape for n in range(4) for name, shape in {"w": (24, 20), "b": (7,)}.items()}
 SHAPES = {**SHAPES, "cube": (3, 5, 4), "scale": (), "embedding": (100, 16)}
 
@@ -59,7 +60,9 @@ class Case:
     def run(self, bucket_bytes: int, verify: bool = True, destination: Any = None, group: Any = None) -> dict[str, Any]:
         """Execute, and compare every destination piece with the tensor it should hold, bit by bit."""
         to = destination or (Storages(self.filled, self.wanted) if self.wanted else None)
-        row = execute(self.plan, self.source, to, group or dist.group.WORLD, CPU, bucket_bytes, verify, buffers=BUFFERS)
+        row = execute(
+            self.plan, self.source, to, group or dist.group.WORLD, CPU, bucket_bytes, verify, buffers=BUFFERS[-1]
+        )
         for piece in self.wanted:
             expected = self.values[piece.name][inside(piece)].to(getattr(torch, piece.dtype))
             assert torch.equal(strided_view(self.filled[piece.storage], piece), expected), piece
@@ -190,7 +193,11 @@ def failures(rank: int) -> dict[str, str]:
 def main() -> None:
     folder = Path(sys.argv[1])
     rank, world = start_rank(folder)
-    report(folder, {"good": good_cases(rank, world), "failures": failures(rank)})
+    found = {"gloo": {"good": good_cases(rank, world), "failures": failures(rank)}}
+    BUFFERS.append(Buffers(CPU, meet(dist.group.WORLD)))
+    assert BUFFERS[-1].neighbours, "these ranks are on one host"
+    found["shared memory"] = {"good": good_cases(rank, world), "failures": failures(rank)}
+    report(folder, found)
 
 
 if __name__ == "__main__":

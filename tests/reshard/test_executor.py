@@ -10,6 +10,7 @@ import torch
 
 from aligner.reshard.executor import execute
 from aligner.reshard.ledger import SyncRow, total
+from aligner.reshard.neighbours import ROOMS
 from aligner.reshard.plan import make_plan
 from aligner.reshard.region import whole_tensor
 from aligner.reshard.schedule import STAGED
@@ -18,9 +19,15 @@ from tests.reshard.ranks import run_ranks
 
 
 @pytest.fixture(scope="module", params=[2, 4])
-def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
+def told(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
     folder = tmp_path_factory.mktemp(f"world{request.param}")
     return run_ranks(Path(__file__).with_name("executor_rank.py"), request.param, folder)
+
+
+@pytest.fixture(params=["gloo", "shared memory"])
+def ranks(request: pytest.FixtureRequest, told: list[Any]) -> list[Any]:
+    """What each rank saw when messages went that way."""
+    return [rank[request.param] for rank in told]
 
 
 def test_every_case_is_exact_and_minimal(ranks: list[Any]) -> None:
@@ -86,6 +93,7 @@ def test_random_transfers_are_exact_minimal_and_bounded(tmp_path: Path) -> None:
     found = [rank["transfers"] for rank in told]
     assert len(found[0]) == 30
     relayed = 0.0
+    assert {rank["rooms"] for rank in told} == {0}
     for rows in zip(*found, strict=True):
         assert sum(row["reshard_moved_bytes"] for row in rows) == sum(row["reshard_minimum_bytes"] for row in rows)
         assert all(row["reshard_received_bytes"] == row["reshard_minimum_bytes"] for row in rows)
@@ -93,6 +101,18 @@ def test_random_transfers_are_exact_minimal_and_bounded(tmp_path: Path) -> None:
         relayed += sum(row["reshard_relayed_bytes"] for row in rows)
     assert relayed > 0
     assert max(row["messages"] for rows in found for row in rows) == STAGED
+
+
+def test_random_transfers_in_shared_memory(tmp_path: Path) -> None:
+    """The same cases; what is passed on goes from rank to rank as well, and no rank has more than two rooms."""
+    told = run_ranks(Path(__file__).with_name("executor_random.py"), 8, tmp_path, "shared")
+    assert {rank["rooms"] for rank in told} == {ROOMS}
+    relayed = 0.0
+    for rows in zip(*(rank["transfers"] for rank in told), strict=True):
+        assert sum(row["reshard_moved_bytes"] for row in rows) == sum(row["reshard_minimum_bytes"] for row in rows)
+        assert all(row["reshard_received_bytes"] == row["reshard_minimum_bytes"] for row in rows)
+        relayed += sum(row["reshard_relayed_bytes"] for row in rows)
+    assert relayed > 0
 
 
 def test_one_process_needs_no_group() -> None:

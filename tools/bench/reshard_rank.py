@@ -220,6 +220,16 @@ def group_of_any(rank: int, groups: Any) -> Any:
     return next((group for ranks, group in made if rank in ranks), None)
 
 
+class Unread:
+    """An engine whose storages are proven, but not the kernels that it packs from them."""
+
+    def __init__(self, weights: EngineWeights) -> None:
+        self._weights, self.view, self.finish = weights, weights.view, weights.finish
+
+    def written(self, piece: Piece, proof: bool) -> None:
+        self._weights.written(piece, proof=False)
+
+
 def engine_ways(bench: Bench, folder: str) -> dict[str, Callable[[], object]]:
     """A real engine as the destination: ours, and full tensors through the engine's own loader."""
     group = group_of(bench.rank, bench.infer_mesh.groups("tensor"))
@@ -234,6 +244,7 @@ def engine_ways(bench: Bench, folder: str) -> dict[str, Callable[[], object]]:
 
     return {
         "ours": lambda: bench.ours(True, weights),
+        "ours, kernels not read": lambda: bench.ours(True, Unread(weights)),
         "ours without proof": lambda: bench.ours(False, weights),
         "gather + reload_weights": reload,
     }
