@@ -8,13 +8,13 @@ from math import inf
 import torch
 from torch import Tensor
 
-from aligner.reshard.checksum import Checksum, Hash, Hashes, Parts, Running, Sums
+from aligner.reshard.checksum import Checksum, Hashes, Parts, Running, Sums, hash_of
 from aligner.reshard.copies import STORAGE, View, differing_pairs, mismatch, views_of
 from aligner.reshard.form import Form, form_of, words
 from aligner.reshard.kernels import kernels_of
 from aligner.reshard.neighbours import Neighbours
 from aligner.reshard.plan import Item
-from aligner.reshard.slabs import Done, Scratch, copy, copy_proven, copy_seen, ignore, on_cpu
+from aligner.reshard.slabs import Done, Scratch, bytes_of, copy, copy_proven, copy_seen, ignore, on_cpu
 
 APART_BYTES = 128 << 10
 """Items of so many bytes travel by themselves; smaller ones together, since a message of their own would cost more than a copy."""
@@ -130,12 +130,15 @@ class Bucket:
         if sums is not None:
             found += sums.finish()
         for number in form.large:
-            in_place = self._use(number, views[number])
-            sums = Hash(_row(self._travelling(number))) if proof else None
-            if not in_place:
-                copy(self._elements(number), views[number], self._scratch, _told(sums, 0))
-            if sums is not None:
-                found += sums.finish()
+            if self._use(number, views[number]):
+                found.append(hash_of(bytes_of(views[number])) if proof else 0)
+                continue
+            place, seen = self._elements(number), Parts()
+            if proof:
+                copy_seen(place, place, views[number], self._scratch, seen.add)
+            else:
+                copy(place, views[number], self._scratch)
+            found.append(seen.finish())
         if proof:
             self._sums.copy_(torch.tensor(found, dtype=torch.int64))
 
@@ -182,7 +185,7 @@ class Bucket:
         else:
             sums = (self._kernels or self._checksum).rows(self._payload).tolist()
             for number in self._form.large:
-                sums += Hash(_row(self._travelling(number))).finish()
+                sums.append(hash_of(bytes_of(self._travelling(number))))
             self._settle(sums, [], by, to)
             self._write(held)
             self._settle(sums, self._differing(again), by, to)
@@ -207,13 +210,13 @@ class Bucket:
         """Writes a large item; gives the sum of what came, and whether the storage holds it."""
         sent = int(self._sums[self._form.rows + number - self._form.small])
         if number in self._storages:  # one look says that it came, and that it is there
-            return sent, Hash(_row(again.contiguous())).finish() == [sent]
+            return sent, hash_of(bytes_of(again.contiguous())) == sent
         came = self._elements(number)
         seen = Parts()
         copy_seen(held, again, came, self._scratch, seen.add)
         if seen.finish() == sent:
             return sent, True
-        return Hash(_row(came)).finish()[0], False
+        return hash_of(bytes_of(came)), False
 
     def _write(self, held: Sequence[Tensor]) -> None:
         if self._kernels is not None and self._near(held):
@@ -258,11 +261,6 @@ class Bucket:
         start = form.bounds[number] if number < form.small else form.places[number - form.small]
         room = self._behind[start : start + words(item.bytes)].view(form.dtypes[number])
         return room[: item.destination.elements].view(item.size)
-
-
-def _row(tensor: Tensor) -> Tensor:
-    """A contiguous tensor's elements in a row; torch keeps any stride of a single one, and cannot view its bytes then."""
-    return tensor.as_strided((tensor.numel(),), (1,))
 
 
 def _told(sums: Running | None, start: int) -> Done:

@@ -73,30 +73,13 @@ class _RunningHashes:
         return self._found
 
 
-class Hash:
-    """One XXH3 of contiguous elements of any dtype on the CPU, about to be written or there: the same in one call as
-    slab by slab.
-    """
-
-    def __init__(self, elements: Tensor) -> None:
-        assert elements.dim() == 1 and elements.is_contiguous()
-        self._bytes = elements.view(torch.uint8).numpy().data
-        self._hash = xxhash.xxh3_64()
-        self._done = 0
-
-    def written(self, words: int) -> None:
-        self._hash.update(self._bytes[self._done : 8 * words])
-        self._done = 8 * words
-
-    def finish(self) -> list[int]:
-        if not self._done:
-            return [_signed(xxhash.xxh3_64_intdigest(self._bytes))]
-        self._hash.update(self._bytes[self._done :])
-        return [_signed(self._hash.intdigest())]
+def hash_of(data: memoryview) -> int:
+    """XXH3 of bytes in one call, signed."""
+    return _signed(xxhash.xxh3_64_intdigest(data))
 
 
 class Parts:
-    """The same as `Hash`, of bytes that are given part by part."""
+    """The same as `hash_of`, of bytes that are given part by part."""
 
     def __init__(self) -> None:
         self._hash = xxhash.xxh3_64()

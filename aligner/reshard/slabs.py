@@ -92,18 +92,22 @@ def copy_proven(to: Tensor, again: Tensor, read: Tensor, scratch: Scratch, done:
 def copy_seen(to: Tensor, again: Tensor, read: Tensor, scratch: Scratch, see: Callable[[memoryview], None]) -> None:
     """Copy and cast as `copy` does; `see` is given the bytes that `again` then holds, in order, a slab at a time."""
     if _plain(to, again, read):
-        place, given, held = to.data_ptr(), read.data_ptr(), _bytes(again)
+        place, given, held = to.data_ptr(), read.data_ptr(), bytes_of(again)
         for start in range(0, len(held), SLAB_BYTES):
             count = min(SLAB_BYTES, len(held) - start)
             _libc.memcpy(place + start, given + start, count)
             see(held[start : start + count])
         return
+    if not on_cpu((to, again, read)):
+        copy(to, read, scratch)
+        see(bytes_of(again.contiguous().cpu()))
+        return
     for one, back, other in slabs(to, again, read):
         one.copy_(scratch.cast(other, one.dtype))
-        see(_bytes(scratch.held(back)))
+        see(bytes_of(scratch.held(back)))
 
 
-def _bytes(tensor: Tensor) -> memoryview:
+def bytes_of(tensor: Tensor) -> memoryview:
     """A contiguous tensor's bytes."""
     # torch keeps any stride of a single element, and cannot view its bytes then.
     return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8).numpy().data

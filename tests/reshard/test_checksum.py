@@ -10,7 +10,8 @@ import torch
 import xxhash
 from torch import Tensor
 
-from aligner.reshard.checksum import CELL_BYTES, COLUMNS, ROW_WORDS, Checksum, Hash, Hashes, Sums, weights
+from aligner.reshard.checksum import CELL_BYTES, COLUMNS, ROW_WORDS, Checksum, Hashes, Parts, Sums, hash_of, weights
+from aligner.reshard.slabs import bytes_of
 
 CPU = torch.device("cpu")
 MASK = (1 << 64) - 1
@@ -106,17 +107,15 @@ def test_rows_that_are_summed_as_they_come_are_those_of_single_rows(checksum: Ch
 
 
 @pytest.mark.parametrize("size", [1, 7, 1000, 100_003])
-def test_one_hash_of_an_item_is_the_same_slab_by_slab(size: int) -> None:
+def test_one_hash_of_an_item_is_the_same_part_by_part(size: int) -> None:
     """XXH3's own values, whatever the dtype."""
     drawn = torch.randn(size, generator=torch.Generator().manual_seed(size)).bfloat16()
-    arriving = torch.zeros_like(drawn)
-    running = Hash(arriving)
-    for end in range(0, size, 4 * 177):
-        arriving[:end] = drawn[:end]
-        running.written(end * 2 // 8)
-    arriving.copy_(drawn)
-    expected = xxhash.xxh3_64_intdigest(drawn.view(torch.int16).numpy().tobytes())
-    assert running.finish() == Hash(drawn).finish() == [expected - (expected >> 63 << 64)]
+    data = drawn.view(torch.int16).numpy().tobytes()
+    parts = Parts()
+    for start in range(0, len(data), 1417):
+        parts.add(memoryview(data)[start : start + 1417])
+    expected = xxhash.xxh3_64_intdigest(data)
+    assert parts.finish() == hash_of(bytes_of(drawn)) == expected - (expected >> 63 << 64)
 
 
 def test_hashes_are_xxh3() -> None:

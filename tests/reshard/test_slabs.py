@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from aligner.reshard.slabs import SLAB_BYTES, Scratch, copy, copy_proven
+from aligner.reshard.slabs import SLAB_BYTES, Scratch, copy, copy_proven, copy_seen
 
 SCRATCH = Scratch()
 WIDE = SLAB_BYTES // 4 + 5
@@ -56,6 +56,21 @@ def test_a_storage_that_does_not_hold_what_was_written_is_noticed(
         assert copy_proven(to, again, read, SCRATCH)
         again.view(torch.int16 if dtype == torch.bfloat16 else torch.int32)[place] ^= 1
         assert not copy_proven(to, again, read, SCRATCH)
+
+
+@pytest.mark.parametrize("source", ["row", "columns", "transposed"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(1, 1), (7, 300), (3, WIDE), (300, 1001)])
+def test_what_is_seen_is_what_the_storage_holds(source: str, dtype: torch.dtype, shape: tuple[int, int]) -> None:
+    """In order and whole; of another storage than was written, what that one holds."""
+    read = strided(source, *shape, torch.float32).normal_(generator=torch.Generator().manual_seed(3))
+    for kind in ("row", "columns", "transposed"):
+        to, other = (strided(kind, *shape, dtype) for _ in range(2))
+        for again in (to, other.fill_(2.0)):
+            seen = bytearray()
+            copy_seen(to, again, read, SCRATCH, seen.extend)
+            assert torch.equal(to, read.to(dtype))
+            assert seen == again.contiguous().view(-1).view(torch.int16).numpy().tobytes()
 
 
 def test_a_zero_of_the_other_sign_differs_and_a_nan_is_itself() -> None:
