@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -11,10 +11,13 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 from torch.nn import functional as F
 
-from aligner.rollout.packing import EXACT_PROBE_PRODUCTS, multiplies_by, not_held
+from aligner.rollout.packing import EXACT_PROBE_PRODUCTS, Probes, not_held, probes_for
 
 _GATE = 32.0
 """silu(32) is 32 in every data type here."""
+
+_TOGETHER = 8
+"""Experts that are asked in one call: each takes a copy of the probe."""
 
 
 class PackedExperts:
@@ -39,18 +42,25 @@ class PackedExperts:
         self._module.quant_method.moe_kernel.fused_experts.process_weights_after_loading(self._module)
 
     def prove(self, plain: Mapping[str, Tensor], round_: int) -> None:
-        """Every expert, every time: its packed matrices one by one, then all through the layer as it is called."""
+        """Every expert, every time: its packed matrices, then all through the layer as it is called."""
         w13, w2 = (plain[storage] for storage in self.storages)
+        gate_up, down = self._module.w13_weight, self._module.w2_weight
+        probes, found = self._prove_packed("gate and up projection", w13, self._pad_rows, gate_up, round_)
+        self._prove_packed("down projection", w2, self._pad_columns, down, round_)
+        self._prove_layer(probes.vectors[-1], found[:, -1], w2)
+
+    def _prove_packed(
+        self, what: str, plain: Tensor, pad: Callable[[Tensor], Tensor], packed: Tensor, round_: int
+    ) -> tuple[Probes, Tensor]:
+        """Of each expert the packed matrix; gives what was asked, and the answers (experts, probes, rows)."""
+        padded = [pad(one) for one in plain]
+        rows, columns = padded[0].shape
+        probes = probes_for(rows, columns, plain.dtype, round_, EXACT_PROBE_PRODUCTS // len(plain))
+        found = torch.cat([self._multiply(some, probes.vectors) for some in packed.split(_TOGETHER)])
         for slot, number in enumerate(self._numbers):
-            gate_up, down = w13[slot], w2[slot]
-            for what, weight, padded, packed in (
-                ("gate and up projection", gate_up, self._pad_rows(gate_up), self._module.w13_weight[slot]),
-                ("down projection", down, self._pad_columns(down), self._module.w2_weight[slot]),
-            ):
-                multiply = functools.partial(self._multiply, packed)
-                if not multiplies_by(padded, multiply, round_, EXACT_PROBE_PRODUCTS // len(self._numbers)):
-                    raise not_held(f"{self._path}, expert {number}, {what}", weight)
-        self._prove_layer(w13, w2, round_)
+            if not probes.held(found[slot], padded[slot]):
+                raise not_held(f"{self._path}, expert {number}, {what}", plain[slot])
+        return probes, found
 
     def _pad_rows(self, gate_up: Tensor) -> Tensor:
         """Rows of zeros after the gate and after the up projection, as the kernel has them."""
@@ -63,7 +73,7 @@ class PackedExperts:
         return F.pad(down, (0, self._module.w2_weight.shape[2] - down.shape[1]))
 
     def _multiply(self, packed: Tensor, x: Tensor) -> Tensor:
-        """x @ W^T for one packed matrix W of one expert, exactly as the fused kernel multiplies.
+        """x @ W^T for the packed matrix W of each of some experts, exactly as the fused kernel multiplies.
 
         The kernel computes W (silu(G p) * (U p)). Here W is the matrix in question and G, U are a probe's: token i is
         the unit vector p_i, every element of G is 32 and column i of U is row i of x over 32, so that W meets x itself.
@@ -71,40 +81,41 @@ class PackedExperts:
         from vllm._custom_ops import cpu_fused_moe, cpu_prepack_moe_weight
 
         isa = self._module.quant_method.moe_kernel.fused_experts.isa
-        tokens, columns = x.shape
+        experts, (tokens, columns) = len(packed), x.shape
         width = -(-tokens // 32) * 32  # the kernel's blocks
         probe = torch.zeros(1, 2 * columns, width, dtype=x.dtype)
         probe[0, :columns] = _GATE
         probe[0, columns:, :tokens] = x.t() / _GATE
-        product = torch.empty(tokens, packed.shape[0], dtype=x.dtype)
-        first = torch.zeros(tokens, 1, dtype=torch.int32)
+        product = torch.empty(experts * tokens, packed.shape[1], dtype=x.dtype)
         cpu_fused_moe(
             product,
-            torch.eye(width, dtype=x.dtype)[:tokens].contiguous(),
-            cpu_prepack_moe_weight(probe, isa),
-            packed[None],
+            torch.eye(width, dtype=x.dtype)[:tokens].repeat(experts, 1),
+            cpu_prepack_moe_weight(probe, isa).repeat(experts, 1, 1),
+            packed,
             None,
             None,
-            torch.ones(tokens, 1),
-            first,
+            torch.ones(len(product), 1),
+            torch.arange(experts, dtype=torch.int32).repeat_interleave(tokens)[:, None],
             "silu",
             isa,
         )
-        return product
+        return product.view(experts, tokens, -1)
 
-    def _prove_layer(self, w13: Tensor, w2: Tensor, round_: int) -> None:
-        """The layer's own call gives each expert's own answer: the kernel reads these matrices and no others."""
+    def _prove_layer(self, x: Tensor, gate_up: Tensor, w2: Tensor) -> None:
+        """The layer's own call gives each expert's own answer: the kernel reads these matrices and no others.
+
+        Of the token x (hidden) each expert's gate and up projection (experts, padded rows) has been proven already.
+        """
         module, numbers = self._module, self._numbers
-        noise = torch.randn(len(numbers), w13.shape[2], generator=torch.Generator().manual_seed(round_))
-        x = noise.to(w13.dtype)
         weight, chosen = torch.ones(len(numbers), 1), torch.tensor(numbers, dtype=torch.int32)[:, None]
-        found = module.quant_method.apply(module, x, weight, chosen, None, None).float()
+        found = module.quant_method.apply(module, x.repeat(len(numbers), 1), weight, chosen, None, None).float()
+        gate, up = (half[:, : w2.shape[2]] for half in gate_up.float().chunk(2, dim=1))
+        inner = F.silu(gate) * up
+        wide = 16 * torch.finfo(x.dtype).eps + (len(x) + w2.shape[2]) ** 0.5 * torch.finfo(torch.float32).eps
         for slot, number in enumerate(numbers):
-            gate, up = F.linear(x[slot].float(), w13[slot].float()).chunk(2)
-            expected = F.linear(F.silu(gate) * up, w2[slot].float())
-            wide = 16 * torch.finfo(w13.dtype).eps + sum(w13.shape[1:]) ** 0.5 * torch.finfo(torch.float32).eps
+            expected = F.linear(inner[slot], w2[slot].float())
             if not bool((found[slot] - expected).norm() <= wide * expected.norm()):
-                raise not_held(f"{self._path}, expert {number}", w13[slot])
+                raise not_held(f"{self._path}, expert {number}", w2[slot])
 
 
 def packed_experts(path: str, module: Module) -> list[PackedExperts]:

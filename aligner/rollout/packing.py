@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import lru_cache
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -46,41 +46,49 @@ class PackedLinear:
 
     def prove(self, plain: Mapping[str, Tensor], round_: int) -> None:
         (weight,) = plain.values()
-        if not multiplies_by(weight, self._multiply, round_, EXACT_PROBE_PRODUCTS):
+        rows, columns = weight.shape
+        probes = probes_for(rows, columns, weight.dtype, round_, EXACT_PROBE_PRODUCTS)
+        module: Any = self._module
+        if not probes.held(module.quant_method.apply(module, probes.vectors, None), weight):
             raise not_held(self._path, weight)
 
-    def _multiply(self, x: Tensor) -> Tensor:
-        module: Any = self._module
-        product: Tensor = module.quant_method.apply(module, x, None)
-        return product
+
+class Probes(NamedTuple):
+    """What a kernel is asked to multiply by W^T."""
+
+    vectors: Tensor
+    """(probes, columns): unit vectors, with two random ones below."""
+    exact: slice
+    """The columns of the unit vectors: all that a round can afford, and the next ones in the next round."""
+    noise: Tensor
+    """The random vectors, in fp32."""
+
+    def held(self, found: Tensor, plain: Tensor) -> bool:
+        """Whether `found` (probes, rows) is what W = `plain` gives, summed in fp32 and rounded to plain's data type.
+
+        Unit vectors read columns back exactly, in any data type. The random vectors cover the rest to rounding.
+        """
+        count, columns = len(found) - len(self.noise), plain.shape[1]
+        if not torch.equal(found[:count], plain[:, self.exact].t()):
+            return False
+        expected, norms = _expected(self.noise, plain)
+        rounding = 4 * torch.finfo(plain.dtype).eps * expected.abs()
+        sums = (8 + columns**0.5) * torch.finfo(torch.float32).eps * self.noise.norm(dim=1)[:, None] * norms
+        return bool(((found[count:].float() - expected).abs() <= rounding + sums).all())
 
 
-def multiplies_by(plain: Tensor, multiply: Callable[[Tensor], Tensor], round_: int, products: int) -> bool:
-    """Whether `multiply` (x -> x @ W^T, summed in fp32 and rounded to the data type of x) has W = `plain`.
-
-    Unit vectors read columns of W back exactly, in any data type: all of them where `products` multiplications suffice,
-    else a window of 8 or more that moves on at every round. Two random vectors cover the rest to rounding.
-    """
-    columns = plain.shape[1]
-    count = min(columns, max(8, products // plain.numel()))
-    start = min(round_ * count % columns, columns - count)
-    probes, noise = _probes(columns, count, start, plain.dtype, round_)
-    found = multiply(probes)
-    if not torch.equal(found[:count], plain[:, start : start + count].t()):
-        return False
-    expected, norms = _expected(noise, plain)
-    rounding = 4 * torch.finfo(plain.dtype).eps * expected.abs()
-    sums = (8 + columns**0.5) * torch.finfo(torch.float32).eps * noise.norm(dim=1)[:, None] * norms
-    return bool(((found[count:].float() - expected).abs() <= rounding + sums).all())
+def probes_for(rows: int, columns: int, dtype: torch.dtype, round_: int, products: int) -> Probes:
+    """Probes of a matrix: as many unit vectors as `products` multiplications pay for, and 8 at least."""
+    count = min(columns, max(8, products // (rows * columns)))
+    return _probes(columns, count, min(round_ * count % columns, columns - count), dtype, round_)
 
 
 @lru_cache(maxsize=16)
-def _probes(columns: int, count: int, start: int, dtype: torch.dtype, round_: int) -> tuple[Tensor, Tensor]:
-    """Unit vectors from column `start` on with two random ones below; the random ones in fp32."""
-    probes = torch.zeros(count + 2, columns, dtype=dtype)
-    probes[:count, start : start + count] = torch.eye(count, dtype=dtype)
-    probes[count:] = torch.randn(2, columns, generator=torch.Generator().manual_seed(round_))
-    return probes, probes[count:].float()
+def _probes(columns: int, count: int, start: int, dtype: torch.dtype, round_: int) -> Probes:
+    vectors = torch.zeros(count + 2, columns, dtype=dtype)
+    vectors[:count, start : start + count] = torch.eye(count, dtype=dtype)
+    vectors[count:] = torch.randn(2, columns, generator=torch.Generator().manual_seed(round_))
+    return Probes(vectors, slice(start, start + count), vectors[count:].float())
 
 
 def _expected(noise: Tensor, plain: Tensor) -> tuple[Tensor, Tensor]:
