@@ -5,13 +5,15 @@ python tools/bench/reshard.py [--repeats 7] [--cases tp2-2xtp1 ...] [--engine]
 For each case, over real gloo ranks and a model of about 55M fp32 parameters, the median over the repeats of the slowest
 rank's seconds:
 
-  ours       plan and executor, proof on; and without the proof
+  ours       plan and executor, proof on; without the proof; and over gloo, as between hosts
   limit      the same bytes through bare batched sends, and bare memcpy of what stays, nothing else
+  copies     what is left of the limit without the sends: the least that memory shared by the ranks can do
   gather     every full tensor gathered on every rank, then cut there: what most frameworks do
   megatron   megatron.core.resharding between two Megatron models (dense models only: it garbles experts)
 
-With --engine the destination is a real vLLM engine: ours with re-layout and proof, against gathering full tensors and
-handing them to the engine's own loader (reload_weights).
+With --engine the destination is a real vLLM engine: ours with re-layout and proof, without reading back the kernels that
+vLLM packs, and without any proof, against gathering full tensors and handing them to the engine's own loader
+(reload_weights).
 """
 
 from __future__ import annotations

@@ -114,14 +114,14 @@ class Bench:
             for piece in wanted.get(name, ()):
                 strided_view(self.out[piece.storage], piece).copy_(whole[box(piece)])
 
-    def limit(self) -> None:
+    def limit(self, wire: bool = True) -> None:
         """The bytes of the plan, and nothing else: pack and unpack are plain copies of whole messages."""
         sends, receives, staged, arrived, local_from, local_to = self._raw
         for to, message in sends.items():
             staged[to].copy_(message)
         posts = [dist.P2POp(dist.irecv, arrived[by], by, self.everyone) for by in sorted(arrived)]
         posts += [dist.P2POp(dist.isend, staged[to], to, self.everyone) for to in sorted(staged)]
-        for request in dist.batch_isend_irecv(posts) if posts else ():
+        for request in dist.batch_isend_irecv(posts) if wire and posts else ():
             request.wait()
         for by, message in arrived.items():
             receives[by].copy_(message)
@@ -269,6 +269,7 @@ def main(name: str, folder: str, repeats: str, engine: str, out: str) -> None:
             "ours without proof": lambda: bench.ours(False),
             "ours over gloo": lambda: bench.ours(True, shared=False),
             "limit": bench.limit,
+            "copies alone": lambda: bench.limit(wire=False),
             "gather": bench.gather,
         }
         if not CASES[name].experts:
