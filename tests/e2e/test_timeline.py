@@ -20,7 +20,8 @@ def test_every_rank_writes_what_it_did(job: Callable[..., list[dict[str, Any]]],
     assert {name for rank, name in calls if rank == 1} >= {"rollout.generate", "policy.reshard_to"}
     assert (1, "policy.update") not in calls and (0, "rollout.generate") not in calls
     weights = [span for span in spans if span.name == "weights" and span.step == 2]
-    assert {(span.rank, span.ranks) for span in weights} == {(0, (1,)), (1, (0,))}
+    waited = {(span.rank, span.ranks) for span in weights}
+    assert (1, (0,)) in waited and waited <= {(0, (1,)), (1, (0,))}, "rank 0 waits only where it has no room left"
     for step in (1, 2):
         (update,) = (span for span in spans if span.name == "policy.update" and span.step == step)
         assert update.end - update.start == pytest.approx(rows[step - 1]["seconds_update"], abs=0.01)
