@@ -199,24 +199,20 @@ class Bucket:
             if not copy_proven(held[number], again[number], self._elements(number), self._scratch, done):
                 differing.append(number)
         found += sums.finish()
-        for number in form.large:
-            sum_, same = self._land_large(number, held[number], again[number])
-            found.append(sum_)
-            if not same:
+        for number, sent in zip(form.large, self._sums[form.rows :].tolist(), strict=True):
+            came = self._land_large(number, sent, held[number], again[number])
+            found.append(sent if came is None else came)
+            if came is not None:
                 differing.append(number)
         return found, differing
 
-    def _land_large(self, number: int, held: Tensor, again: Tensor) -> tuple[int, bool]:
-        """Writes a large item; gives the sum of what came, and whether the storage holds it."""
-        sent = int(self._sums[self._form.rows + number - self._form.small])
+    def _land_large(self, number: int, sent: int, held: Tensor, again: Tensor) -> int | None:
+        """Writes a large item. None: the storage holds what was sent; else the sum of what came, if that is known."""
         if number in self._storages:  # one look says that it came, and that it is there
-            return sent, hash_of(bytes_of(again.contiguous())) == sent
-        came = self._elements(number)
-        seen = Parts()
+            return None if hash_of(bytes_of(again.contiguous())) == sent else sent
+        came, seen = self._elements(number), Parts()
         copy_seen(held, again, came, self._scratch, seen.add)
-        if seen.finish() == sent:
-            return sent, True
-        return hash_of(bytes_of(came)), False
+        return None if seen.finish() == sent else hash_of(bytes_of(came))
 
     def _write(self, held: Sequence[Tensor]) -> None:
         if self._kernels is not None and self._near(held):

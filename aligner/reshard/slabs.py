@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from ctypes import CDLL, c_size_t, c_void_p
+from ctypes import CDLL, c_size_t, c_ubyte, c_void_p
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -108,9 +109,11 @@ def copy_seen(to: Tensor, again: Tensor, read: Tensor, scratch: Scratch, see: Ca
 
 
 def bytes_of(tensor: Tensor) -> memoryview:
-    """A contiguous tensor's bytes."""
-    # torch keeps any stride of a single element, and cannot view its bytes then.
-    return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8).numpy().data
+    """The bytes of a contiguous tensor on the CPU; torch's own way takes five times as long."""
+    assert tensor.is_contiguous() and tensor.device.type == "cpu"
+    data: Any = (c_ubyte * tensor.nbytes).from_address(tensor.data_ptr())
+    data.tensor = tensor  # lives as long as its bytes
+    return memoryview(data)
 
 
 def _plain(first: Tensor, *others: Tensor) -> bool:
