@@ -66,7 +66,7 @@ class _RunningHashes:
         done = len(self._found)
         if words >= (done + 1) * _HASHED_WORDS:
             rows = self._rows[done : words // _HASHED_WORDS]
-            self._found += [_signed(xxhash.xxh3_64_intdigest(row)) for row in rows]
+            self._found += [hash_of(row.data) for row in rows]
 
     def finish(self) -> list[int]:
         self.written(self._rows.size)

@@ -58,8 +58,7 @@ def copy(to: Tensor, read: Tensor, scratch: Scratch, done: Done = ignore) -> Non
     """Copy and cast a slab at a time; `done` is told how many bytes of `to` are written so far."""
     if _plain(to, read):
         place, given, size = to.data_ptr(), read.data_ptr(), to.nbytes
-        for start in range(0, size, SLAB_BYTES):
-            count = min(SLAB_BYTES, size - start)
+        for start, count in _spans(size):
             _libc.memcpy(place + start, given + start, count)
             done(start + count)
         return
@@ -75,8 +74,7 @@ def copy_proven(to: Tensor, again: Tensor, read: Tensor, scratch: Scratch, done:
     same, written = True, 0
     if _plain(to, again, read):
         place, look, given, size = to.data_ptr(), again.data_ptr(), read.data_ptr(), to.nbytes
-        for start in range(0, size, SLAB_BYTES):
-            count = min(SLAB_BYTES, size - start)
+        for start, count in _spans(size):
             _libc.memcpy(place + start, given + start, count)
             same = _libc.memcmp(look + start, given + start, count) == 0 and same
             done(start + count)
@@ -94,8 +92,7 @@ def copy_seen(to: Tensor, again: Tensor, read: Tensor, scratch: Scratch, see: Ca
     """Copy and cast as `copy` does; `see` is given the bytes that `again` then holds, in order, a slab at a time."""
     if _plain(to, again, read):
         place, given, held = to.data_ptr(), read.data_ptr(), bytes_of(again)
-        for start in range(0, len(held), SLAB_BYTES):
-            count = min(SLAB_BYTES, len(held) - start)
+        for start, count in _spans(len(held)):
             _libc.memcpy(place + start, given + start, count)
             see(held[start : start + count])
         return
@@ -114,6 +111,12 @@ def bytes_of(tensor: Tensor) -> memoryview:
     data: Any = (c_ubyte * tensor.nbytes).from_address(tensor.data_ptr())
     data.tensor = tensor  # lives as long as its bytes
     return memoryview(data)
+
+
+def _spans(size: int) -> Iterator[tuple[int, int]]:
+    """Where each slab of so many bytes in a row begins, and its bytes."""
+    for start in range(0, size, SLAB_BYTES):
+        yield start, min(SLAB_BYTES, size - start)
 
 
 def _plain(first: Tensor, *others: Tensor) -> bool:

@@ -70,7 +70,8 @@ class PackedExperts:
         return torch.cat([F.pad(half, (0, 0, 0, more)) for half in gate_up.chunk(2)])
 
     def _pad_columns(self, down: Tensor) -> Tensor:
-        return F.pad(down, (0, self._module.w2_weight.shape[2] - down.shape[1]))
+        more = self._module.w2_weight.shape[2] - down.shape[1]
+        return F.pad(down, (0, more)) if more else down
 
     def _multiply(self, packed: Tensor, x: Tensor) -> Tensor:
         """x @ W^T for the packed matrix W of each of some experts, exactly as the fused kernel multiplies.
