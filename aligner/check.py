@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aligner.checkpoint.claim import how_to_start
 from aligner.config import Config
+from aligner.data.answers import Answered
 from aligner.data.prompts import Prompt
 from aligner.data.sets import DataSets, read_sets
 from aligner.data.tokenizer import load_tokenizer
@@ -21,7 +23,7 @@ from aligner.models.family import FAMILIES, Head
 from aligner.models.sizes import check_runs
 from aligner.models.spec import ModelSpec, read_spec, with_scalar_head
 from aligner.models.whole import check_weights
-from aligner.reward.components import parts_of, shown_component
+from aligner.reward.components import Part, parts_of, shown_component
 from aligner.spmd.mesh import Mesh
 from aligner.spmd.placement import MEGATRON, RANKS_THAT_WORK, Placement, make_meshes, role_layout
 
@@ -30,6 +32,9 @@ if TYPE_CHECKING:
 
 ROLES = ("policy", "rollout", "reference", "reward", "critic", "reward_model")
 WITH_SCALAR_HEAD = ("critic", "reward_model")
+TRAINABLE = ("policy", "critic", "reward_model")
+LARGEST_SEED = 2**63 - 1
+"""What vLLM takes for a seed."""
 CHOICES = {
     "mode": ("train", "check"),
     "rollout.dtype": ("float32", "bfloat16"),
@@ -87,6 +92,7 @@ def check(config: Config, roles: list[str], world_size: int) -> Checked:
     tokenizer = load_tokenizer(config.model.path)
     _check_tokenizers(config, roles, tokenizer)
     data = read_sets(config.data, tokenizer)
+    _check_minibatches(config, roles)
     for role in specs:
         _check_positions(config, role, data.longest, specs)
     if config.data.kind == "prompts":
@@ -104,7 +110,7 @@ def check(config: Config, roles: list[str], world_size: int) -> Checked:
     check_disk(config, bytes_needed(config, roles, specs, world_size))
     _check_sources(config, specs)
     if "reward" in roles:
-        _check_reward(config, roles)
+        _check_reward(config, roles, data)
         if config.train.eval_every and data.heldout:
             shown_component(config.reward, config.train.eval_reward)
     return Checked(spec, tokenizer, meshes, data, specs)
@@ -119,6 +125,8 @@ def _check_values(config: Config) -> None:
         value = _get(config, key)
         if not value >= least:
             raise ValueError(f"{key}={value} must be at least {least}.")
+    if config.seed > LARGEST_SEED:
+        raise ValueError(f"seed={config.seed} has more than 63 bits; use 0 to {LARGEST_SEED}.")
     config.reward.check()
     config.policy.check("policy")
     config.reference.check()
@@ -145,6 +153,18 @@ def _check_values(config: Config) -> None:
             f"sampling.top_p={sampling.top_p}, sampling.top_k={sampling.top_k}: the policy's log-probabilities are over "
             "the whole vocabulary, so training samples must be drawn from it too; use top_p=1 and top_k=0."
         )
+
+
+def _check_minibatches(config: Config, roles: list[str]) -> None:
+    """More optimizer steps than groups of rows would leave some of them without any."""
+    groups = config.data.prompts_per_step
+    for role in (role for role in roles if role in TRAINABLE):
+        minibatches = getattr(config, role).minibatches
+        if minibatches > groups:
+            raise ValueError(
+                f"{role}.minibatches={minibatches} is more than the {groups} of data.prompts_per_step={groups}, and each "
+                f"optimizer step needs a prompt (with all its responses) or row of its own; use 1 to {groups}."
+            )
 
 
 def _check_roles(roles: list[str]) -> None:
@@ -275,7 +295,7 @@ def _check_sources(config: Config, roles: Iterable[str]) -> None:
             )
 
 
-def _check_reward(config: Config, roles: list[str]) -> None:
+def _check_reward(config: Config, roles: list[str], data: DataSets) -> None:
     """Rules in a worker process, as they will run: only their import tells whether they can be called."""
     parts, named = parts_of(config.reward), config.train.eval_reward
     names = [part.name for part in parts]
@@ -287,7 +307,28 @@ def _check_reward(config: Config, roles: list[str]) -> None:
             raise ValueError(f"{part.source} needs the role reward_model; add it to algorithm.roles={roles}.")
         scorer = replace(part, workers=1).scorer()
         if scorer is not None:
-            scorer.close()
+            with contextlib.closing(scorer):
+                _check_fields(part, scorer.needs(), config, data)
+
+
+def _check_fields(part: Part, needed: frozenset[str], config: Config, data: DataSets) -> None:
+    """Rows without a field that the reward needs would all fail, batch after batch."""
+    task = f"data.task={type(config.data.task).__name__}" if config.data.task else None
+    sources: list[tuple[str, Sequence[Any]]] = [
+        (task or f"data.path={config.data.path}", data.training),
+        (task or f"data.eval_path={config.data.eval_path}", data.heldout),
+    ]
+    for source, rows in sources:
+        fields = [row.fields | {"prompt": ""} for row in rows if isinstance(row, (Prompt, Answered))]
+        for name in sorted(needed):
+            lacking = [number for number, has in enumerate(fields, start=1) if name not in has]
+            if lacking:
+                works = f" or set {part.where}.kwargs.{name}" if part.component.rule is not None else ""
+                raise ValueError(
+                    f"{part.source} needs the field {name!r} of each row, and {len(lacking)} of the {len(fields)} rows of "
+                    f"{source} lack it (the first: row {lacking[0]}, which has {', '.join(rows[lacking[0] - 1].fields)}); "
+                    f"add it to the rows{works}."
+                )
 
 
 def _get(config: Config, key: str) -> Any:

@@ -84,8 +84,12 @@ def _find_loop(algorithm: dict[str, Any]) -> Callable[..., Iterator[Any]]:
             f"algorithm._target_={target} cannot be imported ({type(error).__name__}: {one_line(error)}); give "
             "module.function, where the module is found from the folder the job is started in."
         ) from None
-    if not callable(loop) or len(inspect.signature(loop).parameters) != 3:
+    if not callable(loop) or inspect.isclass(loop) or len(inspect.signature(loop).parameters) != 3:
         raise ValueError(f"algorithm._target_={target} must be a function of (roles, batches, cfg).")
+    if inspect.iscoroutinefunction(loop) or inspect.isasyncgenfunction(loop):
+        raise ValueError(
+            f"algorithm._target_={target} is async; every rank runs a loop in lockstep: write def, not async def."
+        )
     return loop
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch.distributed as dist
 import yaml
 
-from aligner.algorithms.step import Step
+from aligner.algorithms.step import Step, checked_step
 from aligner.data.preferences import told
 from aligner.driver.accounts import account_of, merged
 from aligner.driver.batches import batches, rows_of
@@ -102,7 +102,8 @@ class Driver:
         start, held_up = time.perf_counter(), 0.0
         self._at(self.before + 1)
         self.world.activity.in_loop = True
-        for step, result in enumerate(self.job.loop(self.roles, stream, self.job.settings), start=self.before + 1):
+        for step, yielded in enumerate(self._steps(stream), start=self.before + 1):
+            result = checked_step(yielded, self._loop_name)
             row = self._row(result, time.perf_counter() - start)
             if held_up:
                 row["seconds_checkpoint"], held_up = held_up, 0.0
@@ -128,6 +129,19 @@ class Driver:
             f"the loop yielded {self.world.journal.step - 1} steps of train.steps={train.steps} and ended; it must yield "
             "one per batch, and batches never run out."
         )
+
+    @property
+    def _loop_name(self) -> str:
+        return f"algorithm._target_={self.job.config.algorithm.get('_target_')}"
+
+    def _steps(self, stream: Iterator[Any]) -> Iterator[Any]:
+        """The user's loop, begun."""
+        steps = self.job.loop(self.roles, stream, self.job.settings)
+        if not isinstance(steps, Iterator):
+            raise ValueError(
+                f"{self._loop_name} returned {steps!r}; a loop is a generator function, which yields a Step for each batch."
+            )
+        return steps
 
     def _greet(self) -> None:
         left_out = self.job.checked.data.left_out

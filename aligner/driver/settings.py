@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 import inspect
+import traceback
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +15,9 @@ import hydra.utils
 import torch
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from torch import Tensor
+
+from aligner.policy.global_mean import attribute_of, rows_together
 
 
 def settings_of(loop: Callable[..., Any], given: dict[str, Any]) -> Any:
@@ -76,23 +80,74 @@ def _built(key: str, given: dict[str, Any]) -> Any:
     return made
 
 
+TRIAL_ROWS, TRIAL_TOKENS = 2, 3
+PLAIN = {"kl": 0.0}
+"""Values of the losses' parameters that are no tensors, for a trial."""
+ALTERNATIVES = ("preference_B", "advantage_BT")
+"""Parameters that stand in for others; a trial leaves them out where it may."""
+
+
 def _try_loss(key: str, loss: Callable[..., Any]) -> None:
-    """Call a loss on two rows of nothing: a setting out of its range is found now, and not after the first batch."""
-    parameters = inspect.signature(loss).parameters
-    wanted = [name for name, p in parameters.items() if p.default is p.empty or name.endswith(("_B", "_BT"))]
-    given: dict[str, Any] = {
-        name: torch.zeros((2, 3) if name.endswith("_BT") else 2) for name in wanted if name.endswith(("_B", "_BT"))
-    }
-    plain = {"mask_BT": torch.ones(2, 3, dtype=torch.bool), "preference_B": None, "kl": 0.0}
-    given |= {name: value for name, value in plain.items() if name in wanted}
-    if {"advantage_B", "advantage_BT"} <= given.keys():
-        del given["advantage_BT"]
+    """Call a loss on a few rows of three tokens: what it raises is found now, and not after the first batch.
+
+    Not tried: a loss that needs what only its loop knows (a parameter that is no tensor [B] or [B, T] by its name), and
+    one whose function has the attribute `tried` = False.
+
+    Raises:
+        ValueError: whatever it raises, or a result that is no (loss, metrics) with a gradient.
+    """
+    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    parameters = [p for p in inspect.signature(loss).parameters.values() if p.kind not in variadic]
+    needed = {p.name for p in parameters if p.default is p.empty}
+    shaped = [p.name for p in parameters if p.name.endswith(("_B", "_BT"))]
+    known = (
+        bool(needed) and parameters[0].name in needed and parameters[0].name in shaped and needed <= {*shaped, *PLAIN}
+    )
+    if not known or not attribute_of(loss, "tried", True):
+        return
+    rows = TRIAL_ROWS * rows_together(loss)
+    given: dict[str, Any] = {name: value for name, value in PLAIN.items() if name in needed}
+    for name in (name for name in shaped if name in needed or name not in ALTERNATIVES):
+        size = (rows, TRIAL_TOKENS) if name.endswith("_BT") else (rows,)
+        given[name] = torch.ones(size, dtype=torch.bool) if name == "mask_BT" else torch.full(size, -0.5)
+    if "advantage_BT" in needed:
+        given.pop("advantage_B", None)
+    first = given.pop(shaped[0]).requires_grad_()
     try:
-        loss(given.pop(next(iter(parameters))), **given)
+        result = loss(first, **given)
     except ValueError as error:
         raise ValueError(f"algorithm.{key}: {error}") from None
-    except Exception:
-        pass
+    except Exception as error:
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        raise ValueError(
+            f"algorithm.{key}, tried on {rows} rows of {TRIAL_TOKENS} tokens, raised {type(error).__name__} at "
+            f"{frame.filename}:{frame.lineno}: {one_line(error)} (a loss that runs in a job only, on a GPU for example, is "
+            "not tried if its function has the attribute tried = False)."
+        ) from None
+    _check_result(key, result, first)
+
+
+def _check_result(key: str, result: Any, first: Tensor) -> None:
+    """What an update takes from a loss."""
+    wanted = "it must return (loss, metrics): a tensor [B, T] per token or [B] per row, not reduced, and {name: tensor}"
+    if not (
+        isinstance(result, tuple)
+        and len(result) == 2
+        and isinstance(result[0], Tensor)
+        and isinstance(result[1], Mapping)
+    ):
+        parts = (
+            ", ".join(type(part).__name__ for part in result) if isinstance(result, tuple) else type(result).__name__
+        )
+        raise ValueError(f"algorithm.{key} returned {parts}; {wanted}.")
+    loss, metrics = result
+    shapes = (tuple(first.shape), tuple(first.shape[:1]))
+    for name, value in [("the loss", loss), *metrics.items()]:
+        if not isinstance(value, Tensor) or tuple(value.shape) not in shapes:
+            found = f"of shape {list(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+            raise ValueError(f"algorithm.{key}: {name} is {found} for {list(first.shape)} inputs; {wanted}.")
+    if not loss.requires_grad:
+        raise ValueError(f"algorithm.{key}: the loss has no gradient, so nothing would be learned (was it detached?).")
 
 
 def _check_losses(settings: Any) -> None:

@@ -29,19 +29,19 @@ class Totals:
 
 def takes_one_step(loss: LossFunction) -> bool:
     """Whether a loss is right only at the weights that sampled: the attribute `one_step` of the function under a partial."""
-    return bool(getattr(_function(loss), "one_step", False))
+    return bool(attribute_of(loss, "one_step", False))
 
 
 def rows_together(loss: LossFunction) -> int:
     """How many consecutive rows the loss compares: the attribute of this name on the function, 1 where it has none."""
-    return int(getattr(_function(loss), "rows_together", 1))
+    return int(attribute_of(loss, "rows_together", 1))
 
 
-def _function(loss: Any) -> Any:
-    """The function under any partials."""
+def attribute_of(loss: Any, name: str, default: Any) -> Any:
+    """An attribute of the function under any partials."""
     while isinstance(loss, functools.partial):
         loss = loss.func
-    return loss
+    return getattr(loss, name, default)
 
 
 def global_mean(loss: Tensor, mask_BT: Tensor, totals: Totals, config: TrainingConfig, max_response: int) -> Tensor:

@@ -31,6 +31,10 @@ class Scorer(Protocol):
         """One score for each {'prompt': str, 'response': str, 'fields': dict}, in the same order."""
         ...
 
+    def needs(self) -> frozenset[str]:
+        """Names of the JSON fields that a row must have to be scored."""
+        ...
+
     def under_way(self) -> list[int]:
         """Which items of the present call are being scored; asked by another thread."""
         ...

@@ -36,6 +36,8 @@ class Judge:
             raise ValueError(
                 f"{where}.judge.prompt: only names may stand in braces, such as {{response}} or {{answer}}."
             )
+        self.fields = frozenset(names - {"prompt", "response"})
+        """The rows' fields that the prompt shows."""
         try:
             self.pattern = re.compile(config.pattern)
         except re.error as error:

@@ -14,7 +14,16 @@ from typing import Any
 
 from pebble import ProcessExpired, ProcessPool
 
-from aligner.reward.worker import QUIET_EXIT, Score, Status, WorkerContext, enter_worker, rule_problem, score_row
+from aligner.reward.worker import (
+    QUIET_EXIT,
+    Score,
+    Status,
+    WorkerContext,
+    enter_worker,
+    needed_fields,
+    rule_problem,
+    score_row,
+)
 
 __all__ = ["RulePool", "Score", "Status"]
 
@@ -78,6 +87,10 @@ class RulePool:
             scores |= self._score_rows(rest)
         lost = Score(math.nan, Status.FAILED, math.nan, f"the pool of workers broke {POOL_LIVES} times")
         return [scores.get(i, lost) for i in range(len(items))]
+
+    def needs(self) -> frozenset[str]:
+        """Fields without which a row has no score: the rule's arguments that have neither a default nor a kwarg."""
+        return self._pool.schedule(needed_fields, (self._rule, self._kwargs)).result()
 
     def under_way(self) -> list[int]:
         """Items that a worker has, whoever asks."""

@@ -99,6 +99,10 @@ class HttpScorer:
             )
         return scores
 
+    def needs(self) -> frozenset[str]:
+        """Fields without which a row has no score: those that the judge's prompt shows."""
+        return self.judge.fields if self.judge else frozenset()
+
     def under_way(self) -> list[int]:
         """Items of requests that have no answer yet."""
         return [item for first, count in list(self._open.items()) for item in range(first, first + count)]

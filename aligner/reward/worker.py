@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import math
 import multiprocessing
@@ -96,17 +97,45 @@ def rule_problem(rule: str, kwargs: Mapping[str, Any], timeout_s: float, where: 
         signature = inspect.signature(function)
     except ValueError as error:
         return str(error).replace("reward.rule=", f"{where}.rule=", 1)
+    form = _form_problem(function)
+    if form:
+        return f"{where}.rule={rule!r} {form}; give a function fn(prompt, response, **fields) -> float."
     try:
         signature.bind_partial("", "")
     except TypeError as error:
         return f"{where}.rule={rule!r} must take (prompt, response, **fields): {error}."
-    try:
-        signature.bind_partial("", "", **kwargs)
-    except TypeError as error:
-        return f"{where}.kwargs={dict(kwargs)} do not fit {where}.rule={rule!r}: {error}."
+    _, names, filled = _loaded(rule)
+    for key in kwargs:
+        if key in filled:
+            return f"{where}.kwargs.{key}: the rule gets its prompt and response from the rows; leave it out."
+        if names is not None and key not in names:
+            has = ", ".join(sorted(names)) or "none"
+            return f"{where}.kwargs.{key}: {where}.rule={rule!r} has no such argument; it has {has}."
     check = getattr(function, CHECK, None)
     problem = check(kwargs, timeout_s) if check else None
     return f"{where}.{problem}" if problem else None
+
+
+def _form_problem(function: Callable[..., Any]) -> str | None:
+    """Why calling it gives no number, as far as its form tells."""
+    called = function.func if isinstance(function, functools.partial) else function
+    if inspect.isclass(called):
+        return "is a class, and calling it makes an object, not a number"
+    candidates = [called, called.__class__.__call__]  # or an instance whose class is called
+    if any(map(inspect.iscoroutinefunction, candidates)) or any(map(inspect.isasyncgenfunction, candidates)):
+        return "is async, and calling it gives a coroutine, not a number"
+    if any(map(inspect.isgeneratorfunction, candidates)):
+        return "yields, and calling it gives a generator, not a number"
+    return None
+
+
+def needed_fields(rule: str, kwargs: Mapping[str, Any]) -> frozenset[str]:
+    """Names of the fields that every row must have, since the rule has neither a default nor a configured value for them."""
+    function, _, filled = _loaded(rule)
+    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    parameters = inspect.signature(function).parameters.values()
+    needed = {p.name for p in parameters if p.default is p.empty and p.kind not in variadic}
+    return frozenset(needed - filled - kwargs.keys())
 
 
 def score_row(rule: str, kwargs: Mapping[str, Any], prompt: str, response: str, fields: Mapping[str, Any]) -> Score:

@@ -82,6 +82,10 @@ def parse_ranks(value: Any, world_size: int, role: str) -> tuple[int, ...]:
     if not ranks or len(set(ranks)) != len(ranks):
         raise ValueError(f"{name}={ranks} must name at least one rank and none twice.")
     outside = [rank for rank in ranks if not 0 <= rank < world_size]
+    if min(ranks) < 0:
+        raise ValueError(
+            f"{name}={sorted(ranks)}: ranks count from 0, and a negative one names none; use 0 to {world_size - 1}."
+        )
     if outside:
         raise ValueError(
             f"{name}={sorted(ranks)} names rank(s) {outside}, but the job has {world_size} rank(s): use 0 to "

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from aligner.spmd.cost import TOKENS, Cost
@@ -88,6 +89,41 @@ class Ref:
             "ranks hold the value. Bring it to every rank first: ref.get()."
         )
 
+    def _no_tensor(self, what: str) -> str:
+        return (
+            f"a Ref (home: {self.home.name}) has no {what}: it is a value that only its home ranks hold. Bring the whole "
+            f"value to every rank with ref.get(), or compute on each shard where it is: "
+            f"roles.{self.home.name}.run(function, ref)."
+        )
+
+    def __getattr__(self, name: str) -> NoReturn:
+        # Python's own protocols (copy, pickle, numpy) ask for names of this form, and take "no" for an answer.
+        if (name.startswith("__") and name.endswith("__")) or name in type(self).__dataclass_fields__:
+            raise AttributeError(name)
+        raise AttributeError(self._no_tensor(f"attribute {name!r}"))
+
+    @classmethod
+    def __torch_function__(
+        cls, function: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> NoReturn:
+        ref = next(found for found in _refs_in((args, kwargs or {})))
+        name = getattr(function, "__name__", str(function))
+        raise TypeError(ref._no_tensor(f"torch.{name}()" if not name.startswith("_") else f"{name}()"))
+
+    def __array__(self, *_: Any, **__: Any) -> NoReturn:
+        raise TypeError(self._no_tensor("numpy array"))
+
+    def _arithmetic(self, *_: Any) -> NoReturn:
+        raise TypeError(self._no_tensor("arithmetic (+, -, *, /, ...)"))
+
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = _arithmetic
+    __floordiv__ = __rfloordiv__ = __mod__ = __rmod__ = __pow__ = __rpow__ = __matmul__ = __rmatmul__ = _arithmetic
+    __neg__ = __pos__ = __abs__ = __invert__ = __round__ = _arithmetic
+    __and__ = __rand__ = __or__ = __ror__ = __xor__ = __rxor__ = _arithmetic
+
+    def __setitem__(self, name: Any, value: Any) -> NoReturn:
+        raise TypeError(self._no_tensor("item assignment"))
+
     def __bool__(self) -> bool:
         raise self._refusal("the truth value")
 
@@ -103,6 +139,12 @@ class Ref:
     def __int__(self) -> int:
         raise self._refusal("int()")
 
+    def __index__(self) -> int:
+        raise self._refusal("an index made")
+
+    def __contains__(self, other: object) -> bool:
+        raise self._refusal("a search in the items")
+
     def __eq__(self, other: object) -> bool:
         raise self._refusal("comparison")
 
@@ -114,7 +156,23 @@ class Ref:
 
 
 def _field(value: Any, name: str) -> Any:
-    """A field of a dict or dataclass; None where a rank holds nothing."""
+    """A field of a dict or dataclass; None where a rank holds nothing.
+
+    Raises:
+        LookupError: there is none of this name; those that there are, are named.
+    """
     if value is None:
         return None
+    there = list(value) if isinstance(value, dict) else [f.name for f in fields(value)] if is_dataclass(value) else []
+    if name not in there:
+        raise LookupError(f"ref[{name!r}]: a {type(value).__name__} has {', '.join(map(str, there)) or 'no fields'}.")
     return value[name] if isinstance(value, dict) else getattr(value, name)
+
+
+def _refs_in(value: Any) -> Iterator[Ref]:
+    """The Refs among a call's arguments, in lists and dicts too."""
+    if isinstance(value, Ref):
+        yield value
+    elif isinstance(value, (list, tuple, dict)):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _refs_in(part)

@@ -293,6 +293,12 @@ SETTINGS = [
         "train.keep_best=true train.eval_every=1 train.best_metric=reward",
         ("train.best_metric=reward", "use accuracy"),
     ),
+    Case("seed_of_65_bits", f"seed={2**64}", (f"seed={2**64} has more than 63 bits", f"use 0 to {2**63 - 1}")),
+    Case(
+        "minibatches",
+        "policy.minibatches=5 data.prompts_per_step=4",
+        ("policy.minibatches=5 is more than the 4 of data.prompts_per_step=4", "use 1 to 4"),
+    ),
     Case("export_keep", "train.export_keep=-1", ("train.export_keep=-1 must be at least 0",)),
     Case(
         "starts_from_its_own_export",
@@ -321,6 +327,7 @@ PLACEMENT = [
     Case("rollout_pipeline", "placement.rollout.pipeline=3", ("placement.rollout.pipeline=3", "2 layers"), {"WORLD_SIZE": "3"}),
     Case("reward_pipeline", "placement.reward.pipeline=2", ("placement.reward.pipeline=2", "use 1")),
     Case("outside", "placement.rollout.ranks=[1,2]", ("placement.rollout.ranks=[1, 2]", "rank(s) [2]", "use 0 to 1", "--nproc-per-node 3")),
+    Case("negative", "placement.policy.ranks=[-1]", ("placement.policy.ranks=[-1]: ranks count from 0", "use 0 to 1")),
     Case("repeated", "placement.policy.ranks=[0,0]", ("placement.policy.ranks=[0, 0]", "none twice")),
     Case("words", "placement.policy.ranks=first", ("placement.policy.ranks='first' is not understood", "use all")),
     Case("words_in_a_list", "placement.policy.ranks=[a,b]", ("placement.policy.ranks=['a', 'b'] is not understood", "use all")),
@@ -352,7 +359,25 @@ REWARD = [
     Case(
         "kwargs",
         "reward.rule=aligner.reward.rules.exact_match +reward.kwargs.colour=red",
-        ("reward.kwargs={{'colour': 'red'}} do not fit reward.rule='aligner.reward.rules.exact_match'", "colour"),
+        ("reward.kwargs.colour: reward.rule='aligner.reward.rules.exact_match' has no", "it has answer, ignore_case"),
+    ),
+    Case("async", "reward.rule='{bad}/rules.py:later'", ("rules.py:later' is async", "fn(prompt, response, **fields)")),
+    Case("generator", "reward.rule='{bad}/rules.py:each'", ("rules.py:each' yields", "fn(prompt, response, **fields)")),
+    Case("class", "reward.rule='{bad}/rules.py:Kind'", ("rules.py:Kind' is a class", "fn(prompt, response, **fields)")),
+    Case(
+        "field_that_rows_lack",
+        "reward.rule='{bad}/rules.py:of_level'",
+        (
+            "rules.py:of_level needs the field 'level' of each row",
+            "rows of data.path=",
+            "the first: row 1",
+            "reward.kwargs.level",
+        ),
+    ),
+    Case(
+        "field_that_a_row_lacks",
+        "data.path={bad}/lacks_answer.jsonl data.prompts_per_step=2 reward.rule=aligner.reward.rules.exact_match",
+        ("needs the field 'answer'", "1 of the 2 rows of data.path={bad}/lacks_answer.jsonl", "the first: row 2"),
     ),
     Case("timeout", "reward.timeout_s=0", ("reward.timeout_s=0.0 must be a positive number",)),
     Case(
@@ -420,7 +445,12 @@ FILES = {
     "scores.jsonl": b'{"query": "1", "response": ["2", "3"], "score": [1]}\n',
     "label.jsonl": b'{"prompt": "1", "completion": "2", "label": "good"}\n',
     "used/metrics.jsonl": b"{}\n",
-    "rules.py": b"def of_one(text):\n    return 1.0\n",
+    "lacks_answer.jsonl": b'{"prompt": "<bos>1", "answer": "1"}\n{"prompt": "<bos>2", "solution": "2"}\n',
+    "rules.py": b"def of_one(text):\n    return 1.0\n"
+    b"def of_level(prompt, response, *, level):\n    return 1.0\n"
+    b"async def later(prompt, response):\n    return 1.0\n"
+    b"def each(prompt, response):\n    yield 1.0\n"
+    b"class Kind:\n    def __init__(self, prompt, response):\n        pass\n",
 }
 
 
@@ -578,6 +608,17 @@ def scoring(roles, batches, cfg):
         yield None
 
 
+def yielding_numbers(roles, batches, cfg):
+    """Yields what no driver can log."""
+    for batch in batches:
+        yield {"loss": 1.0}
+
+
+def returning(roles, batches, cfg):
+    """Is no generator."""
+    return None
+
+
 def nan(policy_logp_BT, *, mask_BT):
     return policy_logp_BT * float("nan"), {}
 
@@ -593,6 +634,8 @@ OWN_LOOP = f"{SFT} data.path={{task}}/demonstrations.jsonl algorithm.roles=[poli
 LATE = {
     "loop_of_no_steps": Case("", f"{OWN_LOOP} algorithm._target_=own.nothing", ("yielded 0 steps of train.steps=5", "one per batch")),
     "loop_raises_on_one_rank": Case("", f"{OWN_LOOP} algorithm._target_=own.raising", ("RuntimeError: the disk of rank 1 is gone",)),
+    "loop_yields_a_dict": Case("", f"{OWN_LOOP} algorithm._target_=own.yielding_numbers", ("algorithm._target_=own.yielding_numbers yielded a dict", "Step(metrics, samples, scores)")),
+    "loop_is_no_generator": Case("", f"{OWN_LOOP} algorithm._target_=own.returning", ("own.returning returned None", "yields a Step for each batch")),
     "loss_of_nan": Case("", f"{OWN_LOOP} algorithm.loss._target_=own.nan", ("the loss is nan at optimizer step 0", "guards.not_finite.max_in_row=3", "policy.optimizer.lr")),
     "rule_hangs": Case(
         "",
@@ -605,7 +648,7 @@ LATE = {
         ("16 of 16 rows have no reward (16 failed)", "reward.max_missing=0.5", "reward.rule=own.failing", "no such answer"),
     ),
 }  # fmt: skip
-USERS = ("loop_of_no_steps", "loss_of_nan", "rule_hangs", "rule_raises")
+USERS = ("loop_of_no_steps", "loop_yields_a_dict", "loop_is_no_generator", "loss_of_nan", "rule_hangs", "rule_raises")
 """Mistakes that need no traceback; where own code raised, one shows the place."""
 
 

@@ -230,13 +230,59 @@ def test_a_rule_of_the_package_and_the_folder_where_the_job_stands(
     assert [score.status for score in scores] == [Status.FAILED, Status.OK]
 
 
+FORMS = """
+import functools
+class Class:
+    def __init__(self, prompt, response): pass
+    def __call__(self, prompt, response): return 1.0
+class Async:
+    async def __call__(self, prompt, response): return 1.0
+instance, instance_async = Class("", ""), Async()
+async def later(prompt, response): return 1.0
+async def later_one_by_one(prompt, response): yield 1.0
+def one_by_one(prompt, response, scale=1.0): yield scale
+bound = functools.partial(one_by_one, scale=2.0)
+"""
+
+
+def test_an_instance_that_can_be_called_is_a_rule(tmp_path: Path) -> None:
+    (tmp_path / "forms.py").write_text(FORMS)
+    with RulePool(f"{tmp_path}/forms.py:instance", workers=1) as pool:
+        assert [score.value for score in pool.score([{"prompt": "", "response": "", "fields": {"more": 1}}])] == [1.0]
+        assert pool.needs() == frozenset()
+
+
+@pytest.mark.parametrize(
+    ("signature", "kwargs", "needed"),
+    [
+        ("prompt, response, **fields", {}, set()),
+        ("prompt, response, *, answer, scale=1.0", {}, {"answer"}),
+        ("prompt, response, answer, level", {"level": 3}, {"answer"}),
+        ("question, given, *, prompt, answer=None", {}, set()),
+    ],
+)
+def test_the_fields_without_which_a_row_has_no_score(
+    signature: str, kwargs: dict[str, Any], needed: set[str], tmp_path: Path
+) -> None:
+    (tmp_path / "rule.py").write_text(f"def rule({signature}): return 1.0")
+    with RulePool(f"{tmp_path}/rule.py:rule", kwargs, workers=1) as pool:
+        assert pool.needs() == needed
+
+
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [
         ({"rule": "absent.rule"}, r"reward\.rule='absent\.rule': absent cannot be imported"),
         ({"rule": "aligner.reward.rules.__doc__"}, r"reward\.rule=.* is a str, not a function"),
         ({"rule": "FILE:one_argument"}, r"reward\.rule=.* must take \(prompt, response, \*\*fields\)"),
-        ({"rule": "FILE:named", "kwargs": {"size": 3}}, r"reward\.kwargs=\{'size': 3\} do not fit"),
+        ({"rule": "FILE:named", "kwargs": {"size": 3}}, r"reward\.kwargs\.size: .* has no such argument; it has"),
+        ({"rule": "FILE:named", "kwargs": {"prompt": "x"}}, r"reward\.kwargs\.prompt: .* leave it out"),
+        ({"rule": "FORMS:Class"}, r"reward\.rule=.* is a class, .*give a function"),
+        ({"rule": "FORMS:instance_async"}, r"reward\.rule=.* is async, .*give a function"),
+        ({"rule": "FORMS:later"}, r"reward\.rule=.* is async, .*give a function"),
+        ({"rule": "FORMS:later_one_by_one"}, r"reward\.rule=.* is async, .*give a function"),
+        ({"rule": "FORMS:one_by_one"}, r"reward\.rule=.* yields, .*give a function"),
+        ({"rule": "FORMS:bound"}, r"reward\.rule=.* yields, .*give a function"),
         ({"rule": "EXITS:rule"}, r"reward\.rule=.* ends the process that imports it"),
         ({"rule": "RAISES:rule"}, r"reward\.rule=.* cannot be imported: ZeroDivisionError"),
         ({"rule": "FILE:act", "workers": 0}, r"reward\.workers=0 must be 1 or more"),
@@ -250,6 +296,8 @@ def test_a_rule_that_cannot_run_is_refused_at_once(
     (tmp_path / "exits.py").write_text("import os; os._exit(0)")
     (tmp_path / "raises.py").write_text("1 / 0")
     rule = settings["rule"].replace("FILE", str(rule_file))
+    (tmp_path / "forms.py").write_text(FORMS)
+    rule = rule.replace("FORMS", f"{tmp_path}/forms.py")
     rule = rule.replace("EXITS", f"{tmp_path}/exits.py").replace("RAISES", f"{tmp_path}/raises.py")
     start = time.monotonic()
     with pytest.raises(ValueError, match=reason):
