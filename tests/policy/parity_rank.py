@@ -1,7 +1,8 @@
 """One rank of the parity tests: a GRPO step on Megatron beside the same step in plain PyTorch on transformers' model.
 
 Arguments: the folder of checkpoints, a folder to write to, and cases such as "llama:tensor=2,pipeline=2,sp,recompute=full".
-A case marked "adam" also compares the weights after a step of the distributed optimizer.
+A case marked "adam" also compares the weights after a step of the distributed optimizer. One marked "bf16" checks the
+gradient's norm alone: every element counts once, whichever rank has it.
 """
 
 from __future__ import annotations
@@ -106,6 +107,7 @@ class Case:
         name, _, options = text.partition(":")
         given = dict(option.partition("=")[::2] for option in options.split(",") if option)
         self.adam = given.pop("adam", None) is not None
+        self.dtype = "float32" if given.pop("bf16", None) is None else "bfloat16"
         self.sequence_parallel = given.pop("sp", None) is not None
         self.recompute = given.pop("recompute", "none")
         self.micro_tokens = int(given.pop("micro", "40"))
@@ -116,7 +118,9 @@ class Case:
 
     def policy(self, world: World, optimizer: OptimizerConfig) -> Policy:
         mesh = Mesh(tuple(range(world.size)), name="policy", **self.sizes)
-        config = PolicyConfig(micro_tokens=self.micro_tokens, recompute=self.recompute, optimizer=optimizer)
+        config = PolicyConfig(
+            dtype=self.dtype, micro_tokens=self.micro_tokens, recompute=self.recompute, optimizer=optimizer
+        )
         name = f"{self.text} {optimizer.distributed}"
         return Policy(name, world, mesh, self.spec, config, sequence_parallel=self.sequence_parallel)
 
@@ -229,11 +233,36 @@ def check_adam(case: Case, world: World, expected: Reference, norm: float, folde
             assert off < 1e-5 * max(1.0, value.abs().max().item()), (case.text, name, off)
 
 
+def norm_of_pieces(policy: Policy) -> float:
+    """The norm over the pieces of all ranks, each region of a tensor once, whoever has copies of it."""
+    mine = {}
+    for piece in policy.model.layout:
+        flat = policy.model.parameters[piece.storage].main_grad.view(-1)  # type: ignore[attr-defined]
+        values = flat.as_strided(piece.size, piece.stride, flat.storage_offset() + piece.offset)
+        mine[piece.name, tuple(piece.lo), tuple(piece.size)] = values.double().pow(2).sum().item()
+    found: list[Any] = [None] * policy.world.size
+    dist.all_gather_object(found, mine)
+    return sum({region: square for one in found for region, square in one.items()}.values()) ** 0.5
+
+
+def check_norm(case: Case, world: World) -> None:
+    """Megatron's norm, by either optimizer, is that of the gradients that there are (experts on tensor ranks among them)."""
+    expected = reference(case.folder, case.spec)
+    norm = 0.0
+    for distributed in (False, True):
+        policy = case.policy(world, OptimizerConfig(lr=0.0, clip_grad=0.0, distributed=distributed))
+        row = update(policy, policy.place(batch(expected), G), expected)
+        norm = norm or norm_of_pieces(policy)
+        assert abs(row["grad_norm"] - norm) < 1e-5 * norm, (case.text, distributed, row["grad_norm"], norm)
+    print(f"{case.text} norm {norm:.6f}\n", end="", flush=True)
+
+
 def main() -> None:
     folder, out, cases = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:]
     world = World(100)
     for text in cases:
-        run(Case(text, folder), world, out)
+        case = Case(text, folder)
+        check_norm(case, world) if case.dtype == "bfloat16" else run(case, world, out)
     world.leave()
 
 

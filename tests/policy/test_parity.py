@@ -142,6 +142,28 @@ def test_a_step_equals_transformers(torchrun, checkpoints: Path, tmp_path: Path,
 @pytest.mark.parametrize(
     ("ranks", "cases"),
     [
+        (2, ["qwen3_moe:tensor=2,expert=2,sp,bf16", "mixtral:tensor=2,sp,bf16", "qwen3:tensor=2,bf16"]),
+        pytest.param(
+            4,
+            ["mixtral:tensor=2,expert=2,sp,bf16", "qwen3_moe:expert=2,pipeline=2,bf16", "one_kv:tensor=4,bf16"],
+            marks=pytest.mark.matrix,
+        ),
+    ],
+)
+def test_the_norm_counts_every_gradient_once(
+    torchrun, checkpoints: Path, tmp_path: Path, ranks: int, cases: list[str]
+) -> None:  # type: ignore[no-untyped-def]
+    """In bf16 the optimizer has masters of its own, which must say as the parameters do whether other ranks have copies."""
+    script = Path(__file__).with_name("parity_rank.py")
+    done = torchrun(ranks, [str(script), str(checkpoints), str(tmp_path), *cases], seconds=200)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    for case in cases:
+        assert done.stdout.count(f"{case} norm ") == ranks, case
+
+
+@pytest.mark.parametrize(
+    ("ranks", "cases"),
+    [
         (2, ["llama:context=2,micro=1", "qwen3:context=2", "llama:context=2,bf16"]),
         pytest.param(
             4,
