@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -263,6 +264,8 @@ def main() -> None:
     for text in cases:
         case = Case(text, folder)
         check_norm(case, world) if case.dtype == "bfloat16" else run(case, world, out)
+    # Megatron's code that reads a global group in place of the one it was given raises, and is never silently wrong.
+    assert not parallel_state.model_parallel_is_initialized()
     world.leave()
 
 
