@@ -10,7 +10,7 @@ from aligner.algorithms.reference_sums import ReferenceSums
 from aligner.algorithms.step import Step
 from aligner.data.pairs import labels_of, mismatched
 from aligner.data.samples import Feedback, Samples
-from aligner.objective.masked import row_sums
+from aligner.objective.masked import difference, row_sums
 from aligner.roles import Roles
 
 if TYPE_CHECKING:
@@ -44,7 +44,9 @@ def kto(roles: Roles, feedback: Iterable[Feedback], cfg: KtoConfig) -> Iterator[
 
 def mismatched_kl(policy: Policy, reference: Reference, batch: Samples) -> float:
     """z_0 of the paper's equation 7: how far the policy is from the reference, in nats a response and 0 or more, seen on
-    answers to other prompts of the batch."""
-    others = policy.place(mismatched(batch, policy.spec.max_positions))
+    answers to other prompts of the batch; those without a trained token say nothing."""
+    answers = mismatched(batch, policy.spec.max_positions)
+    others = policy.place(answers)
     sums = [model.run(row_sums, model.logprobs(others), others["mask_BT"]).get() for model in (policy, reference)]
-    return max(0.0, float((sums[0] - sums[1]).mean()))
+    there_B = answers.mask_BT.any(1)
+    return max(0.0, float(difference(*sums)[there_B].mean())) if bool(there_B.any()) else 0.0

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +36,20 @@ def takes_one_step(loss: LossFunction) -> bool:
 def rows_together(loss: LossFunction) -> int:
     """How many consecutive rows the loss compares: the attribute of this name on the function, 1 where it has none."""
     return int(getattr(_function(loss), "rows_together", 1))
+
+
+def counted(loss: LossFunction, mask_BT: Tensor, fields: Mapping[str, Any]) -> Tensor:
+    """[B, T] bool: `mask_BT` without the rows that the loss leaves out, which must not count in its mean either.
+
+    A function that leaves out rows with trained tokens (a pair's, whose other row has none) has the attribute
+    `counted_rows`: (mask_BT, <fields it names>) -> bool [B]. Without one every row with a trained token counts.
+    """
+    rows = getattr(_function(loss), "counted_rows", None)
+    if rows is None:
+        return mask_BT
+    wanted = inspect.signature(rows).parameters
+    kept_B: Tensor = rows(mask_BT, **{name: value for name, value in fields.items() if name in wanted})
+    return mask_BT & kept_B[:, None]
 
 
 def _function(loss: Any) -> Any:

@@ -173,7 +173,8 @@ class _Pool:
 
     def _absorb(self, work: _Round) -> dict[int, _Group]:
         """This replica's groups of a round by their numbers, with what the engine has added."""
-        rollout, found = self.rollout, {}
+        rollout = self.rollout
+        found: dict[int, _Group] = {}
         for part in work.parts:
             mine = {number: self._held[number] for number in part.groups[rollout.shard or 0]}
             if part.ticket is not None:
