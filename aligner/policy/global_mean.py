@@ -78,4 +78,5 @@ def global_mean(loss: Tensor, mask_BT: Tensor, totals: Totals, config: TrainingC
         total_rows=totals.rows,
         fixed_length=config.fixed_length or max_response or None,
     )
-    return (loss * weight_BT).sum()
+    # `where`, because a loss of one's own may leave anything outside the mask
+    return (torch.where(mask_BT, loss, 0.0) * weight_BT).sum()

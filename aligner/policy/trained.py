@@ -71,7 +71,10 @@ class Trained(ModelRole):
     @cached_property
     def optimizer(self) -> Optimizer:
         """Gradients and optimizer state; collective over the role's ranks when it is first asked for."""
-        return Optimizer(self.model, self.config.optimizer, self.groups)
+        made = Optimizer(self.model, self.config.optimizer, self.groups)
+        if self.config.dtype != "float32":
+            saved.read_masters(self, made)
+        return made
 
     @cached_property
     def description(self) -> dict[str, bytes]:
