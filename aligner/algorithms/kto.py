@@ -14,6 +14,7 @@ from aligner.objective.masked import difference, row_sums
 from aligner.roles import Roles
 
 if TYPE_CHECKING:
+    from aligner.config import Config
     from aligner.policy.policy import Policy, Reference
 
 
@@ -25,6 +26,14 @@ class KtoConfig:
     """Roles to build; with rollout and reward, held-out prompts are answered and scored in evaluations."""
     loss: Any = None
     """Loss with its settings, as a `_target_` with `_partial_: true`."""
+
+    def check_job(self, config: Config) -> None:
+        """Raises ValueError naming the setting and the values that would work."""
+        if config.data.prompts_per_step < 2:
+            raise ValueError(
+                f"data.prompts_per_step={config.data.prompts_per_step}: KTO's reference point is estimated on answers to "
+                "other prompts of the batch, and there is none; use 2 or more (8 to 128 are usual)."
+            )
 
 
 def kto(roles: Roles, feedback: Iterable[Feedback], cfg: KtoConfig) -> Iterator[Step]:
