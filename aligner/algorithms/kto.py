@@ -10,7 +10,8 @@ from aligner.algorithms.reference_sums import ReferenceSums
 from aligner.algorithms.step import Step
 from aligner.data.pairs import labels_of, mismatched
 from aligner.data.samples import Feedback, Samples
-from aligner.objective.masked import difference, row_sums
+from aligner.objective.masked import row_sums
+from aligner.objective.preference import reference_point
 from aligner.roles import Roles
 
 if TYPE_CHECKING:
@@ -52,10 +53,8 @@ def kto(roles: Roles, feedback: Iterable[Feedback], cfg: KtoConfig) -> Iterator[
 
 
 def mismatched_kl(policy: Policy, reference: Reference, batch: Samples) -> float:
-    """z_0 of the paper's equation 7: how far the policy is from the reference, in nats a response and 0 or more, seen on
-    answers to other prompts of the batch; those without a trained token say nothing."""
+    """z_0 of the paper's equation 7, on answers to other prompts of the batch."""
     answers = mismatched(batch, policy.spec.max_positions)
     others = policy.place(answers)
     sums = [model.run(row_sums, model.logprobs(others), others["mask_BT"]).get() for model in (policy, reference)]
-    there_B = answers.mask_BT.any(1)
-    return max(0.0, float(difference(*sums)[there_B].mean())) if bool(there_B.any()) else 0.0
+    return reference_point(sums[0], sums[1], answers.mask_BT)

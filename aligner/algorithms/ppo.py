@@ -62,8 +62,8 @@ class PpoConfig:
                 raise ValueError(f"algorithm.{name}={getattr(self, name)} must be between 0 and 1.")
         if self.group_size < 1 or self.critic_warmup < 0 or not self.reward_clip > 0:
             raise ValueError(
-                f"algorithm.group_size={self.group_size} must be 1 or more, critic_warmup={self.critic_warmup} 0 or more, "
-                f"reward_clip={self.reward_clip} more than 0."
+                f"algorithm.group_size={self.group_size} must be 1 or more, algorithm.critic_warmup={self.critic_warmup} "
+                f"0 or more, algorithm.reward_clip={self.reward_clip} more than 0."
             )
 
 

@@ -238,6 +238,22 @@ def kto(
     return torch.where(kept_B, loss_B, 0.0).to(dtype), in_rows
 
 
+def reference_point(policy_sum_B: Tensor, reference_sum_B: Tensor, mask_BT: Tensor) -> float:
+    """KTO's z_0: how far the policy is from the reference, in nats a response and 0 or more.
+
+    Ethayarajh et al. 2024, arXiv 2402.01306, section 4.1: the mean of d over responses to other prompts, cut off at 0. Rows
+    without a trained token are no responses, and count nowhere.
+
+    Args:
+        policy_sum_B, reference_sum_B: [B], nats, from `row_sums`, of the whole batch.
+        mask_BT: [B, T] bool, the trained tokens.
+    """
+    there_B = mask_BT.any(dim=1)
+    if not bool(there_B.any()):
+        return 0.0
+    return max(0.0, float(difference(policy_sum_B, reference_sum_B)[there_B].mean()))
+
+
 def _rows(policy_logp_BT: Tensor, mask_BT: Tensor, preference_B: Tensor | None) -> tuple[Pairs, Tensor, Tensor]:
     """The pairs; each row's log-probability and number of trained tokens (at least 1), float64, 0 where left out."""
     check_tokens("policy_logp_BT", policy_logp_BT, mask_BT)
