@@ -56,13 +56,13 @@ class Partial(Iterator[Ref]):
             if batch is not None:
                 self._wanted = len(batch)
                 rounds.append(pool.start(batch))
-                if len(rounds) <= self._lag:
-                    continue
             elif pool.carried and not rounds:  # the prompts have an end
                 rounds.append(pool.start([]))
             elif not rounds:
                 break
-            pool.finish(rounds.popleft(), rounds[0] if rounds else None)
+            most = self._lag if batch is not None else len(rounds) - 1
+            while len(rounds) > most:  # several, where a run goes on with a smaller lag
+                pool.finish(rounds.popleft(), rounds[0] if rounds else None)
         if not pool.complete:
             raise StopIteration
         return pool.take(min(self._wanted, pool.complete))

@@ -23,7 +23,7 @@ ONLINE: dict[str, list[str]] = {
     "dapo": [*SMALL, ENTROPY.lstrip("+"), "reward.rule='{task}/rule.py:brief'", "algorithm.length_penalty.buffer=8"],
     "dr_grpo": [*SMALL, ENTROPY.lstrip("+")],
     "grpo_decoupled": [*SMALL, ENTROPY.lstrip("+"), "stream.lag=0", "stream.step_tokens=8"],
-    "gspo": [*SMALL, ENTROPY.lstrip("+")],
+    "gspo": [*SMALL, ENTROPY],
     "rloo": [*SMALL, "algorithm.reward_kl_coef=0.1"],
     "reinforce_pp_baseline": [*SMALL, ENTROPY.lstrip("+"), "algorithm.loss.kl_coef=0.05"],
     "reinforce_pp": [ENTROPY],
@@ -41,10 +41,10 @@ OFFLINE: dict[str, list[str]] = {
 }
 UNTRAINED = {"rank_samples"}
 PAPERS: dict[str, list[str]] = {
-    "grpo_paper": SMALL,
+    "grpo_paper": [*SMALL, ENTROPY.lstrip("+")],
     "dapo_paper": ["data.prompts_per_step=16", "algorithm.group_size=2", "algorithm.length_penalty.buffer=8"],
     "rloo_paper": SMALL,
-    "reinforce_pp_paper": [],
+    "reinforce_pp_paper": [ENTROPY],
     "ppo_paper": [],
     "ipo_paper": ["data=preferences", "data.path={task}/preferences.jsonl"],
 }
