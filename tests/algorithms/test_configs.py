@@ -62,13 +62,18 @@ def test_every_method_builds(method: str) -> None:
         ("ppo_paper", {"policy.minibatches": 8, "critic.minibatches": 8}),
     ],
 )
-def test_a_method_sets_what_else_it_needs_and_the_command_line_wins(method: str, needs: dict[str, Any]) -> None:
+def test_a_method_sets_what_else_it_needs(method: str, needs: dict[str, Any]) -> None:
     config = to_config(compose_config(["model.path=folder", f"algorithm={method}"], "quickstart"))
     assert {name: attrgetter(name)(config) for name in needs} == needs
     assert config.policy.optimizer.lr == 2e-4, "what quickstart sets beside it stays"
-    given = ["policy.reduction=token_mean", "policy.minibatches=2", "critic.minibatches=2", "stream.lag=3"]
-    config = to_config(compose_config(["model.path=folder", f"algorithm={method}", *given]))
-    assert (config.policy.reduction, config.policy.minibatches, config.stream.lag) == ("token_mean", 2, 3)
+
+
+def test_the_command_line_wins_over_what_a_method_sets() -> None:
+    given = ["algorithm=dapo_paper", "policy.minibatches=2", "policy.reduction=fixed"]
+    config = to_config(compose_config(["model.path=folder", *given]))
+    assert (config.policy.minibatches, config.policy.reduction) == (2, "fixed")
+    config = to_config(compose_config(["model.path=folder", "algorithm=grpo_decoupled", "stream.lag=0"]))
+    assert config.stream.lag == 0
 
 
 def test_kto_needs_another_prompt_in_the_batch() -> None:
