@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import inspect
+import itertools
 import sys
 import textwrap
 import typing
@@ -28,9 +29,20 @@ def help_text(folder: Path = CONF) -> str:
     lines = [USAGE]
     for group in sorted(path for path in folder.iterdir() if path.is_dir()):
         lines.append(f"  {group.name:<11} {', '.join(sorted(path.stem for path in group.glob('*.yaml')))}")
+    if (folder / "algorithm").is_dir():
+        lines += ["", "Algorithms (algorithm=NAME), and what differs from their papers:"]
+        for path in sorted((folder / "algorithm").glob("*.yaml")):
+            lines.append(f"  {path.stem}")
+            lines += textwrap.wrap(comment_of(path), 108, initial_indent=" " * 8, subsequent_indent=" " * 8)
     lines += ["", "Fields (KEY=VALUE; + adds a key to algorithm, reward.kwargs or reward.components):"]
     lines += _fields(Config(), "")
     return "\n".join(lines)
+
+
+def comment_of(path: Path) -> str:
+    """The comment that a YAML file begins with, without Hydra's own."""
+    lines = itertools.takewhile(lambda line: line.startswith("#"), path.read_text(encoding="utf-8").splitlines())
+    return " ".join(line.removeprefix("#").strip() for line in lines if "@package" not in line)
 
 
 def field_docs(kind: type) -> dict[str, str]:

@@ -100,7 +100,7 @@ def test_every_kind_of_data_is_a_choice(kind: str) -> None:
         ("placement.policy.tensro=2", "did you mean placement.policy.tensor"),
         (
             "algorithm=grop",
-            "no such configuration; available: dapo, dpo, dr_grpo, grpo, grpo_decoupled, gspo, ipo, kto",
+            "no such configuration; available: dapo, dapo_paper, dpo, dr_grpo, grpo, grpo_decoupled",
         ),
         ("algorithm.group_sise=2", "did you mean algorithm.group_size"),
         (
@@ -121,7 +121,7 @@ def test_help_explains_every_field() -> None:
     for word in (
         "placement.policy.tensor=1",
         "policy.optimizer.lr=",
-        "algorithm   dapo, dpo, dr_grpo, grpo,",
+        "algorithm   dapo, dapo_paper, dpo, dr_grpo, grpo,",
         "stage       dpo, grpo, ppo, preferences, reward_model, sft",
         "critic.optimizer.lr=",
         "logging     console, wandb",

@@ -11,9 +11,11 @@ from aligner.algorithms.step import Step
 from aligner.data.pairs import labels_of, mismatched
 from aligner.data.samples import Feedback, Samples
 from aligner.objective.masked import row_sums
+from aligner.objective.preference import reference_point
 from aligner.roles import Roles
 
 if TYPE_CHECKING:
+    from aligner.config import Config
     from aligner.policy.policy import Policy, Reference
 
 
@@ -25,6 +27,14 @@ class KtoConfig:
     """Roles to build; with rollout and reward, held-out prompts are answered and scored in evaluations."""
     loss: Any = None
     """Loss with its settings, as a `_target_` with `_partial_: true`."""
+
+    def check_job(self, config: Config) -> None:
+        """Raises ValueError naming the setting and the values that would work."""
+        if config.data.prompts_per_step < 2:
+            raise ValueError(
+                f"data.prompts_per_step={config.data.prompts_per_step}: KTO's reference point is estimated on answers to "
+                "other prompts of the batch, and there is none; use 2 or more (8 to 128 are usual)."
+            )
 
 
 def kto(roles: Roles, feedback: Iterable[Feedback], cfg: KtoConfig) -> Iterator[Step]:
@@ -43,8 +53,8 @@ def kto(roles: Roles, feedback: Iterable[Feedback], cfg: KtoConfig) -> Iterator[
 
 
 def mismatched_kl(policy: Policy, reference: Reference, batch: Samples) -> float:
-    """z_0 of the paper's equation 7: how far the policy is from the reference, in nats a response and 0 or more, seen on
-    answers to other prompts of the batch."""
-    others = policy.place(mismatched(batch, policy.spec.max_positions))
+    """z_0 of the paper's equation 7, on answers to other prompts of the batch."""
+    answers = mismatched(batch, policy.spec.max_positions)
+    others = policy.place(answers)
     sums = [model.run(row_sums, model.logprobs(others), others["mask_BT"]).get() for model in (policy, reference)]
-    return max(0.0, float((sums[0] - sums[1]).mean()))
+    return reference_point(sums[0], sums[1], answers.mask_BT)

@@ -43,6 +43,9 @@ class PpoConfig:
     """Divide rewards by the standard deviation of all rewards so far."""
     reward_clip: float = math.inf
     """Bound on the (scaled) reward."""
+    whiten: bool = True
+    """Advantages less their mean, in standard deviations, over the trained tokens of the whole batch; false: as GAE gives
+    them (Schulman et al. 2017)."""
     critic_warmup: int = 0
     """First steps in which only the critic learns."""
     loss: Any = None
@@ -59,8 +62,8 @@ class PpoConfig:
                 raise ValueError(f"algorithm.{name}={getattr(self, name)} must be between 0 and 1.")
         if self.group_size < 1 or self.critic_warmup < 0 or not self.reward_clip > 0:
             raise ValueError(
-                f"algorithm.group_size={self.group_size} must be 1 or more, critic_warmup={self.critic_warmup} 0 or more, "
-                f"reward_clip={self.reward_clip} more than 0."
+                f"algorithm.group_size={self.group_size} must be 1 or more, algorithm.critic_warmup={self.critic_warmup} "
+                f"0 or more, algorithm.reward_clip={self.reward_clip} more than 0."
             )
 
 
@@ -88,7 +91,9 @@ def ppo(roles: Roles, prompts: Iterable[list[Prompt]], cfg: PpoConfig) -> Iterat
             token_rewards, trained, scores["reward_B"], reference_logp_BT, kept.kl_coef, kept.scale, cfg.reward_clip
         )
         estimates = policy.run(estimate, reward_BT, value_BT, trained, cfg.gamma, cfg.lam)
-        advantage_BT = whitened(policy, estimates["advantage_BT"], trained)
+        advantage_BT = estimates["advantage_BT"]
+        if cfg.whiten:
+            advantage_BT = whitened(policy, advantage_BT, trained)
         more = {
             "critic": critic.update(
                 cfg.value_loss, trained, rollout_value_BT=value_BT, return_BT=estimates["return_BT"]

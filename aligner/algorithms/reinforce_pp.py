@@ -41,7 +41,8 @@ class ReinforcePpConfig:
             raise ValueError(f"algorithm.gamma={self.gamma} must be between 0 and 1.")
         if self.group_size < 1 or not self.reward_clip > 0:
             raise ValueError(
-                f"algorithm.group_size={self.group_size} must be 1 or more, reward_clip={self.reward_clip} more than 0."
+                f"algorithm.group_size={self.group_size} must be 1 or more, "
+                f"algorithm.reward_clip={self.reward_clip} more than 0."
             )
 
 

@@ -13,6 +13,7 @@ from aligner.check import Checked
 from aligner.config import Config
 from aligner.driver.batches import as_demonstrations, as_pairs
 from aligner.objective.masked import row_sums
+from aligner.objective.pairs import counted_rows
 from aligner.reward.components import shown_component
 from aligner.roles import Roles
 
@@ -80,7 +81,8 @@ class Evaluation:
             score_B = policy.run(row_sums, policy.logprobs(rows), rows["mask_BT"]).get()
             if self._sums:
                 score_B = score_B - self._sums(batch, rows).get()
-        margin_P = score_B[::2] - score_B[1::2]
+        kept_P = counted_rows(batch.mask_BT)[::2]  # as the losses do
+        margin_P = (score_B[::2] - score_B[1::2])[kept_P]
         return {
             "heldout_pair_accuracy": torch.where(margin_P == 0, 0.5, (margin_P > 0).double()).mean().item(),
             "heldout_margin": margin_P.mean().item(),

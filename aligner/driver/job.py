@@ -65,6 +65,8 @@ def prepare(config: Config, world_size: int) -> Job:
     config = _with_task(config)
     loop = _find_loop(config.algorithm)
     settings = settings_of(loop, {k: v for k, v in config.algorithm.items() if k != "_target_"})
+    if hasattr(settings, "check_job"):  # what a loop asks of the settings beside its own
+        settings.check_job(config)
     _check_batches(loop, config)
     roles = list(getattr(settings, "roles", ["policy", "rollout", "reward"]))
     _check_stream(config, settings, roles)

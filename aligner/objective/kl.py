@@ -5,6 +5,8 @@ from typing import Literal
 
 from torch import Tensor
 
+from aligner.objective.masked import difference
+
 Estimator = Literal["k1", "k2", "k3"]
 
 # exp(20) = 5e8: beyond it a ratio says only that the two models have nothing in common, and float32 overflows at 88.
@@ -13,12 +15,12 @@ MAX_LOG_RATIO = 20.0
 
 def k1(policy_logp_BT: Tensor, reference_logp_BT: Tensor) -> Tensor:
     """log(p / q): unbiased, high variance, often negative. Its gradient is 0 in the mean: for rewards, not losses."""
-    return policy_logp_BT - reference_logp_BT
+    return difference(policy_logp_BT, reference_logp_BT)
 
 
 def k2(policy_logp_BT: Tensor, reference_logp_BT: Tensor) -> Tensor:
     """log(p / q)^2 / 2: biased, low variance. Its gradient is in the mean the gradient of KL(p || q)."""
-    return 0.5 * (policy_logp_BT - reference_logp_BT).square()
+    return 0.5 * difference(policy_logp_BT, reference_logp_BT).square()
 
 
 def k3(policy_logp_BT: Tensor, reference_logp_BT: Tensor) -> Tensor:
@@ -27,7 +29,7 @@ def k3(policy_logp_BT: Tensor, reference_logp_BT: Tensor) -> Tensor:
     log(q / p) is clamped from above at MAX_LOG_RATIO in both terms, past which the value is finite and has no gradient.
     It is not clamped from below, where the estimate is linear and cannot overflow.
     """
-    log_ratio_BT = (reference_logp_BT - policy_logp_BT).clamp(max=MAX_LOG_RATIO)
+    log_ratio_BT = difference(reference_logp_BT, policy_logp_BT).clamp(max=MAX_LOG_RATIO)
     # expm1 keeps the digits of a small ratio, where exp - 1 would round them away.
     return log_ratio_BT.expm1() - log_ratio_BT
 
@@ -43,7 +45,8 @@ def kl_estimate(policy_logp_BT: Tensor, reference_logp_BT: Tensor, kind: Estimat
     tokens sampled from the very policy that is evaluated; a few updates later the estimates are off by the ratio.
 
     Args:
-        policy_logp_BT, reference_logp_BT: [B, T], nats. No mask: put numbers where there is no response token.
+        policy_logp_BT, reference_logp_BT: [B, T], nats. No mask: put numbers where there is no response token. Where both
+            are -inf the estimate is 0; where only the reference is, infinite, as the KL is.
 
     Returns:
         kl_BT: [B, T], nats; differentiable in both arguments.

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from aligner.objective.kl import MAX_LOG_RATIO, Estimator
-from aligner.objective.masked import check_tokens, inside, row_sums
+from aligner.objective.masked import bounded, check_tokens, difference, inside, row_sums
 from aligner.objective.surrogate import (
     advantage_on_tokens,
     check_clips,
@@ -41,7 +41,8 @@ def clipped_surrogate(
     3.1. Dual clip: Ye et al. 2020, arXiv 1912.09729; it bounds the cost of a bad token that became far more likely.
 
     The denominator is what vLLM sampled from, so that r also carries the rollout's rounding. log r is clamped from
-    above at 20, so that an advantage of 0 never meets an infinite ratio; past it the surrogate has no gradient.
+    above at 20, so that an advantage of 0 never meets an infinite ratio; past it the surrogate has no gradient. Where the
+    policy alone holds a token for impossible (-inf) r is 0; where both do, 1, without a gradient.
 
     Args:
         policy_logp_BT: [B, T] float32 or float64, nats.
@@ -68,7 +69,7 @@ def clipped_surrogate(
     # The mask goes on the inputs: after arithmetic, 0 * inf would leak as NaN, into gradients as into values. With
     # every input 0 outside it, so is everything below but the ratio.
     logp_BT = inside(mask_BT, policy_logp_BT)
-    log_ratio_BT = logp_BT - inside(mask_BT, rollout_logp_BT.detach())
+    log_ratio_BT = difference(logp_BT, inside(mask_BT, rollout_logp_BT.detach()))
     ratio_BT = log_ratio_BT.clamp(max=MAX_LOG_RATIO).exp()
     adv_BT = advantage_on_tokens(mask_BT, advantage_B, advantage_BT)
 
@@ -115,10 +116,10 @@ def sequence_clipped_surrogate(
     check_clips(clip_low, clip_high, None)
 
     logp_BT = inside(mask_BT, policy_logp_BT)
-    gap_BT = logp_BT.detach() - inside(mask_BT, rollout_logp_BT.detach())
+    gap_BT = difference(logp_BT.detach(), inside(mask_BT, rollout_logp_BT.detach()))
     # In float64, because a clip at 3e-4 is near what float32 makes of the mean of thousands of tokens.
-    mean_B1 = (row_sums(gap_BT, mask_BT) / mask_BT.sum(dim=1).clamp(min=1))[:, None]
-    log_ratio_BT = mean_B1 + (logp_BT - logp_BT.detach())
+    mean_B1 = (row_sums(bounded(gap_BT), mask_BT) / mask_BT.sum(dim=1).clamp(min=1))[:, None]
+    log_ratio_BT = mean_B1 + difference(logp_BT, logp_BT.detach())
     ratio_BT = log_ratio_BT.clamp(max=MAX_LOG_RATIO).exp()
     adv_BT = advantage_on_tokens(mask_BT, advantage_B, advantage_BT)
 
@@ -156,7 +157,10 @@ def reinforce(
     """
     check_tokens("policy_logp_BT", policy_logp_BT, mask_BT, reference_logp_BT, entropy_BT)
     logp_BT = inside(mask_BT, policy_logp_BT)
-    loss_BT = -advantage_on_tokens(mask_BT, advantage_B, advantage_BT) * logp_BT
+    adv_BT = advantage_on_tokens(mask_BT, advantage_B, advantage_BT)
+    loss_BT = -adv_BT * inside(
+        adv_BT != 0, logp_BT
+    )  # where nothing is to be learned, an impossible token costs nothing
     extra_BT, metrics = further_terms(logp_BT, mask_BT, reference_logp_BT, kl_coef, kl, entropy_BT, entropy_coef)
     return (loss_BT + extra_BT).to(policy_logp_BT.dtype), {name: value.detach() for name, value in metrics.items()}
 

@@ -3,10 +3,28 @@
 import torch
 from torch import Tensor
 
+FAR = 1e30
+"""nats; a million of them, and their mean, are still numbers in float32."""
+
 
 def inside(mask: Tensor, value: Tensor) -> Tensor:
     """`value` where `mask` holds, 0 elsewhere; `where`, unlike a product, also stops NaN and inf, both ways."""
     return torch.where(mask, value, 0.0)
+
+
+def difference(one: Tensor, other: Tensor) -> Tensor:
+    """one - other, and 0 without a gradient where both are the same infinity.
+
+    A token that a model holds for impossible has a log-probability of -inf; where two models agree in that, their ratio
+    is that of two equal numbers, and not NaN.
+    """
+    alike = torch.isinf(one) & (one == other)
+    return one.masked_fill(alike, 0.0) - other.masked_fill(alike, 0.0)
+
+
+def bounded(log_ratio: Tensor) -> Tensor:
+    """Infinite log-ratios as ones so large that nothing can make up for them, whose sums are numbers all the same."""
+    return log_ratio.clamp(-FAR, FAR)
 
 
 def row_sums(value_BT: Tensor, mask_BT: Tensor) -> Tensor:

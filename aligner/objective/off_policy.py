@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from aligner.objective.kl import MAX_LOG_RATIO, Estimator
-from aligner.objective.masked import check_tokens, inside, row_sums
+from aligner.objective.masked import bounded, check_tokens, difference, inside, row_sums
 from aligner.objective.surrogate import (
     advantage_on_tokens,
     check_clips,
@@ -80,9 +80,9 @@ def _bounded(
 
 def _ratios(proximal_logp_BT: Tensor, rollout_logp_BT: Tensor, mask_BT: Tensor, level: Level) -> Tensor:
     """The weights without bounds, but for the clamp at exp(20); 0 outside the mask."""
-    log_BT = inside(mask_BT, proximal_logp_BT.detach()) - inside(mask_BT, rollout_logp_BT.detach())
+    log_BT = difference(inside(mask_BT, proximal_logp_BT.detach()), inside(mask_BT, rollout_logp_BT.detach()))
     if level == "sequence":
-        log_BT = row_sums(log_BT, mask_BT)[:, None].expand_as(log_BT).to(log_BT.dtype)
+        log_BT = row_sums(bounded(log_BT), mask_BT)[:, None].expand_as(log_BT).to(log_BT.dtype)
     return inside(mask_BT, log_BT.clamp(max=MAX_LOG_RATIO).exp())
 
 
@@ -133,7 +133,7 @@ def decoupled_surrogate(
     _check_weights(correction, level, weight_low, weight_high)
     logp_BT = inside(mask_BT, policy_logp_BT)
     proximal_BT = logp_BT.detach() if proximal_logp_BT is None else inside(mask_BT, proximal_logp_BT.detach())
-    ratio_BT = (logp_BT - proximal_BT).clamp(max=MAX_LOG_RATIO).exp()
+    ratio_BT = difference(logp_BT, proximal_BT).clamp(max=MAX_LOG_RATIO).exp()
     adv_BT = advantage_on_tokens(mask_BT, advantage_B, advantage_BT)
     unbounded_BT = _ratios(proximal_BT, rollout_logp_BT, mask_BT, level)
     weight_BT = _bounded(unbounded_BT, mask_BT, correction, weight_low, weight_high)
@@ -143,7 +143,7 @@ def decoupled_surrogate(
     metrics |= {
         "ratio": inside(mask_BT, ratio_BT),
         "clip_fraction": clip_binds(ratio_BT, adv_BT, clip_low, clip_high, dual_clip).to(logp_BT.dtype),
-        "gap": (proximal_BT - inside(mask_BT, rollout_logp_BT.detach())).abs(),
+        "gap": difference(proximal_BT, inside(mask_BT, rollout_logp_BT.detach())).abs(),
         "weight": weight_BT,
         "bounded_fraction": ((weight_BT != unbounded_BT) & (correction != "none")).to(logp_BT.dtype),
     }

@@ -7,15 +7,22 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from aligner.objective.masked import check_rows
+from aligner.objective.masked import check_rows, difference
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def of_pairs(loss: Function) -> Function:
-    """Marks a loss whose rows belong together two by two, so that no pair is split over microbatches."""
+    """Marks a loss whose rows belong together two by two, so that no pair is split over microbatches, and none of a pair
+    that is left out counts in the mean."""
     loss.rows_together = 2  # type: ignore[attr-defined]
+    loss.counted_rows = counted_rows  # type: ignore[attr-defined]
     return loss
+
+
+def counted_rows(mask_BT: Tensor, preference_B: Tensor | None = None) -> Tensor:
+    """bool [B]: the rows of pairs that are compared: one row may be trained, its partner not; arguments as in `pairs_of`."""
+    return pairs_of(len(mask_BT), mask_BT, preference_B, mask_BT.device).kept_B
 
 
 @dataclass(frozen=True)
@@ -47,7 +54,7 @@ class Pairs:
         found = {
             "chosen_reward": chosen_P,
             "rejected_reward": rejected_P,
-            "margin": chosen_P - rejected_P,
+            "margin": difference(chosen_P, rejected_P),
             "pair_accuracy": (chosen_P > rejected_P).double(),
         }
         return {name: self.join(value_P.detach(), dtype) for name, value_P in found.items()}

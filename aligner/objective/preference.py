@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from aligner.objective.masked import check_rows, check_tokens, row_sums
+from aligner.objective.masked import check_rows, check_tokens, difference, row_sums
 from aligner.objective.pairs import Pairs, of_pairs, pairs_of
 
 LogRatio = Literal["sum", "token_mean"]
@@ -60,8 +60,7 @@ def dpo(
     _check_smoothing(label_smoothing, 1.0)
     pairs, policy_B, count_B = _rows(policy_logp_BT, mask_BT, preference_B)
     chosen_P, rejected_P = pairs.split(beta * _log_ratio(policy_B, reference_sum_B, count_B, log_ratio))
-    z_P = chosen_P - rejected_P
-    loss_P = -(1.0 - label_smoothing) * logsigmoid(z_P) - label_smoothing * logsigmoid(-z_P)
+    loss_P = _cross_entropy(difference(chosen_P, rejected_P), label_smoothing)
     if nll_coef != 0.0:
         loss_P = loss_P - nll_coef * pairs.split(policy_B / count_B)[0]
     return _report(pairs, loss_P, chosen_P, rejected_P, policy_B, policy_logp_BT.dtype)
@@ -89,8 +88,10 @@ def robust_dpo(
     _check_smoothing(label_smoothing, 0.5)
     pairs, policy_B, count_B = _rows(policy_logp_BT, mask_BT, preference_B)
     chosen_P, rejected_P = pairs.split(beta * _log_ratio(policy_B, reference_sum_B, count_B, "sum"))
-    z_P = chosen_P - rejected_P
-    loss_P = -(1.0 - label_smoothing) * logsigmoid(z_P) + label_smoothing * logsigmoid(-z_P)
+    z_P = difference(chosen_P, rejected_P)
+    loss_P = -(1.0 - label_smoothing) * logsigmoid(z_P)
+    if label_smoothing != 0.0:
+        loss_P = loss_P + label_smoothing * logsigmoid(-z_P)
     loss_P = loss_P / (1.0 - 2.0 * label_smoothing)
     return _report(pairs, loss_P, chosen_P, rejected_P, policy_B, policy_logp_BT.dtype)
 
@@ -115,7 +116,7 @@ def ipo(
     _check_beta(beta)
     pairs, policy_B, count_B = _rows(policy_logp_BT, mask_BT, preference_B)
     chosen_P, rejected_P = pairs.split(_log_ratio(policy_B, reference_sum_B, count_B, log_ratio))
-    loss_P = (chosen_P - rejected_P - 0.5 / beta).square()
+    loss_P = (difference(chosen_P, rejected_P) - 0.5 / beta).square()
     return _report(pairs, loss_P, beta * chosen_P, beta * rejected_P, policy_B, policy_logp_BT.dtype)
 
 
@@ -138,7 +139,7 @@ def orpo(
     below_B = mean_B.clamp(max=CERTAIN)
     log_odds_w_P, log_odds_l_P = pairs.split(below_B - (-torch.expm1(below_B)).log())
     chosen_P, rejected_P = pairs.split(mean_B)
-    loss_P = -chosen_P - beta * logsigmoid(log_odds_w_P - log_odds_l_P)
+    loss_P = -chosen_P - beta * logsigmoid(difference(log_odds_w_P, log_odds_l_P))
     return _report(pairs, loss_P, beta * chosen_P, beta * rejected_P, mean_B, policy_logp_BT.dtype)
 
 
@@ -167,9 +168,9 @@ def simpo(
     pairs, policy_B, count_B = _rows(policy_logp_BT, mask_BT, preference_B)
     mean_B = policy_B / count_B
     chosen_P, rejected_P = pairs.split(beta * mean_B)
-    z_P = chosen_P - rejected_P - gamma
-    loss_P = -(1.0 - label_smoothing) * logsigmoid(z_P) - label_smoothing * logsigmoid(-z_P)
-    loss_P = loss_P - nll_coef * pairs.split(mean_B)[0]
+    loss_P = _cross_entropy(difference(chosen_P, rejected_P) - gamma, label_smoothing)
+    if nll_coef != 0.0:
+        loss_P = loss_P - nll_coef * pairs.split(mean_B)[0]
     return _report(pairs, loss_P, chosen_P, rejected_P, mean_B, policy_logp_BT.dtype)
 
 
@@ -219,7 +220,7 @@ def kto(
         )
     kept_B = mask_BT.any(dim=1)
     policy_B = row_sums(policy_logp_BT, mask_BT)
-    d_B = policy_B - torch.where(kept_B, reference_sum_B.detach().double(), 0.0)
+    d_B = difference(policy_B, torch.where(kept_B, reference_sum_B.detach().double(), 0.0))
     good_B = label_B > 0
     sign_B = torch.where(good_B, 1.0, -1.0).double()
     weight_B = desirable_weight * good_B.double() + undesirable_weight * (~good_B).double()
@@ -237,6 +238,22 @@ def kto(
     return torch.where(kept_B, loss_B, 0.0).to(dtype), in_rows
 
 
+def reference_point(policy_sum_B: Tensor, reference_sum_B: Tensor, mask_BT: Tensor) -> float:
+    """KTO's z_0: how far the policy is from the reference, in nats a response and 0 or more.
+
+    Ethayarajh et al. 2024, arXiv 2402.01306, section 4.1: the mean of d over responses to other prompts, cut off at 0. Rows
+    without a trained token are no responses, and count nowhere.
+
+    Args:
+        policy_sum_B, reference_sum_B: [B], nats, from `row_sums`, of the whole batch.
+        mask_BT: [B, T] bool, the trained tokens.
+    """
+    there_B = mask_BT.any(dim=1)
+    if not bool(there_B.any()):
+        return 0.0
+    return max(0.0, float(difference(policy_sum_B, reference_sum_B)[there_B].mean()))
+
+
 def _rows(policy_logp_BT: Tensor, mask_BT: Tensor, preference_B: Tensor | None) -> tuple[Pairs, Tensor, Tensor]:
     """The pairs; each row's log-probability and number of trained tokens (at least 1), float64, 0 where left out."""
     check_tokens("policy_logp_BT", policy_logp_BT, mask_BT)
@@ -250,8 +267,15 @@ def _log_ratio(policy_B: Tensor, reference_sum_B: Tensor, count_B: Tensor, kind:
     check_rows("reference_sum_B", reference_sum_B, len(policy_B))
     if kind not in get_args(LogRatio):
         raise ValueError(f"log_ratio={kind!r} is not known; use one of {', '.join(get_args(LogRatio))}.")
-    difference_B = policy_B - reference_sum_B.detach().double()
-    return difference_B if kind == "sum" else difference_B / count_B
+    d_B = difference(policy_B, reference_sum_B.detach().double())
+    return d_B if kind == "sum" else d_B / count_B
+
+
+def _cross_entropy(z_P: Tensor, label_smoothing: float) -> Tensor:
+    """Of a label that is wrong with a chance of label_smoothing, and a logit of z."""
+    loss_P = -(1.0 - label_smoothing) * logsigmoid(z_P)
+    # a chance of 0 times the infinite loss of a pair that is told apart for certain
+    return loss_P if label_smoothing == 0.0 else loss_P - label_smoothing * logsigmoid(-z_P)
 
 
 def _report(

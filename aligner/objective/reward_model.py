@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from aligner.objective.masked import check_rows
+from aligner.objective.masked import check_rows, difference
 from aligner.objective.pairs import of_pairs, pairs_of
 
 
@@ -48,10 +48,12 @@ def bradley_terry(
         raise ValueError(f"centre_coef={centre_coef} must be 0 or more; 0.01 is usual.")
     pairs = pairs_of(len(score_B), mask_BT, preference_B, score_B.device)
     chosen_P, rejected_P = pairs.split(score_B.double())
-    z_P = chosen_P - rejected_P
+    z_P = difference(chosen_P, rejected_P)
     if margin_B is not None:
         z_P = z_P - pairs.split(margin_B.detach().double())[0]
-    loss_P = -logsigmoid(z_P) + centre_coef * (chosen_P + rejected_P).square()
+    loss_P = -logsigmoid(z_P)
+    if centre_coef != 0.0:
+        loss_P = loss_P + centre_coef * (chosen_P + rejected_P).square()
     metrics = pairs.metrics(chosen_P, rejected_P, score_B.dtype)
     metrics["score"] = torch.where(pairs.kept_B, score_B.detach(), 0.0)
     return pairs.join(loss_P, score_B.dtype), metrics

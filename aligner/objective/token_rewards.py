@@ -83,7 +83,8 @@ def kl_penalized(
         inside(mask_BT, logp_BT.detach().double()) for logp_BT in (policy_logp_BT, reference_logp_BT)
     )
     kl_B = row_sums(kl_estimate(policy_BT, reference_BT, kl), mask_BT)
-    return (reward_B.detach().double() - kl_coef * kl_B).to(reward_B.dtype)
+    cost_B = kl_coef * kl_B if kl_coef != 0.0 else torch.zeros_like(kl_B)  # of nothing, even where the KL is infinite
+    return (reward_B.detach().double() - cost_B).to(reward_B.dtype)
 
 
 def returns_to_go(reward_BT: Tensor, mask_BT: Tensor, *, gamma: float = 1.0) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -54,44 +55,57 @@ def account_work(sums: dict[str, Tensor], tokens: int, microbatches: Sequence[tu
     add_to(sums, "work/computed", torch.tensor(sum(attended(lengths) for lengths in microbatches)))
 
 
-def means(sums: dict[str, float], totals: Totals) -> dict[str, float]:
-    """The global batch's sums by their kind -> what is reported; `sum/` stays as it is."""
-    count = {"sum": 1.0, "token": max(totals.tokens, 1.0), "row": max(totals.rows, 1.0)}
-    found: dict[str, float] = {}
-    work: dict[str, float] = {}
-    for key, value in sums.items():
-        kind, _, name = key.partition("/")
-        if kind == "max":
-            found[f"{name}_max"] = value
-        elif kind == "work":
-            work[name] = value
-        else:
-            found[name] = value / count[kind]
-    if work:
-        found["padding"] = 1 - work["rows"] / work["computed"]
-    return found
+@dataclass(frozen=True)
+class StepReport:
+    """What one optimizer step has to say."""
+
+    sums: Mapping[str, float]
+    """Over its minibatch, by `kind/name`: token, row, max, work as above; `sum/loss`, which is the minibatch's mean already."""
+    totals: Totals
+    """What the minibatch's tokens and rows are to be divided by."""
+    own: Mapping[str, float] = field(default_factory=dict)
+    """Numbers of the step itself: grad_norm, lr; SKIPPED or EMPTY where no step was taken."""
+
+    @property
+    def taken(self) -> bool:
+        """Whether the weights have moved."""
+        return not {SKIPPED, EMPTY} & self.own.keys()
 
 
-def over_steps(steps: list[dict[str, float]]) -> dict[str, float]:
-    """One row for the batch: means over its optimizer steps, maxima of `*_max`, totals of tokens.
+def over_steps(steps: Sequence[StepReport]) -> dict[str, float]:
+    """One row for the batch of these steps.
+
+    What is one number a token (or a row) is the mean over every trained token (or row with one) that the steps saw, as if
+    they had been one: minibatches of more tokens weigh more. `*_max` is the largest, `padding` the share of all that was
+    computed, `tokens` a total; loss, grad_norm and lr are numbers of a step, and the mean is over steps.
 
     `gap` is the first step's: there the policy still has the weights that the rollout sampled with. Steps that were left
     out are counted, and their numbers show only where no step was taken.
     """
-    row: dict[str, float] = {}
-    for reason in (SKIPPED, EMPTY):
-        if any(reason in step for step in steps):
-            row[reason] = sum(step.get(reason, 0.0) for step in steps)
-    left_out = row.keys()
-    taken = [step for step in steps if not left_out & step.keys()] or [s for s in steps if SKIPPED in s] or steps
-    for name in (name for name in taken[0] if name not in (SKIPPED, EMPTY)):
-        values = [step[name] for step in taken if name in step]
-        if name.startswith("gap"):
-            row[name] = values[0]
-        elif name.endswith("_max"):
-            row[name] = max(values)
-        elif name == "tokens":
-            row[name] = sum(step[name] for step in steps)
-        else:
+    row = {
+        reason: sum(step.own.get(reason, 0.0) for step in steps)
+        for reason in (SKIPPED, EMPTY)
+        if any(reason in step.own for step in steps)
+    }
+    shown = [s for s in steps if s.taken] or [s for s in steps if SKIPPED in s.own] or list(steps)
+    for key in dict.fromkeys(key for step in shown for key in step.sums):
+        kind, _, name = key.partition("/")
+        having = [step for step in shown if key in step.sums]
+        if name == "gap":
+            having = having[:1]
+        values = [step.sums[key] for step in having]
+        if kind == "max":
+            row[f"{name}_max"] = max(values)
+        elif kind == "sum":
             row[name] = sum(values) / len(values)
+        elif kind in ("token", "row"):
+            count = sum(step.totals.tokens if kind == "token" else step.totals.rows for step in having)
+            row[name] = sum(values) / max(count, 1.0)
+    computed = sum(step.sums.get("work/computed", 0.0) for step in shown)
+    if computed:
+        row["padding"] = 1 - sum(step.sums.get("work/rows", 0.0) for step in shown) / computed
+    for name in dict.fromkeys(name for step in shown for name in step.own if name not in (SKIPPED, EMPTY)):
+        values = [step.own[name] for step in shown if name in step.own]
+        row[name] = sum(values) / len(values)
+    row["tokens"] = sum(step.totals.tokens for step in steps)
     return row

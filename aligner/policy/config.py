@@ -58,7 +58,8 @@ class TrainingConfig:
     """A model on Megatron and how a batch passes through it."""
 
     dtype: str = "float32"
-    """Parameters and activations: float32 or bfloat16 (bfloat16 keeps float32 master weights and gradients)."""
+    """Parameters and activations: float32 or bfloat16 (bfloat16 keeps float32 gradients and master weights, which start from
+    the digits that the checkpoint has, not from those rounded to bfloat16)."""
     micro_tokens: int = 16384
     """Tokens packed into one microbatch, at most (one longer row makes a microbatch of its own). Context ranks share
     them."""

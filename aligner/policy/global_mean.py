@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +38,20 @@ def rows_together(loss: LossFunction) -> int:
     return int(attribute_of(loss, "rows_together", 1))
 
 
+def counted(loss: LossFunction, mask_BT: Tensor, fields: Mapping[str, Any]) -> Tensor:
+    """[B, T] bool: `mask_BT` without the rows that the loss leaves out, which must not count in its mean either.
+
+    A function that leaves out rows with trained tokens (a pair's, whose other row has none) has the attribute
+    `counted_rows`: (mask_BT, <fields it names>) -> bool [B]. Without one every row with a trained token counts.
+    """
+    rows = attribute_of(loss, "counted_rows", None)
+    if rows is None:
+        return mask_BT
+    wanted = inspect.signature(rows).parameters
+    kept_B: Tensor = rows(mask_BT, **{name: value for name, value in fields.items() if name in wanted})
+    return mask_BT & kept_B[:, None]
+
+
 def attribute_of(loss: Any, name: str, default: Any) -> Any:
     """An attribute of the function under any partials."""
     while isinstance(loss, functools.partial):
@@ -63,4 +78,5 @@ def global_mean(loss: Tensor, mask_BT: Tensor, totals: Totals, config: TrainingC
         total_rows=totals.rows,
         fixed_length=config.fixed_length or max_response or None,
     )
-    return (loss * weight_BT).sum()
+    # `where`, because a loss of one's own may leave anything outside the mask
+    return (torch.where(mask_BT, loss, 0.0) * weight_BT).sum()

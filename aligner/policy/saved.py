@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
+from aligner.models.checkpoint import read_into
+from aligner.models.family import new_tensors
 from aligner.models.megatron_layout import MegatronSide
-from aligner.policy.state import MOMENTS, WEIGHTS, clip, make_moments, slices, written_by
+from aligner.models.stored import open_stored
+from aligner.policy.state import MOMENTS, WEIGHTS, Slice, clip, make_moments, slices, written_by
 from aligner.reshard.executor import execute
 from aligner.reshard.plan import make_plan
 from aligner.reshard.region import Layout, Piece
@@ -19,6 +22,7 @@ from aligner.reshard.storage import Views, strided_view
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from aligner.policy.optimizer import Optimizer
     from aligner.policy.trained import Trained
 
 BUCKET_BYTES = 64 << 20
@@ -68,18 +72,36 @@ def load(role: Trained, source: Source, steps: int) -> None:
     model, optimizer = role.model, role.optimizer
     make_moments(optimizer, steps)
     _read(source, f"{role.name}/{WEIGHTS}", model.layout, model.view)
-    held, by_storage = slices(optimizer, model), _by_storage(model.layout)
+    held = slices(optimizer, model)
+    layout = _of_slices(held, model.layout)
     for kind in (WEIGHTS, *(MOMENTS if steps else ())):
         if kind == WEIGHTS and role.config.dtype == "float32":  # its own master
             continue
         flat = {part.storage: part.master if kind == WEIGHTS else part.moments[kind] for part in held}
-        layout = [
-            kept
-            for part in held
-            for piece in by_storage.get(part.storage, ())
-            for kept in clip(_as_float32(piece), part.start, part.stop)
-        ]
         _read(source, f"{role.name}/{kind}", layout, partial(_in_flat, flat))
+
+
+def read_masters(role: Trained, optimizer: Optimizer) -> None:
+    """Masters of bf16 parameters from the model's folder, where that has more digits: Megatron makes them from the
+    parameters, and so from what rounding has left."""
+    held = slices(optimizer, role.model)
+    layout = _of_slices(held, role.model.layout)
+    with open_stored(role.spec) as stored:
+        new = new_tensors(role.spec)
+        pieces = stored.layout(dict.fromkeys(piece.name for piece in layout if piece.name not in new))
+    if any(piece.dtype != "bfloat16" for piece in pieces):
+        read_into(role.spec, layout, partial(_in_flat, {part.storage: part.master for part in held}))
+
+
+def _of_slices(held: Sequence[Slice], pieces: Layout) -> list[Piece]:
+    """Which region each of the optimizer's flat ranges holds, in float32."""
+    by_storage = _by_storage(pieces)
+    return [
+        kept
+        for part in held
+        for piece in by_storage.get(part.storage, ())
+        for kept in clip(_as_float32(piece), part.start, part.stop)
+    ]
 
 
 def _by_storage(layout: Layout) -> dict[str, list[Piece]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn
@@ -16,8 +17,8 @@ from torch import Tensor
 from aligner.data.samples import Samples
 from aligner.models.stored import describe_training
 from aligner.policy import offload, saved
-from aligner.policy.accounts import account_work, add_to, gather_advantages, gather_metrics, means, over_steps
-from aligner.policy.global_mean import LossFunction, Totals, global_mean, rows_together, takes_one_step
+from aligner.policy.accounts import StepReport, account_work, add_to, gather_advantages, gather_metrics, over_steps
+from aligner.policy.global_mean import LossFunction, Totals, counted, global_mean, rows_together, takes_one_step
 from aligner.policy.model_role import ModelRole
 from aligner.policy.offending import Seen, begin_offending, save_offending
 from aligner.policy.optimizer import Optimizer
@@ -70,7 +71,10 @@ class Trained(ModelRole):
     @cached_property
     def optimizer(self) -> Optimizer:
         """Gradients and optimizer state; collective over the role's ranks when it is first asked for."""
-        return Optimizer(self.model, self.config.optimizer, self.groups)
+        made = Optimizer(self.model, self.config.optimizer, self.groups)
+        if self.config.dtype != "float32":
+            saved.read_masters(self, made)
+        return made
 
     @cached_property
     def description(self) -> dict[str, bytes]:
@@ -93,8 +97,9 @@ class Trained(ModelRole):
             loss: `loss(<the readout's result>, mask_BT=..., <fields it names>) -> (loss, metrics)`, not reduced: [B, T]
                 per token, weighted by `reduction`, or [B] per row, for the mean over the rows with a trained token. It
                 may also name rollout_logp_BT and the readout's further results (entropy_BT of a policy). Its attribute
-                `rows_together` = n says that n consecutive rows belong together; no microbatch splits them. `one_step` =
-                True says that it is right only at the weights that sampled.
+                `rows_together` = n says that n consecutive rows belong together; no microbatch splits them. `counted_rows`
+                says which rows it leaves out (see `counted`). `one_step` = True says that it is right only at the weights
+                that sampled.
             fields: row-wise Refs (or plain values) handed to the loss by name.
 
         Returns:
@@ -164,11 +169,12 @@ class Trained(ModelRole):
                 "present ones only; set stream.lag=0 and stream.step_tokens=null, or take decoupled_surrogate."
             )
 
-    def _step(self, loss: LossFunction, together: int, samples: Samples, fields: dict[str, Any]) -> dict[str, float]:
+    def _step(self, loss: LossFunction, together: int, samples: Samples, fields: dict[str, Any]) -> StepReport:
         """One optimizer step over this shard's rows of one minibatch."""
+        samples = replace(samples, mask_BT=counted(loss, samples.mask_BT, fields))
         totals = self._totals(samples)
         if self.skip_empty and not totals.tokens:
-            return {EMPTY: 1.0, "tokens": 0.0}
+            return StepReport({}, totals, {EMPTY: 1.0})
         seen: list[Seen] = []
         batches = self.microbatches(samples, self.config.micro_tokens, together)
         sums: dict[str, Tensor] = {}
@@ -199,16 +205,16 @@ class Trained(ModelRole):
         self.pipeline.backward(self.optimizer.chunks, packed, of_microbatch)
         account_work(sums, int(samples.length_B.sum()), [tuple(batch.lengths.tolist()) for batch in packed])
         gather_advantages(sums, fields, samples.mask_BT)
-        metrics = means(self._reduce(sums), totals)
+        reduced = self._reduce(sums)
         norm = self.optimizer.norm()
-        wrong = self._wrong(metrics.get("loss", 0.0), norm)
+        wrong = self._wrong(reduced.get("sum/loss", 0.0), norm)
         if wrong:
             too_many = self.skips.left_out()
             if too_many:
                 self._stop(wrong, too_many, samples, fields, seen)
-            return {**metrics, "grad_norm": norm, "tokens": totals.tokens, SKIPPED: 1.0}
+            return StepReport(reduced, totals, {"grad_norm": norm, SKIPPED: 1.0})
         self.skips.taken()
-        return {**metrics, "grad_norm": norm, "lr": self._descend(norm), "tokens": totals.tokens}
+        return StepReport(reduced, totals, {"grad_norm": norm, "lr": self._descend(norm)})
 
     def _imbalance(self, rows: Rows) -> float:
         assert rows.lengths is not None

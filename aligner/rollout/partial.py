@@ -24,8 +24,13 @@ class Partial(Iterator[Ref]):
     A round takes one more batch of prompts and adds at most `stream.step_tokens` tokens to each response under way, new
     or carried over. A step takes the groups that have been complete for longest, after as many rounds as it needs to
     have enough. A group stays on its replica, and draws the tokens that it would have drawn without interruptions, if
-    the weights stayed the same. What is under way never exceeds ceil(max_tokens / step_tokens) + lag batches.
-    `lag` rounds are started ahead.
+    the weights stayed the same.
+
+    `lag` rounds are started ahead. What a round leaves over joins the next one, even where that has been started: left
+    to wait for a round that is not, a response would go on in one round of lag + 1 only, and grow old meanwhile. So with
+    R = ceil(max_tokens / step_tokens) no more than R + lag batches are under way, complete ones among them. A token is
+    at most R + lag - 1 updates old where all responses take R rounds, and max(R, 2 R - 2) + lag - 1 whatever they take:
+    what is carried over waits while a step has enough complete groups without a round.
     """
 
     def __init__(
@@ -51,13 +56,13 @@ class Partial(Iterator[Ref]):
             if batch is not None:
                 self._wanted = len(batch)
                 rounds.append(pool.start(batch))
-                if len(rounds) <= self._lag:
-                    continue
             elif pool.carried and not rounds:  # the prompts have an end
                 rounds.append(pool.start([]))
             elif not rounds:
                 break
-            pool.finish(rounds.popleft())
+            most = self._lag if batch is not None else len(rounds) - 1
+            while len(rounds) > most:  # several, where a run goes on with a smaller lag
+                pool.finish(rounds.popleft(), rounds[0] if rounds else None)
         if not pool.complete:
             raise StopIteration
         return pool.take(min(self._wanted, pool.complete))
@@ -68,12 +73,24 @@ class Partial(Iterator[Ref]):
         return {"wanted": self._wanted, **self._pool.state(self._rounds)}
 
 
-@dataclass
-class _Round:
-    """Groups that the engines work on, by their replica; and the engine's own ticket, on ranks of the rollout."""
+@dataclass(eq=False)
+class _Part:
+    """Groups that were handed to the engines together, by their replica; and the engine's ticket, on the rollout's ranks."""
 
     groups: list[list[int]]
     ticket: int | None
+
+
+@dataclass(eq=False)
+class _Round:
+    """What is finished together: the groups it was started with, and those that joined it later."""
+
+    parts: list[_Part]
+
+    @property
+    def numbers(self) -> list[int]:
+        """Its groups, ascending; the same on every rank."""
+        return sorted(number for part in self.parts for share in part.groups for number in share)
 
 
 @dataclass
@@ -118,18 +135,32 @@ class _Pool:
             first, self._count = self._count, self._count + len(prompts)
             self._deal({first + place: prompt for place, prompt in enumerate(prompts)})
             numbers, self.carried = [*self.carried, *range(first, self._count)], []
-            work = _Round(self._by_replica(numbers), None)
+            for number in (n for n in range(first, self._count) if rollout.member and self._is_mine(n)):
+                seed = request_seed(rollout.seed, rollout.calls, number - first)
+                prompt = prompts[number - first]
+                samples = [Sample(list(prompt.tokens), seed + i) for i in range(self.num_samples)]
+                self._held[number] = _Group(prompt, samples)
+            work = _Round([self._handed_over(numbers)])
             rollout.under_way.append(work)
-            if rollout.member:
-                mine = work.groups[rollout.shard or 0]
-                for number in (n for n in mine if n >= first):
-                    seed = request_seed(rollout.seed, rollout.calls, number - first)
-                    prompt = prompts[number - first]
-                    samples = [Sample(list(prompt.tokens), seed + i) for i in range(self.num_samples)]
-                    self._held[number] = _Group(prompt, samples)
-                going_on = [one for number in mine for one in self._held[number].samples if not one.ended]
-                work.ticket = rollout.engine.resume(going_on, rollout.sampling, rollout.overlap.step_tokens)
             return work
+
+    def _join(self, work: _Round, numbers: Sequence[int]) -> None:
+        """Groups that go on in a round that has been started."""
+        self.rollout.wake()
+        with self.rollout.call("start", on_host=True):
+            work.parts.append(self._handed_over(numbers))
+
+    def _handed_over(self, numbers: Sequence[int]) -> _Part:
+        """Groups into the engines' hands, each for `stream.step_tokens` more tokens."""
+        rollout, part = self.rollout, _Part(self._by_replica(numbers), None)
+        if rollout.member:
+            mine = part.groups[rollout.shard or 0]
+            going_on = [one for number in mine for one in self._held[number].samples if not one.ended]
+            part.ticket = rollout.engine.resume(going_on, rollout.sampling, rollout.overlap.step_tokens)
+        return part
+
+    def _is_mine(self, number: int) -> bool:
+        return self.replica[number] == (self.rollout.shard or 0)
 
     def _deal(self, prompts: Mapping[int, Prompt]) -> None:
         numbers = list(prompts)
@@ -140,35 +171,39 @@ class _Pool:
     def _by_replica(self, numbers: Sequence[int]) -> list[list[int]]:
         return [[n for n in numbers if self.replica[n] == shard] for shard in range(self.rollout.mesh.data)]
 
-    def _absorb(self, work: _Round) -> list[_Group]:
-        """This replica's groups of a round, with what the engine has added."""
+    def _absorb(self, work: _Round) -> dict[int, _Group]:
+        """This replica's groups of a round by their numbers, with what the engine has added."""
         rollout = self.rollout
-        mine = [self._held[number] for number in work.groups[rollout.shard or 0]]
-        if work.ticket is not None:
-            grown = iter(rollout.engine.finish(work.ticket))
-            work.ticket = None
-            for group in mine:
-                group.samples = [one if one.ended else next(grown) for one in group.samples]
-        return mine
+        found: dict[int, _Group] = {}
+        for part in work.parts:
+            mine = {number: self._held[number] for number in part.groups[rollout.shard or 0]}
+            if part.ticket is not None:
+                grown = iter(rollout.engine.finish(part.ticket))
+                part.ticket = None
+                for group in mine.values():
+                    group.samples = [one if one.ended else next(grown) for one in group.samples]
+            found |= mine
+        return found
 
-    def finish(self, work: _Round) -> None:
-        """Wait for a round; every rank learns which of its groups are complete."""
+    def finish(self, work: _Round, following: _Round | None) -> None:
+        """Wait for a round; every rank learns which of its groups are complete. The others join the following round."""
         rollout = self.rollout
         rollout.under_way.remove(work)
         lengths: dict[int, list[int]] = {}
         with rollout.working():
             if rollout.member:
                 mine = self._absorb(work)
-                numbers = work.groups[rollout.shard or 0]
-                ended = {n: group.lengths for n, group in zip(numbers, mine, strict=True) if group.ended}
-                for found in rollout.agreed(ended, sum(sum(one.tokens) for group in mine for one in group.samples)):
+                ended = {number: group.lengths for number, group in mine.items() if group.ended}
+                drawn = sum(sum(one.tokens) for group in mine.values() for one in group.samples)
+                for found in rollout.agreed(ended, drawn):
                     lengths |= found
         lengths = Ref(rollout, lengths).get()
-        for number in sorted(n for share in work.groups for n in share):
-            if number in lengths:
-                self._complete.append((number, lengths[number]))
-            else:
-                self.carried.append(number)
+        self._complete.extend((number, lengths[number]) for number in work.numbers if number in lengths)
+        left_over = [number for number in work.numbers if number not in lengths]
+        if following is None:
+            self.carried += left_over
+        elif left_over:
+            self._join(following, left_over)
 
     def take(self, groups: int) -> Ref:
         """The groups that have been complete for longest, as a batch."""
@@ -203,7 +238,7 @@ class _Pool:
             "count": self._count,
             "carried": self.carried,
             "complete": [[number, lengths] for number, lengths in self._complete],
-            "rounds": [sorted(n for share in work.groups for n in share) for work in rounds],
+            "rounds": [work.numbers for work in rounds],
             "groups": [[number, groups[number]] for number in sorted(groups)],
         }
 
@@ -217,6 +252,6 @@ class _Pool:
         for number, group in saved["groups"]:
             if rollout.member and self.replica[number] == rollout.shard:
                 self._held[number] = _Group(prompts[number], [sample_from(one) for one in group["samples"]])
-        rounds = [_Round(self._by_replica(numbers), None) for numbers in saved["rounds"]]
+        rounds = [_Round([_Part(self._by_replica(numbers), None)]) for numbers in saved["rounds"]]
         rollout.under_way += rounds
         return rounds

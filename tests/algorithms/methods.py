@@ -21,9 +21,9 @@ TWICE = ["policy.minibatches=2", "policy.epochs=2"]
 ONLINE: dict[str, list[str]] = {
     "grpo": [*SMALL, ENTROPY.lstrip("+"), "algorithm.loss.kl_coef=0.05"],
     "dapo": [*SMALL, ENTROPY.lstrip("+"), "reward.rule='{task}/rule.py:brief'", "algorithm.length_penalty.buffer=8"],
-    "dr_grpo": [*SMALL, ENTROPY.lstrip("+"), "policy.reduction=fixed"],
-    "grpo_decoupled": [*SMALL, ENTROPY.lstrip("+"), "stream.step_tokens=8"],
-    "gspo": [*SMALL, ENTROPY, "policy.reduction=sequence_mean"],
+    "dr_grpo": [*SMALL, ENTROPY.lstrip("+")],
+    "grpo_decoupled": [*SMALL, ENTROPY.lstrip("+"), "stream.lag=0", "stream.step_tokens=8"],
+    "gspo": [*SMALL, ENTROPY],
     "rloo": [*SMALL, "algorithm.reward_kl_coef=0.1"],
     "reinforce_pp_baseline": [*SMALL, ENTROPY.lstrip("+"), "algorithm.loss.kl_coef=0.05"],
     "reinforce_pp": [ENTROPY],
@@ -40,6 +40,15 @@ OFFLINE: dict[str, list[str]] = {
     },
 }
 UNTRAINED = {"rank_samples"}
+PAPERS: dict[str, list[str]] = {
+    "grpo_paper": [*SMALL, ENTROPY.lstrip("+")],
+    "dapo_paper": ["data.prompts_per_step=16", "algorithm.group_size=2", "algorithm.length_penalty.buffer=8"],
+    "rloo_paper": SMALL,
+    "reinforce_pp_paper": [ENTROPY],
+    "ppo_paper": [],
+    "ipo_paper": ["data=preferences", "data.path={task}/preferences.jsonl"],
+}
+"""Published settings of methods above: their equations are in test_papers.py, here they only run."""
 MORE: dict[str, list[str]] = {
     "grpo, several steps a batch": ["algorithm=grpo", *ONLINE["grpo"], *TWICE, "policy.micro_tokens=64"],
     "grpo_decoupled, ahead, several steps a batch": [
@@ -47,7 +56,6 @@ MORE: dict[str, list[str]] = {
         *ONLINE["grpo"],
         *TWICE,
         "policy.micro_tokens=64",
-        "stream.lag=1",
         "algorithm.loss.weight_high=1.01",
     ],
     "ppo, several steps a batch": [
@@ -96,12 +104,12 @@ def cases() -> dict[str, list[str]]:
 
 def run_methods(
     torchrun: Callable[..., Any], task: Path, out: Path, ranks: int, layouts: dict[str, list[str]],
-    rollout: list[str] | None = None, seconds: float = 280,
+    rollout: list[str] | None = None, seconds: float = 280, chosen: dict[str, list[str]] | None = None,
 ) -> Found:  # fmt: skip
-    """Every case under every layout, in one job of `ranks` ranks."""
+    """Every case (of `chosen`, or all) under every layout, in one job of `ranks` ranks."""
     plan = {
         "base": [text.format(task=task) for text in BASE],
-        "cases": {name: [text.format(task=task) for text in more] for name, more in cases().items()},
+        "cases": {name: [text.format(task=task) for text in more] for name, more in (chosen or cases()).items()},
         "layouts": layouts, "rollout": rollout or [], "steps": 3, "out": str(out / f"found{ranks}.json"),
     }  # fmt: skip
     file = out / f"plan{ranks}.json"

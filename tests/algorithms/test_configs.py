@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from dataclasses import is_dataclass
+from operator import attrgetter
 from typing import Any
 
 import pytest
@@ -12,11 +13,11 @@ import torch
 from hydra.utils import get_method
 
 from aligner.config import compose_config, to_config
-from aligner.driver.job import BATCHES
+from aligner.driver.job import BATCHES, prepare
 from aligner.driver.settings import hints_of, settings_of
 from tests.algorithms.methods import methods
 
-DATA = {name: "preferences" for name in ("dpo", "ipo", "robust_dpo", "orpo", "simpo", "reward_model")}
+DATA = {name: "preferences" for name in ("dpo", "ipo", "ipo_paper", "robust_dpo", "orpo", "simpo", "reward_model")}
 DATA |= {"sft": "demonstrations", "kto": "feedback"}
 
 
@@ -44,6 +45,41 @@ def test_every_method_builds(method: str) -> None:
     names = inspect.signature(settings.loss).parameters if hasattr(settings, "loss") else {}
     if "reference_sum_B" in names:
         assert "reference" in settings.roles
+
+
+@pytest.mark.parametrize(
+    ("method", "needs"),
+    [
+        ("gspo", {"policy.reduction": "sequence_mean"}),
+        ("grpo_paper", {"policy.reduction": "sequence_mean"}),
+        ("reinforce_pp_paper", {"policy.reduction": "sequence_mean"}),
+        ("dr_grpo", {"policy.reduction": "fixed", "policy.fixed_length": 0}),
+        ("rloo", {"policy.reduction": "fixed", "policy.fixed_length": 1}),
+        ("rloo_paper", {"policy.reduction": "fixed", "policy.fixed_length": 1}),
+        ("remax", {"policy.reduction": "fixed", "policy.fixed_length": 1}),
+        ("grpo_decoupled", {"stream.lag": 1}),
+        ("dapo_paper", {"policy.minibatches": 16}),
+        ("ppo_paper", {"policy.minibatches": 8, "critic.minibatches": 8}),
+    ],
+)
+def test_a_method_sets_what_else_it_needs(method: str, needs: dict[str, Any]) -> None:
+    config = to_config(compose_config(["model.path=folder", f"algorithm={method}"], "quickstart"))
+    assert {name: attrgetter(name)(config) for name in needs} == needs
+    assert config.policy.optimizer.lr == 2e-4, "what quickstart sets beside it stays"
+
+
+def test_the_command_line_wins_over_what_a_method_sets() -> None:
+    given = ["algorithm=dapo_paper", "policy.minibatches=2", "policy.reduction=fixed"]
+    config = to_config(compose_config(["model.path=folder", *given]))
+    assert (config.policy.minibatches, config.policy.reduction) == (2, "fixed")
+    config = to_config(compose_config(["model.path=folder", "algorithm=grpo_decoupled", "stream.lag=0"]))
+    assert config.stream.lag == 0
+
+
+def test_kto_needs_another_prompt_in_the_batch() -> None:
+    given = ["model.path=folder", "algorithm=kto", "data=feedback", "data.prompts_per_step=1"]
+    with pytest.raises(ValueError, match=r"data\.prompts_per_step=1: .* use 2 or more"):
+        prepare(to_config(compose_config(given)), 1)
 
 
 def test_dapo_s_overlong_punishment_takes_the_limit_of_sampling() -> None:

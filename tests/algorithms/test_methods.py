@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.algorithms.methods import UNTRAINED, Found, Row, cases, methods, run_methods
+from tests.algorithms.methods import PAPERS, UNTRAINED, Found, Row, cases, methods, run_methods
 
 TENSOR, PIPELINE = "placement.policy.tensor=2", "placement.policy.pipeline=2"
 CONTEXT = "placement.policy.context=2"
@@ -117,7 +117,7 @@ def check_layouts(one: dict[str, list[Row]], others: Found) -> None:
 
 def test_every_method_has_a_case() -> None:
     tried = {override.removeprefix("algorithm=") for more in cases().values() for override in more}
-    assert set(methods()) - UNTRAINED <= tried
+    assert set(methods()) - UNTRAINED - set(PAPERS) <= tried
 
 
 def test_every_method_is_the_same_under_any_layout(found: Callable[..., Found]) -> None:
@@ -155,6 +155,19 @@ def test_what_each_method_is_named_for_happens(found: Callable[..., Found]) -> N
     assert ahead[1]["weight_max"] == pytest.approx(1.01) and ahead[1]["bounded_fraction"] > 0
     assert one["grpo_decoupled"][1]["staleness_max"] == 1 > one["grpo_decoupled"][1]["staleness"] > 0
     assert any(row["ratio_max"] > 1.05 for row in one["grpo, several steps a batch"]), "the later steps are off-policy"
+
+
+@pytest.mark.matrix
+@pytest.mark.timeout(900)
+def test_published_settings_run_alike_under_two_layouts(
+    torchrun: Callable[..., Any], task: Any, tmp_path: Path
+) -> None:
+    chosen = {name: [f"algorithm={name}", *more] for name, more in PAPERS.items()}
+    one = run_methods(torchrun, task.folder, tmp_path, 1, {"one rank": []}, chosen=chosen)["one rank"]
+    assert set(one) == set(PAPERS)
+    for name, rows in one.items():
+        assert len(rows) == 3 and all(row["grad_norm"] > 0.05 for row in rows), name
+    check_layouts(one, run_methods(torchrun, task.folder, tmp_path, 2, TWO, chosen=chosen))
 
 
 @pytest.mark.matrix

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from tests.algorithms.conftest import said_alike
+from tests.algorithms.streams_rank import BOUNDS
 
 SPLIT = ["placement=split"]
 LAYOUTS = {
@@ -48,7 +49,7 @@ def test_what_is_generated_ahead_is_what_generate_makes(said: Said, stream: str)
     assert said[stream] == said["plain"]
 
 
-@pytest.mark.parametrize("stream", ["partial", "partial, ahead"])
+@pytest.mark.parametrize("stream", ["partial", "partial, ahead", "partial, two ahead"])
 def test_what_is_carried_over_is_what_it_would_have_been(said: Said, stream: str) -> None:
     """Every group, whole, with the tokens of an uninterrupted generation; some were carried over, some not."""
     plain = [tuple(map(str, row)) for batch in said["plain"] for row in batch]
@@ -65,7 +66,10 @@ def test_what_is_carried_over_is_what_it_would_have_been(said: Said, stream: str
 def test_all_layouts_draw_the_same(cache: dict[str, Said], said: Said) -> None:
     for other in cache.values():
         assert other["plain"] == said["plain"]
-        assert other["partial"] == said["partial"]
+        for stream in ("partial", "partial, ahead", "partial, two ahead"):
+            assert other[stream] == said[stream]
+        for lengths in ("equal", "unequal"):
+            assert other[f"bounds, {lengths} lengths"] == said[f"bounds, {lengths} lengths"]
 
 
 @pytest.mark.parametrize(
@@ -78,6 +82,16 @@ def test_staleness_is_the_lag(said: Said, stream: str, staleness: list[int]) -> 
     assert found["versions"] == [[step - n] for step, n in enumerate(staleness)]
 
 
+def test_no_more_is_under_way_than_the_lag_and_the_rounds_ask_for(said: Said) -> None:
+    """R + lag batches, R = ceil(20 / step_tokens), whose tokens are R + lag - 1 updates old when all take R rounds."""
+    rounds = [(lag, -(-20 // step_tokens)) for lag, step_tokens in BOUNDS]
+    assert [most for _, most in rounds] == [1, 2, 4] * 3
+    assert said["bounds, equal lengths"] == [[most + lag, most + lag - 1] for lag, most in rounds]
+    for (lag, most), (batches, oldest) in zip(rounds[2::3], said["bounds, unequal lengths"], strict=True):
+        assert 1 + lag < batches <= most + lag
+        assert lag <= oldest <= max(most, 2 * most - 2) + lag - 1
+
+
 @pytest.mark.parametrize("stream", ["in flight", "partial"])
 def test_a_sample_may_be_drawn_by_several_versions(said: Said, stream: str) -> None:
     found = said[f"training, {stream}"]
@@ -88,7 +102,16 @@ def test_a_sample_may_be_drawn_by_several_versions(said: Said, stream: str) -> N
         assert most == step - min(found["versions"][step])
 
 
-@pytest.mark.parametrize("stream", ["lag 0", "lag 2", "in flight", "partial"])
+def test_weights_that_arrive_in_the_middle_of_a_response(said: Said, request: pytest.FixtureRequest) -> None:
+    """Each token's log-probability is transformers' under the weights of its version, and not under the others'."""
+    found = said["training, in flight, long"]
+    assert found["worst"] < 1e-4
+    if "colocated" not in request.node.callspec.id:  # there the policy has its weights as soon as the engine is asked
+        assert found["mixed"] >= 4 and len(found["versions"]) >= 3
+        assert found["wrong"] > 1e-2
+
+
+@pytest.mark.parametrize("stream", ["lag 0", "lag 2", "in flight", "partial", "partial, ahead"])
 def test_each_token_was_drawn_by_the_weights_of_its_version(said: Said, stream: str) -> None:
     """The policy's log-probabilities under that version's weights are the engine's; under another's they are not."""
     found = said[f"training, {stream}"]

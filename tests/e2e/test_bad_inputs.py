@@ -217,7 +217,7 @@ SETTINGS = [
     Case(
         "option",
         "algorithm=gppo",
-        ("algorithm/gppo: no such configuration; available: dapo, dpo, dr_grpo, grpo, grpo_decoupled",),
+        ("algorithm/gppo: no such configuration; available: dapo, dapo_paper, dpo, dr_grpo, grpo, grpo_decoupled",),
     ),
     Case(
         "option_of_no_name", "placement=2", ("placement=2: no such configuration; available: colocated, mixed, split",)

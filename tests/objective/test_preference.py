@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from aligner.objective.masked import row_sums
-from aligner.objective.preference import dpo, ipo, kto, orpo, robust_dpo, simpo
+from aligner.objective.preference import dpo, ipo, kto, orpo, reference_point, robust_dpo, simpo
 from tests.objective.ragged_pairs import ragged
 
 F64 = torch.float64
@@ -244,3 +244,13 @@ def test_mistakes_are_named(loss: Any, wrong: dict[str, Any], message: str) -> N
 def test_an_odd_number_of_rows_is_refused() -> None:
     with pytest.raises(AssertionError, match="3 rows are not whole pairs"):
         simpo(torch.zeros(3, 2), mask_BT=torch.ones(3, 2, dtype=torch.bool))
+
+
+def test_kto_s_reference_point_by_hand() -> None:
+    """(3 - 1 + 4) / 3 of the rows that have a token; a fourth has none, whatever stands there."""
+    mask_BT = torch.tensor([[True, False], [True, True], [False, False], [False, True]])
+    policy_B = torch.tensor([-2.0, -5.0, -100.0, -6.0], dtype=torch.float64)
+    d_B = torch.tensor([3.0, -1.0, float("nan"), 4.0], dtype=torch.float64)
+    assert reference_point(policy_B, policy_B - d_B, mask_BT) == pytest.approx(2.0)
+    assert reference_point(policy_B, policy_B + d_B, mask_BT) == 0.0
+    assert reference_point(policy_B, policy_B - d_B, torch.zeros(4, 2, dtype=torch.bool)) == 0.0

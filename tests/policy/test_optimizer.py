@@ -8,11 +8,13 @@ import pytest
 
 PROGRAM = """
 import sys, torch
+from safetensors.torch import load_file
 from aligner.data.samples import Samples
 from aligner.models.spec import read_spec
 from aligner.policy.config import OptimizerConfig, PolicyConfig
 from aligner.policy.policy import Policy
 from aligner.policy.skips import NotFinite, Skips
+from aligner.policy.state import clip, slices
 from aligner.spmd.mesh import Mesh
 from aligner.spmd.world import World
 
@@ -46,6 +48,16 @@ for distributed in (True, False):
 # bf16 parameters are the rounded fp32 masters, which keep what bf16 cannot show
 config = PolicyConfig(dtype="bfloat16", optimizer=OptimizerConfig(lr=1e-4))
 policy = Policy("bf16", world, Mesh(everyone), spec, config)
+# they start from the folder's float32, not from what bf16 has left of it
+begun, given = 0, load_file(sys.argv[1] + "/model.safetensors")
+for part in slices(policy.optimizer, policy.model):
+    for piece in (p for p in policy.model.layout if p.storage == part.storage):
+        for box in clip(piece, part.start, part.stop):
+            theirs = given[box.name][tuple(slice(lo, lo + n) for lo, n in zip(box.lo, box.size))]
+            ours = torch.as_strided(part.master, box.size, box.stride, part.master.storage_offset() + box.offset)
+            assert torch.equal(ours, theirs), box
+            begun += int((ours != theirs.bfloat16().float()).sum())
+assert begun > 1000, begun
 losses = [policy.update(imitate, policy.place(samples)).get()["loss"] for _ in range(30)]
 assert losses[-1] < losses[0] - 0.05, losses
 inner = policy.optimizer.inner

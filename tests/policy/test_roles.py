@@ -13,6 +13,7 @@ from aligner.config import compose_config, to_config
 from aligner.data.samples import Samples
 from aligner.data.tokenizer import load_tokenizer
 from aligner.models.spec import read_spec
+from aligner.objective.preference import simpo
 from aligner.roles import build_roles
 from aligner.spmd.placement import make_meshes
 from aligner.spmd.world import World
@@ -32,6 +33,9 @@ def roles(wanted, *overrides):
 
 def likelihood(policy_logp_BT, *, mask_BT, value_BT):
     assert value_BT.shape == mask_BT.shape
+    return -torch.where(mask_BT, policy_logp_BT, 0.0), {}
+
+def likelihood_alone(policy_logp_BT, *, mask_BT):
     return -torch.where(mask_BT, policy_logp_BT, 0.0), {}
 
 def to_one(value_BT, *, mask_BT):
@@ -91,6 +95,26 @@ assert losses[0] == 1.0 and losses[-1] < 0.5, losses
 assert not (several.critic.values(rows).get() * ~mask_BT).any()
 assert several.trained == [several.policy, several.critic]
 assert "optimizer" not in vars(several.reward_model)
+
+# the second pair has a row in which nothing is trained: as if the batch were the first alone, and twice that pair
+policy = roles(["policy"], "policy.optimizer.lr=0", "placement.policy.ranks=all").policy
+hollow = dataclasses.replace(samples, mask_BT=mask_BT & (torch.arange(4) != 3)[:, None])
+logp_BT = policy.logprobs(policy.place(samples, 2)).get()
+of_first, metrics = simpo(logp_BT[:2], mask_BT=mask_BT[:2])
+row = policy.update(simpo, policy.place(hollow, 2)).get()
+assert abs(row["loss"] - of_first.mean().item()) < 1e-6 and row["tokens"] == 7 + 4, row
+for name, value_B in metrics.items():
+    assert abs(row[name] - value_B.mean().item()) < 1e-6, (name, row)
+left_out = torch.tensor([1.0, -1.0, 0.0, 0.0])
+rows = policy.place(samples, 2)
+row = policy.update(simpo, rows, preference_B=policy.along(rows, left_out)).get()
+assert abs(row["loss"] - of_first.mean().item()) < 1e-6 and row["tokens"] == 7 + 4, row
+
+# two minibatches of 11 and 8 tokens, of rows 0, 1, 2 and 3 updates old: the mean is over the tokens
+policy.config = dataclasses.replace(policy.config, minibatches=2)
+version_BT = (policy.version - torch.arange(4))[:, None].expand(4, 9).int().contiguous()
+row = policy.update(likelihood_alone, policy.place(dataclasses.replace(samples, version_BT=version_BT), 1, 2)).get()
+assert abs(row["staleness"] - (0 * 7 + 1 * 4 + 2 * 2 + 3 * 6) / 19) < 1e-9 and row["staleness_max"] == 3, row
 print("roles stand\\n", end="", flush=True)
 world.leave()
 """

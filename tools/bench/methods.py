@@ -28,13 +28,13 @@ ALL_SAMPLES = ("algorithm.group_size=8",)
 PAIRS = ("stage=dpo",)
 METHODS: dict[str, tuple[str, ...]] = {
     "grpo": ONLINE,
-    "dr_grpo": (*ONLINE, "policy.reduction=fixed"),
+    "dr_grpo": ONLINE,
     "dapo": ONLINE,
-    "gspo": (*ONLINE, "policy.reduction=sequence_mean"),
-    "rloo": (*ONLINE, *ALL_SAMPLES),
+    "gspo": ONLINE,
+    "rloo": (*ONLINE, *ALL_SAMPLES, "policy.reduction=token_mean"),
     "reinforce_pp": (*ONLINE, *ALL_SAMPLES),
     "reinforce_pp_baseline": ONLINE,
-    "remax": (*ONLINE, *ALL_SAMPLES),
+    "remax": (*ONLINE, *ALL_SAMPLES, "policy.reduction=token_mean"),
     "ppo": (*ONLINE, *ALL_SAMPLES, "critic.optimizer.lr=1e-3"),
     "online_dpo": (*ONLINE, "data.prompts_per_step=128"),
     "reward_model": ("stage=reward_model",),

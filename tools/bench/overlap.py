@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 STEPS, FIRST = 12, 4
 TOKENS, TOKEN_SECONDS, UPDATE_SECONDS = 24, 0.08, 2.0
 STREAMS = {
-    "lag 0": [],
+    "lag 0": ["stream.lag=0"],
     "lag 1": ["stream.lag=1"],
     "lag 1, in flight": ["stream.lag=1", "stream.in_flight=true"],
     "lag 2": ["stream.lag=2"],
