@@ -66,6 +66,8 @@ def _main(arguments: list[str]) -> None:
 
             plain = mask.plain(OmegaConf.to_container(composed))
             return _print_once(rank, OmegaConf.to_yaml(OmegaConf.create(plain)))
+        from aligner.checkpoint.claim import launch
+        from aligner.checkpoint.lease import take
         from aligner.driver.job import prepare
 
         config = configuration.to_config(composed)
@@ -77,6 +79,8 @@ def _main(arguments: list[str]) -> None:
             from aligner.driver.summary import summary
 
             return _print_once(rank, mask.text(summary(job, ranks)))
+        if rank == 0:
+            job = dataclasses.replace(job, lease=take(Path(config.run_dir), launch()))
     except ValueError as error:
         _refuse(rank, mask.text(str(error)))
     job.run()

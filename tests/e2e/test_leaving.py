@@ -73,9 +73,11 @@ def test_a_signal_saves_and_leaves(
     number: signal.Signals, launcher: str, group: bool, task: Task, tmp_path: Path
 ) -> None:
     run_dir = tmp_path / "run"
-    wandb = ["logging.wandb=offline"] if launcher == LAUNCHER else []
-    job = Running(launcher, tmp_path, [*task.overrides(run_dir), *LONG, *wandb])
+    settings = [*task.overrides(run_dir), *LONG, *(["logging.wandb=offline"] if launcher == LAUNCHER else [])]
+    job = Running(launcher, tmp_path, settings)
     job.until(stepped(run_dir))
+    if number == signal.SIGINT and group and launcher == LAUNCHER:
+        refused(settings, run_dir, job)
     (os.killpg if group else os.kill)(job.process.pid, number)
     status, said = job.ended()
     steps = rows_of(run_dir)
@@ -86,4 +88,86 @@ def test_a_signal_saves_and_leaves(
         assert status == 0, said
         assert "Traceback" not in said and "SignalException" not in said
         assert len([row for row in said.splitlines() if number.name in row]) == 1, said
+    assert list(job.tmp.iterdir()) == []
+
+
+def refused(settings: list[str], run_dir: Path, job: Running) -> None:
+    """A second job in the folder of one that lives: nothing of the first one's is touched."""
+    command = [sys.executable, "-m", "aligner.main", *settings, "overwrite=true"]
+    second = subprocess.run(
+        command, capture_output=True, text=True, timeout=120, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
+    assert second.returncode == 2 and f"run_dir={run_dir} is in use by another job: process " in second.stderr
+    assert f"(started by process {job.process.pid}) on {os.uname().nodename}, since 20" in second.stderr
+    assert rows_of(run_dir)[:2] == [1, 2]
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("launcher", [LAUNCHER, TORCHRUN])
+def test_a_second_interrupt_leaves_at_once(launcher: str, task: Task, tmp_path: Path) -> None:
+    """The loop's step takes longer than anybody waits."""
+    (tmp_path / "slow.py").write_text(SLOW)
+    run_dir = tmp_path / "run"
+    job = Running(launcher, tmp_path, [*task.overrides(run_dir), *LONG, "algorithm._target_=slow.loop"])
+    job.until(stepped(run_dir, 1))
+    job.until((tmp_path / "sleeping").exists)
+    os.killpg(job.process.pid, signal.SIGINT)
+    time.sleep(3)
+    assert job.process.poll() is None, "the first one waits for the step"
+    os.killpg(job.process.pid, signal.SIGINT)
+    began = time.monotonic()
+    status, said = job.ended()
+    assert status not in (0, None) and time.monotonic() - began < 15
+    assert rows_of(run_dir) == [1] and not list((run_dir / "checkpoints").glob("*"))
+    if launcher == LAUNCHER:
+        assert status == 128 + signal.SIGINT
+        assert "aligner: SIGINT again; it leaves at once" in said and "Traceback" not in said
+        assert list(job.tmp.iterdir()) == []
+
+
+SLOW = """
+import time
+from pathlib import Path
+
+from aligner.algorithms.grpo import GrpoConfig, grpo
+
+
+def loop(roles, prompts, cfg: GrpoConfig):
+    for step, result in enumerate(grpo(roles, prompts, cfg), start=1):
+        if step == 2:
+            Path("sleeping").touch()
+            time.sleep(600)
+        yield result
+"""
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+@pytest.mark.parametrize("after", [1.0, 6.0, 12.0])
+def test_a_signal_before_the_first_step(number: signal.Signals, after: float, task: Task, tmp_path: Path) -> None:
+    """In imports, while models are built, or wherever a busy machine is by then: a line or two, and nothing is left."""
+    run_dir = tmp_path / "run"
+    job = Running(LAUNCHER, tmp_path, [*task.overrides(run_dir), *LONG])
+    time.sleep(after)
+    os.killpg(job.process.pid, number)
+    status, said = job.ended(60)
+    stepped_by_then = stepped(run_dir, 1)()
+    assert status == (0 if stepped_by_then else 128 + number), said
+    assert "Traceback" not in said and len(said.splitlines()) < 5, said
+    assert list(job.tmp.iterdir()) == []
+
+
+@pytest.mark.matrix
+def test_an_error_leaves_nothing_and_its_status_is_the_jobs(task: Task, tmp_path: Path) -> None:
+    (tmp_path / "wrong.py").write_text("def rule(prompt, response, **fields):\n    raise KeyError('x')\n")
+    job = Running(LAUNCHER, tmp_path, [*task.overrides(tmp_path / "run"), *LONG, "reward.rule=wrong.py:rule"])
+    status, said = job.ended(120)
+    assert status == 1 and "have no reward" in said and "ChildFailedError" not in said
+    assert list(job.tmp.iterdir()) == []
+    again = tmp_path / "again"
+    again.mkdir()
+    job = Running(LAUNCHER, again, [*task.overrides(again / "run"), "policy.optimizer.lr=fast"])
+    status, said = job.ended(120)
+    assert status == 2 and len(said.splitlines()) == 2, said
+    assert said.startswith("aligner: error: policy.optimizer.lr=fast") and "rank 0 ended with status 2" in said
     assert list(job.tmp.iterdir()) == []
