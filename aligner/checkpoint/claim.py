@@ -5,14 +5,13 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
 import uuid
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
 from aligner.checkpoint.config import CheckpointConfig
-from aligner.checkpoint.folder import complete, sweep, write_json
+from aligner.checkpoint.folder import complete, remove, sweep, write_json
 
 FOLDER = "checkpoints"
 CLAIM_FILE = ".launch"
@@ -86,7 +85,7 @@ def claim(run_dir: Path, start: Start) -> str:
     run_dir.mkdir(parents=True, exist_ok=True)
     if start is Start.NEW:
         for folder in complete(run_dir / FOLDER):
-            shutil.rmtree(folder, ignore_errors=True)
+            remove(folder)
         with contextlib.suppress(OSError):  # something else lies there
             (run_dir / FOLDER).rmdir()
         (run_dir / METRICS_FILE).unlink(missing_ok=True)

@@ -67,20 +67,23 @@ def take(run_dir: Path, launch: str) -> Lease:
         launch: what all attempts of one launch have in common: they succeed one another without waiting.
 
     Raises:
-        ValueError: a job that lives holds it; the message says which.
+        ValueError: a job that lives holds it (the message says which), or it cannot be written.
     """
-    run_dir.mkdir(parents=True, exist_ok=True)
     file, me = run_dir / FILE, process()
     parent = process(os.getppid())
     content = {
         "id": uuid.uuid4().hex, "host": os.uname().nodename, "machine": machine(), "pid": me.pid, "started": me.started,
         "launcher": [parent.pid, parent.started], "launch": launch, "since": datetime.now(UTC).isoformat(timespec="seconds"),
     }  # fmt: skip
-    while not _create(file, content):
-        owner = _wait_until_free(file, launch)
-        if owner is not None:
-            _remove(file, owner)
-        time.sleep(0.02)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        while not _create(file, content):
+            owner = _wait_until_free(file, launch)
+            if owner is not None:
+                _remove(file, owner)
+            time.sleep(0.02)
+    except OSError as error:
+        raise ValueError(f"run_dir={run_dir} cannot be written ({error}); choose another folder.") from None
     return Lease(file, content)
 
 

@@ -37,6 +37,12 @@ def check_places(config: Config, learns: Iterable[str]) -> None:
     """
     run_dir, train = Path(config.run_dir), config.train
     run = run_id(run_dir)
+    for other in Path(os.path.realpath(run_dir)).parents[:3]:
+        inside = [*models_of(other, ("policy", "critic", "reward_model")).values(), other / EXPORTS, other / FOLDER]
+        if run_id(other) is not None and any(_inside(run_dir, folder) for folder in inside):
+            raise ValueError(
+                f"run_dir={config.run_dir} lies in the run in {other}, which replaces what is there; choose another folder."
+            )
     try:
         if run != "":  # a run of an earlier version left no marks: what lies there is taken for its own
             for role, folder in models_of(run_dir, learns).items() if train.save else ():

@@ -135,3 +135,11 @@ def test_what_is_read_does_not_lie_where_folders_are_replaced(tmp_path: Path, mo
     check_sources(config(run), {"model.path": str(tmp_path / "start"), "data.eval_path": None}, ["policy"])
     check_sources(config(other / "new"), {"model.path": str(run / "model")}, ["policy"])
     check_sources(config(run), {"model.path": str(run / "models")}, ["policy"])
+
+
+@pytest.mark.parametrize("inside", ["model", "model/again", "exports/step_5", "checkpoints/new", "critic"])
+def test_a_run_does_not_lie_in_what_another_replaces(inside: str, tmp_path: Path) -> None:
+    claim(tmp_path, Start.NEW)
+    with pytest.raises(ValueError, match=f"lies in the run in {tmp_path}, which replaces"):
+        check_places(config(tmp_path / inside), ["policy"])
+    check_places(config(tmp_path / "another"), ["policy"])
