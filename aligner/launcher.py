@@ -5,6 +5,7 @@ The arguments, the agent and the ranks are torchrun's own. What differs is the e
 - A SIGTERM, SIGINT or other signal that the ranks have answered by saving and leaving ends with status 0. torchrun itself
   ends with the traceback of a SignalException and status 1, whatever its ranks have done.
 - A second SIGINT (Ctrl-C) reaches the ranks, which then leave at once.
+- Under nohup, SIGHUP is ignored; torchrun ends at it nevertheless.
 - Ranks have 600 s to save (torchrun's --shutdown-timeout, 30 s there); one that hangs is found by its own watch.
 - A rank that fails has said why; its status is the launcher's, and torchrun's traceback of it is left out.
 - The folder for logs that torchrun makes in TMPDIR is removed, unless --redirects or --tee write there.
@@ -61,7 +62,11 @@ def _run(arguments: list[str], folder: Path | None) -> int:
 
     for name in QUIET:
         logging.getLogger(name).setLevel(logging.ERROR)
-    given = parse_args(["--shutdown-timeout", str(SHUTDOWN_SECONDS), *arguments])
+        logging.getLogger(name).addFilter(lambda record: not record.msg.startswith("failed (exitcode"))  # told below
+    ours = ["--shutdown-timeout", str(SHUTDOWN_SECONDS)]
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+        ours += ["--signals-to-handle", "SIGTERM,SIGINT,SIGQUIT"]
+    given = parse_args([*ours, *arguments])  # of two, the later counts
     _pass_on_a_second_interrupt()
     try:
         run(given)
