@@ -5,20 +5,22 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from aligner.checkpoint.claim import how_to_start
+from aligner.checkpoint.claim import how_to_start, launch
+from aligner.checkpoint.lease import check_free
 from aligner.config import Config
 from aligner.data.answers import Answered
 from aligner.data.prompts import Prompt
 from aligner.data.sets import DataSets, read_sets
 from aligner.data.tokenizer import load_tokenizer
 from aligner.disk import bytes_needed, check_disk
-from aligner.driver.best import FOLDER, best_of
-from aligner.memory import check_memory, machine_of
+from aligner.driver.best import best_of
+from aligner.driver.places import check_places, check_sources
+from aligner.memory import check_memory, learns, machine_of
 from aligner.models.family import FAMILIES, Head
 from aligner.models.sizes import check_runs
 from aligner.models.spec import ModelSpec, read_spec, with_scalar_head
@@ -80,6 +82,7 @@ def check(config: Config, roles: list[str], world_size: int) -> Checked:
     """
     _check_values(config)
     _check_roles(roles)
+    _check_places(config, roles)
     config.residency.check(roles)
     _check_ranks(config.placement)
     meshes = make_meshes(config.placement, world_size)
@@ -108,7 +111,6 @@ def check(config: Config, roles: list[str], world_size: int) -> Checked:
         check_weights(specs[role])
     _check_run_dir(config)
     check_disk(config, bytes_needed(config, roles, specs, world_size))
-    _check_sources(config, specs)
     if "reward" in roles:
         _check_reward(config, roles, data)
         if config.train.eval_every and data.heldout:
@@ -141,6 +143,8 @@ def _check_values(config: Config) -> None:
     config.checkpoint.check()
     config.hang.check()
     if os.environ.get("GROUP_RANK", "0") == "0":  # the host whose launcher owns the folder
+        if os.environ.get("RANK", "0") == "0":
+            check_free(Path(config.run_dir), launch())
         how_to_start(Path(config.run_dir), config.checkpoint, config.overwrite, config.train.steps)
     sampling = config.sampling
     sampling.check("sampling")
@@ -284,15 +288,19 @@ def _check_run_dir(config: Config) -> None:
         ) from None
 
 
-def _check_sources(config: Config, roles: Iterable[str]) -> None:
-    """A run that is overwritten loses its exports first: none of them can be what this run starts from."""
-    exports = (Path(config.run_dir) / FOLDER).resolve()
-    for setting, path in (config.model_path(role) for role in roles):
-        if Path(path).resolve().is_relative_to(exports):
-            raise ValueError(
-                f"{setting}={path} is an export of the run in run_dir={config.run_dir}, which is overwritten; "
-                "choose another run_dir."
-            )
+def _check_places(config: Config, roles: Collection[str]) -> None:
+    """What the run replaces is its own, and none of what it reads."""
+    sources: dict[str, str | None] = dict(
+        config.model_path(role) for role in roles if role not in ("rollout", "reward")
+    )
+    sources |= {"data.path": config.data.path, "data.eval_path": config.data.eval_path}
+    if "reward" in roles:
+        rules = {f"{part.where}.rule": part.component.rule or "" for part in parts_of(config.reward)}
+        sources |= {setting: rule.rpartition(":")[0] for setting, rule in rules.items() if ".py:" in rule}
+    learning = [role for role in MEGATRON if role in roles and learns(role, roles)]
+    check_sources(config, sources, learning)
+    if os.environ.get("GROUP_RANK", "0") == "0":
+        check_places(config, learning)
 
 
 def _check_reward(config: Config, roles: list[str], data: DataSets) -> None:

@@ -8,12 +8,14 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
+import signal
 import sys
 import time
 from pathlib import Path
 from typing import NoReturn
 
 from aligner.masking import Mask
+from aligner.spmd.leaving import at_once, own_folder
 
 PATIENCE = 30.0
 """Other ranks wait this many seconds for rank 0 to say the mistake; the launcher ends them when rank 0 has left."""
@@ -42,8 +44,12 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> None:
     """One rank of the job, from its command line to its exit."""
+    with own_folder():
+        _main(sys.argv[1:] if arguments is None else arguments)
+
+
+def _main(arguments: list[str]) -> None:
     rank = int(os.environ.get("RANK", "0"))
-    arguments = sys.argv[1:] if arguments is None else arguments
     mask = Mask.of(arguments)
     try:
         found = parse(arguments)
@@ -60,6 +66,8 @@ def main(arguments: list[str] | None = None) -> None:
 
             plain = mask.plain(OmegaConf.to_container(composed))
             return _print_once(rank, OmegaConf.to_yaml(OmegaConf.create(plain)))
+        from aligner.checkpoint.claim import launch
+        from aligner.checkpoint.lease import take
         from aligner.driver.job import prepare
 
         config = configuration.to_config(composed)
@@ -71,6 +79,8 @@ def main(arguments: list[str] | None = None) -> None:
             from aligner.driver.summary import summary
 
             return _print_once(rank, mask.text(summary(job, ranks)))
+        if rank == 0:
+            job = dataclasses.replace(job, lease=take(Path(config.run_dir), launch()))
     except ValueError as error:
         _refuse(rank, mask.text(str(error)))
     job.run()
@@ -96,4 +106,6 @@ def _refuse(rank: int, message: str) -> NoReturn:
 
 
 if __name__ == "__main__":
+    for number in (signal.SIGINT, signal.SIGTERM):  # until the job's watch takes them
+        signal.signal(number, at_once)
     main()

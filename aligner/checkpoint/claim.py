@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-import shutil
+import uuid
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
 from aligner.checkpoint.config import CheckpointConfig
-from aligner.checkpoint.folder import complete, sweep, write_json
+from aligner.checkpoint.folder import complete, remove, sweep, write_json
 
 FOLDER = "checkpoints"
 CLAIM_FILE = ".launch"
@@ -68,19 +69,35 @@ def how_to_start(run_dir: Path, config: CheckpointConfig, overwrite: bool, steps
     )
 
 
-def claim(run_dir: Path, start: Start) -> None:
-    """The first rank, before anything is written: this launch owns the folder; what a new run replaces is removed."""
+def run_id(run_dir: Path) -> str | None:
+    """What marks folders as this run's; "" of a run of an earlier version, which had none; None where there is no run."""
+    found = _read_claim(run_dir)
+    return str(found.get("run", "")) if found else None
+
+
+def claim(run_dir: Path, start: Start) -> str:
+    """The first rank, before anything is written: this launch owns the folder; what a new run replaces is removed, which
+    is checkpoints and metrics, and nothing else that lies beside them.
+
+    Returns:
+        The run's id, which stays as long as the folder.
+    """
     run_dir.mkdir(parents=True, exist_ok=True)
     if start is Start.NEW:
-        shutil.rmtree(run_dir / FOLDER, ignore_errors=True)
+        for folder in complete(run_dir / FOLDER):
+            remove(folder)
+        with contextlib.suppress(OSError):  # something else lies there
+            (run_dir / FOLDER).rmdir()
         (run_dir / METRICS_FILE).unlink(missing_ok=True)
     sweep(run_dir / FOLDER)
-    _write_claim(run_dir, None)
+    run = run_id(run_dir) or uuid.uuid4().hex
+    _write_claim(run_dir, None, run)
+    return run
 
 
 def finish(run_dir: Path, steps: int) -> None:
     """The first rank, when everything is written."""
-    _write_claim(run_dir, steps)
+    _write_claim(run_dir, steps, run_id(run_dir) or "")
 
 
 def _read_claim(run_dir: Path) -> dict[str, Any]:
@@ -91,7 +108,7 @@ def _read_claim(run_dir: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _write_claim(run_dir: Path, finished: int | None) -> None:
+def _write_claim(run_dir: Path, finished: int | None, run: str) -> None:
     file = run_dir / CLAIM_FILE
-    write_json(file.with_name(f"{CLAIM_FILE}.partial"), {"launch": launch(), "finished": finished})
+    write_json(file.with_name(f"{CLAIM_FILE}.partial"), {"launch": launch(), "finished": finished, "run": run})
     os.replace(file.with_name(f"{CLAIM_FILE}.partial"), file)

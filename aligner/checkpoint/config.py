@@ -10,7 +10,7 @@ class CheckpointConfig:
     """Checkpoints of everything that decides the rest of a run: run_dir/checkpoints."""
 
     every: int = 50
-    """Steps between two checkpoints; the last step has one too. 0: none, but for SIGTERM and SIGUSR1."""
+    """Steps between two checkpoints; the last step has one too. 0: none, but for SIGTERM, SIGINT and SIGUSR1."""
     keep: int = 2
     """How many stay; older ones are removed once a newer one is complete."""
     beside: bool = True

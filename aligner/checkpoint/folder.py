@@ -122,10 +122,26 @@ def publish(
     write_json(partial / MANIFEST, manifest)
     replace(partial, final)
     for old in complete(root)[keep:]:
-        hidden = old.with_name(f".{old.name}.old")  # nobody takes what is half removed for a checkpoint
-        old.rename(hidden)
-        shutil.rmtree(hidden, ignore_errors=True)
+        remove(old)
     return final
+
+
+def remove(old: Path) -> None:
+    """Remove a checkpoint. Files that somebody else has put there stay, in a folder beside it: step-00000120.others."""
+    hidden = old.with_name(f".{old.name}.old")  # nobody takes what is half removed for a checkpoint
+    try:
+        ours = {MANIFEST, *read_json(old / MANIFEST)["files"]}
+        there = [path for path in old.rglob("*") if not path.is_dir() or path.is_symlink()]
+        others = [path.relative_to(old) for path in there if str(path.relative_to(old)) not in ours]
+    except (OSError, ValueError, KeyError, TypeError):  # damaged: it cannot be told
+        others = []
+    shutil.rmtree(hidden, ignore_errors=True)
+    old.rename(hidden)
+    for name in others:
+        to = old.with_name(f"{old.name}.others") / name
+        to.parent.mkdir(parents=True, exist_ok=True)
+        (hidden / name).rename(to)
+    shutil.rmtree(hidden, ignore_errors=True)
 
 
 def sweep(root: Path) -> None:

@@ -8,10 +8,12 @@ import shutil
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from torch import Tensor
 
 from aligner.checkpoint import folder
@@ -26,6 +28,10 @@ _SAVERS = itertools.count()
 """Of this process, in the same order on every rank: each has keys of its own."""
 
 
+class _Unwritten(Exception):
+    """A rank's part; the message says whose and why."""
+
+
 class Saver:
     """One rank's part in the writing. A save that fails costs a warning: training goes on, older checkpoints stay."""
 
@@ -36,6 +42,8 @@ class Saver:
         self._saves, self._began = 0, 0.0
         self.last: Path | None = None
         """The newest checkpoint (first rank)."""
+        self.trouble = ""
+        """Why the last save is not whole, as far as this rank knows; the first one knows of all."""
 
     def save(
         self,
@@ -54,7 +62,7 @@ class Saver:
             files: further small files, by their names in the folder; the first one writes them.
         """
         self.wait()
-        self._saves += 1
+        self._saves, self.trouble = self._saves + 1, ""
         texts = json.dumps(shared), json.dumps(own)
         self._began = time.perf_counter()
         self._thread = threading.Thread(
@@ -65,7 +73,8 @@ class Saver:
             self.wait()
 
     def wait(self) -> None:
-        """Until this rank's part of the last save is done; on the first rank, until it has its name."""
+        """Until this rank's part of the last save is done; on the first rank, until it has its name, or `trouble` says why
+        it has none."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -87,8 +96,14 @@ class Saver:
             files[name] = folder.write_tensors(partial / name, tensors, self.world.activity.tick)
             said = {"files": files}
         except Exception as error:
-            said = {"error": f"rank {rank}: {error}"}  # type: ignore[dict-item]
-        self._store.set(f"{number}/{rank}", json.dumps(said))
+            self.trouble = f"rank {rank}: {_line(error)}"
+            if not isinstance(error, OSError):
+                traceback.print_exception(error)
+            said = {"error": self.trouble}  # type: ignore[dict-item]
+        try:
+            self._store.set(f"{number}/{rank}", json.dumps(said))
+        except Exception as error:  # the launcher has ended, which the job's watch tells
+            self.trouble = f"rank {rank} could not tell that it had written its part: {_line(error)}"
         if rank == 0:
             self._publish(step, number)
 
@@ -114,16 +129,27 @@ class Saver:
             said = [json.loads(self._store.get(key)) for key in keys]
             errors = [one["error"] for one in said if "error" in one]
             if errors:
-                raise OSError("; ".join(errors))
+                raise _Unwritten("; ".join(errors))
             files = {name: tuple(found) for one in said for name, found in one["files"].items()}
             self._check_here(partial_folder(self.root, step), files)
             more = {"seconds": round(time.perf_counter() - self._began, 3)}
             self.last = publish(self.root, step, size, files, self.keep, more)  # type: ignore[arg-type]
-        except OSError as error:
+        except Exception as error:
+            # Any: a thread's error would be nobody's. What is neither the disk's fault nor the launcher's is shown whole.
+            self.trouble = str(error) if isinstance(error, _Unwritten) else _line(error)
+            launcher_gone = isinstance(error, dist.DistError)
+            if not launcher_gone and not isinstance(error, (OSError, _Unwritten)):
+                traceback.print_exception(error)
             shutil.rmtree(partial_folder(self.root, step), ignore_errors=True)
-            there = self.last.name if self.last else "none of this run"
+            last = f"last good checkpoint is {self.last.name if self.last else 'none of this run'}.\n"
             sys.stderr.write(
-                f"aligner: WARNING: the checkpoint of step {step} could not be written: {error}. Training goes on; the last "
-                f"good checkpoint is {there}.\n"
+                f"aligner: WARNING: the checkpoint of step {step} could not be written: {self.trouble.rstrip('.')}. "
+                + (f"The {last}" if launcher_gone else f"Training goes on; the {last}")
             )
             sys.stderr.flush()
+
+
+def _line(error: Exception) -> str:
+    """An operating system's error says enough by itself; of others one wants to know the kind."""
+    text = " ".join(str(error).split())
+    return text if isinstance(error, OSError) else f"{type(error).__name__}: {text}"

@@ -15,9 +15,9 @@ from aligner.data.samples import Demonstrations, Feedback, Pairs, Samples, pad_r
 from aligner.data.stream import RowStream
 
 
-def rows_of(config: Config, checked: Checked) -> RowStream[Any]:
-    """The training rows in the order of the run, with the position in them."""
-    return RowStream(checked.data.training, config.seed, config.data.shuffle)
+def rows_of(config: Config, checked: Checked, known: str | None = None) -> RowStream[Any]:
+    """The training rows in the order of the run, with the position in them; `known` is their digest."""
+    return RowStream(checked.data.training, config.seed, config.data.shuffle, known)
 
 
 def batches(config: Config, rows: RowStream[Any]) -> Iterator[Any]:

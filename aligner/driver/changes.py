@@ -41,11 +41,18 @@ def changes(before: Mapping[str, Any], after: Mapping[str, Any], at: str = "") -
     return found
 
 
-def check_changes(before: Mapping[str, Any], after: Mapping[str, Any], accepted: bool, say: bool) -> None:
-    """Compare the settings that decide what is computed.
+def check_changes(
+    before: Mapping[str, Any],
+    after: Mapping[str, Any],
+    accepted: bool,
+    say: bool,
+    inputs: tuple[Mapping[str, str], Mapping[str, str]] = ({}, {}),
+) -> None:
+    """Compare the settings that decide what is computed, and the contents of what is read.
 
     Args:
         accepted: changes are wanted; they are reported, field by field.
+        inputs: (before, after) of digests (see `inputs_of`); only what both have is compared.
 
     Raises:
         ValueError: there are changes that nobody has accepted; it lists them.
@@ -55,14 +62,17 @@ def check_changes(before: Mapping[str, Any], after: Mapping[str, Any], accepted:
         for key, one, other in changes(before, after)
         if not any(key == free or key.startswith(f"{free}.") for free in FREE)
     ]
+    found += [
+        (what, f"digest {one}", inputs[1][what]) for what, one in inputs[0].items() if inputs[1].get(what, one) != one
+    ]
     if not found:
         return
     told = "\n".join(f"  {key}: {one} -> {other}" for key, one, other in found)
     if not accepted:
         raise ValueError(
-            f"run_dir has a checkpoint of a run with other settings:\n{told}\nSet them back, accept them with "
+            f"run_dir has a checkpoint of a run with other settings or contents:\n{told}\nSet them back, accept them with "
             "checkpoint.accept_changes=true, choose another run_dir, or start anew with overwrite=true."
         )
     if say:
-        sys.stderr.write(f"aligner: going on with changed settings:\n{told}\n")
+        sys.stderr.write(f"aligner: going on with changed settings or contents:\n{told}\n")
         sys.stderr.flush()

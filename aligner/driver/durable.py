@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from aligner.checkpoint.claim import FOLDER, Start, claim, finish, how_to_start
+from aligner.checkpoint.claim import FOLDER, Start, claim, finish, how_to_start, run_id
+from aligner.checkpoint.folder import step_folder
 from aligner.checkpoint.loader import Checkpoint, find
 from aligner.checkpoint.saver import Saver
-from aligner.driver.changes import check_changes
+from aligner.driver.going_on import compare
+from aligner.driver.places import adopt
 from aligner.driver.plain import plain
 from aligner.driver.random_states import random_states, set_random_states
 from aligner.spmd.messages import everyone
@@ -32,6 +34,10 @@ class Durable:
         config = job.config.checkpoint
         self.driver: dict[str, Any] = {}
         """What `save` was given, after `restore`; empty in a new run."""
+        self.run: str | None = None
+        """The run's id, after `restore`."""
+        self.saved = 0
+        """The step of the last checkpoint that was begun, or gone on from; `wait` says whether it is whole."""
         self.saver = Saver(world, self.run_dir / FOLDER, config.keep, config.beside)
 
     def restore(self) -> int:
@@ -52,19 +58,27 @@ class Durable:
                 f"none of the checkpoints in {self.run_dir / FOLDER} is whole (see above); bring one back, choose another "
                 "run_dir, or start anew with overwrite=true."
             )
+        self.inputs = everyone(self.world, self.job.inputs, range(self.world.size))[0]
         if found is not None:
-            check_changes(found.state["config"], plain(self.job), config.checkpoint.accept_changes, first)
+            compare(found.state, self.job, self.inputs, say=first)
+        run = None
         if first:
-            claim(self.run_dir, start)
+            earlier = run_id(self.run_dir) == ""
+            run = claim(self.run_dir, start)
+            if earlier:
+                adopt(self.run_dir, run)
+        self.run = everyone(self.world, run, range(self.world.size))[0]
         if found is None:
             return 0
         self._load(found)
         found.close()
+        self.saved = found.step
         return found.step
 
     def _load(self, found: Checkpoint) -> None:
         state = found.state
-        self.rows.load_state_dict(state["data"])
+        changes = self.job.config.checkpoint.accept_changes or "digest" in state["data"]  # looked at by now
+        self.rows.load_state_dict(state["data"], changes)
         for role in self.roles.trainable:
             if role.name in state["roles"]:
                 role.load_state(state["roles"][role.name], found)
@@ -86,12 +100,14 @@ class Durable:
         Args:
             driver: what the driver itself is to remember, as JSON; it matters on the first rank.
         """
+        self.saved = step
         tensors: dict[str, torch.Tensor] = {}
         entries: dict[str, Any] = {}
         files: dict[str, bytes] = {}
         shared: dict[str, Any] = {
             "config": plain(self.job),
-            "data": self.rows.state_dict(),
+            "inputs": self.inputs,
+            "data": self.rows.state_dict() if self.world.rank == 0 else {},  # the digest costs others time
             "kept": self.roles.kept_values(),
             "driver": dict(driver),
             "roles": {},
@@ -108,13 +124,17 @@ class Durable:
         own = {"tensors": entries, "random": random_states()}
         self.saver.save(step, shared, own, tensors, files)
 
-    def wait(self) -> None:
-        """The last save is complete, on every rank."""
+    def wait(self) -> str:
+        """Until the last save is over on every rank. Returns why it is not whole; "" where it is, or there was none."""
         self.saver.wait()
-        everyone(self.world, None, range(self.world.size))
+        troubles = everyone(self.world, self.saver.trouble, range(self.world.size))
+        return next((trouble for trouble in troubles if trouble), "")
+
+    def folder(self, step: int) -> Path:
+        """Where a step's checkpoint stands."""
+        return step_folder(self.run_dir / FOLDER, step)
 
     def finish(self) -> None:
-        """The run is complete."""
-        self.wait()
+        """The run is complete: everything that it leaves is whole, its last checkpoint too."""
         if self.world.rank == 0:
             finish(self.run_dir, self.job.config.train.steps)

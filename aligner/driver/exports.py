@@ -14,20 +14,21 @@ import re
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError
 
 from aligner.driver.best import FOLDER, Best
+from aligner.driver.places import BEST, pointed
 from aligner.models.checkpoint import PeerFailedError
 from aligner.models.hf_folder import flush, write_json
+from aligner.models.ownership import others_files, run_of
 from aligner.spmd.messages import everyone, spread
 
 if TYPE_CHECKING:
     from aligner.driver.config import TrainConfig
     from aligner.policy.model_role import ModelRole
 
-LINK = "best"
 FIGURES = "best.json"
 TOLERATED = (OSError, SafetensorError, ValueError, PeerFailedError)
 """What writing may fail with (a full disk, an occupied name) without ending the training."""
@@ -37,29 +38,38 @@ class Exports:
     """The same object on every rank; the role's first rank tends to the folders."""
 
     def __init__(
-        self, role: ModelRole, run_dir: str | Path, train: TrainConfig, best: Best | None, note: Callable[[str], None]
+        self,
+        role: ModelRole,
+        run_dir: str | Path,
+        train: TrainConfig,
+        best: Best | None,
+        note: Callable[[str], None],
+        run: str | None = None,
     ) -> None:
         """Args:
         role: what is exported.
         best: the best so far; None: nothing is kept for being the best.
         note: says something to whoever watches (rank 0).
+        run: the run's id, which marks its exports.
         """
         self.role, self.world, self.train, self.best, self._note = role, role.world, train, best, note
+        self.run = run
         self.failed = 0
         """Exports that could not be written."""
-        self._folder, self._link = Path(run_dir) / FOLDER, Path(run_dir) / LINK
+        self._folder, self._link = Path(run_dir) / FOLDER, Path(run_dir) / BEST
         self._tends = self.world.rank == role.mesh.ranks[0]
         if self._tends:
             for left in self._folder.glob(".step_*"):  # of a job that was killed while it wrote or removed one
                 shutil.rmtree(left, ignore_errors=True)
 
     def clear(self) -> None:
-        """Remove the exports of a run that is overwritten."""
+        """Remove the exports of a run that is overwritten; not what this run has not written."""
         if self._tends:
-            if self._link.is_symlink():
+            if pointed(self._link) is not None:
                 self._link.unlink()
             for step in self._steps():
-                self._remove(step)
+                if self._ours(step):
+                    self._remove(step)
 
     def after(self, step: int, row: Mapping[str, float], evaluated: bool) -> bool:
         """Export what is due after this step; collective over the world.
@@ -100,19 +110,19 @@ class Exports:
         trouble: list[str] = []
         written = False
         try:
-            self.role.save_checkpoint(self._place(step))
+            self.role.save_checkpoint(self._place(step), run=self.run)
             if best and self._tends:
                 self._point(step)
             written = True
         except PeerFailedError:
             pass  # its own error says why
         except TOLERATED as error:
-            trouble.append(f"the export of step {step} failed on rank {self.world.rank}: {_line(error)}")
+            trouble.append(f"the export of step {step} failed on rank {self.world.rank}: {line_of(error)}")
         if written and self._tends:
             try:
                 self._prune(step)
             except OSError as error:
-                trouble.append(f"an old export could not be removed: {_line(error)}")
+                trouble.append(f"an old export could not be removed: {line_of(error)}")
         self.world.journal.enter(f"exported step {step}")
         said = everyone(self.world, (written, trouble), range(self.world.size))
         for text in (text for _, texts in said for text in texts):
@@ -126,7 +136,7 @@ class Exports:
         write_json(unnamed, self.best.state())
         os.replace(unnamed, self._place(step) / FIGURES)
         flush(self._place(step))
-        link = self._link.with_name(f".{LINK}.new")
+        link = self._link.with_name(f".{BEST}.new")
         link.unlink(missing_ok=True)
         link.symlink_to(Path(FOLDER) / self._place(step).name, target_is_directory=True)
         os.replace(link, self._link)
@@ -137,9 +147,9 @@ class Exports:
         checkpoint, are left to be written anew."""
         before = [done for done in self._steps() if done <= step]
         due = [done for done in before if self._scheduled(done)]
-        stay = {*(due[-self.train.export_keep :] if self.train.export_keep else due), self._pointed()}
+        stay = {*(due[-self.train.export_keep :] if self.train.export_keep else due), pointed(self._link)}
         for done in before:
-            if done not in stay:
+            if done not in stay and self._ours(done):
                 self._remove(done)
 
     def _remove(self, step: int) -> None:
@@ -155,11 +165,12 @@ class Exports:
         found = [re.fullmatch(r"step_(\d+)", path.name) for path in self._folder.glob("step_*")]
         return sorted(int(match.group(1)) for match in found if match)
 
-    def _pointed(self) -> int | None:
-        """The step that the link names."""
-        match = re.fullmatch(r"step_(\d+)", Path(os.readlink(self._link)).name) if self._link.is_symlink() else None
-        return int(match.group(1)) if match else None
+    def _ours(self, step: int) -> bool:
+        """Nothing lies there but what this run has written."""
+        place = self._place(step)
+        return not place.is_symlink() and (run_of(place) == self.run) and not others_files(place)
 
 
-def _line(error: Any) -> str:
+def line_of(error: BaseException) -> str:
+    """An error in one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -11,9 +12,12 @@ from typing import Any
 import hydra.utils
 
 from aligner.check import Checked, check
+from aligner.checkpoint.lease import Lease
 from aligner.config import Config
 from aligner.data.prompts import Prompt
 from aligner.data.samples import Demonstrations, Feedback, Pairs
+from aligner.driver.going_on import check_resumed
+from aligner.driver.inputs import inputs_of
 from aligner.driver.quiet import ignore_library_notes
 from aligner.driver.settings import hints_of, one_line, settings_of
 from aligner.masking import Mask
@@ -38,6 +42,10 @@ class Job:
     """The loop's own settings, `cfg` in its signature."""
     roles: list[str]
     checked: Checked
+    inputs: dict[str, str] = field(default_factory=dict)
+    """What is read besides the settings, as digests (see `inputs_of`); on the first rank."""
+    lease: Lease | None = None
+    """The first rank's hold of run_dir."""
     mask: Mask = field(default_factory=Mask)
     """The secrets that must not be shown or saved."""
 
@@ -48,6 +56,8 @@ class Job:
 
         world = World(self.config.timeout_seconds, self.config.hang, self.config.run_dir)
         world.watch.hide = self.mask.text
+        if self.lease:
+            world.on_leave(self.lease.release)
         try:
             run_job(self, world)
         except BaseException as error:
@@ -71,7 +81,12 @@ def prepare(config: Config, world_size: int) -> Job:
     roles = list(getattr(settings, "roles", ["policy", "rollout", "reward"]))
     _check_stream(config, settings, roles)
     checked = check(config, roles, world_size)
-    return Job(config, loop, settings, roles, checked)
+    job = Job(config, loop, settings, roles, checked)
+    if os.environ.get("RANK", "0") != "0":
+        return job
+    job = replace(job, inputs=inputs_of(config, roles, checked.data))
+    check_resumed(job)
+    return job
 
 
 def _find_loop(algorithm: dict[str, Any]) -> Callable[..., Iterator[Any]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -19,18 +18,21 @@ from aligner.driver.batches import batches, rows_of
 from aligner.driver.best import best_of
 from aligner.driver.durable import Durable
 from aligner.driver.evaluate import Evaluation
-from aligner.driver.exports import Exports
+from aligner.driver.exports import Exports, line_of
 from aligner.driver.guards import Guards
+from aligner.driver.inputs import ROWS
 from aligner.driver.metrics import CONFIG_FILE, MetricsWriter
+from aligner.driver.places import models_of
 from aligner.driver.plain import plain
 from aligner.driver.random_states import seed_all
 from aligner.driver.report import write_report
 from aligner.driver.samples import write_samples
 from aligner.driver.signals import Signals
+from aligner.models.checkpoint import PeerFailedError
 from aligner.reward.pool import Status
 from aligner.reward.role import Scores
 from aligner.roles import Roles, build_roles
-from aligner.spmd.messages import spread
+from aligner.spmd.messages import everyone, spread
 from aligner.spmd.ref import Ref
 from aligner.spmd.timeline import FOLDER, STEP_END
 from aligner.spmd.transfer import read_at_first
@@ -70,11 +72,11 @@ class Driver:
         self.run_dir = Path(job.config.run_dir)
         self.guards, self.signals, self._asked = Guards(job.config.guards), Signals(), ""
         best = best_of(self.config.train, job.roles, job.checked.data)
-        self.exports = Exports(roles.main, self.run_dir, self.config.train, best, self._note)
-        self.rows = rows_of(job.config, job.checked)
+        self.rows = rows_of(job.config, job.checked, job.inputs.get(ROWS))
         self.durable = Durable(job, world, roles, self.rows)
         self.before = self.durable.restore()
         """Steps that an earlier start of this run has made."""
+        self.exports = Exports(roles.main, self.run_dir, self.config.train, best, self._note, self.durable.run)
         self._recall(self.durable.driver)
         self.writer: MetricsWriter | None = None
         if world.rank == 0:
@@ -171,7 +173,12 @@ class Driver:
             self.exports.best.restore(memory["best"])
 
     def _leave(self, step: int, signal: str) -> None:
-        self.durable.wait()
+        trouble = self.durable.wait()
+        if trouble:
+            raise ValueError(
+                f"{signal}: the checkpoint of step {step} could not be written ({trouble}); mend that, and the same command "
+                "goes on from the last one that is whole."
+            )
         self.world.timeline.close()
         if self.writer:
             self.writer.note(f"{signal}: saved after step {step}; the same command goes on from there")
@@ -181,7 +188,8 @@ class Driver:
         """Start this rank's timeline."""
         world, steps = self.world, self.config.logging.timeline_steps
         if self.writer:
-            shutil.rmtree(self.run_dir / FOLDER, ignore_errors=True)  # of a run that is overwritten
+            for left in (self.run_dir / FOLDER).glob("rank*.json"):  # of a run that is overwritten
+                left.unlink(missing_ok=True)
         if steps:
             roles = [role.name for role in self.roles.built if role.member]
             dist.barrier()
@@ -232,9 +240,11 @@ class Driver:
             row |= {f"guard/{one.guard}": 1.0 for one in found}
             for one in (one for one in found if one.say and not one.stop):
                 self.writer.note(f"! {one.text}")
-            verdict = Verdict(
-                next((f"{one.text}; guards.{one.guard}.action=stop." for one in found if one.stop), None), self._asked
-            )
+            stop = next((f"{one.text}; guards.{one.guard}.action=stop." for one in found if one.stop), None)
+            taken = self.job.lease.lost if self.job.lease else ""
+            if taken:
+                stop = f"run_dir={self.run_dir} has been taken over by {taken}, while this job stood still."
+            verdict = Verdict(stop, self._asked)
         self.world.journal.enter("the first rank's verdict")
         with self.world.timeline.span("call", STEP_END):
             return spread(self.world, verdict, (0,), range(self.world.size))
@@ -275,24 +285,55 @@ class Driver:
         self.world.timeline.close()
         with self.world.timeline.span("wait", "all ranks", range(self.world.size)):
             dist.barrier()  # the report reads every rank's
-        saved = (
-            {role.name: self.run_dir / ("model" if role.name == "policy" else role.name) for role in self.roles.trained}
-            if self.config.train.save
-            else {}
-        )
-        for role in self.roles.trained:
-            if role.name in saved:
-                role.save_checkpoint(saved[role.name])
+        folders = models_of(self.run_dir, [role.name for role in self.roles.trained]) if self.config.train.save else {}
+        unwritten = self._save_models(folders)
+        if unwritten and self.durable.saved < self.config.train.steps:
+            self._save(self.config.train.steps)  # the weights must be somewhere
+        unsaved = self.durable.wait()
+        if unwritten:
+            raise ValueError(self._told(unwritten, unsaved))
         if self.writer:
+            if unsaved:
+                self.writer.note(
+                    "the last checkpoint is missing: the same command goes on from the last one that is whole"
+                )
             self.writer.close()
-            for name, folder in saved.items():
+            for name, folder in folders.items():
                 print(f"{name}: {folder}")
             for line in self.exports.told():
                 print(line)
-        self.durable.finish()
-        if self.writer and self.config.train.report:
-            png, html = write_report(self.run_dir)
-            print(f"curve:  {png}\nreport: {html}")
+            if self.config.train.report:
+                png, html = write_report(self.run_dir)
+                print(f"curve:  {png}\nreport: {html}")
+        if not unsaved:
+            self.durable.finish()
+
+    def _save_models(self, folders: Mapping[str, Path]) -> tuple[str, Path, str] | None:
+        """Write what the run leaves. Returns the first that failed, (role, folder, why); the same on every rank."""
+        found = None
+        for role in (role for role in self.roles.trained if role.name in folders):
+            try:
+                role.save_checkpoint(folders[role.name], run=self.durable.run)
+            except PeerFailedError:
+                pass  # its own error says why
+            except Exception as error:  # whatever it is, the weights are still here
+                found = found or (role.name, folders[role.name], line_of(error))
+        self.world.journal.enter("what the run leaves")
+        return next((one for one in everyone(self.world, found, range(self.world.size)) if one), None)
+
+    def _told(self, unwritten: tuple[str, Path, str], unsaved: str) -> str:
+        """Where the weights are, when their export has failed."""
+        role, folder, why = unwritten
+        checkpoint = self.durable.folder(self.durable.saved)
+        if unsaved:
+            return (
+                f"{folder} could not be written ({why}), nor could the checkpoint of step {self.durable.saved} ({unsaved}). "
+                "Mend that; the same command goes on from the last checkpoint that is whole."
+            )
+        return (
+            f"{folder} could not be written: {why}. The weights are safe in {checkpoint}. Mend that and start the same "
+            f"command again, which only exports; or: python tools/convert.py {checkpoint / role} OTHER_FOLDER"
+        )
 
 
 SCORED = ("reward_B", "status_B", "components", "component_status")

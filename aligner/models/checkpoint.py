@@ -13,6 +13,7 @@ from torch import Tensor
 
 from aligner.models.family import logical_tensors, new_tensors
 from aligner.models.hf_folder import SINGLE, prepare, publish, write_rest, write_weights
+from aligner.models.ownership import mark
 from aligner.models.spec import ModelSpec
 from aligner.models.stored import open_stored
 from aligner.reshard.executor import execute
@@ -67,6 +68,7 @@ def export_checkpoint(
     device: torch.device | None = None,
     bucket_bytes: int = BUCKET_BYTES,
     file_bytes: int = FILE_BYTES,
+    run: str | None = None,
 ) -> SyncRow:
     """Write a role's weights as a Hugging Face folder; collective over the role's ranks, who share the writing.
 
@@ -85,12 +87,13 @@ def export_checkpoint(
         device: where buffers live if the group is not gloo's; None: the CPU.
         bucket_bytes: bound on the messages.
         file_bytes: files are split beyond this size.
+        run: whose the folder is, noted in it: a folder that stood there must be the same run's. None: no run's.
 
     Returns:
         The transfer's account on this rank.
 
     Raises:
-        ValueError: `out_dir` is the model's own folder, or holds something that is not a checkpoint.
+        ValueError: `out_dir` is the model's own folder, or holds something that is not a checkpoint, or another's.
         PeerFailedError: another rank failed; one error or the other is raised on every rank, none is left waiting.
     """
     device = device or torch.device("cpu")
@@ -104,7 +107,7 @@ def export_checkpoint(
     try:
         with together.step():
             if rank == ranks[0]:
-                prepare(final, partial, spec)
+                prepare(final, partial, spec, run)
         with together.step():
             plan = make_plan(rank, side, written)
             tensors = allocate(written[rank], torch.device("cpu"))
@@ -116,6 +119,7 @@ def export_checkpoint(
         with together.step():
             if rank == ranks[0]:
                 write_rest(partial, spec, dtype, {name: file for file, (_, names) in files.items() for name in names})
+                mark(partial, run)
                 publish(partial, final)
     except BaseException:
         if rank == ranks[0]:

@@ -9,9 +9,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from aligner.checkpoint.lease import check_free
 from aligner.models.checkpoint import BUCKET_BYTES, FILE_BYTES, files_of_writers
 from aligner.models.family import logical_tensors
 from aligner.models.hf_folder import prepare, publish, write_rest, write_weights
+from aligner.models.ownership import mark
 from aligner.models.spec import ModelSpec, read_spec
 from aligner.models.stored import Cut, Stored, open_stored, shard_file, write_cut
 from aligner.reshard.executor import execute
@@ -41,7 +43,7 @@ def convert(
         The transfer's account.
 
     Raises:
-        ValueError: a folder that is not a checkpoint, a layout that does not fit the model, or weights beyond what
+        ValueError: a folder that is not a checkpoint, one in the run_dir of a job that lives, a layout that does not fit the model, or weights beyond what
             `dtype` holds; the message says which.
     """
     if file_bytes < 1:
@@ -51,6 +53,8 @@ def convert(
     files = _files(spec, cut, dtype, file_bytes)
     final = Path(out).absolute()
     partial = final.with_name(f".{final.name}.partial")
+    for folder in final.parents[:3]:  # run_dir/model, run_dir/exports/step_50, run_dir/checkpoints/...
+        check_free(folder)
     prepare(final, partial, spec)
     try:
         with open_stored(spec) as stored:
@@ -59,6 +63,7 @@ def convert(
         write_rest(partial, spec, dtype, of_tensor)
         if cut:
             write_cut(partial, cut, dtype)
+        mark(partial, None)
         publish(partial, final)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)

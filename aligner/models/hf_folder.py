@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from aligner.models.family import FAMILIES, Head, logical_tensors
+from aligner.models.ownership import check_replaceable
 from aligner.models.spec import ModelSpec, read_config
 from aligner.reshard.region import whole_tensor
 
@@ -37,13 +38,13 @@ _COPIED = (
 )
 
 
-def prepare(final: Path, partial: Path, spec: ModelSpec) -> None:
+def prepare(final: Path, partial: Path, spec: ModelSpec, run: str | None = None) -> None:
+    """An empty folder `partial`, beside one that `publish` may replace (see `check_replaceable`)."""
     if final.resolve() == Path(spec.path).resolve():
         raise ValueError(
             f"{final} is the model.path that configuration and tokenizer come from; write to another folder."
         )
-    if final.exists() and not (final / "config.json").is_file() and (not final.is_dir() or any(final.iterdir())):
-        raise ValueError(f"{final} exists and is not a checkpoint that could be replaced; write to a new folder.")
+    check_replaceable(final, run)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
 

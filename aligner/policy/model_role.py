@@ -122,8 +122,12 @@ class ModelRole(Role):
         context = self.mesh.coordinates(self.world.rank)["context"]
         return pack(tokens_BT, length_B, self.multiple_of, self.world.device, self.mesh.context, context)
 
-    def save_checkpoint(self, folder: str | Path, dtype: str | None = None) -> None:
-        """Write a Hugging Face checkpoint (config, safetensors, tokenizer) from the ranks that hold the weights."""
+    def save_checkpoint(self, folder: str | Path, dtype: str | None = None, run: str | None = None) -> None:
+        """Write a Hugging Face checkpoint (config, safetensors, tokenizer) from the ranks that hold the weights.
+
+        Args:
+            run: whose the folder is (see `export_checkpoint`); None: no run's.
+        """
         with self.call("save_checkpoint"):
             if self.member:
                 export_checkpoint(
@@ -134,6 +138,7 @@ class ModelRole(Role):
                     Path(folder),
                     self.spec,
                     dtype or self.config.dtype,
+                    run=run,
                 )
 
     def read(self, method: str, samples: Ref) -> Ref:

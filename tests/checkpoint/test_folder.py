@@ -59,6 +59,19 @@ def test_the_newest_stay(tmp_path: Path) -> None:
     assert [path.name for path in folder.complete(tmp_path)] == ["step-00000010", "step-00000003"]
 
 
+def test_what_somebody_has_put_into_an_old_one_stays(tmp_path: Path) -> None:
+    old = written(tmp_path, 1)
+    (old / "policy").mkdir()
+    for name in ("notes.md", "policy/eval.json"):
+        (old / name).write_text("mine")
+    written(tmp_path, 2, keep=1)
+    assert {path.name for path in tmp_path.iterdir()} == {"step-00000002", "step-00000001.others"}
+    assert [(tmp_path / "step-00000001.others" / name).read_text() for name in ("notes.md", "policy/eval.json")] == [
+        "mine"
+    ] * 2
+    assert [path.name for path in folder.complete(tmp_path)] == ["step-00000002"]
+
+
 def test_a_checkpoint_of_the_same_step_is_replaced(tmp_path: Path) -> None:
     written(tmp_path, 3)
     (tmp_path / "step-00000003" / "left over").touch()

@@ -1,5 +1,7 @@
 """Endless streams: every row once an epoch, exact positions."""
 
+import json
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -56,3 +58,38 @@ def test_a_position_in_other_data_is_refused() -> None:
             other.load_state_dict(state)
     with pytest.raises(ValueError, match="seed=-1 must be 0 or more"):
         RowStream(range(10), seed=-1)
+
+
+def test_other_rows_of_the_same_number_are_refused_or_accepted() -> None:
+    before = RowStream(["a", "b", "c", "d"], seed=0)
+    before.take(2)
+    saved = json.loads(json.dumps(before.state_dict()))
+    for rows in (["w", "x", "y", "z"], ["b", "a", "c", "d"], ["a", "b", "c", "e"]):
+        with pytest.raises(ValueError, match=r"other rows .*checkpoint\.accept_changes=true"):
+            RowStream(rows, seed=0).load_state_dict(saved)
+        after = RowStream(rows, seed=0)
+        after.load_state_dict(saved, accept_changes=True)
+        assert after.position == 2
+    same = RowStream(["a", "b", "c", "d"], seed=0)
+    same.load_state_dict(saved)
+    assert same.take(2) == before.take(2)
+
+
+@pytest.mark.parametrize(("rows", "position"), [(list("abcdef"), 6), (list("ab"), 2)])
+def test_accepted_rows_of_another_number_begin_with_a_pass_over_them(rows: list[str], position: int) -> None:
+    before = RowStream(["a", "b", "c", "d"], seed=0)
+    before.take(3)
+    after = RowStream(rows, seed=0)
+    after.load_state_dict(before.state_dict(), accept_changes=True)
+    assert after.position == position
+    assert sorted(after.take(len(rows))) == rows
+
+
+def test_a_state_of_an_earlier_version_has_no_digest() -> None:
+    before = RowStream(["a", "b"], seed=0)
+    before.take(1)
+    state = before.state_dict()
+    del state["digest"]
+    after = RowStream(["x", "y"], seed=0)
+    after.load_state_dict(state)
+    assert after.position == 1
