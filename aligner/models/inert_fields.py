@@ -74,12 +74,14 @@ _NOTHING: Mapping[str, tuple[Any, ...]] = {
     "text_config": _NULL,
     "text_encoder": _NULL,
     "use_bidirectional_attention": (False, None),
+    "vision_feature_select_strategy": _NULL,
 }
 """Fields of other families, or of all, with the values under which they do nothing; the first is named."""
 
-# another file in place of this one; and what the engine takes for other names of fields that it has: null too
+# another file in place of this one, or how it is read; and what the engine takes for other names of fields that it has: null too
 _NEVER = frozenset(
     [
+        "attribute_map",
         "configuration_files",
         "hidden_size_per_head",
         "moe_num_experts",
@@ -94,6 +96,7 @@ _NEVER = frozenset(
         "rotary_emb_base",
         "rotary_emb_fraction",
         "rotary_pct",
+        "sub_configs",
         "top_k_experts",
     ]
 )

@@ -104,9 +104,10 @@ def read_spec(path: str | Path) -> ModelSpec:
     layers = config.size("num_hidden_layers")
     _check_layer_types(config, layers)
     attention_bias = config.flag("attention_bias")
-    if not same(config.get("qkv_bias", attention_bias), attention_bias):  # the engine takes it over attention_bias
+    qkv_bias = family.qkv_bias or attention_bias
+    if not same(config.get("qkv_bias", qkv_bias), qkv_bias):  # the engine takes it over attention_bias
         raise config.error(
-            f"qkv_bias={config.get('qkv_bias')!r} must be attention_bias={attention_bias}; leave it out."
+            f"qkv_bias={config.get('qkv_bias')!r} is not supported; leave it out, which means {qkv_bias}."
         )
     most = config.size("max_position_embeddings", family.max_positions)
     theta, scaling = read_rope(config, family.rope_theta, most)
@@ -125,7 +126,7 @@ def read_spec(path: str | Path) -> ModelSpec:
         norm_eps=config.fraction("rms_norm_eps", family.norm_eps),
         rope_theta=theta,
         rope_scaling=scaling,
-        qkv_bias=family.qkv_bias or attention_bias,
+        qkv_bias=qkv_bias,
         o_bias=attention_bias,
         mlp_bias=config.flag("mlp_bias"),
         qk_norm=family.qk_norm,
@@ -181,7 +182,7 @@ def _family(config: ConfigJson) -> tuple[str, Family, Head]:
             continue
         if named and len(named) > 1:
             raise config.error(f"architectures={named} names several; leave the one that the weights are of.")
-        if model_type != name:
+        if model_type not in (name, None):
             raise config.error(
                 f"model_type={model_type!r} is not that of architecture {named[0]}, which is {name!r}: transformers goes "  # type: ignore[index]
                 "by the one, the engine by the other; set both to what the weights are of."
