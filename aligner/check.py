@@ -21,6 +21,7 @@ from aligner.disk import bytes_needed, check_disk
 from aligner.driver.best import best_of
 from aligner.driver.places import check_places, check_sources
 from aligner.memory import check_memory, learns, machine_of
+from aligner.models.agreement import check_reading
 from aligner.models.family import FAMILIES, Head
 from aligner.models.sizes import check_runs
 from aligner.models.spec import ModelSpec, read_spec, with_scalar_head
@@ -92,6 +93,8 @@ def check(config: Config, roles: list[str], world_size: int) -> Checked:
     for role in (role for role in roles if role in MEGATRON):
         parallel = role_layout(config.placement, role).sequence_parallel
         check_runs(specs[role], meshes[role], parallel, cpu=machine.cpu)
+    for model in {spec.path: spec for spec in specs.values()}.values():
+        check_reading(model)
     tokenizer = load_tokenizer(config.model.path)
     _check_tokenizers(config, roles, tokenizer)
     data = read_sets(config.data, tokenizer)

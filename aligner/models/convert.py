@@ -16,6 +16,7 @@ from aligner.models.hf_folder import prepare, publish, write_rest, write_weights
 from aligner.models.ownership import mark
 from aligner.models.spec import ModelSpec, read_spec
 from aligner.models.stored import Cut, Stored, open_stored, shard_file, write_cut
+from aligner.models.whole import check_weights
 from aligner.reshard.executor import execute
 from aligner.reshard.ledger import SyncRow, total
 from aligner.reshard.plan import make_plan
@@ -43,12 +44,14 @@ def convert(
         The transfer's account.
 
     Raises:
-        ValueError: a folder that is not a checkpoint, one in the run_dir of a job that lives, a layout that does not fit the model, or weights beyond what
+        ValueError: a folder that is not a checkpoint, one in the run_dir of a job that lives, one whose files are not what its
+            config.json says, a layout that does not fit the model, or weights beyond what
             `dtype` holds; the message says which.
     """
     if file_bytes < 1:
         raise ValueError(f"--file-bytes {file_bytes} leaves no room for a tensor; use 1 or more, such as {FILE_BYTES}.")
     spec = read_spec(source)
+    check_weights(spec)
     dtype = dtype or spec.dtype
     files = _files(spec, cut, dtype, file_bytes)
     final = Path(out).absolute()

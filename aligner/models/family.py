@@ -17,7 +17,7 @@ class ExpertNames:
     """How a family names its experts: keys of config.json, and tensors inside a layer of the checkpoint."""
 
     count: tuple[str, ...]
-    """Keys of the number of experts; the first that is there counts (releases of transformers differ)."""
+    """Keys of the number of experts (releases of transformers differ); where both are there they must agree."""
     width: str
     """Key of the width of one expert."""
     module: str
@@ -38,7 +38,7 @@ class Family:
     """Of "attention_bias" (query, key, value, output) and "mlp_bias" (gate, up, down), those that config.json may set."""
     qk_norm: bool = False
     """Queries and keys are RMS-normalised per head."""
-    activations: tuple[str, ...] = ("silu", "swish")
+    activations: tuple[str, ...] = ("silu",)
     """Names in config.json of the activation of the gate; all of one family mean the same function."""
     norm_plus_one: bool = False
     """RMSNorm multiplies by 1 + weight."""
@@ -50,6 +50,22 @@ class Family:
     """None: every MLP is dense."""
     norm_topk: bool | None = None
     """Whether the chosen experts' probabilities are divided by their sum; None: config.json's norm_topk_prob says."""
+    some_dense: bool = False
+    """Of a family with experts: decoder_sparse_step and mlp_only_layers say which layers have them."""
+    window_switch: bool = False
+    """use_sliding_window says whether there is a sliding window."""
+    kv_heads: int | None = None
+    """What transformers takes where config.json leaves out num_key_value_heads; None: as many as query heads."""
+    null_kv_heads: bool = False
+    """num_key_value_heads may be null: as many as query heads."""
+    null_head_dim: bool = False
+    """head_dim may be null: hidden size / heads."""
+    null_dropout: bool = False
+    """attention_dropout may be null: none."""
+    fixed_head_dim: bool = False
+    """The engine takes hidden size / heads, whatever head_dim says."""
+    divided_hidden: bool = False
+    """transformers wants a hidden size that the heads divide, even where head_dim is another."""
     head_dim: int | None = None
     """Head dimension where config.json leaves it out; None: hidden size / heads."""
     max_positions: int = 2048
@@ -67,29 +83,55 @@ class Family:
         return self.architecture.replace("ForCausalLM", "ForSequenceClassification")
 
 
-_QWEN3_EXPERTS = ExpertNames(
-    ("num_experts", "num_local_experts"), "moe_intermediate_size", "mlp", ("gate_proj", "up_proj", "down_proj")
-)
-_MIXTRAL_EXPERTS = ExpertNames(("num_local_experts",), "intermediate_size", "block_sparse_moe", ("w1", "w3", "w2"))
+_COUNTS = ("num_experts", "num_local_experts")
+_QWEN3_EXPERTS = ExpertNames(_COUNTS, "moe_intermediate_size", "mlp", ("gate_proj", "up_proj", "down_proj"))
+_MIXTRAL_EXPERTS = ExpertNames(_COUNTS[::-1], "intermediate_size", "block_sparse_moe", ("w1", "w3", "w2"))
 FAMILIES: Mapping[str, Family] = MappingProxyType(
     {
-        "llama": Family("LlamaForCausalLM", optional_biases=("attention_bias", "mlp_bias")),
-        "qwen2": Family("Qwen2ForCausalLM", qkv_bias=True, max_positions=32768),
+        "llama": Family(
+            "LlamaForCausalLM",
+            optional_biases=("attention_bias", "mlp_bias"),
+            null_kv_heads=True,
+            null_head_dim=True,
+            null_dropout=True,
+            divided_hidden=True,
+        ),
+        "qwen2": Family(
+            "Qwen2ForCausalLM",
+            qkv_bias=True,
+            window_switch=True,
+            kv_heads=32,
+            null_kv_heads=True,
+            fixed_head_dim=True,
+            max_positions=32768,
+        ),
         "qwen3": Family(
-            "Qwen3ForCausalLM", qk_norm=True, optional_biases=("attention_bias",), head_dim=128, max_positions=32768
+            "Qwen3ForCausalLM",
+            qk_norm=True,
+            optional_biases=("attention_bias",),
+            window_switch=True,
+            kv_heads=32,
+            null_kv_heads=True,
+            head_dim=128,
+            max_positions=32768,
         ),
         "qwen3_moe": Family(
             "Qwen3MoeForCausalLM",
             qk_norm=True,
             optional_biases=("attention_bias",),
             experts=_QWEN3_EXPERTS,
+            some_dense=True,
+            window_switch=True,
+            kv_heads=4,
             max_positions=32768,
         ),
         "mixtral": Family(
             "MixtralForCausalLM",
-            only={"sliding_window": (None,), "router_jitter_noise": (0, None)},
+            only={"router_jitter_noise": (0.0,)},
             experts=_MIXTRAL_EXPERTS,
             norm_topk=True,
+            kv_heads=8,
+            null_head_dim=True,
             max_positions=131072,
             norm_eps=1e-5,
             rope_theta=1e6,
@@ -100,7 +142,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             activations=("gelu_pytorch_tanh", "gelu"),  # transformers takes Gemma's old "gelu" for the tanh form too
             norm_plus_one=True,
             scaled_embedding=True,
-            only={"use_bidirectional_attention": (False, None)},
+            kv_heads=16,
             head_dim=256,
             max_positions=8192,
             tied=True,
@@ -297,3 +339,9 @@ LAYER = "model.layers."
 def layer_name(number: int, name: str) -> str:
     """The checkpoint's name of tensor `name` of layer `number` (counted over the whole model)."""
     return f"{LAYER}{number}.{name}"
+
+
+def layer_number(name: str) -> int | None:
+    """The layer that a tensor of the checkpoint belongs to; None outside layers."""
+    number = name[len(LAYER) :].partition(".")[0]
+    return int(number) if name.startswith(LAYER) and number.isdecimal() else None

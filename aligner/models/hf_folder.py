@@ -65,7 +65,8 @@ def write_rest(partial: Path, spec: ModelSpec, dtype: str, weight_map: dict[str,
         index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
         write_json(partial / _INDEX, index)
     config = read_config(folder)
-    config["torch_dtype" if "torch_dtype" in config else "dtype"] = dtype
+    config |= {key: dtype for key in ("dtype", "torch_dtype") if config.get(key)} or {"dtype": dtype}
+    config["architectures"] = [FAMILIES[spec.family].architecture]
     if spec.head is Head.SCALAR:
         config["architectures"] = [FAMILIES[spec.family].classifier]
         config |= {"num_labels": 1, "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
@@ -146,6 +147,11 @@ def files_of_tensors(folder: Path) -> dict[str, Path]:
             found = {name: folder / file for name, file in weight_map.items()}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{folder / _INDEX} is not a valid index: {error!r}") from error
+        if (folder / SINGLE).is_file() and folder / SINGLE not in found.values():
+            raise ValueError(
+                f"{folder} holds two checkpoints: {SINGLE}, which transformers reads, and the files that {_INDEX} names; "
+                "remove one of them."
+            )
         for file in set(found.values()):
             if not file.is_file():
                 raise ValueError(

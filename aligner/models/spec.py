@@ -9,7 +9,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from aligner.models.config_json import ConfigJson, same
 from aligner.models.family import FAMILIES, Family, Head, logical_tensors
+from aligner.models.inert_fields import LENGTHS, check_unread
+from aligner.models.rope import read_rope
 from aligner.reshard.region import ELEMENT_BYTES
 
 
@@ -39,7 +42,7 @@ class ModelSpec:
     norm_eps: float
     rope_theta: float
     rope_scaling: dict[str, Any] | None
-    """None, or config.json's parameters of rope_type "llama3"."""
+    """None, or the rope_type ("linear" or "llama3") and its numbers; see `aligner.models.rope.KINDS`."""
     qkv_bias: bool
     o_bias: bool
     mlp_bias: bool
@@ -93,54 +96,62 @@ def read_spec(path: str | Path) -> ModelSpec:
             do not fit together; the message says which and what would work.
     """
     folder = Path(path)
-    config = read_config(folder)
-    family_name, family, head = _family(config, folder)
-    _check_supported(config, family, folder)
-    heads, hidden = _size(config, "num_attention_heads", folder), _size(config, "hidden_size", folder)
-    kv_heads = _size(config, "num_key_value_heads", folder, default=heads)
-    if heads % kv_heads:
-        raise ValueError(
-            f"{folder}/config.json: num_key_value_heads={kv_heads} must divide num_attention_heads={heads}."
+    found = read_config(folder)
+    config = ConfigJson(folder, found)
+    family_name, family, head = _family(config)
+    _check_supported(config, family)
+    heads, hidden = config.size("num_attention_heads"), config.size("hidden_size")
+    layers = config.size("num_hidden_layers")
+    _check_layer_types(config, layers)
+    attention_bias = config.flag("attention_bias")
+    qkv_bias = family.qkv_bias or attention_bias
+    if not same(config.get("qkv_bias", qkv_bias), qkv_bias):  # the engine takes it over attention_bias
+        raise config.error(
+            f"qkv_bias={config.get('qkv_bias')!r} is not supported; leave it out, which means {qkv_bias}."
         )
-    theta, scaling = _rope(config, family, folder)
-    layers = _size(config, "num_hidden_layers", folder)
-    dtype = config.get("dtype") or config.get("torch_dtype") or "float32"
-    if dtype not in ELEMENT_BYTES:
-        raise ValueError(f"{folder}/config.json: dtype={dtype!r} is not supported; use {', '.join(ELEMENT_BYTES)}.")
-    return ModelSpec(
+    most = config.size("max_position_embeddings", family.max_positions)
+    theta, scaling = read_rope(config, family.rope_theta, most)
+    spec = ModelSpec(
         family=family_name,
         layers=layers,
         hidden=hidden,
         heads=heads,
-        kv_heads=kv_heads,
-        head_dim=_size(config, "head_dim", folder, default=family.head_dim or hidden // heads),
-        ffn=_size(config, "intermediate_size", folder),
-        vocab=_size(config, "vocab_size", folder),
+        kv_heads=_kv_heads(config, family, heads),
+        head_dim=_head_dim(config, family, hidden, heads),
+        ffn=config.size("intermediate_size"),
+        vocab=config.size("vocab_size"),
         head=head,
         stored_head=head,
-        tied=head is Head.LANGUAGE and bool(config.get("tie_word_embeddings", family.tied)),
-        norm_eps=float(config.get("rms_norm_eps", family.norm_eps)),
+        tied=config.flag("tie_word_embeddings", family.tied) and head is Head.LANGUAGE,
+        norm_eps=config.fraction("rms_norm_eps", family.norm_eps),
         rope_theta=theta,
         rope_scaling=scaling,
-        qkv_bias=family.qkv_bias or bool(config.get("attention_bias")),
-        o_bias=bool(config.get("attention_bias")),
-        mlp_bias=bool(config.get("mlp_bias")),
+        qkv_bias=qkv_bias,
+        o_bias=attention_bias,
+        mlp_bias=config.flag("mlp_bias"),
         qk_norm=family.qk_norm,
         activation="gelu_tanh" if "gelu_pytorch_tanh" in family.activations else "silu",
         norm_plus_one=family.norm_plus_one,
         embedding_scale=math.sqrt(hidden) if family.scaled_embedding else 1.0,
-        **_experts(config, family, layers, folder),
-        max_positions=_size(config, "max_position_embeddings", folder, default=family.max_positions),
-        eos_token_ids=end_tokens(config, folder),
-        dtype=dtype,
+        **_experts(config, family, layers),
+        max_positions=_max_positions(config, most, scaling),
+        eos_token_ids=end_tokens(found, folder),
+        dtype=_dtype(config),
         path=str(folder),
     )
+    check_unread(config)
+    return spec
 
 
 def read_config(folder: Path) -> dict[str, Any]:
     """config.json of a Hugging Face folder; ValueError where there is none."""
     if not folder.is_dir():
         raise ValueError(f"model.path={folder} is not a folder; give the folder of a Hugging Face checkpoint.")
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        raise ValueError(
+            f"model.path={folder} is an adapter; merge it into its model first, with peft's "
+            "PeftModel.from_pretrained(...).merge_and_unload().save_pretrained(...), and give that folder."
+        )
     if not (folder / "config.json").is_file():
         raise ValueError(f"model.path={folder} has no config.json; give the folder of a Hugging Face checkpoint.")
     return _json_object(folder / "config.json")
@@ -156,69 +167,139 @@ def _json_object(file: Path) -> dict[str, Any]:
     return found
 
 
-def _family(config: Mapping[str, Any], folder: Path) -> tuple[str, Family, Head]:
-    """By architecture; by model_type, as a language model, where a config names no architecture."""
-    named = config.get("architectures") or []
+def _family(config: ConfigJson) -> tuple[str, Family, Head]:
+    """By architecture; by model_type, as a language model, where a config names no architecture.
+
+    The engine goes by the architecture, transformers by model_type: they must mean the same.
+    """
+    named, model_type = config.get("architectures"), config.get("model_type")
+    if named is not None and not (isinstance(named, list) and all(type(name) is str for name in named)):
+        raise config.error(f"architectures={named!r} must be a list of one name.")
     for name, family in FAMILIES.items():
-        if family.architecture in named or (not named and config.get("model_type") == name):
-            return name, family, Head.LANGUAGE
-        if family.classifier in named:
-            _check_one_score(config, folder)
-            return name, family, Head.SCALAR
-    found = named[0] if named else config.get("model_type")
+        heads = {family.architecture: Head.LANGUAGE, family.classifier: Head.SCALAR}
+        head = heads.get(named[0]) if named else Head.LANGUAGE if model_type == name else None
+        if head is None:
+            continue
+        if named and len(named) > 1:
+            raise config.error(f"architectures={named} names several; leave the one that the weights are of.")
+        if model_type not in (name, None):
+            raise config.error(
+                f"model_type={model_type!r} is not that of architecture {named[0]}, which is {name!r}: transformers goes "  # type: ignore[index]
+                "by the one, the engine by the other; set both to what the weights are of."
+            )
+        if head is Head.SCALAR:
+            _check_one_score(config)
+        return name, family, head
     supported = ", ".join(family.architecture for family in FAMILIES.values())
-    raise ValueError(
-        f"{folder}/config.json: architecture {found} is not supported; supported are {supported}, and each as "
+    raise config.error(
+        f"architecture {named[0] if named else model_type} is not supported; supported are {supported}, and each as "
         "...ForSequenceClassification with num_labels=1."
     )
 
 
-def _check_one_score(config: Mapping[str, Any], folder: Path) -> None:
+def _check_one_score(config: ConfigJson) -> None:
     """Transformers writes the number of labels as `id2label`, and takes two where nothing is said."""
-    labels = config.get("num_labels", len(config.get("id2label") or (0, 1)))
-    if labels != 1:
-        raise ValueError(
-            f"{folder}/config.json: num_labels={labels} is not supported: a critic or a reward model gives one number; "
+    names = config.get("id2label") or (0, 1)
+    labels = config.get("num_labels", len(names))
+    if labels != 1 or (len(names) != 1 and "id2label" in config):
+        raise config.error(
+            f"num_labels={labels} is not supported: a critic or a reward model gives one number; "
             "use a model with num_labels=1 (one entry in id2label), or a language model, which gets a new head."
         )
 
 
-def _check_supported(config: Mapping[str, Any], family: Family, folder: Path) -> None:
+def _check_supported(config: ConfigJson, family: Family) -> None:
     """Settings that would change the computation and are not implemented are refused, never ignored."""
-    biases = {key: (False, None) for key in ("attention_bias", "mlp_bias") if key not in family.optional_biases}
-    needed: dict[str, tuple[Any, ...]] = {
-        **biases,
-        **family.only,
-        "use_sliding_window": (False, None),
-        "hidden_act": (*family.activations, None),
-        "hidden_activation": (family.activations[0], None),  # as transformers 4 names Gemma's
-        "quantization_config": (None,),
-        "partial_rotary_factor": (1.0, None),
-    }
-    for key, allowed in needed.items():
-        if config.get(key) not in allowed:
-            raise ValueError(
-                f"{folder}/config.json: {key}={config[key]!r} is not supported; only {key}={json.dumps(allowed[0])} is."
-            )
+    for key in {"attention_bias", "mlp_bias"}.difference(family.optional_biases):
+        config.only(key, (False,))
+    for key, allowed in family.only.items():
+        config.only(key, allowed)
+    config.only("use_sliding_window", (False,))
+    if family.window_switch:
+        config.get("sliding_window")  # without its switch it is the width of nothing
+    else:
+        config.only("sliding_window", (None,))  # the engine would take it, whatever transformers' class does
+    config.only("hidden_act", family.activations)
+    config.only("hidden_activation", (family.activations[0], None))  # as transformers 4 names Gemma's
+    no_dropout = (0.0, None) if family.null_dropout else (0.0,)
+    config.only("attention_dropout", no_dropout, ": training here, like the engine, drops nothing out")
+    config.only("output_router_logits", (False,), ": no loss here adds the router's loss of balance")
 
 
-def _experts(config: Mapping[str, Any], family: Family, layers: int, folder: Path) -> dict[str, Any]:
+def _check_layer_types(config: ConfigJson, layers: int) -> None:
+    """One entry for each layer, in transformers' words; all layers here see all that is before them."""
+    types = config.get("layer_types")
+    if types is None:
+        return
+    if not isinstance(types, list) or len(types) != layers:
+        raise config.error(f"layer_types must be null or a list of as many entries as num_hidden_layers={layers}.")
+    other = [one for one in types if one not in ("full_attention", "attention")]
+    if other:
+        raise config.error(f"layer_types has {other[0]!r}, which is not supported; only 'full_attention' is.")
+
+
+def _kv_heads(config: ConfigJson, family: Family, heads: int) -> int:
+    kv_heads = config.size("num_key_value_heads", heads, null=family.null_kv_heads)
+    if "num_key_value_heads" not in config and family.kv_heads is not None and family.kv_heads != heads:
+        raise config.error(
+            f"num_key_value_heads is not there, for which transformers takes {family.kv_heads} and not the "
+            f"num_attention_heads={heads}; set it."
+        )
+    if heads % kv_heads:
+        raise config.error(f"num_key_value_heads={kv_heads} must divide num_attention_heads={heads}.")
+    return kv_heads
+
+
+def _head_dim(config: ConfigJson, family: Family, hidden: int, heads: int) -> int:
+    if heads > hidden:
+        raise config.error(f"num_attention_heads={heads} is more than hidden_size={hidden}.")
+    whole = hidden // heads
+    dim = config.size("head_dim", family.head_dim or whole, null=family.null_head_dim)
+    if family.fixed_head_dim and dim != whole:
+        raise config.error(
+            f"head_dim={dim} is not hidden_size / num_attention_heads={whole}, which the engine takes for this family; "
+            "use a model of which it is."
+        )
+    if family.divided_hidden and hidden % heads:
+        raise config.error(f"num_attention_heads={heads} must divide hidden_size={hidden}.")
+    if dim % 2:
+        raise config.error(f"head_dim={dim} is odd, and rotary positions turn pairs; use an even one.")
+    return dim
+
+
+def _max_positions(config: ConfigJson, most: int, scaling: Mapping[str, Any] | None) -> int:
+    """The engine's limit: the least of what the file says, stretched where positions are divided."""
+    limits = [config.size(key, most, null=True) for key in LENGTHS]
+    stretched = scaling["factor"] if scaling and scaling["rope_type"] == "linear" else 1
+    return int(min(most, *limits) * stretched)
+
+
+def _dtype(config: ConfigJson) -> str:
+    """`dtype`, or as it was called before, `torch_dtype`."""
+    dtype, older = config.get("dtype"), config.get("torch_dtype")
+    found = dtype or older or "float32"
+    if found not in ELEMENT_BYTES:
+        raise config.error(f"dtype={found!r} is not supported; use {', '.join(ELEMENT_BYTES)}.")
+    return str(found)
+
+
+def _experts(config: ConfigJson, family: Family, layers: int) -> dict[str, Any]:
     """The fields of ModelSpec that describe sparse MLPs."""
     dense = {"experts": 0, "experts_per_token": 0, "expert_ffn": 0, "norm_topk": False, "sparse_layers": ()}
     if family.experts is None:
         return dense
-    key = next((key for key in family.experts.count if key in config), family.experts.count[0])
-    experts, chosen = _size(config, key, folder), _size(config, "num_experts_per_tok", folder)
+    keys = [key for key in family.experts.count if key in config] or [family.experts.count[0]]
+    experts, chosen = config.size(keys[0]), config.size("num_experts_per_tok")
+    if len({config.size(key) for key in keys}) > 1:
+        raise config.error(f"{' and '.join(keys)} are two names of one thing and differ; leave one of them out.")
     if chosen > experts:
-        raise ValueError(f"{folder}/config.json: num_experts_per_tok={chosen} is more than {key}={experts}.")
-    step, skipped = _size(config, "decoder_sparse_step", folder, default=1), config.get("mlp_only_layers") or []
-    if not isinstance(skipped, list) or any(type(layer) is not int for layer in skipped):
-        raise ValueError(f"{folder}/config.json: mlp_only_layers={skipped!r} must be a list of layer numbers.")
-    sparse = tuple(layer for layer in range(layers) if (layer + 1) % step == 0 and layer not in skipped)
+        raise config.error(f"num_experts_per_tok={chosen} is more than {keys[0]}={experts}.")
+    sparse = _sparse_layers(config, layers) if family.some_dense else tuple(range(layers))
+    norm_topk, width = family.norm_topk, config.size(family.experts.width)
+    if norm_topk is None:
+        norm_topk = config.flag("norm_topk_prob")
     if not sparse:
         return dense
-    norm_topk = bool(config.get("norm_topk_prob", False)) if family.norm_topk is None else family.norm_topk
-    width = _size(config, family.experts.width, folder)
     return {
         "experts": experts,
         "experts_per_token": chosen,
@@ -228,28 +309,11 @@ def _experts(config: Mapping[str, Any], family: Family, layers: int, folder: Pat
     }
 
 
-def _rope(config: Mapping[str, Any], family: Family, folder: Path) -> tuple[float, dict[str, Any] | None]:
-    """(theta, scaling): from `rope_parameters` (transformers 5), or `rope_theta` and `rope_scaling` (before)."""
-    rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-    theta = rope.pop("rope_theta", None) or config.get("rope_theta") or family.rope_theta
-    kind = rope.get("rope_type") or rope.get("type") or "default"
-    if not isinstance(theta, int | float) or theta <= 0:
-        raise ValueError(f"{folder}/config.json: rope_theta={theta!r} must be a positive number.")
-    if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise ValueError(
-            f"{folder}/config.json: partial_rotary_factor={rope['partial_rotary_factor']} is not supported; use 1."
-        )
-    if kind == "default":
-        return float(theta), None
-    if kind != "llama3":
-        raise ValueError(
-            f"{folder}/config.json: rope_type={kind!r} is not supported; supported are 'default' and 'llama3'."
-        )
-    wanted = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-    missing = [key for key in wanted if not isinstance(rope.get(key), int | float)]
-    if missing:
-        raise ValueError(f"{folder}/config.json: rope_type 'llama3' needs a number for {', '.join(missing)}.")
-    return float(theta), {"rope_type": "llama3", **{key: rope[key] for key in wanted}}
+def _sparse_layers(config: ConfigJson, layers: int) -> tuple[int, ...]:
+    step, skipped = config.size("decoder_sparse_step", 1), config.get("mlp_only_layers") or []
+    if not isinstance(skipped, list) or any(type(layer) is not int for layer in skipped):
+        raise config.error(f"mlp_only_layers={skipped!r} must be a list of layer numbers.")
+    return tuple(layer for layer in range(layers) if (layer + 1) % step == 0 and layer not in skipped)
 
 
 def end_tokens(config: Mapping[str, Any], folder: Path) -> tuple[int, ...]:
@@ -260,12 +324,3 @@ def end_tokens(config: Mapping[str, Any], folder: Path) -> tuple[int, ...]:
         ids = source.get("eos_token_id")
         found += ids if isinstance(ids, list) else [] if ids is None else [ids]
     return tuple(dict.fromkeys(found))
-
-
-def _size(config: Mapping[str, Any], key: str, folder: Path, default: int | None = None) -> int:
-    found = config.get(key)
-    if found is None:
-        found = default
-    if not isinstance(found, int) or isinstance(found, bool) or found < 1:
-        raise ValueError(f"{folder}/config.json: {key} must be a positive whole number, found {found!r}.")
-    return found

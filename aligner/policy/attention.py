@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -140,7 +141,7 @@ class SharedHeadAttention(SelfAttention):
 class PackedRotary(nn.Module):
     """Rotary angles at the packed tokens' own positions, in place of Megatron's table of 0..T-1.
 
-    Su et al. 2021; Llama 3's frequency scaling where the checkpoint declares it. The angles are computed at the start
+    Su et al. 2021; scaled as the checkpoint declares (`SCALED`). The angles are computed at the start
     of each forward from `positions_T` and passed on as a tensor, so recompute sees the right ones.
     """
 
@@ -149,7 +150,7 @@ class PackedRotary(nn.Module):
         exponent = torch.arange(0, spec.head_dim, 2, dtype=torch.float32) / spec.head_dim
         frequency = 1.0 / spec.rope_theta**exponent
         if spec.rope_scaling:
-            frequency = _llama3_scaled(frequency, spec.rope_scaling)
+            frequency = SCALED[spec.rope_scaling["rope_type"]](frequency, spec.rope_scaling)
         self.frequency = frequency.to(device)
         self.positions_T: Tensor | None = None
 
@@ -171,3 +172,12 @@ def _llama3_scaled(frequency: Tensor, scaling: dict[str, Any]) -> Tensor:
     turns = original * frequency / (2 * torch.pi)
     blend = ((turns - low) / (high - low)).clamp(0.0, 1.0)
     return frequency * (blend + (1 - blend) / factor)
+
+
+def _linear_scaled(frequency: Tensor, scaling: dict[str, Any]) -> Tensor:
+    """Chen et al. 2023: positions are divided by `factor`."""
+    return frequency / float(scaling["factor"])
+
+
+SCALED: Mapping[str, Callable[[Tensor, dict[str, Any]], Tensor]] = {"linear": _linear_scaled, "llama3": _llama3_scaled}
+"""By rope_type."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import json
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,6 +13,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from aligner.models.agreement import check_agreement
+from aligner.models.family import FAMILIES
 from aligner.models.spec import read_spec
 from aligner.rollout.config import BLOCK_TOKENS, RolloutConfig, Sampling
 from aligner.rollout.experts import mend_cpu_expert_parallel
@@ -52,7 +53,7 @@ class RolloutEngine:
         Raises ValueError where the settings and the model do not go together.
         """
         self.spec, self.config, self.device = read_spec(str(model_path)), config, device
-        cpu = device.type == "cpu"
+        cpu, architecture = device.type == "cpu", FAMILIES[self.spec.family].architecture
         tensor = dist.get_world_size(group) // pipeline
         config.check_model(self.spec, tensor, cpu, expert_parallel, pipeline)
         self.ready = False
@@ -62,7 +63,7 @@ class RolloutEngine:
             _platform(device)
             assert not engine_is_live(), "this process already holds a rollout engine; close() that one first"
         with self._subworld.starting():
-            _register(Path(model_path))
+            _register(architecture)
             sizes = {
                 "tensor_parallel_size": tensor,
                 "pipeline_parallel_size": pipeline,
@@ -70,7 +71,8 @@ class RolloutEngine:
                 "kv_cache_memory_bytes": config.kv_cache_bytes(self.spec, tensor, cpu, pipeline),
                 "enable_sleep_mode": sleeps and not cpu,
             }
-            self._llm = _build(model_path, self._subworld, config, sizes)
+            self._llm = _build(model_path, architecture, self._subworld, config, sizes)
+            check_agreement(self.spec, self._llm.model_config.hf_text_config, "the rollout engine")
         self._receive_buffer()
         self.requests = Requests(self._llm, self._worker.model_runner, self.spec.eos_token_ids)
         """What is being generated."""
@@ -222,23 +224,26 @@ def _platform(device: torch.device) -> None:
         mend_cpu_expert_parallel()
 
 
-def _register(model_path: Path) -> None:
+def _register(architecture: str) -> None:
     """Tell vLLM the model's class: it would start a second Python to look at the class, which takes 10 s."""
     from vllm import ModelRegistry
 
-    for architecture in json.loads((model_path / "config.json").read_text())["architectures"]:
-        known = ModelRegistry.models.get(architecture)
-        if known is not None:
-            ModelRegistry.register_model(architecture, known.load_model_cls())
+    known = ModelRegistry.models.get(architecture)
+    if known is not None:
+        ModelRegistry.register_model(architecture, known.load_model_cls())
 
 
-def _build(model_path: str | Path, subworld: SubWorld, config: RolloutConfig, sizes: Mapping[str, Any]) -> Any:
+def _build(
+    model_path: str | Path, architecture: str, subworld: SubWorld, config: RolloutConfig, sizes: Mapping[str, Any]
+) -> Any:
     from vllm.engine.arg_utils import EngineArgs
     from vllm.usage.usage_lib import UsageContext
     from vllm.v1.engine.llm_engine import LLMEngine
 
     arguments = EngineArgs(
         model=str(model_path),
+        config_format="hf",  # a params.json beside it says the same of other files
+        hf_overrides={"architectures": [architecture]},  # config.json may leave it out
         skip_tokenizer_init=True,
         load_format=LOAD_FORMAT,
         generation_config="vllm",

@@ -1,0 +1,111 @@
+"""Whether transformers, and the engine that reads through it, take config.json for the model that is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from aligner.models.family import FAMILIES, Head
+from aligner.models.spec import ModelSpec, read_config
+
+
+def check_reading(spec: ModelSpec) -> None:
+    """Have transformers read the model's configuration, and compare.
+
+    Raises:
+        ValueError: transformers refuses it, or reads another model; the message names the field.
+    """
+    from transformers import AutoConfig  # a second, where nothing has needed it before
+
+    try:
+        config = AutoConfig.from_pretrained(spec.path, local_files_only=True)
+    except Exception as error:  # of its own kinds, which differ between releases
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{spec.path}/config.json: transformers cannot read {_culprit(spec)}: {reason}") from error
+    check_agreement(spec, config, "transformers")
+
+
+def _culprit(spec: ModelSpec) -> str:
+    """The one field without which transformers could read the file, since its own errors may not name it."""
+    from transformers import AutoConfig
+
+    found = read_config(Path(spec.path))
+    del found["model_type"]
+    for key, value in {"": None, **found}.items():
+        rest = {other: kept for other, kept in found.items() if other != key}
+        try:
+            AutoConfig.for_model(spec.family, **rest)
+        except Exception:
+            continue
+        return f"{key}={value!r}" if key else "it"
+    return "it"
+
+
+def check_agreement(spec: ModelSpec, config: Any, reader: str) -> None:
+    """ValueError naming the first field that `config` (of transformers' classes) has otherwise than `spec`.
+
+    Args:
+        reader: whose configuration it is.
+    """
+    found = _found(config, spec)
+    for key, value in _wanted(spec).items():
+        if found(key) != value:
+            raise ValueError(
+                f"{spec.path}/config.json: {reader} takes it for {key}={found(key)!r}, the trained model has {value!r}; "
+                f"set {key} in config.json, once and plainly."
+            )
+
+
+def _found(config: Any, spec: ModelSpec) -> Callable[[str], Any]:
+    """What the configuration says of a field, in the words of `_wanted`."""
+    rope = {"partial_rotary_factor": 1.0, **(getattr(config, "rope_parameters", None) or {})}
+
+    def of(key: str) -> Any:
+        value = rope[key] if key in rope else getattr(config, key, None)
+        match key:
+            case "head_dim":
+                return value or config.hidden_size // config.num_attention_heads
+            case "layer_types":
+                return sorted(set(value or ())) or ["full_attention"]
+            case "attention_bias" | "mlp_bias":
+                return bool(value)
+            case "hidden_act":
+                names = FAMILIES[spec.family].activations
+                return names[0] if value in names else value
+        return value
+
+    return of
+
+
+def _wanted(spec: ModelSpec) -> dict[str, Any]:
+    """By the names that transformers gives them."""
+    found = {
+        "model_type": spec.family,
+        "hidden_size": spec.hidden,
+        "num_hidden_layers": spec.layers,
+        "num_attention_heads": spec.heads,
+        "num_key_value_heads": spec.kv_heads,
+        "head_dim": spec.head_dim,
+        "vocab_size": spec.vocab,
+        "rms_norm_eps": spec.norm_eps,
+        "mlp_bias": spec.mlp_bias,
+        "attention_bias": spec.o_bias,
+        "hidden_act": FAMILIES[spec.family].activations[0],
+        "layer_types": ["full_attention"],
+        "sliding_window": None,
+        "partial_rotary_factor": 1.0,
+        "rope_theta": spec.rope_theta,
+        **(spec.rope_scaling or {"rope_type": "default"}),
+    }
+    if spec.head is Head.LANGUAGE:
+        found["tie_word_embeddings"] = spec.tied
+    names = FAMILIES[spec.family].experts
+    if names is not None and spec.experts:
+        found |= {"num_local_experts": spec.experts, "num_experts_per_tok": spec.experts_per_token}
+        found[names.width] = spec.expert_ffn
+        if FAMILIES[spec.family].norm_topk is None:
+            found["norm_topk_prob"] = spec.norm_topk
+    if len(spec.sparse_layers) < spec.layers:
+        found["intermediate_size"] = spec.ffn
+    return found
