@@ -13,7 +13,6 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 from statistics import mean
 
@@ -84,10 +83,7 @@ def check(parsed: argparse.Namespace, stack: ExitStack) -> None:
         raise ValueError(
             f"--infer ep={infer.expert}: the engine spreads experts over all tensor ranks or none; use 1 or {infer.tensor}."
         )
-    longest = min(RolloutConfig().max_model_len, spec.max_positions)
-    replace(RolloutConfig(), max_model_len=longest).check_model(
-        spec, infer.tensor, False, infer.expert > 1, infer.pipeline
-    )
+    RolloutConfig().check_model(spec, infer.tensor, False, infer.expert > 1, infer.pipeline)
 
     def sides() -> tuple[MegatronSide, EngineSide]:
         return MegatronSide(spec, train, parsed.dtype), EngineSide(spec, infer, parsed.dtype, infer.expert > 1)
