@@ -125,6 +125,9 @@ def check(config: Config, roles: list[str], world_size: int) -> Checked:
 
 
 def _check_values(config: Config) -> None:
+    for key, example in {"run_dir": "runs/first", "model.path": "DIR"}.items():
+        if not _get(config, key).strip():
+            raise ValueError(f"{key} has no value; give a folder, such as {key}={example}.")
     for key, allowed in CHOICES.items():
         value = _get(config, key)
         if value not in allowed:

@@ -35,6 +35,7 @@ from aligner.data.tokenizer import load_tokenizer
 from aligner.driver.console import duration
 from aligner.models.spec import read_config
 from aligner.models.stored import SHARDS
+from aligner.paths import path_option
 from aligner.reshard.region import ELEMENT_BYTES
 from aligner.rollout.config import Sampling
 from aligner.rollout.offline import OfflineEngine, fingerprint, take_devices
@@ -61,9 +62,9 @@ def options() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--model", type=Path, required=True, help="a Hugging Face folder, such as run_dir/model or run_dir/best")
-    add("--input", type=Path, required=True, help="JSONL file of rows")
-    add("--output", type=Path, required=True, help="JSONL file to write; beside it OUTPUT.settings.json")
+    add("--model", type=path_option, required=True, help="a Hugging Face folder, such as run_dir/model or run_dir/best")
+    add("--input", type=path_option, required=True, help="JSONL file of rows")
+    add("--output", type=path_option, required=True, help="JSONL file to write; beside it OUTPUT.settings.json")
     add("--num-samples", type=int, default=1, help="answers to each row (default %(default)s)")
     add("--temperature", type=float, default=1.0, help="0 is greedy (default %(default)s)")
     add("--top-p", type=float, default=1.0, help="smallest set of tokens with this probability (default: all)")

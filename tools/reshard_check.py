@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from aligner.models.family import logical_tensors
 from aligner.models.megatron_layout import MegatronSide
 from aligner.models.spec import ModelSpec, read_spec
+from aligner.paths import path_option
 from aligner.reshard.account import Account, Load, make_account
 from aligner.reshard.clock import duration
 from aligner.reshard.config import ReshardConfig
@@ -45,7 +46,7 @@ def main(arguments: list[str]) -> int:
     """The command. Returns the exit status."""
     parser = argparse.ArgumentParser(prog="tools/reshard_check.py", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--model", required=True, help="a config.json, or the folder it is in")
+    parser.add_argument("--model", type=path_option, required=True, help="a config.json, or the folder it is in")
     parser.add_argument("--train", required=True, help=f"{', '.join(TRAIN_KEYS)}; stages=12+13+... if uneven")
     parser.add_argument("--infer", required=True, help=", ".join(INFER_KEYS))
     where = parser.add_mutually_exclusive_group()

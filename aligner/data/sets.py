@@ -72,7 +72,7 @@ def read_sets(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> DataSets:
     Raises:
         ValueError: a missing setting, a file or a row that cannot be used, or fewer rows than one step takes.
     """
-    if data.task is None and data.path is None:
+    if data.task is None and not data.path:
         raise ValueError("data.path has no value; give a JSONL file, or choose a generated task: data=column_addition.")
     source = _task_rows(data, METHODS) if data.task else rows(data.path or "")
     sets = _training(data, source, tokenizer)
