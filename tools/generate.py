@@ -27,6 +27,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from aligner.data.decoding import text_of
 from aligner.data.end_tokens import find_ends
 from aligner.data.jsonl import LabelledRow, rows
 from aligner.data.lines import Line, Lines, check_rows, chunks
@@ -173,7 +174,7 @@ def line_of(prompt: Prompt, key: str, row: dict[str, Any], found: Sequence[Sampl
         "index": prompt.index,
         "key": key,
         "prompt": prompt.text,
-        "response": [tokenizer.decode(one.tokens, skip_special_tokens=True) for one in found],
+        "response": [text_of(tokenizer, one.tokens) for one in found],
         "finish": ["length" if one.truncated else "stop" for one in found],
         "tokens": [len(one.tokens) for one in found],
         **more,

@@ -296,31 +296,45 @@ def _read(file: Path) -> dict[str, Any]:
     return found
 
 
-def main(folder: str) -> None:
-    """For launch/serve.sh: say what differs, and print a folder for `vllm serve --generation-config` where the model's
-    own generation_config.json lacks a token that ends turns."""
-    from aligner.data.tokenizer import load_tokenizer
+def generation_folder(folder: str | Path, ends: EndTokens, cache: Path) -> Path | None:
+    """A folder for `vllm serve --generation-config`, whose generation_config.json is the model's own with every token
+    that ends turns; None where vLLM stops at all of them by itself.
 
-    ends = find_ends(folder, load_tokenizer(folder, "the model"))
-    if ends.disagreement:
-        print(f"serve.sh: {ends.disagreement}", file=sys.stderr)
+    Args:
+        cache: where it is kept, named by its content.
+    """
     file = Path(folder) / GENERATION
     found = _read(file) if file.is_file() else {}
     named = ends.sources.get(GENERATION, ends.sources[CONFIG])  # vLLM takes the latter where there is no such file
     if set(ends.ids) <= {*named, *ends.sources.get(TOKENIZER, ())}:  # it stops at the tokenizer's by itself
-        return
+        return None
     text = json.dumps(found | {"eos_token_id": list(dict.fromkeys([*named, *ends.ids]))}, indent=2) + "\n"
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    made = cache / "aligner" / "generation_config" / hashlib.sha256(text.encode()).hexdigest()[:16]
+    made = cache / hashlib.sha256(text.encode()).hexdigest()[:16]
     made.mkdir(parents=True, exist_ok=True)
     unnamed = made / f".{GENERATION}.{os.getpid()}"
     unnamed.write_text(text, encoding="utf-8")
     os.replace(unnamed, made / GENERATION)
-    print(made)
+    return made
+
+
+def main(folder: str) -> None:
+    """For launch/serve.sh: say what differs, and print the `generation_folder` where there is to be one. What cannot be
+    read is said and left to the server: it may serve what cannot be trained."""
+    from transformers import AutoTokenizer
+
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "aligner" / "generation_config"
+    try:
+        ends = find_ends(folder, AutoTokenizer.from_pretrained(folder, local_files_only=True))
+        made = generation_folder(folder, ends, cache)
+    except Exception as error:  # tokenizers raises a bare Exception for a damaged file
+        said = " ".join(str(error).split())
+        print(f"serve.sh: what ends a turn is left to the server ({type(error).__name__}: {said})", file=sys.stderr)
+        return
+    if ends.disagreement:
+        print(f"serve.sh: {ends.disagreement}", file=sys.stderr)
+    if made:
+        print(made)
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1])
-    except ValueError as error:
-        sys.exit(f"serve.sh: {error}")
+    main(sys.argv[1])

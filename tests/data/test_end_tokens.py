@@ -246,3 +246,20 @@ def test_serving_gets_the_end_that_the_folder_lacks(
     configured(tmp_path, {"eos_token_id": EOS}, {"eos_token_id": [EOS, END]})
     main(str(folder))
     assert capsys.readouterr() == ("", "")
+
+
+def test_a_folder_that_cannot_be_trained_may_be_served(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No pad token, no end token, ids beyond the model: what can be said is said, and the server decides."""
+    make()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder = configured(tmp_path, {"eos_token_id": END})
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"pad_token": None, "eos_token": None}))
+    main(str(folder))
+    assert capsys.readouterr() == ("", "")
+    configured(tmp_path, {"eos_token_id": 9999})
+    main(str(folder))
+    out, err = capsys.readouterr()
+    assert out == "" and "is left to the server (ValueError: " in err and "eos_token_id=9999" in err
