@@ -46,6 +46,14 @@ def base_model(task: Task, tmp_path: Path) -> Path:
     return folder
 
 
+def with_long_rows(task: Task, folder: Path) -> Path:
+    """The task's 64 prompts, and 2 that are too long."""
+    rows = (task.folder / "prompts.jsonl").read_text().splitlines()
+    long = json.dumps({**json.loads(rows[0]), "prompt": "1+" * 30})
+    (folder / "prompts.jsonl").write_text("\n".join([*rows, long, long]))
+    return folder / "prompts.jsonl"
+
+
 def test_generation_stops_at_it_and_the_export_names_it(
     torchrun: Callable[..., Any], task: Task, base_model: Path, tmp_path: Path
 ) -> None:
@@ -59,6 +67,7 @@ def test_generation_stops_at_it_and_the_export_names_it(
         1,
         ["-m", "aligner.main", *base, f"model.path={base_model}", "reward.rule=''", *settings,
          "+reward.components.seen.keep_special_tokens=true", "train.steps=1", "train.save=true",
+         f"data.path={with_long_rows(task, tmp_path)}", "data.too_long=drop",
          "data.prompts_per_step=24", "algorithm.group_size=8", "logging.samples_every=1", "logging.samples_count=192"],
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-1500:] + done.stderr[-4000:]
@@ -66,6 +75,8 @@ def test_generation_stops_at_it_and_the_export_names_it(
     assert f"what ends a turn differs: {said}" in " ".join((done.stdout + done.stderr).split())
     row = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
     assert row["reward/seen"] == row["reward/unseen"] == 1.0, "a response went on behind it, or the blind rule saw it"
+    assert row["data/left_out"] == 2
+    assert "rows of data.path left out: too long: 2" in done.stdout + done.stderr
     assert row["truncated"] < 0.9, "some responses ended by themselves"
     found = GenerationConfig.from_pretrained(tmp_path / "run" / "model")
     assert found.eos_token_id == [2, closing]
@@ -76,14 +87,12 @@ def test_mode_check_shows_what_ends_responses(
     torchrun: Callable[..., Any], task: Task, base_model: Path, tmp_path: Path
 ) -> None:
     base = [one for one in task.overrides(tmp_path / "run") if not one.startswith("model.path")]
-    rows = (task.folder / "prompts.jsonl").read_text().splitlines()
-    long = json.dumps({**json.loads(rows[0]), "prompt": "1+" * 30})
-    (tmp_path / "prompts.jsonl").write_text("\n".join([*rows, long, long]))
-    again = [f"data.path={tmp_path}/prompts.jsonl", "data.too_long=drop", "rollout.max_model_len=null"]
+    path = with_long_rows(task, tmp_path)
+    again = [f"data.path={path}", "data.too_long=drop", "rollout.max_model_len=null"]
     done = torchrun(1, ["-m", "aligner.main", *base, f"model.path={base_model}", "mode=check", *again])
     assert done.returncode == 0, done.stderr
     assert re.search(
         r"ends +turns end with <eos> \(2\) and ~ \(\d+\); at most 36 tokens with the prompt\n", done.stdout
     )
     assert "note: what ends a turn differs: config.json <eos> (2)" in done.stdout
-    assert f"{len(rows)} rows (prompts), 2 left out (too long: 2)" in done.stdout
+    assert "64 rows (prompts), 2 left out (too long: 2)" in done.stdout
