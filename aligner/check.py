@@ -10,10 +10,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from aligner.check_rollout import answered_prompts, check_end, check_lengths, ends_of, sized, with_ends
 from aligner.checkpoint.claim import how_to_start, launch
 from aligner.checkpoint.lease import check_free
 from aligner.config import Config
 from aligner.data.answers import Answered
+from aligner.data.end_tokens import EndTokens, special_ids
 from aligner.data.prompts import Prompt
 from aligner.data.sets import DataSets, read_sets
 from aligner.data.tokenizer import load_tokenizer
@@ -27,6 +29,7 @@ from aligner.models.sizes import check_runs
 from aligner.models.spec import ModelSpec, read_spec, with_scalar_head
 from aligner.models.whole import check_weights
 from aligner.reward.components import Part, parts_of, shown_component
+from aligner.rollout.config import RolloutConfig
 from aligner.spmd.mesh import Mesh
 from aligner.spmd.placement import MEGATRON, RANKS_THAT_WORK, Placement, make_meshes, role_layout
 
@@ -65,6 +68,10 @@ class Checked:
     data: DataSets
     specs: Mapping[str, ModelSpec]
     """The model of each role that has one."""
+    ends: EndTokens
+    """What ends a turn."""
+    rollout: RolloutConfig
+    """The rollout's settings, with a length."""
 
     @property
     def heldout(self) -> list[Prompt]:
@@ -90,6 +97,7 @@ def check(config: Config, roles: list[str], world_size: int) -> Checked:
     machine = machine_of(config, world_size)
     spec = read_spec(config.model.path)
     specs = {role: _spec(config, role) for role in roles if role != "reward"}
+    given, config = config.rollout.max_model_len, replace(config, rollout=sized(config, specs))
     for role in (role for role in roles if role in MEGATRON):
         parallel = role_layout(config.placement, role).sequence_parallel
         check_runs(specs[role], meshes[role], parallel, cpu=machine.cpu)
@@ -97,18 +105,23 @@ def check(config: Config, roles: list[str], world_size: int) -> Checked:
         check_reading(model)
     tokenizer = load_tokenizer(config.model.path)
     _check_tokenizers(config, roles, tokenizer)
+    for path in dict.fromkeys(one.path for one in (spec, *specs.values())):
+        special_ids(path)
     data = read_sets(config.data, tokenizer)
     _check_minibatches(config, roles)
+    ends = ends_of(config, tokenizer, data)
     for role in specs:
         _check_positions(config, role, data.longest, specs)
     if config.data.kind == "prompts":
         _check_evaluation(config, roles, data.heldout)
+    if "rollout" in roles:
+        data = answered_prompts(config, data)
     best_of(config.train, roles, data)
     if "rollout" in roles:
         rollout = meshes["rollout"]
         config.rollout.check_model(spec, rollout.tensor, machine.cpu, rollout.expert > 1, rollout.pipeline)
-        _check_lengths(config, data.heldout)
-        _check_end(config, spec, tokenizer)
+        check_lengths(config, data, specs, given)
+        check_end(config, spec, tokenizer)
     check_memory(config, specs, meshes, machine)
     for role in (role for role in specs if role in MEGATRON):
         check_weights(specs[role])
@@ -118,10 +131,14 @@ def check(config: Config, roles: list[str], world_size: int) -> Checked:
         _check_reward(config, roles, data)
         if config.train.eval_every and data.heldout:
             shown_component(config.reward, config.train.eval_reward)
-    return Checked(spec, tokenizer, meshes, data, specs)
+    spec = with_ends(spec, config, ends, tokenizer)
+    return Checked(spec, tokenizer, meshes, data, specs, ends, config.rollout)
 
 
 def _check_values(config: Config) -> None:
+    for key, example in {"run_dir": "runs/first", "model.path": "DIR"}.items():
+        if not _get(config, key).strip():
+            raise ValueError(f"{key} has no value; give a folder, such as {key}={example}.")
     for key, allowed in CHOICES.items():
         value = _get(config, key)
         if value not in allowed:
@@ -229,26 +246,12 @@ def _check_ranks(placement: Placement) -> None:
             )
 
 
-def _check_lengths(config: Config, heldout: list[Prompt]) -> None:
-    longest = max((len(prompt.tokens) for prompt in heldout), default=0)
-    if longest > config.data.max_prompt_tokens:  # of held-out pairs; other prompts were checked when they were read
-        raise ValueError(
-            f"a held-out pair's prompt has {longest} tokens, and the role rollout answers it in evaluations; raise "
-            f"data.max_prompt_tokens={config.data.max_prompt_tokens} to {longest} or more."
-        )
-    longest = config.data.max_prompt_tokens + config.sampling.max_tokens
-    if longest > config.rollout.max_model_len:
-        raise ValueError(
-            f"data.max_prompt_tokens={config.data.max_prompt_tokens} + sampling.max_tokens={config.sampling.max_tokens} is "
-            f"more than rollout.max_model_len={config.rollout.max_model_len}; raise it to {longest}, or lower one of them."
-        )
-
-
 def _check_positions(config: Config, role: str, longest: int, specs: Mapping[str, ModelSpec]) -> None:
     spec = specs[role]
-    if role in WITH_SCALAR_HEAD and "rollout" in specs and config.rollout.max_model_len > spec.max_positions:
+    length = config.rollout.max_model_len
+    if role in WITH_SCALAR_HEAD and "rollout" in specs and length is not None and length > spec.max_positions:
         raise ValueError(
-            f"rollout.max_model_len={config.rollout.max_model_len} is beyond the {spec.max_positions} positions of the "
+            f"rollout.max_model_len={length} is beyond the {spec.max_positions} positions of the "
             f"{role} in {spec.path}, which reads whole samples; use {spec.max_positions} or less."
         )
     if longest > spec.max_positions:
@@ -265,15 +268,6 @@ def _check_evaluation(config: Config, roles: list[str], heldout: list[Prompt]) -
         raise ValueError(
             f"train.eval_every={config.train.eval_every} evaluates on held-out prompts, which needs the role(s) "
             f"{', '.join(lacking)}; add them to algorithm.roles={roles}, or set train.eval_every=0."
-        )
-
-
-def _check_end(config: Config, spec: ModelSpec, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Without an end token every response would run to its limit."""
-    if config.sampling.stop_token_ids is None and not spec.eos_token_ids:
-        raise ValueError(
-            f"{spec.path}/config.json has no eos_token_id, so responses would never end; set it, or "
-            f"sampling.stop_token_ids=[{tokenizer.eos_token_id}] (the tokenizer's {tokenizer.eos_token})."
         )
 
 

@@ -24,6 +24,7 @@ from aligner.checkpoint.config import CheckpointConfig
 from aligner.data.config import DataConfig
 from aligner.driver.config import LoggingConfig, TrainConfig
 from aligner.driver.guard_config import GuardConfig
+from aligner.paths import expand_composed, expand_values, quoted_tilde
 from aligner.policy.config import CriticConfig, PolicyConfig, ReferenceConfig, RewardModelConfig
 from aligner.reshard.config import ReshardConfig
 from aligner.reward.config import RewardConfig
@@ -100,7 +101,7 @@ class Config:
     seed: int = 0
     """Seeds the data order and the sampling."""
     run_dir: str = "runs/latest"
-    """Folder for metrics, samples, report and checkpoint."""
+    """Folder for metrics, samples, report and checkpoint. In this and every other path ~ and $NAME are replaced."""
     overwrite: bool = False
     """Start anew, and replace the run that run_dir already holds; restarts of this launch go on with it."""
     timeout_seconds: float = 1800.0
@@ -113,7 +114,8 @@ class Config:
 
 
 def compose_config(overrides: Sequence[str], name: str = "train", folder: Path = CONF) -> DictConfig:
-    """Compose conf/<name>.yaml with Hydra overrides, every value checked against the dataclasses' types.
+    """Compose conf/<name>.yaml with Hydra overrides, every value checked against the dataclasses' types, ~ and
+    environment variables in paths replaced.
 
     Raises:
         ValueError: a malformed override, an unknown group, file or key, or a value of the wrong type; close names are
@@ -124,12 +126,15 @@ def compose_config(overrides: Sequence[str], name: str = "train", folder: Path =
     if not (folder / f"{name}.yaml").is_file():
         raise ValueError(f"--config-name={name}: there is no {folder / name}.yaml; available: {_options(folder)}.")
     ConfigStore.instance().store(name="schema", node=_writable(Config))
+    overrides = [quoted_tilde(override) for override in overrides]
     try:
         with initialize_config_dir(config_dir=str(folder), version_base="1.3"):
-            return compose(config_name=name, overrides=list(overrides))
+            composed = compose(config_name=name, overrides=overrides)
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         _check_forms(overrides)
         raise ValueError(_explain(error, overrides, name, folder)) from None
+    expand_composed(composed)
+    return composed
 
 
 def to_config(composed: DictConfig) -> Config:
@@ -142,9 +147,10 @@ def to_config(composed: DictConfig) -> Config:
     if missing:
         raise ValueError(f"{missing[0]} has no value; give it on the command line: {missing[0]}=...")
     try:
-        values = OmegaConf.to_container(composed, resolve=True)
+        values: Any = OmegaConf.to_container(composed, resolve=True)
     except OmegaConfBaseException as error:
         raise ValueError(" ".join(str(error).split())) from None
+    expand_values(values)
     config = _frozen(Config, values)
     assert isinstance(config, Config)
     return config

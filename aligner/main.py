@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from aligner.masking import Mask
+from aligner.paths import path_option
 from aligner.spmd.leaving import at_once, own_folder
 
 PATIENCE = 30.0
@@ -32,7 +33,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--help", "-h", action="store_true")
     parser.add_argument("--cfg", choices=["job"])
     parser.add_argument("--config-name", default="train")
-    parser.add_argument("--config-dir", type=Path)
+    parser.add_argument("--config-dir", type=path_option)
     parser.add_argument("overrides", nargs="*")
     found, unknown = parser.parse_known_args(arguments)
     flags = [flag for flag in unknown if flag.startswith("-")]

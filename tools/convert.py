@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from aligner.models.checkpoint import FILE_BYTES
 from aligner.models.convert import convert
 from aligner.models.stored import Cut
+from aligner.paths import path_option
 from aligner.reshard.region import ELEMENT_BYTES
 
 SIZES = [field.name for field in fields(Cut)]
@@ -45,9 +46,11 @@ def main(arguments: list[str]) -> int:
     """The command. Returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "source", type=Path, help="a Hugging Face checkpoint, a role of a training checkpoint, or shards of this tool"
+        "source",
+        type=path_option,
+        help="a Hugging Face checkpoint, a role of a training checkpoint, or shards of this tool",
     )
-    parser.add_argument("out", type=Path, help="the folder to write; a checkpoint that stands there is replaced")
+    parser.add_argument("out", type=path_option, help="the folder to write; a checkpoint that stands there is replaced")
     parser.add_argument("--layout", type=layout, default=None, help="huggingface (default), or sizes by comma")
     parser.add_argument("--dtype", choices=list(ELEMENT_BYTES), help="of the written weights (default: as they are)")
     parser.add_argument("--file-bytes", type=int, default=FILE_BYTES, help="split Hugging Face files beyond this size")

@@ -27,13 +27,16 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from aligner.data.decoding import text_of
+from aligner.data.end_tokens import find_ends
 from aligner.data.jsonl import LabelledRow, rows
 from aligner.data.lines import Line, Lines, check_rows, chunks
 from aligner.data.prompts import Prompt, tokenize_prompts
 from aligner.data.tokenizer import load_tokenizer
 from aligner.driver.console import duration
-from aligner.models.spec import end_tokens, read_config
+from aligner.models.spec import read_config
 from aligner.models.stored import SHARDS
+from aligner.paths import path_option
 from aligner.reshard.region import ELEMENT_BYTES
 from aligner.rollout.config import Sampling
 from aligner.rollout.offline import OfflineEngine, fingerprint, take_devices
@@ -60,15 +63,20 @@ def options() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--model", type=Path, required=True, help="a Hugging Face folder, such as run_dir/model or run_dir/best")
-    add("--input", type=Path, required=True, help="JSONL file of rows")
-    add("--output", type=Path, required=True, help="JSONL file to write; beside it OUTPUT.settings.json")
+    add("--model", type=path_option, required=True, help="a Hugging Face folder, such as run_dir/model or run_dir/best")
+    add("--input", type=path_option, required=True, help="JSONL file of rows")
+    add("--output", type=path_option, required=True, help="JSONL file to write; beside it OUTPUT.settings.json")
     add("--num-samples", type=int, default=1, help="answers to each row (default %(default)s)")
     add("--temperature", type=float, default=1.0, help="0 is greedy (default %(default)s)")
     add("--top-p", type=float, default=1.0, help="smallest set of tokens with this probability (default: all)")
     add("--top-k", type=int, default=0, help="so many most likely tokens (default 0: all)")
     add("--max-tokens", type=int, default=256, help="most tokens in an answer (default %(default)s)")
-    add("--stop-token-ids", type=int, nargs="+", help="tokens that end an answer (default: the model's end tokens)")
+    add(
+        "--stop-token-ids",
+        type=int,
+        nargs="+",
+        help="tokens that end an answer (default: what the model's files, tokenizer and chat template end turns with)",
+    )
     add("--seed", type=int, default=0, help="of all samples (default %(default)s)")
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--chat", action="store_true", help="a text is a user's message, for the chat template")
@@ -166,7 +174,7 @@ def line_of(prompt: Prompt, key: str, row: dict[str, Any], found: Sequence[Sampl
         "index": prompt.index,
         "key": key,
         "prompt": prompt.text,
-        "response": [tokenizer.decode(one.tokens, skip_special_tokens=True) for one in found],
+        "response": [text_of(tokenizer, one.tokens) for one in found],
         "finish": ["length" if one.truncated else "stop" for one in found],
         "tokens": [len(one.tokens) for one in found],
         **more,
@@ -181,6 +189,9 @@ def generate(given: argparse.Namespace, rank: int, count: int) -> None:
     # vLLM's own choice would be half precision for weights in float32
     given.dtype = given.dtype or config.get("dtype") or config.get("torch_dtype") or "auto"
     tokenizer = load_tokenizer(given.model, "--model")
+    ends = find_ends(given.model, tokenizer)
+    if ends.disagreement and rank == 0 and sampling.stop_token_ids is None:
+        print(ends.disagreement, file=sys.stderr, flush=True)
     source = list(rows(given.input, "--input"))
     prompts, length = read_prompts(source, tokenizer, given)
     settings = {"the model": fingerprint(given.model), **{option(name): getattr(given, name) for name in DECIDES}}
@@ -193,7 +204,7 @@ def generate(given: argparse.Namespace, rank: int, count: int) -> None:
         said = Progress(sum(len(chunk) for chunk in mine), sum(len(chunk) for chunk in open_), rank, count)
         if open_:
             engine = OfflineEngine(
-                given.model, stop=end_tokens(config, given.model), tensor=given.tensor, dtype=given.dtype,
+                given.model, stop=ends.ids, tensor=given.tensor, dtype=given.dtype,
                 max_model_len=length, max_num_seqs=given.max_num_seqs, kv_cache_mib=given.kv_cache_mib,
                 gpu_memory_utilization=given.gpu_memory_utilization,
             )  # fmt: skip

@@ -17,13 +17,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # also from a c
 from aligner.driver.facts import summary
 from aligner.driver.metrics import read_metrics
 from aligner.driver.report import compare_report, write_report, write_timeline
+from aligner.paths import path_option
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run_dirs", nargs="+", metavar="RUN_DIR", help="folder of a run (it holds metrics.jsonl)")
     parser.add_argument(
-        "--out", help="one run: the folder to write to (default: the run's); several: the PNG (default: compare.png)"
+        "run_dirs", type=path_option, nargs="+", metavar="RUN_DIR", help="folder of a run (it holds metrics.jsonl)"
+    )
+    parser.add_argument(
+        "--out",
+        type=path_option,
+        help="one run: the folder to write to (default: the run's); several: the PNG (default: compare.png)",
     )
     parser.add_argument("--summary", action="store_true", help="print what each run reached")
     parser.add_argument(

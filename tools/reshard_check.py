@@ -13,7 +13,6 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 from statistics import mean
 
@@ -22,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from aligner.models.family import logical_tensors
 from aligner.models.megatron_layout import MegatronSide
 from aligner.models.spec import ModelSpec, read_spec
+from aligner.paths import path_option
 from aligner.reshard.account import Account, Load, make_account
 from aligner.reshard.clock import duration
 from aligner.reshard.config import ReshardConfig
@@ -46,7 +46,7 @@ def main(arguments: list[str]) -> int:
     """The command. Returns the exit status."""
     parser = argparse.ArgumentParser(prog="tools/reshard_check.py", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--model", required=True, help="a config.json, or the folder it is in")
+    parser.add_argument("--model", type=path_option, required=True, help="a config.json, or the folder it is in")
     parser.add_argument("--train", required=True, help=f"{', '.join(TRAIN_KEYS)}; stages=12+13+... if uneven")
     parser.add_argument("--infer", required=True, help=", ".join(INFER_KEYS))
     where = parser.add_mutually_exclusive_group()
@@ -84,10 +84,7 @@ def check(parsed: argparse.Namespace, stack: ExitStack) -> None:
         raise ValueError(
             f"--infer ep={infer.expert}: the engine spreads experts over all tensor ranks or none; use 1 or {infer.tensor}."
         )
-    longest = min(RolloutConfig().max_model_len, spec.max_positions)
-    replace(RolloutConfig(), max_model_len=longest).check_model(
-        spec, infer.tensor, False, infer.expert > 1, infer.pipeline
-    )
+    RolloutConfig().check_model(spec, infer.tensor, False, infer.expert > 1, infer.pipeline)
 
     def sides() -> tuple[MegatronSide, EngineSide]:
         return MegatronSide(spec, train, parsed.dtype), EngineSide(spec, infer, parsed.dtype, infer.expert > 1)

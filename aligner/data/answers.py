@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from aligner.data.end_tokens import closing_tokens
 from aligner.data.tokenizer import Message, checked_messages, encode_continuation, encode_text, render_chat
 
 if TYPE_CHECKING:
@@ -13,6 +14,8 @@ if TYPE_CHECKING:
 
 TRAIN_ON = ("responses", "all")
 TOO_LONG = ("error", "drop")
+STOP = "stop"
+"""Another word for data.too_long=error."""
 SWITCHES = ("train", "weight")
 """Keys of a message that say whether it is trained on: true or false, 1 or 0."""
 
@@ -64,7 +67,7 @@ def encode_answer(
     # Encoded apart: in generation the prompt stands alone, so no token may reach across the border.
     read = encode_text(tokenizer, prompt)
     trained = encode_continuation(tokenizer, answer)
-    if trained[-1:] != [tokenizer.eos_token_id]:
+    if not closing_tokens(tokenizer).intersection(trained[-1:]):
         trained.append(_end(tokenizer))
     return _answered(read + trained, [train_on == "all"] * len(read) + [True] * len(trained), len(read), label, row)
 
@@ -130,10 +133,10 @@ def fits(answered: Answered, what: str, label: str, max_tokens: int, too_long: s
     """Whether it has at most `max_tokens` tokens.
 
     Raises:
-        ValueError: it has more, and `too_long` (data.too_long) is "error".
+        ValueError: it has more, and `too_long` (data.too_long) is not "drop".
     """
     length = len(answered.tokens)
-    if length > max_tokens and too_long == "error":
+    if length > max_tokens and too_long != "drop":
         raise ValueError(
             f"{label}: {what} has {length} tokens, more than data.max_tokens={max_tokens}; "
             f"raise it to {length} or more, or set data.too_long=drop."
@@ -144,7 +147,7 @@ def fits(answered: Answered, what: str, label: str, max_tokens: int, too_long: s
 def check_choices(too_long: str, train_on: str = "responses") -> None:
     """Raises ValueError for a value of data.too_long or data.train_on that is unknown."""
     for name, value, known in (("too_long", too_long, TOO_LONG), ("train_on", train_on, TRAIN_ON)):
-        if value not in known:
+        if value not in known and (name, value) != ("too_long", STOP):
             raise ValueError(f"data.{name}={value} is unknown; use {' or '.join(known)}.")
 
 

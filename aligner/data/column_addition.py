@@ -17,6 +17,7 @@ from typing import Any
 
 from aligner.data.column_answers import column_answer, direct_answer, malformed, wrong_columns, wrong_number
 from aligner.data.jsonl import LabelledRow
+from aligner.paths import path_option
 
 PAD, BOS, EOS, UNKNOWN = "<pad>", "<bos>", "<eos>", "<unk>"
 CHARACTERS = "\n" + "".join(map(chr, range(32, 127)))
@@ -270,7 +271,7 @@ def write(out: Path, task: ColumnAddition, shape: ModelShape) -> list[str]:
 def main(arguments: list[str] | None = None) -> None:
     """The command: one option for each field of the task and of the model's shape."""
     parser = argparse.ArgumentParser(prog="python -m aligner.data.column_addition", description=__doc__)
-    parser.add_argument("--out", type=Path, required=True, help="folder to write into")
+    parser.add_argument("--out", type=path_option, required=True, help="folder to write into")
     task, shape = ColumnAddition(), ModelShape()
     for name, default in {**vars(task), **vars(shape)}.items():
         option = f"--{name.replace('_', '-')}"

@@ -37,7 +37,8 @@ class DataConfig:
     max_tokens: int = 1024
     """Longest prompt with its answer allowed, in tokens."""
     too_long: str = "error"
-    """Demonstrations, pairs and answers longer than max_tokens: error or drop."""
+    """Prompts longer than max_prompt_tokens; demonstrations, pairs and answers longer than max_tokens; held-out ones
+    too: error (also called stop), or drop, which counts them."""
     shuffle: bool = True
     """A new order in each epoch."""
     eval_prompts: int = 256

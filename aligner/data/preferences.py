@@ -186,9 +186,12 @@ def _scored_pairs(
 
 
 def _number(value: Any, what: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise ValueError(f"{what} must be a finite number, not {value!r}.")
-    return float(value)
+    try:
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+            return float(value)
+    except OverflowError:  # a whole number beyond what a float holds
+        value = math.inf
+    raise ValueError(f"{what} must be a finite number, not {value!r}.")
 
 
 def told(left_out: LeftOut) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from aligner.data.answers import check_choices
 from aligner.data.jsonl import LabelledRow
 from aligner.data.tokenizer import checked_messages, encode_continuation, encode_text, render_chat
 
@@ -24,7 +25,7 @@ class Prompt:
     fields: dict[str, Any]
     """The whole JSON row (answer, ...)."""
     index: int
-    """Position in the data file, from 0."""
+    """Position among the prompts that were kept, from 0."""
 
 
 def tokenize_prompts(
@@ -33,27 +34,46 @@ def tokenize_prompts(
     max_tokens: int,
     setting: str = "data.max_prompt_tokens",
 ) -> list[Prompt]:
-    """Rows with 'prompt' (text) or 'messages' (a conversation that awaits an answer) -> prompts.
+    """`prompts_that_fit`, where every prompt must."""
+    return prompts_that_fit(rows, tokenizer, max_tokens, "error", setting)[0]
+
+
+def prompts_that_fit(
+    rows: Iterable[LabelledRow],
+    tokenizer: PreTrainedTokenizerBase,
+    max_tokens: int,
+    too_long: str,
+    setting: str = "data.max_prompt_tokens",
+) -> tuple[list[Prompt], int]:
+    """Rows with 'prompt' (text) or 'messages' (a conversation that awaits an answer) -> (prompts, rows dropped).
 
     Args:
         max_tokens: longest prompt allowed, in tokens.
+        too_long: "error", or "drop" to leave longer ones out and count them.
         setting: the configuration field that holds `max_tokens`, for the errors.
 
     Raises:
-        ValueError: neither or both keys, wrong type, empty, or too long; the row's label is named.
+        ValueError: neither or both keys, wrong type, empty, too long, or nothing left; the row's label is named.
     """
-    prompts = []
-    for index, (label, row) in enumerate(rows):
+    check_choices(too_long)
+    prompts: list[Prompt] = []
+    dropped = 0
+    for label, row in rows:
         text, tokens = _encode(row, label, tokenizer)
         if not tokens:
             raise ValueError(f"{label}: the prompt has no tokens.")
-        if len(tokens) > max_tokens:
+        if len(tokens) <= max_tokens:
+            prompts.append(Prompt(tuple(tokens), text, row, len(prompts)))
+            continue
+        if too_long != "drop":
             raise ValueError(
                 f"{label}: the prompt has {len(tokens)} tokens, more than {setting}={max_tokens}; "
-                f"raise it to {len(tokens)} or more, or shorten the prompt."
+                f"raise it to {len(tokens)} or more, shorten the prompt, or leave such rows out: data.too_long=drop."
             )
-        prompts.append(Prompt(tuple(tokens), text, row, index))
-    return prompts
+        dropped += 1
+    if dropped and not prompts:
+        raise ValueError(f"all {dropped} prompts are longer than {setting}={max_tokens}; raise it.")
+    return prompts, dropped
 
 
 def _encode(row: dict[str, Any], label: str, tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[int]]:

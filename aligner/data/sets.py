@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from aligner.data.answers import Answered
@@ -12,7 +12,7 @@ from aligner.data.config import DataConfig
 from aligner.data.demonstrations import tokenize_demonstrations
 from aligner.data.jsonl import LabelledRow, rows
 from aligner.data.preferences import LeftOut, Pair, tokenize_feedback, tokenize_preferences
-from aligner.data.prompts import Prompt, tokenize_prompts
+from aligner.data.prompts import Prompt, prompts_that_fit
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -49,6 +49,13 @@ class DataSets:
     """Demonstrations to evaluate on (data.kind=demonstrations)."""
     left_out: LeftOut = field(default_factory=Counter)
     """Why training rows (or pairs) were left out -> how many."""
+    heldout_left_out: LeftOut = field(default_factory=Counter)
+    """The same of what is evaluated on."""
+
+    def metrics(self) -> dict[str, float]:
+        """How many rows were left out, where some were: logged once, with the first step."""
+        counts = {"data/left_out": self.left_out, "data/heldout_left_out": self.heldout_left_out}
+        return {name: float(found.total()) for name, found in counts.items() if found.total()}
 
     @property
     def longest(self) -> int:
@@ -65,7 +72,7 @@ def read_sets(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> DataSets:
     Raises:
         ValueError: a missing setting, a file or a row that cannot be used, or fewer rows than one step takes.
     """
-    if data.task is None and data.path is None:
+    if data.task is None and not data.path:
         raise ValueError("data.path has no value; give a JSONL file, or choose a generated task: data=column_addition.")
     source = _task_rows(data, METHODS) if data.task else rows(data.path or "")
     sets = _training(data, source, tokenizer)
@@ -79,13 +86,14 @@ def read_sets(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> DataSets:
         return sets
     held = _task_rows(data, HELDOUT_METHODS) if data.task else rows(data.eval_path or "", "data.eval_path")
     if data.kind == "prompts":
-        prompts = tokenize_prompts(held, tokenizer, data.max_prompt_tokens)
-        return DataSets(sets.training, heldout=prompts[: data.eval_prompts])
+        prompts, dropped = prompts_that_fit(held, tokenizer, data.max_prompt_tokens, data.too_long)
+        return replace(sets, heldout=prompts[: data.eval_prompts], heldout_left_out=_too_long(dropped))
     if data.kind == "demonstrations":
-        answers = tokenize_demonstrations(held, tokenizer, data.max_tokens, data.too_long, data.train_on)[0]
-        return DataSets(sets.training, heldout_answers=answers[: data.eval_prompts], left_out=sets.left_out)
-    pairs = tokenize_preferences(held, tokenizer, data.max_tokens, data.too_long)[0][: data.eval_prompts]
-    return DataSets(sets.training, prompts_of(pairs, tokenizer), pairs, left_out=sets.left_out)
+        answers, dropped = tokenize_demonstrations(held, tokenizer, data.max_tokens, data.too_long, data.train_on)
+        return replace(sets, heldout_answers=answers[: data.eval_prompts], heldout_left_out=_too_long(dropped))
+    pairs, left_out = tokenize_preferences(held, tokenizer, data.max_tokens, data.too_long)
+    pairs = pairs[: data.eval_prompts]
+    return replace(sets, heldout=prompts_of(pairs, tokenizer), heldout_pairs=pairs, heldout_left_out=left_out)
 
 
 def prompts_of(pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
@@ -106,13 +114,18 @@ def prompts_of(pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerBase) -> lis
 
 def _training(data: DataConfig, source: Iterable[LabelledRow], tokenizer: PreTrainedTokenizerBase) -> DataSets:
     if data.kind == "prompts":
-        return DataSets(tokenize_prompts(source, tokenizer, data.max_prompt_tokens))
+        prompts, dropped = prompts_that_fit(source, tokenizer, data.max_prompt_tokens, data.too_long)
+        return DataSets(prompts, left_out=_too_long(dropped))
     if data.kind == "demonstrations":
         kept, dropped = tokenize_demonstrations(source, tokenizer, data.max_tokens, data.too_long, data.train_on)
-        return DataSets(kept, left_out=Counter({"too long": dropped}))
+        return DataSets(kept, left_out=_too_long(dropped))
     tokenize = tokenize_preferences if data.kind == "preferences" else tokenize_feedback
     found, left_out = tokenize(source, tokenizer, data.max_tokens, data.too_long)
     return DataSets(found, left_out=left_out)
+
+
+def _too_long(dropped: int) -> LeftOut:
+    return Counter({"too long": dropped})
 
 
 def _task_rows(data: DataConfig, methods: dict[str, str]) -> Iterable[LabelledRow]:

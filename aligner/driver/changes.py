@@ -19,6 +19,7 @@ FREE = (
     "mode",
     "check",
     "hang",
+    "rollout.max_model_len",
     "train.save",
     "train.report",
     "train.export_every",

@@ -83,7 +83,7 @@ QUIET = {
     "heldout_pair_accuracy",
     *LEFT_OUT,
 }
-FINE = ("reshard_", "seconds_", "memory_", "critic_", "reward/", "guard/")
+FINE = ("reshard_", "seconds_", "memory_", "critic_", "reward/", "guard/", "data/")
 
 
 def columns_for(metrics: Collection[str]) -> tuple[Column, ...]:

@@ -52,6 +52,14 @@ def facts(rows: Sequence[Row]) -> Iterator[tuple[str, str]]:
     _, memory = series(rows, "memory_peak", keep_gaps=False)
     if memory:
         yield "peak memory of a rank", f"{max(memory):.2f} GiB"
+    dropped = {
+        name: sum(series(rows, name, keep_gaps=False)[1][-1:]) for name in ("data/left_out", "data/heldout_left_out")
+    }
+    if any(dropped.values()):
+        yield (
+            "rows of the data left out",
+            f"{dropped['data/left_out']:.0f}, held out {dropped['data/heldout_left_out']:.0f}",
+        )
     counts = [(name.removeprefix("reward_"), sum(series(rows, name, keep_gaps=False)[1])) for name in LEFT_OUT]
     if any(name in row for name in LEFT_OUT for row in rows):
         yield "rewards left out", ", ".join(f"{count:.0f} {name}" for name, count in counts if count) or "none"

@@ -81,6 +81,7 @@ def prepare(config: Config, world_size: int) -> Job:
     roles = list(getattr(settings, "roles", ["policy", "rollout", "reward"]))
     _check_stream(config, settings, roles)
     checked = check(config, roles, world_size)
+    config = replace(config, rollout=checked.rollout)
     job = Job(config, loop, settings, roles, checked)
     if os.environ.get("RANK", "0") != "0":
         return job

@@ -12,6 +12,7 @@ import torch.distributed as dist
 import yaml
 
 from aligner.algorithms.step import Step, checked_step
+from aligner.check_rollout import shown_ends
 from aligner.data.preferences import told
 from aligner.driver.accounts import account_of, merged
 from aligner.driver.batches import batches, rows_of
@@ -107,6 +108,8 @@ class Driver:
         for step, yielded in enumerate(self._steps(stream), start=self.before + 1):
             result = checked_step(yielded, self._loop_name)
             row = self._row(result, time.perf_counter() - start)
+            if step == self.before + 1:
+                row |= self.job.checked.data.metrics()
             if held_up:
                 row["seconds_checkpoint"], held_up = held_up, 0.0
             evaluated = evaluates and (step % train.eval_every == 0 or step == train.steps)
@@ -146,9 +149,13 @@ class Driver:
         return steps
 
     def _greet(self) -> None:
-        left_out = self.job.checked.data.left_out
-        if self.writer and left_out.total():
-            self.writer.note(f"rows of data.path left out: {told(left_out)}")
+        checked = self.job.checked
+        if self.writer and checked.data.left_out.total():
+            self.writer.note(f"rows of data.path left out: {told(checked.data.left_out)}")
+        if self.writer and checked.data.heldout_left_out.total():
+            self.writer.note(f"held-out rows left out: {told(checked.data.heldout_left_out)}")
+        if self.writer and checked.ends.disagreement:
+            self.writer.note(f"{checked.ends.disagreement}; {shown_ends(self.config, checked.ends)}")
         if self.writer and self.before:
             self.writer.note(f"going on after step {self.before}, from the checkpoint in {self.run_dir}")
 

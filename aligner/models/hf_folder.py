@@ -22,8 +22,9 @@ from aligner.reshard.region import whole_tensor
 
 _INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+GENERATION = "generation_config.json"
 _COPIED = (
-    "generation_config.json",
+    GENERATION,
     "tokenizer.json",
     "tokenizer_config.json",
     "tokenizer.model",
@@ -76,6 +77,23 @@ def write_rest(partial: Path, spec: ModelSpec, dtype: str, weight_map: dict[str,
         if (folder / name).is_file():
             shutil.copyfile(folder / name, partial / name)
             flush(partial / name)
+    if spec.head is Head.LANGUAGE:
+        _write_end_tokens(partial / GENERATION, spec, config)
+
+
+def _write_end_tokens(file: Path, spec: ModelSpec, config: dict[str, Any]) -> None:
+    """Name in generation_config.json every token that ends a turn; what it names already stays, and stays first.
+
+    Servers stop at what this file names, and read config.json only where there is no such file.
+    """
+    found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    ids = found.get("eos_token_id") if file.is_file() else config.get("eos_token_id")
+    named = ids if isinstance(ids, list) else [] if ids is None else [ids]
+    missing = [token for token in spec.eos_token_ids if token not in named]
+    if missing:
+        if not file.is_file():
+            found = {key: config[key] for key in ("bos_token_id", "pad_token_id") if config.get(key) is not None}
+        write_json(file, found | {"eos_token_id": [*named, *missing]})
 
 
 def _pad_token_id(config: dict[str, Any], spec: ModelSpec) -> int | None:

@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from aligner.data.decoding import text_of
 from aligner.data.samples import Samples
 from aligner.data.tokenizer import load_tokenizer
 from aligner.spmd import columns
@@ -88,7 +89,8 @@ def _texts(samples: Samples, model: str | Path) -> list[str] | None:
         tokenizer = load_tokenizer(model)
     except ValueError:
         return None
-    return [tokenizer.decode(samples.tokens_BT[row, : samples.length_B[row]].tolist()) for row in range(samples.rows)]
+    ids = (samples.tokens_BT[row, : samples.length_B[row]].tolist() for row in range(samples.rows))
+    return [text_of(tokenizer, row, keep_special_tokens=True) for row in ids]
 
 
 def _save(

@@ -55,6 +55,7 @@ class Part:
     workers: int
     timeout_s: float
     memory_mib: int | None = None
+    keep_special_tokens: bool = False
 
     @property
     def source(self) -> str:
@@ -87,7 +88,8 @@ def parts_of(reward: RewardConfig) -> list[Part]:
     if not reward.components:
         name = re.split(r"[.:]", reward.rule)[-1] or "rule"
         component = RewardComponent(rule=reward.rule, kwargs=reward.kwargs)
-        return [Part(name, "reward", component, reward.workers, reward.timeout_s, reward.memory_mib)]
+        kept = reward.keep_special_tokens
+        return [Part(name, "reward", component, reward.workers, reward.timeout_s, reward.memory_mib, kept)]
     with_rule = reward.rule not in ("", RewardConfig.rule)
     if with_rule or reward.kwargs:
         which = f"reward.rule={reward.rule}" if with_rule else f"reward.kwargs={reward.kwargs}"
@@ -103,7 +105,9 @@ def parts_of(reward: RewardConfig) -> list[Part]:
         component = _read(RewardComponent, values, where)
         workers = reward.workers if component.workers is None else component.workers
         timeout_s = reward.timeout_s if component.timeout_s is None else component.timeout_s
-        parts.append(Part(str(name), where, component, workers, timeout_s, reward.memory_mib))
+        kept = component.keep_special_tokens
+        kept = reward.keep_special_tokens if kept is None else kept
+        parts.append(Part(str(name), where, component, workers, timeout_s, reward.memory_mib, kept))
     for part in parts:
         _check(part, [other.name for other in parts])
     if all(part.component.weight == 0 for part in parts):
@@ -162,6 +166,8 @@ def _check(part: Part, names: Sequence[str]) -> None:
         raise ValueError(f"{where}.timeout_s={part.timeout_s} must be a positive number of seconds.")
     if component.kwargs and component.rule is None:
         raise ValueError(f"{where}.kwargs are arguments of a rule, and this is a {given[0]}; leave them out.")
+    if component.model and component.keep_special_tokens is not None:
+        raise ValueError(f"{where}.keep_special_tokens: the reward model reads tokens, not text; leave it out.")
     if component.url is None and (component.judge or component.token_env):
         raise ValueError(f"{where}.judge and token_env belong to an endpoint; set {where}.url.")
 

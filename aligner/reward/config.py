@@ -46,6 +46,8 @@ class RewardComponent:
     """See gate; in the unit of the gate's raw value."""
     gate_value: float = 0.0
     """What this component adds (times weight) in rows where the gate is closed."""
+    keep_special_tokens: bool | None = None
+    """A rule or an endpoint gets the response with its special tokens; none: reward.keep_special_tokens."""
     workers: int | None = None
     """Worker processes of a rule, requests in flight of a url, on each rank; none: reward.workers."""
     timeout_s: float | None = None
@@ -73,6 +75,8 @@ class RewardConfig:
     components: dict[str, Any] = field(default_factory=dict)
     """In place of rule and kwargs, by name: {rule|url|model, weight, normalize, clip, gate, ...}, each a summand
     (`RewardComponent` in aligner/reward/config.py explains every setting; conf/reward/weighted.yaml is an example)."""
+    keep_special_tokens: bool = False
+    """Rules and endpoints get the response with the special tokens in it (<|im_end|>, ...), the one that ended it too."""
     workers: int = 1
     """Worker processes of each rule (requests in flight of each url) on each rank."""
     timeout_s: float = 5.0

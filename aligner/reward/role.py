@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
+from aligner.data.decoding import text_of
 from aligner.data.samples import Samples
 from aligner.reward.audit import Missing, check_missing, missing_of
 from aligner.reward.combine import combine, reward_row
@@ -110,34 +111,47 @@ class Reward(Role):
             return Ref(self, value, local.rows)
 
     def _score(self, samples: Samples, score_B: Tensor | None, rows: Sequence[int]) -> Scores:
-        texts = [
-            self.tokenizer.decode(samples.response_tokens(row), skip_special_tokens=True) for row in range(samples.rows)
-        ]
-        items = [
-            {"prompt": str(fields.get("prompt", "")), "response": text, "fields": fields}
-            for text, fields in zip(texts, samples.fields, strict=True)
-        ]
+        ids = [samples.response_tokens(row) for row in range(samples.rows)]
+        texts: dict[bool, list[str]] = {}
+        items: dict[bool, list[dict[str, Any]]] = {}
+        for kept in {self.config.keep_special_tokens, *(part.keep_special_tokens for part in self.parts)}:
+            texts[kept] = [text_of(self.tokenizer, row, kept) for row in ids]
+            items[kept] = [
+                {"prompt": str(fields.get("prompt", "")), "response": text, "fields": fields}
+                for text, fields in zip(texts[kept], samples.fields, strict=True)
+            ]
         self.world.activity.details["reward"] = lambda: self._being_scored(items, rows)
         scores = self._by_part(items, score_B)
         self.world.activity.details.pop("reward")
         raw = {name: _raw(of_part) for name, of_part in scores.items()}
         status = {name: torch.tensor([int(s.status) for s in of], dtype=torch.int8) for name, of in scores.items()}
         reward_B, status_B = self._combined(rows, raw, status, {name: missing_of(of) for name, of in scores.items()})
-        return Scores(reward_B, status_B, texts, raw, status)
+        return Scores(reward_B, status_B, texts[self.config.keep_special_tokens], raw, status)
 
-    def _being_scored(self, items: Sequence[Mapping[str, Any]], rows: Sequence[int]) -> list[str]:
+    def _being_scored(self, items: Mapping[bool, Sequence[Mapping[str, Any]]], rows: Sequence[int]) -> list[str]:
         """For a report: rows that workers have, and endpoints have not answered."""
+        either = items[self.config.keep_special_tokens]
         return [
-            f"{name}, row {rows[i] if i < len(rows) else '?'}: prompt {shortened(items[i]['prompt'])}, response "
-            f"{shortened(items[i]['response'])}"
+            f"{name}, row {rows[i] if i < len(rows) else '?'}: prompt {shortened(either[i]['prompt'])}, response "
+            f"{shortened(either[i]['response'])}"
             for name, scorer in self.scorers.items()
             for i in scorer.under_way()
         ]
 
-    def _by_part(self, items: Sequence[Mapping[str, Any]], score_B: Tensor | None) -> dict[str, list[Score]]:
-        """Scores of each component; they wait for each other, not for their turn."""
+    def _by_part(
+        self, items: Mapping[bool, Sequence[Mapping[str, Any]]], score_B: Tensor | None
+    ) -> dict[str, list[Score]]:
+        """Scores of each component; they wait for each other, not for their turn.
+
+        Args:
+            items: the rows, by whether their responses have special tokens.
+        """
         with ThreadPoolExecutor(max(1, len(self.scorers))) as threads:
-            running = {name: threads.submit(scorer.score, items) for name, scorer in self.scorers.items()}
+            running = {
+                part.name: threads.submit(self.scorers[part.name].score, items[part.keep_special_tokens])
+                for part in self.parts
+                if part.name in self.scorers
+            }
             return {
                 part.name: running[part.name].result() if part.name in running else _of_model(score_B)
                 for part in self.parts

@@ -21,6 +21,8 @@ OUTPUT_BIAS_FAMILIES = ("llama",)
 """Families whose attention output may have a bias in the engine; in others it would drop it silently."""
 VOCABULARY_BLOCK = 64
 """The engine rounds the embedding's rows up to a multiple of this, before it cuts them."""
+UNSAID_LENGTH = 1024
+"""Tokens in a sample where neither rollout.max_model_len nor a job's lengths say how many."""
 CPU_KV_CACHE_LIMIT_MIB = 1024
 """Most that rollout.kv_cache_mib=null takes on a CPU, whose memory the training roles share."""
 
@@ -43,7 +45,8 @@ class Sampling:
     top_k: int = 0
     """Draw from this many most likely tokens; 0 keeps all."""
     stop_token_ids: tuple[int, ...] | None = None
-    """Tokens that end a response, which includes them; null: the end-of-text tokens of the model's own files."""
+    """Tokens that end a response, which includes them; null: every token that ends a turn by the model's own files
+    (config.json, generation_config.json), its tokenizer, its chat template or the answers that are trained on."""
 
     def check(self, where: str = "sampling") -> None:
         """Raises ValueError naming the setting, as found under `where`, and the values that would work."""
@@ -71,8 +74,9 @@ class RolloutConfig:
 
     dtype: str = "float32"
     """Weights, activations and KV cache: float32, bfloat16 or float16."""
-    max_model_len: int = 1024
-    """Most tokens in one sample, prompt and response together."""
+    max_model_len: int | None = None
+    """Most tokens in one sample, prompt and response together. null: data.max_prompt_tokens + sampling.max_tokens, or
+    the model's own maximum where that is less and the prompts are short enough for it."""
     max_num_seqs: int = 128
     """Most samples that one replica generates at the same time; more wait for their turn."""
     max_batched_tokens: int | None = None
@@ -91,7 +95,7 @@ class RolloutConfig:
         """Raises ValueError naming the setting and the values that would work."""
         if self.dtype not in ELEMENT_BYTES:
             raise ValueError(f"rollout.dtype={self.dtype!r} is unknown; use {', '.join(ELEMENT_BYTES)}.")
-        if self.max_model_len < 2:
+        if self.max_model_len is not None and self.max_model_len < 2:
             raise ValueError(
                 f"rollout.max_model_len={self.max_model_len} leaves no room for a response; use 2 or more."
             )
@@ -114,7 +118,7 @@ class RolloutConfig:
     ) -> None:
         """Raises ValueError where the engine could not run this model over `tensor` x `pipeline` ranks."""
         self.check()
-        if self.max_model_len > spec.max_positions:
+        if self.length(spec) > spec.max_positions:
             raise ValueError(
                 f"rollout.max_model_len={self.max_model_len} is beyond the {spec.max_positions} positions of the model "
                 f"in {spec.path}; use {spec.max_positions} or less."
@@ -143,6 +147,10 @@ class RolloutConfig:
         if self.kv_cache_mib is not None:
             self._check_kv_cache(self.kv_cache_mib, spec, tensor, pipeline)
 
+    def length(self, spec: ModelSpec) -> int:
+        """max_model_len, or a usual length that the model can read."""
+        return min(UNSAID_LENGTH, spec.max_positions) if self.max_model_len is None else self.max_model_len
+
     def kv_cache_bytes(self, spec: ModelSpec, tensor: int, cpu: bool, pipeline: int = 1) -> int | None:
         """The KV cache of each rank in bytes; None where the engine measures what is left (CUDA)."""
         if self.kv_cache_mib is not None:
@@ -156,13 +164,13 @@ class RolloutConfig:
         needed = math.ceil(self._sequence_bytes(spec, tensor, pipeline) / (1 << 20))
         if mib < needed:
             raise ValueError(
-                f"rollout.kv_cache_mib={mib} cannot hold one sample of rollout.max_model_len={self.max_model_len} "
+                f"rollout.kv_cache_mib={mib} cannot hold one sample of rollout.max_model_len={self.length(spec)} "
                 f"tokens; use rollout.kv_cache_mib={needed} or more, or a smaller rollout.max_model_len."
             )
 
     def _sequence_bytes(self, spec: ModelSpec, tensor: int, pipeline: int) -> int:
         """KV cache of one sample of max_model_len tokens on one rank."""
-        blocks = math.ceil(self.max_model_len / BLOCK_TOKENS) + 1  # the engine keeps one empty
+        blocks = math.ceil(self.length(spec) / BLOCK_TOKENS) + 1  # the engine keeps one empty
         kv_heads = max(1, spec.kv_heads // tensor)
         return (
             blocks * BLOCK_TOKENS * 2 * (spec.layers // pipeline) * kv_heads * spec.head_dim * ELEMENT_BYTES[self.dtype]

@@ -42,6 +42,7 @@ class RolloutEngine:
         expert_parallel: bool = False,
         pipeline: int = 1,
         sleeps: bool = False,
+        stop: Sequence[int] | None = None,
     ) -> None:
         """Collective over `group`, which must carry CPU tensors; `ident` names the replica among this host's.
 
@@ -49,6 +50,7 @@ class RolloutEngine:
             group: the replica's ranks, tensor neighbours adjacent; its size is tensor x pipeline.
             expert_parallel: each rank of the replica holds whole experts, rather than a part of every expert.
             sleeps: CUDA: weights and cache must be able to leave the device (`rollout.sleep`).
+            stop: tokens that end a response; None: those that the model's own files name.
 
         Raises ValueError where the settings and the model do not go together.
         """
@@ -70,11 +72,13 @@ class RolloutEngine:
                 "enable_expert_parallel": expert_parallel,
                 "kv_cache_memory_bytes": config.kv_cache_bytes(self.spec, tensor, cpu, pipeline),
                 "enable_sleep_mode": sleeps and not cpu,
+                "max_model_len": config.length(self.spec),
             }
             self._llm = _build(model_path, architecture, self._subworld, config, sizes)
             check_agreement(self.spec, self._llm.model_config.hf_text_config, "the rollout engine")
         self._receive_buffer()
-        self.requests = Requests(self._llm, self._worker.model_runner, self.spec.eos_token_ids)
+        ends = self.spec.eos_token_ids if stop is None else stop
+        self.requests = Requests(self._llm, self._worker.model_runner, ends)
         """What is being generated."""
         gc.unfreeze()  # vLLM hides all objects of the process from the garbage collector, the training roles' too
 
@@ -187,12 +191,12 @@ class RolloutEngine:
     def _check_prompts(self, prompts: Sequence[list[int]], sampling: Sampling) -> None:
         longest = max((len(prompt) for prompt in prompts), default=0)
         needed = longest + sampling.max_tokens
-        if prompts and needed > self.config.max_model_len:
+        if prompts and needed > self.config.length(self.spec):
             limit = self.spec.max_positions
             remedy = f"use rollout.max_model_len={needed} or more" if needed <= limit else f"the model ends at {limit}"
             raise ValueError(
                 f"a prompt of {longest} tokens and sampling.max_tokens={sampling.max_tokens} do not fit in "
-                f"rollout.max_model_len={self.config.max_model_len}; {remedy}, or shorter prompts or responses."
+                f"rollout.max_model_len={self.config.length(self.spec)}; {remedy}, or shorter prompts or responses."
             )
         for index, prompt in enumerate(prompts):
             if not prompt:
@@ -253,7 +257,6 @@ def _build(
         # The kernel that reads experts as they are written; CUDA's others re-lay them out. A CPU has one only.
         moe_backend="triton" if subworld.device.type == "cuda" else "auto",
         distributed_executor_backend=executor_class(subworld),
-        max_model_len=config.max_model_len,
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_batched_tokens,
         block_size=BLOCK_TOKENS,  # type: ignore[arg-type]

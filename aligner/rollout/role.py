@@ -76,8 +76,9 @@ class Rollout(Role):
             return
         first = mesh.shards[self.shard or 0][0]
         self.engine = RolloutEngine(
-            spec.path, replica, f"{name}{first}", config, world.device, mesh.expert > 1, mesh.pipeline, sleeps
-        )
+            spec.path, replica, f"{name}{first}", config, world.device, mesh.expert > 1, mesh.pipeline, sleeps,
+            spec.eos_token_ids,
+        )  # fmt: skip
         self.engine.requests.progress = world.activity.tick
         self.weights = EngineWeights(self.engine)
         if sleeps:

@@ -27,6 +27,12 @@ def test_rows_are_labelled_by_their_line_and_blank_lines_are_skipped(tmp_path: P
         (b"3", "is a JSON int, not an object"),
         (b'{"prompt": "\xff"}', "is not UTF-8 text"),
         (b"[" * 100_000, "is nested too deeply"),
+        (b'{"n": ' + b"7" * 5000 + b"}", "has a whole number of more than 4300 digits; write it as text"),
+        (b'{"n": [-' + b"7" * 4301 + b"]}", "has a whole number of more than 4300 digits; write it as text"),
+        (b'{"prompt": "a \\ud83d b"}', r"has \ud83d in 'prompt': half of a surrogate pair"),
+        (b'{"prompt": "\\uDE00\\uD83D"}', r"has \ude00 in 'prompt': half of a surrogate pair"),
+        (b'{"m": [{"role": "user", "content": "\\udfff"}]}', r"has \udfff in 'm'[0]['content']: half"),
+        (b'{"a": {"\\ud800": 1}}', r"has \ud800 in a key: half of a surrogate pair"),
     ],
 )
 def test_a_bad_line_is_named(tmp_path: Path, line: bytes, reason: str) -> None:
@@ -37,6 +43,13 @@ def test_a_bad_line_is_named(tmp_path: Path, line: bytes, reason: str) -> None:
     with pytest.raises(ValueError, match=r"prompts\.jsonl:17 ") as error:
         next(found)
     assert reason in str(error.value)
+
+
+def test_whole_pairs_and_long_numbers_are_read(tmp_path: Path) -> None:
+    path = write(tmp_path, b'{"a": "\\ud83d\\ude00 \\\\ud83d", "n": ' + b"7" * 4300 + b"}")
+    ((_, row),) = rows(path)
+    assert row["a"] == "\N{GRINNING FACE} \\ud83d"
+    assert row["n"] == int("7" * 4300)
 
 
 @pytest.mark.parametrize("content", [b"", b"\n \n"])

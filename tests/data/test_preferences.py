@@ -149,6 +149,7 @@ SCORED = {"query": "a", "response": ["b", "c"], "score": [1, 2]}
         ({**SCORED, "response": "bc"}, "'response' and 'score' must be lists of one length, 2 or more"),
         ({**SCORED, "score": [1, float("nan")]}, r"score\[1\] must be a finite number, not nan"),
         ({**SCORED, "score": [True, 2]}, r"score\[0\] must be a finite number, not True"),
+        ({**SCORED, "score": [1, 10**400]}, r"score\[1\] must be a finite number, not inf"),
         ({**SCORED, "response": ["b", " "]}, r"'response\[1\]' is empty"),
         ({**SCORED, "response": ["b", "b"]}, "chosen and rejected are the same 4 tokens"),
     ],

@@ -152,3 +152,30 @@ def test_settings_are_checked(settings: dict[str, Any], reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
         DataConfig(**settings).check()
     DataConfig().check()
+
+
+@pytest.mark.parametrize("kind", ["prompts", "demonstrations", "preferences", "feedback"])
+def test_what_is_dropped_is_counted_of_both_files(
+    characters: PreTrainedTokenizerBase, tmp_path: Path, kind: str
+) -> None:
+    """2 of 4 rows to train on are too long, and 1 of 2 held-out ones; a pair gives two answers with feedback."""
+    row = {"prompts": {"prompt": "1+2="}, "demonstrations": {"prompt": "1+2=", "completion": "#3"}}.get(kind, PAIR)
+    long = {**row, "prompt": "1" * 70}
+    path, held = file_of(tmp_path, row, long, row, long), file_of(tmp_path, long, row)
+    limits = {**LIMITS, "prompts_per_step": 2}
+    sets = read_sets(DataConfig(path=path, eval_path=held, kind=kind, too_long="drop", **limits), characters)
+    each = 2 if kind == "feedback" else 1
+    assert (sets.left_out.total(), sets.heldout_left_out.total()) == (2 * each, 1)
+    assert sets.metrics() == {"data/left_out": 2.0 * each, "data/heldout_left_out": 1.0}
+    assert len(sets.training) == 2 * each
+    assert read_sets(DataConfig(path=file_of(tmp_path, row, row), kind=kind, **limits), characters).metrics() == {}
+    for refusing in ("error", "stop"):
+        with pytest.raises(
+            ValueError, match=r":2: .* tokens, more than data\.max_\w*tokens=\d+;.* data\.too_long=drop"
+        ):
+            read_sets(DataConfig(path=path, kind=kind, too_long=refusing, **limits), characters)
+    with pytest.raises(ValueError, match=r"data\.max_\w*tokens=\d+"):
+        read_sets(DataConfig(path=file_of(tmp_path, long, long), kind=kind, too_long="drop", **limits), characters)
+    only = file_of(tmp_path, long)
+    with pytest.raises(ValueError, match=r"data\.max_\w*tokens=\d+"):
+        read_sets(DataConfig(path=path, eval_path=only, kind=kind, too_long="drop", **limits), characters)

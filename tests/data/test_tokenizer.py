@@ -52,6 +52,37 @@ def test_a_missing_token_is_named_with_the_file_to_change(chat_folder: Path, tok
         load_tokenizer(chat_folder)
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"bos_token": "<new>"},
+        {"eos_token": "<new>"},
+        {"unk_token": "<new>"},
+        {"additional_special_tokens": ["<tool>", "<new>"]},
+        {"extra_special_tokens": {"image_token": "<new>"}},
+    ],
+)
+def test_any_special_token_beyond_the_embeddings_is_refused(chat_folder: Path, settings: dict[str, object]) -> None:
+    (chat_folder / "config.json").write_text(json.dumps({"model_type": "qwen3", "vocab_size": 262}))
+    change(chat_folder, **settings)
+    with pytest.raises(ValueError, match=r"token ids up to 26[23], but vocab_size in .*config.json is 262"):
+        load_tokenizer(chat_folder)
+    (chat_folder / "config.json").write_text(json.dumps({"model_type": "qwen3", "vocab_size": 320}))
+    assert len(load_tokenizer(chat_folder)) <= 264, "a model may have more embeddings than there are tokens"
+
+
+def test_an_added_token_beyond_the_embeddings_is_refused(chat_folder: Path) -> None:
+    """One that is no special token."""
+    file = chat_folder / "tokenizer.json"
+    tokenizer = json.loads(file.read_text())
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
+    tokenizer["added_tokens"].append({"id": 262, "content": "<tool_call>", **flags})
+    file.write_text(json.dumps(tokenizer))
+    (chat_folder / "config.json").write_text(json.dumps({"model_type": "qwen3", "vocab_size": 262}))
+    with pytest.raises(ValueError, match=r"token ids up to 262, but vocab_size in .*config.json is 262"):
+        load_tokenizer(chat_folder)
+
+
 def test_token_ids_beyond_the_embeddings_are_refused(chat_folder: Path) -> None:
     (chat_folder / "config.json").write_text(json.dumps({"model_type": "qwen3", "vocab_size": 262}))
     assert load_tokenizer(chat_folder) is not None

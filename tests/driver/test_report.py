@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from aligner.driver.facts import phase_seconds, summary
+from aligner.driver.facts import facts, phase_seconds, summary
 from aligner.driver.metrics import MetricsWriter
 from aligner.driver.report import compare_report, write_report
 from aligner.driver.samples import write_samples
@@ -188,3 +188,12 @@ def test_the_command(tmp_path: Path) -> None:
     missing = call(tmp_path / "none")
     assert missing.returncode == 2
     assert re.fullmatch(r"error: .*metrics\.jsonl does not exist; .*\n", missing.stderr)
+
+
+def test_rows_that_were_left_out_are_told_once() -> None:
+    """Each start of a run logs them with its first step."""
+    rows: list[dict[str, Any]] = [{"step": step, "time": 1.0, "loss": 1.0} for step in range(1, 4)]
+    assert "rows of the data left out" not in dict(facts(rows))
+    rows[0] |= {"data/left_out": 7.0}
+    rows[2] |= {"data/left_out": 7.0, "data/heldout_left_out": 2.0}
+    assert dict(facts(rows))["rows of the data left out"] == "7, held out 2"

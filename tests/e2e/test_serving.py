@@ -21,6 +21,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.e2e.conftest import Task
+from tests.e2e.test_end_tokens import CLOSING, base_model
+
+__all__ = ["base_model"]
 
 ROOT = Path(__file__).resolve().parents[2]
 SECONDS = 400
@@ -34,7 +37,8 @@ def serve(tmp_path: Path) -> Iterator[Callable[..., str]]:
     shutil.copytree(ROOT / "launch", checkout / "launch")
     binaries = Path(sys.executable).parent
     (checkout / "launch" / "environment.sh").write_text(
-        f'export PATH="{binaries}:$PATH" ALIGNER_DEVICE=cpu HF_HUB_OFFLINE=1\n'
+        f'export PATH="{binaries}:$PATH" ALIGNER_DEVICE=cpu HF_HUB_OFFLINE=1 '
+        f'PYTHONPATH="{ROOT}" XDG_CACHE_HOME="{tmp_path}/cache"\n'
     )
     processes = []
 
@@ -93,6 +97,18 @@ def test_the_best_of_a_run_is_served(
         choice = reply["choices"][0]
         assert choice["text"] == tokenizer.decode(expected, skip_special_tokens=True)
         assert choice["logprobs"]["token_logprobs"] == pytest.approx(log_p(model, tokens, expected), abs=1e-4)
+
+
+@pytest.mark.slow
+def test_a_model_is_served_with_the_end_of_its_template(
+    serve: Callable[..., str], base_model: Path, task: Task
+) -> None:
+    """Its generation_config.json names <eos> alone, and its chat template closes turns with ~."""
+    closing = AutoTokenizer.from_pretrained(base_model).convert_tokens_to_ids(CLOSING)
+    address = serve(base_model, "--dtype", "float32", "--max-model-len", "64", "--kv-cache-memory-bytes", str(16 << 20))
+    prompts = [json.loads(line)["prompt"] for line in (task.folder / "heldout.jsonl").read_text().splitlines()]
+    reply = ask(address, model=str(base_model), prompt=prompts, n=8, max_tokens=40, temperature=1.0, seed=0)
+    assert closing in {choice["stop_reason"] for choice in reply["choices"] if choice["finish_reason"] == "stop"}
 
 
 @torch.no_grad()

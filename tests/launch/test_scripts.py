@@ -59,6 +59,7 @@ def test_serve_hands_the_options_to_vllm(launch: Launch, tmp_path: Path) -> None
     done = launch.run("serve.sh", str(model))
     assert done.returncode == 2 and "has no config.json" in done.stderr
     (model / "config.json").write_text("{}")
+    (model / "model.safetensors").write_text("weights")
     assert launch.run("serve.sh", str(model), "--port", "80", ALIGNER_DEVICE="cuda").returncode == 0
     assert launch.run("serve.sh", str(model), "--port", "80", ALIGNER_DEVICE="cpu").returncode == 0
     module = [
@@ -71,8 +72,51 @@ def test_serve_hands_the_options_to_vllm(launch: Launch, tmp_path: Path) -> None
         "--port",
         "80",
     ]
-    assert launch.commands() == ["vllm", "serve", str(model), "--port", "80", *module]
+    ends = ["python", "-m", "aligner.data.end_tokens", str(model)]
+    assert launch.commands() == [*ends, "vllm", "serve", str(model), "--port", "80", *ends, *module]
     assert launch.run("serve.sh", "--port", "80").returncode == 2
+    own = ["--generation-config", "vllm"]
+    assert launch.run("serve.sh", str(model), *own, ALIGNER_DEVICE="cuda").returncode == 0
+    assert launch.commands()[-5:] == ["vllm", "serve", str(model), *own], (
+        "who says what ends answers is not asked again"
+    )
+    assert launch.run("serve.sh", "~/a model", ALIGNER_DEVICE="cuda", HOME=str(tmp_path)).returncode == 0
+    assert launch.commands()[-3:] == ["vllm", "serve", str(model)]
+
+
+@pytest.mark.parametrize(
+    ("files", "says"),
+    [
+        ({}, "model is no folder; give the folder of a model"),
+        ({"metrics.jsonl": ""}, "has no config.json"),
+        ({"model/config.json": "{}"}, "it is a run's folder: serve "),
+        ({"best/config.json": "{}"}, "it is a run's folder: serve "),
+        ({"config.json": "{}"}, "has no weights (*.safetensors): the run has not exported them yet"),
+        ({"config.json": "{}", "training_args.bin": "x"}, "has no weights"),
+        ({"config.json": "{}", "adapter_config.json": "{}"}, "holds an adapter alone"),
+        ({"config.json": "{}", "shards.json": "{}", "rank-0.safetensors": "x"}, "python tools/convert.py"),
+        ({"config.json": "{}", "model.safetensors": ""}, "model.safetensors is empty"),
+        ({"config.json": "{}", "model.safetensors": "version https://git-lfs.github.com/spec/v1"}, "git lfs pull"),
+        (
+            {
+                "config.json": "{}",
+                "model-00001-of-00002.safetensors": "x",
+                "model.safetensors.index.json": '{"weight_map": {"a": "model-00001-of-00002.safetensors",\n'
+                '"b": "model-00002-of-00002.safetensors"}}',
+            },
+            "index.json names model-00002-of-00002.safetensors, which is not there",
+        ),
+    ],
+)
+def test_serve_refuses_a_folder_without_weights(
+    launch: Launch, tmp_path: Path, files: dict[str, str], says: str
+) -> None:
+    for name, content in files.items():
+        (tmp_path / "model" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "model" / name).write_text(content)
+    done = launch.run("serve.sh", str(tmp_path / "model"))
+    assert done.returncode == 2 and says in done.stderr, done.stderr
+    assert done.stderr.count("\n") == 1 and not launch.record.exists()
 
 
 def test_quickstart_runs_task_sft_and_grpo_and_prints_the_results(launch: Launch, tmp_path: Path) -> None:

@@ -6,7 +6,9 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,8 +19,9 @@ from transformers import AutoModelForCausalLM
 from aligner.models.checkpoint import read_into
 from aligner.models.convert import convert
 from aligner.models.family import logical_tensors
+from aligner.models.hf_folder import write_rest
 from aligner.models.megatron_layout import MegatronSide
-from aligner.models.spec import read_spec
+from aligner.models.spec import read_spec, with_scalar_head
 from aligner.models.stored import Cut
 from aligner.reshard.storage import Storages, allocate
 from aligner.spmd.mesh import Mesh
@@ -160,3 +163,32 @@ def test_broken_shards_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"rank-00000\.safetensors cannot be read.*incomplete"):
         convert(short, tmp_path / "out", None)
     assert {path.name for path in tmp_path.iterdir()} == {"model", "cut", "lacking", "garbled", "short"}
+
+
+@pytest.mark.parametrize(
+    ("generation", "ends", "written"),
+    [
+        ({"eos_token_id": 1, "top_k": 9}, (1,), {"eos_token_id": 1, "top_k": 9}),
+        ({"eos_token_id": [7, 1], "top_k": 9}, (1, 7, 5), {"eos_token_id": [7, 1, 5], "top_k": 9}),
+        ({"top_k": 9}, (1,), {"eos_token_id": [1], "top_k": 9}),
+        (None, (1,), None),  # transformers and vLLM then read config.json
+        (None, (1, 5), {"eos_token_id": [1, 5], "pad_token_id": 3}),
+    ],
+)
+def test_a_written_folder_names_every_end_token(
+    tmp_path: Path, generation: dict[str, Any] | None, ends: tuple[int, ...], written: dict[str, Any] | None
+) -> None:
+    """What the model's own generation_config.json has stays; what was trained to end turns joins it."""
+    folder, file = save_tiny("qwen2-tied", tmp_path / "model"), tmp_path / "model" / "generation_config.json"
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"pad_token_id": 3}))
+    file.unlink() if generation is None else file.write_text(json.dumps(generation))
+    (tmp_path / "out").mkdir()
+    write_rest(tmp_path / "out", replace(read_spec(folder), eos_token_ids=ends), "float32", {})
+    found = tmp_path / "out" / "generation_config.json"
+    assert (json.loads(found.read_text()) if found.is_file() else None) == written
+    scored = tmp_path / "scored"
+    scored.mkdir()
+    write_rest(scored, with_scalar_head(replace(read_spec(folder), eos_token_ids=(*ends, 9))), "float32", {})
+    copied = scored / "generation_config.json"
+    assert (json.loads(copied.read_text()) if copied.is_file() else None) == generation, "a score has no end"

@@ -87,3 +87,22 @@ def test_a_mistake_names_the_setting(name: str) -> None:
 def test_one_rule_and_components_at_once_are_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"reward\.(rule|kwargs)=.* make it a component too"):
         parts_of(RewardConfig(components={"a": RULE}, **settings))
+
+
+def test_special_tokens_are_kept_where_that_is_asked_for() -> None:
+    (alone,) = parts_of(RewardConfig(rule="m.f", keep_special_tokens=True))
+    assert alone.keep_special_tokens
+    components: dict[str, Any] = {name: {"rule": "m.f"} for name in "ab"}
+    components["b"]["keep_special_tokens"] = True
+    assert [part.keep_special_tokens for part in parts_of(RewardConfig(components=components))] == [False, True]
+    components["b"]["keep_special_tokens"] = False
+    whole = parts_of(RewardConfig(components=components, keep_special_tokens=True))
+    assert [part.keep_special_tokens for part in whole] == [True, False]
+    composed = shipped(
+        "weighted", "reward.keep_special_tokens=true", "+reward.components.form.keep_special_tokens=false"
+    )
+    assert [part.keep_special_tokens for part in parts_of(composed)] == [True, False]
+    with pytest.raises(ValueError, match="keep_special_tokens: the reward model reads tokens, not text; leave it out"):
+        parts_of(shipped("model", "+reward.components.model.keep_special_tokens=true"))
+    with pytest.raises(ValueError, match="keep_special_tokens=1 is not possible; give true or false"):
+        parts_of(shipped("weighted", "+reward.components.form.keep_special_tokens=1"))

@@ -24,6 +24,8 @@ def value(prompt, response, **fields):
     if response.startswith("8"): raise KeyError("begins with 8")
     return 0.1 * int(response) + math.sqrt(int(response))
 
+def ended(prompt, response, **fields): return float(response.endswith("<eos>"))
+
 def even(prompt, response, **fields): return float(int(response) % 2 == 0)
 """
 RESPONSES = ["1", "22", "333", "4444", "55555", "666", "71", "9", "12", "1234", "2", "3", "80", "4", "517", "6"]
@@ -86,7 +88,9 @@ def test_on_real_ranks(torchrun: Callable[..., Any], folder: Path) -> None:
     cases["too_many"] = {**every, "reward": {**every["reward"], "max_missing": 0.1}}  # type: ignore[dict-item]
     alone = {"rule": f"{folder}/rules.py:value", "max_missing": 1.0}
     cases["none_left"] = {**every, "reward": alone, "responses": ["9", "91", "8", "9"]}
+    cases |= special_token_cases(folder)
     found = {name: of[0] for name, of in said_by(torchrun, folder, cases).items()}
+    check_special_tokens(found)
     for name in layouts:
         assert json.dumps(found[name]) == json.dumps(found["one"]), name  # text, so that NaN is NaN
     check_rewards(found["one"])
@@ -102,6 +106,30 @@ def test_on_real_ranks(torchrun: Callable[..., Any], folder: Path) -> None:
     assert "4 of 4 rows have no reward (3 unparsable, 1 failed), so there is nothing to learn" in found["none_left"]
     for words in ("reward.max_missing=1.0", "KeyError at rules.py:", "begins with 9"):
         assert words in found["none_left"]
+
+
+def special_token_cases(folder: Path) -> dict[str, Any]:
+    """A rule that looks for the end token, with and without special tokens; several components that want either."""
+    rule = f"{folder}/rules.py:ended"
+    each = {"seen": {"rule": rule, "keep_special_tokens": True}, "unsaid": {"rule": rule, "weight": 0}}
+    rewards = {
+        "hidden": {"rule": rule},
+        "kept": {"rule": rule, "keep_special_tokens": True},
+        "each": {"components": each},
+        "all": {
+            "components": {**each, "not": {"rule": rule, "keep_special_tokens": False}},
+            "keep_special_tokens": True,
+        },
+    }
+    return {name: {"reward": one, "responses": ["1<eos>", "2"], "ranks": [0, 1]} for name, one in rewards.items()}
+
+
+def check_special_tokens(found: dict[str, Any]) -> None:
+    values = {name: found[name]["components"] for name in ("hidden", "kept", "each", "all")}
+    assert values["hidden"] == {"ended": [0.0, 0.0]} and found["hidden"]["response"] == ["1", "2"]
+    assert values["kept"] == {"ended": [1.0, 0.0]} and found["kept"]["response"] == ["1<eos>", "2"]
+    assert values["each"] == {"seen": [1.0, 0.0], "unsaid": [0.0, 0.0]} and found["each"]["response"] == ["1", "2"]
+    assert values["all"] == {"seen": [1.0, 0.0], "unsaid": [1.0, 0.0], "not": [0.0, 0.0]}
 
 
 def check_rewards(one: dict[str, Any]) -> None:

@@ -24,8 +24,10 @@ from aligner.algorithms.grpo import GrpoConfig, grpo
 from aligner.checkpoint.config import CheckpointConfig
 from aligner.config import Config, TrainConfig
 from aligner.data.config import DataConfig
+from aligner.data.end_tokens import EndTokens
 from aligner.data.prompts import Prompt
 from aligner.data.samples import Samples
+from aligner.data.sets import DataSets
 from aligner.driver import loop as driver_loop
 from aligner.driver.config import LoggingConfig
 from aligner.masking import Mask
@@ -281,10 +283,9 @@ def _job(prompts: int, steps: int, folder: Path) -> Any:
         checkpoint=CheckpointConfig(every=0),
         run_dir=str(folder / "run"),
     )
-    sets = SimpleNamespace(training=data, left_out=Counter(), heldout=[], heldout_pairs=[], heldout_answers=[])
     settings = GrpoConfig(group_size=GROUP, advantages=partial(group_advantages, normalize="std"),
                           loss=partial(clipped_surrogate, clip_low=0.2, clip_high=0.28))  # fmt: skip
-    more = {"checked": SimpleNamespace(data=sets, heldout=[]), "mask": Mask()}
+    more = {"checked": SimpleNamespace(data=DataSets(data), heldout=[], ends=EndTokens({})), "mask": Mask()}
     return SimpleNamespace(config=config, loop=grpo, settings=settings, roles=settings.roles, **more)
 
 
