@@ -28,7 +28,10 @@ def help_text(folder: Path = CONF) -> str:
     lines = [USAGE]
     for group in sorted(path for path in folder.iterdir() if path.is_dir()):
         lines.append(f"  {group.name:<11} {', '.join(sorted(path.stem for path in group.glob('*.yaml')))}")
-    lines += ["", "Fields (KEY=VALUE; + adds a key to algorithm, reward.kwargs or reward.components):"]
+    lines += [
+        "",
+        "Fields (KEY=VALUE; + adds a key to algorithm, reward.kwargs, reward.components or data.chat_template_kwargs):",
+    ]
     lines += _fields(Config(), "")
     return "\n".join(lines)
 

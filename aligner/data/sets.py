@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 from aligner.data.answers import Answered
+from aligner.data.chat import Notes, check_template_kwargs
 from aligner.data.config import DataConfig
 from aligner.data.demonstrations import tokenize_demonstrations
 from aligner.data.jsonl import LabelledRow, rows
@@ -49,6 +50,8 @@ class DataSets:
     """Demonstrations to evaluate on (data.kind=demonstrations)."""
     left_out: LeftOut = field(default_factory=Counter)
     """Why training rows (or pairs) were left out -> how many."""
+    notes: Notes = field(default_factory=Counter)
+    """What else a reader should know of how the training rows were tokenized -> how many."""
 
     @property
     def longest(self) -> int:
@@ -67,6 +70,7 @@ def read_sets(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> DataSets:
     """
     if data.task is None and data.path is None:
         raise ValueError("data.path has no value; give a JSONL file, or choose a generated task: data=column_addition.")
+    check_template_kwargs(tokenizer, data.chat_template_kwargs)
     source = _task_rows(data, METHODS) if data.task else rows(data.path or "")
     sets = _training(data, source, tokenizer)
     count = len(sets.training)
@@ -78,14 +82,15 @@ def read_sets(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> DataSets:
     if not (data.task or data.eval_path):
         return sets
     held = _task_rows(data, HELDOUT_METHODS) if data.task else rows(data.eval_path or "", "data.eval_path")
+    more = data.chat_template_kwargs
     if data.kind == "prompts":
-        prompts = tokenize_prompts(held, tokenizer, data.max_prompt_tokens)
-        return DataSets(sets.training, heldout=prompts[: data.eval_prompts])
+        prompts = tokenize_prompts(held, tokenizer, data.max_prompt_tokens, template_kwargs=more)
+        return replace(sets, heldout=prompts[: data.eval_prompts])
     if data.kind == "demonstrations":
-        answers = tokenize_demonstrations(held, tokenizer, data.max_tokens, data.too_long, data.train_on)[0]
-        return DataSets(sets.training, heldout_answers=answers[: data.eval_prompts], left_out=sets.left_out)
-    pairs = tokenize_preferences(held, tokenizer, data.max_tokens, data.too_long)[0][: data.eval_prompts]
-    return DataSets(sets.training, prompts_of(pairs, tokenizer), pairs, left_out=sets.left_out)
+        answers = tokenize_demonstrations(held, tokenizer, data.max_tokens, data.too_long, data.train_on, more)[0]
+        return replace(sets, heldout_answers=answers[: data.eval_prompts])
+    pairs = tokenize_preferences(held, tokenizer, data.max_tokens, data.too_long, more)[0][: data.eval_prompts]
+    return replace(sets, heldout=prompts_of(pairs, tokenizer), heldout_pairs=pairs)
 
 
 def prompts_of(pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
@@ -93,7 +98,7 @@ def prompts_of(pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerBase) -> lis
     found: dict[tuple[int, ...], Prompt] = {}
     for pair in pairs:
         answered = pair.chosen
-        tokens = answered.tokens[: answered.prompt_len]
+        tokens = answered.asked or answered.tokens[: answered.prompt_len]
         if tokens not in found:
             row = answered.fields
             written = row.get("prompt", row.get("query"))
@@ -105,14 +110,18 @@ def prompts_of(pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerBase) -> lis
 
 
 def _training(data: DataConfig, source: Iterable[LabelledRow], tokenizer: PreTrainedTokenizerBase) -> DataSets:
+    notes: Notes = Counter()
+    more: dict[str, Any] = {"template_kwargs": data.chat_template_kwargs, "notes": notes}
     if data.kind == "prompts":
-        return DataSets(tokenize_prompts(source, tokenizer, data.max_prompt_tokens))
+        return DataSets(tokenize_prompts(source, tokenizer, data.max_prompt_tokens, **more), notes=notes)
     if data.kind == "demonstrations":
-        kept, dropped = tokenize_demonstrations(source, tokenizer, data.max_tokens, data.too_long, data.train_on)
-        return DataSets(kept, left_out=Counter({"too long": dropped}))
+        kept, dropped = tokenize_demonstrations(
+            source, tokenizer, data.max_tokens, data.too_long, data.train_on, **more
+        )
+        return DataSets(kept, left_out=Counter({"too long": dropped}), notes=notes)
     tokenize = tokenize_preferences if data.kind == "preferences" else tokenize_feedback
-    found, left_out = tokenize(source, tokenizer, data.max_tokens, data.too_long)
-    return DataSets(found, left_out=left_out)
+    found, left_out = tokenize(source, tokenizer, data.max_tokens, data.too_long, **more)
+    return DataSets(found, left_out=left_out, notes=notes)
 
 
 def _task_rows(data: DataConfig, methods: dict[str, str]) -> Iterable[LabelledRow]:

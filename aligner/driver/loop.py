@@ -130,9 +130,11 @@ class Driver:
         )
 
     def _greet(self) -> None:
-        left_out = self.job.checked.data.left_out
-        if self.writer and left_out.total():
-            self.writer.note(f"rows of data.path left out: {told(left_out)}")
+        data = self.job.checked.data
+        if self.writer and data.left_out.total():
+            self.writer.note(f"rows of data.path left out: {told(data.left_out)}")
+        if self.writer and data.notes:
+            self.writer.note(f"data.path: {told(data.notes)}")
         if self.writer and self.before:
             self.writer.note(f"going on after step {self.before}, from the checkpoint in {self.run_dir}")
 

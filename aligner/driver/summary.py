@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from aligner.data.preferences import told
 from aligner.disk import bytes_needed, gib, nearest_folder
 from aligner.memory import bytes_of_rank, bytes_of_roles, learns, machine_of, roles_of_ranks
 from aligner.reward.components import parts_of
@@ -47,6 +48,7 @@ def _data(job: Job) -> str:
         f"{source}: {len(data.training)} rows ({settings.kind})"
         + f", {left_out} left out" * bool(left_out)
         + f"; {settings.prompts_per_step} a step, {passes:.1f} passes; held out: {len(data.heldout)} prompts"
+        + f"; {told(data.notes)}" * bool(data.notes)
     )
 
 
