@@ -77,7 +77,7 @@ def options() -> argparse.ArgumentParser:
     form.add_argument("--chat", action="store_true", help="a text is a user's message, for the chat template")
     form.add_argument("--raw", action="store_true", help="only texts, as they are; rows with messages are refused")
     add("--system", help="a system message before every conversation")
-    add("--chat-template-kwargs", type=json.loads, help="JSON object: variables of the chat template for every row")
+    add("--chat-template-kwargs", type=json_object, help="JSON object: variables of the chat template for every row")
     add("--prompt-field", help='where rows have the text or the messages (default: "prompt" or "messages")')
     add("--logprobs", action="store_true", help="write token_ids, and log p of each (after temperature, top-k, top-p)")
     add(
@@ -93,6 +93,17 @@ def options() -> argparse.ArgumentParser:
     add("--kv-cache-mib", type=int, help="KV cache of each device (default: what is left of a GPU; 1024 on a CPU)")
     add("--gpu-memory-utilization", type=float, default=0.9, help="share of a GPU's memory (default %(default)s)")
     return parser
+
+
+def json_object(text: str) -> dict[str, Any]:
+    """The value of an option that is a JSON object."""
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError("give a JSON object, such as '{\"enable_thinking\": false}'.")
+    return value
 
 
 def checked(given: argparse.Namespace) -> Sampling:

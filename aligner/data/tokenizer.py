@@ -11,8 +11,8 @@ if TYPE_CHECKING:  # transformers takes seconds to import; checking a configurat
     from transformers import PreTrainedTokenizerBase
 
 VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
-ANCHORS = ("\n", ".", ":", "a")
-"""Texts before a continuation, the first that stays a token of its own is taken."""
+ANCHORS = ("\n", ".", ":", "a", "\u0378")
+"""Texts before a continuation, the first that stays apart from it is taken; the last is no letter of any language."""
 ROLES_HINT = 'a list such as [{"role": "user", "content": "..."}]'
 
 Message = dict[str, Any]
