@@ -8,8 +8,12 @@ from dataclasses import dataclass
 from aligner.data.chat import REASONING, Conversation, Notes, text_of
 from aligner.data.tokenizer import render_chat
 
+ASKS_NO_THOUGHT = re.compile(r"(</\w+>|\[/\w+\])\s*$")
+"""A generation prompt that has closed the reasoning already."""
 REASONED = "answers whose reasoning the chat template cuts from finished turns, trained with it"
-NOT_REASONED = "answers without the reasoning that the generation prompt opens, trained as the template writes them"
+NOT_REASONED = (
+    "answers that the chat template writes without the reasoning that its generation prompt opens, trained so"
+)
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,7 @@ def written_turn(conversation: Conversation, turn: int, place: str, notes: Notes
     content, label = text_of(conversation.messages[turn]), f"{conversation.label}: {place}"
     if after.startswith(before):
         found = Turn(after, len(before), _end(conversation, turn, after))
-        rest = _with_reasoning(content, after[len(before) :], r"\s*(<\w+>|\[\w+\])")
+        rest = None if ASKS_NO_THOUGHT.search(before) else _with_reasoning(content, after[len(before) :])
         if rest is not None:
             found = Turn(before + rest, len(before), len(before + rest))
             _count(notes, REASONED)
@@ -76,17 +80,20 @@ def _after_opener(conversation: Conversation, turn: int, label: str, notes: Note
         )
     header = openings[-1]
     opener, rest = before[header:], after[header:]
-    tag = re.fullmatch(r"(<\w+>|\[\w+\])(\s*)", opener)
-    if tag:
-        content = text_of(conversation.messages[turn])
-        kept = rest.startswith(tag[1])
-        whole = rest if kept else _with_reasoning(content, rest, rf"\s*({re.escape(tag[1])})", tag[1])
+    match = re.fullmatch(r"(<\w+>|\[\w+\])(\s*)(\S*)\s*", opener)
+    tag, closing = (match[1], _closing(match[1])) if match else ("", "")
+    if match and not match[3]:
+        whole = _with_reasoning(text_of(conversation.messages[turn]), rest, tag)
+        _count(notes if whole is not None else None, REASONED)
+        if whole is None and (rest.startswith(tag) or closing in rest):
+            whole = rest
         if whole is not None:
-            thought = whole.removeprefix(tag[1])
+            thought = whole.removeprefix(tag)
             # "<think>\n" is asked: what follows the tag goes on after its line break
-            thought = thought.removeprefix(tag[2]) if thought.startswith(tag[2]) else thought.lstrip()
-            _count(notes if not kept else None, REASONED)
+            thought = thought.removeprefix(match[2]) if thought.startswith(match[2]) else thought.lstrip()
             return Turn(before + thought, len(before), len(before + thought))
+    if match and match[3] == closing and closing not in rest:  # asked not to think, and has not
+        return Turn(before + rest, len(before), len(before + rest))
     _count(notes, NOT_REASONED)
     return Turn(after, header, _end(conversation, turn, after), before)
 
@@ -106,24 +113,29 @@ def _end(conversation: Conversation, turn: int, text: str) -> int:
     return len(bare) if longer.startswith(bare) and not longer.startswith(text) else len(text)
 
 
-def _with_reasoning(content: str, rest: str, opening: str, opened: str | None = None) -> str | None:
+def _with_reasoning(content: str, rest: str, opened: str | None = None) -> str | None:
     """The turn with the reasoning that the template has cut from it; None: it has cut none.
 
     Args:
         rest: what the template writes of the turn.
-        opening: a pattern of the tag that the content begins with.
-        opened: the tag that may be missing at the content's beginning, since the generation prompt has it.
+        opened: the tag before reasoning, which the content need not have; None: the one that the content begins with.
     """
-    begins = re.match(opening, content)
-    tag = begins[1] if begins else opened
+    begins = re.match(r"\s*(<\w+>|\[\w+\])", content)
+    tag = opened or (begins[1] if begins else None)
     if tag is None:
         return None
-    closing = f"{tag[0]}/{tag[1:]}"
-    _, closed, visible = content.rpartition(closing)
-    if not closed or closing in rest or not rest.lstrip().startswith(visible.strip()):
+    closing = _closing(tag)
+    thought, closed, visible = content.strip().rpartition(closing)
+    if not closed or (closing in rest and thought.removeprefix(tag).strip() in rest):
         return None
-    shown = rest.lstrip()[len(visible.strip()) :]
-    return content.strip() + shown if visible.strip() else content.strip() + rest
+    shown = rest.lstrip().removeprefix(closing).lstrip()
+    if not shown.startswith(visible.strip()):
+        return None
+    return content.strip() + (shown[len(visible.strip()) :] if visible.strip() else rest.removeprefix(closing))
+
+
+def _closing(tag: str) -> str:
+    return f"{tag[0]}/{tag[1:]}"
 
 
 def _count(notes: Notes | None, note: str) -> None:

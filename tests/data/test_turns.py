@@ -84,6 +84,46 @@ def test_each_answer_is_trained_in_the_context_of_its_generation() -> None:
     assert notes == {REASONED: 2, SPLIT: 1}
 
 
+BLOCK = (
+    "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% else %}<think>\n{% endif %}"
+)
+AS_IT_IS = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n" + BLOCK + "{% endif %}"
+)
+CLOSES = (
+    "{% for m in messages %}{% if m.role == 'assistant' %}<|A|></think>{{ m.content.split('</think>')[-1] }}<|im_end|>"
+    "{% else %}<|U|>{{ m.content }}{% endif %}{% endfor %}{% if add_generation_prompt %}<|A|>"
+    "{% if enable_thinking is defined and not enable_thinking %}</think>{% else %}<think>{% endif %}{% endif %}"
+)
+ASKED = "<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n<think>\n"
+
+
+@pytest.mark.parametrize(
+    ("template", "content", "thinks", "read", "trained"),
+    [
+        (AS_IT_IS, "hm\n</think>\n\nSo.", True, ASKED, "hm\n</think>\n\nSo."),  # as such a model's answers come
+        (AS_IT_IS, THOUGHT, True, ASKED, "hm\n</think>\n\nSo."),
+        (AS_IT_IS, "<think>hm", True, ASKED, "hm"),
+        (AS_IT_IS, "So.", True, ASKED.removesuffix("<think>\n"), "So."),
+        (AS_IT_IS, "So.", False, f"{ASKED}\n</think>\n\n", "So."),
+        (AS_IT_IS, THOUGHT, False, ASKED.removesuffix("<think>\n"), THOUGHT),
+        (CLOSES, "So.", True, "<|U|>Why?<|A|><think>", "</think>So."),
+        (CLOSES, THOUGHT, True, "<|U|>Why?<|A|><think>", "\nhm\n</think>\n\nSo."),
+        (CLOSES, "hm</think>So.", True, "<|U|>Why?<|A|><think>", "hm</think>So."),
+        (CLOSES, "So.", False, "<|U|>Why?<|A|></think>", "So."),
+        (CLOSES, THOUGHT, False, "<|U|>Why?<|A|></think>", "\n\nSo."),
+    ],
+)
+def test_reasoning_as_it_is_asked_for(template: str, content: str, thinks: bool, read: str, trained: str) -> None:
+    tokenizer = tokenizer_of("byte_level", "forgets_thought")
+    tokenizer.chat_template = template
+    row = {"messages": [ASK, says(content)], "chat_template_kwargs": {"enable_thinking": thinks}}
+    ((found,), _) = tokenize_demonstrations([("d:1", row)], tokenizer, 1000)
+    assert tokenizer.decode(found.tokens[: found.prompt_len]) == read
+    assert tokenizer.decode([t for t, on in zip(found.tokens, found.mask, strict=True) if on]) == f"{trained}<|im_end|>"
+
+
 def test_reasoning_of_its_own_field() -> None:
     tokenizer = tokenizer_of("byte_level", "forgets_thought")
     texts, notes, _ = rows_of([ASK, says("So.", reasoning_content="hm"), MORE, says(THOUGHT)], tokenizer)
