@@ -275,6 +275,6 @@ def _advice(key: str, name: str, folder: Path) -> str:
     advice = f"did you mean {' or '.join(close)}?" if close else "see --help for every key."
     return (
         f"{advice} +{key}=... adds it."
-        if key.startswith(("algorithm.", "reward.kwargs", "reward.components"))
+        if key.startswith(("algorithm.", "reward.kwargs", "reward.components", "data.chat_template_kwargs"))
         else advice
     )

@@ -34,7 +34,10 @@ def help_text(folder: Path = CONF) -> str:
         for path in sorted((folder / "algorithm").glob("*.yaml")):
             lines.append(f"  {path.stem}")
             lines += textwrap.wrap(comment_of(path), 108, initial_indent=" " * 8, subsequent_indent=" " * 8)
-    lines += ["", "Fields (KEY=VALUE; + adds a key to algorithm, reward.kwargs or reward.components):"]
+    lines += [
+        "",
+        "Fields (KEY=VALUE; + adds a key to algorithm, reward.kwargs, reward.components or data.chat_template_kwargs):",
+    ]
     lines += _fields(Config(), "")
     return "\n".join(lines)
 

@@ -93,6 +93,14 @@ def test_every_kind_of_data_is_a_choice(kind: str) -> None:
     assert task == ColumnAddition()
 
 
+def test_variables_of_the_chat_template_compose() -> None:
+    assert to_config(compose_config(NEEDED)).data.chat_template_kwargs == {}
+    given = ["+data.chat_template_kwargs.enable_thinking=false", "+data.chat_template_kwargs.documents=[{title: a}]"]
+    for form in (given, ["+data.chat_template_kwargs={enable_thinking: false, documents: [{title: a}]}"]):
+        found = to_config(compose_config([*NEEDED, *form])).data.chat_template_kwargs
+        assert found == {"enable_thinking": False, "documents": [{"title": "a"}]}
+
+
 @pytest.mark.parametrize(
     ("override", "said"),
     [

@@ -5,7 +5,8 @@ python tools/generate.py --model DIR --input questions.jsonl --output out.jsonl 
     --num-samples 4 --temperature 0.7 --top-p 0.95 --max-tokens 1024
 torchrun --nproc-per-node 4 tools/generate.py --tensor 2 ...     4 engines of 2 GPUs each
 
-Rows have "prompt" (text) or "messages" (a conversation). A line of the output: "index" (the row's number), "key",
+Rows have "prompt" (text) or "messages" (a conversation, with "tools" and "chat_template_kwargs" where its template takes
+them). A line of the output: "index" (the row's number), "key",
 "prompt" (as the model saw it), "response" (a text for each sample), "finish" (stop or length), "tokens" (counts), "row"
 (what the input had). While a run works its lines stand in OUTPUT.part-N; OUTPUT appears, in the rows' order, when it is
 whole. The seed of a sample follows from --seed and its row alone, and rows are generated in batches that follow from the
@@ -21,12 +22,14 @@ import os
 import re
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from aligner.data.chat import TEMPLATE_FIELDS, Notes, check_template_kwargs
 from aligner.data.decoding import text_of
 from aligner.data.end_tokens import find_ends
 from aligner.data.jsonl import LabelledRow, rows
@@ -45,7 +48,7 @@ from aligner.rollout.rows import request_seed
 
 DECIDES = (
     "num_samples", "temperature", "top_p", "top_k", "max_tokens", "stop_token_ids", "seed", "batch", "tensor", "dtype",
-    "max_num_seqs", "prompt_field", "chat", "raw", "system", "logprobs",
+    "max_num_seqs", "prompt_field", "chat", "raw", "system", "chat_template_kwargs", "logprobs",
 )  # fmt: skip
 """Options that decide what is written."""
 AT_LEAST = {
@@ -82,6 +85,7 @@ def options() -> argparse.ArgumentParser:
     form.add_argument("--chat", action="store_true", help="a text is a user's message, for the chat template")
     form.add_argument("--raw", action="store_true", help="only texts, as they are; rows with messages are refused")
     add("--system", help="a system message before every conversation")
+    add("--chat-template-kwargs", type=json_object, help="JSON object: variables of the chat template for every row")
     add("--prompt-field", help='where rows have the text or the messages (default: "prompt" or "messages")')
     add("--logprobs", action="store_true", help="write token_ids, and log p of each (after temperature, top-k, top-p)")
     add(
@@ -97,6 +101,17 @@ def options() -> argparse.ArgumentParser:
     add("--kv-cache-mib", type=int, help="KV cache of each device (default: what is left of a GPU; 1024 on a CPU)")
     add("--gpu-memory-utilization", type=float, default=0.9, help="share of a GPU's memory (default %(default)s)")
     return parser
+
+
+def json_object(text: str) -> dict[str, Any]:
+    """The value of an option that is a JSON object."""
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError("give a JSON object, such as '{\"enable_thinking\": false}'.")
+    return value
 
 
 def checked(given: argparse.Namespace) -> Sampling:
@@ -130,12 +145,13 @@ def option(name: str) -> str:
 def asked(row: dict[str, Any], label: str, given: argparse.Namespace) -> dict[str, Any]:
     """The row as `tokenize_prompts` takes it: a text or a conversation."""
     field = given.prompt_field
+    beside = {name: row[name] for name in TEMPLATE_FIELDS if name in row}
     if field is not None:
         if field not in row:
             raise ValueError(f"{label}: the row has no {field!r} (--prompt-field); it has {sorted(row)}.")
-        row = {"messages" if isinstance(row[field], list) else "prompt": row[field]}
+        row = {**beside, "messages" if isinstance(row[field], list) else "prompt": row[field]}
     if given.chat and isinstance(row.get("prompt"), str) and "messages" not in row:
-        row = {"messages": [{"role": "user", "content": row["prompt"]}]}
+        row = {**beside, "messages": [{"role": "user", "content": row["prompt"]}]}
     if given.raw and "messages" in row:
         raise ValueError(f"{label}: the row has messages, and --raw sends only texts; leave --raw out.")
     if given.system is not None:
@@ -143,13 +159,25 @@ def asked(row: dict[str, Any], label: str, given: argparse.Namespace) -> dict[st
             raise ValueError(f"{label}: --system needs a conversation; add --chat, or give messages.")
         if any(isinstance(message, dict) and message.get("role") == "system" for message in row["messages"]):
             raise ValueError(f"{label}: the row has a system message already; leave --system out.")
-        row = {"messages": [{"role": "system", "content": given.system}, *row["messages"]]}
+        row = {**beside, "messages": [{"role": "system", "content": given.system}, *row["messages"]]}
     return row
 
 
 def read_prompts(source: Sequence[LabelledRow], tokenizer: Any, given: argparse.Namespace) -> tuple[list[Prompt], int]:
     """Every row's prompt, and the length that the engine must be built for."""
-    prompts = tokenize_prompts(((label, asked(row, label, given)) for label, row in source), tokenizer, 1 << 62)
+    if not isinstance(given.chat_template_kwargs or {}, dict):
+        raise ValueError("--chat-template-kwargs must be a JSON object, such as '{\"enable_thinking\": false}'.")
+    check_template_kwargs(tokenizer, given.chat_template_kwargs or {}, "--chat-template-kwargs: ")
+    notes: Notes = Counter()
+    prompts = tokenize_prompts(
+        ((label, asked(row, label, given)) for label, row in source),
+        tokenizer,
+        1 << 62,
+        template_kwargs=given.chat_template_kwargs,
+        notes=notes,
+    )
+    for note, count in notes.items():
+        print(f"{given.input}: {note}: {count}", file=sys.stderr, flush=True)
     positions = read_config(given.model).get("max_position_embeddings")
     limit = given.max_model_len or positions or 1 << 62
     for prompt, (label, _) in zip(prompts, source, strict=True):

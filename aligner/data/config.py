@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from aligner.data.answers import check_choices
@@ -32,6 +32,9 @@ class DataConfig:
     train_on: str = "responses"
     """Demonstrations: loss on the responses, or on all tokens but the first. An assistant's message with "train": false
     (or "weight": 0) is left out of either."""
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Further variables of the chat template for every conversation, such as enable_thinking; a row's own
+    'chat_template_kwargs' come first."""
     max_prompt_tokens: int = 512
     """Longest prompt to sample from allowed, in tokens."""
     max_tokens: int = 1024

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from aligner.data.answers import Answered, check_choices, encode_answer, encode_turns, fits
+from aligner.data.answers import Answered, Encoder, check_choices, fits
+from aligner.data.chat import Notes
 from aligner.data.jsonl import LabelledRow
 from aligner.data.tokenizer import checked_messages
 
@@ -22,6 +23,8 @@ def tokenize_demonstrations(
     max_tokens: int,
     too_long: str = "error",
     train_on: str = "responses",
+    template_kwargs: Mapping[str, Any] | None = None,
+    notes: Notes | None = None,
 ) -> tuple[list[Answered], int]:
     """Rows {'prompt', 'completion'}, {'query', 'response'} (texts or lists of messages) or {'messages'} ->
     (demonstrations, rows dropped).
@@ -31,6 +34,11 @@ def tokenize_demonstrations(
         too_long: "error", or "drop" to leave longer ones out and count them.
         train_on: "responses", or "all" for every token but the first. An assistant's turn with "train": false or
             "weight": 0 is only read under either.
+        template_kwargs: what the chat template is given for every row (data.chat_template_kwargs).
+        notes: gets what a reader should know of how the rows were tokenized.
+
+    A conversation whose earlier turns the chat template rewrites gives several demonstrations (see `Encoder.turns`);
+    each is kept or dropped by itself.
 
     Raises:
         ValueError: an unknown form, wrong types, an empty part, too long, or nothing left; the row's label is named.
@@ -38,26 +46,27 @@ def tokenize_demonstrations(
     check_choices(too_long, train_on)
     demonstrations: list[Answered] = []
     dropped = 0
+    encoder = Encoder(tokenizer, train_on, template_kwargs, notes)
     for label, row in rows:
-        demonstration = _encode(row, label, tokenizer, train_on)
-        if fits(demonstration, "the demonstration", label, max_tokens, too_long):
-            demonstrations.append(replace(demonstration, index=len(demonstrations)))
-        else:
-            dropped += 1
+        for demonstration in _encode(row, label, encoder):
+            if fits(demonstration, "the demonstration", label, max_tokens, too_long):
+                demonstrations.append(replace(demonstration, index=len(demonstrations)))
+            else:
+                dropped += 1
     if not demonstrations:
         raise ValueError(f"all {dropped} demonstrations are longer than data.max_tokens={max_tokens}; raise it.")
     return demonstrations, dropped
 
 
-def _encode(row: dict[str, Any], label: str, tokenizer: PreTrainedTokenizerBase, train_on: str) -> Answered:
+def _encode(row: dict[str, Any], label: str, encoder: Encoder) -> list[Answered]:
     forms = [keys for keys in FORMS if all(key in row for key in keys)]
     if len(forms) + ("messages" in row) != 1:
         wanted = "{'prompt', 'completion'}, {'query', 'response'} or {'messages'}"
         raise ValueError(f"{label}: a demonstration is one of {wanted}; this row has {sorted(row)}.")
     if forms:
-        return encode_answer(row, forms[0], label, tokenizer, train_on)
+        return encoder.answers(row, forms[0], label)
     messages = checked_messages(row["messages"], label)
     if messages[0]["role"] == "assistant" or messages[-1]["role"] != "assistant":
         raise ValueError(f"{label}: 'messages' must begin with another's turn and end with an assistant's.")
     places = [f"messages[{turn}]" for turn in range(len(messages))]
-    return encode_turns(messages, places, 0, label, tokenizer, train_on, row)
+    return encoder.turns(messages, places, 0, label, row)

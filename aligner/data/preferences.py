@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from aligner.data.answers import Answered, check_choices, encode_answer, fits
+from aligner.data.answers import Answered, Encoder, check_choices, fits
+from aligner.data.chat import Notes
 from aligner.data.jsonl import LabelledRow
 from aligner.data.tokenizer import checked_messages
 
@@ -31,7 +32,12 @@ class Pair:
 
 
 def tokenize_preferences(
-    rows: Iterable[LabelledRow], tokenizer: PreTrainedTokenizerBase, max_tokens: int, too_long: str = "error"
+    rows: Iterable[LabelledRow],
+    tokenizer: PreTrainedTokenizerBase,
+    max_tokens: int,
+    too_long: str = "error",
+    template_kwargs: Mapping[str, Any] | None = None,
+    notes: Notes | None = None,
 ) -> tuple[list[Pair], LeftOut]:
     """Preference rows -> (pairs, what was left out).
 
@@ -43,20 +49,23 @@ def tokenize_preferences(
     Args:
         max_tokens: longest prompt with answer allowed, in tokens (data.max_tokens).
         too_long: "error", or "drop" to leave pairs with a longer one out and count them as "too long".
+        template_kwargs: what the chat template is given for every row (data.chat_template_kwargs).
+        notes: gets what a reader should know of how the rows were tokenized.
 
     Raises:
         ValueError: an unknown form, wrong types, an empty part, equal answers, too long, or no pair left; the row's
             label is named.
     """
     check_choices(too_long)
+    encoder = Encoder(tokenizer, template_kwargs=template_kwargs, notes=notes)
     pairs: list[Pair] = []
     left_out: LeftOut = Counter()
     for label, row in rows:
         if _is_scored(row, label, PAIR_FORMS):
-            found, ties = _scored_pairs(row, label, tokenizer)
+            found, ties = _scored_pairs(row, label, encoder)
             left_out["equal scores"] += ties
         else:
-            found = [_two_answers(row, label, tokenizer)]
+            found = [_two_answers(row, label, encoder)]
         for sides in found:
             if sides[0].tokens == sides[1].tokens:
                 raise ValueError(
@@ -73,22 +82,28 @@ def tokenize_preferences(
 
 
 def tokenize_feedback(
-    rows: Iterable[LabelledRow], tokenizer: PreTrainedTokenizerBase, max_tokens: int, too_long: str = "error"
+    rows: Iterable[LabelledRow],
+    tokenizer: PreTrainedTokenizerBase,
+    max_tokens: int,
+    too_long: str = "error",
+    template_kwargs: Mapping[str, Any] | None = None,
+    notes: Notes | None = None,
 ) -> tuple[list[Answered], LeftOut]:
     """Rows {'prompt', 'completion', 'label': true or false} of texts or lists of messages, or preference rows (one good
     and one bad answer each) -> (answers with 'label' in their fields, what was left out).
 
     Args:
-        max_tokens, too_long: as for `tokenize_preferences`; each answer counts by itself.
+        max_tokens, too_long, template_kwargs, notes: as for `tokenize_preferences`; each answer counts by itself.
 
     Raises:
         ValueError: as for `tokenize_preferences`; also for scores, which do not say where good begins.
     """
     check_choices(too_long)
+    encoder = Encoder(tokenizer, template_kwargs=template_kwargs, notes=notes)
     answers: list[Answered] = []
     left_out: LeftOut = Counter()
     for label, row in rows:
-        for answered in _labelled(row, label, tokenizer):
+        for answered in _labelled(row, label, encoder):
             if fits(answered, "an answer with its prompt", label, max_tokens, too_long):
                 answers.append(replace(answered, index=len(answers)))
             else:
@@ -98,15 +113,15 @@ def tokenize_feedback(
     return answers, left_out
 
 
-def _labelled(row: dict[str, Any], label: str, tokenizer: PreTrainedTokenizerBase) -> list[Answered]:
+def _labelled(row: dict[str, Any], label: str, encoder: Encoder) -> list[Answered]:
     is_feedback = "completion" in row or "label" in row
     if is_feedback and "prompt" in row and "completion" in row and "chosen" not in row:
         if not isinstance(row.get("label"), bool):
             raise ValueError(f"{label}: 'label' must be true or false, not {row.get('label')!r}.")
-        return [encode_answer(row, ("prompt", "completion"), label, tokenizer, "responses")]
+        return [encoder.answer(row, ("prompt", "completion"), label)]
     if is_feedback or _is_scored(row, label, FEEDBACK_FORMS):
         raise ValueError(f"{label}: feedback is one of {FEEDBACK_FORMS}; this row has {sorted(row)}.")
-    sides = zip(_two_answers(row, label, tokenizer), (True, False), strict=True)
+    sides = zip(_two_answers(row, label, encoder), (True, False), strict=True)
     return [replace(side, fields={**side.fields, "label": good}) for side, good in sides]
 
 
@@ -123,7 +138,7 @@ def _is_scored(row: dict[str, Any], label: str, forms: str) -> bool:
     return scored
 
 
-def _two_answers(row: dict[str, Any], label: str, tokenizer: PreTrainedTokenizerBase) -> tuple[Answered, Answered]:
+def _two_answers(row: dict[str, Any], label: str, encoder: Encoder) -> tuple[Answered, Answered]:
     """The chosen and the rejected answer."""
     parts = _whole_conversations(row, label) if _has_whole_conversations(row) else row
     if "prompt" not in parts:
@@ -131,7 +146,7 @@ def _two_answers(row: dict[str, Any], label: str, tokenizer: PreTrainedTokenizer
     scores = _side_scores(row, label)
     sides = []
     for key in SCORES:
-        answered = encode_answer(parts, ("prompt", key), label, tokenizer, "responses")
+        answered = encoder.answer(parts, ("prompt", key), label)
         sides.append(replace(answered, fields={**row, **({"score": scores[key]} if scores else {})}))
     return sides[0], sides[1]
 
@@ -153,7 +168,7 @@ def _whole_conversations(row: dict[str, Any], label: str) -> dict[str, Any]:
             f"{label}: 'chosen' and 'rejected' without a 'prompt' must be conversations with a common beginning that "
             f"part at an assistant's turn; these part at message {common}. Give the common messages as 'prompt'."
         )
-    return {"prompt": chosen[:common], "chosen": chosen[common:], "rejected": rejected[common:]}
+    return {**row, "prompt": chosen[:common], "chosen": chosen[common:], "rejected": rejected[common:]}
 
 
 def _side_scores(row: dict[str, Any], label: str) -> dict[str, float]:
@@ -169,17 +184,14 @@ def _side_scores(row: dict[str, Any], label: str) -> dict[str, float]:
     return scores
 
 
-def _scored_pairs(
-    row: dict[str, Any], label: str, tokenizer: PreTrainedTokenizerBase
-) -> tuple[list[tuple[Answered, Answered]], int]:
+def _scored_pairs(row: dict[str, Any], label: str, encoder: Encoder) -> tuple[list[tuple[Answered, Answered]], int]:
     """(every pair with the higher score first, in the row's order; pairs of equal scores)."""
     responses, scores = row["response"], row["score"]
     if not isinstance(responses, list) or not isinstance(scores, list) or not len(responses) == len(scores) >= 2:
         raise ValueError(f"{label}: 'response' and 'score' must be lists of one length, 2 or more.")
     answers = []
     for place, (response, score) in enumerate(zip(responses, scores, strict=True)):
-        parts = {"query": row["query"], f"response[{place}]": response}
-        answered = encode_answer(parts, ("query", f"response[{place}]"), label, tokenizer, "responses")
+        answered = encoder.answer({**row, f"response[{place}]": response}, ("query", f"response[{place}]"), label)
         answers.append(replace(answered, fields={**row, "score": _number(score, f"{label}: score[{place}]")}))
     found = [(a, b) for a in answers for b in answers if a.fields["score"] > b.fields["score"]]
     return found, len(answers) * (len(answers) - 1) // 2 - len(found)

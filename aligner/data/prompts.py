@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from aligner.data.answers import check_choices
+from aligner.data.chat import Notes, conversation_of, template_options
 from aligner.data.jsonl import LabelledRow
-from aligner.data.tokenizer import checked_messages, encode_continuation, encode_text, render_chat
+from aligner.data.tokenizer import checked_messages, encode_plain, encode_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -33,9 +34,11 @@ def tokenize_prompts(
     tokenizer: PreTrainedTokenizerBase,
     max_tokens: int,
     setting: str = "data.max_prompt_tokens",
+    template_kwargs: Mapping[str, Any] | None = None,
+    notes: Notes | None = None,
 ) -> list[Prompt]:
     """`prompts_that_fit`, where every prompt must."""
-    return prompts_that_fit(rows, tokenizer, max_tokens, "error", setting)[0]
+    return prompts_that_fit(rows, tokenizer, max_tokens, "error", setting, template_kwargs, notes)[0]
 
 
 def prompts_that_fit(
@@ -44,6 +47,8 @@ def prompts_that_fit(
     max_tokens: int,
     too_long: str,
     setting: str = "data.max_prompt_tokens",
+    template_kwargs: Mapping[str, Any] | None = None,
+    notes: Notes | None = None,
 ) -> tuple[list[Prompt], int]:
     """Rows with 'prompt' (text) or 'messages' (a conversation that awaits an answer) -> (prompts, rows dropped).
 
@@ -51,6 +56,8 @@ def prompts_that_fit(
         max_tokens: longest prompt allowed, in tokens.
         too_long: "error", or "drop" to leave longer ones out and count them.
         setting: the configuration field that holds `max_tokens`, for the errors.
+        template_kwargs: what the chat template is given for every row (data.chat_template_kwargs).
+        notes: gets what a reader should know of how the rows were tokenized.
 
     Raises:
         ValueError: neither or both keys, wrong type, empty, too long, or nothing left; the row's label is named.
@@ -59,7 +66,7 @@ def prompts_that_fit(
     prompts: list[Prompt] = []
     dropped = 0
     for label, row in rows:
-        text, tokens = _encode(row, label, tokenizer)
+        text, tokens = _encode(row, label, tokenizer, template_kwargs, notes)
         if not tokens:
             raise ValueError(f"{label}: the prompt has no tokens.")
         if len(tokens) <= max_tokens:
@@ -76,15 +83,24 @@ def prompts_that_fit(
     return prompts, dropped
 
 
-def _encode(row: dict[str, Any], label: str, tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[int]]:
+def _encode(
+    row: dict[str, Any],
+    label: str,
+    tokenizer: PreTrainedTokenizerBase,
+    template_kwargs: Mapping[str, Any] | None,
+    notes: Notes | None,
+) -> tuple[str, list[int]]:
     if ("prompt" in row) == ("messages" in row):
         raise ValueError(f"{label}: a row needs 'prompt' or 'messages' (one of them); it has {sorted(row)}.")
     if "messages" in row:
         messages = checked_messages(row["messages"], label)
         if messages[-1]["role"] == "assistant":
             raise ValueError(f"{label}: 'messages' ends with an assistant's turn; a prompt must leave it to the model.")
-        text = render_chat(tokenizer, messages, label, add_generation_prompt=True)
-        return text, encode_continuation(tokenizer, text)  # the template has written the begin token, if there is one
+        options = template_options(row, label, template_kwargs)
+        places = [f"messages[{turn}]" for turn in range(len(messages))]
+        conversation = conversation_of(messages, places, options, label, tokenizer, awaits=True, notes=notes)
+        text = conversation.text(len(messages), awaits=True)
+        return text, encode_plain(tokenizer, text)  # the template has written the begin token, if there is one
     text = row["prompt"]
     if not isinstance(text, str):
         raise ValueError(f"{label}: 'prompt' must be text, not {type(text).__name__} (conversations: 'messages').")

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from aligner.data.answers import Answered
+from aligner.data.chat import Notes, check_template_kwargs
 from aligner.data.config import DataConfig
 from aligner.data.demonstrations import tokenize_demonstrations
 from aligner.data.jsonl import LabelledRow, rows
@@ -51,6 +52,8 @@ class DataSets:
     """Why training rows (or pairs) were left out -> how many."""
     heldout_left_out: LeftOut = field(default_factory=Counter)
     """The same of what is evaluated on."""
+    notes: Notes = field(default_factory=Counter)
+    """What else a reader should know of how the training rows were tokenized -> how many."""
 
     def metrics(self) -> dict[str, float]:
         """How many rows were left out, where some were: logged once, with the first step."""
@@ -74,6 +77,7 @@ def read_sets(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> DataSets:
     """
     if data.task is None and not data.path:
         raise ValueError("data.path has no value; give a JSONL file, or choose a generated task: data=column_addition.")
+    check_template_kwargs(tokenizer, data.chat_template_kwargs)
     source = _task_rows(data, METHODS) if data.task else rows(data.path or "")
     sets = _training(data, source, tokenizer)
     count = len(sets.training)
@@ -85,13 +89,16 @@ def read_sets(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> DataSets:
     if not (data.task or data.eval_path):
         return sets
     held = _task_rows(data, HELDOUT_METHODS) if data.task else rows(data.eval_path or "", "data.eval_path")
+    more = data.chat_template_kwargs
     if data.kind == "prompts":
-        prompts, dropped = prompts_that_fit(held, tokenizer, data.max_prompt_tokens, data.too_long)
+        prompts, dropped = prompts_that_fit(
+            held, tokenizer, data.max_prompt_tokens, data.too_long, template_kwargs=more
+        )
         return replace(sets, heldout=prompts[: data.eval_prompts], heldout_left_out=_too_long(dropped))
     if data.kind == "demonstrations":
-        answers, dropped = tokenize_demonstrations(held, tokenizer, data.max_tokens, data.too_long, data.train_on)
+        answers, dropped = tokenize_demonstrations(held, tokenizer, data.max_tokens, data.too_long, data.train_on, more)
         return replace(sets, heldout_answers=answers[: data.eval_prompts], heldout_left_out=_too_long(dropped))
-    pairs, left_out = tokenize_preferences(held, tokenizer, data.max_tokens, data.too_long)
+    pairs, left_out = tokenize_preferences(held, tokenizer, data.max_tokens, data.too_long, more)
     pairs = pairs[: data.eval_prompts]
     return replace(sets, heldout=prompts_of(pairs, tokenizer), heldout_pairs=pairs, heldout_left_out=left_out)
 
@@ -101,7 +108,7 @@ def prompts_of(pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerBase) -> lis
     found: dict[tuple[int, ...], Prompt] = {}
     for pair in pairs:
         answered = pair.chosen
-        tokens = answered.tokens[: answered.prompt_len]
+        tokens = answered.asked or answered.tokens[: answered.prompt_len]
         if tokens not in found:
             row = answered.fields
             written = row.get("prompt", row.get("query"))
@@ -113,15 +120,19 @@ def prompts_of(pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerBase) -> lis
 
 
 def _training(data: DataConfig, source: Iterable[LabelledRow], tokenizer: PreTrainedTokenizerBase) -> DataSets:
+    notes: Notes = Counter()
+    more: dict[str, Any] = {"template_kwargs": data.chat_template_kwargs, "notes": notes}
     if data.kind == "prompts":
-        prompts, dropped = prompts_that_fit(source, tokenizer, data.max_prompt_tokens, data.too_long)
-        return DataSets(prompts, left_out=_too_long(dropped))
+        prompts, dropped = prompts_that_fit(source, tokenizer, data.max_prompt_tokens, data.too_long, **more)
+        return DataSets(prompts, left_out=_too_long(dropped), notes=notes)
     if data.kind == "demonstrations":
-        kept, dropped = tokenize_demonstrations(source, tokenizer, data.max_tokens, data.too_long, data.train_on)
-        return DataSets(kept, left_out=_too_long(dropped))
+        kept, dropped = tokenize_demonstrations(
+            source, tokenizer, data.max_tokens, data.too_long, data.train_on, **more
+        )
+        return DataSets(kept, left_out=_too_long(dropped), notes=notes)
     tokenize = tokenize_preferences if data.kind == "preferences" else tokenize_feedback
-    found, left_out = tokenize(source, tokenizer, data.max_tokens, data.too_long)
-    return DataSets(found, left_out=left_out)
+    found, left_out = tokenize(source, tokenizer, data.max_tokens, data.too_long, **more)
+    return DataSets(found, left_out=left_out, notes=notes)
 
 
 def _too_long(dropped: int) -> LeftOut:

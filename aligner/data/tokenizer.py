@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:  # transformers takes seconds to import; checking a configuration must not
     from transformers import PreTrainedTokenizerBase
 
 VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+ANCHORS = ("\n", ".", ":", "a", "\u0378")
+"""Texts before a continuation, the first that stays apart from it is taken; the last is no letter of any language."""
 ROLES_HINT = 'a list such as [{"role": "user", "content": "..."}]'
 
 Message = dict[str, Any]
@@ -61,20 +63,58 @@ def _check(tokenizer: PreTrainedTokenizerBase, folder: Path, setting: str) -> No
 
 
 def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Ids of the start of a sequence, with the tokenizer's own special tokens but never a second begin token."""
-    written = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
-    return list(tokenizer.encode(text, add_special_tokens=not written))
+    """Ids of the start of a sequence that goes on: with the special tokens that the tokenizer puts before a text (never
+    a second time, where the text has them written), without those that it puts after one (an end token)."""
+    if tokenizer.is_fast:
+        found = tokenizer(text, return_special_tokens_mask=True, return_attention_mask=False)
+        ids, added = list(found["input_ids"]), list(found["special_tokens_mask"])
+        begin, end = 0, len(ids)
+        while begin < end and added[begin]:
+            begin += 1
+        while end > begin and added[end - 1]:
+            end -= 1
+        before, body = ids[:begin], ids[begin:end]
+    else:
+        ids, body = list(tokenizer.encode(text)), encode_plain(tokenizer, text)
+        places = range(len(ids) - len(body) + 1)
+        before = ids[: next((k for k in places if ids[k : k + len(body)] == body), 0)]
+    return body if body[: len(before)] == before else before + body
 
 
-def encode_continuation(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Ids of text that follows other tokens: nothing is added."""
+def encode_plain(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Ids of a text that has all its special tokens written, such as a conversation by its chat template."""
     return list(tokenizer.encode(text, add_special_tokens=False))
 
 
+def encode_continuation(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Ids of text that follows other tokens: nothing is added, neither special tokens nor the space that SentencePiece
+    and its kin put before the first word of a text."""
+    for anchor in ANCHORS:
+        before, whole = encode_plain(tokenizer, anchor), encode_plain(tokenizer, anchor + text)
+        if whole[: len(before)] == before:
+            return whole[len(before) :]
+    return encode_plain(tokenizer, text)
+
+
+def encode_answered(tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str) -> tuple[list[int], list[int]]:
+    """(ids of the prompt as a rollout has them, ids of the answer that follows): those of the two as one text, but no
+    token reaches across the border, for in generation the prompt stands alone."""
+    read, whole = encode_text(tokenizer, prompt), encode_text(tokenizer, prompt + answer)
+    clean = whole[: len(read)] == read and len(whole) > len(read)
+    return read, whole[len(read) :] if clean else encode_continuation(tokenizer, answer)
+
+
 def render_chat(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], label: str, add_generation_prompt: bool
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    label: str,
+    add_generation_prompt: bool,
+    options: Mapping[str, Any] | None = None,
 ) -> str:
     """The conversation as the model's chat template writes it, special tokens included.
+
+    Args:
+        options: what else the template is given, such as tools.
 
     Raises:
         ValueError: the tokenizer has no template, or the template refuses the messages.
@@ -86,7 +126,7 @@ def render_chat(
         )
     try:
         text = tokenizer.apply_chat_template(
-            list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
+            list(messages), tokenize=False, add_generation_prompt=add_generation_prompt, **(options or {})
         )
     except Exception as error:  # templates raise whatever they like through jinja
         raise ValueError(f"{label}: the chat template refuses these messages: {error}") from error
@@ -95,21 +135,45 @@ def render_chat(
 
 
 def checked_messages(value: Any, label: str, key: str = "messages") -> list[Message]:
-    """`value`, which stands in the row under `key`, as a list of {'role': str, 'content': str}.
+    """`value`, which stands in the row under `key`, as a list of {'role': str, 'content': text or text parts}; a turn
+    with 'tool_calls' may have no content.
 
     Raises:
         ValueError: it is something else; `label` and the message's place are named.
     """
     if not isinstance(value, list) or not value:
-        raise ValueError(f"{label}: {key!r} must be {ROLES_HINT}, not {_shortened(value)}.")
+        raise ValueError(f"{label}: {key!r} must be {ROLES_HINT}, not {shortened(value)}.")
     for i, message in enumerate(value):
-        if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
-            raise ValueError(
-                f"{label}: {key}[{i}] must have the texts 'role' and 'content', but is {_shortened(message)}."
-            )
+        content = message.get("content") if isinstance(message, dict) else None
+        if isinstance(content, list) and content:
+            _check_parts(content, f"{label}: {key}[{i}]")
+        elif not isinstance(content, str) and not (
+            isinstance(message, dict) and content is None and message.get("tool_calls")
+        ):
+            _refuse_message(message, f"{label}: {key}[{i}]")
+        if not isinstance(message.get("role"), str):
+            _refuse_message(message, f"{label}: {key}[{i}]")
     return value
 
 
-def _shortened(value: Any) -> str:
+def _refuse_message(message: Any, place: str) -> NoReturn:
+    raise ValueError(
+        f"{place} must have the texts 'role' and 'content' (or a list of text parts, or 'tool_calls'), but is "
+        f"{shortened(message)}."
+    )
+
+
+def _check_parts(parts: list[Any], place: str) -> None:
+    for part in parts:
+        kind = part.get("type", "text") if isinstance(part, dict) else type(part).__name__
+        if kind != "text" or not isinstance(part.get("text"), str):
+            raise ValueError(
+                f"{place}: 'content' has a part of type {kind!r}; models here read text, so give only parts such as "
+                f'{{"type": "text", "text": "..."}}.'
+            )
+
+
+def shortened(value: Any) -> str:
+    """Its repr, 80 characters at most."""
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."

@@ -149,11 +149,13 @@ class Driver:
         return steps
 
     def _greet(self) -> None:
-        checked = self.job.checked
-        if self.writer and checked.data.left_out.total():
-            self.writer.note(f"rows of data.path left out: {told(checked.data.left_out)}")
-        if self.writer and checked.data.heldout_left_out.total():
-            self.writer.note(f"held-out rows left out: {told(checked.data.heldout_left_out)}")
+        checked, data = self.job.checked, self.job.checked.data
+        if self.writer and data.left_out.total():
+            self.writer.note(f"rows of data.path left out: {told(data.left_out)}")
+        if self.writer and data.heldout_left_out.total():
+            self.writer.note(f"held-out rows left out: {told(data.heldout_left_out)}")
+        if self.writer and data.notes:
+            self.writer.note(f"data.path: {told(data.notes)}")
         if self.writer and checked.ends.disagreement:
             self.writer.note(f"{checked.ends.disagreement}; {shown_ends(self.config, checked.ends)}")
         if self.writer and self.before:

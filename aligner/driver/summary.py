@@ -50,6 +50,7 @@ def _data(job: Job) -> str:
         + _left_out(data.left_out)
         + f"; {settings.prompts_per_step} a step, {passes:.1f} passes; held out: {len(data.heldout)} prompts"
         + _left_out(data.heldout_left_out)
+        + f"; {told(data.notes)}" * bool(data.notes)
     )
 
 

@@ -1,11 +1,12 @@
 """Which tokens a demonstration has and which of them are trained."""
 
+from collections import Counter
 from typing import Any
 
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from aligner.data.answers import Answered
+from aligner.data.answers import SPLIT, Answered
 from aligner.data.demonstrations import tokenize_demonstrations
 
 
@@ -79,17 +80,26 @@ def test_a_template_that_never_ends_a_turn_gets_the_end_token(chat: PreTrainedTo
     ]
 
 
-def test_a_template_that_rewrites_earlier_turns_is_refused(chat: PreTrainedTokenizerBase) -> None:
-    chat.chat_template = (
-        "{% for m in messages %}{{ '<think>' if loop.last and m['role'] == 'assistant' }}"
-        "{{ m['content'] }}<|end|>{% endfor %}"
-    )
+REWRITES = "{% for m in messages %}{{ '<think>' if loop.last and m['role'] == 'assistant' }}{{ m['content'] }}<|end|>{% endfor %}"
+
+
+def test_a_template_that_rewrites_earlier_turns_gives_a_row_for_each(chat: PreTrainedTokenizerBase) -> None:
+    chat.chat_template = REWRITES
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     assert texts(one({"messages": turns}, chat), chat) == [(False, "a<|end|>"), (True, "<think>b<|end|>")]
-    with pytest.raises(
-        ValueError, match=r"d:1: the chat template does not write the turns up to messages\[1\] as a beginning"
-    ):
-        one({"messages": turns + turns}, chat)
+    row = {"messages": [*turns, {"role": "user", "content": "c"}, {"role": "assistant", "content": "d"}]}
+    notes: Counter[str] = Counter()
+    rows, dropped = tokenize_demonstrations([("d:1", row), ("d:2", {"messages": turns})], chat, 99, notes=notes)
+    assert [texts(found, chat) for found in rows] == [
+        [(False, "a<|end|>"), (True, "<think>b<|end|>")],
+        [(False, "a<|end|>b<|end|>c<|end|>"), (True, "<think>d<|end|>")],
+        [(False, "a<|end|>"), (True, "<think>b<|end|>")],
+    ]
+    assert [(found.index, found.fields) for found in rows] == [(0, row), (1, row), (2, {"messages": turns})]
+    assert (dropped, notes) == (0, {SPLIT: 1})
+    assert len(tokenize_demonstrations([("d:1", row)], chat, 12, "drop")[0]) == 1, "each is dropped by itself"
+    with pytest.raises(ValueError, match=r"d:1: the chat template .*messages\[1\] as a beginning.*train_on=responses"):
+        tokenize_demonstrations([("d:1", row)], chat, 99, train_on="all")
 
 
 CHAT = [
@@ -118,10 +128,7 @@ def test_messages_after_messages_train_the_completions_turns_only(
 
 def test_a_prompts_turns_may_be_written_otherwise_once_they_are_past(chat: PreTrainedTokenizerBase) -> None:
     """They are only read, as the template writes them before the completion."""
-    chat.chat_template = (
-        "{% for m in messages %}{{ '<think>' if loop.last and m['role'] == 'assistant' }}"
-        "{{ m['content'] }}<|end|>{% endfor %}"
-    )
+    chat.chat_template = REWRITES
     demonstration = one({"prompt": CHAT[:3], "completion": CHAT[3:]}, chat)
     assert texts(demonstration, chat) == [(False, "4<|end|>5<|end|>2<|end|>"), (True, "<think>3<|end|>")]
     untrained = [CHAT[0], {**CHAT[1], "train": False}, *CHAT[2:]]

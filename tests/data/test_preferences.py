@@ -11,6 +11,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from aligner.data.answers import Answered
 from aligner.data.column_addition import write_tokenizer
 from aligner.data.preferences import Pair, tokenize_feedback, tokenize_preferences
+from aligner.data.prompts import tokenize_prompts
+from tests.data.tokenizer_kinds import KINDS, tokenizer_of
 
 CHAT = [
     {"role": "user", "content": "4"},
@@ -61,6 +63,25 @@ def test_conversations_part_at_their_last_turn(chat: PreTrainedTokenizerBase, ro
     assert list(pair.chosen.tokens) == chat.apply_chat_template([*CHAT, GOOD], return_dict=False)
     assert list(pair.rejected.tokens) == chat.apply_chat_template([*CHAT, BAD], return_dict=False)
     assert pair.chosen.fields == pair.rejected.fields == row
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_pairs_have_the_templates_ids_and_the_rollouts_prompt(kind: str) -> None:
+    tokenizer = tokenizer_of(kind, "zephyr")
+    asked = [{"role": "user", "content": "What is it?"}, {"role": "assistant", "content": "é"}, CHAT[2]]
+    sides = [{"role": "assistant", "content": content} for content in ("Paris is 😀", " no ")]
+    (pair,) = pairs_of({"prompt": asked, "chosen": sides[:1], "rejected": sides[1:]}, tokenizer)
+    (prompt,) = tokenize_prompts([("p", {"messages": asked})], tokenizer, 1000)
+    for side, answer in zip((pair.chosen, pair.rejected), sides, strict=True):
+        assert list(side.tokens) == tokenizer.apply_chat_template([*asked, answer], return_dict=False)
+        assert (side.asked or side.tokens[: side.prompt_len]) == prompt.tokens
+    (pair,) = pairs_of({"prompt": "What is it?", "chosen": " Paris", "rejected": "\nno"}, tokenizer)
+    (prompt,) = tokenize_prompts([("p", {"prompt": "What is it?"})], tokenizer, 1000)
+    assert (
+        pair.chosen.tokens[: pair.chosen.prompt_len]
+        == pair.rejected.tokens[: pair.rejected.prompt_len]
+        == prompt.tokens
+    )
 
 
 def test_scored_answers_make_every_pair_of_unequal_scores(characters: PreTrainedTokenizerBase) -> None:

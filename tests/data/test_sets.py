@@ -1,18 +1,20 @@
 """What a job reads, by data.kind, from files and from a generated task."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from aligner.data.answers import Answered
+from aligner.data.answers import SPLIT, Answered
 from aligner.data.column_addition import ColumnAddition
 from aligner.data.config import DataConfig
 from aligner.data.preferences import Pair, tokenize_preferences
 from aligner.data.prompts import Prompt
 from aligner.data.sets import DataSets, prompts_of, read_sets
+from tests.data.tokenizer_kinds import tokenizer_of
 
 TASK = ColumnAddition(demonstrations=50, prompts=40, heldout=9, preferences=30)
 PAIR = {"prompt": "1+2=", "chosen": "#3", "rejected": "#4"}
@@ -111,6 +113,40 @@ def test_demonstrations_are_trained_on_as_set(characters: PreTrainedTokenizerBas
         (row,) = read_sets(data, characters).training
         assert isinstance(row, Answered)
         assert sum(row.mask) == trained
+
+
+def test_variables_of_the_template_reach_every_set(tmp_path: Path) -> None:
+    tokenizer = tokenizer_of("byte_level", "forgets_thought")
+    ask, said = {"role": "user", "content": "a"}, [{"role": "assistant", "content": text} for text in "bc"]
+    rows = {
+        "prompts": {"messages": [ask]},
+        "demonstrations": {"messages": [ask, said[0]]},
+        "preferences": {"prompt": [ask], "chosen": said[:1], "rejected": said[1:]},
+        "feedback": {"prompt": [ask], "chosen": said[:1], "rejected": said[1:]},
+    }
+    for kind, row in rows.items():
+        path = file_of(tmp_path, row)
+        more = {"enable_thinking": False}
+        data = DataConfig(
+            path=path, eval_path=path, kind=kind, **{**LIMITS, "max_prompt_tokens": 64, "prompts_per_step": 1}
+        )
+        for given, ends in ((data, "assistant\n"), (replace(data, chat_template_kwargs=more), "</think>\n\n")):
+            sets = read_sets(given, tokenizer)
+            found = [*sets.training, *sets.heldout, *sets.heldout_pairs, *sets.heldout_answers]
+            assert len(found) >= 2
+            for one in (one.chosen if isinstance(one, Pair) else one for one in found):
+                prompt = one.tokens if isinstance(one, Prompt) else one.tokens[: one.prompt_len]
+                assert str(tokenizer.decode(prompt)).endswith(ends), kind
+    with pytest.raises(ValueError, match=r"data\.chat_template_kwargs\.enable_thoughts is no variable"):
+        read_sets(replace(data, chat_template_kwargs={"enable_thoughts": False}), tokenizer)
+
+
+def test_what_a_reader_should_know_is_counted(tmp_path: Path) -> None:
+    turns = [{"role": role, "content": "a"} for role in ("user", "assistant")]
+    path = file_of(tmp_path, {"messages": turns * 2}, {"messages": turns})
+    data = DataConfig(path=path, kind="demonstrations", **{**LIMITS, "prompts_per_step": 3})
+    sets = read_sets(data, tokenizer_of("byte_level", "forgets_thought"))
+    assert (len(sets.training), sets.notes) == (3, {SPLIT: 1})
 
 
 def test_the_longest_answer_may_be_held_out() -> None:

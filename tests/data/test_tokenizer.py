@@ -4,8 +4,12 @@ import json
 from pathlib import Path
 
 import pytest
+from tokenizers import processors
 from transformers import PreTrainedTokenizerBase
 
+from aligner.data.demonstrations import tokenize_demonstrations
+from aligner.data.preferences import tokenize_preferences
+from aligner.data.prompts import tokenize_prompts
 from aligner.data.tokenizer import encode_continuation, encode_text, load_tokenizer, render_chat
 
 
@@ -33,6 +37,25 @@ def test_a_begin_token_is_never_doubled(chat: PreTrainedTokenizerBase) -> None:
     assert encode_text(chat, "01") == [0, zero, one]
     assert encode_text(chat, "<s>01") == [0, zero, one]
     assert encode_continuation(chat, "01") == [zero, one]
+
+
+@pytest.mark.parametrize("before", [[], ["<s>"], ["<s>", "<|start|>"]])
+def test_an_end_token_after_every_text_is_none_of_a_prompts(chat: PreTrainedTokenizerBase, before: list[str]) -> None:
+    """add_eos_token, or a post-processor that was saved with one."""
+    ids = [(token, chat.convert_tokens_to_ids(token)) for token in (*before, "<|end|>")]
+    chat._tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{' '.join(before)} $A <|end|>".strip(), special_tokens=ids
+    )
+    zero, end = (chat.convert_tokens_to_ids(token) for token in ("0", "<|end|>"))
+    begin = [number for token, number in ids if token != "<|end|>"]
+    assert chat.encode("0") == [*begin, zero, end]
+    assert encode_text(chat, "0") == encode_text(chat, f"{''.join(before)}0") == [*begin, zero]
+    assert encode_text(chat, "0<|end|>") == [*begin, zero, end], "one that is written is meant"
+    (prompt,) = tokenize_prompts([("p", {"prompt": "0"})], chat, 9)
+    ((demonstration,), _) = tokenize_demonstrations([("d", {"prompt": "0", "completion": "0"})], chat, 9)
+    ((pair,), _) = tokenize_preferences([("p", {"prompt": "0", "chosen": "0<|end|>", "rejected": "1"})], chat, 9)
+    assert prompt.tokens == demonstration.tokens[: demonstration.prompt_len] == (*begin, zero)
+    assert demonstration.tokens == pair.chosen.tokens == (*begin, zero, zero, end)
 
 
 def test_missing_folders_and_files_are_named(tmp_path: Path, chat_folder: Path) -> None:

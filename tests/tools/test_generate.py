@@ -18,8 +18,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from aligner.data.prompts import tokenize_prompts
 from aligner.rollout.offline import fingerprint, take_devices
 from aligner.rollout.requests import Sample
+from tests.data.tokenizer_kinds import tokenizer_of
 from tests.e2e.conftest import Task, task
 from tests.tools.generate_forks import ROOT, SETTINGS, tool
 
@@ -208,6 +210,7 @@ GOOD = '{"prompt": "1+1="}\n'
         (GOOD, ["--temperature", "3"], "--temperature 3.0 is not possible; use 0 (greedy) to 2."),
         (GOOD, ["--top-p", "0"], "--top-p 0.0 is no probability"),
         (GOOD, ["--temperature", "0", "--num-samples", "2"], "--temperature 0 gives the same answer every time"),
+        (GOOD, ["--chat-template-kwargs", '{"x": 1}'], "--chat-template-kwargs: x is no variable of the tokenizer's"),
         (GOOD, ["--batch", "0"], "--batch 0 must be at least 1."),
         (GOOD, ["--model", "{tmp}"], "{tmp} has no config.json"),
         (GOOD, ["--output", "{tmp}/none/out.jsonl"], "there is no folder {tmp}/none; make it first"),
@@ -225,10 +228,47 @@ def test_mistakes_are_named(
         "--output",
         str(tmp_path / "o"),
     ]
-    status = tool().main([*paths, *SETTINGS, *(text.format(tmp=tmp_path) for text in more)])
+    status = tool().main([*paths, *SETTINGS, *(text.replace("{tmp}", str(tmp_path)) for text in more)])
     error = capsys.readouterr().err
     assert status == 2 and error.startswith("error: ") and said.format(tmp=tmp_path) in error, error
     assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"], "nothing is begun"
+
+
+TOOLS = [{"type": "function", "function": {"name": "weather"}}]
+ASK = {"role": "user", "content": "Rain?"}
+
+
+@pytest.mark.parametrize(
+    ("row", "more"),
+    [
+        ({"messages": [ASK]}, []),
+        ({"messages": [ASK]}, ["--system", "Be brief."]),
+        ({"prompt": "Rain?"}, ["--chat"]),
+        ({"question": "Rain?", "prompt": "no"}, ["--chat", "--prompt-field", "question"]),
+        ({"talk": [ASK], "messages": 3}, ["--prompt-field", "talk", "--system", "Be brief."]),
+    ],
+)
+@pytest.mark.parametrize("thinks", [None, True])
+def test_tools_and_variables_reach_the_template(row: dict[str, Any], more: list[str], thinks: bool | None) -> None:
+    tokenizer = tokenizer_of("byte_level", "tools")
+    tokenizer.chat_template = "{% if think is false %}NO{% endif %}" + str(tokenizer.chat_template)
+    own = {} if thinks is None else {"chat_template_kwargs": {"think": thinks}}
+    options = ["--model", "x", "--input", "x", "--output", "x", "--chat-template-kwargs", '{"think": false}']
+    given = tool().options().parse_args([*options, *more])
+    system = [{"role": "system", "content": "Be brief."}] * ("--system" in more)
+    wanted = tokenizer.apply_chat_template(
+        [*system, ASK], tools=TOOLS, think=bool(thinks), tokenize=False, add_generation_prompt=True
+    )
+    asked = tool().asked({**row, "tools": TOOLS, **own}, "r:1", given)
+    (prompt,) = tokenize_prompts([("r:1", asked)], tokenizer, 999, template_kwargs=given.chat_template_kwargs)
+    assert prompt.text == wanted and "weather" in wanted and wanted.startswith("NO") == (thinks is None)
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", "x=1"])
+def test_variables_that_are_no_object_are_named(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        tool().main(["--model", "x", "--input", "x", "--output", "x", "--chat-template-kwargs", text])
+    assert "--chat-template-kwargs: give a JSON object, such as" in capsys.readouterr().err
 
 
 def test_other_settings_and_other_rows_are_refused(
