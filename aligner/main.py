@@ -8,12 +8,14 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
+import signal
 import sys
 import time
 from pathlib import Path
 from typing import NoReturn
 
 from aligner.masking import Mask
+from aligner.spmd.leaving import at_once, own_folder
 
 PATIENCE = 30.0
 """Other ranks wait this many seconds for rank 0 to say the mistake; the launcher ends them when rank 0 has left."""
@@ -42,8 +44,12 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> None:
     """One rank of the job, from its command line to its exit."""
+    with own_folder():
+        _main(sys.argv[1:] if arguments is None else arguments)
+
+
+def _main(arguments: list[str]) -> None:
     rank = int(os.environ.get("RANK", "0"))
-    arguments = sys.argv[1:] if arguments is None else arguments
     mask = Mask.of(arguments)
     try:
         found = parse(arguments)
@@ -96,4 +102,6 @@ def _refuse(rank: int, message: str) -> NoReturn:
 
 
 if __name__ == "__main__":
+    for number in (signal.SIGINT, signal.SIGTERM):  # until the job's watch takes them
+        signal.signal(number, at_once)
     main()

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs one job on this machine: torchrun with N ranks, one thread each unless OMP_NUM_THREADS says otherwise.
+# Runs one job on this machine: torchrun (see aligner/launcher.py) with N ranks, one thread each unless OMP_NUM_THREADS says otherwise.
 #
 #   bash launch/local.sh [--limit SECONDS] N [torchrun options --] OVERRIDES...
 #   bash launch/local.sh 2 algorithm=grpo model.path=DIR data.path=prompts.jsonl
@@ -16,7 +16,7 @@ case "${1:-}" in
     -h | --help) usage; exit 0 ;;
     --limit)
         [[ "${2:-}" =~ ^[1-9][0-9]*$ ]] || { echo "--limit ${2:-} is not a number of seconds; for example --limit 600" >&2; exit 2; }
-        # In the foreground, so that Ctrl-C still reaches torchrun.
+        # In the foreground, so that Ctrl-C still reaches the launcher.
         limit=(timeout --foreground --signal=TERM --kill-after=60 "$2")
         shift 2
         ;;
@@ -36,4 +36,4 @@ fi
 
 # shellcheck source=launch/environment.sh
 source "$root/launch/environment.sh"
-exec "${limit[@]}" torchrun --standalone --nproc-per-node "$ranks" "${options[@]}" -m aligner.main "$@"
+exec "${limit[@]}" python -m aligner.launcher --standalone --nproc-per-node "$ranks" "${options[@]}" -m aligner.main "$@"

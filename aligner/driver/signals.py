@@ -1,4 +1,7 @@
-"""Signals that ask the job to save and leave: SIGTERM, and SIGUSR1, which Slurm sends before the time is up."""
+"""Signals that ask the job to save and leave: SIGTERM, SIGINT (Ctrl-C), and SIGUSR1, which Slurm sends before the time is up.
+
+A second SIGINT is the watch's (`spmd.watch`): it leaves at once, whatever the main thread waits for.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import signal
 import threading
 from types import FrameType
 
-ASKING = (signal.SIGTERM, signal.SIGUSR1)
+ASKING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 class Signals:

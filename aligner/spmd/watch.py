@@ -28,7 +28,9 @@ from aligner.spmd.hang import HangConfig
 from aligner.spmd.histories import agree, as_bytes, first_difference, from_bytes
 from aligner.spmd.journal import Journal
 from aligner.spmd.last_words import LastWords
-from aligner.spmd.processes import GONE, STOPPED, Neighbours, out_of_memory_kills, this_process
+from aligner.spmd.leaving import at_once, end
+from aligner.spmd.machine import GONE, STOPPED
+from aligner.spmd.processes import Neighbours, out_of_memory_kills, this_process
 from aligner.spmd.pulse import Pulse, Verdict, beat_of
 from aligner.spmd.store import own_store
 
@@ -36,6 +38,8 @@ PERIOD = 1.0
 """Seconds between two looks."""
 GRACE = 3.0
 """Seconds that ranks get to say what they were doing, and that a SIGTERM gets to be explained by a death."""
+ONE_PRESS = 2.0
+"""Seconds in which several SIGINT are one: launchers pass on what a rank may have had from the terminal, or from Slurm."""
 PATIENCE = 4 * GRACE
 """Seconds after which a rank leaves without having heard that the report is written."""
 
@@ -73,6 +77,7 @@ class Watch:
         self._stopped_at: dict[int, float] = {}
         self._kills = out_of_memory_kills()
         self._end_at: float | None = None
+        self._interrupted_at: float | None = None
         self._error: BaseException | None = None
         self._bell, self._ear = socket.socketpair()
         self._looked_at = time.monotonic()
@@ -126,6 +131,8 @@ class Watch:
                 numbers = self._rest()
                 if self.stopped.is_set():
                     return
+                if signal.SIGINT in numbers:
+                    self._interrupted()
                 self._look(signal.SIGTERM in numbers)
                 self._looked_at = time.monotonic()
                 if self.store.check(["verdict"]):
@@ -136,12 +143,13 @@ class Watch:
 
     def _listen(self) -> None:
         """A SIGTERM reaches this thread while the main one is inside a collective: launchers send it after a death."""
-        for end in (self._bell, self._ear):
-            end.setblocking(False)
+        for half in (self._bell, self._ear):
+            half.setblocking(False)
         if threading.current_thread() is not threading.main_thread():
             return
-        if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
-            signal.signal(signal.SIGTERM, _noted)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler, at_once):
+                signal.signal(number, _noted)
         signal.set_wakeup_fd(self._bell.fileno(), warn_on_full_buffer=False)
 
     def _rest(self) -> bytes:
@@ -176,7 +184,20 @@ class Watch:
             self.store.add(f"ends/{self.rank}", 1)
             sys.stderr.write(f"aligner: rank {self.rank} leaves because it was told to (SIGTERM).\n")
             sys.stderr.flush()
-            os._exit(128 + signal.SIGTERM)
+            end(128 + signal.SIGTERM)
+
+    def _interrupted(self) -> None:
+        """Ctrl-C: before there is anything to save, and the second time, this rank leaves at once."""
+        again = self._interrupted_at is not None and time.monotonic() - self._interrupted_at > ONE_PRESS
+        self._interrupted_at = self._interrupted_at or time.monotonic()
+        early = signal.getsignal(signal.SIGINT) is _noted
+        if not early and not again:
+            return
+        self.store.add(f"ends/{self.rank}", 1)
+        if self.store.add("interrupted", 1) == 1:
+            what = "again; it leaves at once, and" if again else "before the first step;"
+            sys.stderr.write(f"aligner: SIGINT {what} the last whole checkpoint, if there is one, stays.\n")
+        end(128 + signal.SIGINT)
 
     def _of_processes(self, told_to_end: bool) -> Verdict | None:
         """The next rank on this host (so that each is looked after by one), and all of them where that one is dead or the job is
@@ -234,7 +255,7 @@ class Watch:
         failed = verdict["kind"] == "failed"
         if verdict["by"] == self.rank and failed:
             time.sleep(PATIENCE + GRACE)  # the main thread reports and leaves by itself
-            os._exit(1)
+            end(1)
         try:
             self._say(verdict)
             if failed:
@@ -248,7 +269,7 @@ class Watch:
             if verdict["kind"] in ("stopped", "silent"):
                 self._kill(verdict["ranks"])
             self._last_words.close()
-            os._exit(1)
+            end(1)
 
     def _kill(self, ranks: list[int]) -> None:
         """A rank that cannot hear would keep its launcher waiting for 30 s more."""
@@ -288,7 +309,7 @@ class Watch:
         epilogue.alone(
             mine, f"{type(error).__name__}: {error}", gone, min([self.rank, *self._living()]), self.folder, self.hide
         )
-        os._exit(1)
+        end(1)
 
     def _living(self) -> list[int]:
         return [rank for rank, process in self.neighbours.known.items() if process.state() != GONE]

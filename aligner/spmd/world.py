@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -15,6 +14,7 @@ import torch.distributed as dist
 from aligner.spmd.activity import Activity
 from aligner.spmd.hang import HangConfig
 from aligner.spmd.journal import Journal
+from aligner.spmd.leaving import end
 from aligner.spmd.residency import Residency
 from aligner.spmd.store import agree_on_attempt, own_store
 from aligner.spmd.timeline import Timeline
@@ -94,7 +94,7 @@ class World:
             dist.barrier()
         self.watch.stop()
         dist.destroy_process_group()
-        _exit(0)
+        end(0)
 
     def fail(self, error: BaseException) -> NoReturn:
         """The other end: the job's report, on every rank's behalf, and status 1.
@@ -102,16 +102,10 @@ class World:
         A ValueError is the user's to mend and is shown without a traceback.
         """
         self.watch.fail(error, describe(error))
-        _exit(1)
+        end(1)
 
 
 def describe(error: BaseException) -> str:
     """The error in one line for the console."""
     text = str(error) or type(error).__name__
     return text if isinstance(error, ValueError) else f"{type(error).__name__}: {text}"
-
-
-def _exit(code: int) -> NoReturn:
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)

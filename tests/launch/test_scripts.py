@@ -13,6 +13,7 @@ import pytest
 from tests.launch.conftest import Launch
 
 ROOT = Path(__file__).resolve().parents[2]
+LAUNCHER = ["python", "-m", "aligner.launcher"]
 SCRIPTS = [ROOT / ".ci" / "run", *sorted((ROOT / "launch").iterdir())]
 
 
@@ -31,13 +32,13 @@ def test_every_script_passes_shellcheck(script: Path) -> None:
 def test_local_hands_the_overrides_to_torchrun(launch: Launch) -> None:
     assert launch.run("local.sh", "2", "algorithm=grpo", "run_dir='a b'").returncode == 0
     assert launch.commands() == (
-        ["torchrun", "--standalone", "--nproc-per-node", "2", "-m", "aligner.main", "algorithm=grpo", "run_dir='a b'"]
+        [*LAUNCHER, "--standalone", "--nproc-per-node", "2", "-m", "aligner.main", "algorithm=grpo", "run_dir='a b'"]
     )
 
 
 def test_local_puts_torchruns_options_before_the_program(launch: Launch) -> None:
     assert launch.run("local.sh", "4", "--max-restarts", "3", "--", "seed=1").returncode == 0
-    assert launch.commands()[3:] == ["4", "--max-restarts", "3", "-m", "aligner.main", "seed=1"]
+    assert launch.commands()[5:] == ["4", "--max-restarts", "3", "-m", "aligner.main", "seed=1"]
 
 
 def test_local_ends_a_job_over_its_limit(launch: Launch) -> None:
@@ -79,7 +80,7 @@ def test_quickstart_runs_task_sft_and_grpo_and_prints_the_results(launch: Launch
     done = launch.run("quickstart.sh", "--seed", "3", "--out", str(run), "train.steps=20")
     assert done.returncode == 0, done.stderr
     escaped = str(run).replace("'", "\\'")
-    torchrun = ["torchrun", "--standalone", "--nproc-per-node", "2", "-m", "aligner.main"]
+    torchrun = [*LAUNCHER, "--standalone", "--nproc-per-node", "2", "-m", "aligner.main"]
     assert launch.commands() == [
         *("python", "-m", "aligner.data.column_addition", "--out", f"{run}/task", "--seed", "3"),
         *(*torchrun, "--config-name", "quickstart_sft", f"model.path='{escaped}/task/model'"),

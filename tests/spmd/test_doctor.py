@@ -15,7 +15,8 @@ from aligner.spmd.doctor import ranks_text, report, statement
 from aligner.spmd.epilogue import is_lost_connection
 from aligner.spmd.hang import HangConfig
 from aligner.spmd.journal import Journal
-from aligner.spmd.processes import GONE, HERE, Process, this_process
+from aligner.spmd.machine import GONE, HERE, Process
+from aligner.spmd.processes import this_process
 from aligner.spmd.pulse import Pulse, beat_of
 
 PROMISE = 60
@@ -245,8 +246,8 @@ def test_equal_stacks_are_told_once() -> None:
 def test_processes_are_told_apart() -> None:
     me = this_process(0)
     assert me.state() == HERE
-    assert Process(0, me.pid, me.started + 1).state() == GONE, "another process of the same number"
-    assert Process(0, 2**22 + 1, 5).state() == GONE
+    assert Process(me.pid, me.started + 1).state() == GONE, "another process of the same number"
+    assert Process(2**22 + 1, 5).state() == GONE
 
 
 @pytest.mark.parametrize(
