@@ -37,7 +37,7 @@ def digits(prompt, response):
     return sum(map(str.isdigit, response)) / max(1, len(response))
 """
 
-STAND_IN = """
+STAND_IN = r"""
 import os, signal, sys, time
 from aligner.real_main import main as real_main, parse
 
@@ -77,8 +77,8 @@ def missing() -> str:
     return f"no namespaces: {done.stderr.strip()}" if done.returncode else ""
 
 
-# The reason is only looked for where the tests are asked for.
-pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
+# Generous: a busy machine is no failing test.
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(3600)]
 
 
 class Cluster:
@@ -158,7 +158,7 @@ class Job:
     def said(self) -> str:
         return self.log.read_text() if self.log.exists() else ""
 
-    def until(self, happened: Callable[[], Any], seconds: float = 240) -> Any:
+    def until(self, happened: Callable[[], Any], seconds: float = 900) -> Any:
         end = time.monotonic() + seconds
         while not (found := happened()):
             assert time.monotonic() < end, f"waited in vain; {self.state()}: {self.said()[-3000:]}"
@@ -168,7 +168,7 @@ class Job:
     def until_step(self, step: int) -> None:
         self.until(lambda: len(self.rows()) >= step)
 
-    def end(self, seconds: float = 240) -> str:
+    def end(self, seconds: float = 900) -> str:
         """Its state and exit status, as `COMPLETED 0`."""
         self.until(lambda: self.state() not in ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING"), seconds)
         found = self.scontrol("show", "job", self.number)
@@ -416,14 +416,12 @@ def test_one_task_of_an_array_is_queued_again(cluster: Cluster) -> None:
         lines = cluster.call("run", "squeue", "-h", "-r", "-j", job.number, "-t", "all", "-o", "%K %T").splitlines()
         return dict(line.split() for line in lines)  # type: ignore[misc]
 
-    for task, other in ((2, 1), (1, 2)):  # the last one's own number is the array's
-        if task == 1 and states()["2"] != "RUNNING":
-            break
-        cluster.call("run", "scancel", "--signal=USR1", "--batch", f"{job.number}_{task}")
-        job.until(lambda task=task: states()[str(task)] == "PENDING")
-        assert states()[str(other)] == "RUNNING"
-        assert "queued again, starts after" in logs[task - 1].read_text()
-        break
+    cluster.call(
+        "run", "scancel", "--signal=USR1", "--batch", f"{job.number}_2"
+    )  # the last one's number is the whole array's
+    job.until(lambda: states()["2"] == "PENDING")
+    assert states()["1"] == "RUNNING"
+    assert "saved after step 3; queued again, starts after" in logs[1].read_text()
     cluster.call("run", "scancel", job.number)
     job.until(lambda: set(states().values()) == {"CANCELLED"})
 
