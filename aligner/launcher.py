@@ -58,6 +58,7 @@ def _run(arguments: list[str], folder: Path | None) -> int:
         os.environ[ENDS] = str(ends)
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous import RendezvousConnectionError
     from torch.distributed.run import parse_args, run
 
     for name in QUIET:
@@ -78,6 +79,9 @@ def _run(arguments: list[str], folder: Path | None) -> int:
         how = f"with status {code}" if code > 0 else f"by {failure.signal_name()}"
         _say(f"aligner: rank {rank} ended {how}.")
         return code if code > 0 else 128 - code
+    except RendezvousConnectionError:
+        _say(f"aligner: the launcher of the first node has ended, and so does that of {socket.gethostname()}.")
+        return 1
     return 0
 
 

@@ -5,16 +5,20 @@
 #   source launch/environment.sh                    install, then use it in this shell (bash)
 #   ALIGNER_DEVICE=cpu|cuda bash launch/environment.sh   choose the build; the first install tells by itself
 #   ALIGNER_PYTHON=/path/to/python3.11              choose the interpreter that .venv is made from
+#   ALIGNER_VENV=/path/to/venv                      another place than .venv, for example for a second build
+#   ALIGNER_REINSTALL=1                             replace a finished .venv of another device, Python or path
+#   ALIGNER_INSTALL=never                           use what is there or fail: batch jobs do
 #
-# A finished .venv is left alone until pyproject.toml, the device, the Python version or the checkout's path changes.
+# A finished .venv is brought up to date when pyproject.toml changes, and is otherwise left alone: it is shared, by jobs that run
+# and by nodes that see it under the same path. Nothing is installed or removed while processes of this machine use it.
 
 if [[ "${BASH_SOURCE[0]}" != "$0" ]]; then
     # Sourced: the install runs in a shell of its own, so that none of its options or names leak into the caller's.
     aligner_root="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)"
     bash "$aligner_root/launch/environment.sh" || return 1
-    ALIGNER_DEVICE="$(sed -n 's/^device=//p' "$aligner_root/.venv/aligner.stamp")"
+    export VIRTUAL_ENV="${ALIGNER_VENV:-$aligner_root/.venv}"
+    ALIGNER_DEVICE="$(sed -n 's/^device=//p' "$VIRTUAL_ENV/aligner.stamp")"
     export ALIGNER_DEVICE
-    export VIRTUAL_ENV="$aligner_root/.venv"
     [[ "$PATH" == "$VIRTUAL_ENV/bin:"* ]] || export PATH="$VIRTUAL_ENV/bin:$PATH"
     # Several ranks share the cores; a rank's own thread pool would only fight the others'.
     export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
@@ -35,7 +39,7 @@ torch_version=2.13.0
 torch_cpu_index=https://download.pytorch.org/whl/cpu
 
 root="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)"
-venv="$root/.venv"
+venv="${ALIGNER_VENV:-$root/.venv}"
 venv_python="$venv/bin/python"
 stamp="$venv/aligner.stamp"      # written last: what a finished install was made for
 unfinished="$venv/aligner.unfinished"  # there while an install of ours runs; left behind by one that was killed
@@ -158,15 +162,68 @@ sys.exit(0 if built == sys.argv[1] else f"torch {torch.__version__} is a {built}
 field() { sed -n "s/^$1=//p" "$stamp" 2>/dev/null || true; }
 
 describe() {
-    printf 'device=%s\npython=%s\npath=%s\npyproject=%s\n' "$device" "$1" "$venv" \
-        "$(sha256sum <"$root/pyproject.toml" | cut -d' ' -f1)"
+    printf 'device=%s\npython=%s\npath=%s\npyproject=%s\n' "$device" "$1" "$venv" "$(pyproject_digest)"
 }
+
+pyproject_digest() { sha256sum <"$root/pyproject.toml" | cut -d' ' -f1; }
 
 version_of() { "$1" -c 'import platform; print(platform.python_version())' 2>/dev/null || true; }
 
 is_finished() {
     [[ -f "$stamp" && ! -e "$unfinished" && "$(<"$stamp")" == "$(describe "$(version_of "$venv_python")")" ]]
 }
+
+# What keeps a finished environment from being used as it is, apart from a changed pyproject.toml; nothing where nothing does.
+difference() {
+    local version
+    version="$(version_of "$venv_python")"
+    if [[ "$(field device)" != "$device" ]]; then
+        echo "$venv is a $(field device) build, and ALIGNER_DEVICE=$device asks for another"
+    elif [[ "$(field path)" != "$venv" ]]; then
+        echo "$venv was made as $(field path) and works only there"
+    elif [[ -z "$version" ]]; then
+        echo "the Python $(field python) that $venv was made from is not on $(uname -n)"
+    elif [[ "$(field python)" != "$version" ]]; then
+        echo "$venv was made for Python $(field python), which is now $version"
+    fi
+}
+
+# Processes of this machine that run from it, one a line: "PID COMMAND".
+users() {
+    local file words
+    for file in /proc/[0-9]*/cmdline; do
+        { mapfile -d '' -t words <"$file"; } 2>/dev/null || continue
+        [[ "${words[0]:-}" != "$venv/bin/"* ]] || echo "${file//[^0-9]/} ${words[*]:1:3}"
+    done
+}
+
+refuse_while_used() {
+    local found
+    found="$(users)"
+    [[ -z "$found" ]] || fail "$1, but processes use $venv (${found%%$'\n'*} ...): wait until they have ended, or make another with ALIGNER_VENV=/path."
+}
+
+# What a job can do with what is there, without an install.
+use_only() {
+    local remedy="ALIGNER_DEVICE=${ALIGNER_DEVICE:-cuda} bash launch/environment.sh" found
+    [[ ! -e "$unfinished" ]] || fail "the install of $venv is not finished: wait for it; if it was cut off, run $remedy again."
+    [[ -f "$stamp" ]] || fail "no finished $venv on $(uname -n): make it once, where there is a way to the package index, on a file system that every node sees: $remedy"
+    found="$(difference)"
+    [[ -z "$found" ]] || fail "$found: leave ALIGNER_DEVICE unset to use $venv, or make another: ALIGNER_VENV=/path $remedy"
+    [[ "$(field pyproject)" == "$(pyproject_digest)" ]] \
+        || say "pyproject.toml has changed since $venv was made; bash launch/environment.sh brings it up to date, when no job uses it"
+}
+
+# Once installed, the choice stays: a login node without a GPU must not turn a cluster's CUDA environment into a CPU one.
+device="${ALIGNER_DEVICE:-$(field device)}"
+device="${device:-$(detect_device)}"
+[[ "$device" == cpu || "$device" == cuda ]] || fail "ALIGNER_DEVICE=$device is not a device; use cpu or cuda, or leave it unset."
+[[ "$venv" == /* ]] || fail "ALIGNER_VENV=$venv must be a whole path, beginning with /."
+
+if [[ "${ALIGNER_INSTALL:-}" == never ]]; then
+    use_only
+    exit 0
+fi
 
 # Two installs at once wait for one another. Appending nothing leaves the file as it is; a file lock on NFS needs it open for writing.
 if [[ -w "$root/pyproject.toml" ]] && command -v flock >/dev/null 2>&1; then
@@ -177,27 +234,35 @@ if [[ -w "$root/pyproject.toml" ]] && command -v flock >/dev/null 2>&1; then
     fi
 fi
 
-# Once installed, the choice stays: a login node without a GPU must not turn a cluster's CUDA environment into a CPU one.
+# Asked again: another install may have finished meanwhile.
 device="${ALIGNER_DEVICE:-$(field device)}"
 device="${device:-$(detect_device)}"
-[[ "$device" == cpu || "$device" == cuda ]] || fail "ALIGNER_DEVICE=$device is not a device; use cpu or cuda, or leave it unset."
 
 if is_finished; then
     if [[ "$device" == cpu && -z "${ALIGNER_DEVICE:-}" && -e /dev/nvidia0 ]]; then
-        say ".venv is a CPU build and this machine has a GPU; ALIGNER_DEVICE=cuda bash launch/environment.sh changes it."
+        say ".venv is a CPU build and this machine has a GPU; ALIGNER_REINSTALL=1 ALIGNER_DEVICE=cuda bash launch/environment.sh changes it."
     fi
     exit 0
 fi
 
 python="$(find_python)"
 if [[ -e "$unfinished" ]]; then
+    refuse_while_used "an earlier install was cut off"
     say "an earlier install was cut off; starting afresh"
     rm -rf -- "$venv"
-elif [[ -f "$stamp" && ("$(field device)" != "$device" || "$(field path)" != "$venv" \
-    || "$(field python)" != "$(version_of "$venv_python")") ]]; then
-    # Both builds install a package named vllm, and a venv's scripts carry its path: neither can be changed in place.
-    say "the device, the path or the Python of .venv has changed; starting afresh"
-    rm -rf -- "$venv"
+elif [[ -f "$stamp" ]]; then
+    differs="$(difference)"
+    if [[ -n "$differs" ]]; then
+        # Both builds install a package named vllm, and a venv's scripts carry its path: neither can be changed in place.
+        [[ -n "${ALIGNER_REINSTALL:-}" ]] || fail "$differs; jobs may be using it. Nothing was changed." \
+            "To use it as it is: leave ALIGNER_DEVICE unset, on a machine and under a path that it was made for." \
+            "To have both: ALIGNER_VENV=/another/path, here and in your jobs. To replace it: ALIGNER_REINSTALL=1."
+        refuse_while_used "ALIGNER_REINSTALL=1 replaces it"
+        say "$differs; starting afresh"
+        rm -rf -- "$venv"
+    else
+        refuse_while_used "pyproject.toml has changed, and what it asks for is to be installed"
+    fi
 elif [[ -e "$venv" ]] && ! { [[ "$(version_of "$venv_python")" == 3.11.* ]] && pip --version >/dev/null 2>&1; }; then
     fail "$venv exists, was not made by this script, and is not a Python 3.11 environment with pip." "Move it away and run this again."
 fi

@@ -52,8 +52,10 @@ class Job:
     def run(self) -> None:
         """Start the world, run the loop on this rank, leave. Does not return."""
         from aligner.driver.loop import run_job
+        from aligner.reward.signals import start_tracker
         from aligner.spmd.world import World
 
+        start_tracker()  # before a library does, whose would die of Slurm's SIGUSR1
         world = World(self.config.timeout_seconds, self.config.hang, self.config.run_dir)
         world.watch.hide = self.mask.text
         if self.lease:

@@ -14,6 +14,7 @@ from typing import Any
 
 from pebble import ProcessExpired, ProcessPool
 
+from aligner.reward.signals import start_tracker
 from aligner.reward.worker import (
     QUIET_EXIT,
     Score,
@@ -29,6 +30,8 @@ __all__ = ["RulePool", "Score", "Status"]
 
 IMPORT_LIMIT_S = 120.0
 POOL_LIVES = 3
+TRIES = 3
+"""Of a row that a signal from outside has disturbed; a rule may send itself one each time."""
 HOPELESS_S = 30.0
 """After so many seconds of nothing but timeouts, from the first row of a call on, the rest of it is given up."""
 
@@ -108,6 +111,7 @@ class RulePool:
         self.close()
 
     def _start(self) -> ProcessPool:
+        start_tracker()
         return ProcessPool(
             self._workers, initializer=enter_worker, initargs=(self._rule, self._memory_bytes), context=WorkerContext()
         )
@@ -138,19 +142,38 @@ class RulePool:
         futures = self._futures = {}
         try:
             for i, row in rows.items():
-                arguments = (self._rule, self._kwargs, row["prompt"], row["response"], row.get("fields", {}))
-                futures[i] = self._pool.schedule(score_row, arguments, timeout=self._timeout_s)
+                futures[i] = self._schedule(row)
         except RuntimeError:  # the pool broke while rows were handed in
             pass
         start, found = time.monotonic(), {}
-        for i, future in futures.items():
-            if self._settled(future):
-                found[i] = self._outcome(future)
+        for i in futures:
+            score = self._undisturbed(i, rows[i])
+            if score is not None:
+                found[i] = score
             self.progress()
             late = all(score.status is Status.TIMEOUT for score in found.values())
             if late and len(found) >= 2 * self._workers and time.monotonic() - start > HOPELESS_S:
                 return self._give_up(futures, found)
         return found
+
+    def _schedule(self, row: Mapping[str, Any]) -> Future[Score]:
+        arguments = (self._rule, self._kwargs, row["prompt"], row["response"], row.get("fields", {}))
+        return self._pool.schedule(score_row, arguments, timeout=self._timeout_s)
+
+    def _undisturbed(self, i: int, row: Mapping[str, Any]) -> Score | None:
+        """The row's score, asked for again where a signal to the whole job may have had a part in it. None: the pool broke."""
+        score = None
+        for _ in range(TRIES):
+            if not self._settled(self._futures[i]):
+                return None
+            score = self._outcome(self._futures[i])
+            if not score.disturbed:
+                break
+            try:
+                self._futures[i] = self._schedule(row)
+            except RuntimeError:
+                return None
+        return score
 
     def _give_up(self, futures: Mapping[int, Future[Score]], found: Mapping[int, Score]) -> dict[int, Score]:
         """The rest would take rows / workers * timeout_s to say the same."""

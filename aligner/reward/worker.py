@@ -23,6 +23,7 @@ from types import ModuleType
 from typing import Any
 
 from aligner.reward.rules import CHECK, SETTINGS, Unparsable, load_rule
+from aligner.reward.signals import Outlived, held_back
 
 QUIET_EXIT = 256
 """Stands for exit code 0 of a worker, outside the codes that a process can have."""
@@ -53,6 +54,8 @@ class Score:
     """Spent in the rule; NaN if its worker died."""
     detail: str = ""
     """What went wrong."""
+    disturbed: bool = False
+    """A signal from outside came meanwhile: programs that the rule had started may have died of it."""
 
 
 def enter_worker(rule: str, memory_bytes: int | None = None) -> None:
@@ -61,6 +64,7 @@ def enter_worker(rule: str, memory_bytes: int | None = None) -> None:
     Args:
         memory_bytes: private memory of this process and of each that it starts; beyond it Python raises MemoryError.
     """
+    _outlived()
     if memory_bytes is not None:
         hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
         limit = memory_bytes if hard == resource.RLIM_INFINITY else min(memory_bytes, hard)
@@ -77,6 +81,12 @@ def _die_with_parent() -> None:
     assert parent is not None
     parent.join()
     os._exit(1)
+
+
+@lru_cache(maxsize=1)
+def _outlived() -> Outlived:
+    """This process's; set up once, on its main thread."""
+    return Outlived()
 
 
 @lru_cache(maxsize=1)
@@ -140,7 +150,7 @@ def needed_fields(rule: str, kwargs: Mapping[str, Any]) -> frozenset[str]:
 
 def score_row(rule: str, kwargs: Mapping[str, Any], prompt: str, response: str, fields: Mapping[str, Any]) -> Score:
     """Call the rule on one row; whatever it does short of ending the process becomes a score."""
-    start = time.perf_counter()
+    start, signals = time.perf_counter(), _outlived().count
     value, status, detail = math.nan, Status.FAILED, ""
     try:
         function, names, filled = _loaded(rule)
@@ -153,7 +163,8 @@ def score_row(rule: str, kwargs: Mapping[str, Any], prompt: str, response: str, 
         status, detail = Status.UNPARSABLE, str(error)
     except BaseException as error:  # also SystemExit: a rule must not end its worker
         detail = _error_text(error)
-    return Score(value, status, time.perf_counter() - start, detail[:DETAIL_CHARACTERS])
+    seconds, disturbed = time.perf_counter() - start, _outlived().count > signals
+    return Score(value, status, seconds, detail[:DETAIL_CHARACTERS], disturbed)
 
 
 def _verdict(returned: Any) -> tuple[float, Status, str]:
@@ -178,7 +189,7 @@ class _Start(popen_spawn_posix.Popen):
     _one_at_a_time = threading.Lock()
 
     def _launch(self, process_obj: Any) -> None:
-        with self._one_at_a_time:
+        with self._one_at_a_time, held_back():
             main = sys.modules["__main__"]
             sys.modules["__main__"] = ModuleType("__main__")
             try:
@@ -195,6 +206,10 @@ class Worker(context.SpawnProcess):
         """pebble overlooks a worker that ends by exit code 0, and its row would wait for its time limit."""
         code = super().exitcode
         return QUIET_EXIT if code == 0 else code
+
+    def terminate(self) -> None:
+        """It outlives SIGTERM, which may come from a scheduler; its rank ends it for good."""
+        self.kill()
 
     @staticmethod
     def _Popen(process_obj: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import stat
 import subprocess
@@ -84,6 +85,10 @@ class Checkout:
         self.record.unlink(missing_ok=True)
         return [line.replace("--disable-pip-version-check --no-input ", "") for line in lines]
 
+    def change_pins(self) -> None:
+        with (self.root / "pyproject.toml").open("a") as file:
+            file.write("# another pin\n")
+
     def stamp(self) -> dict[str, str]:
         return dict(line.split("=", 1) for line in (self.root / ".venv" / "aligner.stamp").read_text().splitlines())
 
@@ -146,19 +151,124 @@ def test_a_second_run_installs_nothing_keeps_the_device_and_takes_less_than_a_se
     assert (after.st_mtime_ns, after.st_size) == (before.st_mtime_ns, before.st_size), "the lock changed the file"
 
 
-def test_a_changed_pyproject_installs_on_top_and_a_changed_device_starts_afresh(checkout: Checkout) -> None:
+def test_a_changed_pyproject_installs_on_top(checkout: Checkout) -> None:
     checkout.run()
     checkout.pip()
     kept = checkout.root / ".venv" / "kept"
     kept.touch()
-    with (checkout.root / "pyproject.toml").open("a") as file:
-        file.write("# another pin\n")
+    checkout.change_pins()
     assert checkout.run().returncode == 0
     assert "install --editable .[cpu,dev]" in checkout.pip()
     assert kept.exists()
-    assert checkout.run(ALIGNER_DEVICE="cuda", PIP_FINDS=report("2.13.0")).returncode == 0
-    assert "install --editable .[cuda,dev]" in checkout.pip()
-    assert not kept.exists()
+
+
+def another_path(checkout: Checkout) -> dict[str, str]:
+    moved = checkout.root.with_name("moved")
+    checkout.root.rename(moved)
+    checkout.root = moved
+    return {}
+
+
+def no_such_python(checkout: Checkout) -> dict[str, str]:
+    (checkout.root / ".venv" / "bin" / "python").unlink()
+    return {}
+
+
+def another_python(checkout: Checkout) -> dict[str, str]:
+    stamp = checkout.root / ".venv" / "aligner.stamp"
+    stamp.write_text(re.sub("python=.*", "python=3.11.0", stamp.read_text()))
+    return {}
+
+
+DIFFERENT = {
+    "device": (lambda checkout: {"ALIGNER_DEVICE": "cuda"}, "is a cpu build, and ALIGNER_DEVICE=cuda asks for another"),
+    "path": (another_path, "a checkout/.venv and works only there"),
+    "no Python": (no_such_python, "was made from is not on "),
+    "another Python": (another_python, "was made for Python 3.11.0, which is now "),
+}
+
+
+@pytest.mark.parametrize("case", DIFFERENT)
+@pytest.mark.parametrize("install", ["", "never"], ids=["by hand", "in a batch job"])
+def test_what_others_may_be_using_is_never_removed(checkout: Checkout, case: str, install: str) -> None:
+    checkout.run()
+    checkout.pip()
+    change, says = DIFFERENT[case]
+    variables = change(checkout) | {"ALIGNER_INSTALL": install, "PIP_FINDS": report("2.13.0")}
+    kept = checkout.root / ".venv" / "kept"
+    kept.touch()
+    refused = checkout.run(**variables)
+    assert refused.returncode == 1
+    assert says in refused.stderr
+    assert "ALIGNER_VENV=/" in refused.stderr
+    assert checkout.pip() == []
+    assert kept.exists()
+    if not install:
+        assert "To replace it: ALIGNER_REINSTALL=1." in refused.stderr
+        assert checkout.run(**variables, ALIGNER_REINSTALL="1").returncode == 0
+        assert f"install --editable .[{variables.get('ALIGNER_DEVICE', 'cpu')},dev]" in checkout.pip()
+        assert not kept.exists()
+    else:
+        assert len(refused.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("change", ["pins", "device", "cut off"])
+def test_nothing_is_installed_or_removed_under_a_running_process(checkout: Checkout, change: str) -> None:
+    checkout.run()
+    checkout.pip()
+    venv = checkout.root / ".venv"
+    program = venv / "bin" / "python3"
+    program.symlink_to("/bin/sleep")
+    job = subprocess.Popen([str(program), "60"])
+    variables = {"ALIGNER_REINSTALL": "1"}
+    if change == "pins":
+        checkout.change_pins()
+    elif change == "device":
+        variables["ALIGNER_DEVICE"] = "cuda"
+    else:
+        (venv / "aligner.unfinished").touch()
+    try:
+        until(lambda: Path(f"/proc/{job.pid}/cmdline").read_bytes().startswith(bytes(program)))
+        refused = checkout.run(**variables)
+    finally:
+        job.kill()
+        job.wait()
+    assert refused.returncode == 1
+    assert f"processes use {venv} ({job.pid} 60 ...): wait until they have ended" in refused.stderr
+    assert checkout.pip() == [] and program.is_symlink()
+    assert checkout.run(**variables, PIP_FINDS=report("2.13.0")).returncode == 0
+
+
+def test_a_batch_job_installs_nothing(checkout: Checkout) -> None:
+    refused = checkout.run(ALIGNER_INSTALL="never", ALIGNER_DEVICE="cuda")
+    assert refused.returncode == 1 and not (checkout.root / ".venv").exists()
+    assert "make it once, where there is a way to the package index" in refused.stderr
+    assert refused.stderr.endswith("ALIGNER_DEVICE=cuda bash launch/environment.sh\n")
+    checkout.run()
+    checkout.pip()
+    assert checkout.run(ALIGNER_INSTALL="never").stdout == ""
+    checkout.change_pins()
+    used = checkout.run(ALIGNER_INSTALL="never")
+    assert used.returncode == 0, used.stderr
+    assert "pyproject.toml has changed since" in used.stdout
+    (checkout.root / ".venv" / "aligner.unfinished").touch()
+    refused = checkout.run(ALIGNER_INSTALL="never")
+    assert refused.returncode == 1 and "is not finished: wait for it" in refused.stderr
+    assert checkout.pip() == []
+
+
+def test_a_second_build_in_a_place_of_its_own(checkout: Checkout, tmp_path: Path) -> None:
+    checkout.run()
+    second = {"ALIGNER_DEVICE": "cuda", "ALIGNER_VENV": str(tmp_path / "cuda venv"), "PIP_FINDS": report("2.13.0")}
+    assert checkout.run(**second).returncode == 0
+    assert checkout.stamp()["device"] == "cpu"
+    assert "device=cuda" in (tmp_path / "cuda venv" / "aligner.stamp").read_text()
+    assert checkout.run(**second, ALIGNER_INSTALL="never").returncode == 0
+    script = f"source '{checkout.root}/launch/environment.sh' && echo \"$VIRTUAL_ENV|$ALIGNER_DEVICE|${{PATH%%:*}}\""
+    environment = {**checkout.variables, **second}
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, env=environment, check=True)
+    assert done.stdout.splitlines()[-1] == f"{tmp_path}/cuda venv|cuda|{tmp_path}/cuda venv/bin"
+    assert "must be a whole path" in checkout.run(ALIGNER_VENV="venv").stderr
 
 
 def test_a_failure_shows_the_logs_tail_and_the_next_run_starts_afresh(checkout: Checkout) -> None:

@@ -10,6 +10,7 @@ import stat
 import subprocess
 import sys
 import time
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -17,11 +18,17 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 
 SCONTROL = """#!/bin/bash
-case "$1" in
+case "$1 $2" in
+    "show config") echo "AuthInfo = socket=/run/munge.socket,cred_expire=600" ;;
+    "show job") echo "   Command=(null)" ;;
     # more than a pipe holds, so that a reader who leaves after the first line is found out every time
-    show) for ((i = 0; i < 20000; i++)); do echo localhost; done ;;
-    requeue) echo "requeue $2" >>"$RECORD" ;;
+    "show hostnames") for ((i = 0; i < 20000; i++)); do echo localhost; done ;;
+    requeue*) echo "requeue $2" >>"$RECORD" ;;
 esac
+"""
+
+SQUEUE = """#!/bin/bash
+echo "${TIME_LEFT:-1-00:00:00}"
 """
 
 SRUN = """#!/bin/bash
@@ -45,13 +52,14 @@ import os, signal, sys, time
 from pathlib import Path
 import torch
 import torch.distributed as dist
+from aligner.spmd.leaving import end
 
 folder, mode = Path(os.environ["RANKS_FOLDER"]), sys.argv[1]
 rank = os.environ["RANK"]
 
 def on_usr1(*_):
     (folder / f"usr1.{rank}").touch()
-    os._exit(7)
+    end(0)
 
 signal.signal(signal.SIGUSR1, on_usr1)
 dist.init_process_group("gloo")
@@ -65,6 +73,18 @@ if mode == "mode=wait":
     time.sleep(120)
 dist.barrier()
 dist.destroy_process_group()
+"""
+
+
+LAUNCHER = """
+import os, signal, sys
+from pathlib import Path
+
+signal.signal(signal.SIGUSR1, lambda *_: sys.exit(0))
+for rank in range(2):
+    (Path(os.environ["RANKS_FOLDER"]) / f"rank.{os.environ['SLURM_NODEID']}.{rank}").touch()
+while True:
+    signal.pause()
 """
 
 
@@ -85,14 +105,24 @@ class Cluster:
         self.record = folder / "scontrol.log"
         self.job = job_with_a_free_port()
         (folder / "launch").mkdir()
-        (folder / "launch" / "environment.sh").write_text(f'export PATH="{Path(sys.executable).parent}:$PATH"\n')
-        (folder / "aligner").mkdir()
-        (folder / "aligner" / "__init__.py").touch()
+        environment = (
+            f'export VIRTUAL_ENV={sys.prefix} PATH="{sys.prefix}/bin:$PATH" ALIGNER_DEVICE="${{ALIGNER_DEVICE:-cpu}}"\n'
+        )
+        (folder / "launch" / "environment.sh").write_text(environment)
+        (folder / "aligner" / "driver").mkdir(parents=True)
+        # the launcher is the real one
+        (folder / "aligner" / "__init__.py").write_text(f"__path__.append({str(ROOT / 'aligner')!r})\n")
         (folder / "aligner" / "main.py").write_text(PROGRAM)
+        (folder / "aligner" / "driver" / "__init__.py").touch()
+        (folder / "aligner" / "driver" / "batch.py").write_text(f"print({str(folder / 'run')!r})\n")
         (folder / "bin").mkdir()
-        for name, text in (("scontrol", SCONTROL), ("srun", SRUN)):
+        for name, text in (("scontrol", SCONTROL), ("squeue", SQUEUE), ("srun", SRUN)):
             (folder / "bin" / name).write_text(text)
             (folder / "bin" / name).chmod(stat.S_IRWXU)
+
+    def without_torch(self) -> None:
+        """Agents that only wait for USR1: for what the batch script decides by itself."""
+        (self.folder / "aligner" / "launcher.py").write_text(LAUNCHER)
 
     def submit(self, *overrides: str, **variables: str) -> subprocess.Popen[str]:
         """Start the batch script as slurmd would, in a session of its own."""
@@ -111,7 +141,7 @@ class Cluster:
             **variables,
         }
         return subprocess.Popen(
-            ["bash", str(ROOT / "launch" / "slurm.sbatch"), *overrides],
+            ["bash", str(ROOT / "launch" / "slurm.sbatch"), *overrides], cwd=self.folder,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, start_new_session=True,
         )  # fmt: skip
 
@@ -146,30 +176,94 @@ def test_two_nodes_meet_and_every_rank_gets_the_overrides(cluster: Cluster) -> N
     assert not cluster.requeued()
 
 
-def test_usr1_reaches_every_rank_and_the_job_queues_again(cluster: Cluster) -> None:
-    process = cluster.submit("mode=wait")
+def wait_for_ranks(cluster: Cluster, process: subprocess.Popen[str]) -> None:
     limit = time.monotonic() + 120
     while len(cluster.ranks()) < 4:
         assert time.monotonic() < limit
         assert process.poll() is None, process.communicate()[0]
         time.sleep(0.1)
+
+
+def test_usr1_reaches_every_rank_and_the_job_queues_again(cluster: Cluster) -> None:
+    process = cluster.submit("mode=wait")
+    wait_for_ranks(cluster, process)
     # as --signal=B:USR1 does: to the batch shell alone
+    (cluster.folder / "run" / "checkpoints" / "step-00000012").mkdir(parents=True)
     process.send_signal(signal.SIGUSR1)
     status, out = end(process)
-    assert status != 0, out
+    assert status == 0, out
     assert len(list(cluster.folder.glob("usr1.*"))) == 4, out
     assert cluster.requeued(), out
     assert cluster.record.read_text() == f"requeue {cluster.job}\n"
+    then = datetime.now() + timedelta(seconds=601)  # cred_expire of the cluster, and a second
+    times = {(then - timedelta(seconds=seconds)).strftime("%H:%M") for seconds in (0, 30)}
+    assert out.splitlines()[-1] in {f"slurm.sbatch: saved after step 12; queued again, starts after {t}" for t in times}
+
+
+@pytest.mark.parametrize(
+    ("variables", "says"),
+    [
+        ({"TIME_LEFT": "4:30"}, "so that --time leaves none for work"),
+        ({"SLURM_RESTART_COUNT": "1"}, "no step was saved since the start (the newest is step 8)"),
+    ],
+    ids=["a time limit below the warning", "twice without a step"],
+)
+def test_a_job_that_would_never_get_further_is_not_queued_again(
+    cluster: Cluster, variables: dict[str, str], says: str
+) -> None:
+    cluster.without_torch()
+    (cluster.folder / "run" / "checkpoints" / "step-00000008").mkdir(parents=True)
+    process = cluster.submit("mode=wait", **variables)
+    wait_for_ranks(cluster, process)
+    process.send_signal(signal.SIGUSR1)
+    status, out = end(process)
+    assert status == 75, out
+    assert not cluster.requeued()
+    assert says in out.splitlines()[-1] and "not queued again" in out.splitlines()[-1]
+
+
+def test_one_task_of_an_array_is_queued_again(cluster: Cluster) -> None:
+    cluster.without_torch()
+    process = cluster.submit("mode=wait", SLURM_ARRAY_JOB_ID="77", SLURM_ARRAY_TASK_ID="3")
+    wait_for_ranks(cluster, process)
+    process.send_signal(signal.SIGUSR1)
+    end(process)
+    assert cluster.record.read_text() == "requeue 77_3\n"
+
+
+def test_a_signal_at_the_last_step_queues_nothing(cluster: Cluster) -> None:
+    cluster.without_torch()
+    (cluster.folder / "run").mkdir()
+    (cluster.folder / "run" / ".launch").write_text('{"launch": "slurm 7.1", "finished": 12}')
+    process = cluster.submit("mode=wait")
+    wait_for_ranks(cluster, process)
+    process.send_signal(signal.SIGUSR1)
+    status, out = end(process)
+    assert status == 0, out
+    assert not cluster.requeued()
 
 
 def test_a_job_that_fails_is_not_queued_again(cluster: Cluster) -> None:
     status, out = end(cluster.submit("mode=fail"))
-    assert status != 0, out
+    assert status == 1, out
     assert "rank 3 fails" in out
+    assert "ChildFailedError" not in out, "torchrun tells it again"
     assert not cluster.requeued()
 
 
-def test_an_unknown_number_of_ranks_is_refused(cluster: Cluster) -> None:
-    status, out = end(cluster.submit("mode=sum", ALIGNER_RANKS_PER_NODE="", SLURM_GPUS_ON_NODE=""))
-    assert status == 2
-    assert "--gpus-per-node N" in out
+@pytest.mark.parametrize(
+    ("variables", "says"),
+    [
+        ({"ALIGNER_RANKS_PER_NODE": "", "SLURM_GPUS_ON_NODE": ""}, "--gpus-per-node N"),
+        ({"ALIGNER_DEVICE": "cuda", "SLURM_GPUS_ON_NODE": "1"}, "2 ranks per node and 1 GPUs on each"),
+        ({"ALIGNER_DEVICE": "", "SLURM_GPUS_ON_NODE": "2"}, "is a cpu build, and this job has 2 GPUs per node"),
+        ({"SLURM_HET_SIZE": "2"}, "a heterogeneous job"),
+        ({"SLURM_JOB_ID": ""}, "on one machine use launch/local.sh"),
+    ],
+    ids=["no number of ranks", "more ranks than GPUs", "CPU build on GPUs", "heterogeneous", "no job"],
+)
+def test_what_cannot_work_is_refused_in_one_line(cluster: Cluster, variables: dict[str, str], says: str) -> None:
+    status, out = end(cluster.submit("mode=sum", **variables))
+    assert status == 2, out
+    assert len(out.splitlines()) == 1 and out.startswith("slurm.sbatch: error: ") and says in out
+    assert cluster.ranks() == []
