@@ -15,6 +15,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -65,9 +66,10 @@ def own_folder() -> Iterator[Path | None]:
 def end(code: int) -> NoReturn:
     """Leave at once, from any thread, with all that `own_folder` would remove."""
     try:
-        with contextlib.suppress(OSError, ValueError):  # a console that is gone
-            sys.stdout.flush()
-            sys.stderr.flush()
+        if threading.current_thread() is threading.main_thread():  # another would wait for one that cannot write
+            with contextlib.suppress(Exception):  # a console that is gone, or that a signal's handler interrupts
+                sys.stdout.flush()
+                sys.stderr.flush()
         if ENDS in os.environ and "RANK" in os.environ:
             with contextlib.suppress(OSError):
                 text = f"{os.environ.get('LOCAL_WORLD_SIZE', '1')} {code}"
