@@ -187,7 +187,9 @@ def _switch(message: Message, place: str, train_on: str) -> bool:
 def _split_turn(tokens: list[int], tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int], bool]:
     """A turn -> (what the model produces, the blanks that the template adds after the turn's closing token, whether
     there is such a token)."""
-    special = set(tokenizer.all_special_ids)
+    special = closing_tokens(tokenizer).union(
+        tokenizer.all_special_ids
+    )  # an added token may be special in one file only
     end = len(tokens)
     while end and tokens[end - 1] not in special and not str(tokenizer.decode([tokens[end - 1]])).strip():
         end -= 1
