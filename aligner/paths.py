@@ -28,17 +28,15 @@ def expanded(path: str, setting: str) -> str:
         ValueError: a variable that has no value, or a user that there is not.
     """
 
-    def value(match: re.Match[str]) -> str:
-        name = match[1] or match[2]
-        if not os.environ.get(name):
-            raise ValueError(
-                f"{setting}={path}: the environment variable {name} has no value; set it, or write it out."
-            )
-        return os.environ[name]
-
-    if "$" in path and os.path.lexists(path):
+    names = [match[1] or match[2] for match in VARIABLE.finditer(path)]
+    unset = [name for name in names if not os.environ.get(name)]
+    if unset and (os.path.lexists(path) or ("$" in os.path.dirname(path) and os.path.isdir(os.path.dirname(path)))):
         return path
-    text = VARIABLE.sub(value, path)
+    if unset:
+        raise ValueError(
+            f"{setting}={path}: the environment variable {unset[0]} has no value; set it, or write it out."
+        )
+    text = VARIABLE.sub(lambda match: os.environ[match[1] or match[2]], path)
     found = os.path.expanduser(text) if text.startswith("~") else text
     if found.startswith("~"):
         user = found.split("/")[0]

@@ -13,6 +13,7 @@ from aligner.config import compose_config, to_config
 from aligner.data.column_addition import ColumnAddition, ModelShape, write
 from aligner.driver.job import Job, prepare
 from aligner.driver.summary import summary
+from tests.e2e.test_end_tokens import CLOSING, close_turns_otherwise
 
 LIMITS = ["data.max_prompt_tokens=16", "sampling.max_tokens=40", "rollout.max_model_len=null"]
 
@@ -128,3 +129,19 @@ def test_end_tokens_are_checked(task: Path, tmp_path: Path, config: dict[str, An
     with pytest.raises(ValueError) as error:  # noqa: PT011
         job(task, changed)
     assert said in str(error.value)
+
+
+@pytest.mark.parametrize("kind", ["messages", "texts"])
+def test_what_imitation_trains_to_end_with_is_exported(task: Path, tmp_path: Path, kind: str) -> None:
+    """A base model whose template closes turns with ~: conversations end so, texts with the tokenizer's <eos>."""
+    shutil.copytree(task / "model", tmp_path / "base")
+    close_turns_otherwise(tmp_path / "base")
+    turns = [{"role": "user", "content": "1+2="}, {"role": "assistant", "content": "#3"}]
+    row = {"messages": turns} if kind == "messages" else {"prompt": "1+2=", "completion": "#3"}
+    (tmp_path / "rows.jsonl").write_text(f"{json.dumps(row)}\n" * 8)
+    more = ["algorithm=sft", "data=demonstrations", f"data.path={tmp_path}/rows.jsonl", "data.prompts_per_step=4"]
+    found = job(task, f"model.path={tmp_path}/base", *more, name="train").checked
+    closing = ord(CLOSING) - 27
+    assert found.spec.eos_token_ids == (2, closing)
+    assert found.ends.sources["the trained answers"] == ((closing,) if kind == "messages" else (2,))
+    assert f"the trained answers {'~' if kind == 'messages' else '<eos>'}" in str(found.ends.disagreement)

@@ -100,6 +100,10 @@ def test_a_file_of_such_a_name_is_read(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a$NOWHERE.jsonl").touch()
     assert expanded("a$NOWHERE.jsonl", "data.path") == "a$NOWHERE.jsonl"
+    (tmp_path / "$NOWHERE").mkdir()
+    assert expanded("$NOWHERE/run", "run_dir") == "$NOWHERE/run"
+    (tmp_path / "$HOME").mkdir()
+    assert expanded("$HOME/run", "run_dir") == "/home/me/run", "a variable that is set is meant"
     assert expanded("cost$", "data.path") == "cost$"
     assert expanded("cost$5", "data.path") == "cost$5"
 

@@ -59,6 +59,7 @@ class Encoder:
         self.tokenizer, self.others, self.notes = tokenizer, train_on == "all", notes
         self._train_on, self._template_kwargs = train_on, template_kwargs
         self._spans = Spans(tokenizer)
+        self._closers = closing_tokens(tokenizer)  # an added token may be special in one of the tokenizer's files only
 
     def answer(self, row: dict[str, Any], keys: tuple[str, str], label: str) -> Answered:
         """As `answers`, for rows of which each side must be one sequence.
@@ -103,7 +104,7 @@ class Encoder:
             if not row[key].strip():
                 raise ValueError(f"{label}: {key!r} is empty.")
         read, trained = encode_answered(self.tokenizer, prompt, answer)
-        if not closing_tokens(self.tokenizer).intersection(trained[-1:]):
+        if not self._closers.intersection(trained[-1:]):
             trained = [*trained, self._end()]
         return [_answered(read + trained, [self.others] * len(read) + [True] * len(trained), len(read), label, row)]
 
@@ -180,7 +181,9 @@ class Encoder:
         """(where what the model produces of a turn ends, whether a special token closes it): the template may add
         blanks after the closing token."""
         stop = end
-        while stop > begin and not self._spans.is_special(encoded, stop - 1):
+        while stop > begin and not (
+            self._spans.is_special(encoded, stop - 1) or encoded.tokens[stop - 1] in self._closers
+        ):
             if str(self.tokenizer.decode([encoded.tokens[stop - 1]])).strip():
                 return end, False
             stop -= 1

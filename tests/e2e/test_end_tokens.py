@@ -33,6 +33,13 @@ def base_model(task: Task, tmp_path: Path) -> Path:
     """The task's model with ~ as a special token that closes assistants' turns; its end token stays <eos>."""
     folder = tmp_path / "base"
     shutil.copytree(task.folder / "model", folder)
+    close_turns_otherwise(folder)
+    (tmp_path / "rules.py").write_text(RULE)
+    return folder
+
+
+def close_turns_otherwise(folder: Path) -> None:
+    """Make ~ a special token, and the chat template close assistants' turns with it in place of <eos>."""
     tokenizer = json.loads((folder / "tokenizer.json").read_text())
     token = tokenizer["model"]["vocab"][CLOSING]
     added = {key: False for key in ("single_word", "lstrip", "rstrip", "normalized")}
@@ -42,8 +49,6 @@ def base_model(task: Task, tmp_path: Path) -> Path:
     config["chat_template"] = config["chat_template"].replace("eos_token", f"'{CLOSING}'")
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     (folder / "chat_template.jinja").unlink(missing_ok=True)
-    (tmp_path / "rules.py").write_text(RULE)
-    return folder
 
 
 def with_long_rows(task: Task, folder: Path) -> Path:
