@@ -134,11 +134,11 @@ class Encoder:
                 f'{label}: no turn is trained on; leave "train" or "weight" out of one assistant\'s turn (role '
                 f'"assistant").'
             )
-        for turn in answers:
-            if not text_of(messages[turn]).strip() and not messages[turn].get("tool_calls"):
-                raise ValueError(f"{label}: {places[turn]} is an assistant's turn with an empty 'content'.")
         options = template_options(row, label, self._template_kwargs)
         conversation = conversation_of(messages, places, options, label, self.tokenizer, False, self.notes)
+        for turn in answers:
+            if not text_of(conversation.messages[turn]).strip() and "tool_calls" not in conversation.messages[turn]:
+                raise ValueError(f"{label}: {places[turn]} is an assistant's turn with an empty 'content'.")
         off = [turn for turn in spoken if not on[turn] and turn < answers[-1]] if self.others else []
         written = {turn: written_turn(conversation, turn, places[turn], self.notes) for turn in (*answers, *off)}
         groups = _groups(sorted(written), written)

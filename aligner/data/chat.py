@@ -161,6 +161,8 @@ def _cleaned(message: Message, place: str) -> Message:
                 f'[{{"type": "function", "function": {{"name": "...", "arguments": {{}}}}}}], not {shortened(calls)}.'
             )
         cleaned |= {"tool_calls": calls} if calls else {}
+    if cleaned.get("content") is None and "tool_calls" not in cleaned:
+        raise ValueError(f"{place} has neither 'content' nor 'tool_calls'.")
     return cleaned
 
 

@@ -12,7 +12,8 @@ ASKS_NO_THOUGHT = re.compile(r"(</\w+>|\[/\w+\])\s*$")
 """A generation prompt that has closed the reasoning already."""
 REASONED = "answers whose reasoning the chat template cuts from finished turns, trained with it"
 NOT_REASONED = (
-    "answers that the chat template writes without the reasoning that its generation prompt opens, trained so"
+    "answers that the chat template begins otherwise than its generation prompt (without the reasoning that it opens), "
+    "trained as the template writes them"
 )
 
 
@@ -69,16 +70,14 @@ def _after_opener(conversation: Conversation, turn: int, label: str, notes: Note
     base, before = conversation.text(turn, awaits=False), conversation.text(turn, awaits=True)
     after = conversation.text(turn + 1, awaits=False)
     common = next(k for k, (one, other) in enumerate(zip(before, after + "\0", strict=False)) if one != other)
-    openings = [
-        m.start() for m in re.finditer(r"<[^<>\s]+>|\[[^\[\]\s]+\]", before) if len(base) <= m.start() <= common
-    ]
-    if not (before.startswith(base) and after.startswith(base) and openings):
+    tags = [m for m in re.finditer(r"<[^<>\s]+>|\[[^\[\]\s]+\]", before) if len(base) <= m.start() <= common]
+    if not (before.startswith(base) and after.startswith(base) and (tags or common > len(base))):
         raise ValueError(
             f"{label}: the chat template does not write the turns up to here as a beginning of the conversation with "
             "this one, so that it is not clear what the model would be asked; give the row as texts ('prompt' and "
             "'completion'), or another chat_template."
         )
-    header = openings[-1]
+    header = tags[-1].start() if tags else common
     opener, rest = before[header:], after[header:]
     match = re.fullmatch(r"(<\w+>|\[\w+\])(\s*)(\S*)\s*", opener)
     tag, closing = (match[1], _closing(match[1])) if match else ("", "")
@@ -95,6 +94,8 @@ def _after_opener(conversation: Conversation, turn: int, label: str, notes: Note
     if match and match[3] == closing and closing not in rest:  # asked not to think, and has not
         return Turn(before + rest, len(before), len(before + rest))
     _count(notes, NOT_REASONED)
+    if not match and tags and tags[-1].end() <= common:  # the tag is the header's, and in both
+        header = common
     return Turn(after, header, _end(conversation, turn, after), before)
 
 

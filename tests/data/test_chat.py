@@ -99,6 +99,12 @@ def test_no_content_is_not_written_as_none() -> None:
     assert trained({"messages": [{"role": "user", "content": "None?"}, turn]}, tokenizer).startswith("<tool_call>")
 
 
+def test_an_answer_of_no_calls_is_empty() -> None:
+    turn = {"role": "assistant", "content": " ", "tool_calls": "[]"}
+    with pytest.raises(ValueError, match=r"^d:1: messages\[1\] is an assistant's turn with an empty 'content'"):
+        trained({"messages": [ASK, turn]}, tokenizer_of("byte_level", "tools"))
+
+
 def test_calls_that_the_template_does_not_write_are_refused() -> None:
     tokenizer = tokenizer_of("byte_level", "chatml")
     for content in ("", "Let me see."):
@@ -138,6 +144,10 @@ def test_content_in_parts() -> None:
         ({"role": "user", "content": {"text": "a"}}, r"messages\[0\] must have the texts 'role' and 'content'"),
         ({"from": "human", "value": "a"}, r"messages\[0\] must have the texts 'role' and 'content'"),
         ({"content": "a"}, r"messages\[0\] must have the texts 'role' and 'content'"),
+        (
+            {"role": "user", "content": None, "tool_calls": "[]"},
+            r"messages\[0\] has neither 'content' nor 'tool_calls'",
+        ),
         ({"role": "user", "tool_calls": [1]}, r"messages\[0\]: 'tool_calls' must be a list such as"),
         ({"role": "user", "tool_calls": "[{"}, r"messages\[0\]: 'tool_calls' is no valid JSON"),
     ],

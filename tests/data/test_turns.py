@@ -180,6 +180,22 @@ def test_a_pair_is_one_sequence_on_each_side() -> None:
         tokenize_preferences([("p:1", several)], tokenizer, 1000)
 
 
+@pytest.mark.parametrize(
+    ("asks", "writes"),
+    [("<|A|>\n", "<|A|>"), ("<|A|>assistant:\n", "<|A|>assistant: "), ("ASSISTANT:\n", "ASSISTANT: ")],
+)
+def test_a_header_that_differs_at_its_end_is_only_read(asks: str, writes: str) -> None:
+    tokenizer = tokenizer_of("byte_level", "chatml")
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role == 'assistant' %}" + writes + "{{ m.content }}<|im_end|>{% else %}"
+        "<|U|>{{ m.content }}{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '" + asks + "' }}{% endif %}"
+    )
+    texts, notes, (row,) = rows_of([ASK, says("So.")], tokenizer)
+    assert list(row.tokens) == tokenizer.apply_chat_template([ASK, says("So.")], return_dict=False)
+    assert texts == [("<|U|>Why?" + writes.rstrip(), " " * writes.endswith(" ") + "So.<|im_end|>")]
+    assert notes == {NOT_REASONED: 1} and tokenizer.decode(row.asked) == "<|U|>Why?" + asks
+
+
 def test_a_template_that_cannot_be_followed_is_refused() -> None:
     tokenizer = tokenizer_of("byte_level", "chatml")
     tokenizer.chat_template = "{{ messages | length }}{% for m in messages %}{{ m.content }}</s>{% endfor %}"
