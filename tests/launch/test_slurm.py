@@ -222,6 +222,25 @@ def test_a_job_that_would_never_get_further_is_not_queued_again(
     assert says in out.splitlines()[-1] and "not queued again" in out.splitlines()[-1]
 
 
+def test_a_warning_before_the_ranks_have_started(cluster: Cluster) -> None:
+    cluster.without_torch()
+    checked = cluster.folder / "checked"
+    check = f"import pathlib, time; pathlib.Path({str(checked)!r}).touch(); time.sleep(2); print({str(cluster.folder / 'run')!r})"
+    (cluster.folder / "aligner" / "driver" / "batch.py").write_text(check)
+    process = cluster.submit("mode=wait", TIME_LEFT="3:00")
+    limit = time.monotonic() + 60
+    while not checked.exists():
+        assert time.monotonic() < limit
+        time.sleep(0.05)
+    process.send_signal(signal.SIGUSR1)
+    status, out = end(process)
+    assert status == 75, out
+    assert not cluster.requeued() and cluster.ranks() == []
+    first, second = out.splitlines()
+    assert first == "slurm.sbatch: USR1 before the ranks have started"
+    assert second.startswith("slurm.sbatch: nothing was saved; not queued again: the warning came")
+
+
 def test_one_task_of_an_array_is_queued_again(cluster: Cluster) -> None:
     cluster.without_torch()
     process = cluster.submit("mode=wait", SLURM_ARRAY_JOB_ID="77", SLURM_ARRAY_TASK_ID="3")
