@@ -1,0 +1,430 @@
+"""What an answer says: words, a quantity with its unit, a list, an interval, a ratio, a time, a formula."""
+
+from __future__ import annotations
+
+import logging
+import re
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import lru_cache
+from typing import Any
+
+from math_verify import LatexExtractionConfig, parse
+from math_verify.parser import NormalizationConfig
+from sympy import FiniteSet, I, MatrixBase, Rational, nan, zoo
+
+from aligner.reward.answer_text import DOLLAR, balanced, closes_at, depth, outer_braces_off, split_at, split_list, tidy
+from aligner.reward.units import CURRENCIES, Unit, read_unit
+
+# It warns that its own time limit is off: ours, of the row, kills what it cannot interrupt.
+logging.getLogger("math_verify").setLevel(logging.ERROR)
+FORMULA = (
+    LatexExtractionConfig(
+        boxed_match_priority=-1,
+        # Units are read here: it would take the m of 3m, and the words of "2 million", for something to leave out.
+        normalization_config=NormalizationConfig(
+            basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="none"
+        ),
+    ),
+)
+MOST_DIGITS = 4000
+"""Python refuses to read integers of more digits than 4300."""
+MOST_WORDS = 30
+DEEPEST = 60
+"""Brackets in one another."""
+PLAIN_NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d*)?")
+SCIENTIFIC = re.compile(r"([-+]?\d+(?:\.\d+)?)\s*(?:\\times|\\cdot|\*)\s*10\s*\^\s*\{?\s*([-+]?\d{1,4})\s*\}?")
+CHOICE = re.compile(r"\(\s*([A-Ja-j])\s*\)\s*[.:]?|([A-J])\s*[).:]|(?:(?i:option|choice)\s+)\(?([A-Ja-j])\)?")
+CLOCK = re.compile(r"(\d{1,2})(?::([0-5]\d))(?::([0-5]\d))?\s*(?:([ap])\.?\s?m\.?)?", re.IGNORECASE)
+HOUR = re.compile(r"(\d{1,2})\s*([ap])\.?\s?m\.?", re.IGNORECASE)
+NAME = re.compile(
+    r"\(\s*[a-z]\s*(?:,\s*[a-z]\s*)+\)|(?:m\s*)?(?:\\(?:angle|triangle|overline|vec|bar|hat|mathbb|mathcal|Delta)\s*)?\|?\{?(?:[A-Za-z]{1,3}|\\(?!pi(?![a-z])|text|frac|sqrt)[A-Za-z]+)\}?\|?"
+    r"'*(?:_(?:\w|\{[^{}]*\}))?'*\s*(?:\([A-Za-z0-9, ]*\))?"
+)
+EQUALS = re.compile(r"(?<![\\<>!=:])=(?!=)|\\equiv(?![a-z])|\\approx(?![a-z])")
+RELATION = re.compile(r"[<>]|\\(?:leq?|geq?|neq?|leqslant|geqslant)(?![a-z])")
+MEMBER = re.compile(r"\\in(?![a-z])")
+COLON = re.compile(r":|\s+to\s+|\s*\\text\s*\{\s*to\s*\}\s*")
+TEXT = re.compile(r"\\text\s*\{([^{}]*)\}")
+TAIL = re.compile(r"\s*\\text\s*\{([^{}]*)\}\s*((?:\^\s*\{?\s*-?\d\s*\}?)?\s*(?:/|-|\*|\\cdot)?)\s*$")
+PLAIN_TAIL = re.compile(r"(?<=[\d.})!%])(\s*)((?:°|[A-Za-zµ]).*|(?<=\s)\([A-Za-z -]{3,}\))$")
+BUILDER = re.compile(r"\\mid(?![a-z])|\||:")
+EVALUATED = re.compile(r"\\(?:d?t?binom|gcd|lcm|mod|bmod|pmod|det)(?![a-z])|_\{?\w+\}?\s*[CP]|[CP]_")
+BIG = re.compile(r"\d{6}|\^\s*\{?\s*[^{}\s]*[\d^]{3}|\^.*\^|!")
+COMMAND = re.compile(r"\\(?:begin|end)\s*\{\w+\*?\}(?:\{[clr|]+\})?|\\text\s*\{[^{}]*\}|\\[A-Za-z]+")
+PROSE = re.compile(r"[A-Za-z]{4}|[A-Za-z]{2,}\s+[A-Za-z]{2,}")
+BASE = re.compile(r"([0-9A-Fa-f]+)_\s*\{?\s*(\d{1,2})\s*\}?")
+
+
+@dataclass(frozen=True)
+class Form:
+    """An answer that was read."""
+
+    source: str
+    """Its text, tidied."""
+
+
+@dataclass(frozen=True)
+class Words(Form):
+    """Text, or letters that may be text."""
+
+    spelling: str
+    """Letters and digits alone, case folded."""
+
+
+@dataclass(frozen=True)
+class Choice(Form):
+    """An option of a multiple choice: its letter, and what stands beside it."""
+
+    letter: str
+    rest: Form | None
+
+
+@dataclass(frozen=True)
+class Quantity(Form):
+    """A number or an expression, with its unit."""
+
+    value: Any
+    """Fraction, or a SymPy expression."""
+    exact: bool = True
+    """False: a decimal number, which may be rounded."""
+    unit: Unit | None = None
+    percent: bool = False
+    base: int | None = None
+    """Of a numeral such as 101_2, whose value is what its digits say in base ten."""
+
+
+@dataclass(frozen=True)
+class Items(Form):
+    """A list, set, tuple or interval."""
+
+    brackets: str
+    """"" (bare list), "{}", "()", "[]", "(]" or "[)"."""
+    items: tuple[Form, ...]
+
+
+@dataclass(frozen=True)
+class Ratio(Form):
+    """3:4, which may be a time of the day."""
+
+    parts: tuple[Any, ...]
+    clock: Clock | None
+
+
+@dataclass(frozen=True)
+class Clock(Form):
+    """A time of the day."""
+
+    seconds: int
+    """Since midnight, as written: below half a day, unless the hour is 13 or more."""
+    half: str | None
+    """a, p, or None where it is not said."""
+
+
+@dataclass(frozen=True)
+class Equation(Form):
+    """x = 3, or a chain of equations; `last` is its last side."""
+
+    name: str | None
+    """What stands before the first sign, where it is no more than a name."""
+    last: Form
+    closed: bool
+    """Whether the other sides have no variables, so that it says no more than `last`."""
+
+
+@dataclass(frozen=True)
+class Formula(Form):
+    """What only math-verify compares: relations, sets, matrices."""
+
+    value: Any
+
+
+def read(text: str) -> Form | None:
+    """What an answer says; None where it cannot be read."""
+    tidied = tidy(text)
+    return None if depth(tidied) > DEEPEST else _read(tidied)
+
+
+@lru_cache(maxsize=4096)
+def expression(source: str) -> Any:
+    """A formula in LaTeX as a SymPy object, unevaluated; None where it is none."""
+    if re.search(r"(?<![_^\d])\d+\s+\d", source) or not balanced(source):  # "3 4" would be 7
+        return None
+    if PROSE.search(COMMAND.sub(" \\\\ ", source)):  # a word would be a product of its letters
+        return None
+    if EVALUATED.search(source) and BIG.search(source):  # the parser computes these at once
+        return None
+    latex = source.replace("°", r"^{\circ}")
+    found = parse(f"${latex}$", FORMULA, fallback_mode="no_fallback", parsing_timeout=None)
+    value: Any = found[0] if found else None
+    symbols = getattr(value, "free_symbols", ())
+    if [symbol.name for symbol in symbols] == ["i"] and not isinstance(value, MatrixBase):
+        value = value.subs(next(iter(symbols)), I)
+    return None if value in (zoo, nan) else value
+
+
+def number(text: str) -> Quantity | None:
+    """A plain number: 12, -1,234.50, .5, 6.02\\times10^{23}."""
+    if len(text) > MOST_DIGITS:
+        return None
+    if PLAIN_NUMBER.fullmatch(text) and any(map(str.isdigit, text)):
+        return Quantity(text, Fraction(text.replace(",", "").rstrip(".")), "." not in text.rstrip("."))
+    scientific = SCIENTIFIC.fullmatch(text)
+    if scientific:
+        return Quantity(text, Fraction(scientific[1]) * Fraction(10) ** int(scientific[2]), False)
+    return None
+
+
+def _read(text: str) -> Form | None:
+    text = outer_braces_off(text.strip())
+    if not text:
+        return None
+    return (
+        number(text)
+        or _choice(text)
+        or _clock(text)
+        or _list(text)
+        or _words(text)
+        or _equation(text)
+        or _bracketed(text)
+        or _ratio(text)
+        or _both_signs(text)
+        or _formula_with_signs(text)
+        or _quantity(text)
+    )
+
+
+def _choice(text: str) -> Form | None:
+    match = CHOICE.match(text)
+    if not match:
+        return None
+    letter, rest = "".join(group or "" for group in match.groups()), text[match.end() :].strip()
+    if rest and (
+        match[3] or letter.islower() or re.match(r"[-+*/^=<>,;_(\\](?!\\?(?:text|frac|sqrt|pi|\$))|[,;]", rest)
+    ):
+        return None
+    beside = _read(rest) if rest else None
+    return Choice(text, letter.casefold(), beside) if beside or not rest else None
+
+
+def _clock(text: str) -> Form | None:
+    plain = TEXT.sub(r" \1", text).strip()
+    hour = HOUR.fullmatch(plain)
+    if hour and 1 <= int(hour[1]) <= 12:
+        return Clock(text, int(hour[1]) % 12 * 3600, hour[2].casefold())
+    match = CLOCK.fullmatch(plain)
+    if not match or int(match[1]) > 24:
+        return None
+    hours = int(match[1]) % 12 if int(match[1]) <= 12 else int(match[1])
+    clock: Clock | None = Clock(
+        text, hours * 3600 + int(match[2]) * 60 + int(match[3] or 0), match[4].casefold() if match[4] else None
+    )
+    if match[4]:
+        return clock if int(match[1]) <= 12 else None
+    return Ratio(text, tuple(Fraction(part) for part in plain.split(":")), clock)
+
+
+def _list(text: str) -> Form | None:
+    if PLAIN_NUMBER.fullmatch(text) or not re.search(r"[,;]|and|or", text):
+        return None
+    joined = re.sub(
+        r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?!\d|,\d)",
+        lambda m: m.group().replace(",", "") if _outside(text, m.start()) else m.group(),
+        text,
+    )
+    parts = split_list(joined)
+    if len(parts) < 2:
+        return _read(joined) if joined != text else None
+    items = [_read(part) for part in parts]
+    return Items(text, "", tuple(item for item in items if item is not None)) if all(items) else _words(text)
+
+
+def _outside(text: str, at: int) -> bool:
+    return balanced(text[:at])
+
+
+def _words(text: str) -> Words | None:
+    plain = re.sub(r"\s+", " ", TEXT.sub(r" \1 ", text)).strip()
+    spelling = "".join(sign for sign in plain if sign.isalnum()).casefold()
+    in_text = TEXT.fullmatch(text) is not None
+    if not spelling or len(plain.split()) > MOST_WORDS:
+        return None
+    letters_only = all(sign.isalpha() or sign.isspace() for sign in plain)
+    if letters_only and re.fullmatch(r"[u-z]{2,}", plain) and not in_text:
+        return None  # a product of variables, in any order
+    if letters_only and plain not in ("e", "i"):
+        return Words(text, spelling)
+    if in_text and not plain[0].isdigit():
+        return Words(text, spelling)
+    if (
+        re.match(r"""["'(]?[^\W\d_]""", plain)
+        and re.fullmatch(r"""[\w\s"'’.,;:!?()/&-]+""", plain)
+        and "_" not in plain
+    ):
+        runs = re.findall(r"[^\W\d_]+", plain)
+        if any(len(run) >= 3 for run in runs) and not re.search(r"[A-Za-z]\(|\d\s*[-/]\s*[A-Za-z]\b", plain):
+            return Words(text, spelling)
+    return None
+
+
+def _equation(text: str) -> Form | None:
+    member = split_at(text, MEMBER)
+    if len(member) == 2 and NAME.fullmatch(member[0]) and not RELATION.search(text):
+        last = _read(member[1])
+        return Equation(text, member[0].strip(), last, False) if last else None
+    if RELATION.search(text):
+        return None
+    sides = split_at(text, EQUALS)
+    if len(sides) < 2 or not all(sides):
+        return None
+    # 1/3 \approx 0.33: what is exact counts, unless only a name stands before the sign.
+    if re.search(r"\\approx", text) and not NAME.fullmatch(sides[0]) and len(sides) == 2 and "=" not in text:
+        return _read(sides[0])
+    if re.search(r"\\approx", text) and len(sides) > 2:
+        sides = sides[:-1]
+    if len(sides) == 2 and NAME.fullmatch(sides[1]) and not NAME.fullmatch(sides[0]):
+        sides.reverse()
+    last = _read(sides[-1])
+    if last is None:
+        return None
+    first = TEXT.sub(r"\1", sides[0]).strip()
+    if NAME.fullmatch(sides[0]):
+        return Equation(text, re.sub(r"[\s{}]", "", sides[0]), last, False)
+    if re.fullmatch(r"[A-Za-z][A-Za-z ']*", first):
+        return last  # "Area = 12": the name says nothing
+    closed = not any(re.search(r"[A-Za-z]", re.sub(r"\\[A-Za-z]+", "", side)) for side in sides[:-1])
+    return Equation(text, None, last, closed)
+
+
+def _bracketed(text: str) -> Form | None:
+    if text.startswith(r"\{") and text.endswith(r"\}") and closes_at(text, 1) == len(text) - 1:
+        brackets, inner = "{}", text[2:-2]
+    elif text[0] in "([{" and text[-1] in ")]}" and closes_at(text, 0) == len(text) - 1:
+        brackets, inner = text[0] + text[-1], text[1:-1]
+    else:
+        return None
+    if brackets not in ("{}", "()", "[]", "(]", "[)"):
+        return None
+    if not inner.strip():
+        return Formula(text, expression(r"\emptyset")) if brackets == "{}" else None
+    if (
+        brackets == "{}"
+        and len(builder := split_at(inner, BUILDER)) == 2
+        and NAME.fullmatch(builder[0].split(r"\in")[0].strip())
+    ):
+        return _read(builder[1])
+    parts = split_list(inner)
+    if len(parts) == 1 and brackets == "()":
+        return _read(inner)
+    items = [_read(part) for part in parts]
+    if len(parts) == 1 and brackets == "[]":
+        return items[0]
+    if not all(items):
+        return None
+    if len(parts) == 1 and (brackets in ("(]", "[)") or RELATION.search(inner)):
+        return None
+    return Items(text, brackets, tuple(item for item in items if item is not None))
+
+
+def _ratio(text: str) -> Form | None:
+    sides = split_at(text, COLON)
+    if len(sides) < 2:
+        return None
+    parts = [_read(side) for side in sides]
+    if not all(isinstance(part, Quantity) for part in parts):
+        return None
+    values = [part.value for part in parts if isinstance(part, Quantity)]
+    return Ratio(text, tuple(values), None)
+
+
+def _both_signs(text: str) -> Form | None:
+    """1 \\pm \\sqrt{2} is a list of two."""
+    if len(re.findall(r"\\(?:pm|mp)(?![a-z])", text)) != 1:
+        return None
+    items = [_read(re.sub(r"\\(?:pm|mp)(?![a-z])", sign, text)) for sign in "+-"]
+    return Items(text, "", tuple(item for item in items if item is not None)) if all(items) else None
+
+
+def _formula_with_signs(text: str) -> Form | None:
+    """Relations and sets, which have no unit."""
+    if not (RELATION.search(text) or re.search(r"\\(?:cup|cap|setminus|mathbb|emptyset|begin)(?![a-z])", text)):
+        return None
+    value = expression(TEXT.sub(r"\1", text) if RELATION.search(text) else text)
+    return None if value is None else Formula(text, value)
+
+
+def _quantity(text: str) -> Form | None:
+    body, unit, scale, percent = _measured(text)
+    if body is None:
+        return None
+    base = BASE.fullmatch(body)
+    if base and unit is None:
+        return Quantity(text, int(base[1], 36), True, base=int(base[2]))
+    plain = number(body)
+    if plain is not None:
+        return Quantity(text, plain.value * scale, plain.exact, unit, percent)
+    value = expression(body)
+    if value is None:
+        return None
+    if isinstance(value, FiniteSet):
+        items = [Quantity(str(item), item, True, unit, percent) for item in value.args]
+        return items[0] if len(items) == 1 else Items(text, "", tuple(items))
+    if not hasattr(value, "is_number"):
+        return Formula(text, value) if unit is None and not percent and scale == 1 else None
+    if isinstance(value, Rational) and scale == 1:
+        value = Fraction(int(value.p), int(value.q))
+    return Quantity(text, value * scale if scale != 1 else value, not _decimal(body), unit, percent)
+
+
+def _decimal(text: str) -> bool:
+    return re.search(r"\d\.\d|(?<!\d)\.\d", text) is not None
+
+
+def _measured(text: str) -> tuple[str | None, Unit | None, int, bool]:
+    """(the number's text, unit, scale, whether it is percent); None in place of the text if its words are no unit."""
+    currency, rest = _currency(text)
+    percent = rest.endswith("%")
+    body = rest[:-1].rstrip() if percent else rest
+    words, spoken = "", True
+    while (tail := TAIL.search(body)) and tail.start() > 0:
+        power = tail[2].replace(r"\cdot", "*").replace("-", "*") if not tail[2].startswith("^") else tail[2]
+        words, body = f"{tail[1]}{power} {words}", body[: tail.start()]
+    if not words and (plain := PLAIN_TAIL.search(body)):
+        words, spoken, body = (
+            plain[2].strip("()").replace("-", " "),
+            bool(plain[1]) or plain[2].startswith("°"),
+            body[: plain.start()],
+        )
+        if not re.fullmatch(r"[A-Za-zµ°\s/*.^{}\d-]+", words) or (not spoken and len(words) == 1):
+            words, body = "", rest[:-1].rstrip() if percent else rest
+    elif "°" in body and body.endswith("°"):
+        words, body = f"° {words}", body[:-1]
+    if not words.strip():
+        return body, (read_unit(currency) or (None, 1))[0] if currency else None, 1, percent
+    found = read_unit(words, spoken, TAIL.search(rest) is not None)
+    if found is None:
+        return (None, None, 1, False) if TAIL.search(rest) else (rest, None, 1, percent)
+    unit, scale = found
+    if currency:
+        unit = (read_unit(currency) or (None, 1))[0] if unit is None or unit.measure == (("dollar", 1),) else unit
+    return body.strip() or None, unit, scale, percent
+
+
+def _currency(text: str) -> tuple[str, str]:
+    """(name of the currency before the number, or "", and the rest)."""
+    match = re.match(
+        rf"([-+]?)\s*(?:\\text\s*\{{\s*)?(US{DOLLAR}|{DOLLAR}|[€£¥₹]|(?:USD|EUR|GBP|Rs\.?|INR)(?![A-Za-z]))\s*\}}?\s*",
+        text,
+    )
+    if match:
+        sign = match[2].removeprefix("US").rstrip(".")
+        name = CURRENCIES.get("$" if sign == DOLLAR else sign, sign)
+        return name, match[1] + text[match.end() :]
+    if text.endswith((DOLLAR, "€", "£", "¥", "₹")):
+        return CURRENCIES["$" if text[-1] == DOLLAR else text[-1]], text[:-1].rstrip()
+    return "", text
+
+
+def is_prose(form: Form) -> bool:
+    """Whether it is text, or a list with text in it, which a sentence may be taken for."""
+    return isinstance(form, Words) or (isinstance(form, Items) and any(map(is_prose, form.items)))
