@@ -11,7 +11,8 @@ from typing import Any
 
 from math_verify import LatexExtractionConfig, parse
 from math_verify.parser import NormalizationConfig
-from sympy import FiniteSet, I, MatrixBase, Rational, nan, zoo
+from sympy import And, FiniteSet, I, MatrixBase, Rational, Union, nan, zoo
+from sympy.core.relational import Relational
 
 from aligner.reward.answer_text import DOLLAR, balanced, closes_at, depth, outer_braces_off, split_at, split_list, tidy
 from aligner.reward.units import CURRENCIES, Unit, read_unit
@@ -34,6 +35,8 @@ DEEPEST = 60
 """Brackets in one another."""
 PLAIN_NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d*)?")
 SCIENTIFIC = re.compile(r"([-+]?\d+(?:\.\d+)?)\s*(?:\\times|\\cdot|\*)\s*10\s*\^\s*\{?\s*([-+]?\d{1,4})\s*\}?")
+FRACTION = re.compile(r"([-+]?)(\d{0,9})(?:\s*\\frac\s*\{\s*(-?\d{1,18})\s*\}\s*\{\s*(\d{1,18})\s*\})")
+QUOTIENT = re.compile(r"([-+]?\d{1,18})\s*/\s*(\d{1,18})")
 CHOICE = re.compile(r"\(\s*([A-Ja-j])\s*\)\s*[.:]?|([A-J])\s*[).:]|(?:(?i:option|choice)\s+)\(?([A-Ja-j])\)?")
 CLOCK = re.compile(r"(\d{1,2})(?::([0-5]\d))(?::([0-5]\d))?\s*(?:([ap])\.?\s?m\.?)?", re.IGNORECASE)
 HOUR = re.compile(r"(\d{1,2})\s*([ap])\.?\s?m\.?", re.IGNORECASE)
@@ -48,6 +51,8 @@ COLON = re.compile(r":|\s+to\s+|\s*\\text\s*\{\s*to\s*\}\s*")
 TEXT = re.compile(r"\\text\s*\{([^{}]*)\}")
 TAIL = re.compile(r"\s*\\text\s*\{([^{}]*)\}\s*((?:\^\s*\{?\s*-?\d\s*\}?)?\s*(?:/|-|\*|\\cdot)?)\s*$")
 PLAIN_TAIL = re.compile(r"(?<=[\d.})!%])(\s*)((?:°|[A-Za-zµ]).*|(?<=\s)\([A-Za-z -]{3,}\))$")
+UNENDING = re.compile(r"(?:\.\.\.|…|\\[lc]?dots)\s*\$?\s*$")
+COMPOUND = re.compile(r"(\d+(?:\.\d+)?)\s*([A-Za-z]+)\.?,?\s+(?:and\s+)?(\d+(?:\.\d+)?)\s*([A-Za-z]+)\.?")
 BUILDER = re.compile(r"\\mid(?![a-z])|\||:")
 EVALUATED = re.compile(r"\\(?:d?t?binom|gcd|lcm|mod|bmod|pmod|det)(?![a-z])|_\{?\w+\}?\s*[CP]|[CP]_")
 BIG = re.compile(r"\d{6}|\^\s*\{?\s*[^{}\s]*[\d^]{3}|\^.*\^|!")
@@ -141,6 +146,8 @@ class Formula(Form):
 
 def read(text: str) -> Form | None:
     """What an answer says; None where it cannot be read."""
+    if UNENDING.search(text):
+        return None
     tidied = tidy(text)
     return None if depth(tidied) > DEEPEST else _read(tidied)
 
@@ -164,11 +171,18 @@ def expression(source: str) -> Any:
 
 
 def number(text: str) -> Quantity | None:
-    """A plain number: 12, -1,234.50, .5, 6.02\\times10^{23}."""
+    """A plain number: 12, -1,234.50, .5, 2/3, 1\\frac{1}{2}, 6.02\\times10^{23}."""
     if len(text) > MOST_DIGITS:
         return None
     if PLAIN_NUMBER.fullmatch(text) and any(map(str.isdigit, text)):
         return Quantity(text, Fraction(text.replace(",", "").rstrip(".")), "." not in text.rstrip("."))
+    quotient = QUOTIENT.fullmatch(text)
+    if quotient and int(quotient[2]):
+        return Quantity(text, Fraction(int(quotient[1]), int(quotient[2])))
+    mixed = FRACTION.fullmatch(text)
+    if mixed and int(mixed[4]) and not (mixed[2] and mixed[3].startswith("-")):
+        value = int(mixed[2] or 0) + Fraction(int(mixed[3]), int(mixed[4]))
+        return Quantity(text, -value if mixed[1] == "-" else value)
     scientific = SCIENTIFIC.fullmatch(text)
     if scientific:
         return Quantity(text, Fraction(scientific[1]) * Fraction(10) ** int(scientific[2]), False)
@@ -183,6 +197,7 @@ def _read(text: str) -> Form | None:
         number(text)
         or _choice(text)
         or _clock(text)
+        or _compound(text)
         or _list(text)
         or _words(text)
         or _equation(text)
@@ -195,7 +210,8 @@ def _read(text: str) -> Form | None:
 
 
 def _choice(text: str) -> Form | None:
-    match = CHOICE.match(text)
+    in_text = TEXT.fullmatch(text)
+    match = CHOICE.match(text := in_text[1].strip() if in_text else text)
     if not match:
         return None
     letter, rest = "".join(group or "" for group in match.groups()), text[match.end() :].strip()
@@ -236,7 +252,38 @@ def _list(text: str) -> Form | None:
     if len(parts) < 2:
         return _read(joined) if joined != text else None
     items = [_read(part) for part in parts]
-    return Items(text, "", tuple(item for item in items if item is not None)) if all(items) else _words(text)
+    if not all(items):
+        return _words(text)
+    return _either(text, items) or Items(text, "", tuple(item for item in items if item is not None))
+
+
+def _either(text: str, items: list[Form | None]) -> Form | None:
+    """x < -2 or x > 3 is one set."""
+    relations = [item.value for item in items if isinstance(item, Formula) and isinstance(item.value, Relational | And)]
+    if len(relations) < len(items) or not re.search(r"(?<![A-Za-z])or(?![A-Za-z])", text):
+        return None
+    sets = [solutions(relation) for relation in relations]
+    return Formula(text, Union(*sets)) if None not in sets else None
+
+
+def solutions(relation: Any) -> Any:
+    """The set of an inequality in one variable; None where SymPy finds none."""
+    try:
+        return relation.as_set()
+    except Exception:  # several variables, or beyond it
+        return None
+
+
+def _compound(text: str) -> Form | None:
+    """2 hours 30 minutes, 18 dollars and 50 cents."""
+    match = COMPOUND.fullmatch(re.sub(r"\s+", " ", TEXT.sub(r" \1 ", text)).strip())
+    if not match:
+        return None
+    big, small = read_unit(match[2]), read_unit(match[4])
+    if not (big and small and big[0] and small[0]) or big[0].measure != small[0].measure or big[0] == small[0]:
+        return None
+    value = Fraction(match[1]) + Fraction(match[3]) * small[0].factor / big[0].factor
+    return Quantity(text, value, "." not in text, big[0])
 
 
 def _outside(text: str, at: int) -> bool:

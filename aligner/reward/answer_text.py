@@ -59,13 +59,16 @@ COMMANDS = _rules(
     (r"\\(?:mathrm|textrm|textbf|textit|textsf|textnormal|mbox|hbox|mathsf|mathit|texttt|emph|operatorname)\s*(?=\{)", r"\\text"),
     (r"\\(?:mathbf|boldsymbol|bm|underline|textcolor\s*\{\w+\})\s*\{((?:[^{}]|\{[^{}]*\})*)\}", r"{\1}"),
     (r"\\color\s*\{\w+\}\s*", ""),
-    (r"\\(?:rm|bf|it)(?![A-Za-z])\s*", ""),
+    (r"\\(?:rm|bf|it|small|normalsize|large|Large|LARGE|huge|Huge|checkmark|blacksquare)(?![A-Za-z])\s*", ""),
     (rf"\\text\s*\{{\s*({FUNCTIONS})\s*\}}", r"\\\1 "),
     (r",?\s*\\text\s*\{\s*,?\s*(and|or)\s*,?\s*\}", r" \1 "),
     (r"\\text\s*\{\s*([^A-Za-z{}\\]*|i|\(?[A-J]\)[.:]?)\s*\}", r"\1 "),
-    (rf"(?<=\d)\s*\^?\s*(?:\{{\s*\\text\s*\{{\s*{ORDINAL}\s*\}}\s*\}}|\{{\s*{ORDINAL}\s*\}}|\\text\s*\{{\s*{ORDINAL}\s*\}}|{ORDINAL}\b)", ""),
 )  # fmt: skip
 NUMBERS = _rules(
+    (
+        rf"(?<=\d)\s*\^?\s*(?:\{{\s*\\text\s*\{{\s*{ORDINAL}\s*\}}\s*\}}|\{{\s*{ORDINAL}\s*\}}|\\text\s*\{{\s*{ORDINAL}\s*\}}|{ORDINAL}\b)",
+        "",
+    ),
     (r"(?<=\d)\.(?=\s*[/*+)}-])", ""),
     (r"\\textcircled\s*\{?\s*(\d)\s*\}?(?:\s*,)?", r"\1, "),
     (r"(?<![\w.,])(\d+(?:\.\d+)?|\.\d+)[eE]([-+]?\d{1,4})(?!\w)", r"\1\\times10^{\2}"),
@@ -109,8 +112,6 @@ def tidy(text: str) -> str:
     )
     if "\\" in text or "~" in text:
         text = _apply(COMMANDS, text)
-    elif text[-1:].isalpha():
-        text = re.sub(rf"(?<=\d){ORDINAL}$", "", text)
     text = _roots(text.replace(r"\%", "%"))
     text = re.sub(r"(?<=[\d}])\s*(?:\\text\s*\{\s*)?(?:percent(?:age)?|pct)(?![A-Za-z])(?:\s*\})?", "%", text)
     text = _apply(NUMBERS, _apply(PLAIN, text))

@@ -13,16 +13,21 @@ import mpmath
 from math_verify import verify
 from sympy import (
     Add,
+    And,
     Basic,
     Expr,
     Float,
+    GreaterThan,
     Integral,
+    LessThan,
     Limit,
     MatrixBase,
     Mul,
     Pow,
     Product,
     Rational,
+    StrictGreaterThan,
+    StrictLessThan,
     Sum,
     Symbol,
     exp,
@@ -44,8 +49,9 @@ from aligner.reward.answer_forms import (
     Ratio,
     Words,
     expression,
+    solutions,
 )
-from aligner.reward.units import Unit
+from aligner.reward.units import KNOWN, Unit
 
 DECIMALS = 6
 """To which numbers with a decimal point are compared, as math-verify does."""
@@ -57,6 +63,7 @@ MOST_POWER = 200
 """Exponent up to which sums are multiplied out."""
 MOST_TERMS = 10_000
 HALF_DAY = 43_200
+POUNDS = {Unit((("mass", 1),), KNOWN["lb"][1]), Unit((("pound sterling", 1),), Fraction(1))}
 PERCENT = Fraction(1, 100)
 
 
@@ -86,7 +93,11 @@ def same(gold: Form, given: Form) -> bool:
             return same(gold, one.items[0]) if one is given else same(one.items[0], given)
         if isinstance(one, Items) and isinstance(other, Quantity):
             return False
-    return _verified(expression(gold.source), expression(given.source))
+    return _verified(_value(gold), _value(given))
+
+
+def _value(form: Form) -> Any:
+    return form.value if isinstance(form, Formula) else expression(form.source)
 
 
 def _same_equation(gold: Form, given: Form) -> bool:
@@ -125,6 +136,8 @@ def _same_words(gold: Form, given: Form) -> bool:
     if isinstance(other, Items):
         parts = [item.spelling if isinstance(item, Words) else "" for item in other.items]
         return not other.brackets and all(len(part) == 1 for part in parts) and "".join(parts) == words.spelling
+    if len(words.spelling) == 1 and other.source.casefold() == words.spelling:
+        return True
     if words.spelling in EVERYTHING and isinstance(other, Formula | Items):
         return _verified(expression(r"\mathbb{R}"), expression(other.source))
     if len(words.source) > 4 or not isinstance(other, Quantity) or other.unit is not None:
@@ -144,7 +157,7 @@ def _same_ratio(gold: Form, given: Form) -> bool:
         if isinstance(one, Clock):  # "3 p.m." for 3, where only the half of the day is left out
             return isinstance(other, Quantity) and other.unit is None and other.value == one.seconds / 3600
     if isinstance(gold, Ratio) and isinstance(given, Ratio):
-        return not _is_time(gold) and _in_proportion(gold.parts, given.parts)
+        return not (_is_time(gold) or ":0" in given.source) and _in_proportion(gold.parts, given.parts)
     ratio, other = (gold, given) if isinstance(gold, Ratio) else (given, gold)
     assert isinstance(ratio, Ratio)
     if len(ratio.parts) != 2 or not isinstance(other, Quantity) or other.unit is not None or ratio.parts[1] == 0:
@@ -154,7 +167,7 @@ def _same_ratio(gold: Form, given: Form) -> bool:
 
 def _is_time(ratio: Ratio) -> bool:
     """10:30 is a time: as a ratio it would have been reduced."""
-    return ratio.clock is not None and math.gcd(*(int(part) for part in ratio.parts)) > 1
+    return ratio.clock is not None and (":0" in ratio.source or math.gcd(*(int(part) for part in ratio.parts)) > 1)
 
 
 def _in_proportion(a: Sequence[Any], b: Sequence[Any]) -> bool:
@@ -198,7 +211,7 @@ def _digits(form: Quantity) -> str:
 
 def _factors(gold: Unit | None, given: Unit | None) -> tuple[Fraction, Fraction] | None:
     """What to multiply the two values by; None: they do not measure the same. A unit that one leaves out is the other's."""
-    if gold is None or given is None:
+    if gold is None or given is None or {gold, given} == POUNDS:
         return Fraction(1), Fraction(1)
     return (gold.factor, given.factor) if gold.measure == given.measure else None
 
@@ -212,11 +225,19 @@ def _same_items(gold: Items, given: Items) -> bool:
         return False
     if len(a) != len(b):
         return False
+    if not kinds[0] and kinds[1] in ("", "()") and _names(a) != _names(b):
+        return all(map(same, a, b))  # x = 2, y = 3: whichever has no names has their order
     if kinds[0] in ("", "{}"):
         return (kinds[1] not in ("[]", "(]", "[)") or len(b) > 2) and _same_in_any_order(a, b)
     if len(a) == 2 and kinds[0] != kinds[1] and (kinds[1] or kinds[0] != "()"):
         return all(map(same, a, b)) and _ends_alike(gold, given)
     return all(map(same, a, b))
+
+
+def _names(items: Sequence[Form]) -> bool:
+    """Whether they are the values of several variables; x_1 and x_2 are values of one."""
+    names = {item.name.split("_")[0] for item in items if isinstance(item, Equation) and item.name}
+    return len(names) > 1
 
 
 def _ends_alike(gold: Items, given: Items) -> bool:
@@ -363,4 +384,12 @@ def _verified(gold: Any, given: Any) -> bool:
     if gold is None or given is None or _too_big(gold) or _too_big(given):
         return False
     # An inequality says what its interval says, on either side.
-    return bool(verify(gold, given, timeout_seconds=None, raise_on_error=True, allow_set_relation_comp=True))
+    if verify(gold, given, timeout_seconds=None, raise_on_error=True, allow_set_relation_comp=True):
+        return True
+    if isinstance(gold, INEQUALITIES) and isinstance(given, INEQUALITIES) and gold.free_symbols == given.free_symbols:
+        sets = solutions(gold), solutions(given)
+        return sets[0] is not None and bool(sets[0] == sets[1])
+    return False
+
+
+INEQUALITIES = (StrictLessThan, LessThan, StrictGreaterThan, GreaterThan, And)

@@ -18,6 +18,8 @@ __all__ = ["final_answer", "math_equivalent"]
 LONGEST = 2000
 """Characters of a given answer that are read; one that is longer than this and than four times the gold one is wrong."""
 LONGEST_GOLD = 10_000
+SHORT = 300
+"""Characters of a whole response that may be no more than an answer."""
 SENTENCE = re.compile(r"(?!arc|sin|cos|tan|cot|sec|csc|log|ln|exp|sqrt|pi)[A-Za-z]{2,}\s")
 INTEGER = re.compile(r"[-+]?\d{1,18}")
 
@@ -108,7 +110,7 @@ def _given(response: str, boxed_only: bool, reasoning_end: str) -> str | None:
     if marked is not None or boxed_only:
         return marked
     said, announced = said_answer(text)
-    form = read(said) if len(said) <= LONGEST else None
+    form = read(said) if len(said) <= (LONGEST if announced else SHORT) else None
     if form is not None and not is_prose(form) and (announced or not SENTENCE.match(said)):
         return said
     # A sentence around the answer, or an answer in words.

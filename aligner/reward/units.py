@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 SCALES = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12}
-CURRENCIES = {"$": "dollar", "€": "euro", "£": "pound sterling", "¥": "yen", "₹": "rupee"}
+CURRENCIES = {"$": "dollar", "€": "euro", "£": "gbp", "¥": "yen", "₹": "rupee"}
 KNOWN: dict[str, tuple[str, Fraction]] = {}
 """Unit by name or symbol -> (what it measures, how many of that measure's first unit it is)."""
 TABLE = {
@@ -15,7 +15,7 @@ TABLE = {
     " dm decimeter=1/10 in inch=127/5000 ft foot=381/1250 yd yard=1143/1250 mi mile=201168/125",
     "time": "s sec second=1 ms millisecond=1/1000 min minute=60 h hr hour=3600 day=86400 week=604800",
     "month": "month=1 yr year=12 decade=120 century=1200",
-    "mass": "g gram gm=1 kg kilogram=1000 mg milligram=1/1000 lb lbs=45359237/100000 oz ounce=45359237/1600000 tonne=1000000",
+    "mass": "g gram gm=1 kg kilogram=1000 mg milligram=1/1000 lb lbs pound=45359237/100000 oz ounce=45359237/1600000 tonne=1000000",
     "volume": "L l liter litre=1 mL ml milliliter millilitre=1/1000 gal gallon=473176473/125000000 quart=473176473/500000000",
     "dollar": "dollar usd buck=1 cent=1/100 penny=1/100 dime=1/10 nickel=1/20",
     "euro": "euro eur=1",
@@ -52,7 +52,13 @@ for measure, row in TABLE.items():
             names = []
 IRREGULAR = {"feet": "foot", "inches": "inch", "centuries": "century", "pennies": "penny", "children": "child"}
 IRREGULAR |= {"people": "person", "men": "man", "women": "woman", "mice": "mouse", "halves": "half"}
-SHORT_FORMS = {"mph": "mile per hour", "kmph": "km per hour", "kph": "km per hour", "kmh": "km per hour"}
+SHORT_FORMS = {
+    "pounds? sterling": "gbp",
+    "mph": "mile per hour",
+    "kmph": "km per hour",
+    "kph": "km per hour",
+    "kmh": "km per hour",
+}
 POWERS = {"square": 2, "sq": 2, "squared": 2, "cubic": 3, "cu": 3, "cubed": 3}
 NOT_UNITS = frozenset({
     "and", "or", "not", "if", "when", "where", "but", "to", "maybe", "is", "are", "was", "the", "answer", "than", "least", "most",
