@@ -9,59 +9,34 @@ from fractions import Fraction
 from itertools import pairwise
 from typing import Any
 
-import mpmath
 from math_verify import verify
 from sympy import (
-    Add,
     And,
-    Basic,
     Expr,
     Float,
     GreaterThan,
     Integral,
     LessThan,
     Limit,
-    MatrixBase,
-    Mul,
-    Pow,
     Product,
     Rational,
     StrictGreaterThan,
     StrictLessThan,
     Sum,
-    Symbol,
-    exp,
-    gamma,
     nan,
     oo,
     zoo,
 )  # fmt: skip
-from sympy.functions.combinatorial.factorials import CombinatorialFunction
 
-from aligner.reward.answer_forms import (
-    Choice,
-    Clock,
-    Equation,
-    Form,
-    Formula,
-    Items,
-    Quantity,
-    Ratio,
-    Words,
-    expression,
-    solutions,
-)
+from aligner.reward.answer_forms import Choice, Clock, Equation, Form, Formula, Items, Quantity, Ratio, Words
+from aligner.reward.answer_reading import expression, solutions
+from aligner.reward.magnitude import too_big
 from aligner.reward.units import KNOWN, Unit
 
 DECIMALS = 6
 """To which numbers with a decimal point are compared, as math-verify does."""
 SIGNIFICANT = 4
 """Digits that count in any case: 1e-12 is not 0."""
-MOST_DIGITS = 20_000
-"""Decimal digits of the largest number that is evaluated."""
-MOST_POWER = 200
-"""Exponent up to which sums are multiplied out."""
-MOST_TERMS = 10_000
 HALF_DAY = 43_200
 POUNDS = {Unit((("mass", 1),), KNOWN["lb"][1]), Unit((("pound sterling", 1),), Fraction(1))}
 PERCENT = Fraction(1, 100)
@@ -282,7 +257,7 @@ def _same_value(a: Any, b: Any, exact: bool) -> bool:
         return bool(a == b)
     if a == b:
         return True
-    if _too_big(a) or _too_big(b):
+    if too_big(a) or too_big(b):
         return False
     if a.free_symbols or b.free_symbols:
         return not _differ_somewhere(a, b) and _verified(a, b)
@@ -340,48 +315,8 @@ def _differ_somewhere(a: Expr, b: Expr) -> bool:
     return abs(values[0] - values[1]) > 1e-9 * max(1.0, *map(abs, values))
 
 
-def _too_big(value: Any) -> bool:
-    """Whether to evaluate it would take minutes or the memory: 10^10^10, 100000000!, (x+1)^100000."""
-    try:
-        return _log10(value) > MOST_DIGITS
-    except OverflowError:
-        return True
-
-
-def _log10(value: Any) -> float:
-    """A bound of the decimal digits that appear when it is evaluated; OverflowError: beyond counting."""
-    if isinstance(value, MatrixBase):
-        return max(map(_log10, value.flat()), default=0.0)
-    if not isinstance(value, Basic) or isinstance(value, Symbol):
-        return 0.0
-    if isinstance(value, Rational):
-        return math.log10(max(abs(value.p), value.q))
-    if isinstance(value, Float):
-        return abs(float(mpmath.log10(abs(value._to_mpmath(15))))) if value else 0.0
-    inner = [_log10(arg) for arg in value.args]
-    if isinstance(value, Pow):
-        return _log10_of_power(value, inner)
-    if isinstance(value, exp):
-        return float(10 ** inner[0]) if not value.free_symbols else max(inner)
-    if isinstance(value, CombinatorialFunction | gamma | Sum | Product) and max(inner) > math.log10(MOST_TERMS):
-        raise OverflowError
-    if isinstance(value, CombinatorialFunction | gamma):
-        return float(10 ** max(inner) * 4)
-    return sum(inner) if isinstance(value, Mul) else max(inner, default=0.0) + (1.0 if isinstance(value, Add) else 0.0)
-
-
-def _log10_of_power(value: Pow, inner: list[float]) -> float:
-    base, exponent = value.args
-    size = 10 ** inner[1]
-    if base.free_symbols and size > MOST_POWER and not isinstance(base, Symbol):
-        raise OverflowError
-    if base.free_symbols or exponent.free_symbols:
-        return max(inner)
-    return 0.0 if base in (0, 1, -1) else float(size * max(inner[0], 0.3))
-
-
 def _verified(gold: Any, given: Any) -> bool:
-    if gold is None or given is None or _too_big(gold) or _too_big(given):
+    if gold is None or given is None or too_big(gold) or too_big(given):
         return False
     # An inequality says what its interval says, on either side.
     if verify(gold, given, timeout_seconds=None, raise_on_error=True, allow_set_relation_comp=True):

@@ -19,7 +19,9 @@ MARKED_NUMBER = re.compile(
 HEADING = re.compile(
     r"(?:\d+\s*[.):]\s*)?(?:step|part|case|problem|question|section|chapter)\b|\d+\s*[.):](?!\d)", re.IGNORECASE
 )
-SAID = re.compile(r"(?i)\b(?:answer|option|choice)\b[*_\s]*(?:\([^)\n]{0,40}\))?[*_\s]*(?:is|are|:|=)[*_:\s]*")
+SAID = re.compile(
+    r"(?i)\b(?:answer|option|choice|solution|root)s?\b[*_\s]*(?:\([^)\n]{0,40}\))?[*_\s]*(?:is|are|:|=)[*_:\s]*"
+)
 SENTENCE_END = re.compile(r"[.!?]\s+(?=[A-Z\n])|[.!?]?\s*(?:\n|$)|\.\s*I hope\b")
 FORMULA = re.compile(
     r"\$\$(.+?)\$\$|\\\[(.+?)\\\]|\\\((.+?)\\\)|(?<![\\\d])\$(?!\s*\d[\d.,]*\s+[A-Za-z])([^$\n]+?)(?<!\\)\$", re.DOTALL
@@ -68,8 +70,11 @@ def boxed_answer(text: str) -> str | None:
 
 
 def unfinished(text: str) -> bool:
-    """Whether its only boxes are ones that never close: the response was cut off inside its answer."""
-    return BOX.search(text) is not None and not _boxes(text)
+    """Whether its only boxes or tags are ones that never close: the response was cut off inside its answer."""
+    if BOX.search(text) is not None and not _boxes(text):
+        return True
+    lowered = text.lower()
+    return "<answer>" in lowered and "</answer>" not in lowered
 
 
 def said_answer(text: str) -> tuple[str, bool]:
@@ -78,7 +83,7 @@ def said_answer(text: str) -> tuple[str, bool]:
     for phrase in reversed(list(SAID.finditer(text))):
         rest = text[phrase.end() :]
         end = SENTENCE_END.search(rest)
-        said = rest[: end.start() if end else None].strip()
+        said = rest[: end.start() if end else None].strip(" \t\n*_`")
         if said:
             return said, True
     return text.strip(), False

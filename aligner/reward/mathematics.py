@@ -8,7 +8,8 @@ from functools import lru_cache
 from itertools import product
 from typing import Any
 
-from aligner.reward.answer_forms import Form, is_prose, read
+from aligner.reward.answer_forms import Form, is_prose
+from aligner.reward.answer_reading import read
 from aligner.reward.equivalence import same
 from aligner.reward.final_answer import after_reasoning, boxed_answer, final_answer, last_value, said_answer, unfinished
 from aligner.reward.rules import Unparsable, checked_by
