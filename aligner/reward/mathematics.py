@@ -2,41 +2,71 @@
 
 from __future__ import annotations
 
-import logging
+import math
 import re
+from functools import lru_cache
 from itertools import product
 from typing import Any
 
-from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
+from aligner.reward.answer_forms import Form, is_prose
+from aligner.reward.answer_reading import read
+from aligner.reward.equivalence import same
+from aligner.reward.final_answer import after_reasoning, boxed_answer, final_answer, last_value, said_answer, unfinished
+from aligner.reward.rules import Unparsable, checked_by
 
-from aligner.reward.rules import Unparsable
+__all__ = ["final_answer", "math_equivalent"]
 
-# It warns that its own time limit is off: ours, of the row, kills what it cannot interrupt.
-logging.getLogger("math_verify").setLevel(logging.ERROR)
-TARGETS = (LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig())
-BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
-NUMBER_AND_UNIT = re.compile(r"\$?([-+]?[\d][\d,]*(?:\.\d+)?(?:/\d+)?)\s+[A-Za-z][A-Za-z .]*")
+LONGEST = 2000
+"""Characters of a given answer that are read; one that is longer than this and than four times the gold one is wrong."""
+LONGEST_GOLD = 10_000
+SHORT = 300
+"""Characters of a whole response that may be no more than an answer."""
+SENTENCE = re.compile(r"(?!arc|sin|cos|tan|cot|sec|csc|log|ln|exp|sqrt|pi)[A-Za-z]{2,}\s")
+INTEGER = re.compile(r"[-+]?\d{1,18}")
 
 
-def math_equivalent(prompt: str, response: str, *, answer: Any) -> float:
-    """1 if the response's final answer equals `answer`, else 0; no answer is a wrong answer: 0.
+def _settings_problem(kwargs: Any, timeout_s: float) -> str | None:
+    if not isinstance(kwargs.get("boxed_only", False), bool):
+        return f"kwargs.boxed_only={kwargs['boxed_only']!r} must be true or false."
+    if not isinstance(kwargs.get("reasoning_end", ""), str):
+        return f"kwargs.reasoning_end={kwargs['reasoning_end']!r} must be text, such as '</think>'; '' is for none."
+    return None
 
-    The final answer is what stands in the last \\boxed{}, else behind the last ####, else what math-verify finds
-    (after "the answer is", in the last formula, the last number). `answer` may be in any of these forms too, or be the
-    bare answer. Numbers are equal to 6 decimals, expressions, sets, intervals, matrices by SymPy; words by spelling.
+
+@checked_by(_settings_problem, "boxed_only", "reasoning_end")
+def math_equivalent(
+    prompt: str, response: str, *, answer: Any, boxed_only: bool = False, reasoning_end: str = "</think>"
+) -> float:
+    r"""1 if the response's final answer equals `answer`, else 0; no answer, or one that cannot be read, is wrong: 0.
+
+    The final answer stands in the last \boxed{}, else in <answer> tags, else behind the last ####, else behind "the
+    answer is"; else the response is the answer, or its last formula or number is. What is equal: `same`; numbers with a
+    decimal point to 6 decimals (and 4 significant digits), expressions, sets, intervals, matrices by math-verify and
+    SymPy, words by spelling. A unit counts where both have one, "50%" is 0.5 and 50.
+
+    Args:
+        answer: text or a number, bare or in any of these forms; or a list of such, any of which is accepted.
+        boxed_only: only a box counts.
+        reasoning_end: what comes before its last occurrence is reasoning, where nothing counts; reasoning that has begun
+            (the same without its slash) and has not ended has no answer yet. "": none.
 
     Raises:
-        Unparsable: the two cannot be compared.
+        ValueError: `answer` is empty, null or nested, or cannot be read: the row's own fault, whatever the response.
+        Unparsable: SymPy cannot compare the two.
     """
-    wanted, given = final_answer(str(answer)) or str(answer), final_answer(response)
-    if given is not None and _spelling(given) == _spelling(wanted):
-        return 1.0
-    golds = _values(wanted)
-    values = _values(given) if given is not None else _parse(_tidy(response))
+    golds = _golds(answer)
+    given = _given(response, boxed_only, reasoning_end)
+    if given is None:
+        return 0.0
+    texts = [text for text, _ in golds]
+    if INTEGER.fullmatch(given) and all(INTEGER.fullmatch(text) for text in texts):
+        return float(any(int(given) == int(text) for text in texts))
+    if len(given) > max(LONGEST, *(4 * len(text) for text in texts)):
+        return 0.0
     problem: Exception | None = None
-    for gold, value in product(golds, values):
+    for (_, gold), form in product(golds, _values(given)):
         try:
-            if verify(gold, value, timeout_seconds=None, raise_on_error=True):
+            if same(gold, form):
                 return 1.0
         except Exception as error:
             problem = error
@@ -45,40 +75,44 @@ def math_equivalent(prompt: str, response: str, *, answer: Any) -> float:
     return 0.0
 
 
-def final_answer(text: str) -> str | None:
-    """What stands in the last \\boxed{}, else behind the last ####; None where there is neither."""
-    for start in reversed([match.end() for match in BOX.finditer(text)]):
-        depth = 1
-        for end in range(start, len(text)):
-            depth += {"{": 1, "}": -1}.get(text[end], 0)
-            if depth == 0:
-                return text[start:end]
-    _, found, rest = text.rpartition("####")
-    return rest.strip().split("\n")[0] if found and rest.strip() else None
+def _golds(answer: Any) -> list[tuple[str, Form]]:
+    accepted = answer if isinstance(answer, list | tuple) else [answer]
+    if not accepted:
+        raise ValueError("answer=[] accepts nothing; give the answer as text or a number, or a list of accepted ones.")
+    for one in accepted:
+        if not isinstance(one, str | int | float) or (isinstance(one, float) and not math.isfinite(one)):
+            raise ValueError(
+                f"answer={one!r:.80} is not possible; give the answer as text or a number, or a list of accepted ones."
+            )
+    return [_gold(str(one)) for one in accepted]
 
 
-def _values(text: str) -> list[Any]:
-    """A bare answer: as a formula, or as a number with its unit."""
-    text = _tidy(text)
-    with_unit = NUMBER_AND_UNIT.fullmatch(text)
-    if with_unit:
-        return _parse(with_unit.group(1))
-    if "$" in text or r"\(" in text or r"\[" in text or not re.search(r"[A-Za-z\\^_{(\[]", text):
-        return _parse(text)
-    return _parse(f"${text}$") or _parse(text)
+@lru_cache(maxsize=4096)
+def _gold(text: str) -> tuple[str, Form]:
+    said = final_answer(text)
+    said = text if said is None else said
+    forms = _values(said) if len(said) <= LONGEST_GOLD else []
+    if not forms:
+        raise ValueError(f"answer={text[:80]!r} cannot be read as a number, a formula, a list or words.")
+    return said.strip(), forms[0]
 
 
-def _parse(text: str) -> list[Any]:
-    found: list[Any] = parse(text, extraction_config=TARGETS, parsing_timeout=None)
-    return found
+def _values(text: str) -> list[Form]:
+    """What a bare answer says; empty where it cannot be read."""
+    form = read(text)
+    return [] if form is None else [form]
 
 
-def _tidy(text: str) -> str:
-    """Forms that the parser takes for others: "- 3" for 3, "1e3" for 1."""
-    text = re.sub(r"(?<![\w)}\]])-\s+(?=[\d\\.])", "-", text.strip())
-    return re.sub(r"(?<![\w.])(\d+(?:\.\d+)?)[eE]([-+]?\d+)(?!\w)", r"$\1 \\cdot 10^{\2}$", text)
-
-
-def _spelling(text: str) -> str:
-    plain = re.sub(r"\\(?:text|mathrm|textbf|mathbf)\s*\{([^{}]*)\}", r"\1", text)
-    return re.sub(r"[\s$]+", " ", plain).strip().rstrip(".").casefold()
+def _given(response: str, boxed_only: bool, reasoning_end: str) -> str | None:
+    text = after_reasoning(response, reasoning_end)
+    if text is None or unfinished(text):
+        return None
+    marked = boxed_answer(text) if boxed_only else final_answer(text)
+    if marked is not None or boxed_only:
+        return marked
+    said, announced = said_answer(text)
+    form = read(said) if len(said) <= (LONGEST if announced else SHORT) else None
+    if form is not None and not is_prose(form) and (announced or not SENTENCE.match(said)):
+        return said
+    # A sentence around the answer, or an answer in words.
+    return last_value(said, first=announced) or (said if form is not None else last_value(text))
