@@ -11,6 +11,7 @@ A text that asserts nothing belongs to the setup of the next one.
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,6 +21,8 @@ from aligner.reward.boxed.checks import asserts, walked, without_runners
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 CANDIDATES = {"candidate", "func", "fn", "f", "function", "solution"}
 """What a function of tests calls its one argument where this is the function to be tested."""
+FILES = r"open|io\.open|os\.(?:mkdir|makedirs|remove|unlink)|(?:tempfile|shutil)\..*|.*\.(?:write_text|write_bytes)|mock_open"
+"""Calls of tests that mean to share a folder with the program."""
 MODULES = [
     "solution",
     "answer",
@@ -122,6 +125,8 @@ class _Text:
                 raise ValueError(
                     f"the tests define the fixture {node.name}; fixtures are not supported, only plain tests"
                 )
+            if isinstance(node, ast.Call) and re.fullmatch(FILES, ast.unparse(node.func)):
+                raise ValueError(f"the tests use files ({ast.unparse(node)[:60]}), which the program does not see")
         conventions = [*self._called(), *self._by_name(), *self._of_classes()]
         found = [self._test("body")] if self._checks(self._plain) else []
         if not found and not conventions and self._checks(self._guarded):

@@ -220,6 +220,10 @@ REFUSED: dict[str, tuple[Any, str]] = {
         "import pytest\n@pytest.fixture\ndef one():\n    return 1\ndef test_f():\n    assert f(1)",
         "fixture one",
     ),
+    "files": (
+        "def test_f():\n    with open('a', 'w') as file:\n        file.write('x')\n    assert f('a')",
+        "the tests use files (open('a', 'w'))",
+    ),
     "indirect": ("@pytest.mark.parametrize('x', [1], indirect=True)\ndef test_f(x):\n    assert f(x)", "indirect"),
 }
 

@@ -207,7 +207,7 @@ def _await_proxies() -> None:
     async def whole(thing: Any) -> Any:
         return await thing
 
-    asyncio.run = lambda main, **kwargs: run(whole(main) if type(main) is Proxy else main, **kwargs)
+    asyncio.run = lambda main, **kwargs: run(whole(main) if isinstance(main, Proxy) else main, **kwargs)
 
 
 def _unpacked(packed: list[Any]) -> Any:

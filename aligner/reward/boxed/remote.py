@@ -10,14 +10,14 @@ import builtins
 import importlib
 import json
 import sys
+import threading
 import types
 from collections.abc import Callable
 from typing import Any
 
 from wire import DEEP, MUTABLE, Gone, Link, Pack, Side, Unpack, state_of
 
-KINDS = {"generator": types.GeneratorType, "function": types.FunctionType, "coroutine": types.CoroutineType}
-KINDS |= {"type": type, "method": types.MethodType}
+KINDS: dict[str, Any] = {"generator": types.GeneratorType, "type": type}
 KINDS |= {kind.__name__: kind for kind in (map, filter, zip, enumerate, reversed, object)}
 PLAIN = (bool, int, float, complex, str, bytes, tuple, frozenset, list, dict, set, type(None))
 KEPT, WATCHED = 16, 1000
@@ -34,7 +34,7 @@ _set = object.__setattr__
 
 
 class Proxy:
-    """An object of the program."""
+    # An object of the program. (A docstring would be every object's __doc__.)
 
     def __init__(self, judge: Judge, number: int, flags: dict[str, Any]) -> None:
         _set(self, "_judge", judge)
@@ -45,13 +45,17 @@ class Proxy:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         made = self._judge.do("call", self, *args, **kwargs)
-        if type(made) is Proxy and self._named[:1].isupper():
+        if isinstance(made, Proxy) and self._named[:1].isupper():
             _set(made, "_made", True)
         return made
 
     def __getattr__(self, name: str) -> Any:
+        if name == "__signature__":  # asked for by inspect.signature
+            raise self._judge.fault("the tests look into the program's code")
+        if name in ("__code__", "__globals__"):
+            raise AttributeError(name)
         found = self._judge.do("getattr", self, name)
-        if type(found) is Proxy and self._named != "Solution":
+        if isinstance(found, Proxy) and self._named != "Solution":
             _set(found, "_named", self._named)
         return found
 
@@ -83,10 +87,6 @@ class Proxy:
     def __exit__(self, *error: Any) -> Any:
         return self._judge.do("exit", self)
 
-    def __await__(self) -> Any:
-        return self._judge.do("await", self)
-        yield
-
     def __instancecheck__(self, thing: Any) -> bool:
         return bool(self._judge.do("isinstance", thing, self))
 
@@ -99,6 +99,14 @@ class Proxy:
     @property  # type: ignore[misc]
     def __class__(self) -> Any:
         return KINDS.get(self._flags.get("kind", ""), Proxy)
+
+
+class Awaitable(Proxy):
+    # A coroutine of the program.
+
+    def __await__(self) -> Any:
+        return self._judge.do("await", self)
+        yield
 
 
 class Extended:
@@ -117,10 +125,10 @@ def _forward(name: str) -> Any:
 
 def _compute(name: str, swapped: bool = False) -> Any:
     def operation(self: Proxy, *others: Any) -> Any:
-        if not self._made and not all(type(other) is Proxy for other in others):
+        if not self._made and not all(isinstance(other, Proxy) for other in others):
             return NotImplemented
         found = self._judge.do(name, *((*others, self) if swapped else (self, *others)))
-        if type(found) is Proxy and self._made:
+        if isinstance(found, Proxy) and self._made:
             _set(found, "_made", True)
         return found
 
@@ -149,6 +157,7 @@ for name in [
     operation = f"{name}_" if name in ("and", "or") else name
     setattr(Proxy, f"__{name}__", _compute(operation))
     setattr(Proxy, f"__r{name}__", _compute(operation, swapped=True))
+Proxy.__doc__ = property(lambda self: self._judge.do("getattr", self, "__doc__"))  # type: ignore[assignment]
 EXTENDED: dict[type, Any] = {
     base: type(base.__name__, (Extended, base), {"__hash__": base.__hash__})
     for base in (int, float, str, bytes, tuple, frozenset, list, dict, set)
@@ -160,6 +169,7 @@ class Judge(Side):
 
     def __init__(self, link: Link) -> None:
         self._link = link
+        self._lock = threading.RLock()
         self._proxies: dict[int, Any] = {}
         self._things: list[Any] = []
         self._raised: list[BaseException] = []
@@ -217,7 +227,7 @@ class Judge(Side):
         if self._module is None:
             self._module = self._ask("module", (), {})
         found = self._ask("getattr", (self._module, name), {})
-        if type(found) is Proxy:
+        if isinstance(found, Proxy):
             _set(found, "_named", name)
         return found
 
@@ -237,6 +247,10 @@ class Judge(Side):
         return any(error is known for known in self._raised)
 
     def _ask(self, operation: str, args: Any, kwargs: Any) -> Any:
+        with self._lock:  # the tests may have threads
+            return self._asked_for(operation, args, kwargs)
+
+    def _asked_for(self, operation: str, args: Any, kwargs: Any) -> Any:
         limit = sys.getrecursionlimit()
         sys.setrecursionlimit(DEEP)
         pack = Pack(self)
@@ -319,8 +333,7 @@ class Judge(Side):
         ]
         kind = next((kind for kind in known if isinstance(kind, type) and issubclass(kind, BaseException)), Exception)
         try:
-            error = kind.__new__(kind, *args)
-            error.args = tuple(args)
+            error = kind(*args)
             error.__dict__.update({name: value for name, value in state if isinstance(name, str)})
         except Exception:
             error = RuntimeError(*args)
@@ -329,7 +342,7 @@ class Judge(Side):
 
     def foreign(self, thing: Any, pack: Pack) -> list[Any]:
         """The node of what is no plain data here."""
-        if type(thing) is Proxy or isinstance(thing, Extended):
+        if isinstance(thing, Proxy | Extended):
             return ["thing", object.__getattribute__(thing, "_number")]
         if isinstance(thing, type) and (number := vars(thing).get("_number")) is not None:
             return ["thing", number]
@@ -340,7 +353,8 @@ class Judge(Side):
         if (place := _place(thing)) is not None:
             return ["global", *place]
         self._things.append(thing)
-        return ["tests", len(self._things) - 1]
+        about = {name: text for name in ("__name__", "__doc__") if isinstance(text := getattr(thing, name, None), str)}
+        return ["tests", len(self._things) - 1, about]
 
     def native(self, node: list[Any], unpack: Unpack) -> Any:
         """What the program has handed over."""
@@ -362,7 +376,8 @@ class Judge(Side):
         if tag == "exception":
             self._proxies[number] = self._mirror(*node[1:])
         else:
-            self._proxies[number] = Proxy(self, number, node[2])
+            kind = Awaitable if node[2].get("await") else Proxy
+            self._proxies[number] = kind(self, number, node[2])
         return self._proxies[number]
 
     def _mirror(self, number: int, name: str, bases: list[int], builtin: list[str]) -> type:

@@ -14,6 +14,7 @@ import json
 import operator
 import os
 import sys
+import threading
 import types
 from collections.abc import Callable
 from typing import Any
@@ -103,8 +104,8 @@ OPERATIONS: dict[str, Callable[..., Any]] = {
 class Stub:
     """An object of the tests: to be called, and asked for its public attributes."""
 
-    def __init__(self, program: Program, number: int) -> None:
-        self.__dict__.update(_program=program, _number=number)
+    def __init__(self, program: Program, number: int, about: dict[str, str]) -> None:
+        self.__dict__.update(_program=program, _number=number, **about)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._program.ask("call", self._number, args, kwargs)
@@ -141,6 +142,7 @@ class Program(Side):
 
     def __init__(self, link: Link) -> None:
         self._link = link
+        self._lock = threading.RLock()
         self._things: list[Any] = []
         self._numbers: dict[int, int] = {}
         self._made: set[int] = set()
@@ -186,6 +188,10 @@ class Program(Side):
 
     def ask(self, what: str, number: int, args: Any, kwargs: Any) -> Any:
         """Have the tests do something, in the middle of a request of theirs."""
+        with self._lock:  # the program may have threads
+            return self._ask(what, number, args, kwargs)
+
+    def _ask(self, what: str, number: int, args: Any, kwargs: Any) -> Any:
         pack = Pack(self)
         said = {"ask": what, "thing": number, "args": pack.value(args), "kwargs": pack.value(kwargs)}
         self._link.send({**said, "nodes": pack.nodes})
@@ -252,7 +258,7 @@ class Program(Side):
     def foreign(self, thing: Any, pack: Pack) -> list[Any]:
         """The node of an object of the program."""
         if type(thing) is Stub:
-            return ["tests", thing._number]
+            return ["tests", thing._number, {}]
         if isinstance(thing, type) and thing in vars(builtins).values():
             return ["builtin", thing.__name__]
         number, kind = self._number(thing), type(thing)
@@ -269,6 +275,7 @@ class Program(Side):
             return ["extended", number, pack.value(plain)]
         flags = {
             "plain": plain is not None,
+            "await": hasattr(kind, "__await__"),
             "kind": kind.__name__ if kind.__module__ == "builtins" else "",
         }
         return ["thing", number, flags]
@@ -279,7 +286,7 @@ class Program(Side):
         if tag == "thing":
             return self._things[node[1]]
         if tag == "tests":
-            return Stub(self, node[1])
+            return Stub(self, node[1], node[2])
         if tag == "instance":
             kind = vars(self.module).get(node[1], self.shared[node[1]])
             return object.__new__(kind)

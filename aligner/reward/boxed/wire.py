@@ -53,6 +53,7 @@ class Link:
         sys.set_int_max_str_digits(0)
         os.set_inheritable(number, False)
         self._number = number
+        self._come = bytearray()
 
     def send(self, message: dict[str, Any]) -> None:
         """Write one message."""
@@ -75,14 +76,13 @@ class Link:
         return message
 
     def _read(self, size: int) -> bytes:
-        parts = []
-        while size:
-            part = os.read(self._number, min(size, 1 << 20))
+        while len(self._come) < size:
+            part = os.read(self._number, max(65536, size - len(self._come)))
             if not part:
                 raise Gone
-            parts.append(part)
-            size -= len(part)
-        return b"".join(parts)
+            self._come += part
+        found, self._come = bytes(self._come[:size]), self._come[size:]
+        return found
 
 
 class Side:
