@@ -122,7 +122,8 @@ def code_tests(
     """
     given = (tests, test, test_list, test_cases, input_output, ground_truth)
     first = next((found for found in given if found is not None), None)
-    suite = read_suite(first, entry_point or fn_name, (test_imports or (), test_setup_code or ()), metadata, prompt)
+    prefix = prompt if _compiles(prompt) else python_block(prompt) or ""
+    suite = read_suite(first, entry_point or fn_name, (test_imports or (), test_setup_code or ()), metadata, prefix)
     code = python_block(response, block)
     if code is None:
         return 0.0
@@ -132,7 +133,7 @@ def code_tests(
         return Limits(max(0.01, end - time.monotonic()), memory_mb, processes, file_mb, output_kb)
 
     judged = len(suite.calls) + len(suite.scripts.tests)
-    passed = _passed(_completed(code, suite, prompt), suite, partial, left(), isolation) if judged else 0
+    passed = _passed(_completed(code, suite, prefix), suite, partial, left(), isolation) if judged else 0
     for given_text, wanted in suite.pairs:
         if (passed < judged and not partial) or time.monotonic() >= end:
             break
@@ -171,10 +172,10 @@ def _same_word(word: str, wanted: str) -> bool:
     return math.isclose(float(word), float(wanted), **NEAR)
 
 
-def _completed(code: str, suite: Suite, prompt: str) -> str:
+def _completed(code: str, suite: Suite, prefix: str) -> str:
     """A function's body alone goes on where the prompt ends (HumanEval)."""
-    if prompt in suite.setup and not _compiles(code):
-        return f"{prompt.rstrip()}\n{code}"
+    if prefix in suite.setup and not _compiles(code):
+        return f"{prefix.rstrip()}\n{code}"
     return code
 
 

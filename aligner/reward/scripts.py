@@ -21,6 +21,10 @@ from aligner.reward.boxed.checks import asserts, walked, without_runners
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 CANDIDATES = {"candidate", "func", "fn", "f", "function", "solution"}
 """What a function of tests calls its one argument where this is the function to be tested."""
+STANDARD = (
+    *("math", "re", "collections", "itertools", "functools", "random", "string", "heapq", "bisect", "copy", "json"),
+    *("sys", "os", "time", "datetime", "operator", "statistics", "typing", "io", "cmath", "decimal", "fractions"),
+)
 FILES = r"open|io\.open|os\.(?:mkdir|makedirs|remove|unlink)|(?:tempfile|shutil)\..*|.*\.(?:write_text|write_bytes)|mock_open"
 """Calls of tests that mean to share a folder with the program."""
 MODULES = [
@@ -58,6 +62,8 @@ class Scripts:
     """What the setup only announces and the program defines."""
     wanted: list[str] = field(default_factory=list)
     """Every name that occurs."""
+    modules: list[str] = field(default_factory=list)
+    """Modules of the standard library that they use without importing them: never the program's."""
     imports: dict[str, list[str]] = field(default_factory=dict)
     """Names that are imported from modules that are not the standard library's."""
 
@@ -102,7 +108,9 @@ class Scripts:
                 if isinstance(node, ast.ImportFrom) and node.module:
                     self.imports.setdefault(node.module, []).extend(alias.name for alias in node.names)
         names = {node.id for tree in (*setup, *own) for node in ast.walk(tree) if isinstance(node, ast.Name)}
-        self.wanted = sorted(names | set(last))
+        owners = [node.value for tree in own for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
+        self.modules = sorted({node.id for node in owners if isinstance(node, ast.Name)} & set(STANDARD) - set(last))
+        self.wanted = sorted((names | set(last)) - set(self.modules))
 
 
 class _Text:

@@ -71,6 +71,7 @@ class Suite:
             "dropped": scripts.dropped,
             "wanted": scripts.wanted,
             "modules": list(MODULES),
+            "standard": scripts.modules,
             "imports": scripts.imports,
         }
 
@@ -84,7 +85,7 @@ def read_suite(
         entry_point: of the row, where the tests do not name it.
         setup: imports and definitions of the row, as texts or lists of lines.
         metadata: LiveCodeBench's, an object or JSON text of it, which may name the function.
-        prefix: the prompt; where it is Python that defines the entry point, as HumanEval's, it is setup too.
+        prefix: Python of the prompt; where it defines the entry point, as HumanEval's, it is setup too.
 
     Raises:
         ValueError: it is not understood, or nothing in it could fail a wrong program.

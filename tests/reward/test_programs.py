@@ -137,6 +137,10 @@ FORGERIES = {
         "import math\nmath.isclose = lambda *a, **k: True\ndef f(x): return 5",
         "import math\nassert math.isclose(f(2), 4)",
     ),
+    "a module that the tests forgot to import": (
+        "class math:\n  isclose = lambda *a: True\ndef f(x): return 5",
+        "assert math.isclose(f(2), 4)",
+    ),
     "a difference of 0": (
         "class A:\n  def __sub__(s, o): return 0.0\ndef f(x): return A()",
         "assert abs(f(2) - 4) < 1e-9",

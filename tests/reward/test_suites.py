@@ -167,6 +167,22 @@ def test_a_form_tells_right_from_wrong(right: str, wrong: str, row: dict[str, An
         assert code_tests(prompt, f"```python\n{program}\n```", seconds=60.0, **row) == reward
 
 
+@needs_sandbox
+def test_a_chat_prompt_may_hold_the_helpers() -> None:
+    """HumanEval/32: the check uses a function of the prompt, and not what the program makes of it."""
+    helper = "def poly(xs, x):\n    return sum(c * x**i for i, c in enumerate(xs))\n\ndef zero(xs):\n    'Find it.'\n"
+    row = {
+        "test": "def check(c):\n    assert abs(poly([1, 2], c([1, 2]))) < 1e-4",
+        "entry_point": "zero",
+        "seconds": 60.0,
+    }
+    programs = {"def zero(xs): return -0.5": 1.0, "def zero(xs): return 1": 0.0}
+    programs["def poly(xs, x): return 0\ndef zero(xs): return 1"] = 0.0
+    for prompt in (helper, f"Complete this:\n```python\n{helper}```\n"):
+        for program, reward in programs.items():
+            assert code_tests(prompt, f"```python\n{program}\n```", **row) == reward
+
+
 REFUSED: dict[str, tuple[Any, str]] = {
     "nothing": (None, "no test"),
     "empty text": ("", "is empty"),

@@ -11,7 +11,6 @@ from __future__ import annotations
 import ast
 import builtins
 import importlib
-import inspect
 import io
 import itertools
 import json
@@ -64,6 +63,8 @@ class Tests:
             raise Broken(f"the row's setup code raises {type(error).__name__}: {error}") from None
         for name in self._plan["dropped"]:
             self.names.pop(name, None)
+        for name in self._plan["standard"]:
+            self._layer[name] = importlib.import_module(name)
         wanted = set(self._plan["wanted"])
         own = [name for name in names if name in wanted and not hasattr(builtins, name)]
         hidden = [name for name in names if name in wanted and hasattr(builtins, name)]
@@ -71,7 +72,7 @@ class Tests:
         subject = self._plan["entry"] or (hidden[0] if len(hidden) == 1 and not own else None)
         for name in own + [name for name in hidden if name == subject]:
             value = self._layer[name] = self._judge.fetch(name)
-            self._judge.used += not isinstance(value, Proxy) and not inspect.isclass(value)
+            self._judge.used += not isinstance(value, Proxy) and not isinstance(value, type)
             if name == self._plan["entry"]:
                 self.names.pop(name, None)
         known = {name for name, parts in self._plan["imports"].items() if parts and set(parts) <= set(names)}
@@ -176,7 +177,7 @@ class Tests:
         for values in itertools.product(*sets):
             given = {key: value for part in values for key, value in part.items()}
             outcome = function(*first, **given)
-            if inspect.iscoroutine(outcome):
+            if isinstance(outcome, types.CoroutineType):
                 importlib.import_module("asyncio").run(outcome)
 
     def _method(self, owner: Any, name: str) -> None:
@@ -187,7 +188,7 @@ class Tests:
             if hook == name:
                 self._each(method)
             elif method is not None:
-                method(*[method][: len(inspect.signature(method).parameters)])
+                method(*[method][: method.__code__.co_argcount - 1])
 
     def _case(self, owner: Any, name: str) -> None:
         unittest = sys.modules["unittest"]

@@ -19,7 +19,6 @@ from wire import DEEP, MUTABLE, Gone, Link, Pack, Side, Unpack, state_of
 
 KINDS: dict[str, Any] = {"generator": types.GeneratorType, "type": type}
 KINDS |= {kind.__name__: kind for kind in (map, filter, zip, enumerate, reversed, object)}
-PLAIN = (bool, int, float, complex, str, bytes, tuple, frozenset, list, dict, set, type(None))
 KEPT, WATCHED = 16, 1000
 """So many containers of the program are watched for changes, up to so many items."""
 MOST = 1_000_000
@@ -255,7 +254,8 @@ class Judge(Side):
         sys.setrecursionlimit(DEEP)
         pack = Pack(self)
         filled = self._changed(pack) if self._held else []
-        request = {"op": operation, "args": pack.value(args), "kwargs": pack.value(kwargs), "filled": filled}
+        given = {name: pack.value(value) for name, value in kwargs.items()}
+        request = {"op": operation, "args": [pack.value(arg) for arg in args], "kwargs": given, "filled": filled}
         sys.setrecursionlimit(limit)
         self._link.send({**request, "nodes": pack.nodes})
         while True:

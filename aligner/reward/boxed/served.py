@@ -208,7 +208,8 @@ class Program(Side):
         printed, limit = io.StringIO(), sys.getrecursionlimit()
         sys.setrecursionlimit(DEEP)
         unpack = Unpack(self, request["nodes"])
-        args, kwargs = unpack.value(request["args"]), unpack.value(request["kwargs"])
+        args = [unpack.value(arg) for arg in request["args"]]
+        kwargs = {name: unpack.value(value) for name, value in request["kwargs"].items()}
         for number, content in request["filled"]:
             _fill(self._things[number], unpack.value(content))
         sys.setrecursionlimit(limit)

@@ -7,32 +7,26 @@ is a node of the request that is being answered. So shared and cyclic structures
 from __future__ import annotations
 
 import collections
-import datetime
-import decimal
-import fractions
+import importlib
 import json
 import os
 import sys
+from collections.abc import Callable
 from typing import Any
 
 ATOMS = (type(None), bool, int, float, str)
-PLAIN = (bool, int, float, complex, str, bytes, tuple, frozenset, list, dict, set)
-CALLED = {
-    "complex": (complex, lambda x: (x.real, x.imag)),
-    "range": (range, lambda x: (x.start, x.stop, x.step)),
-    "slice": (slice, lambda x: (x.start, x.stop, x.step)),
-    "decimal": (decimal.Decimal, lambda x: (str(x),)),
-    "fraction": (fractions.Fraction, lambda x: (x.numerator, x.denominator)),
-    "date": (datetime.date, lambda x: (x.year, x.month, x.day)),
-    "time": (datetime.time, lambda x: (x.hour, x.minute, x.second, x.microsecond)),
-    "datetime": (
-        datetime.datetime,
-        lambda x: (x.year, x.month, x.day, x.hour, x.minute, x.second, x.microsecond),
-    ),
-    "timedelta": (datetime.timedelta, lambda x: (x.days, x.seconds, x.microseconds)),
+CALLED: dict[str, tuple[str, Callable[[Any], tuple[Any, ...]]]] = {
+    "complex": ("builtins", lambda x: (x.real, x.imag)),
+    "range": ("builtins", lambda x: (x.start, x.stop, x.step)),
+    "slice": ("builtins", lambda x: (x.start, x.stop, x.step)),
+    "Decimal": ("decimal", lambda x: (str(x),)),
+    "Fraction": ("fractions", lambda x: (x.numerator, x.denominator)),
+    "date": ("datetime", lambda x: (x.year, x.month, x.day)),
+    "time": ("datetime", lambda x: (x.hour, x.minute, x.second, x.microsecond)),
+    "datetime": ("datetime", lambda x: (x.year, x.month, x.day, x.hour, x.minute, x.second, x.microsecond)),
+    "timedelta": ("datetime", lambda x: (x.days, x.seconds, x.microseconds)),
 }
-"""Immutable values: (type, the arguments that make an equal one)."""
-NAMED = {kind: tag for tag, (kind, _) in CALLED.items()}
+"""Immutable values by the name of their type: (its module, the arguments that make an equal one)."""
 SEQUENCES = {"tuple": tuple, "frozenset": frozenset}
 MUTABLE = ("list", "dict", "set", "deque", "bytearray", "OrderedDict", "defaultdict", "Counter", "instance")
 DEEP = 400_000
@@ -142,8 +136,9 @@ class Pack:
             return [kind.__name__, thing.decode("latin-1")]
         if kind is collections.deque:
             return ["deque", [self.value(item) for item in thing], thing.maxlen]
-        if kind in NAMED and getattr(thing, "tzinfo", None) is None:
-            return [NAMED[kind], [self.value(part) for part in CALLED[NAMED[kind]][1](thing)]]
+        module, parts = CALLED.get(kind.__name__, ("", None))
+        if parts and kind.__module__ == module and getattr(thing, "tzinfo", None) is None:
+            return [kind.__name__, [self.value(part) for part in parts(thing)]]
         if thing is Ellipsis or thing is NotImplemented:
             return ["single", repr(thing)]
         return self._side.foreign(thing, self)
@@ -181,7 +176,8 @@ class Unpack:
         elif tag in SEQUENCES:
             self.built[index] = SEQUENCES[tag]([self.value(item) for item in node[1]])
         elif tag in CALLED:
-            self.built[index] = CALLED[tag][0](*[self.value(part) for part in node[1]])
+            kind = getattr(importlib.import_module(CALLED[tag][0]), tag)
+            self.built[index] = kind(*[self.value(part) for part in node[1]])
         elif tag == "bytes":
             self.built[index] = node[1].encode("latin-1")
         elif tag == "single":
