@@ -20,8 +20,9 @@ import time
 
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 OUTLIVED = (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-LOOK_S = 1.0
-"""So often those that have come to this process, and ended, are taken leave of."""
+LOOK_S, LOOK_ALONE_S = 1.0, 0.05
+"""So often those that have come to this process, and ended, are taken leave of; the second where the kernel has no pidfd,
+or a container forbids it, and nothing else tells that the rank or the worker has ended."""
 END_S = 5.0
 """For whom no signal ends, as one that waits for a disk, nobody waits longer."""
 libc = ctypes.CDLL(None, use_errno=True)
@@ -82,6 +83,15 @@ def end_all() -> None:
         time.sleep(0.002)
 
 
+def watch(watched: select.poll, process: int) -> bool:
+    """Have the poll return when the process ends, if that is possible."""
+    try:
+        watched.register(os.pidfd_open(process), select.POLLIN)
+    except (OSError, AttributeError):
+        return False
+    return True
+
+
 def end_as(status: int) -> None:
     """With the worker's own exit code, or by the signal that ended it."""
     code = os.waitstatus_to_exitcode(status)
@@ -101,12 +111,11 @@ def main() -> None:
     os.setsid()
     libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     watched = select.poll()
-    of_rank = os.pidfd_open(rank)
+    seen = watch(watched, rank)
     if os.getppid() != rank:  # it has ended, and its number may be another's
         os._exit(1)
-    watched.register(of_rank, select.POLLIN)
     worker = start(command)
-    watched.register(os.pidfd_open(worker), select.POLLIN)
+    seen = watch(watched, worker) and seen
     os.write(report, str(worker).encode())
     os.close(report)
     nothing = os.open(os.devnull, os.O_RDWR)
@@ -114,7 +123,8 @@ def main() -> None:
         os.dup2(nothing, number)
     status = None
     while status is None:
-        if any(number == of_rank for number, _ in watched.poll(LOOK_S * 1000)):
+        watched.poll((LOOK_S if seen else LOOK_ALONE_S) * 1000)
+        if os.getppid() != rank:
             os.kill(worker, signal.SIGKILL)
         status = reap(worker)[0]
     end_all()

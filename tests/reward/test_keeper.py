@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from aligner.reward import keeper as keeper_of
 from aligner.reward import rules
 from aligner.reward.pool import RulePool, Status
 
@@ -178,3 +179,23 @@ def test_a_worker_has_the_signals_and_the_exit_code_of_one_without_a_keeper(rule
             score.detail for score in pool.score([{"prompt": "", "response": code} for code in ("0", "7", "255")])
         ]
     assert details == [f"the worker died: exit code {code}" for code in (0, 7, 255)]
+
+
+@pytest.mark.parametrize("without", ["", "del os.pidfd_open; "])
+def test_a_keeper_without_the_kernels_help(without: str, tmp_path: Path) -> None:
+    """It ends as its worker does, and takes along what the worker left."""
+    mark = f"alone-{os.getpid()}"
+    left = f"import os, sys\nif os.fork() == 0: os.execv(sys.executable, [sys.executable, '-S', '-c', 'import time; time.sleep(100)', '{mark}'])"
+    worker = [sys.executable, "-S", "-c", f"{left}\nimport time; time.sleep(0.5); os._exit(7)"]
+    program = (
+        f"import os, runpy, sys; {without}sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    told, tell = os.pipe()
+    keeper = [sys.executable, "-c", program, keeper_of.__file__, str(tell), str(os.getpid()), *worker]
+    process = subprocess.Popen(keeper, pass_fds=[tell])
+    os.close(tell)
+    with open(told) as file:
+        assert int(file.read()) not in (process.pid, 0)
+    assert running(mark)
+    assert process.wait(60) == 7
+    assert running(mark) == []
