@@ -3,35 +3,31 @@
 from __future__ import annotations
 
 import json
+import math
 import re
-import secrets
+import socket
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
+from aligner.reward.boxed.checks import NEAR
+from aligner.reward.fences import BLOCKS, python_block
 from aligner.reward.rules import checked_by
 from aligner.reward.sandbox import ISOLATION, Limits, isolation_problem, run_python
+from aligner.reward.suites import Suite, read_suite
 
-BLOCK = re.compile(
-    r"^[ \t]*```(?:python|py|python3)?[ \t]*\n(.*?)^[ \t]*```[ \t]*$", re.DOTALL | re.MULTILINE | re.IGNORECASE
-)
-DRIVER = """
-import json, os, sys
-given = json.load(sys.stdin)
-report = os.dup(1)
-os.dup2(os.open(os.devnull, os.O_RDWR), 0)
-os.dup2(0, 1)
-names = {"__name__": "__main__"}
-exec(compile(given["code"], "response.py", "exec"), names)
-for number, test in enumerate(given["tests"]):
-    try:
-        exec(compile(test, "test.py", "exec"), names)
-    except Exception:
-        continue
-    os.write(report, f"{given['mark']}{number}\\n".encode())
-"""
-"""Runs the response's top level, then each test in its names; a mark that the response was not told says: passed."""
+__all__ = ["code_tests", "python_block", "same_output"]
+
+
+BOXED = Path(__file__).with_name("boxed")
+JUDGING = ("harness.py", "checks.py", "remote.py", "wire.py")
+SERVING = ("served.py", "wire.py")
+NUMBER = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?")
+INTEGER = re.compile(r"[-+]?\d+")
 OVERHEAD_S = 1.0
 LIMITS = tuple(entry.name for entry in fields(Limits) if entry.name != "seconds")
 
@@ -40,6 +36,8 @@ def _check(kwargs: Mapping[str, Any], timeout_s: float) -> str | None:
     isolation = kwargs.get("isolation", ISOLATION[0])
     if isolation not in ISOLATION:
         return f"kwargs.isolation={isolation} is unknown; use {' or '.join(ISOLATION)}."
+    if kwargs.get("block", BLOCKS[0]) not in BLOCKS:
+        return f"kwargs.block={kwargs['block']} is unknown; use {', '.join(BLOCKS[:-1])} or {BLOCKS[-1]}."
     for name in ("seconds", *LIMITS):
         value = kwargs.get(name, getattr(Limits, name))
         if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
@@ -64,13 +62,24 @@ def _check(kwargs: Mapping[str, Any], timeout_s: float) -> str | None:
     )
 
 
-@checked_by(_check, "partial", "seconds", "isolation", *LIMITS)  # never by a row of somebody's data set
+@checked_by(_check, "partial", "block", "seconds", "isolation", *LIMITS)  # never by a row of somebody's data set
 def code_tests(
     prompt: str,
     response: str,
     *,
-    tests: Sequence[Any] | str,
+    tests: Any = None,
+    test: Any = None,
+    test_list: Any = None,
+    test_cases: Any = None,
+    input_output: Any = None,
+    ground_truth: Any = None,
+    entry_point: Any = None,
+    fn_name: Any = None,
+    test_setup_code: Any = None,
+    test_imports: Any = None,
+    metadata: Any = None,
     partial: bool = False,
+    block: str = BLOCKS[0],
     seconds: float = Limits.seconds,
     isolation: str = ISOLATION[0],
     memory_mb: int = Limits.memory_mb,
@@ -78,32 +87,44 @@ def code_tests(
     file_mb: int = Limits.file_mb,
     output_kb: int = Limits.output_kb,
 ) -> float:
-    """1 if the response's last Python code block passes every test, else 0; no block is a wrong answer: 0.
+    """1 if the response's program passes every test of the row, else 0; no program is a wrong answer: 0.
 
-    Two kinds of tests may be mixed in `tests` (one text is a list of one):
-        "assert f(2) == 4"                            runs after the block, among its names; passes unless it raises
-        {"input": "2\\n", "output": "4\\n"}           the block runs on this standard input and ends with code 0, and
-                                                      prints this, blanks at line ends and empty last lines aside
+    The tests are the first of `tests`, `test`, `test_list`, `test_cases`, `input_output`, `ground_truth` that the row
+    has, in any form that `suites.py` lists, JSON text of it too:
 
-    Outputs are compared outside the sandbox. A test of the first kind runs in the response's own process, as it must to
-    see its names: leaving early or raising is no way round it, but a response that sets out to search the interpreter
-    for the marks of passed tests could forge them. Where that matters, use the second kind.
+        "assert f(2) == 4"                            Python; `scripts.py` says what is a test: asserts, HumanEval's
+                                                      check(candidate), pytest's functions and classes, unittest
+        {"input": "2\\n", "output": "4\\n"}           the program runs on this standard input, ends with code 0 and
+                                                      prints this (see `same_output`)
+        the same with a function's name               its arguments and its result
+
+    Tests of a function run in a sandbox of their own; the program is in another and is only asked for what they call.
+    Values go over, and are compared where the program is not: leaving early, printing, changing builtins, searching
+    the interpreter or returning an object that equals everything passes nothing. Objects of the program's own classes
+    stay there and answer for themselves, among each other.
 
     What a program can and cannot do in the sandbox stands at `sandbox.run_python`. Time, memory, or output beyond the
     limits is a failed test; a sandbox that cannot be made is a failed row, not a 0.
 
     Args:
+        entry_point, fn_name: the function that the tests are about, or Solution().method.
+        test_setup_code, test_imports: Python that runs before both the program and the tests.
+        metadata: LiveCodeBench's, which names the function.
         partial: the fraction of tests passed in place of all or nothing.
+        block: which code block is the program: last, first, all, or text; see `fences.python_block`.
         seconds: for all tests of a row together; below the row's limit (timeout_s).
         isolation: namespaces, or limits where these are not allowed and the programs are trusted.
         memory_mb, processes, file_mb, output_kb: see `sandbox.Limits`.
 
     Raises:
-        ValueError: tests that cannot be read.
+        ValueError: tests that are not understood, that nothing could fail, or that fail by themselves.
         SandboxError: the program could not be locked in.
     """
-    asserts, pairs = _sorted_out([tests] if isinstance(tests, str) else tests)
-    code = python_block(response)
+    given = (tests, test, test_list, test_cases, input_output, ground_truth)
+    first = next((found for found in given if found is not None), None)
+    prefix = prompt if _compiles(prompt) else python_block(prompt) or ""
+    suite = read_suite(first, entry_point or fn_name, (test_imports or (), test_setup_code or ()), metadata, prefix)
+    code = python_block(response, block)
     if code is None:
         return 0.0
     end = time.monotonic() + seconds
@@ -111,51 +132,87 @@ def code_tests(
     def left() -> Limits:
         return Limits(max(0.01, end - time.monotonic()), memory_mb, processes, file_mb, output_kb)
 
-    passed = _passed_asserts(code, asserts, left(), isolation) if asserts else 0
-    for given, wanted in pairs:
-        if passed < len(asserts) and not partial:
+    judged = len(suite.calls) + len(suite.scripts.tests)
+    passed = _passed(_completed(code, suite, prefix), suite, partial, left(), isolation) if judged else 0
+    for given_text, wanted in suite.pairs:
+        if (passed < judged and not partial) or time.monotonic() >= end:
             break
-        if time.monotonic() >= end:
-            break
-        outcome = run_python(["response.py"], {"response.py": code}, given.encode(), left(), isolation)
-        right = (
-            outcome.code == 0 and not outcome.stopped and _lines(outcome.stdout.decode("utf-8", "replace")) == wanted
-        )
+        outcome = run_python(["response.py"], {"response.py": code}, given_text.encode(), left(), isolation)
+        printed = outcome.stdout.decode("utf-8", "replace")
+        right = outcome.code == 0 and not outcome.stopped and same_output(printed, wanted)
         if not right and not partial:
             return 0.0
         passed += right
-    total = len(asserts) + len(pairs)
+    total = judged + len(suite.pairs)
     return passed / total if partial else float(passed == total)
 
 
-def python_block(response: str) -> str | None:
-    """The last fenced block of Python (or of no named language); None where there is none."""
-    blocks = BLOCK.findall(response)
-    return blocks[-1] if blocks else None
+def same_output(printed: str, wanted: str) -> bool:
+    """Line by line, blanks around lines and around the whole aside; where words differ, numbers that are not both whole
+    are equal as numpy.allclose has it (as the evaluators of APPS, PRIME and LiveCodeBench compare, but no line is
+    ever compared as a set of words)."""
+    lines, right = ([line.strip() for line in text.strip().splitlines()] for text in (printed, wanted))
+    return len(lines) == len(right) and all(map(_same_line, lines, right))
 
 
-def _sorted_out(tests: Sequence[Any]) -> tuple[list[str], list[tuple[str, list[str]]]]:
-    """(asserts, (input, lines of output))."""
-    if not isinstance(tests, Sequence) or not tests:
-        raise ValueError(f"tests={tests!r} must be a list of at least one test")
-    asserts, pairs = [], []
-    for test in tests:
-        if isinstance(test, str):
-            asserts.append(test)
-        elif isinstance(test, Mapping) and isinstance(test.get("output"), str):
-            pairs.append((str(test.get("input", "")), _lines(test["output"])))
-        else:
-            raise ValueError(f'a test must be text or {{"input": text, "output": text}}, not {str(test)[:80]}')
-    return asserts, pairs
+def _same_line(line: str, wanted: str) -> bool:
+    if line == wanted:
+        return True
+    words, right = line.split(), wanted.split()
+    return len(words) == len(right) and all(map(_same_word, words, right))
 
 
-def _passed_asserts(code: str, asserts: list[str], limits: Limits, isolation: str) -> int:
-    mark = secrets.token_hex(16)
-    given = json.dumps({"code": code, "tests": asserts, "mark": mark}).encode()
-    outcome = run_python(["-c", DRIVER], {}, given, limits, isolation)
-    said = set(outcome.stdout.decode("utf-8", "replace").split("\n"))
-    return sum(f"{mark}{number}" in said for number in range(len(asserts)))
+def _same_word(word: str, wanted: str) -> bool:
+    if word == wanted:
+        return True
+    if not (NUMBER.fullmatch(word) and NUMBER.fullmatch(wanted)) or (
+        INTEGER.fullmatch(word) and INTEGER.fullmatch(wanted)
+    ):
+        return False
+    return math.isclose(float(word), float(wanted), **NEAR)
 
 
-def _lines(text: str) -> list[str]:
-    return [line.rstrip() for line in text.rstrip().split("\n")]
+def _completed(code: str, suite: Suite, prefix: str) -> str:
+    """A function's body alone goes on where the prompt ends (HumanEval)."""
+    if prefix in suite.setup and not _compiles(code):
+        return f"{prefix.rstrip()}\n{code}"
+    return code
+
+
+def _compiles(code: str) -> bool:
+    try:
+        compile(code, "response.py", "exec")
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return False
+    return True
+
+
+def _passed(code: str, suite: Suite, partial: bool, limits: Limits, isolation: str) -> int:
+    """How many tests of functions pass, with the tests in one sandbox and the program in another."""
+    plan = json.dumps(suite.plan(partial)).encode()
+    program = json.dumps({"setup": suite.setup, "pieces": suite.scripts.pieces, "code": code}).encode()
+    ours, theirs = socket.socketpair()
+
+    def serve() -> None:
+        with theirs:  # so that the tests see the end of the program
+            files = {name: _boxed(name) for name in SERVING}
+            run_python(["served.py", str(theirs.fileno())], files, program, limits, isolation, [theirs.fileno()])
+
+    with ThreadPoolExecutor(1) as threads:
+        serving = threads.submit(serve)
+        with ours:  # and the program that of the tests
+            files = {name: _boxed(name) for name in JUDGING}
+            outcome = run_python(["harness.py", str(ours.fileno())], files, plan, limits, isolation, [ours.fileno()])
+        serving.result()
+    said = [json.loads(line) for line in outcome.stdout.decode().splitlines()]
+    broken = next((entry["broken"] for entry in said if isinstance(entry, dict)), None)
+    if broken is None and not outcome.stopped and "done" not in said and outcome.code >= 0:
+        broken = f"the tests end their own process, with code {outcome.code}"
+    if broken is not None:
+        raise ValueError(f"no verdict: {broken}")
+    return sum(isinstance(entry, int) for entry in said)
+
+
+@lru_cache
+def _boxed(name: str) -> str:
+    return (BOXED / name).read_text(encoding="utf-8")

@@ -61,6 +61,7 @@ def run_python(
     stdin: bytes = b"",
     limits: Limits | None = None,
     isolation: str = "namespaces",
+    pass_fds: Sequence[int] = (),
 ) -> Outcome:
     """Run this machine's Python (`-I -S`: the standard library alone) on `arguments`, among `files`.
 
@@ -79,6 +80,9 @@ def run_python(
         signal the user's processes; a process that has left its group survives if this very process is killed. Run as
         root, it becomes nobody (65534), which leaves it little of that; run as a user, only for programs that are
         trusted not to try.
+
+    Args:
+        pass_fds: open files that it has besides, by the same numbers.
 
     Raises:
         SandboxError: it could not be locked in, with the reason.
@@ -99,7 +103,7 @@ def run_python(
             "file_bytes": limits.file_mb * MIB,
             "box_bytes": 4 * limits.file_mb * MIB,
         }
-        process, status = _start(settings)
+        process, status = _start(settings, pass_fds)
         try:
             out, err, stopped = _talk(process, stdin, deadline, limits.output_kb * 1024)
         finally:
@@ -131,7 +135,7 @@ def _interpreter() -> str:
     return os.path.realpath(getattr(sys, "_base_executable", sys.executable))
 
 
-def _start(settings: Mapping[str, Any]) -> tuple[subprocess.Popen[bytes], int]:
+def _start(settings: Mapping[str, Any], pass_fds: Sequence[int]) -> tuple[subprocess.Popen[bytes], int]:
     """(the confining process with its three pipes, the file descriptor that its status comes on)."""
     given = os.memfd_create("settings")
     told, tell = os.pipe()
@@ -147,7 +151,7 @@ def _start(settings: Mapping[str, Any]) -> tuple[subprocess.Popen[bytes], int]:
             stderr=subprocess.PIPE,
             env={},
             cwd="/",
-            pass_fds=(given, tell),
+            pass_fds=(given, tell, *pass_fds),
             start_new_session=True,
         )
     except BaseException:

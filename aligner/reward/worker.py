@@ -17,11 +17,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import lru_cache
-from multiprocessing import context, popen_spawn_posix
+from multiprocessing import context
 from numbers import Real
 from types import ModuleType
 from typing import Any
 
+from aligner.reward.kept import KeptPopen
 from aligner.reward.rules import CHECK, SETTINGS, Unparsable, load_rule
 from aligner.reward.signals import Outlived, held_back
 
@@ -183,7 +184,7 @@ def _error_text(error: BaseException) -> str:
     return f"{type(error).__name__} at {os.path.basename(frame.filename)}:{frame.lineno}: {said}"
 
 
-class _Start(popen_spawn_posix.Popen):
+class _Start(KeptPopen):
     """Spawns without importing the parent's `__main__`: that is the whole job, with torch and vLLM."""
 
     _one_at_a_time = threading.Lock()
