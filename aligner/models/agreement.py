@@ -31,7 +31,8 @@ def _culprit(spec: ModelSpec) -> str:
     from transformers import AutoConfig
 
     found = read_config(Path(spec.path))
-    del found["model_type"]
+    if found.pop("model_type", None) is None:
+        return "it without a model_type"
     for key, value in {"": None, **found}.items():
         rest = {other: kept for other, kept in found.items() if other != key}
         try:

@@ -99,7 +99,7 @@ def test_what_transformers_reads_otherwise_is_named(tmp_path: Path) -> None:
         ({"rms_norm_eps": 1e-3}, "rms_norm_eps=0.001"),
         ({"tie_word_embeddings": False}, "tie_word_embeddings=False"),
         ({"model_type": "qwen2"}, "model_type='qwen2'"),
-        ({"model_type": None}, "transformers cannot read it"),
+        ({"model_type": None}, "transformers cannot read it without a model_type"),
         ({"initializer_range": 5}, "transformers cannot read initializer_range=5: .*float"),
         ({"problem_type": "single_label_classification", "id2label": {"0": "a"}}, "transformers cannot read"),
     ):
