@@ -137,7 +137,9 @@ def _choice(text: str) -> Form | None:
     ):
         return None
     beside = _read(rest) if rest else None
-    return Choice(text, letter.casefold(), beside) if beside or not rest else None
+    if rest and (beside is None or isinstance(beside, Choice)):  # several letters choose nothing
+        return None
+    return Choice(text, letter.casefold(), beside)
 
 
 def _clock(text: str) -> Form | None:
