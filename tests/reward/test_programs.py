@@ -260,7 +260,7 @@ def test_in_the_pool() -> None:
         ({"block": "second"}, 20.0, r"kwargs\.block=second is unknown; use last, first, all or text"),
         ({"seconds": 0}, 20.0, r"kwargs\.seconds=0 must be a positive number"),
         ({"memory_mb": 1.5}, 20.0, r"kwargs\.memory_mb=1\.5 must be a whole number"),
-        ({"memory": 3}, 20.0, r"kwargs=.* do not fit reward\.components\.code\.rule"),
+        ({"memory": 3}, 20.0, r"kwargs\.memory: reward\.components\.code\.rule=.* has no such argument; it has"),
     ],
 )
 def test_what_cannot_work_is_refused_before_a_job(kwargs: dict[str, Any], timeout_s: float, said: str) -> None:
