@@ -25,7 +25,7 @@ calls = 0
 def nan_in(policy_logp_BT, *, mask_BT, steps):
     """Imitation, but NaN in these updates (one microbatch each)."""
     global calls
-    calls += policy_logp_BT.requires_grad  # not the trial before the job
+    calls += policy_logp_BT.shape[1] > 3  # not the trial before the job
     loss_BT, metrics = negative_log_likelihood(policy_logp_BT, mask_BT=mask_BT)
     return loss_BT * (float("nan") if calls in steps else 1.0), metrics
 

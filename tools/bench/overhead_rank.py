@@ -33,6 +33,7 @@ from aligner.driver.config import LoggingConfig
 from aligner.masking import Mask
 from aligner.objective.advantages import group_advantages
 from aligner.objective.losses import clipped_surrogate
+from aligner.policy.accounts import StepReport
 from aligner.policy.config import PolicyConfig
 from aligner.policy.groups import make_groups
 from aligner.policy.policy import Policy, Reference
@@ -140,10 +141,9 @@ class NullPolicy(NullReference, Policy):
         self.optimizer_steps = self.version = self.max_response = 0
         self.syncs = {"rollout": SimpleNamespace(ledger=[])}  # type: ignore[dict-item]
 
-    def _step(self, loss: Any, together: int, samples: Samples, fields: dict[str, Any]) -> dict[str, float]:
+    def _step(self, loss: Any, together: int, samples: Samples, fields: dict[str, Any]) -> StepReport:
         totals = self._totals(samples)
-        sums = self._reduce({name: torch.zeros((), dtype=torch.float64) for name in METRICS})
-        return {**{name.partition("/")[2]: value for name, value in sums.items()}, "tokens": totals.tokens}
+        return StepReport(self._reduce({name: torch.zeros((), dtype=torch.float64) for name in METRICS}), totals)
 
     def reshard_to(self, rollout: Any) -> None:
         with self.call("reshard_to", also=(rollout,)):
@@ -286,6 +286,7 @@ def _job(prompts: int, steps: int, folder: Path) -> Any:
     settings = GrpoConfig(group_size=GROUP, advantages=partial(group_advantages, normalize="std"),
                           loss=partial(clipped_surrogate, clip_low=0.2, clip_high=0.28))  # fmt: skip
     more = {"checked": SimpleNamespace(data=DataSets(data), heldout=[], ends=EndTokens({})), "mask": Mask()}
+    more |= {"inputs": {}, "lease": None}
     return SimpleNamespace(config=config, loop=grpo, settings=settings, roles=settings.roles, **more)
 
 
