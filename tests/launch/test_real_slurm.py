@@ -1,4 +1,4 @@
-"""launch/slurm.sbatch on a real Slurm of two nodes (slurm_cluster.sh), with whole jobs: `pytest -m slurm`, 10 minutes on 2 cores.
+"""launch/slurm.sbatch on a real Slurm of two nodes (slurm_cluster.sh), with whole jobs: `pytest -m slurm`, 14 minutes on 2 cores.
 
 Jobs that save, die or move end with the metrics and weights of the undisturbed one, to the last bit; each message as a user sees it.
 What only the batch script decides runs with a program in place of aligner.main that says how it was started.
