@@ -324,8 +324,8 @@ def _check_fields(part: Part, needed: frozenset[str], config: Config, data: Data
         (task or f"data.eval_path={config.data.eval_path}", data.heldout),
     ]
     for source, rows in sources:
-        fields = [row.fields | {"prompt": ""} for row in rows if isinstance(row, (Prompt, Answered))]
-        for name in sorted(needed):
+        fields = [row.fields for row in rows if isinstance(row, (Prompt, Answered))]
+        for name in sorted(needed - {"prompt"}):  # which every row has, as text
             lacking = [number for number, has in enumerate(fields, start=1) if name not in has]
             if lacking:
                 works = f" or set {part.where}.kwargs.{name}" if part.component.rule is not None else ""

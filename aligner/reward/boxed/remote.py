@@ -15,7 +15,7 @@ import types
 from collections.abc import Callable
 from typing import Any
 
-from wire import DEEP, MUTABLE, Gone, Link, Pack, Side, Unpack, state_of
+from wire import BINARY, COMPARISONS, DEEP, MUTABLE, UNARY, Gone, Link, Pack, Side, Unpack, state_of
 
 KINDS: dict[str, Any] = {"generator": types.GeneratorType, "type": type}
 KINDS |= {kind.__name__: kind for kind in (map, filter, zip, enumerate, reversed, object)}
@@ -136,26 +136,12 @@ def _compute(name: str, swapped: bool = False) -> Any:
 
 for name in ("len", "iter", "next", "repr", "str", "hash", "bool", "dir", "reversed", "getitem", "setitem", "delitem"):
     setattr(Proxy, f"__{name}__", _forward(name))
-for name in ("lt", "le", "gt", "ge", "neg", "pos", "abs", "invert"):
+for name in (*COMPARISONS, *UNARY):
     setattr(Proxy, f"__{name}__", _compute(name))
-for name in [
-    "add",
-    "sub",
-    "mul",
-    "truediv",
-    "floordiv",
-    "mod",
-    "pow",
-    "matmul",
-    "and",
-    "or",
-    "xor",
-    "lshift",
-    "rshift",
-]:
-    operation = f"{name}_" if name in ("and", "or") else name
-    setattr(Proxy, f"__{name}__", _compute(operation))
-    setattr(Proxy, f"__r{name}__", _compute(operation, swapped=True))
+for name in BINARY:
+    plain = name.removesuffix("_")
+    setattr(Proxy, f"__{plain}__", _compute(name))
+    setattr(Proxy, f"__r{plain}__", _compute(name, swapped=True))
 Proxy.__doc__ = property(lambda self: self._judge.do("getattr", self, "__doc__"))  # type: ignore[assignment]
 EXTENDED: dict[type, Any] = {
     base: type(base.__name__, (Extended, base), {"__hash__": base.__hash__})

@@ -21,7 +21,7 @@ from typing import Any
 
 sys.path.insert(0, os.getcwd())
 
-from wire import DEEP, MUTABLE, Foreign, Gone, Link, Pack, Side, Unpack, base_of, state_of
+from wire import BINARY, COMPARISONS, DEEP, MUTABLE, UNARY, Foreign, Gone, Link, Pack, Side, Unpack, base_of, state_of
 
 STARRED = "string re datetime collections heapq bisect copy math random statistics itertools functools operator typing"
 RECURSION = 50_000
@@ -71,31 +71,10 @@ OPERATIONS: dict[str, Callable[..., Any]] = {
     **{
         name: getattr(operator, name)
         for name in [
-            "getitem",
-            "contains",
-            "eq",
-            "ne",
-            "lt",
-            "le",
-            "gt",
-            "ge",
-            "add",
-            "sub",
-            "mul",
-            "truediv",
-            "floordiv",
-            "mod",
-            "pow",
-            "matmul",
-            "and_",
-            "or_",
-            "xor",
-            "neg",
-            "pos",
-            "abs",
-            "invert",
-            "lshift",
-            "rshift",
+            *("getitem", "contains", "eq", "ne"),
+            *COMPARISONS,
+            *UNARY,
+            *BINARY,
         ]
     },
 }

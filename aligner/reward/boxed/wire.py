@@ -30,6 +30,11 @@ CALLED: dict[str, tuple[str, Callable[[Any], tuple[Any, ...]]]] = {
 SEQUENCES = {"tuple": tuple, "frozenset": frozenset}
 MUTABLE = ("list", "dict", "set", "deque", "bytearray", "OrderedDict", "defaultdict", "Counter", "instance")
 DEEP = 400_000
+COMPARISONS, UNARY = ("lt", "le", "gt", "ge"), ("neg", "pos", "abs", "invert")
+BINARY = (
+    "add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and_", "or_", "xor", "lshift", "rshift",
+)  # fmt: skip
+"""Operators that one side may ask the other for, by their names in the module `operator`."""
 
 
 class Gone(Exception):
@@ -80,15 +85,15 @@ class Link:
 
 
 class Side:
-    """What is particular to one side: objects that only it can hold."""
+    """What is particular to one side: objects that only it can hold. This one holds plain data alone."""
 
     def foreign(self, thing: Any, pack: Pack) -> list[Any]:
-        """The node of something that is no plain data."""
-        raise NotImplementedError
+        """The node of something that is no plain data. Raises Foreign where it has no meaning on the other side."""
+        raise Foreign(f"an object of type {type(thing).__name__}")
 
     def native(self, node: list[Any], unpack: Unpack) -> Any:
-        """What such a node from the other side stands for here."""
-        raise NotImplementedError
+        """What such a node from the other side stands for here. Raises Foreign where that is nothing."""
+        raise Foreign(f"a value of kind {node[0]}")
 
     def fill(self, thing: Any, state: Any) -> None:
         """Give an instance its attributes."""
