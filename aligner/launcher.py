@@ -25,7 +25,7 @@ import threading
 import time
 from pathlib import Path
 
-from aligner.spmd.leaving import ENDS, at_once, own_folder
+from aligner.health.process_exit import ENDS, at_once, own_folder
 
 SHUTDOWN_SECONDS = 600
 ONE_PRESS = 2.0

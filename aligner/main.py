@@ -14,9 +14,9 @@ import time
 from pathlib import Path
 from typing import NoReturn
 
-from aligner.masking import Mask
-from aligner.paths import path_option
-from aligner.spmd.leaving import at_once, own_folder
+from aligner.config.paths import path_option
+from aligner.config.secrets import Mask
+from aligner.health.process_exit import at_once, own_folder
 
 PATIENCE = 30.0
 """Other ranks wait this many seconds for rank 0 to say the mistake; the launcher ends them when rank 0 has left."""
@@ -54,11 +54,11 @@ def _main(arguments: list[str]) -> None:
     mask = Mask.of(arguments)
     try:
         found = parse(arguments)
-        from aligner import config as configuration
+        from aligner.config import schema as configuration
 
         folder = (found.config_dir or configuration.CONF).resolve()
         if found.help:
-            from aligner.help import help_text
+            from aligner.config.help import help_text
 
             return _print_once(rank, help_text(folder))
         composed = configuration.compose_config(found.overrides, found.config_name, folder)
@@ -69,7 +69,7 @@ def _main(arguments: list[str]) -> None:
             return _print_once(rank, OmegaConf.to_yaml(OmegaConf.create(plain)))
         from aligner.checkpoint.claim import launch
         from aligner.checkpoint.lease import take
-        from aligner.driver.job import prepare
+        from aligner.run.job import prepare
 
         config = configuration.to_config(composed)
         mask = Mask.of(arguments, dataclasses.asdict(config))
@@ -77,7 +77,7 @@ def _main(arguments: list[str]) -> None:
         ranks = config.check.ranks if checking and config.check.ranks else int(os.environ.get("WORLD_SIZE", "1"))
         job = dataclasses.replace(prepare(config, ranks), mask=mask)
         if checking:
-            from aligner.driver.summary import summary
+            from aligner.check.summary import summary
 
             return _print_once(rank, mask.text(summary(job, ranks)))
         if rank == 0:

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RANK = """
 import os, signal, sys, time
 from pathlib import Path
-from aligner.spmd.leaving import end, own_folder
+from aligner.health.process_exit import end, own_folder
 
 what, here, rank = sys.argv[1], Path(sys.argv[2]), int(os.environ["RANK"])
 heard = []

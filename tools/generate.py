@@ -29,6 +29,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from aligner.config.paths import path_option
 from aligner.data.chat import TEMPLATE_FIELDS, Notes, check_template_kwargs
 from aligner.data.decoding import text_of
 from aligner.data.end_tokens import find_ends
@@ -36,11 +37,10 @@ from aligner.data.jsonl import LabelledRow, rows
 from aligner.data.lines import Line, Lines, check_rows, chunks
 from aligner.data.prompts import Prompt, tokenize_prompts
 from aligner.data.tokenizer import load_tokenizer
-from aligner.driver.console import duration
 from aligner.models.spec import read_config
 from aligner.models.stored import SHARDS
-from aligner.paths import path_option
-from aligner.reshard.region import ELEMENT_BYTES
+from aligner.report.console import duration
+from aligner.reshard.plan.region import ELEMENT_BYTES
 from aligner.rollout.config import Sampling
 from aligner.rollout.offline import OfflineEngine, fingerprint, take_devices
 from aligner.rollout.requests import Sample

@@ -12,12 +12,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from aligner.config import Config, compose_config, to_config
-from aligner.memory import learns, role_bytes
-from aligner.models.sizes import check_sizes
+from aligner.check.memory import learns, role_bytes
+from aligner.config.schema import Config, compose_config, to_config
 from aligner.models.spec import ModelSpec, read_spec, with_scalar_head
 from aligner.spmd.mesh import EXPERT_AXES, Mesh, axes, shown
 from aligner.spmd.placement import MEGATRON, make_meshes
+from aligner.trainer.megatron.sizes import check_sizes
 
 USAGE = "usage: python tools/placement.py WORLD_SIZE [--per-node N] [KEY=VALUE ...]"
 UNREAD = "unread"

@@ -14,10 +14,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # also from a checkout that was never installed
 
-from aligner.driver.facts import summary
-from aligner.driver.metrics import read_metrics
-from aligner.driver.report import compare_report, write_report, write_timeline
-from aligner.paths import path_option
+from aligner.config.paths import path_option
+from aligner.report.metrics import read_metrics
+from aligner.report.statistics import summary
+from aligner.report.write import compare_report, write_report, write_timeline
 
 
 def main() -> int:

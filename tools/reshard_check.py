@@ -18,19 +18,19 @@ from statistics import mean
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from aligner.config.paths import path_option
 from aligner.models.family import logical_tensors
-from aligner.models.megatron_layout import MegatronSide
 from aligner.models.spec import ModelSpec, read_spec
-from aligner.paths import path_option
-from aligner.reshard.account import Account, Load, make_account
-from aligner.reshard.clock import duration
 from aligner.reshard.config import ReshardConfig
-from aligner.reshard.plan import make_plan
-from aligner.reshard.region import ELEMENT_BYTES
-from aligner.reshard.schedule import make_schedule
+from aligner.reshard.plan.duration import duration
+from aligner.reshard.plan.region import ELEMENT_BYTES
+from aligner.reshard.plan.schedule import make_schedule
+from aligner.reshard.plan.traffic_model import Account, Load, make_account
+from aligner.reshard.plan.transfer_plan import make_plan
 from aligner.rollout.config import RolloutConfig
 from aligner.rollout.layout import EngineSide
 from aligner.spmd.mesh import Mesh
+from aligner.trainer.megatron.layout import MegatronSide
 
 BUCKET_BYTES = ReshardConfig().bucket_bytes
 LATENCY = 20e-6

@@ -12,7 +12,7 @@ from typing import Any
 from aligner.algorithms.reference_sums import ReferenceSums
 from aligner.algorithms.step import Step
 from aligner.data.samples import Pairs
-from aligner.roles import Roles
+from aligner.roles.build import Roles
 
 
 @dataclass(frozen=True)

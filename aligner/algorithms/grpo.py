@@ -21,7 +21,7 @@ from aligner.data.prompts import Prompt
 from aligner.data.samples import Samples, leave_out_unscored
 from aligner.objective.masked import inside
 from aligner.objective.token_rewards import kl_penalized
-from aligner.roles import Roles
+from aligner.roles.build import Roles
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,11 @@ from aligner.data.pairs import labels_of, mismatched
 from aligner.data.samples import Feedback, Samples
 from aligner.objective.masked import row_sums
 from aligner.objective.preference import reference_point
-from aligner.roles import Roles
+from aligner.roles.build import Roles
 
 if TYPE_CHECKING:
-    from aligner.config import Config
-    from aligner.policy.policy import Policy, Reference
+    from aligner.config.schema import Config
+    from aligner.trainer.policy import Policy, Reference
 
 
 @dataclass(frozen=True)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import inspect
 from typing import TYPE_CHECKING
 
-from aligner.policy.global_mean import LossFunction
 from aligner.spmd.ref import Ref
+from aligner.trainer.loss_mean import LossFunction
 
 if TYPE_CHECKING:
-    from aligner.policy.policy import Policy
+    from aligner.trainer.policy import Policy
 
 
 def proximal(policy: Policy, loss: LossFunction, samples: Ref) -> dict[str, Ref]:

@@ -11,7 +11,7 @@ from aligner.algorithms.step import Step
 from aligner.data.pairs import leave_out_pairs, ranked
 from aligner.data.prompts import Prompt
 from aligner.objective.masked import row_sums
-from aligner.roles import Roles
+from aligner.roles.build import Roles
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from aligner.objective.moments import Moments
 from aligner.objective.shaping import running_scale
 from aligner.objective.token_rewards import kl_rewards
 from aligner.objective.values import gae
-from aligner.roles import Roles
+from aligner.roles.build import Roles
 
 
 @dataclass(frozen=True)

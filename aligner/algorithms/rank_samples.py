@@ -17,7 +17,7 @@ from torch import Tensor
 from aligner.algorithms.sampling import scored_samples
 from aligner.algorithms.step import Step
 from aligner.data.prompts import Prompt
-from aligner.roles import Roles
+from aligner.roles.build import Roles
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from aligner.objective.masked import row_sums
 from aligner.spmd.ref import Ref
 
 if TYPE_CHECKING:
-    from aligner.policy.policy import Reference
+    from aligner.trainer.policy import Reference
 
 
 class ReferenceSums:

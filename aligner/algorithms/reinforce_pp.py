@@ -15,7 +15,7 @@ from aligner.algorithms.whitening import whitened
 from aligner.data.prompts import Prompt
 from aligner.data.samples import Samples, leave_out_unscored
 from aligner.objective.advantages import reinforce_pp_advantages
-from aligner.roles import Roles
+from aligner.roles.build import Roles
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from aligner.algorithms.step import Step
 from aligner.data.prompts import Prompt
 from aligner.data.samples import leave_out_unscored
 from aligner.objective.advantages import greedy_baseline_advantages
-from aligner.roles import Roles
+from aligner.roles.build import Roles
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any
 from aligner.algorithms.step import Step
 from aligner.data.pairs import margins_of
 from aligner.data.samples import Pairs
-from aligner.roles import Roles
+from aligner.roles.build import Roles
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from aligner.data.prompts import Prompt
 from aligner.data.samples import Samples
 from aligner.objective.advantages import has_signal
 from aligner.reward.role import Scores
-from aligner.roles import Roles
-from aligner.spmd import columns
+from aligner.roles.build import Roles
+from aligner.spmd import batch_ops as columns
 from aligner.spmd.ref import Ref
 
 

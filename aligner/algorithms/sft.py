@@ -8,7 +8,7 @@ from typing import Any
 
 from aligner.algorithms.step import Step
 from aligner.data.samples import Demonstrations
-from aligner.roles import Roles
+from aligner.roles.build import Roles
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from aligner.spmd.machine import GONE, Process, machine, process
+from aligner.health.process_identity import GONE, Process, machine, process
 
 FILE = ".lease"
 RENEWED = 5.0

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from aligner.checkpoint import folder
 from aligner.checkpoint.folder import STATE, Sum, partial_folder, publish, rank_file
-from aligner.spmd.store import own_store
+from aligner.health.store import own_store
 from aligner.spmd.world import World
 
 PATIENCE = 3600.0

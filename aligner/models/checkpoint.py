@@ -16,12 +16,12 @@ from aligner.models.hf_folder import SINGLE, prepare, publish, write_rest, write
 from aligner.models.ownership import mark
 from aligner.models.spec import ModelSpec
 from aligner.models.stored import open_stored
-from aligner.reshard.executor import execute
-from aligner.reshard.ledger import SyncRow
-from aligner.reshard.plan import make_plan
-from aligner.reshard.region import Layout, Piece, whole_tensor
-from aligner.reshard.side import Side, as_side
-from aligner.reshard.storage import Storages, Views, allocate
+from aligner.reshard.message.storage import Storages, Views, allocate
+from aligner.reshard.plan.region import Layout, Piece, whole_tensor
+from aligner.reshard.plan.transfer_plan import make_plan
+from aligner.reshard.transfer.executor import execute
+from aligner.reshard.transfer.sync_stats import SyncRow
+from aligner.reshard.weights import Side, as_side
 
 FILE_BYTES = 5 << 30
 """Files of weights are split beyond this size."""

@@ -16,12 +16,12 @@ from aligner.models.hf_folder import prepare, publish, write_rest, write_weights
 from aligner.models.ownership import mark
 from aligner.models.spec import ModelSpec, read_spec
 from aligner.models.stored import Cut, Stored, open_stored, shard_file, write_cut
-from aligner.models.whole import check_weights
-from aligner.reshard.executor import execute
-from aligner.reshard.ledger import SyncRow, total
-from aligner.reshard.plan import make_plan
-from aligner.reshard.region import Layout, whole_tensor
-from aligner.reshard.storage import Storages, allocate
+from aligner.models.verify_checkpoint import check_weights
+from aligner.reshard.message.storage import Storages, allocate
+from aligner.reshard.plan.region import Layout, whole_tensor
+from aligner.reshard.plan.transfer_plan import make_plan
+from aligner.reshard.transfer.executor import execute
+from aligner.reshard.transfer.sync_stats import SyncRow, total
 
 CPU = torch.device("cpu")
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from aligner.models.family import FAMILIES, Head, logical_tensors
 from aligner.models.ownership import check_replaceable
 from aligner.models.spec import ModelSpec, read_config
-from aligner.reshard.region import whole_tensor
+from aligner.reshard.plan.region import whole_tensor
 
 _INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"

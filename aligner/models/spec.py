@@ -13,7 +13,7 @@ from aligner.models.config_json import ConfigJson, same
 from aligner.models.family import FAMILIES, Family, Head, logical_tensors
 from aligner.models.inert_fields import LENGTHS, check_unread
 from aligner.models.rope import read_rope
-from aligner.reshard.region import ELEMENT_BYTES
+from aligner.reshard.plan.region import ELEMENT_BYTES
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,11 @@ from torch import Tensor
 
 from aligner.models.family import logical_tensors
 from aligner.models.hf_folder import files_of_tensors, opened, write_json, write_rest
-from aligner.models.megatron_layout import MegatronSide
 from aligner.models.spec import ModelSpec
-from aligner.reshard.region import Box, Piece, whole_tensor
-from aligner.reshard.storage import strided_view
+from aligner.reshard.message.storage import strided_view
+from aligner.reshard.plan.region import Box, Piece, whole_tensor
 from aligner.spmd.mesh import Mesh
+from aligner.trainer.megatron.layout import MegatronSide
 
 SHARDS = "shards.json"
 """The file that tells a folder of shards from a Hugging Face checkpoint."""

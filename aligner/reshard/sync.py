@@ -12,22 +12,22 @@ import torch
 import torch.distributed as dist
 
 from aligner.models.family import logical_tensors
-from aligner.models.megatron_layout import MegatronSide
-from aligner.reshard.bucket import Buffers
 from aligner.reshard.config import ReshardConfig
-from aligner.reshard.executor import execute
-from aligner.reshard.ledger import SyncRow
-from aligner.reshard.neighbours import meet
-from aligner.reshard.plan import Plan, make_plan
-from aligner.reshard.region import Layout
-from aligner.reshard.side import Explicit, Side
-from aligner.reshard.storage import check_disjoint
-from aligner.reshard.wire import Kept
+from aligner.reshard.message.bucket import Buffers
+from aligner.reshard.message.storage import check_disjoint
+from aligner.reshard.plan.region import Layout
+from aligner.reshard.plan.transfer_plan import Plan, make_plan
+from aligner.reshard.transfer.executor import execute
+from aligner.reshard.transfer.shared_memory import meet
+from aligner.reshard.transfer.sync_stats import SyncRow
+from aligner.reshard.transfer.wire import Kept
+from aligner.reshard.weights import Explicit, Side
 from aligner.rollout.layout import EngineSide
+from aligner.trainer.megatron.layout import MegatronSide
 
 if TYPE_CHECKING:
-    from aligner.policy.policy import Policy
     from aligner.rollout.role import Rollout
+    from aligner.trainer.policy import Policy
 
 
 class WeightSync:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 
-from aligner.spmd.store import own_store
+from aligner.health.store import own_store
 from aligner.spmd.world import World
 
 

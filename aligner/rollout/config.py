@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from aligner.reshard.region import ELEMENT_BYTES
+from aligner.reshard.plan.region import ELEMENT_BYTES
 
 if TYPE_CHECKING:
     from aligner.models.spec import ModelSpec

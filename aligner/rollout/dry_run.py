@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import Module
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from aligner.reshard.region import ELEMENT_BYTES, Piece, contiguous_stride
+from aligner.reshard.plan.region import ELEMENT_BYTES, Piece, contiguous_stride
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from aligner.spmd.role import Role
 from aligner.spmd.world import World
 
 if TYPE_CHECKING:
-    from aligner.policy.policy import Policy
+    from aligner.trainer.policy import Policy
 
 T = TypeVar("T")
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from aligner.reshard.region import Box, Piece, intersect
-from aligner.reshard.storage import strided_view
+from aligner.reshard.message.storage import strided_view
+from aligner.reshard.plan.region import Box, Piece, intersect
 from aligner.rollout.dry_run import DryRun, Slot, dry_run
 from aligner.rollout.engine import RolloutEngine
 from aligner.rollout.experts import packed_experts
@@ -18,7 +18,7 @@ from aligner.rollout.packing import Packed, forget_embedding_kernel, packed_line
 
 
 class EngineWeights:
-    """Writable regions of a `RolloutEngine`'s parameters; implements `aligner.reshard.executor.Destination`.
+    """Writable regions of a `RolloutEngine`'s parameters; implements `aligner.reshard.transfer.executor.Destination`.
 
     On a CPU vLLM packs linear weights and experts for its kernels and drops the plain ones. So a packed weight's plain
     storage is made when its first region is written; when all are, vLLM packs it again, the packed kernel is proven

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from aligner.spmd.parcels import ALIGN, Bytes, frame, pack, unframe, unpack
-from aligner.spmd.timeline import STEP_END
+from aligner.health.timeline import STEP_END
+from aligner.spmd.serialization import ALIGN, Bytes, frame, pack, unframe, unpack
 
 if TYPE_CHECKING:
     from aligner.spmd.world import World

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from aligner.data.samples import Samples
-from aligner.spmd import columns
+from aligner.spmd import batch_ops as columns
 from aligner.spmd.cost import TOKENS, Cost
 from aligner.spmd.mesh import Mesh
 from aligner.spmd.ref import Ref, Rows

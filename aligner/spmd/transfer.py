@@ -6,13 +6,13 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from aligner.spmd import columns
+from aligner.health.timeline import STEP_END, TRANSFER
+from aligner.spmd import batch_ops as columns
 from aligner.spmd.cost import TOKENS, Cost
 from aligner.spmd.messages import everyone, exchange, merged_at_first, spread
-from aligner.spmd.parcels import pack, unpack
 from aligner.spmd.partition import Shares
 from aligner.spmd.ref import Ref, Rows
-from aligner.spmd.timeline import STEP_END, TRANSFER
+from aligner.spmd.serialization import pack, unpack
 
 if TYPE_CHECKING:
     from aligner.spmd.role import Role

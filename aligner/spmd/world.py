@@ -11,14 +11,14 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 
-from aligner.spmd.activity import Activity
-from aligner.spmd.hang import HangConfig
-from aligner.spmd.journal import Journal
-from aligner.spmd.leaving import end
+from aligner.health.activity import Activity
+from aligner.health.config import HangConfig
+from aligner.health.journal import Journal
+from aligner.health.process_exit import end
+from aligner.health.store import agree_on_attempt, own_store
+from aligner.health.timeline import Timeline
+from aligner.health.watch import Watch
 from aligner.spmd.residency import Residency
-from aligner.spmd.store import agree_on_attempt, own_store
-from aligner.spmd.timeline import Timeline
-from aligner.spmd.watch import Watch
 
 
 class World:

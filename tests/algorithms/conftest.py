@@ -9,7 +9,7 @@ from tests.e2e.conftest import Task, task
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # what Megatron says of itself when it is first imported
-    import aligner.roles  # noqa: F401
+    import aligner.roles.build  # noqa: F401
 
 __all__ = ["Task", "said_alike", "task"]
 

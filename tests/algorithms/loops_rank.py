@@ -16,19 +16,19 @@ import torch
 
 from aligner.algorithms.reference_sums import ReferenceSums
 from aligner.algorithms.sampling import scored_samples
-from aligner.config import compose_config, to_config
+from aligner.config.schema import compose_config, to_config
 from aligner.data.prompts import Prompt
 from aligner.data.samples import Feedback, Pairs, Samples, pad_rows
-from aligner.driver.batches import as_feedback, as_pairs
-from aligner.driver.evaluate import Evaluation
-from aligner.driver.job import Job, prepare
-from aligner.policy.policy import Policy, Reference
 from aligner.reward.role import Reward
-from aligner.roles import Roles, build_roles
+from aligner.roles.build import Roles, build_roles
+from aligner.run.batches import as_feedback, as_pairs
+from aligner.run.evaluate import Evaluation
+from aligner.run.job import Job, prepare
 from aligner.spmd.mesh import Mesh
 from aligner.spmd.ref import Ref
 from aligner.spmd.role import Role
 from aligner.spmd.world import World
+from aligner.trainer.policy import Policy, Reference
 
 SCENES: dict[str, dict[str, Any]] = {
     "no dynamic sampling": {"batches": ["11 10", "00 01"], "more": 0},

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from aligner.config import CONF
+from aligner.config.schema import CONF
 
 Row = dict[str, float]
 Found = dict[str, dict[str, list[Row]]]

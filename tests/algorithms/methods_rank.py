@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from aligner.algorithms import Step
-from aligner.config import Config, compose_config, to_config
-from aligner.driver.batches import batches, rows_of
-from aligner.driver.job import Job, prepare
-from aligner.roles import Roles, build_roles
+from aligner.config.schema import Config, compose_config, to_config
+from aligner.roles.build import Roles, build_roles
+from aligner.run.batches import batches, rows_of
+from aligner.run.job import Job, prepare
 from aligner.spmd.mesh import Mesh
 from aligner.spmd.placement import Placement, make_meshes
 from aligner.spmd.ref import Ref

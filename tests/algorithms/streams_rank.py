@@ -17,13 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from aligner.config import compose_config, to_config
+from aligner.config.schema import compose_config, to_config
 from aligner.data.samples import Samples
-from aligner.driver.job import Job, prepare
 from aligner.objective.off_policy import decoupled_surrogate
-from aligner.roles import Roles, build_roles
+from aligner.roles.build import Roles, build_roles
 from aligner.rollout.arrivals import Arrivals
 from aligner.rollout.config import StreamConfig
+from aligner.run.job import Job, prepare
 from aligner.spmd.ref import Ref
 from aligner.spmd.world import World
 

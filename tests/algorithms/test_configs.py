@@ -12,9 +12,9 @@ import pytest
 import torch
 from hydra.utils import get_method
 
-from aligner.config import compose_config, to_config
-from aligner.driver.job import BATCHES, prepare
-from aligner.driver.settings import hints_of, settings_of
+from aligner.check.loop_settings import hints_of, settings_of
+from aligner.config.schema import compose_config, to_config
+from aligner.run.job import BATCHES, prepare
 from tests.algorithms.methods import methods
 
 DATA = {name: "preferences" for name in ("dpo", "ipo", "ipo_paper", "robust_dpo", "orpo", "simpo", "reward_model")}

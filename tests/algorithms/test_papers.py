@@ -17,13 +17,13 @@ from torch import Tensor
 from aligner.algorithms.grpo import shaped
 from aligner.algorithms.ppo import estimate, token_rewards
 from aligner.algorithms.reinforce_pp import to_go
-from aligner.config import CONF, Config, compose_config, to_config
+from aligner.check.loop_settings import settings_of
+from aligner.config.help import comment_of, help_text
+from aligner.config.schema import CONF, Config, compose_config, to_config
 from aligner.data.samples import Samples
-from aligner.driver.settings import settings_of
-from aligner.help import comment_of, help_text
 from aligner.objective.masked import row_sums
 from aligner.objective.moments import combine, row_moments, whiten
-from aligner.policy.global_mean import Totals, counted, global_mean
+from aligner.trainer.loss_mean import Totals, counted, global_mean
 from tests.algorithms.methods import methods
 from tests.algorithms.test_configs import DATA
 

@@ -16,8 +16,8 @@ import pytest
 
 from aligner.checkpoint import lease as leases
 from aligner.checkpoint.lease import FILE, check_free, take
+from aligner.health.process_identity import process
 from aligner.models.convert import convert
-from aligner.spmd.machine import process
 from tests.models.tiny import save_tiny
 
 HOLDER = """

@@ -20,11 +20,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from aligner.models.spec import read_spec
-from aligner.policy.config import PolicyConfig
-from aligner.policy.policy import Policy
-from aligner.reshard.bucket import Bucket
 from aligner.reshard.config import ReshardConfig
-from aligner.reshard.region import Piece
+from aligner.reshard.message.bucket import Bucket
+from aligner.reshard.plan.region import Piece
 from aligner.reshard.sync import WeightSync
 from aligner.rollout.config import Sampling
 from aligner.rollout.experts import PackedExperts
@@ -33,6 +31,8 @@ from aligner.rollout.role import Rollout
 from aligner.rollout.weights import EngineWeights
 from aligner.spmd.mesh import Mesh
 from aligner.spmd.world import World
+from aligner.trainer.config import PolicyConfig
+from aligner.trainer.policy import Policy
 from tests.rollout import tiny
 
 MOE = "model.layers.1.mlp.experts"

@@ -17,14 +17,14 @@ import torch.distributed as dist
 import aligner.rollout.engine as engine_module
 from aligner.models.family import logical_tensors
 from aligner.models.spec import read_spec
-from aligner.policy.config import PolicyConfig
-from aligner.policy.policy import Policy
 from aligner.rollout.config import Sampling
 from aligner.rollout.engine import RolloutEngine
 from aligner.rollout.requests import Sample
 from aligner.rollout.role import Rollout
 from aligner.spmd.mesh import Mesh
 from aligner.spmd.world import World
+from aligner.trainer.config import PolicyConfig
+from aligner.trainer.policy import Policy
 from tests.rollout import tiny
 
 tiny.EXPERTS = 4  # Megatron deals experts out evenly

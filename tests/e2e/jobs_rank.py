@@ -10,9 +10,9 @@ import json
 import sys
 from pathlib import Path
 
-from aligner.config import compose_config, to_config
-from aligner.driver.job import prepare
-from aligner.driver.loop import run_job
+from aligner.config.schema import compose_config, to_config
+from aligner.run.job import prepare
+from aligner.run.loop import run_job
 from aligner.spmd.residency import Residency
 from aligner.spmd.world import World
 

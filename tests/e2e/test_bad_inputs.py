@@ -405,7 +405,7 @@ from pathlib import Path
 
 import aligner.algorithms.grpo, aligner.algorithms.sft  # whose imports warn
 import aligner.main as program
-from aligner.driver.job import Job
+from aligner.run.job import Job
 
 rank, folder = int(os.environ["RANK"]), Path(sys.argv[1])
 ended = types.SimpleNamespace(sleep=lambda seconds: sys.exit(2))  # the launcher ends the ranks that wait

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from aligner.policy.offending import load_offending
+from aligner.trainer.offending_batch import load_offending
 
 OWN = '''
 import torch

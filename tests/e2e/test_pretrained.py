@@ -49,9 +49,9 @@ from transformers import AutoTokenizer
 from aligner.data.prompts import tokenize_prompts
 from aligner.data.samples import Samples
 from aligner.models.spec import read_spec
-from aligner.policy import readout
-from aligner.policy.config import PolicyConfig
-from aligner.policy.policy import Policy, Reference
+from aligner.trainer import readout
+from aligner.trainer.config import PolicyConfig
+from aligner.trainer.policy import Policy, Reference
 from aligner.rollout.config import RolloutConfig, Sampling
 from aligner.rollout.role import Rollout
 from aligner.spmd.mesh import Mesh

@@ -27,9 +27,9 @@ TENSOR = ["placement.policy.tensor=2", "placement.rollout.tensor=2"]
 PART = ["placement.rollout.ranks=[1]"]
 AGAIN = """
 import sys
-from aligner.config import compose_config, to_config
-from aligner.driver.job import prepare
-from aligner.roles import build_roles
+from aligner.config.schema import compose_config, to_config
+from aligner.run.job import prepare
+from aligner.roles.build import build_roles
 from aligner.spmd.world import World
 
 world = World(100)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from aligner.driver.traces import TRANSFER, read_spans, uses, whole_steps
+from aligner.report.traces import TRANSFER, read_spans, uses, whole_steps
 
 
 def test_every_rank_writes_what_it_did(job: Callable[..., list[dict[str, Any]]], tmp_path: Path) -> None:

@@ -57,7 +57,7 @@ def main(arguments=None):
         time.sleep(200)
 
 def end():
-    from aligner.spmd.leaving import end
+    from aligner.health.process_exit import end
     end(0)
 
 if __name__ == "__main__":

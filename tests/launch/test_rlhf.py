@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from aligner.config import CONF
+from aligner.config.schema import CONF
 from tests.launch.conftest import Launch
 
 STAGES = ["sft", "preferences", "reward_model", "ppo", "dpo", "grpo"]

@@ -9,10 +9,10 @@ import torch
 import torch.distributed as dist
 
 from aligner.models.checkpoint import export_checkpoint, read_into
-from aligner.models.megatron_layout import MegatronSide
 from aligner.models.spec import read_spec
-from aligner.reshard.storage import Storages, allocate
+from aligner.reshard.message.storage import Storages, allocate
 from aligner.spmd.mesh import Mesh
+from aligner.trainer.megatron.layout import MegatronSide
 from tests.reshard.ranks import report, start_rank
 
 TENSOR, PIPELINE = 2, 2

@@ -23,15 +23,15 @@ from transformers import AutoModelForCausalLM
 
 from aligner.models.agreement import check_agreement, check_reading
 from aligner.models.checkpoint import read_into
-from aligner.models.sizes import check_runs
 from aligner.models.spec import ModelSpec, read_spec
-from aligner.models.whole import check_weights
-from aligner.policy import cpu_megatron
-from aligner.policy.groups import make_groups, prepare_megatron
-from aligner.policy.model import build_model
-from aligner.policy.packing import pack
+from aligner.models.verify_checkpoint import check_weights
 from aligner.spmd.mesh import Mesh
 from aligner.spmd.world import World
+from aligner.trainer.megatron import cpu as cpu_megatron
+from aligner.trainer.megatron.groups import make_groups, prepare_megatron
+from aligner.trainer.megatron.model import build_model
+from aligner.trainer.megatron.sizes import check_runs
+from aligner.trainer.packing import pack
 from tests.models.mutations import ABSENT, Change, changes, save
 
 TOKENS_BT = torch.randint(3, 61, (2, 48), generator=torch.Generator().manual_seed(3))

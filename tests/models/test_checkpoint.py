@@ -14,11 +14,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from aligner.models.checkpoint import export_checkpoint, read_into
-from aligner.models.megatron_layout import MegatronSide
 from aligner.models.spec import ModelSpec, read_spec
-from aligner.reshard.region import Layout
-from aligner.reshard.storage import Storages, allocate, strided_view
+from aligner.reshard.message.storage import Storages, allocate, strided_view
+from aligner.reshard.plan.region import Layout
 from aligner.spmd.mesh import Mesh
+from aligner.trainer.megatron.layout import MegatronSide
 from tests.models.tiny import MODELS, save_tiny, stored_tensors
 from tests.reshard.ranks import run_ranks
 

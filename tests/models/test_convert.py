@@ -20,11 +20,11 @@ from aligner.models.checkpoint import read_into
 from aligner.models.convert import convert
 from aligner.models.family import logical_tensors
 from aligner.models.hf_folder import write_rest
-from aligner.models.megatron_layout import MegatronSide
 from aligner.models.spec import read_spec, with_scalar_head
 from aligner.models.stored import Cut
-from aligner.reshard.storage import Storages, allocate
+from aligner.reshard.message.storage import Storages, allocate
 from aligner.spmd.mesh import Mesh
+from aligner.trainer.megatron.layout import MegatronSide
 from tests.models.tiny import save_tiny
 
 ROOT = Path(__file__).resolve().parents[2]

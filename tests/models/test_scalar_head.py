@@ -15,12 +15,12 @@ from aligner.data.column_addition import write_tokenizer
 from aligner.models.checkpoint import export_checkpoint, read_into
 from aligner.models.convert import convert
 from aligner.models.family import FAMILIES, Head, logical_tensors
-from aligner.models.megatron_layout import MegatronSide
 from aligner.models.spec import ModelSpec, read_spec, with_scalar_head
 from aligner.models.stored import Cut
-from aligner.models.whole import check_weights
-from aligner.reshard.storage import Storages, allocate
+from aligner.models.verify_checkpoint import check_weights
+from aligner.reshard.message.storage import Storages, allocate
 from aligner.spmd.mesh import Mesh
+from aligner.trainer.megatron.layout import MegatronSide
 from tests.models.tiny import KINDS, MODELS, SIZES, save_tiny, stored_tensors
 
 CPU = torch.device("cpu")

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import permutations
 
-from aligner.reshard.region import Box, Layout, Piece
+from aligner.reshard.plan.region import Box, Layout, Piece
 
 Shapes = Mapping[str, tuple[int, ...]]
 

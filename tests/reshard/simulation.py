@@ -8,9 +8,9 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
-from aligner.reshard.plan import Item, Plan, StreamKey, make_plan
-from aligner.reshard.region import Box, Layout, Piece
-from aligner.reshard.schedule import STAGED, Message, Schedule, make_schedule
+from aligner.reshard.plan.region import Box, Layout, Piece
+from aligner.reshard.plan.schedule import STAGED, Message, Schedule, make_schedule
+from aligner.reshard.plan.transfer_plan import Item, Plan, StreamKey, make_plan
 from tests.reshard.layouts import Shapes
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from aligner.config import CONF, compose_config, to_config
+from aligner.config.schema import CONF, compose_config, to_config
 from aligner.reward.components import parts_of
 from aligner.reward.config import JudgeConfig, RewardComponent, RewardConfig
 

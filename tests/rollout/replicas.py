@@ -14,9 +14,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from aligner.reshard.executor import execute
-from aligner.reshard.plan import make_plan
-from aligner.reshard.region import Piece, whole_tensor
+from aligner.reshard.plan.region import Piece, whole_tensor
+from aligner.reshard.plan.transfer_plan import make_plan
+from aligner.reshard.transfer.executor import execute
 from aligner.rollout.config import Sampling
 from aligner.rollout.engine import RolloutEngine
 from aligner.rollout.weights import EngineWeights

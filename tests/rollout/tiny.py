@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from aligner.reshard.region import Piece
+from aligner.reshard.plan.region import Piece
 from aligner.rollout.config import RolloutConfig
 from aligner.rollout.requests import Sample
 from aligner.rollout.weights import EngineWeights

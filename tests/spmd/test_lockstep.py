@@ -6,8 +6,8 @@ import time
 
 import pytest
 
-from aligner.spmd.histories import agree, as_bytes, first_difference, from_bytes
-from aligner.spmd.journal import Call, Journal
+from aligner.health.histories import agree, as_bytes, first_difference, from_bytes
+from aligner.health.journal import Call, Journal
 
 START = """
 import time, torch, os

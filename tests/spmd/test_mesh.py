@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from megatron.core.parallel_state import RankGenerator
 
-from aligner.config import CONF, compose_config, to_config
+from aligner.config.schema import CONF, compose_config, to_config
 from aligner.spmd.mesh import Mesh
 from aligner.spmd.placement import Placement, RoleLayout, make_meshes, parse_ranks
 

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from aligner.data.samples import Samples
 from aligner.spmd.mesh import Mesh
 from aligner.spmd.messages import everyone, exchange, merged_at_first, spread
-from aligner.spmd.parcels import pack, unpack
+from aligner.spmd.serialization import pack, unpack
 from aligner.spmd.role import Role
 from aligner.spmd.transfer import read_at_first
 from aligner.spmd.world import World

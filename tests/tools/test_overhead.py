@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from aligner.spmd.timeline import Timeline
+from aligner.health.timeline import Timeline
 from tools.bench.overhead import at, fit, job
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -48,7 +48,7 @@ def test_fit_finds_the_parts(parts: dict[str, float]) -> None:
 def test_a_jobs_steps_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two ranks, steps of 10 s: an update of 6, values of 1, a function of 2 and a second between calls."""
     clock = [0.0]
-    monkeypatch.setattr("aligner.spmd.timeline.time.perf_counter", lambda: clock[0])
+    monkeypatch.setattr("aligner.health.timeline.time.perf_counter", lambda: clock[0])
     for rank in range(2):
         clock[0] = 0.0
         timeline = Timeline(rank)

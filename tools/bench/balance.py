@@ -25,10 +25,10 @@ from statistics import median
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))  # also from a checkout never installed
 
-from aligner.policy.calls import attended
-from aligner.policy.packing import microbatches
 from aligner.spmd.cost import TOKENS, Cost
 from aligner.spmd.partition import Shares, idle, of_groups, partition
+from aligner.trainer.megatron.attention_calls import attended
+from aligner.trainer.packing import microbatches
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 LARGE = Cost(2 * 7_500_000_000, 2 * 32 * 32 * 128)

@@ -20,12 +20,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from aligner.data.samples import Samples
 from aligner.models.spec import read_spec
 from aligner.objective.losses import negative_log_likelihood
-from aligner.policy.config import PolicyConfig
-from aligner.policy.policy import Policy
-from aligner.spmd import columns
+from aligner.spmd import batch_ops as columns
 from aligner.spmd.mesh import Mesh
 from aligner.spmd.partition import idle
 from aligner.spmd.world import World
+from aligner.trainer.config import PolicyConfig
+from aligner.trainer.policy import Policy
 from tools.bench.balance import DEALS, draw
 
 PROMPTS, GROUP, MIDDLE, BUDGET = 32, 4, 32, 2048

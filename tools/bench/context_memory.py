@@ -29,10 +29,10 @@ from torch.utils.weak import WeakIdKeyDictionary
 from aligner.data.column_addition import ModelShape, write_model
 from aligner.data.samples import Samples
 from aligner.models.spec import read_spec
-from aligner.policy.config import OptimizerConfig, PolicyConfig
-from aligner.policy.policy import Policy
 from aligner.spmd.mesh import Mesh
 from aligner.spmd.world import World
+from aligner.trainer.config import OptimizerConfig, PolicyConfig
+from aligner.trainer.policy import Policy
 
 SHAPE: dict[str, int] = {"hidden": 256, "heads": 8, "head_dim": 32, "ffn": 768}
 

@@ -19,8 +19,8 @@ from statistics import mean
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))  # also from a checkout never installed
 
-from aligner.driver.facts import series
-from aligner.driver.metrics import read_metrics
+from aligner.report.metrics import read_metrics
+from aligner.report.statistics import series
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 ONLINE = ("stage=grpo", "train.steps=40", "logging.every=10")

@@ -164,7 +164,7 @@ def table(name: str, cases: Mapping[int, Mapping[str, Any]]) -> str:
 
 def job(run_dir: str) -> str:
     """Where the steps of a real job went, the first two left out: means over ranks and steps."""
-    from aligner.driver.traces import LOOP, TRANSFER, read_spans, uses, whole_steps, window
+    from aligner.report.traces import LOOP, TRANSFER, read_spans, uses, whole_steps, window
 
     spans = read_spans(run_dir)
     steps = whole_steps(spans)[2:]

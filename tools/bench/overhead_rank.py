@@ -22,34 +22,34 @@ from torch import Tensor
 
 from aligner.algorithms.grpo import GrpoConfig, grpo
 from aligner.checkpoint.config import CheckpointConfig
-from aligner.config import Config, TrainConfig
+from aligner.config.run import LoggingConfig
+from aligner.config.schema import Config, TrainConfig
+from aligner.config.secrets import Mask
 from aligner.data.config import DataConfig
 from aligner.data.end_tokens import EndTokens
 from aligner.data.prompts import Prompt
 from aligner.data.samples import Samples
 from aligner.data.sets import DataSets
-from aligner.driver import loop as driver_loop
-from aligner.driver.config import LoggingConfig
-from aligner.masking import Mask
 from aligner.objective.advantages import group_advantages
 from aligner.objective.losses import clipped_surrogate
-from aligner.policy.accounts import StepReport
-from aligner.policy.config import PolicyConfig
-from aligner.policy.groups import make_groups
-from aligner.policy.policy import Policy, Reference
-from aligner.reshard.ledger import SyncRow
+from aligner.reshard.transfer.sync_stats import SyncRow
 from aligner.reward.components import parts_of
 from aligner.reward.config import RewardConfig
 from aligner.reward.role import Reward
 from aligner.reward.worker import Score, Status
-from aligner.roles import Roles
+from aligner.roles.build import Roles
 from aligner.rollout.config import StreamConfig
 from aligner.rollout.requests import Sample
 from aligner.rollout.role import Rollout
+from aligner.run import loop as driver_loop
 from aligner.spmd import transfer
 from aligner.spmd.mesh import Mesh
 from aligner.spmd.role import Role
 from aligner.spmd.world import World
+from aligner.trainer.config import PolicyConfig
+from aligner.trainer.megatron.groups import make_groups
+from aligner.trainer.policy import Policy, Reference
+from aligner.trainer.update_metrics import StepReport
 
 GROUP = 8
 """Samples of each prompt."""

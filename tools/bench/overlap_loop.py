@@ -10,7 +10,7 @@ from typing import Any
 from aligner.algorithms.grpo import GrpoConfig, grpo
 from aligner.algorithms.step import Step
 from aligner.data.prompts import Prompt
-from aligner.roles import Roles
+from aligner.roles.build import Roles
 
 
 @dataclass(frozen=True)

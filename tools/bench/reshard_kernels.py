@@ -4,7 +4,7 @@
 
 Every block is one layout of `--mib` MiB of fp32 source: medians of the bare copies, and of the same with their proof.
 On one CPU thread the seconds are those the thread computed, so that others on the machine are not counted. Last come
-deltas (aligner/reshard/delta.py) for several changed fractions.
+deltas (aligner/reshard/message/delta.py) for several changed fractions.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # from a checkout that is not installed too
 
-from aligner.reshard.bucket import Bucket, Buffers
-from aligner.reshard.copies import copy_local
-from aligner.reshard.delta import decode, encode
-from aligner.reshard.plan import Item
-from aligner.reshard.region import Piece
-from aligner.reshard.slabs import Scratch
-from aligner.reshard.storage import strided_view
+from aligner.reshard.message.bucket import Bucket, Buffers
+from aligner.reshard.message.chunked_copy import Scratch
+from aligner.reshard.message.delta import decode, encode
+from aligner.reshard.message.storage import strided_view
+from aligner.reshard.plan.region import Piece
+from aligner.reshard.plan.transfer_plan import Item
+from aligner.reshard.transfer.local_copy import copy_local
 
 WIDTH = 4096
 SHARDS = {"contiguous rows": (1, WIDTH), "column slices": (4, WIDTH // 4)}

@@ -22,24 +22,24 @@ from megatron.core.resharding import build_centralized_reshard_plan, execute_res
 from torch import Tensor
 
 from aligner.models.family import logical_tensors
-from aligner.models.megatron_layout import MegatronSide
 from aligner.models.spec import ModelSpec, read_spec
-from aligner.policy import cpu_megatron
-from aligner.policy.groups import make_groups, prepare_megatron
-from aligner.policy.model import build_model
-from aligner.reshard.bucket import Buffers
 from aligner.reshard.config import ReshardConfig
-from aligner.reshard.executor import execute
-from aligner.reshard.neighbours import meet
-from aligner.reshard.plan import make_plan
-from aligner.reshard.region import Piece, contiguous_stride
-from aligner.reshard.schedule import Message, schedule_of
-from aligner.reshard.storage import Storages, allocate, strided_view
+from aligner.reshard.message.bucket import Buffers
+from aligner.reshard.message.storage import Storages, allocate, strided_view
+from aligner.reshard.plan.region import Piece, contiguous_stride
+from aligner.reshard.plan.schedule import Message, schedule_of
+from aligner.reshard.plan.transfer_plan import make_plan
+from aligner.reshard.transfer.executor import execute
+from aligner.reshard.transfer.shared_memory import meet
 from aligner.rollout.config import RolloutConfig
 from aligner.rollout.engine import RolloutEngine
 from aligner.rollout.layout import EngineSide
 from aligner.rollout.weights import EngineWeights
 from aligner.spmd.mesh import Mesh
+from aligner.trainer.megatron import cpu as cpu_megatron
+from aligner.trainer.megatron.groups import make_groups, prepare_megatron
+from aligner.trainer.megatron.layout import MegatronSide
+from aligner.trainer.megatron.model import build_model
 from tools.bench.reshard import CASES, median_of_slowest
 
 CPU = torch.device("cpu")

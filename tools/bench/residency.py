@@ -103,12 +103,12 @@ def _run(case: str, folder: str, arguments: list[str]) -> dict[str, float]:
 
 def _child(given: argparse.Namespace) -> int:
     """One case: {phase: GiB}, "peak" over the whole life of the process, seconds of the last step."""
-    from aligner.driver.quiet import ignore_library_notes
+    from aligner.run.library_warnings import ignore_library_notes
 
     ignore_library_notes()
     import vllm  # noqa: F401  (both engines are imported in every case)
 
-    import aligner.roles  # noqa: F401
+    import aligner.roles.build  # noqa: F401
     from aligner.spmd.residency_config import ResidencyConfig
     from aligner.spmd.world import World
 
@@ -138,11 +138,11 @@ def _steps(world: Any, given: argparse.Namespace) -> Any:
     from aligner.models.family import logical_tensors
     from aligner.models.spec import read_spec
     from aligner.objective.losses import clipped_surrogate
-    from aligner.policy.config import OptimizerConfig, PolicyConfig
-    from aligner.policy.policy import Policy, Reference
     from aligner.rollout.config import RolloutConfig, Sampling
     from aligner.rollout.role import Rollout
     from aligner.spmd.mesh import Mesh
+    from aligner.trainer.config import OptimizerConfig, PolicyConfig
+    from aligner.trainer.policy import Policy, Reference
 
     spec, mesh = read_spec(given.folder), Mesh((0,))
     config = PolicyConfig(micro_tokens=given.micro_tokens, optimizer=OptimizerConfig(lr=1e-4))

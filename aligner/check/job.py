@@ -1,0 +1,343 @@
+"""Everything that can be known wrong before a model is built or a process group made."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from aligner.check.disk import bytes_needed, check_disk
+from aligner.check.memory import check_memory, learns, machine_of
+from aligner.check.rollout import answered_prompts, check_end, check_lengths, ends_of, sized, with_ends
+from aligner.checkpoint.claim import how_to_start, launch
+from aligner.checkpoint.lease import check_free
+from aligner.config.schema import Config
+from aligner.data.answers import Answered
+from aligner.data.end_tokens import EndTokens, special_ids
+from aligner.data.prompts import Prompt
+from aligner.data.sets import DataSets, read_sets
+from aligner.data.tokenizer import load_tokenizer
+from aligner.models.agreement import check_reading
+from aligner.models.family import FAMILIES, Head
+from aligner.models.spec import ModelSpec, read_spec, with_scalar_head
+from aligner.models.verify_checkpoint import check_weights
+from aligner.reward.components import Part, parts_of, shown_component
+from aligner.rollout.config import RolloutConfig
+from aligner.run.best import best_of
+from aligner.run.folders import check_places, check_sources
+from aligner.spmd.mesh import Mesh
+from aligner.spmd.placement import MEGATRON, RANKS_THAT_WORK, Placement, make_meshes, role_layout
+from aligner.trainer.megatron.sizes import check_runs
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+ROLES = ("policy", "rollout", "reference", "reward", "critic", "reward_model")
+WITH_SCALAR_HEAD = ("critic", "reward_model")
+TRAINABLE = ("policy", "critic", "reward_model")
+LARGEST_SEED = 2**63 - 1
+"""What vLLM takes for a seed."""
+CHOICES = {
+    "mode": ("train", "check"),
+    "rollout.dtype": ("float32", "bfloat16"),
+}
+AT_LEAST = {
+    "train.steps": 1,
+    "train.eval_every": 0,
+    "train.eval_temperature": 0,
+    "train.export_every": 0,
+    "train.export_keep": 0,
+    "sampling.max_tokens": 1,
+    "reward.workers": 1,
+    "seed": 0,
+    "timeout_seconds": 1,
+}
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What the checks have read, ready for the roles."""
+
+    spec: ModelSpec
+    tokenizer: PreTrainedTokenizerBase
+    meshes: Mapping[str, Mesh]
+    data: DataSets
+    specs: Mapping[str, ModelSpec]
+    """The model of each role that has one."""
+    ends: EndTokens
+    """What ends a turn."""
+    rollout: RolloutConfig
+    """The rollout's settings, with a length."""
+
+    @property
+    def heldout(self) -> list[Prompt]:
+        """Prompts to evaluate on."""
+        return self.data.heldout
+
+
+def check(config: Config, roles: list[str], world_size: int) -> Checked:
+    """Check the whole configuration against the model, the data and the number of ranks.
+
+    Args:
+        roles: the roles that the loop wants.
+
+    Raises:
+        ValueError: the first thing found wrong, with the setting and the values that would work.
+    """
+    _check_values(config)
+    _check_roles(roles)
+    _check_places(config, roles)
+    config.residency.check(roles)
+    _check_ranks(config.placement)
+    meshes = make_meshes(config.placement, world_size)
+    machine = machine_of(config, world_size)
+    spec = read_spec(config.model.path)
+    specs = {role: _spec(config, role) for role in roles if role != "reward"}
+    given, config = config.rollout.max_model_len, replace(config, rollout=sized(config, specs))
+    for role in (role for role in roles if role in MEGATRON):
+        parallel = role_layout(config.placement, role).sequence_parallel
+        check_runs(specs[role], meshes[role], parallel, cpu=machine.cpu)
+    for model in {spec.path: spec for spec in specs.values()}.values():
+        check_reading(model)
+    tokenizer = load_tokenizer(config.model.path)
+    _check_tokenizers(config, roles, tokenizer)
+    for path in dict.fromkeys(one.path for one in (spec, *specs.values())):
+        special_ids(path)
+    data = read_sets(config.data, tokenizer)
+    _check_minibatches(config, roles)
+    ends = ends_of(config, tokenizer, data)
+    for role in specs:
+        _check_positions(config, role, data.longest, specs)
+    if config.data.kind == "prompts":
+        _check_evaluation(config, roles, data.heldout)
+    if "rollout" in roles:
+        data = answered_prompts(config, data)
+    best_of(config.train, roles, data)
+    if "rollout" in roles:
+        rollout = meshes["rollout"]
+        config.rollout.check_model(spec, rollout.tensor, machine.cpu, rollout.expert > 1, rollout.pipeline)
+        check_lengths(config, data, specs, given)
+        check_end(config, spec, tokenizer)
+    check_memory(config, specs, meshes, machine)
+    for role in (role for role in specs if role in MEGATRON):
+        check_weights(specs[role])
+    _check_run_dir(config)
+    check_disk(config, bytes_needed(config, roles, specs, world_size))
+    if "reward" in roles:
+        _check_reward(config, roles, data)
+        if config.train.eval_every and data.heldout:
+            shown_component(config.reward, config.train.eval_reward)
+    spec = with_ends(spec, config, ends, tokenizer)
+    return Checked(spec, tokenizer, meshes, data, specs, ends, config.rollout)
+
+
+def _check_values(config: Config) -> None:
+    for key, example in {"run_dir": "runs/first", "model.path": "DIR"}.items():
+        if not _get(config, key).strip():
+            raise ValueError(f"{key} has no value; give a folder, such as {key}={example}.")
+    for key, allowed in CHOICES.items():
+        value = _get(config, key)
+        if value not in allowed:
+            raise ValueError(f"{key}={value} is unknown; use {', '.join(allowed)}.")
+    for key, least in AT_LEAST.items():
+        value = _get(config, key)
+        if not value >= least:
+            raise ValueError(f"{key}={value} must be at least {least}.")
+    if config.seed > LARGEST_SEED:
+        raise ValueError(f"seed={config.seed} has more than 63 bits; use 0 to {LARGEST_SEED}.")
+    config.reward.check()
+    config.policy.check("policy")
+    config.reference.check()
+    config.critic.check("critic")
+    config.reward_model.check("reward_model")
+    config.data.check()
+    config.logging.check()
+    config.guards.check()
+    config.check.check()
+    config.reshard.check()
+    config.stream.check()
+    config.checkpoint.check()
+    config.hang.check()
+    if os.environ.get("GROUP_RANK", "0") == "0":  # the host whose launcher owns the folder
+        if os.environ.get("RANK", "0") == "0":
+            check_free(Path(config.run_dir), launch())
+        how_to_start(Path(config.run_dir), config.checkpoint, config.overwrite, config.train.steps)
+    sampling = config.sampling
+    sampling.check("sampling")
+    if sampling.temperature == 0:
+        raise ValueError(
+            "sampling.temperature=0 leaves nothing to compare in a group; use a positive one (1.0 is usual)."
+        )
+    if sampling.top_p != 1.0 or sampling.top_k != 0:
+        raise ValueError(
+            f"sampling.top_p={sampling.top_p}, sampling.top_k={sampling.top_k}: the policy's log-probabilities are over "
+            "the whole vocabulary, so training samples must be drawn from it too; use top_p=1 and top_k=0."
+        )
+
+
+def _check_minibatches(config: Config, roles: list[str]) -> None:
+    """More optimizer steps than groups of rows would leave some of them without any."""
+    groups = config.data.prompts_per_step
+    for role in (role for role in roles if role in TRAINABLE):
+        minibatches = getattr(config, role).minibatches
+        if minibatches > groups:
+            raise ValueError(
+                f"{role}.minibatches={minibatches} is more than the {groups} of data.prompts_per_step={groups}, and each "
+                f"optimizer step needs a prompt (with all its responses) or row of its own; use 1 to {groups}."
+            )
+
+
+def _check_roles(roles: list[str]) -> None:
+    unknown = [role for role in roles if role not in ROLES]
+    if unknown or not {"policy", "reward_model"} & set(roles):
+        raise ValueError(
+            f"algorithm.roles={roles} must hold policy (or reward_model, to train that alone), and otherwise only "
+            f"{', '.join(ROLES[1:])}."
+        )
+    if "rollout" in roles and "policy" not in roles:
+        raise ValueError(f"algorithm.roles={roles}: rollout takes its weights from the policy; add policy.")
+
+
+def _spec(config: Config, role: str) -> ModelSpec:
+    """The model of a role, with the head that the role needs."""
+    setting, path = config.model_path(role)
+    spec = read_spec(path)
+    if role in WITH_SCALAR_HEAD:
+        return with_scalar_head(spec)
+    if spec.head is Head.SCALAR:
+        raise ValueError(
+            f"{setting}={path} is a {FAMILIES[spec.family].classifier}, which has no output layer over the vocabulary; "
+            f"the role {role} needs a {FAMILIES[spec.family].architecture}."
+        )
+    return spec
+
+
+def _check_tokenizers(config: Config, roles: list[str], tokenizer: PreTrainedTokenizerBase) -> None:
+    """Every model reads the same token ids, so the ids must mean the same."""
+    for role in (role for role in roles if role in WITH_SCALAR_HEAD):
+        setting, path = config.model_path(role)
+        if setting == "model.path":
+            continue
+        ours, others = tokenizer.get_vocab(), load_tokenizer(path, setting).get_vocab()
+        differing = sorted(token for token in ours.keys() | others.keys() if ours.get(token) != others.get(token))
+        if differing:
+            token = differing[0]
+            raise ValueError(
+                f"{setting}={path} has another tokenizer than model.path={config.model.path}: {len(differing)} token(s) "
+                f"differ, such as {token!r} (id {others.get(token)} against {ours.get(token)}); use a model of the same "
+                "tokenizer."
+            )
+
+
+def _check_ranks(placement: Placement) -> None:
+    """The form of every `ranks`; what they name is checked where they become meshes."""
+    for role in ROLES:
+        ranks = getattr(placement, role).ranks
+        if isinstance(ranks, tuple) and all(type(rank) is int for rank in ranks):
+            continue
+        if type(ranks) not in (str, int):
+            raise ValueError(
+                f"placement.{role}.ranks={list(ranks) if isinstance(ranks, tuple) else ranks} is not understood; use all, "
+                f"{RANKS_THAT_WORK}."
+            )
+
+
+def _check_positions(config: Config, role: str, longest: int, specs: Mapping[str, ModelSpec]) -> None:
+    spec = specs[role]
+    length = config.rollout.max_model_len
+    if role in WITH_SCALAR_HEAD and "rollout" in specs and length is not None and length > spec.max_positions:
+        raise ValueError(
+            f"rollout.max_model_len={length} is beyond the {spec.max_positions} positions of the "
+            f"{role} in {spec.path}, which reads whole samples; use {spec.max_positions} or less."
+        )
+    if longest > spec.max_positions:
+        what = "a demonstration" if config.data.kind == "demonstrations" else "an answer with its prompt"
+        raise ValueError(
+            f"{what} has {longest} tokens, beyond the {spec.max_positions} positions of the model in {spec.path}; "
+            f"set data.max_tokens={spec.max_positions} with data.too_long=drop, or shorten it."
+        )
+
+
+def _check_evaluation(config: Config, roles: list[str], heldout: list[Prompt]) -> None:
+    lacking = [role for role in ("rollout", "reward") if role not in roles]
+    if heldout and config.train.eval_every and lacking:
+        raise ValueError(
+            f"train.eval_every={config.train.eval_every} evaluates on held-out prompts, which needs the role(s) "
+            f"{', '.join(lacking)}; add them to algorithm.roles={roles}, or set train.eval_every=0."
+        )
+
+
+def _check_run_dir(config: Config) -> None:
+    """A file without a name in the nearest folder there is: access rights alone say too little (full, read-only)."""
+    folder = Path(config.run_dir).absolute()
+    while not folder.exists():
+        folder = folder.parent
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"run_dir={config.run_dir} cannot be written ({folder}: {error.strerror}); choose another folder."
+        ) from None
+
+
+def _check_places(config: Config, roles: Collection[str]) -> None:
+    """What the run replaces is its own, and none of what it reads."""
+    sources: dict[str, str | None] = dict(
+        config.model_path(role) for role in roles if role not in ("rollout", "reward")
+    )
+    sources |= {"data.path": config.data.path, "data.eval_path": config.data.eval_path}
+    if "reward" in roles:
+        rules = {f"{part.where}.rule": part.component.rule or "" for part in parts_of(config.reward)}
+        sources |= {setting: rule.rpartition(":")[0] for setting, rule in rules.items() if ".py:" in rule}
+    learning = [role for role in MEGATRON if role in roles and learns(role, roles)]
+    check_sources(config, sources, learning)
+    if os.environ.get("GROUP_RANK", "0") == "0":
+        check_places(config, learning)
+
+
+def _check_reward(config: Config, roles: list[str], data: DataSets) -> None:
+    """Rules in a worker process, as they will run: only their import tells whether they can be called."""
+    parts, named = parts_of(config.reward), config.train.eval_reward
+    names = [part.name for part in parts]
+    if named is not None and named not in names:
+        raise ValueError(f"train.eval_reward={named} is no component of the reward; use {', '.join(names)}, or null.")
+    config.hang.check(max(part.timeout_s for part in parts))
+    for part in parts:
+        if part.component.model and "reward_model" not in roles:
+            raise ValueError(f"{part.source} needs the role reward_model; add it to algorithm.roles={roles}.")
+        scorer = replace(part, workers=1).scorer()
+        if scorer is not None:
+            with contextlib.closing(scorer):
+                _check_fields(part, scorer.needs(), config, data)
+
+
+def _check_fields(part: Part, needed: frozenset[str], config: Config, data: DataSets) -> None:
+    """Rows without a field that the reward needs would all fail, batch after batch."""
+    task = f"data.task={type(config.data.task).__name__}" if config.data.task else None
+    sources: list[tuple[str, Sequence[Any]]] = [
+        (task or f"data.path={config.data.path}", data.training),
+        (task or f"data.eval_path={config.data.eval_path}", data.heldout),
+    ]
+    for source, rows in sources:
+        fields = [row.fields for row in rows if isinstance(row, (Prompt, Answered))]
+        for name in sorted(needed - {"prompt"}):  # which every row has, as text
+            lacking = [number for number, has in enumerate(fields, start=1) if name not in has]
+            if lacking:
+                works = f" or set {part.where}.kwargs.{name}" if part.component.rule is not None else ""
+                raise ValueError(
+                    f"{part.source} needs the field {name!r} of each row, and {len(lacking)} of the {len(fields)} rows of "
+                    f"{source} lack it (the first: row {lacking[0]}, which has {', '.join(rows[lacking[0] - 1].fields)}); "
+                    f"add it to the rows{works}."
+                )
+
+
+def _get(config: Config, key: str) -> Any:
+    value: Any = config
+    for part in key.split("."):
+        value = getattr(value, part)
+    return value

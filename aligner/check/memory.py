@@ -1,0 +1,133 @@
+"""What roles hold in memory on their ranks, and what there is: an estimate before anything is built (no torch)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from aligner.models.spec import ModelSpec
+from aligner.reshard.plan.region import ELEMENT_BYTES
+from aligner.spmd.mesh import Mesh
+
+if TYPE_CHECKING:
+    from aligner.config.schema import Config
+
+
+STATE = 12
+"""Bytes of a parameter in a checkpoint: a float32 master and two moments."""
+
+
+def learns(role: str, roles: Collection[str]) -> bool:
+    """Whether a job with these roles trains this one: the policy and the critic, or what there is without a policy."""
+    return role in (("policy", "critic") if "policy" in roles else ("critic", "reward_model"))
+
+
+def role_bytes(config: Config, role: str, roles: Collection[str], spec: ModelSpec, mesh: Mesh, cpu: bool) -> float:
+    """Bytes on one of the role's ranks, the mean over pipeline stages; activations are not counted.
+
+    A frozen model: its weights. One that learns: its weights, float32 gradients, and float32 masters with two moments
+    over the data shards. The rollout: its weights and its KV cache, where that is known (not on CUDA with
+    rollout.kv_cache_mib=null).
+    """
+    dense = (spec.parameters - spec.parameters_of_experts) / (mesh.tensor * mesh.pipeline)
+    if role == "rollout":
+        experts = spec.parameters_of_experts / (mesh.tensor * mesh.pipeline)  # cut, or whole ones: as many weights
+        cache = config.rollout.kv_cache_bytes(spec, mesh.tensor, cpu, mesh.pipeline) or 0
+        return (dense + experts) * ELEMENT_BYTES[config.rollout.dtype] + cache
+    settings = config.reference.over(config.policy) if role == "reference" else getattr(config, role)
+    experts = spec.parameters_of_experts / (mesh.expert_tensor * mesh.expert * mesh.pipeline)
+    held = (dense + experts) * ELEMENT_BYTES[settings.dtype]
+    if learns(role, roles):
+        for weights, copies in ((dense, mesh.data * mesh.context), (experts, mesh.expert_data)):
+            held += weights * (4 + 12 / (copies if settings.optimizer.distributed else 1))
+    return held
+
+
+@dataclass(frozen=True)
+class Machine:
+    """One of the hosts that a job runs on."""
+
+    ranks: int
+    """Ranks of the job on it."""
+    host_bytes: int
+    """Its memory."""
+    device_bytes: float | None
+    """Memory of each rank's GPU; None: ranks compute on the CPU."""
+
+    @property
+    def cpu(self) -> bool:
+        """Ranks compute on the CPU."""
+        return self.device_bytes is None
+
+
+def machine_of(config: Config, world_size: int) -> Machine:
+    """The machine that this is, or, in mode=check, that `check` says it will be."""
+    import torch
+
+    check = config.check if config.mode == "check" else None
+    device = None
+    if check and check.device_gib is not None:
+        device = check.device_gib * 2**30
+    elif torch.cuda.is_available():
+        device = float(torch.cuda.get_device_properties(0).total_memory)
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", str(world_size if check else 1)))
+    ranks = check.ranks_per_host if check and check.ranks_per_host is not None else here
+    return Machine(min(ranks, world_size), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), device)
+
+
+def bytes_of_roles(
+    config: Config, specs: Mapping[str, ModelSpec], meshes: Mapping[str, Mesh], machine: Machine
+) -> dict[str, float]:
+    """`role_bytes` of each role; on CUDA an engine with kv_cache_mib=null takes gpu_memory_utilization of the device."""
+    found = {
+        role: role_bytes(config, role, specs.keys(), spec, meshes[role], machine.cpu) for role, spec in specs.items()
+    }
+    if machine.device_bytes is not None and "rollout" in found and config.rollout.kv_cache_mib is None:
+        found["rollout"] = max(found["rollout"], config.rollout.gpu_memory_utilization * machine.device_bytes)
+    return found
+
+
+def bytes_of_rank(config: Config, held: Mapping[str, float], roles: Collection[str], machine: Machine) -> float:
+    """What a rank with these roles holds at the same time, at least: where roles give way, the largest of them."""
+    alone = machine.cpu or config.residency.mode == "off"
+    staying = [held[role] for role in roles if alone or role in config.residency.keep]
+    others = [held[role] for role in roles if not alone and role not in config.residency.keep]
+    return sum(staying) + max(others, default=0.0)
+
+
+def roles_of_ranks(meshes: Mapping[str, Mesh], roles: Collection[str]) -> dict[tuple[str, ...], int]:
+    """Roles that share a rank -> the first such rank."""
+    of_role = {role: frozenset(meshes[role].ranks) for role in roles}
+    found: dict[tuple[str, ...], int] = {}
+    for rank in sorted(frozenset[int]().union(*of_role.values())):
+        found.setdefault(tuple(role for role in roles if rank in of_role[role]), rank)
+    return found
+
+
+def check_memory(config: Config, specs: Mapping[str, ModelSpec], meshes: Mapping[str, Mesh], machine: Machine) -> None:
+    """ValueError where what roles hold (activations not counted) is more than a host, or a GPU, has."""
+    held = bytes_of_roles(config, specs, meshes, machine)
+    if machine.device_bytes is None:
+        need = sum(min(machine.ranks, meshes[role].size) * held[role] for role in specs)
+        if config.checkpoint.every:  # a copy of what is being written
+            learned = [role for role in specs if learns(role, specs.keys())]
+            shares = {role: min(machine.ranks, meshes[role].size) / meshes[role].size for role in learned}
+            need += sum(specs[role].parameters * STATE * shares[role] for role in learned)
+        if need > machine.host_bytes:
+            raise ValueError(
+                f"the roles on this host need about {need / 2**30:.1f} GiB, and it has {machine.host_bytes / 2**30:.1f} GiB. "
+                "Raise placement.policy.tensor or pipeline over more hosts, drop algorithm.roles reference, or take a smaller "
+                "model."
+            )
+        return
+    for roles, rank in roles_of_ranks(meshes, specs.keys()).items():
+        need = bytes_of_rank(config, held, roles, machine)
+        if need > machine.device_bytes:
+            parts = ", ".join(f"{role} {held[role] / 2**30:.1f}" for role in roles)
+            raise ValueError(
+                f"rank {rank} needs at least {need / 2**30:.1f} GiB ({parts}; activations not counted), and its GPU has "
+                f"{machine.device_bytes / 2**30:.1f} GiB. Raise placement.policy.tensor or pipeline, use policy.dtype=bfloat16, "
+                "residency.mode=auto, or a lower rollout.gpu_memory_utilization."
+            )

@@ -1,0 +1,124 @@
+"""How long samples can become, and which tokens end them: settled before a model is built."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from aligner.config.schema import Config
+from aligner.data.answers import Answered
+from aligner.data.end_tokens import EndTokens, find_ends, special_among
+from aligner.data.prompts import Prompt
+from aligner.data.sets import DataSets
+from aligner.models.spec import ModelSpec
+from aligner.rollout.config import RolloutConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def sized(config: Config, specs: Mapping[str, ModelSpec]) -> RolloutConfig:
+    """The rollout's settings with a length: rollout.max_model_len, or what prompts and responses need, as far as every
+    model that reads samples has positions."""
+    if "rollout" not in specs or config.rollout.max_model_len is not None:
+        return config.rollout
+    needed = config.data.max_prompt_tokens + config.sampling.max_tokens
+    return replace(config.rollout, max_model_len=min(needed, *(spec.max_positions for spec in specs.values())))
+
+
+def answered_prompts(config: Config, data: DataSets) -> DataSets:
+    """Without the prompts of held-out pairs that are too long to be answered in evaluations, where such are to be
+    dropped; other prompts were measured when they were read."""
+    kept = [prompt for prompt in data.heldout if len(prompt.tokens) <= config.data.max_prompt_tokens]
+    if config.data.too_long != "drop" or len(kept) == len(data.heldout):
+        return data
+    left_out = data.heldout_left_out.copy()
+    left_out["prompts too long to answer"] += len(data.heldout) - len(kept)
+    return replace(data, heldout=kept, heldout_left_out=left_out)
+
+
+def check_lengths(config: Config, data: DataSets, specs: Mapping[str, ModelSpec], given: int | None) -> None:
+    """Prompts and their responses fit.
+
+    Args:
+        config: with the length that `sized` has found.
+        given: rollout.max_model_len as it was set.
+
+    Raises:
+        ValueError: one does not; the settings are named with what would work.
+    """
+    longest = max((len(prompt.tokens) for prompt in data.heldout), default=0)
+    asked, drawn = config.data.max_prompt_tokens, config.sampling.max_tokens
+    if longest > asked:  # of held-out pairs; other prompts were checked when they were read
+        raise ValueError(
+            f"a held-out pair's prompt has {longest} tokens, and the role rollout answers it in evaluations; raise "
+            f"data.max_prompt_tokens={asked} to {longest} or more, or set data.too_long=drop."
+        )
+    length = config.rollout.max_model_len
+    assert length is not None, "sized() gives it a length"
+    if asked + drawn <= length:
+        return
+    if given is not None:
+        raise ValueError(
+            f"data.max_prompt_tokens={asked} + sampling.max_tokens={drawn} is more than rollout.max_model_len={given}; "
+            f"raise it to {asked + drawn}, or lower one of them."
+        )
+    longest = max([longest, *(len(prompt.tokens) for prompt in data.training if isinstance(prompt, Prompt))])
+    if longest + drawn > length:
+        least = min(specs.values(), key=lambda spec: spec.max_positions)
+        shorter = [f"sampling.max_tokens={length - longest} or less"] if longest < length else []
+        shorter += [f"data.max_prompt_tokens={length - drawn} with data.too_long=drop"] if drawn < length else []
+        raise ValueError(
+            f"the longest prompt has {longest} tokens, which with sampling.max_tokens={drawn} is more than the {length} "
+            f"positions of the model in {least.path}; use {' or '.join(shorter)}."
+        )
+
+
+def check_end(config: Config, spec: ModelSpec, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Without an end token every response would run to its limit.
+
+    Raises:
+        ValueError: there is none, or one that the model does not have.
+    """
+    given = config.sampling.stop_token_ids
+    if given is None and not spec.eos_token_ids:
+        raise ValueError(
+            f"{spec.path}/config.json has no eos_token_id, so responses would never end; set it, or "
+            f"sampling.stop_token_ids=[{tokenizer.eos_token_id}] (the tokenizer's {tokenizer.eos_token})."
+        )
+    beyond = [token for token in given or () if token >= spec.vocab]
+    if beyond:
+        raise ValueError(
+            f"sampling.stop_token_ids={list(given or ())} holds {beyond[0]}, and the model in {spec.path} has the tokens "
+            f"0 to {spec.vocab - 1}; use ids of its tokenizer."
+        )
+
+
+def ends_of(config: Config, tokenizer: PreTrainedTokenizerBase, data: DataSets) -> EndTokens:
+    """What ends a turn of the model that is trained, with what its training data say."""
+    answers: list[Answered] = []
+    for row in data.training:
+        if isinstance(row, Answered):
+            answers.append(row)
+        elif not isinstance(row, Prompt):
+            answers += [row.chosen, row.rejected]
+    return find_ends(config.model.path, tokenizer, answers, config.data.train_on == "all")
+
+
+def with_ends(spec: ModelSpec, config: Config, ends: EndTokens, tokenizer: PreTrainedTokenizerBase) -> ModelSpec:
+    """The model as it will be trained: responses end at these, and its exports name them. What sampling.stop_token_ids
+    adds is trained on as well, and is exported where it is a special token."""
+    chosen: Sequence[int] = config.sampling.stop_token_ids or ()
+    found = dict.fromkeys([*spec.eos_token_ids, *ends.ids, *special_among(tokenizer, chosen)])
+    return replace(spec, eos_token_ids=tuple(found))
+
+
+def shown_ends(config: Config, ends: EndTokens) -> str:
+    """What ends responses, for people."""
+    given = config.sampling.stop_token_ids
+    if given is None:
+        return f"turns end with {ends.shown(ends.ids)}"
+    text = f"responses end with sampling.stop_token_ids={list(given)} alone"
+    left_out = [token for token in ends.ids if token not in given]
+    return f"{text}, and not with {ends.shown(left_out)}" if left_out else text

@@ -1,0 +1,126 @@
+"""What one rank does to the messages of a transfer: read, write, prove, and keep the first error."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Protocol
+
+from torch import Tensor
+
+from aligner.reshard.message.bucket import Bucket, Buffers
+from aligner.reshard.plan.region import Piece
+from aligner.reshard.plan.schedule import Message
+from aligner.reshard.plan.transfer_plan import Item
+from aligner.reshard.transfer.local_copy import copy_local
+from aligner.reshard.transfer.wire import Wire
+
+Source = Callable[[Piece], Tensor]
+"""Reads a piece of this rank's source storages: a view of shape `piece.size`."""
+
+
+class Destination(Protocol):
+    """Storages that a transfer fills."""
+
+    def view(self, piece: Piece) -> Tensor:
+        """A writable view of the piece in the destination's storage, made plain first where the engine packed it."""
+
+    def written(self, piece: Piece, proof: bool) -> None:
+        """`piece` is written; the destination counts elements, re-lays out what is complete, and with `proof` proves that."""
+
+    def finish(self) -> None:
+        """Everything was written exactly once and derived state is reset; else RuntimeError naming the tensor."""
+
+
+class Work:
+    """What this rank does to buckets: it keeps the first error and goes on exchanging, so that no peer hangs."""
+
+    def __init__(
+        self, rank: int, source: Source | None, destination: Destination | None, buffers: Buffers, verify: bool
+    ) -> None:
+        self.buffers = buffers
+        self.checksummed = 0
+        self.seconds = dict.fromkeys(("pack", "wire", "apply"), 0.0)
+        self._rank, self._source, self._destination = rank, source, destination
+        self._verify = verify
+        self._failure: BaseException | None = None
+
+    @contextmanager
+    def clock(self, phase: str) -> Iterator[None]:
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[phase] += time.perf_counter() - started
+
+    def pack(self, items: Sequence[Item], room: Tensor | None) -> Bucket:
+        """A bucket of these items, read, cast and checksummed; marked as failed after this rank's first error."""
+        bucket = Bucket(items, self.buffers, room)
+        with self.clock("pack"), self._keep_failure():
+            if self._failure is None:
+                assert self._source is not None, f"rank {self._rank} sends {items[0]} but has no source"
+                bucket.pack(self._source, self._verify)
+                return bucket
+        bucket.mark_failed()
+        return bucket
+
+    def open(self, bucket: Bucket) -> None:
+        """Let what comes in arrive where it belongs, as far as it can."""
+        with self.clock("apply"), self._keep_failure():
+            if self._failure is None and self._destination is not None:
+                bucket.open(self._destination.view)
+
+    def land(self, wire: Wire, message: Message, bucket: Bucket) -> None:
+        """Let the wire make a whole bucket of what came in."""
+        with self.clock("apply"), self._keep_failure():
+            wire.landed(message, bucket)
+            return
+        bucket.mark_failed()
+
+    def apply(self, by: int, bucket: Bucket) -> None:
+        """Write what came from rank `by`, prove it, and tell the destination."""
+        with self._keep_failure():
+            if self._failure is not None:
+                return
+            if bucket.failed():
+                raise RuntimeError(
+                    f"reshard: rank {by} failed while it sent {bucket.items[0]} to rank {self._rank}; "
+                    "its own error says why"
+                )
+            destination = self._destination
+            assert destination is not None, f"rank {self._rank} receives {bucket.items[0]} but has no destination"
+            with self.clock("apply"):
+                bucket.land(destination.view, by, self._rank, self._verify)
+                for item in bucket.items:
+                    destination.written(item.destination, self._verify)
+            self.checksummed += len(bucket.items) if self._verify else 0
+
+    def copy(self, items: Sequence[Item]) -> None:
+        """Copy what this rank holds itself, and prove it, without a message."""
+        with self._keep_failure():
+            if self._failure is not None:
+                return
+            source, destination = self._source, self._destination
+            assert source and destination, f"rank {self._rank} copies {items[0]} but lacks a source or a destination"
+            with self.clock("apply"):
+                copy_local(items, source, destination.view, self._rank, self._verify, self.buffers.scratch)
+                for item in items:
+                    destination.written(item.destination, self._verify)
+            self.checksummed += len(items) if self._verify else 0
+
+    def finish(self) -> None:
+        """Raise the first error, or let the destination finish."""
+        if self._failure is not None:
+            raise self._failure
+        if self._destination is not None:
+            with self.clock("apply"):
+                self._destination.finish()
+
+    @contextmanager
+    def _keep_failure(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as failure:
+            if self._failure is None:
+                self._failure = failure

@@ -1,0 +1,63 @@
+"""The batches that a loop iterates over: the same on every rank, without end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+
+from aligner.check.job import Checked
+from aligner.config.schema import Config
+from aligner.data.answers import Answered
+from aligner.data.preferences import Pair
+from aligner.data.samples import Demonstrations, Feedback, Pairs, Samples, pad_rows
+from aligner.data.stream import RowStream
+
+
+def rows_of(config: Config, checked: Checked, known: str | None = None) -> RowStream[Any]:
+    """The training rows in the order of the run, with the position in them; `known` is their digest."""
+    return RowStream(checked.data.training, config.seed, config.data.shuffle, known)
+
+
+def batches(config: Config, rows: RowStream[Any]) -> Iterator[Any]:
+    """Batches in the form of data.kind, without end: how many a step takes is the loop's choice."""
+    form = FORMS[config.data.kind]
+    while True:
+        yield form(rows.take(config.data.prompts_per_step))
+
+
+def as_samples(answers: Sequence[Answered]) -> Samples:
+    """Answers with their prompts as rows, trained on where their masks say."""
+    return Samples(
+        tokens_BT=pad_rows([a.tokens for a in answers], torch.long),
+        prompt_len_B=torch.tensor([a.prompt_len for a in answers]),
+        length_B=torch.tensor([len(a.tokens) for a in answers]),
+        mask_BT=pad_rows([a.mask for a in answers], torch.bool),
+        prompt_index_B=torch.tensor([a.index for a in answers]),
+        fields=[a.fields for a in answers],
+    )
+
+
+def as_demonstrations(answers: Sequence[Answered]) -> Demonstrations:
+    """One row for each demonstration."""
+    return Demonstrations(as_samples(answers))
+
+
+def as_pairs(pairs: Sequence[Pair]) -> Pairs:
+    """Two rows for each pair: chosen, rejected."""
+    return Pairs(as_samples([side for pair in pairs for side in (pair.chosen, pair.rejected)]))
+
+
+def as_feedback(answers: Sequence[Answered]) -> Feedback:
+    """One row for each answer, with its 'label' in its fields."""
+    return Feedback(as_samples(answers))
+
+
+FORMS: dict[str, Callable[[list[Any]], Any]] = {
+    "prompts": list,
+    "demonstrations": as_demonstrations,
+    "preferences": as_pairs,
+    "feedback": as_feedback,
+}
+"""data.kind -> the batch that rows become."""

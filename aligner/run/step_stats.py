@@ -1,0 +1,59 @@
+"""What every rank has to say at the end of a step, merged on its way to the first rank."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from aligner.reshard.transfer.sync_stats import SyncRow, total
+from aligner.spmd.role import Role
+
+PHASES = {
+    "generate": "generate",
+    "score": "score",
+    "logprobs": "logprobs",
+    "values": "values",
+    "scores": "scores",
+    "update": "update",
+    "reshard_to": "reshard",
+}
+"""Role call -> name of its seconds, and of its memory in GiB, in a row."""
+PEAK = {"peak": "peak"}
+
+
+@dataclass(frozen=True)
+class Account:
+    """One rank's, or several ranks' together."""
+
+    most: dict[str, float] = field(default_factory=dict)
+    """Metrics of which the highest rank's counts, such as seconds of a phase."""
+    syncs: tuple[SyncRow, ...] = ()
+    """The last transfer of weights."""
+    asked: str = ""
+    """The signal that asks the job to leave."""
+
+    def row(self) -> dict[str, float]:
+        """The metrics."""
+        return {**(self.syncs[0].metrics() if self.syncs else {}), **self.most}
+
+
+def account_of(
+    roles: Sequence[Role], syncs: Sequence[SyncRow], memory: Mapping[str, float], asked: str = ""
+) -> Account:
+    """This rank's since the last time; `memory` in GiB by role call."""
+    seconds: dict[str, float] = {}
+    for role in roles:
+        for call, taken in role.seconds.items():
+            seconds[call] = seconds.get(call, 0.0) + taken
+        role.seconds.clear()
+    most = {f"seconds_{name}": seconds[call] for call, name in PHASES.items() if call in seconds}
+    most |= {f"memory_{name}": memory[call] for call, name in (PHASES | PEAK).items() if call in memory}
+    return Account(most, (total(syncs),) if syncs else (), asked)
+
+
+def merged(one: Account, other: Account) -> Account:
+    """Both ranks' together; associative."""
+    names = [*one.most, *(name for name in other.most if name not in one.most)]
+    most = {name: max(found[name] for found in (one.most, other.most) if name in found) for name in names}
+    syncs = one.syncs + other.syncs
+    return Account(most, (total(syncs),) if syncs else (), one.asked or other.asked)

@@ -1,0 +1,32 @@
+"""The critic: a trained model with a scalar head that says what is still to come (PPO's value function)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from aligner.spmd.ref import Ref
+from aligner.trainer.readout import Values
+from aligner.trainer.trainable_role import Trained
+
+
+class Critic(Trained):
+    """The value of every state. A loss's first argument is value_BT: V of the state before token t, as `values`."""
+
+    section = "critic"
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.member:
+            self.optimizer  # noqa: B018 - its memory is taken now, not at the first update
+
+    def readout(self) -> Values:
+        """The head's output at the token before."""
+        return Values()
+
+    def values(self, samples: Ref) -> Ref:
+        """V of the state before each token: the head's output at the token before it.
+
+        Returns:
+            Ref to [B, T] float32, 0 outside `samples.mask_BT`.
+        """
+        return self.read("values", samples)

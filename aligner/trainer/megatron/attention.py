@@ -1,0 +1,183 @@
+"""Attention that works without TransformerEngine: packed rows, and rotary positions of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import lru_cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.tensor_parallel.mappings import all_gather_last_dim_from_tensor_parallel_region
+from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.module import MegatronModule
+from torch import Tensor, nn
+
+from aligner.models.spec import ModelSpec
+from aligner.trainer.megatron.attention_calls import shared_calls
+from aligner.trainer.megatron.context_attention import context_attention
+
+
+@lru_cache(maxsize=64)
+def _calls(lengths: tuple[int, ...], device: torch.device) -> tuple[list[tuple[Tensor, int, int]], Tensor]:
+    """How packed rows are cut into padded attention calls.
+
+    Returns:
+        ([(flat index [rows x longest], rows, longest)], place of each packed token in the joined outputs).
+    """
+    length = torch.tensor(lengths)
+    start = torch.cumsum(length, 0) - length
+    calls, valid, base = [], [], 0
+    for members in shared_calls(lengths):
+        longest = lengths[members[0]]
+        rows = torch.tensor(members)
+        place = torch.arange(longest).expand(len(rows), longest)
+        # beyond a row's end its last token is read again: causal attention never lets a real query see it
+        index = start[rows][:, None] + torch.minimum(place, length[rows][:, None] - 1)
+        inside = place < length[rows][:, None]
+        valid.append(torch.stack([index[inside], base + torch.nonzero(inside.flatten())[:, 0]]))
+        calls.append((index.flatten().to(device), len(rows), longest))
+        base += index.numel()
+    packed, joined = torch.cat(valid, 1)
+    back = torch.empty_like(packed)
+    back[packed] = joined
+    return calls, back.to(device)
+
+
+def packed_attention(q_TND: Tensor, k_TKD: Tensor, v_TKD: Tensor, lengths: tuple[int, ...], scale: float) -> Tensor:
+    """Causal attention inside each row of a packed sequence; rows of similar length share one SDPA call (`shared_calls`).
+
+    Args:
+        q_TND: [T, query heads, head_dim]; k_TKD, v_TKD: [T, key/value heads, head_dim].
+        lengths: tokens of each row, in order; their sum is T.
+
+    Returns:
+        [T, query heads x head_dim].
+    """
+    grouped = q_TND.shape[1] != k_TKD.shape[1]
+    if len(set(lengths)) == 1:  # nothing to pad: views suffice
+        q, k, v = (x.view(len(lengths), lengths[0], *x.shape[1:]).transpose(1, 2) for x in (q_TND, k_TKD, v_TKD))
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped)
+        return out.transpose(1, 2).reshape(q_TND.shape[0], -1)
+    calls, back = _calls(lengths, q_TND.device)
+    outs = []
+    for index, count, longest in calls:
+
+        def rows(x: Tensor, index: Tensor = index, shape: tuple[int, int] = (count, longest)) -> Tensor:
+            return x.index_select(0, index).view(*shape, *x.shape[1:]).transpose(1, 2)
+
+        out = F.scaled_dot_product_attention(
+            rows(q_TND), rows(k_TKD), rows(v_TKD), is_causal=True, scale=scale, enable_gqa=grouped
+        )
+        outs.append(out.transpose(1, 2).reshape(count * longest, -1))
+    return torch.cat(outs).index_select(0, back)
+
+
+class PackedAttention(MegatronModule):
+    """Megatron's core attention on torch SDPA. `attention_mask` carries the rows' lengths (int32, CPU): of the
+    tokens here, padding included, or with context parallelism of the whole rows.
+
+    The lengths travel as an argument, not as state of the module: with pipeline parallelism and recompute, the
+    backward of one microbatch runs after the forward of a later one.
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        layer_number: int,
+        *args: Any,
+        softmax_scale: float | None = None,
+        pg_collection: Any,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(config)
+        self.scale = softmax_scale or config.kv_channels**-0.5
+        self.context = pg_collection.cp
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor, *_: Any, **__: Any) -> Tensor:
+        """[T, 1, heads, head_dim] each -> [T, 1, heads x head_dim]."""
+        lengths = tuple(attention_mask.tolist())
+        q_TND, k_TKD, v_TKD = query.squeeze(1), key.squeeze(1), value.squeeze(1)
+        if self.context.size() > 1:
+            drop = self.config.recompute_granularity is None
+            out = context_attention(q_TND, k_TKD, v_TKD, lengths, self.scale, self.context, drop)
+        else:
+            out = packed_attention(q_TND, k_TKD, v_TKD, lengths, self.scale)
+        return out.unsqueeze(1)
+
+
+class SharedHeadAttention(SelfAttention):
+    """Self-attention with more tensor ranks than key/value heads, each of which then serves several ranks.
+
+    The weight's rows are still cut evenly, so a rank computes a part of some head's projections: the ranks gather
+    them, and each takes its query heads and the key/value head that these share. Megatron's own does the same, but
+    asks the global state for its tensor group.
+    """
+
+    def get_query_key_value_tensors(
+        self,
+        hidden_states: Tensor,
+        key_value_states: Tensor | None = None,
+        output_gate: bool = False,
+        split_qkv: bool = True,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """[T / tensor or T, 1, hidden] -> queries [T, 1, heads / tensor, head_dim], key and value [T, 1, 1, head_dim]."""
+        config, group = self.config, self.pg_collection.tp
+        part_T1R, _ = self.linear_qkv(hidden_states)
+        rows_T1R = all_gather_last_dim_from_tensor_parallel_region(part_T1R, group)
+        heads = config.num_attention_heads // config.num_query_groups
+        held, sharers = config.num_attention_heads // group.size(), group.size() // config.num_query_groups
+        shared, place = divmod(group.rank(), sharers)
+        mine = rows_T1R.view(*rows_T1R.shape[:2], config.num_query_groups, heads + 2, config.kv_channels)[:, :, shared]
+        query, key, value = mine.split([heads, 1, 1], dim=2)
+        query = query[:, :, place * held : (place + 1) * held]
+        if self.q_layernorm is not None:
+            query = self.q_layernorm(query)
+        if self.k_layernorm is not None:
+            key = self.k_layernorm(key)
+        return query, key, value
+
+
+class PackedRotary(nn.Module):
+    """Rotary angles at the packed tokens' own positions, in place of Megatron's table of 0..T-1.
+
+    Su et al. 2021; scaled as the checkpoint declares (`SCALED`). The angles are computed at the start
+    of each forward from `positions_T` and passed on as a tensor, so recompute sees the right ones.
+    """
+
+    def __init__(self, spec: ModelSpec, device: torch.device) -> None:
+        super().__init__()
+        exponent = torch.arange(0, spec.head_dim, 2, dtype=torch.float32) / spec.head_dim
+        frequency = 1.0 / spec.rope_theta**exponent
+        if spec.rope_scaling:
+            frequency = SCALED[spec.rope_scaling["rope_type"]](frequency, spec.rope_scaling)
+        self.frequency = frequency.to(device)
+        self.positions_T: Tensor | None = None
+
+    def get_rotary_seq_len(self, *args: Any) -> int:
+        """Megatron asks for a table length; the positions say it all."""
+        return 0
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """[T, 1, 1, head_dim] angles."""
+        assert self.positions_T is not None
+        angle = torch.outer(self.positions_T.float(), self.frequency)
+        return torch.cat([angle, angle], -1)[:, None, None, :]
+
+
+def _llama3_scaled(frequency: Tensor, scaling: dict[str, Any]) -> Tensor:
+    """Llama 3.1's long-context frequencies: long wavelengths are stretched by `factor`, medium ones blended."""
+    factor, low, high = scaling["factor"], scaling["low_freq_factor"], scaling["high_freq_factor"]
+    original = scaling["original_max_position_embeddings"]
+    turns = original * frequency / (2 * torch.pi)
+    blend = ((turns - low) / (high - low)).clamp(0.0, 1.0)
+    return frequency * (blend + (1 - blend) / factor)
+
+
+def _linear_scaled(frequency: Tensor, scaling: dict[str, Any]) -> Tensor:
+    """Chen et al. 2023: positions are divided by `factor`."""
+    return frequency / float(scaling["factor"])
+
+
+SCALED: Mapping[str, Callable[[Tensor, dict[str, Any]], Tensor]] = {"linear": _linear_scaled, "llama3": _llama3_scaled}
+"""By rope_type."""

@@ -1,0 +1,220 @@
+"""Exact causal attention of a context-parallel rank's queries: keys and values of all ranks are gathered, layer by layer.
+
+What is gathered lives for one layer's forward and again for its backward: between them a layer keeps only its own
+tokens, so that activations fall with the number of ranks. The gradients of keys and values are summed where they came
+from. S counts the real tokens of all ranks, T those of this rank, with its padding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.nn.attention.bias import causal_lower_right
+
+from aligner.trainer.megatron.context import cut
+
+BLOCK = 256
+"""Queries in one call where their mask is a tensor: [BLOCK, longest row] at most, on a CPU one for all layers."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """One SDPA call: `queries` tokens from each of `at`, each time after `keys - queries` earlier ones of their row."""
+
+    queries: int
+    keys: int
+    at: tuple[int, ...]
+    """Among this rank's tokens: where the queries begin."""
+    first: tuple[int, ...]
+    """Among all ranks' rows: where the keys begin."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One rank's calls, and where things are."""
+
+    calls: tuple[Call, ...]
+    order_S: Tensor
+    """Place of each row's tokens, in order, in what [ranks, T] are when gathered."""
+    back_T: Tensor
+    """Place of each of this rank's tokens in the calls' joined outputs; its padding reads one more token, of zeros."""
+    longest: int
+
+
+@lru_cache(maxsize=64)
+def make_plan(lengths: tuple[int, ...], ranks: int, rank: int, held: int, block: int, device: torch.device) -> Plan:
+    """The calls of `rank`; pieces of equal shape share one.
+
+    Args:
+        held: tokens of each rank, with its padding.
+        block: queries of one call at most; 0: no limit.
+    """
+    whole = cut(lengths, ranks)
+    shapes: dict[tuple[int, int], list[tuple[int, int]]] = {}
+    at = 0
+    for piece in whole.pieces[rank]:
+        step = block or piece.stop
+        for start in range(piece.start, piece.stop, step):
+            stop = min(piece.stop, start + step)
+            shapes.setdefault((stop - start, stop), []).append((at, whole.starts[piece.row]))
+            at += stop - start
+    calls = tuple(Call(n, m, *map(tuple, zip(*places, strict=True))) for (n, m), places in shapes.items())
+    order_S = torch.empty(sum(lengths), dtype=torch.long)
+    for other in range(ranks):
+        order_S[whole.mine(other)] = other * held + torch.arange(whole.tokens(other))
+    joined = [torch.arange(place, place + call.queries) for call in calls for place in call.at]
+    back_T = torch.full((held,), at)
+    if joined:
+        back_T[torch.cat(joined)] = torch.arange(at)
+    return Plan(calls, order_S.to(device), back_T.to(device), max(lengths))
+
+
+@dataclass
+class Gathered:
+    """Keys and values of all rows [S, heads, head_dim]: dropped after the forward, here again for the backward."""
+
+    group: dist.ProcessGroup
+    order_S: Tensor
+    rows: list[Tensor] = field(default_factory=list)
+
+    def fill(self, k_TKD: Tensor, v_TKD: Tensor) -> None:
+        """One all-gather."""
+        own = torch.stack([k_TKD, v_TKD])
+        parts = own.new_empty(self.group.size(), *own.shape)
+        dist.all_gather_into_tensor(parts.flatten(0, 1), own, group=self.group)
+        self.rows = [parts[:, which].flatten(0, 1).index_select(0, self.order_S) for which in (0, 1)]
+
+
+class _Gather(torch.autograd.Function):
+    """Own keys and values -> all rows'. Backward: each rank gets the sum of the gradients of what it gave."""
+
+    @staticmethod
+    def forward(ctx: Any, k_TKD: Tensor, v_TKD: Tensor, gathered: Gathered) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        gathered.fill(k_TKD, v_TKD)
+        ctx.gathered, ctx.held = gathered, len(k_TKD)
+        key, value = gathered.rows
+        return key, value
+
+    @staticmethod
+    def backward(ctx: Any, grad_k_SKD: Tensor, grad_v_SKD: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+        gathered, ranks = ctx.gathered, ctx.gathered.group.size()
+        gathered.rows = []
+        parts = grad_k_SKD.new_zeros(ranks, 2, ctx.held, *grad_k_SKD.shape[1:])
+        for which, grad in enumerate((grad_k_SKD, grad_v_SKD)):
+            part = parts.new_zeros(ranks * ctx.held, *grad.shape[1:]).index_copy_(0, gathered.order_S, grad)
+            parts[:, which] = part.view(ranks, ctx.held, *grad.shape[1:])
+        own = torch.empty_like(parts[0])
+        dist.reduce_scatter_tensor(own, parts.flatten(0, 1), group=gathered.group)
+        return own[0], own[1], None
+
+
+class _GatherAgain(torch.autograd.Function):
+    """The output as it is; its backward begins by gathering what the forward has dropped.
+
+    Keys and values are arguments so that `_Gather`'s backward runs even on a rank that has no query among them:
+    both collectives are the whole group's.
+    """
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, out: Tensor, k_TKD: Tensor, v_TKD: Tensor, key: Tensor, value: Tensor, gathered: Gathered, drop: bool
+    ) -> Tensor:
+        ctx.gathered, ctx.drop = gathered, drop
+        if drop:
+            ctx.save_for_backward(k_TKD, v_TKD)
+            gathered.rows = []
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        if ctx.drop:
+            ctx.gathered.fill(*ctx.saved_tensors)
+        return grad, None, None, None, None, None, None
+
+
+def _rows_of(call: Call, x: Tensor, first: Sequence[int], count: int) -> Tensor:
+    """[tokens, heads, head_dim] -> [rows, heads, count, head_dim]: a view where the call has one row."""
+    if len(first) == 1:
+        return x[first[0] : first[0] + count].transpose(0, 1)[None]
+    return torch.stack([x[at : at + count] for at in first]).transpose(1, 2)
+
+
+def _kept_out(gathered: Gathered, call: Call, key: Tensor, value: Tensor) -> AbstractContextManager[Any]:
+    """Inside, autograd keeps a note instead of a call's keys and values, and makes them again when it wants them."""
+    which_of = {key.untyped_storage().data_ptr(): 0, value.untyped_storage().data_ptr(): 1}
+
+    def pack(x: Tensor) -> Any:
+        which = which_of.get(x.untyped_storage().data_ptr())
+        return x if which is None else (which, x.size(), x.stride(), x.storage_offset())
+
+    def unpack(kept: Any) -> Tensor:
+        if isinstance(kept, Tensor):
+            return kept
+        which, *view = kept
+        return _rows_of(call, gathered.rows[which], call.first, call.keys).as_strided(*view)
+
+    return saved_tensors_hooks(pack, unpack)
+
+
+@lru_cache(maxsize=2)
+def _mask(block: int, longest: int, dtype: torch.dtype) -> Tensor:
+    """[block, longest]: 0 where a query may look, -inf elsewhere; the last query sees every key. Smaller masks are its
+    lower right corner, views that share the memory."""
+    hidden = torch.ones(block, longest, dtype=torch.bool).triu(longest - block + 1)
+    return torch.zeros(block, longest, dtype=dtype).masked_fill_(hidden, -torch.inf)
+
+
+def _block(query: Tensor) -> int:
+    """Only CUDA's flash kernel, which takes 16 bits, has causal attention of few queries to many keys without a mask."""
+    return 0 if query.device.type == "cuda" and query.element_size() == 2 else BLOCK
+
+
+def _bias(call: Call, plan: Plan, query: Tensor) -> Tensor:
+    if query.device.type != "cpu":  # CUDA's kernels know this mask by its name
+        return causal_lower_right(call.queries, call.keys)
+    width = -(-plan.longest // BLOCK) * BLOCK
+    return _mask(BLOCK, width, query.dtype)[BLOCK - call.queries :, width - call.keys :]
+
+
+def context_attention(
+    q_TND: Tensor,
+    k_TKD: Tensor,
+    v_TKD: Tensor,
+    lengths: tuple[int, ...],
+    scale: float,
+    group: dist.ProcessGroup,
+    drop: bool = True,
+) -> Tensor:
+    """Causal attention inside each row of this rank's queries to the keys and values of all ranks.
+
+    Args:
+        q_TND: [T, query heads, head_dim]; k_TKD, v_TKD: [T, key/value heads, head_dim]; T is the same on every rank.
+        lengths: tokens of each whole row, in order.
+        drop: gather keys and values again in the backward; false where the backward follows at once (recompute).
+
+    Returns:
+        [T, query heads x head_dim]; 0 at the padding.
+    """
+    plan = make_plan(lengths, group.size(), group.rank(), len(q_TND), _block(q_TND), q_TND.device)
+    gathered = Gathered(group, plan.order_S)
+    key, value = _Gather.apply(k_TKD, v_TKD, gathered)
+    grouped = q_TND.shape[1] != k_TKD.shape[1]
+    outs = []
+    for call in plan.calls:
+        k, v = (_rows_of(call, x, call.first, call.keys) for x in (key, value))
+        q, bias = _rows_of(call, q_TND, call.at, call.queries), _bias(call, plan, q_TND)
+        with _kept_out(gathered, call, k, v) if drop else nullcontext():
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale, enable_gqa=grouped)
+        outs.append(out.transpose(1, 2).reshape(-1, q_TND.shape[1] * q_TND.shape[2]))
+    outs.append(q_TND.new_zeros(1, q_TND.shape[1] * q_TND.shape[2]))
+    joined = torch.cat(outs).index_select(0, plan.back_T)
+    return _GatherAgain.apply(joined, k_TKD, v_TKD, key, value, gathered, drop)  # type: ignore[no-any-return]

@@ -1,0 +1,119 @@
+"""Megatron's layers as a model has them: norms, biases, dense MLP or experts, own attention, the scalar head."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from torch import Tensor, nn
+
+from aligner.models.spec import ModelSpec
+from aligner.trainer.megatron.attention import PackedAttention, SharedHeadAttention
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight (Zhang & Sennrich 2019); marked so that its gradient is summed under
+    sequence parallelism."""
+
+    def __init__(self, config: Any, hidden_size: int, eps: float = 1e-6, **_: Any) -> None:
+        super().__init__()
+        self.eps = eps
+        device = "cpu" if not torch.cuda.is_available() else torch.cuda.current_device()
+        self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype, device=device))
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., hidden] -> the same."""
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class RMSNormPlusOne(RMSNorm):
+    """Gemma's: times 1 + weight, all in float32."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., hidden] -> the same."""
+        return F.rms_norm(x.float(), self.weight.shape, 1.0 + self.weight.float(), self.eps).type_as(x)
+
+
+class BiasedColumns(ColumnParallelLinear):
+    """A projection with a bias, whatever the configuration says of all linear layers together."""
+
+    def __init__(self, *args: Any, bias: bool, **kwargs: Any) -> None:
+        super().__init__(*args, bias=True, **kwargs)
+
+
+class BiasedRows(RowParallelLinear):
+    """A projection with a bias, whatever the configuration says of all linear layers together."""
+
+    def __init__(self, *args: Any, bias: bool, **kwargs: Any) -> None:
+        super().__init__(*args, bias=True, **kwargs)
+
+
+class ScalarHead(nn.Module):
+    """One number a token in place of the output layer; computed in float32, since bfloat16 resolves a value of 10 to
+    0.06.
+
+    Whole on every tensor rank, each of which computes the same loss. Under sequence parallelism a rank multiplies its
+    own tokens and gathers the numbers, not the hidden states; its weight's gradient is then of its tokens alone, and is
+    summed like a norm's.
+    """
+
+    def __init__(self, config: Any, group: Any) -> None:
+        super().__init__()
+        self.group, self.sequence_parallel = group, config.sequence_parallel
+        device = "cpu" if not torch.cuda.is_available() else torch.cuda.current_device()
+        self.weight = nn.Parameter(torch.zeros(1, config.hidden_size, dtype=config.params_dtype, device=device))
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, hidden_states: Tensor, weight: None = None, runtime_gather_output: bool | None = None) -> Any:
+        """[T / tensor or T, 1, hidden] -> ([T, 1, 1] float32, None), as Megatron calls its output layer."""
+        out = F.linear(hidden_states.float(), self.weight.float())
+        if self.sequence_parallel:  # not reduced in backward: every rank has the whole gradient of the numbers
+            out = gather_from_sequence_parallel_region(out, tensor_parallel_output_grad=False, group=self.group)
+        return out, None
+
+
+def scale_embedding(factor: Tensor, _: nn.Module, __: Any, embedded: Tensor) -> Tensor:
+    """A forward hook of the embedding, once `factor` (in the weights' data type, as in transformers) is bound."""
+    return embedded * factor
+
+
+def block_spec(spec: ModelSpec, layers: Sequence[int], tensor: int) -> TransformerBlockSubmodules:
+    """What Megatron builds these layers (counted over the whole model) of, for `tensor` tensor ranks."""
+    sparse = frozenset(spec.sparse_layers)
+    kinds = {number in sparse for number in layers}
+    made = {kind: _layer_spec(spec, kind, tensor) for kind in kinds}
+    return TransformerBlockSubmodules(layer_specs=[made[number in sparse] for number in layers], layer_norm=_norm(spec))
+
+
+def _norm(spec: ModelSpec) -> type[RMSNorm]:
+    return RMSNormPlusOne if spec.norm_plus_one else RMSNorm
+
+
+def _layer_spec(spec: ModelSpec, sparse: bool, tensor: int) -> ModuleSpec:
+    found = copy.deepcopy(
+        get_gpt_layer_local_spec(
+            normalization="RMSNorm", qk_layernorm=spec.qk_norm, num_experts=spec.experts if sparse else None
+        )
+    )
+    parts, norm = found.submodules, _norm(spec)
+    parts.input_layernorm = parts.pre_mlp_layernorm = norm
+    if tensor > spec.kv_heads:
+        parts.self_attention.module = SharedHeadAttention
+    attention = parts.self_attention.submodules
+    attention.core_attention = PackedAttention
+    if spec.qk_norm:
+        attention.q_layernorm = attention.k_layernorm = norm
+    if spec.o_bias:
+        attention.linear_proj = BiasedRows
+    if spec.mlp_bias and not sparse:
+        parts.mlp.submodules.linear_fc1, parts.mlp.submodules.linear_fc2 = BiasedColumns, BiasedRows
+    return found

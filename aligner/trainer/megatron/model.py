@@ -1,0 +1,206 @@
+"""Build the Megatron GPT model of a checkpoint for one rank of a role, and say which regions it holds."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from aligner.models.family import EMBEDDING, Head
+from aligner.models.spec import ModelSpec
+from aligner.reshard.message.storage import strided_view
+from aligner.reshard.plan.region import Piece
+from aligner.spmd.mesh import EXPERT_AXES, Mesh
+from aligner.trainer.megatron.attention import PackedRotary
+from aligner.trainer.megatron.layers import ScalarHead, block_spec, scale_embedding
+from aligner.trainer.megatron.layout import MegatronSide, padded_vocab_size
+from aligner.trainer.megatron.sizes import check_runs
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+ACTIVATIONS = {"silu": F.silu, "gelu_tanh": partial(F.gelu, approximate="tanh")}
+
+
+@dataclass(frozen=True)
+class ShardedModel:
+    """This rank's part of the model."""
+
+    chunks: list[GPTModel]
+    """One, or this stage's chunks of a virtual pipeline, in the model's order."""
+    rotary: PackedRotary
+    """Of all chunks."""
+    config: TransformerConfig
+    layout: Sequence[Piece]
+    """Which region of which checkpoint tensor each parameter holds."""
+
+    def view(self, piece: Piece) -> Tensor:
+        """The strided view of a parameter that holds `piece`; writable."""
+        return strided_view(self.parameters[piece.storage].data, piece)
+
+    @cached_property
+    def parameters(self) -> dict[str, torch.nn.Parameter]:
+        """Parameters by the layout's storage names."""
+        prefixes = [f"chunk{number}." for number in range(len(self.chunks))] if len(self.chunks) > 1 else [""]
+        return {
+            f"{prefix}{name}": parameter
+            for prefix, chunk in zip(prefixes, self.chunks, strict=True)
+            for name, parameter in chunk.named_parameters()
+        }
+
+    def train(self, training: bool = True) -> None:
+        """Into training mode, or out of it."""
+        for chunk in self.chunks:
+            chunk.train(training)
+
+
+def keep_values(weight: Tensor) -> Tensor:
+    """Initialisation that does nothing: weights come from a checkpoint. Skipping initialisation altogether
+    (`perform_initialization=False`) would leave the tensor-parallel marks unset and the gradient norm wrong."""
+    return weight
+
+
+def transformer_config(
+    spec: ModelSpec, mesh: Mesh, dtype: torch.dtype, sequence_parallel: bool, recompute: str
+) -> TransformerConfig:
+    """Megatron's configuration of this checkpoint under this mesh."""
+    settings: dict[str, dict[str, Any]] = {
+        "none": {},
+        "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
+        "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+    }
+    return TransformerConfig(
+        num_layers=spec.layers,
+        hidden_size=spec.hidden,
+        num_attention_heads=spec.heads,
+        num_query_groups=spec.kv_heads,
+        ffn_hidden_size=spec.ffn,
+        kv_channels=spec.head_dim,
+        layernorm_epsilon=spec.norm_eps,
+        add_qkv_bias=spec.qkv_bias,
+        qk_layernorm=spec.qk_norm,
+        gated_linear_unit=True,
+        activation_func=ACTIVATIONS[spec.activation],
+        add_bias_linear=False,
+        normalization="RMSNorm",
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        init_method=keep_values,
+        output_layer_init_method=keep_values,
+        embedding_init_method=keep_values,
+        tensor_model_parallel_size=mesh.tensor,
+        pipeline_model_parallel_size=mesh.pipeline,
+        context_parallel_size=mesh.context,
+        virtual_pipeline_model_parallel_size=mesh.virtual_pipeline if mesh.virtual_pipeline > 1 else None,
+        sequence_parallel=sequence_parallel,
+        # a row-wise mean over the global batch is in the loss's own weights: gradients are summed, never averaged
+        calculate_per_token_loss=True,
+        variable_seq_lengths=mesh.pipeline > 1,
+        moe_token_dispatcher_type="alltoall",  # variable_seq_lengths asks for it, in dense models too
+        # batched messages between the chunks of a virtual pipeline give wrong numbers without an error
+        batch_p2p_comm=mesh.virtual_pipeline == 1,
+        overlap_p2p_comm=mesh.virtual_pipeline > 1,
+        bias_activation_fusion=False,
+        masked_softmax_fusion=False,
+        persist_layer_norm=False,
+        bias_dropout_fusion=False,
+        apply_rope_fusion=False,
+        gradient_accumulation_fusion=False,
+        **settings[recompute],
+        **_expert_settings(spec, mesh),
+    )
+
+
+def _expert_settings(spec: ModelSpec, mesh: Mesh) -> dict[str, Any]:
+    """The router works as in transformers: float32, the chosen experts' share of the softmax over all of them."""
+    if not spec.experts:
+        return {}
+    return {
+        "num_moe_experts": spec.experts,
+        "moe_router_topk": spec.experts_per_token,
+        "moe_ffn_hidden_size": spec.expert_ffn,
+        # divided by their sum, the chosen probabilities are a softmax over the chosen alone
+        "moe_router_pre_softmax": not spec.norm_topk,
+        "moe_router_load_balancing_type": "none",
+        "moe_router_dtype": "fp32",
+        "expert_model_parallel_size": mesh.expert,
+        "expert_tensor_parallel_size": mesh.expert_tensor,
+    }
+
+
+def build_model(
+    spec: ModelSpec,
+    mesh: Mesh,
+    rank: int,
+    groups: ProcessGroupCollection,
+    device: torch.device,
+    dtype: str,
+    sequence_parallel: bool,
+    recompute: str = "none",
+) -> ShardedModel:
+    """The part of the model that `rank` holds, with zeroed weights.
+
+    Raises:
+        ValueError: Megatron cannot run this model so.
+    """
+    check_runs(spec, mesh, sequence_parallel, cpu=device.type == "cpu")
+    side, at = MegatronSide(spec, mesh, dtype), mesh.coordinates(rank)
+    experts, stage = mesh.coordinates(rank, EXPERT_AXES), at["pipeline"]
+    rotary = PackedRotary(spec, device)
+    chunks = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        config = transformer_config(spec, mesh, DTYPES[dtype], sequence_parallel, recompute)
+        model_parallel_cuda_manual_seed(
+            1, tp_rank=at["tensor"], ep_rank=experts["expert"], etp_rank=experts["expert_tensor"], force_reset_rng=True
+        )
+        for number, layers in enumerate(side.stages.chunks(stage)):
+            gpt = GPTModel(
+                config,
+                block_spec(spec, layers, mesh.tensor),
+                vocab_size=padded_vocab_size(spec, mesh.tensor),
+                max_sequence_length=spec.max_positions,
+                pre_process=side.stages.is_first(stage, number),
+                post_process=side.stages.is_last(stage, number),
+                position_embedding_type="rope",
+                share_embeddings_and_output_weights=spec.tied,
+                pg_collection=groups,
+                vp_stage=number if mesh.virtual_pipeline > 1 else None,
+            )
+            gpt.rotary_pos_emb = rotary
+            if gpt.post_process and spec.head is Head.SCALAR:  # Megatron's own, just made, goes unused
+                gpt.output_layer = ScalarHead(config, groups.tp)
+            if gpt.pre_process and spec.embedding_scale != 1.0:
+                factor = torch.tensor(spec.embedding_scale, dtype=DTYPES[dtype], device=device)
+                gpt.embedding.register_forward_hook(partial(scale_embedding, factor))
+            chunks.append(gpt.to(device))
+    with torch.no_grad():
+        for gpt in chunks:
+            for parameter in gpt.parameters():
+                parameter.zero_()  # rows that pad the vocabulary stay zero
+    model = ShardedModel(chunks, rotary, config, side.layout(rank))
+    _check_layout(model)
+    return model
+
+
+def _check_layout(model: ShardedModel) -> None:
+    """Megatron's parameters are those of the layout, and have as many elements; rows that pad the vocabulary aside."""
+    held = dict.fromkeys(model.parameters, 0)
+    for piece in model.layout:
+        assert piece.storage in held, f"{piece.storage} is in the layout, not in the model"
+        held[piece.storage] += piece.elements
+    for name, parameter in model.parameters.items():
+        padded = name.endswith((EMBEDDING.megatron, "output_layer.weight"))
+        fits = held[name] == parameter.numel() or (padded and held[name] < parameter.numel())
+        assert fits, f"{name} has {parameter.numel()} elements, its layout {held[name]}"

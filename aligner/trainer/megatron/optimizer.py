@@ -1,0 +1,85 @@
+"""Megatron's data-parallel wrapper and AdamW for one role, with the learning rate set at every step."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer import get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from aligner.trainer.config import OptimizerConfig
+from aligner.trainer.megatron.groups import optimizer_world
+from aligner.trainer.megatron.model import ShardedModel
+
+
+class Optimizer:
+    """Gradient buffers, fp32 master weights where parameters are bf16, AdamW, clipping by the global norm."""
+
+    def __init__(self, model: ShardedModel, config: OptimizerConfig, groups: ProcessGroupCollection) -> None:
+        self.config = config
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            reduction = DistributedDataParallelConfig(
+                use_distributed_optimizer=config.distributed, overlap_grad_reduce=False, grad_reduce_in_fp32=True
+            )
+            self.chunks = [
+                DistributedDataParallel(model.config, reduction, chunk, pg_collection=groups) for chunk in model.chunks
+            ]
+            bf16 = model.config.params_dtype == torch.bfloat16
+            with optimizer_world(groups.intra_dist_opt):
+                self.inner = get_megatron_optimizer(
+                    MegatronOptimizerConfig(
+                        optimizer="adam",
+                        lr=config.lr,
+                        adam_beta1=config.beta1,
+                        adam_beta2=config.beta2,
+                        adam_eps=config.eps,
+                        weight_decay=config.weight_decay,
+                        clip_grad=config.clip_grad,
+                        use_distributed_optimizer=config.distributed,
+                        bf16=bf16,
+                        params_dtype=model.config.params_dtype,
+                    ),
+                    self.chunks,
+                    use_gloo_process_groups=False,
+                    pg_collection=groups,
+                )
+
+        def finish_gradients(models: list[Any], num_tokens: Any = None, **kwargs: Any) -> None:
+            # the loss's own weights hold the global denominator; a second division would be silent
+            finalize_model_grads(models, None, pg_collection=groups)
+
+        model.config.finalize_model_grads_func = finish_gradients
+
+    def zero_grad(self) -> None:
+        """Forget the last step's gradients."""
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
+        self.inner.zero_grad()
+
+    @torch.no_grad()
+    def norm(self) -> float:
+        """The norm of the gradients over the role's ranks, before clipping; nothing has changed yet."""
+        self.inner.prepare_grads()
+        return float(self.inner.get_grad_norm())
+
+    @torch.no_grad()
+    def step(self, lr: float, norm: float) -> None:
+        """One AdamW step at learning rate `lr`, after `norm()`, whose result it is given.
+
+        Megatron's own `step` asks for the norm and goes on whatever it is; so its parts are called here.
+        """
+        for group in self.inner.param_groups:
+            group["lr"] = lr * group.get("lr_mult", 1.0)
+            # Megatron leaves this to its own scheduler: norms and biases carry wd_mult=0
+            group["weight_decay"] = self.config.weight_decay * group.get("wd_mult", 1.0)
+        for one in self.inner.chained_optimizers:
+            parameters = [] if getattr(one, "is_stub_optimizer", False) else one.get_parameters()
+            if parameters and self.config.clip_grad > 0:
+                clip_grad_by_total_norm_fp32(parameters, max_norm=self.config.clip_grad, total_norm=norm)
+        self.inner.step_with_ready_grads()

@@ -1,0 +1,94 @@
+"""Run microbatches through the role's pipeline with Megatron's schedules: what the last stage reads out, or gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.mappings import reduce_from_tensor_model_parallel_region
+from torch import Tensor
+
+from aligner.trainer.megatron.model import ShardedModel
+from aligner.trainer.packing import Packed
+from aligner.trainer.readout import Readout
+
+Loss = Callable[[int, dict[str, Tensor]], Tensor]
+"""(microbatch number, what the readout made of it) -> scalar to add to the global loss."""
+
+
+class Pipeline:
+    """One role's model and groups, ready to run packed microbatches."""
+
+    def __init__(
+        self,
+        model: ShardedModel,
+        groups: ProcessGroupCollection,
+        readout: Readout,
+        progress: Callable[[], None] = lambda: None,
+    ) -> None:
+        """
+        Args:
+            progress: called at each microbatch.
+        """
+        self.model, self.groups, self.readout, self.progress = model, groups, readout, progress
+
+    def forward(self, packed: Sequence[Packed]) -> list[Tensor]:
+        """Forward only. The readout's result for each microbatch on the last stage; [] on the others."""
+        found: dict[int, Tensor] = {}
+
+        def collect(number: int, made: dict[str, Tensor]) -> Tensor:
+            found[number] = next(iter(made.values()))
+            return found[number].sum()
+
+        with torch.no_grad():
+            self._run(self.model.chunks, packed, collect, forward_only=True)
+        return [found[number] for number in sorted(found)]
+
+    def backward(self, wrapped: list[Any], packed: Sequence[Packed], loss: Loss) -> None:
+        """Forward and backward of every microbatch, then the reduction of gradients over the role's ranks."""
+        self._run(wrapped, packed, loss, forward_only=False)
+
+    def _run(self, chunks: Sequence[Any], packed: Sequence[Packed], loss: Loss, forward_only: bool) -> None:
+        def forward_step(iterator: Any, module: Any) -> Any:
+            self.progress()
+            number, batch = next(iterator)
+            self.model.rotary.positions_T = batch.positions_T
+            output = module(batch.tokens_T[None], batch.positions_T[None], batch.lengths)
+
+            def loss_of(output_1TX: Tensor) -> Any:
+                self.progress()
+                value = loss(number, self._whole(self.readout(output_1TX[0], batch)))
+                # three values: Megatron then neither averages over microbatches nor scales by data shards
+                return value, torch.zeros((), dtype=torch.int, device=value.device), {}
+
+            return output, loss_of
+
+        stages, many = self.groups.pp.size(), len(chunks) > 1
+        extra = {"p2p_communicator": P2PCommunicator(self.groups.pp, self.model.config)} if stages > 1 else {}
+        iterators = [iter(enumerate(packed)) for _ in chunks]
+        get_forward_backward_func(pp_size=stages, vp_size=len(chunks) if many else None)(
+            forward_step_func=forward_step,
+            data_iterator=iterators if many else iterators[0],
+            model=list(chunks) if many else chunks[0],
+            num_microbatches=len(packed),
+            seq_length=packed[0].tokens_T.numel(),
+            micro_batch_size=1,
+            forward_only=forward_only,
+            pg_collection=self.groups,
+            **extra,
+        )
+
+    def _whole(self, made: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What the context ranks read out, each of its own tokens, added up: the same on all of them.
+
+        Each then computes the same loss, and its gradient goes back to its own tokens alone: summed over the context
+        ranks as over data shards, it is counted once.
+        """
+        if self.groups.cp.size() == 1:
+            return made
+        joined = reduce_from_tensor_model_parallel_region(torch.stack(list(made.values())), self.groups.cp)
+        return dict(zip(made, joined, strict=True))

@@ -1,0 +1,139 @@
+"""Rows without padding: microbatches by a token budget, and the flat layout that one microbatch has in the model.
+
+T here counts the tokens of all rows of the microbatch, one row after the other; with context parallelism those that this
+rank holds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from aligner.spmd.cost import TOKENS, Cost
+from aligner.spmd.partition import deal, of_groups
+from aligner.trainer.megatron.context import cut, held_by_each
+
+
+def microbatches(lengths: Sequence[int], budget: int, together: int = 1) -> list[list[int]]:
+    """Row positions of each microbatch: at most `budget` tokens each, in few microbatches, rows of similar length together.
+
+    Largest first into the first microbatch that has room (first fit decreasing, Johnson 1974: at most 11/9 of the fewest
+    and one). What is longer than the budget gets a microbatch of its own.
+
+    Args:
+        together: groups of this many consecutive rows are never split.
+    """
+    assert len(lengths) % together == 0, f"{len(lengths)} rows are not whole groups of {together}"
+    tokens = of_groups(lengths, together, TOKENS)
+    found: list[list[int]] = []
+    room: list[int] = []
+    for group in sorted(range(len(tokens)), key=lambda group: (-tokens[group], group)):
+        place = next((number for number, left in enumerate(room) if left >= tokens[group]), len(room))
+        if place == len(room):
+            found.append([])
+            room.append(budget)
+        found[place].append(group)
+        room[place] -= tokens[group]
+    return [_rows(groups, together) for groups in found]
+
+
+def even_microbatches(
+    lengths: Sequence[int], budget: int, together: int, count: int, cost: Cost = TOKENS
+) -> list[list[int]]:
+    """Exactly `count` microbatches of nearly equal cost, dearest first, for ranks that wait for each other's; those at the
+    end are empty where there are fewer groups.
+
+    Args:
+        count: as many as `microbatches` finds, or more.
+    """
+    tokens, costs = of_groups(lengths, together, TOKENS), of_groups(lengths, together, cost)
+    found = deal(costs, count, tokens)
+    if any(len(groups) > 1 and sum(tokens[group] for group in groups) > budget for groups in found):
+        found = [[row // together for row in rows[::together]] for rows in microbatches(lengths, budget, together)]
+        while len(found) < count:  # halve the dearest: that keeps within the budget
+            found.sort(key=lambda groups: sum(costs[group] for group in groups) if len(groups) > 1 else -1)
+            groups = found.pop()
+            found += [[groups[at] for at in half] for half in deal([costs[group] for group in groups], 2)]
+    found.sort(key=lambda groups: -sum(costs[group] for group in groups))
+    return [_rows(sorted(groups, key=lambda group: (-tokens[group], group)), together) for groups in found]
+
+
+def _rows(groups: Sequence[int], together: int) -> list[int]:
+    return [row for group in groups for row in range(group * together, (group + 1) * together)]
+
+
+@dataclass(frozen=True)
+class Packed:
+    """One microbatch as the model sees it on one context rank."""
+
+    tokens_T: Tensor
+    """int64: the rows' tokens, then zeros up to a multiple of `multiple_of`; as many on every context rank."""
+    positions_T: Tensor
+    """int64: position of each token in its row."""
+    targets_T: Tensor
+    """int64: the next token of the row; 0 at a row's last token."""
+    lengths: Tensor
+    """int32, CPU: tokens of each row (the padding counts as one more row); over context ranks of each whole row."""
+    source_N: Tensor
+    """Flat positions whose prediction is wanted: every token but each row's last."""
+    target_N: Tensor
+    """Where it belongs in a flattened [B, width] array: the predicted token's own place."""
+    last_N: Tensor
+    """Flat positions of rows' last tokens."""
+    row_N: Tensor
+    """Whose last tokens they are: all rows but those that end on another context rank."""
+    rows: int
+    width: int
+
+    def to_rows(self, value_T: Tensor) -> Tensor:
+        """Per-prediction values [T] -> [B, width] at the predicted token; 0 elsewhere, as for tokens that another
+        context rank holds. Differentiable."""
+        flat = value_T.new_zeros(self.rows * self.width)
+        return flat.index_copy(0, self.target_N, value_T[self.source_N]).view(self.rows, self.width)
+
+    def at_ends(self, value_T: Tensor) -> Tensor:
+        """Values [T] -> [B] at each row's last token; 0 where another context rank holds it. Differentiable."""
+        return value_T.new_zeros(self.rows).index_copy(0, self.row_N, value_T[self.last_N])
+
+
+def pack(
+    tokens_BT: Tensor,
+    length_B: Tensor,
+    multiple_of: int,
+    device: torch.device,
+    context: int = 1,
+    context_rank: int = 0,
+) -> Packed:
+    """Right-padded rows -> one packed microbatch, as one context rank has it.
+
+    Args:
+        tokens_BT: int64 rows.
+        length_B: tokens of each row.
+        multiple_of: pad the total to it (sequence parallelism needs a multiple of the tensor size).
+        context: ranks that the rows are cut over.
+    """
+    rows, width = tokens_BT.shape
+    lengths = length_B.to(torch.int32)
+    row_S = torch.repeat_interleave(torch.arange(rows), length_B)
+    place_S = torch.cat([torch.arange(length) for length in length_B.tolist()])
+    mine_T = torch.arange(len(row_S))
+    if context > 1:
+        mine_T = cut(tuple(lengths.tolist()), context).mine(context_rank)
+    row_T, positions_T = row_S[mine_T], place_S[mine_T]
+    is_last_T = positions_T == length_B[row_T] - 1
+    tokens_T = tokens_BT[row_T, positions_T]
+    targets_T = tokens_BT[row_T, (positions_T + 1).clamp(max=width - 1)].masked_fill(is_last_T, 0)
+    source_N, last_N = torch.nonzero(~is_last_T)[:, 0], torch.nonzero(is_last_T)[:, 0]
+    target_N = (row_T * width + positions_T + 1)[source_N]
+    missing = held_by_each(length_B.tolist(), context, multiple_of) - len(mine_T)
+    if missing:
+        tokens_T, targets_T = (torch.cat([x, x.new_zeros(missing)]) for x in (tokens_T, targets_T))
+        positions_T = torch.cat([positions_T, torch.arange(missing)])
+        if context == 1:
+            lengths = torch.cat([lengths, torch.tensor([missing], dtype=torch.int32)])
+    found = (tokens_T, positions_T, targets_T, source_N, target_N, last_N, row_T[last_N])
+    on = [x.to(device, non_blocking=True) for x in found]
+    return Packed(on[0], on[1], on[2], lengths, on[3], on[4], on[5], on[6], rows, width)

@@ -1,0 +1,314 @@
+"""The update: optimizer steps on one batch, whatever the model's readout and the loss are."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar, NoReturn
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from aligner.data.samples import Samples
+from aligner.models.stored import describe_training
+from aligner.spmd import batch_ops as columns
+from aligner.spmd.messages import everyone, spread
+from aligner.spmd.partition import idle, minibatch_groups
+from aligner.spmd.ref import Ref, Rows
+from aligner.spmd.residency import Kind, Part
+from aligner.trainer import optimizer_checkpoint as saved
+from aligner.trainer.loss_mean import LossFunction, Totals, counted, global_mean, rows_together, takes_one_step
+from aligner.trainer.megatron import offload
+from aligner.trainer.megatron.optimizer import Optimizer
+from aligner.trainer.model_role import ModelRole
+from aligner.trainer.offending_batch import Seen, begin_offending, save_offending
+from aligner.trainer.schedule import learning_rate
+from aligner.trainer.skips import EMPTY, SKIPPED, NotFinite, Skips
+from aligner.trainer.update_metrics import (
+    StepReport,
+    account_work,
+    add_to,
+    gather_advantages,
+    gather_metrics,
+    over_steps,
+)
+
+
+class Trained(ModelRole):
+    """A model that losses change."""
+
+    section = "policy"
+    """Where its settings stand in the configuration."""
+    samples_itself = False
+    """The rollout samples with its weights: `version_BT` of samples counts its updates."""
+    needs: ClassVar[Mapping[str, Sequence[str]]] = {
+        **ModelRole.needs,
+        "update": ("weights", "gradients", "optimizer"),
+        "save_state": ("weights", "optimizer"),
+        "load_state": ("weights", "optimizer"),
+    }
+    reads = ModelRole.reads | {"save_state"}
+    kinds: ClassVar[Mapping[str, Kind]] = {**ModelRole.kinds, "gradients": Kind(), "optimizer": Kind(copied=True)}
+
+    def __init__(
+        self,
+        *args: Any,
+        total_steps: int = 0,
+        max_response: int = 0,
+        not_finite: NotFinite | None = None,
+        skip_empty: bool = True,
+        offending: Path | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """
+        Args:
+            skip_empty: no optimizer step on a minibatch without a trained token, which would move weights by momentum.
+            offending: folder for the batch that stops the job; None writes none.
+        """
+        super().__init__(*args, **kwargs)
+        self.optimizer_steps, self.total_steps, self.max_response = 0, total_steps, max_response
+        self.skips, self.skip_empty, self.offending = Skips(not_finite or NotFinite()), skip_empty, offending
+        self.version = 0
+        """Calls of `update` so far; the same on every rank of the world."""
+
+    @cached_property
+    def optimizer(self) -> Optimizer:
+        """Gradients and optimizer state; collective over the role's ranks when it is first asked for."""
+        made = Optimizer(self.model, self.config.optimizer, self.groups)
+        if self.config.dtype != "float32":
+            saved.read_masters(self, made)
+        return made
+
+    @cached_property
+    def description(self) -> dict[str, bytes]:
+        """Files, by name, that make a folder of a training checkpoint a model: configuration and tokenizer."""
+        return describe_training(self.spec, self.name)
+
+    def parts(self) -> dict[str, Part]:
+        """The optimizer may not have been asked for yet, or not stepped: its parts are then still empty."""
+
+        def made() -> Optimizer | None:
+            return vars(self).get("optimizer")
+
+        state = offload.Offloaded(lambda: offload.optimizer_state(made(), self.model), self.world.residency.stream)
+        return {**super().parts(), "gradients": offload.Scratch(lambda: offload.gradients(made())), "optimizer": state}
+
+    def update(self, loss: LossFunction, samples: Ref, **fields: Any) -> Ref:
+        """Optimizer steps on one batch: `epochs` passes over `minibatches` minibatches.
+
+        Args:
+            loss: `loss(<the readout's result>, mask_BT=..., <fields it names>) -> (loss, metrics)`, not reduced: [B, T]
+                per token, weighted by `reduction`, or [B] per row, for the mean over the rows with a trained token. It
+                may also name rollout_logp_BT and the readout's further results (entropy_BT of a policy). Its attribute
+                `rows_together` = n says that n consecutive rows belong together; no microbatch splits them. `counted_rows`
+                says which rows it leaves out (see `counted`). `one_step` = True says that it is right only at the weights
+                that sampled.
+            fields: row-wise Refs (or plain values) handed to the loss by name.
+
+        Returns:
+            Ref to {metric: float}: the loss, its metrics' means over the trained tokens, or over the rows with one,
+            (and `<name>_max`), grad_norm, lr, tokens; skipped_steps and empty_steps where some were left out; imbalance:
+            the share of their time in which data shards wait for the one with the dearest rows, by `cost`; padding: the
+            share of the computed tokens that are none of the rows'.
+
+        Raises:
+            ValueError: rows that belong together are not in one group of the batch; several steps by a loss for one.
+            ValueError: losses or gradients were not finite, beyond what `guards.not_finite` allows; on every rank of the role.
+        """
+        self.version += 1
+        if takes_one_step(loss) and self.config.epochs * self.config.minibatches > 1:
+            raise ValueError(
+                f"{self.section}.epochs={self.config.epochs} and {self.section}.minibatches={self.config.minibatches}: the "
+                "loss has no ratio, so it is right for one step on a batch only; set both to 1, or take clipped_surrogate."
+            )
+        with self.call("update"):
+            local = self.localize((samples,), fields, self.config.minibatches)
+            if not self.member:
+                return Ref(self)
+            assert local.rows is not None and local.rows.lengths is not None
+            self._check_versions(loss, local.args[0])
+            size = local.rows.group_size
+            together = rows_together(loss)
+            if size % together:
+                raise ValueError(
+                    f"{self.name}.update: the loss needs groups of {together} consecutive rows, and the batch has groups "
+                    f"of {size}; make them with place(batch, group_size={together}) or num_samples={together}."
+                )
+            ranges = minibatch_groups(len(local.rows.lengths) // size, self.config.minibatches)
+            steps = []
+            for _ in range(self.config.epochs):
+                for members in ranges:
+                    mine = [i for i, row in enumerate(local.mine) if row // size in members]
+                    part = {name: _rows_of(value, mine, len(local.mine)) for name, value in local.kwargs.items()}
+                    steps.append(self._step(loss, together, columns.take(local.args[0], mine), part))
+            return Ref(self, {**over_steps(steps), "imbalance": self._imbalance(local.rows)})
+
+    def save_state(self) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Any]]:
+        """(counts, complete on the first rank of the world; this rank's tensors; their regions). A role call."""
+        mine = {"version": self.version, "optimizer_steps": self.optimizer_steps, "skips": self.skips.state()}
+        known = spread(self.world, mine, self.mesh.ranks, (0,)) or mine  # only members count steps
+        if not self.version:  # never updated: it is what its folder has
+            return known, {}, {}
+        with self.call("save_state"):
+            tensors, regions = saved.save(self) if self.member else ({}, {})
+        return known, tensors, regions
+
+    def load_state(self, known: Mapping[str, Any], source: saved.Source) -> None:
+        """Go on from a `save_state`, whatever layout wrote it. A role call."""
+        self.version, self.optimizer_steps = known["version"], known["optimizer_steps"]
+        self.skips.restore(known["skips"])
+        if not self.version:
+            return
+        with self.call("load_state"):
+            if self.member:
+                saved.load(self, source, self.optimizer_steps)
+
+    def _check_versions(self, loss: LossFunction, samples: Samples) -> None:
+        """ValueError for samples of earlier weights, with a loss that would silently take them for its own."""
+        version_BT = samples.version_BT if self.samples_itself else None
+        if version_BT is not None and takes_one_step(loss) and (version_BT[samples.mask_BT] != self.version - 1).any():
+            raise ValueError(
+                "the samples were drawn by earlier weights (stream.lag, stream.step_tokens), and the loss is right for the "
+                "present ones only; set stream.lag=0 and stream.step_tokens=null, or take decoupled_surrogate."
+            )
+
+    def _step(self, loss: LossFunction, together: int, samples: Samples, fields: dict[str, Any]) -> StepReport:
+        """One optimizer step over this shard's rows of one minibatch."""
+        samples = replace(samples, mask_BT=counted(loss, samples.mask_BT, fields))
+        totals = self._totals(samples)
+        if self.skip_empty and not totals.tokens:
+            return StepReport({}, totals, {EMPTY: 1.0})
+        seen: list[Seen] = []
+        batches = self.microbatches(samples, self.config.micro_tokens, together)
+        sums: dict[str, Tensor] = {}
+        wanted = inspect.signature(loss).parameters
+
+        def of_microbatch(number: int, made: dict[str, Tensor]) -> Tensor:
+            (_, result), *further = made.items()
+            rows = batches[number]
+            if not rows:
+                return 0.0 * result.sum()
+            given = {name: _rows_of(value, rows, samples.rows) for name, value in fields.items()}
+            given |= {"mask_BT": samples.mask_BT[rows], "rollout_logp_BT": columns.take(samples.rollout_logp_BT, rows)}
+            given = {name: self._fit(value, samples.length_B[rows]) for name, value in given.items()}
+            given |= dict(further)
+            unreduced, metrics = loss(result, **{name: given[name] for name in given if name in wanted})
+            seen.append(Seen(rows, result.detach(), unreduced.detach()))
+            if self.samples_itself and samples.version_BT is not None:
+                metrics["staleness"] = self._fit(self.version - 1 - samples.version_BT[rows], samples.length_B[rows])
+            reported = {name.removesuffix("_BT"): value_BT for name, value_BT in further}
+            gather_metrics(sums, {**reported, **metrics}, given["mask_BT"])
+            part = global_mean(unreduced, given["mask_BT"], totals, self.config, self.max_response)
+            add_to(sums, "sum/loss", part)
+            return part
+
+        self.model.train()
+        self.optimizer.zero_grad()
+        packed = self.packed(samples, batches)
+        self.pipeline.backward(self.optimizer.chunks, packed, of_microbatch)
+        account_work(sums, int(samples.length_B.sum()), [tuple(batch.lengths.tolist()) for batch in packed])
+        gather_advantages(sums, fields, samples.mask_BT)
+        reduced = self._reduce(sums)
+        norm = self.optimizer.norm()
+        wrong = self._wrong(reduced.get("sum/loss", 0.0), norm)
+        if wrong:
+            too_many = self.skips.left_out()
+            if too_many:
+                self._stop(wrong, too_many, samples, fields, seen)
+            return StepReport(reduced, totals, {"grad_norm": norm, SKIPPED: 1.0})
+        self.skips.taken()
+        return StepReport(reduced, totals, {"grad_norm": norm, "lr": self._descend(norm)})
+
+    def _imbalance(self, rows: Rows) -> float:
+        assert rows.lengths is not None
+        minibatches = self.config.minibatches
+        shares = rows.shares(self.mesh.data, minibatches, self.cost)
+        return idle(rows.lengths, shares, rows.group_size, minibatches, self.cost)
+
+    def _descend(self, norm: float) -> float:
+        """The gradients that are there, of this norm -> new weights. Returns the learning rate."""
+        lr = learning_rate(self.config.optimizer, self.optimizer_steps, self.total_steps)
+        self.optimizer.step(lr, norm)
+        self.optimizer_steps += 1
+        return lr
+
+    def _wrong(self, loss: float, norm: float) -> str | None:
+        """What is not finite on any of the role's ranks; all of them say the same."""
+        code = 2.0 if not math.isfinite(loss) else 1.0 if not math.isfinite(norm) else 0.0
+        worst = self._most(code)
+        if not worst:
+            return None
+        if worst == code:
+            return f"the loss is {loss}" if code == 2 else f"the gradient norm is {norm}"
+        return f"the {'loss' if worst == 2 else 'gradient norm'} is not finite on another rank"
+
+    def _most(self, value: float) -> float:
+        """The largest over the role's ranks, on all of them."""
+        if self.mesh.size == 1:
+            return value
+        found = torch.tensor(value, dtype=torch.float64)
+        dist.all_reduce(found, op=dist.ReduceOp.MAX, group=self.group)
+        return float(found)
+
+    def _stop(
+        self, wrong: str, too_many: str, samples: Samples, fields: dict[str, Any], seen: Sequence[Seen]
+    ) -> NoReturn:
+        """End the job on all of the role's ranks, once every shard has written its rows of the batch."""
+        step, setting = self.world.journal.step, f"{self.section}.optimizer"
+        what = f"{wrong} at optimizer step {self.optimizer_steps} of {self.name} (step {step} of the loop)"
+        kept = ""
+        if self.offending is not None:
+            folder, at = self.offending / f"step_{step}", self.mesh.coordinates(self.world.rank)
+            if self.world.rank == self.mesh.ranks[0]:
+                begin_offending(folder)
+            self._most(0.0)
+            if at["pipeline"] == self.mesh.last_stage and at["tensor"] == at["context"] == 0:
+                about = {"role": self.name, "what": what, "why": too_many}
+                save_offending(folder, self.world.rank, samples, fields, seen, about, self.spec.path)
+            self._most(0.0)  # the launcher ends every rank when one has left
+            kept = f" The batch is in {folder} (README.md beside it says how to load it)."
+        raise ValueError(
+            f"{what}; {too_many}. The weights are as before it.{kept} Lower {setting}.lr, set {setting}.clip_grad, or look at "
+            "the batch's rewards."
+        )
+
+    def _fit(self, value: Any, length_B: Tensor) -> Any:
+        """On the model's device and as wide as the microbatch's longest row; what is no tensor stays as it is."""
+        if not isinstance(value, Tensor):
+            return value
+        return columns.fit(value.to(self.world.device, non_blocking=True), int(length_B.max()))
+
+    def _totals(self, samples: Samples) -> Totals:
+        counts = [samples.mask_BT.sum().item(), samples.mask_BT.any(1).sum().item()]
+        return Totals(*self._sum_over_data(torch.tensor(counts, dtype=torch.float64)).tolist())
+
+    def _sum_over_data(self, value: Tensor, op: Any = dist.ReduceOp.SUM) -> Tensor:
+        dist.all_reduce(value, op=op, group=self.groups.dp)
+        return value
+
+    def _reduce(self, sums: dict[str, Tensor]) -> dict[str, float]:
+        """Sums and maxima over the data shards, on every rank of the role; in float64 on the host."""
+        every = sorted({name for found in everyone(self.world, sorted(sums), self.mesh.ranks) for name in found})
+        minus_infinity = torch.tensor(-math.inf, dtype=torch.float64)
+        zero = torch.zeros((), dtype=torch.float64)
+        added = [name for name in every if not name.startswith("max/")]
+        topped = [name for name in every if name.startswith("max/")]
+        total = torch.stack([sums.get(n, zero) for n in added] or [zero])
+        top = torch.stack([sums.get(n, minus_infinity) for n in topped] or [zero])
+        self._sum_over_data(total)
+        self._sum_over_data(top, dist.ReduceOp.MAX)
+        if self.mesh.pipeline > 1:
+            source = dist.get_global_rank(self.groups.pp, self.mesh.last_stage)
+            dist.broadcast(total, source, group=self.groups.pp)
+            dist.broadcast(top, source, group=self.groups.pp)
+        return dict(zip(topped, top.tolist(), strict=False)) | dict(zip(added, total.tolist(), strict=False))
+
+
+def _rows_of(value: Any, rows: list[int], total: int) -> Any:
+    """The rows of a row-wise value; anything else (a number, None) as it is."""
+    return columns.take(value, rows) if isinstance(value, Tensor) and value.dim() and len(value) == total else value

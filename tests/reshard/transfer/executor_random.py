@@ -1,0 +1,141 @@
+"""One rank of the random transfers: 30 of them among 2 to 8 real gloo ranks, and what each had in its buffers."""
+
+from __future__ import annotations
+
+import math
+import random
+import sys
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from aligner.reshard.message.bucket import Bucket, Buffers
+from aligner.reshard.message.storage import Storages, allocate, strided_view
+from aligner.reshard.plan.region import Layout, Piece
+from aligner.reshard.plan.transfer_plan import make_plan
+from aligner.reshard.sync import exchanged
+from aligner.reshard.transfer import executor
+from aligner.reshard.transfer import rank_transfer as work
+from aligner.reshard.transfer.shared_memory import meet
+from tests.reshard.layouts import Grid, Shapes, parts, scattered
+from tests.reshard.ranks import report, start_rank
+
+CPU = torch.device("cpu")
+CASES = 30
+
+
+class Watched(Buffers):
+    """Buffers that know the most messages, and bytes of payload, that were out at once."""
+
+    most = most_bytes = 0
+    apart = math.inf
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(device)
+        self.apart_bytes = Watched.apart
+        self._out: dict[int, int] = {}
+
+    def take(self, words: int) -> Tensor:
+        buffer = super().take(words)
+        self._out[buffer.data_ptr()] = 0
+        Watched.most = max(Watched.most, len(self._out))
+        return buffer
+
+    def give(self, bucket: Bucket) -> None:
+        del self._out[bucket.buffer.data_ptr()]
+        super().give(bucket)
+
+    def hold(self, bucket: Bucket) -> None:
+        self._out[bucket.buffer.data_ptr()] = sum(item.bytes for item in bucket.items)
+        Watched.most_bytes = max(Watched.most_bytes, sum(self._out.values()))
+
+
+class WatchedBucket(Bucket):
+    def __init__(self, items: Any, buffers: Watched, buffer: Tensor | None = None) -> None:
+        super().__init__(items, buffers, buffer)
+        buffers.hold(self)
+
+
+def layouts(draw: random.Random, world: int, shapes: Shapes) -> tuple[dict[int, Layout], dict[int, Layout]]:
+    """Roles of any form on any ranks: grids with replicas, or boxes cut and dealt at random."""
+
+    def ranks(count: int) -> list[int]:
+        return draw.sample(range(world), count)
+
+    tensor, pipeline = draw.choice([cut for cut in ((1, 1), (2, 1), (1, 2), (2, 2), (3, 1)) if math.prod(cut) <= world])
+    copies, to_tensor = draw.randrange(1, world // (tensor * pipeline) + 1), draw.choice([1, 1, 2])
+    source = Grid(ranks(tensor * pipeline * copies), tensor, pipeline, draw.choice(["float32", "bfloat16"]))
+    to = Grid(ranks(to_tensor * (world // to_tensor)), to_tensor, 1, draw.choice(["float32", "bfloat16", "float16"]))
+    free = scattered(shapes, ranks(draw.randrange(1, world)), "float32 bfloat16", draw, 2)
+    pieces = parts(shapes, ranks(draw.randrange(1, world)), "float32 float16", draw)
+    return (
+        source.layouts(shapes, draw) if draw.random() < 0.6 else free,
+        to.layouts(shapes, draw) if draw.random() < 0.7 else pieces,
+    )
+
+
+def transfer(rank: int, number: int, world: int) -> dict[str, Any]:
+    """Run one case, compare every element, and tell the ledger and the staging."""
+    draw = random.Random(number)
+    shapes = {f"layer{n}.w": tuple(draw.randrange(1, 25) for _ in range(draw.randrange(1, 4))) for n in range(1, 6)}
+    sources, destinations = layouts(draw, world, shapes)
+    # Small whole numbers are the same in every data type, so any of the holders may be asked.
+    values = {name: torch.arange(torch.Size(shape).numel()).view(shape) % 251 for name, shape in shapes.items()}
+    bucket_bytes = draw.choice([24, 150, 1500, 1 << 20])
+    held, wanted = allocate(sources.get(rank, []), CPU), destinations.get(rank, [])
+    filled = allocate(wanted, CPU)
+    for piece in sources.get(rank, []):
+        strided_view(held[piece.storage], piece).copy_(inside(values, piece))
+    plan = make_plan(rank, sources, destinations)
+    Watched.most = Watched.most_bytes = 0
+    Watched.apart = random.Random(-number).choice([0, 100, math.inf])
+    row = executor.execute(
+        plan,
+        lambda piece: strided_view(held[piece.storage], piece),
+        Storages(filled, wanted) if wanted else None,
+        dist.group.WORLD,
+        CPU,
+        bucket_bytes,
+    )
+    for piece in wanted:
+        assert torch.equal(strided_view(filled[piece.storage], piece).long(), inside(values, piece)), piece
+    return {**row.metrics(), "messages": Watched.most, "staged": Watched.most_bytes, "limit": 2 * bucket_bytes}
+
+
+def exchange(rank: int, world: int) -> list[bool]:
+    """Layouts are told to all; those of replicas are one and the same list. The last rank holds nothing."""
+    layouts = Grid(range(world - 1), 2, 1).layouts({"w": (8, 4), "b": (6,)}, random.Random(1))
+    same = {number: [replace(piece) for piece in layouts[number % 2]] for number in layouts}
+    found = exchanged(same.get(rank, []), range(world), dist.group.WORLD)
+    equal = all(list(found.layout(number)) == list(same.get(number, [])) for number in range(world))
+    shared = len({id(found.layout(number)) for number in found.ranks}) == 2
+    return [found.ranks == tuple(range(world - 1)), equal, shared]
+
+
+def inside(values: dict[str, Tensor], piece: Piece) -> Tensor:
+    return values[piece.name][tuple(slice(low, low + n) for low, n in zip(piece.lo, piece.size, strict=True))]
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    rank, world = start_rank(folder)
+    rooms: list[Any] = []
+    if "shared" in sys.argv:
+        neighbours = meet(dist.group.WORLD)
+        assert neighbours, "these ranks are on one host"
+        executor.Buffers = partial(Buffers, neighbours=neighbours)  # type: ignore[misc,assignment]
+        rooms = neighbours._rooms
+    else:
+        executor.Buffers = Watched  # type: ignore[misc]
+        executor.Bucket = work.Bucket = WatchedBucket  # type: ignore[misc]
+    transfers = [transfer(rank, number, 2 + number % (world - 1)) for number in range(CASES)]
+    report(folder, {"transfers": transfers, "exchange": exchange(rank, world), "rooms": len(rooms)})
+
+
+if __name__ == "__main__":
+    main()

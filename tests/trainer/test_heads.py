@@ -1,0 +1,81 @@
+"""Critics and reward models on Megatron against transformers: values, scores, gradients of both losses, exports."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification
+
+from tests.trainer.test_parity import FAMILIES
+
+SMALL = ("qwen3", "llama")
+LAYOUTS = {1: ["adam", "micro=1000"], 2: ["adam", "tensor=2", "tensor=2,sp,adam", "pipeline=2,adam", "context=2,adam"]}
+SPECIAL = {2: ["qwen3_moe:expert=2,adam", "gemma:tensor=2,sp", "llama:pipeline=2,virtual_pipeline=2"]}
+EVEN = [name for name in FAMILIES if name != "three"]
+"""Models whose layers make two equal stages."""
+MATRIX = {
+    1: [f"{name}:" for name in FAMILIES],
+    2: [f"{name}:{layout}" for name in EVEN for layout in ("tensor=2,sp,recompute=full", "pipeline=2", "adam")],
+    4: [
+        *(f"{name}:tensor=2,pipeline=2,sp,recompute=selective" for name in EVEN),
+        "qwen3_moe:tensor=2,expert=2,sp,adam",
+        "qwen3_moe_raw:expert=2,pipeline=2,virtual_pipeline=2",
+        "mixtral:expert=2,adam",
+        "qwen3:context=2,tensor=2,sp,recompute=selective,adam",
+        "llama:context=2,pipeline=2,adam",
+        "qwen2:context=2,adam",
+        "mixtral:context=2,expert=2,recompute=full",
+        "gemma:context=4,adam",
+        "one_kv:tensor=4",
+        "one_kv_biased:tensor=4,sp",
+    ],
+}
+
+
+@pytest.fixture(scope="module")
+def classifiers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One small classification model of one label for each family."""
+    from aligner.data.column_addition import write_tokenizer
+
+    folder = tmp_path_factory.mktemp("classifiers")
+    for name, config in FAMILIES.items():
+        torch.manual_seed(0)
+        config = copy.deepcopy(config)
+        config.num_labels = 1
+        model = AutoModelForSequenceClassification.from_config(config).float()
+        with torch.no_grad():
+            for key, parameter in model.named_parameters():
+                if "norm" in key or "bias" in key:
+                    parameter.add_(0.3 * torch.randn_like(parameter))
+                elif "proj" in key:
+                    parameter.mul_(4)
+                elif key.endswith(".gate.weight"):
+                    parameter.mul_(20)
+                elif key == "score.weight":
+                    parameter.normal_(std=0.3)
+        model.save_pretrained(folder / name)
+        write_tokenizer(folder / name)
+    return folder
+
+
+def run(torchrun, ranks: int, classifiers: Path, out: Path, cases: list[str], seconds: float) -> None:  # type: ignore[no-untyped-def]
+    script = Path(__file__).with_name("heads_rank.py")
+    done = torchrun(ranks, [str(script), str(classifiers), str(out), *cases], seconds=seconds)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    for case in cases:
+        assert done.stdout.count(f"{case} values off by") == ranks, case
+
+
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.matrix)])
+def test_steps_equal_those_of_transformers(torchrun, classifiers: Path, tmp_path: Path, ranks: int) -> None:  # type: ignore[no-untyped-def]
+    cases = [f"{name}:{layout}" for name in SMALL for layout in LAYOUTS[ranks]] + SPECIAL.get(ranks, [])
+    run(torchrun, ranks, classifiers, tmp_path, cases, 150)
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_of_every_family(torchrun, classifiers: Path, tmp_path: Path, ranks: int) -> None:  # type: ignore[no-untyped-def]
+    run(torchrun, ranks, classifiers, tmp_path, MATRIX[ranks], 500)
