@@ -25,12 +25,12 @@ from aligner.reshard.config import ReshardConfig
 from aligner.reshard.plan.duration import duration
 from aligner.reshard.plan.region import ELEMENT_BYTES
 from aligner.reshard.plan.schedule import make_schedule
-from aligner.reshard.plan.traffic_model import Account, Load, make_account
+from aligner.reshard.plan.traffic_model import Load, TrafficModel, make_traffic_model
 from aligner.reshard.plan.transfer_plan import make_plan
 from aligner.rollout.config import RolloutConfig
-from aligner.rollout.layout import EngineSide
+from aligner.rollout.layout import EngineLayout
 from aligner.spmd.mesh import Mesh
-from aligner.trainer.megatron.layout import MegatronSide
+from aligner.trainer.megatron.layout import MegatronLayout
 
 BUCKET_BYTES = ReshardConfig().bucket_bytes
 LATENCY = 20e-6
@@ -86,11 +86,11 @@ def check(parsed: argparse.Namespace, stack: ExitStack) -> None:
         )
     RolloutConfig().check_model(spec, infer.tensor, False, infer.expert > 1, infer.pipeline)
 
-    def sides() -> tuple[MegatronSide, EngineSide]:
-        return MegatronSide(spec, train, parsed.dtype), EngineSide(spec, infer, parsed.dtype, infer.expert > 1)
+    def sides() -> tuple[MegatronLayout, EngineLayout]:
+        return MegatronLayout(spec, train, parsed.dtype), EngineLayout(spec, infer, parsed.dtype, infer.expert > 1)
 
     sample = _sample(parsed.ranks, sorted({*train.ranks, *infer.ranks}))
-    account = make_account(*sides(), logical_tensors(spec), 2 * BUCKET_BYTES, _progress)
+    account = make_traffic_model(*sides(), logical_tensors(spec), 2 * BUCKET_BYTES, _progress)
     seconds = _plan_each(sides, sample)
     print(f"model: {spec.family}, {spec.parameters:,} parameters, {_gb(_bytes(spec, parsed.dtype))} in {parsed.dtype}")
     print(f"train: {_told(train, parsed.train)}\ninfer: {_told(infer, parsed.infer)}\n")
@@ -103,7 +103,7 @@ def check(parsed: argparse.Namespace, stack: ExitStack) -> None:
     )
 
 
-def _simulated(source: MegatronSide, destination: EngineSide, speed: float) -> str:
+def _simulated(source: MegatronLayout, destination: EngineLayout, speed: float) -> str:
     """The messages in their order, each waiting for its turn at both of its ends."""
     ranks = sorted({*source.ranks, *destination.ranks})
     schedules = {rank: make_schedule(make_plan(rank, source, destination), 2 * BUCKET_BYTES) for rank in ranks}
@@ -151,7 +151,7 @@ def _sample(text: str, ranks: list[int]) -> list[int]:
     return sorted({ranks[number * (len(ranks) - 1) // max(1, count - 1)] for number in range(count)})
 
 
-def _plan_each(sides: Callable[[], tuple[MegatronSide, EngineSide]], ranks: list[int]) -> dict[int, float]:
+def _plan_each(sides: Callable[[], tuple[MegatronLayout, EngineLayout]], ranks: list[int]) -> dict[int, float]:
     """Seconds of each rank that starts with nothing, as in a job."""
     seconds = {}
     for number, rank in enumerate(ranks):
@@ -167,7 +167,7 @@ def _progress(done: int, of: int) -> None:
         sys.stderr.write(f"\rplanning {done + 1} of {of} ranks ...\x1b[K" + ("\r\x1b[K" if done + 1 == of else ""))
 
 
-def _table(account: Account, train: Mesh, infer: Mesh) -> str:
+def _table(account: TrafficModel, train: Mesh, infer: Mesh) -> str:
     """All ranks where there are few, else the least, mean and most of each role."""
     rows = [["rank", "sends", "passes on", "receives", "copies"]]
     loads = account.loads
@@ -188,7 +188,7 @@ def _table(account: Account, train: Mesh, infer: Mesh) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _summary(account: Account, train: Mesh, infer: Mesh, speed: float) -> str:
+def _summary(account: TrafficModel, train: Mesh, infer: Mesh, speed: float) -> str:
     loads = account.loads
     moved, least = sum(load.out for load in loads.values()), sum(load.received for load in loads.values())
     seconds = max(max(load.out, load.received) for load in loads.values()) / speed / 1e9

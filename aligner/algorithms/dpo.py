@@ -31,6 +31,6 @@ def dpo(roles: Roles, pairs: Iterable[Pairs], cfg: DpoConfig) -> Iterator[Step]:
     kept = roles.keep(reference_sums=[])
     reference_sums = ReferenceSums(roles.reference, kept) if roles.reference else None
     for batch in pairs:
-        rows = policy.place(batch, group_size=2, minibatches=policy.config.minibatches)
+        rows = policy.scatter(batch, group_size=2, minibatches=policy.config.minibatches)
         fields = {"reference_sum_B": reference_sums(batch, rows)} if reference_sums else {}
         yield Step(policy.update(cfg.loss, rows, **fields))

@@ -77,13 +77,13 @@ def grpo(roles: Roles, prompts: Iterable[list[Prompt]], cfg: GrpoConfig) -> Iter
     for batch in scored_samples(roles, prompts, cfg.group_size, cfg.more_batches):
         samples, scores = batch.samples, batch.scores
         reference_logp_BT = reference.logprobs(samples) if reference else None
-        reward_B = policy.run(
+        reward_B = policy.map(
             shaped, samples, scores["reward_B"], reference_logp_BT, cfg.length_penalty, cfg.reward_kl_coef
         )
-        advantage_B = policy.run(cfg.advantages, reward_B, group_size=cfg.group_size)
-        trained = policy.run(leave_out_unscored, samples, scores["reward_B"])
+        advantage_B = policy.map(cfg.advantages, reward_B, group_size=cfg.group_size)
+        trained = policy.map(leave_out_unscored, samples, scores["reward_B"])
         if cfg.whiten:
-            advantage = {"advantage_BT": whitened(policy, policy.run(on_tokens, advantage_B, trained), trained)}
+            advantage = {"advantage_BT": whitened(policy, policy.map(on_tokens, advantage_B, trained), trained)}
         else:
             advantage = {"advantage_B": advantage_B}
         more = proximal(policy, cfg.loss, trained)

@@ -44,10 +44,10 @@ def kto(roles: Roles, feedback: Iterable[Feedback], cfg: KtoConfig) -> Iterator[
         raise ValueError("KTO compares with the reference; add reference to algorithm.roles.")
     reference_sums = ReferenceSums(reference, roles.keep(reference_sums=[]))
     for batch in feedback:
-        rows = policy.place(batch)
+        rows = policy.scatter(batch)
         kl = mismatched_kl(policy, reference, batch)
         metrics = policy.update(
-            cfg.loss, rows, label_B=policy.run(labels_of, rows), reference_sum_B=reference_sums(batch, rows), kl=kl
+            cfg.loss, rows, label_B=policy.map(labels_of, rows), reference_sum_B=reference_sums(batch, rows), kl=kl
         )
         yield Step(metrics, more={"kl": kl})
 
@@ -55,6 +55,6 @@ def kto(roles: Roles, feedback: Iterable[Feedback], cfg: KtoConfig) -> Iterator[
 def mismatched_kl(policy: Policy, reference: Reference, batch: Samples) -> float:
     """z_0 of the paper's equation 7, on answers to other prompts of the batch."""
     answers = mismatched(batch, policy.spec.max_positions)
-    others = policy.place(answers)
-    sums = [model.run(row_sums, model.logprobs(others), others["mask_BT"]).get() for model in (policy, reference)]
+    others = policy.scatter(answers)
+    sums = [model.map(row_sums, model.logprobs(others), others["mask_BT"]).gather() for model in (policy, reference)]
     return reference_point(sums[0], sums[1], answers.mask_BT)

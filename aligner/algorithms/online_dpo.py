@@ -37,12 +37,12 @@ def online_dpo(roles: Roles, prompts: Iterable[list[Prompt]], cfg: OnlineDpoConf
     policy.reshard_to(rollout)
     for batch in scored_samples(roles, prompts, group_size=2, more_batches=cfg.more_batches):
         samples, scores = batch.samples, batch.scores
-        preference_B = policy.run(ranked, scores["reward_B"])
-        trained = policy.run(leave_out_pairs, samples, preference_B)
+        preference_B = policy.map(ranked, scores["reward_B"])
+        trained = policy.map(leave_out_pairs, samples, preference_B)
         fields = {}
         if reference:
             reference_logp_BT = reference.logprobs(trained)
-            fields["reference_sum_B"] = reference.run(row_sums, reference_logp_BT, trained["mask_BT"])
+            fields["reference_sum_B"] = reference.map(row_sums, reference_logp_BT, trained["mask_BT"])
         metrics = policy.update(cfg.loss, trained, preference_B=preference_B, **fields)
         policy.reshard_to(rollout)
         yield Step(metrics, samples, scores, batch.report)

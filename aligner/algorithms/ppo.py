@@ -82,15 +82,15 @@ def ppo(roles: Roles, prompts: Iterable[list[Prompt]], cfg: PpoConfig) -> Iterat
     policy.reshard_to(rollout)
     for batch in scored_samples(roles, prompts, cfg.group_size):
         samples, scores = batch.samples, batch.scores
-        trained = policy.run(leave_out_unscored, samples, scores["reward_B"])
+        trained = policy.map(leave_out_unscored, samples, scores["reward_B"])
         reference_logp_BT = reference.logprobs(samples) if reference else None
         value_BT = critic.values(trained)
         if cfg.scale_rewards:
-            kept.rewards, kept.scale = running_scale(kept.rewards, scores["reward_B"].get())
-        reward_BT = policy.run(
+            kept.rewards, kept.scale = running_scale(kept.rewards, scores["reward_B"].gather())
+        reward_BT = policy.map(
             token_rewards, trained, scores["reward_B"], reference_logp_BT, kept.kl_coef, kept.scale, cfg.reward_clip
         )
-        estimates = policy.run(estimate, reward_BT, value_BT, trained, cfg.gamma, cfg.lam)
+        estimates = policy.map(estimate, reward_BT, value_BT, trained, cfg.gamma, cfg.lam)
         advantage_BT = estimates["advantage_BT"]
         if cfg.whiten:
             advantage_BT = whitened(policy, advantage_BT, trained)
@@ -107,7 +107,7 @@ def ppo(roles: Roles, prompts: Iterable[list[Prompt]], cfg: PpoConfig) -> Iterat
             metrics = policy.update(cfg.loss, trained, **fields, **proximal(policy, cfg.loss, trained))
             policy.reshard_to(rollout)
         if reference:
-            kl = mean_of(policy.run(response_kl, trained, reference_logp_BT).get())
+            kl = mean_of(policy.map(response_kl, trained, reference_logp_BT).gather())
             kept.kl_coef = cfg.kl_control.update(kept.kl_coef, kl) if not math.isnan(kl) else kept.kl_coef
             more["response_kl"] = kl
         yield Step(metrics, samples, scores, more)

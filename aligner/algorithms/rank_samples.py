@@ -47,7 +47,7 @@ def rank_samples(roles: Roles, prompts: Iterable[list[Prompt]], cfg: RankSamples
     if writes:
         begin(Path(cfg.out), kept.bytes)
     for batch in scored_samples(roles, prompts, cfg.group_size):
-        fields, scores = batch.samples["fields"].get(), batch.scores.get()
+        fields, scores = batch.samples["fields"].gather(), batch.scores.gather()
         pairs = best_and_worst(scores.reward_B, scores.response, fields, cfg.group_size)
         if writes:
             with Path(cfg.out).open("a", encoding="utf-8") as file:

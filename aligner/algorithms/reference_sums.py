@@ -39,8 +39,8 @@ class ReferenceSums:
         keys = [(number, place % size) for place, number in enumerate(batch.prompt_index_B.tolist())]
         if any(key not in self._known for key in keys):
             logp_BT = self.reference.logprobs(rows)
-            sums_B: Tensor = self.reference.run(row_sums, logp_BT, rows["mask_BT"]).get()
+            sums_B: Tensor = self.reference.map(row_sums, logp_BT, rows["mask_BT"]).gather()
             found = [(*key, value) for key, value in zip(keys, sums_B.tolist(), strict=True)]
             self._kept.reference_sums += found
             self._known |= {(number, side): value for number, side, value in found}
-        return self.reference.along(rows, torch.tensor([self._known[key] for key in keys], dtype=torch.float64))
+        return self.reference.scatter_like(rows, torch.tensor([self._known[key] for key in keys], dtype=torch.float64))

@@ -52,12 +52,12 @@ def reinforce_pp(roles: Roles, prompts: Iterable[list[Prompt]], cfg: ReinforcePp
     policy.reshard_to(rollout)
     for batch in scored_samples(roles, prompts, cfg.group_size):
         samples, scores = batch.samples, batch.scores
-        trained = policy.run(leave_out_unscored, samples, scores["reward_B"])
+        trained = policy.map(leave_out_unscored, samples, scores["reward_B"])
         reference_logp_BT = reference.logprobs(samples) if reference else None
-        reward_BT = policy.run(
+        reward_BT = policy.map(
             token_rewards, trained, scores["reward_B"], reference_logp_BT, cfg.kl_coef, 1.0, cfg.reward_clip
         )
-        advantage_BT = whitened(policy, policy.run(to_go, reward_BT, trained, cfg.gamma), trained)
+        advantage_BT = whitened(policy, policy.map(to_go, reward_BT, trained, cfg.gamma), trained)
         metrics = policy.update(cfg.loss, trained, advantage_BT=advantage_BT, reference_logp_BT=reference_logp_BT)
         policy.reshard_to(rollout)
         yield Step(metrics, samples, scores)

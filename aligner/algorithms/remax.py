@@ -45,12 +45,12 @@ def remax(roles: Roles, prompts: Iterable[list[Prompt]], cfg: RemaxConfig) -> It
     for batch in prompts:
         samples = rollout.generate(batch, num_samples=cfg.group_size)
         scores = reward.score(samples)
-        greedy_P = reward.score(rollout.generate(batch, sampling=greedy))["reward_B"].get()
-        baseline_B = policy.along(samples, greedy_P.repeat_interleave(cfg.group_size))
+        greedy_P = reward.score(rollout.generate(batch, sampling=greedy))["reward_B"].gather()
+        baseline_B = policy.scatter_like(samples, greedy_P.repeat_interleave(cfg.group_size))
         reference_logp_BT = reference.logprobs(samples) if reference else None
-        reward_B = policy.run(shaped, samples, scores["reward_B"], reference_logp_BT, None, cfg.reward_kl_coef)
-        advantage_B = policy.run(greedy_baseline_advantages, reward_B, baseline_B)
-        trained = policy.run(leave_out_unscored, samples, scores["reward_B"])
+        reward_B = policy.map(shaped, samples, scores["reward_B"], reference_logp_BT, None, cfg.reward_kl_coef)
+        advantage_B = policy.map(greedy_baseline_advantages, reward_B, baseline_B)
+        trained = policy.map(leave_out_unscored, samples, scores["reward_B"])
         metrics = policy.update(cfg.loss, trained, advantage_B=advantage_B, reference_logp_BT=reference_logp_BT)
         policy.reshard_to(rollout)
         yield Step(metrics, samples, scores, {"greedy_reward": float(greedy_P.nanmean())})

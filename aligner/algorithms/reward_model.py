@@ -28,6 +28,6 @@ def reward_modeling(roles: Roles, pairs: Iterable[Pairs], cfg: RewardModelingCon
     """One optimizer step for each batch of pairs."""
     model = roles.reward_model
     for batch in pairs:
-        rows = model.place(batch, group_size=2)
-        margin_B = model.run(margins_of, rows) if cfg.margin else None
+        rows = model.scatter(batch, group_size=2)
+        margin_B = model.map(margins_of, rows) if cfg.margin else None
         yield Step(model.update(cfg.loss, rows, margin_B=margin_B))

@@ -67,7 +67,7 @@ class _Pool:
 
     def add(self, samples: Ref, scores: Ref) -> None:
         """Keep the groups of one batch whose rewards differ. A call of all ranks."""
-        found, scored = samples.get(), scores.get()
+        found, scored = samples.gather(), scores.gather()
         rows = has_signal(scored.reward_B, group_size=self.group_size).nonzero().flatten().tolist()
         self._samples.append(columns.take(found, rows))
         self._scores.append(columns.take(scored, rows))
@@ -85,7 +85,7 @@ class _Pool:
             return Sampled(samples, scores, report)
         rows = range(min(wanted, self.rows))
         policy = roles.policy
-        placed = policy.place(
+        placed = policy.scatter(
             columns.take(columns.join(self._samples), rows), self.group_size, policy.config.minibatches
         )
-        return Sampled(placed, policy.along(placed, columns.take(columns.join(self._scores), rows)), report)
+        return Sampled(placed, policy.scatter_like(placed, columns.take(columns.join(self._scores), rows)), report)

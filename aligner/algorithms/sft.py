@@ -26,4 +26,4 @@ def sft(roles: Roles, demonstrations: Iterable[Demonstrations], cfg: SftConfig) 
     policy = roles.policy
     loss: Callable[..., Any] = cfg.loss
     for batch in demonstrations:
-        yield Step(policy.update(loss, policy.place(batch)))
+        yield Step(policy.update(loss, policy.scatter(batch)))

@@ -12,9 +12,9 @@ from aligner.spmd.role import Role
 
 def whitened(role: Role, advantage_BT: Ref, samples: Ref) -> Ref:
     """(A - mean) / std over every trained token of every row; 0 elsewhere. A call of all ranks."""
-    found = role.run(_moments, advantage_BT, samples["mask_BT"]).get()
+    found = role.map(_moments, advantage_BT, samples["mask_BT"]).gather()
     mean, std = combine(torch.stack(list(found.values()), dim=1))
-    return role.run(whiten, advantage_BT, samples["mask_BT"], mean=mean, std=std)
+    return role.map(whiten, advantage_BT, samples["mask_BT"], mean=mean, std=std)
 
 
 def _moments(advantage_BT: Tensor, mask_BT: Tensor) -> dict[str, Tensor]:

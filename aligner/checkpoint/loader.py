@@ -13,7 +13,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from aligner.checkpoint.folder import STATE, Broken, complete, rank_file, read_json, read_manifest, verify
-from aligner.spmd.messages import everyone
+from aligner.spmd.messages import all_gather
 from aligner.spmd.world import World
 from aligner.trainer.optimizer_checkpoint import Entry
 
@@ -23,7 +23,7 @@ def find(world: World, root: Path) -> Checkpoint | None:
 
     The ranks share the reading of its files; one that is damaged is named, and the next older one taken.
     """
-    candidates = everyone(world, [path.name for path in complete(root)], range(world.size))[0]
+    candidates = all_gather(world, [path.name for path in complete(root)], range(world.size))[0]
     for name in candidates:
         folder, wrong = root / name, None
         manifest: dict[str, Any] = {}
@@ -33,7 +33,7 @@ def find(world: World, root: Path) -> Checkpoint | None:
             verify(folder, {file: manifest["files"][file] for file in mine}, world.activity.tick)
         except (Broken, OSError) as error:
             wrong = str(error)
-        found = [said for said in everyone(world, wrong, range(world.size)) if said]
+        found = [said for said in all_gather(world, wrong, range(world.size)) if said]
         if not found:
             return Checkpoint(folder, manifest)
         if world.rank == 0:

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from aligner.run.job import Job
 
 
-def plain(job: Job) -> dict[str, Any]:
+def config_as_json(job: Job) -> dict[str, Any]:
     """Nested dicts of what YAML and JSON have (no tuples, no objects), without secrets."""
     values: dict[str, Any] = job.mask.plain(json.loads(json.dumps(asdict(job.config), default=str)))
     return values

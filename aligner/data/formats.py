@@ -12,7 +12,7 @@ HEAD_BYTES = 1024
 
 
 @dataclass(frozen=True)
-class Form:
+class MessageLayout:
     """A form of file that is not read here."""
 
     what: str
@@ -27,42 +27,42 @@ CSV = (
     "python -c \"import csv, json; [print(json.dumps(row)) for row in csv.DictReader(open({python}, newline='', encoding='utf-8-sig'){tab})]\" "
     "> {out}"
 )
-LFS = Form("a pointer of Git LFS, not the file itself", "git lfs pull", (b"version https://git-lfs",))
+LFS = MessageLayout("a pointer of Git LFS, not the file itself", "git lfs pull", (b"version https://git-lfs",))
 FORMS = (
     LFS,
-    Form("compressed (gzip)", "gzip -dc {file} > {out}", (b"\x1f\x8b",)),
-    Form("compressed (zstd)", "zstd -dc {file} > {out}", (b"\x28\xb5\x2f\xfd",)),
-    Form("compressed (xz)", "xz -dc {file} > {out}", (b"\xfd7zXZ\x00",)),
-    Form("compressed (bzip2)", "bzip2 -dc {file} > {out}", (b"BZh",)),
-    Form("compressed (lz4)", "lz4 -dc {file} > {out}", (b"\x04\x22\x4d\x18",)),
-    Form("a zip archive", "unzip -p {file} > {out}", (b"PK\x03\x04",)),
-    Form(
+    MessageLayout("compressed (gzip)", "gzip -dc {file} > {out}", (b"\x1f\x8b",)),
+    MessageLayout("compressed (zstd)", "zstd -dc {file} > {out}", (b"\x28\xb5\x2f\xfd",)),
+    MessageLayout("compressed (xz)", "xz -dc {file} > {out}", (b"\xfd7zXZ\x00",)),
+    MessageLayout("compressed (bzip2)", "bzip2 -dc {file} > {out}", (b"BZh",)),
+    MessageLayout("compressed (lz4)", "lz4 -dc {file} > {out}", (b"\x04\x22\x4d\x18",)),
+    MessageLayout("a zip archive", "unzip -p {file} > {out}", (b"PK\x03\x04",)),
+    MessageLayout(
         "a Parquet file",
         'python -c "from datasets import Dataset; Dataset.from_parquet({python}).to_json({pythonout})" (pip install datasets)',
         (b"PAR1",),
     ),
-    Form(
+    MessageLayout(
         "an Arrow file",
         "python -c \"import pandas; pandas.read_feather({python}).to_json({pythonout}, orient='records', lines=True)\" "
         "(pip install pandas pyarrow)",
         (b"ARROW1",),
     ),
-    Form(
+    MessageLayout(
         "an Arrow stream, as datasets keeps them",
         'python -c "from datasets import Dataset; Dataset.from_file({python}).to_json({pythonout})" (pip install datasets)',
         (b"\xff\xff\xff\xff",),
     ),
-    Form("UTF-16 text", "iconv -f UTF-16 -t UTF-8 {file} > {out}", (b"\xff\xfe", b"\xfe\xff")),
-    Form("a table of comma-separated values", CSV.replace("{tab}", ""), suffixes=(".csv",)),
-    Form("a table of tab-separated values", CSV.replace("{tab}", ", delimiter='\\t'"), suffixes=(".tsv",)),
-    Form(
+    MessageLayout("UTF-16 text", "iconv -f UTF-16 -t UTF-8 {file} > {out}", (b"\xff\xfe", b"\xfe\xff")),
+    MessageLayout("a table of comma-separated values", CSV.replace("{tab}", ""), suffixes=(".csv",)),
+    MessageLayout("a table of tab-separated values", CSV.replace("{tab}", ", delimiter='\\t'"), suffixes=(".tsv",)),
+    MessageLayout(
         "one JSON array",
         'python -c "import json; [print(json.dumps(row)) for row in json.load(open({python}))]" > {out}',
         (b"[",),
     ),
 )
-TAR = Form("a tar archive", "tar -xf {file}")
-SPREAD = Form(
+TAR = MessageLayout("a tar archive", "tar -xf {file}")
+SPREAD = MessageLayout(
     "JSON of which one object stands on several lines",
     "jq -c . {file} > {out} (with '.data[]' in place of . where the rows are a list under \"data\")",
 )
@@ -128,7 +128,7 @@ def folder_hint(folder: Path) -> str:
     return f" It holds {', '.join(found)}." if found else ""
 
 
-def _form(file: Path, head: bytes) -> Form | None:
+def _form(file: Path, head: bytes) -> MessageLayout | None:
     text = head.removeprefix(b"\xef\xbb\xbf").lstrip()
     if head[257:262] == b"ustar":
         return TAR

@@ -14,7 +14,7 @@ def stack_file(folder: Path, rank: int) -> Path:
     return folder / f"rank{rank:05d}.stack"
 
 
-class LastWords:
+class CrashStacks:
     """All threads' stacks if `again` is not called for `after` seconds, or at a crash (SIGSEGV, SIGABRT, ...)."""
 
     def __init__(self, folder: Path | None, rank: int, after: float) -> None:

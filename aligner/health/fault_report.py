@@ -121,7 +121,7 @@ def _lockstep(number: int, said: Mapping[int, Statement], size: int) -> str:
     return (
         f"aligner: error: ranks are not in lockstep since role call {number}:\n" + "\n".join(lines) + "\n"
         "Every rank must issue the same role calls; look for a branch on a value that differs between ranks "
-        "(bring it to every rank with ref.get() first)."
+        "(bring it to every rank with ref.gather() first)."
     )
 
 

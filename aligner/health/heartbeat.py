@@ -26,7 +26,7 @@ def beat_of(count: int, activity: Activity, journal: Journal) -> bytes:
     return np.array([count, activity.progress + number, number, waits, activity.in_loop], np.int64).tobytes()
 
 
-class Pulse:
+class Heartbeats:
     """The last beats of `ranks`, and when each changed."""
 
     def __init__(self, ranks: Sequence[int], config: HangConfig) -> None:

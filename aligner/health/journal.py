@@ -53,5 +53,5 @@ class Journal:
         raise LockstepError(
             f"rank {self.rank} and rank {peer} are not in lockstep: rank {self.rank} is at {self.calls[-1]}, "
             f"rank {peer} is at its call {their_number} with another history. Every rank must run the same role calls: "
-            "look for a branch on a value that differs between ranks (use ref.get() before branching)."
+            "look for a branch on a value that differs between ranks (use ref.gather() before branching)."
         )

@@ -25,7 +25,7 @@ def this_process(rank: int) -> RankProcess:
     return RankProcess(found.pid, found.started, rank)
 
 
-class Neighbours:
+class LocalProcesses:
     """Ranks whose process numbers mean the same here: those of one host, and of one container on it."""
 
     def __init__(self, store: dist.Store, me: RankProcess, count: int) -> None:

@@ -26,11 +26,11 @@ from aligner.health import fault_report as epilogue
 from aligner.health import rank_status as doctor
 from aligner.health.activity import Activity
 from aligner.health.config import HangConfig
-from aligner.health.crash_stacks import LastWords
-from aligner.health.heartbeat import Pulse, Verdict, beat_of
+from aligner.health.crash_stacks import CrashStacks
+from aligner.health.heartbeat import Heartbeats, Verdict, beat_of
 from aligner.health.histories import agree, as_bytes, first_difference, from_bytes
 from aligner.health.journal import Journal
-from aligner.health.local_processes import Neighbours, out_of_memory_kills, this_process
+from aligner.health.local_processes import LocalProcesses, out_of_memory_kills, this_process
 from aligner.health.process_exit import at_once, end
 from aligner.health.process_identity import GONE, STOPPED
 from aligner.health.store import own_store
@@ -67,11 +67,11 @@ class Watch:
         self.config = config or HangConfig()
         self.folder = Path(run_dir) / doctor.FOLDER if run_dir is not None else None
         self.store = own_store("watch", attempt)  # a blocking call of the main thread must not hold up the watch
-        self.neighbours = Neighbours(self.store, this_process(rank), int(os.environ.get("LOCAL_WORLD_SIZE", size)))
+        self.neighbours = LocalProcesses(self.store, this_process(rank), int(os.environ.get("LOCAL_WORLD_SIZE", size)))
         self.hide: Callable[[str], str] = str
         """Takes secrets out of what is said."""
-        self._last_words = LastWords(self.folder, rank, 0.6 * self.config.dead_seconds)
-        self._pulse = Pulse(range(size) if rank == 0 else [0], self.config)
+        self._last_words = CrashStacks(self.folder, rank, 0.6 * self.config.dead_seconds)
+        self._pulse = Heartbeats(range(size) if rank == 0 else [0], self.config)
         self._launched = bool(attempt)
         self._published, self._beats, self._all_there = -1, 0, False
         self._heard: tuple[Any, ...] = ()

@@ -21,7 +21,7 @@ from aligner.reshard.plan.region import Layout, Piece, whole_tensor
 from aligner.reshard.plan.transfer_plan import make_plan
 from aligner.reshard.transfer.executor import execute
 from aligner.reshard.transfer.sync_stats import SyncRow
-from aligner.reshard.weights import Side, as_side
+from aligner.reshard.weights import WeightLayout, as_layout
 
 FILE_BYTES = 5 << 30
 """Files of weights are split beyond this size."""
@@ -58,7 +58,7 @@ def read_into(spec: ModelSpec, layout: Layout, view: Callable[[Piece], Tensor]) 
 
 def export_checkpoint(
     rank: int,
-    layouts: Side | Mapping[int, Layout],
+    layouts: WeightLayout | Mapping[int, Layout],
     source: Callable[[Piece], Tensor],
     group: dist.ProcessGroup | None,
     out_dir: str | Path,
@@ -97,7 +97,7 @@ def export_checkpoint(
         PeerFailedError: another rank failed; one error or the other is raised on every rank, none is left waiting.
     """
     device = device or torch.device("cpu")
-    side = as_side(layouts)
+    side = as_layout(layouts)
     final, ranks = Path(out_dir).absolute(), side.ranks
     partial = final.with_name(f".{final.name}.partial")
     shapes = logical_tensors(spec)

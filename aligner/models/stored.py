@@ -19,7 +19,7 @@ from aligner.models.spec import ModelSpec
 from aligner.reshard.message.storage import strided_view
 from aligner.reshard.plan.region import Box, Piece, whole_tensor
 from aligner.spmd.mesh import Mesh
-from aligner.trainer.megatron.layout import MegatronSide
+from aligner.trainer.megatron.layout import MegatronLayout
 
 SHARDS = "shards.json"
 """The file that tells a folder of shards from a Hugging Face checkpoint."""
@@ -116,11 +116,11 @@ class Cut:
     expert: int = 1
     expert_tensor: int = 1
 
-    def side(self, spec: ModelSpec, dtype: str) -> MegatronSide:
+    def side(self, spec: ModelSpec, dtype: str) -> MegatronLayout:
         """What each of the folder's files holds; ValueError where the model cannot be cut so."""
         ranks = self.pipeline * max(self.tensor, self.expert * self.expert_tensor)
         mesh = Mesh(tuple(range(ranks)), **asdict(self), name="layout")
-        return MegatronSide(spec, mesh, dtype)
+        return MegatronLayout(spec, mesh, dtype)
 
 
 def shard_file(rank: int) -> str:

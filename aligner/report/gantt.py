@@ -21,7 +21,7 @@ COLORS = {
     "values": "#7fc4bd",
     "update": ORANGE,
     "reshard_to": GREEN,
-    "run": GREY,
+    "map": GREY,
     "transfer": "#b0b7bd",
     "end of the step": "#8a9097",
 }
@@ -31,8 +31,8 @@ FURTHER = (RED, "#b57edc", "#c9a227", "#5d7a3a", "#96624d")
 def color_of(call: str, used: dict[str, str]) -> str:
     """One colour for each kind of role call; the usual ones have theirs in every picture."""
     role, _, method = call.partition(".")
-    if method.startswith("run("):
-        call, method = f"{role}.run", "run"
+    if method.startswith("map("):
+        call, method = f"{role}.map", "map"
     if call not in used:
         used[call] = COLORS.get(method or role) or FURTHER[len(used) % len(FURTHER)]
     return used[call]

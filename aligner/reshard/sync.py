@@ -21,9 +21,9 @@ from aligner.reshard.transfer.executor import execute
 from aligner.reshard.transfer.shared_memory import meet
 from aligner.reshard.transfer.sync_stats import SyncRow
 from aligner.reshard.transfer.wire import Kept
-from aligner.reshard.weights import Explicit, Side
-from aligner.rollout.layout import EngineSide
-from aligner.trainer.megatron.layout import MegatronSide
+from aligner.reshard.weights import ExplicitLayout, WeightLayout
+from aligner.rollout.layout import EngineLayout
+from aligner.trainer.megatron.layout import MegatronLayout
 
 if TYPE_CHECKING:
     from aligner.rollout.role import Rollout
@@ -80,7 +80,9 @@ class WeightSync:
         self.ledger.append(row if self.ledger else replace(row, seconds_plan=self.planning_seconds))
 
 
-def sides(policy: Policy, rollout: Rollout, ranks: Sequence[int], group: dist.ProcessGroup) -> tuple[Side, Side]:
+def sides(
+    policy: Policy, rollout: Rollout, ranks: Sequence[int], group: dist.ProcessGroup
+) -> tuple[WeightLayout, WeightLayout]:
     """What the two roles hold; collective over `group`, whose world ranks are `ranks`.
 
     Each rank compares what it holds with what its role's arithmetic says. Where all agree, as they should, nothing is
@@ -89,15 +91,15 @@ def sides(policy: Policy, rollout: Rollout, ranks: Sequence[int], group: dist.Pr
     rank = policy.world.rank
     held = policy.model.layout if policy.member else []
     wanted = rollout.weights.pieces(logical_tensors(policy.spec)) if rollout.member else []
-    source = MegatronSide(policy.spec, policy.mesh, policy.config.dtype)
-    destination = EngineSide(policy.spec, rollout.mesh, rollout.config.dtype, rollout.mesh.expert > 1)
+    source = MegatronLayout(policy.spec, policy.mesh, policy.config.dtype)
+    destination = EngineLayout(policy.spec, rollout.mesh, rollout.config.dtype, rollout.mesh.expert > 1)
     agree = set(held) == set(source.layout(rank)) and set(wanted) == set(destination.layout(rank))
     told = [False] * len(ranks)
     dist.all_gather_object(told, agree, group=group)
     return (source, destination) if all(told) else (exchanged(held, ranks, group), exchanged(wanted, ranks, group))
 
 
-def exchanged(mine: Layout, ranks: Sequence[int], group: dist.ProcessGroup) -> Explicit:
+def exchanged(mine: Layout, ranks: Sequence[int], group: dist.ProcessGroup) -> ExplicitLayout:
     """Every rank's layout, of which each distinct one is sent once: replicas have the same."""
     digest = blake2b("\n".join(map(repr, mine)).encode(), digest_size=16).digest() if mine else b""
     digests: list[bytes] = [b""] * len(ranks)
@@ -106,10 +108,12 @@ def exchanged(mine: Layout, ranks: Sequence[int], group: dist.ProcessGroup) -> E
     told: list[Any] = [None] * len(ranks)
     dist.all_gather_object(told, mine if mine and first else None, group=group)
     layouts = {found: layout for found, layout in zip(digests, told, strict=True) if layout is not None}
-    return Explicit({rank: layouts[found] for rank, found in zip(ranks, digests, strict=True) if found})
+    return ExplicitLayout({rank: layouts[found] for rank, found in zip(ranks, digests, strict=True) if found})
 
 
-def _plan_together(rank: int, source: Side, destination: Side, ranks: Sequence[int], group: dist.ProcessGroup) -> Plan:
+def _plan_together(
+    rank: int, source: WeightLayout, destination: WeightLayout, ranks: Sequence[int], group: dist.ProcessGroup
+) -> Plan:
     """This rank's plan; ValueError on every rank where one of them finds that the two sides do not match."""
     plan, failure = None, None
     try:

@@ -10,7 +10,7 @@ from aligner.reshard.plan.region import Layout, Piece
 R = TypeVar("R")
 
 
-class Side(Protocol):
+class WeightLayout(Protocol):
     """Which region of which logical tensor every rank of a role holds."""
 
     @property
@@ -28,7 +28,7 @@ class Side(Protocol):
         """
 
 
-class Spread(Sequence[tuple[Piece, tuple[int, ...]]]):
+class LazyHolders(Sequence[tuple[Piece, tuple[int, ...]]]):
     """What `holders` returns, with pieces that are made only when they are looked at.
 
     Args:
@@ -50,7 +50,7 @@ class Spread(Sequence[tuple[Piece, tuple[int, ...]]]):
         return self._make(region), ranks
 
 
-class Explicit:
+class ExplicitLayout:
     """A side given as every rank's layout: for layouts that were exchanged."""
 
     def __init__(self, layouts: Mapping[int, Layout]) -> None:
@@ -70,9 +70,9 @@ class Explicit:
         return self._holders.get(name, ())
 
 
-def as_side(given: Side | Mapping[int, Layout]) -> Side:
+def as_layout(given: WeightLayout | Mapping[int, Layout]) -> WeightLayout:
     """A side, or every rank's layout, as a side."""
-    return Explicit(given) if isinstance(given, Mapping) else given
+    return ExplicitLayout(given) if isinstance(given, Mapping) else given
 
 
 def _index(layouts: Mapping[int, Layout]) -> dict[str, list[tuple[Piece, tuple[int, ...]]]]:

@@ -9,7 +9,7 @@ from aligner.reward.units import Unit
 
 
 @dataclass(frozen=True)
-class Form:
+class MessageLayout:
     """An answer that was read."""
 
     source: str
@@ -17,7 +17,7 @@ class Form:
 
 
 @dataclass(frozen=True)
-class Words(Form):
+class Words(MessageLayout):
     """Text, or letters that may be text."""
 
     spelling: str
@@ -25,15 +25,15 @@ class Words(Form):
 
 
 @dataclass(frozen=True)
-class Choice(Form):
+class Choice(MessageLayout):
     """An option of a multiple choice: its letter, and what stands beside it."""
 
     letter: str
-    rest: Form | None
+    rest: MessageLayout | None
 
 
 @dataclass(frozen=True)
-class Quantity(Form):
+class Quantity(MessageLayout):
     """A number or an expression, with its unit."""
 
     value: Any
@@ -47,16 +47,16 @@ class Quantity(Form):
 
 
 @dataclass(frozen=True)
-class Items(Form):
+class Items(MessageLayout):
     """A list, set, tuple or interval."""
 
     brackets: str
     """"" (bare list), "{}", "()", "[]", "(]" or "[)"."""
-    items: tuple[Form, ...]
+    items: tuple[MessageLayout, ...]
 
 
 @dataclass(frozen=True)
-class Ratio(Form):
+class Ratio(MessageLayout):
     """3:4, which may be a time of the day."""
 
     parts: tuple[Any, ...]
@@ -64,7 +64,7 @@ class Ratio(Form):
 
 
 @dataclass(frozen=True)
-class Clock(Form):
+class Clock(MessageLayout):
     """A time of the day."""
 
     seconds: int
@@ -74,23 +74,23 @@ class Clock(Form):
 
 
 @dataclass(frozen=True)
-class Equation(Form):
+class Equation(MessageLayout):
     """x = 3, or a chain of equations; `last` is its last side."""
 
     name: str | None
     """What stands before the first sign, where it is no more than a name."""
-    last: Form
+    last: MessageLayout
     closed: bool
     """Whether the other sides have no variables, so that it says no more than `last`."""
 
 
 @dataclass(frozen=True)
-class Formula(Form):
+class Formula(MessageLayout):
     """What only math-verify compares: relations, sets, matrices."""
 
     value: Any
 
 
-def is_prose(form: Form) -> bool:
+def is_prose(form: MessageLayout) -> bool:
     """Whether it is text, or a list with text in it, which a sentence may be taken for."""
     return isinstance(form, Words) or (isinstance(form, Items) and any(map(is_prose, form.items)))

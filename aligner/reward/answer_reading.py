@@ -13,7 +13,7 @@ from math_verify.parser import NormalizationConfig
 from sympy import And, FiniteSet, I, MatrixBase, Rational, Union, nan, zoo
 from sympy.core.relational import Relational
 
-from aligner.reward.answer_forms import Choice, Clock, Equation, Form, Formula, Items, Quantity, Ratio, Words
+from aligner.reward.answer_forms import Choice, Clock, Equation, Formula, Items, MessageLayout, Quantity, Ratio, Words
 from aligner.reward.answer_text import DOLLAR, balanced, closes_at, depth, outer_braces_off, split_at, split_list, tidy
 from aligner.reward.units import CURRENCIES, Unit, read_unit
 
@@ -61,7 +61,7 @@ PROSE = re.compile(r"[A-Za-z]{4}|[A-Za-z]{2,}\s+[A-Za-z]{2,}")
 BASE = re.compile(r"([0-9A-Fa-f]+)_\s*\{?\s*(\d{1,2})\s*\}?")
 
 
-def read(text: str) -> Form | None:
+def read(text: str) -> MessageLayout | None:
     """What an answer says; None where it cannot be read."""
     if UNENDING.search(text):
         return None
@@ -106,7 +106,7 @@ def number(text: str) -> Quantity | None:
     return None
 
 
-def _read(text: str) -> Form | None:
+def _read(text: str) -> MessageLayout | None:
     text = outer_braces_off(text.strip())
     if not text:
         return None
@@ -126,7 +126,7 @@ def _read(text: str) -> Form | None:
     )
 
 
-def _choice(text: str) -> Form | None:
+def _choice(text: str) -> MessageLayout | None:
     in_text = TEXT.fullmatch(text)
     match = CHOICE.match(text := in_text[1].strip() if in_text else text)
     if not match:
@@ -142,7 +142,7 @@ def _choice(text: str) -> Form | None:
     return Choice(text, letter.casefold(), beside)
 
 
-def _clock(text: str) -> Form | None:
+def _clock(text: str) -> MessageLayout | None:
     plain = TEXT.sub(r" \1", text).strip()
     hour = HOUR.fullmatch(plain)
     if hour and 1 <= int(hour[1]) <= 12:
@@ -159,7 +159,7 @@ def _clock(text: str) -> Form | None:
     return Ratio(text, tuple(Fraction(part) for part in plain.split(":")), clock)
 
 
-def _list(text: str) -> Form | None:
+def _list(text: str) -> MessageLayout | None:
     if PLAIN_NUMBER.fullmatch(text) or not re.search(r"[,;]|and|or", text):
         return None
     joined = re.sub(
@@ -176,7 +176,7 @@ def _list(text: str) -> Form | None:
     return _either(text, items) or Items(text, "", tuple(item for item in items if item is not None))
 
 
-def _either(text: str, items: list[Form | None]) -> Form | None:
+def _either(text: str, items: list[MessageLayout | None]) -> MessageLayout | None:
     """x < -2 or x > 3 is one set."""
     relations = [item.value for item in items if isinstance(item, Formula) and isinstance(item.value, Relational | And)]
     if len(relations) < len(items) or not re.search(r"(?<![A-Za-z])or(?![A-Za-z])", text):
@@ -193,7 +193,7 @@ def solutions(relation: Any) -> Any:
         return None
 
 
-def _compound(text: str) -> Form | None:
+def _compound(text: str) -> MessageLayout | None:
     """2 hours 30 minutes, 18 dollars and 50 cents."""
     match = COMPOUND.fullmatch(re.sub(r"\s+", " ", TEXT.sub(r" \1 ", text)).strip())
     if not match:
@@ -233,7 +233,7 @@ def _words(text: str) -> Words | None:
     return None
 
 
-def _equation(text: str) -> Form | None:
+def _equation(text: str) -> MessageLayout | None:
     member = split_at(text, MEMBER)
     if len(member) == 2 and NAME.fullmatch(member[0]) and not RELATION.search(text):
         last = _read(member[1])
@@ -262,7 +262,7 @@ def _equation(text: str) -> Form | None:
     return Equation(text, None, last, closed)
 
 
-def _bracketed(text: str) -> Form | None:
+def _bracketed(text: str) -> MessageLayout | None:
     if text.startswith(r"\{") and text.endswith(r"\}") and closes_at(text, 1) == len(text) - 1:
         brackets, inner = "{}", text[2:-2]
     elif text[0] in "([{" and text[-1] in ")]}" and closes_at(text, 0) == len(text) - 1:
@@ -292,7 +292,7 @@ def _bracketed(text: str) -> Form | None:
     return Items(text, brackets, tuple(item for item in items if item is not None))
 
 
-def _ratio(text: str) -> Form | None:
+def _ratio(text: str) -> MessageLayout | None:
     sides = split_at(text, COLON)
     if len(sides) < 2:
         return None
@@ -303,7 +303,7 @@ def _ratio(text: str) -> Form | None:
     return Ratio(text, tuple(values), None)
 
 
-def _both_signs(text: str) -> Form | None:
+def _both_signs(text: str) -> MessageLayout | None:
     """1 \\pm \\sqrt{2} is a list of two."""
     if len(re.findall(r"\\(?:pm|mp)(?![a-z])", text)) != 1:
         return None
@@ -311,7 +311,7 @@ def _both_signs(text: str) -> Form | None:
     return Items(text, "", tuple(item for item in items if item is not None)) if all(items) else None
 
 
-def _formula_with_signs(text: str) -> Form | None:
+def _formula_with_signs(text: str) -> MessageLayout | None:
     """Relations and sets, which have no unit."""
     if not (RELATION.search(text) or re.search(r"\\(?:cup|cap|setminus|mathbb|emptyset|begin)(?![a-z])", text)):
         return None
@@ -319,7 +319,7 @@ def _formula_with_signs(text: str) -> Form | None:
     return None if value is None else Formula(text, value)
 
 
-def _quantity(text: str) -> Form | None:
+def _quantity(text: str) -> MessageLayout | None:
     body, unit, scale, percent = _measured(text)
     if body is None:
         return None

@@ -28,7 +28,7 @@ from sympy import (
     zoo,
 )  # fmt: skip
 
-from aligner.reward.answer_forms import Choice, Clock, Equation, Form, Formula, Items, Quantity, Ratio, Words
+from aligner.reward.answer_forms import Choice, Clock, Equation, Formula, Items, MessageLayout, Quantity, Ratio, Words
 from aligner.reward.answer_reading import expression, solutions
 from aligner.reward.magnitude import too_big
 from aligner.reward.units import KNOWN, Unit
@@ -42,7 +42,7 @@ POUNDS = {Unit((("mass", 1),), KNOWN["lb"][1]), Unit((("pound sterling", 1),), F
 PERCENT = Fraction(1, 100)
 
 
-def same(gold: Form, given: Form) -> bool:
+def same(gold: MessageLayout, given: MessageLayout) -> bool:
     """Whether a response's answer says what the gold answer says; the gold one's form decides where the two differ:
     a list in parentheses may stand for a bare one in any order, a bare one for a tuple only in its order.
 
@@ -71,11 +71,11 @@ def same(gold: Form, given: Form) -> bool:
     return _verified(_value(gold), _value(given))
 
 
-def _value(form: Form) -> Any:
+def _value(form: MessageLayout) -> Any:
     return form.value if isinstance(form, Formula) else expression(form.source)
 
 
-def _same_equation(gold: Form, given: Form) -> bool:
+def _same_equation(gold: MessageLayout, given: MessageLayout) -> bool:
     if isinstance(gold, Equation) and isinstance(given, Equation):
         if gold.closed or given.closed:
             return same(gold.last if gold.closed else gold, given.last if given.closed else given)
@@ -90,7 +90,7 @@ def _same_equation(gold: Form, given: Form) -> bool:
     return same(gold, given.last)
 
 
-def _same_choice(gold: Form, given: Form) -> bool:
+def _same_choice(gold: MessageLayout, given: MessageLayout) -> bool:
     letters = [form.letter if isinstance(form, Choice) else None for form in (gold, given)]
     if None not in letters:
         return letters[0] == letters[1]
@@ -103,7 +103,7 @@ def _same_choice(gold: Form, given: Form) -> bool:
     return same(choice.rest, given) if choice is gold else same(gold, choice.rest)
 
 
-def _same_words(gold: Form, given: Form) -> bool:
+def _same_words(gold: MessageLayout, given: MessageLayout) -> bool:
     if isinstance(gold, Words) and isinstance(given, Words):
         return gold.spelling == given.spelling
     words, other = (gold, given) if isinstance(gold, Words) else (given, gold)
@@ -124,7 +124,7 @@ def _same_words(gold: Form, given: Form) -> bool:
 EVERYTHING = ("allrealnumbers", "allreals", "realnumbers", "thesetofallrealnumbers", "thesetofrealnumbers")
 
 
-def _same_ratio(gold: Form, given: Form) -> bool:
+def _same_ratio(gold: MessageLayout, given: MessageLayout) -> bool:
     clocks = [form if isinstance(form, Clock) else getattr(form, "clock", None) for form in (gold, given)]
     if clocks[0] and clocks[1]:
         return _same_clock(clocks[0], clocks[1])
@@ -209,7 +209,7 @@ def _same_items(gold: Items, given: Items) -> bool:
     return all(map(same, a, b))
 
 
-def _names(items: Sequence[Form]) -> bool:
+def _names(items: Sequence[MessageLayout]) -> bool:
     """Whether they are the values of several variables; x_1 and x_2 are values of one."""
     names = {item.name.split("_")[0] for item in items if isinstance(item, Equation) and item.name}
     return len(names) > 1
@@ -227,15 +227,15 @@ def _ends(form: Items) -> tuple[bool, bool]:
     return form.brackets[0] == "[", form.brackets[1] == "]"
 
 
-def _distinct(items: Sequence[Form]) -> tuple[Form, ...]:
-    kept: list[Form] = []
+def _distinct(items: Sequence[MessageLayout]) -> tuple[MessageLayout, ...]:
+    kept: list[MessageLayout] = []
     for item in items:
         if not any(same(item, other) for other in kept):
             kept.append(item)
     return tuple(kept)
 
 
-def _same_in_any_order(gold: Sequence[Form], given: Sequence[Form]) -> bool:
+def _same_in_any_order(gold: Sequence[MessageLayout], given: Sequence[MessageLayout]) -> bool:
     rest = list(given)
     for item in gold:
         found = next((i for i, other in enumerate(rest) if same(item, other)), None)

@@ -8,7 +8,7 @@ from functools import lru_cache
 from itertools import product
 from typing import Any
 
-from aligner.reward.answer_forms import Form, is_prose
+from aligner.reward.answer_forms import MessageLayout, is_prose
 from aligner.reward.answer_reading import read
 from aligner.reward.equivalence import same
 from aligner.reward.final_answer import after_reasoning, boxed_answer, final_answer, last_value, said_answer, unfinished
@@ -75,7 +75,7 @@ def math_equivalent(
     return 0.0
 
 
-def _golds(answer: Any) -> list[tuple[str, Form]]:
+def _golds(answer: Any) -> list[tuple[str, MessageLayout]]:
     accepted = answer if isinstance(answer, list | tuple) else [answer]
     if not accepted:
         raise ValueError("answer=[] accepts nothing; give the answer as text or a number, or a list of accepted ones.")
@@ -88,7 +88,7 @@ def _golds(answer: Any) -> list[tuple[str, Form]]:
 
 
 @lru_cache(maxsize=4096)
-def _gold(text: str) -> tuple[str, Form]:
+def _gold(text: str) -> tuple[str, MessageLayout]:
     said = final_answer(text)
     said = text if said is None else said
     forms = _values(said) if len(said) <= LONGEST_GOLD else []
@@ -97,7 +97,7 @@ def _gold(text: str) -> tuple[str, Form]:
     return said.strip(), forms[0]
 
 
-def _values(text: str) -> list[Form]:
+def _values(text: str) -> list[MessageLayout]:
     """What a bare answer says; empty where it cannot be read."""
     form = read(text)
     return [] if form is None else [form]

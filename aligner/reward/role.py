@@ -21,7 +21,7 @@ from aligner.reward.components import Scorer, parts_of
 from aligner.reward.config import RewardConfig
 from aligner.reward.worker import Score, Status
 from aligner.spmd.mesh import Mesh
-from aligner.spmd.messages import everyone
+from aligner.spmd.messages import all_gather
 from aligner.spmd.ref import Ref
 from aligner.spmd.role import Role
 from aligner.spmd.world import World
@@ -162,7 +162,7 @@ class Reward(Role):
     ) -> tuple[Tensor, Tensor]:
         """This shard's rewards: every rank combines the whole batch in its global order, so that sums over the batch
         come out the same to the last bit however it is cut into shards."""
-        found = everyone(self.world, (tuple(rows), raw, status, missing), self.mesh.ranks)
+        found = all_gather(self.world, (tuple(rows), raw, status, missing), self.mesh.ranks)
         held = sorted({row: (n, i) for n, (theirs, *_) in enumerate(found) for i, row in enumerate(theirs)}.items())
         starts = [0, *accumulate(len(theirs) for theirs, *_ in found)]
         take = torch.tensor([starts[n] + i for _, (n, i) in held], dtype=torch.long)

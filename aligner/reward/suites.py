@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from aligner.reward.boxed.wire import Pack, Side
+from aligner.reward.boxed.wire import Pack, WeightLayout
 from aligner.reward.scripts import MODULES, Scripts
 
 FORMS = (
@@ -236,7 +236,7 @@ def _call(given: Any, wanted: Any, entry: str) -> dict[str, Any]:
 
 def _packed(plain: Any) -> list[Any]:
     """Python's literals as JSON: tuples, sets, bytes and infinities too."""
-    pack = Pack(Side())
+    pack = Pack(WeightLayout())
     return [pack.value(plain), pack.nodes]
 
 

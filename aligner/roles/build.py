@@ -26,7 +26,7 @@ if TYPE_CHECKING:  # the engines take seconds to import; loops name `Roles`, and
     from aligner.trainer.model_role import ModelRole
     from aligner.trainer.policy import Policy, Reference
     from aligner.trainer.reward_model import RewardModel
-    from aligner.trainer.trainable_role import Trained
+    from aligner.trainer.trainable_role import TrainableRole
 
 M = TypeVar("M", bound="ModelRole")
 
@@ -106,19 +106,19 @@ class Roles:
         return list(self._built.values())
 
     @property
-    def trained(self) -> list[Trained]:
+    def trained(self) -> list[TrainableRole]:
         """What a run leaves behind: the policy, then what else a loop has updated; the same on every rank."""
         return [role for role in self.trainable if role.version or role.name == "policy"]
 
     @property
-    def trainable(self) -> list[Trained]:
+    def trainable(self) -> list[TrainableRole]:
         """Every role that could learn; the same on every rank."""
-        from aligner.trainer.trainable_role import Trained
+        from aligner.trainer.trainable_role import TrainableRole
 
-        return [role for role in self._built.values() if isinstance(role, Trained)]
+        return [role for role in self._built.values() if isinstance(role, TrainableRole)]
 
     @property
-    def main(self) -> Trained:
+    def main(self) -> TrainableRole:
         """What the run is about: the policy, or the reward model that is trained alone."""
         return self.trainable[0]
 
@@ -149,7 +149,7 @@ def build_roles(
     from aligner.trainer.critic import Critic
     from aligner.trainer.policy import Policy, Reference
     from aligner.trainer.reward_model import RewardModel
-    from aligner.trainer.trainable_role import Trained
+    from aligner.trainer.trainable_role import TrainableRole
 
     # Only what was sampled is judged under the sampling temperature: in other data nothing says what it would be.
     temperature = config.sampling.temperature if "rollout" in wanted and config.data.kind == "prompts" else 1.0
@@ -158,7 +158,7 @@ def build_roles(
 
     def model(kind: type[M], name: str, settings: TrainingConfig, spec: ModelSpec, **more: Any) -> M:
         parallel = role_layout(config.placement, name).sequence_parallel
-        if issubclass(kind, Trained):
+        if issubclass(kind, TrainableRole):
             more["total_steps"] = config.train.steps * settings.minibatches * settings.epochs
             more["max_response"] = config.sampling.max_tokens
             more["not_finite"] = config.guards.not_finite

@@ -25,7 +25,7 @@ class Ahead(Iterator[Ref]):
         saved: Sequence[Mapping[str, Any]] | None = None,
     ) -> None:
         self._rollout, self._prompts, self._num_samples, self._lag = rollout, iter(prompts), num_samples, lag
-        self._queue: deque[Started] = deque(rollout.taken_up(one, num_samples) for one in saved or ())
+        self._queue: deque[Started] = deque(rollout.load_pending(one, num_samples) for one in saved or ())
 
     def __next__(self) -> Ref:
         rollout, lag = self._rollout, self._lag
@@ -42,4 +42,4 @@ class Ahead(Iterator[Ref]):
 
     def state(self) -> list[dict[str, Any]]:
         """What is ahead, after it was completed, as JSON; samples on the first rank only. A call of all ranks."""
-        return [self._rollout.laid_down(started) for started in self._queue]
+        return [self._rollout.save_pending(started) for started in self._queue]

@@ -24,7 +24,7 @@ from aligner.models.family import (
 )
 from aligner.models.spec import ModelSpec
 from aligner.reshard.plan.region import Piece
-from aligner.reshard.weights import Spread
+from aligner.reshard.weights import LazyHolders
 from aligner.rollout.config import padded_vocab
 from aligner.spmd.mesh import Mesh
 
@@ -34,7 +34,7 @@ ENDS_EVERYWHERE = ("qwen3_moe", "mixtral", "gemma")
 FUSED = {Kind.QKV: "self_attn.qkv_proj", Kind.GATE_UP: "mlp.gate_up_proj"}
 
 
-class EngineSide:
+class EngineLayout:
     """What every rank of a role on vLLM holds; for any mesh, whether or not such a world exists.
 
     Storages are named and laid out as vLLM's own loaders want them (`dry_run`): "module.path:parameter", without what a
@@ -122,14 +122,14 @@ class EngineSide:
         expert = split_expert(self._spec, inside) if sparse else None
         if expert is None:
             found = self._layers[stage][sparse].by_name.get(inside, [])
-            return Spread((stage, sparse, inside), found, lambda region: self._piece(region, name, layer))
+            return LazyHolders((stage, sparse, inside), found, lambda region: self._piece(region, name, layer))
         if expert[0] >= self._spec.experts:
             return []
         owner, slot = self._place(expert[0])
         found = self._experts[stage].by_name.get(expert[1], [])
         if owner is not None:
             found = [(region, self._of_tensor[stage][owner]) for region, _ in found]
-        return Spread(
+        return LazyHolders(
             ("experts", stage, owner, expert[1]), found, lambda region: self._piece(region, name, layer, slot)
         )
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from aligner.data.prompts import Prompt
 from aligner.rollout.requests import Sample
 from aligner.rollout.rows import as_samples, prompt_from, prompt_to, request_seed, sample_from, sample_to
-from aligner.spmd.messages import everyone, spread
+from aligner.spmd.messages import all_gather, broadcast
 from aligner.spmd.partition import partition
 from aligner.spmd.ref import Ref, Rows
 
@@ -197,7 +197,7 @@ class _Pool:
                 drawn = sum(sum(one.tokens) for group in mine.values() for one in group.samples)
                 for found in rollout.agreed(ended, drawn):
                     lengths |= found
-        lengths = Ref(rollout, lengths).get()
+        lengths = Ref(rollout, lengths).gather()
         self._complete.extend((number, lengths[number]) for number in work.numbers if number in lengths)
         left_over = [number for number in work.numbers if number not in lengths]
         if following is None:
@@ -231,9 +231,9 @@ class _Pool:
                 n: {"prompt": prompt_to(group.prompt), "samples": [sample_to(one) for one in group.samples]}
                 for n, group in self._held.items()
             }
-            for found in everyone(rollout.world, mine, rollout.mesh.ranks):
+            for found in all_gather(rollout.world, mine, rollout.mesh.ranks):
                 groups |= found
-        groups = spread(rollout.world, groups, rollout.mesh.ranks, [0]) or {}
+        groups = broadcast(rollout.world, groups, rollout.mesh.ranks, [0]) or {}
         return {
             "count": self._count,
             "carried": self.carried,

@@ -18,7 +18,7 @@ from aligner.rollout.rows import as_samples, prompt_from, prompt_to, request_see
 from aligner.rollout.sleep import KINDS, parts_of
 from aligner.rollout.weights import EngineWeights
 from aligner.spmd.mesh import Mesh
-from aligner.spmd.messages import everyone, spread
+from aligner.spmd.messages import all_gather, broadcast
 from aligner.spmd.partition import Shares, partition
 from aligner.spmd.ref import Ref, Rows
 from aligner.spmd.role import Role
@@ -155,7 +155,7 @@ class Rollout(Role):
         if self.under_way:
             self.engine.work_until(_never)
 
-    def make_way(self, policy: Mesh) -> None:
+    def drain_before_sync(self, policy: Mesh) -> None:
         """Before new weights: what is under way is completed by those that are there; with `stream.in_flight` only
         as far as it comes until the policy's ranks stand waiting with the new ones. Every rank of the world calls it."""
         if not self.under_way or self.asleep:
@@ -184,21 +184,21 @@ class Rollout(Role):
         """Go on from a `save_state`, whatever the layout: the next streams to be asked for take up what it has."""
         self.calls, self._saved = saved["calls"], list(saved["streams"])
 
-    def laid_down(self, started: Started) -> dict[str, Any]:
+    def save_pending(self, started: Started) -> dict[str, Any]:
         """Something started and completed, as JSON; its samples on the first rank of the world."""
         mine = {}
         if started.ticket is not None:
             drawn, size = self.engine.requests.held(started.ticket), started.num_samples
             for place, prompt in enumerate(started.shares[self.shard or 0]):
                 mine[prompt] = [sample_to(one) for one in drawn[place * size : (place + 1) * size]]
-            for other in everyone(self.world, mine, self.mesh.ranks):
+            for other in all_gather(self.world, mine, self.mesh.ranks):
                 mine |= other
-        mine = spread(self.world, mine, self.mesh.ranks, [0]) or {}
+        mine = broadcast(self.world, mine, self.mesh.ranks, [0]) or {}
         samples = [mine[place] for place in sorted(mine)]
         return {"prompts": [prompt_to(prompt) for prompt in started.prompts], "samples": samples}
 
-    def taken_up(self, saved: Mapping[str, Any], num_samples: int) -> Started:
-        """What `laid_down` wrote, dealt to the replicas there are."""
+    def load_pending(self, saved: Mapping[str, Any], num_samples: int) -> Started:
+        """What `save_pending` wrote, dealt to the replicas there are."""
         prompts = [prompt_from(one) for one in saved["prompts"]]
         shares = partition([len(prompt.tokens) for prompt in prompts], self.mesh.data)
         ticket = None
@@ -245,7 +245,7 @@ class Rollout(Role):
         Args:
             check: a sum over what was sampled, equal on the ranks of a replica.
         """
-        gathered = everyone(self.world, (value, check), self.mesh.ranks)
+        gathered = all_gather(self.world, (value, check), self.mesh.ranks)
         found: list[Any] = [None] * self.mesh.data
         for rank, said in zip(self.mesh.ranks, gathered, strict=True):
             shard = self.mesh.shard_of(rank)

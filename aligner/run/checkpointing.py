@@ -12,11 +12,11 @@ from aligner.checkpoint.claim import FOLDER, Start, claim, finish, how_to_start,
 from aligner.checkpoint.folder import step_folder
 from aligner.checkpoint.loader import Checkpoint, find
 from aligner.checkpoint.saver import Saver
-from aligner.config.as_json import plain
+from aligner.config.as_json import config_as_json
 from aligner.run.folders import adopt
 from aligner.run.random_states import random_states, set_random_states
 from aligner.run.resume import compare
-from aligner.spmd.messages import everyone
+from aligner.spmd.messages import all_gather
 
 if TYPE_CHECKING:
     from aligner.data.stream import RowStream
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from aligner.spmd.world import World
 
 
-class Durable:
+class RunCheckpointer:
     """One rank's part: the same calls on every rank."""
 
     def __init__(self, job: Job, world: World, roles: Roles, rows: RowStream[Any]) -> None:
@@ -51,14 +51,14 @@ class Durable:
         """
         config, first = self.job.config, self.world.rank == 0
         start = how_to_start(self.run_dir, config.checkpoint, config.overwrite, config.train.steps) if first else None
-        start = everyone(self.world, start, range(self.world.size))[0]
+        start = all_gather(self.world, start, range(self.world.size))[0]
         found = find(self.world, self.run_dir / FOLDER) if start is Start.RESUME else None
         if start is Start.RESUME and found is None:
             raise ValueError(
                 f"none of the checkpoints in {self.run_dir / FOLDER} is whole (see above); bring one back, choose another "
                 "run_dir, or start anew with overwrite=true."
             )
-        self.inputs = everyone(self.world, self.job.inputs, range(self.world.size))[0]
+        self.inputs = all_gather(self.world, self.job.inputs, range(self.world.size))[0]
         if found is not None:
             compare(found.state, self.job, self.inputs, say=first)
         run = None
@@ -67,7 +67,7 @@ class Durable:
             run = claim(self.run_dir, start)
             if earlier:
                 adopt(self.run_dir, run)
-        self.run = everyone(self.world, run, range(self.world.size))[0]
+        self.run = all_gather(self.world, run, range(self.world.size))[0]
         if found is None:
             return 0
         self._load(found)
@@ -105,7 +105,7 @@ class Durable:
         entries: dict[str, Any] = {}
         files: dict[str, bytes] = {}
         shared: dict[str, Any] = {
-            "config": plain(self.job),
+            "config": config_as_json(self.job),
             "inputs": self.inputs,
             "data": self.rows.state_dict() if self.world.rank == 0 else {},  # the digest costs others time
             "kept": self.roles.kept_values(),
@@ -127,7 +127,7 @@ class Durable:
     def wait(self) -> str:
         """Until the last save is over on every rank. Returns why it is not whole; "" where it is, or there was none."""
         self.saver.wait()
-        troubles = everyone(self.world, self.saver.trouble, range(self.world.size))
+        troubles = all_gather(self.world, self.saver.trouble, range(self.world.size))
         return next((trouble for trouble in troubles if trouble), "")
 
     def folder(self, step: int) -> Path:

@@ -58,15 +58,15 @@ class Evaluation:
         samples = roles.rollout.generate(self.prompts, sampling=sampling, seed=config.seed)
         scores = roles.reward.score(samples)
         named = shown_component(config.reward, config.train.eval_reward)
-        reward_B: Tensor = (scores["components"][named] if named else scores["reward_B"]).get()
+        reward_B: Tensor = (scores["components"][named] if named else scores["reward_B"]).gather()
         return reward_B.nanmean().item()
 
     def _of_answers(self) -> float:
         """-log p a trained token, over all of them, in nats."""
         policy = self.roles.policy
-        rows = policy.place(as_demonstrations(self.answers))
-        sum_B: Tensor = policy.run(row_sums, policy.logprobs(rows), rows["mask_BT"]).get()
-        return -(sum_B.double().sum() / rows["mask_BT"].get().sum()).item()
+        rows = policy.scatter(as_demonstrations(self.answers))
+        sum_B: Tensor = policy.map(row_sums, policy.logprobs(rows), rows["mask_BT"]).gather()
+        return -(sum_B.double().sum() / rows["mask_BT"].gather().sum()).item()
 
     def _of_pairs(self) -> dict[str, float]:
         """How often, and by how much, the chosen answer scores higher: by the reward model where there is one, else by
@@ -74,13 +74,13 @@ class Evaluation:
         batch, names = as_pairs(self.pairs), {role.name for role in self.roles.built}
         if "reward_model" in names and "policy" not in names:
             model = self.roles.reward_model
-            score_B: Tensor = model.scores(model.place(batch, group_size=2)).get().double()
+            score_B: Tensor = model.scores(model.scatter(batch, group_size=2)).gather().double()
         else:
             policy = self.roles.policy
-            rows = policy.place(batch, group_size=2)
-            score_B = policy.run(row_sums, policy.logprobs(rows), rows["mask_BT"]).get()
+            rows = policy.scatter(batch, group_size=2)
+            score_B = policy.map(row_sums, policy.logprobs(rows), rows["mask_BT"]).gather()
             if self._sums:
-                score_B = score_B - self._sums(batch, rows).get()
+                score_B = score_B - self._sums(batch, rows).gather()
         kept_P = counted_rows(batch.mask_BT)[::2]  # as the losses do
         margin_P = (score_B[::2] - score_B[1::2])[kept_P]
         return {

@@ -23,7 +23,7 @@ from aligner.models.hf_folder import flush, write_json
 from aligner.models.ownership import others_files, run_of
 from aligner.run.best import FOLDER, Best
 from aligner.run.folders import BEST, pointed
-from aligner.spmd.messages import everyone, spread
+from aligner.spmd.messages import all_gather, broadcast
 
 if TYPE_CHECKING:
     from aligner.config.run import TrainConfig
@@ -84,7 +84,7 @@ class Exports:
         before, best = self.best.state() if self.best else None, False
         if self.best and evaluated:
             self.world.journal.enter("the best so far")
-            best = self.best.look(step, spread(self.world, row.get(self.best.metric), [0], range(self.world.size)))
+            best = self.best.look(step, broadcast(self.world, row.get(self.best.metric), [0], range(self.world.size)))
         if not best and not self._scheduled(step):
             return False
         if not self._export(step, best):
@@ -124,7 +124,7 @@ class Exports:
             except OSError as error:
                 trouble.append(f"an old export could not be removed: {line_of(error)}")
         self.world.journal.enter(f"exported step {step}")
-        said = everyone(self.world, (written, trouble), range(self.world.size))
+        said = all_gather(self.world, (written, trouble), range(self.world.size))
         for text in (text for _, texts in said for text in texts):
             self._note(f"WARNING: {text}; the training goes on.")
         return all(done for done, _ in said)

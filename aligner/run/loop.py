@@ -13,7 +13,7 @@ import yaml
 
 from aligner.algorithms.step import Step, checked_step
 from aligner.check.rollout import shown_ends
-from aligner.config.as_json import plain
+from aligner.config.as_json import config_as_json
 from aligner.data.preferences import told
 from aligner.health.timeline import FOLDER, STEP_END
 from aligner.models.checkpoint import PeerFailedError
@@ -25,7 +25,7 @@ from aligner.reward.role import Scores
 from aligner.roles.build import Roles, build_roles
 from aligner.run.batches import batches, rows_of
 from aligner.run.best import best_of
-from aligner.run.checkpointing import Durable
+from aligner.run.checkpointing import RunCheckpointer
 from aligner.run.evaluate import Evaluation
 from aligner.run.exports import Exports, line_of
 from aligner.run.folders import models_of
@@ -33,8 +33,8 @@ from aligner.run.guards import Guards
 from aligner.run.input_digests import ROWS
 from aligner.run.random_states import seed_all
 from aligner.run.signals import Signals
-from aligner.run.step_stats import account_of, merged
-from aligner.spmd.messages import everyone, spread
+from aligner.run.step_stats import merged, step_stats_of
+from aligner.spmd.messages import all_gather, broadcast
 from aligner.spmd.ref import Ref
 from aligner.spmd.transfer import read_at_first
 from aligner.spmd.world import World
@@ -74,14 +74,14 @@ class Driver:
         self.guards, self.signals, self._asked = Guards(job.config.guards), Signals(), ""
         best = best_of(self.config.train, job.roles, job.checked.data)
         self.rows = rows_of(job.config, job.checked, job.inputs.get(ROWS))
-        self.durable = Durable(job, world, roles, self.rows)
+        self.durable = RunCheckpointer(job, world, roles, self.rows)
         self.before = self.durable.restore()
         """Steps that an earlier start of this run has made."""
         self.exports = Exports(roles.main, self.run_dir, self.config.train, best, self._note, self.durable.run)
         self._recall(self.durable.driver)
         self.writer: MetricsWriter | None = None
         if world.rank == 0:
-            (self.run_dir / CONFIG_FILE).write_text(yaml.safe_dump(plain(job), sort_keys=False))
+            (self.run_dir / CONFIG_FILE).write_text(yaml.safe_dump(config_as_json(job), sort_keys=False))
             logging, steps = job.config.logging, job.config.train.steps
             self.writer = MetricsWriter(
                 self.run_dir, logging.console, logging.wandb_run(), steps, logging.every, job.mask.text, self.before
@@ -211,7 +211,7 @@ class Driver:
     def _row(self, result: Step, seconds: float) -> dict[str, float]:
         """Everything known of one iteration, on rank 0; nothing elsewhere. One message from each rank, up a tree."""
         syncs = self.roles.policy.syncs.values() if "rollout" in self.job.roles else ()
-        mine = account_of(
+        mine = step_stats_of(
             self.roles.built,
             [sync.ledger[-1] for sync in syncs if sync.ledger],
             self.world.residency.meter.take(),
@@ -256,7 +256,7 @@ class Driver:
             verdict = Verdict(stop, self._asked)
         self.world.journal.enter("the first rank's verdict")
         with self.world.timeline.span("call", STEP_END):
-            return spread(self.world, verdict, (0,), range(self.world.size))
+            return broadcast(self.world, verdict, (0,), range(self.world.size))
 
     def _forget(self) -> None:
         """What was measured so far is no part of the next row."""
@@ -328,7 +328,7 @@ class Driver:
             except Exception as error:  # whatever it is, the weights are still here
                 found = found or (role.name, folders[role.name], line_of(error))
         self.world.journal.enter("what the run leaves")
-        return next((one for one in everyone(self.world, found, range(self.world.size)) if one), None)
+        return next((one for one in all_gather(self.world, found, range(self.world.size)) if one), None)
 
     def _told(self, unwritten: tuple[str, Path, str], unsaved: str) -> str:
         """Where the weights are, when their export has failed."""

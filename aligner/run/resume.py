@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from aligner.checkpoint.claim import FOLDER, Start, how_to_start
 from aligner.checkpoint.folder import STATE, complete, read_json
-from aligner.config.as_json import plain
+from aligner.config.as_json import config_as_json
 from aligner.config.changes import check_changes
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def compare(state: Mapping[str, Any], job: Job, inputs: Mapping[str, str], say: 
         say: report what was accepted, and what cannot be compared.
     """
     before = state.get("inputs", {})
-    check_changes(state["config"], plain(job), job.config.checkpoint.accept_changes, say, (before, inputs))
+    check_changes(state["config"], config_as_json(job), job.config.checkpoint.accept_changes, say, (before, inputs))
     if say and not before:
         sys.stderr.write(
             "aligner: the checkpoint is of an earlier version, which did not note its rows, models and rules: whether they "

@@ -22,7 +22,7 @@ PEAK = {"peak": "peak"}
 
 
 @dataclass(frozen=True)
-class Account:
+class StepStats:
     """One rank's, or several ranks' together."""
 
     most: dict[str, float] = field(default_factory=dict)
@@ -37,9 +37,9 @@ class Account:
         return {**(self.syncs[0].metrics() if self.syncs else {}), **self.most}
 
 
-def account_of(
+def step_stats_of(
     roles: Sequence[Role], syncs: Sequence[SyncRow], memory: Mapping[str, float], asked: str = ""
-) -> Account:
+) -> StepStats:
     """This rank's since the last time; `memory` in GiB by role call."""
     seconds: dict[str, float] = {}
     for role in roles:
@@ -48,12 +48,12 @@ def account_of(
         role.seconds.clear()
     most = {f"seconds_{name}": seconds[call] for call, name in PHASES.items() if call in seconds}
     most |= {f"memory_{name}": memory[call] for call, name in (PHASES | PEAK).items() if call in memory}
-    return Account(most, (total(syncs),) if syncs else (), asked)
+    return StepStats(most, (total(syncs),) if syncs else (), asked)
 
 
-def merged(one: Account, other: Account) -> Account:
+def merged(one: StepStats, other: StepStats) -> StepStats:
     """Both ranks' together; associative."""
     names = [*one.most, *(name for name in other.most if name not in one.most)]
     most = {name: max(found[name] for found in (one.most, other.most) if name in found) for name in names}
     syncs = one.syncs + other.syncs
-    return Account(most, (total(syncs),) if syncs else (), one.asked or other.asked)
+    return StepStats(most, (total(syncs),) if syncs else (), one.asked or other.asked)

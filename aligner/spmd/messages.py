@@ -70,7 +70,7 @@ def _exchange(world: World, outgoing: Mapping[int, Bytes], incoming: Sequence[in
     return bodies
 
 
-def spread(world: World, value: Any, holders: Sequence[int], readers: Sequence[int]) -> Any:
+def broadcast(world: World, value: Any, holders: Sequence[int], readers: Sequence[int]) -> Any:
     """`value` of the holders on each of `readers`: whoever has it passes it on, so that each round doubles them.
 
     Every rank of the world calls it, with the same holders and readers.
@@ -95,7 +95,7 @@ def spread(world: World, value: Any, holders: Sequence[int], readers: Sequence[i
     return value
 
 
-def everyone(world: World, value: Any, ranks: Sequence[int]) -> list[Any]:
+def all_gather(world: World, value: Any, ranks: Sequence[int]) -> list[Any]:
     """Each rank's value on all of `ranks`, in their order; a collective of `ranks`, which hold the caller.
 
     In round k a rank passes all that it has to the rank 2^k before it (Bruck et al. 1997): log2(ranks) messages, and
@@ -121,7 +121,7 @@ def everyone(world: World, value: Any, ranks: Sequence[int]) -> list[Any]:
     return [found[(i - place) % size] for i in range(size)]
 
 
-def merged_at_first(world: World, value: T, merge: Callable[[T, T], T]) -> T | None:
+def reduce_to_rank0(world: World, value: T, merge: Callable[[T, T], T]) -> T | None:
     """Every rank's value merged on rank 0, in rank order, up a binomial tree; None elsewhere.
 
     Args:

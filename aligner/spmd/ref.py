@@ -42,7 +42,7 @@ class Rows:
 class Ref:
     """What a role call returns: sharded by rows over the home's data-parallel shards, replicated over the rest.
 
-    `ref.get()` brings the value to every rank; `ref["field"]` is a Ref to one field of a dataclass or dict.
+    `ref.gather()` brings the value to every rank; `ref["field"]` is a Ref to one field of a dataclass or dict.
     """
 
     home: Role
@@ -68,7 +68,9 @@ class Ref:
 
     def __getitem__(self, name: str) -> Ref:
         if not isinstance(name, str):
-            raise TypeError(f"a Ref has fields, not positions: ref[{name!r}]. Use ref.get() to bring the value here.")
+            raise TypeError(
+                f"a Ref has fields, not positions: ref[{name!r}]. Use ref.gather() to bring the value here."
+            )
         if name not in self._fields:
             value = _field(self.value, name) if self.home.member else None
             self._fields[name] = replace(self, value=value, kept={}, _fields={})
@@ -77,7 +79,7 @@ class Ref:
             found.kept.setdefault(key, (_field(value, name), rows))
         return found
 
-    def get(self) -> Any:
+    def gather(self) -> Any:
         """The whole value, rows in global order, on every rank. A collective: every rank must call it."""
         from aligner.spmd.transfer import read_everywhere
 
@@ -86,14 +88,14 @@ class Ref:
     def _refusal(self, what: str) -> TypeError:
         return TypeError(
             f"{what} of a Ref (home: {self.home.name}) would make ranks take different branches, since only its home "
-            "ranks hold the value. Bring it to every rank first: ref.get()."
+            "ranks hold the value. Bring it to every rank first: ref.gather()."
         )
 
     def _no_tensor(self, what: str) -> str:
         return (
             f"a Ref (home: {self.home.name}) has no {what}: it is a value that only its home ranks hold. Bring the whole "
-            f"value to every rank with ref.get(), or compute on each shard where it is: "
-            f"roles.{self.home.name}.run(function, ref)."
+            f"value to every rank with ref.gather(), or compute on each shard where it is: "
+            f"roles.{self.home.name}.map(function, ref)."
         )
 
     def __getattr__(self, name: str) -> NoReturn:

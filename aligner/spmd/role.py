@@ -90,7 +90,7 @@ class Role:
         local_kwargs = {name: here(value) for name, value in kwargs.items()}
         return Arguments(local_args, local_kwargs, rows, mine)
 
-    def run(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Ref:
+    def map(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Ref:
         """Apply a pure function to this role's rows; the result lines up with them.
 
         Args:
@@ -100,12 +100,12 @@ class Role:
         """
         inner = getattr(function, "func", function)  # of a partial
         name = getattr(inner, "__name__", type(function).__name__)
-        with self.call(f"run({name})", on_host=True):
+        with self.call(f"map({name})", on_host=True):
             local = self.localize(args, kwargs)
             value = function(*local.args, **local.kwargs) if self.member else None
             return Ref(self, value, local.rows)
 
-    def place(self, samples: Samples, group_size: int = 1, minibatches: int = 1) -> Ref:
+    def scatter(self, samples: Samples, group_size: int = 1, minibatches: int = 1) -> Ref:
         """A batch that every rank has read for itself becomes this role's: each shard keeps its rows."""
         lengths = samples.length_B.tolist()
         rows = Rows(group_size, set(range(self.world.size)), lengths)
@@ -115,11 +115,13 @@ class Role:
         value = columns.fit(columns.take(samples, share), max((lengths[row] for row in share), default=0))
         return Ref(self, value, rows, minibatches=minibatches)
 
-    def along(self, like: Ref, value: Any) -> Ref:
+    def scatter_like(self, like: Ref, value: Any) -> Ref:
         """A row-wise value that every rank holds, rows in global order, cut like the batch that `like` belongs to."""
         rows = like.rows
         if rows is None:
-            raise ValueError("along() needs a row-wise Ref, such as samples; metrics have no rows to line up with.")
+            raise ValueError(
+                "scatter_like() needs a row-wise Ref, such as samples; metrics have no rows to line up with."
+            )
         learn_lengths(self.world, rows, self.mesh.ranks)
         if not self.member:
             return Ref(self, None, rows)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from aligner.health.timeline import STEP_END, TRANSFER
 from aligner.spmd import batch_ops as columns
 from aligner.spmd.cost import TOKENS, Cost
-from aligner.spmd.messages import everyone, exchange, merged_at_first, spread
+from aligner.spmd.messages import all_gather, broadcast, exchange, reduce_to_rank0
 from aligner.spmd.partition import Shares
 from aligner.spmd.ref import Ref, Rows
 from aligner.spmd.serialization import pack, unpack
@@ -84,7 +84,7 @@ def learn_lengths(world: World, rows: Rows, readers: Sequence[int]) -> None:
     """Bring `rows.lengths` to every reader that has not got it. Every rank of the world calls it."""
     lack = [rank for rank in readers if rank not in rows.known]
     if lack:
-        lengths = spread(world, rows.lengths, sorted(rows.known), lack)
+        lengths = broadcast(world, rows.lengths, sorted(rows.known), lack)
         rows.known.update(lack)
         rows.lengths = lengths if rows.lengths is None else rows.lengths
 
@@ -139,7 +139,7 @@ def read(ref: Ref, reader: Role, minibatches: int = 1) -> tuple[Any, tuple[int, 
     if key not in ref.kept:
         with world.timeline.span("call", TRANSFER):
             if ref.rows is None:
-                ref.kept[key] = (spread(world, ref.value, ref.home.mesh.ranks, reader.mesh.ranks), ())
+                ref.kept[key] = (broadcast(world, ref.value, ref.home.mesh.ranks, reader.mesh.ranks), ())
             else:
                 ref.kept[key] = read_rows(ref, reader.mesh.shards, minibatches, reader.cost)
     return ref.kept[key]
@@ -151,8 +151,8 @@ def read_everywhere(ref: Ref) -> Any:
     world.journal.enter(f"get() of a value from {home.name}")
     with world.timeline.span("call", TRANSFER):
         if ref.rows is None:
-            return spread(world, ref.value, home.mesh.ranks, range(world.size))
-        return _whole([part for part in everyone(world, _told(ref), range(world.size)) if part is not None])
+            return broadcast(world, ref.value, home.mesh.ranks, range(world.size))
+        return _whole([part for part in all_gather(world, _told(ref), range(world.size)) if part is not None])
 
 
 Part = tuple[tuple[int, ...], int, Any]
@@ -202,7 +202,7 @@ def read_at_first(
         return {name: [*found, *other[0][name]] for name, found in one[0].items()}, merge(one[1], other[1])
 
     with world.timeline.span("call", STEP_END):
-        found = merged_at_first(world, (parts, more), both)
+        found = reduce_to_rank0(world, (parts, more), both)
         if found is None:
             return None
         return {n: told[0] if refs[n].rows is None else _whole(told) for n, told in found[0].items()}, found[1]

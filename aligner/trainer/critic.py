@@ -6,10 +6,10 @@ from typing import Any
 
 from aligner.spmd.ref import Ref
 from aligner.trainer.readout import Values
-from aligner.trainer.trainable_role import Trained
+from aligner.trainer.trainable_role import TrainableRole
 
 
-class Critic(Trained):
+class Critic(TrainableRole):
     """The value of every state. A loss's first argument is value_BT: V of the state before token t, as `values`."""
 
     section = "critic"

@@ -24,7 +24,7 @@ from aligner.trainer.config import TrainingConfig
 from aligner.trainer.megatron import cpu as cpu_megatron
 from aligner.trainer.megatron import offload
 from aligner.trainer.megatron.groups import make_groups, prepare_megatron
-from aligner.trainer.megatron.layout import MegatronSide
+from aligner.trainer.megatron.layout import MegatronLayout
 from aligner.trainer.megatron.model import build_model
 from aligner.trainer.megatron.pipeline import Pipeline
 from aligner.trainer.packing import Packed, even_microbatches, microbatches, pack
@@ -133,7 +133,7 @@ class ModelRole(Role):
             if self.member:
                 export_checkpoint(
                     self.world.rank,
-                    MegatronSide(self.spec, self.mesh, self.config.dtype),
+                    MegatronLayout(self.spec, self.mesh, self.config.dtype),
                     self.model.view,
                     self.group,
                     Path(folder),

@@ -31,7 +31,7 @@ ready to be trained on again:
 
     from aligner.trainer.offending_batch import load_offending
     samples, fields = load_offending("step_N")
-    policy.update(loss, policy.place(samples, group_size=1), **fields)  # fields as Refs: policy.along(placed, value)
+    policy.update(loss, policy.scatter(samples, group_size=1), **fields)  # fields as Refs: policy.scatter_like(placed, value)
 """
 OF_SAMPLES = (
     "tokens_BT", "prompt_len_B", "length_B", "mask_BT", "prompt_index_B", "rollout_logp_BT", "truncated_B", "version_BT",

@@ -16,14 +16,14 @@ from aligner.reshard.message.storage import Views, strided_view
 from aligner.reshard.plan.region import Layout, Piece
 from aligner.reshard.plan.transfer_plan import make_plan
 from aligner.reshard.transfer.executor import execute
-from aligner.trainer.megatron.layout import MegatronSide
+from aligner.trainer.megatron.layout import MegatronLayout
 from aligner.trainer.megatron.optimizer_state import MOMENTS, WEIGHTS, Slice, clip, make_moments, slices, written_by
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from aligner.trainer.megatron.optimizer import Optimizer
-    from aligner.trainer.trainable_role import Trained
+    from aligner.trainer.trainable_role import TrainableRole
 
 BUCKET_BYTES = 64 << 20
 Entry = tuple[str, list[int], list[int], str, int, list[int]]
@@ -40,13 +40,13 @@ class Source(Protocol):
         """A tensor of that rank's file, mapped."""
 
 
-def save(role: Trained) -> tuple[dict[str, Tensor], dict[str, list[Entry]]]:
+def save(role: TrainableRole) -> tuple[dict[str, Tensor], dict[str, list[Entry]]]:
     """This rank's tensors (float32, flat, as they are in memory) and, by key, which regions of them it is to write.
 
     The tensors are copies on the host: training may go on while they are written.
     """
     optimizer, model = role.optimizer, role.model
-    side = MegatronSide(role.spec, role.mesh, "float32")
+    side = MegatronLayout(role.spec, role.mesh, "float32")
     mine = written_by(role.world.rank, side, role.spec, role.mesh, role.config.optimizer.distributed)
     tensors: dict[str, Tensor] = {}
     entries: dict[str, list[Entry]] = {f"{role.name}/{kind}": [] for kind in (WEIGHTS, *MOMENTS)}
@@ -67,7 +67,7 @@ def save(role: Trained) -> tuple[dict[str, Tensor], dict[str, list[Entry]]]:
     return tensors, entries
 
 
-def load(role: Trained, source: Source, steps: int) -> None:
+def load(role: TrainableRole, source: Source, steps: int) -> None:
     """Weights, masters and moments as they were after `steps` optimizer steps, whatever layout wrote them."""
     model, optimizer = role.model, role.optimizer
     make_moments(optimizer, steps)
@@ -81,7 +81,7 @@ def load(role: Trained, source: Source, steps: int) -> None:
         _read(source, f"{role.name}/{kind}", layout, partial(_in_flat, flat))
 
 
-def read_masters(role: Trained, optimizer: Optimizer) -> None:
+def read_masters(role: TrainableRole, optimizer: Optimizer) -> None:
     """Masters of bf16 parameters from the model's folder, where that has more digits: Megatron makes them from the
     parameters, and so from what rounding has left."""
     held = slices(optimizer, role.model)

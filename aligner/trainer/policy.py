@@ -8,7 +8,7 @@ from aligner.reshard.config import ReshardConfig
 from aligner.spmd.ref import Ref
 from aligner.trainer.model_role import ModelRole
 from aligner.trainer.readout import LogProbs
-from aligner.trainer.trainable_role import Trained
+from aligner.trainer.trainable_role import TrainableRole
 
 if TYPE_CHECKING:
     from aligner.reshard.sync import WeightSync
@@ -35,7 +35,7 @@ class Reference(ModelRole):
         return self.read("logprobs", samples)
 
 
-class Policy(Trained, Reference):
+class Policy(TrainableRole, Reference):
     """The trained language model. A loss's first argument is policy_logp_BT; it may also name entropy_BT."""
 
     section = "policy"
@@ -53,7 +53,7 @@ class Policy(Trained, Reference):
         """Bring the rollout engine the weights as they are now; a proof of the sync is in its ledger row."""
         from aligner.reshard.sync import WeightSync
 
-        rollout.make_way(self.mesh)
+        rollout.drain_before_sync(self.mesh)
         with self.call("reshard_to", also=(rollout,)):
             if rollout.name not in self.syncs:
                 self.syncs[rollout.name] = WeightSync(self, rollout, self.reshard)

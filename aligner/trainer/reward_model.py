@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from aligner.spmd.ref import Ref
 from aligner.trainer.readout import Scores
-from aligner.trainer.trainable_role import Trained
+from aligner.trainer.trainable_role import TrainableRole
 
 
-class RewardModel(Trained):
+class RewardModel(TrainableRole):
     """One score a row. A loss's first argument is score_B.
 
     A reward model that is only asked for scores holds no gradients and no optimizer state: they are made in the first

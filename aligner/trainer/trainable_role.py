@@ -17,7 +17,7 @@ from torch import Tensor
 from aligner.data.samples import Samples
 from aligner.models.stored import describe_training
 from aligner.spmd import batch_ops as columns
-from aligner.spmd.messages import everyone, spread
+from aligner.spmd.messages import all_gather, broadcast
 from aligner.spmd.partition import idle, minibatch_groups
 from aligner.spmd.ref import Ref, Rows
 from aligner.spmd.residency import Kind, Part
@@ -39,7 +39,7 @@ from aligner.trainer.update_metrics import (
 )
 
 
-class Trained(ModelRole):
+class TrainableRole(ModelRole):
     """A model that losses change."""
 
     section = "policy"
@@ -137,7 +137,7 @@ class Trained(ModelRole):
             if size % together:
                 raise ValueError(
                     f"{self.name}.update: the loss needs groups of {together} consecutive rows, and the batch has groups "
-                    f"of {size}; make them with place(batch, group_size={together}) or num_samples={together}."
+                    f"of {size}; make them with scatter(batch, group_size={together}) or num_samples={together}."
                 )
             ranges = minibatch_groups(len(local.rows.lengths) // size, self.config.minibatches)
             steps = []
@@ -151,7 +151,7 @@ class Trained(ModelRole):
     def save_state(self) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Any]]:
         """(counts, complete on the first rank of the world; this rank's tensors; their regions). A role call."""
         mine = {"version": self.version, "optimizer_steps": self.optimizer_steps, "skips": self.skips.state()}
-        known = spread(self.world, mine, self.mesh.ranks, (0,)) or mine  # only members count steps
+        known = broadcast(self.world, mine, self.mesh.ranks, (0,)) or mine  # only members count steps
         if not self.version:  # never updated: it is what its folder has
             return known, {}, {}
         with self.call("save_state"):
@@ -293,7 +293,7 @@ class Trained(ModelRole):
 
     def _reduce(self, sums: dict[str, Tensor]) -> dict[str, float]:
         """Sums and maxima over the data shards, on every rank of the role; in float64 on the host."""
-        every = sorted({name for found in everyone(self.world, sorted(sums), self.mesh.ranks) for name in found})
+        every = sorted({name for found in all_gather(self.world, sorted(sums), self.mesh.ranks) for name in found})
         minus_infinity = torch.tensor(-math.inf, dtype=torch.float64)
         zero = torch.zeros((), dtype=torch.float64)
         added = [name for name in every if not name.startswith("max/")]

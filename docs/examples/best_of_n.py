@@ -23,7 +23,7 @@ def best_of_n(roles, prompts, cfg):
     for batch in prompts:
         samples = roles.rollout.generate(batch, num_samples=cfg.group_size)
         scores = roles.reward.score(samples)
-        weight_B = roles.policy.run(best_of_group, scores["reward_B"], group_size=cfg.group_size)
+        weight_B = roles.policy.map(best_of_group, scores["reward_B"], group_size=cfg.group_size)
         metrics = roles.policy.update(loss, samples, advantage_B=weight_B)
         roles.policy.reshard_to(roles.rollout)
         yield Step(metrics, samples, scores)

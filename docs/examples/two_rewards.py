@@ -22,8 +22,8 @@ def two_rewards(roles, prompts, cfg):
     for batch in prompts:
         samples = rollout.generate(batch, num_samples=cfg.group_size)
         scores = roles.reward.score(samples)
-        advantage_B = policy.run(summed_advantages, scores["components"], scores["reward_B"], group_size=cfg.group_size)
-        trained = policy.run(leave_out_unscored, samples, scores["reward_B"])
+        advantage_B = policy.map(summed_advantages, scores["components"], scores["reward_B"], group_size=cfg.group_size)
+        trained = policy.map(leave_out_unscored, samples, scores["reward_B"])
         metrics = policy.update(cfg.loss, trained, advantage_B=advantage_B)
         policy.reshard_to(rollout)
         yield Step(metrics, samples, scores)

@@ -56,7 +56,7 @@ class Table(Role):
         mask_BT = (place_T >= prompt_len_B[:, None]) & (place_T < length_B[:, None])
         index_B = torch.tensor([p.index for p, _ in answers])
         fields = [p.fields for p, _ in answers]
-        return self.place(Samples(tokens_BT, prompt_len_B, length_B, mask_BT, index_B, fields), num_samples)
+        return self.scatter(Samples(tokens_BT, prompt_len_B, length_B, mask_BT, index_B, fields), num_samples)
 
     def stream(self, prompts: Iterable[Sequence[Prompt]], num_samples: int) -> Iterator[Ref]:
         return (self.generate(batch, num_samples) for batch in prompts)
@@ -87,10 +87,10 @@ def check_sampling(world: World, job: Job, policy: Policy) -> None:
         roles: Any = Roles({"policy": policy, "rollout": rollout, "reward": reward})
         batch = next(scored_samples(roles, stream, 2, scene["more"]))
         # a value computed from both: they line up, wherever the rows lie
-        both = policy.run(
+        both = policy.map(
             lambda s, r: {"group": s.prompt_index_B, "reward": r}, batch.samples, batch.scores["reward_B"]
         )
-        of = both.get()
+        of = both.gather()
         rows = [[g, None if r != r else r] for g, r in zip(of["group"].tolist(), of["reward"].tolist(), strict=True)]
         say(world, f"sampling {name}", {"rows": rows, "report": batch.report, "left": len(list(stream))})
 
@@ -117,8 +117,8 @@ def check_sums(world: World, pairs: Job, feedback: Job, policy: Policy) -> None:
         asked, seen = [], {}
         for step in (rows[:3], rows[3:6], [*rows[6:], second[0]], second[1:4], second[4:7], [second[7], rows[7]]):
             batch: Pairs | Feedback = form(step)  # type: ignore[operator]
-            ref = policy.place(batch, group_size=2 if kind == "pairs" else 1)
-            value = policy.run(lambda v: v, sums(batch, ref)).get()
+            ref = policy.scatter(batch, group_size=2 if kind == "pairs" else 1)
+            value = policy.map(lambda v: v, sums(batch, ref)).gather()
             asked.append(reference.asked)
             for place, (index, one) in enumerate(zip(batch.prompt_index_B.tolist(), value.tolist(), strict=True)):
                 seen.setdefault(f"{index} {place % 2 if kind == 'pairs' else 0}", []).append(one)

@@ -64,13 +64,13 @@ def build(job: Job, config: Config, world: World, meshes: dict[str, Mesh], wante
 
 def row_of(step: Step) -> Row:
     """Everything that a step tells, as the driver logs it."""
-    row: Row = dict(step.metrics.get()) if step.metrics is not None else {}
+    row: Row = dict(step.metrics.gather()) if step.metrics is not None else {}
     for name, value in step.more.items():
-        row |= {f"{name}_{key}": n for key, n in value.get().items()} if isinstance(value, Ref) else {name: value}
+        row |= {f"{name}_{key}": n for key, n in value.gather().items()} if isinstance(value, Ref) else {name: value}
     if step.scores is not None:
-        row |= step.scores.get().row()
+        row |= step.scores.gather().row()
     if step.samples is not None:
-        samples = step.samples.get()
+        samples = step.samples.gather()
         row["samples"] = float(zlib.crc32(repr(samples.tokens_BT.tolist()).encode()))
     return row
 

@@ -76,12 +76,12 @@ class Streams:
         """Whatever the stream, samples are those of `generate`."""
         self.policy.reshard_to(self.rollout)
         self.rollout.calls = 0
-        self.say("plain", [content(self.rollout.generate(batch, SAMPLES).get()) for batch in self.batches()])
+        self.say("plain", [content(self.rollout.generate(batch, SAMPLES).gather()) for batch in self.batches()])
         for name, config in STREAMS.items():
             found = []
             for samples in self.begin(config):
                 self.policy.reshard_to(self.rollout)
-                found.append(content(samples.get()))
+                found.append(content(samples.gather()))
             self.say(name, found)
 
     def training(self, name: str, config: StreamConfig, arrivals: type[Arrivals] = Arrivals) -> None:
@@ -92,21 +92,21 @@ class Streams:
         kept, staleness, seen = [self.weights()], [], []
         policy.reshard_to(rollout)
         for samples in self.begin(config, arrivals):
-            advantage_B = policy.run(rising, samples)
-            metrics = policy.update(decoupled_surrogate, samples, advantage_B=advantage_B).get()
+            advantage_B = policy.map(rising, samples)
+            metrics = policy.update(decoupled_surrogate, samples, advantage_B=advantage_B).gather()
             policy.reshard_to(rollout)
             staleness.append([metrics["staleness"], metrics["staleness_max"]])
             kept.append(self.weights())
             seen.append(samples)
         worst, wrong, versions = 0.0, 0.0, []
         for samples in seen:
-            whole: Samples = samples.get()
+            whole: Samples = samples.gather()
             assert whole.version_BT is not None and whole.rollout_logp_BT is not None
             drawn = whole.version_BT[whole.mask_BT].unique().tolist()
             versions.append([version - first for version in drawn])
             for version, weights in enumerate(kept, start=first):
                 self.restore(weights)
-                logp_BT: Tensor = policy.logprobs(samples).get()
+                logp_BT: Tensor = policy.logprobs(samples).gather()
                 gap_BT = (logp_BT - whole.rollout_logp_BT).abs()
                 at_BT = whole.mask_BT & (whole.version_BT == version)
                 if version in drawn:
@@ -134,12 +134,12 @@ class Streams:
             under_way, ages = 0, []
             for step, samples in zip(range(7), rollout.stream(prompts(), 2), strict=False):
                 under_way = max(under_way, len(asked) - step)
-                whole: Samples = samples.get()
+                whole: Samples = samples.gather()
                 assert whole.version_BT is not None
                 ages.append(policy.version - int(whole.version_BT[whole.mask_BT].min()))
                 policy.version += 1  # as an update would
                 policy.reshard_to(rollout)
-            rollout.make_way(policy.mesh)
+            rollout.drain_before_sync(policy.mesh)
             rollout.under_way.clear()
             found.append([under_way, max(ages)])
         rollout.sampling = usual
@@ -156,10 +156,10 @@ class Streams:
             rollout.engine.requests.progress = lambda: time.sleep(PAUSE)
         policy.reshard_to(rollout)
         for samples in self.begin(StreamConfig(lag=1, in_flight=True)):
-            policy.update(decoupled_surrogate, samples, advantage_B=policy.run(rising, samples))
+            policy.update(decoupled_surrogate, samples, advantage_B=policy.map(rising, samples))
             policy.reshard_to(rollout)
             policy.save_checkpoint(folder / f"{policy.version}")
-            seen.append(samples.get())
+            seen.append(samples.gather())
         rollout.sampling = usual
         mixed, worst, wrong, versions = 0, 0.0, 0.0, set()
         for whole in seen:

@@ -598,13 +598,13 @@ def raising(roles, batches, cfg):
     for batch in batches:
         if roles.policy.world.rank == 1:
             raise RuntimeError("the disk of rank 1 is gone")
-        yield Step(roles.policy.update(cfg.loss, roles.policy.place(batch)))
+        yield Step(roles.policy.update(cfg.loss, roles.policy.scatter(batch)))
 
 
 def scoring(roles, batches, cfg):
     """Scores demonstrations: rewards without an engine."""
     for batch in batches:
-        roles.reward.score(roles.policy.place(batch))
+        roles.reward.score(roles.policy.scatter(batch))
         yield None
 
 

@@ -32,8 +32,8 @@ class LoopConfig(GrpoConfig):
 
 def loop(roles, prompts, cfg: LoopConfig):
     for step, result in enumerate(grpo(roles, prompts, cfg), start=1):
-        logp_BT = roles.policy.logprobs(result.samples).get()
-        samples = result.samples.get()
+        logp_BT = roles.policy.logprobs(result.samples).gather()
+        samples = result.samples.gather()
         if roles.policy.world.rank == 0:
             torch.save((samples.tokens_BT, samples.mask_BT, logp_BT), f"{cfg.out}/step_{step}.pt")
         yield result

@@ -17,7 +17,7 @@ from aligner.algorithms.grpo import GrpoConfig
 
 def scoring(roles, batches, cfg):
     for batch in batches:
-        roles.reward.score(roles.policy.place(batch))
+        roles.reward.score(roles.policy.scatter(batch))
         yield None
 
 

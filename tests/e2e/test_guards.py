@@ -39,7 +39,7 @@ def masked(roles, batches, cfg):
     for number, batch in enumerate(batches, start=1):
         if number == 2:
             batch = replace(batch, mask_BT=torch.zeros_like(batch.mask_BT))
-        yield Step(roles.policy.update(cfg.loss, roles.policy.place(batch)))
+        yield Step(roles.policy.update(cfg.loss, roles.policy.scatter(batch)))
 '''
 SFT = [
     "algorithm=sft", "data=demonstrations", "data.eval_path=null", "train.save=true",

@@ -75,7 +75,7 @@ tp1 = Reference("tp1", world, Mesh((0,), 1, 1), spec, config)
 pp2 = Policy("pp2", world, Mesh((0, 1), 1, 2), spec, config)
 for role in (tp1, pp2):
     caught.clear()
-    logp_BT = role.logprobs(role.place(samples, 1)).get()
+    logp_BT = role.logprobs(role.scatter(samples, 1)).gather()
     off = (logp_BT - expected["logp_BT"]).abs().max().item()
     if caught:
         order = [row for batch in role.microbatches(samples, config.micro_tokens) for row in batch]
@@ -90,7 +90,7 @@ prompts = tokenize_prompts(questions, AutoTokenizer.from_pretrained(folder), 80)
 greedy = Sampling(temperature=0.0, max_tokens=int(sys.argv[3]))
 rollout = Rollout("rollout", world, Mesh((0, 1), 1, 1), spec, RolloutConfig(max_model_len=128, max_num_seqs=8), greedy, 0)
 pp2.reshard_to(rollout)
-answers = rollout.generate(prompts).get()
+answers = rollout.generate(prompts).gather()
 if world.rank == 0:
     (out / "answers.json").write_text(json.dumps([answers.response_tokens(row) for row in range(answers.rows)]))
 world.leave()

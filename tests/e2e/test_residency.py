@@ -39,7 +39,7 @@ policy, rollout, reference = roles.policy, roles.rollout, roles.reference
 prompts = list(job.checked.data.training[:4])
 
 def tokens():
-    return rollout.generate(prompts, num_samples=2, seed=5).get().tokens_BT.tolist()
+    return rollout.generate(prompts, num_samples=2, seed=5).gather().tokens_BT.tolist()
 
 def imitate(policy_logp_BT, *, mask_BT):
     return -policy_logp_BT.where(mask_BT, 0.0), {}
@@ -59,7 +59,7 @@ assert syncs() == (1 if kept else 2)
 reference.logprobs(samples)
 policy.sync(rollout)
 assert syncs() == (1 if kept else 3) and not world.residency.is_out("rollout", "weights")
-policy.update(imitate, samples).get()
+policy.update(imitate, samples).gather()
 if kept:
     assert tokens() == first, "the weights that were sent before the update"
 else:

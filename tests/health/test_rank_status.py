@@ -13,7 +13,7 @@ import pytest
 from aligner.health.activity import Activity
 from aligner.health.config import HangConfig
 from aligner.health.fault_report import is_lost_connection
-from aligner.health.heartbeat import Pulse, beat_of
+from aligner.health.heartbeat import Heartbeats, beat_of
 from aligner.health.journal import Journal
 from aligner.health.local_processes import this_process
 from aligner.health.process_identity import GONE, HERE, Process
@@ -50,10 +50,10 @@ def score(x):
 try:
     for step in (1, 2, 3):
         world.journal.step = step
-        ref = policy.place(samples())
-        policy.run(update, ref).get()
+        ref = policy.scatter(samples())
+        policy.map(update, ref).gather()
         time.sleep(1.2)
-        reward.run(score, ref).get()
+        reward.map(score, ref).gather()
 except BaseException as error:
     world.fail(error)
 world.leave()
@@ -68,14 +68,14 @@ CASES = {
     "asleep": (
         1,
         "time.sleep(1000)",
-        r"error: rank 1 has made no progress [^\n]*step 2, call 7: reward.run\(score\)[^§]*time.sleep\(1000\)",
+        r"error: rank 1 has made no progress [^\n]*step 2, call 7: reward.map\(score\)[^§]*time.sleep\(1000\)",
     ),
     "lock_held": (
         1,
         "ctypes.PyDLL(None).sleep(1000)",
         r"error: rank 1 has been silent [^\n]*Python's lock[^§]*Timeout [^§]*in score",
     ),
-    "memory": (1, "bytearray(1 << 60)", r"error on rank 1: OutOfMemory: out of memory in reward.run\(score\)"),
+    "memory": (1, "bytearray(1 << 60)", r"error on rank 1: OutOfMemory: out of memory in reward.map\(score\)"),
 }  # fmt: skip
 
 
@@ -163,7 +163,7 @@ CONFIG = HangConfig(after_seconds=10, setup_seconds=40, dead_seconds=5)
 
 def looks(rows_at: Any, seconds: int, ranks: int = 3) -> tuple[int, Any] | None:
     """The second of the first verdict, and it. `rows_at(t)`: every rank's beat."""
-    pulse = Pulse(range(ranks), CONFIG)
+    pulse = Heartbeats(range(ranks), CONFIG)
     for t in range(seconds):
         verdict = pulse.look(beats(*rows_at(t)), float(t))
         if verdict is not None:
@@ -192,7 +192,7 @@ def test_pulse_by_hand() -> None:
 
 
 def test_a_looker_that_slept_itself_blames_nobody() -> None:
-    pulse = Pulse(range(2), CONFIG)
+    pulse = Heartbeats(range(2), CONFIG)
     same = beats((1, 1, 1, 0, 1), (1, 1, 1, 0, 1))
     assert pulse.look(same, 0.0) is None
     assert pulse.look(same, 1000.0) is None

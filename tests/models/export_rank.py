@@ -12,7 +12,7 @@ from aligner.models.checkpoint import export_checkpoint, read_into
 from aligner.models.spec import read_spec
 from aligner.reshard.message.storage import Storages, allocate
 from aligner.spmd.mesh import Mesh
-from aligner.trainer.megatron.layout import MegatronSide
+from aligner.trainer.megatron.layout import MegatronLayout
 from tests.reshard.ranks import report, start_rank
 
 TENSOR, PIPELINE = 2, 2
@@ -24,7 +24,7 @@ def main() -> None:
     rows = {}
     for path in sorted(models.iterdir()):
         spec = read_spec(path)
-        side = MegatronSide(spec, Mesh(tuple(range(world)), TENSOR, PIPELINE), "float32")
+        side = MegatronLayout(spec, Mesh(tuple(range(world)), TENSOR, PIPELINE), "float32")
         layouts = {other: side.layout(other) for other in side.ranks}
         held = Storages(allocate(layouts[rank], torch.device("cpu")), layouts[rank])
         read_into(spec, layouts[rank], held.view)
@@ -49,7 +49,7 @@ def main() -> None:
 def errors(rank: int, world: int, models: Path, out: Path) -> dict[str, str]:
     """Failures on one rank are errors on all."""
     spec = read_spec(models / "qwen2-tied")
-    side = MegatronSide(spec, Mesh(tuple(range(world)), tensor=2), "float32")
+    side = MegatronLayout(spec, Mesh(tuple(range(world)), tensor=2), "float32")
     layouts = {other: side.layout(other) for other in side.ranks}
     held = Storages(allocate(layouts[rank], torch.device("cpu")), layouts[rank])
     (out / "occupied").mkdir(exist_ok=True)

@@ -18,7 +18,7 @@ from aligner.models.spec import ModelSpec, read_spec
 from aligner.reshard.message.storage import Storages, allocate, strided_view
 from aligner.reshard.plan.region import Layout
 from aligner.spmd.mesh import Mesh
-from aligner.trainer.megatron.layout import MegatronSide
+from aligner.trainer.megatron.layout import MegatronLayout
 from tests.models.tiny import MODELS, save_tiny, stored_tensors
 from tests.reshard.ranks import run_ranks
 
@@ -26,7 +26,7 @@ CPU = torch.device("cpu")
 
 
 def layout_of(spec: ModelSpec, rank: int, tensor: int, pipeline: int, dtype: str = "float32") -> Layout:
-    return MegatronSide(spec, Mesh(tuple(range(tensor * pipeline)), tensor, pipeline), dtype).layout(rank)
+    return MegatronLayout(spec, Mesh(tuple(range(tensor * pipeline)), tensor, pipeline), dtype).layout(rank)
 
 
 def read(path: Path, layout: Layout) -> tuple[dict[str, Tensor], int]:

@@ -24,7 +24,7 @@ from aligner.models.spec import read_spec, with_scalar_head
 from aligner.models.stored import Cut
 from aligner.reshard.message.storage import Storages, allocate
 from aligner.spmd.mesh import Mesh
-from aligner.trainer.megatron.layout import MegatronSide
+from aligner.trainer.megatron.layout import MegatronLayout
 from tests.models.tiny import save_tiny
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -72,7 +72,7 @@ def test_a_folder_of_shards_is_read_into_any_layout(tmp_path: Path) -> None:
     for rank in mesh.ranks:
         found = []
         for folder in (model, tmp_path / "cut"):
-            layout = MegatronSide(read_spec(folder), mesh, "float32").layout(rank)
+            layout = MegatronLayout(read_spec(folder), mesh, "float32").layout(rank)
             tensors = allocate(layout, torch.device("cpu"))
             read = read_into(read_spec(folder), layout, Storages(tensors, layout).view)
             assert read == sum(piece.bytes for piece in layout)

@@ -20,7 +20,7 @@ from aligner.models.stored import Cut
 from aligner.models.verify_checkpoint import check_weights
 from aligner.reshard.message.storage import Storages, allocate
 from aligner.spmd.mesh import Mesh
-from aligner.trainer.megatron.layout import MegatronSide
+from aligner.trainer.megatron.layout import MegatronLayout
 from tests.models.tiny import KINDS, MODELS, SIZES, save_tiny, stored_tensors
 
 CPU = torch.device("cpu")
@@ -43,7 +43,7 @@ def classifier(name: str, folder: Path, **settings: Any) -> Path:
 def held(spec: ModelSpec, rank: int = 0, **sizes: int) -> dict[str, Tensor]:
     """What a rank's storages hold after reading."""
     ranks = tuple(range(sizes.get("tensor", 1) * sizes.get("pipeline", 1)))
-    layout = MegatronSide(spec, Mesh(ranks, **sizes), "float32").layout(rank)
+    layout = MegatronLayout(spec, Mesh(ranks, **sizes), "float32").layout(rank)
     tensors = allocate(layout, CPU)
     for tensor in tensors.values():
         tensor.fill_(7.0)
@@ -52,7 +52,7 @@ def held(spec: ModelSpec, rank: int = 0, **sizes: int) -> dict[str, Tensor]:
 
 
 def write(spec: ModelSpec, out: Path) -> Path:
-    layout = MegatronSide(spec, Mesh((0,)), "float32").layout(0)
+    layout = MegatronLayout(spec, Mesh((0,)), "float32").layout(0)
     tensors = allocate(layout, CPU)
     source = Storages(tensors, layout).view
     read_into(spec, layout, source)

@@ -29,7 +29,7 @@ class Head(Role):
             mean_B = held.tokens_BT.float().sum(1) / held.length_B
             return torch.where(held.length_B == 7, torch.nan, torch.sin(mean_B * 1000))
 
-        return self.run(score, samples)
+        return self.map(score, samples)
 
 
 def batch(responses: list[str], tokenizer: Any) -> Samples:
@@ -57,7 +57,7 @@ def main() -> None:
         source = Role(f"source_{name}", world, mesh)
         reward = Reward(f"reward_{name}", world, mesh, RewardConfig(**case["reward"]), tokenizer, head)
         try:
-            scores = reward.score(source.place(batch(case["responses"], tokenizer), group_size=2)).get()
+            scores = reward.score(source.scatter(batch(case["responses"], tokenizer), group_size=2)).gather()
         except ValueError as error:
             print(f"said {name} {json.dumps(str(error))}\n", end="", flush=True)
             continue

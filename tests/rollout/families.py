@@ -21,7 +21,7 @@ import aligner.rollout.engine as engine_module
 from aligner.models.family import logical_tensors
 from aligner.rollout.config import Sampling
 from aligner.rollout.engine import RolloutEngine
-from aligner.rollout.layout import EngineSide
+from aligner.rollout.layout import EngineLayout
 from aligner.rollout.requests import Sample
 from aligner.rollout.weights import EngineWeights
 from aligner.spmd.mesh import Mesh
@@ -62,7 +62,7 @@ def check(family: str, dtype: str, expert_parallel: bool, stages: int, folder: P
     weights.pieces(wanted)
     world = dist.get_world_size()
     mesh = Mesh(tuple(range(world)), tensor=world // stages, pipeline=stages)
-    differs = weights.agrees(EngineSide(engine.spec, mesh, dtype, expert_parallel).layout(dist.get_rank()))
+    differs = weights.agrees(EngineLayout(engine.spec, mesh, dtype, expert_parallel).layout(dist.get_rank()))
     assert differs is None, f"{family}: {differs}"
     answers = []
     for sync in range(SYNCS):

@@ -13,7 +13,7 @@ import pytest
 
 from aligner.models.family import logical_tensors
 from aligner.models.spec import ModelSpec, read_spec
-from aligner.rollout.layout import EngineSide
+from aligner.rollout.layout import EngineLayout
 from aligner.spmd.mesh import Mesh
 
 Models = dict[str, tuple[Any, str]]
@@ -26,12 +26,12 @@ def moe(models: Models) -> ModelSpec:
     return read_spec(models["qwen3_moe"][1])
 
 
-def side(spec: ModelSpec, ranks: int, tensor: int, expert_parallel: bool = False, pipeline: int = 1) -> EngineSide:
+def side(spec: ModelSpec, ranks: int, tensor: int, expert_parallel: bool = False, pipeline: int = 1) -> EngineLayout:
     mesh = Mesh(tuple(range(10, 10 + ranks)), tensor=tensor, pipeline=pipeline, name="rollout")
-    return EngineSide(spec, mesh, "bfloat16", expert_parallel)
+    return EngineLayout(spec, mesh, "bfloat16", expert_parallel)
 
 
-def boxes(found: EngineSide, name: str) -> list[tuple[str, str, int, tuple[int, ...], tuple[int, ...]]]:
+def boxes(found: EngineLayout, name: str) -> list[tuple[str, str, int, tuple[int, ...], tuple[int, ...]]]:
     return [(str(p.box), p.storage, p.offset, p.stride, ranks) for p, ranks in found.holders(name)]
 
 

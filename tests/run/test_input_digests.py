@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from aligner.checkpoint.claim import Start, claim
-from aligner.config.as_json import plain
+from aligner.config.as_json import config_as_json
 from aligner.config.changes import check_changes
 from aligner.config.schema import Config, compose_config, to_config
 from aligner.data.sets import read_sets
@@ -106,7 +106,7 @@ def test_a_change_stops_the_job_before_models_are_built(own: Path, capsys: pytes
     claim(run_dir, Start.NEW)
     folder = run_dir / "checkpoints" / "step-00000002"
     folder.mkdir(parents=True)
-    state: dict[str, Any] = {"config": plain(job), "inputs": job.inputs}
+    state: dict[str, Any] = {"config": config_as_json(job), "inputs": job.inputs}
     (folder / "state.json").write_text(json.dumps(state))
     prepare(config(own), 2)
     edit(own / "prompts.jsonl", swapped)

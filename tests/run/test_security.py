@@ -140,7 +140,7 @@ from aligner.reward.worker import Unparsable
 def scoring(roles, batches, cfg):
     """Rewards without an engine."""
     for batch in batches:
-        rows = roles.policy.place(batch)
+        rows = roles.policy.scatter(batch)
         roles.reward.score(rows)
         yield Step(roles.policy.update(cfg.loss, rows))
 

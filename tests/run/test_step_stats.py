@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from aligner.reshard.transfer.sync_stats import SyncRow
-from aligner.run.step_stats import Account, account_of, merged
+from aligner.run.step_stats import StepStats, merged, step_stats_of
 
 
 def role(**seconds: float) -> Any:
@@ -19,16 +19,16 @@ def test_a_ranks_own() -> None:
     """Two models' log-probabilities add up; a call that is no phase is left out; what was told is forgotten."""
     roles = [role(logprobs=1.0, update=4.0), role(logprobs=2.0), role(save_checkpoint=9.0)]
     memory = {"update": 1.5, "save_checkpoint": 2.0, "peak": 2.5}
-    assert account_of(roles, (), memory).row() == {
+    assert step_stats_of(roles, (), memory).row() == {
         "seconds_logprobs": 3.0, "seconds_update": 4.0, "memory_update": 1.5, "memory_peak": 2.5,
     }  # fmt: skip
-    assert account_of(roles, (), {}).row() == {}
+    assert step_stats_of(roles, (), {}).row() == {}
 
 
 def test_merged() -> None:
-    policy = Account({"seconds_update": 4.0, "seconds_reshard": 1.0}, (SyncRow(moved_bytes=100, seconds=2.0),))
-    rollout = Account({"seconds_generate": 3.0, "seconds_reshard": 1.5}, (SyncRow(moved_bytes=10, seconds=3.0),))
-    idle = Account()
+    policy = StepStats({"seconds_update": 4.0, "seconds_reshard": 1.0}, (SyncRow(moved_bytes=100, seconds=2.0),))
+    rollout = StepStats({"seconds_generate": 3.0, "seconds_reshard": 1.5}, (SyncRow(moved_bytes=10, seconds=3.0),))
+    idle = StepStats()
     found = merged(merged(policy, idle), rollout)
     assert found == merged(policy, merged(idle, rollout))
     row = found.row()

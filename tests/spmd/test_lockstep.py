@@ -27,10 +27,10 @@ def update(x): return x.length_B
 try:
     for step in range(3):
         world.journal.step = step
-        ref = a.place(samples())
-        a.run(update, ref)
+        ref = a.scatter(samples())
+        a.map(update, ref)
         BODY
-        b.run(score, ref).get()
+        b.map(score, ref).gather()
 except BaseException as error:
     world.fail(error)
 world.leave()
@@ -45,16 +45,16 @@ def _program(body: str) -> str:
     ("body", "said"),
     [
         # rank 1 issues a call that the others do not
-        ("if world.rank == 1 and step == 2: a.run(update, ref).get()", ["call", "step 2", "rank"]),
+        ("if world.rank == 1 and step == 2: a.map(update, ref).gather()", ["call", "step 2", "rank"]),
         # rank 0 sits still inside a role call while rank 1 goes another way
         (
-            "if step == 1 and world.rank == 0: b.run(lambda x: time.sleep(500) or x.length_B, ref)\n"
-            "        if step == 1 and world.rank == 1: a.run(update, ref)",
-            ["rank(s) 0: call 5: reward.run(<lambda>) (step 1)", "rank(s) 1: call 5: policy.run(update) (step 1)"],
+            "if step == 1 and world.rank == 0: b.map(lambda x: time.sleep(500) or x.length_B, ref)\n"
+            "        if step == 1 and world.rank == 1: a.map(update, ref)",
+            ["rank(s) 0: call 5: reward.map(<lambda>) (step 1)", "rank(s) 1: call 5: policy.map(update) (step 1)"],
         ),
         # rank 1 has made one call more when the first rank reads what is logged; nothing but that reading has a message
         (
-            "if step == 1 and world.rank == 1: a.run(update, ref)\n"
+            "if step == 1 and world.rank == 1: a.map(update, ref)\n"
             "        read_at_first(world, {'lengths': ref['length_B']}, 0, max)",
             ["call", "step 1"],
         ),

@@ -49,11 +49,11 @@ def ref(value: Any = None) -> Ref:
         lambda r: r.__setitem__("reward_B", 0),
     ],
 )
-def test_a_ref_that_is_used_as_a_tensor_says_get_and_run(use: Callable[[Ref], Any]) -> None:
+def test_a_ref_that_is_used_as_a_tensor_says_gather_and_map(use: Callable[[Ref], Any]) -> None:
     with pytest.raises((TypeError, AttributeError)) as raised:
         use(ref())
-    assert "ref.get()" in str(raised.value)
-    assert "roles.reward.run(function, ref)" in str(raised.value)
+    assert "ref.gather()" in str(raised.value)
+    assert "roles.reward.map(function, ref)" in str(raised.value)
 
 
 @pytest.mark.parametrize(
@@ -71,8 +71,8 @@ def test_a_ref_that_is_used_as_a_tensor_says_get_and_run(use: Callable[[Ref], An
         lambda r: r[0],
     ],
 )
-def test_a_ref_that_would_decide_a_branch_says_get(use: Callable[[Ref], Any]) -> None:
-    with pytest.raises(TypeError, match=r"ref\.get\(\)"):
+def test_a_ref_that_would_decide_a_branch_says_gather(use: Callable[[Ref], Any]) -> None:
+    with pytest.raises(TypeError, match=r"ref\.gather\(\)"):
         use(ref())
 
 

@@ -111,7 +111,7 @@ def test_a_call_that_no_table_names_needs_all_that_its_role_holds() -> None:
         "out rollout.cache", "out rollout.weights", *(f"in policy.{part}" for part in MODEL),
     }  # fmt: skip
     assert "changed policy.weights" in scene.log
-    with scene.residency.call(scene.roles("rollout"), "run(shaped)", on_host=True):
+    with scene.residency.call(scene.roles("rollout"), "map(shaped)", on_host=True):
         assert scene.here() == {f"policy.{part}" for part in MODEL}, "functions of host values move nothing"
 
 

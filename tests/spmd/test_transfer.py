@@ -40,7 +40,7 @@ for name, (left, right) in LAYOUTS.items():
         continue
     one, two = Role("one" + name, world, left), Role("two" + name, world, right)
     # the source's lengths are known to its own ranks only, as after generation
-    ref = one.place(everything, group_size=GROUP)
+    ref = one.scatter(everything, group_size=GROUP)
     ref.rows.known = set(left.ranks)
     if not one.member:
         ref.rows.lengths = None
@@ -48,27 +48,27 @@ for name, (left, right) in LAYOUTS.items():
         assert samples.tokens_BT.shape[1] == (int(samples.length_B.max()) if samples.rows else 0)
         assert [f["row"] for f in samples.fields] == samples.prompt_index_B.tolist()
         return samples.tokens_BT * factor
-    out = two.run(doubled, ref, factor=2)
+    out = two.map(doubled, ref, factor=2)
     if two.member:
         share = partition(LENGTHS, right.data, GROUP)[two.shard]
         expected = everything.tokens_BT[list(share)] * 2
         assert torch.equal(out.value, expected[:, : out.value.shape[1]]), name
-    back = one.run(lambda samples, value: value, ref, out)      # and back to its first home
-    got = back.get()
+    back = one.map(lambda samples, value: value, ref, out)      # and back to its first home
+    got = back.gather()
     assert torch.equal(got, everything.tokens_BT * 2), name
-    assert torch.equal(ref["rollout_logp_BT"].get(), everything.rollout_logp_BT), name
+    assert torch.equal(ref["rollout_logp_BT"].gather(), everything.rollout_logp_BT), name
     number = Ref(two, {"loss": 1.5} if two.member else None)
-    assert number.get() == {"loss": 1.5}
+    assert number.gather() == {"loss": 1.5}
     # fewer groups than shards: an empty share still has its type
-    few = one.place(Samples(everything.tokens_BT[:2], everything.prompt_len_B[:2], everything.length_B[:2],
+    few = one.scatter(Samples(everything.tokens_BT[:2], everything.prompt_len_B[:2], everything.length_B[:2],
                             everything.mask_BT[:2], everything.prompt_index_B[:2], everything.fields[:2]), GROUP)
-    n = two.run(lambda samples: samples.length_B, few)
-    assert n.get().tolist() == LENGTHS[:2], name
+    n = two.map(lambda samples: samples.length_B, few)
+    assert n.gather().tolist() == LENGTHS[:2], name
     for wrong in (lambda: bool(ref), lambda: len(ref), lambda: list(ref), lambda: ref == 1, lambda: float(ref), lambda: ref[0]):
         try:
             wrong()
         except TypeError as error:
-            assert "ref.get()" in str(error)
+            assert "ref.gather()" in str(error)
         else:
             raise AssertionError("a Ref was branched on")
     print(f"layout {name} ok\\n", end="", flush=True)

@@ -55,7 +55,7 @@ def test_a_jobs_steps_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         timeline.open(tmp_path, "rank", 9)
         for step in range(1, 5):
             timeline.at(step)
-            for call, seconds, pause in (("transfer", 1, 1), ("policy.update", 6, 0), ("policy.run(f)", 2, 0)):
+            for call, seconds, pause in (("transfer", 1, 1), ("policy.update", 6, 0), ("policy.map(f)", 2, 0)):
                 with timeline.span("call", call):
                     clock[0] += seconds
                 clock[0] += pause

@@ -118,12 +118,12 @@ def role(case: Case, kind: type[R], world: World, optimizer: OptimizerConfig) ->
 
 def field_of(model: Critic | RewardModel, ref: Ref, value: Tensor) -> Ref:
     """A value per row of the whole batch, lined up with `ref`."""
-    return model.run(lambda s: value[[f["row"] for f in s.fields]], ref)
+    return model.map(lambda s: value[[f["row"] for f in s.fields]], ref)
 
 
 def critic_update(critic: Critic, ref: Ref) -> dict[str, float]:
-    targets = critic.run(lambda s: RETURN_BT[[f["row"] for f in s.fields]][:, : s.tokens_BT.shape[1]], ref)
-    return critic.update(functools.partial(squared, weight=0.5), ref, return_BT=targets).get()  # type: ignore[no-any-return]
+    targets = critic.map(lambda s: RETURN_BT[[f["row"] for f in s.fields]][:, : s.tokens_BT.shape[1]], ref)
+    return critic.update(functools.partial(squared, weight=0.5), ref, return_BT=targets).gather()  # type: ignore[no-any-return]
 
 
 def same(got: float, wanted: float, what: Any) -> None:
@@ -132,9 +132,9 @@ def same(got: float, wanted: float, what: Any) -> None:
 
 def check_critic(case: Case, world: World, expected: Reference) -> tuple[float, float]:
     critic = role(case, Critic, world, FREE)
-    ref = critic.place(BATCH, 2)
+    ref = critic.scatter(BATCH, 2)
     wanted_BT = torch.where(TRAINED_BT, expected.values_BT().detach(), 0.0)
-    of_values = (critic.values(ref).get() - wanted_BT).abs().max().item()
+    of_values = (critic.values(ref).gather() - wanted_BT).abs().max().item()
     assert of_values < 1e-5, (case.text, of_values)
     loss = expected.value_loss()
     norm, row = take_gradients(case, expected, loss), critic_update(critic, ref)
@@ -150,15 +150,15 @@ def check_critic(case: Case, world: World, expected: Reference) -> tuple[float, 
 
 def check_reward_model(case: Case, world: World, expected: Reference) -> tuple[float, float]:
     model = role(case, RewardModel, world, FREE)
-    ref = model.place(BATCH, 2)
+    ref = model.scatter(BATCH, 2)
     wanted_B = expected.scores_B()
-    of_scores = (model.scores(ref).get() - wanted_B).abs().max().item()
+    of_scores = (model.scores(ref).gather() - wanted_B).abs().max().item()
     assert of_scores < 1e-5, (case.text, of_scores)
     assert "optimizer" not in vars(model) and not model.version, "asking for scores made an optimizer"
     loss = expected.preference_loss()
     norm = take_gradients(case, expected, loss)
     preference = field_of(model, ref, PREFERENCE_B)
-    row = model.update(bradley_terry, ref, preference_B=preference).get()
+    row = model.update(bradley_terry, ref, preference_B=preference).gather()
     of_gradients = gradients_off(model, expected)
     assert of_gradients < 1e-5, (case.text, of_gradients)
     same(row["loss"], loss.item(), "preference loss")
@@ -175,7 +175,7 @@ def check_exports(case: Case, world: World, expected: Reference, out: Path) -> N
     if world.rank == 0:
         old, new = stored(case.folder), stored(out / "same")
         assert old.keys() == new.keys() and all(torch.equal(old[name], new[name]) for name in old), case.text
-    ref = model.place(BATCH, 2)
+    ref = model.scatter(BATCH, 2)
     model.update(bradley_terry, ref, preference_B=field_of(model, ref, PREFERENCE_B))
     model.save_checkpoint(out / "trained")
     if world.rank == 0:
@@ -192,7 +192,7 @@ def check_exports(case: Case, world: World, expected: Reference, out: Path) -> N
 
 def check_refusal(case: Case, world: World) -> None:
     model = role(case, RewardModel, world, replace(FREE, lr=1.0))
-    ref = model.place(BATCH)
+    ref = model.scatter(BATCH)
     with pytest.raises(ValueError, match="groups of 2 consecutive rows, and the batch has groups of 1"):
         model.update(bradley_terry, ref, preference_B=field_of(model, ref, PREFERENCE_B))
 

@@ -99,10 +99,10 @@ class Case:
         return kind(f"{name} {self.text}", self.world, mesh, spec, config, **given)
 
     def update(self, policy: Policy, loss: Any) -> dict[str, float]:
-        placed = policy.place(batch())
-        row_B = policy.run(lambda samples: torch.tensor([field["row"] for field in samples.fields]), placed)
-        advantage_B = policy.run(lambda row: row - 2.5, row_B)
-        return policy.update(loss, placed, row_B=row_B, advantage_B=advantage_B).get()  # type: ignore[no-any-return]
+        placed = policy.scatter(batch())
+        row_B = policy.map(lambda samples: torch.tensor([field["row"] for field in samples.fields]), placed)
+        advantage_B = policy.map(lambda row: row - 2.5, row_B)
+        return policy.update(loss, placed, row_B=row_B, advantage_B=advantage_B).gather()  # type: ignore[no-any-return]
 
 
 def check(case: Case) -> None:
@@ -156,11 +156,11 @@ def check_loaded(case: Case, bad: Any) -> None:
     for name in ("tokens_BT", "mask_BT", "length_B", "prompt_len_B", "prompt_index_B"):
         assert torch.equal(getattr(samples, name), getattr(whole, name)[torch.tensor(order)]), name
     policy = case.policy("again", NotFinite(max_in_row=1))
-    placed = policy.place(samples)
-    refs = {name: policy.along(placed, value) for name, value in fields.items()}
-    assert policy.update(bad, placed, **refs).get()["skipped_steps"] == 1.0
-    refs["row_B"] = policy.along(placed, torch.where(fields["row_B"] == BAD, 0, fields["row_B"]))
-    assert "skipped_steps" not in policy.update(bad, placed, **refs).get(), "without the bad row it is a good batch"
+    placed = policy.scatter(samples)
+    refs = {name: policy.scatter_like(placed, value) for name, value in fields.items()}
+    assert policy.update(bad, placed, **refs).gather()["skipped_steps"] == 1.0
+    refs["row_B"] = policy.scatter_like(placed, torch.where(fields["row_B"] == BAD, 0, fields["row_B"]))
+    assert "skipped_steps" not in policy.update(bad, placed, **refs).gather(), "without the bad row it is a good batch"
 
 
 def main() -> None:

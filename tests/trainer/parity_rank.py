@@ -152,7 +152,7 @@ def check_logits(policy: Policy, ref: Any, expected: Reference) -> float:
         return inner(logits_TV, *rest)
 
     readout.logprobs_and_entropy = catching
-    got = policy.logprobs(ref).get()
+    got = policy.logprobs(ref).gather()
     readout.logprobs_and_entropy = inner
     off = (got - torch.where(MASK_BT, expected.logp_BT, 0)).abs().max().item()
     samples = policy.localize((ref,), {}).args[0]
@@ -161,10 +161,10 @@ def check_logits(policy: Policy, ref: Any, expected: Reference) -> float:
 
 def update(policy: Policy, ref: Any, expected: Reference) -> dict[str, float]:
     loss = functools.partial(clipped_surrogate, clip_low=0.2, clip_high=0.28, kl_coef=0.05)
-    index = policy.run(lambda s: torch.tensor([field["row"] for field in s.fields]), ref)
-    advantage = policy.run(lambda i: group_advantages(REWARD_B[i], group_size=G), index)
-    others = policy.run(lambda i, s: expected.reference_logp_BT[i][:, : s.tokens_BT.shape[1]], index, ref)
-    return policy.update(loss, ref, advantage_B=advantage, reference_logp_BT=others).get()  # type: ignore[no-any-return]
+    index = policy.map(lambda s: torch.tensor([field["row"] for field in s.fields]), ref)
+    advantage = policy.map(lambda i: group_advantages(REWARD_B[i], group_size=G), index)
+    others = policy.map(lambda i, s: expected.reference_logp_BT[i][:, : s.tokens_BT.shape[1]], index, ref)
+    return policy.update(loss, ref, advantage_B=advantage, reference_logp_BT=others).gather()  # type: ignore[no-any-return]
 
 
 def gradients_off(policy: Policy, expected: Reference) -> float:
@@ -202,7 +202,7 @@ def batch(expected: Reference) -> Samples:
 def run(case: Case, world: World, out: Path) -> None:
     expected = reference(case.folder, case.spec)
     policy = case.policy(world, OptimizerConfig(lr=0.0, clip_grad=0.0, distributed=False))
-    ref = policy.place(batch(expected), G)
+    ref = policy.scatter(batch(expected), G)
     of_logits = check_logits(policy, ref, expected)
     assert of_logits < 1e-5, (case.text, of_logits)
     row = update(policy, ref, expected)
@@ -223,7 +223,7 @@ def run(case: Case, world: World, out: Path) -> None:
 def check_adam(case: Case, world: World, expected: Reference, norm: float, folder: Path) -> None:
     """A step of the distributed optimizer: clipped by the whole norm, its weights those of torch's AdamW."""
     policy = case.policy(world, ADAM)
-    row = update(policy, policy.place(batch(expected), G), expected)
+    row = update(policy, policy.scatter(batch(expected), G), expected)
     assert abs(row["grad_norm"] - norm) < 1e-5 * norm, (case.text, row["grad_norm"], norm)
     policy.save_checkpoint(folder)
     if world.rank == 0:
@@ -252,7 +252,7 @@ def check_norm(case: Case, world: World) -> None:
     norm = 0.0
     for distributed in (False, True):
         policy = case.policy(world, OptimizerConfig(lr=0.0, clip_grad=0.0, distributed=distributed))
-        row = update(policy, policy.place(batch(expected), G), expected)
+        row = update(policy, policy.scatter(batch(expected), G), expected)
         norm = norm or norm_of_pieces(policy)
         assert abs(row["grad_norm"] - norm) < 1e-5 * norm, (case.text, distributed, row["grad_norm"], norm)
     print(f"{case.text} norm {norm:.6f}\n", end="", flush=True)

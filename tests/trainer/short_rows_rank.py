@@ -69,10 +69,10 @@ def run(case: Case, world: World, half: bool, lengths: list[int]) -> None:
         config = dataclasses.replace(config, dtype="bfloat16")
     name = f"{case.text} {lengths}"
     policy = Policy(name, world, mesh, case.spec, config, sequence_parallel=case.sequence_parallel)
-    ref = policy.place(samples)
-    off = (policy.logprobs(ref).get() - expected.logp_BT).abs().max().item()
+    ref = policy.scatter(samples)
+    off = (policy.logprobs(ref).gather() - expected.logp_BT).abs().max().item()
     assert off < (0.05 if half else 1e-5), (name, off)
-    row = policy.update(likelihood, ref).get()
+    row = policy.update(likelihood, ref).gather()
     norm = torch.cat([grad.flatten() for grad in expected.gradients.values()]).double().norm().item()
     bound = 0.03 if half else 1e-5
     assert abs(row["loss"] - expected.loss) < bound * max(1, abs(expected.loss)), (name, row["loss"], expected.loss)
@@ -81,7 +81,7 @@ def run(case: Case, world: World, half: bool, lengths: list[int]) -> None:
     if not half:  # the buffers hold the sums over the ranks: this optimizer shards only what follows
         plain = dataclasses.replace(config, optimizer=dataclasses.replace(FREE, distributed=False))
         whole = Policy(f"{name} whole", world, mesh, case.spec, plain, sequence_parallel=case.sequence_parallel)
-        whole.update(likelihood, whole.place(samples))
+        whole.update(likelihood, whole.scatter(samples))
         of_gradients = gradients_off(whole, expected)
         assert of_gradients < 1e-5, (name, of_gradients)
     print(f"{name} logprobs off by {off:.1e}, norm by {abs(row['grad_norm'] / norm - 1):.1e}\n", end="", flush=True)

@@ -56,13 +56,13 @@ for name in ("policy", "critic", "rollout", "reward"):
         assert f"add {name} to algorithm.roles" in str(error)
     else:
         raise AssertionError(f"{name} is there")
-rows = model.place(samples, 2)
-assert model.scores(rows).get().tolist() == [0.0] * 4, "a new head is zero"
-losses = [model.update(first_wins, rows).get()["loss"] for _ in range(5)]
+rows = model.scatter(samples, 2)
+assert model.scores(rows).gather().tolist() == [0.0] * 4, "a new head is zero"
+losses = [model.update(first_wins, rows).gather()["loss"] for _ in range(5)]
 assert abs(losses[0] - 0.6931472) < 1e-6 and losses[-1] < 0.5, losses
 assert alone.trained == [model]
 model.save_checkpoint(folder / "scorer")
-score_B = model.scores(rows).get()
+score_B = model.scores(rows).gather()
 with torch.no_grad():
     for row, n in enumerate(length_B):
         back = AutoModelForSequenceClassification.from_pretrained(folder / "scorer")
@@ -74,8 +74,8 @@ split += ["policy.forward_micro_tokens=18", "reference.micro_tokens=9"]
 split += ["placement.reward_model.tensor=2", f"reward_model.path={folder}/scorer", "critic.optimizer.lr=1e-2"]
 several = roles(["policy", "reference", "critic", "reward_model"], *split)
 assert several.trained == [several.policy]
-rows = several.policy.place(samples, 2)
-assert (several.reward_model.scores(rows).get() - score_B).abs().max() < 1e-5
+rows = several.policy.scatter(samples, 2)
+assert (several.reward_model.scores(rows).gather() - score_B).abs().max() < 1e-5
 # rows of 9, 8, 6 and 4 tokens: two microbatches of 18, four of 9
 counts = []
 def counted(run, packed):
@@ -83,37 +83,37 @@ def counted(run, packed):
     return run(packed)
 for role in (several.policy, several.reference) if world.rank == 0 else ():
     role.pipeline.forward = functools.partial(counted, role.pipeline.forward)
-ours_BT, theirs_BT = several.policy.logprobs(rows).get(), several.reference.logprobs(rows).get()
+ours_BT, theirs_BT = several.policy.logprobs(rows).gather(), several.reference.logprobs(rows).gather()
 assert (ours_BT - theirs_BT).abs().max() < 1e-5 and counts == ([2, 4] if world.rank == 0 else []), counts
 assert several.critic.section == "critic" and several.critic.total_steps == 5
 losses = []
 for _ in range(5):
     value_BT = several.critic.values(rows)
-    losses.append(several.critic.update(to_one, rows).get()["loss"])
+    losses.append(several.critic.update(to_one, rows).gather()["loss"])
     several.policy.update(likelihood, rows, value_BT=value_BT)
 assert losses[0] == 1.0 and losses[-1] < 0.5, losses
-assert not (several.critic.values(rows).get() * ~mask_BT).any()
+assert not (several.critic.values(rows).gather() * ~mask_BT).any()
 assert several.trained == [several.policy, several.critic]
 assert "optimizer" not in vars(several.reward_model)
 
 # the second pair has a row in which nothing is trained: as if the batch were the first alone, and twice that pair
 policy = roles(["policy"], "policy.optimizer.lr=0", "placement.policy.ranks=all").policy
 hollow = dataclasses.replace(samples, mask_BT=mask_BT & (torch.arange(4) != 3)[:, None])
-logp_BT = policy.logprobs(policy.place(samples, 2)).get()
+logp_BT = policy.logprobs(policy.scatter(samples, 2)).gather()
 of_first, metrics = simpo(logp_BT[:2], mask_BT=mask_BT[:2])
-row = policy.update(simpo, policy.place(hollow, 2)).get()
+row = policy.update(simpo, policy.scatter(hollow, 2)).gather()
 assert abs(row["loss"] - of_first.mean().item()) < 1e-6 and row["tokens"] == 7 + 4, row
 for name, value_B in metrics.items():
     assert abs(row[name] - value_B.mean().item()) < 1e-6, (name, row)
 left_out = torch.tensor([1.0, -1.0, 0.0, 0.0])
-rows = policy.place(samples, 2)
-row = policy.update(simpo, rows, preference_B=policy.along(rows, left_out)).get()
+rows = policy.scatter(samples, 2)
+row = policy.update(simpo, rows, preference_B=policy.scatter_like(rows, left_out)).gather()
 assert abs(row["loss"] - of_first.mean().item()) < 1e-6 and row["tokens"] == 7 + 4, row
 
 # two minibatches of 11 and 8 tokens, of rows 0, 1, 2 and 3 updates old: the mean is over the tokens
 policy.config = dataclasses.replace(policy.config, minibatches=2)
 version_BT = (policy.version - torch.arange(4))[:, None].expand(4, 9).int().contiguous()
-row = policy.update(likelihood_alone, policy.place(dataclasses.replace(samples, version_BT=version_BT), 1, 2)).get()
+row = policy.update(likelihood_alone, policy.scatter(dataclasses.replace(samples, version_BT=version_BT), 1, 2)).gather()
 assert abs(row["staleness"] - (0 * 7 + 1 * 4 + 2 * 2 + 3 * 6) / 19) < 1e-9 and row["staleness_max"] == 3, row
 print("roles stand\\n", end="", flush=True)
 world.leave()

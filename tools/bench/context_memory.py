@@ -96,7 +96,7 @@ def measure(world: World, arguments: argparse.Namespace, recompute: str) -> int:
     def likelihood(policy_logp_BT: torch.Tensor, *, mask_BT: torch.Tensor) -> tuple[torch.Tensor, dict[str, Any]]:
         return -torch.where(mask_BT, policy_logp_BT, 0.0), {}
 
-    ref = policy.place(one_row(arguments.tokens, spec.vocab))
+    ref = policy.scatter(one_row(arguments.tokens, spec.vocab))
     policy.update(likelihood, ref)
     return peak_bytes(lambda: policy.update(likelihood, ref), world.device)
 

@@ -37,7 +37,7 @@ TOKENS = 1024
 """Longest row."""
 FIXED_ROWS = 512
 ROWS_A_RANK = 8
-PARTS = ("generate", "score", "logprobs", "run", "update", "values", "end of the step", "other threads")
+PARTS = ("generate", "score", "logprobs", "map", "update", "values", "end of the step", "other threads")
 
 
 def run_case(ranks: int, rows: int, split: bool, steps: int, limit: float) -> list[dict[str, Any]]:
@@ -88,7 +88,7 @@ def figures(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     names = {name for rank in found for name in rank["marks"][-1]["parts"]}
     parts: dict[str, float] = dict.fromkeys(PARTS, 0.0)
     for name in names:
-        part = "run" if name.startswith("run(") else name
+        part = "map" if name.startswith("map(") else name
         parts[part] = parts.get(part, 0.0) + statistics.fmean(counted(rank, "parts", name) for rank in found) * 1e3
     parts["other threads"] = statistics.fmean(spent(rank, "cpu") - spent(rank, "main") for rank in found)
     return {
@@ -173,7 +173,7 @@ def job(run_dir: str) -> str:
     def kind_of(call: str, waited: bool) -> str:
         if call in kinds:
             return kinds[call]
-        return "small functions (run)" if ".run(" in call else "waits for engines" if waited else "engines"
+        return "small functions (map)" if ".map(" in call else "waits for engines" if waited else "engines"
 
     spent: dict[str, float] = defaultdict(float)
     seconds = ranks = 0.0

@@ -33,12 +33,12 @@ from aligner.reshard.transfer.executor import execute
 from aligner.reshard.transfer.shared_memory import meet
 from aligner.rollout.config import RolloutConfig
 from aligner.rollout.engine import RolloutEngine
-from aligner.rollout.layout import EngineSide
+from aligner.rollout.layout import EngineLayout
 from aligner.rollout.weights import EngineWeights
 from aligner.spmd.mesh import Mesh
 from aligner.trainer.megatron import cpu as cpu_megatron
 from aligner.trainer.megatron.groups import make_groups, prepare_megatron
-from aligner.trainer.megatron.layout import MegatronSide
+from aligner.trainer.megatron.layout import MegatronLayout
 from aligner.trainer.megatron.model import build_model
 from tools.bench.reshard import CASES, median_of_slowest
 
@@ -55,8 +55,8 @@ class Bench:
         ranks = tuple(range(self.world))
         self.train_mesh = Mesh(ranks, **case.train, name="policy")
         self.infer_mesh = Mesh(ranks, tensor=case.infer, name="rollout")
-        self.train = MegatronSide(spec, self.train_mesh, "float32")
-        self.infer = EngineSide(spec, self.infer_mesh, "float32")
+        self.train = MegatronLayout(spec, self.train_mesh, "float32")
+        self.infer = EngineLayout(spec, self.infer_mesh, "float32")
         self.source_layout, self.layout = self.train.layout(self.rank), self.infer.layout(self.rank)
         self.source, self.out = allocate(self.source_layout, CPU), allocate(self.layout, CPU)
         for piece in self.source_layout:

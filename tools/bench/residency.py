@@ -163,11 +163,11 @@ def _steps(world: Any, given: argparse.Namespace) -> Any:
         return torch.linspace(-1, 1, samples.rows)
 
     def update(policy: Policy, samples: Any, **more: Any) -> None:
-        policy.update(clipped_surrogate, samples, advantage_B=policy.run(advantages, samples), **more).get()
+        policy.update(clipped_surrogate, samples, advantage_B=policy.map(advantages, samples), **more).gather()
 
     policy = Policy("policy", world, mesh, spec, config) if given.case != "generate" else None
     if policy is not None and given.case == "train":
-        return lambda: update(policy, policy.place(fixed, GROUP))
+        return lambda: update(policy, policy.scatter(fixed, GROUP))
     reference = Reference("reference", world, mesh, spec, config) if policy and given.reference else None
     rollout = Rollout("rollout", world, mesh, spec, engine, sampling, 0)
     if policy is None:

@@ -11,10 +11,10 @@ from torch import Tensor
 from aligner.reshard.message.checksum import Checksum, Hashes, Parts, Running, Sums, hash_of
 from aligner.reshard.message.chunked_copy import Done, Scratch, bytes_of, copy, copy_proven, copy_seen, ignore, on_cpu
 from aligner.reshard.message.kernels import kernels_of
-from aligner.reshard.message.message_layout import Form, form_of, words
+from aligner.reshard.message.message_layout import MessageLayout, message_layout, words
 from aligner.reshard.plan.transfer_plan import Item
 from aligner.reshard.transfer.local_copy import STORAGE, View, differing_pairs, mismatch, views_of
-from aligner.reshard.transfer.shared_memory import Neighbours
+from aligner.reshard.transfer.shared_memory import SharedMemoryChannel
 
 APART_BYTES = 128 << 10
 """Items of so many bytes travel by themselves; smaller ones together, since a message of their own would cost more than a copy."""
@@ -32,7 +32,7 @@ class Buffers:
     Fresh memory costs a page fault every 4 KiB written. What is kept is at most what a transfer takes.
     """
 
-    def __init__(self, device: torch.device, neighbours: Neighbours | None = None) -> None:
+    def __init__(self, device: torch.device, neighbours: SharedMemoryChannel | None = None) -> None:
         """
         Args:
             neighbours: where messages travel in shared memory; all ranks of a transfer, and CPU, or none.
@@ -48,17 +48,17 @@ class Buffers:
         self.most_bytes: float = HANDED_BYTES if neighbours else inf
         """Most bytes of a message, alike on all ranks of a transfer."""
         self.scratch = Scratch()
-        self._forms: dict[tuple[int, float], tuple[Sequence[Item], Form]] = {}
+        self._forms: dict[tuple[int, float], tuple[Sequence[Item], MessageLayout]] = {}
         self.transfer = 0
         """Number of the transfer at hand, equal on all its ranks: a message of another one is refused."""
         self._spare: list[Tensor] = []
 
-    def form(self, items: Sequence[Item]) -> Form:
+    def form(self, items: Sequence[Item]) -> MessageLayout:
         """The form of a message of these items, made once for as long as the buffers are kept."""
         apart = inf if self.together else self.apart_bytes
         known = self._forms.get((id(items), apart))
         if known is None or known[0] is not items:
-            known = self._forms[id(items), apart] = items, form_of(items, apart, self.checksum.row_words)
+            known = self._forms[id(items), apart] = items, message_layout(items, apart, self.checksum.row_words)
         return known[1]
 
     def take(self, words: int) -> Tensor:

@@ -14,7 +14,7 @@ _ALIGN_WORDS = 8  # what is behind the header starts on a cache line
 
 
 @dataclass(frozen=True)
-class Form:
+class MessageLayout:
     """Small items first, one after the other, each padded to whole 64-bit words; then room for each large one."""
 
     items: tuple[Item, ...]
@@ -61,7 +61,7 @@ class Form:
         return sorted(found)
 
 
-def form_of(items: Sequence[Item], apart_bytes: float, row_words: int) -> Form:
+def message_layout(items: Sequence[Item], apart_bytes: float, row_words: int) -> MessageLayout:
     """Items of `apart_bytes` and more are large; a checksum is over `row_words` words of the small ones, or a large one."""
     sizes = [item.bytes for item in items]
     large = [number for number, size in enumerate(sizes) if size >= apart_bytes]
@@ -76,7 +76,7 @@ def form_of(items: Sequence[Item], apart_bytes: float, row_words: int) -> Form:
         places.append(places[-1] + -(-words(sizes[number]) // _ALIGN_WORDS) * _ALIGN_WORDS)
     ordered = tuple(items[number] for number in order)
     told = ";".join(f"{item.name}{item.lo}{item.size}{item.destination.dtype}" for item in ordered)
-    return Form(
+    return MessageLayout(
         items=ordered,
         small=small,
         bounds=tuple(bounds),

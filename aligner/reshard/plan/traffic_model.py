@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from aligner.reshard.plan.schedule import STAGED, cut, deal
 from aligner.reshard.plan.transfer_plan import Plan, Stream, StreamKey, make_plan
-from aligner.reshard.weights import Side
+from aligner.reshard.weights import WeightLayout
 
 
 @dataclass
@@ -29,7 +29,7 @@ class Load:
 
 
 @dataclass
-class Account:
+class TrafficModel:
     """All ranks' loads."""
 
     loads: dict[int, Load]
@@ -51,13 +51,13 @@ class Account:
         )
 
 
-def make_account(
-    source: Side,
-    destination: Side,
+def make_traffic_model(
+    source: WeightLayout,
+    destination: WeightLayout,
     names: Iterable[str],
     staging_bytes: int,
     progress: Callable[[int, int], None] = lambda done, of: None,
-) -> Account:
+) -> TrafficModel:
     """Plan one rank of each set of ranks that hold and want the same, and add up what its streams ask of all ranks.
 
     Every stream is seen so: who wants it is decided by what ranks hold and want, so it has one of the planned ranks.
@@ -67,7 +67,7 @@ def make_account(
         staging_bytes: as for `make_schedule`; it decides how streams are cut, and so how evenly they are dealt.
         progress: called with the number of ranks planned and to plan.
     """
-    account = Account({rank: Load() for rank in sorted({*source.ranks, *destination.ranks})})
+    account = TrafficModel({rank: Load() for rank in sorted({*source.ranks, *destination.ranks})})
     streams: dict[StreamKey, Stream] = {}
     alike = _alike(source, destination, names)
     for number, ranks in enumerate(alike):
@@ -82,7 +82,7 @@ def make_account(
     return account
 
 
-def _alike(source: Side, destination: Side, names: Iterable[str]) -> list[tuple[int, ...]]:
+def _alike(source: WeightLayout, destination: WeightLayout, names: Iterable[str]) -> list[tuple[int, ...]]:
     """The destination's ranks in sets that appear in the same pieces of both sides."""
     members: dict[int, tuple[int, ...]] = {}
     for name in names:
@@ -98,13 +98,13 @@ def _alike(source: Side, destination: Side, names: Iterable[str]) -> list[tuple[
     return [tuple(ranks) for ranks in found.values()]
 
 
-def _add_own(account: Account, plan: Plan, ranks: Iterable[int]) -> None:
+def _add_own(account: TrafficModel, plan: Plan, ranks: Iterable[int]) -> None:
     minimum, local = plan.minimum_bytes, plan.local_bytes
     for rank in ranks:
         account.loads[rank].received, account.loads[rank].local = minimum, local
 
 
-def _add_stream(account: Account, stream: Stream, limit: int) -> None:
+def _add_stream(account: TrafficModel, stream: Stream, limit: int) -> None:
     key, loads = stream.key, account.loads
     for bucket, items in enumerate(cut(stream, limit)):
         size = sum(item.bytes for item in items)

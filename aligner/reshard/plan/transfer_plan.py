@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from aligner.reshard.plan.region import Box, Layout, Piece, intersect
 from aligner.reshard.plan.region_matching import Flow, Held, Missing, Ranks, flows, wanted
-from aligner.reshard.weights import Side, Spread, as_side
+from aligner.reshard.weights import LazyHolders, WeightLayout, as_layout
 
 if TYPE_CHECKING:
     from aligner.reshard.plan.schedule import Schedule
@@ -85,7 +85,9 @@ class Plan:
         return sum(item.bytes for item in self.local)
 
 
-def make_plan(rank: int, source: Side | Mapping[int, Layout], destination: Side | Mapping[int, Layout]) -> Plan:
+def make_plan(
+    rank: int, source: WeightLayout | Mapping[int, Layout], destination: WeightLayout | Mapping[int, Layout]
+) -> Plan:
     """`rank`'s part of the plan that fills every destination piece exactly once.
 
     A region that its own rank holds is copied there; what is missing enters each rank once. Where more ranks want a
@@ -95,7 +97,7 @@ def make_plan(rank: int, source: Side | Mapping[int, Layout], destination: Side 
 
     Raises ValueError on the ranks that want or could have sent what no source holds or what has other dimensions there.
     """
-    source, destination = as_side(source), as_side(destination)
+    source, destination = as_layout(source), as_layout(destination)
     names = {piece.name for piece in source.layout(rank)} | {piece.name for piece in destination.layout(rank)}
     matcher = _Matcher(rank, len(destination.ranks) > len(source.ranks))
     local: list[Item] = []
@@ -153,7 +155,7 @@ class _Matcher:
 
     def _form(self, entries: _Entries) -> object:
         """Equal for tensors of one side that have the same boxes, dtypes and ranks."""
-        if isinstance(entries, Spread):
+        if isinstance(entries, LazyHolders):
             return entries.form
         known, number = self._by_id.get, self._number
         return tuple(

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from aligner.reshard.message.bucket import Bucket, Buffers
 from aligner.reshard.plan.schedule import STAGED, Message, Schedule, Step, packed_by, schedule_of
 from aligner.reshard.plan.transfer_plan import Plan
-from aligner.reshard.transfer.rank_transfer import Destination, Source, Work
+from aligner.reshard.transfer.rank_transfer import Destination, RankTransfer, Source
 from aligner.reshard.transfer.sync_stats import SyncRow
 from aligner.reshard.transfer.wire import Kept, Waiting, Wire, wire_of
 
@@ -65,7 +65,7 @@ def execute(
     on_cpu = group is None or dist.get_backend(group) == "gloo"
     buffers = buffers or Buffers(torch.device("cpu") if on_cpu else device)
     buffers.transfer, buffers.together = transfer, kept is not None
-    work = Work(plan.rank, source, destination, buffers, verify)
+    work = RankTransfer(plan.rank, source, destination, buffers, verify)
     schedule = schedule_of(plan, int(min(2 * bucket_bytes, STAGED * buffers.most_bytes)))
     wire = wire_of(group, schedule, buffers, kept, waiting)
     _Flight(work, wire, schedule).run()
@@ -96,7 +96,7 @@ class _Posted(NamedTuple):
 class _Flight:
     """The messages between this rank and its peers, a step at a time."""
 
-    def __init__(self, work: Work, wire: Wire, schedule: Schedule) -> None:
+    def __init__(self, work: RankTransfer, wire: Wire, schedule: Schedule) -> None:
         self._work, self._wire, self._schedule = work, wire, schedule
         self._relays = Counter(step.send.content for step in schedule.steps if step.send and step.send.relay)
         self._passing: dict[object, Bucket] = {}

@@ -33,7 +33,7 @@ class Destination(Protocol):
         """Everything was written exactly once and derived state is reset; else RuntimeError naming the tensor."""
 
 
-class Work:
+class RankTransfer:
     """What this rank does to buckets: it keeps the first error and goes on exchanging, so that no peer hangs."""
 
     def __init__(

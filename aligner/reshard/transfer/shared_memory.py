@@ -36,7 +36,7 @@ _MEETING_SECONDS = 60.0
 log = logging.getLogger(__name__)
 
 
-class Neighbours:
+class SharedMemoryChannel:
     """This rank's rooms, where its messages are written, and a line to each neighbour, who reads them there.
 
     A reader gives a room back when it has read it, and only then is it written again. Rooms are anonymous memory whose
@@ -180,7 +180,7 @@ class _Room(_Theirs):
         return super().fit(words)
 
 
-def meet(group: dist.ProcessGroup) -> Neighbours | None:
+def meet(group: dist.ProcessGroup) -> SharedMemoryChannel | None:
     """Lines between all ranks of `group`, a collective of it; None on all alike where they are not on one host.
 
     Also where a rank cannot have lines to all others (not Linux, containers without a common network): then the first
@@ -211,7 +211,7 @@ def meet(group: dist.ProcessGroup) -> Neighbours | None:
     _answer(listener, lines, ranks)
     listener.close()
     timeout = group._get_backend(torch.device("cpu")).options._timeout
-    return Neighbours(rank, lines, timeout.total_seconds())
+    return SharedMemoryChannel(rank, lines, timeout.total_seconds())
 
 
 def _told(mine: Any, ranks: Sequence[int], group: dist.ProcessGroup) -> list[Any]:

@@ -15,7 +15,7 @@ from aligner.reshard.message import delta
 from aligner.reshard.message.bucket import Bucket, Buffers
 from aligner.reshard.plan.region import ELEMENT_BYTES
 from aligner.reshard.plan.schedule import Message, Schedule, Step
-from aligner.reshard.transfer.shared_memory import Neighbours
+from aligner.reshard.transfer.shared_memory import SharedMemoryChannel
 
 Kept = dict[object, Tensor]
 """What each message of a plan held in the last transfer: as much memory as a rank sends and receives."""
@@ -99,7 +99,7 @@ class Handed(Whole):
 
     shared = True
 
-    def __init__(self, neighbours: Neighbours, buffers: Buffers, schedule: Schedule, waiting: Waiting) -> None:
+    def __init__(self, neighbours: SharedMemoryChannel, buffers: Buffers, schedule: Schedule, waiting: Waiting) -> None:
         super().__init__(None, waiting)
         self._neighbours, self._buffers, self._schedule = neighbours, buffers, schedule
 

@@ -24,7 +24,7 @@ sys.path.insert(0, os.getcwd())
 
 import checks
 from remote import Broken, Judge, Proxy
-from wire import DEEP, Gone, Link, Side, Unpack
+from wire import DEEP, Gone, Link, Unpack, WeightLayout
 
 ASSERTED = "__asserted__"
 
@@ -212,7 +212,7 @@ def _await_proxies() -> None:
 
 
 def _unpacked(packed: list[Any]) -> Any:
-    return Unpack(Side(), packed[1]).value(packed[0])
+    return Unpack(WeightLayout(), packed[1]).value(packed[0])
 
 
 def main() -> None:

@@ -15,7 +15,7 @@ import types
 from collections.abc import Callable
 from typing import Any
 
-from wire import BINARY, COMPARISONS, DEEP, MUTABLE, UNARY, Gone, Link, Pack, Side, Unpack, state_of
+from wire import BINARY, COMPARISONS, DEEP, MUTABLE, UNARY, Gone, Link, Pack, Unpack, WeightLayout, state_of
 
 KINDS: dict[str, Any] = {"generator": types.GeneratorType, "type": type}
 KINDS |= {kind.__name__: kind for kind in (map, filter, zip, enumerate, reversed, object)}
@@ -149,7 +149,7 @@ EXTENDED: dict[type, Any] = {
 }
 
 
-class Judge(Side):
+class Judge(WeightLayout):
     """Asks the program, and answers what it asks in between."""
 
     def __init__(self, link: Link) -> None:

@@ -21,7 +21,21 @@ from typing import Any
 
 sys.path.insert(0, os.getcwd())
 
-from wire import BINARY, COMPARISONS, DEEP, MUTABLE, UNARY, Foreign, Gone, Link, Pack, Side, Unpack, base_of, state_of
+from wire import (
+    BINARY,
+    COMPARISONS,
+    DEEP,
+    MUTABLE,
+    UNARY,
+    Foreign,
+    Gone,
+    Link,
+    Pack,
+    Unpack,
+    WeightLayout,
+    base_of,
+    state_of,
+)
 
 STARRED = "string re datetime collections heapq bisect copy math random statistics itertools functools operator typing"
 RECURSION = 50_000
@@ -116,7 +130,7 @@ class Input(io.TextIOBase):
         return str(self._program.ask("input", 0, (str(prompt),), {}))
 
 
-class Program(Side):
+class Program(WeightLayout):
     """The namespace of the program and what the tests hold of it."""
 
     def __init__(self, link: Link) -> None:

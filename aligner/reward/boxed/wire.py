@@ -84,7 +84,7 @@ class Link:
         return found
 
 
-class Side:
+class WeightLayout:
     """What is particular to one side: objects that only it can hold. This one holds plain data alone."""
 
     def foreign(self, thing: Any, pack: Pack) -> list[Any]:
@@ -105,7 +105,7 @@ class Side:
 class Pack:
     """Values -> one table of nodes."""
 
-    def __init__(self, side: Side, request: Unpack | None = None) -> None:
+    def __init__(self, side: WeightLayout, request: Unpack | None = None) -> None:
         self.nodes: list[Any] = []
         self._side = side
         self.held: dict[int, Any] = {}
@@ -155,7 +155,7 @@ class Pack:
 class Unpack:
     """A table of nodes -> values."""
 
-    def __init__(self, side: Side, nodes: list[Any], request: Pack | None = None) -> None:
+    def __init__(self, side: WeightLayout, nodes: list[Any], request: Pack | None = None) -> None:
         self.nodes, self._side, self._request = nodes, side, request
         self.built: dict[int, Any] = {}
 

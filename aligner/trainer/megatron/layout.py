@@ -33,7 +33,7 @@ def padded_vocab_size(spec: ModelSpec, tensor: int) -> int:
     return -(-spec.vocab // tensor) * tensor
 
 
-class MegatronSide:
+class MegatronLayout:
     """What every rank of a role on Megatron holds; for any mesh, whether or not such a world exists.
 
     Storages are the GPTModel's own parameter names, with layers counted from the chunk's first and experts from the

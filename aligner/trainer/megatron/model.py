@@ -23,7 +23,7 @@ from aligner.reshard.plan.region import Piece
 from aligner.spmd.mesh import EXPERT_AXES, Mesh
 from aligner.trainer.megatron.attention import PackedRotary
 from aligner.trainer.megatron.layers import ScalarHead, block_spec, scale_embedding
-from aligner.trainer.megatron.layout import MegatronSide, padded_vocab_size
+from aligner.trainer.megatron.layout import MegatronLayout, padded_vocab_size
 from aligner.trainer.megatron.sizes import check_runs
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -155,7 +155,7 @@ def build_model(
         ValueError: Megatron cannot run this model so.
     """
     check_runs(spec, mesh, sequence_parallel, cpu=device.type == "cpu")
-    side, at = MegatronSide(spec, mesh, dtype), mesh.coordinates(rank)
+    side, at = MegatronLayout(spec, mesh, dtype), mesh.coordinates(rank)
     experts, stage = mesh.coordinates(rank, EXPERT_AXES), at["pipeline"]
     rotary = PackedRotary(spec, device)
     chunks = []

@@ -13,7 +13,7 @@ from torch import Tensor
 from aligner.models.family import LAYER, split_expert
 from aligner.reshard.plan.region import Piece
 from aligner.spmd.mesh import AXES, EXPERT_AXES, Mesh
-from aligner.trainer.megatron.layout import MegatronSide
+from aligner.trainer.megatron.layout import MegatronLayout
 
 if TYPE_CHECKING:
     from aligner.models.spec import ModelSpec
@@ -129,7 +129,7 @@ def _inside(
         yield rows(whole.start, len(whole))
 
 
-def written_by(rank: int, side: MegatronSide, spec: ModelSpec, mesh: Mesh, distributed: bool) -> set[tuple[str, str]]:
+def written_by(rank: int, side: MegatronLayout, spec: ModelSpec, mesh: Mesh, distributed: bool) -> set[tuple[str, str]]:
     """(tensor, storage) of the pieces that this rank writes, where several hold them: the lowest rank does.
 
     With a distributed optimizer that is the lowest of those at the same place along the data shards, each of which has

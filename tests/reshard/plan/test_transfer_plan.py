@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from aligner.reshard.plan.region import Box, Layout, Piece, contiguous_stride, intersect, subtract, whole_tensor
 from aligner.reshard.plan.schedule import make_schedule
 from aligner.reshard.plan.transfer_plan import Plan, make_plan, natural
-from aligner.reshard.weights import Explicit
+from aligner.reshard.weights import ExplicitLayout
 from tests.reshard.layouts import Grid, Shapes, parts, scattered
 from tests.reshard.simulation import Simulation
 
@@ -162,7 +162,7 @@ def test_ranks_without_a_part_have_an_empty_plan() -> None:
 def test_a_plan_asks_only_for_its_own_tensors() -> None:
     """What a rank neither holds nor wants is not looked at: the cost follows its own pieces."""
 
-    class Counting(Explicit):
+    class Counting(ExplicitLayout):
         asked: ClassVar[set[str]] = set()
 
         def holders(self, name: str) -> Sequence[tuple[Piece, tuple[int, ...]]]:
@@ -201,8 +201,8 @@ def test_planning_time_grows_with_the_number_of_pieces() -> None:
     def seconds(tensors: int) -> float:
         shapes = {f"t{number}": (64, 64) for number in range(tensors)}
         draw = random.Random(0)
-        sources = Explicit(Grid(range(8), 4, 1).layouts(shapes, draw))
-        destinations = Explicit(Grid(range(8, 16), 2, 1).layouts(shapes, draw))
+        sources = ExplicitLayout(Grid(range(8), 4, 1).layouts(shapes, draw))
+        destinations = ExplicitLayout(Grid(range(8, 16), 2, 1).layouts(shapes, draw))
         best = float("inf")
         for _ in range(3):
             started = time.process_time()

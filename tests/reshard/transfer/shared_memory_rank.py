@@ -18,19 +18,19 @@ from torch import Tensor
 
 from aligner.health.fault_report import is_lost_connection
 from aligner.reshard.transfer import shared_memory as neighbours
-from aligner.reshard.transfer.shared_memory import ROOMS, Neighbours, meet
+from aligner.reshard.transfer.shared_memory import ROOMS, SharedMemoryChannel, meet
 from tests.reshard.ranks import report, start_rank
 
 WORLD = 3
 
 
-def met() -> Neighbours:
+def met() -> SharedMemoryChannel:
     found = meet(dist.group.WORLD)
     assert found, "these ranks are on one host"
     return found
 
 
-def room(lines: Neighbours, words: int) -> Tensor:
+def room(lines: SharedMemoryChannel, words: int) -> Tensor:
     while (found := lines.room(words)) is None:
         lines.wait_for_room()
     return found

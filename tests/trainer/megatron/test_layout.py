@@ -17,7 +17,7 @@ from aligner.models.spec import ModelSpec, read_spec
 from aligner.reshard.message.storage import Storages
 from aligner.reshard.plan.region import Piece
 from aligner.spmd.mesh import EXPERT_AXES, Mesh
-from aligner.trainer.megatron.layout import MegatronSide
+from aligner.trainer.megatron.layout import MegatronLayout
 from tests.models.tiny import MODELS, save_tiny, stored_tensors
 
 MESHES: list[tuple[int, dict[str, Any]]] = [
@@ -128,7 +128,7 @@ def test_every_rank_holds_what_megatron_expects(name: str, tmp_path: Path) -> No
     hf = stored_tensors(tmp_path)
     for size, sizes in MESHES + (EXPERT_MESHES if spec.experts else []):
         mesh = Mesh(tuple(range(3, 3 + 2 * size, 2)), **sizes)
-        side = MegatronSide(spec, mesh, "float32")
+        side = MegatronLayout(spec, mesh, "float32")
         held: dict[str, dict[Piece, list[int]]] = {}
         for rank in mesh.ranks:
             expected = Reference(hf, spec, mesh, rank).parameters()
@@ -158,7 +158,7 @@ def padding(spec: ModelSpec, expected: dict[str, Tensor], mesh: Mesh, rank: int)
 
 
 def test_who_is_not_asked_for(tmp_path: Path) -> None:
-    side = MegatronSide(read_spec(save_tiny("qwen3-moe", tmp_path)), Mesh((2, 3), expert=2), "bfloat16")
+    side = MegatronLayout(read_spec(save_tiny("qwen3-moe", tmp_path)), Mesh((2, 3), expert=2), "bfloat16")
     assert side.ranks == (2, 3)
     assert side.layout(0) == []
     for name in ("lm_head.bias", "model.layers.4.input_layernorm.weight", "model.layers.x.y", "model.layers.0.mlp.x"):
@@ -186,7 +186,7 @@ def test_a_world_of_1024_ranks_is_cheap(tmp_path: Path) -> None:
     )
     names = list(logical_tensors(spec))
     start = time.perf_counter()
-    side = MegatronSide(spec, Mesh(tuple(range(1024)), tensor=4, pipeline=2, expert=32), "bfloat16")
+    side = MegatronLayout(spec, Mesh(tuple(range(1024)), tensor=4, pipeline=2, expert=32), "bfloat16")
     held = {name: side.holders(name) for name in names}
     layout = side.layout(1023)
     assert time.perf_counter() - start < 60

@@ -75,11 +75,11 @@ for dtype in ("float32", "bfloat16"):
         parts = moving.parts()
         for step in range(4):
             leave_and_return(moving, parts, ORDER)  # before the first step there are no moments yet
-            logp = [p.logprobs(p.place(samples)).get() for p in (staying, moving)]
+            logp = [p.logprobs(p.scatter(samples)).gather() for p in (staying, moving)]
             assert torch.equal(*logp)
             for part in parts.values():
                 part.changed()
-            found = [p.update(imitate, p.place(samples)).get() for p in (staying, moving)]
+            found = [p.update(imitate, p.scatter(samples)).gather() for p in (staying, moving)]
             assert found[0] == found[1], found
             aliases(moving)
         (one, _), (other, _) = everything(staying), everything(moving)
@@ -106,12 +106,12 @@ assert (offload.weights(moving.model)[0] == 3.0).all()
 model = RewardModel("scorer", world, Mesh(everyone), with_scalar_head(spec), RewardModelConfig(optimizer=OptimizerConfig(lr=1e-2)))
 parts = model.parts()
 assert parts["gradients"].bytes() == parts["optimizer"].bytes() == 0
-score = model.scores(model.place(samples)).get()
+score = model.scores(model.scatter(samples)).gather()
 leave_and_return(model, parts, ORDER)
-assert torch.equal(score, model.scores(model.place(samples)).get())
+assert torch.equal(score, model.scores(model.scatter(samples)).gather())
 for part in parts.values():
     part.changed()
-model.update(to_one, model.place(samples)).get()
+model.update(to_one, model.scatter(samples)).gather()
 leave_and_return(model, parts, ORDER)
 aliases(model)
 assert parts["optimizer"].bytes() > 0 and parts["gradients"].bytes() > 0

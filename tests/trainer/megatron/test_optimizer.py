@@ -39,7 +39,7 @@ for distributed in (True, False):
     config = PolicyConfig(optimizer=OptimizerConfig(lr=0.1, weight_decay=0.5, distributed=distributed))
     policy = Policy(f"decay{distributed}", world, Mesh(everyone), spec, config)
     before = weights(policy)
-    policy.update(nothing, policy.place(samples)).get()
+    policy.update(nothing, policy.scatter(samples)).gather()
     for name, now in weights(policy).items():
         expected = before[name] * (1.0 if before[name].dim() == 1 else 0.95)
         assert torch.allclose(now, expected, rtol=1e-6, atol=1e-8), name
@@ -58,7 +58,7 @@ for part in slices(policy.optimizer, policy.model):
             assert torch.equal(ours, theirs), box
             begun += int((ours != theirs.bfloat16().float()).sum())
 assert begun > 1000, begun
-losses = [policy.update(imitate, policy.place(samples)).get()["loss"] for _ in range(30)]
+losses = [policy.update(imitate, policy.scatter(samples)).gather()["loss"] for _ in range(30)]
 assert losses[-1] < losses[0] - 0.05, losses
 inner = policy.optimizer.inner
 inner = getattr(inner, "chained_optimizers", [inner])[0]
@@ -79,7 +79,7 @@ config = PolicyConfig(optimizer=OptimizerConfig(lr=0.0, clip_grad=1e-3))
 clipped = Policy("clip", world, Mesh(everyone), spec, config)
 config = PolicyConfig(optimizer=OptimizerConfig(lr=0.0, clip_grad=0.0))
 free = Policy("free", world, Mesh(everyone), spec, config)
-norms = [p.update(imitate, p.place(samples)).get()["grad_norm"] for p in (clipped, free)]
+norms = [p.update(imitate, p.scatter(samples)).gather()["grad_norm"] for p in (clipped, free)]
 assert abs(norms[0] - norms[1]) < 1e-5 * norms[1] and norms[1] > 1e-2, norms
 
 # a loss that is not finite stops, where it shall, before the weights change
@@ -88,7 +88,7 @@ def broken(policy_logp_BT, *, mask_BT):
     return policy_logp_BT * float("nan"), {}
 before = weights(free)
 try:
-    free.update(broken, free.place(samples)).get()
+    free.update(broken, free.scatter(samples)).gather()
 except ValueError as error:
     assert "the loss is nan at optimizer step 1" in str(error), error
 else:
