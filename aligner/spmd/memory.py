@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
-
-if TYPE_CHECKING:
-    from aligner.spmd.role import Role
 
 GIB = 1 << 30
 REMEDIES = (
@@ -43,8 +39,8 @@ class Meter:
         """Bytes that CUDA's allocator counts although they are unmapped: a sleeping engine's."""
 
     @contextmanager
-    def measured(self, method: str, roles: Sequence[Role]) -> Iterator[None]:
-        """Inside is a role call; it counts where this rank is a member of one of `roles`."""
+    def measured(self, method: str, member: bool) -> Iterator[None]:
+        """Around a role call; it counts where this rank is a `member` of a role that takes part."""
         self._boundary()
         self._open.append(0.0)
         try:
@@ -52,7 +48,7 @@ class Meter:
         finally:
             self._boundary()
             largest = self._open.pop()
-            if any(role.member for role in roles):
+            if member:
                 self._calls[method] = max(self._calls.get(method, 0.0), largest)
 
     def take(self) -> dict[str, float]:

@@ -10,25 +10,47 @@ What many ranks need goes by trees: a rank sends and receives log2(ranks) messag
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from aligner.health.timeline import STEP_END
+from aligner.health.journal import Journal
+from aligner.health.timeline import STEP_END, Timeline
 from aligner.spmd.serialization import ALIGN, Bytes, frame, pack, unframe, unpack
-
-if TYPE_CHECKING:
-    from aligner.spmd.world import World
 
 T = TypeVar("T")
 INLINE = 4096 - ALIGN
 """A payload of at most so many bytes travels with its header, as one message."""
 
 
+class Channel(Protocol):
+    """The ranks that exchange messages, as one of them sees it: the `World`."""
+
+    @property
+    def rank(self) -> int:
+        """This rank."""
+        ...
+
+    @property
+    def size(self) -> int:
+        """Ranks of the world."""
+        ...
+
+    @property
+    def journal(self) -> Journal:
+        """This rank's role calls; each message carries the number and digest of the last one."""
+        ...
+
+    @property
+    def timeline(self) -> Timeline:
+        """Where the time that messages take is noted."""
+        ...
+
+
 def exchange(
-    world: World, outgoing: Mapping[int, Bytes], incoming: Sequence[int], what: str = "values"
+    world: Channel, outgoing: Mapping[int, Bytes], incoming: Sequence[int], what: str = "values"
 ) -> dict[int, Bytes]:
     """Send `outgoing[peer]`, receive one message from each rank of `incoming`."""
     peers = sorted({*outgoing, *incoming})
@@ -38,7 +60,7 @@ def exchange(
         return _exchange(world, outgoing, incoming)
 
 
-def _exchange(world: World, outgoing: Mapping[int, Bytes], incoming: Sequence[int]) -> dict[int, Bytes]:
+def _exchange(world: Channel, outgoing: Mapping[int, Bytes], incoming: Sequence[int]) -> dict[int, Bytes]:
     stamp = world.journal.stamp()
     heads = {peer: np.empty(ALIGN + INLINE, np.uint8) for peer in incoming}
     arriving: list[Any] = [dist.irecv(torch.from_numpy(head), peer) for peer, head in heads.items()]
@@ -70,7 +92,7 @@ def _exchange(world: World, outgoing: Mapping[int, Bytes], incoming: Sequence[in
     return bodies
 
 
-def broadcast(world: World, value: Any, holders: Sequence[int], readers: Sequence[int]) -> Any:
+def broadcast(world: Channel, value: Any, holders: Sequence[int], readers: Sequence[int]) -> Any:
     """`value` of the holders on each of `readers`: whoever has it passes it on, so that each round doubles them.
 
     Every rank of the world calls it, with the same holders and readers.
@@ -95,7 +117,7 @@ def broadcast(world: World, value: Any, holders: Sequence[int], readers: Sequenc
     return value
 
 
-def all_gather(world: World, value: Any, ranks: Sequence[int]) -> list[Any]:
+def all_gather(world: Channel, value: Any, ranks: Sequence[int]) -> list[Any]:
     """Each rank's value on all of `ranks`, in their order; a collective of `ranks`, which hold the caller.
 
     In round k a rank passes all that it has to the rank 2^k before it (Bruck et al. 1997): log2(ranks) messages, and
@@ -121,7 +143,7 @@ def all_gather(world: World, value: Any, ranks: Sequence[int]) -> list[Any]:
     return [found[(i - place) % size] for i in range(size)]
 
 
-def reduce_to_rank0(world: World, value: T, merge: Callable[[T, T], T]) -> T | None:
+def reduce_to_rank0(world: Channel, value: T, merge: Callable[[T, T], T]) -> T | None:
     """Every rank's value merged on rank 0, in rank order, up a binomial tree; None elsewhere.
 
     Args:

@@ -4,38 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
-from aligner.spmd.cost import TOKENS, Cost
-from aligner.spmd.partition import Shares, partition
-
-if TYPE_CHECKING:
-    from aligner.spmd.role import Role
-
-
-@dataclass
-class Rows:
-    """The rows of one batch: every value computed from it lines up by global row number.
-
-    `known` is kept equal on all ranks (each sees every role call), so both ends of a transfer agree on who still
-    has to be told the lengths.
-    """
-
-    group_size: int
-    """Rows of one prompt."""
-    known: set[int]
-    """World ranks that hold `lengths`."""
-    lengths: list[int] | None = None
-    """Tokens of each row, in global order; None on ranks that have not needed it."""
-    _shares: dict[tuple[int, int, Cost], Shares] = field(default_factory=dict, repr=False)
-
-    def shares(self, shards: int, minibatches: int = 1, cost: Cost = TOKENS) -> Shares:
-        """The partition of these rows, computed once; needs the lengths."""
-        key = (shards, minibatches, cost)
-        if key not in self._shares:
-            assert self.lengths is not None, "a rank that has not learned the lengths asks for the partition"
-            self._shares[key] = partition(self.lengths, shards, self.group_size, minibatches, cost)
-        return self._shares[key]
+from aligner.spmd.partition import Shares
+from aligner.spmd.rows import Rows
+from aligner.spmd.transfer import Home, read_everywhere
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,7 +18,7 @@ class Ref:
     `ref.gather()` brings the value to every rank; `ref["field"]` is a Ref to one field of a dataclass or dict.
     """
 
-    home: Role
+    home: Home
     value: Any = field(default=None, repr=False)
     """This rank's shard on home ranks, None elsewhere."""
     rows: Rows | None = None
@@ -81,8 +54,6 @@ class Ref:
 
     def gather(self) -> Any:
         """The whole value, rows in global order, on every rank. A collective: every rank must call it."""
-        from aligner.spmd.transfer import read_everywhere
-
         return read_everywhere(self)
 
     def _refusal(self, what: str) -> TypeError:
