@@ -14,6 +14,7 @@ from aligner.bounds import check_settings
 from aligner.check.disk import bytes_needed, check_disk
 from aligner.check.memory import check_memory, learns, machine_of
 from aligner.check.rollout import answered_prompts, check_end, check_lengths, ends_of, sized, with_ends
+from aligner.check.run_folder import check_places, check_sources
 from aligner.checkpoint.claim import how_to_start, launch
 from aligner.checkpoint.lease import check_free
 from aligner.config.schema import Config
@@ -29,7 +30,6 @@ from aligner.models.verify_checkpoint import check_weights
 from aligner.reward.components import Part, parts_of, shown_component
 from aligner.rollout.config import RolloutConfig
 from aligner.run.best import best_of
-from aligner.run.folders import check_places, check_sources
 from aligner.spmd.mesh import Mesh
 from aligner.spmd.placement import MEGATRON, RANKS_THAT_WORK, Placement, make_meshes, role_layout
 from aligner.trainer.megatron.sizes import check_runs

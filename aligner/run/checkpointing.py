@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from aligner.check.run_folder import adopt
 from aligner.checkpoint.claim import FOLDER, Start, claim, finish, how_to_start, run_id
 from aligner.checkpoint.folder import step_folder
 from aligner.checkpoint.loader import Checkpoint, find
 from aligner.checkpoint.saver import Saver
 from aligner.config.as_json import config_as_json
-from aligner.run.folders import adopt
 from aligner.run.random_states import random_states, set_random_states
 from aligner.run.resume import compare
 from aligner.spmd.messages import all_gather

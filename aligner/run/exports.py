@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError
 
+from aligner.check.run_folder import BEST, pointed
 from aligner.models.checkpoint import PeerFailedError
 from aligner.models.hf_folder import flush, write_json
 from aligner.models.ownership import others_files, run_of
 from aligner.run.best import FOLDER, Best
-from aligner.run.folders import BEST, pointed
 from aligner.spmd.messages import all_gather, broadcast
 
 if TYPE_CHECKING:

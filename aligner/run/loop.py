@@ -13,6 +13,7 @@ import yaml
 
 from aligner.algorithms.step import Step, checked_step
 from aligner.check.rollout import shown_ends
+from aligner.check.run_folder import models_of
 from aligner.config.as_json import config_as_json
 from aligner.data.preferences import told
 from aligner.health.timeline import FOLDER, STEP_END
@@ -28,7 +29,6 @@ from aligner.run.best import best_of
 from aligner.run.checkpointing import RunCheckpointer
 from aligner.run.evaluate import Evaluation
 from aligner.run.exports import Exports, line_of
-from aligner.run.folders import models_of
 from aligner.run.guards import Guards
 from aligner.run.input_digests import ROWS
 from aligner.run.random_states import seed_all

@@ -1,4 +1,4 @@
-"""What a batch script asks before it starts the ranks: `python -m aligner.run.batch_script RANKS ARGUMENTS OF aligner.main...`.
+"""What a batch script asks before it starts the ranks: `python -m aligner.preflight RANKS ARGUMENTS OF aligner.main...`.
 
 All that `mode=check` finds is found here, by one process instead of every rank; its message is the last line, its status 2.
 On stdout: the run's folder, and nothing where the arguments ask for no run (--help, --cfg).
