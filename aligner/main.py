@@ -69,7 +69,7 @@ def _main(arguments: list[str]) -> None:
             return _print_once(rank, OmegaConf.to_yaml(OmegaConf.create(plain)))
         from aligner.checkpoint.claim import launch
         from aligner.checkpoint.lease import take
-        from aligner.run.job import prepare
+        from aligner.run.prepare import prepare
 
         config = configuration.to_config(composed)
         mask = Mask.of(arguments, dataclasses.asdict(config))
@@ -79,12 +79,14 @@ def _main(arguments: list[str]) -> None:
         if checking:
             from aligner.check.summary import summary
 
-            return _print_once(rank, mask.text(summary(job, ranks)))
+            return _print_once(rank, mask.text(summary(job.config, job.roles, job.checked, ranks)))
         if rank == 0:
             job = dataclasses.replace(job, lease=take(Path(config.run_dir), launch()))
     except ValueError as error:
         _refuse(rank, mask.text(str(error)))
-    job.run()
+    from aligner.run.loop import run_job
+
+    run_job(job)
 
 
 def _print_once(rank: int, text: str) -> None:

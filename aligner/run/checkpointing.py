@@ -60,7 +60,8 @@ class RunCheckpointer:
             )
         self.inputs = all_gather(self.world, self.job.inputs, range(self.world.size))[0]
         if found is not None:
-            compare(found.state, self.job, self.inputs, say=first)
+            accepted = config.checkpoint.accept_changes
+            compare(found.state, config_as_json(config, self.job.mask), self.inputs, accepted, say=first)
         run = None
         if first:
             earlier = run_id(self.run_dir) == ""
@@ -105,7 +106,7 @@ class RunCheckpointer:
         entries: dict[str, Any] = {}
         files: dict[str, bytes] = {}
         shared: dict[str, Any] = {
-            "config": config_as_json(self.job),
+            "config": config_as_json(self.job.config, self.job.mask),
             "inputs": self.inputs,
             "data": self.rows.state_dict() if self.world.rank == 0 else {},  # the digest costs others time
             "kept": self.roles.kept_values(),

@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError
 
-from aligner.check.run_folder import BEST, pointed
+from aligner.check.run_folder import BEST, EXPORTS, pointed
 from aligner.models.checkpoint import PeerFailedError
 from aligner.models.hf_folder import flush, write_json
 from aligner.models.ownership import others_files, run_of
-from aligner.run.best import FOLDER, Best
+from aligner.run.best import Best
 from aligner.spmd.messages import all_gather, broadcast
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ class Exports:
         self.run = run
         self.failed = 0
         """Exports that could not be written."""
-        self._folder, self._link = Path(run_dir) / FOLDER, Path(run_dir) / BEST
+        self._folder, self._link = Path(run_dir) / EXPORTS, Path(run_dir) / BEST
         self._tends = self.world.rank == role.mesh.ranks[0]
         if self._tends:
             for left in self._folder.glob(".step_*"):  # of a job that was killed while it wrote or removed one
@@ -138,7 +138,7 @@ class Exports:
         flush(self._place(step))
         link = self._link.with_name(f".{BEST}.new")
         link.unlink(missing_ok=True)
-        link.symlink_to(Path(FOLDER) / self._place(step).name, target_is_directory=True)
+        link.symlink_to(Path(EXPORTS) / self._place(step).name, target_is_directory=True)
         os.replace(link, self._link)
         flush(self._link.parent)
 

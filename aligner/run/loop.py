@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NoReturn
 
 import torch.distributed as dist
 import yaml
@@ -23,14 +23,16 @@ from aligner.report.samples import write_samples
 from aligner.report.write import write_report
 from aligner.reward.pool import Status
 from aligner.reward.role import Scores
+from aligner.reward.signals import start_tracker
 from aligner.roles.build import Roles, build_roles
 from aligner.run.batches import batches, rows_of
-from aligner.run.best import best_of
+from aligner.run.best import Best
 from aligner.run.checkpointing import RunCheckpointer
 from aligner.run.evaluate import Evaluation
 from aligner.run.exports import Exports, line_of
 from aligner.run.guards import Guards
 from aligner.run.input_digests import ROWS
+from aligner.run.job import Job
 from aligner.run.random_states import seed_all
 from aligner.run.signals import Signals
 from aligner.run.step_stats import merged, step_stats_of
@@ -39,11 +41,22 @@ from aligner.spmd.ref import Ref
 from aligner.spmd.transfer import read_at_first
 from aligner.spmd.world import World
 
-if TYPE_CHECKING:
-    from aligner.run.job import Job
+
+def run_job(job: Job) -> NoReturn:
+    """Start the world, drive the loop on this rank, leave. The process ends here."""
+    start_tracker()  # before a library does, whose would die of Slurm's SIGUSR1
+    world = World(job.config.timeout_seconds, job.config.hang, job.config.run_dir)
+    world.watch.hide = job.mask.text
+    if job.lease:
+        world.on_leave(job.lease.release)
+    try:
+        drive(job, world)
+    except BaseException as error:
+        world.fail(error)
+    world.leave()
 
 
-def run_job(job: Job, world: World) -> None:
+def drive(job: Job, world: World) -> None:
     """Build the roles and drive the loop to its end."""
     seed_all(job.config.seed)
     roles = build_roles(job.config, job.roles, world, job.checked.meshes, job.checked.spec, job.checked.tokenizer)
@@ -72,7 +85,8 @@ class Driver:
         self.job, self.config, self.world, self.roles = job, job.config, world, roles
         self.run_dir = Path(job.config.run_dir)
         self.guards, self.signals, self._asked = Guards(job.config.guards), Signals(), ""
-        best = best_of(self.config.train, job.roles, job.checked.data)
+        metric = job.checked.best_metric
+        best = Best(metric) if metric else None
         self.rows = rows_of(job.config, job.checked, job.inputs.get(ROWS))
         self.durable = RunCheckpointer(job, world, roles, self.rows)
         self.before = self.durable.restore()
@@ -81,7 +95,9 @@ class Driver:
         self._recall(self.durable.driver)
         self.writer: MetricsWriter | None = None
         if world.rank == 0:
-            (self.run_dir / CONFIG_FILE).write_text(yaml.safe_dump(config_as_json(job), sort_keys=False))
+            (self.run_dir / CONFIG_FILE).write_text(
+                yaml.safe_dump(config_as_json(job.config, job.mask), sort_keys=False)
+            )
             logging, steps = job.config.logging, job.config.train.steps
             self.writer = MetricsWriter(
                 self.run_dir, logging.console, logging.wandb_run(), steps, logging.every, job.mask.text, self.before

@@ -1,4 +1,4 @@
-"""One job from checked configuration to last report: world, roles, the loop, and what is logged around it."""
+"""From a composed configuration to a `Job`: its loop, its models, its data; every mistake is found on the way."""
 
 from __future__ import annotations
 
@@ -6,19 +6,20 @@ import importlib
 import inspect
 import os
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import hydra.utils
 
-from aligner.check.job import Checked, check
+from aligner.check.job import check_job, check_models
 from aligner.check.loop_settings import hints_of, one_line, settings_of
-from aligner.checkpoint.lease import Lease
+from aligner.config.as_json import config_as_json
 from aligner.config.schema import Config
-from aligner.config.secrets import Mask
 from aligner.data.prompts import Prompt
 from aligner.data.samples import Demonstrations, Feedback, Pairs
+from aligner.data.sets import read_sets
 from aligner.run.input_digests import inputs_of
+from aligner.run.job import Job
 from aligner.run.library_warnings import ignore_library_notes
 from aligner.run.resume import check_resumed
 from aligner.trainer.loss_mean import takes_one_step
@@ -32,43 +33,10 @@ BATCHES = {
 """data.kind -> how a loop annotates the batches that it iterates over."""
 
 
-@dataclass(frozen=True)
-class Job:
-    """Everything known before the world starts."""
-
-    config: Config
-    loop: Callable[..., Iterator[Any]]
-    settings: Any
-    """The loop's own settings, `cfg` in its signature."""
-    roles: list[str]
-    checked: Checked
-    inputs: dict[str, str] = field(default_factory=dict)
-    """What is read besides the settings, as digests (see `inputs_of`); on the first rank."""
-    lease: Lease | None = None
-    """The first rank's hold of run_dir."""
-    mask: Mask = field(default_factory=Mask)
-    """The secrets that must not be shown or saved."""
-
-    def run(self) -> None:
-        """Start the world, run the loop on this rank, leave. Does not return."""
-        from aligner.reward.signals import start_tracker
-        from aligner.run.loop import run_job
-        from aligner.spmd.world import World
-
-        start_tracker()  # before a library does, whose would die of Slurm's SIGUSR1
-        world = World(self.config.timeout_seconds, self.config.hang, self.config.run_dir)
-        world.watch.hide = self.mask.text
-        if self.lease:
-            world.on_leave(self.lease.release)
-        try:
-            run_job(self, world)
-        except BaseException as error:
-            world.fail(error)
-        world.leave()
-
-
 def prepare(config: Config, world_size: int) -> Job:
-    """Check everything and find the loop.
+    """Find the loop, check the settings and the models, read the data, check them together.
+
+    What is held in memory afterwards: every row of data.path and data.eval_path, tokenized.
 
     Raises:
         ValueError: a mistake in the configuration or the data, with the setting and what would work.
@@ -82,13 +50,15 @@ def prepare(config: Config, world_size: int) -> Job:
     _check_batches(loop, config)
     roles = list(getattr(settings, "roles", ["policy", "rollout", "reward"]))
     _check_stream(config, settings, roles)
-    checked = check(config, roles, world_size)
+    models = check_models(config, roles, world_size)
+    data = read_sets(config.data, models.tokenizer)
+    checked = check_job(config, roles, models, data)
     config = replace(config, rollout=checked.rollout)
     job = Job(config, loop, settings, roles, checked)
     if os.environ.get("RANK", "0") != "0":
         return job
     job = replace(job, inputs=inputs_of(config, roles, checked.data))
-    check_resumed(job)
+    check_resumed(config, config_as_json(config, job.mask), job.inputs)
     return job
 
 

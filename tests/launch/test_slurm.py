@@ -109,11 +109,10 @@ class Cluster:
             f'export VIRTUAL_ENV={sys.prefix} PATH="{sys.prefix}/bin:$PATH" ALIGNER_DEVICE="${{ALIGNER_DEVICE:-cpu}}"\n'
         )
         (folder / "launch" / "environment.sh").write_text(environment)
-        (folder / "aligner" / "run").mkdir(parents=True)
+        (folder / "aligner").mkdir(parents=True)
         # the launcher is the real one
         (folder / "aligner" / "__init__.py").write_text(f"__path__.append({str(ROOT / 'aligner')!r})\n")
         (folder / "aligner" / "main.py").write_text(PROGRAM)
-        (folder / "aligner" / "run" / "__init__.py").touch()
         (folder / "aligner" / "preflight.py").write_text(f"print({str(folder / 'run')!r})\n")
         (folder / "bin").mkdir()
         for name, text in (("scontrol", SCONTROL), ("squeue", SQUEUE), ("srun", SRUN)):

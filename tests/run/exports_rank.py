@@ -16,9 +16,9 @@ from typing import Any
 
 from aligner.config.schema import Config, compose_config, to_config
 from aligner.roles.build import build_roles
-from aligner.run.best import best_of
+from aligner.run.best import Best
 from aligner.run.exports import Exports
-from aligner.run.job import prepare
+from aligner.run.prepare import prepare
 from aligner.spmd.world import World
 from aligner.trainer.model_role import ModelRole
 
@@ -62,7 +62,7 @@ def main() -> None:
     checked = job.checked
     roles = build_roles(job.config, ["policy"], world, checked.meshes, checked.spec, checked.tokenizer)
     notes: list[str] = []
-    best = best_of(job.config.train, ["policy"], checked.data)
+    best = Best(checked.best_metric) if checked.best_metric else None
     exports = Exports(roles.main, out, job.config.train, best, notes.append)
     if scene != "again":
         exports.clear()
