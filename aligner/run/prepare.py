@@ -12,7 +12,7 @@ from typing import Any
 import hydra.utils
 
 from aligner.check.job import check_job, check_models
-from aligner.check.loop_settings import hints_of, one_line, settings_of
+from aligner.check.loop_settings import hints_of, one_line, raised_at, settings_of
 from aligner.config.as_json import config_as_json
 from aligner.config.schema import Config
 from aligner.data.prompts import Prompt
@@ -70,10 +70,11 @@ def _find_loop(algorithm: dict[str, Any]) -> Callable[..., Iterator[Any]]:
     try:
         loop = getattr(importlib.import_module(module), name)
     except Exception as error:
+        where = "" if isinstance(error, (ImportError, AttributeError)) else f" at {raised_at(error)}"
         raise ValueError(
-            f"algorithm._target_={target} cannot be imported ({type(error).__name__}: {one_line(error)}); give "
+            f"algorithm._target_={target} cannot be imported ({type(error).__name__}{where}: {one_line(error)}); give "
             "module.function, where the module is found from the folder the job is started in."
-        ) from None
+        ) from error
     if not callable(loop) or inspect.isclass(loop) or len(inspect.signature(loop).parameters) != 3:
         raise ValueError(f"algorithm._target_={target} must be a function of (roles, batches, cfg).")
     if inspect.iscoroutinefunction(loop) or inspect.isasyncgenfunction(loop):
