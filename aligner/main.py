@@ -14,9 +14,9 @@ import time
 from pathlib import Path
 from typing import NoReturn
 
-from aligner.config.paths import path_option
 from aligner.config.secrets import Mask
 from aligner.health.process_exit import at_once, own_folder
+from aligner.paths import path_option
 
 PATIENCE = 30.0
 """Other ranks wait this many seconds for rank 0 to say the mistake; the launcher ends them when rank 0 has left."""

@@ -23,10 +23,10 @@ from aligner.bounds import AtLeast, Between, NotEmpty, OneOf, dataclass_in
 from aligner.checkpoint.config import CheckpointConfig
 from aligner.config.check import CheckConfig
 from aligner.config.guards import GuardConfig
-from aligner.config.paths import expand_composed, expand_values, quoted_tilde
 from aligner.config.run import TrainConfig
 from aligner.data.config import DataConfig
 from aligner.health.config import HangConfig
+from aligner.paths import expand_composed, expand_values, quoted_tilde
 from aligner.report.config import LoggingConfig
 from aligner.reshard.config import ReshardConfig
 from aligner.reward.config import RewardConfig

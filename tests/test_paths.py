@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from aligner.bounds import check_settings
-from aligner.config.paths import SETTINGS, expanded, path_option, quoted_tilde
 from aligner.config.schema import Config, compose_config, to_config
+from aligner.paths import SETTINGS, expanded, path_option, quoted_tilde
 from aligner.reward.components import parts_of
 from tools.generate import options
 
