@@ -18,7 +18,7 @@ from aligner.paths import SETTINGS, expanded, path_option, quoted_tilde
 from aligner.reward.components import parts_of
 from tools.generate import options
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(autouse=True)
