@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 from aligner.algorithms.sampling import scored_samples
 from aligner.algorithms.step import Step
+from aligner.bounds import AtLeast
 from aligner.data.pairs import leave_out_pairs, ranked
 from aligner.data.prompts import Prompt
 from aligner.objective.masked import row_sums
@@ -20,15 +21,10 @@ class OnlineDpoConfig:
 
     roles: list[str] = field(default_factory=lambda: ["policy", "rollout", "reference", "reward"])
     """Roles to build; the reward is a rule, a reward model, a judge, or several."""
-    more_batches: int = 0
+    more_batches: Annotated[int, AtLeast(0, "0: no dynamic sampling")] = 0
     """Further batches of prompts that a step may sample to replace pairs of equal rewards."""
     loss: Any = None
     """A loss of pairs with its settings, as a `_target_` with `_partial_: true`."""
-
-    def check(self) -> None:
-        """Raises ValueError naming the setting and the values that would work."""
-        if self.more_batches < 0:
-            raise ValueError(f"algorithm.more_batches={self.more_batches} must be 0 (no dynamic sampling) or more.")
 
 
 def online_dpo(roles: Roles, prompts: Iterable[list[Prompt]], cfg: OnlineDpoConfig) -> Iterator[Step]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from aligner.algorithms.off_policy import proximal
 from aligner.algorithms.sampling import scored_samples
 from aligner.algorithms.step import Step
 from aligner.algorithms.whitening import whitened
+from aligner.bounds import AtLeast, Between, MoreThan
 from aligner.data.prompts import Prompt
 from aligner.data.samples import Samples, leave_out_unscored
 from aligner.objective.kl import k1
@@ -31,22 +32,22 @@ class PpoConfig:
 
     roles: list[str] = field(default_factory=lambda: ["policy", "critic", "rollout", "reference", "reward"])
     """Roles to build; without reference there is no KL."""
-    group_size: int = 1
+    group_size: Annotated[int, AtLeast(1)] = 1
     """Samples per prompt."""
-    gamma: float = 1.0
+    gamma: Annotated[float, Between(0, 1)] = 1.0
     """Discount a token."""
-    lam: float = 0.95
+    lam: Annotated[float, Between(0, 1)] = 0.95
     """Discount a token of GAE: 1 trusts the samples, 0 the critic."""
     kl_control: Any = None
     """Who chooses what a nat of KL costs: FixedKL or AdaptiveKL of aligner.objective.kl_control, as a `_target_`."""
     scale_rewards: bool = False
     """Divide rewards by the standard deviation of all rewards so far."""
-    reward_clip: float = math.inf
+    reward_clip: Annotated[float, MoreThan(0)] = math.inf
     """Bound on the (scaled) reward."""
     whiten: bool = True
     """Advantages less their mean, in standard deviations, over the trained tokens of the whole batch; false: as GAE gives
     them (Schulman et al. 2017)."""
-    critic_warmup: int = 0
+    critic_warmup: Annotated[int, AtLeast(0)] = 0
     """First steps in which only the critic learns."""
     loss: Any = None
     """The policy's loss, as a `_target_` with `_partial_: true`."""
@@ -57,14 +58,6 @@ class PpoConfig:
         """Raises ValueError naming the setting and the values that would work."""
         if self.kl_control is None:
             raise ValueError("algorithm.kl_control needs a _target_; see conf/algorithm/ppo.yaml.")
-        for name in ("gamma", "lam"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"algorithm.{name}={getattr(self, name)} must be between 0 and 1.")
-        if self.group_size < 1 or self.critic_warmup < 0 or not self.reward_clip > 0:
-            raise ValueError(
-                f"algorithm.group_size={self.group_size} must be 1 or more, algorithm.critic_warmup={self.critic_warmup} "
-                f"0 or more, algorithm.reward_clip={self.reward_clip} more than 0."
-            )
 
 
 @dataclass(frozen=True)
