@@ -34,7 +34,7 @@ RENAMED: dict[str, str] = {}
 LAYOUTS: dict[int, list[str]] = {
     1: [],
     2: ["placement.policy.tensor=2"],
-    4: ["placement.policy.tensor=2", "placement.policy.pipeline=2"],
+    4: ["placement.policy.tensor=2", "placement.policy.pipeline=2", "placement.policy.stage_layers=[1,2]"],
 }
 """Ranks -> where the policy and the models beside it are cut; rollout: a replica on each rank."""
 ONLINE = ["--config-name=quickstart", "data.path={task}/prompts.jsonl", "data.eval_path={task}/heldout.jsonl", "data.eval_prompts=32"]  # fmt: skip
