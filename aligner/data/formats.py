@@ -1,4 +1,4 @@
-"""Files that hold rows in other forms than JSONL: what they are, and the command that makes JSONL of them."""
+"""Detect data files that are not JSONL (Parquet, CSV, compressed, ...) and suggest the command that converts them."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 HEAD_BYTES = 1024
-"""How much of a file's beginning tells its form."""
+"""Bytes at the start of a file that are inspected."""
 
 
 @dataclass(frozen=True)
 class MessageLayout:
-    """A form of file that is not read here."""
+    """A file format that is not supported directly."""
 
     what: str
-    """What it is, after "is"."""
+    """Description; completes "the file is ..."."""
     command: str
-    """What turns {file} into {out}, both quoted for a shell; {python} is {file} quoted for Python inside "..."."""
+    """Command that converts {file} to {out}, both shell-quoted; {python} is {file} as a Python literal inside "..."."""
     beginnings: tuple[bytes, ...] = ()
     suffixes: tuple[str, ...] = ()
 
@@ -28,7 +28,7 @@ CSV = (
     "> {out}"
 )
 LFS = MessageLayout("a pointer of Git LFS, not the file itself", "git lfs pull", (b"version https://git-lfs",))
-FORMS = (
+FORMATS = (
     LFS,
     MessageLayout("compressed (gzip)", "gzip -dc {file} > {out}", (b"\x1f\x8b",)),
     MessageLayout("compressed (zstd)", "zstd -dc {file} > {out}", (b"\x28\xb5\x2f\xfd",)),
@@ -62,19 +62,19 @@ FORMS = (
     ),
 )
 TAR = MessageLayout("a tar archive", "tar -xf {file}")
-SPREAD = MessageLayout(
+MULTILINE = MessageLayout(
     "JSON of which one object stands on several lines",
     "jq -c . {file} > {out} (with '.data[]' in place of . where the rows are a list under \"data\")",
 )
 
 
-def other_form(file: Path, head: bytes) -> str | None:
-    """What to do with a file that is no JSONL, as the end of a message; None where nothing speaks against JSONL.
+def conversion_hint(file: Path, head: bytes) -> str | None:
+    """The end of an error message for a file that is not JSONL, with the command that converts it; None for JSONL.
 
     Args:
-        head: its first HEAD_BYTES.
+        head: the first HEAD_BYTES of the file.
     """
-    form = _form(file, head)
+    form = _detect(file, head)
     if form is None:
         return None
     name = file.name
@@ -93,49 +93,49 @@ def other_form(file: Path, head: bytes) -> str | None:
         ".json",
     ):
         name = name.removesuffix(suffix)
-    out = str(file.with_name(f"{Path(name).stem if name.endswith('.jsonl') else name}.jsonl"))
-    if out == str(file):
-        out = str(file.with_name(f"{file.stem}.rows.jsonl"))
+    target = str(file.with_name(f"{Path(name).stem if name.endswith('.jsonl') else name}.jsonl"))
+    if target == str(file):
+        target = str(file.with_name(f"{file.stem}.rows.jsonl"))
     command = form.command
     for key, value in {
         "{file}": shlex.quote(str(file)),
-        "{out}": shlex.quote(out),
+        "{out}": shlex.quote(target),
         "{python}": _python(str(file)),
-        "{pythonout}": _python(out),
+        "{pythonout}": _python(target),
     }.items():
         command = command.replace(key, value)
     return f"is {form.what}, and rows are read from JSONL, one JSON object a line; first run: {command}"
 
 
 def missing_hint(path: str) -> str:
-    """What a path that is not there may have been meant as, as a further sentence; "" where nothing suggests itself."""
+    """A hint for a path that does not exist (URL, glob, hub data set), as a further sentence; "" if there is none."""
     if "://" in path:
-        return " Addresses are not opened: download the file first."
+        return " URLs are not opened: download the file first."
     if any(letter in path for letter in "*?[,"):
-        return " One file is read: cat FILES > rows.jsonl joins several."
+        return " Only one file is read: join several with cat FILES > rows.jsonl."
     if re.fullmatch(r"[\w.-]+/[\w.-]+", path) and not Path(path).suffix:
         command = f"from datasets import load_dataset; load_dataset('{path}', split='train').to_json('rows.jsonl')"
-        return f' If it is a data set of a hub: python -c "{command}" (pip install datasets).'
+        return f' If it is a data set on a hub: python -c "{command}" (pip install datasets).'
     return ""
 
 
 def folder_hint(folder: Path) -> str:
-    """What a folder may have been meant as."""
+    """A hint for a path that is a folder, as a further sentence; "" if there is none."""
     if (folder / "dataset_info.json").is_file() or (folder / "dataset_dict.json").is_file():
         command = f"from datasets import load_from_disk; load_from_disk({_python(str(folder))}).to_json('rows.jsonl')"
-        return f' It holds a data set of datasets: python -c "{command}".'
-    found = sorted(file.name for file in folder.glob("*.jsonl"))[:3]
-    return f" It holds {', '.join(found)}." if found else ""
+        return f' It is a data set saved by datasets: python -c "{command}".'
+    names = sorted(file.name for file in folder.glob("*.jsonl"))[:3]
+    return f" It holds {', '.join(names)}." if names else ""
 
 
-def _form(file: Path, head: bytes) -> MessageLayout | None:
+def _detect(file: Path, head: bytes) -> MessageLayout | None:
     text = head.removeprefix(b"\xef\xbb\xbf").lstrip()
     if head[257:262] == b"ustar":
         return TAR
     if text.startswith(b"{"):
         first = text.split(b"\n", 1)
-        return SPREAD if len(first) > 1 and first[0].strip() == b"{" else None
-    for form in FORMS:
+        return MULTILINE if len(first) > 1 and first[0].strip() == b"{" else None
+    for form in FORMATS:
         if head.startswith(form.beginnings) or (text.startswith(b"[") and b"[" in form.beginnings):
             return form
         if file.name.lower().endswith(form.suffixes) and form.suffixes:
@@ -144,5 +144,5 @@ def _form(file: Path, head: bytes) -> MessageLayout | None:
 
 
 def _python(text: str) -> str:
-    """A Python literal that may stand inside double quotes of a shell."""
+    """A Python string literal, escaped for use inside double quotes of a shell."""
     return re.sub(r'([\\"$`])', r"\\\1", repr(text))
