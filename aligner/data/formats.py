@@ -12,7 +12,7 @@ HEAD_BYTES = 1024
 
 
 @dataclass(frozen=True)
-class MessageLayout:
+class FileFormat:
     """A file format that is not supported directly."""
 
     what: str
@@ -27,42 +27,42 @@ CSV = (
     "python -c \"import csv, json; [print(json.dumps(row)) for row in csv.DictReader(open({python}, newline='', encoding='utf-8-sig'){tab})]\" "
     "> {out}"
 )
-LFS = MessageLayout("a pointer of Git LFS, not the file itself", "git lfs pull", (b"version https://git-lfs",))
+LFS = FileFormat("a pointer of Git LFS, not the file itself", "git lfs pull", (b"version https://git-lfs",))
 FORMATS = (
     LFS,
-    MessageLayout("compressed (gzip)", "gzip -dc {file} > {out}", (b"\x1f\x8b",)),
-    MessageLayout("compressed (zstd)", "zstd -dc {file} > {out}", (b"\x28\xb5\x2f\xfd",)),
-    MessageLayout("compressed (xz)", "xz -dc {file} > {out}", (b"\xfd7zXZ\x00",)),
-    MessageLayout("compressed (bzip2)", "bzip2 -dc {file} > {out}", (b"BZh",)),
-    MessageLayout("compressed (lz4)", "lz4 -dc {file} > {out}", (b"\x04\x22\x4d\x18",)),
-    MessageLayout("a zip archive", "unzip -p {file} > {out}", (b"PK\x03\x04",)),
-    MessageLayout(
+    FileFormat("compressed (gzip)", "gzip -dc {file} > {out}", (b"\x1f\x8b",)),
+    FileFormat("compressed (zstd)", "zstd -dc {file} > {out}", (b"\x28\xb5\x2f\xfd",)),
+    FileFormat("compressed (xz)", "xz -dc {file} > {out}", (b"\xfd7zXZ\x00",)),
+    FileFormat("compressed (bzip2)", "bzip2 -dc {file} > {out}", (b"BZh",)),
+    FileFormat("compressed (lz4)", "lz4 -dc {file} > {out}", (b"\x04\x22\x4d\x18",)),
+    FileFormat("a zip archive", "unzip -p {file} > {out}", (b"PK\x03\x04",)),
+    FileFormat(
         "a Parquet file",
         'python -c "from datasets import Dataset; Dataset.from_parquet({python}).to_json({pythonout})" (pip install datasets)',
         (b"PAR1",),
     ),
-    MessageLayout(
+    FileFormat(
         "an Arrow file",
         "python -c \"import pandas; pandas.read_feather({python}).to_json({pythonout}, orient='records', lines=True)\" "
         "(pip install pandas pyarrow)",
         (b"ARROW1",),
     ),
-    MessageLayout(
+    FileFormat(
         "an Arrow stream, as datasets keeps them",
         'python -c "from datasets import Dataset; Dataset.from_file({python}).to_json({pythonout})" (pip install datasets)',
         (b"\xff\xff\xff\xff",),
     ),
-    MessageLayout("UTF-16 text", "iconv -f UTF-16 -t UTF-8 {file} > {out}", (b"\xff\xfe", b"\xfe\xff")),
-    MessageLayout("a table of comma-separated values", CSV.replace("{tab}", ""), suffixes=(".csv",)),
-    MessageLayout("a table of tab-separated values", CSV.replace("{tab}", ", delimiter='\\t'"), suffixes=(".tsv",)),
-    MessageLayout(
+    FileFormat("UTF-16 text", "iconv -f UTF-16 -t UTF-8 {file} > {out}", (b"\xff\xfe", b"\xfe\xff")),
+    FileFormat("a table of comma-separated values", CSV.replace("{tab}", ""), suffixes=(".csv",)),
+    FileFormat("a table of tab-separated values", CSV.replace("{tab}", ", delimiter='\\t'"), suffixes=(".tsv",)),
+    FileFormat(
         "one JSON array",
         'python -c "import json; [print(json.dumps(row)) for row in json.load(open({python}))]" > {out}',
         (b"[",),
     ),
 )
-TAR = MessageLayout("a tar archive", "tar -xf {file}")
-MULTILINE = MessageLayout(
+TAR = FileFormat("a tar archive", "tar -xf {file}")
+MULTILINE = FileFormat(
     "JSON of which one object stands on several lines",
     "jq -c . {file} > {out} (with '.data[]' in place of . where the rows are a list under \"data\")",
 )
@@ -128,7 +128,7 @@ def folder_hint(folder: Path) -> str:
     return f" It holds {', '.join(names)}." if names else ""
 
 
-def _detect(file: Path, head: bytes) -> MessageLayout | None:
+def _detect(file: Path, head: bytes) -> FileFormat | None:
     text = head.removeprefix(b"\xef\xbb\xbf").lstrip()
     if head[257:262] == b"ustar":
         return TAR
