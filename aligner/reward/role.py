@@ -15,10 +15,10 @@ from torch import Tensor
 from aligner.data.decoding import decode
 from aligner.data.samples import Samples
 from aligner.health.rank_status import shortened
-from aligner.reward.audit import Missing, check_missing, missing_of
 from aligner.reward.combine import combine, reward_row
 from aligner.reward.components import Scorer, parts_of
 from aligner.reward.config import RewardConfig
+from aligner.reward.missing import Missing, check_missing, missing_of
 from aligner.reward.worker import Score, Status
 from aligner.spmd.mesh import Mesh
 from aligner.spmd.messages import all_gather
