@@ -46,7 +46,7 @@ class FreedWeights:
 
     def evict(self) -> None:
         """Free the weights; the engine cannot generate until the next sync."""
-        self._engine.ready = False
+        self._engine.loaded.evict()
         drop_kernels(self._engine.model)
         for parameter in self._engine.model.parameters():
             storage = parameter.untyped_storage()
@@ -116,7 +116,7 @@ class SleepingWeights:
 
     def evict(self) -> None:
         """Free the weights; the engine cannot generate until the next sync."""
-        self._engine.ready = False
+        self._engine.loaded.evict()
         self._buffers = [(buffer, buffer.to("cpu", copy=True)) for buffer in self._engine.model.buffers()]
         with self._engine.inside():
             self._engine.executor.discard(("weights",))
