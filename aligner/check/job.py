@@ -19,7 +19,7 @@ from aligner.check.run_folder import check_places, check_sources
 from aligner.checkpoint.claim import how_to_start, launch
 from aligner.checkpoint.lease import check_free
 from aligner.config.schema import Config
-from aligner.data.answers import Answered
+from aligner.data.answers import TokenizedAnswer
 from aligner.data.end_tokens import EndTokens, special_ids
 from aligner.data.prompts import Prompt
 from aligner.data.sets import DataSets
@@ -315,7 +315,7 @@ def _check_fields(part: Part, needed: frozenset[str], config: Config, data: Data
         (task or f"data.eval_path={config.data.eval_path}", data.heldout),
     ]
     for source, rows in sources:
-        fields = [row.fields for row in rows if isinstance(row, (Prompt, Answered))]
+        fields = [row.fields for row in rows if isinstance(row, (Prompt, TokenizedAnswer))]
         for name in sorted(needed - {"prompt"}):  # which every row has, as text
             lacking = [number for number, has in enumerate(fields, start=1) if name not in has]
             if lacking:

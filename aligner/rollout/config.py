@@ -1,4 +1,4 @@
-"""The rollout's settings: what the engine is built with and how samples are drawn (no torch, no vLLM)."""
+"""Settings of generation: the vLLM engine, sampling, asynchronous generation (no torch, no vLLM)."""
 
 from __future__ import annotations
 
@@ -35,16 +35,16 @@ def padded_vocab(vocab: int) -> int:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How responses are drawn. Their log-probabilities are those of the distribution drawn from, after all of this."""
+    """Sampling parameters. Log-probabilities are those of the distribution sampled from, after temperature, top-k and top-p."""
 
     temperature: Annotated[float, Between(0, 2)] = 1.0
     """Divides the logits, 0.01 to 2; 0 is greedy (log-probabilities are then those of temperature 1)."""
     max_tokens: Annotated[int, AtLeast(1)] = 256
-    """Most tokens in a response; one that reaches it without a stop token is truncated."""
+    """Maximum tokens of a response; one that reaches it without a stop token is truncated."""
     top_p: Annotated[float, MoreThan(0), AtMost(1)] = 1.0
-    """Draw from the smallest set of tokens with at least this probability; 1 keeps all."""
+    """Nucleus sampling: the smallest set of tokens with at least this probability; 1: all tokens."""
     top_k: Annotated[int, AtLeast(0, "0: all tokens")] = 0
-    """Draw from this many most likely tokens; 0 keeps all."""
+    """Sample from this many most likely tokens; 0: all tokens."""
     stop_token_ids: Annotated[tuple[int, ...] | None, AtLeast(0)] = None
     """Tokens that end a response, which includes them; null: every token that ends a turn by the model's own files
     (config.json, generation_config.json), its tokenizer, its chat template or the answers that are trained on."""
@@ -59,24 +59,24 @@ class Sampling:
 
 @dataclass(frozen=True)
 class RolloutConfig:
-    """How each replica's engine is built."""
+    """Settings of each replica's vLLM engine."""
 
     dtype: Annotated[str, OneOf("float32", "bfloat16")] = "float32"
     """Weights, activations and KV cache: float32 or bfloat16."""
     max_model_len: Annotated[int | None, AtLeast(2, "room for a response")] = None
-    """Most tokens in one sample, prompt and response together. null: data.max_prompt_tokens + sampling.max_tokens, or
+    """Maximum tokens of one sample, prompt and response together. null: data.max_prompt_tokens + sampling.max_tokens, or
     the model's own maximum where that is less and the prompts are short enough for it."""
     max_num_seqs: Annotated[int, AtLeast(1)] = 128
-    """Most samples that one replica generates at the same time; more wait for their turn."""
+    """Maximum number of samples that one replica generates concurrently; others are queued."""
     max_batched_tokens: int | None = None
-    """Most tokens in one engine step; null: the engine's own choice."""
+    """Maximum tokens in one engine step; null: vLLM's default."""
     kv_cache_mib: Annotated[int | None, AtLeast(1)] = None
     """KV cache of each rank in MiB. null: on CUDA what gpu_memory_utilization leaves; on a CPU enough for
     max_num_seqs samples of max_model_len tokens, but no more than 1024."""
     gpu_memory_utilization: Annotated[float, MoreThan(0), AtMost(1)] = 0.4
     """CUDA, with kv_cache_mib=null: fraction of the device's memory for the engine, weights and KV cache together."""
     prefix_caching: bool = True
-    """Keep the KV cache of prompts, so that a prompt's samples share one prefill; emptied at every weight sync."""
+    """Prefix caching: samples of one prompt share its prefill; emptied at every weight sync."""
     enforce_eager: bool = False
     """CUDA: run without CUDA graphs (less memory, slower). A CPU always runs eagerly."""
 
@@ -154,17 +154,17 @@ class RolloutConfig:
 
 @dataclass(frozen=True)
 class StreamConfig:
-    """How far generation runs ahead of training, in loops that take their samples from a stream (all but ReMax)."""
+    """Asynchronous generation, in loops that use `rollout.stream` (all but ReMax)."""
 
     lag: Annotated[int, AtLeast(0, "0: on-policy")] = 0
-    """Batches that are generated ahead of the one that is trained on. 0: strictly on-policy. 1: a rollout on ranks of
-    its own works while the policy trains, and each batch was drawn by the weights before the last update."""
+    """Number of batches generated ahead of the one trained on. 0: on-policy. 1: a rollout on separate ranks generates
+    while the policy trains, and each batch is sampled with the weights before the last update."""
     in_flight: bool = False
-    """With lag > 0: new weights reach the engines as soon as the policy has them, between two tokens of what is being
-    generated, whose KV cache is then computed anew. false: a batch is drawn by one version of the weights."""
+    """With lag > 0: new weights are loaded as soon as the policy has them, between two decoding steps of running requests,
+    whose KV cache is then recomputed. false: a batch is sampled with one version of the weights."""
     step_tokens: Annotated[int | None, AtLeast(1)] = None
-    """Most tokens that a step adds to a response; what has not ended goes on in the next one, with the weights of
-    then (partial rollout). null: every response is completed in its step."""
+    """Partial rollouts: maximum tokens that a step adds to a response; unfinished responses continue in the next step, with
+    the newer weights. null: every response is completed in its step."""
 
     def check(self) -> None:
         """Raises ValueError naming the setting and the values that would work."""

@@ -91,7 +91,7 @@ def test_dapo_s_overlong_punishment_takes_the_limit_of_sampling() -> None:
 @pytest.mark.parametrize(
     ("method", "override", "said"),
     [
-        ("grpo", "algorithm.advantages.normalize=mean", "algorithm.advantages: normalize='mean' is not known"),
+        ("grpo", "algorithm.advantages.normalize=mean", "algorithm.advantages: normalize='mean' is unknown"),
         ("grpo", "+algorithm.advantages.colour=1", "algorithm.advantages.colour: .* has no such argument"),
         ("grpo", "algorithm.advantages=null", "algorithm.advantages needs a _target_"),
         ("grpo", "+algorithm.more_batches=-1", "algorithm.more_batches=-1 must be at least 0"),
@@ -118,7 +118,7 @@ def test_dapo_s_overlong_punishment_takes_the_limit_of_sampling() -> None:
         ("ppo", "algorithm.value_loss.clip=0", "algorithm.value_loss: clip=0 must be more than 0"),
         ("dpo", "algorithm.loss.beta=-1", "algorithm.loss: beta=-1 must be more than 0"),
         ("dpo", "algorithm.loss.label_smoothing=1", "algorithm.loss: label_smoothing=1 must be"),
-        ("dpo", "+algorithm.loss.log_ratio=mean", "algorithm.loss: log_ratio='mean' is not known"),
+        ("dpo", "+algorithm.loss.log_ratio=mean", "algorithm.loss: log_ratio='mean' is unknown"),
         ("dpo", "algorithm.loss._target_=aligner.objective.preference.dpoo", "algorithm.loss._target_=.*dpoo cannot be built"),
         ("dpo", "algorithm.roles=[policy]", "algorithm.loss compares with the reference; add reference to algorithm.roles"),
         ("ipo", "algorithm.loss.beta=0", "algorithm.loss: beta=0"),

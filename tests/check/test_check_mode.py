@@ -128,7 +128,7 @@ def test_what_a_chat_template_does_not_write_is_said(task: Path, tmp_path: Path)
     row = {"messages": [{"role": "user", "content": "1+2="}], "tools": [{"name": "sum"}], "answer": "3"}
     (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n" + json.dumps(row) + "\n")
     config = config_of(task, "mode=check", f"data.path={tmp_path / 'rows.jsonl'}", "data.prompts_per_step=2")
-    assert "; rows with 'tools' that the chat template does not write: 2\n" in said_of(prepare(config, 1), 1)
+    assert "; rows with 'tools' that the chat template does not render: 2\n" in said_of(prepare(config, 1), 1)
 
 
 @pytest.mark.skipif(not ON_CPU, reason="the machine's own GPU counts where none is said")

@@ -9,7 +9,7 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from aligner.bounds import check_settings
-from aligner.data.answers import SPLIT, Answered
+from aligner.data.answers import SPLIT, TokenizedAnswer
 from aligner.data.column_addition import ColumnAddition
 from aligner.data.config import DataConfig
 from aligner.data.preferences import Pair, tokenize_preferences
@@ -32,9 +32,9 @@ def file_of(folder: Path, *rows: dict[str, Any]) -> str:
     ("kind", "form", "count", "heldout", "heldout_pairs", "heldout_answers"),
     [
         ("prompts", Prompt, 40, 5, 0, 0),
-        ("demonstrations", Answered, 50, 0, 0, 5),
+        ("demonstrations", TokenizedAnswer, 50, 0, 0, 5),
         ("preferences", Pair, 30, 5, 5, 0),
-        ("feedback", Answered, 60, 5, 5, 0),
+        ("feedback", TokenizedAnswer, 60, 5, 5, 0),
     ],
 )
 def test_a_task_gives_every_kind(
@@ -112,7 +112,7 @@ def test_demonstrations_are_trained_on_as_set(characters: PreTrainedTokenizerBas
     for train_on, trained in (("responses", 3), ("all", 6)):
         data = DataConfig(path=path, kind="demonstrations", train_on=train_on, **{**LIMITS, "prompts_per_step": 1})
         (row,) = read_sets(data, characters).training
-        assert isinstance(row, Answered)
+        assert isinstance(row, TokenizedAnswer)
         assert sum(row.mask) == trained
 
 
@@ -138,7 +138,7 @@ def test_variables_of_the_template_reach_every_set(tmp_path: Path) -> None:
             for one in (one.chosen if isinstance(one, Pair) else one for one in found):
                 prompt = one.tokens if isinstance(one, Prompt) else one.tokens[: one.prompt_len]
                 assert str(tokenizer.decode(prompt)).endswith(ends), kind
-    with pytest.raises(ValueError, match=r"data\.chat_template_kwargs\.enable_thoughts is no variable"):
+    with pytest.raises(ValueError, match=r"data\.chat_template_kwargs\.enable_thoughts is not a variable"):
         read_sets(replace(data, chat_template_kwargs={"enable_thoughts": False}), tokenizer)
 
 
@@ -151,7 +151,7 @@ def test_what_a_reader_should_know_is_counted(tmp_path: Path) -> None:
 
 
 def test_the_longest_answer_may_be_held_out() -> None:
-    short, long = (Answered((1,) * n, (False,) * n, 1, {}) for n in (3, 7))
+    short, long = (TokenizedAnswer((1,) * n, (False,) * n, 1, {}) for n in (3, 7))
     assert DataSets([short, long]).longest == 7
     assert DataSets([Pair(long, short)]).longest == 7
     assert DataSets([Pair(short, short)], heldout_pairs=[Pair(short, long)]).longest == 7
@@ -167,7 +167,7 @@ def test_a_task_without_the_rows_is_told(characters: PreTrainedTokenizerBase) ->
         ValueError, match=r"needs data\.task to have preference_rows\(\), and Prompts .* data\.kind=prompts"
     ):
         read_sets(DataConfig(kind="preferences", task=Prompts()), characters)
-    with pytest.raises(ValueError, match=r"data\.path has no value; give a JSONL file"):
+    with pytest.raises(ValueError, match=r"data\.path is not set; give a JSONL file"):
         read_sets(DataConfig(kind="preferences"), characters)
 
 

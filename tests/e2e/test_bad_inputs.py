@@ -128,7 +128,7 @@ DATA = [
         "data.prompts_per_step=65",
         ("data.prompts_per_step=65", "64 rows of data.path=", "use 64 or less"),
     ),
-    Case("no_path", "data.path=null", ("data.path has no value", "data=column_addition")),
+    Case("no_path", "data.path=null", ("data.path is not set", "data=column_addition")),
     Case(
         "heldout_missing", "data.eval_path={bad}/nowhere.jsonl", ("data.eval_path={bad}/nowhere.jsonl does not exist",)
     ),
