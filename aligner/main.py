@@ -35,12 +35,12 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--config-name", default="train")
     parser.add_argument("--config-dir", type=path_option)
     parser.add_argument("overrides", nargs="*")
-    found, unknown = parser.parse_known_args(arguments)
+    options, unknown = parser.parse_known_args(arguments)
     flags = [flag for flag in unknown if flag.startswith("-")]
     if flags:
         raise ValueError(f"{flags[0]} is not a flag of aligner; settings are given as KEY=VALUE (see --help).")
-    found.overrides += unknown
-    return found
+    options.overrides += unknown
+    return options
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -53,16 +53,16 @@ def _main(arguments: list[str]) -> None:
     rank = int(os.environ.get("RANK", "0"))
     mask = Mask.of(arguments)
     try:
-        found = parse(arguments)
+        options = parse(arguments)
         from aligner.config import schema as configuration
 
-        folder = (found.config_dir or configuration.CONF).resolve()
-        if found.help:
+        folder = (options.config_dir or configuration.CONF).resolve()
+        if options.help:
             from aligner.config.help import help_text
 
             return _print_once(rank, help_text(folder))
-        composed = configuration.compose_config(found.overrides, found.config_name, folder)
-        if found.cfg:
+        composed = configuration.compose_config(options.overrides, options.config_name, folder)
+        if options.cfg:
             from omegaconf import OmegaConf
 
             plain = mask.plain(OmegaConf.to_container(composed))

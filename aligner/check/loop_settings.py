@@ -145,8 +145,8 @@ def _check_result(key: str, result: Any, first: Tensor) -> None:
     shapes = (tuple(first.shape), tuple(first.shape[:1]))
     for name, value in [("the loss", loss), *metrics.items()]:
         if not isinstance(value, Tensor) or tuple(value.shape) not in shapes:
-            found = f"of shape {list(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
-            raise ValueError(f"algorithm.{key}: {name} is {found} for {list(first.shape)} inputs; {wanted}.")
+            given = f"of shape {list(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+            raise ValueError(f"algorithm.{key}: {name} is {given} for {list(first.shape)} inputs; {wanted}.")
     if not loss.requires_grad:
         raise ValueError(f"algorithm.{key}: the loss has no gradient, so nothing would be learned (was it detached?).")
 

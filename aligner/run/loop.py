@@ -326,7 +326,7 @@ class Driver:
             self.writer.close()
             for name, folder in folders.items():
                 print(f"{name}: {folder}")
-            for line in self.exports.told():
+            for line in self.exports.summary_lines():
                 print(line)
             if self.config.train.report:
                 png, html = write_report(self.run_dir)

@@ -30,7 +30,7 @@ def check_resumed(config: Config, settings: Mapping[str, Any], inputs: Mapping[s
         try:
             state = read_json(complete(run_dir / FOLDER)[0] / STATE)
         except (OSError, ValueError):
-            return  # found again, and told, when checkpoints are verified
+            return  # reported when checkpoints are verified
         compare(state, settings, inputs, config.checkpoint.accept_changes, say=False)
 
 

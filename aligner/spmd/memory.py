@@ -54,9 +54,9 @@ class Meter:
     def take(self) -> dict[str, float]:
         """GiB by role call since the last time, and under "peak" the largest of all, between calls too."""
         self._boundary()
-        found = {**self._calls, "peak": self._peak}
+        largest = {**self._calls, "peak": self._peak}
         self._calls, self._peak = {}, 0.0
-        return found
+        return largest
 
     def _boundary(self) -> None:
         reached = (self._of_cuda() if self._device.type == "cuda" else self._of_process()) / GIB
@@ -83,8 +83,8 @@ def resident() -> tuple[float, float]:
         status = Path("/proc/self/status").read_bytes()
     except OSError:
         return 0.0, 0.0
-    found = [1024.0 * int(status.partition(name)[2].split(None, 1)[0]) for name in (b"VmHWM:", b"VmRSS:")]
-    return found[0], found[1]
+    sizes = [1024.0 * int(status.partition(name)[2].split(None, 1)[0]) for name in (b"VmHWM:", b"VmRSS:")]
+    return sizes[0], sizes[1]
 
 
 def trim() -> None:
@@ -109,10 +109,10 @@ def explain(error: BaseException, what: str, device: torch.device, held: Iterabl
     """The error with who held what. `held`: (role.part, bytes, whether it is on the device now)."""
     here = [f"{name} {size / GIB:.2f} GiB" for name, size, resident in held if resident and size]
     out = [f"{name} {size / GIB:.2f} GiB" for name, size, resident in held if size and not resident]
-    said = f"out of memory in {what} on {device}: {' '.join(str(error).split())}\n"
-    said += f"  held here: {', '.join(here) or 'nothing by roles'}"
+    report = f"out of memory in {what} on {device}: {' '.join(str(error).split())}\n"
+    report += f"  held here: {', '.join(here) or 'nothing by roles'}"
     if out:
-        said += f"\n  moved out: {', '.join(out)}"
+        report += f"\n  moved out: {', '.join(out)}"
     if device.type == "cpu":
-        said += f"\n  resident in this process: {resident()[1] / GIB:.2f} GiB"
-    return f"{said}\n  {REMEDIES}"
+        report += f"\n  resident in this process: {resident()[1] / GIB:.2f} GiB"
+    return f"{report}\n  {REMEDIES}"

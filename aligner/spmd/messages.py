@@ -105,15 +105,15 @@ def broadcast(world: Channel, value: Any, holders: Sequence[int], readers: Seque
     lack = [rank for rank in readers if rank not in holding]
     message = None
     while lack:
-        told, lack = lack[: len(have)], lack[len(have) :]
-        for source, to in zip(have, told, strict=False):
+        next_ones, lack = lack[: len(have)], lack[len(have) :]
+        for source, to in zip(have, next_ones, strict=False):
             if world.rank == source:
                 message = pack(value) if message is None else message
                 exchange(world, {to: message}, ())
             elif world.rank == to:
                 message = exchange(world, {}, (source,))[source]
                 value = unpack(message)
-        have += told
+        have += next_ones
     return value
 
 
@@ -131,16 +131,16 @@ def all_gather(world: Channel, value: Any, ranks: Sequence[int]) -> list[Any]:
         got = exchange(world, {to: frame(blocks[: size - reach])}, (source,))
         blocks += unframe(got[source])
     made: dict[bytes, Any] = {}  # ranks often say the same
-    found = [value]
+    values = [value]
     for block in blocks[1:]:
         key = block.tobytes() if block.size <= INLINE else b""
         if key in made:
-            found.append(made[key])
+            values.append(made[key])
             continue
-        found.append(unpack(block))
+        values.append(unpack(block))
         if key:
-            made[key] = found[-1]
-    return [found[(i - place) % size] for i in range(size)]
+            made[key] = values[-1]
+    return [values[(i - place) % size] for i in range(size)]
 
 
 def reduce_to_rank0(world: Channel, value: T, merge: Callable[[T, T], T]) -> T | None:

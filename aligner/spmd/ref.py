@@ -47,10 +47,10 @@ class Ref:
         if name not in self._fields:
             value = _field(self.value, name) if self.home.member else None
             self._fields[name] = replace(self, value=value, kept={}, _fields={})
-        found = self._fields[name]
+        field_ref = self._fields[name]
         for key, (value, rows) in self.kept.items():
-            found.kept.setdefault(key, (_field(value, name), rows))
-        return found
+            field_ref.kept.setdefault(key, (_field(value, name), rows))
+        return field_ref
 
     def gather(self) -> Any:
         """The whole value, rows in global order, on every rank. A collective: every rank must call it."""
@@ -79,7 +79,7 @@ class Ref:
     def __torch_function__(
         cls, function: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> NoReturn:
-        ref = next(found for found in _refs_in((args, kwargs or {})))
+        ref = next(ref for ref in _refs_in((args, kwargs or {})))
         name = getattr(function, "__name__", str(function))
         raise TypeError(ref._no_tensor(f"torch.{name}()" if not name.startswith("_") else f"{name}()"))
 

@@ -13,7 +13,7 @@ class Rows:
     """The rows of one batch: every value computed from it lines up by global row number.
 
     `known` is kept equal on all ranks (each sees every role call), so both ends of a transfer agree on who still
-    has to be told the lengths.
+    lacks the lengths.
     """
 
     group_size: int

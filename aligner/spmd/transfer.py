@@ -212,15 +212,15 @@ def read_everywhere(ref: Held) -> Any:
     with world.timeline.span("call", TRANSFER):
         if ref.rows is None:
             return broadcast(world, ref.value, home.mesh.ranks, range(world.size))
-        return _whole([part for part in all_gather(world, _told(ref), range(world.size)) if part is not None])
+        return _whole([part for part in all_gather(world, _own_part(ref), range(world.size)) if part is not None])
 
 
 Part = tuple[tuple[int, ...], int, Any]
 """A shard's global rows, the length of the longest, and its value."""
 
 
-def _told(ref: Held, limit: int | None = None) -> Part | None:
-    """What this rank tells of a row-wise value: its shard's rows (below `limit`), if it is the shard's first rank."""
+def _own_part(ref: Held, limit: int | None = None) -> Part | None:
+    """This rank's contribution of a row-wise value: its shard's rows (below `limit`), if it is the shard's first rank."""
     home = ref.home
     shard = home.shard
     if shard is None or home.mesh.shards[shard][0] != home.world.rank:
@@ -253,16 +253,17 @@ def read_at_first(
     parts: dict[str, list[Any]] = {name: [] for name in refs}
     for name, ref in refs.items():
         if ref.rows is not None:
-            told = _told(ref, limit)
-            parts[name] = [] if told is None else [told]
+            part = _own_part(ref, limit)
+            parts[name] = [] if part is None else [part]
         elif ref.home.mesh.ranks[0] == world.rank:
             parts[name] = [ref.value]
 
     def both(one: tuple[dict[str, list[Any]], T], other: tuple[dict[str, list[Any]], T]) -> Any:
-        return {name: [*found, *other[0][name]] for name, found in one[0].items()}, merge(one[1], other[1])
+        return {name: [*lower, *other[0][name]] for name, lower in one[0].items()}, merge(one[1], other[1])
 
     with world.timeline.span("call", STEP_END):
-        found = reduce_to_rank0(world, (parts, more), both)
-        if found is None:
+        collected = reduce_to_rank0(world, (parts, more), both)
+        if collected is None:
             return None
-        return {n: told[0] if refs[n].rows is None else _whole(told) for n, told in found[0].items()}, found[1]
+        values, merged = collected
+        return {n: of[0] if refs[n].rows is None else _whole(of) for n, of in values.items()}, merged

@@ -82,7 +82,7 @@ def main() -> None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
         seen.append({"wrote": wrote, "step": best.step if best else None, **listing(out)})
     reader.done.set()
-    found = {"seen": seen, "notes": notes, "failed": exports.failed, "told": exports.told()}
+    found = {"seen": seen, "notes": notes, "failed": exports.failed, "told": exports.summary_lines()}
     (out / f"rank{world.rank}.json").write_text(json.dumps(found | {"looks": reader.looks, "misses": reader.misses}))
     world.leave()
 
