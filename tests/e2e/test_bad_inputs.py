@@ -379,7 +379,7 @@ REWARD = [
         "data.path={bad}/lacks_answer.jsonl data.prompts_per_step=2 reward.rule=aligner.reward.rules.exact_match",
         ("needs the field 'answer'", "1 of the 2 rows of data.path={bad}/lacks_answer.jsonl", "the first: row 2"),
     ),
-    Case("timeout", "reward.timeout_s=0", ("reward.timeout_s=0.0 must be a positive number",)),
+    Case("timeout", "reward.timeout_s=0", ("reward.timeout_s=0.0 must be finite and more than 0",)),
     Case(
         "no_reward_model",
         "reward=model reward.rule=''",
