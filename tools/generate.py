@@ -29,6 +29,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from aligner.bounds import check_settings
 from aligner.data.chat import TEMPLATE_FIELDS, Notes, check_template_kwargs
 from aligner.data.decoding import decode
 from aligner.data.end_tokens import find_ends
@@ -123,7 +124,7 @@ def checked(given: argparse.Namespace) -> Sampling:
     stop = tuple(given.stop_token_ids) if given.stop_token_ids else None
     sampling = Sampling(given.temperature, given.max_tokens, given.top_p, given.top_k, stop)
     try:
-        sampling.check()
+        check_settings(sampling, "sampling")
     except ValueError as error:
         raise ValueError(re.sub(r"sampling\.(\w+)=", lambda m: f"{option(m[1])} ", str(error))) from None
     if sampling.temperature == 0 and given.num_samples > 1:
