@@ -296,8 +296,8 @@ def test_other_settings_and_other_rows_are_refused(
         return said.out if status == 0 else said.err
 
     assert command() == f"{tmp_path}/whole.jsonl: {ROWS} rows\n", "whole already: no engine is started"
-    assert "--temperature is 0.5, but " in command("--temperature", "0.5")
-    assert "--max-tokens is 15, but " in command("--max-tokens", "15")
+    assert "--temperature is 0.5 here, but 1.0" in command("--temperature", "0.5")
+    assert "--max-tokens is 15 here, but 16" in command("--max-tokens", "15")
     text = (tmp_path / "rows.jsonl").read_text()
     (tmp_path / "rows.jsonl").write_text(text.replace("+", "-", 1))
     assert f"{tmp_path}/rows.jsonl:1 is not the row that" in command()

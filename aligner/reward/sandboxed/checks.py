@@ -1,4 +1,4 @@
-"""What counts as an assertion, when two values are the same, and what the tests find under the name pytest."""
+"""Which statements assert, when two results are equal, and a minimal pytest replacement for tests in the sandbox."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 CALLS = ("assert", "raises", "fail")
 RUNNERS = {"unittest.main", "pytest.main", "sys.exit", "exit", "quit"}
 NEAR = {"rel_tol": 1e-5, "abs_tol": 1e-8}
-"""numpy.allclose's, with which the evaluators of APPS and PRIME compare."""
+"""Tolerances of numpy.allclose, as in the evaluators of APPS and PRIME."""
 
 
 def asserts(node: ast.AST) -> bool:
@@ -30,7 +30,7 @@ def _calls(node: ast.AST) -> bool:
 
 
 def without_runners(tree: ast.Module) -> ast.Module:
-    """Without unittest.main() and its like, which end the process; what they would run is run by its name."""
+    """Remove calls such as unittest.main(), which would end the process; the harness runs the tests by name."""
     tree.body = [node for node in tree.body if not _runs_others(node)]
     return tree
 
@@ -42,7 +42,8 @@ def _runs_others(node: ast.AST) -> bool:
 
 
 def same(found: Any, wanted: Any) -> bool:
-    """Of a function's result and what JSON says of it: tuples are lists, keys may be numbers, floats are near."""
+    """Compare a function's result with the expected value from JSON: tuples equal lists, keys may be numbers, floats are
+    compared with tolerance."""
     if isinstance(wanted, list | tuple):
         alike = isinstance(found, list | tuple) and len(found) == len(wanted)
         return alike and all(same(a, b) for a, b in zip(found, wanted, strict=True))
@@ -108,7 +109,7 @@ class _Near:
 
 
 class _Mark:
-    """`pytest.mark`: parametrize; every other mark says nothing here."""
+    """`pytest.mark`: only parametrize has an effect."""
 
     def __getattr__(self, name: str) -> Any:
         def mark(*args: Any, **kwargs: Any) -> Any:
@@ -117,7 +118,7 @@ class _Mark:
         return mark
 
     def parametrize(self, names: Any, values: Any, **kwargs: Any) -> Any:
-        """Keeps the sets of values on the function."""
+        """Store the parameter sets on the function."""
         keys = [name.strip() for name in names.split(",")] if isinstance(names, str) else list(names)
         rows = [row._values if isinstance(row, _Row) else (row,) if len(keys) == 1 else tuple(row) for row in values]
 
@@ -137,7 +138,7 @@ class _Row:
 
 
 def pytest_names() -> dict[str, Any]:
-    """What tests use of pytest, which is not in the sandbox."""
+    """The parts of pytest that tests use; pytest itself is not in the sandbox."""
 
     def raises(kinds: Any, *called: Any, match: str | None = None, **kwargs: Any) -> Any:
         context = _Raises(kinds, match)
@@ -154,6 +155,6 @@ def pytest_names() -> dict[str, Any]:
 
 
 def walked(nodes: list[ast.stmt]) -> Iterator[ast.AST]:
-    """Every node below these."""
+    """All AST nodes below these."""
     for node in nodes:
         yield from ast.walk(node)

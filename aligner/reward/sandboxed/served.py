@@ -1,4 +1,4 @@
-"""Run as a program: loads what a model wrote and does what the tests ask of it, one request after the other.
+"""Sandbox process that loads the program under test and serves the tests' requests.
 
 python -I -S served.py SOCKET_FD        (on standard input: {"setup": [source], "pieces": [source], "code": source})
 """
@@ -27,12 +27,12 @@ from wire import (
     DEEP,
     MUTABLE,
     UNARY,
+    Endpoint,
     Foreign,
     Gone,
     Link,
     Pack,
     Unpack,
-    WeightLayout,
     base_of,
     state_of,
 )
@@ -95,7 +95,7 @@ OPERATIONS: dict[str, Callable[..., Any]] = {
 
 
 class Stub:
-    """An object of the tests: to be called, and asked for its public attributes."""
+    """Proxy of an object of the tests: can be called and asked for public attributes."""
 
     def __init__(self, program: Program, number: int, about: dict[str, str]) -> None:
         self.__dict__.update(_program=program, _number=number, **about)
@@ -110,7 +110,7 @@ class Stub:
 
 
 class Input(io.TextIOBase):
-    """Standard input as the tests have set it."""
+    """Standard input, read on the tests' side."""
 
     def __init__(self, program: Program) -> None:
         self._program = program
@@ -124,14 +124,14 @@ class Input(io.TextIOBase):
         return "".join(iter(self.readline, ""))
 
     def asked(self, prompt: object = "") -> str:
-        """`input()`, which the tests may have replaced."""
+        """`input()`, forwarded to the tests' side."""
         if not self._program.loaded:
             raise EOFError("EOF when reading a line")
         return str(self._program.ask("input", 0, (str(prompt),), {}))
 
 
-class Program(WeightLayout):
-    """The namespace of the program and what the tests hold of it."""
+class Program(Endpoint):
+    """The program's namespace and the objects that the tests refer to."""
 
     def __init__(self, link: Link) -> None:
         self._link = link
@@ -139,14 +139,14 @@ class Program(WeightLayout):
         self._things: list[Any] = []
         self._numbers: dict[int, int] = {}
         self._made: set[int] = set()
-        """Those that come of calling a class: not values, even where the class extends list or dict."""
+        """Objects created by calling a class; never passed by value, even if the class derives from list or dict."""
         self.shared: dict[str, Any] = {}
         self.loaded = False
         self.module = types.ModuleType("solution")
         sys.modules["solution"] = self.module
 
     def prepare(self, given: dict[str, Any]) -> None:
-        """Run the setup. Its names, and what is usually imported, are there for the program as builtins are."""
+        """Run the setup. Its names and the usual imports are available to the program like builtins."""
         known = dict(vars(builtins))
         if _unknown(given["code"]) - set(known):
             known = _usual() | known
@@ -162,7 +162,7 @@ class Program(WeightLayout):
         sys.setrecursionlimit(RECURSION)
 
     def load(self, code: str) -> bool:
-        """Run the program; whether it ends without raising."""
+        """Run the program. Returns whether it ended without raising."""
         try:
             exec(compile(code, "solution.py", "exec"), self.module.__dict__)
             self.loaded = True
@@ -171,16 +171,16 @@ class Program(WeightLayout):
         return self.loaded
 
     def names(self) -> list[str]:
-        """What the program has defined."""
+        """Names that the program has defined."""
         return [name for name in vars(self.module) if not (name.startswith("__") and name.endswith("__"))]
 
     def serve(self) -> None:
-        """Answer until the tests are over."""
+        """Answer requests until the tests end."""
         while True:
             self._link.send(self._answer(self._link.receive()))
 
     def ask(self, what: str, number: int, args: Any, kwargs: Any) -> Any:
-        """Have the tests do something, in the middle of a request of theirs."""
+        """Execute an operation on the tests' side, during a request of theirs."""
         with self._lock:  # the program may have threads
             return self._ask(what, number, args, kwargs)
 
@@ -190,7 +190,7 @@ class Program(WeightLayout):
         self._link.send({**said, "nodes": pack.nodes})
         while True:
             reply = self._link.receive()
-            if "op" in reply:  # what the tests were asked to do uses the program in turn
+            if "op" in reply:  # the tests use the program in turn
                 self._link.send(self._answer(reply))
                 continue
             if "raise" in reply:
@@ -250,7 +250,7 @@ class Program(WeightLayout):
         return self._numbers[id(thing)]
 
     def foreign(self, thing: Any, pack: Pack) -> list[Any]:
-        """The node of an object of the program."""
+        """Encode an object of the program; see `Endpoint.foreign`."""
         if type(thing) is Stub:
             return ["tests", thing._number, {}]
         if isinstance(thing, type) and thing in vars(builtins).values():
@@ -275,7 +275,7 @@ class Program(WeightLayout):
         return ["thing", number, flags]
 
     def native(self, node: list[Any], unpack: Unpack) -> Any:
-        """What the tests refer to."""
+        """Decode a reference from the tests; see `Endpoint.native`."""
         tag = node[0]
         if tag == "thing":
             return self._things[node[1]]
@@ -294,7 +294,7 @@ class Program(WeightLayout):
 
 
 def _fill(thing: Any, content: Any) -> None:
-    """The tests have changed a container that they got from an object of the program."""
+    """Update a container that the tests have changed."""
     if isinstance(thing, list):
         thing[:] = content
     else:
@@ -310,7 +310,7 @@ def _nodes(source: str) -> list[ast.AST]:
 
 
 def _unknown(source: str) -> set[str]:
-    """Names that the source uses and binds nowhere, at a glance."""
+    """Names that the source uses but never binds (approximately)."""
     used: set[str] = set()
     bound: set[str] = set()
     for node in _nodes(source):
@@ -326,7 +326,7 @@ def _unknown(source: str) -> set[str]:
 
 
 def _usual() -> dict[str, Any]:
-    """What the evaluators of LiveCodeBench and APPS import for a program: the standard modules and their names."""
+    """Modules and names that the evaluators of LiveCodeBench and APPS import for every program."""
     found: dict[str, Any] = {}
     for name in STARRED.split():
         module = importlib.import_module(name)
@@ -337,7 +337,7 @@ def _usual() -> dict[str, Any]:
 
 
 def main() -> None:
-    """See the top of this file."""
+    """See the module docstring."""
     given = json.load(sys.stdin)
     link = Link(int(sys.argv[1]))
     nothing = os.open(os.devnull, os.O_RDWR)
@@ -351,7 +351,7 @@ def main() -> None:
     except BaseException as error:
         link.send({"broken": f"the row's setup code raises {type(error).__name__}: {error}"})
         os._exit(0)
-    link.send({"broken": ""})  # before any line of the program has run
+    link.send({"broken": ""})  # before any line of the program runs
     with contextlib.suppress(Gone):
         link.send({"loaded": program.load(given["code"]), "names": program.names()})
         program.serve()
