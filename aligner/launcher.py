@@ -25,7 +25,7 @@ import threading
 import time
 from pathlib import Path
 
-from aligner.health.process_exit import ENDS, at_once, own_folder
+from aligner.health.process_exit import EXIT_STATUS_FOLDER, exit_on_signal, temporary_folder
 
 SHUTDOWN_SECONDS = 600
 ONE_PRESS = 2.0
@@ -42,11 +42,11 @@ def main(arguments: list[str] | None = None) -> int:
     """torchrun with these arguments. Returns the exit status."""
     arguments = sys.argv[1:] if arguments is None else arguments
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, at_once)
+        signal.signal(number, exit_on_signal)
     logs = any(re.match(r"(-r|-t|--redirects|--tee)(=|$|\d)", one) for one in _options(arguments))
     if logs and not any(re.match(r"--log[-_]dir", one) for one in _options(arguments)):
         return _run(arguments, None)  # its logs are to stay, where torchrun puts them
-    with own_folder() as folder:
+    with temporary_folder() as folder:
         return _run(arguments, folder)
 
 
@@ -55,7 +55,7 @@ def _run(arguments: list[str], folder: Path | None) -> int:
     if folder is not None:
         ends = folder / "ends"
         ends.mkdir()
-        os.environ[ENDS] = str(ends)
+        os.environ[EXIT_STATUS_FOLDER] = str(ends)
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.elastic.rendezvous import RendezvousConnectionError

@@ -16,7 +16,7 @@ from typing import NoReturn
 
 from aligner.config.paths import path_option
 from aligner.config.secrets import Mask
-from aligner.health.process_exit import at_once, own_folder
+from aligner.health.process_exit import exit_on_signal, temporary_folder
 
 PATIENCE = 30.0
 """Other ranks wait this many seconds for rank 0 to say the mistake; the launcher ends them when rank 0 has left."""
@@ -45,7 +45,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> None:
     """One rank of the job, from its command line to its exit."""
-    with own_folder():
+    with temporary_folder():
         _main(sys.argv[1:] if arguments is None else arguments)
 
 
@@ -108,5 +108,5 @@ def _refuse(rank: int, message: str) -> NoReturn:
 
 if __name__ == "__main__":
     for number in (signal.SIGINT, signal.SIGTERM):  # until the job's watch takes them
-        signal.signal(number, at_once)
+        signal.signal(number, exit_on_signal)
     main()

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RANK = """
 import os, signal, sys, time
 from pathlib import Path
-from aligner.health.process_exit import end, own_folder
+from aligner.health.process_exit import exit_process, temporary_folder
 
 what, here, rank = sys.argv[1], Path(sys.argv[2]), int(os.environ["RANK"])
 heard = []
@@ -29,16 +29,16 @@ def hear(number, frame):
         return
     if what == "saves":
         time.sleep(0.5)
-        end(0)
+        exit_process(0)
     if what == "one cannot save":
-        end(rank)
+        exit_process(rank)
     if what == "again" and len(heard) > 1:
-        end(130)
+        exit_process(130)
 
 
-with own_folder():
+with temporary_folder():
     if what == "well":
-        end(0)
+        exit_process(0)
     if what == "fails":
         time.sleep(60 if rank else 0)
         sys.exit(5 if rank == 0 else 0)

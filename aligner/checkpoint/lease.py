@@ -19,7 +19,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from aligner.health.process_identity import GONE, Process, machine, process
+from aligner.health.process_identity import GONE, Process, identify, machine_id
 
 FILE = ".lease"
 RENEWED = 5.0
@@ -69,10 +69,10 @@ def take(run_dir: Path, launch: str) -> Lease:
     Raises:
         ValueError: a job that lives holds it (the message says which), or it cannot be written.
     """
-    file, me = run_dir / FILE, process()
-    parent = process(os.getppid())
+    file, me = run_dir / FILE, identify()
+    parent = identify(os.getppid())
     content = {
-        "id": uuid.uuid4().hex, "host": os.uname().nodename, "machine": machine(), "pid": me.pid, "started": me.started,
+        "id": uuid.uuid4().hex, "host": os.uname().nodename, "machine": machine_id(), "pid": me.pid, "started": me.started,
         "launcher": [parent.pid, parent.started], "launch": launch, "since": datetime.now(UTC).isoformat(timespec="seconds"),
     }  # fmt: skip
     try:
@@ -97,10 +97,10 @@ def _wait_until_free(file: Path, launch: str | None) -> dict[str, Any] | None:
     owner = _read(file)
     if not owner:  # there is none, or one that is not written yet; or whose owner never could
         return owner if file.exists() and _stands_still(file) else None
-    if owner.get("machine") == machine():
+    if owner.get("machine") == machine_id():
         theirs, launcher = Process(owner["pid"], owner["started"]), Process(*owner["launcher"])
         patience = DYING if launcher.state() == GONE else 1.0
-        gone = theirs == process() or _within(patience, lambda: theirs.state() == GONE)
+        gone = theirs == identify() or _within(patience, lambda: theirs.state() == GONE)
     else:
         gone = owner.get("launch") == launch or _stands_still(file)
     if not gone:

@@ -16,7 +16,7 @@ import pytest
 
 from aligner.checkpoint import lease as leases
 from aligner.checkpoint.lease import FILE, check_free, take
-from aligner.health.process_identity import process
+from aligner.health.process_identity import identify
 from aligner.models.convert import convert
 from tests.models.tiny import save_tiny
 
@@ -98,14 +98,14 @@ def test_what_a_killed_job_held_is_free_at_once(stopped: bool, hold: Hold, tmp_p
 
 
 def test_a_number_that_another_process_has_now_is_no_owner(tmp_path: Path) -> None:
-    me = process()
-    elsewhere(tmp_path, machine=leases.machine(), pid=me.pid, started=me.started + 1)
+    me = identify()
+    elsewhere(tmp_path, machine=leases.machine_id(), pid=me.pid, started=me.started + 1)
     take(tmp_path, "b").release()
 
 
 def test_many_at_once_one_gets_it(tmp_path: Path) -> None:
     """Also where a dead job's lease lies there and all of them find it."""
-    elsewhere(tmp_path, machine=leases.machine(), pid=2**22 + 1)
+    elsewhere(tmp_path, machine=leases.machine_id(), pid=2**22 + 1)
     jobs = [
         subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path), str(number)], stdin=subprocess.PIPE,
                          stdout=subprocess.PIPE, text=True)
