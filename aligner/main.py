@@ -68,7 +68,7 @@ def _main(arguments: list[str]) -> None:
             plain = mask.plain(OmegaConf.to_container(composed))
             return _print_once(rank, OmegaConf.to_yaml(OmegaConf.create(plain)))
         from aligner.checkpoint.claim import launch
-        from aligner.checkpoint.lease import take
+        from aligner.checkpoint.lease import acquire_lease
         from aligner.run.job import prepare
 
         config = configuration.to_config(composed)
@@ -81,7 +81,7 @@ def _main(arguments: list[str]) -> None:
 
             return _print_once(rank, mask.text(summary(job, ranks)))
         if rank == 0:
-            job = dataclasses.replace(job, lease=take(Path(config.run_dir), launch()))
+            job = dataclasses.replace(job, lease=acquire_lease(Path(config.run_dir), launch()))
     except ValueError as error:
         _refuse(rank, mask.text(str(error)))
     job.run()

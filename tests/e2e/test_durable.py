@@ -72,7 +72,7 @@ def test_what_stands_in_the_way_of_going_on_is_said(task: Task, tmp_path: Path, 
     status, said = job()
     assert status == 0, said[-3000:]
     status, said = job()
-    assert status and "already holds a run, which ended after train.steps=6" in said
+    assert status and "already holds a run, which finished train.steps=6" in said
     status, said = job("train.steps=7", "policy.optimizer.lr=1e-5")
     assert status and "policy.optimizer.lr: " in said and " -> 1e-05" in said and "train.steps: 6 -> 7" in said
     assert "checkpoint.accept_changes=true" in said and rows_of(run_dir) == [1, 2, 3, 4, 5, 6]

@@ -97,10 +97,10 @@ def test_on_real_ranks(torchrun: Callable[..., Any], folder: Path) -> None:
     for words in (
         "3 of 16 rows have no reward (",
         "more than reward.max_missing=0.1",
-        f"reward.components.value.rule={folder}/rules.py:value said of ",
+        f"reward.components.value.rule={folder}/rules.py:value: ",
         "1 unparsable: begins with 9",
         "begins with 8",
-        "reward.components.head.model=true said of 1 failed: the reward model returned nan",
+        "reward.components.head.model=true: 1 failed: the reward model returned nan",
     ):
         assert words in found["too_many"], (words, found["too_many"])
     assert "4 of 4 rows have no reward (3 unparsable, 1 failed), so there is nothing to train on" in found["none_left"]
