@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from aligner.algorithms.off_policy import proximal_logprobs
 from aligner.algorithms.sampling import scored_samples
 from aligner.algorithms.step import Step
 from aligner.algorithms.whitening import whiten_batch
+from aligner.bounds import AtLeast
 from aligner.data.prompts import Prompt
 from aligner.data.samples import Samples, leave_out_unscored
 from aligner.objective.masked import apply_mask
@@ -31,7 +32,7 @@ class GrpoConfig:
 
     roles: list[str] = field(default_factory=lambda: ["policy", "rollout", "reference", "reward"])
     """Roles to build; without the reference there is no KL penalty."""
-    group_size: int = 8
+    group_size: Annotated[int, AtLeast(2, "a single sample has nothing to be compared with")] = 8
     """Samples per prompt."""
     advantages: Any = None
     """Function (reward_B, group_size) -> advantage_B, as a `_target_` with `_partial_: true`."""
@@ -41,20 +42,13 @@ class GrpoConfig:
     """Function length_B -> term added to the reward (DAPO's overlong penalty), as a `_target_`; null: none."""
     reward_kl_coef: float = 0.0
     """Coefficient of KL(policy || reference) in the reward, in reward per nat; a KL in the loss is algorithm.loss.kl_coef."""
-    more_batches: int = 0
+    more_batches: Annotated[int, AtLeast(0, "0: no dynamic sampling")] = 0
     """Dynamic sampling (DAPO): most extra prompt batches a step may sample to replace groups whose rewards are all equal."""
     loss: Any = None
     """Loss with its settings, as a `_target_` with `_partial_: true`."""
 
     def check(self) -> None:
         """Raises ValueError naming the setting and the values that would work."""
-        if self.group_size < 2:
-            raise ValueError(
-                f"algorithm.group_size={self.group_size} leaves nothing to compare in a group: every advantage would "
-                "be 0; use 2 or more."
-            )
-        if self.more_batches < 0:
-            raise ValueError(f"algorithm.more_batches={self.more_batches} must be 0 (no dynamic sampling) or more.")
         if self.advantages is None:
             raise ValueError("algorithm.advantages needs a _target_; see conf/algorithm/grpo.yaml.")
         name = "advantages"

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 from aligner.algorithms.sampling import scored_samples
 from aligner.algorithms.step import Step
+from aligner.bounds import AtLeast
 from aligner.data.pairs import mask_unranked_pairs, preferences_from_rewards
 from aligner.data.prompts import Prompt
 from aligner.objective.masked import row_sums
@@ -20,15 +21,10 @@ class OnlineDpoConfig:
 
     roles: list[str] = field(default_factory=lambda: ["policy", "rollout", "reference", "reward"])
     """Roles to build; the reward may be a rule, a reward model, a judge, or several of them."""
-    more_batches: int = 0
+    more_batches: Annotated[int, AtLeast(0, "0: no dynamic sampling")] = 0
     """Most extra prompt batches a step may sample to replace pairs of equal rewards (dynamic sampling)."""
     loss: Any = None
     """Pairwise loss with its arguments, as a `_target_` with `_partial_: true`."""
-
-    def check(self) -> None:
-        """Raises ValueError naming the setting and the values that would work."""
-        if self.more_batches < 0:
-            raise ValueError(f"algorithm.more_batches={self.more_batches} must be 0 (no dynamic sampling) or more.")
 
 
 def online_dpo(roles: Roles, prompts: Iterable[list[Prompt]], cfg: OnlineDpoConfig) -> Iterator[Step]:

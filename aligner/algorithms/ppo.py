@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from aligner.algorithms.off_policy import proximal_logprobs
 from aligner.algorithms.sampling import scored_samples
 from aligner.algorithms.step import Step
 from aligner.algorithms.whitening import whiten_batch
+from aligner.bounds import AtLeast, Between, MoreThan
 from aligner.data.prompts import Prompt
 from aligner.data.samples import Samples, leave_out_unscored
 from aligner.objective.kl import k1
@@ -31,22 +32,22 @@ class PpoConfig:
 
     roles: list[str] = field(default_factory=lambda: ["policy", "critic", "rollout", "reference", "reward"])
     """Roles to build; without the reference there is no KL penalty."""
-    group_size: int = 1
+    group_size: Annotated[int, AtLeast(1)] = 1
     """Samples per prompt."""
-    gamma: float = 1.0
+    gamma: Annotated[float, Between(0, 1)] = 1.0
     """Discount factor per token."""
-    lam: float = 0.95
+    lam: Annotated[float, Between(0, 1)] = 0.95
     """GAE's lambda: 1 is the Monte Carlo return, 0 the one-step TD error."""
     kl_control: Any = None
     """KL coefficient: FixedKL or AdaptiveKL of aligner.objective.kl_control, as a `_target_`."""
     scale_rewards: bool = False
     """Divide rewards by the running standard deviation of all rewards so far."""
-    reward_clip: float = math.inf
+    reward_clip: Annotated[float, MoreThan(0)] = math.inf
     """Clip the (scaled) reward to [-reward_clip, reward_clip]."""
     whiten: bool = True
     """Whiten advantages over all trained tokens of the global batch; false: use them as GAE returns them (Schulman et al.
     2017)."""
-    critic_warmup: int = 0
+    critic_warmup: Annotated[int, AtLeast(0)] = 0
     """Number of first steps in which only the critic is updated."""
     loss: Any = None
     """Policy loss with its arguments, as a `_target_` with `_partial_: true`."""
@@ -57,14 +58,6 @@ class PpoConfig:
         """Raises ValueError naming the setting and the values that would work."""
         if self.kl_control is None:
             raise ValueError("algorithm.kl_control needs a _target_; see conf/algorithm/ppo.yaml.")
-        for name in ("gamma", "lam"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"algorithm.{name}={getattr(self, name)} must be between 0 and 1.")
-        if self.group_size < 1 or self.critic_warmup < 0 or not self.reward_clip > 0:
-            raise ValueError(
-                f"algorithm.group_size={self.group_size} must be 1 or more, algorithm.critic_warmup={self.critic_warmup} "
-                f"0 or more, algorithm.reward_clip={self.reward_clip} more than 0."
-            )
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,13 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from torch import Tensor
 
 from aligner.algorithms.sampling import scored_samples
 from aligner.algorithms.step import Step
+from aligner.bounds import AtLeast
 from aligner.data.prompts import Prompt
 from aligner.roles.build import Roles
 
@@ -26,15 +27,13 @@ class RankSamplesConfig:
 
     roles: list[str] = field(default_factory=lambda: ["policy", "rollout", "reward"])
     """Roles to build."""
-    group_size: int = 8
+    group_size: Annotated[int, AtLeast(2, "a single sample has nothing to be compared with")] = 8
     """Samples per prompt."""
     out: str = "preferences.jsonl"
     """JSONL file to write; a new run overwrites it."""
 
     def check(self) -> None:
         """Raises ValueError naming the setting and the values that would work."""
-        if self.group_size < 2:
-            raise ValueError(f"algorithm.group_size={self.group_size} leaves nothing to compare; use 2 or more.")
         if not Path(self.out).absolute().parent.is_dir():
             raise ValueError(
                 f"algorithm.out={self.out}: the folder {Path(self.out).absolute().parent} does not exist; create it or "

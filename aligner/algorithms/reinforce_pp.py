@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 from torch import Tensor
 
@@ -12,6 +12,7 @@ from aligner.algorithms.ppo import token_rewards
 from aligner.algorithms.sampling import scored_samples
 from aligner.algorithms.step import Step
 from aligner.algorithms.whitening import whiten_batch
+from aligner.bounds import AtLeast, Between, MoreThan
 from aligner.data.prompts import Prompt
 from aligner.data.samples import Samples, leave_out_unscored
 from aligner.objective.advantages import reinforce_pp_advantages
@@ -24,26 +25,16 @@ class ReinforcePpConfig:
 
     roles: list[str] = field(default_factory=lambda: ["policy", "rollout", "reference", "reward"])
     """Roles to build."""
-    group_size: int = 1
+    group_size: Annotated[int, AtLeast(1)] = 1
     """Samples per prompt; there is no group baseline."""
-    gamma: float = 1.0
+    gamma: Annotated[float, Between(0, 1)] = 1.0
     """Discount factor per token."""
     kl_coef: float = 0.01
     """Coefficient of KL(policy || reference) in the token reward, in reward per nat."""
-    reward_clip: float = 10.0
+    reward_clip: Annotated[float, MoreThan(0)] = 10.0
     """Clip the reward to [-reward_clip, reward_clip]."""
     loss: Any = None
     """Policy loss with its arguments, as a `_target_` with `_partial_: true`."""
-
-    def check(self) -> None:
-        """Raises ValueError naming the setting and the values that would work."""
-        if not 0 <= self.gamma <= 1:
-            raise ValueError(f"algorithm.gamma={self.gamma} must be between 0 and 1.")
-        if self.group_size < 1 or not self.reward_clip > 0:
-            raise ValueError(
-                f"algorithm.group_size={self.group_size} must be 1 or more, "
-                f"algorithm.reward_clip={self.reward_clip} more than 0."
-            )
 
 
 def reinforce_pp(roles: Roles, prompts: Iterable[list[Prompt]], cfg: ReinforcePpConfig) -> Iterator[Step]:

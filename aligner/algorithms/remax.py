@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Annotated, Any
 
 from aligner.algorithms.grpo import shape_rewards
 from aligner.algorithms.step import Step
+from aligner.bounds import AtLeast
 from aligner.data.prompts import Prompt
 from aligner.data.samples import leave_out_unscored
 from aligner.objective.advantages import greedy_baseline_advantages
@@ -20,7 +21,7 @@ class RemaxConfig:
 
     roles: list[str] = field(default_factory=lambda: ["policy", "rollout", "reference", "reward"])
     """Roles to build."""
-    group_size: int = 1
+    group_size: Annotated[int, AtLeast(1)] = 1
     """Samples per prompt, in addition to the greedy response."""
     reward_kl_coef: float = 0.0
     """Coefficient of KL(policy || reference) in the reward, in reward per nat."""
@@ -29,8 +30,6 @@ class RemaxConfig:
 
     def check(self) -> None:
         """Raises ValueError naming the setting and the values that would work."""
-        if self.group_size < 1:
-            raise ValueError(f"algorithm.group_size={self.group_size} must be 1 or more.")
         if self.reward_kl_coef and "reference" not in self.roles:
             raise ValueError(
                 f"algorithm.reward_kl_coef={self.reward_kl_coef} needs the reference; add it to algorithm.roles, or use 0."

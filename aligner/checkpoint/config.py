@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
+
+from aligner.bounds import AtLeast
 
 
 @dataclass(frozen=True)
 class CheckpointConfig:
     """Checkpoints of the complete training state, in run_dir/checkpoints."""
 
-    every: int = 50
+    every: Annotated[int, AtLeast(0, "0: none")] = 50
     """Steps between two checkpoints; the last step has one too. 0: none, except at SIGTERM, SIGINT and SIGUSR1."""
-    keep: int = 2
+    keep: Annotated[int, AtLeast(1)] = 2
     """Number of checkpoints to keep; older ones are removed when a newer one is complete."""
     beside: bool = True
     """Write asynchronously while training continues. false: training waits until the checkpoint is complete."""
@@ -19,10 +22,3 @@ class CheckpointConfig:
     """Resume from the newest complete checkpoint in run_dir, if there is one; false: a run_dir with a run is an error."""
     accept_changes: bool = False
     """Resume even if settings that affect the results differ from the checkpoint's; they are reported."""
-
-    def check(self) -> None:
-        """Raises ValueError naming the setting and the values that would work."""
-        if self.every < 0:
-            raise ValueError(f"checkpoint.every={self.every} must be 0 (none) or more steps.")
-        if self.keep < 1:
-            raise ValueError(f"checkpoint.keep={self.keep} must be 1 or more.")

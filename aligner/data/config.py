@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
-from aligner.data.answers import check_choices
+from aligner.bounds import AtLeast, OneOf
 
 KINDS = ("prompts", "demonstrations", "preferences", "feedback")
 
@@ -25,36 +25,30 @@ class DataConfig:
     no evaluation."""
     task: Any = None
     """A generated task instead of files, as a `_target_` (see data=column_addition)."""
-    kind: str = "prompts"
+    kind: Annotated[str, OneOf(*KINDS)] = "prompts"
     """Kind of training rows: prompts (RL), demonstrations (SFT), preferences (chosen and rejected pairs) or feedback (responses
     labelled good or bad)."""
-    prompts_per_step: int = 32
+    prompts_per_step: Annotated[int, AtLeast(1)] = 32
     """Batch size of one step: prompts, demonstrations, preference pairs, or labelled responses."""
-    train_on: str = "responses"
+    train_on: Annotated[str, OneOf("responses", "all")] = "responses"
     """Demonstrations: loss on `responses`, or on `all` tokens but the first. An assistant message with "train": false
     (or "weight": 0) is masked in both."""
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
     """Further variables of the chat template for all conversations, such as enable_thinking; a row's own
     'chat_template_kwargs' take precedence."""
-    max_prompt_tokens: int = 512
+    max_prompt_tokens: Annotated[int, AtLeast(1)] = 512
     """Longest prompt allowed for generation, in tokens."""
-    max_tokens: int = 1024
+    max_tokens: Annotated[int, AtLeast(2)] = 1024
     """Longest prompt plus answer allowed, in tokens."""
-    too_long: str = "error"
+    too_long: Annotated[str, OneOf("error", "drop", "stop")] = "error"
     """What to do with prompts longer than max_prompt_tokens and with demonstrations, pairs and answers longer than max_tokens
     (also held-out ones): error (or its synonym stop), or drop, which logs their number."""
     shuffle: bool = True
     """Reshuffle in each epoch."""
-    eval_prompts: int = 256
+    eval_prompts: Annotated[int, AtLeast(1)] = 256
     """Most held-out prompts (or demonstrations, or pairs) used in an evaluation."""
 
     def check(self) -> None:
         """Raises ValueError naming the setting and the values that would work."""
-        if self.kind not in KINDS:
-            raise ValueError(f"data.kind={self.kind} is unknown; use {', '.join(KINDS)}.")
-        check_choices(self.too_long, self.train_on)
-        for name, least in {"prompts_per_step": 1, "max_prompt_tokens": 1, "max_tokens": 2, "eval_prompts": 1}.items():
-            if getattr(self, name) < least:
-                raise ValueError(f"data.{name}={getattr(self, name)} must be at least {least}.")
         if self.train_on == "all" and self.kind != "demonstrations":
             raise ValueError(f"data.train_on=all is for data.kind=demonstrations, not {self.kind}; use responses.")

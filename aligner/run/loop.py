@@ -38,6 +38,7 @@ from aligner.spmd.messages import all_gather, broadcast
 from aligner.spmd.ref import Ref
 from aligner.spmd.transfer import read_at_first
 from aligner.spmd.world import World
+from aligner.trainer.policy import Policy
 
 if TYPE_CHECKING:
     from aligner.run.job import Job
@@ -210,10 +211,10 @@ class Driver:
 
     def _row(self, result: Step, seconds: float) -> dict[str, float]:
         """Everything known of one iteration, on rank 0; nothing elsewhere. One message from each rank, up a tree."""
-        syncs = self.roles.policy.syncs.values() if "rollout" in self.job.roles else ()
+        policies = (role for role in self.roles.trainable if isinstance(role, Policy))
         mine = step_stats_of(
             self.roles.built,
-            [sync.ledger[-1] for sync in syncs if sync.ledger],
+            [row for policy in policies if policy.syncs for row in policy.syncs.latest()],
             self.world.residency.meter.take(),
             self.signals.asked,
         )

@@ -73,7 +73,7 @@ def test_the_command(task: Path) -> None:
     [
         (["train.steps=0"], "train.steps=0 must be at least 1"),
         (["mode=chek"], "mode=chek is unknown; use train, check"),
-        (["check.ranks=0"], "check.ranks=0 must be more than 0"),
+        (["check.ranks=0"], "check.ranks=0 must be at least 1, or null"),
         (["placement=split"], "rank"),
         (["reward.rule=nowhere.rule"], "reward.rule='nowhere.rule': nowhere cannot be imported"),
         (["guards.kl.action=panic"], "guards.kl.action=panic is unknown; use off, warn, stop"),

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerBase
 
+from aligner.bounds import check_settings
 from aligner.data.answers import SPLIT, TokenizedAnswer
 from aligner.data.column_addition import ColumnAddition
 from aligner.data.config import DataConfig
@@ -174,8 +175,8 @@ def test_a_task_without_the_rows_is_told(characters: PreTrainedTokenizerBase) ->
     ("settings", "reason"),
     [
         ({"kind": "pairs"}, "data.kind=pairs is unknown; use prompts, demonstrations, preferences, feedback"),
-        ({"train_on": "prompts"}, "data.train_on=prompts is unknown; use responses or all"),
-        ({"too_long": "cut"}, "data.too_long=cut is unknown; use error or drop"),
+        ({"train_on": "prompts"}, "data.train_on=prompts is unknown; use responses, all"),
+        ({"too_long": "cut"}, "data.too_long=cut is unknown; use error, drop"),
         ({"prompts_per_step": 0}, "data.prompts_per_step=0 must be at least 1"),
         ({"max_tokens": 1}, "data.max_tokens=1 must be at least 2"),
         (
@@ -186,8 +187,8 @@ def test_a_task_without_the_rows_is_told(characters: PreTrainedTokenizerBase) ->
 )
 def test_settings_are_checked(settings: dict[str, Any], reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
-        DataConfig(**settings).check()
-    DataConfig().check()
+        check_settings(DataConfig(**settings), "data")
+    check_settings(DataConfig(), "data")
 
 
 @pytest.mark.parametrize("kind", ["prompts", "demonstrations", "preferences", "feedback"])
