@@ -110,7 +110,7 @@ def test_an_end_by_itself(what: str, status: int, said: str, tmp_path: Path) -> 
         pytest.param("one cannot save", signal.SIGTERM, (), 143, "", marks=MORE),
         pytest.param(
             "deaf", signal.SIGTERM, ("--shutdown-timeout=1",), 143,
-            "aligner: SIGTERM: ranks were ended before they could save; the last whole checkpoint stays.", marks=MORE,
+            "aligner: SIGTERM: ranks were killed before they could save; the last complete checkpoint stays.", marks=MORE,
         ),
     ],
     ids=lambda value: str(getattr(value, "name", value)).replace(" ", "_")[:20],

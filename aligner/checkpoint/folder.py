@@ -106,7 +106,7 @@ def _write(file: Path, parts: Sequence[Any], tick: Callable[[], None] = lambda: 
     return written, digest.hexdigest()
 
 
-def publish(
+def publish_checkpoint(
     root: Path, step: int, world: int, files: Mapping[str, Checksum], keep: int, more: Mapping[str, Any] | None = None
 ) -> Path:
     """Rename the complete partial folder to its final name, then remove all but the newest `keep` checkpoints.

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from aligner.checkpoint import folder
-from aligner.checkpoint.folder import STATE, Checksum, partial_folder, publish, rank_file
+from aligner.checkpoint.folder import STATE, Checksum, partial_folder, publish_checkpoint, rank_file
 from aligner.health.store import own_store
 from aligner.spmd.world import World
 
@@ -133,7 +133,7 @@ class Saver:
             files = {name: tuple(checksum) for result in results for name, checksum in result["files"].items()}
             self._check_here(partial_folder(self.root, step), files)
             more = {"seconds": round(time.perf_counter() - self._began, 3)}
-            self.last = publish(self.root, step, size, files, self.keep, more)  # type: ignore[arg-type]
+            self.last = publish_checkpoint(self.root, step, size, files, self.keep, more)  # type: ignore[arg-type]
         except Exception as error:
             # All exceptions, because this is a thread. Unexpected ones are shown with a traceback.
             self.trouble = str(error) if isinstance(error, _Unwritten) else _line(error)

@@ -17,7 +17,7 @@ class LockstepError(RuntimeError):
 
 
 @dataclass(frozen=True)
-class Call:
+class RoleCall:
     """One entry: the `number`-th role call of this rank, at training step `step`; `digest` covers all calls up to it."""
 
     number: int
@@ -37,19 +37,19 @@ class Journal:
     def __init__(self, rank: int) -> None:
         self.rank = rank
         self.step = 0
-        self.calls: deque[Call] = deque([Call(0, 0, 0, "start")], maxlen=self.KEPT)
+        self.calls: deque[RoleCall] = deque([RoleCall(0, 0, 0, "start")], maxlen=self.KEPT)
 
     def enter(self, what: str) -> None:
         """Record a role call; all ranks must record the same ones in the same order."""
         last = self.calls[-1]
-        self.calls.append(Call(last.number + 1, zlib.crc32(what.encode(), last.digest), self.step, what))
+        self.calls.append(RoleCall(last.number + 1, zlib.crc32(what.encode(), last.digest), self.step, what))
 
     def stamp(self) -> tuple[int, int]:
         """(number, digest) of the current call: equal on two ranks if and only if their histories are equal (up to CRC-32
         collisions)."""
         return self.calls[-1].number, self.calls[-1].digest
 
-    def at(self, number: int) -> Call | None:
+    def at(self, number: int) -> RoleCall | None:
         """The stored call with this number, or None."""
         return next((call for call in self.calls if call.number == number), None)
 
@@ -62,7 +62,7 @@ class Journal:
         )
 
 
-def history_as_bytes(calls: Iterable[Call]) -> bytes:
+def history_as_bytes(calls: Iterable[RoleCall]) -> bytes:
     """Encode consecutive calls: the last one's number (int64), then all digests (uint32), newest first."""
     newest_first = list(calls)[::-1]
     digests = np.array([call.digest for call in newest_first], np.uint32)

@@ -64,7 +64,7 @@ def _details(activity: Activity, whole: bool) -> list[str]:
     return lines if whole else [line[:SHORT] for line in lines[:4]]
 
 
-def shortened(text: str) -> str:
+def excerpt(text: str) -> str:
     """A prompt or response as one line of about SHORT characters."""
     line = repr(text)
     return (

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from aligner.data.decoding import decode
 from aligner.data.samples import Samples
-from aligner.health.rank_status import shortened
+from aligner.health.rank_status import excerpt
 from aligner.reward.combine import combine, reward_row
 from aligner.reward.components import Scorer, parts_of
 from aligner.reward.config import RewardConfig
@@ -132,8 +132,8 @@ class Reward(Role):
         """For a report: rows that workers have, and endpoints have not answered."""
         either = items[self.config.keep_special_tokens]
         return [
-            f"{name}, row {rows[i] if i < len(rows) else '?'}: prompt {shortened(either[i]['prompt'])}, response "
-            f"{shortened(either[i]['response'])}"
+            f"{name}, row {rows[i] if i < len(rows) else '?'}: prompt {excerpt(either[i]['prompt'])}, response "
+            f"{excerpt(either[i]['response'])}"
             for name, scorer in self.scorers.items()
             for i in scorer.under_way()
         ]

@@ -28,7 +28,7 @@ def written(root: Path, step: int, keep: int = 9) -> Path:
         "state.json": folder.write_json(partial / "state.json", {"step": step}),
         "rank-00000.safetensors": folder.write_tensors(partial / "rank-00000.safetensors", TENSORS),
     }
-    return folder.publish(root, step, 1, files, keep)
+    return folder.publish_checkpoint(root, step, 1, files, keep)
 
 
 def test_tensors_are_read_back_by_safetensors(tmp_path: Path) -> None:

@@ -7,8 +7,8 @@ import time
 import pytest
 
 from aligner.health.journal import (
-    Call,
     Journal,
+    RoleCall,
     first_difference,
     histories_agree,
     history_as_bytes,
@@ -107,12 +107,17 @@ def test_digests_tell_histories_apart() -> None:
 
 def test_published_histories_by_hand() -> None:
     """Digests of 4 bytes each; the ranks are at calls 3, 2 and 4, so call 2 is the last that all have made."""
-    history = [Call(0, 0, 0, "start"), Call(1, 11, 0, "a"), Call(2, 2**32 - 1, 0, "b"), Call(3, 13, 0, "c")]
+    history = [
+        RoleCall(0, 0, 0, "start"),
+        RoleCall(1, 11, 0, "a"),
+        RoleCall(2, 2**32 - 1, 0, "b"),
+        RoleCall(3, 13, 0, "c"),
+    ]
     assert history_from_bytes(history_as_bytes(history)) == {0: 0, 1: 11, 2: 2**32 - 1, 3: 13}
-    ahead = [*history[1:], Call(4, 14, 0, "d")]
+    ahead = [*history[1:], RoleCall(4, 14, 0, "d")]
     published = [history_as_bytes(history), history_as_bytes(history[:3]), history_as_bytes(ahead)]
     assert histories_agree(published)
-    other = [history[0], Call(1, 11, 0, "a"), Call(2, 99, 0, "x")]
+    other = [history[0], RoleCall(1, 11, 0, "a"), RoleCall(2, 99, 0, "x")]
     assert not histories_agree([*published, history_as_bytes(other)])
     assert first_difference([history_from_bytes(raw) for raw in [*published, history_as_bytes(other)]]) == 2
     # a rank so far ahead that it no longer keeps the call cannot be asked about it
