@@ -28,6 +28,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from aligner.bounds import check_settings
 from aligner.config.paths import path_option
 from aligner.data.chat import TEMPLATE_FIELDS, Notes, check_template_kwargs
 from aligner.data.decoding import decode
@@ -126,7 +127,7 @@ def sampling_of(args: argparse.Namespace) -> Sampling:
     stop = tuple(args.stop_token_ids) if args.stop_token_ids else None
     sampling = Sampling(args.temperature, args.max_tokens, args.top_p, args.top_k, stop)
     try:
-        sampling.check()
+        check_settings(sampling, "sampling")
     except ValueError as error:
         raise ValueError(re.sub(r"sampling\.(\w+)=", lambda m: f"{option(m[1])} ", str(error))) from None
     if sampling.temperature == 0 and args.num_samples > 1:
