@@ -89,7 +89,7 @@ def claim(run_dir: Path, start: Start) -> str:
     if start is Start.NEW:
         for folder in complete(run_dir / FOLDER):
             remove(folder)
-        with contextlib.suppress(OSError):  # something else lies there
+        with contextlib.suppress(OSError):  # not empty: other files are kept
             (run_dir / FOLDER).rmdir()
         (run_dir / METRICS_FILE).unlink(missing_ok=True)
     remove_leftovers(run_dir / FOLDER)

@@ -43,7 +43,7 @@ def find_checkpoint(world: World, root: Path) -> Checkpoint | None:
 
 
 class Checkpoint:
-    """One that is whole. `policy.saved` reads its tensors."""
+    """A complete, verified checkpoint. `trainer.optimizer_checkpoint` reads its tensors."""
 
     def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
         self.path, self.step, self.world = path, int(manifest["step"]), int(manifest["world"])

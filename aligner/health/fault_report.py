@@ -49,11 +49,11 @@ def collect(
         size: number of ranks.
         without: ranks that are not waited for (dead ones).
     """
-    keys = [f"said/{rank}" for rank in range(size) if rank not in without]
+    keys = [f"status/{rank}" for rank in range(size) if rank not in without]
     wait_until(lambda: store.check(keys), seconds)
     final, last_known = (
         {rank: json.loads(store.get(f"{kind}/{rank}")) for rank in range(size) if store.check([f"{kind}/{rank}"])}
-        for kind in ("said", "heard")
+        for kind in ("status", "brief")
     )
     return final, last_known
 
@@ -70,7 +70,7 @@ def write_fault_report(
     """Write the full report to a file in `folder` and a shorter one to the console.
 
     Args:
-        said, heard: see `rank_status.report`.
+        final, last_known: see `rank_status.report_text`.
         size: number of ranks.
         error: traceback of a rank that failed by an exception; "" if there is none.
         hide: masks secrets in both.

@@ -30,7 +30,7 @@ WATCH_THREAD = "aligner-watch"
 
 
 def current_status(
-    rank: int, journal: Journal, activity: Activity, whole: bool = True, error: BaseException | None = None
+    rank: int, journal: Journal, activity: Activity, full: bool = True, error: BaseException | None = None
 ) -> RankStatus:
     """This rank's status; called from another thread than the main one.
 
@@ -48,20 +48,20 @@ def current_status(
         "call": call.what,
         "doing": [[frame.kind, frame.what, [*frame.ranks]] for frame in chain[1:] or chain],
         "seconds": time.monotonic() - chain[-1].since,
-        "details": _details(activity, whole),
-        "stacks": _stacks(error) if whole else {"MainThread": _places(_main_frame())},
+        "details": _details(activity, full),
+        "stacks": _stacks(error) if full else {"MainThread": _places(_main_frame())},
         "at": time.time(),
     }
 
 
-def _details(activity: Activity, whole: bool) -> list[str]:
+def _details(activity: Activity, full: bool) -> list[str]:
     lines: list[str] = []
     for name, lines_of in list(activity.details.items()):
         try:
             lines += lines_of()
         except Exception as error:  # it reads another thread's objects while they change
             lines.append(f"{name}: not known ({error!r})")
-    return lines if whole else [line[:SHORT] for line in lines[:4]]
+    return lines if full else [line[:SHORT] for line in lines[:4]]
 
 
 def excerpt(text: str) -> str:
@@ -178,8 +178,8 @@ def report_text(
     """(headline, table of ranks, samples and stacks).
 
     Args:
-        said: final statuses, by rank, of those that published one.
-        heard: the last periodic statuses, by rank.
+        final: final statuses, by rank, of those that published one.
+        last_known: the last periodic statuses, by rank.
         size: number of ranks.
         stack_of: rank -> its stack file written by `crash_stacks`, "" if there is none.
     """

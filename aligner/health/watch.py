@@ -173,10 +173,10 @@ class Watch:
         if calls[-1].number > self._published:
             self.store.set(f"calls/{self.rank}", history_as_bytes(calls))  # type: ignore[arg-type]  # bytes are taken too
             self._published = calls[-1].number
-        status = rank_status.current_status(self.rank, self.journal, self.activity, whole=False)
+        status = rank_status.current_status(self.rank, self.journal, self.activity, full=False)
         state = (self.activity.progress, status["number"], status["stacks"], status["details"])
         if state != self._last_status:
-            self.store.set(f"heard/{self.rank}", json.dumps(status))
+            self.store.set(f"brief/{self.rank}", json.dumps(status))
             self._last_status = state
 
     def _check(self, got_sigterm: bool) -> None:
@@ -288,7 +288,7 @@ class Watch:
         status = rank_status.current_status(self.rank, self.journal, self.activity, error=self._error)
         call = self.journal.at(verdict["number"]) if "number" in verdict else None
         status |= {"there": str(call) if call else "", "kills": out_of_memory_kills() - self._kills}
-        self.store.set(f"said/{self.rank}", json.dumps(status))
+        self.store.set(f"status/{self.rank}", json.dumps(status))
 
     def _report(self, verdict: Verdict, error: str = "") -> None:
         named = set(verdict["ranks"]) if verdict["kind"] in ("dead", "stopped", "silent") else set()

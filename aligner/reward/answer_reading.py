@@ -88,7 +88,7 @@ def expression(source: str) -> Any:
 
 
 def number(text: str) -> Quantity | None:
-    """A plain number: 12, -1,234.50, .5, 2/3, 1\\frac{1}{2}, 6.02\\times10^{23}."""
+    """Parse a number: 12, -1,234.50, .5, 2/3, 1\\frac{1}{2}, 6.02\\times10^{23}."""
     if len(text) > MOST_DIGITS:
         return None
     if PLAIN_NUMBER.fullmatch(text) and any(map(str.isdigit, text)):
@@ -243,7 +243,7 @@ def _equation(text: str) -> Answer | None:
     sides = split_at(text, EQUALS)
     if len(sides) < 2 or not all(sides):
         return None
-    # 1/3 \approx 0.33: what is exact counts, unless only a name stands before the sign.
+    # 1/3 \approx 0.33: the exact side counts, unless the left side is only a name.
     if re.search(r"\\approx", text) and not NAME.fullmatch(sides[0]) and len(sides) == 2 and "=" not in text:
         return _parse(sides[0])
     if re.search(r"\\approx", text) and len(sides) > 2:

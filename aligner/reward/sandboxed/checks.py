@@ -41,24 +41,24 @@ def _runs_others(node: ast.AST) -> bool:
     return ast.unparse(node.value.func) in RUNNERS
 
 
-def same(found: Any, wanted: Any) -> bool:
+def same(result: Any, expected: Any) -> bool:
     """Compare a function's result with the expected value from JSON: tuples equal lists, keys may be numbers, floats are
     compared with tolerance."""
-    if isinstance(wanted, list | tuple):
-        alike = isinstance(found, list | tuple) and len(found) == len(wanted)
-        return alike and all(same(a, b) for a, b in zip(found, wanted, strict=True))
-    if isinstance(wanted, dict):
-        if not isinstance(found, dict) or len(found) != len(wanted):
+    if isinstance(expected, list | tuple):
+        alike = isinstance(result, list | tuple) and len(result) == len(expected)
+        return alike and all(same(a, b) for a, b in zip(result, expected, strict=True))
+    if isinstance(expected, dict):
+        if not isinstance(result, dict) or len(result) != len(expected):
             return False
-        keyed = found if all(key in found for key in wanted) else {str(key): value for key, value in found.items()}
-        return all(key in keyed and same(keyed[key], value) for key, value in wanted.items())
-    if isinstance(wanted, int | float):
-        if not isinstance(found, int | float):
+        keyed = result if all(key in result for key in expected) else {str(key): value for key, value in result.items()}
+        return all(key in keyed and same(keyed[key], value) for key, value in expected.items())
+    if isinstance(expected, int | float):
+        if not isinstance(result, int | float):
             return False
-        if isinstance(found, int) and isinstance(wanted, int):
-            return found == wanted
-        return math.isclose(found, wanted, **NEAR) or (found != found and wanted != wanted)
-    return isinstance(found, type(wanted)) and bool(found == wanted)
+        if isinstance(result, int) and isinstance(expected, int):
+            return result == expected
+        return math.isclose(result, expected, **NEAR) or (result != result and expected != expected)
+    return isinstance(result, type(expected)) and bool(result == expected)
 
 
 class _Raises:
@@ -86,26 +86,30 @@ class _Raises:
 class _Near:
     """`pytest.approx(...)`."""
 
-    def __init__(self, wanted: Any, rel: float | None = None, abs: float | None = None, nan_ok: bool = False) -> None:
-        self._wanted, self._nan_ok = wanted, nan_ok
+    def __init__(self, expected: Any, rel: float | None = None, abs: float | None = None, nan_ok: bool = False) -> None:
+        self._expected, self._nan_ok = expected, nan_ok
         self._absolute = 1e-12 if abs is None else abs
         self._relative = (1e-6 if abs is None else 0.0) if rel is None else rel
 
-    def __eq__(self, found: object) -> bool:
-        return self._near(found, self._wanted)
+    def __eq__(self, value: object) -> bool:
+        return self._near(value, self._expected)
 
-    def _near(self, found: Any, wanted: Any) -> bool:
-        if isinstance(wanted, dict):
-            return isinstance(found, dict) and found.keys() == wanted.keys() and all(
-                self._near(found[key], wanted[key]) for key in wanted
+    def _near(self, value: Any, expected: Any) -> bool:
+        if isinstance(expected, dict):
+            return isinstance(value, dict) and value.keys() == expected.keys() and all(
+                self._near(value[key], expected[key]) for key in expected
             )  # fmt: skip
-        if isinstance(wanted, list | tuple):
-            return isinstance(found, list | tuple) and len(found) == len(wanted) and all(map(self._near, found, wanted))
-        if not isinstance(found, int | float | complex) or not isinstance(wanted, int | float | complex):
-            return bool(type(found) is type(wanted) and found == wanted)
-        if found == wanted or (self._nan_ok and found != found and wanted != wanted):
+        if isinstance(expected, list | tuple):
+            return (
+                isinstance(value, list | tuple)
+                and len(value) == len(expected)
+                and all(map(self._near, value, expected))
+            )
+        if not isinstance(value, int | float | complex) or not isinstance(expected, int | float | complex):
+            return bool(type(value) is type(expected) and value == expected)
+        if value == expected or (self._nan_ok and value != value and expected != expected):
             return True
-        return abs(found - wanted) <= max(self._relative * abs(wanted), self._absolute) < math.inf
+        return abs(value - expected) <= max(self._relative * abs(expected), self._absolute) < math.inf
 
 
 class _Mark:

@@ -65,9 +65,9 @@ class Tests:
             self.names.pop(name, None)
         for name in self._plan["standard"]:
             self._layer[name] = importlib.import_module(name)
-        wanted = set(self._plan["wanted"])
-        own = [name for name in names if name in wanted and not hasattr(builtins, name)]
-        hidden = [name for name in names if name in wanted and hasattr(builtins, name)]
+        used_names = set(self._plan["wanted"])
+        own = [name for name in names if name in used_names and not hasattr(builtins, name)]
+        hidden = [name for name in names if name in used_names and hasattr(builtins, name)]
         # A program that redefines len must not change it for the tests, unless it is the function under test.
         subject = self._plan["entry"] or (hidden[0] if len(hidden) == 1 and not own else None)
         for name in own + [name for name in hidden if name == subject]:
@@ -75,8 +75,8 @@ class Tests:
             self._judge.used += not isinstance(value, Proxy) and not isinstance(value, type)
             if name == self._plan["entry"]:
                 self.names.pop(name, None)
-        known = {name for name, parts in self._plan["imports"].items() if parts and set(parts) <= set(names)}
-        self._modules = {*self._plan["modules"], *(known - sys.stdlib_module_names - {"pytest"})}
+        program_modules = {name for name, parts in self._plan["imports"].items() if parts and set(parts) <= set(names)}
+        self._modules = {*self._plan["modules"], *(program_modules - sys.stdlib_module_names - {"pytest"})}
         self._judge.install(names, sorted(self._modules))
         shared = set(self._plan["shared"])
         self._judge.shared = lambda name: self.names.get(name) if name in shared else None
@@ -163,20 +163,20 @@ class Tests:
 
     def _right(self, test: dict[str, Any]) -> bool:
         try:
-            args, kwargs, wanted = (_unpacked(test[key]) for key in ("args", "kwargs", "wanted"))
-            found = self._subject(test["entry"])(*args, **kwargs)
+            args, kwargs, expected = (_unpacked(test[key]) for key in ("args", "kwargs", "wanted"))
+            result = self._subject(test["entry"])(*args, **kwargs)
         except TestFault:
             raise
         except BaseException:
             return False
-        return checks.same(found, wanted) or (test["unwrap"] and checks.same(found, wanted[0]))
+        return checks.same(result, expected) or (test["unwrap"] and checks.same(result, expected[0]))
 
     def _each(self, function: Any, *first: Any) -> None:
         """Call a test once, or once per set of parameters."""
         sets = getattr(function, "_parameters", [])
         for values in itertools.product(*sets):
-            given = {key: value for part in values for key, value in part.items()}
-            outcome = function(*first, **given)
+            arguments = {key: value for part in values for key, value in part.items()}
+            outcome = function(*first, **arguments)
             if isinstance(outcome, types.CoroutineType):
                 importlib.import_module("asyncio").run(outcome)
 
@@ -224,8 +224,8 @@ def main() -> None:
         os.dup2(nothing, number)
     sys.stdin = io.StringIO()
 
-    def report(said: Any) -> None:
-        os.write(report_fd, (json.dumps(said) + "\n").encode())
+    def report(value: Any) -> None:
+        os.write(report_fd, (json.dumps(value) + "\n").encode())
 
     judge = TestSide(Link(int(sys.argv[1])))
     sys.setrecursionlimit(DEEP // 100)

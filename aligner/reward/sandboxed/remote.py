@@ -43,20 +43,20 @@ class Proxy:
         _set(self, "_made", False)  # the result of calling a capitalised name: the tests use it as an object
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        made = self._judge.do("call", self, *args, **kwargs)
-        if isinstance(made, Proxy) and self._named[:1].isupper():
-            _set(made, "_made", True)
-        return made
+        result = self._judge.do("call", self, *args, **kwargs)
+        if isinstance(result, Proxy) and self._named[:1].isupper():
+            _set(result, "_made", True)
+        return result
 
     def __getattr__(self, name: str) -> Any:
         if name == "__signature__":  # asked for by inspect.signature
             raise self._judge.fault("the tests look into the program's code")
         if name in ("__code__", "__globals__"):
             raise AttributeError(name)
-        found = self._judge.do("getattr", self, name)
-        if isinstance(found, Proxy) and self._named != "Solution":
-            _set(found, "_named", self._named)
-        return found
+        value = self._judge.do("getattr", self, name)
+        if isinstance(value, Proxy) and self._named != "Solution":
+            _set(value, "_named", self._named)
+        return value
 
     def __setattr__(self, name: str, value: Any) -> None:
         self._judge.do("setattr", self, name, value)
@@ -78,7 +78,7 @@ class Proxy:
     def __contains__(self, item: Any) -> bool:
         if self._made:
             return bool(self._judge.do("contains", self, item))
-        return any(item == found for found, _ in zip(self, range(MOST), strict=False))
+        return any(item == other for other, _ in zip(self, range(MOST), strict=False))
 
     def __enter__(self) -> Any:
         return self._judge.do("enter", self)
@@ -126,10 +126,10 @@ def _compute(name: str, swapped: bool = False) -> Any:
     def operation(self: Proxy, *others: Any) -> Any:
         if not self._made and not all(isinstance(other, Proxy) for other in others):
             return NotImplemented
-        found = self._judge.do(name, *((*others, self) if swapped else (self, *others)))
-        if isinstance(found, Proxy) and self._made:
-            _set(found, "_made", True)
-        return found
+        result = self._judge.do(name, *((*others, self) if swapped else (self, *others)))
+        if isinstance(result, Proxy) and self._made:
+            _set(result, "_made", True)
+        return result
 
     return operation
 
@@ -176,11 +176,11 @@ class TestSide(Endpoint):
         broken = self._link.receive()["broken"]  # sent before the program ran, so it cannot be forged
         if broken:
             raise TestFault(broken)
-        said = self._link.receive()
-        names = said.get("names")
+        reply = self._link.receive()
+        names = reply.get("names")
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise Gone
-        return names if said.get("loaded") is True else None
+        return names if reply.get("loaded") is True else None
 
     def install(self, names: list[str], modules: list[str]) -> None:
         """Let the tests import the program by any of these module names."""
@@ -211,10 +211,10 @@ class TestSide(Endpoint):
         """The program's object of this name."""
         if self._module is None:
             self._module = self._ask("module", (), {})
-        found = self._ask("getattr", (self._module, name), {})
-        if isinstance(found, Proxy):
-            _set(found, "_named", name)
-        return found
+        value = self._ask("getattr", (self._module, name), {})
+        if isinstance(value, Proxy):
+            _set(value, "_named", name)
+        return value
 
     def do(self, operation: str, *args: Any, **kwargs: Any) -> Any:
         """Execute an operation on the program's side, and count it as a use of the program."""
@@ -251,13 +251,13 @@ class TestSide(Endpoint):
             self._link.send(self._answer(reply))
 
     def _changed(self, pack: Pack) -> list[Any]:
-        found = []
+        changes = []
         for index, (thing, number, before) in enumerate(self._held):
             now = self._content(thing)
             if now != before:
-                found.append([number, pack.value(thing)])
+                changes.append([number, pack.value(thing)])
                 self._held[index] = (thing, number, now)
-        return found
+        return changes
 
     def _content(self, thing: Any) -> str:
         pack = Pack(self)
@@ -311,13 +311,13 @@ class TestSide(Endpoint):
             return getattr(self._things[number], args[0])
         return self._things[number](*args, **kwargs)
 
-    def _error(self, told: Any) -> BaseException:
+    def _error(self, content: Any) -> BaseException:
         """Rebuild an exception of the program, of a class that the tests can name."""
-        kinds, args, state = told
-        known = [
+        kinds, args, state = content
+        classes = [
             self._proxies.get(number) or (getattr(builtins, name, None) if own else None) for name, own, number in kinds
         ]
-        kind = next((kind for kind in known if isinstance(kind, type) and issubclass(kind, BaseException)), Exception)
+        kind = next((kind for kind in classes if isinstance(kind, type) and issubclass(kind, BaseException)), Exception)
         try:
             error = kind(*args)
             error.__dict__.update({name: value for name, value in state if isinstance(name, str)})
@@ -356,9 +356,9 @@ class TestSide(Endpoint):
             return self._proxies[number]
         if tag == "extended":
             plain = unpack.value(node[2])
-            made = EXTENDED[type(plain)](plain)
-            made.__dict__.update(_judge=self, _number=number)
-            return made  # not kept: its value may be another the next time
+            value = EXTENDED[type(plain)](plain)
+            value.__dict__.update(_judge=self, _number=number)
+            return value  # not kept: its value may be another the next time
         if tag == "exception":
             self._proxies[number] = self._mirror(*node[1:])
         else:
@@ -368,10 +368,10 @@ class TestSide(Endpoint):
 
     def _mirror(self, number: int, name: str, bases: list[int], builtin: list[str]) -> type:
         """A local class for an exception class of the program, to be named in `except`."""
-        known = [
+        classes = [
             self._proxies.get(base) or getattr(builtins, own, None) for base, own in zip(bases, builtin, strict=True)
         ]
-        base = next((kind for kind in known if isinstance(kind, type)), Exception)
+        base = next((kind for kind in classes if isinstance(kind, type)), Exception)
         return type(name, (base,), {"_number": number})
 
 
@@ -380,7 +380,7 @@ def _place(thing: Any) -> tuple[str, str] | None:
     module, name = getattr(thing, "__module__", None), getattr(thing, "__qualname__", None)
     if not isinstance(name, str) or not isinstance(module, str) or module.split(".")[0] not in sys.stdlib_module_names:
         return None
-    found: Any = importlib.import_module(module) if module in sys.modules else None
+    value: Any = importlib.import_module(module) if module in sys.modules else None
     for part in name.split("."):
-        found = getattr(found, part, None)
-    return (module, name) if found is thing else None
+        value = getattr(value, part, None)
+    return (module, name) if value is thing else None

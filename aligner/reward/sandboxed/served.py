@@ -145,20 +145,20 @@ class Program(Endpoint):
         self.module = types.ModuleType("solution")
         sys.modules["solution"] = self.module
 
-    def prepare(self, given: dict[str, Any]) -> None:
+    def prepare(self, request: dict[str, Any]) -> None:
         """Run the setup. Its names and the usual imports are available to the program like builtins."""
-        known = dict(vars(builtins))
-        if _unknown(given["code"]) - set(known):
-            known = _usual() | known
-        before: dict[str, Any] = {"__name__": "setup", "__builtins__": known}
-        for source in given["setup"]:
-            exec(compile(source, "setup.py", "exec"), before)
-        for source in given["pieces"]:
+        builtin_names = dict(vars(builtins))
+        if _unknown(request["code"]) - set(builtin_names):
+            builtin_names = _usual() | builtin_names
+        namespace: dict[str, Any] = {"__name__": "setup", "__builtins__": builtin_names}
+        for source in request["setup"]:
+            exec(compile(source, "setup.py", "exec"), namespace)
+        for source in request["pieces"]:
             with contextlib.suppress(Exception):  # a part of the tests that the program may do without
-                exec(compile(source, "tests.py", "exec"), before)
-        known |= {name: value for name, value in before.items() if not name.startswith("__")}
-        self.shared = {name: value for name, value in before.items() if isinstance(value, type)}
-        self.module.__dict__["__builtins__"] = known
+                exec(compile(source, "tests.py", "exec"), namespace)
+        builtin_names |= {name: value for name, value in namespace.items() if not name.startswith("__")}
+        self.shared = {name: value for name, value in namespace.items() if isinstance(value, type)}
+        self.module.__dict__["__builtins__"] = builtin_names
         sys.setrecursionlimit(RECURSION)
 
     def load(self, code: str) -> bool:
@@ -186,8 +186,8 @@ class Program(Endpoint):
 
     def _ask(self, what: str, number: int, args: Any, kwargs: Any) -> Any:
         pack = Pack(self)
-        said = {"ask": what, "thing": number, "args": pack.value(args), "kwargs": pack.value(kwargs)}
-        self._link.send({**said, "nodes": pack.nodes})
+        request = {"ask": what, "thing": number, "args": pack.value(args), "kwargs": pack.value(kwargs)}
+        self._link.send({**request, "nodes": pack.nodes})
         while True:
             reply = self._link.receive()
             if "op" in reply:  # the tests use the program in turn
@@ -207,7 +207,7 @@ class Program(Endpoint):
             _fill(self._things[number], unpack.value(content))
         sys.setrecursionlimit(limit)
         stdout, sys.stdout = sys.stdout, printed
-        said: dict[str, Any] = {}
+        reply: dict[str, Any] = {}
         value: Any = None
         try:
             value = self._do(request["op"], args, kwargs)
@@ -215,30 +215,30 @@ class Program(Endpoint):
             raise
         except BaseException as error:
             value = error
-            said["raised"] = True
+            reply["raised"] = True
         finally:
             limit = sys.getrecursionlimit()
             sys.stdout = stdout
         sys.setrecursionlimit(DEEP)
         pack = Pack(self, unpack)
-        if "raised" in said:
-            said["value"] = pack.value(self._told(value))
+        if "raised" in reply:
+            reply["value"] = pack.value(self._exception_content(value))
         else:
             if request["op"] == "call" and isinstance(args[0], type):
                 self._made.add(self._number(value))
             if request["op"] in ("getattr", "getitem") and type(value) in CONTAINERS:
-                said["held"] = self._number(value)
-            said["value"] = pack.value(value)
-        said["after"] = {i: pack.node(thing) for i, thing in unpack.built.items() if unpack.nodes[i][0] in MUTABLE}
+                reply["held"] = self._number(value)
+            reply["value"] = pack.value(value)
+        reply["after"] = {i: pack.node(thing) for i, thing in unpack.built.items() if unpack.nodes[i][0] in MUTABLE}
         sys.setrecursionlimit(limit)
-        return {**said, "nodes": pack.nodes, "printed": printed.getvalue()[:PRINTED]}
+        return {**reply, "nodes": pack.nodes, "printed": printed.getvalue()[:PRINTED]}
 
     def _do(self, what: str, args: Any, kwargs: Any) -> Any:
         if what == "module":
             return self.module
         return OPERATIONS[what](*args, **kwargs)
 
-    def _told(self, error: BaseException) -> tuple[Any, ...]:
+    def _exception_content(self, error: BaseException) -> tuple[Any, ...]:
         kinds = [kind for kind in type(error).__mro__ if issubclass(kind, BaseException)]
         state = [(name, value) for name, value in state_of(error) if not name.startswith("__")]
         return [(kind.__name__, kind.__module__ == "builtins", self._number(kind)) for kind in kinds], error.args, state
@@ -327,18 +327,18 @@ def _unknown(source: str) -> set[str]:
 
 def _usual() -> dict[str, Any]:
     """Modules and names that the evaluators of LiveCodeBench and APPS import for every program."""
-    found: dict[str, Any] = {}
+    names: dict[str, Any] = {}
     for name in STARRED.split():
         module = importlib.import_module(name)
         public = getattr(module, "__all__", [name for name in vars(module) if not name.startswith("_")])
-        found |= {name: getattr(module, name) for name in public}
+        names |= {name: getattr(module, name) for name in public}
     modules = {name: importlib.import_module(name) for name in [*STARRED.split(), "io", "json", "sys", "os", "time"]}
-    return found | modules | {"inf": float("inf")}
+    return names | modules | {"inf": float("inf")}
 
 
 def main() -> None:
     """See the module docstring."""
-    given = json.load(sys.stdin)
+    request = json.load(sys.stdin)
     link = Link(int(sys.argv[1]))
     nothing = os.open(os.devnull, os.O_RDWR)
     for number in (0, 1, 2):
@@ -347,13 +347,13 @@ def main() -> None:
     given_input = Input(program)
     sys.stdin, builtins.input = given_input, given_input.asked  # type: ignore[assignment]
     try:
-        program.prepare(given)
+        program.prepare(request)
     except BaseException as error:
         link.send({"broken": f"the row's setup code raises {type(error).__name__}: {error}"})
         os._exit(0)
     link.send({"broken": ""})  # before any line of the program runs
     with contextlib.suppress(Gone):
-        link.send({"loaded": program.load(given["code"]), "names": program.names()})
+        link.send({"loaded": program.load(request["code"]), "names": program.names()})
         program.serve()
     os._exit(0)
 
