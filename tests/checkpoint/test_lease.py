@@ -159,7 +159,7 @@ def test_an_old_lease_needs_no_look(tmp_path: Path) -> None:
 
 
 def test_an_owner_notices_that_it_was_taken_for_dead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(leases, "RENEWED", 0.05)
+    monkeypatch.setattr(leases, "RENEW_PERIOD", 0.05)
     held = acquire_lease(tmp_path, "a")
     age = (tmp_path / FILE).stat().st_mtime_ns
     time.sleep(0.3)

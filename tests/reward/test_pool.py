@@ -276,7 +276,7 @@ def test_the_fields_without_which_a_row_has_no_score(
         ({"rule": "aligner.reward.rules.__doc__"}, r"reward\.rule=.* is a str, not a function"),
         ({"rule": "FILE:one_argument"}, r"reward\.rule=.* must take \(prompt, response, \*\*fields\)"),
         ({"rule": "FILE:named", "kwargs": {"size": 3}}, r"reward\.kwargs\.size: .* has no such argument; it has"),
-        ({"rule": "FILE:named", "kwargs": {"prompt": "x"}}, r"reward\.kwargs\.prompt: .* leave it out"),
+        ({"rule": "FILE:named", "kwargs": {"prompt": "x"}}, r"reward\.kwargs\.prompt: .* remove it"),
         ({"rule": "FORMS:Class"}, r"reward\.rule=.* is a class, .*give a function"),
         ({"rule": "FORMS:instance_async"}, r"reward\.rule=.* is async, .*give a function"),
         ({"rule": "FORMS:later"}, r"reward\.rule=.* is async, .*give a function"),
