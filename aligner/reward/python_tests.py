@@ -47,7 +47,7 @@ MODULES = [
 
 
 @dataclass
-class TestSources:
+class PythonTests:
     """Python sources and the tests found in them."""
 
     sources: list[str] = field(default_factory=list)
@@ -68,7 +68,7 @@ class TestSources:
     """Module -> names that the tests import from it."""
 
     @classmethod
-    def read(cls, texts: Sequence[str], entry: str | None, setup: Sequence[str]) -> TestSources:
+    def read(cls, texts: Sequence[str], entry: str | None, setup: Sequence[str]) -> PythonTests:
         """Parse test sources.
 
         Args:

@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from aligner.reward.python_tests import MODULES, TestSources
+from aligner.reward.python_tests import MODULES, PythonTests
 from aligner.reward.sandboxed.wire import Endpoint, Pack
 
 FORMS = (
@@ -55,7 +55,7 @@ class Suite:
     """{"entry", "args", "kwargs", "wanted", "unwrap"}; values packed."""
     pairs: list[tuple[str, str]] = field(default_factory=list)
     """(standard input, standard output)."""
-    scripts: TestSources = field(default_factory=TestSources)
+    scripts: PythonTests = field(default_factory=PythonTests)
 
     def plan(self, partial: bool) -> dict[str, Any]:
         """The input of `sandboxed/harness.py`, as JSON values."""
@@ -96,7 +96,7 @@ def read_suite(
         suite.setup.append(prefix)
     if suite.pairs and not any(output.strip() for _, output in suite.pairs):
         raise ValueError("all expected outputs are empty, so a program that does nothing would pass")
-    suite.scripts = TestSources.read(suite.texts, suite.entry, suite.setup)
+    suite.scripts = PythonTests.read(suite.texts, suite.entry, suite.setup)
     if not (suite.calls or suite.pairs or suite.scripts.tests):
         raise ValueError(f"no test in tests={_shown(tests)}; {FORMS}")
     return suite

@@ -23,7 +23,7 @@ from typing import Any
 sys.path.insert(0, os.getcwd())
 
 import checks
-from remote import Proxy, TestFault, TestSide
+from remote import FaultyTests, HarnessEndpoint, Proxy
 from wire import DEEP, Endpoint, Gone, Link, Unpack
 
 ASSERTED = "__asserted__"
@@ -43,7 +43,7 @@ class Counting(ast.NodeTransformer):
 class Tests:
     """The tests of a row and their namespace."""
 
-    def __init__(self, judge: TestSide, plan: dict[str, Any], report: Callable[[Any], None]) -> None:
+    def __init__(self, judge: HarnessEndpoint, plan: dict[str, Any], report: Callable[[Any], None]) -> None:
         self._judge, self._plan, self._report = judge, plan, report
         self._asserted = 0
         self._modules: set[str] = set()
@@ -60,7 +60,7 @@ class Tests:
             for source in self._plan["setup"]:
                 exec(compile(source, "setup.py", "exec"), self.names)
         except Exception as error:
-            raise TestFault(f"the row's setup code raises {type(error).__name__}: {error}") from None
+            raise FaultyTests(f"the row's setup code raises {type(error).__name__}: {error}") from None
         for name in self._plan["dropped"]:
             self.names.pop(name, None)
         for name in self._plan["standard"]:
@@ -87,13 +87,13 @@ class Tests:
         for number, test in enumerate(self._plan["tests"]):
             passed = self._passed(test, bodies)
             if self._judge.broken:
-                raise TestFault(self._judge.broken)
+                raise FaultyTests(self._judge.broken)
             if passed:
                 self._report(number)
             elif not self._plan["partial"]:
                 return
         if not self._judge.used:
-            raise TestFault("the tests never use the program")
+            raise FaultyTests("the tests never use the program")
 
     def _passed(self, test: dict[str, Any], bodies: dict[int, bool]) -> bool:
         if test["kind"] == "call":
@@ -126,7 +126,7 @@ class Tests:
             test()
         except Gone:
             return False
-        except TestFault:
+        except FaultyTests:
             raise
         except BaseException as error:
             if self._judge.raised(error) or self._missing(error):
@@ -134,12 +134,12 @@ class Tests:
             if isinstance(error, SystemExit) and not error.code:  # the tests' own sys.exit(0)
                 return self._asserted > asserted
             if isinstance(error, ImportError):
-                raise TestFault(f"the tests import an unavailable module: {error}") from None
+                raise FaultyTests(f"the tests import an unavailable module: {error}") from None
             if not self._judge.used:
-                raise TestFault(f"the tests fail without the program: {type(error).__name__}: {error}") from None
+                raise FaultyTests(f"the tests fail without the program: {type(error).__name__}: {error}") from None
             return False
         if needed and self._asserted == asserted and not self._judge.used:
-            raise TestFault("the tests assert nothing and never use the program")
+            raise FaultyTests("the tests assert nothing and never use the program")
         return self._asserted > asserted or not needed
 
     def _missing(self, error: BaseException) -> bool:
@@ -165,7 +165,7 @@ class Tests:
         try:
             args, kwargs, expected = (_unpacked(test[key]) for key in ("args", "kwargs", "wanted"))
             result = self._subject(test["entry"])(*args, **kwargs)
-        except TestFault:
+        except FaultyTests:
             raise
         except BaseException:
             return False
@@ -195,7 +195,7 @@ class Tests:
         result = unittest.TestResult()
         unittest.TestSuite([owner(name)]).run(result)
         if result.skipped:
-            raise TestFault(f"{owner.__name__}.{name} is skipped")
+            raise FaultyTests(f"{owner.__name__}.{name} is skipped")
         if not result.wasSuccessful() or not result.testsRun:
             raise AssertionError("\n".join(text for _, text in result.failures + result.errors))
 
@@ -227,7 +227,7 @@ def main() -> None:
     def report(value: Any) -> None:
         os.write(report_fd, (json.dumps(value) + "\n").encode())
 
-    judge = TestSide(Link(int(sys.argv[1])))
+    judge = HarnessEndpoint(Link(int(sys.argv[1])))
     sys.setrecursionlimit(DEEP // 100)
     sys.modules["pytest"] = types.ModuleType("pytest")
     vars(sys.modules["pytest"]).update(checks.pytest_names())
@@ -237,7 +237,7 @@ def main() -> None:
             tests = Tests(judge, plan, report)
             tests.prepare(names)
             tests.run()
-    except TestFault as error:
+    except FaultyTests as error:
         report({"broken": str(error)})
     except Gone:
         pass

@@ -25,7 +25,7 @@ MOST = 1_000_000
 """Most items that are searched for `x in y` on an object of the program."""
 
 
-class TestFault(BaseException):
+class FaultyTests(BaseException):
     """The tests are at fault or need something unsupported, so there is no verdict on the program."""
 
 
@@ -35,7 +35,7 @@ _set = object.__setattr__
 class Proxy:
     # Proxy of an object of the program. (A docstring would become every object's __doc__.)
 
-    def __init__(self, judge: TestSide, number: int, flags: dict[str, Any]) -> None:
+    def __init__(self, judge: HarnessEndpoint, number: int, flags: dict[str, Any]) -> None:
         _set(self, "_judge", judge)
         _set(self, "_number", number)
         _set(self, "_flags", flags)
@@ -149,7 +149,7 @@ EXTENDED: dict[type, Any] = {
 }
 
 
-class TestSide(Endpoint):
+class HarnessEndpoint(Endpoint):
     """Sends requests to the program and answers its requests in between."""
 
     def __init__(self, link: Link) -> None:
@@ -170,12 +170,12 @@ class TestSide(Endpoint):
         """The program's names; None if it does not load.
 
         Raises:
-            TestFault: the setup fails.
+            FaultyTests: the setup fails.
             Gone: the program has ended.
         """
         broken = self._link.receive()["broken"]  # sent before the program ran, so it cannot be forged
         if broken:
-            raise TestFault(broken)
+            raise FaultyTests(broken)
         reply = self._link.receive()
         names = reply.get("names")
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
@@ -222,10 +222,10 @@ class TestSide(Endpoint):
             self.used += 1
         return self._ask(operation, args, kwargs)
 
-    def fault(self, why: str) -> TestFault:
+    def fault(self, why: str) -> FaultyTests:
         """An exception to raise; also recorded, because a test may catch everything."""
         self.broken = self.broken or why
-        return TestFault(why)
+        return FaultyTests(why)
 
     def raised(self, error: BaseException) -> bool:
         """Whether the exception comes from the program."""
@@ -276,7 +276,7 @@ class TestSide(Endpoint):
             if "held" in reply and len(value) <= WATCHED:
                 self._held = [*self._held[1 - KEPT :], (value, reply["held"], self._content(value))]
             printed = str(reply["printed"])
-        except (Gone, TestFault):
+        except (Gone, FaultyTests):
             raise
         except Exception:  # a forged reply counts as none
             raise Gone from None
@@ -293,7 +293,7 @@ class TestSide(Endpoint):
             unpack = Unpack(self, asked["nodes"])
             args, kwargs = unpack.value(asked["args"]), unpack.value(asked["kwargs"])
             value = self._asked(asked["ask"], asked["thing"], args, kwargs)
-        except (TestFault, Gone):
+        except (FaultyTests, Gone):
             raise
         except BaseException as error:
             return {"raise": [type(error).__name__, str(error)]}
