@@ -23,7 +23,6 @@ from aligner.reshard.transfer.sync_stats import SyncRow
 from aligner.reshard.transfer.wire import Kept
 from aligner.reshard.weights import ExplicitLayout, WeightLayout
 from aligner.rollout.layout import EngineLayout
-from aligner.trainer.megatron.layout import MegatronLayout
 
 if TYPE_CHECKING:
     from aligner.rollout.role import Rollout
@@ -66,7 +65,7 @@ class WeightSync:
         self._transfers += 1
         row = execute(
             self.plan,
-            policy.model.view if policy.member else None,
+            policy.weights.view if policy.member else None,
             rollout.weights if rollout.member else None,
             self.group,
             policy.world.device,
@@ -89,9 +88,9 @@ def sides(
     exchanged: at a thousand ranks the layouts are gigabytes. Else the layouts themselves are.
     """
     rank = policy.world.rank
-    held = policy.model.layout if policy.member else []
+    held = policy.weights.pieces()
     wanted = rollout.weights.pieces(logical_tensors(policy.spec)) if rollout.member else []
-    source = MegatronLayout(policy.spec, policy.mesh, policy.config.dtype)
+    source = policy.weights.layout
     destination = EngineLayout(policy.spec, rollout.mesh, rollout.config.dtype, rollout.mesh.expert > 1)
     agree = set(held) == set(source.layout(rank)) and set(wanted) == set(destination.layout(rank))
     told = [False] * len(ranks)

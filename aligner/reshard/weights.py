@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from aligner.reshard.plan.region import Layout, Piece
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 R = TypeVar("R")
 
@@ -26,6 +29,39 @@ class WeightLayout(Protocol):
         Empty where nobody holds the tensor. Costs as much as the distinct pieces of this one tensor, never as much as
         the model. The same box may appear in several forms (other strides, storages or dtypes), also on one rank.
         """
+
+
+class ShardedWeights(Protocol):
+    """Weights that are spread over ranks, as the source of a transfer.
+
+    Every rank of the world has such an object; on ranks that hold none of the weights it is a `RemoteWeights`.
+    """
+
+    @property
+    def layout(self) -> WeightLayout:
+        """What each rank holds, by arithmetic; the same on every rank of the world."""
+
+    def pieces(self) -> Sequence[Piece]:
+        """What this rank really holds, which should be `layout.layout(rank)` in any order. Empty on ranks that hold
+        nothing. The first call may be collective over the ranks of `layout`."""
+
+    def view(self, piece: Piece) -> Tensor:
+        """One of `pieces`, or a crop of one, as a strided view of shape `piece.size` in dtype `piece.dtype`."""
+
+
+class RemoteWeights:
+    """Either end of a transfer on a rank that holds nothing of it: only the other ranks' layout is known."""
+
+    def __init__(self, layout: WeightLayout) -> None:
+        self.layout = layout
+
+    def pieces(self) -> Sequence[Piece]:
+        """Nothing is held here."""
+        return ()
+
+    def view(self, piece: Piece) -> Tensor:
+        """Nothing is held here."""
+        raise AssertionError(f"{piece.name}{piece.box} is held by other ranks ({self.layout.ranks})")
 
 
 class LazyHolders(Sequence[tuple[Piece, tuple[int, ...]]]):

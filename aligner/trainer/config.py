@@ -1,9 +1,11 @@
-"""Settings of the models on Megatron: precision, optimizer, schedule, microbatches, recompute."""
+"""Settings of models on a training backend: the backend, precision, optimizer, schedule, microbatches, recompute."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from operator import attrgetter
+
+from aligner.trainer.engines import BACKENDS
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ class OptimizerConfig:
     clip_grad: float = 1.0
     """Global gradient norm above which gradients are scaled down; 0 turns clipping off."""
     distributed: bool = True
-    """Shard optimizer state over the data-parallel ranks (Megatron's distributed optimizer)."""
+    """Shard optimizer state over the data-parallel ranks (ZeRO-1; Megatron's distributed optimizer)."""
 
 
 CHOICES = {
@@ -55,8 +57,10 @@ AT_LEAST = {
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """A model on Megatron and how a batch passes through it."""
+    """A model on a training backend and how a batch passes through it."""
 
+    engine: str = "megatron"
+    """Training backend: megatron (Megatron-core)."""
     dtype: str = "float32"
     """Parameters and activations: float32 or bfloat16 (bfloat16 keeps float32 gradients and master weights, which start from
     the digits that the checkpoint has, not from those rounded to bfloat16)."""
@@ -80,7 +84,7 @@ class TrainingConfig:
 
     def check(self, name: str) -> None:
         """Raises ValueError naming the setting, which begins with `name`, and the values that would work."""
-        for key, allowed in CHOICES.items():
+        for key, allowed in (CHOICES | {"engine": tuple(BACKENDS)}).items():
             if attrgetter(key)(self) not in allowed:
                 raise ValueError(f"{name}.{key}={attrgetter(key)(self)} is unknown; use {', '.join(allowed)}.")
         for key, least in AT_LEAST.items():
@@ -107,6 +111,8 @@ class PolicyConfig(TrainingConfig):
 class ReferenceConfig:
     """The frozen copy of the starting model; what is null is as the policy's."""
 
+    engine: str | None = None
+    """Training backend: megatron (Megatron-core). null: policy.engine."""
     dtype: str | None = None
     """Parameters and activations: float32 or bfloat16. Another one than the policy's rounds otherwise, so that the KL
     to the reference does not start at 0. null: policy.dtype."""
@@ -115,6 +121,8 @@ class ReferenceConfig:
 
     def check(self) -> None:
         """Raises ValueError naming the setting and the values that would work."""
+        if self.engine not in (*BACKENDS, None):
+            raise ValueError(f"reference.engine={self.engine} is unknown; use {', '.join(BACKENDS)} or null.")
         if self.dtype not in (*CHOICES["dtype"], None):
             raise ValueError(f"reference.dtype={self.dtype} is unknown; use {', '.join(CHOICES['dtype'])} or null.")
         if self.micro_tokens is not None and self.micro_tokens < 1:
@@ -126,6 +134,7 @@ class ReferenceConfig:
         """The reference's settings: the policy's, but for what is said here."""
         return replace(
             policy,
+            engine=self.engine or policy.engine,
             dtype=self.dtype or policy.dtype,
             forward_micro_tokens=self.micro_tokens or policy.forward_micro_tokens,
         )

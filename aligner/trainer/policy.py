@@ -24,7 +24,7 @@ class Reference(ModelRole):
 
     def readout(self) -> LogProbs:
         """After the sampling temperature."""
-        return LogProbs(self.groups.tp, self.spec.vocab, self.temperature)
+        return LogProbs(self.temperature)
 
     def logprobs(self, samples: Ref) -> Ref:
         """log p(token | tokens before it) under this model, after the sampling temperature.
@@ -47,7 +47,7 @@ class Policy(TrainableRole, Reference):
         self.syncs: dict[str, WeightSync] = {}
         self._sent: dict[str, int] = {}
         if self.member:
-            self.optimizer  # noqa: B018 - it moves the parameters, whose places a sync remembers
+            self.make_optimizer()  # it moves the parameters, whose places a sync remembers
 
     def reshard_to(self, rollout: Rollout) -> None:
         """Bring the rollout engine the weights as they are now; a proof of the sync is in its ledger row."""

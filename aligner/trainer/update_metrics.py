@@ -11,7 +11,6 @@ from torch import Tensor
 
 from aligner.spmd import batch_ops as columns
 from aligner.trainer.loss_mean import Totals
-from aligner.trainer.megatron.attention_calls import attended
 from aligner.trainer.skips import EMPTY, SKIPPED
 
 MAXIMA = ("gap", "ratio", "kl", "weight", "staleness")
@@ -44,15 +43,15 @@ def gather_advantages(sums: dict[str, Tensor], fields: Mapping[str, Any], mask_B
         sums["max/advantage_abs"] = kept.max().double().cpu() if kept.numel() else torch.zeros((), dtype=torch.float64)
 
 
-def account_work(sums: dict[str, Tensor], tokens: int, microbatches: Sequence[tuple[int, ...]]) -> None:
-    """Add a shard's tokens, and those that were computed: with what pads attention calls, sequence-parallel ranks and
-    microbatches that are there for other shards' collectives.
+def account_work(sums: dict[str, Tensor], tokens: int, computed: int) -> None:
+    """Add a shard's tokens, and those that its engine computed for them, for the metric `padding`.
 
     Args:
-        microbatches: lengths of the rows of each, what pads them among them.
+        computed: with what pads attention calls, sequence-parallel ranks and microbatches that are there for other
+            shards' collectives.
     """
     add_to(sums, "work/rows", torch.tensor(tokens))
-    add_to(sums, "work/computed", torch.tensor(sum(attended(lengths) for lengths in microbatches)))
+    add_to(sums, "work/computed", torch.tensor(computed))
 
 
 @dataclass(frozen=True)
