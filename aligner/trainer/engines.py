@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, cast
 
 from aligner.trainer.megatron.layout import MegatronLayout
 from aligner.trainer.megatron.sizes import bytes_per_rank, check_runs
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from aligner.models.spec import ModelSpec
-    from aligner.reshard.weights import WeightLayout
+    from aligner.reshard.plan.layout import WeightLayout
     from aligner.spmd.mesh import Mesh
     from aligner.trainer.config import TrainingConfig
     from aligner.trainer.engine import TrainEngine
@@ -39,18 +40,17 @@ class Backend:
     layout: Callable[[ModelSpec, Mesh, str], WeightLayout]
     """(model, mesh, data type) -> which region of which checkpoint tensor every rank of the mesh holds."""
     bytes_per_rank: MemoryEstimate
-    engine: Callable[[], type[TrainEngine]]
-    """Imports the backend, which takes seconds."""
+    engine: str
+    """Import path of the `TrainEngine`, which is imported only where a model is built: that takes seconds."""
 
-
-def _megatron() -> type[TrainEngine]:
-    from aligner.trainer.megatron.engine import MegatronEngine
-
-    return MegatronEngine
+    def engine_type(self) -> type[TrainEngine]:
+        """Import the backend."""
+        module, _, name = self.engine.rpartition(".")
+        return cast("type[TrainEngine]", getattr(importlib.import_module(module), name))
 
 
 BACKENDS: Mapping[str, Backend] = {
-    "megatron": Backend(check_runs, MegatronLayout, bytes_per_rank, _megatron),
+    "megatron": Backend(check_runs, MegatronLayout, bytes_per_rank, "aligner.trainer.megatron.engine.MegatronEngine"),
 }
 """By the value of the `engine` settings."""
 

@@ -58,7 +58,7 @@ class ModelRole(Role, ABC):
         """
         super().__init__(name, world, mesh, row_cost(spec))
         self.spec, self.config = spec, config
-        self.engine_type = backend(config.engine).engine()
+        self.engine_type = backend(config.engine).engine_type()
         world.residency.make_room(name, mesh)
         self._engine = self.engine_type.build(
             world, mesh, spec, config, self.readout(), sequence_parallel=sequence_parallel
