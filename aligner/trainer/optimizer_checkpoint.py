@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from aligner.models.checkpoint import read_into
 from aligner.models.family import new_tensors
-from aligner.models.stored import open_stored
+from aligner.models.stored import Entry, entry_of, open_stored, piece_of
 from aligner.reshard.local import LocalWeights, WritableLocalWeights, copy_weights
 from aligner.reshard.message.storage import strided_view
 from aligner.reshard.plan.region import Layout, Piece
@@ -22,9 +23,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from aligner.models.spec import ModelSpec
-
-Entry = tuple[str, list[int], list[int], str, int, list[int]]
-"""A piece as JSON: logical tensor, first element, extent, tensor of the file, offset in it, strides."""
 
 
 class Source(Protocol):
@@ -60,9 +58,7 @@ def save(name: str, engine: TrainEngine) -> tuple[dict[str, Tensor], dict[str, l
         for kind, tensor in ({MASTER: part.master} | part.moments).items() if pieces else ():
             key = f"{name}/{kind}/{part.storage}"
             tensors[key] = tensor.detach().to("cpu", copy=True)
-            entries[f"{name}/{kind}"] += [
-                (p.name, list(p.lo), list(p.size), key, p.offset, list(p.stride)) for p in pieces
-            ]
+            entries[f"{name}/{kind}"] += [entry_of(replace(piece, storage=key)) for piece in pieces]
     return tensors, entries
 
 
@@ -121,11 +117,7 @@ def _as_float32(piece: Piece) -> Piece:
 @torch.no_grad()
 def _read(source: Source, key: str, layout: Layout, view: Callable[[Piece], Tensor]) -> None:
     wanted = {piece.name for piece in layout}
-    held = [
-        Piece(name, tuple(lo), tuple(size), f"{rank}:{stored}", offset, tuple(stride), "float32")
-        for rank, (name, lo, size, stored, offset, stride) in source.entries(key)
-        if name in wanted
-    ]
+    held = [piece_of(entry, rank, "float32") for rank, entry in source.entries(key) if entry[0] in wanted]
 
     def stored_view(piece: Piece) -> Tensor:
         rank, _, name = piece.storage.partition(":")
