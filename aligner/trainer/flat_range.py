@@ -16,8 +16,8 @@ def clip(piece: Piece, start: int, stop: int) -> list[Piece]:
     """
     dims = sorted(range(len(piece.size)), key=lambda dim: -piece.stride[dim])
     boxes = _inside(piece, dims, piece.lo, piece.size, start - piece.offset, stop - piece.offset)
-    found = [piece.crop(lo, size) for lo, size in boxes]
-    return [Piece(p.name, p.lo, p.size, p.storage, p.offset - start, p.stride, p.dtype) for p in found]
+    crops = [piece.crop(lo, size) for lo, size in boxes]
+    return [Piece(p.name, p.lo, p.size, p.storage, p.offset - start, p.stride, p.dtype) for p in crops]
 
 
 Corner = tuple[int, ...]

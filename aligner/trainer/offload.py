@@ -100,8 +100,9 @@ class Scratch:
 
     def bytes(self) -> int:
         """Its size on the device while it is there."""
-        found = storages(self._tensors())
-        return sum(s.nbytes() for s in found) if self.resident else sum(size for _, size in self._freed)
+        if not self.resident:
+            return sum(size for _, size in self._freed)
+        return sum(storage.nbytes() for storage in storages(self._tensors()))
 
     def changed(self) -> None:
         """Nothing to keep."""

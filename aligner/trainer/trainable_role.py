@@ -23,7 +23,7 @@ from aligner.spmd.residency import Kind
 from aligner.trainer import optimizer_checkpoint
 from aligner.trainer.loss_mean import LossFunction, Totals, counted, rows_together, takes_one_step
 from aligner.trainer.model_role import ModelRole
-from aligner.trainer.offending_batch import Seen, begin_offending, save_offending
+from aligner.trainer.offending_batch import MicrobatchOutput, begin_offending, save_offending
 from aligner.trainer.schedule import learning_rate
 from aligner.trainer.skips import EMPTY, SKIPPED, NotFinite, Skips
 from aligner.trainer.update import MinibatchLoss, reduce_sums, rows_of
@@ -195,7 +195,7 @@ class TrainableRole(ModelRole):
         if wrong:
             too_many = self.skips.left_out()
             if too_many:
-                self._stop(wrong, too_many, samples, fields, of_microbatch.seen)
+                self._stop(wrong, too_many, samples, fields, of_microbatch.outputs)
             return StepReport(reduced, totals, {"grad_norm": norm, SKIPPED: 1.0})
         self.skips.taken()
         return StepReport(reduced, totals, {"grad_norm": norm, "lr": self._descend(norm)})
@@ -232,12 +232,12 @@ class TrainableRole(ModelRole):
         return float(largest)
 
     def _stop(
-        self, wrong: str, too_many: str, samples: Samples, fields: dict[str, Any], seen: Sequence[Seen]
+        self, wrong: str, too_many: str, samples: Samples, fields: dict[str, Any], outputs: Sequence[MicrobatchOutput]
     ) -> NoReturn:
         """End the job on all of the role's ranks, once every shard has written its rows of the batch."""
         step, setting = self.world.journal.step, f"{self.section}.optimizer"
         what = f"{wrong} at optimizer step {self.optimizer_steps} of {self.name} (step {step} of the loop)"
-        kept = ""
+        where = ""
         if self.offending is not None:
             folder, at = self.offending / f"step_{step}", self.mesh.coordinates(self.world.rank)
             if self.world.rank == self.mesh.ranks[0]:
@@ -245,11 +245,11 @@ class TrainableRole(ModelRole):
             self._most(0.0)
             if at["pipeline"] == self.mesh.last_stage and at["tensor"] == at["context"] == 0:
                 about = {"role": self.name, "what": what, "why": too_many}
-                save_offending(folder, self.world.rank, samples, fields, seen, about, self.spec.path)
+                save_offending(folder, self.world.rank, samples, fields, outputs, about, self.spec.path)
             self._most(0.0)  # the launcher ends every rank when one has left
-            kept = f" The batch is in {folder} (README.md beside it says how to load it)."
+            where = f" The batch is in {folder} (README.md beside it says how to load it)."
         raise ValueError(
-            f"{what}; {too_many}. The weights are as before it.{kept} Lower {setting}.lr, set {setting}.clip_grad, or look at "
+            f"{what}; {too_many}. The weights are as before it.{where} Lower {setting}.lr, set {setting}.clip_grad, or look at "
             "the batch's rewards."
         )
 

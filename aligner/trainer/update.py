@@ -18,14 +18,14 @@ from aligner.spmd.world import World
 from aligner.trainer.config import TrainingConfig
 from aligner.trainer.engine import TrainEngine
 from aligner.trainer.loss_mean import LossFunction, Totals, global_mean
-from aligner.trainer.offending_batch import Seen
+from aligner.trainer.offending_batch import MicrobatchOutput
 from aligner.trainer.update_metrics import add_to, gather_metrics
 
 
 class MinibatchLoss:
     """A `MicrobatchLoss`: a loss function over this shard's rows of one minibatch, as its mean over the global batch.
 
-    What the loss reports is summed up in `sums`, what each microbatch gave is in `seen`; both stay empty on ranks that do
+    What the loss reports is summed up in `sums`, what each microbatch gave is in `outputs`; both stay empty on ranks that do
     not compute the loss.
     """
 
@@ -55,7 +55,7 @@ class MinibatchLoss:
         self.device, self.version = device, version
         self.wanted = inspect.signature(loss).parameters
         self.sums: dict[str, Tensor] = {}
-        self.seen: list[Seen] = []
+        self.outputs: list[MicrobatchOutput] = []
 
     def __call__(self, number: int, readouts: dict[str, Tensor]) -> Tensor:
         """(number of the microbatch, its readouts) -> its part of the mean over the global batch."""
@@ -68,7 +68,7 @@ class MinibatchLoss:
         given = {name: self._fit(value, samples.length_B[rows]) for name, value in given.items()}
         given |= dict(further)
         unreduced, metrics = self.loss(result, **{name: given[name] for name in given if name in self.wanted})
-        self.seen.append(Seen(rows, result.detach(), unreduced.detach()))
+        self.outputs.append(MicrobatchOutput(rows, result.detach(), unreduced.detach()))
         if self.version is not None and samples.version_BT is not None:
             metrics["staleness"] = self._fit(self.version - samples.version_BT[rows], samples.length_B[rows])
         reported = {name.removesuffix("_BT"): value_BT for name, value_BT in further}

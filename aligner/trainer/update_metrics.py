@@ -34,8 +34,8 @@ def gather_metrics(sums: dict[str, Tensor], metrics: dict[str, Tensor], mask_BT:
 
 def gather_advantages(sums: dict[str, Tensor], fields: Mapping[str, Any], mask_BT: Tensor) -> None:
     """The largest magnitude of an advantage of a trained token, where the loss is given any: `advantage_abs_max`."""
-    found = [fields[name] for name in ("advantage_B", "advantage_BT") if isinstance(fields.get(name), Tensor)]
-    for value in found:
+    given = (fields.get(name) for name in ("advantage_B", "advantage_BT"))
+    for value in (value for value in given if isinstance(value, Tensor)):
         one_BT = columns.fit(value, mask_BT.shape[1]) if value.dim() == 2 else value[:, None].expand(mask_BT.shape)
         kept = one_BT[mask_BT].abs()
         sums["max/advantage_abs"] = kept.max().double().cpu() if kept.numel() else torch.zeros((), dtype=torch.float64)

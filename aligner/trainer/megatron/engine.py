@@ -54,8 +54,7 @@ class MegatronEngine(TrainEngine):
             spec, mesh, world.rank, groups, world.device, config.dtype, sequence_parallel, config.recompute
         )
         self.pipeline = Pipeline(self.model, groups, readout, spec.vocab, world.activity.tick)
-        self.made: Optimizer | None = None
-        """The optimizer, once there is one."""
+        self._optimizer: Optimizer | None = None
 
     @classmethod
     def build(
@@ -145,14 +144,14 @@ class MegatronEngine(TrainEngine):
 
     def make_optimizer(self) -> None:
         """Wrap the model for data parallelism, which moves its parameters into flat buffers, and make AdamW."""
-        if self.made is None:
-            self.made = Optimizer(self.model, self.config.optimizer, self.groups)
+        if self._optimizer is None:
+            self._optimizer = Optimizer(self.model, self.config.optimizer, self.groups)
 
     @property
     def optimizer(self) -> Optimizer:
         """Megatron's optimizer; there must be one."""
-        assert self.made is not None, "make_optimizer has not been called"
-        return self.made
+        assert self._optimizer is not None, "make_optimizer has not been called"
+        return self._optimizer
 
     def optimizer_slices(self) -> Sequence[OptimizerSlice]:
         """With a distributed optimizer each data rank has a part of each parameter."""
@@ -179,10 +178,11 @@ class MegatronEngine(TrainEngine):
             return [parameter.data for parameter in self.model.parameters.values()]
 
         def gradients() -> list[Tensor]:
-            return self.made.gradient_buffers() if self.made else []
+            return self._optimizer.gradient_buffers() if self._optimizer else []
 
         def state() -> list[Tensor]:
-            return optimizer_tensors(self.made, [*weights(), *gradients()]) if self.made else []
+            others = [*weights(), *gradients()]
+            return optimizer_tensors(self._optimizer, others) if self._optimizer else []
 
         return {
             "weights": Offloaded(weights, stream),

@@ -1,4 +1,4 @@
-"""Run microbatches through the role's pipeline with Megatron's schedules: what the last stage reads out, or gradients."""
+"""Run microbatches through pipeline stages with Megatron's schedules: the last stage's readouts, or gradients."""
 
 from __future__ import annotations
 
