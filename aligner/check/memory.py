@@ -33,9 +33,9 @@ def role_bytes(config: Config, role: str, roles: Collection[str], spec: ModelSpe
     rollout.kv_cache_mib=null).
     """
     if role == "rollout":
+        weights = spec.parameters / (mesh.tensor * mesh.pipeline)  # experts are cut, or whole ones: as many weights
         cache = config.rollout.kv_cache_bytes(spec, mesh.tensor, cpu, mesh.pipeline) or 0
-        # of experts, cut or whole ones, a rank has as many weights
-        return spec.parameters / (mesh.tensor * mesh.pipeline) * ELEMENT_BYTES[config.rollout.dtype] + cache
+        return weights * ELEMENT_BYTES[config.rollout.dtype] + cache
     settings = config.reference.over(config.policy) if role == "reference" else getattr(config, role)
     return backend(settings.engine).bytes_per_rank(spec, mesh, settings, learns(role, roles))
 
