@@ -85,7 +85,7 @@ def check(config: Config, roles: list[str], world_size: int) -> Checked:
     for role in (role for role in roles if role in MEGATRON):
         parallel = role_layout(config.placement, role).sequence_parallel
         settings = config.reference.over(config.policy) if role == "reference" else getattr(config, role)
-        backend(settings.engine).check(specs[role], meshes[role], parallel, cpu=machine.cpu)
+        backend(settings.engine).check(specs[role], meshes[role], settings, parallel, machine.cpu)
     for model in {spec.path: spec for spec in specs.values()}.values():
         check_reading(model)
     tokenizer = load_tokenizer(config.model.path)

@@ -61,6 +61,8 @@ class TrainEngine(ABC):
 
     Life: `build` (weights undefined) -> the caller writes every piece of `weights` -> `forward` any number of times ->
     `make_optimizer` -> rounds of `backward`, `grad_norm`, and `step` or not. `forward` may come between any two of them.
+
+    `forward` and `backward` call `world.activity.tick()` at each microbatch: a rank that makes no progress is taken for hung.
     """
 
     # ---- construction

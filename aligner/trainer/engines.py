@@ -21,9 +21,14 @@ if TYPE_CHECKING:
 
 
 class Check(Protocol):
-    """ValueError, with the setting and the values that would work, where the backend cannot run a model under a mesh."""
+    """ValueError, with the setting and the values that would work, where the backend cannot run a model as it is configured.
 
-    def __call__(self, spec: ModelSpec, mesh: Mesh, sequence_parallel: bool, cpu: bool) -> None: ...
+    `mesh.name` is the role: its parallel sizes stand under `placement.<role>`.
+    """
+
+    def __call__(
+        self, spec: ModelSpec, mesh: Mesh, config: TrainingConfig, sequence_parallel: bool, cpu: bool
+    ) -> None: ...
 
 
 class MemoryEstimate(Protocol):
@@ -49,8 +54,15 @@ class Backend:
         return cast("type[TrainEngine]", getattr(importlib.import_module(module), name))
 
 
+def _check_megatron(spec: ModelSpec, mesh: Mesh, config: TrainingConfig, sequence_parallel: bool, cpu: bool) -> None:
+    """Every combination of settings runs; sizes may not."""
+    check_runs(spec, mesh, sequence_parallel, cpu)
+
+
 BACKENDS: Mapping[str, Backend] = {
-    "megatron": Backend(check_runs, MegatronLayout, bytes_per_rank, "aligner.trainer.megatron.engine.MegatronEngine"),
+    "megatron": Backend(
+        _check_megatron, MegatronLayout, bytes_per_rank, "aligner.trainer.megatron.engine.MegatronEngine"
+    ),
 }
 """By the value of the `engine` settings."""
 

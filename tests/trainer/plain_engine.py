@@ -34,7 +34,7 @@ def layout(spec: ModelSpec, mesh: Mesh, dtype: str) -> ExplicitLayout:
     return ExplicitLayout({0: [whole_tensor(name, shape, dtype) for name, shape in logical_tensors(spec).items()]})
 
 
-def check(spec: ModelSpec, mesh: Mesh, sequence_parallel: bool, cpu: bool) -> None:
+def check(spec: ModelSpec, mesh: Mesh, config: TrainingConfig, sequence_parallel: bool, cpu: bool) -> None:
     """One process, and no experts, which transformers fuses."""
     if mesh.size > 1 or spec.experts:
         raise ValueError("engine=plain runs dense models on one rank")
@@ -114,6 +114,7 @@ class PlainEngine(TrainEngine):
 
     def _read(self, batch: Packed) -> dict[str, Tensor]:
         """Rows follow each other in a batch of one; transformers keeps them apart by their positions."""
+        self.world.activity.tick()
         given = {"position_ids": batch.positions_T[None], "use_cache": False}
         hidden = self.model.model(batch.tokens_T[None], **given).last_hidden_state[0]
         head = self.model.score if self.spec.head is Head.SCALAR else self.model.lm_head
