@@ -32,7 +32,7 @@ from aligner.reward.components import Part, parts_of, shown_component
 from aligner.rollout.config import RolloutConfig
 from aligner.spmd.mesh import Mesh
 from aligner.spmd.placement import MEGATRON, RANKS_THAT_WORK, Placement, make_meshes, role_layout
-from aligner.trainer.megatron.sizes import check_runs
+from aligner.trainer.engines import backend
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -103,7 +103,8 @@ def check_models(config: Config, roles: list[str], world_size: int) -> Models:
     rollout = sized(config, specs)
     for role in (role for role in roles if role in MEGATRON):
         parallel = role_layout(config.placement, role).sequence_parallel
-        check_runs(specs[role], meshes[role], parallel, cpu=machine.cpu)
+        settings = config.reference.over(config.policy) if role == "reference" else getattr(config, role)
+        backend(settings.engine).check(specs[role], meshes[role], settings, parallel, machine.cpu)
     for model in {spec.path: spec for spec in specs.values()}.values():
         check_reading(model)
     tokenizer = load_tokenizer(config.model.path)
