@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 
 from aligner.checkpoint import lease as leases
+from aligner.checkpoint.convert import convert
 from aligner.checkpoint.lease import FILE, check_free, take
 from aligner.health.process_identity import process
-from aligner.models.convert import convert
 from tests.models.tiny import save_tiny
 
 HOLDER = """
