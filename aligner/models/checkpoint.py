@@ -23,6 +23,7 @@ from aligner.reshard.plan.region import Layout, Piece, whole_tensor
 from aligner.reshard.plan.transfer_plan import make_plan
 from aligner.reshard.transfer.executor import execute
 from aligner.reshard.transfer.sync_stats import SyncRow
+from aligner.reshard.weights import WritableWeights
 
 FILE_BYTES = 5 << 30
 """Files of weights are split beyond this size."""
@@ -48,9 +49,18 @@ def read_into(spec: ModelSpec, layout: Layout, view: Callable[[Piece], Tensor]) 
     for piece in (piece for piece in layout if piece.name in new):
         view(piece).zero_()
     layout = [piece for piece in layout if piece.name not in new]
+    return read_weights(spec, WritableLocalWeights(layout, view))
+
+
+@torch.no_grad()
+def read_weights(spec: ModelSpec, destination: WritableWeights) -> int:
+    """Fill what this rank holds of `destination` from the model's folder, which has all of it.
+
+    Returns and raises as `read_into`.
+    """
     with open_stored(spec) as stored:
-        source = LocalWeights(stored.layout(dict.fromkeys(piece.name for piece in layout)), stored.view)
-        copy_weights(source, WritableLocalWeights(layout, view), verify=False)
+        names = dict.fromkeys(piece.name for piece in destination.pieces())
+        copy_weights(LocalWeights(stored.layout(names), stored.view), destination, verify=False)
         return stored.bytes_read
 
 

@@ -74,7 +74,9 @@ class TensorWeights(WritableLocalWeights):
 
 
 def copy_weights(source: ShardedWeights, destination: WritableWeights, verify: bool = True) -> SyncRow:
-    """Fill `destination` from `source`, both of this process alone; values are cast to the destination's dtypes.
+    """Fill the pieces that this process holds of `destination` from those that it holds of `source`, without any other rank.
+
+    Values are cast to the destination's dtypes.
 
     Args:
         verify: compare each region bit for bit after it was written.
@@ -86,5 +88,5 @@ def copy_weights(source: ShardedWeights, destination: WritableWeights, verify: b
         ValueError: the source lacks a region of the destination, or has it in another shape.
         RuntimeError: the destination does not hold what the source held.
     """
-    plan = make_plan(_RANK, source.layout, destination.layout)
+    plan = make_plan(_RANK, {_RANK: source.pieces()}, {_RANK: destination.pieces()})
     return execute(plan, source.view, destination, None, torch.device("cpu"), BUCKET_BYTES, verify)

@@ -21,26 +21,27 @@ class Holding(Enum):
 
 
 class WeightSource(Protocol):
-    """A policy, as a rollout knows it."""
+    """Where a rollout's weights come from: a policy, as a rollout knows it."""
 
     name: str
     version: int
     """Updates of its weights so far; the same on every rank."""
 
     def reshard_to(self, rollout: Any) -> None:
-        """Bring its present weights into the rollout's engines; a role call of every rank."""
+        """Bring its present weights into the rollout's engines. Collective over the world."""
 
 
 class LoadedWeights:
     """The one record of what a rollout's engines hold; every rank of the world has it, and all say the same.
 
-    `source` and `version` are of the last sync that finished, also after the weights were given up.
+    Args:
+        source: where weights come from that nobody has sent when they are first needed; None: from nowhere.
     """
 
-    def __init__(self) -> None:
-        self.source: WeightSource | None = None
-        """Whose weights these are; None before the first sync."""
-        self.version = 0
+    def __init__(self, source: WeightSource | None = None) -> None:
+        self.source = source
+        """Whose weights the last sync that finished has brought, also after they were given up; None before the first."""
+        self.version = 0 if source is None else source.version
         """The source's version at that sync: what tokens are marked with as they are drawn."""
         self.holding = Holding.NOTHING
 
@@ -99,7 +100,9 @@ class LoadedWeights:
                 )
 
     def source_to_reload(self, rollout: str) -> WeightSource | None:
-        """Who must sync the same weights once more before the engines can generate; None where they need not or cannot.
+        """Who must bring the weights before the engines can generate: they were given up, or have not been needed yet.
+
+        None where the engines have weights, and where nobody is known to have any: then `check` says what to do.
 
         Args:
             rollout: name of the role, for the error.
@@ -107,7 +110,7 @@ class LoadedWeights:
         Raises:
             RuntimeError: the weights were given up, and their source has others by now.
         """
-        if not self.evicted or self.source is None:
+        if self.holding not in (Holding.NOTHING, Holding.EVICTED) or self.source is None:
             return None
         if self.version != self.source.version:
             policy = self.source.name
