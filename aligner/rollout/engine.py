@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from aligner.bounds import check_settings
 from aligner.models.agreement import check_agreement
 from aligner.models.family import FAMILIES
 from aligner.models.spec import read_spec
@@ -130,7 +131,7 @@ class RolloutEngine:
         """Take `num_samples` responses to each prompt into work; see `generate`. Returns what `finish` takes."""
         assert len(prompts) == len(seeds), f"{len(prompts)} prompts but {len(seeds)} seeds"
         assert num_samples >= 1, f"num_samples={num_samples}"
-        sampling.check()
+        check_settings(sampling, "sampling")
         self._check_prompts(prompts, sampling)
         return self.resume(
             [Sample(list(p), seed + i) for p, seed in zip(prompts, seeds, strict=True) for i in range(num_samples)],

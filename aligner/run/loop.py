@@ -14,7 +14,7 @@ import yaml
 from aligner.algorithms.step import Step, checked_step
 from aligner.check.rollout import shown_ends
 from aligner.config.as_json import config_as_json
-from aligner.data.preferences import told
+from aligner.data.preferences import left_out_text
 from aligner.health.timeline import FOLDER, STEP_END
 from aligner.models.checkpoint import PeerFailedError
 from aligner.report.metrics import CONFIG_FILE, MetricsWriter
@@ -152,11 +152,11 @@ class Driver:
     def _greet(self) -> None:
         checked, data = self.job.checked, self.job.checked.data
         if self.writer and data.left_out.total():
-            self.writer.note(f"rows of data.path left out: {told(data.left_out)}")
+            self.writer.note(f"rows of data.path left out: {left_out_text(data.left_out)}")
         if self.writer and data.heldout_left_out.total():
-            self.writer.note(f"held-out rows left out: {told(data.heldout_left_out)}")
+            self.writer.note(f"held-out rows left out: {left_out_text(data.heldout_left_out)}")
         if self.writer and data.notes:
-            self.writer.note(f"data.path: {told(data.notes)}")
+            self.writer.note(f"data.path: {left_out_text(data.notes)}")
         if self.writer and checked.ends.disagreement:
             self.writer.note(f"{checked.ends.disagreement}; {shown_ends(self.config, checked.ends)}")
         if self.writer and self.before:
@@ -224,9 +224,9 @@ class Driver:
         values, account = found
         self._asked = account.asked
         row: dict[str, float] = dict(values.get("metrics", {}))
-        for name, value in result.more.items():
+        for name, value in result.extra_metrics.items():
             if isinstance(value, Ref):
-                row |= {f"{name}_{key}": n for key, n in values[f"more.{name}"].items()}
+                row |= {f"{name}_{key}": n for key, n in values[f"extra_metrics.{name}"].items()}
             else:
                 row[name] = value
         if result.scores is not None:
@@ -352,7 +352,7 @@ SCORED = ("reward_B", "status_B", "components", "component_status")
 
 def _wanted(result: Step) -> dict[str, Ref]:
     """The values that a row is made of, by name."""
-    refs = {f"more.{name}": value for name, value in result.more.items() if isinstance(value, Ref)}
+    refs = {f"extra_metrics.{name}": value for name, value in result.extra_metrics.items() if isinstance(value, Ref)}
     if result.metrics is not None:
         refs["metrics"] = result.metrics
     if result.scores is not None:

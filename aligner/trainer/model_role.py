@@ -22,9 +22,9 @@ from aligner.spmd.ref import Ref
 from aligner.spmd.residency import Kind, Part
 from aligner.spmd.role import Role
 from aligner.spmd.world import World
+from aligner.trainer import offload
 from aligner.trainer.config import TrainingConfig
 from aligner.trainer.megatron import cpu as cpu_megatron
-from aligner.trainer.megatron import offload
 from aligner.trainer.megatron.groups import make_groups, prepare_megatron
 from aligner.trainer.megatron.layout import MegatronLayout
 from aligner.trainer.megatron.model import build_model

@@ -22,7 +22,6 @@ from torch import Tensor
 
 from aligner.algorithms.grpo import GrpoConfig, grpo
 from aligner.checkpoint.config import CheckpointConfig
-from aligner.config.run import LoggingConfig
 from aligner.config.schema import Config, TrainConfig
 from aligner.config.secrets import Mask
 from aligner.data.config import DataConfig
@@ -32,6 +31,7 @@ from aligner.data.samples import Samples
 from aligner.data.sets import DataSets
 from aligner.objective.advantages import group_advantages
 from aligner.objective.losses import clipped_surrogate
+from aligner.report.config import LoggingConfig
 from aligner.reshard.transfer.sync_stats import SyncRow
 from aligner.reward.components import parts_of
 from aligner.reward.config import RewardConfig
