@@ -26,7 +26,7 @@ from aligner.trainer.policy import Policy
 from tests.rollout import tiny
 
 GREEDY = Sampling(temperature=0.0, max_tokens=12, stop_token_ids=())
-PROMPTS = [Prompt(tuple(tokens), {}) for tokens in tiny.prompts(3)]
+PROMPTS = [Prompt(tuple(tokens), "", {}, index) for index, tokens in enumerate(tiny.prompts(3))]
 
 
 def main() -> None:
