@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from transformers import MistralConfig, PreTrainedConfig
+from transformers import MistralConfig, Olmo2Config, PreTrainedConfig
 
 
 @dataclass(frozen=True)
@@ -31,4 +31,5 @@ class Row:
 ROWS: dict[str, Row] = {
     "mistral": Row(MistralConfig, {"sliding_window": 6}),
     "mistral_no_window": Row(MistralConfig, {"sliding_window": None}, fuzz=False),
+    "olmo2": Row(Olmo2Config),
 }
