@@ -102,6 +102,17 @@ GEMMA: dict[str, Any] = {
     "vocab_size": 256000,
     **ENDS,
 }
+MISTRAL: dict[str, Any] = {
+    **{key: value for key, value in LLAMA.items() if key not in ("pretraining_tp", "rope_scaling")},
+    "architectures": ["MistralForCausalLM"],
+    "intermediate_size": 14336,
+    "max_position_embeddings": 32768,
+    "model_type": "mistral",
+    "num_key_value_heads": 8,
+    "rope_theta": 10000.0,
+    "sliding_window": 4096,
+    "torch_dtype": "bfloat16",
+}
 PUBLISHED: dict[str, dict[str, Any]] = {
     "Llama-1": {
         **{key: value for key, value in LLAMA.items() if key not in ("num_key_value_heads", "pretraining_tp", "rope_scaling")},
@@ -195,15 +206,24 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "router_aux_loss_coef": 0.02,
         "sliding_window": None,
     },
+    "Mistral-7B-v0.1": MISTRAL,
+    "Mistral-7B-Instruct-v0.3": {**MISTRAL, "rope_theta": 1000000.0, "sliding_window": None, "vocab_size": 32768},
+    "Mistral-Nemo-Base-2407": {
+        **MISTRAL,
+        "attention_dropout": 0.0,
+        "head_dim": 128,
+        "hidden_size": 5120,
+        "max_position_embeddings": 131072,
+        "num_hidden_layers": 40,
+        "rope_theta": 1000000.0,
+        "sliding_window": None,
+        "vocab_size": 131072,
+    },
     "gemma-2b": GEMMA,
     "gemma-1.1-2b-it": {**GEMMA, "hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh"},
     "gemma-7b": {**GEMMA, "hidden_activation": None, "hidden_size": 3072, "num_attention_heads": 16, "num_key_value_heads": 16},
 }  # fmt: skip
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "Mistral-7B-v0.1": (
-        {**LLAMA, "architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": 4096},
-        "architecture MistralForCausalLM is not supported",
-    ),
     "Qwen3 with YaRN, as its card says": (
         {**QWEN3, "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}},
         "rope_scaling: rope_type='yarn' is not supported",
