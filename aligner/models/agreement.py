@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from aligner.models.family import FAMILIES, Head
+from aligner.models.rope import FULL, Rope
 from aligner.models.spec import ModelSpec, read_config
 
 
@@ -95,9 +96,7 @@ def _wanted(spec: ModelSpec) -> dict[str, Any]:
         "hidden_act": FAMILIES[spec.family].activations[0],
         "layer_types": ["full_attention"],
         "sliding_window": None,
-        "partial_rotary_factor": 1.0,
-        "rope_theta": spec.rope_theta,
-        **(spec.rope_scaling or {"rope_type": "default"}),
+        **_rope_wanted(spec.rope[FULL]),
     }
     if spec.head is Head.LANGUAGE:
         found["tie_word_embeddings"] = spec.tied
@@ -110,3 +109,13 @@ def _wanted(spec: ModelSpec) -> dict[str, Any]:
     if len(spec.sparse_layers) < spec.layers:
         found["intermediate_size"] = spec.ffn
     return found
+
+
+def _rope_wanted(rope: Rope) -> dict[str, Any]:
+    """By the names of transformers' rope_parameters."""
+    return {
+        "rope_type": rope.rope_type,
+        "rope_theta": rope.theta,
+        "partial_rotary_factor": rope.partial_rotary_factor,
+        **rope.parameters,
+    }

@@ -60,6 +60,8 @@ class Family:
     """num_key_value_heads may be null: as many as query heads."""
     null_head_dim: bool = False
     """head_dim may be null: hidden size / heads."""
+    keeps_null_head_dim: bool = False
+    """transformers leaves a null head_dim as it is, which its "dynamic", "yarn" and "longrope" rotary positions cannot read."""
     null_dropout: bool = False
     """attention_dropout may be null: none."""
     fixed_head_dim: bool = False
@@ -132,6 +134,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             norm_topk=True,
             kv_heads=8,
             null_head_dim=True,
+            keeps_null_head_dim=True,
             max_positions=131072,
             norm_eps=1e-5,
             rope_theta=1e6,

@@ -12,7 +12,7 @@ from typing import Any
 from aligner.models.config_json import ConfigJson, same
 from aligner.models.family import FAMILIES, Family, Head, logical_tensors
 from aligner.models.inert_fields import LENGTHS, check_unread
-from aligner.models.rope import read_rope
+from aligner.models.rope import FULL, Rope, RopeDefaults, read_rope
 from aligner.reshard.plan.region import ELEMENT_BYTES
 
 
@@ -40,9 +40,8 @@ class ModelSpec:
     tied: bool
     """The output layer is the embedding; never with a scalar head."""
     norm_eps: float
-    rope_theta: float
-    rope_scaling: dict[str, Any] | None
-    """None, or the rope_type ("linear" or "llama3") and its numbers; see `aligner.models.rope.KINDS`."""
+    rope: Mapping[str, Rope]
+    """Rotary positions by layer type, such as "full_attention"."""
     qkv_bias: bool
     o_bias: bool
     mlp_bias: bool
@@ -78,6 +77,13 @@ class ModelSpec:
         return sum(math.prod(shape) for shape in logical_tensors(self).values())
 
     @property
+    def positions_text(self) -> str:
+        """How long a sequence may be and, where the scaling of rotary positions limits it, why; for errors."""
+        reasons = [rope.limit_reason for rope in self.rope.values() if rope.limit_reason]
+        why = f" ({reasons[0]})" if reasons else ""
+        return f"{self.max_positions} positions of the model in {self.path}{why}"
+
+    @property
     def parameters_of_experts(self) -> int:
         """Those of them that belong to one expert."""
         return 3 * self.hidden * self.expert_ffn * self.experts * len(self.sparse_layers)
@@ -110,22 +116,22 @@ def read_spec(path: str | Path) -> ModelSpec:
             f"qkv_bias={config.get('qkv_bias')!r} is not supported; leave it out, which means {qkv_bias}."
         )
     most = config.size("max_position_embeddings", family.max_positions)
-    theta, scaling = read_rope(config, family.rope_theta, most)
+    head_dim = _head_dim(config, family, hidden, heads)
+    rope = read_rope(config, RopeDefaults(family.rope_theta, most, head_dim, null_head_dim=family.keeps_null_head_dim))
     spec = ModelSpec(
         family=family_name,
         layers=layers,
         hidden=hidden,
         heads=heads,
         kv_heads=_kv_heads(config, family, heads),
-        head_dim=_head_dim(config, family, hidden, heads),
+        head_dim=head_dim,
         ffn=config.size("intermediate_size"),
         vocab=config.size("vocab_size"),
         head=head,
         stored_head=head,
         tied=config.flag("tie_word_embeddings", family.tied) and head is Head.LANGUAGE,
         norm_eps=config.fraction("rms_norm_eps", family.norm_eps),
-        rope_theta=theta,
-        rope_scaling=scaling,
+        rope={FULL: rope},
         qkv_bias=qkv_bias,
         o_bias=attention_bias,
         mlp_bias=config.flag("mlp_bias"),
@@ -134,7 +140,7 @@ def read_spec(path: str | Path) -> ModelSpec:
         norm_plus_one=family.norm_plus_one,
         embedding_scale=math.sqrt(hidden) if family.scaled_embedding else 1.0,
         **_experts(config, family, layers),
-        max_positions=_max_positions(config, most, scaling),
+        max_positions=_max_positions(config, most, rope),
         eos_token_ids=end_tokens(found, folder),
         dtype=_dtype(config),
         path=str(folder),
@@ -267,11 +273,10 @@ def _head_dim(config: ConfigJson, family: Family, hidden: int, heads: int) -> in
     return dim
 
 
-def _max_positions(config: ConfigJson, most: int, scaling: Mapping[str, Any] | None) -> int:
-    """The engine's limit: the least of what the file says, stretched where positions are divided."""
+def _max_positions(config: ConfigJson, most: int, rope: Rope) -> int:
+    """The engine's limit: the least of what the file says, as far as one table of rotary positions reaches."""
     limits = [config.size(key, most, null=True) for key in LENGTHS]
-    stretched = scaling["factor"] if scaling and scaling["rope_type"] == "linear" else 1
-    return int(min(most, *limits) * stretched)
+    return rope.longest(min(most, *limits))
 
 
 def _dtype(config: ConfigJson) -> str:

@@ -168,6 +168,14 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "sliding_window": None,
     },
     "Qwen3-1.7B": QWEN3,
+    "Qwen3 with YaRN, as its card says": {
+        **QWEN3,
+        "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768},
+    },
+    "Qwen2.5-7B-Instruct with YaRN, as its card says": {
+        **QWEN2,
+        "rope_scaling": {"factor": 4.0, "original_max_position_embeddings": 32768, "type": "yarn"},
+    },
     "Qwen3-30B-A3B": {
         **QWEN3,
         "architectures": ["Qwen3MoeForCausalLM"],
@@ -203,10 +211,6 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "Mistral-7B-v0.1": (
         {**LLAMA, "architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": 4096},
         "architecture MistralForCausalLM is not supported",
-    ),
-    "Qwen3 with YaRN, as its card says": (
-        {**QWEN3, "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}},
-        "rope_scaling: rope_type='yarn' is not supported",
     ),
     "Qwen2.5-7B-Instruct-1M": (
         {**QWEN2, "dual_chunk_attention_config": {"chunk_size": 262144, "local_size": 8192}},

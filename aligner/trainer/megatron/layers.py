@@ -15,8 +15,10 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from torch import Tensor, nn
 
+from aligner.models.rope import FULL
 from aligner.models.spec import ModelSpec
 from aligner.trainer.megatron.attention import PackedAttention, SharedHeadAttention
+from aligner.trainer.megatron.rotary import RotarySelfAttention, rotary_slices
 
 
 class RMSNorm(nn.Module):
@@ -106,8 +108,8 @@ def _layer_spec(spec: ModelSpec, sparse: bool, tensor: int) -> ModuleSpec:
     )
     parts, norm = found.submodules, _norm(spec)
     parts.input_layernorm = parts.pre_mlp_layernorm = norm
-    if tensor > spec.kv_heads:
-        parts.self_attention.module = SharedHeadAttention
+    parts.self_attention.module = SharedHeadAttention if tensor > spec.kv_heads else RotarySelfAttention
+    parts.self_attention.params["rotary"] = rotary_slices(spec)[FULL]
     attention = parts.self_attention.submodules
     attention.core_attention = PackedAttention
     if spec.qk_norm:

@@ -21,9 +21,9 @@ from aligner.models.spec import ModelSpec
 from aligner.reshard.message.storage import strided_view
 from aligner.reshard.plan.region import Piece
 from aligner.spmd.mesh import EXPERT_AXES, Mesh
-from aligner.trainer.megatron.attention import PackedRotary
 from aligner.trainer.megatron.layers import ScalarHead, block_spec, scale_embedding
 from aligner.trainer.megatron.layout import MegatronLayout, padded_vocab_size
+from aligner.trainer.megatron.rotary import PackedRotary
 from aligner.trainer.megatron.sizes import check_runs
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
