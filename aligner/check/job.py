@@ -22,7 +22,8 @@ from aligner.data.prompts import Prompt
 from aligner.data.sets import DataSets, read_sets
 from aligner.data.tokenizer import load_tokenizer
 from aligner.models.agreement import check_reading
-from aligner.models.family import FAMILIES, Head
+from aligner.models.families import FAMILIES
+from aligner.models.family import Head
 from aligner.models.spec import ModelSpec, read_spec, with_scalar_head
 from aligner.models.verify_checkpoint import check_weights
 from aligner.reward.components import Part, parts_of, shown_component

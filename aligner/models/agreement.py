@@ -6,9 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from aligner.models.family import FAMILIES, Head
-from aligner.models.rope import FULL, Rope
+from aligner.models.family import FULL, SLIDING, Head
+from aligner.models.rope import Rope
 from aligner.models.spec import ModelSpec, read_config
+from aligner.models.tensors import family_of
 
 
 def check_reading(spec: ModelSpec) -> None:
@@ -68,12 +69,12 @@ def _found(config: Any, spec: ModelSpec) -> Callable[[str], Any]:
         match key:
             case "head_dim":
                 return value or config.hidden_size // config.num_attention_heads
-            case "layer_types":
-                return sorted(set(value or ())) or ["full_attention"]
+            case "layer_types":  # of a class that has none, the window is that of every layer
+                return value or [SLIDING if getattr(config, "sliding_window", None) else FULL] * spec.layers
             case "attention_bias" | "mlp_bias":
                 return bool(value)
             case "hidden_act":
-                names = FAMILIES[spec.family].activations
+                names = family_of(spec).activations
                 return names[0] if value in names else value
         return value
 
@@ -93,18 +94,18 @@ def _wanted(spec: ModelSpec) -> dict[str, Any]:
         "rms_norm_eps": spec.norm_eps,
         "mlp_bias": spec.mlp_bias,
         "attention_bias": spec.o_bias,
-        "hidden_act": FAMILIES[spec.family].activations[0],
-        "layer_types": ["full_attention"],
-        "sliding_window": None,
-        **_rope_wanted(spec.rope[FULL]),
+        "hidden_act": family_of(spec).activations[0],
+        "layer_types": [SLIDING if window else FULL for window in spec.windows],
+        "sliding_window": max(window or 0 for window in spec.windows) or None,
+        **_rope_wanted(next(iter(spec.rope.values()))),
     }
     if spec.head is Head.LANGUAGE:
         found["tie_word_embeddings"] = spec.tied
-    names = FAMILIES[spec.family].experts
+    names = family_of(spec).experts
     if names is not None and spec.experts:
         found |= {"num_local_experts": spec.experts, "num_experts_per_tok": spec.experts_per_token}
         found[names.width] = spec.expert_ffn
-        if FAMILIES[spec.family].norm_topk is None:
+        if names.norm_topk is None:
             found["norm_topk_prob"] = spec.norm_topk
     if len(spec.sparse_layers) < spec.layers:
         found["intermediate_size"] = spec.ffn

@@ -11,11 +11,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from aligner.models.family import logical_tensors, new_tensors
 from aligner.models.hf_folder import SINGLE, prepare, publish, write_rest, write_weights
 from aligner.models.ownership import mark
 from aligner.models.spec import ModelSpec
 from aligner.models.stored import open_stored
+from aligner.models.tensors import logical_tensors, new_tensors
 from aligner.reshard.message.storage import Storages, Views, allocate
 from aligner.reshard.plan.region import Layout, Piece, whole_tensor
 from aligner.reshard.plan.transfer_plan import make_plan

@@ -10,8 +10,6 @@ from typing import Any
 from aligner.models.config_json import ConfigJson, is_number, same
 
 ORIGINAL = "original_max_position_embeddings"
-FULL, SLIDING = "full_attention", "sliding_attention"
-"""Transformers' names of layer types."""
 
 
 @dataclass(frozen=True)
@@ -134,15 +132,16 @@ def read_rope(config: ConfigJson, defaults: RopeDefaults) -> Rope:
 
 
 def read_rope_by_layer_type(
-    config: ConfigJson, defaults: RopeDefaults, thetas: Mapping[str, tuple[str, float]]
+    config: ConfigJson, defaults: RopeDefaults, thetas: Mapping[str, tuple[str, float]], scaled: str
 ) -> dict[str, Rope]:
     """Rotary positions that differ between layer types (Gemma 3's).
 
     `rope_parameters` has an object for each layer type. Files of transformers 4 have each type's base in a field of its
-    own, and in `rope_scaling` the scaling of full attention alone.
+    own, and in `rope_scaling` the scaling of one type alone.
 
     Args:
         thetas: layer type -> (the field of its base in files of transformers 4, its base where neither is there).
+        scaled: the layer type that rope_scaling is of.
 
     Raises:
         ValueError: as `read_rope`.
@@ -166,7 +165,7 @@ def read_rope_by_layer_type(
                 f"{old_name}={outside!r} is not the rope_theta={entry['rope_theta']!r} of {name}, which is used; leave "
                 f"{old_name} out."
             )
-        if layer_type == FULL and scaling:
+        if layer_type == scaled and scaling:
             if given is not None:
                 raise config.error(
                     f"rope_scaling beside rope_parameters: write what it says into {name}, and leave it out."

@@ -13,9 +13,9 @@ from typing import Any, Protocol
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from aligner.models.family import logical_tensors
 from aligner.models.hf_folder import files_of_tensors, opened, write_json, write_rest
 from aligner.models.spec import ModelSpec
+from aligner.models.tensors import logical_tensors
 from aligner.reshard.message.storage import strided_view
 from aligner.reshard.plan.region import Box, Piece, whole_tensor
 from aligner.spmd.mesh import Mesh

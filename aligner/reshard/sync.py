@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from aligner.models.family import logical_tensors
+from aligner.models.tensors import logical_tensors
 from aligner.reshard.config import ReshardConfig
 from aligner.reshard.message.bucket import Buffers
 from aligner.reshard.message.storage import check_disjoint

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from aligner.models.families import FAMILIES
 from aligner.reshard.plan.region import ELEMENT_BYTES
 
 if TYPE_CHECKING:
@@ -17,8 +18,6 @@ CPU_HEAD_DIMS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 """Head sizes that the engine's CPU attention has kernels for."""
 CPU_EXPERT_BLOCK = 32
 """The engine's CPU kernels for experts work on multiples of this many columns."""
-OUTPUT_BIAS_FAMILIES = ("llama",)
-"""Families whose attention output may have a bias in the engine; in others it would drop it silently."""
 VOCABULARY_BLOCK = 64
 """The engine rounds the embedding's rows up to a multiple of this, before it cuts them."""
 UNSAID_LENGTH = 1024
@@ -139,7 +138,7 @@ class RolloutConfig:
         _check_stages(spec, pipeline)
         if cpu:
             _check_cpu(spec)
-        if spec.o_bias and spec.family not in OUTPUT_BIAS_FAMILIES:
+        if spec.o_bias and not FAMILIES[spec.family].engine.output_bias:
             raise ValueError(
                 f"the rollout engine ignores the bias of a {spec.family} model's attention output; use a model with "
                 f"attention_bias=false ({spec.path}/config.json)."

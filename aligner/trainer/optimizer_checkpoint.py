@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from aligner.models.checkpoint import read_into
-from aligner.models.family import new_tensors
 from aligner.models.stored import open_stored
+from aligner.models.tensors import new_tensors
 from aligner.reshard.message.storage import Views, strided_view
 from aligner.reshard.plan.region import Layout, Piece
 from aligner.reshard.plan.transfer_plan import make_plan

@@ -18,10 +18,10 @@ from transformers import AutoModelForCausalLM
 
 from aligner.models.checkpoint import read_into
 from aligner.models.convert import convert
-from aligner.models.family import logical_tensors
 from aligner.models.hf_folder import write_rest
 from aligner.models.spec import read_spec, with_scalar_head
 from aligner.models.stored import Cut
+from aligner.models.tensors import logical_tensors
 from aligner.reshard.message.storage import Storages, allocate
 from aligner.spmd.mesh import Mesh
 from aligner.trainer.megatron.layout import MegatronLayout

@@ -77,8 +77,8 @@ def write_model(folder: Path) -> None:
     import torch
     from safetensors.torch import save_file
 
-    from aligner.models.family import logical_tensors
     from aligner.models.spec import read_spec
+    from aligner.models.tensors import logical_tensors
 
     (folder / "config.json").write_text(json.dumps(MODEL))
     generator = torch.Generator().manual_seed(0)
@@ -135,8 +135,8 @@ def _steps(world: Any, given: argparse.Namespace) -> Any:
 
     from aligner.data.prompts import Prompt
     from aligner.data.samples import Samples
-    from aligner.models.family import logical_tensors
     from aligner.models.spec import read_spec
+    from aligner.models.tensors import logical_tensors
     from aligner.objective.losses import clipped_surrogate
     from aligner.rollout.config import RolloutConfig, Sampling
     from aligner.rollout.role import Rollout

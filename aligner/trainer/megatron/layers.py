@@ -15,10 +15,10 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from torch import Tensor, nn
 
-from aligner.models.rope import FULL
+from aligner.models.family import LayerType
 from aligner.models.spec import ModelSpec
 from aligner.trainer.megatron.attention import PackedAttention, SharedHeadAttention
-from aligner.trainer.megatron.rotary import RotarySelfAttention, rotary_slices
+from aligner.trainer.megatron.rotary import RotarySelfAttention, rotary_slice
 
 
 class RMSNorm(nn.Module):
@@ -90,32 +90,33 @@ def scale_embedding(factor: Tensor, _: nn.Module, __: Any, embedded: Tensor) -> 
 
 def block_spec(spec: ModelSpec, layers: Sequence[int], tensor: int) -> TransformerBlockSubmodules:
     """What Megatron builds these layers (counted over the whole model) of, for `tensor` tensor ranks."""
-    sparse = frozenset(spec.sparse_layers)
-    kinds = {number in sparse for number in layers}
-    made = {kind: _layer_spec(spec, kind, tensor) for kind in kinds}
-    return TransformerBlockSubmodules(layer_specs=[made[number in sparse] for number in layers], layer_norm=_norm(spec))
+    names = [spec.layer_types[number] for number in layers]
+    made = {name: _layer_spec(spec, spec.types[name], tensor) for name in set(names)}
+    return TransformerBlockSubmodules(layer_specs=[made[name] for name in names], layer_norm=_norm(spec))
 
 
 def _norm(spec: ModelSpec) -> type[RMSNorm]:
     return RMSNormPlusOne if spec.norm_plus_one else RMSNorm
 
 
-def _layer_spec(spec: ModelSpec, sparse: bool, tensor: int) -> ModuleSpec:
+def _layer_spec(spec: ModelSpec, layer_type: LayerType, tensor: int) -> ModuleSpec:
     found = copy.deepcopy(
         get_gpt_layer_local_spec(
-            normalization="RMSNorm", qk_layernorm=spec.qk_norm, num_experts=spec.experts if sparse else None
+            normalization="RMSNorm",
+            qk_layernorm=spec.qk_norm is not None,
+            num_experts=spec.experts if layer_type.sparse else None,
         )
     )
     parts, norm = found.submodules, _norm(spec)
     parts.input_layernorm = parts.pre_mlp_layernorm = norm
     parts.self_attention.module = SharedHeadAttention if tensor > spec.kv_heads else RotarySelfAttention
-    parts.self_attention.params["rotary"] = rotary_slices(spec)[FULL]
+    parts.self_attention.params["rotary"] = rotary_slice(spec, layer_type.rope)
     attention = parts.self_attention.submodules
     attention.core_attention = PackedAttention
     if spec.qk_norm:
         attention.q_layernorm = attention.k_layernorm = norm
     if spec.o_bias:
         attention.linear_proj = BiasedRows
-    if spec.mlp_bias and not sparse:
+    if spec.mlp_bias and not layer_type.sparse:
         parts.mlp.submodules.linear_fc1, parts.mlp.submodules.linear_fc2 = BiasedColumns, BiasedRows
     return found

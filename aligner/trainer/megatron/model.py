@@ -16,8 +16,9 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from aligner.models.family import EMBEDDING, Head
+from aligner.models.family import Head
 from aligner.models.spec import ModelSpec
+from aligner.models.tensors import EMBEDDING_PARAMETER, OUTPUT_PARAMETER
 from aligner.reshard.message.storage import strided_view
 from aligner.reshard.plan.region import Piece
 from aligner.spmd.mesh import EXPERT_AXES, Mesh
@@ -86,7 +87,7 @@ def transformer_config(
         kv_channels=spec.head_dim,
         layernorm_epsilon=spec.norm_eps,
         add_qkv_bias=spec.qkv_bias,
-        qk_layernorm=spec.qk_norm,
+        qk_layernorm=spec.qk_norm is not None,
         gated_linear_unit=True,
         activation_func=ACTIVATIONS[spec.activation],
         add_bias_linear=False,
@@ -201,6 +202,6 @@ def _check_layout(model: ShardedModel) -> None:
         assert piece.storage in held, f"{piece.storage} is in the layout, not in the model"
         held[piece.storage] += piece.elements
     for name, parameter in model.parameters.items():
-        padded = name.endswith((EMBEDDING.megatron, "output_layer.weight"))
+        padded = name.endswith((EMBEDDING_PARAMETER, OUTPUT_PARAMETER))
         fits = held[name] == parameter.numel() or (padded and held[name] < parameter.numel())
         assert fits, f"{name} has {parameter.numel()} elements, its layout {held[name]}"

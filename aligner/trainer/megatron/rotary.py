@@ -92,18 +92,20 @@ class RotarySlice:
         return torch.cat([rotated * self.attention_factor**2, rest], -1)
 
 
-def rotary_slices(spec: ModelSpec) -> dict[str, RotarySlice]:
-    """By layer type; layer types with the same rotary positions share one slice."""
-    slices: dict[str, RotarySlice] = {}
+def rotary_slices(spec: ModelSpec) -> list[tuple[Rope, RotarySlice]]:
+    """Each table once, in the order of the angles; layer types with the same rotary positions share one."""
+    slices: list[tuple[Rope, RotarySlice]] = []
     stop = 0
-    for layer_type, rope in spec.rope.items():
-        twin = next((other for other in slices if spec.rope[other] == rope), None)
-        if twin is None:
+    for rope in spec.rope.values():
+        if all(rope != other for other, _ in slices):
             start, stop = stop, stop + rope.rotary_dim(spec.head_dim)
-            slices[layer_type] = RotarySlice(start, stop, rope.attention_factor)
-        else:
-            slices[layer_type] = slices[twin]
+            slices.append((rope, RotarySlice(start, stop, rope.attention_factor)))
     return slices
+
+
+def rotary_slice(spec: ModelSpec, rope: Rope) -> RotarySlice:
+    """Where the angles of one of the model's layer types are."""
+    return next(own for other, own in rotary_slices(spec) if other == rope)
 
 
 class PackedRotary(nn.Module):
@@ -115,9 +117,7 @@ class PackedRotary(nn.Module):
 
     def __init__(self, spec: ModelSpec, device: torch.device) -> None:
         super().__init__()
-        slices = rotary_slices(spec)
-        first = {one.start: spec.rope[layer_type] for layer_type, one in reversed(slices.items())}
-        halves = [inverse_frequencies(first[start], spec.head_dim) for start in sorted(first)]
+        halves = [inverse_frequencies(rope, spec.head_dim) for rope, _ in rotary_slices(spec)]
         # each frequency turns dimension i and dimension i + rotary_dim / 2
         self.frequency = torch.cat([half for one in halves for half in (one, one)]).to(device)
         self.positions_T: Tensor | None = None

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from aligner.models.family import expert_tensors, logical_tensors, router_tensor
 from aligner.models.spec import ModelSpec, read_spec
+from aligner.models.tensors import expert_tensors, logical_tensors, router_tensor
 from aligner.reshard.message.storage import Storages
 from aligner.reshard.plan.region import Piece
 from aligner.spmd.mesh import EXPERT_AXES, Mesh
@@ -174,7 +174,7 @@ def test_a_world_of_1024_ranks_is_cheap(tmp_path: Path) -> None:
     spec = replace(
         read_spec(save_tiny("qwen3-moe", tmp_path)),
         layers=94,
-        sparse_layers=tuple(range(94)),
+        layer_types=("sparse",) * 94,
         experts=128,
         expert_ffn=1536,
         hidden=4096,

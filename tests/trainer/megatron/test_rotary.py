@@ -16,9 +16,10 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.models.phi3.modeling_phi3 import apply_rotary_pos_emb
 
+from aligner.models.family import LayerType
 from aligner.models.rope import Rope
 from aligner.models.spec import ModelSpec, read_spec
-from aligner.trainer.megatron.rotary import PackedRotary, RotarySlice, inverse_frequencies, rotary_slices
+from aligner.trainer.megatron.rotary import PackedRotary, RotarySlice, inverse_frequencies, rotary_slice, rotary_slices
 from tests.models.test_spec import OLD, written
 
 HEAD_DIM, POSITIONS, THETA = 32, 256, 5e5
@@ -60,7 +61,7 @@ def model(folder: Path, scaling: dict[str, Any]) -> ModelSpec:
 
 def cosines_and_sines(spec: ModelSpec) -> tuple[Tensor, Tensor]:
     """[max_positions, head_dim] each: as they multiply queries and keys, attention factor included."""
-    rotary, (part,) = PackedRotary(spec, torch.device("cpu")), set(rotary_slices(spec).values())
+    rotary, ((_, part),) = PackedRotary(spec, torch.device("cpu")), rotary_slices(spec)
     rotary.positions_T = torch.arange(spec.max_positions)
     angle = rotary()[:, 0, 0]
     return angle.cos() * part.attention_factor, angle.sin() * part.attention_factor
@@ -133,15 +134,20 @@ def test_the_factor_on_queries_makes_the_scores_of_a_factor_on_both(rotated: int
 def test_layer_types_have_tables_of_their_own(tmp_path: Path) -> None:
     spec = model(tmp_path, {})
     slow, fast = Rope("yarn", THETA, 0.5, YARN, attention_factor=1.1), Rope(theta=100.0)
-    spec = replace(spec, rope={"sliding_attention": fast, "full_attention": slow, "chunked_attention": fast})
-    part = rotary_slices(spec)
-    assert part["sliding_attention"] == part["chunked_attention"] == RotarySlice(0, HEAD_DIM, 1.0)
-    assert part["full_attention"] == RotarySlice(HEAD_DIM, HEAD_DIM + HEAD_DIM // 2, 1.1)
+    types = {
+        "sliding": LayerType(8, rope=fast),
+        "full": LayerType(rope=slow),
+        "sparse": LayerType(rope=fast, sparse=True),
+    }
+    spec = replace(spec, types=types)
+    part = {name: rotary_slice(spec, layer_type.rope) for name, layer_type in types.items()}
+    assert part["sliding"] == part["sparse"] == RotarySlice(0, HEAD_DIM, 1.0)
+    assert part["full"] == RotarySlice(HEAD_DIM, HEAD_DIM + HEAD_DIM // 2, 1.1)
     rotary = PackedRotary(spec, torch.device("cpu"))
     rotary.positions_T = torch.tensor([0, 1, 2, 0, 1])  # two rows
     angle = rotary()
     assert angle.shape == (5, 1, 1, HEAD_DIM + HEAD_DIM // 2)
     assert torch.equal(angle[:3][:2], angle[3:])
-    for rope, one in ((fast, part["sliding_attention"]), (slow, part["full_attention"])):
+    for rope, one in ((fast, part["sliding"]), (slow, part["full"])):
         frequency = inverse_frequencies(rope, HEAD_DIM)
         assert torch.equal(angle[2, 0, 0, one.start : one.stop], 2 * torch.cat([frequency, frequency]))
