@@ -158,6 +158,8 @@ class Family:
     qk_norm: QKNorm | None = None
     activations: tuple[str, ...] = ("silu",)
     """Names in config.json of the activation of the gate; all of one family mean the same function."""
+    attention_note: str = ""
+    """For the table of families, where the window is none of `Window`: which layers see what."""
     scaled_embedding: bool = False
     """Embeddings are multiplied by the square root of the hidden size."""
     experts: Experts | None = None

@@ -12,6 +12,7 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 from aligner.trainer.megatron.attention_calls import shared_calls
+from aligner.trainer.megatron.attention_mask import BLOCK, causal_bias
 from aligner.trainer.megatron.context_attention import context_attention
 from aligner.trainer.megatron.rotary import RotarySelfAttention
 
@@ -42,20 +43,49 @@ def _calls(lengths: tuple[int, ...], device: torch.device) -> tuple[list[tuple[T
     return calls, back.to(device)
 
 
-def packed_attention(q_TND: Tensor, k_TKD: Tensor, v_TKD: Tensor, lengths: tuple[int, ...], scale: float) -> Tensor:
+def causal_attention(q_BNTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, scale: float, window: int | None) -> Tensor:
+    """Rows of one length, each query to the keys up to its own; with a window block by block, reading no keys before it.
+
+    Args:
+        q_BNTD: [rows, query heads, tokens, head_dim]; k_BKTD, v_BKTD: [rows, key/value heads, tokens, head_dim].
+        window: a query sees this many tokens, itself the last of them; None: all before it.
+
+    Returns:
+        Like q_BNTD.
+    """
+    grouped, length = q_BNTD.shape[1] != k_BKTD.shape[1], q_BNTD.shape[2]
+    if window is None or window >= length:
+        return F.scaled_dot_product_attention(q_BNTD, k_BKTD, v_BKTD, is_causal=True, scale=scale, enable_gqa=grouped)
+    outs = []
+    for start in range(0, length, BLOCK):
+        stop, low = min(start + BLOCK, length), max(0, start - window + 1)
+        query, key, value = q_BNTD[:, :, start:stop], k_BKTD[:, :, low:stop], v_BKTD[:, :, low:stop]
+        bias = causal_bias(stop - start, stop - low, min(length, window + BLOCK), window, query)
+        outs.append(F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scale, enable_gqa=grouped))
+    return torch.cat(outs, 2)
+
+
+def packed_attention(
+    q_TND: Tensor,
+    k_TKD: Tensor,
+    v_TKD: Tensor,
+    lengths: tuple[int, ...],
+    scale: float,
+    window: int | None = None,
+) -> Tensor:
     """Causal attention inside each row of a packed sequence; rows of similar length share one SDPA call (`shared_calls`).
 
     Args:
         q_TND: [T, query heads, head_dim]; k_TKD, v_TKD: [T, key/value heads, head_dim].
         lengths: tokens of each row, in order; their sum is T.
+        window: a query sees this many tokens, itself the last of them; None: all before it in its row.
 
     Returns:
         [T, query heads x head_dim].
     """
-    grouped = q_TND.shape[1] != k_TKD.shape[1]
     if len(set(lengths)) == 1:  # nothing to pad: views suffice
         q, k, v = (x.view(len(lengths), lengths[0], *x.shape[1:]).transpose(1, 2) for x in (q_TND, k_TKD, v_TKD))
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped)
+        out = causal_attention(q, k, v, scale, window)
         return out.transpose(1, 2).reshape(q_TND.shape[0], -1)
     calls, back = _calls(lengths, q_TND.device)
     outs = []
@@ -64,9 +94,7 @@ def packed_attention(q_TND: Tensor, k_TKD: Tensor, v_TKD: Tensor, lengths: tuple
         def rows(x: Tensor, index: Tensor = index, shape: tuple[int, int] = (count, longest)) -> Tensor:
             return x.index_select(0, index).view(*shape, *x.shape[1:]).transpose(1, 2)
 
-        out = F.scaled_dot_product_attention(
-            rows(q_TND), rows(k_TKD), rows(v_TKD), is_causal=True, scale=scale, enable_gqa=grouped
-        )
+        out = causal_attention(rows(q_TND), rows(k_TKD), rows(v_TKD), scale, window)
         outs.append(out.transpose(1, 2).reshape(count * longest, -1))
     return torch.cat(outs).index_select(0, back)
 
@@ -85,11 +113,13 @@ class PackedAttention(MegatronModule):
         layer_number: int,
         *args: Any,
         softmax_scale: float | None = None,
+        window: int | None = None,
         pg_collection: Any,
         **kwargs: Any,
     ) -> None:
         super().__init__(config)
         self.scale = softmax_scale or config.kv_channels**-0.5
+        self.window = window
         self.context = pg_collection.cp
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor, *_: Any, **__: Any) -> Tensor:
@@ -98,9 +128,9 @@ class PackedAttention(MegatronModule):
         q_TND, k_TKD, v_TKD = query.squeeze(1), key.squeeze(1), value.squeeze(1)
         if self.context.size() > 1:
             drop = self.config.recompute_granularity is None
-            out = context_attention(q_TND, k_TKD, v_TKD, lengths, self.scale, self.context, drop)
+            out = context_attention(q_TND, k_TKD, v_TKD, lengths, self.scale, self.context, drop, self.window)
         else:
-            out = packed_attention(q_TND, k_TKD, v_TKD, lengths, self.scale)
+            out = packed_attention(q_TND, k_TKD, v_TKD, lengths, self.scale, self.window)
         return out.unsqueeze(1)
 
 

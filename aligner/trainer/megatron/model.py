@@ -169,7 +169,7 @@ def build_model(
         for number, layers in enumerate(side.stages.chunks(stage)):
             gpt = GPTModel(
                 config,
-                block_spec(spec, layers, mesh.tensor),
+                block_spec(spec, layers, groups.tp),
                 vocab_size=padded_vocab_size(spec, mesh.tensor),
                 max_sequence_length=spec.max_positions,
                 pre_process=side.stages.is_first(stage, number),
