@@ -156,6 +156,12 @@ class Family:
     norm_plus_one: bool = False
     """RMSNorm multiplies by 1 + weight."""
     qk_norm: QKNorm | None = None
+    score_scalar: str | None = None
+    """Field of config.json that scores are divided by the square root of; None: head_dim is."""
+    score_scalar_default: int | None = None
+    """Where config.json leaves it out."""
+    activation_field: str = "hidden_act"
+    """Where transformers' class has the activation of the gate."""
     activations: tuple[str, ...] = ("silu",)
     """Names in config.json of the activation of the gate; all of one family mean the same function."""
     attention_note: str = ""
@@ -198,6 +204,11 @@ class Family:
     def longest(self, ropes: Sequence[Rope], max_positions: int) -> int:
         """The longest sequence, in tokens, for these rotary positions and config.json's positions."""
         return min(rope.longest(max_positions) for rope in ropes)
+
+    def read_attention_scale(self, config: ConfigJson, head_dim: int) -> float:
+        """Factor on the scores of attention."""
+        scalar = config.size(self.score_scalar, self.score_scalar_default) if self.score_scalar else head_dim
+        return float(scalar**-0.5)
 
     def _read_window(self, config: ConfigJson) -> int | None:
         config.only("use_sliding_window", (False,))

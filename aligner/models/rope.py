@@ -91,6 +91,8 @@ class RopeDefaults:
     max_positions: int = 2048
     """config.json's max_position_embeddings, which "llama3", "yarn" and "longrope" take for the length before scaling."""
     head_dim: int = 128
+    kinds: tuple[str, ...] = tuple(KINDS)
+    """The rope_types that both readers have for the family."""
     partial: bool = False
     """The family can rotate a part of each head."""
     original: int | None = None
@@ -193,7 +195,7 @@ def _read_entry(
     by_layer_type: bool = False,
 ) -> Rope:
     """One object of parameters, which has its rope_theta by now."""
-    kind = _kind(config, name, entry)
+    kind = _kind(config, name, entry, defaults.kinds)
     theta = entry["rope_theta"]
     if not is_number(theta) or theta <= 0:
         raise config.error(f"{'' if theta_outside else f'{name}: '}rope_theta={theta!r} must be a positive number.")
@@ -219,15 +221,15 @@ def _read_entry(
     return Rope(kind, float(theta), float(fraction), parameters, _attention_factor(kind, parameters, defaults))
 
 
-def _kind(config: ConfigJson, name: str, entry: Mapping[str, Any]) -> str:
+def _kind(config: ConfigJson, name: str, entry: Mapping[str, Any], kinds: tuple[str, ...]) -> str:
     """`rope_type`, or as it was called before, `type`."""
     kind = entry.get("rope_type", entry.get("type", "default"))
     older = entry.get("type", kind)
     if older != kind:
         raise config.error(f"{name} has rope_type={kind!r} and type={older!r}, which differ; leave one of them out.")
-    if kind not in KINDS:
+    if kind not in kinds:
         raise config.error(
-            f"{name}: rope_type={kind!r} is not supported; supported are {', '.join(map(repr, KINDS))}. Without the "
+            f"{name}: rope_type={kind!r} is not supported; supported are {', '.join(map(repr, kinds))}. Without the "
             f"entry {name} the model is as it was before its context was stretched."
         )
     return str(kind)

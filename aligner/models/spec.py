@@ -48,6 +48,8 @@ class ModelSpec:
     """Gate, up and down projections of dense MLPs have a bias."""
     qk_norm: QKNorm | None
     """What queries and keys are RMS-normalised over; None: they are not."""
+    attention_scale: float
+    """Factor on the scores of attention."""
     activation: str
     """Of the gate: "silu", or "gelu_tanh" (the tanh approximation)."""
     norm_plus_one: bool
@@ -154,6 +156,7 @@ def read_spec(path: str | Path) -> ModelSpec:
         o_bias=attention_bias,
         mlp_bias=config.flag("mlp_bias"),
         qk_norm=family.qk_norm,
+        attention_scale=family.read_attention_scale(config, head_dim),
         activation="gelu_tanh" if "gelu_pytorch_tanh" in family.activations else "silu",
         norm_plus_one=family.norm_plus_one,
         embedding_scale=math.sqrt(hidden) if family.scaled_embedding else 1.0,

@@ -19,6 +19,8 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
+from tests.families import ROWS
+
 ABSENT = "<absent>"
 SIZES: dict[str, Any] = {
     "vocab_size": 61,
@@ -42,6 +44,7 @@ FAMILIES: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
     "mixtral": (MixtralConfig, {"num_local_experts": 4}),
     "gemma": (GemmaConfig, {"head_dim": 8, "tie_word_embeddings": True}),
 }
+FAMILIES |= {row.config.model_type: (row.config, row.settings) for row in ROWS.values() if row.fuzz}
 LLAMA3 = {
     "rope_type": "llama3",
     "factor": 8.0,

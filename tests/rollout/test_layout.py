@@ -15,6 +15,7 @@ from aligner.models.spec import ModelSpec, read_spec
 from aligner.models.tensors import logical_tensors
 from aligner.rollout.layout import EngineLayout
 from aligner.spmd.mesh import Mesh
+from tests.families import ROWS
 
 Models = dict[str, tuple[Any, str]]
 MOE = "model.layers.1.mlp.experts"
@@ -93,7 +94,7 @@ def test_pipeline_stages(models: Models, moe: ModelSpec) -> None:
     assert [ranks for _, ranks in everywhere.holders("lm_head.weight")] == [(10, 11)]
 
 
-@pytest.mark.parametrize("family", ["qwen2", "qwen3_tied", "qwen3_moe", "mixtral", "gemma", "llama_bias"])
+@pytest.mark.parametrize("family", ["qwen2", "qwen3_tied", "qwen3_moe", "mixtral", "gemma", "llama_bias", *ROWS])
 @pytest.mark.parametrize(("tensor", "pipeline", "experts"), [(1, 1, False), (2, 2, False), (4, 1, False), (2, 1, True)])
 def test_by_rank_and_by_tensor_agree(models: Models, family: str, tensor: int, pipeline: int, experts: bool) -> None:
     spec = read_spec(models[family][1])

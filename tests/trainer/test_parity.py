@@ -18,6 +18,8 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
+from tests.families import ROWS
+
 BASE: dict[str, Any] = {
     "vocab_size": 61,
     "hidden_size": 64,
@@ -78,6 +80,7 @@ FAMILIES = DENSE | {
     "three": LlamaConfig(**{**BASE, "num_hidden_layers": 3}),
     **SCALED,
 }
+FAMILIES |= {name: row.config(**{**BASE, "tie_word_embeddings": False, **row.settings}) for name, row in ROWS.items()}
 LAYOUTS = {
     1: [""],
     2: ["tensor=2", "tensor=2,sp,recompute=full", "pipeline=2,recompute=full", "recompute=selective"],
@@ -125,6 +128,15 @@ CASES = {
         "gemma:context=4,recompute=full",
     ],
 }
+
+
+CASES[1] += [f"{name}:" for name in ROWS]
+CASES[2] += [
+    f"{name}:{layout}" for name in ROWS for layout in ("tensor=2,sp,recompute=full", "pipeline=2", "context=2")
+]
+CASES[4] += [
+    f"{name}:{layout}" for name in ROWS for layout in ("tensor=2,pipeline=2", "tensor=4,sp,adam", "context=2,tensor=2")
+]
 
 
 @pytest.fixture(scope="module")

@@ -85,6 +85,7 @@ def transformer_config(
         num_query_groups=spec.kv_heads,
         ffn_hidden_size=spec.ffn,
         kv_channels=spec.head_dim,
+        softmax_scale=spec.attention_scale,
         layernorm_epsilon=spec.norm_eps,
         add_qkv_bias=spec.qkv_bias,
         qk_layernorm=spec.qk_norm is not None,

@@ -90,11 +90,22 @@ class Reference:
         spec, at, tensor, place = self.spec, f"model.layers.{number}.", self.mesh.tensor, self.at["tensor"]
         hf = self.hf
         found = {
-            "input_layernorm.weight": hf[at + "input_layernorm.weight"],
             "self_attention.linear_qkv.weight": self.fused(at, "weight"),
             "self_attention.linear_proj.weight": hf[at + "self_attn.o_proj.weight"].chunk(tensor, 1)[place],
-            "pre_mlp_layernorm.weight": hf[at + "post_attention_layernorm.weight"],
         }
+        after = at + "post_feedforward_layernorm.weight" in hf  # then "post attention" is meant
+        norms = {
+            "input_layernorm": "input_layernorm",
+            "post_attention_norm" if after else "pre_mlp_layernorm": "post_attention_layernorm",
+            **(
+                {"pre_mlp_layernorm": "pre_feedforward_layernorm", "post_mlp_norm": "post_feedforward_layernorm"}
+                if after
+                else {}
+            ),
+        }
+        for mine, theirs in norms.items():
+            if f"{at}{theirs}.weight" in hf:
+                found[f"{mine}.weight"] = hf[f"{at}{theirs}.weight"]
         if at + "self_attn.q_proj.bias" in hf:
             found["self_attention.linear_qkv.bias"] = self.fused(at, "bias")
         if at + "self_attn.o_proj.bias" in hf:
