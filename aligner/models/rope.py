@@ -122,7 +122,8 @@ def read_rope(config: ConfigJson, defaults: RopeDefaults) -> Rope:
             "not supported for this family."
         )
     entry.setdefault("rope_theta", config.get("rope_theta", defaults.theta))
-    rope = _read_entry(config, name, entry, defaults, "rope_theta" not in (entries[name] or {}))
+    theta_name = f"{name}: rope_theta" if "rope_theta" in (entries[name] or {}) else "rope_theta"
+    rope = _read_entry(config, name, entry, defaults, theta_name)
     replaced = (entries["rope_parameters"] or {}).get("rope_theta", rope.theta)
     if not same(replaced, rope.theta):
         raise config.error(
@@ -173,9 +174,9 @@ def read_rope_by_layer_type(
                     f"rope_scaling beside rope_parameters: write what it says into {name}, and leave it out."
                 )
             entry, name = dict(scaling), "rope_scaling"
-        silent = "rope_theta" not in entry
+        theta_name = f"{name}: rope_theta" if "rope_theta" in entry else old_name
         entry.setdefault("rope_theta", outside)
-        ropes[layer_type] = _read_entry(config, name, entry, defaults, silent, by_layer_type=True)
+        ropes[layer_type] = _read_entry(config, name, entry, defaults, theta_name, by_layer_type=True)
     return ropes
 
 
@@ -191,14 +192,19 @@ def _read_entry(
     name: str,
     entry: dict[str, Any],
     defaults: RopeDefaults,
-    theta_outside: bool,
+    theta_name: str,
     by_layer_type: bool = False,
 ) -> Rope:
-    """One object of parameters, which has its rope_theta by now."""
+    """One object of parameters, which has its rope_theta by now.
+
+    Args:
+        theta_name: where config.json has it.
+        by_layer_type: it is that of one layer type.
+    """
     kind = _kind(config, name, entry, defaults.kinds)
     theta = entry["rope_theta"]
     if not is_number(theta) or theta <= 0:
-        raise config.error(f"{'' if theta_outside else f'{name}: '}rope_theta={theta!r} must be a positive number.")
+        raise config.error(f"{theta_name}={theta!r} must be a positive number.")
     fraction = _partial(config, name, entry, defaults)
     dim = int(defaults.head_dim * fraction)
     parameters = _parameters(config, name, kind, entry, defaults)

@@ -11,6 +11,7 @@ import pytest
 from transformers import AutoConfig
 
 from aligner.models.agreement import check_reading
+from aligner.models.rope import Rope
 from aligner.models.spec import read_spec
 from tests.models.test_spec import OLD, written
 
@@ -160,6 +161,99 @@ def test_sequences_end_where_transformers_and_the_engine_part(
     spec = read_spec(written(tmp_path, LLAMA, **change))
     assert spec.max_positions == positions
     assert re.search(reason, spec.positions_text) and str(positions) in spec.positions_text
+
+
+GEMMA3: dict[str, Any] = {
+    **without(OLD, "rope_theta"),
+    "architectures": ["Gemma3ForCausalLM"],
+    "head_dim": 8,
+    "sliding_window": 16,
+    "sliding_window_pattern": 2,
+}
+LINEAR = {"rope_type": "linear", "factor": 8.0}
+
+
+@pytest.mark.parametrize(
+    ("change", "full", "sliding"),
+    [
+        ({}, Rope(theta=1e6), Rope(theta=1e4)),
+        ({"rope_theta": 5e5, "rope_local_base_freq": 500, "rope_scaling": None}, Rope(theta=5e5), Rope(theta=500.0)),
+        ({"rope_theta": 5e5, "rope_scaling": LINEAR}, Rope("linear", 5e5, 1.0, {"factor": 8.0}), Rope(theta=1e4)),
+        ({"rope_parameters": {"full_attention": {"rope_theta": 5e5}}}, Rope(theta=5e5), Rope(theta=1e4)),
+        ({"rope_parameters": {"full_attention": None, "sliding_attention": {"rope_theta": 7.0}}}, Rope(theta=1e6), Rope(theta=7.0)),
+        ({"rope_parameters": {"full_attention": {**LINEAR, "rope_theta": 5e5}, "sliding_attention": PLAIN}}, Rope("linear", 5e5, 1.0, {"factor": 8.0}), Rope(theta=1e4)),
+    ],
+)  # fmt: skip
+def test_layer_types_have_rotary_positions_of_their_own(
+    change: dict[str, Any], full: Rope, sliding: Rope, tmp_path: Path
+) -> None:
+    spec = read_spec(written(tmp_path, GEMMA3, **change))
+    assert spec.rope == {"full_attention": full, "sliding_attention": sliding}
+    assert spec.layer_types == ("sliding_attention", "full_attention") * 3
+    assert (spec.windows, spec.max_positions) == ((16, None) * 3, 256)  # config.json's are those after scaling
+    check_reading(spec)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rope_parameters": PLAIN}, "rope_parameters: rope_theta is no layer type of this family; .* full_attention, sliding_"),
+        ({"rope_parameters": {"full_attention": 1.0}}, r"rope_parameters: full_attention=1.0 must be an object, or null"),
+        ({"rope_parameters": {"chunked_attention": PLAIN}}, "chunked_attention is no layer type"),
+        ({"rope_parameters": {"full_attention": {**YARN, "truncate": False}}}, r"rope_parameters\.full_attention: truncate=false is ignored"),
+        ({"rope_parameters": {"full_attention": PLAIN}, "rope_theta": 5e5}, "rope_theta=500000.0 is not the rope_theta=10000.0 of rope_parameters.full"),
+        ({"rope_parameters": {"full_attention": PLAIN}, "rope_scaling": LINEAR}, "rope_scaling beside rope_parameters"),
+        ({"rope_parameters": {"sliding_attention": {**PLAIN, "factor": 2.0}}}, r"rope_parameters\.sliding_attention: factor=2.0 has no meaning"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5 is not supported"),
+        ({"rope_local_base_freq": "100"}, "rope_local_base_freq='100' must be a positive number"),
+        ({"rope_local_base_freq": None}, "rope_local_base_freq=None must be a positive number"),
+        ({"sliding_window": None}, "sliding_window must be a positive whole number, found None"),
+        ({"sliding_window_pattern": 0}, "sliding_window_pattern must be a positive whole number"),
+        ({"layer_types": ["full_attention"]}, "layer_types must be null or a list of as many entries as num_hidden_layers=6"),
+        ({"layer_types": ["full_attention"] * 5 + ["chunked_attention"]}, "layer_types has 'chunked_attention'"),
+        ({"final_logit_softcapping": 30.0}, "final_logit_softcapping=30.0 is not supported; only final_logit_softcapping=null is"),
+        ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping=50.0 is not supported"),
+        ({"query_pre_attn_scalar": 0}, "query_pre_attn_scalar must be a positive whole number"),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_layer_types_is_refused(change: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        read_spec(written(tmp_path, GEMMA3, **change))
+
+
+PHI3: dict[str, Any] = {**without(OLD, "rope_theta"), "architectures": ["Phi3ForCausalLM"], "pad_token_id": 0}
+
+
+@pytest.mark.parametrize(
+    ("change", "factor"),
+    [
+        ({}, 1.0),
+        ({"partial_rotary_factor": 0.5}, 0.5),
+        ({"rope_parameters": {**PLAIN, "partial_rotary_factor": 0.75}, "hidden_size": 64, "num_attention_heads": 4}, 0.75),
+        ({"partial_rotary_factor": 0.5, "rope_scaling": {**LONG, "short_factor": [1.0] * 2, "long_factor": [1.0] * 2}, "original_max_position_embeddings": 64}, 0.5),
+    ],
+)  # fmt: skip
+def test_a_part_of_each_head_is_rotated(change: dict[str, Any], factor: float, tmp_path: Path) -> None:
+    spec = read_spec(written(tmp_path, PHI3, **change))
+    assert spec.rope["full_attention"].partial_rotary_factor == factor
+    check_reading(spec)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"partial_rotary_factor": 0.4}, "partial_rotary_factor=0.4 must be .* that makes an even part of head_dim=8"),
+        ({"partial_rotary_factor": 0}, "partial_rotary_factor=0 must be a number above 0 and at most 1"),
+        ({"partial_rotary_factor": 1.5}, "partial_rotary_factor=1.5 must be"),
+        ({"rope_parameters": {**PLAIN, "partial_rotary_factor": "1"}}, "rope_parameters: partial_rotary_factor='1' must be"),
+        ({"rope_parameters": {**PLAIN, "partial_rotary_factor": 0.5}, "partial_rotary_factor": 1.0}, "partial_rotary_factor=1.0 is not the 0.5 of rope_parameters"),
+        ({"rope_scaling": YARN}, "rope_type='yarn' is not supported; supported are 'default', 'longrope'"),
+        ({"rope_scaling": LONG}, "original_max_position_embeddings=4096 beside rope_scaling is not the 64"),  # its class's own
+    ],
+)  # fmt: skip
+def test_what_phi_3_cannot_rotate_is_refused(change: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        read_spec(written(tmp_path, PHI3, **change))
 
 
 def test_what_transformers_reads_otherwise_is_named(tmp_path: Path) -> None:

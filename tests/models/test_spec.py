@@ -59,10 +59,11 @@ def test_specs_and_tensors_equal_those_of_transformers(name: str, tmp_path: Path
     assert spec.head_dim == model.model.layers[0].self_attn.head_dim
     assert (spec.ffn, spec.vocab, spec.norm_eps) == (48, 67, config.rms_norm_eps)
     assert spec.tied == config.tie_word_embeddings
-    theirs = dict(config.rope_parameters)
-    (rope,) = {id(one): one for one in spec.rope.values()}.values()
-    assert (rope.theta, rope.rope_type) == (theirs.pop("rope_theta"), theirs.pop("rope_type"))
-    assert rope.parameters == theirs
+    for layer_type, rope in spec.rope.items():
+        theirs = {"partial_rotary_factor": 1.0, **config.rope_parameters.get(layer_type, config.rope_parameters)}
+        ours = (rope.rope_type, rope.theta, rope.partial_rotary_factor)
+        assert ours == tuple(theirs.pop(key) for key in ("rope_type", "rope_theta", "partial_rotary_factor"))
+        assert rope.parameters == theirs
     assert (spec.eos_token_ids, spec.max_positions, spec.dtype) == ((1,), 128, "float32")
     assert logical_tensors(spec) == {key: tuple(value.shape) for key, value in stored_tensors(tmp_path).items()}
     assert spec.parameters == model.num_parameters()

@@ -12,6 +12,7 @@ from transformers import (
     GemmaConfig,
     LlamaConfig,
     MixtralConfig,
+    Phi3Config,
     PreTrainedConfig,
     Qwen2Config,
     Qwen3Config,
@@ -55,6 +56,10 @@ SCALED: dict[str, PreTrainedConfig] = {
     "linear": LlamaConfig(**BASE, rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}),
     "dynamic": LlamaConfig(**BASE, rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}),
     "longrope": LlamaConfig(**BASE, rope_parameters=LONGROPE),
+    "phi3_longrope": Phi3Config(
+        **{**BASE, "partial_rotary_factor": 0.75, "original_max_position_embeddings": 32},
+        rope_parameters={**LONGROPE, "short_factor": GROWN[:6], "long_factor": GROWN[:6]},
+    ),
     "one_kv_scaled": LlamaConfig(**{**BASE, "num_key_value_heads": 1}, rope_parameters=YARN),
 }
 """Rotary positions scaled to longer contexts."""

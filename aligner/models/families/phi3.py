@@ -44,6 +44,7 @@ FAMILY = Phi3(
     title="Phi-3, Phi-3.5, Phi-4, Phi-4-mini",
     defaults=Defaults(max_positions=4096, norm_eps=1e-5),
     nullable=frozenset(("num_key_value_heads",)),
+    only={"full_attn_mod": (1,), "interpolate_factor": (1,)},  # of Phi-4-mini's files
     partial_rotary=True,
     window=Window.EVERY_LAYER,
 )
