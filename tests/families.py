@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from transformers import Gemma3TextConfig, Phi3Config, PreTrainedConfig
+from transformers import Gemma3TextConfig, MistralConfig, Olmo2Config, Phi3Config, PreTrainedConfig
 
 
 @dataclass(frozen=True)
@@ -39,4 +39,7 @@ ROWS: dict[str, Row] = {
     "phi3_partial": Row(Phi3Config, {"pad_token_id": 0, "partial_rotary_factor": 0.5, "sliding_window": 6}, fuzz=False),
     "gemma3": Row(Gemma3TextConfig, {**GEMMA3, "sliding_window_pattern": 2, "rope_parameters": BY_LAYER}),
     "gemma3_biased": Row(Gemma3TextConfig, {**GEMMA3, "sliding_window_pattern": 2, "attention_bias": True}, fuzz=False),
+    "mistral": Row(MistralConfig, {"sliding_window": 6}),
+    "mistral_no_window": Row(MistralConfig, {"sliding_window": None}, fuzz=False),
+    "olmo2": Row(Olmo2Config),
 }

@@ -110,8 +110,6 @@ class EngineTraits:
     """It makes the embedding, the last norm and the output layer in every pipeline stage, used or not."""
     output_bias: bool = False
     """The attention output may have a bias; in others the engine would drop it silently."""
-    fused: bool = True
-    """Query, key and value projections are one parameter."""
     fixed_head_dim: bool = False
     """It takes hidden size / heads, whatever head_dim says."""
     note: str = ""

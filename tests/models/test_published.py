@@ -141,6 +141,17 @@ GEMMA3: dict[str, Any] = {
     "transformers_version": "4.50.0.dev0",
     "vocab_size": 262144,
 }
+MISTRAL: dict[str, Any] = {
+    **{key: value for key, value in LLAMA.items() if key not in ("pretraining_tp", "rope_scaling")},
+    "architectures": ["MistralForCausalLM"],
+    "intermediate_size": 14336,
+    "max_position_embeddings": 32768,
+    "model_type": "mistral",
+    "num_key_value_heads": 8,
+    "rope_theta": 10000.0,
+    "sliding_window": 4096,
+    "torch_dtype": "bfloat16",
+}
 PUBLISHED: dict[str, dict[str, Any]] = {
     "Llama-1": {
         **{key: value for key, value in LLAMA.items() if key not in ("num_key_value_heads", "pretraining_tp", "rope_scaling")},
@@ -242,6 +253,19 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "router_aux_loss_coef": 0.02,
         "sliding_window": None,
     },
+    "Mistral-7B-v0.1": MISTRAL,
+    "Mistral-7B-Instruct-v0.3": {**MISTRAL, "rope_theta": 1000000.0, "sliding_window": None, "vocab_size": 32768},
+    "Mistral-Nemo-Base-2407": {
+        **MISTRAL,
+        "attention_dropout": 0.0,
+        "head_dim": 128,
+        "hidden_size": 5120,
+        "max_position_embeddings": 131072,
+        "num_hidden_layers": 40,
+        "rope_theta": 1000000.0,
+        "sliding_window": None,
+        "vocab_size": 131072,
+    },
     "gemma-2b": GEMMA,
     "gemma-1.1-2b-it": {**GEMMA, "hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh"},
     "Phi-3-mini-4k-instruct": PHI3,
@@ -276,10 +300,6 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "gemma-7b": {**GEMMA, "hidden_activation": None, "hidden_size": 3072, "num_attention_heads": 16, "num_key_value_heads": 16},
 }  # fmt: skip
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "Mistral-7B-v0.1": (
-        {**LLAMA, "architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": 4096},
-        "architecture MistralForCausalLM is not supported",
-    ),
     "Qwen2.5-7B-Instruct-1M": (
         {**QWEN2, "dual_chunk_attention_config": {"chunk_size": 262144, "local_size": 8192}},
         "dual_chunk_attention_config=.* is not supported",
