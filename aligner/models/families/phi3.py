@@ -47,4 +47,5 @@ FAMILY = Phi3(
     only={"full_attn_mod": (1,), "interpolate_factor": (1,)},  # of Phi-4-mini's files
     partial_rotary=True,
     window=Window.EVERY_LAYER,
+    attention_note="`sliding_window` in every layer, `partial_rotary_factor`; fused projections in the checkpoint",
 )
