@@ -22,9 +22,9 @@ from aligner.models.tensors import EMBEDDING_PARAMETER, OUTPUT_PARAMETER
 from aligner.reshard.message.storage import strided_view
 from aligner.reshard.plan.region import Piece
 from aligner.spmd.mesh import EXPERT_AXES, Mesh
-from aligner.trainer.megatron.attention import PackedRotary
 from aligner.trainer.megatron.layers import ScalarHead, block_spec, scale_embedding
 from aligner.trainer.megatron.layout import MegatronLayout, padded_vocab_size
+from aligner.trainer.megatron.rotary import PackedRotary
 from aligner.trainer.megatron.sizes import check_runs
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -95,6 +95,7 @@ def transformer_config(
         num_query_groups=spec.kv_heads,
         ffn_hidden_size=spec.ffn,
         kv_channels=spec.head_dim,
+        softmax_scale=spec.attention_scale,
         layernorm_epsilon=spec.norm_eps,
         add_qkv_bias=spec.qkv_bias,
         qk_layernorm=spec.qk_norm is not None,
