@@ -33,6 +33,7 @@ BROKEN_BY = {
         ("aligner.reshard.transfer.executor", "aligner.trainer.policy"),
         ("aligner.reshard.weights", "aligner.roles.build"),
     ],
+    "megatron": [("aligner.trainer.policy", "megatron"), ("aligner.rollout.role", "megatron")],
     "vllm": [("aligner.trainer.policy", "vllm"), ("aligner.check.job", "vllm")],
     "objective-is-pure": [
         ("aligner.objective.losses", "numpy"),

@@ -25,29 +25,29 @@ def random_states() -> dict[str, Any]:
     """Python's, numpy's, torch's and Megatron's, as JSON."""
     version, words, gauss = random.getstate()
     kind, keys, position, has_gauss, cached = cast(tuple[str, Any, int, int, float], np.random.get_state(legacy=True))
-    found: dict[str, Any] = {
+    states: dict[str, Any] = {
         "python": [version, list(words), gauss],
         "numpy": [kind, keys.tolist(), int(position), int(has_gauss), float(cached)],
         "torch": _text(torch.get_rng_state()),
     }
     if torch.cuda.is_available():
-        found["cuda"] = _text(torch.cuda.get_rng_state())
+        states["cuda"] = _text(torch.cuda.get_rng_state())
     tracked = get_cuda_rng_tracker().get_states()
-    found["megatron"] = {name: _text(state) for name, state in tracked.items() if isinstance(state, torch.Tensor)}
-    return found
+    states["megatron"] = {name: _text(state) for name, state in tracked.items() if isinstance(state, torch.Tensor)}
+    return states
 
 
-def set_random_states(found: Mapping[str, Any]) -> None:
+def set_random_states(states: Mapping[str, Any]) -> None:
     """Back to what `random_states` saw."""
-    version, words, gauss = found["python"]
+    version, words, gauss = states["python"]
     random.setstate((version, tuple(words), gauss))
-    kind, keys, *rest = found["numpy"]
+    kind, keys, *rest = states["numpy"]
     np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
-    torch.set_rng_state(_bytes(found["torch"]))
-    if "cuda" in found and torch.cuda.is_available():
-        torch.cuda.set_rng_state(_bytes(found["cuda"]))
+    torch.set_rng_state(_bytes(states["torch"]))
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(_bytes(states["cuda"]))
     tracker = get_cuda_rng_tracker()
-    tracker.set_states({**tracker.get_states(), **{name: _bytes(text) for name, text in found["megatron"].items()}})
+    tracker.set_states({**tracker.get_states(), **{name: _bytes(text) for name, text in states["megatron"].items()}})
 
 
 def _bytes(text: str) -> torch.Tensor:

@@ -19,8 +19,9 @@ from aligner.models.stored import describe_training
 from aligner.spmd import batch_ops as columns
 from aligner.spmd.messages import all_gather, broadcast
 from aligner.spmd.partition import idle, minibatch_groups
-from aligner.spmd.ref import Ref, Rows
+from aligner.spmd.ref import Ref
 from aligner.spmd.residency import Kind, Part
+from aligner.spmd.rows import Rows
 from aligner.trainer import offload
 from aligner.trainer import optimizer_checkpoint as saved
 from aligner.trainer.loss_mean import LossFunction, Totals, counted, global_mean, rows_together, takes_one_step
