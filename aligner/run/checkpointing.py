@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from aligner.roles.build import Roles
     from aligner.run.job import Job
     from aligner.spmd.world import World
+    from aligner.trainer.engine import TrainEngine
 
 
 class RunCheckpointer:
@@ -88,7 +89,11 @@ class RunCheckpointer:
         self.roles.restore_kept(state["kept"])
         self.driver = state["driver"]
         if found.world == self.world.size:
-            set_random_states(found.ranks[self.world.rank]["random"])
+            set_random_states(found.ranks[self.world.rank]["random"], self._engines())
+
+    def _engines(self) -> dict[str, type[TrainEngine]]:
+        """The training backends that learn in this job, by name."""
+        return {role.config.engine: role.engine_type for role in self.roles.trainable}
 
     def due(self, step: int) -> bool:
         """Whether this step ends with a checkpoint."""
@@ -122,7 +127,7 @@ class RunCheckpointer:
             entries |= regions
             if self.world.rank == 0 and role.version:
                 files |= {f"{role.name}/{name}": content for name, content in role.description.items()}
-        own = {"tensors": entries, "random": random_states()}
+        own = {"tensors": entries, "random": random_states(self._engines())}
         self.saver.save(step, shared, own, tensors, files)
 
     def wait(self) -> str:

@@ -104,8 +104,8 @@ def limit(room: int) -> None:
 
 
 def double(role: ModelRole) -> None:
-    for piece in role.model.layout:
-        role.model.view(piece).mul_(2)
+    for piece in role.weights.pieces():
+        role.weights.view(piece).mul_(2)
 
 
 def listing(out: Path) -> dict[str, Any]:
