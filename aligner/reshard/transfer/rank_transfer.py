@@ -17,7 +17,7 @@ from aligner.reshard.transfer.wire import Wire
 from aligner.reshard.weights import WritableWeights
 
 Source = Callable[[Piece], Tensor]
-"""Reads a piece of this rank's source storages: a view of shape `piece.size`."""
+"""A piece of this rank's source storages -> a view of it, of shape `piece.size`."""
 
 
 class RankTransfer:

@@ -15,7 +15,7 @@ from aligner.reshard.plan.schedule import STAGED
 from aligner.reshard.plan.transfer_plan import make_plan
 from aligner.reshard.transfer.executor import execute
 from aligner.reshard.transfer.shared_memory import ROOMS
-from aligner.reshard.transfer.sync_stats import SyncRow, total
+from aligner.reshard.transfer.sync_stats import SyncStats, total
 from tests.reshard.ranks import run_ranks
 
 
@@ -137,6 +137,6 @@ def test_a_storage_offset_is_honoured_and_a_transposed_storage_refused() -> None
 
 
 def test_total_adds_bytes_and_takes_the_slowest_rank() -> None:
-    both = total([SyncRow(moved_bytes=3, seconds=1.0), SyncRow(moved_bytes=4, minimum_bytes=7, seconds=0.5)])
+    both = total([SyncStats(moved_bytes=3, seconds=1.0), SyncStats(moved_bytes=4, minimum_bytes=7, seconds=0.5)])
     assert (both.moved_bytes, both.minimum_bytes, both.seconds) == (7, 7, 1.0)
     assert both.metrics()["seconds_reshard"] == 1.0
