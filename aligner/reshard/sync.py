@@ -51,7 +51,7 @@ class WeightSync:
         self.ranks = tuple(sorted({*source.layout.ranks, *destination.layout.ranks}))
         self.group = world.group(self.ranks)
         """The ranks of both ends; None on any other rank."""
-        self.ledger: list[SyncStats] = []
+        self.stats: list[SyncStats] = []
         """What each run moved on this rank; empty on ranks of neither end."""
         self._world, self._runs = world, 0
         if self.group is None:
@@ -68,7 +68,7 @@ class WeightSync:
             dist.all_reduce(torch.zeros(1, device=world.device), group=self.group)
 
     def run(self) -> None:
-        """Copy the weights as they are now, and add a row to `ledger`.
+        """Copy the weights as they are now, and add its statistics to `stats`.
 
         Raises:
             RuntimeError: a proof failed (naming tensor, region and both ranks), or a peer did; see `execute`. The
@@ -90,7 +90,7 @@ class WeightSync:
             self._runs,
             lambda ranks: world.timeline.span("wait", "weights", ranks),
         )
-        self.ledger.append(row if self.ledger else replace(row, seconds_plan=self.planning_seconds))
+        self.stats.append(row if self.stats else replace(row, seconds_plan=self.planning_seconds))
 
 
 def _agreed_layouts(

@@ -37,4 +37,4 @@ class WeightSyncs:
 
     def latest(self) -> list[SyncStats]:
         """What the last sync into each rollout moved on this rank."""
-        return [sync.ledger[-1] for sync in self.by_rollout.values() if sync.ledger]
+        return [sync.stats[-1] for sync in self.by_rollout.values() if sync.stats]

@@ -37,6 +37,6 @@ def test_merged() -> None:
         "seconds_generate": 3.0,
     }
     assert row["reshard_moved_bytes"] == 110 and row["reshard_gigabytes_per_second"] == pytest.approx(110 / 3 / 1e9)
-    # as before: the call's own seconds, which wait for the slowest rank too, stand over the ledger's
+    # as before: the call's own seconds, which wait for the slowest rank too, stand over the sync's
     assert row["seconds_reshard"] == 1.5
     assert idle.row() == {}

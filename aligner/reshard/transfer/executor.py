@@ -10,9 +10,10 @@ import torch
 import torch.distributed as dist
 
 from aligner.reshard.message.bucket import Bucket, Buffers
+from aligner.reshard.message.proof import View
 from aligner.reshard.plan.schedule import STAGED, Message, Schedule, Step, packed_by, schedule_of
 from aligner.reshard.plan.transfer_plan import Plan
-from aligner.reshard.transfer.rank_transfer import RankTransfer, Source
+from aligner.reshard.transfer.rank_transfer import RankTransfer
 from aligner.reshard.transfer.sync_stats import SyncStats
 from aligner.reshard.transfer.wire import LastMessages, Waiting, Wire, wire_of
 from aligner.reshard.weights import WritableWeights
@@ -20,7 +21,7 @@ from aligner.reshard.weights import WritableWeights
 
 def execute(
     plan: Plan,
-    source: Source | None,
+    source: View | None,
     destination: WritableWeights | None,
     group: dist.ProcessGroup | None,
     device: torch.device,

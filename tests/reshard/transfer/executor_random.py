@@ -81,7 +81,7 @@ def layouts(draw: random.Random, world: int, shapes: Shapes) -> tuple[dict[int, 
 
 
 def transfer(rank: int, number: int, world: int) -> dict[str, Any]:
-    """Run one case, compare every element, and tell the ledger and the staging."""
+    """Run one case, compare every element, and report statistics and staging."""
     draw = random.Random(number)
     shapes = {f"layer{n}.w": tuple(draw.randrange(1, 25) for _ in range(draw.randrange(1, 4))) for n in range(1, 6)}
     sources, destinations = layouts(draw, world, shapes)

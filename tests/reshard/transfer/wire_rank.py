@@ -86,7 +86,7 @@ class Transfers:
         self.before: list[Tensor] = []
 
     def run(self, change: Change, seed: int) -> dict[str, float]:
-        """Change the values, transfer them, compare every element and the ledger with those made by hand."""
+        """Change the values, transfer them, compare every element and the statistics with those made by hand."""
         draw = torch.Generator().manual_seed(seed)
         for value in self.values.values():
             change(value, draw)
