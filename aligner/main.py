@@ -14,9 +14,9 @@ import time
 from pathlib import Path
 from typing import NoReturn
 
-from aligner.config.paths import path_option
 from aligner.config.secrets import Mask
 from aligner.health.process_exit import at_once, own_folder
+from aligner.paths import path_option
 
 PATIENCE = 30.0
 """Other ranks wait this many seconds for rank 0 to say the mistake; the launcher ends them when rank 0 has left."""
@@ -35,12 +35,12 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--config-name", default="train")
     parser.add_argument("--config-dir", type=path_option)
     parser.add_argument("overrides", nargs="*")
-    found, unknown = parser.parse_known_args(arguments)
+    options, unknown = parser.parse_known_args(arguments)
     flags = [flag for flag in unknown if flag.startswith("-")]
     if flags:
         raise ValueError(f"{flags[0]} is not a flag of aligner; settings are given as KEY=VALUE (see --help).")
-    found.overrides += unknown
-    return found
+    options.overrides += unknown
+    return options
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -53,23 +53,23 @@ def _main(arguments: list[str]) -> None:
     rank = int(os.environ.get("RANK", "0"))
     mask = Mask.of(arguments)
     try:
-        found = parse(arguments)
+        options = parse(arguments)
         from aligner.config import schema as configuration
 
-        folder = (found.config_dir or configuration.CONF).resolve()
-        if found.help:
+        folder = (options.config_dir or configuration.CONF).resolve()
+        if options.help:
             from aligner.config.help import help_text
 
             return _print_once(rank, help_text(folder))
-        composed = configuration.compose_config(found.overrides, found.config_name, folder)
-        if found.cfg:
+        composed = configuration.compose_config(options.overrides, options.config_name, folder)
+        if options.cfg:
             from omegaconf import OmegaConf
 
             plain = mask.plain(OmegaConf.to_container(composed))
             return _print_once(rank, OmegaConf.to_yaml(OmegaConf.create(plain)))
         from aligner.checkpoint.claim import launch
         from aligner.checkpoint.lease import take
-        from aligner.run.job import prepare
+        from aligner.run.prepare import prepare
 
         config = configuration.to_config(composed)
         mask = Mask.of(arguments, dataclasses.asdict(config))
@@ -79,12 +79,14 @@ def _main(arguments: list[str]) -> None:
         if checking:
             from aligner.check.summary import summary
 
-            return _print_once(rank, mask.text(summary(job, ranks)))
+            return _print_once(rank, mask.text(summary(job.config, job.roles, job.checked, ranks)))
         if rank == 0:
             job = dataclasses.replace(job, lease=take(Path(config.run_dir), launch()))
     except ValueError as error:
         _refuse(rank, mask.text(str(error)))
-    job.run()
+    from aligner.run.loop import run_job
+
+    run_job(job)
 
 
 def _print_once(rank: int, text: str) -> None:

@@ -18,9 +18,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from safetensors import SafetensorError
 
-from aligner.config.paths import path_option
 from aligner.models.checkpoint import FILE_BYTES
 from aligner.models.convert import convert
+from aligner.paths import path_option
 from aligner.reshard.plan.region import ELEMENT_BYTES
 from aligner.trainer.megatron.sharding import MegatronSharding
 

@@ -28,8 +28,7 @@ from aligner.health.activity import Activity
 from aligner.health.config import HangConfig
 from aligner.health.crash_stacks import CrashStacks
 from aligner.health.heartbeat import Heartbeats, Verdict, beat_of
-from aligner.health.histories import agree, as_bytes, first_difference, from_bytes
-from aligner.health.journal import Journal
+from aligner.health.journal import Journal, agree, as_bytes, first_difference, from_bytes
 from aligner.health.local_processes import LocalProcesses, out_of_memory_kills, this_process
 from aligner.health.process_exit import at_once, end
 from aligner.health.process_identity import GONE, STOPPED

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from aligner.check.run_folder import adopt
 from aligner.checkpoint.claim import FOLDER, Start, claim, finish, how_to_start, run_id
 from aligner.checkpoint.folder import step_folder
 from aligner.checkpoint.loader import Checkpoint, find
 from aligner.checkpoint.saver import Saver
 from aligner.config.as_json import config_as_json
-from aligner.run.folders import adopt
 from aligner.run.random_states import random_states, set_random_states
 from aligner.run.resume import compare
 from aligner.spmd.messages import all_gather
@@ -61,7 +61,8 @@ class RunCheckpointer:
             )
         self.inputs = all_gather(self.world, self.job.inputs, range(self.world.size))[0]
         if found is not None:
-            compare(found.state, self.job, self.inputs, say=first)
+            accepted = config.checkpoint.accept_changes
+            compare(found.state, config_as_json(config, self.job.mask), self.inputs, accepted, say=first)
         run = None
         if first:
             earlier = run_id(self.run_dir) == ""
@@ -110,7 +111,7 @@ class RunCheckpointer:
         entries: dict[str, Any] = {}
         files: dict[str, bytes] = {}
         shared: dict[str, Any] = {
-            "config": config_as_json(self.job),
+            "config": config_as_json(self.job.config, self.job.mask),
             "inputs": self.inputs,
             "data": self.rows.state_dict() if self.world.rank == 0 else {},  # the digest costs others time
             "kept": self.roles.kept_values(),

@@ -18,8 +18,9 @@ from aligner.models.stored import describe_training
 from aligner.spmd import batch_ops as columns
 from aligner.spmd.messages import broadcast
 from aligner.spmd.partition import idle, minibatch_groups
-from aligner.spmd.ref import Ref, Rows
+from aligner.spmd.ref import Ref
 from aligner.spmd.residency import Kind
+from aligner.spmd.rows import Rows
 from aligner.trainer import optimizer_checkpoint
 from aligner.trainer.loss_mean import LossFunction, Totals, counted, rows_together, takes_one_step
 from aligner.trainer.model_role import ModelRole

@@ -23,7 +23,8 @@ from aligner.objective.off_policy import decoupled_surrogate
 from aligner.roles.build import Roles, build_roles
 from aligner.rollout.arrivals import Arrivals
 from aligner.rollout.config import StreamConfig
-from aligner.run.job import Job, prepare
+from aligner.run.job import Job
+from aligner.run.prepare import prepare
 from aligner.spmd.ref import Ref
 from aligner.spmd.world import World
 

@@ -6,8 +6,7 @@ import time
 
 import pytest
 
-from aligner.health.histories import agree, as_bytes, first_difference, from_bytes
-from aligner.health.journal import Call, Journal
+from aligner.health.journal import Call, Journal, agree, as_bytes, first_difference, from_bytes
 
 START = """
 import time, torch, os

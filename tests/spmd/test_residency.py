@@ -258,14 +258,13 @@ def test_the_largest_size_of_each_call(resettable: bool, monkeypatch: pytest.Mon
         monkeypatch.setattr(Path, "write_text", refuse)
     meter: Any = Meter(CPU)
     meter.take()
-    here, elsewhere = [SimpleNamespace(member=True)], [SimpleNamespace(member=False)]
-    with meter.measured("around", here):
-        with meter.measured("high", here):
+    with meter.measured("around", member=True):
+        with meter.measured("high", member=True):
             raised = torch.ones(1 << 26)  # 256 MiB, gone at the call's end
             del raised
-        with meter.measured("low", here):
+        with meter.measured("low", member=True):
             pass
-        with meter.measured("elsewhere", elsewhere):
+        with meter.measured("elsewhere", member=False):
             pass
     found = meter.take()
     assert found["high"] - found["low"] == pytest.approx(0.25, abs=0.02)
