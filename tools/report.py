@@ -1,4 +1,4 @@
-"""Command: draw the report of one run, or compare the curves of several.
+"""Draw the report of one run, or compare the curves of several.
 
 python tools/report.py RUN_DIR [--out FOLDER]                  learning_curve.png and report.html
 python tools/report.py RUN_DIR RUN_DIR ... [--out FILE.png]    the runs' curves in one picture

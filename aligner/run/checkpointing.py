@@ -11,7 +11,7 @@ import torch
 from aligner.check.run_folder import adopt
 from aligner.checkpoint.claim import FOLDER, Start, claim, finish, how_to_start, run_id
 from aligner.checkpoint.folder import step_folder
-from aligner.checkpoint.loader import Checkpoint, find
+from aligner.checkpoint.loader import Checkpoint, find_checkpoint
 from aligner.checkpoint.saver import Saver
 from aligner.config.as_json import config_as_json
 from aligner.run.random_states import random_states, set_random_states
@@ -53,7 +53,7 @@ class RunCheckpointer:
         config, first = self.job.config, self.world.rank == 0
         start = how_to_start(self.run_dir, config.checkpoint, config.overwrite, config.train.steps) if first else None
         start = all_gather(self.world, start, range(self.world.size))[0]
-        found = find(self.world, self.run_dir / FOLDER) if start is Start.RESUME else None
+        found = find_checkpoint(self.world, self.run_dir / FOLDER) if start is Start.RESUME else None
         if start is Start.RESUME and found is None:
             raise ValueError(
                 f"none of the checkpoints in {self.run_dir / FOLDER} is whole (see above); bring one back, choose another "

@@ -662,4 +662,4 @@ def test_stopped_on_every_rank(name: str, torchrun: Callable[..., Any], task: An
     assert done.stderr.count("Traceback") == 1 + (name not in USERS), "the launcher's own, and that of own code"
     if name == "loop_raises_on_one_rank":
         assert "aligner: error on rank 1: " in done.stderr
-        assert "aligner: rank 0 leaves because rank 1 failed." in done.stderr
+        assert "aligner: rank 0 exits because rank 1 failed." in done.stderr

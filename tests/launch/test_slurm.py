@@ -52,14 +52,14 @@ import os, signal, sys, time
 from pathlib import Path
 import torch
 import torch.distributed as dist
-from aligner.health.process_exit import end
+from aligner.health.process_exit import exit_process
 
 folder, mode = Path(os.environ["RANKS_FOLDER"]), sys.argv[1]
 rank = os.environ["RANK"]
 
 def on_usr1(*_):
     (folder / f"usr1.{rank}").touch()
-    end(0)
+    exit_process(0)
 
 signal.signal(signal.SIGUSR1, on_usr1)
 dist.init_process_group("gloo")
