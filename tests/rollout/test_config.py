@@ -69,6 +69,14 @@ def test_tensor_parallel_sizes() -> None:
         config.check_model(SPEC, 3, cpu=True)
 
 
+def test_a_family_whose_key_value_heads_the_engine_does_not_copy() -> None:
+    norms: Any = SimpleNamespace(**{**vars(SPEC), "family": "olmo2"})
+    for tensor in (1, 2):
+        RolloutConfig().check_model(norms, tensor, cpu=True)
+    with pytest.raises(ValueError, match=r"placement\.rollout\.tensor=4 does not divide .*; use 1, 2\."):
+        RolloutConfig().check_model(norms, 4, cpu=True)
+
+
 def test_sizes_for_experts() -> None:
     config = RolloutConfig()
     for tensor in (1, 2, 4):

@@ -18,5 +18,9 @@ FAMILY = Family(
         after_mlp="post_feedforward_layernorm",
     ),
     qk_norm=QKNorm.PROJECTION,
-    engine=EngineTraits(note="through vLLM's transformers backend"),
+    engine=EngineTraits(
+        output_bias=True,
+        shared_kv_heads=False,  # ValueError: Cannot gather norm of width 64: a TP-sharded input of width 32 does not tile it evenly
+        note="through its transformers backend",
+    ),
 )
