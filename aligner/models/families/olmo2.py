@@ -20,7 +20,8 @@ FAMILY = Family(
     qk_norm=QKNorm.PROJECTION,
     engine=EngineTraits(
         output_bias=True,
-        shared_kv_heads=False,  # ValueError: Cannot gather norm of width 64: a TP-sharded input of width 32 does not tile it evenly
-        note="through its transformers backend",
+        shared_kv_heads=False,
+        note="through its transformers backend, which beyond the key/value heads says `Cannot gather norm of width 64: "
+        "a TP-sharded input of width 32 does not tile it evenly across 4 ranks`",
     ),
 )
