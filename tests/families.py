@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from transformers import MistralConfig, Olmo2Config, PreTrainedConfig
+from transformers import Gemma3TextConfig, MistralConfig, Olmo2Config, Phi3Config, PreTrainedConfig
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,17 @@ class Row:
         return bool(self.settings.get("tie_word_embeddings", False))
 
 
+GEMMA3 = {"head_dim": 32, "sliding_window": 6, "query_pre_attn_scalar": 20, "tie_word_embeddings": True}
+BY_LAYER = {
+    "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 4.0},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+}
+
 ROWS: dict[str, Row] = {
+    "phi3": Row(Phi3Config, {"pad_token_id": 0}),
+    "phi3_partial": Row(Phi3Config, {"pad_token_id": 0, "partial_rotary_factor": 0.5, "sliding_window": 6}, fuzz=False),
+    "gemma3": Row(Gemma3TextConfig, {**GEMMA3, "sliding_window_pattern": 2, "rope_parameters": BY_LAYER}),
+    "gemma3_biased": Row(Gemma3TextConfig, {**GEMMA3, "sliding_window_pattern": 2, "attention_bias": True}, fuzz=False),
     "mistral": Row(MistralConfig, {"sliding_window": 6}),
     "mistral_no_window": Row(MistralConfig, {"sliding_window": None}, fuzz=False),
     "olmo2": Row(Olmo2Config),

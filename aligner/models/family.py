@@ -6,13 +6,14 @@ value here says is a method that the family's file overrides.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
 from aligner.models.config_json import ConfigJson
 from aligner.models.cuts import Block, Columns, Cut, GroupedQKV, Parameter, Replicated, Rows
+from aligner.models.rope import Rope, RopeDefaults, read_rope
 
 if TYPE_CHECKING:
     from aligner.models.spec import ModelSpec
@@ -29,6 +30,8 @@ class LayerType:
     """A query sees this many tokens, itself the last of them (transformers' sliding_window); None: all before it."""
     sparse: bool = False
     """The MLP is a router over experts."""
+    rope: Rope = field(default_factory=Rope)
+    """Rotary positions."""
 
 
 @dataclass(frozen=True)
@@ -144,11 +147,21 @@ class Family:
     """Of "attention_bias" (query, key, value, output) and "mlp_bias" (gate, up, down), those that config.json may set."""
     divided_hidden: bool = False
     """transformers wants a hidden size that the heads divide, even where head_dim is another."""
+    partial_rotary: bool = False
+    """partial_rotary_factor says how much of each head is rotated; transformers' class and the engine's both read it."""
+    keeps_null_head_dim: bool = False
+    """transformers leaves a null head_dim as it is, which its "dynamic", "yarn" and "longrope" rotary positions cannot read."""
     window: Window = Window.REFUSED
     norms: Norms = Norms()
     norm_plus_one: bool = False
     """RMSNorm multiplies by 1 + weight."""
     qk_norm: QKNorm | None = None
+    score_scalar: str | None = None
+    """Field of config.json that scores are divided by the square root of; None: head_dim is."""
+    score_scalar_default: int | None = None
+    """Where config.json leaves it out."""
+    activation_field: str = "hidden_act"
+    """Where transformers' class has the activation of the gate."""
     activations: tuple[str, ...] = ("silu",)
     """Names in config.json of the activation of the gate; all of one family mean the same function."""
     attention_note: str = ""
@@ -178,6 +191,24 @@ class Family:
         if sparse:
             types[SPARSE] = LayerType(window, sparse=True)
         return tuple(SPARSE if number in sparse else usual for number in range(layers)), types
+
+    def read_ropes(self, config: ConfigJson, defaults: RopeDefaults, names: Iterable[str]) -> dict[str, Rope]:
+        """The rotary positions of each of the named layer types; here all have the same.
+
+        Raises:
+            ValueError: see `read_rope`.
+        """
+        defaults = replace(defaults, partial=self.partial_rotary, null_head_dim=self.keeps_null_head_dim)
+        return dict.fromkeys(names, read_rope(config, defaults))
+
+    def longest(self, ropes: Sequence[Rope], max_positions: int) -> int:
+        """The longest sequence, in tokens, for these rotary positions and config.json's positions."""
+        return min(rope.longest(max_positions) for rope in ropes)
+
+    def read_attention_scale(self, config: ConfigJson, head_dim: int) -> float:
+        """Factor on the scores of attention."""
+        scalar = config.size(self.score_scalar, self.score_scalar_default) if self.score_scalar else head_dim
+        return float(scalar**-0.5)
 
     def _read_window(self, config: ConfigJson) -> int | None:
         config.only("use_sliding_window", (False,))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from aligner.models.config_json import ConfigJson, same
 from aligner.models.families import FAMILIES
 from aligner.models.family import Family, Head, LayerType, QKNorm
 from aligner.models.inert_fields import LENGTHS, check_unread
-from aligner.models.rope import read_rope
+from aligner.models.rope import Rope, RopeDefaults
 from aligner.models.tensors import logical_tensors
 from aligner.reshard.plan.region import ELEMENT_BYTES
 
@@ -42,15 +42,14 @@ class ModelSpec:
     tied: bool
     """The output layer is the embedding; never with a scalar head."""
     norm_eps: float
-    rope_theta: float
-    rope_scaling: dict[str, Any] | None
-    """None, or the rope_type ("linear" or "llama3") and its numbers; see `aligner.models.rope.KINDS`."""
     qkv_bias: bool
     o_bias: bool
     mlp_bias: bool
     """Gate, up and down projections of dense MLPs have a bias."""
     qk_norm: QKNorm | None
     """What queries and keys are RMS-normalised over; None: they are not."""
+    attention_scale: float
+    """Factor on the scores of attention."""
     activation: str
     """Of the gate: "silu", or "gelu_tanh" (the tanh approximation)."""
     norm_plus_one: bool
@@ -78,6 +77,11 @@ class ModelSpec:
     """The Hugging Face folder."""
 
     @property
+    def rope(self) -> dict[str, Rope]:
+        """Rotary positions, by the name of the layer type."""
+        return {name: layer_type.rope for name, layer_type in self.types.items()}
+
+    @property
     def sparse_layers(self) -> tuple[int, ...]:
         """Layers whose MLP is experts, ascending."""
         return tuple(number for number, name in enumerate(self.layer_types) if self.types[name].sparse)
@@ -91,6 +95,13 @@ class ModelSpec:
     def parameters(self) -> int:
         """Number of weights; a tied output layer counts once."""
         return sum(math.prod(shape) for shape in logical_tensors(self).values())
+
+    @property
+    def positions_text(self) -> str:
+        """How long a sequence may be and, where the scaling of rotary positions limits it, why; for errors."""
+        reasons = [rope.limit_reason for rope in self.rope.values() if rope.limit_reason]
+        why = f" ({reasons[0]})" if reasons else ""
+        return f"{self.max_positions} positions of the model in {self.path}{why}"
 
     @property
     def parameters_of_experts(self) -> int:
@@ -125,33 +136,34 @@ def read_spec(path: str | Path) -> ModelSpec:
             f"qkv_bias={config.get('qkv_bias')!r} is not supported; leave it out, which means {qkv_bias}."
         )
     most = config.size("max_position_embeddings", family.defaults.max_positions)
-    theta, scaling = read_rope(config, family.defaults.rope_theta, most)
+    head_dim = _head_dim(config, family, hidden, heads)
+    ropes = family.read_ropes(config, RopeDefaults(family.defaults.rope_theta, most, head_dim), types)
+    types = {name: replace(types[name], rope=ropes[name]) for name in types if name in layer_types}
     spec = ModelSpec(
         family=family_name,
         layers=layers,
         hidden=hidden,
         heads=heads,
         kv_heads=_kv_heads(config, family, heads),
-        head_dim=_head_dim(config, family, hidden, heads),
+        head_dim=head_dim,
         ffn=config.size("intermediate_size"),
         vocab=config.size("vocab_size"),
         head=head,
         stored_head=head,
         tied=config.flag("tie_word_embeddings", family.defaults.tied) and head is Head.LANGUAGE,
         norm_eps=config.fraction("rms_norm_eps", family.defaults.norm_eps),
-        rope_theta=theta,
-        rope_scaling=scaling,
         qkv_bias=qkv_bias,
         o_bias=attention_bias,
         mlp_bias=config.flag("mlp_bias"),
         qk_norm=family.qk_norm,
+        attention_scale=family.read_attention_scale(config, head_dim),
         activation="gelu_tanh" if "gelu_pytorch_tanh" in family.activations else "silu",
         norm_plus_one=family.norm_plus_one,
         embedding_scale=math.sqrt(hidden) if family.scaled_embedding else 1.0,
         **_experts(config, family, any(layer_type.sparse for layer_type in types.values())),
         layer_types=layer_types,
-        types={name: types[name] for name in types if name in layer_types},
-        max_positions=_max_positions(config, most, scaling),
+        types=types,
+        max_positions=_max_positions(config, family, most, [layer_type.rope for layer_type in types.values()]),
         eos_token_ids=end_tokens(found, folder),
         dtype=_dtype(config),
         path=str(folder),
@@ -268,11 +280,10 @@ def _head_dim(config: ConfigJson, family: Family, hidden: int, heads: int) -> in
     return dim
 
 
-def _max_positions(config: ConfigJson, most: int, scaling: Mapping[str, Any] | None) -> int:
-    """The engine's limit: the least of what the file says, stretched where positions are divided."""
+def _max_positions(config: ConfigJson, family: Family, most: int, ropes: Sequence[Rope]) -> int:
+    """The engine's limit: the least of what the file says, as far as one table of rotary positions reaches."""
     limits = [config.size(key, most, null=True) for key in LENGTHS]
-    stretched = scaling["factor"] if scaling and scaling["rope_type"] == "linear" else 1
-    return int(min(most, *limits) * stretched)
+    return family.longest(ropes, min(most, *limits))
 
 
 def _dtype(config: ConfigJson) -> str:

@@ -94,8 +94,8 @@ class RolloutConfig:
         check_settings(self, "rollout")
         if self.length(spec) > spec.max_positions:
             raise ValueError(
-                f"rollout.max_model_len={self.max_model_len} is beyond the {spec.max_positions} positions of the model "
-                f"in {spec.path}; use {spec.max_positions} or less."
+                f"rollout.max_model_len={self.max_model_len} is beyond the {spec.positions_text}; "
+                f"use {spec.max_positions} or less."
             )
         if expert_parallel and not spec.experts:
             raise ValueError(f"placement.rollout.expert={tensor}: the model in {spec.path} has no experts; use 1.")

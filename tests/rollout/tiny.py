@@ -90,7 +90,7 @@ def make_model(family: str, seed: int) -> Any:
 def randomize(model: Any) -> None:
     """New weights from torch's random state, large enough that every layer shows in the output."""
     outer = 0.1 if model.config.tie_word_embeddings else 0.3  # tied, the input token would always win
-    gemma = model.config.model_type == "gemma"
+    gemma = model.config.model_type.startswith("gemma")
     outer = 0.02 if gemma else outer  # which multiplies its embeddings by sqrt(128)
     for name, parameter in model.named_parameters():
         noise = torch.randn_like(parameter)

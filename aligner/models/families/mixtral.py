@@ -10,6 +10,7 @@ FAMILY = Family(
     title="Mixtral 8x7B, 8x22B",
     defaults=Defaults(kv_heads=8, max_positions=131072, norm_eps=1e-5, rope_theta=1e6),
     nullable=frozenset(("head_dim",)),
+    keeps_null_head_dim=True,
     only={"router_jitter_noise": (0.0,)},
     experts=Experts(
         count=("num_local_experts", "num_experts"),

@@ -1,22 +1,20 @@
-"""Attention that works without TransformerEngine: packed rows, and rotary positions of their own."""
+"""Attention that works without TransformerEngine: packed rows, and key/value heads that several tensor ranks share."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from megatron.core.tensor_parallel.mappings import all_gather_last_dim_from_tensor_parallel_region
-from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.module import MegatronModule
-from torch import Tensor, nn
+from torch import Tensor
 
-from aligner.models.spec import ModelSpec
 from aligner.trainer.megatron.attention_calls import shared_calls
 from aligner.trainer.megatron.attention_mask import BLOCK, causal_bias
 from aligner.trainer.megatron.context_attention import context_attention
+from aligner.trainer.megatron.rotary import RotarySelfAttention
 
 
 @lru_cache(maxsize=64)
@@ -136,7 +134,7 @@ class PackedAttention(MegatronModule):
         return out.unsqueeze(1)
 
 
-class SharedHeadAttention(SelfAttention):
+class SharedHeadAttention(RotarySelfAttention):
     """Self-attention with more tensor ranks than key/value heads, each of which then serves several ranks.
 
     The weight's rows are still cut evenly, so a rank computes a part of some head's projections: the ranks gather
@@ -165,49 +163,4 @@ class SharedHeadAttention(SelfAttention):
             query = self.q_layernorm(query)
         if self.k_layernorm is not None:
             key = self.k_layernorm(key)
-        return query, key, value
-
-
-class PackedRotary(nn.Module):
-    """Rotary angles at the packed tokens' own positions, in place of Megatron's table of 0..T-1.
-
-    Su et al. 2021; scaled as the checkpoint declares (`SCALED`). The angles are computed at the start
-    of each forward from `positions_T` and passed on as a tensor, so recompute sees the right ones.
-    """
-
-    def __init__(self, spec: ModelSpec, device: torch.device) -> None:
-        super().__init__()
-        exponent = torch.arange(0, spec.head_dim, 2, dtype=torch.float32) / spec.head_dim
-        frequency = 1.0 / spec.rope_theta**exponent
-        if spec.rope_scaling:
-            frequency = SCALED[spec.rope_scaling["rope_type"]](frequency, spec.rope_scaling)
-        self.frequency = frequency.to(device)
-        self.positions_T: Tensor | None = None
-
-    def get_rotary_seq_len(self, *args: Any) -> int:
-        """Megatron asks for a table length; the positions say it all."""
-        return 0
-
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """[T, 1, 1, head_dim] angles."""
-        assert self.positions_T is not None
-        angle = torch.outer(self.positions_T.float(), self.frequency)
-        return torch.cat([angle, angle], -1)[:, None, None, :]
-
-
-def _llama3_scaled(frequency: Tensor, scaling: dict[str, Any]) -> Tensor:
-    """Llama 3.1's long-context frequencies: long wavelengths are stretched by `factor`, medium ones blended."""
-    factor, low, high = scaling["factor"], scaling["low_freq_factor"], scaling["high_freq_factor"]
-    original = scaling["original_max_position_embeddings"]
-    turns = original * frequency / (2 * torch.pi)
-    blend = ((turns - low) / (high - low)).clamp(0.0, 1.0)
-    return frequency * (blend + (1 - blend) / factor)
-
-
-def _linear_scaled(frequency: Tensor, scaling: dict[str, Any]) -> Tensor:
-    """Chen et al. 2023: positions are divided by `factor`."""
-    return frequency / float(scaling["factor"])
-
-
-SCALED: Mapping[str, Callable[[Tensor, dict[str, Any]], Tensor]] = {"linear": _linear_scaled, "llama3": _llama3_scaled}
-"""By rope_type."""
+        return self.rotary.scale_queries(query), key, value

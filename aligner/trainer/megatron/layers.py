@@ -26,6 +26,7 @@ from aligner.models.family import LayerType, Norms, QKNorm
 from aligner.models.spec import ModelSpec
 from aligner.models.tensors import family_of
 from aligner.trainer.megatron.attention import PackedAttention, SharedHeadAttention
+from aligner.trainer.megatron.rotary import RotarySelfAttention, rotary_slice
 
 
 class RMSNorm(nn.Module):
@@ -169,8 +170,8 @@ def _layer_spec(spec: ModelSpec, layer_type: LayerType, group: Any) -> ModuleSpe
     parts.pre_mlp_layernorm = norm if norms.before_mlp else IdentityOp
     if norms.after_attention or norms.after_mlp:
         found.module, found.params = NormedOutputLayer, {"norm": norm, "after": norms}
-    if group.size() > spec.kv_heads:
-        parts.self_attention.module = SharedHeadAttention
+    parts.self_attention.module = SharedHeadAttention if group.size() > spec.kv_heads else RotarySelfAttention
+    parts.self_attention.params["rotary"] = rotary_slice(spec, layer_type.rope)
     attention = parts.self_attention.submodules
     attention.core_attention = ModuleSpec(PackedAttention, params={"window": layer_type.window})
     if spec.qk_norm is QKNorm.HEAD:
