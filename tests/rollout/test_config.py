@@ -17,6 +17,7 @@ from aligner.rollout.config import RolloutConfig, Sampling, StreamConfig
 SPEC: Any = SimpleNamespace(
     family="qwen3", path="/models/x", layers=4, heads=8, kv_heads=2, head_dim=64, hidden=512, ffn=24, vocab=100,
     max_positions=4096, o_bias=False, experts=0, expert_ffn=0, sparse_layers=(),
+    positions_text="4096 positions of the model in /models/x",
 )  # fmt: skip
 # 6 experts of width 20 in layers 1 and 3.
 MOE: Any = SimpleNamespace(**{**vars(SPEC), "experts": 6, "expert_ffn": 20, "sparse_layers": (1, 3)})
