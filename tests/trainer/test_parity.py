@@ -137,7 +137,9 @@ CASES = {
 
 CASES[1] += [f"{name}:" for name in ROWS]
 CASES[2] += [
-    f"{name}:{layout}" for name in ROWS for layout in ("tensor=2,sp,recompute=full", "pipeline=2", "context=2")
+    f"{name}:{layout}"
+    for name, row in ROWS.items()
+    for layout in (("tensor=2,sp,recompute=full", "pipeline=2", "context=2") if row.fuzz else ("tensor=2",))
 ]
 CASES[4] += [
     f"{name}:{layout}" for name in ROWS for layout in ("tensor=2,pipeline=2", "tensor=4,sp,adam", "context=2,tensor=2")
