@@ -68,7 +68,7 @@ def run(torchrun, ranks: int, classifiers: Path, out: Path, cases: list[str], se
     done = torchrun(ranks, [str(script), str(classifiers), str(out), *cases], seconds=seconds)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     for case in cases:
-        assert done.stdout.count(f"{case} values off by") == ranks, case
+        assert f"\n{done.stdout}".count(f"\n{case} values off by") == ranks, case
 
 
 @pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.matrix)])

@@ -175,7 +175,7 @@ def test_a_step_equals_transformers(torchrun, checkpoints: Path, tmp_path: Path,
     done = torchrun(ranks, [str(script), str(checkpoints), str(tmp_path), *cases], seconds=400)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     for case in cases:
-        assert done.stdout.count(f"{case} logits off by") == ranks, case
+        assert f"\n{done.stdout}".count(f"\n{case} logits off by") == ranks, case
 
 
 ROPE_LAYOUTS = {
@@ -193,7 +193,7 @@ def test_scaled_rotary_positions(torchrun, checkpoints: Path, tmp_path: Path, ra
     done = torchrun(ranks, [str(script), str(checkpoints), str(tmp_path), *cases], seconds=400)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     for case in cases:
-        assert done.stdout.count(f"{case} logits off by") == ranks, case
+        assert f"\n{done.stdout}".count(f"\n{case} logits off by") == ranks, case
 
 
 @pytest.mark.parametrize(
