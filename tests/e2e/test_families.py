@@ -37,7 +37,7 @@ def run(torchrun: Callable[..., Any], folder: Path, ranks: int, fresh: int, case
     ids=["colocated", "split"],
 )
 def test_some_families(ranks: int, cases: list[str], torchrun: Callable[..., Any], tmp_path: Path) -> None:
-    run(torchrun, tmp_path, ranks, 1, cases, 300)
+    run(torchrun, tmp_path, ranks, 1, cases, 420)
 
 
 @pytest.mark.matrix

@@ -137,7 +137,9 @@ CASES = {
 
 CASES[1] += [f"{name}:" for name in ROWS]
 CASES[2] += [
-    f"{name}:{layout}" for name in ROWS for layout in ("tensor=2,sp,recompute=full", "pipeline=2", "context=2")
+    f"{name}:{layout}"
+    for name, row in ROWS.items()
+    for layout in (("tensor=2,sp,recompute=full", "pipeline=2", "context=2") if row.fuzz else ("tensor=2",))
 ]
 CASES[4] += [
     f"{name}:{layout}" for name in ROWS for layout in ("tensor=2,pipeline=2", "tensor=4,sp,adam", "context=2,tensor=2")
@@ -173,7 +175,7 @@ def test_a_step_equals_transformers(torchrun, checkpoints: Path, tmp_path: Path,
     done = torchrun(ranks, [str(script), str(checkpoints), str(tmp_path), *cases], seconds=400)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     for case in cases:
-        assert done.stdout.count(f"{case} logits off by") == ranks, case
+        assert f"\n{done.stdout}".count(f"\n{case} logits off by") == ranks, case
 
 
 ROPE_LAYOUTS = {
@@ -191,7 +193,7 @@ def test_scaled_rotary_positions(torchrun, checkpoints: Path, tmp_path: Path, ra
     done = torchrun(ranks, [str(script), str(checkpoints), str(tmp_path), *cases], seconds=400)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     for case in cases:
-        assert done.stdout.count(f"{case} logits off by") == ranks, case
+        assert f"\n{done.stdout}".count(f"\n{case} logits off by") == ranks, case
 
 
 @pytest.mark.parametrize(
