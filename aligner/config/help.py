@@ -6,13 +6,12 @@ import ast
 import dataclasses
 import inspect
 import itertools
-import sys
 import textwrap
-import typing
 from pathlib import Path
 from typing import Any
 
-from aligner.config.schema import CONF, Config, dataclass_in
+from aligner.bounds import dataclass_in, hints_with_bounds, shown_bounds
+from aligner.config.schema import CONF, Config
 
 USAGE = """usage: torchrun --nproc-per-node N -m aligner.main [--config-name NAME] [--config-dir DIR] [--cfg job] [--help] KEY=VALUE ...
 
@@ -72,7 +71,7 @@ def _fields(made: Any, prefix: str) -> list[str]:
     """The fields of a dataclass with the values that they have in `made`."""
     kind = type(made)
     docs = field_docs(kind)
-    hints = typing.get_type_hints(kind, vars(sys.modules[kind.__module__]))
+    hints = hints_with_bounds(kind)
     lines: list[str] = []
     for entry in dataclasses.fields(kind):
         name, value = f"{prefix}{entry.name}", getattr(made, entry.name)
@@ -83,6 +82,7 @@ def _fields(made: Any, prefix: str) -> list[str]:
                 *_fields(inner() if value is None else value, f"{name}."),
             ]
         else:
-            lines.append(f"  {name}={'null' if value is None else value}")
+            bounds = shown_bounds(hints[entry.name])
+            lines.append(f"  {name}={'null' if value is None else value}" + f"  [{bounds}]" * bool(bounds))
             lines += textwrap.wrap(docs[entry.name], 108, initial_indent=" " * 8, subsequent_indent=" " * 8)
     return lines

@@ -145,6 +145,7 @@ def build_roles(
 ) -> Roles:
     """Every rank calls this; each role builds its engine on its own ranks only."""
     from aligner.reward.role import Reward
+    from aligner.roles.weight_sync import WeightSyncs
     from aligner.rollout.role import Rollout
     from aligner.trainer.critic import Critic
     from aligner.trainer.policy import Policy, Reference
@@ -170,7 +171,9 @@ def build_roles(
         return with_scalar_head(read_spec(config.model_path(name)[1]))
 
     if "policy" in wanted:
-        built["policy"] = model(Policy, "policy", config.policy, spec, temperature=temperature, reshard=config.reshard)
+        built["policy"] = model(
+            Policy, "policy", config.policy, spec, temperature=temperature, syncs=WeightSyncs(config.reshard)
+        )
     if "reference" in wanted:
         built["reference"] = model(
             Reference, "reference", config.reference.over(config.policy), spec, temperature=temperature

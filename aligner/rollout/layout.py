@@ -19,8 +19,8 @@ from aligner.models.tensors import (
     output_layer,
     split_expert,
 )
+from aligner.reshard.plan.layout import LazyHolders
 from aligner.reshard.plan.region import Piece
-from aligner.reshard.weights import LazyHolders
 from aligner.rollout.config import VOCABULARY_BLOCK
 from aligner.spmd.mesh import Mesh
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
-MODES = ("off", "auto", "offload")
+from aligner.bounds import OneOf
+
 TRAINED = ("weights", "gradients", "optimizer")
 PARTS = {
     "policy": TRAINED,
@@ -21,7 +23,7 @@ PARTS = {
 class ResidencyConfig:
     """Which role holds what on a device while another one computes there."""
 
-    mode: str = "auto"
+    mode: Annotated[str, OneOf("off", "auto", "offload")] = "auto"
     """What a role call does with what other roles on its ranks hold and it does not need. off: nothing. auto: on CUDA it
     leaves the device; on a CPU only what can be remade is freed (KV cache, engine weights, gradients). offload: models
     go to host copies on a CPU too, which saves nothing there and tests what CUDA does."""
@@ -30,15 +32,16 @@ class ResidencyConfig:
     prefetch: bool = True
     """Move what the next role call needs as soon as the last one ends, as the step before went (CUDA, and offload)."""
 
-    def check(self, roles: Sequence[str]) -> None:
-        """Raises ValueError naming the setting and the values that would work in a job of `roles`."""
-        if self.mode not in MODES:
-            raise ValueError(f"residency.mode={self.mode} is unknown; use {', '.join(MODES)}.")
+    def check(self) -> None:
+        """Raises ValueError naming the setting and the values that would work."""
         if self.keep and self.mode == "off":
             raise ValueError(
                 f"residency.keep={list(self.keep)} says what stays, and with residency.mode=off everything does; use "
                 "residency.mode=auto, or leave keep empty."
             )
+
+    def check_roles(self, roles: Sequence[str]) -> None:
+        """Raises ValueError where `keep` names something that a job of `roles` does not hold."""
         works = [
             name for role in roles for name in (role, *(f"{role}.{p}" for p in PARTS.get(role, ()))) if role in PARTS
         ]

@@ -20,8 +20,8 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.attention.bias import causal_lower_right
 
+from aligner.trainer.context import cut
 from aligner.trainer.megatron.attention_mask import BLOCK, causal_bias
-from aligner.trainer.megatron.context import cut
 
 
 @dataclass(frozen=True)
