@@ -14,9 +14,9 @@ import time
 from pathlib import Path
 from typing import NoReturn
 
-from aligner.config.paths import path_option
 from aligner.config.secrets import Mask
 from aligner.health.process_exit import exit_on_signal, temporary_folder
+from aligner.paths import path_option
 
 PATIENCE = 30.0
 """Seconds that other ranks wait for rank 0 to report a configuration error; the launcher ends them when rank 0 exits."""
@@ -73,7 +73,7 @@ def _main(arguments: list[str]) -> None:
             return _print_once(rank, OmegaConf.to_yaml(OmegaConf.create(plain)))
         from aligner.checkpoint.claim import launch
         from aligner.checkpoint.lease import acquire_lease
-        from aligner.run.job import prepare
+        from aligner.run.prepare import prepare
 
         config = configuration.to_config(composed)
         mask = Mask.of(arguments, dataclasses.asdict(config))
@@ -83,12 +83,14 @@ def _main(arguments: list[str]) -> None:
         if checking:
             from aligner.check.summary import summary
 
-            return _print_once(rank, mask.text(summary(job, ranks)))
+            return _print_once(rank, mask.text(summary(job.config, job.roles, job.checked, ranks)))
         if rank == 0:
             job = dataclasses.replace(job, lease=acquire_lease(Path(config.run_dir), launch()))
     except ValueError as error:
         _refuse(rank, mask.text(str(error)))
-    job.run()
+    from aligner.run.loop import run_job
+
+    run_job(job)
 
 
 def _print_once(rank: int, text: str) -> None:

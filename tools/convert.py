@@ -18,16 +18,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from safetensors import SafetensorError
 
-from aligner.config.paths import path_option
+from aligner.checkpoint.convert import convert
 from aligner.models.checkpoint import FILE_BYTES
-from aligner.models.convert import convert
-from aligner.models.stored import Cut
+from aligner.paths import path_option
 from aligner.reshard.plan.region import ELEMENT_BYTES
+from aligner.trainer.megatron.sharding import MegatronSharding
 
-SIZES = [field.name for field in fields(Cut)]
+SIZES = [field.name for field in fields(MegatronSharding)]
 
 
-def layout(text: str) -> Cut | None:
+def layout(text: str) -> MegatronSharding | None:
     """`huggingface`, or sizes such as tensor=2,pipeline=4."""
     if text == "huggingface":
         return None
@@ -39,7 +39,7 @@ def layout(text: str) -> Cut | None:
                 f"{part!r} is not understood; use huggingface, or sizes of {', '.join(SIZES)} such as tensor=2,pipeline=4"
             )
         sizes[name] = int(size)
-    return Cut(**sizes)
+    return MegatronSharding(**sizes)
 
 
 def main(arguments: list[str]) -> int:

@@ -29,7 +29,6 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from aligner.bounds import check_settings
-from aligner.config.paths import path_option
 from aligner.data.chat import TEMPLATE_FIELDS, Notes, check_template_kwargs
 from aligner.data.decoding import decode
 from aligner.data.end_tokens import find_ends
@@ -39,6 +38,7 @@ from aligner.data.prompts import Prompt, tokenize_prompts
 from aligner.data.tokenizer import load_tokenizer
 from aligner.models.spec import read_config
 from aligner.models.stored import SHARDS
+from aligner.paths import path_option
 from aligner.report.console import duration
 from aligner.reshard.plan.region import ELEMENT_BYTES
 from aligner.rollout.config import Sampling

@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # also from a checkout that was never installed
 
-from aligner.config.paths import path_option
+from aligner.paths import path_option
 from aligner.report.metrics import read_metrics
 from aligner.report.statistics import summary
 from aligner.report.write import compare_report, write_report, write_timeline

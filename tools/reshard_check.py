@@ -18,9 +18,9 @@ from statistics import mean
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from aligner.config.paths import path_option
 from aligner.models.family import logical_tensors
 from aligner.models.spec import ModelSpec, read_spec
+from aligner.paths import path_option
 from aligner.reshard.config import ReshardConfig
 from aligner.reshard.plan.duration import duration
 from aligner.reshard.plan.region import ELEMENT_BYTES

@@ -13,9 +13,9 @@ from safetensors import safe_open
 from torch import Tensor
 
 from aligner.checkpoint.folder import STATE, DamagedCheckpoint, complete, rank_file, read_json, read_manifest, verify
+from aligner.models.stored import Entry
 from aligner.spmd.messages import all_gather
 from aligner.spmd.world import World
-from aligner.trainer.optimizer_checkpoint import Entry
 
 
 def find_checkpoint(world: World, root: Path) -> Checkpoint | None:

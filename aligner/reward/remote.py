@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
 
+from aligner.bounds import check_settings
 from aligner.reward.config import RewardComponent
 from aligner.reward.judge import Judge
 from aligner.reward.worker import DETAIL_CHARACTERS, Score, Status
@@ -76,9 +77,7 @@ class HttpScorer:
         self._jitter = random.Random()  # not the global generator, whose state must stay the same on all ranks
         self.judge = Judge(component.judge, where) if component.judge else None
         self.rows_per_request = 1 if self.judge else component.rows_per_request
-        for key, least in (("rows_per_request", 1), ("retries", 0), ("backoff_s", 0)):
-            if not getattr(component, key) >= least:
-                raise ValueError(f"{where}.{key}={getattr(component, key)} must be at least {least}.")
+        check_settings(component, where)
         self._check_url()
         self._token = self._read_token(component.token_env)
         self._opener = urllib.request.build_opener(

@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 
 from aligner.checkpoint import lease as leases
+from aligner.checkpoint.convert import convert
 from aligner.checkpoint.lease import FILE, acquire_lease, check_free
 from aligner.health.process_identity import identify
-from aligner.models.convert import convert
 from tests.models.tiny import save_tiny
 
 HOLDER = """

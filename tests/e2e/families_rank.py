@@ -80,8 +80,8 @@ def check(world: World, family: str, dtype: str, tensor: int, where: str, folder
         if policy.member:
             tensors = tiny.tensors(model)
             assert set(tensors) == set(logical_tensors(spec))
-            for piece in policy.model.layout:
-                policy.model.view(piece).data.copy_(tiny.cut(tensors, piece))
+            for piece in policy.weights.pieces():
+                policy.weights.view(piece).data.copy_(tiny.cut(tensors, piece))
         policy.reshard_to(rollout)
         answers.append(ask(rollout.engine) if rollout.member else None)
         save(world, model, folder.with_name(f"{folder.name}-{sync}"))

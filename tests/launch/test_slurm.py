@@ -109,12 +109,11 @@ class Cluster:
             f'export VIRTUAL_ENV={sys.prefix} PATH="{sys.prefix}/bin:$PATH" ALIGNER_DEVICE="${{ALIGNER_DEVICE:-cpu}}"\n'
         )
         (folder / "launch" / "environment.sh").write_text(environment)
-        (folder / "aligner" / "run").mkdir(parents=True)
+        (folder / "aligner").mkdir(parents=True)
         # the launcher is the real one
         (folder / "aligner" / "__init__.py").write_text(f"__path__.append({str(ROOT / 'aligner')!r})\n")
         (folder / "aligner" / "main.py").write_text(PROGRAM)
-        (folder / "aligner" / "run" / "__init__.py").touch()
-        (folder / "aligner" / "run" / "batch_script.py").write_text(f"print({str(folder / 'run')!r})\n")
+        (folder / "aligner" / "preflight.py").write_text(f"print({str(folder / 'run')!r})\n")
         (folder / "bin").mkdir()
         for name, text in (("scontrol", SCONTROL), ("squeue", SQUEUE), ("srun", SRUN)):
             (folder / "bin" / name).write_text(text)
@@ -226,7 +225,7 @@ def test_a_warning_before_the_ranks_have_started(cluster: Cluster) -> None:
     cluster.without_torch()
     checked = cluster.folder / "checked"
     check = f"import pathlib, time; pathlib.Path({str(checked)!r}).touch(); time.sleep(2); print({str(cluster.folder / 'run')!r})"
-    (cluster.folder / "aligner" / "run" / "batch_script.py").write_text(check)
+    (cluster.folder / "aligner" / "preflight.py").write_text(check)
     process = cluster.submit("mode=wait", TIME_LEFT="3:00")
     limit = time.monotonic() + 60
     while not checked.exists():

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from aligner.models.convert import convert
+from aligner.checkpoint.convert import convert
 from aligner.models.family import logical_tensors
 from aligner.models.spec import ModelSpec, read_spec
 from aligner.models.verify_checkpoint import check_names, check_weights

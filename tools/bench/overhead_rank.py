@@ -48,8 +48,10 @@ from aligner.spmd.mesh import Mesh
 from aligner.spmd.role import Role
 from aligner.spmd.world import World
 from aligner.trainer.config import PolicyConfig
+from aligner.trainer.megatron.engine import MegatronEngine
 from aligner.trainer.megatron.groups import make_groups
 from aligner.trainer.policy import Policy, Reference
+from aligner.trainer.update import reduce_sums
 from aligner.trainer.update_metrics import StepReport
 
 GROUP = 8
@@ -120,6 +122,15 @@ class NullReward(Reward):
         self.scorers = {part.name: NullScorer() for part in self.parts}
 
 
+class NullTrainEngine:
+    """The collectives of a `MegatronEngine`, without a model."""
+
+    all_reduce_data, broadcast_output = MegatronEngine.all_reduce_data, MegatronEngine.broadcast_output
+
+    def __init__(self, mesh: Mesh, groups: Any) -> None:
+        self.mesh, self.groups = mesh, groups
+
+
 class NullReference(Reference):
     """`Reference` without a model."""
 
@@ -127,8 +138,7 @@ class NullReference(Reference):
         Role.__init__(self, name, world, mesh)
         self.config = PolicyConfig()
         groups = make_groups(world, mesh)
-        if groups is not None:
-            self.groups = groups
+        self._engine = NullTrainEngine(mesh, groups) if groups is not None else None  # type: ignore[assignment]
 
     def forward(self, samples: Samples) -> Tensor:
         return torch.zeros(samples.tokens_BT.shape)
@@ -159,7 +169,8 @@ class NullPolicy(NullReference, Policy):
 
     def _step(self, loss: Any, together: int, samples: Samples, fields: dict[str, Any]) -> StepReport:
         totals = self._totals(samples)
-        return StepReport(self._reduce({name: torch.zeros((), dtype=torch.float64) for name in METRICS}), totals)
+        sums = {name: torch.zeros((), dtype=torch.float64) for name in METRICS}
+        return StepReport(reduce_sums(self.engine, self.world, self.mesh.ranks, sums), totals)
 
 
 class Meter:

@@ -29,7 +29,7 @@ def slow_grpo(roles: Roles, prompts: Iterable[list[Prompt]], cfg: SlowGrpoConfig
     if rollout.member:
         rollout.engine.requests.advance = slowed(rollout.engine.requests.advance, cfg.token_seconds)  # type: ignore[method-assign]
     if policy.member:
-        policy.pipeline.backward = slowed(policy.pipeline.backward, cfg.update_seconds)  # type: ignore[method-assign]
+        policy.engine.backward = slowed(policy.engine.backward, cfg.update_seconds)  # type: ignore[method-assign]
     yield from grpo(roles, prompts, cfg)
 
 

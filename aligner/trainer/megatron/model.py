@@ -39,8 +39,18 @@ class ShardedModel:
     rotary: PackedRotary
     """Of all chunks."""
     config: TransformerConfig
-    layout: Sequence[Piece]
-    """Which region of which checkpoint tensor each parameter holds."""
+    layout: MegatronLayout
+    """Which region of which checkpoint tensor the parameters of every rank hold."""
+    rank: int
+    """This rank, in the world."""
+
+    def pieces(self) -> Sequence[Piece]:
+        """What the parameters of this rank hold."""
+        return self._pieces
+
+    @cached_property
+    def _pieces(self) -> Sequence[Piece]:
+        return self.layout.layout(self.rank)
 
     def view(self, piece: Piece) -> Tensor:
         """The strided view of a parameter that holds `piece`; writable."""
@@ -189,7 +199,7 @@ def build_model(
         for gpt in chunks:
             for parameter in gpt.parameters():
                 parameter.zero_()  # rows that pad the vocabulary stay zero
-    model = ShardedModel(chunks, rotary, config, side.layout(rank))
+    model = ShardedModel(chunks, rotary, config, side, rank)
     _check_layout(model)
     return model
 
@@ -197,7 +207,7 @@ def build_model(
 def _check_layout(model: ShardedModel) -> None:
     """Megatron's parameters are those of the layout, and have as many elements; rows that pad the vocabulary aside."""
     held = dict.fromkeys(model.parameters, 0)
-    for piece in model.layout:
+    for piece in model.pieces():
         assert piece.storage in held, f"{piece.storage} is in the layout, not in the model"
         held[piece.storage] += piece.elements
     for name, parameter in model.parameters.items():
