@@ -18,8 +18,8 @@ from statistics import mean
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from aligner.models.family import logical_tensors
 from aligner.models.spec import ModelSpec, read_spec
+from aligner.models.tensors import logical_tensors
 from aligner.paths import path_option
 from aligner.reshard.config import ReshardConfig
 from aligner.reshard.plan.duration import duration

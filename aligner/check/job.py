@@ -25,7 +25,8 @@ from aligner.data.prompts import Prompt
 from aligner.data.sets import DataSets
 from aligner.data.tokenizer import load_tokenizer
 from aligner.models.agreement import check_reading
-from aligner.models.family import FAMILIES, Head
+from aligner.models.families import FAMILIES
+from aligner.models.family import Head
 from aligner.models.spec import ModelSpec, read_spec, with_scalar_head
 from aligner.models.verify_checkpoint import check_weights
 from aligner.reward.components import Part, parts_of, shown_component
@@ -243,13 +244,13 @@ def _check_positions(config: Config, role: str, longest: int, specs: Mapping[str
     length = config.rollout.max_model_len
     if role in WITH_SCALAR_HEAD and "rollout" in specs and length is not None and length > spec.max_positions:
         raise ValueError(
-            f"rollout.max_model_len={length} is beyond the {spec.max_positions} positions of the "
-            f"{role} in {spec.path}, which reads whole samples; use {spec.max_positions} or less."
+            f"rollout.max_model_len={length} is beyond the {spec.positions_text}, the {role}, "
+            f"which reads whole samples; use {spec.max_positions} or less."
         )
     if longest > spec.max_positions:
         what = "a demonstration" if config.data.kind == "demonstrations" else "an answer with its prompt"
         raise ValueError(
-            f"{what} has {longest} tokens, beyond the {spec.max_positions} positions of the model in {spec.path}; "
+            f"{what} has {longest} tokens, beyond the {spec.positions_text}; "
             f"set data.max_tokens={spec.max_positions} with data.too_long=drop, or shorten it."
         )
 

@@ -12,9 +12,9 @@ from typing import Protocol
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from aligner.models.family import logical_tensors
 from aligner.models.hf_folder import files_of_tensors, opened, write_rest
 from aligner.models.spec import ModelSpec
+from aligner.models.tensors import logical_tensors
 from aligner.reshard.message.storage import strided_view
 from aligner.reshard.plan.layout import WeightLayout
 from aligner.reshard.plan.region import Box, Layout, Piece, whole_tensor

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from aligner.models.checkpoint import read_into
-from aligner.models.family import new_tensors
 from aligner.models.stored import Entry, entry_of, open_stored, piece_of
+from aligner.models.tensors import new_tensors
 from aligner.reshard.local import LocalWeights, WritableLocalWeights, copy_weights
 from aligner.reshard.message.storage import strided_view
 from aligner.reshard.plan.region import Layout, Piece

@@ -15,8 +15,8 @@ import torch
 import torch.distributed as dist
 
 import aligner.rollout.engine as engine_module
-from aligner.models.family import logical_tensors
 from aligner.models.spec import read_spec
+from aligner.models.tensors import logical_tensors
 from aligner.roles.weight_sync import WeightSyncs
 from aligner.rollout.config import Sampling
 from aligner.rollout.engine import RolloutEngine

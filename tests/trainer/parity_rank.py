@@ -22,8 +22,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from aligner.data.samples import Samples, pad_rows
-from aligner.models.family import expert_tensors
 from aligner.models.spec import ModelSpec, read_spec
+from aligner.models.tensors import expert_tensors
 from aligner.objective.advantages import group_advantages
 from aligner.objective.losses import clipped_surrogate
 from aligner.spmd.mesh import Mesh

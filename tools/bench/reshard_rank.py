@@ -21,8 +21,8 @@ import torch.distributed as dist
 from megatron.core.resharding import build_centralized_reshard_plan, execute_reshard_plan, get_or_create_service
 from torch import Tensor
 
-from aligner.models.family import logical_tensors
 from aligner.models.spec import ModelSpec, read_spec
+from aligner.models.tensors import logical_tensors
 from aligner.reshard.config import ReshardConfig
 from aligner.reshard.local import TensorWeights
 from aligner.reshard.message.bucket import Buffers

@@ -79,8 +79,8 @@ def write_model(folder: Path) -> None:
     import torch
     from safetensors.torch import save_file
 
-    from aligner.models.family import logical_tensors
     from aligner.models.spec import read_spec
+    from aligner.models.tensors import logical_tensors
 
     (folder / "config.json").write_text(json.dumps(MODEL))
     generator = torch.Generator().manual_seed(0)

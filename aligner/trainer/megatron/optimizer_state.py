@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from aligner.models.family import LAYER, split_expert
+from aligner.models.tensors import LAYER, split_expert
 from aligner.spmd.mesh import AXES, EXPERT_AXES, Mesh
 from aligner.trainer.engine import MOMENTS, OptimizerSlice
 from aligner.trainer.offload import storages
