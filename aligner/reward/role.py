@@ -1,4 +1,4 @@
-"""The reward role: every member rank scores its rows; the whole batch's values become rewards, alike on every rank."""
+"""The reward role: each member rank scores its rows; values of the global batch are combined to rewards on all ranks."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Scores:
-    """What became of each row."""
+    """Rewards of a batch, with the raw values and statuses of the components."""
 
     reward_B: Tensor
-    """float32; NaN where there is no score: never a silent zero."""
+    """float32; NaN for rows without a reward, which are never scored 0."""
     status_B: Tensor
     """int8 `Status`: the worst among the components that the row needs."""
     response: list[str]
@@ -46,7 +46,7 @@ class Scores:
     """int8 `Status` by component: [B]."""
 
     def row(self) -> dict[str, float]:
-        """What is logged of a whole batch's scores; see `reward_row`."""
+        """Metrics of the batch; see `reward_row`."""
         kinds = [status.name.lower() for status in Status]
         return reward_row(self.reward_B, self.status_B, self.components, self.component_status, kinds)
 
@@ -95,7 +95,7 @@ class Reward(Role):
                     world.on_leave(scorer.close)
 
     def score(self, samples: Ref) -> Ref:
-        """Score every row. A collective of the whole world.
+        """Score every row. Collective over the world.
 
         Returns:
             Ref to `Scores`.
@@ -141,7 +141,7 @@ class Reward(Role):
     def _by_part(
         self, items: Mapping[bool, Sequence[Mapping[str, Any]]], score_B: Tensor | None
     ) -> dict[str, list[Score]]:
-        """Scores of each component; they wait for each other, not for their turn.
+        """Scores by component; the components are scored concurrently.
 
         Args:
             items: the rows, by whether their responses have special tokens.

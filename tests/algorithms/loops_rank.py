@@ -93,7 +93,7 @@ def check_sampling(world: World, job: Job, policy: Policy) -> None:
         )
         of = both.gather()
         rows = [[g, None if r != r else r] for g, r in zip(of["group"].tolist(), of["reward"].tolist(), strict=True)]
-        say(world, f"sampling {name}", {"rows": rows, "report": batch.report, "left": len(list(stream))})
+        say(world, f"sampling {name}", {"rows": rows, "report": batch.metrics, "left": len(list(stream))})
 
 
 class Counting(Reference):
