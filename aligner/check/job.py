@@ -11,10 +11,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aligner.check.disk import bytes_needed, check_disk
-from aligner.check.memory import check_memory, learns, machine_of
-from aligner.check.rollout import answered_prompts, check_end, check_lengths, ends_of, sized, with_ends
+from aligner.check.memory import check_memory, machine_of
+from aligner.check.roles import check_engines, check_ranks, check_roles, check_scorer, check_tokenizers, model_of
+from aligner.check.rollout import (
+    answered_prompts,
+    check_end,
+    check_lengths,
+    ends_of,
+    sized,
+    sized_engines,
+    with_ends,
+)
 from aligner.checkpoint.claim import how_to_start, launch
 from aligner.checkpoint.lease import check_free
+from aligner.config.models import check_models
 from aligner.config.schema import Config
 from aligner.data.answers import Answered
 from aligner.data.end_tokens import EndTokens, special_ids
@@ -22,23 +32,19 @@ from aligner.data.prompts import Prompt
 from aligner.data.sets import DataSets, read_sets
 from aligner.data.tokenizer import load_tokenizer
 from aligner.models.agreement import check_reading
-from aligner.models.family import FAMILIES, Head
-from aligner.models.spec import ModelSpec, read_spec, with_scalar_head
+from aligner.models.spec import ModelSpec, read_spec
 from aligner.models.verify_checkpoint import check_weights
 from aligner.reward.components import Part, parts_of, shown_component
 from aligner.rollout.config import RolloutConfig
 from aligner.run.best import best_of
 from aligner.run.folders import check_places, check_sources
 from aligner.spmd.mesh import Mesh
-from aligner.spmd.placement import MEGATRON, RANKS_THAT_WORK, Placement, make_meshes, role_layout
+from aligner.spmd.placement import make_meshes, role_layout
 from aligner.trainer.megatron.sizes import check_runs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-ROLES = ("policy", "rollout", "reference", "reward", "critic", "reward_model")
-WITH_SCALAR_HEAD = ("critic", "reward_model")
-TRAINABLE = ("policy", "critic", "reward_model")
 LARGEST_SEED = 2**63 - 1
 """What vLLM takes for a seed."""
 CHOICES = {
@@ -72,6 +78,8 @@ class Checked:
     """What ends a turn."""
     rollout: RolloutConfig
     """The rollout's settings, with a length."""
+    models: Mapping[str, Any]
+    """The settings of further models; engines have a length."""
 
     @property
     def heldout(self) -> list[Prompt]:
@@ -89,22 +97,24 @@ def check(config: Config, roles: list[str], world_size: int) -> Checked:
         ValueError: the first thing found wrong, with the setting and the values that would work.
     """
     _check_values(config)
-    _check_roles(roles)
+    check_roles(config, roles)
     _check_places(config, roles)
-    config.residency.check(roles)
-    _check_ranks(config.placement)
-    meshes = make_meshes(config.placement, world_size)
+    config.residency.check([config.role(role) for role in roles])
+    check_ranks(config.placement)
+    meshes = make_meshes(config.placement, world_size, config.roles)
     machine = machine_of(config, world_size)
     spec = read_spec(config.model.path)
-    specs = {role: _spec(config, role) for role in roles if role != "reward"}
+    specs = {role: model_of(config, role) for role in roles if config.role(role).kind.head}
     given, config = config.rollout.max_model_len, replace(config, rollout=sized(config, specs))
-    for role in (role for role in roles if role in MEGATRON):
-        parallel = role_layout(config.placement, role).sequence_parallel
+    config = replace(config, models=sized_engines(config, specs))
+    on_trainer = [role for role in roles if config.role(role).kind.on_trainer]
+    for role in on_trainer:
+        parallel = role_layout(config.placement, config.role(role)).sequence_parallel
         check_runs(specs[role], meshes[role], parallel, cpu=machine.cpu)
     for model in {spec.path: spec for spec in specs.values()}.values():
         check_reading(model)
     tokenizer = load_tokenizer(config.model.path)
-    _check_tokenizers(config, roles, tokenizer)
+    check_tokenizers(config, roles, tokenizer)
     for path in dict.fromkeys(one.path for one in (spec, *specs.values())):
         special_ids(path)
     data = read_sets(config.data, tokenizer)
@@ -122,9 +132,11 @@ def check(config: Config, roles: list[str], world_size: int) -> Checked:
         config.rollout.check_model(spec, rollout.tensor, machine.cpu, rollout.expert > 1, rollout.pipeline)
         check_lengths(config, data, specs, given)
         check_end(config, spec, tokenizer)
+    check_engines(config, specs, meshes, machine)
     check_memory(config, specs, meshes, machine)
-    for role in (role for role in specs if role in MEGATRON):
-        check_weights(specs[role])
+    for role in specs:
+        if role in on_trainer or role in config.models:
+            check_weights(specs[role])
     _check_run_dir(config)
     check_disk(config, bytes_needed(config, roles, specs, world_size))
     if "reward" in roles:
@@ -132,7 +144,7 @@ def check(config: Config, roles: list[str], world_size: int) -> Checked:
         if config.train.eval_every and data.heldout:
             shown_component(config.reward, config.train.eval_reward)
     spec = with_ends(spec, config, ends, tokenizer)
-    return Checked(spec, tokenizer, meshes, data, specs, ends, config.rollout)
+    return Checked(spec, tokenizer, meshes, data, specs, ends, config.rollout, config.models)
 
 
 def _check_values(config: Config) -> None:
@@ -154,6 +166,7 @@ def _check_values(config: Config) -> None:
     config.reference.check()
     config.critic.check("critic")
     config.reward_model.check("reward_model")
+    check_models(config.models)
     config.data.check()
     config.logging.check()
     config.guards.check()
@@ -182,74 +195,21 @@ def _check_values(config: Config) -> None:
 def _check_minibatches(config: Config, roles: list[str]) -> None:
     """More optimizer steps than groups of rows would leave some of them without any."""
     groups = config.data.prompts_per_step
-    for role in (role for role in roles if role in TRAINABLE):
-        minibatches = getattr(config, role).minibatches
+    for role in (config.role(name) for name in roles if config.role(name).kind.learns != "never"):
+        minibatches = config.settings(role.name).minibatches
         if minibatches > groups:
             raise ValueError(
-                f"{role}.minibatches={minibatches} is more than the {groups} of data.prompts_per_step={groups}, and each "
+                f"{role.section}.minibatches={minibatches} is more than the {groups} of data.prompts_per_step={groups}, and each "
                 f"optimizer step needs a prompt (with all its responses) or row of its own; use 1 to {groups}."
-            )
-
-
-def _check_roles(roles: list[str]) -> None:
-    unknown = [role for role in roles if role not in ROLES]
-    if unknown or not {"policy", "reward_model"} & set(roles):
-        raise ValueError(
-            f"algorithm.roles={roles} must hold policy (or reward_model, to train that alone), and otherwise only "
-            f"{', '.join(ROLES[1:])}."
-        )
-    if "rollout" in roles and "policy" not in roles:
-        raise ValueError(f"algorithm.roles={roles}: rollout takes its weights from the policy; add policy.")
-
-
-def _spec(config: Config, role: str) -> ModelSpec:
-    """The model of a role, with the head that the role needs."""
-    setting, path = config.model_path(role)
-    spec = read_spec(path)
-    if role in WITH_SCALAR_HEAD:
-        return with_scalar_head(spec)
-    if spec.head is Head.SCALAR:
-        raise ValueError(
-            f"{setting}={path} is a {FAMILIES[spec.family].classifier}, which has no output layer over the vocabulary; "
-            f"the role {role} needs a {FAMILIES[spec.family].architecture}."
-        )
-    return spec
-
-
-def _check_tokenizers(config: Config, roles: list[str], tokenizer: PreTrainedTokenizerBase) -> None:
-    """Every model reads the same token ids, so the ids must mean the same."""
-    for role in (role for role in roles if role in WITH_SCALAR_HEAD):
-        setting, path = config.model_path(role)
-        if setting == "model.path":
-            continue
-        ours, others = tokenizer.get_vocab(), load_tokenizer(path, setting).get_vocab()
-        differing = sorted(token for token in ours.keys() | others.keys() if ours.get(token) != others.get(token))
-        if differing:
-            token = differing[0]
-            raise ValueError(
-                f"{setting}={path} has another tokenizer than model.path={config.model.path}: {len(differing)} token(s) "
-                f"differ, such as {token!r} (id {others.get(token)} against {ours.get(token)}); use a model of the same "
-                "tokenizer."
-            )
-
-
-def _check_ranks(placement: Placement) -> None:
-    """The form of every `ranks`; what they name is checked where they become meshes."""
-    for role in ROLES:
-        ranks = getattr(placement, role).ranks
-        if isinstance(ranks, tuple) and all(type(rank) is int for rank in ranks):
-            continue
-        if type(ranks) not in (str, int):
-            raise ValueError(
-                f"placement.{role}.ranks={list(ranks) if isinstance(ranks, tuple) else ranks} is not understood; use all, "
-                f"{RANKS_THAT_WORK}."
             )
 
 
 def _check_positions(config: Config, role: str, longest: int, specs: Mapping[str, ModelSpec]) -> None:
     spec = specs[role]
-    length = config.rollout.max_model_len
-    if role in WITH_SCALAR_HEAD and "rollout" in specs and length is not None and length > spec.max_positions:
+    length, kind = config.rollout.max_model_len, config.role(role).kind
+    if role in config.models and kind.runs_on == "engine":
+        return  # it reads what the loop asks of it
+    if kind.head == "scalar" and "rollout" in specs and length is not None and length > spec.max_positions:
         raise ValueError(
             f"rollout.max_model_len={length} is beyond the {spec.max_positions} positions of the "
             f"{role} in {spec.path}, which reads whole samples; use {spec.max_positions} or less."
@@ -287,14 +247,12 @@ def _check_run_dir(config: Config) -> None:
 
 def _check_places(config: Config, roles: Collection[str]) -> None:
     """What the run replaces is its own, and none of what it reads."""
-    sources: dict[str, str | None] = dict(
-        config.model_path(role) for role in roles if role not in ("rollout", "reward")
-    )
+    sources: dict[str, str | None] = dict(config.model_path(role) for role in roles if config.role(role).kind.head)
     sources |= {"data.path": config.data.path, "data.eval_path": config.data.eval_path}
     if "reward" in roles:
         rules = {f"{part.where}.rule": part.component.rule or "" for part in parts_of(config.reward)}
         sources |= {setting: rule.rpartition(":")[0] for setting, rule in rules.items() if ".py:" in rule}
-    learning = [role for role in MEGATRON if role in roles and learns(role, roles)]
+    learning = [role for role in config.roles if role in roles and config.learns(role, roles)]
     check_sources(config, sources, learning)
     if os.environ.get("GROUP_RANK", "0") == "0":
         check_places(config, learning)
@@ -308,8 +266,7 @@ def _check_reward(config: Config, roles: list[str], data: DataSets) -> None:
         raise ValueError(f"train.eval_reward={named} is no component of the reward; use {', '.join(names)}, or null.")
     config.hang.check(max(part.timeout_s for part in parts))
     for part in parts:
-        if part.component.model and "reward_model" not in roles:
-            raise ValueError(f"{part.source} needs the role reward_model; add it to algorithm.roles={roles}.")
+        check_scorer(config, part, roles)
         scorer = replace(part, workers=1).scorer()
         if scorer is not None:
             with contextlib.closing(scorer):

@@ -20,6 +20,7 @@ from aligner.reshard.message.storage import Storages, Views, allocate
 from aligner.reshard.plan.region import Layout, Piece, whole_tensor
 from aligner.reshard.plan.transfer_plan import make_plan
 from aligner.reshard.transfer.executor import execute
+from aligner.reshard.transfer.rank_transfer import Destination
 from aligner.reshard.transfer.sync_stats import SyncRow
 from aligner.reshard.weights import WeightLayout, as_layout
 
@@ -49,10 +50,19 @@ def read_into(spec: ModelSpec, layout: Layout, view: Callable[[Piece], Tensor]) 
     for piece in (piece for piece in layout if piece.name in new):
         view(piece).zero_()
     layout = [piece for piece in layout if piece.name not in new]
+    return read_weights(spec, layout, Views(view, layout))
+
+
+@torch.no_grad()
+def read_weights(spec: ModelSpec, layout: Layout, destination: Destination) -> int:
+    """Fill `layout`, all of which the model's folder has, through a destination that is told what was written.
+
+    Returns and raises as `read_into`.
+    """
     with open_stored(spec) as stored:
         held = stored.layout(dict.fromkeys(piece.name for piece in layout))
         plan = make_plan(0, {0: held}, {0: layout})
-        execute(plan, stored.view, Views(view, layout), None, torch.device("cpu"), BUCKET_BYTES, verify=False)
+        execute(plan, stored.view, destination, None, torch.device("cpu"), BUCKET_BYTES, verify=False)
         return stored.bytes_read
 
 

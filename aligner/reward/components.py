@@ -58,6 +58,12 @@ class Part:
     keep_special_tokens: bool = False
 
     @property
+    def model(self) -> str | None:
+        """The role whose scores are its values; None where a rule or an endpoint computes them."""
+        model = self.component.model
+        return "reward_model" if model is True else model or None
+
+    @property
     def source(self) -> str:
         """The setting that says where its values come from, for messages."""
         kind = _kinds(self.component)[0]
@@ -65,7 +71,7 @@ class Part:
         return f"{self.where}.{kind}={'true' if value is True else value}"
 
     def scorer(self) -> Scorer | None:
-        """What computes it on this rank; None for the reward model, which is a role of its own.
+        """What computes it on this rank; None for a reward model, which is a role of its own.
 
         Raises:
             ValueError: the rule cannot be imported or called; the url cannot be used.
@@ -146,7 +152,7 @@ def _check(part: Part, names: Sequence[str]) -> None:
     given = _kinds(component)
     if len(given) != 1:
         said = f"has {' and '.join(given)}" if given else "has none"
-        raise ValueError(f"{where} {said}; give exactly one of rule, url and model=true.")
+        raise ValueError(f"{where} {said}; give exactly one of rule, url and model=true (or model=NAME).")
     if component.normalize not in NORMALIZE:
         raise ValueError(f"{where}.normalize={component.normalize} is unknown; use {' or '.join(NORMALIZE)}.")
     for key in ("weight", "gate_above", "gate_value"):
@@ -167,7 +173,7 @@ def _check(part: Part, names: Sequence[str]) -> None:
     if component.kwargs and component.rule is None:
         raise ValueError(f"{where}.kwargs are arguments of a rule, and this is a {given[0]}; leave them out.")
     if component.model and component.keep_special_tokens is not None:
-        raise ValueError(f"{where}.keep_special_tokens: the reward model reads tokens, not text; leave it out.")
+        raise ValueError(f"{where}.keep_special_tokens: a reward model reads tokens, not text; leave it out.")
     if component.url is None and (component.judge or component.token_env):
         raise ValueError(f"{where}.judge and token_env belong to an endpoint; set {where}.url.")
 
@@ -199,6 +205,7 @@ def _typed(value: Any, hint: Any, where: str) -> Any:
         raise ValueError(f"{where}={value} is not possible; give a list of two numbers.")
     if origin is float and type(value) is int:
         return float(value)
-    if type(value) is not origin:
-        raise ValueError(f"{where}={value} is not possible; give {WORDS[origin]}.")
+    plain = [typing.get_origin(one) or one for one in options if one is not type(None)]
+    if type(value) not in plain:
+        raise ValueError(f"{where}={value} is not possible; give {' or '.join(WORDS[one] for one in plain)}.")
     return value

@@ -32,8 +32,8 @@ class RewardComponent:
     """Further arguments of the rule; a row's own field of the same name comes first."""
     url: str | None = None
     """HTTP endpoint that scores rows (or, with judge, answers chat completions)."""
-    model: bool = False
-    """The score of the role reward_model."""
+    model: bool | str = False
+    """The score of a reward model: true for the role reward_model, or the name of a models.NAME of kind reward_model."""
     weight: float = 1.0
     """Factor in the sum; 0: only observed or used as a gate, and a row may lack it."""
     normalize: str = "none"

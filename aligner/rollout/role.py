@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 
 from aligner.data.prompts import Prompt
+from aligner.data.tokenizer import load_tokenizer
 from aligner.models.spec import ModelSpec
 from aligner.rollout.ahead import Ahead
 from aligner.rollout.arrivals import Arrivals
@@ -25,9 +27,17 @@ from aligner.spmd.role import Role
 from aligner.spmd.world import World
 
 if TYPE_CHECKING:
-    from aligner.trainer.policy import Policy
+    from transformers import PreTrainedTokenizerBase
 
 T = TypeVar("T")
+
+
+class Sender(Protocol):
+    """Who gives an engine its weights: a policy, or the engine's own folder."""
+
+    def send_again(self, rollout: Rollout) -> None:
+        """Bring the engine weights that it lost, or never had. A role call of every rank."""
+        ...
 
 
 @dataclass(eq=False)
@@ -45,7 +55,11 @@ class Started:
 class Rollout(Role):
     """vLLM on this role's ranks: ranks / (tensor x pipeline) replicas, each generating for its share of the prompts."""
 
-    needs: ClassVar[Mapping[str, Sequence[str]]] = {"generate": ("weights", "cache"), "reshard_to": ("weights",)}
+    needs: ClassVar[Mapping[str, Sequence[str]]] = {
+        "generate": ("weights", "cache"),
+        "reshard_to": ("weights",),
+        "load_folder": ("weights",),
+    }
 
     def __init__(
         self,
@@ -59,10 +73,13 @@ class Rollout(Role):
         overlap: StreamConfig | None = None,
     ) -> None:
         super().__init__(name, world, mesh)
-        self.config, self.sampling, self.seed, self.overlap = config, sampling, seed, overlap or StreamConfig()
+        self.spec, self.config, self.sampling, self.seed = spec, config, sampling, seed
+        self.overlap = overlap or StreamConfig()
         self.calls = 0
-        self.sender: Policy | None = None
-        """Whose weights the engine was given last."""
+        self.sender: Sender | None = None
+        """Who gave the engine its weights last, or gives them first."""
+        self.loaded = False
+        """Whether the engine was given weights; the same on every rank."""
         self.under_way: list[Any] = []
         """What was started and not finished; the same on every rank."""
         self._streams: list[Ahead | Partial] = []
@@ -137,9 +154,14 @@ class Rollout(Role):
         with self.working():
             return self._finish(started)
 
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """That of the engine's own model."""
+        return load_tokenizer(self.spec.path)
+
     def wake(self) -> None:
-        """Have the engine's weights, if they had to leave."""
-        if self.sender is not None and self.asleep:
+        """Have the engine's weights, if they had to leave; and those of its folder, if nobody has sent it others."""
+        if self.sender is not None and (self.asleep or not self.loaded):
             self.sender.send_again(self)
 
     @property
@@ -166,7 +188,8 @@ class Rollout(Role):
                 self.engine.work_until(arrived)
 
     def took_weights(self, version: int) -> None:
-        """The engine now has the policy's weights of this version."""
+        """The engine now has weights: the policy's of this version, or those of its folder (0)."""
+        self.loaded = True
         if self.member:
             self.engine.requests.new_weights(version)
 

@@ -210,10 +210,9 @@ class Driver:
 
     def _row(self, result: Step, seconds: float) -> dict[str, float]:
         """Everything known of one iteration, on rank 0; nothing elsewhere. One message from each rank, up a tree."""
-        syncs = self.roles.policy.syncs.values() if "rollout" in self.job.roles else ()
         mine = step_stats_of(
             self.roles.built,
-            [sync.ledger[-1] for sync in syncs if sync.ledger],
+            [sync.ledger[-1] for sync in self.roles.syncs if sync.ledger],
             self.world.residency.meter.take(),
             self.signals.asked,
         )

@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
+from aligner.spmd.role_table import RoleSpec
+
 MODES = ("off", "auto", "offload")
-TRAINED = ("weights", "gradients", "optimizer")
-PARTS = {
-    "policy": TRAINED,
-    "reference": ("weights",),
-    "critic": TRAINED,
-    "reward_model": TRAINED,
-    "rollout": ("weights", "cache"),
-}
-"""What each role holds on a device."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +23,7 @@ class ResidencyConfig:
     prefetch: bool = True
     """Move what the next role call needs as soon as the last one ends, as the step before went (CUDA, and offload)."""
 
-    def check(self, roles: Sequence[str]) -> None:
+    def check(self, roles: Iterable[RoleSpec]) -> None:
         """Raises ValueError naming the setting and the values that would work in a job of `roles`."""
         if self.mode not in MODES:
             raise ValueError(f"residency.mode={self.mode} is unknown; use {', '.join(MODES)}.")
@@ -39,9 +32,8 @@ class ResidencyConfig:
                 f"residency.keep={list(self.keep)} says what stays, and with residency.mode=off everything does; use "
                 "residency.mode=auto, or leave keep empty."
             )
-        works = [
-            name for role in roles for name in (role, *(f"{role}.{p}" for p in PARTS.get(role, ()))) if role in PARTS
-        ]
+        holding = [role for role in roles if role.kind.parts]
+        works = [name for role in holding for name in (role.name, *(f"{role.name}.{p}" for p in role.kind.parts))]
         for name in self.keep:
             if name not in works:
                 raise ValueError(f"residency.keep has {name!r}, which this job does not hold; use {', '.join(works)}.")

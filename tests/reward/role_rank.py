@@ -55,7 +55,9 @@ def main() -> None:
     for name, case in job["cases"].items():
         mesh = Mesh(tuple(case["ranks"]))
         source = Role(f"source_{name}", world, mesh)
-        reward = Reward(f"reward_{name}", world, mesh, RewardConfig(**case["reward"]), tokenizer, head)
+        reward = Reward(
+            f"reward_{name}", world, mesh, RewardConfig(**case["reward"]), tokenizer, {"reward_model": head}
+        )
         try:
             scores = reward.score(source.scatter(batch(case["responses"], tokenizer), group_size=2)).gather()
         except ValueError as error:

@@ -15,6 +15,7 @@ from aligner.spmd.memory import GIB, Meter, OutOfMemory
 from aligner.spmd.mesh import Mesh
 from aligner.spmd.residency import Kind, Residency
 from aligner.spmd.residency_config import ResidencyConfig
+from aligner.spmd.role_table import USUAL
 
 CPU = torch.device("cpu")
 MODEL = {"weights": Kind(copied=True), "gradients": Kind(), "optimizer": Kind(copied=True)}
@@ -299,5 +300,5 @@ def test_trimming_gives_pages_back() -> None:
 )
 def test_what_cannot_work_is_refused(config: ResidencyConfig, said: str) -> None:
     with pytest.raises(ValueError, match=re.escape(said)):
-        config.check(["policy", "rollout", "reward"])
-    ResidencyConfig("offload", keep=("rollout.cache", "policy")).check(["policy", "rollout"])
+        config.check([USUAL[name] for name in ("policy", "rollout", "reward")])
+    ResidencyConfig("offload", keep=("rollout.cache", "policy")).check([USUAL["policy"], USUAL["rollout"]])
