@@ -173,7 +173,7 @@ def _check(part: Part, names: Sequence[str]) -> None:
     if component.kwargs and component.rule is None:
         raise ValueError(f"{where}.kwargs are arguments of a rule, and this is a {given[0]}; leave them out.")
     if component.model and component.keep_special_tokens is not None:
-        raise ValueError(f"{where}.keep_special_tokens: a reward model reads tokens, not text; leave it out.")
+        raise ValueError(f"{where}.keep_special_tokens: the reward model reads tokens, not text; leave it out.")
     if component.url is None and (component.judge or component.token_env):
         raise ValueError(f"{where}.judge and token_env belong to an endpoint; set {where}.url.")
 
