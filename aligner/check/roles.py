@@ -16,7 +16,7 @@ from aligner.models.spec import ModelSpec, read_spec, with_scalar_head
 from aligner.reward.components import Part, parts_of
 from aligner.spmd.mesh import Mesh
 from aligner.spmd.placement import RANKS_THAT_WORK, Placement
-from aligner.spmd.role_table import MODEL_KINDS
+from aligner.spmd.role_table import REWARD_MODEL
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -44,7 +44,7 @@ def check_roles(config: Config, roles: Sequence[str]) -> None:
     for role in (config.role(name) for name in config.models if name not in roles):
         component = (
             f", name it in a component of the reward (reward.components.X.model={role.name})"
-            if role.kind is MODEL_KINDS["reward_model"]
+            if role.kind is REWARD_MODEL
             else ""
         )
         raise ValueError(
@@ -123,7 +123,7 @@ def check_engines(config: Config, specs: Mapping[str, ModelSpec], meshes: Mappin
 
 def check_scorer(config: Config, part: Part, roles: Sequence[str]) -> None:
     """A component's model is a reward model of this job."""
-    name, able = part.model, [role.name for role in config.roles.values() if role.kind is MODEL_KINDS["reward_model"]]
+    name, able = part.model, [role.name for role in config.roles.values() if role.kind is REWARD_MODEL]
     if name is None:
         return
     if name not in able:

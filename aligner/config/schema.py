@@ -148,7 +148,10 @@ def compose_config(overrides: Sequence[str], name: str = "train", folder: Path =
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         _check_forms(overrides)
         raise ValueError(_explain(error, overrides, name, folder)) from None
-    complete_models(composed, _writable)
+    try:
+        complete_models(composed, _writable)
+    except OmegaConfBaseException as error:  # ${...} of a whole model that leads nowhere
+        raise ValueError(" ".join(str(error).split())) from None
     expand_composed(composed)
     return composed
 
