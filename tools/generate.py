@@ -31,10 +31,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from aligner.config.paths import path_option
 from aligner.data.chat import TEMPLATE_FIELDS, Notes, check_template_kwargs
-from aligner.data.decoding import text_of
+from aligner.data.decoding import decode
 from aligner.data.end_tokens import find_ends
 from aligner.data.jsonl import LabelledRow, rows
-from aligner.data.lines import Line, Lines, check_rows, chunks
+from aligner.data.lines import Line, ResumableOutput, check_same_rows, chunks
 from aligner.data.prompts import Prompt, tokenize_prompts
 from aligner.data.tokenizer import load_tokenizer
 from aligner.models.spec import read_config
@@ -202,7 +202,7 @@ def line_of(prompt: Prompt, key: str, row: dict[str, Any], found: Sequence[Sampl
         "index": prompt.index,
         "key": key,
         "prompt": prompt.text,
-        "response": [text_of(tokenizer, one.tokens) for one in found],
+        "response": [decode(tokenizer, one.tokens) for one in found],
         "finish": ["length" if one.truncated else "stop" for one in found],
         "tokens": [len(one.tokens) for one in found],
         **more,
@@ -225,8 +225,8 @@ def generate(given: argparse.Namespace, rank: int, count: int) -> None:
     settings = {"the model": fingerprint(given.model), **{option(name): getattr(given, name) for name in DECIDES}}
     told = json.dumps(settings, sort_keys=True)
     keys = [hashlib.blake2b(f"{told}{p.tokens}".encode(), digest_size=8).hexdigest() for p in prompts]
-    with Lines(given.output, settings, rank) as lines:
-        check_rows(lines.done, keys, lambda index: source[index][0], given.output)
+    with ResumableOutput(given.output, settings, rank) as lines:
+        check_same_rows(lines.done, keys, lambda index: source[index][0], given.output)
         mine = [chunk for k, chunk in enumerate(chunks(len(prompts), given.batch)) if k % count == rank]
         open_ = [chunk for chunk in mine if any(index not in lines.done for index in chunk)]
         said = Progress(sum(len(chunk) for chunk in mine), sum(len(chunk) for chunk in open_), rank, count)

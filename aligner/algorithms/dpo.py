@@ -1,6 +1,6 @@
-"""DPO and its kin on pairs (Rafailov et al. 2023): IPO, robust DPO, ORPO and SimPO differ in `loss` alone.
+"""Offline DPO and its variants on preference pairs (Rafailov et al. 2023): IPO, robust DPO, ORPO, SimPO differ in `loss`.
 
-Losses that compare with no reference (ORPO, SimPO) leave it out of `roles`.
+Reference-free losses (ORPO, SimPO) leave the reference out of `roles`.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from aligner.roles.build import Roles
 
 @dataclass(frozen=True)
 class DpoConfig:
-    """The settings are those of the loss."""
+    """Settings of `dpo`; beta and the like are arguments of the loss."""
 
     roles: list[str] = field(default_factory=lambda: ["policy", "reference"])
-    """Roles to build; with rollout and reward, held-out prompts are answered and scored in evaluations."""
+    """Roles to build. With rollout and reward added, evaluations also generate and score responses to held-out prompts."""
     loss: Any = None
-    """Loss with its settings, as a `_target_` with `_partial_: true`."""
+    """Pairwise loss with its arguments, as a `_target_` with `_partial_: true`."""
 
 
 def dpo(roles: Roles, pairs: Iterable[Pairs], cfg: DpoConfig) -> Iterator[Step]:
-    """One optimizer step for each batch of pairs."""
+    """policy.epochs x policy.minibatches optimizer steps for each batch of pairs."""
     policy = roles.policy
-    kept = roles.keep(reference_sums=[])
-    reference_sums = ReferenceSums(roles.reference, kept) if roles.reference else None
+    state = roles.keep(reference_sums=[])
+    reference_sums = ReferenceSums(roles.reference, state) if roles.reference else None
     for batch in pairs:
         rows = policy.scatter(batch, group_size=2, minibatches=policy.config.minibatches)
-        fields = {"reference_sum_B": reference_sums(batch, rows)} if reference_sums else {}
-        yield Step(policy.update(cfg.loss, rows, **fields))
+        loss_inputs = {"reference_sum_B": reference_sums(batch, rows)} if reference_sums else {}
+        yield Step(policy.update(cfg.loss, rows, **loss_inputs))

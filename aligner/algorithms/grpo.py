@@ -1,59 +1,54 @@
-"""GRPO and its kin without a critic: sample a group for each prompt, score it, compare inside the group, take a step.
+"""GRPO (Shao et al. 2024) and its critic-free variants: sample a group of responses per prompt, score them, compute
+group-relative advantages, update the policy.
 
-GRPO (Shao et al. 2024), Dr. GRPO, DAPO, GSPO, RLOO and REINFORCE++-baseline differ in `advantages`, `loss`, what is
-added to the reward, and policy.reduction: see conf/algorithm.
+GRPO, Dr. GRPO, DAPO, GSPO, RLOO and REINFORCE++-baseline differ in `advantages`, `loss`, the reward shaping and
+policy.reduction: see conf/algorithm.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
 
-from aligner.algorithms.off_policy import proximal
+from aligner.algorithms.off_policy import proximal_logprobs
 from aligner.algorithms.sampling import scored_samples
 from aligner.algorithms.step import Step
-from aligner.algorithms.whitening import whitened
+from aligner.algorithms.whitening import whiten_batch
+from aligner.bounds import AtLeast
 from aligner.data.prompts import Prompt
 from aligner.data.samples import Samples, leave_out_unscored
-from aligner.objective.masked import inside
+from aligner.objective.masked import apply_mask
 from aligner.objective.token_rewards import kl_penalized
 from aligner.roles.build import Roles
 
 
 @dataclass(frozen=True)
 class GrpoConfig:
-    """GRPO and its kin."""
+    """Settings of `grpo`."""
 
     roles: list[str] = field(default_factory=lambda: ["policy", "rollout", "reference", "reward"])
-    """Roles to build; without reference there is no KL."""
-    group_size: int = 8
+    """Roles to build; without the reference there is no KL penalty."""
+    group_size: Annotated[int, AtLeast(2, "a single sample has nothing to be compared with")] = 8
     """Samples per prompt."""
     advantages: Any = None
-    """(reward_B, group_size) -> advantage_B, as a `_target_` with `_partial_: true`."""
+    """Function (reward_B, group_size) -> advantage_B, as a `_target_` with `_partial_: true`."""
     whiten: bool = False
-    """Divide advantages by their standard deviation over the tokens of the whole batch (REINFORCE++-baseline)."""
+    """Whiten advantages over all trained tokens of the global batch (REINFORCE++-baseline)."""
     length_penalty: Any = None
-    """Response lengths -> what is added to the reward (DAPO's overlong punishment), as a `_target_`; null: nothing."""
+    """Function length_B -> term added to the reward (DAPO's overlong penalty), as a `_target_`; null: none."""
     reward_kl_coef: float = 0.0
-    """What a nat of KL(policy || reference) costs in the reward; a KL in the loss is algorithm.loss.kl_coef."""
-    more_batches: int = 0
-    """Dynamic sampling (DAPO): further batches of prompts that a step may sample to replace groups of equal rewards."""
+    """Coefficient of KL(policy || reference) in the reward, in reward per nat; a KL in the loss is algorithm.loss.kl_coef."""
+    more_batches: Annotated[int, AtLeast(0, "0: no dynamic sampling")] = 0
+    """Dynamic sampling (DAPO): most extra prompt batches a step may sample to replace groups whose rewards are all equal."""
     loss: Any = None
     """Loss with its settings, as a `_target_` with `_partial_: true`."""
 
     def check(self) -> None:
         """Raises ValueError naming the setting and the values that would work."""
-        if self.group_size < 2:
-            raise ValueError(
-                f"algorithm.group_size={self.group_size} leaves nothing to compare in a group, so every advantage would "
-                "be 0; use 2 or more."
-            )
-        if self.more_batches < 0:
-            raise ValueError(f"algorithm.more_batches={self.more_batches} must be 0 (no dynamic sampling) or more.")
         if self.advantages is None:
             raise ValueError("algorithm.advantages needs a _target_; see conf/algorithm/grpo.yaml.")
         name = "advantages"
@@ -71,35 +66,36 @@ class GrpoConfig:
 
 
 def grpo(roles: Roles, prompts: Iterable[list[Prompt]], cfg: GrpoConfig) -> Iterator[Step]:
-    """One update for each batch of prompts."""
+    """One policy update for each batch of prompts."""
     policy, rollout, reference = roles.policy, roles.rollout, roles.reference
     policy.reshard_to(rollout)
     for batch in scored_samples(roles, prompts, cfg.group_size, cfg.more_batches):
         samples, scores = batch.samples, batch.scores
         reference_logp_BT = reference.logprobs(samples) if reference else None
         reward_B = policy.map(
-            shaped, samples, scores["reward_B"], reference_logp_BT, cfg.length_penalty, cfg.reward_kl_coef
+            shape_rewards, samples, scores["reward_B"], reference_logp_BT, cfg.length_penalty, cfg.reward_kl_coef
         )
         advantage_B = policy.map(cfg.advantages, reward_B, group_size=cfg.group_size)
         trained = policy.map(leave_out_unscored, samples, scores["reward_B"])
         if cfg.whiten:
-            advantage = {"advantage_BT": whitened(policy, policy.map(on_tokens, advantage_B, trained), trained)}
+            advantage_BT = policy.map(broadcast_to_tokens, advantage_B, trained)
+            advantage = {"advantage_BT": whiten_batch(policy, advantage_BT, trained)}
         else:
             advantage = {"advantage_B": advantage_B}
-        more = proximal(policy, cfg.loss, trained)
-        metrics = policy.update(cfg.loss, trained, reference_logp_BT=reference_logp_BT, **advantage, **more)
+        proximal = proximal_logprobs(policy, cfg.loss, trained)
+        metrics = policy.update(cfg.loss, trained, reference_logp_BT=reference_logp_BT, **advantage, **proximal)
         policy.reshard_to(rollout)
-        yield Step(metrics, samples, scores, batch.report)
+        yield Step(metrics, samples, scores, batch.metrics)
 
 
-def shaped(
+def shape_rewards(
     samples: Samples,
     reward_B: Tensor,
     reference_logp_BT: Tensor | None,
     length_penalty: Callable[[Tensor], Tensor] | None,
     kl_coef: float,
 ) -> Tensor:
-    """The reward with what its response's length and distance from the reference cost; NaN stays NaN."""
+    """reward_B plus the length penalty, minus kl_coef times the response's KL from the reference; NaN stays NaN."""
     if length_penalty is not None:
         reward_B = reward_B + length_penalty(samples.length_B - samples.prompt_len_B)
     if kl_coef:
@@ -114,6 +110,6 @@ def shaped(
     return reward_B
 
 
-def on_tokens(advantage_B: Tensor, samples: Samples) -> Tensor:
-    """A row's advantage on each of its trained tokens."""
-    return inside(samples.mask_BT, advantage_B[:, None])
+def broadcast_to_tokens(advantage_B: Tensor, samples: Samples) -> Tensor:
+    """[B] -> [B, T]: each row's advantage on its trained tokens, 0 elsewhere."""
+    return apply_mask(samples.mask_BT, advantage_B[:, None])

@@ -1,4 +1,4 @@
-"""KTO (Ethayarajh et al. 2024): answers called good or bad one by one, without pairs."""
+"""KTO (Ethayarajh et al. 2024): learns from unpaired responses labelled desirable or undesirable."""
 
 from __future__ import annotations
 
@@ -21,27 +21,27 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class KtoConfig:
-    """The settings are those of the loss."""
+    """Settings of `kto`; beta and the weights are arguments of the loss."""
 
     roles: list[str] = field(default_factory=lambda: ["policy", "reference"])
-    """Roles to build; with rollout and reward, held-out prompts are answered and scored in evaluations."""
+    """Roles to build. With rollout and reward added, evaluations also generate and score responses to held-out prompts."""
     loss: Any = None
-    """Loss with its settings, as a `_target_` with `_partial_: true`."""
+    """Loss with its arguments, as a `_target_` with `_partial_: true`."""
 
     def check_job(self, config: Config) -> None:
         """Raises ValueError naming the setting and the values that would work."""
         if config.data.prompts_per_step < 2:
             raise ValueError(
-                f"data.prompts_per_step={config.data.prompts_per_step}: KTO's reference point is estimated on answers to "
-                "other prompts of the batch, and there is none; use 2 or more (8 to 128 are usual)."
+                f"data.prompts_per_step={config.data.prompts_per_step}: KTO estimates its reference point on responses to "
+                "other prompts of the same batch, which needs two; use 2 or more (8 to 128 are usual)."
             )
 
 
 def kto(roles: Roles, feedback: Iterable[Feedback], cfg: KtoConfig) -> Iterator[Step]:
-    """One optimizer step for each batch of answers."""
+    """One policy update for each batch of labelled responses."""
     policy, reference = roles.policy, roles.reference
     if reference is None:
-        raise ValueError("KTO compares with the reference; add reference to algorithm.roles.")
+        raise ValueError("KTO needs the reference; add reference to algorithm.roles.")
     reference_sums = ReferenceSums(reference, roles.keep(reference_sums=[]))
     for batch in feedback:
         rows = policy.scatter(batch)
@@ -49,12 +49,18 @@ def kto(roles: Roles, feedback: Iterable[Feedback], cfg: KtoConfig) -> Iterator[
         metrics = policy.update(
             cfg.loss, rows, label_B=policy.map(labels_of, rows), reference_sum_B=reference_sums(batch, rows), kl=kl
         )
-        yield Step(metrics, more={"kl": kl})
+        yield Step(metrics, extra_metrics={"kl": kl})
 
 
 def mismatched_kl(policy: Policy, reference: Reference, batch: Samples) -> float:
-    """z_0 of the paper's equation 7, on answers to other prompts of the batch."""
-    answers = mismatched(batch, policy.spec.max_positions)
-    others = policy.scatter(answers)
-    sums = [model.map(row_sums, model.logprobs(others), others["mask_BT"]).gather() for model in (policy, reference)]
-    return reference_point(sums[0], sums[1], answers.mask_BT)
+    """KTO's reference point z_0 (equation 7 of the paper), estimated on prompts paired with responses to other prompts.
+
+    Nats per response, 0 or more. Collective over the world.
+    """
+    mismatched_batch = mismatched(batch, policy.spec.max_positions)
+    mismatched_rows = policy.scatter(mismatched_batch)
+    sums = [
+        model.map(row_sums, model.logprobs(mismatched_rows), mismatched_rows["mask_BT"]).gather()
+        for model in (policy, reference)
+    ]
+    return reference_point(sums[0], sums[1], mismatched_batch.mask_BT)

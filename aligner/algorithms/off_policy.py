@@ -1,4 +1,4 @@
-"""What a loss that corrects for another sampler asks of a loop."""
+"""The proximal policy's log-probabilities, which decoupled PPO losses need beside those of the rollout engine."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ if TYPE_CHECKING:
     from aligner.trainer.policy import Policy
 
 
-def proximal(policy: Policy, loss: LossFunction, samples: Ref) -> dict[str, Ref]:
-    """The policy's log-probabilities before its update, for a loss that names `proximal_logp_BT`.
+def proximal_logprobs(policy: Policy, loss: LossFunction, samples: Ref) -> dict[str, Ref]:
+    """{"proximal_logp_BT": the policy's log-probabilities before this update}, or {} where the loss does not need them.
 
-    Nothing for other losses, and none where a batch is one step: the loss then takes those of the step itself.
+    They are computed only for a loss with an argument `proximal_logp_BT`, and only if the batch is split into several
+    optimizer steps; with one step the loss uses its own log-probabilities, detached. Collective over the world.
     """
     one_step = policy.config.epochs * policy.config.minibatches == 1
     if one_step or "proximal_logp_BT" not in inspect.signature(loss).parameters:

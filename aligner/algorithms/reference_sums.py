@@ -1,4 +1,4 @@
-"""The reference's log-probability of each response, computed once for each row of the data and kept."""
+"""Cached log-probability of each response under the reference, computed once per data row (offline preference losses)."""
 
 from __future__ import annotations
 
@@ -17,30 +17,38 @@ if TYPE_CHECKING:
 
 
 class ReferenceSums:
-    """Answers for rows of preference and feedback data, which come again in every epoch.
+    """log p_reference(response) for rows of preference and feedback data, which recur in every epoch.
 
-    Every rank keeps all sums, 8 bytes a row, and so all agree on whether the reference has to be asked.
+    Every rank caches the sums of all rows (8 bytes each), so all ranks agree on whether a reference forward is needed.
     """
 
-    def __init__(self, reference: Reference, kept: Any = None) -> None:
+    def __init__(self, reference: Reference, state: Any = None) -> None:
         """
         Args:
-            kept: `roles.keep(reference_sums=[])`, so that a run that goes on has the sums that it had, to the last bit:
-                asked again in another batch, the reference's would round differently.
+            state: `roles.keep(reference_sums=[])`, which checkpoints save, so that a resumed run has the same sums bit for
+                bit: recomputed in another batch they would round differently. None: not checkpointed.
         """
         self.reference = reference
-        self._kept = SimpleNamespace(reference_sums=[]) if kept is None else kept
-        self._known = {(number, side): value for number, side, value in self._kept.reference_sums}
+        self._state = SimpleNamespace(reference_sums=[]) if state is None else state
+        self._cache = {(number, side): value for number, side, value in self._state.reference_sums}
 
     def __call__(self, batch: Samples, rows: Ref) -> Ref:
-        """The sums of `batch`, which every rank holds and `rows` is, as a Ref to [B] float64 that lines up with it."""
+        """The sums of one batch. Collective over the world.
+
+        Args:
+            batch: the rows, on every rank.
+            rows: the same rows, scattered over the reference's data-parallel ranks.
+
+        Returns:
+            Ref to [B] float64, aligned with `rows`.
+        """
         assert rows.rows is not None
-        size = rows.rows.group_size  # the two sides of a pair have one number
-        keys = [(number, place % size) for place, number in enumerate(batch.prompt_index_B.tolist())]
-        if any(key not in self._known for key in keys):
+        group_size = rows.rows.group_size  # both rows of a pair have the same prompt_index
+        keys = [(number, row % group_size) for row, number in enumerate(batch.prompt_index_B.tolist())]
+        if any(key not in self._cache for key in keys):
             logp_BT = self.reference.logprobs(rows)
             sums_B: Tensor = self.reference.map(row_sums, logp_BT, rows["mask_BT"]).gather()
-            found = [(*key, value) for key, value in zip(keys, sums_B.tolist(), strict=True)]
-            self._kept.reference_sums += found
-            self._known |= {(number, side): value for number, side, value in found}
-        return self.reference.scatter_like(rows, torch.tensor([self._known[key] for key in keys], dtype=torch.float64))
+            new = [(*key, value) for key, value in zip(keys, sums_B.tolist(), strict=True)]
+            self._state.reference_sums += new
+            self._cache |= {(number, row_in_pair): value for number, row_in_pair, value in new}
+        return self.reference.scatter_like(rows, torch.tensor([self._cache[key] for key in keys], dtype=torch.float64))

@@ -1,4 +1,4 @@
-"""Reward models: learn which of two answers is the better one (Stiennon et al. 2020)."""
+"""Reward model training on preference pairs with a Bradley-Terry loss (Stiennon et al. 2020)."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from aligner.roles.build import Roles
 
 @dataclass(frozen=True)
 class RewardModelingConfig:
-    """The settings are those of the loss."""
+    """Settings of `reward_modeling`."""
 
     roles: list[str] = field(default_factory=lambda: ["reward_model"])
     """Roles to build."""
     loss: Any = None
-    """Loss with its settings, as a `_target_` with `_partial_: true`."""
+    """Pairwise loss with its arguments, as a `_target_` with `_partial_: true`."""
     margin: bool = False
-    """Ask for a difference of at least that between the scores that the data give (Llama 2)."""
+    """Use the difference of the data's scores as the margin of the loss (Llama 2)."""
 
 
 def reward_modeling(roles: Roles, pairs: Iterable[Pairs], cfg: RewardModelingConfig) -> Iterator[Step]:
-    """One optimizer step for each batch of pairs."""
+    """One update of the reward model for each batch of pairs."""
     model = roles.reward_model
     for batch in pairs:
         rows = model.scatter(batch, group_size=2)

@@ -1,4 +1,4 @@
-"""Batches of scored samples; with dynamic sampling (DAPO, section 3.2) only of groups that teach something."""
+"""Generate and score one batch per step, optionally with DAPO's dynamic sampling (only groups with unequal rewards)."""
 
 from __future__ import annotations
 
@@ -15,45 +15,46 @@ from aligner.spmd.ref import Ref
 
 
 @dataclass(frozen=True)
-class Sampled:
-    """One batch."""
+class ScoredBatch:
+    """One batch of samples with their scores."""
 
     samples: Ref
-    """`Samples`, whole groups."""
+    """`Samples`: complete groups, in order."""
     scores: Ref
-    """`Scores` of these samples."""
-    report: dict[str, float] = field(default_factory=dict)
-    """What dynamic sampling did, for the metrics."""
+    """`Scores`, aligned with the samples."""
+    metrics: dict[str, float] = field(default_factory=dict)
+    """Statistics of dynamic sampling; empty without it."""
 
 
 def scored_samples(
     roles: Roles, prompts: Iterable[list[Prompt]], group_size: int, more_batches: int = 0
-) -> Iterator[Sampled]:
-    """One batch for each step: `group_size` samples of each prompt with their scores.
+) -> Iterator[ScoredBatch]:
+    """One batch per step: `group_size` samples of each prompt, with their scores. Collective over the world.
 
     Args:
-        more_batches: how many further batches of prompts a step may sample to replace groups whose rewards do not
-            differ (Yu et al. 2025, arXiv 2503.14476, equation 11). A step whose groups are still too few goes on with
-            those it has, or, if it has none, with what it sampled last; the report counts both.
+        group_size: samples per prompt.
+        more_batches: most extra prompt batches a step may sample to replace groups whose rewards are all equal (Yu et
+            al. 2025, arXiv 2503.14476, equation 11). A step that still has too few groups trains on a smaller batch,
+            or on its last sampled batch if it has none; `metrics` counts both.
     """
     stream = roles.rollout.stream(prompts, group_size)
     for samples in stream:
         scores = roles.reward.score(samples)
         if not more_batches:
-            yield Sampled(samples, scores)
+            yield ScoredBatch(samples, scores)
             continue
-        wanted = sum(map(len, samples.shares))
-        pool = _Pool(group_size)
-        pool.add(samples, scores)
-        while pool.rows < wanted and pool.batches <= more_batches:
+        batch_rows = sum(map(len, samples.shares))
+        groups = _SignalGroups(group_size)
+        groups.add(samples, scores)
+        while groups.rows < batch_rows and groups.batches <= more_batches:
             samples = next(stream)
             scores = roles.reward.score(samples)
-            pool.add(samples, scores)
-        yield pool.batch(roles, samples, scores, wanted)
+            groups.add(samples, scores)
+        yield groups.batch(roles, samples, scores, batch_rows)
 
 
-class _Pool:
-    """Groups with signal, on every rank alike."""
+class _SignalGroups:
+    """Groups with unequal rewards, accumulated over the batches of one step; identical on every rank."""
 
     def __init__(self, group_size: int) -> None:
         self.group_size, self.batches, self.groups = group_size, 0, 0
@@ -62,30 +63,32 @@ class _Pool:
 
     @property
     def rows(self) -> int:
-        """Rows kept so far."""
+        """Rows collected so far."""
         return sum(part.rows for part in self._samples)
 
     def add(self, samples: Ref, scores: Ref) -> None:
-        """Keep the groups of one batch whose rewards differ. A call of all ranks."""
-        found, scored = samples.gather(), scores.gather()
-        rows = has_signal(scored.reward_B, group_size=self.group_size).nonzero().flatten().tolist()
-        self._samples.append(columns.take(found, rows))
-        self._scores.append(columns.take(scored, rows))
+        """Add the groups of one batch whose rewards differ. Collective over the world."""
+        all_samples, all_scores = samples.gather(), scores.gather()
+        rows = has_signal(all_scores.reward_B, group_size=self.group_size).nonzero().flatten().tolist()
+        self._samples.append(columns.take(all_samples, rows))
+        self._scores.append(columns.take(all_scores, rows))
         self.batches += 1
-        self.groups += found.rows // self.group_size
+        self.groups += all_samples.rows // self.group_size
 
-    def batch(self, roles: Roles, samples: Ref, scores: Ref, wanted: int) -> Sampled:
-        """At most `wanted` rows of what was kept, or `samples` as they are if that is nothing."""
-        report = {
+    def batch(self, roles: Roles, samples: Ref, scores: Ref, batch_rows: int) -> ScoredBatch:
+        """The first `batch_rows` collected rows (or fewer); `samples` unchanged if there are none."""
+        metrics = {
             "sampled_groups": float(self.groups),
             "signal_fraction": self.rows / (self.groups * self.group_size),
-            "batch_filled": min(1.0, self.rows / wanted),
+            "batch_filled": min(1.0, self.rows / batch_rows),
         }
         if not self.rows:
-            return Sampled(samples, scores, report)
-        rows = range(min(wanted, self.rows))
+            return ScoredBatch(samples, scores, metrics)
+        rows = range(min(batch_rows, self.rows))
         policy = roles.policy
-        placed = policy.scatter(
+        scattered = policy.scatter(
             columns.take(columns.join(self._samples), rows), self.group_size, policy.config.minibatches
         )
-        return Sampled(placed, policy.scatter_like(placed, columns.take(columns.join(self._scores), rows)), report)
+        return ScoredBatch(
+            scattered, policy.scatter_like(scattered, columns.take(columns.join(self._scores), rows)), metrics
+        )

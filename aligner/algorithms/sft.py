@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: maximise the likelihood of demonstrated responses."""
+"""Supervised fine-tuning: maximum likelihood of demonstrated responses."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from aligner.roles.build import Roles
 
 @dataclass(frozen=True)
 class SftConfig:
-    """SFT has nothing to choose but its loss."""
+    """Settings of `sft`."""
 
     roles: list[str] = field(default_factory=lambda: ["policy"])
     """Roles to build."""
     loss: Any = None
-    """Loss with its settings, as a `_target_` with `_partial_: true`."""
+    """Loss with its arguments, as a `_target_` with `_partial_: true`."""
 
 
 def sft(roles: Roles, demonstrations: Iterable[Demonstrations], cfg: SftConfig) -> Iterator[Step]:
-    """One optimizer step for each batch of demonstrations."""
+    """One policy update for each batch of demonstrations."""
     policy = roles.policy
     loss: Callable[..., Any] = cfg.loss
     for batch in demonstrations:

@@ -1,4 +1,4 @@
-"""What a loop hands to the driver after each iteration."""
+"""`Step`: what a training loop yields after each iteration, to be logged and checkpointed."""
 
 from __future__ import annotations
 
@@ -12,47 +12,47 @@ from aligner.spmd.ref import Ref
 
 @dataclass(frozen=True)
 class Step:
-    """Values of one iteration; the driver fetches and logs what is there."""
+    """Metrics, samples and scores of one iteration."""
 
     metrics: Ref | None
-    """{metric: float}, from an `update`; None where this iteration only generated."""
+    """Ref to {metric: float}, as `update` returns it; None if nothing was trained in this iteration."""
     samples: Ref | None = None
-    """`Samples` of this iteration."""
+    """Ref to the `Samples` of this iteration."""
     scores: Ref | None = None
-    """`Scores` of these samples."""
-    more: Mapping[str, Ref | float] = field(default_factory=dict)
-    """Further values by name: a number is logged as `name`, a Ref to {metric: float} as `name_metric`."""
+    """Ref to their `Scores`."""
+    extra_metrics: Mapping[str, Ref | float] = field(default_factory=dict)
+    """Further metrics: a number is logged as `name`, a Ref to {metric: float} as `name_metric`."""
 
     def __post_init__(self) -> None:
-        """Raises TypeError, on every rank alike, for what could not be logged."""
+        """Raises TypeError for values that cannot be logged, on all ranks alike."""
         for name in ("metrics", "samples", "scores"):
             value = getattr(self, name)
             if value is not None and not isinstance(value, Ref):
-                raise TypeError(f"Step.{name} must be a Ref, as role calls return them, or None, not {_kind(value)}.")
-        if not isinstance(self.more, Mapping):
-            raise TypeError(f"Step.more must be {{name: number or Ref}}, not {_kind(self.more)}.")
-        for name, value in self.more.items():
+                raise TypeError(f"Step.{name} must be a Ref, as role calls return, or None, not {_kind(value)}.")
+        if not isinstance(self.extra_metrics, Mapping):
+            raise TypeError(f"Step.extra_metrics must be {{name: number or Ref}}, not {_kind(self.extra_metrics)}.")
+        for name, value in self.extra_metrics.items():
             if not isinstance(name, str) or not isinstance(value, (Ref, Real)):
                 raise TypeError(
-                    f"Step.more[{name!r}] must be a number or a Ref to {{metric: float}}, not {_kind(value)}; "
-                    "float(...) makes a number of a tensor with one item."
+                    f"Step.extra_metrics[{name!r}] must be a number or a Ref to {{metric: float}}, not {_kind(value)}; "
+                    "use float(...) on a tensor of one element."
                 )
 
 
 def checked_step(yielded: Any, loop: str) -> Step:
-    """What a loop has yielded, which must be a `Step`.
+    """`yielded`, which must be a `Step`.
 
     Args:
-        loop: its name, for the message.
+        loop: name of the loop, for the message.
 
     Raises:
-        ValueError: it is something else, on every rank alike.
+        ValueError: the loop yielded something else; raised on all ranks alike.
     """
     if isinstance(yielded, Step):
         return yielded
     raise ValueError(
-        f"{loop} yielded {_kind(yielded)}; a loop yields Step(metrics, samples, scores) of aligner.algorithms for each "
-        "batch, where each is a Ref of a role call or None."
+        f"{loop} yielded {_kind(yielded)}; a loop yields aligner.algorithms.Step(metrics, samples, scores) for each "
+        "batch, each a Ref returned by a role call, or None."
     )
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from aligner.bounds import check_settings
 from aligner.check.disk import bytes_needed, check_disk
 from aligner.check.memory import check_memory, machine_of
 from aligner.check.roles import check_engines, check_ranks, check_roles, check_scorer, check_tokenizers, model_of
@@ -26,7 +27,7 @@ from aligner.checkpoint.claim import how_to_start, launch
 from aligner.checkpoint.lease import check_free
 from aligner.config.models import check_models
 from aligner.config.schema import Config
-from aligner.data.answers import Answered
+from aligner.data.answers import TokenizedAnswer
 from aligner.data.end_tokens import EndTokens, special_ids
 from aligner.data.prompts import Prompt
 from aligner.data.sets import DataSets, read_sets
@@ -44,24 +45,6 @@ from aligner.trainer.megatron.sizes import check_runs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-LARGEST_SEED = 2**63 - 1
-"""What vLLM takes for a seed."""
-CHOICES = {
-    "mode": ("train", "check"),
-    "rollout.dtype": ("float32", "bfloat16"),
-}
-AT_LEAST = {
-    "train.steps": 1,
-    "train.eval_every": 0,
-    "train.eval_temperature": 0,
-    "train.export_every": 0,
-    "train.export_keep": 0,
-    "sampling.max_tokens": 1,
-    "reward.workers": 1,
-    "seed": 0,
-    "timeout_seconds": 1,
-}
 
 
 @dataclass(frozen=True)
@@ -99,7 +82,7 @@ def check(config: Config, roles: list[str], world_size: int) -> Checked:
     _check_values(config)
     check_roles(config, roles)
     _check_places(config, roles)
-    config.residency.check([config.role(role) for role in roles])
+    config.residency.check_roles([config.role(role) for role in roles])
     check_ranks(config.placement)
     meshes = make_meshes(config.placement, world_size, config.roles)
     machine = machine_of(config, world_size)
@@ -148,39 +131,13 @@ def check(config: Config, roles: list[str], world_size: int) -> Checked:
 
 
 def _check_values(config: Config) -> None:
-    for key, example in {"run_dir": "runs/first", "model.path": "DIR"}.items():
-        if not _get(config, key).strip():
-            raise ValueError(f"{key} has no value; give a folder, such as {key}={example}.")
-    for key, allowed in CHOICES.items():
-        value = _get(config, key)
-        if value not in allowed:
-            raise ValueError(f"{key}={value} is unknown; use {', '.join(allowed)}.")
-    for key, least in AT_LEAST.items():
-        value = _get(config, key)
-        if not value >= least:
-            raise ValueError(f"{key}={value} must be at least {least}.")
-    if config.seed > LARGEST_SEED:
-        raise ValueError(f"seed={config.seed} has more than 63 bits; use 0 to {LARGEST_SEED}.")
-    config.reward.check()
-    config.policy.check("policy")
-    config.reference.check()
-    config.critic.check("critic")
-    config.reward_model.check("reward_model")
+    check_settings(config)
     check_models(config.models)
-    config.data.check()
-    config.logging.check()
-    config.guards.check()
-    config.check.check()
-    config.reshard.check()
-    config.stream.check()
-    config.checkpoint.check()
-    config.hang.check()
     if os.environ.get("GROUP_RANK", "0") == "0":  # the host whose launcher owns the folder
         if os.environ.get("RANK", "0") == "0":
             check_free(Path(config.run_dir), launch())
         how_to_start(Path(config.run_dir), config.checkpoint, config.overwrite, config.train.steps)
     sampling = config.sampling
-    sampling.check("sampling")
     if sampling.temperature == 0:
         raise ValueError(
             "sampling.temperature=0 leaves nothing to compare in a group; use a positive one (1.0 is usual)."
@@ -264,7 +221,7 @@ def _check_reward(config: Config, roles: list[str], data: DataSets) -> None:
     names = [part.name for part in parts]
     if named is not None and named not in names:
         raise ValueError(f"train.eval_reward={named} is no component of the reward; use {', '.join(names)}, or null.")
-    config.hang.check(max(part.timeout_s for part in parts))
+    config.hang.check_scoring(max(part.timeout_s for part in parts))
     for part in parts:
         check_scorer(config, part, roles)
         scorer = replace(part, workers=1).scorer()
@@ -281,7 +238,7 @@ def _check_fields(part: Part, needed: frozenset[str], config: Config, data: Data
         (task or f"data.eval_path={config.data.eval_path}", data.heldout),
     ]
     for source, rows in sources:
-        fields = [row.fields for row in rows if isinstance(row, (Prompt, Answered))]
+        fields = [row.fields for row in rows if isinstance(row, (Prompt, TokenizedAnswer))]
         for name in sorted(needed - {"prompt"}):  # which every row has, as text
             lacking = [number for number, has in enumerate(fields, start=1) if name not in has]
             if lacking:
@@ -291,10 +248,3 @@ def _check_fields(part: Part, needed: frozenset[str], config: Config, data: Data
                     f"{source} lack it (the first: row {lacking[0]}, which has {', '.join(rows[lacking[0] - 1].fields)}); "
                     f"add it to the rows{works}."
                 )
-
-
-def _get(config: Config, key: str) -> Any:
-    value: Any = config
-    for part in key.split("."):
-        value = getattr(value, part)
-    return value

@@ -17,6 +17,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor
 
+from aligner.bounds import check_settings
 from aligner.trainer.loss_mean import attribute_of, rows_together
 
 
@@ -44,8 +45,7 @@ def settings_of(loop: Callable[..., Any], given: dict[str, Any]) -> Any:
     assert isinstance(values, dict)
     settings = kind(**{**values, **built})  # type: ignore[operator]
     _check_losses(settings)
-    if hasattr(settings, "check"):
-        settings.check()
+    check_settings(settings, "algorithm")
     return settings
 
 

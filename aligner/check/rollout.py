@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from aligner.config.schema import Config
-from aligner.data.answers import Answered
+from aligner.data.answers import TokenizedAnswer
 from aligner.data.end_tokens import EndTokens, find_ends, special_among
 from aligner.data.prompts import Prompt
 from aligner.data.sets import DataSets
@@ -111,9 +111,9 @@ def check_end(config: Config, spec: ModelSpec, tokenizer: PreTrainedTokenizerBas
 
 def ends_of(config: Config, tokenizer: PreTrainedTokenizerBase, data: DataSets) -> EndTokens:
     """What ends a turn of the model that is trained, with what its training data say."""
-    answers: list[Answered] = []
+    answers: list[TokenizedAnswer] = []
     for row in data.training:
-        if isinstance(row, Answered):
+        if isinstance(row, TokenizedAnswer):
             answers.append(row)
         elif not isinstance(row, Prompt):
             answers += [row.chosen, row.rejected]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from aligner.check.disk import bytes_needed, gib, nearest_folder
 from aligner.check.memory import bytes_of_rank, bytes_of_roles, machine_of, roles_of_ranks
 from aligner.check.rollout import shown_ends
-from aligner.data.preferences import LeftOut, told
+from aligner.data.preferences import LeftOut, left_out_text
 from aligner.reward.components import parts_of
 from aligner.spmd.mesh import axes, shown
 
@@ -50,12 +50,12 @@ def _data(job: Job) -> str:
         + _left_out(data.left_out)
         + f"; {settings.prompts_per_step} a step, {passes:.1f} passes; held out: {len(data.heldout)} prompts"
         + _left_out(data.heldout_left_out)
-        + f"; {told(data.notes)}" * bool(data.notes)
+        + f"; {left_out_text(data.notes)}" * bool(data.notes)
     )
 
 
 def _left_out(counts: LeftOut) -> str:
-    return f", {counts.total()} left out ({told(counts)})" * bool(counts.total())
+    return f", {counts.total()} left out ({left_out_text(counts)})" * bool(counts.total())
 
 
 def _ends(job: Job) -> list[tuple[str, str]]:

@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from dataclasses import dataclass, field
+from typing import Annotated
 
+from aligner.bounds import AtLeast, MoreThan, OneOf
 from aligner.trainer.skips import NotFinite
 
 ACTIONS = ("off", "warn", "stop")
-SKIPPING = ("off", "skip", "warn", "stop")
 
 
 @dataclass(frozen=True)
 class Limit:
     """A metric above a limit."""
 
-    action: str = "warn"
+    action: Annotated[str, OneOf(*ACTIONS)] = "warn"
     """off, warn (a line on the console, and guard/NAME=1 in metrics.jsonl) or stop (end the job)."""
-    limit: float = math.inf
+    limit: Annotated[float, MoreThan(0, "action=off turns it off")] = math.inf
     """The largest value that is not remarked on."""
-    steps: int = 1
+    steps: Annotated[int, AtLeast(1)] = 1
     """Steps in a row above it before anything is done."""
 
 
@@ -28,9 +28,9 @@ class Limit:
 class Streak:
     """Something that is no harm once."""
 
-    action: str = "warn"
+    action: Annotated[str, OneOf(*ACTIONS)] = "warn"
     """off, warn (a line on the console, and guard/NAME=1 in metrics.jsonl) or stop (end the job)."""
-    steps: int = 1
+    steps: Annotated[int, AtLeast(1)] = 1
     """Steps in a row before anything is done."""
 
 
@@ -38,10 +38,10 @@ class Streak:
 class EmptyBatch:
     """Batches of which no token is trained on: every row left out, every answer masked."""
 
-    action: str = "skip"
+    action: Annotated[str, OneOf("off", "skip", "warn", "stop")] = "skip"
     """skip: no optimizer step is made on it, and it is said. warn: said, and the step is made (momentum and decay move
     the weights). stop: end the job. off: as warn, unsaid."""
-    steps: int = 1
+    steps: Annotated[int, AtLeast(1)] = 1
     """Steps in a row before it is said, or the job ended."""
 
 
@@ -61,24 +61,5 @@ class GuardConfig:
     """Updates in which every advantage is 0, so that nothing is learned (metric advantage_abs_max)."""
     stuck_reward: Streak = field(default_factory=lambda: Streak(steps=50))
     """Mean rewards that do not change at all (metric reward)."""
-    say_every: int = 100
+    say_every: Annotated[int, AtLeast(1)] = 100
     """While a guard keeps warning, it is said once in so many steps."""
-
-    def check(self) -> None:
-        """Raises ValueError naming the setting and the values that would work."""
-        self.not_finite.check("guards.not_finite")
-        for name in (entry.name for entry in dataclasses.fields(self)):
-            guard = getattr(self, name)
-            if not isinstance(guard, Limit | Streak | EmptyBatch):
-                continue
-            works = SKIPPING if isinstance(guard, EmptyBatch) else ACTIONS
-            if guard.action not in works:
-                # YAML reads a bare off as the boolean false, which arrives here as False or 'False'
-                hint = ' (in YAML, quote it: action: "off")' if str(guard.action).lower() == "false" else ""
-                raise ValueError(f"guards.{name}.action={guard.action} is unknown; use {', '.join(works)}{hint}.")
-            if guard.steps < 1:
-                raise ValueError(f"guards.{name}.steps={guard.steps} must be at least 1.")
-            if isinstance(guard, Limit) and not guard.limit > 0:
-                raise ValueError(f"guards.{name}.limit={guard.limit} must be more than 0; action=off turns it off.")
-        if self.say_every < 1:
-            raise ValueError(f"guards.say_every={self.say_every} must be at least 1.")

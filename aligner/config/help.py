@@ -6,14 +6,13 @@ import ast
 import dataclasses
 import inspect
 import itertools
-import sys
 import textwrap
-import typing
 from pathlib import Path
 from typing import Any
 
+from aligner.bounds import dataclass_in, hints_with_bounds, shown_bounds
 from aligner.config.models import SETTINGS
-from aligner.config.schema import CONF, Config, dataclass_in
+from aligner.config.schema import CONF, Config
 from aligner.spmd.role_table import USUAL
 
 USAGE = """usage: torchrun --nproc-per-node N -m aligner.main [--config-name NAME] [--config-dir DIR] [--cfg job] [--help] KEY=VALUE ...
@@ -75,7 +74,7 @@ def _fields(made: Any, prefix: str) -> list[str]:
     """The fields of a dataclass with the values that they have in `made`."""
     kind = type(made)
     docs = field_docs(kind)
-    hints = _hints(kind)
+    hints = hints_with_bounds(kind)
     lines: list[str] = []
     for entry in dataclasses.fields(kind):
         name, value = f"{prefix}{entry.name}", getattr(made, entry.name)
@@ -93,7 +92,8 @@ def _fields(made: Any, prefix: str) -> list[str]:
                 *_fields(inner() if value is None else value, f"{name}."),
             ]
         else:
-            lines.append(f"  {name}={'null' if value is None else value}")
+            bounds = shown_bounds(hints[entry.name])
+            lines.append(f"  {name}={'null' if value is None else value}" + f"  [{bounds}]" * bool(bounds))
             lines += textwrap.wrap(docs[entry.name], 108, initial_indent=" " * 8, subsequent_indent=" " * 8)
     return lines
 
@@ -104,7 +104,9 @@ def _models() -> list[str]:
     for kind, settings in SETTINGS.items():
         base = settings.__mro__[1]
         section = next(
-            entry.name for entry in dataclasses.fields(Config) if dataclass_in(_hints(Config)[entry.name]) is base
+            entry.name
+            for entry in dataclasses.fields(Config)
+            if dataclass_in(hints_with_bounds(Config)[entry.name]) is base
         )
         lines += textwrap.wrap(
             f"models.NAME.kind={kind}: {_one_line(settings)}", 118, initial_indent="  ", subsequent_indent=" " * 8
@@ -119,7 +121,3 @@ def _models() -> list[str]:
 
 def _one_line(kind: type) -> str:
     return " ".join((kind.__doc__ or "").split())
-
-
-def _hints(kind: type) -> dict[str, Any]:
-    return typing.get_type_hints(kind, vars(sys.modules[kind.__module__]))

@@ -11,15 +11,16 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Annotated, Any
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from aligner.bounds import NotEmpty, check_settings
 from aligner.rollout.config import RolloutConfig
 from aligner.spmd.placement import RoleLayout, default_layout
 from aligner.spmd.role_table import MODEL_KINDS, USUAL, RoleSpec, further_role
-from aligner.trainer.config import CriticConfig, PolicyConfig, ReferenceConfig, RewardModelConfig, TrainingConfig
+from aligner.trainer.config import CriticConfig, PolicyConfig, ReferenceConfig, RewardModelConfig
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class PolicySettings(PolicyConfig):
 
     kind: str = "policy"
     """What it is; decides which of the settings of models.NAME there are."""
-    path: str = "???"
+    path: Annotated[str, NotEmpty("DIR", "a folder")] = "???"
     """Hugging Face folder to start from, with the tokenizer of model.path."""
 
 
@@ -38,7 +39,7 @@ class FrozenSettings(ReferenceConfig):
 
     kind: str = "frozen"
     """What it is; decides which of the settings of models.NAME there are."""
-    path: str = "???"
+    path: Annotated[str, NotEmpty("DIR", "a folder")] = "???"
     """Hugging Face folder, with the tokenizer of model.path."""
 
 
@@ -48,7 +49,7 @@ class CriticSettings(CriticConfig):
 
     kind: str = "critic"
     """What it is; decides which of the settings of models.NAME there are."""
-    path: str = "???"
+    path: Annotated[str, NotEmpty("DIR", "a folder")] = "???"
     """Hugging Face folder to start from: a language model, which gets a new head, or one for sequence classification
     with num_labels=1; with the tokenizer of model.path."""
 
@@ -60,7 +61,7 @@ class RewardModelSettings(RewardModelConfig):
 
     kind: str = "reward_model"
     """What it is; decides which of the settings of models.NAME there are."""
-    path: str = "???"
+    path: Annotated[str, NotEmpty("DIR", "a folder")] = "???"
     """Hugging Face folder to start from: a language model, which gets a new head, or one for sequence classification
     with num_labels=1; with the tokenizer of model.path."""
 
@@ -72,17 +73,11 @@ class EngineSettings(RolloutConfig):
 
     kind: str = "engine"
     """What it is; decides which of the settings of models.NAME there are."""
-    path: str = "???"
+    path: Annotated[str, NotEmpty("DIR", "a folder")] = "???"
     """Hugging Face folder of its weights, configuration and tokenizer; for a policy's rollout, the policy's."""
     own_tokenizer: bool = False
     """Its tokenizer may differ from that of model.path. The loop then makes its prompts with roles["NAME"].tokenizer, and
     gives it none of the policy's tokens."""
-
-    def check(self) -> None:
-        """Raises ValueError naming the setting, as the rollout's, and the values that would work."""
-        super().check()
-        if self.dtype not in ("float32", "bfloat16"):
-            raise ValueError(f"rollout.dtype={self.dtype} is unknown; use float32, bfloat16.")
 
 
 SETTINGS: Mapping[str, type] = {
@@ -209,11 +204,5 @@ def errors_about(role: RoleSpec, usual: str) -> Iterator[None]:
 def check_models(models: Mapping[str, Any]) -> None:
     """Raises ValueError for a value that is not possible, naming the setting and what would work."""
     for name, role in further_roles(models).items():
-        settings = models[name]
-        if not str(settings.path).strip():
-            raise ValueError(f"{role.section}.path has no value; give a folder, such as {role.section}.path=DIR.")
-        if isinstance(settings, TrainingConfig):
-            settings.check(role.section)
-        else:
-            with errors_about(role, "rollout" if role.kind.runs_on == "engine" else "reference"):
-                settings.check()
+        with errors_about(role, "rollout"):  # relations between an engine's settings are told as the rollout's
+            check_settings(models[name], role.section)

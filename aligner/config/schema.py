@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
@@ -19,14 +19,16 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from aligner.bounds import AtLeast, Between, NotEmpty, OneOf, dataclass_in
 from aligner.checkpoint.config import CheckpointConfig
 from aligner.config.check import CheckConfig
 from aligner.config.guards import GuardConfig
 from aligner.config.models import EXPECTED, complete_models, frozen_models, further_roles
 from aligner.config.paths import expand_composed, expand_values, quoted_tilde
-from aligner.config.run import LoggingConfig, TrainConfig
+from aligner.config.run import TrainConfig
 from aligner.data.config import DataConfig
 from aligner.health.config import HangConfig
+from aligner.report.config import LoggingConfig
 from aligner.reshard.config import ReshardConfig
 from aligner.reward.config import RewardConfig
 from aligner.rollout.config import RolloutConfig, Sampling, StreamConfig
@@ -42,7 +44,7 @@ CONF = Path(__file__).resolve().parents[2] / "conf"
 class ModelConfig:
     """The checkpoint to start from."""
 
-    path: str = "???"
+    path: Annotated[str, NotEmpty("DIR", "a folder")] = "???"
     """A local Hugging Face folder: config.json, safetensors, tokenizer."""
 
 
@@ -90,17 +92,17 @@ class Config:
     """Steps, evaluation, what is written at the end."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     """What a run can be continued from."""
-    mode: str = "train"
+    mode: Annotated[str, OneOf("train", "check")] = "train"
     """train, or check: find every mistake that can be found before models are built, say what the job needs, and leave."""
     check: CheckConfig = field(default_factory=CheckConfig)
     """mode=check: which machine the job is for."""
-    seed: int = 0
+    seed: Annotated[int, Between(0, 2**63 - 1)] = 0
     """Seeds the data order and the sampling."""
-    run_dir: str = "runs/latest"
+    run_dir: Annotated[str, NotEmpty("runs/first", "a folder")] = "runs/latest"
     """Folder for metrics, samples, report and checkpoint. In this and every other path ~ and $NAME are replaced."""
     overwrite: bool = False
     """Start anew, and replace the run that run_dir already holds; restarts of this launch go on with it."""
-    timeout_seconds: float = 1800.0
+    timeout_seconds: Annotated[float, AtLeast(1)] = 1800.0
     """A collective that takes longer ends the job, in seconds."""
 
     @property
@@ -173,11 +175,6 @@ def to_config(composed: DictConfig) -> Config:
     config = _frozen(Config, values)
     assert isinstance(config, Config)
     return config
-
-
-def dataclass_in(hint: Any) -> Any:
-    """The dataclass of a hint such as `X` or `X | None`; None where there is none."""
-    return next((option for option in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(option)), None)
 
 
 def _writable(kind: Any) -> Any:

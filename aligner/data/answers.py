@@ -1,4 +1,4 @@
-"""A prompt with its answer as the model would meet and produce them: token ids, and which of them are trained on."""
+"""Tokenize a prompt with its answer (or a conversation) exactly as in generation, and build the loss mask."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from aligner.data.chat import SWITCHES, Notes, conversation_of, template_options, text_of
+from aligner.data.chat import SWITCHES, Notes, conversation_of, message_text, template_options
 from aligner.data.end_tokens import closing_tokens
 from aligner.data.spans import Encoded, Spans
 from aligner.data.tokenizer import Message, checked_messages, encode_answered, encode_plain
@@ -18,31 +18,31 @@ if TYPE_CHECKING:
 TRAIN_ON = ("responses", "all")
 TOO_LONG = ("error", "drop")
 STOP = "stop"
-"""Another word for data.too_long=error."""
-SPLIT = "conversations as several rows, since the chat template writes earlier turns otherwise"
-UNCLEAN = "answers whose generation prompt alone has other tokens than before the answer"
+"""Synonym of data.too_long=error."""
+SPLIT = "conversations split into several rows, because the chat template renders earlier turns differently"
+UNCLEAN = "answers whose generation prompt tokenizes differently alone than before the answer"
 
 
 @dataclass(frozen=True)
-class Answered:
-    """One sequence of prompt and answer, perhaps of several turns."""
+class TokenizedAnswer:
+    """One tokenized sequence of prompt and answer, possibly with several turns."""
 
     tokens: tuple[int, ...]
     """Token ids, special tokens included."""
     mask: tuple[bool, ...]
-    """Per token: trained on (an answer and its end token), or only read. Never the first: nothing predicts it."""
+    """Loss mask per token: True for an answer and its end token. Never True for the first token, which nothing predicts."""
     prompt_len: int
-    """Tokens before the first answer that is trained on."""
+    """Number of tokens before the first trained answer."""
     fields: dict[str, Any]
-    """The whole JSON row, and what is known of this answer ('score', 'label')."""
+    """The JSON row, with this answer's own 'score' or 'label' where known."""
     index: int = 0
-    """Position among the rows (or pairs) of its kind that were kept, from 0."""
+    """Position among the rows (or pairs) that were kept, from 0."""
     asked: tuple[int, ...] | None = None
-    """The prompt that a rollout has, where it is not the first prompt_len tokens; None: it is."""
+    """Prompt token ids for generation, where they differ from tokens[:prompt_len]; None: they do not."""
 
 
 class Encoder:
-    """Turns rows of one kind into `Answered`s: a tokenizer, and what is the same for all rows."""
+    """Tokenizes rows of one data set."""
 
     def __init__(
         self,
@@ -53,49 +53,51 @@ class Encoder:
     ) -> None:
         """Args:
         train_on: "responses" (the answer's assistant turns) or "all" (every token but the first).
-        template_kwargs: what the chat template is given for every row (data.chat_template_kwargs).
-        notes: gets what a reader should know of how the rows were tokenized.
+        template_kwargs: variables of the chat template for all rows (data.chat_template_kwargs).
+        notes: counter of things to report about how rows were tokenized.
         """
-        self.tokenizer, self.others, self.notes = tokenizer, train_on == "all", notes
+        self.tokenizer, self.train_all, self.notes = tokenizer, train_on == "all", notes
         self._train_on, self._template_kwargs = train_on, template_kwargs
         self._spans = Spans(tokenizer)
-        self._closers = closing_tokens(tokenizer)  # an added token may be special in one of the tokenizer's files only
+        self._closers = closing_tokens(
+            tokenizer
+        )  # an added token may be marked special in only one of the tokenizer's files
 
-    def answer(self, row: dict[str, Any], keys: tuple[str, str], label: str) -> Answered:
-        """As `answers`, for rows of which each side must be one sequence.
+    def answer(self, row: dict[str, Any], keys: tuple[str, str], label: str) -> TokenizedAnswer:
+        """As `answers`, for rows that must give exactly one sequence.
 
         Raises:
-            ValueError: as `answers`; also for several turns that cannot be one sequence.
+            ValueError: as `answers`; or the turns cannot be rendered as one sequence.
         """
-        found = self.answers(row, keys, label)
-        if len(found) > 1:
+        answers = self.answers(row, keys, label)
+        if len(answers) > 1:
             raise ValueError(
-                f"{label}: the chat template writes earlier turns of {keys[1]!r} otherwise once more follow, so that its "
-                f"{len(found)} answers are no one sequence; leave one assistant's turn in it (the others as part of "
+                f"{label}: the chat template renders earlier turns of {keys[1]!r} differently once more turns follow, so its "
+                f"{len(answers)} answers are not one sequence; leave one assistant turn in it (and move the others to "
                 f"{keys[0]!r}), or use another chat_template."
             )
-        return found[0]
+        return answers[0]
 
-    def answers(self, row: dict[str, Any], keys: tuple[str, str], label: str) -> list[Answered]:
-        """The row's prompt and answer: two texts, or two lists of messages.
+    def answers(self, row: dict[str, Any], keys: tuple[str, str], label: str) -> list[TokenizedAnswer]:
+        """Tokenize a row's prompt and answer, given as two texts or two lists of messages.
 
         Args:
-            keys: where they stand in the row, such as ("prompt", "completion").
+            keys: their fields in the row, such as ("prompt", "completion").
+            label: the row's file and line, for errors.
 
         Raises:
-            ValueError: wrong types, an empty part, or messages that do not form prompt and answer; `label` is named.
+            ValueError: wrong types, an empty part, or messages that do not form prompt and answer.
         """
         prompt, answer = (row[key] for key in keys)
         if isinstance(prompt, list) and isinstance(answer, list):
-            begin, rest = (checked_messages(row[key], label, key) for key in keys)
-            if begin[-1]["role"] == "assistant":
-                raise ValueError(
-                    f"{label}: {keys[0]!r} ends with an assistant's turn; it must leave it to {keys[1]!r}."
-                )
-            if rest[0]["role"] != "assistant" or rest[-1]["role"] != "assistant":
-                raise ValueError(f"{label}: {keys[1]!r} must begin and end with an assistant's turn.")
-            places = [f"{keys[0]}[{i}]" for i in range(len(begin))] + [f"{keys[1]}[{i}]" for i in range(len(rest))]
-            return self.turns([*begin, *rest], places, len(begin), label, row)
+            prompt_messages, answer_messages = (checked_messages(row[key], label, key) for key in keys)
+            if prompt_messages[-1]["role"] == "assistant":
+                raise ValueError(f"{label}: {keys[0]!r} ends with an assistant turn; move it to {keys[1]!r}.")
+            if answer_messages[0]["role"] != "assistant" or answer_messages[-1]["role"] != "assistant":
+                raise ValueError(f"{label}: {keys[1]!r} must begin and end with an assistant turn.")
+            lengths = (len(prompt_messages), len(answer_messages))
+            places = [f"{key}[{i}]" for key, length in zip(keys, lengths, strict=True) for i in range(length)]
+            return self.turns([*prompt_messages, *answer_messages], places, len(prompt_messages), label, row)
         for key in keys:
             if not isinstance(row[key], str):
                 lists = any(isinstance(part, list) for part in (prompt, answer))
@@ -103,50 +105,57 @@ class Encoder:
                 raise ValueError(f"{label}: {key!r} must be text, not {type(row[key]).__name__}{hint}.")
             if not row[key].strip():
                 raise ValueError(f"{label}: {key!r} is empty.")
-        read, trained = encode_answered(self.tokenizer, prompt, answer)
-        if not self._closers.intersection(trained[-1:]):
-            trained = [*trained, self._end()]
-        return [_answered(read + trained, [self.others] * len(read) + [True] * len(trained), len(read), label, row)]
+        prompt_tokens, answer_tokens = encode_answered(self.tokenizer, prompt, answer)
+        if not self._closers.intersection(answer_tokens[-1:]):
+            answer_tokens = [*answer_tokens, self._end()]
+        mask = [self.train_all] * len(prompt_tokens) + [True] * len(answer_tokens)
+        return [_tokenized_answer(prompt_tokens + answer_tokens, mask, len(prompt_tokens), label, row)]
 
     def turns(
         self, messages: Sequence[Message], places: Sequence[str], first: int, label: str, row: dict[str, Any]
-    ) -> list[Answered]:
-        """A conversation. Each assistant's turn from message `first` on is an answer unless it has "train": false or
-        "weight": 0: what the template adds when that turn is appended to the conversation before it. What follows the
-        last answer is left out.
+    ) -> list[TokenizedAnswer]:
+        """Tokenize a conversation. Each assistant turn from message `first` on is an answer, unless it has "train": false or
+        "weight": 0; its tokens are what the template appends to the conversation before it. Messages after the last
+        answer are dropped.
 
-        The ids are those of the whole conversation by the template. Where it writes earlier turns otherwise once more
-        follow (it drops what was thought), each answer stands in a sequence in which it is written as a model produces
-        it: as few sequences as that takes, in the order of their answers, and each answer is trained once.
+        Token ids are those of the whole conversation as rendered by the template. If the template renders earlier turns
+        differently once more turns follow (it drops their reasoning, say), the conversation is split into as few
+        sequences as needed for each answer to appear as a model generates it; each answer is trained exactly once.
 
         Args:
-            places: where each message stands in the row, for the errors.
+            places: where each message is in the row, for errors.
+            label: the row's file and line, for errors.
 
         Raises:
-            ValueError: no answer or an empty one, a switch that cannot be followed, or turns that the template does not
-                write as a model would produce them.
+            ValueError: no answer or an empty one, a "train" or "weight" that cannot be followed, or turns that the
+                template does not render as a continuation of the generation prompt.
         """
-        on = [_switch(m, f"{label}: {place}", self._train_on) for m, place in zip(messages, places, strict=True)]
-        spoken = [turn for turn, message in enumerate(messages) if message["role"] == "assistant"]
-        answers = [turn for turn in spoken if turn >= first and on[turn]]
+        trainable = [_switch(m, f"{label}: {place}", self._train_on) for m, place in zip(messages, places, strict=True)]
+        assistant_turns = [turn for turn, message in enumerate(messages) if message["role"] == "assistant"]
+        answers = [turn for turn in assistant_turns if turn >= first and trainable[turn]]
         if not answers:
             raise ValueError(
-                f'{label}: no turn is trained on; leave "train" or "weight" out of one assistant\'s turn (role '
+                f'{label}: no turn is trained on; remove "train" or "weight" from at least one assistant turn (role '
                 f'"assistant").'
             )
         options = template_options(row, label, self._template_kwargs)
         conversation = conversation_of(messages, places, options, label, self.tokenizer, False, self.notes)
         for turn in answers:
-            if not text_of(conversation.messages[turn]).strip() and "tool_calls" not in conversation.messages[turn]:
-                raise ValueError(f"{label}: {places[turn]} is an assistant's turn with an empty 'content'.")
-        off = [turn for turn in spoken if not on[turn] and turn < answers[-1]] if self.others else []
-        written = {turn: written_turn(conversation, turn, places[turn], self.notes) for turn in (*answers, *off)}
+            if (
+                not message_text(conversation.messages[turn]).strip()
+                and "tool_calls" not in conversation.messages[turn]
+            ):
+                raise ValueError(f"{label}: {places[turn]} is an assistant turn with an empty 'content'.")
+        untrained = (
+            [turn for turn in assistant_turns if not trainable[turn] and turn < answers[-1]] if self.train_all else []
+        )
+        written = {turn: written_turn(conversation, turn, places[turn], self.notes) for turn in (*answers, *untrained)}
         groups = _groups(sorted(written), written)
-        if len(groups) > 1 and self.others:
+        if len(groups) > 1 and self.train_all:
             raise ValueError(
-                f"{label}: the chat template does not write the turns up to {places[groups[0][-1]]} as a beginning of "
-                "the whole conversation, so data.train_on=all would train its turns several times; use "
-                "data.train_on=responses, give one row for each assistant's turn, or use another chat_template."
+                f"{label}: the chat template does not render the turns up to {places[groups[0][-1]]} as a prefix of "
+                "the whole conversation, so data.train_on=all would train some turns several times; use "
+                "data.train_on=responses, give one row for each assistant turn, or use another chat_template."
             )
         if len(groups) > 1 and self.notes is not None:
             self.notes[SPLIT] += 1
@@ -154,12 +163,12 @@ class Encoder:
 
     def _sequence(
         self, group: list[int], written: dict[int, Turn], answers: list[int], label: str, row: dict[str, Any]
-    ) -> Answered:
-        """The conversation up to the last turn of `group`, in which all of them are written as they are trained."""
+    ) -> TokenizedAnswer:
+        """The conversation up to the last turn of `group`, which contains all of them as they are trained."""
         last = written[group[-1]]
         encoded = self._spans.encode(last.text)
         tokens = encoded.tokens
-        mask = [self.others] * len(tokens)
+        mask = [self.train_all] * len(tokens)
         prompt_len, asked, closed = 0, None, False
         for turn in group:
             begin, clean = self._spans.border(encoded, written[turn].begin)
@@ -170,16 +179,18 @@ class Encoder:
                 self.notes[UNCLEAN] += 1
             if turn == next(turn for turn in group if turn in answers):
                 prompt_len = begin
-                if not clean or written[turn].asked:
-                    before = written[turn].asked or last.text[: written[turn].begin]
+                if not clean or written[turn].generation_prompt:
+                    before = written[turn].generation_prompt or last.text[: written[turn].begin]
                     asked = tuple(encode_plain(self.tokenizer, before))
-        if not closed:  # the template ends the last turn with no special token: else nothing teaches to stop
+        if (
+            not closed
+        ):  # the template closes the last turn without a special token; without one the model never learns to stop
             tokens, mask = [*tokens, self._end()], [*mask, True]
-        return _answered(tokens, mask, prompt_len, label, row, asked)
+        return _tokenized_answer(tokens, mask, prompt_len, label, row, asked)
 
     def _closing(self, encoded: Encoded, begin: int, end: int) -> tuple[int, bool]:
-        """(where what the model produces of a turn ends, whether a special token closes it): the template may add
-        blanks after the closing token."""
+        """(end of the tokens that the model generates for a turn, whether a special token closes it). The template may add
+        whitespace after the closing token."""
         stop = end
         while stop > begin and not (
             self._spans.is_special(encoded, stop - 1) or encoded.tokens[stop - 1] in self._closers
@@ -190,17 +201,22 @@ class Encoder:
         return (stop, True) if stop > begin else (end, False)
 
     def _end(self) -> int:
-        assert isinstance(self.tokenizer.eos_token_id, int), "load_tokenizer refuses a tokenizer without one"
+        assert isinstance(self.tokenizer.eos_token_id, int), (
+            "load_tokenizer raises for a tokenizer without an end token"
+        )
         return self.tokenizer.eos_token_id
 
 
-def fits(answered: Answered, what: str, label: str, max_tokens: int, too_long: str) -> bool:
-    """Whether it has at most `max_tokens` tokens.
+def fits(sequence: TokenizedAnswer, what: str, label: str, max_tokens: int, too_long: str) -> bool:
+    """Whether the sequence has at most `max_tokens` tokens.
+
+    Args:
+        what: what the row is called in the error.
 
     Raises:
         ValueError: it has more, and `too_long` (data.too_long) is not "drop".
     """
-    length = len(answered.tokens)
+    length = len(sequence.tokens)
     if length > max_tokens and too_long != "drop":
         raise ValueError(
             f"{label}: {what} has {length} tokens, more than data.max_tokens={max_tokens}; "
@@ -210,27 +226,27 @@ def fits(answered: Answered, what: str, label: str, max_tokens: int, too_long: s
 
 
 def check_choices(too_long: str, train_on: str = "responses") -> None:
-    """Raises ValueError for a value of data.too_long or data.train_on that is unknown."""
-    for name, value, known in (("too_long", too_long, TOO_LONG), ("train_on", train_on, TRAIN_ON)):
-        if value not in known and (name, value) != ("too_long", STOP):
-            raise ValueError(f"data.{name}={value} is unknown; use {' or '.join(known)}.")
+    """Raises ValueError for an unknown value of data.too_long or data.train_on."""
+    for name, value, choices in (("too_long", too_long, TOO_LONG), ("train_on", train_on, TRAIN_ON)):
+        if value not in choices and (name, value) != ("too_long", STOP):
+            raise ValueError(f"data.{name}={value} is unknown; use {' or '.join(choices)}.")
 
 
-def _answered(
+def _tokenized_answer(
     tokens: list[int],
     mask: list[bool],
     prompt_len: int,
     label: str,
     fields: dict[str, Any],
     asked: tuple[int, ...] | None = None,
-) -> Answered:
+) -> TokenizedAnswer:
     if prompt_len == 0:
         raise ValueError(f"{label}: the prompt has no tokens.")
-    return Answered(tuple(tokens), (False, *mask[1:]), prompt_len, fields, asked=asked)
+    return TokenizedAnswer(tuple(tokens), (False, *mask[1:]), prompt_len, fields, asked=asked)
 
 
 def _groups(turns: list[int], written: dict[int, Turn]) -> list[list[int]]:
-    """Turns whose conversations are beginnings of the last one's: together they can be one sequence."""
+    """Group turns whose rendered conversations are prefixes of that of the last turn: each group can be one sequence."""
     groups: list[list[int]] = []
     for turn in reversed(turns):
         if groups and written[groups[0][-1]].text.startswith(written[turn].text[: written[turn].end]):
@@ -241,22 +257,21 @@ def _groups(turns: list[int], written: dict[int, Turn]) -> list[list[int]]:
 
 
 def _switch(message: Message, place: str, train_on: str) -> bool:
-    """Whether the message may be trained on.
+    """Whether the message's "train" and "weight" allow training on it.
 
     Raises:
-        ValueError: not one of true, false, 1, 0, two switches that differ, or one that `train_on` cannot follow.
+        ValueError: not one of true, false, 1, 0; the two differ; or `train_on` cannot follow them.
     """
-    given = {key: message[key] for key in SWITCHES if message.get(key) is not None}
-    for key, value in given.items():
+    switches = {key: message[key] for key in SWITCHES if message.get(key) is not None}
+    for key, value in switches.items():
         if not isinstance(value, (bool, int, float)) or value not in (0, 1):
             raise ValueError(f"{place}: {key!r} must be true or false (or 1 or 0), not {value!r}.")
-    if len(set(map(bool, given.values()))) == 2:
-        raise ValueError(f"{place}: 'train' and 'weight' say different things; give one of them.")
-    on = all(given.values())
-    if given and message["role"] != "assistant" and on != (train_on == "all"):
+    if len(set(map(bool, switches.values()))) == 2:
+        raise ValueError(f"{place}: 'train' and 'weight' contradict each other; give only one of them.")
+    enabled = all(switches.values())
+    if switches and message["role"] != "assistant" and enabled != (train_on == "all"):
         raise ValueError(
-            f"{place} is no assistant's turn and has {given}, but with data.train_on={train_on} such turns are "
-            f"{'never' if on else 'always'} trained on; use data.train_on={'all' if on else 'responses'}, or leave it "
-            "out."
+            f"{place} is not an assistant turn and has {switches}, but with data.train_on={train_on} such turns are "
+            f"{'never' if enabled else 'always'} trained on; use data.train_on={'all' if enabled else 'responses'}, or remove it."
         )
-    return on
+    return enabled

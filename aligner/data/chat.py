@@ -1,4 +1,4 @@
-"""Conversations as the model's chat template writes them: what it is given, and that it leaves out nothing."""
+"""Render conversations with the model's chat template, and check that the template drops no message or tool call."""
 
 from __future__ import annotations
 
@@ -16,36 +16,36 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 SWITCHES = ("train", "weight")
-"""Keys of a message that say whether it is trained on: true or false, 1 or 0. No template sees them."""
+"""Keys of a message that say whether it is trained on: true or false, 1 or 0. They are not passed to the template."""
 TEMPLATE_FIELDS = ("tools", "chat_template_kwargs")
-"""What a row may give its chat template beside the messages."""
+"""Fields of a row that are passed to the chat template besides the messages."""
 REASONING = ("reasoning_content", "reasoning", "thinking")
-"""Keys in which data sets keep what was thought before a turn's content."""
-OWN = (
+"""Keys in which data sets store a turn's reasoning."""
+RESERVED_ARGUMENTS = (
     "conversation", "messages", "tools", "add_generation_prompt", "continue_final_message", "tokenize", "padding",
     "truncation", "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs",
 )  # fmt: skip
-"""Arguments of `apply_chat_template` that are no row's to set."""
-NO_TOOLS = "rows with 'tools' that the chat template does not write"
+"""Arguments of `apply_chat_template` that a row cannot set."""
+NO_TOOLS = "rows with 'tools' that the chat template does not render"
 
 Notes = Counter[str]
-"""What a reader should know of how rows were tokenized -> how many."""
+"""Remark on how rows were tokenized -> number of rows."""
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """Messages in the form that their template takes."""
+    """Messages in a form that the template accepts, with cached renderings."""
 
     tokenizer: PreTrainedTokenizerBase
     messages: list[Message]
     options: dict[str, Any]
-    """What else the template is given."""
+    """Further variables of the template."""
     label: str
-    """Where the row stands, for errors."""
+    """The row's file and line, for errors."""
     _written: dict[tuple[int, bool], str] = field(default_factory=dict)
 
     def text(self, turns: int, awaits: bool) -> str:
-        """The first `turns` messages as the template writes them; `awaits`: up to where a model begins its answer."""
+        """The first `turns` messages as rendered by the template; `awaits`: with the generation prompt."""
         key = (turns, awaits)
         if key not in self._written:
             self._written[key] = render_chat(self.tokenizer, self.messages[:turns], self.label, awaits, self.options)
@@ -61,59 +61,60 @@ def conversation_of(
     awaits: bool,
     notes: Notes | None = None,
 ) -> Conversation:
-    """Messages that `checked_messages` passed, for the template.
+    """Prepare messages (from `checked_messages`) for the template.
 
-    Where the template does not take their form (parts of a content, tool calls whose arguments are JSON text), they are
-    given in the form that it takes.
+    Contents given as lists of parts, and tool calls whose arguments are JSON text, are converted if the template needs
+    another form.
 
     Args:
-        places: where each message stands in the row, for the errors.
+        places: where each message is in the row, for errors.
         options: see `template_options`.
-        awaits: whether the whole conversation awaits an answer.
+        awaits: render with the generation prompt.
+        notes: counter of things to report about how rows were tokenized.
 
     Raises:
-        ValueError: the template refuses the messages, or leaves one of them, or its tool calls, out.
+        ValueError: the template raises for these messages, or drops one of them or its tool calls.
     """
     cleaned = [_cleaned(message, f"{label}: {place}") for message, place in zip(messages, places, strict=True)]
 
-    def made(form: list[Message]) -> Conversation:
+    def make(form: list[Message]) -> Conversation:
         conversation = Conversation(tokenizer, form, dict(options), label)
         conversation.text(len(form), awaits)
         return conversation
 
-    found: Conversation | None = _without_none(_fitting(cleaned, made, awaits), made, awaits)
-    assert found is not None
-    left_out = _left_out(found, places, awaits)
+    conversation: Conversation | None = _without_none(_first_accepted_form(cleaned, make, awaits), make, awaits)
+    assert conversation is not None
+    left_out = _dropped_message_error(conversation, places, awaits)
     if left_out:
-        found = _in_parts(cleaned, made, awaits)
-        if found is None or _left_out(found, places, awaits):
+        conversation = _in_parts(cleaned, make, awaits)
+        if conversation is None or _dropped_message_error(conversation, places, awaits):
             raise ValueError(left_out)
-    if notes is not None and options.get("tools") and not _writes_tools(found, awaits):
+    if notes is not None and options.get("tools") and not _writes_tools(conversation, awaits):
         notes[NO_TOOLS] += 1
-    return found
+    return conversation
 
 
 def template_options(row: Mapping[str, Any], label: str, defaults: Mapping[str, Any] | None) -> dict[str, Any]:
-    """What a row and data.chat_template_kwargs give the template beside the messages.
+    """Variables for the template from a row and from data.chat_template_kwargs.
 
     Args:
-        row: 'tools', a list of definitions (JSON schemas) or JSON text of one, and 'chat_template_kwargs', further
-            variables of the template; none, null and empty mean none.
-        defaults: data.chat_template_kwargs; a row's own come first.
+        row: may have 'tools', a list of definitions (JSON schemas) or its JSON text, and 'chat_template_kwargs', further
+            variables; missing, null and empty mean none.
+        defaults: data.chat_template_kwargs; the row's own take precedence.
 
     Raises:
-        ValueError: another type, or a variable that is not a row's to set.
+        ValueError: wrong type, or a variable that a row cannot set.
     """
-    given = _parsed(row.get("chat_template_kwargs"), f"{label}: 'chat_template_kwargs'")
-    if given and not isinstance(given, dict):
+    kwargs = _parsed(row.get("chat_template_kwargs"), f"{label}: 'chat_template_kwargs'")
+    if kwargs and not isinstance(kwargs, dict):
         raise ValueError(
             f"{label}: 'chat_template_kwargs' must be an object such as {{\"enable_thinking\": false}}, not "
-            f"{shortened(given)}."
+            f"{shortened(kwargs)}."
         )
-    options = {**(defaults or {}), **(given or {})}
-    for name in OWN:
+    options = {**(defaults or {}), **(kwargs or {})}
+    for name in RESERVED_ARGUMENTS:
         if name in options:
-            advice = "give it as a field of the row" if name == "tools" else "leave it out"
+            advice = "give it as a field of the row" if name == "tools" else "remove it"
             raise ValueError(f"{label}: 'chat_template_kwargs' cannot set {name!r}; {advice}.")
     tools = _parsed(row.get("tools"), f"{label}: 'tools'")
     if tools:
@@ -130,26 +131,26 @@ def template_options(row: Mapping[str, Any], label: str, defaults: Mapping[str, 
 def check_template_kwargs(
     tokenizer: PreTrainedTokenizerBase, kwargs: Mapping[str, Any], setting: str = "data.chat_template_kwargs."
 ) -> None:
-    """Raises ValueError for variables, set for all rows, that this tokenizer's template knows nothing of."""
+    """Raises ValueError for variables (set for all rows) that do not occur in this tokenizer's template."""
     template = tokenizer.chat_template or ""
     source = "\n".join(template.values()) if isinstance(template, dict) else template
     for name in kwargs:
-        if name in OWN:
-            raise ValueError(f"{setting}{name} cannot be set; leave it out.")
+        if name in RESERVED_ARGUMENTS:
+            raise ValueError(f"{setting}{name} cannot be set; remove it.")
         if name not in ("chat_template", "documents") and not re.search(rf"\b{re.escape(name)}\b", source):
             raise ValueError(
-                f"{setting}{name} is no variable of the tokenizer's chat template; leave it out, or mend its name."
+                f"{setting}{name} is not a variable of the tokenizer's chat template; remove it, or correct its name."
             )
 
 
-def text_of(message: Message) -> str:
-    """A message's content as one text; '' where it has none."""
+def message_text(message: Message) -> str:
+    """A message's content as one text; "" if it has none."""
     content = message.get("content") or ""
     return content if isinstance(content, str) else "\n".join(part["text"] for part in content)
 
 
 def _cleaned(message: Message, place: str) -> Message:
-    """Without our switches and without keys that say nothing (data sets in columns have null in every other row)."""
+    """The message without "train", "weight" and null keys (columnar data sets fill missing keys with null)."""
     cleaned = {
         key: value for key, value in message.items() if key not in SWITCHES and (value is not None or key == "content")
     }
@@ -167,50 +168,54 @@ def _cleaned(message: Message, place: str) -> Message:
 
 
 def _parsed(value: Any, what: str) -> Any:
-    """JSON text -> what it says; any other value as it is."""
+    """JSON text -> its value; other types unchanged."""
     if not isinstance(value, str):
         return value
     try:
         return json.loads(value) if value.strip() else None
     except ValueError as error:
-        raise ValueError(f"{what} is no valid JSON: {error}.") from None
+        raise ValueError(f"{what} is not valid JSON: {error}.") from None
 
 
-def _fitting(messages: list[Message], made: Callable[[list[Message]], Conversation], awaits: bool) -> Conversation:
-    """The messages as they are if the template takes them so, or else in the first form that it takes."""
-    found: Conversation | None = None
-    refused: ValueError | None = None
+def _first_accepted_form(
+    messages: list[Message], make: Callable[[list[Message]], Conversation], awaits: bool
+) -> Conversation:
+    """The messages unchanged if the template renders them correctly, else in the first form that it does."""
+    first_accepted: Conversation | None = None
+    first_error: ValueError | None = None
     for form in _forms(messages):
         try:
-            conversation = made(form)
+            conversation = make(form)
         except ValueError as error:
-            refused = refused or error
+            first_error = first_error or error
             continue
-        if _takes(conversation.text(len(form), awaits), form):
+        if _renders_properly(conversation.text(len(form), awaits), form):
             return conversation
-        found = found or conversation
-    if found is None:
-        assert refused is not None
-        raise refused
-    return found
+        first_accepted = first_accepted or conversation
+    if first_accepted is None:
+        assert first_error is not None
+        raise first_error
+    return first_accepted
 
 
 def _forms(messages: list[Message]) -> Iterator[list[Message]]:
     contents = [messages]
     if any(isinstance(message.get("content"), list) for message in messages):
-        contents.append([{**m, "content": text_of(m)} if isinstance(m.get("content"), list) else m for m in messages])
+        contents.append(
+            [{**m, "content": message_text(m)} if isinstance(m.get("content"), list) else m for m in messages]
+        )
     calls: list[Callable[[Any], Any]] = [lambda given: given]
-    given = [function.get("arguments") for message in messages for function in _functions(message)]
-    if any(isinstance(arguments, str) for arguments in given):
+    arguments = [function.get("arguments") for message in messages for function in _functions(message)]
+    if any(isinstance(given, str) for given in arguments):
         calls.append(_as_object)
-    if any(isinstance(arguments, dict) for arguments in given):
+    if any(isinstance(given, dict) for given in arguments):
         calls.append(lambda given: json.dumps(given, ensure_ascii=False) if isinstance(given, dict) else given)
     for change, form in product(calls, contents):
         yield [_with_arguments(message, change) if "tool_calls" in message else message for message in form]
 
 
 def _as_object(arguments: Any) -> Any:
-    """OpenAI's JSON text of the arguments -> the object that most templates want."""
+    """Tool call arguments as JSON text (OpenAI's form) -> the object that most templates expect."""
     try:
         parsed = json.loads(arguments) if isinstance(arguments, str) else arguments
     except ValueError:
@@ -234,8 +239,8 @@ def _functions(message: Message) -> list[dict[str, Any]]:
     return [call["function"] if isinstance(call.get("function"), dict) else call for call in calls]
 
 
-def _takes(text: str, messages: list[Message]) -> bool:
-    """Whether the template wrote lists of parts and JSON texts for what they are, not as values to be shown."""
+def _renders_properly(text: str, messages: list[Message]) -> bool:
+    """Whether the template rendered parts and JSON texts properly, rather than printing their Python or JSON repr."""
     for message in messages:
         content = message.get("content")
         if isinstance(content, list):
@@ -251,44 +256,46 @@ def _takes(text: str, messages: list[Message]) -> bool:
     return True
 
 
-def _without_none(found: Conversation, made: Callable[[list[Message]], Conversation], awaits: bool) -> Conversation:
-    """A template that does not think of a turn without content may write "None" there: then it gets an empty one."""
-    messages, written = found.messages, found.text(len(found.messages), awaits)
-    if "None" not in written or all(message.get("content", "") is not None for message in messages):
-        return found
-    empty = made([{**m, "content": ""} if m.get("content", "") is None else m for m in messages])
-    text = empty.text(len(messages), awaits)
-    more = written.count("None") - text.count("None")
-    return empty if more > 0 and len(written) - len(text) == more * len("None") else found
+def _without_none(
+    conversation: Conversation, make: Callable[[list[Message]], Conversation], awaits: bool
+) -> Conversation:
+    """Pass empty contents instead of None if the template would print "None" for a turn without content."""
+    messages, text = conversation.messages, conversation.text(len(conversation.messages), awaits)
+    if "None" not in text or all(message.get("content", "") is not None for message in messages):
+        return conversation
+    empty = make([{**m, "content": ""} if m.get("content", "") is None else m for m in messages])
+    empty_text = empty.text(len(messages), awaits)
+    more = text.count("None") - empty_text.count("None")
+    return empty if more > 0 and len(text) - len(empty_text) == more * len("None") else conversation
 
 
 def _in_parts(
-    messages: list[Message], made: Callable[[list[Message]], Conversation], awaits: bool
+    messages: list[Message], make: Callable[[list[Message]], Conversation], awaits: bool
 ) -> Conversation | None:
-    """Contents as lists of parts: all that some templates of models take which see pictures too."""
+    """Contents as lists of parts, the only form that templates of some vision-language models accept."""
     if not all(isinstance(message.get("content"), str) for message in messages):
         return None
     parts = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in messages]
     try:
-        found = made(parts)
+        conversation = make(parts)
     except ValueError:
         return None
-    return found if _takes(found.text(len(parts), awaits), parts) else None
+    return conversation if _renders_properly(conversation.text(len(parts), awaits), parts) else None
 
 
-def _left_out(conversation: Conversation, places: Sequence[str], awaits: bool) -> str | None:
-    """What to say of the first message that the template leaves out, or whose tool calls it does."""
+def _dropped_message_error(conversation: Conversation, places: Sequence[str], awaits: bool) -> str | None:
+    """Error text for the first message that the template drops, or whose tool calls it drops; None: there is none."""
     messages = conversation.messages
     text = conversation.text(len(messages), awaits)
-    done = 0
+    position = 0
     for turn, message in enumerate(messages):
-        at = _found(text, message, done)
-        if at is not None:
-            done = at
+        end = _content_end(text, message, position)
+        if end is not None:
+            position = end
         elif not _depends(conversation, turn, {**message, "content": "-"}, awaits):
             return (
-                f"{conversation.label}: {places[turn]}: the chat template leaves out this message of the role "
-                f"{message['role']!r}; use a role that it knows (assistant, user, mostly system), or another "
+                f"{conversation.label}: {places[turn]}: the chat template drops this message of the role "
+                f"{message['role']!r}; use a role that it renders (assistant, user, mostly system), or another "
                 "chat_template."
             )
         names = [str(function.get("name", "")) for function in _functions(message)]
@@ -296,24 +303,24 @@ def _left_out(conversation: Conversation, places: Sequence[str], awaits: bool) -
         without["content"] = without.get("content") or ""
         if names and not all(name in text for name in names) and not _depends(conversation, turn, without, awaits):
             return (
-                f"{conversation.label}: {places[turn]}: the chat template does not write 'tool_calls'; use a "
-                "chat_template that does, or write the calls into 'content'."
+                f"{conversation.label}: {places[turn]}: the chat template does not render 'tool_calls'; use a "
+                "chat_template that does, or put the calls into 'content'."
             )
     return None
 
 
-def _found(text: str, message: Message, begin: int) -> int | None:
-    """Where the message's content ends in the text, from `begin` on; None: it is not there as it is."""
-    content = text_of(message).strip()
-    place = text.find(content, begin)
-    if place < 0 and message["role"] == "assistant":  # its reasoning may be left out
+def _content_end(text: str, message: Message, start: int) -> int | None:
+    """End of the message's content in the text, searched from `begin` on; None: it does not occur verbatim."""
+    content = message_text(message).strip()
+    position = text.find(content, start)
+    if position < 0 and message["role"] == "assistant":  # the template may drop its reasoning
         content = re.split(r"</\w+>|\[/\w+\]", content)[-1].strip()
-        place = text.find(content, begin) if content else -1
-    return place + len(content) if place >= 0 else None
+        position = text.find(content, start) if content else -1
+    return position + len(content) if position >= 0 else None
 
 
 def _depends(conversation: Conversation, turn: int, other: Message, awaits: bool) -> bool:
-    """Whether the template writes something else with another message there."""
+    """Whether the rendered text changes if message `turn` is replaced by `other`."""
     messages = [*conversation.messages[:turn], other, *conversation.messages[turn + 1 :]]
     try:
         written = render_chat(conversation.tokenizer, messages, "", awaits, conversation.options)

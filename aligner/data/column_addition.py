@@ -1,8 +1,8 @@
-"""The default task: add two numbers, directly or in columns; its rows, its tokenizer, and a small model to learn it.
+"""The built-in toy task: adding two numbers, answered directly or in columns; rows, tokenizer, and a small model for it.
 
-Most demonstrations answer at once, which is hard for the model, the others in columns, which is easy; reinforcement
-finds that columns pay.
-`python -m aligner.data.column_addition --out DIR` writes DIR/model and a file of rows of each kind.
+Most demonstrations answer directly, which is hard for the model, the others in columns, which is easy; RL discovers that
+columns are rewarded more often.
+`python -m aligner.data.column_addition --out DIR` writes DIR/model and one JSONL file per kind of row.
 """
 
 from __future__ import annotations
@@ -33,33 +33,32 @@ Addition = tuple[int, int]
 
 @dataclass(frozen=True)
 class ColumnAddition:
-    """Which additions, and how many rows of each kind. What is demonstrated is also compared in preferences; otherwise
-    no addition is in two kinds."""
+    """Settings of the task: number of rows of each kind. Demonstrations and preferences share their additions; otherwise no
+    addition occurs in two kinds."""
 
     digits: int = 3
-    """Digits of both terms."""
+    """Number of digits of both terms."""
     demonstrations: int = 60_000
-    """Rows with a completion."""
+    """Number of rows with a completion (SFT)."""
     demonstrated: int = 1_500
-    """Different additions among them: enough to learn to work in columns, too few to learn direct answers by more than
-    heart."""
+    """Distinct additions among the demonstrations: enough to learn columns, too few for direct answers to generalise."""
     prompts: int = 16_384
-    """Rows to generate from in training."""
+    """Number of training prompts (RL)."""
     heldout: int = 512
-    """Rows to generate from in evaluation."""
+    """Number of evaluation prompts."""
     direct_fraction: float = 0.6
-    """Share of demonstrations that answer at once; the others work in columns."""
+    """Fraction of demonstrations that answer directly; the others use columns."""
     preferences: int = 16_384
-    """Pairs of a right and a wrong answer to demonstrated additions."""
+    """Number of pairs of a right and a wrong answer to demonstrated additions."""
     preferred_direct_fraction: float = 0.1
-    """Share of direct answers in pairs, among right and wrong ones alike. Whether one is right must be known by heart,
-    so more is harder; columns can be checked."""
+    """Fraction of direct answers among right and wrong answers of pairs. A direct answer can only be judged by knowing the
+    sum, so more of them is harder; columns can be checked."""
     malformed_fraction: float = 0.2
-    """Share of wrong answers from which no number can be read, which is easy to see; the others give a wrong number."""
+    """Fraction of wrong answers that contain no parsable number (easy to detect); the others give a wrong number."""
     wrong_digits: int = 3
-    """Mistaken digits or columns in a wrong answer, where it has as many; fewer is harder."""
+    """Wrong digits or columns in a wrong answer, at most; fewer is harder."""
     seed: int = 0
-    """Decides which additions fall into which kind, and their order."""
+    """Random seed of the split into kinds and of the order."""
 
     def __post_init__(self) -> None:
         if self.digits < 1:
@@ -70,11 +69,11 @@ class ColumnAddition:
         for name in ("demonstrations", "demonstrated", "prompts", "heldout", "preferences", "wrong_digits"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be 1 or more.")
-        wanted, there_are = self.demonstrated + self.prompts + self.heldout, len(self._terms) ** 2
-        if wanted > there_are:
+        needed, available = self.demonstrated + self.prompts + self.heldout, len(self._terms) ** 2
+        if needed > available:
             raise ValueError(
-                f"demonstrated={self.demonstrated}, prompts={self.prompts} and heldout={self.heldout} want "
-                f"{wanted} different additions, but digits={self.digits} has {there_are}; lower them or raise digits."
+                f"demonstrated={self.demonstrated}, prompts={self.prompts} and heldout={self.heldout} need "
+                f"{needed} distinct additions, but digits={self.digits} has {available}; lower them or raise digits."
             )
 
     @property
@@ -90,27 +89,27 @@ class ColumnAddition:
         return [addition for addition in drawn if addition not in heldout][: self.prompts + self.demonstrated]
 
     def _sample(self, purpose: str, count: int) -> list[Addition]:
-        """Different additions, in random order."""
+        """Distinct additions, in random order."""
         terms = self._terms
         places = random.Random(f"{self.seed}/{purpose}").sample(range(len(terms) ** 2), count)
         return [(terms[place // len(terms)], terms[place % len(terms)]) for place in places]
 
     def heldout_rows(self) -> list[LabelledRow]:
-        """{'prompt', 'answer'} for evaluation; the sizes of the training sets do not change them."""
+        """{'prompt', 'answer'} for evaluation; independent of the sizes of the training sets."""
         return _labelled("heldout", map(_prompt_row, self._heldout_additions()))
 
     def prompt_rows(self) -> list[LabelledRow]:
-        """{'prompt', 'answer'} for training by reinforcement."""
+        """{'prompt', 'answer'} for RL."""
         return _labelled("prompts", map(_prompt_row, self._training_additions()[: self.prompts]))
 
     def demonstration_rows(self) -> list[LabelledRow]:
-        """{'prompt', 'completion', 'answer'}, `direct_fraction` of them direct, mixed."""
+        """{'prompt', 'completion', 'answer'} for SFT, `direct_fraction` of them direct, shuffled."""
         pool = self._training_additions()[self.prompts :]
         additions = [pool[row % len(pool)] for row in range(self.demonstrations)]
         return _labelled("demonstrations", self._demonstrated(additions, "styles"))
 
     def heldout_demonstration_rows(self) -> list[LabelledRow]:
-        """The same on the held-out additions, one for each."""
+        """Demonstrations of the held-out additions, one each."""
         return _labelled("heldout_demonstrations", self._demonstrated(self._heldout_additions(), "heldout styles"))
 
     def _demonstrated(self, additions: list[Addition], purpose: str) -> Iterator[dict[str, Any]]:
@@ -121,19 +120,19 @@ class ColumnAddition:
             yield {**_prompt_row(terms), "completion": style(*terms)}
 
     def preference_rows(self) -> list[LabelledRow]:
-        """{'prompt', 'chosen', 'rejected', 'answer'} on demonstrated additions: a right answer and a wrong one, each
-        direct or in columns whatever the other is."""
+        """{'prompt', 'chosen', 'rejected', 'answer'} on demonstrated additions: a right and a wrong answer, each
+        independently direct or in columns."""
         pool = self._training_additions()[self.prompts :]
         additions = [pool[row % len(pool)] for row in range(self.preferences)]
         return _labelled("preferences", self._compared(additions, random.Random(f"{self.seed}/preferences")))
 
     def heldout_preference_rows(self) -> list[LabelledRow]:
-        """The same on the held-out additions, one pair for each."""
+        """Pairs on the held-out additions, one each."""
         chance = random.Random(f"{self.seed}/heldout preferences")
         return _labelled("heldout_preferences", self._compared(self._heldout_additions(), chance))
 
     def feedback_rows(self) -> list[LabelledRow]:
-        """{'prompt', 'completion', 'label', 'answer'}: the pairs taken apart, in random order."""
+        """{'prompt', 'completion', 'label', 'answer'}: the pairs as single rows, shuffled."""
         rows = [
             {"prompt": row["prompt"], "completion": row[side], "label": side == "chosen", "answer": row["answer"]}
             for _, row in self.preference_rows()
@@ -151,7 +150,7 @@ class ColumnAddition:
         return direct_answer if chance.random() < self.preferred_direct_fraction else column_answer
 
     def _wrong_answer(self, terms: Addition, chance: random.Random) -> str:
-        """Malformed; or with a mistake in the final number; or in the columns, which the final number follows."""
+        """A malformed answer, a wrong final number, or wrong columns with the final number that they imply."""
         style = self._style(chance)
         if chance.random() < self.malformed_fraction:
             return malformed(style(*terms), chance)
@@ -170,7 +169,7 @@ def _labelled(kind: str, rows: Iterable[dict[str, Any]]) -> list[LabelledRow]:
 
 
 def write_tokenizer(folder: Path) -> None:
-    """A character tokenizer of 128 entries as a Hugging Face folder: tokenizer.json and tokenizer_config.json."""
+    """Write a character tokenizer with 128 entries in Hugging Face format: tokenizer.json and tokenizer_config.json."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
     special = (PAD, BOS, EOS, UNKNOWN)
@@ -197,14 +196,14 @@ def write_tokenizer(folder: Path) -> None:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Sizes of the small Qwen3 model: 657k parameters by default."""
+    """Sizes of the small Qwen3 model; the default has 657k parameters."""
 
     hidden: int = 128
     layers: int = 3
     heads: int = 2
     kv_heads: int = 2
     head_dim: int = 64
-    """At least 32: vLLM's attention on CPUs needs it."""
+    """At least 32, as vLLM's CPU attention requires."""
     ffn: int = 384
     """Width of the MLP."""
 
@@ -216,7 +215,7 @@ class ModelShape:
 
 
 def write_model(folder: Path, shape: ModelShape, seed: int) -> None:
-    """An untrained model with its tokenizer, float32, input and output embeddings tied, loadable by transformers."""
+    """Write an untrained model (float32, tied embeddings) with its tokenizer, loadable by transformers."""
     import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM
     from transformers.utils import logging
@@ -246,13 +245,13 @@ def write_model(folder: Path, shape: ModelShape, seed: int) -> None:
 
 
 def write_rows(path: Path, rows: Iterable[LabelledRow]) -> None:
-    """One JSON object a line."""
+    """Write rows as JSONL."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for _, row in rows))
 
 
 def write(out: Path, task: ColumnAddition, shape: ModelShape) -> list[str]:
-    """The model folder and the data files; returns their names."""
+    """Write the model folder and the data files; returns their names."""
     write_model(out / "model", shape, task.seed)
     files = {
         "demonstrations": task.demonstration_rows(),
@@ -269,20 +268,20 @@ def write(out: Path, task: ColumnAddition, shape: ModelShape) -> list[str]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """The command: one option for each field of the task and of the model's shape."""
+    """Command line: one option per field of `ColumnAddition` and `ModelShape`."""
     parser = argparse.ArgumentParser(prog="python -m aligner.data.column_addition", description=__doc__)
     parser.add_argument("--out", type=path_option, required=True, help="folder to write into")
     task, shape = ColumnAddition(), ModelShape()
     for name, default in {**vars(task), **vars(shape)}.items():
         option = f"--{name.replace('_', '-')}"
         parser.add_argument(option, type=type(default), default=default, help=f"default {default}")
-    given = vars(parser.parse_args(arguments))
+    options = vars(parser.parse_args(arguments))
     try:
-        task = ColumnAddition(**{name: given[name] for name in vars(task)})
-        shape = ModelShape(**{name: given[name] for name in vars(shape)})
+        task = ColumnAddition(**{name: options[name] for name in vars(task)})
+        shape = ModelShape(**{name: options[name] for name in vars(shape)})
     except ValueError as error:
         parser.error(str(error))
-    print(f"wrote {given['out']}/: {', '.join(write(given['out'], task, shape))}")
+    print(f"wrote {options['out']}/: {', '.join(write(options['out'], task, shape))}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Answers to additions, direct and in columns, right and wrong."""
+"""Right and wrong answers of the addition task, direct and in columns."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ def column_answer(left: int, right: int, slips: Mapping[int, int] | None = None)
     """137, 485 -> "7+5+0=12 3+8+1=12 1+4+1=06#622": each column with its carry, from the right.
 
     Args:
-        slips: column from the right -> what its total is mistaken by; the mistake is carried on, so with {1: -2} it is
+        slips: column from the right -> error added to its total, which propagates through the carry: {1: -2} gives
             "7+5+0=12 3+8+1=10 1+4+1=06#602". Every total must stay in 0..19.
     """
     columns, digits = [], ""
     carry = total = 0
     for place, (a, b) in enumerate(zip(reversed(str(left)), reversed(str(right)), strict=True)):
         total = int(a) + int(b) + carry + (slips or {}).get(place, 0)
-        assert 0 <= total <= 19, f"column {place} of {left}+{right} is mistaken to {total}"
+        assert 0 <= total <= 19, f"column {place} of {left}+{right} would be {total}"
         columns.append(f"{a}+{b}+{carry}={total:02d}")
         carry = total // 10
         digits = f"{total % 10}{digits}"
@@ -32,18 +32,17 @@ def column_answer(left: int, right: int, slips: Mapping[int, int] | None = None)
 
 
 def wrong_number(answer: str, digits: int, chance: random.Random) -> str:
-    """The answer with `digits` digits (fewer where there are fewer) of its final number replaced by others."""
+    """The answer with up to `digits` digits of its final number replaced by other digits."""
     work, _, number = answer.rpartition(MARKER)
     written = list(number)
     for place in chance.sample(range(len(written)), min(digits, len(written))):
-        lowest = 1 if place == 0 and len(written) > 1 else 0  # no number begins with 0: that would give it away
+        lowest = 1 if place == 0 and len(written) > 1 else 0  # a leading 0 would give the mistake away
         written[place] = str(chance.choice([d for d in range(lowest, 10) if d != int(written[place])]))
     return f"{work}{MARKER}{''.join(written)}"
 
 
 def wrong_columns(left: int, right: int, digits: int, chance: random.Random) -> str:
-    """Columns of which `digits` (fewer where there are fewer) are mistaken; the final number is what the columns say,
-    and wrong."""
+    """A column answer with up to `digits` wrong columns, and the (wrong) final number that they imply."""
     slips: dict[int, int] = {}
     carry = 0
     terms = list(zip(reversed(str(left)), reversed(str(right)), strict=True))
@@ -51,7 +50,7 @@ def wrong_columns(left: int, right: int, digits: int, chance: random.Random) -> 
     for place, (a, b) in enumerate(terms):
         total = int(a) + int(b) + carry
         if place in slipping:
-            # Another last digit, so that no later mistake can make up for this one.
+            # A different last digit, so that no later mistake can cancel this one.
             wrong = chance.choice([t for t in range(20) if t % 10 != total % 10])
             slips[place] = wrong - total
             total = wrong
@@ -60,6 +59,6 @@ def wrong_columns(left: int, right: int, digits: int, chance: random.Random) -> 
 
 
 def malformed(answer: str, chance: random.Random) -> str:
-    """The answer without its marker, or cut right after it: no number can be read."""
+    """The answer without its marker, or truncated right after it, so that no number can be parsed."""
     work, _, number = answer.rpartition(MARKER)
     return chance.choice([f"{work}{number}", f"{work}{MARKER}"])

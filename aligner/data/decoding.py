@@ -1,4 +1,4 @@
-"""Sampled token ids back into text."""
+"""Decode sampled token ids to text."""
 
 from __future__ import annotations
 
@@ -10,20 +10,19 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def text_of(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], keep_special_tokens: bool = False) -> str:
-    """The text of tokens that a model has drawn.
+def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], keep_special_tokens: bool = False) -> str:
+    """Decode sampled token ids.
 
-    A model may have more embeddings than its tokenizer has tokens (they are rounded up), and an untrained one draws
-    those too. They stand for no text and are left out, as tokenizers of the tokenizers library do; those written in
-    Python raise.
+    A model may have more embeddings than its tokenizer has tokens (the vocabulary is padded), and an untrained model
+    samples those too. They are skipped, as fast tokenizers do; slow (Python) tokenizers would raise.
     """
     if not getattr(tokenizer, "is_fast", True):
-        known = _known(tokenizer)
-        ids = [token for token in ids if token in known]
+        vocabulary = _vocabulary(tokenizer)
+        ids = [token for token in ids if token in vocabulary]
     text: Any = tokenizer.decode(ids, skip_special_tokens=not keep_special_tokens)
     return str(text)
 
 
 @lru_cache(maxsize=4)
-def _known(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+def _vocabulary(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     return frozenset(tokenizer.get_vocab().values())

@@ -1,4 +1,4 @@
-"""Demonstrations: answers to imitate, tokenized as the model would meet and produce them."""
+"""Tokenize demonstrations (SFT data)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from aligner.data.answers import Answered, Encoder, check_choices, fits
+from aligner.data.answers import Encoder, TokenizedAnswer, check_choices, fits
 from aligner.data.chat import Notes
 from aligner.data.jsonl import LabelledRow
 from aligner.data.tokenizer import checked_messages
@@ -25,26 +25,26 @@ def tokenize_demonstrations(
     train_on: str = "responses",
     template_kwargs: Mapping[str, Any] | None = None,
     notes: Notes | None = None,
-) -> tuple[list[Answered], int]:
+) -> tuple[list[TokenizedAnswer], int]:
     """Rows {'prompt', 'completion'}, {'query', 'response'} (texts or lists of messages) or {'messages'} ->
     (demonstrations, rows dropped).
 
     Args:
         max_tokens: longest demonstration allowed, in tokens (data.max_tokens).
-        too_long: "error", or "drop" to leave longer ones out and count them.
-        train_on: "responses", or "all" for every token but the first. An assistant's turn with "train": false or
-            "weight": 0 is only read under either.
-        template_kwargs: what the chat template is given for every row (data.chat_template_kwargs).
-        notes: gets what a reader should know of how the rows were tokenized.
+        too_long: "error", or "drop" to drop and count longer ones.
+        train_on: "responses", or "all" for every token but the first. An assistant turn with "train": false or
+            "weight": 0 is masked in both.
+        template_kwargs: variables of the chat template for all rows (data.chat_template_kwargs).
+        notes: counter of things to report about how rows were tokenized.
 
-    A conversation whose earlier turns the chat template rewrites gives several demonstrations (see `Encoder.turns`);
-    each is kept or dropped by itself.
+    A conversation whose earlier turns the chat template rewrites gives several demonstrations (see `Encoder.turns`),
+    which are kept or dropped independently.
 
     Raises:
-        ValueError: an unknown form, wrong types, an empty part, too long, or nothing left; the row's label is named.
+        ValueError: unknown form, wrong types, an empty part, too long, or nothing left; names the row.
     """
     check_choices(too_long, train_on)
-    demonstrations: list[Answered] = []
+    demonstrations: list[TokenizedAnswer] = []
     dropped = 0
     encoder = Encoder(tokenizer, train_on, template_kwargs, notes)
     for label, row in rows:
@@ -58,15 +58,15 @@ def tokenize_demonstrations(
     return demonstrations, dropped
 
 
-def _encode(row: dict[str, Any], label: str, encoder: Encoder) -> list[Answered]:
+def _encode(row: dict[str, Any], label: str, encoder: Encoder) -> list[TokenizedAnswer]:
     forms = [keys for keys in FORMS if all(key in row for key in keys)]
     if len(forms) + ("messages" in row) != 1:
-        wanted = "{'prompt', 'completion'}, {'query', 'response'} or {'messages'}"
-        raise ValueError(f"{label}: a demonstration is one of {wanted}; this row has {sorted(row)}.")
+        accepted = "{'prompt', 'completion'}, {'query', 'response'} or {'messages'}"
+        raise ValueError(f"{label}: a demonstration is one of {accepted}; this row has {sorted(row)}.")
     if forms:
         return encoder.answers(row, forms[0], label)
     messages = checked_messages(row["messages"], label)
     if messages[0]["role"] == "assistant" or messages[-1]["role"] != "assistant":
-        raise ValueError(f"{label}: 'messages' must begin with another's turn and end with an assistant's.")
+        raise ValueError(f"{label}: 'messages' must not begin with an assistant turn, and must end with one.")
     places = [f"messages[{turn}]" for turn in range(len(messages))]
     return encoder.turns(messages, places, 0, label, row)

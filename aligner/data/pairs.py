@@ -1,8 +1,7 @@
-"""What loops over preferences and feedback do to whole batches: read their fields, leave rows out, exchange answers.
+"""Batch operations for preference and feedback loops: read scores, labels and margins, rank pairs, mask rows.
 
-Rows 2i and 2i+1 are one pair; `preference_B` is +1 for the better row, -1 for the worse, 0 for both rows of a pair that
-is left out. Pure functions of rows: one that looks at a row's neighbours needs whole batches, or whole pairs, as it
-says.
+Rows 2i and 2i+1 are one pair; `preference_B` is +1 for the better row, -1 for the worse, 0 for both rows of a pair that is
+masked out. Pure functions of rows; those that look at other rows need complete pairs or the whole batch, as documented.
 """
 
 from __future__ import annotations
@@ -19,26 +18,26 @@ from aligner.data.samples import Samples, pad_rows
 
 
 def scores_of(samples: Samples, field: str = "score") -> Tensor:
-    """float32 [B]: each row's `field`; NaN where a row has none (or null).
+    """float32 [B]: each row's `field`; NaN if it is missing or null.
 
     Raises:
-        ValueError: a value that is no number.
+        ValueError: a value that is not a number.
     """
     return _column(samples, field, "a number", lambda value: type(value) in (int, float), math.nan)
 
 
 def labels_of(samples: Samples) -> Tensor:
-    """bool [B]: whether each row's answer is good.
+    """bool [B]: each row's 'label' (True: desirable).
 
     Raises:
-        ValueError: a row without a 'label' that is true or false.
+        ValueError: a row whose 'label' is not true or false.
     """
     return _column(samples, "label", "true or false", lambda value: isinstance(value, bool), None).bool()
 
 
 def margins_of(samples: Samples) -> Tensor:
-    """float32 [B], whole pairs: by how much the chosen answer is better, on both rows of its pair: the difference of
-    their 'score's, or else the row's own 'margin'.
+    """float32 [B]: the margin of each pair on both of its rows: the difference of their 'score's, else the row's 'margin'.
+    Needs complete pairs.
 
     Raises:
         ValueError: a pair with neither.
@@ -55,37 +54,37 @@ def margins_of(samples: Samples) -> Tensor:
     return margin_P.repeat_interleave(2)
 
 
-def ranked(reward_B: Tensor) -> Tensor:
-    """preference_B float32 [B], whole pairs of answers sampled for one prompt: +1 for the higher reward, -1 for the
-    lower, 0 for both where the rewards are equal or one is missing (NaN)."""
+def preferences_from_rewards(reward_B: Tensor) -> Tensor:
+    """preference_B, float32 [B], from rewards of two responses per prompt: +1 for the higher reward, -1 for the lower, 0 for
+    both if the rewards are equal or one is missing (NaN). Needs complete pairs."""
     assert reward_B.ndim == 1 and len(reward_B) % 2 == 0, f"reward_B must be pairs, got {tuple(reward_B.shape)}"
     reward_P2 = reward_B.view(-1, 2)
     sign_P = torch.sign(reward_P2[:, 0] - reward_P2[:, 1]).nan_to_num(0.0).float()
     return torch.stack([sign_P, -sign_P], dim=1).flatten()
 
 
-def leave_out_pairs(samples: Samples, preference_B: Tensor) -> Samples:
-    """Rows of preference 0 train nothing and do not count in the loss's denominators."""
-    kept_B = preference_B != 0
-    return samples if bool(kept_B.all()) else replace(samples, mask_BT=samples.mask_BT & kept_B[:, None])
+def mask_unranked_pairs(samples: Samples, preference_B: Tensor) -> Samples:
+    """Mask out rows of preference 0: they get no gradient and do not count in the loss's denominators."""
+    ranked_B = preference_B != 0
+    return samples if bool(ranked_B.all()) else replace(samples, mask_BT=samples.mask_BT & ranked_B[:, None])
 
 
 def mismatched(samples: Samples, max_tokens: int | None = None) -> Samples:
-    """Prompts with answers to other prompts: what KTO's reference point is estimated on (Ethayarajh et al. 2024, arXiv
-    2402.01306, section 4.1: prompt i with answer i + 1 of the same batch). Whole batches.
+    """Prompts with responses to other prompts, on which KTO's reference point is estimated (Ethayarajh et al. 2024, arXiv
+    2402.01306, section 4.1: prompt i with response i + 1 of the same batch). Needs the whole batch.
 
     Args:
-        max_tokens: answers are cut where prompt and answer would be longer (the model's positions); None: never.
+        max_tokens: truncate prompt + response to this length (the model's positions); None: never.
 
     Returns:
-        Rows of the same number and order: prompt, index and fields of row i; answer and mask of the next row with
-        another prompt (after the last row comes the first; where every prompt is the same, of row i + 1).
+        As many rows, in the same order: prompt, index and fields of row i; response and mask of the next row with another
+        prompt (cyclically; of row i + 1 if all prompts are equal).
 
     Raises:
         ValueError: fewer than two rows.
     """
     if samples.rows < 2:
-        raise ValueError("an answer to another prompt needs two rows in a batch; use data.prompts_per_step=2 or more.")
+        raise ValueError("a response to another prompt needs two rows in a batch; use data.prompts_per_step=2 or more.")
     rows = range(samples.rows)
     prompts = [samples.tokens_BT[b, : samples.prompt_len_B[b]].tolist() for b in rows]
     answers = [samples.response_tokens(b) for b in rows]
@@ -106,12 +105,12 @@ def mismatched(samples: Samples, max_tokens: int | None = None) -> Samples:
     )
 
 
-def _column(samples: Samples, field: str, wanted: str, fits: Callable[[Any], bool], missing: float | None) -> Tensor:
-    """float32 [B]: `field` of every row; `missing` where it is absent or null."""
+def _column(samples: Samples, field: str, expected: str, fits: Callable[[Any], bool], missing: float | None) -> Tensor:
+    """float32 [B]: `field` of every row; `missing` if it is absent or null."""
     values = [row.get(field) for row in samples.fields]
     for row, value in zip(samples.fields, values, strict=True):
         if not (fits(value) or (value is None and missing is not None)):
             raise ValueError(
-                f"{field!r} must be {wanted} in every row of data.path, not {value!r}; a row has {sorted(row)}."
+                f"{field!r} must be {expected} in every row of data.path, not {value!r}; a row has {sorted(row)}."
             )
     return torch.tensor([missing if value is None else float(value) for value in values], dtype=torch.float32)

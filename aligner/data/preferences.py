@@ -1,4 +1,4 @@
-"""Preferences: two answers to one prompt, one better than the other; and feedback: one answer, good or bad."""
+"""Tokenize preference data (chosen and rejected answers) and feedback data (single answers labelled good or bad)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from aligner.data.answers import Answered, Encoder, check_choices, fits
+from aligner.data.answers import Encoder, TokenizedAnswer, check_choices, fits
 from aligner.data.chat import Notes
 from aligner.data.jsonl import LabelledRow
 from aligner.data.tokenizer import checked_messages
@@ -20,15 +20,15 @@ PAIR_FORMS = "{'prompt', 'chosen', 'rejected'} or {'query', 'response': [...], '
 FEEDBACK_FORMS = "{'prompt', 'completion', 'label'} or {'prompt', 'chosen', 'rejected'}"
 SCORES = {"chosen": "score_chosen", "rejected": "score_rejected"}
 LeftOut = Counter[str]
-"""Why pairs or rows were left out -> how many."""
+"""Reason why pairs or rows were left out -> number."""
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Two answers to one prompt; both have the pair's index."""
+    """The chosen and the rejected answer to one prompt; both have the pair's index."""
 
-    chosen: Answered
-    rejected: Answered
+    chosen: TokenizedAnswer
+    rejected: TokenizedAnswer
 
 
 def tokenize_preferences(
@@ -39,22 +39,21 @@ def tokenize_preferences(
     template_kwargs: Mapping[str, Any] | None = None,
     notes: Notes | None = None,
 ) -> tuple[list[Pair], LeftOut]:
-    """Preference rows -> (pairs, what was left out).
+    """Preference rows -> (pairs, counts of what was left out).
 
-    A row is {'prompt', 'chosen', 'rejected'} of texts; the same of lists of messages; {'chosen', 'rejected'}, two whole
-    conversations that part at an assistant's turn; or {'query', 'response', 'score'} with lists of answers and of their
-    scores, which gives every pair of unequal scores (pairs of equal ones are counted as "equal scores"). Where scores
-    are known ('score', or 'score_chosen' and 'score_rejected'), each answer's fields hold its own as 'score'.
+    A row is {'prompt', 'chosen', 'rejected'} with texts or lists of messages; {'chosen', 'rejected'} with two whole
+    conversations that diverge at an assistant turn; or {'query', 'response', 'score'} with lists of answers and scores,
+    which gives all pairs of unequal scores (pairs of equal ones are counted as "equal scores"). If scores are known
+    ('score', or 'score_chosen' and 'score_rejected'), each answer's fields have its own as 'score'.
 
     Args:
-        max_tokens: longest prompt with answer allowed, in tokens (data.max_tokens).
-        too_long: "error", or "drop" to leave pairs with a longer one out and count them as "too long".
-        template_kwargs: what the chat template is given for every row (data.chat_template_kwargs).
-        notes: gets what a reader should know of how the rows were tokenized.
+        max_tokens: longest prompt plus answer allowed, in tokens (data.max_tokens).
+        too_long: "error", or "drop" to drop pairs with a longer side and count them as "too long".
+        template_kwargs: variables of the chat template for all rows (data.chat_template_kwargs).
+        notes: counter of things to report about how rows were tokenized.
 
     Raises:
-        ValueError: an unknown form, wrong types, an empty part, equal answers, too long, or no pair left; the row's
-            label is named.
+        ValueError: unknown form, wrong types, an empty part, equal answers, too long, or no pair left; names the row.
     """
     check_choices(too_long)
     encoder = Encoder(tokenizer, template_kwargs=template_kwargs, notes=notes)
@@ -62,11 +61,11 @@ def tokenize_preferences(
     left_out: LeftOut = Counter()
     for label, row in rows:
         if _is_scored(row, label, PAIR_FORMS):
-            found, ties = _scored_pairs(row, label, encoder)
+            row_pairs, ties = _scored_pairs(row, label, encoder)
             left_out["equal scores"] += ties
         else:
-            found = [_two_answers(row, label, encoder)]
-        for sides in found:
+            row_pairs = [_two_answers(row, label, encoder)]
+        for sides in row_pairs:
             if sides[0].tokens == sides[1].tokens:
                 raise ValueError(
                     f"{label}: chosen and rejected are the same {len(sides[0].tokens)} tokens; drop the row."
@@ -77,7 +76,9 @@ def tokenize_preferences(
             else:
                 left_out["too long"] += 1
     if not pairs:
-        raise ValueError(f"no pair is left ({told(left_out)}); raise data.max_tokens={max_tokens}, or give other rows.")
+        raise ValueError(
+            f"no pair is left ({left_out_text(left_out)}); raise data.max_tokens={max_tokens}, or give other rows."
+        )
     return pairs, left_out
 
 
@@ -88,19 +89,21 @@ def tokenize_feedback(
     too_long: str = "error",
     template_kwargs: Mapping[str, Any] | None = None,
     notes: Notes | None = None,
-) -> tuple[list[Answered], LeftOut]:
-    """Rows {'prompt', 'completion', 'label': true or false} of texts or lists of messages, or preference rows (one good
-    and one bad answer each) -> (answers with 'label' in their fields, what was left out).
+) -> tuple[list[TokenizedAnswer], LeftOut]:
+    """Feedback rows -> (answers with 'label' in their fields, counts of what was left out).
+
+    A row is {'prompt', 'completion', 'label': true or false} with texts or lists of messages, or a preference row (one
+    good and one bad answer).
 
     Args:
         max_tokens, too_long, template_kwargs, notes: as for `tokenize_preferences`; each answer counts by itself.
 
     Raises:
-        ValueError: as for `tokenize_preferences`; also for scores, which do not say where good begins.
+        ValueError: as for `tokenize_preferences`; also for rows with scores, which define no threshold for "good".
     """
     check_choices(too_long)
     encoder = Encoder(tokenizer, template_kwargs=template_kwargs, notes=notes)
-    answers: list[Answered] = []
+    answers: list[TokenizedAnswer] = []
     left_out: LeftOut = Counter()
     for label, row in rows:
         for answered in _labelled(row, label, encoder):
@@ -109,11 +112,11 @@ def tokenize_feedback(
             else:
                 left_out["too long"] += 1
     if not answers:
-        raise ValueError(f"no answer is left ({told(left_out)}); raise data.max_tokens={max_tokens}.")
+        raise ValueError(f"no answer is left ({left_out_text(left_out)}); raise data.max_tokens={max_tokens}.")
     return answers, left_out
 
 
-def _labelled(row: dict[str, Any], label: str, encoder: Encoder) -> list[Answered]:
+def _labelled(row: dict[str, Any], label: str, encoder: Encoder) -> list[TokenizedAnswer]:
     is_feedback = "completion" in row or "label" in row
     if is_feedback and "prompt" in row and "completion" in row and "chosen" not in row:
         if not isinstance(row.get("label"), bool):
@@ -126,10 +129,10 @@ def _labelled(row: dict[str, Any], label: str, encoder: Encoder) -> list[Answere
 
 
 def _is_scored(row: dict[str, Any], label: str, forms: str) -> bool:
-    """Whether the row has scored answers; False for one with a chosen and a rejected answer.
+    """Whether the row is of the form {'query', 'response', 'score'} rather than {'chosen', 'rejected'}.
 
     Raises:
-        ValueError: it has neither, or both.
+        ValueError: it is neither, or both.
     """
     scored = all(key in row for key in ("query", "response", "score"))
     compared = all(key in row for key in ("chosen", "rejected"))
@@ -138,11 +141,11 @@ def _is_scored(row: dict[str, Any], label: str, forms: str) -> bool:
     return scored
 
 
-def _two_answers(row: dict[str, Any], label: str, encoder: Encoder) -> tuple[Answered, Answered]:
+def _two_answers(row: dict[str, Any], label: str, encoder: Encoder) -> tuple[TokenizedAnswer, TokenizedAnswer]:
     """The chosen and the rejected answer."""
     parts = _whole_conversations(row, label) if _has_whole_conversations(row) else row
     if "prompt" not in parts:
-        raise ValueError(f"{label}: 'prompt' may only be left out where 'chosen' and 'rejected' are lists of messages.")
+        raise ValueError(f"{label}: 'prompt' may only be omitted if 'chosen' and 'rejected' are lists of messages.")
     scores = _side_scores(row, label)
     sides = []
     for key in SCORES:
@@ -152,12 +155,13 @@ def _two_answers(row: dict[str, Any], label: str, encoder: Encoder) -> tuple[Ans
 
 
 def _has_whole_conversations(row: dict[str, Any]) -> bool:
-    """Two lists of messages with no list of messages to follow (some data sets repeat the question as text)."""
+    """Whether 'chosen' and 'rejected' are whole conversations: lists of messages, and 'prompt' is not one (some data sets
+    repeat the question in it as text)."""
     return all(isinstance(row[key], list) for key in SCORES) and not isinstance(row.get("prompt"), list)
 
 
 def _whole_conversations(row: dict[str, Any], label: str) -> dict[str, Any]:
-    """Two whole conversations -> their common beginning as 'prompt', and what follows it."""
+    """Split two whole conversations into their common prefix ('prompt') and the rest."""
     chosen, rejected = (checked_messages(row[key], label, key) for key in SCORES)
     common = 0
     while common < min(len(chosen), len(rejected)) and chosen[common] == rejected[common]:
@@ -165,27 +169,29 @@ def _whole_conversations(row: dict[str, Any], label: str) -> dict[str, Any]:
     rest = [side[common : common + 1] for side in (chosen, rejected)]
     if common == 0 or not all(turn and turn[0]["role"] == "assistant" for turn in rest):
         raise ValueError(
-            f"{label}: 'chosen' and 'rejected' without a 'prompt' must be conversations with a common beginning that "
-            f"part at an assistant's turn; these part at message {common}. Give the common messages as 'prompt'."
+            f"{label}: 'chosen' and 'rejected' without a 'prompt' must be conversations with a common prefix that "
+            f"diverge at an assistant turn; these diverge at message {common}. Give the common messages as 'prompt'."
         )
     return {**row, "prompt": chosen[:common], "chosen": chosen[common:], "rejected": rejected[common:]}
 
 
 def _side_scores(row: dict[str, Any], label: str) -> dict[str, float]:
-    """{'chosen': ..., 'rejected': ...} where the row has 'score_chosen' and 'score_rejected'."""
+    """{'chosen': ..., 'rejected': ...} if the row has 'score_chosen' and 'score_rejected', else {}."""
     if not all(key in row for key in SCORES.values()):
         return {}
     scores = {side: _number(row[key], f"{label}: {key!r}") for side, key in SCORES.items()}
     if scores["chosen"] < scores["rejected"]:
         raise ValueError(
-            f"{label}: 'score_chosen' {scores['chosen']} is below 'score_rejected' {scores['rejected']}; exchange the "
-            "two answers, or leave the scores out."
+            f"{label}: 'score_chosen' {scores['chosen']} is below 'score_rejected' {scores['rejected']}; swap the "
+            "two answers, or remove the scores."
         )
     return scores
 
 
-def _scored_pairs(row: dict[str, Any], label: str, encoder: Encoder) -> tuple[list[tuple[Answered, Answered]], int]:
-    """(every pair with the higher score first, in the row's order; pairs of equal scores)."""
+def _scored_pairs(
+    row: dict[str, Any], label: str, encoder: Encoder
+) -> tuple[list[tuple[TokenizedAnswer, TokenizedAnswer]], int]:
+    """(all pairs with the higher score first, in the row's order; number of pairs with equal scores)."""
     responses, scores = row["response"], row["score"]
     if not isinstance(responses, list) or not isinstance(scores, list) or not len(responses) == len(scores) >= 2:
         raise ValueError(f"{label}: 'response' and 'score' must be lists of one length, 2 or more.")
@@ -193,19 +199,19 @@ def _scored_pairs(row: dict[str, Any], label: str, encoder: Encoder) -> tuple[li
     for place, (response, score) in enumerate(zip(responses, scores, strict=True)):
         answered = encoder.answer({**row, f"response[{place}]": response}, ("query", f"response[{place}]"), label)
         answers.append(replace(answered, fields={**row, "score": _number(score, f"{label}: score[{place}]")}))
-    found = [(a, b) for a in answers for b in answers if a.fields["score"] > b.fields["score"]]
-    return found, len(answers) * (len(answers) - 1) // 2 - len(found)
+    pairs = [(a, b) for a in answers for b in answers if a.fields["score"] > b.fields["score"]]
+    return pairs, len(answers) * (len(answers) - 1) // 2 - len(pairs)
 
 
 def _number(value: Any, what: str) -> float:
     try:
         if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
             return float(value)
-    except OverflowError:  # a whole number beyond what a float holds
+    except OverflowError:  # an integer beyond the range of floats
         value = math.inf
     raise ValueError(f"{what} must be a finite number, not {value!r}.")
 
 
-def told(left_out: LeftOut) -> str:
-    """Each reason, and how many were left out for it."""
+def left_out_text(left_out: LeftOut) -> str:
+    """Each reason with its number, for messages."""
     return ", ".join(f"{reason}: {count}" for reason, count in left_out.items() if count) or "no rows"

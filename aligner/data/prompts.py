@@ -1,4 +1,4 @@
-"""Prompts: what the rollout is asked, tokenized once."""
+"""Tokenize prompts for generation."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Prompt:
-    """One prompt, as tokens for the rollout and as text for rewards and readers."""
+    """One prompt, as token ids for the rollout and as text for rewards and reports."""
 
     tokens: tuple[int, ...]
     """Token ids, special tokens included."""
     text: str
-    """The row's 'prompt', or its 'messages' as the chat template writes them."""
+    """The row's 'prompt', or its 'messages' as rendered by the chat template."""
     fields: dict[str, Any]
-    """The whole JSON row (answer, ...)."""
+    """The JSON row (answer, ...)."""
     index: int
-    """Position among the prompts that were kept, from 0."""
+    """Position among the prompts that were kept, from 0; the row's prompt_index in `Samples`."""
 
 
 def tokenize_prompts(
@@ -37,7 +37,7 @@ def tokenize_prompts(
     template_kwargs: Mapping[str, Any] | None = None,
     notes: Notes | None = None,
 ) -> list[Prompt]:
-    """`prompts_that_fit`, where every prompt must."""
+    """As `prompts_that_fit` with too_long="error": raises ValueError for a prompt that is too long."""
     return prompts_that_fit(rows, tokenizer, max_tokens, "error", setting, template_kwargs, notes)[0]
 
 
@@ -50,17 +50,17 @@ def prompts_that_fit(
     template_kwargs: Mapping[str, Any] | None = None,
     notes: Notes | None = None,
 ) -> tuple[list[Prompt], int]:
-    """Rows with 'prompt' (text) or 'messages' (a conversation that awaits an answer) -> (prompts, rows dropped).
+    """Rows with 'prompt' (text) or 'messages' (not ending with an assistant turn) -> (prompts, number of rows dropped).
 
     Args:
         max_tokens: longest prompt allowed, in tokens.
-        too_long: "error", or "drop" to leave longer ones out and count them.
-        setting: the configuration field that holds `max_tokens`, for the errors.
-        template_kwargs: what the chat template is given for every row (data.chat_template_kwargs).
-        notes: gets what a reader should know of how the rows were tokenized.
+        too_long: "error", or "drop" to drop and count longer ones.
+        setting: the setting that holds `max_tokens`, for errors.
+        template_kwargs: variables of the chat template for all rows (data.chat_template_kwargs).
+        notes: counter of things to report about how rows were tokenized.
 
     Raises:
-        ValueError: neither or both keys, wrong type, empty, too long, or nothing left; the row's label is named.
+        ValueError: neither or both keys, wrong type, empty, too long, or nothing left; names the row.
     """
     check_choices(too_long)
     prompts: list[Prompt] = []
@@ -75,7 +75,7 @@ def prompts_that_fit(
         if too_long != "drop":
             raise ValueError(
                 f"{label}: the prompt has {len(tokens)} tokens, more than {setting}={max_tokens}; "
-                f"raise it to {len(tokens)} or more, shorten the prompt, or leave such rows out: data.too_long=drop."
+                f"raise it to {len(tokens)} or more, shorten the prompt, or drop such rows: data.too_long=drop."
             )
         dropped += 1
     if dropped and not prompts:
@@ -95,12 +95,12 @@ def _encode(
     if "messages" in row:
         messages = checked_messages(row["messages"], label)
         if messages[-1]["role"] == "assistant":
-            raise ValueError(f"{label}: 'messages' ends with an assistant's turn; a prompt must leave it to the model.")
+            raise ValueError(f"{label}: 'messages' ends with an assistant turn; remove it, the model generates it.")
         options = template_options(row, label, template_kwargs)
         places = [f"messages[{turn}]" for turn in range(len(messages))]
         conversation = conversation_of(messages, places, options, label, tokenizer, awaits=True, notes=notes)
         text = conversation.text(len(messages), awaits=True)
-        return text, encode_plain(tokenizer, text)  # the template has written the begin token, if there is one
+        return text, encode_plain(tokenizer, text)  # the template has already added the begin token, if there is one
     text = row["prompt"]
     if not isinstance(text, str):
         raise ValueError(f"{label}: 'prompt' must be text, not {type(text).__name__} (conversations: 'messages').")

@@ -1,4 +1,4 @@
-"""What a job trains and is evaluated on, read from its files or its generated task and tokenized."""
+"""Read and tokenize a job's training and evaluation data, from files or a generated task."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from aligner.data.answers import Answered
+from aligner.data.answers import TokenizedAnswer
 from aligner.data.chat import Notes, check_template_kwargs
 from aligner.data.config import DataConfig
 from aligner.data.demonstrations import tokenize_demonstrations
@@ -24,7 +24,7 @@ METHODS = {
     "preferences": "preference_rows",
     "feedback": "feedback_rows",
 }
-"""data.kind -> the method of a generated task that gives its rows."""
+"""data.kind -> method of a generated task that returns its training rows."""
 HELDOUT_METHODS = {
     "prompts": "heldout_rows",
     "demonstrations": "heldout_demonstration_rows",
@@ -33,50 +33,50 @@ HELDOUT_METHODS = {
 }
 
 ANSWER_FIELDS = ("chosen", "rejected", "response", "score", "score_chosen", "score_rejected", "margin")
-"""Keys of a preference row that tell of its answers."""
+"""Keys of a preference row that belong to its answers, not to its prompt."""
 
 
 @dataclass(frozen=True)
 class DataSets:
-    """All rows of a job, in the order of their source."""
+    """The tokenized rows of a job, in file order."""
 
-    training: Sequence[Prompt] | Sequence[Answered] | Sequence[Pair]
-    """Prompts; answers (of demonstrations or feedback); pairs."""
+    training: Sequence[Prompt] | Sequence[TokenizedAnswer] | Sequence[Pair]
+    """Prompts, answers (demonstrations or feedback), or pairs, by data.kind."""
     heldout: list[Prompt] = field(default_factory=list)
-    """Prompts to answer in evaluations; for preferences and feedback those of `heldout_pairs`, each once."""
+    """Evaluation prompts to generate from; for preferences and feedback the distinct prompts of `heldout_pairs`."""
     heldout_pairs: list[Pair] = field(default_factory=list)
-    """Pairs to evaluate on (data.kind=preferences or feedback)."""
-    heldout_answers: list[Answered] = field(default_factory=list)
-    """Demonstrations to evaluate on (data.kind=demonstrations)."""
+    """Evaluation pairs (data.kind=preferences or feedback)."""
+    heldout_answers: list[TokenizedAnswer] = field(default_factory=list)
+    """Evaluation demonstrations (data.kind=demonstrations)."""
     left_out: LeftOut = field(default_factory=Counter)
-    """Why training rows (or pairs) were left out -> how many."""
+    """Reason why training rows (or pairs) were left out -> number."""
     heldout_left_out: LeftOut = field(default_factory=Counter)
-    """The same of what is evaluated on."""
+    """The same for the evaluation rows."""
     notes: Notes = field(default_factory=Counter)
-    """What else a reader should know of how the training rows were tokenized -> how many."""
+    """Remark on how training rows were tokenized -> number."""
 
     def metrics(self) -> dict[str, float]:
-        """How many rows were left out, where some were: logged once, with the first step."""
+        """Numbers of rows left out, if any; logged once, with the first step."""
         counts = {"data/left_out": self.left_out, "data/heldout_left_out": self.heldout_left_out}
-        return {name: float(found.total()) for name, found in counts.items() if found.total()}
+        return {name: float(reasons.total()) for name, reasons in counts.items() if reasons.total()}
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest prompt with its answer; 0 where there are none."""
+        """Tokens of the longest prompt plus answer; 0 if there are no answers."""
         pairs = [row for row in (*self.training, *self.heldout_pairs) if isinstance(row, Pair)]
-        answers = [row for row in (*self.training, *self.heldout_answers) if isinstance(row, Answered)]
+        answers = [row for row in (*self.training, *self.heldout_answers) if isinstance(row, TokenizedAnswer)]
         answers += [side for pair in pairs for side in (pair.chosen, pair.rejected)]
         return max((len(answered.tokens) for answered in answers), default=0)
 
 
 def read_sets(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> DataSets:
-    """Everything that `data` names.
+    """Read and tokenize all rows that `data` configures.
 
     Raises:
-        ValueError: a missing setting, a file or a row that cannot be used, or fewer rows than one step takes.
+        ValueError: a missing setting, an unusable file or row, or fewer rows than one batch.
     """
     if data.task is None and not data.path:
-        raise ValueError("data.path has no value; give a JSONL file, or choose a generated task: data=column_addition.")
+        raise ValueError("data.path is not set; give a JSONL file, or choose a generated task: data=column_addition.")
     check_template_kwargs(tokenizer, data.chat_template_kwargs)
     source = _task_rows(data, METHODS) if data.task else rows(data.path or "")
     sets = _training(data, source, tokenizer)
@@ -88,51 +88,53 @@ def read_sets(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> DataSets:
         )
     if not (data.task or data.eval_path):
         return sets
-    held = _task_rows(data, HELDOUT_METHODS) if data.task else rows(data.eval_path or "", "data.eval_path")
-    more = data.chat_template_kwargs
+    heldout_rows = _task_rows(data, HELDOUT_METHODS) if data.task else rows(data.eval_path or "", "data.eval_path")
+    template_kwargs = data.chat_template_kwargs
     if data.kind == "prompts":
         prompts, dropped = prompts_that_fit(
-            held, tokenizer, data.max_prompt_tokens, data.too_long, template_kwargs=more
+            heldout_rows, tokenizer, data.max_prompt_tokens, data.too_long, template_kwargs=template_kwargs
         )
         return replace(sets, heldout=prompts[: data.eval_prompts], heldout_left_out=_too_long(dropped))
     if data.kind == "demonstrations":
-        answers, dropped = tokenize_demonstrations(held, tokenizer, data.max_tokens, data.too_long, data.train_on, more)
+        answers, dropped = tokenize_demonstrations(
+            heldout_rows, tokenizer, data.max_tokens, data.too_long, data.train_on, template_kwargs
+        )
         return replace(sets, heldout_answers=answers[: data.eval_prompts], heldout_left_out=_too_long(dropped))
-    pairs, left_out = tokenize_preferences(held, tokenizer, data.max_tokens, data.too_long, more)
+    pairs, left_out = tokenize_preferences(heldout_rows, tokenizer, data.max_tokens, data.too_long, template_kwargs)
     pairs = pairs[: data.eval_prompts]
     return replace(sets, heldout=prompts_of(pairs, tokenizer), heldout_pairs=pairs, heldout_left_out=left_out)
 
 
 def prompts_of(pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
-    """The different prompts of pairs, in their order; their fields are the row's without the answers."""
-    found: dict[tuple[int, ...], Prompt] = {}
+    """The distinct prompts of pairs, in order; their fields are the row's without ANSWER_FIELDS."""
+    prompts: dict[tuple[int, ...], Prompt] = {}
     for pair in pairs:
         answered = pair.chosen
         tokens = answered.asked or answered.tokens[: answered.prompt_len]
-        if tokens not in found:
+        if tokens not in prompts:
             row = answered.fields
             written = row.get("prompt", row.get("query"))
             is_text = isinstance(written, str) and not isinstance(row.get("chosen"), list)
             text = str(written if is_text else tokenizer.decode(tokens))
             fields = {name: value for name, value in row.items() if name not in ANSWER_FIELDS}
-            found[tokens] = Prompt(tokens, text, fields, len(found))
-    return list(found.values())
+            prompts[tokens] = Prompt(tokens, text, fields, len(prompts))
+    return list(prompts.values())
 
 
 def _training(data: DataConfig, source: Iterable[LabelledRow], tokenizer: PreTrainedTokenizerBase) -> DataSets:
     notes: Notes = Counter()
-    more: dict[str, Any] = {"template_kwargs": data.chat_template_kwargs, "notes": notes}
+    options: dict[str, Any] = {"template_kwargs": data.chat_template_kwargs, "notes": notes}
     if data.kind == "prompts":
-        prompts, dropped = prompts_that_fit(source, tokenizer, data.max_prompt_tokens, data.too_long, **more)
+        prompts, dropped = prompts_that_fit(source, tokenizer, data.max_prompt_tokens, data.too_long, **options)
         return DataSets(prompts, left_out=_too_long(dropped), notes=notes)
     if data.kind == "demonstrations":
-        kept, dropped = tokenize_demonstrations(
-            source, tokenizer, data.max_tokens, data.too_long, data.train_on, **more
+        demonstrations, dropped = tokenize_demonstrations(
+            source, tokenizer, data.max_tokens, data.too_long, data.train_on, **options
         )
-        return DataSets(kept, left_out=_too_long(dropped), notes=notes)
+        return DataSets(demonstrations, left_out=_too_long(dropped), notes=notes)
     tokenize = tokenize_preferences if data.kind == "preferences" else tokenize_feedback
-    found, left_out = tokenize(source, tokenizer, data.max_tokens, data.too_long, **more)
-    return DataSets(found, left_out=left_out, notes=notes)
+    examples, left_out = tokenize(source, tokenizer, data.max_tokens, data.too_long, **options)
+    return DataSets(examples, left_out=left_out, notes=notes)
 
 
 def _too_long(dropped: int) -> LeftOut:
@@ -142,10 +144,10 @@ def _too_long(dropped: int) -> LeftOut:
 def _task_rows(data: DataConfig, methods: dict[str, str]) -> Iterable[LabelledRow]:
     method = getattr(data.task, methods[data.kind], None)
     if method is None:
-        able = [kind for kind, name in methods.items() if hasattr(data.task, name)]
+        available = [kind for kind, name in methods.items() if hasattr(data.task, name)]
         raise ValueError(
             f"data.kind={data.kind} needs data.task to have {methods[data.kind]}(), and {type(data.task).__name__} has "
-            f"none; use data.kind={' or '.join(able) or '...'} or data.path."
+            f"none; use data.kind={' or '.join(available) or '...'} or data.path."
         )
-    found: Iterable[LabelledRow] = method()
-    return found
+    task_rows: Iterable[LabelledRow] = method()
+    return task_rows

@@ -1,4 +1,4 @@
-"""Load a model folder's tokenizer, and turn text and conversations into token ids one way everywhere."""
+"""Load a model folder's tokenizer; the one place that turns text and conversations into token ids."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ if TYPE_CHECKING:  # transformers takes seconds to import; checking a configurat
 
 VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 ANCHORS = ("\n", ".", ":", "a", "\u0378")
-"""Texts before a continuation, the first that stays apart from it is taken; the last is no letter of any language."""
+"""Prefixes for tokenizing a continuation; the first whose tokens do not merge with it is used. The last is an unassigned
+code point."""
 ROLES_HINT = 'a list such as [{"role": "user", "content": "..."}]'
 
 Message = dict[str, Any]
@@ -22,8 +23,8 @@ def load_tokenizer(path: str | Path, setting: str = "model.path") -> PreTrainedT
     """The tokenizer in a local model folder.
 
     Raises:
-        ValueError: no folder, no tokenizer files, unreadable ones, no pad or end token, or more ids than the model has
-            embeddings. The message says what to set in which file.
+        ValueError: no folder, no or unreadable tokenizer files, no pad or end token, or more ids than the model has
+            embeddings; the message names the file and the key to set.
     """
     folder = Path(path)
     if not folder.is_dir():
@@ -57,17 +58,17 @@ def _check(tokenizer: PreTrainedTokenizerBase, folder: Path, setting: str) -> No
     if isinstance(vocab_size, int) and largest >= vocab_size:
         raise ValueError(
             f"{setting}={folder}: the tokenizer has token ids up to {largest}, but vocab_size in {config} is "
-            f"{vocab_size}; use the tokenizer that the model was trained with, and for pad and end tokens "
-            "such as its vocabulary has (others are added at its end)."
+            f"{vocab_size}; use the tokenizer that the model was trained with, and pad and end tokens from "
+            "its vocabulary (others are added at its end)."
         )
 
 
 def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Ids of the start of a sequence that goes on: with the special tokens that the tokenizer puts before a text (never
-    a second time, where the text has them written), without those that it puts after one (an end token)."""
+    """Ids of a text at the start of a sequence: with the special tokens that the tokenizer prepends (not twice, if the text
+    already has them), without those that it appends (an end token)."""
     if tokenizer.is_fast:
-        found = tokenizer(text, return_special_tokens_mask=True, return_attention_mask=False)
-        ids, added = list(found["input_ids"]), list(found["special_tokens_mask"])
+        encoding = tokenizer(text, return_special_tokens_mask=True, return_attention_mask=False)
+        ids, added = list(encoding["input_ids"]), list(encoding["special_tokens_mask"])
         begin, end = 0, len(ids)
         while begin < end and added[begin]:
             begin += 1
@@ -82,13 +83,13 @@ def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 
 def encode_plain(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Ids of a text that has all its special tokens written, such as a conversation by its chat template."""
+    """Ids of a text that already has its special tokens, such as a rendered conversation."""
     return list(tokenizer.encode(text, add_special_tokens=False))
 
 
 def encode_continuation(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Ids of text that follows other tokens: nothing is added, neither special tokens nor the space that SentencePiece
-    and its kin put before the first word of a text."""
+    """Ids of text that follows other tokens: no special tokens, and no prefix space as SentencePiece tokenizers add before
+    the first word."""
     for anchor in ANCHORS:
         before, whole = encode_plain(tokenizer, anchor), encode_plain(tokenizer, anchor + text)
         if whole[: len(before)] == before:
@@ -97,11 +98,11 @@ def encode_continuation(tokenizer: PreTrainedTokenizerBase, text: str) -> list[i
 
 
 def encode_answered(tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str) -> tuple[list[int], list[int]]:
-    """(ids of the prompt as a rollout has them, ids of the answer that follows): those of the two as one text, but no
-    token reaches across the border, for in generation the prompt stands alone."""
-    read, whole = encode_text(tokenizer, prompt), encode_text(tokenizer, prompt + answer)
-    clean = whole[: len(read)] == read and len(whole) > len(read)
-    return read, whole[len(read) :] if clean else encode_continuation(tokenizer, answer)
+    """(prompt ids as in generation, answer ids): those of prompt + answer tokenized as one text, except that no token spans
+    the boundary, because in generation the prompt is tokenized alone."""
+    prompt_ids, whole = encode_text(tokenizer, prompt), encode_text(tokenizer, prompt + answer)
+    clean = whole[: len(prompt_ids)] == prompt_ids and len(whole) > len(prompt_ids)
+    return prompt_ids, whole[len(prompt_ids) :] if clean else encode_continuation(tokenizer, answer)
 
 
 def render_chat(
@@ -111,13 +112,14 @@ def render_chat(
     add_generation_prompt: bool,
     options: Mapping[str, Any] | None = None,
 ) -> str:
-    """The conversation as the model's chat template writes it, special tokens included.
+    """Render a conversation with the model's chat template, including special tokens.
 
     Args:
-        options: what else the template is given, such as tools.
+        label: the row's file and line, for errors.
+        options: further variables of the template, such as tools.
 
     Raises:
-        ValueError: the tokenizer has no template, or the template refuses the messages.
+        ValueError: the tokenizer has no template, or the template raises for these messages.
     """
     if not tokenizer.chat_template:
         raise ValueError(
@@ -129,17 +131,17 @@ def render_chat(
             list(messages), tokenize=False, add_generation_prompt=add_generation_prompt, **(options or {})
         )
     except Exception as error:  # templates raise whatever they like through jinja
-        raise ValueError(f"{label}: the chat template refuses these messages: {error}") from error
+        raise ValueError(f"{label}: the chat template rejects these messages: {error}") from error
     assert isinstance(text, str)
     return text
 
 
 def checked_messages(value: Any, label: str, key: str = "messages") -> list[Message]:
-    """`value`, which stands in the row under `key`, as a list of {'role': str, 'content': text or text parts}; a turn
-    with 'tool_calls' may have no content.
+    """`value` (the row's `key`) as a list of messages {'role': str, 'content': text or list of text parts}; a turn with
+    'tool_calls' may have no content.
 
     Raises:
-        ValueError: it is something else; `label` and the message's place are named.
+        ValueError: it is something else; names the row and the message.
     """
     if not isinstance(value, list) or not value:
         raise ValueError(f"{label}: {key!r} must be {ROLES_HINT}, not {shortened(value)}.")
@@ -158,7 +160,7 @@ def checked_messages(value: Any, label: str, key: str = "messages") -> list[Mess
 
 def _refuse_message(message: Any, place: str) -> NoReturn:
     raise ValueError(
-        f"{place} must have the texts 'role' and 'content' (or a list of text parts, or 'tool_calls'), but is "
+        f"{place} must have 'role' and 'content' as texts (or a list of text parts, or 'tool_calls'), but is "
         f"{shortened(message)}."
     )
 
@@ -168,12 +170,12 @@ def _check_parts(parts: list[Any], place: str) -> None:
         kind = part.get("type", "text") if isinstance(part, dict) else type(part).__name__
         if kind != "text" or not isinstance(part.get("text"), str):
             raise ValueError(
-                f"{place}: 'content' has a part of type {kind!r}; models here read text, so give only parts such as "
+                f"{place}: 'content' has a part of type {kind!r}; only text models are supported, so give parts such as "
                 f'{{"type": "text", "text": "..."}}.'
             )
 
 
 def shortened(value: Any) -> str:
-    """Its repr, 80 characters at most."""
+    """repr of a value, at most 80 characters."""
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."

@@ -1,110 +1,110 @@
-"""Where an assistant's turn stands in its conversation: after what a rollout would be asked, up to where it ends."""
+"""Find an assistant turn in its rendered conversation: where the generation prompt ends and where the turn ends."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
 
-from aligner.data.chat import REASONING, Conversation, Notes, text_of
+from aligner.data.chat import REASONING, Conversation, Notes, message_text
 from aligner.data.tokenizer import render_chat
 
 ASKS_NO_THOUGHT = re.compile(r"(</\w+>|\[/\w+\])\s*$")
-"""A generation prompt that has closed the reasoning already."""
-REASONED = "answers whose reasoning the chat template cuts from finished turns, trained with it"
+"""Matches a generation prompt that has already closed the reasoning (thinking disabled)."""
+REASONED = "answers whose reasoning the chat template strips from finished turns, trained with it"
 NOT_REASONED = (
-    "answers that the chat template begins otherwise than its generation prompt (without the reasoning that it opens), "
-    "trained as the template writes them"
+    "answers that the chat template starts differently than its generation prompt (without the reasoning that it opens), "
+    "trained as the template renders them"
 )
 
 
 @dataclass(frozen=True)
 class Turn:
-    """A conversation up to the end of one assistant's turn."""
+    """A rendered conversation up to the end of one assistant turn."""
 
     text: str
     """The conversation with this turn as it is trained."""
     begin: int
-    """Character of `text` where the answer begins: before it stands what a rollout is asked."""
+    """Character index where the answer begins, after the generation prompt."""
     end: int
-    """Character where the answer ends: what stands behind, the template writes only at the end of a conversation."""
-    asked: str | None = None
-    """What a rollout is asked, where it is not what stands before `begin`."""
+    """Character index where the answer ends; the template adds the rest only at the end of a conversation."""
+    generation_prompt: str | None = None
+    """The generation prompt, if it differs from text[:begin]."""
 
 
 def written_turn(conversation: Conversation, turn: int, place: str, notes: Notes | None) -> Turn:
-    """Message `turn`, an assistant's, as the model would have to produce it.
+    """Assistant message `turn` as the model has to generate it: what the template appends to the generation prompt.
 
-    That is what the template adds to the generation prompt of the turns before. Some templates of reasoning models write
-    a finished turn otherwise: they cut what was thought, or open it (`<think>`) in the generation prompt alone. Then an
-    answer that has its reasoning is trained after the generation prompt, with the reasoning and without opening it
-    twice; one that has none is trained as the template writes it.
+    Some templates of reasoning models render a finished turn differently: they strip its reasoning, or open it
+    (`<think>`) only in the generation prompt. Then an answer with reasoning is trained after the generation prompt, with
+    its reasoning and a single opening tag; one without is trained as the template renders it.
 
     Args:
-        place: where the message stands in the row, for the errors.
+        place: where the message is in the row, for errors.
+        notes: counter of things to report about how rows were tokenized.
 
     Raises:
-        ValueError: the template does not write the turn so that it can follow the generation prompt.
+        ValueError: the rendered turn cannot follow the generation prompt.
     """
     before, after = conversation.text(turn, awaits=True), conversation.text(turn + 1, awaits=False)
-    content, label = text_of(conversation.messages[turn]), f"{conversation.label}: {place}"
+    content, label = message_text(conversation.messages[turn]), f"{conversation.label}: {place}"
     if after.startswith(before):
-        found = Turn(after, len(before), _end(conversation, turn, after))
+        result = Turn(after, len(before), _end(conversation, turn, after))
         rest = None if ASKS_NO_THOUGHT.search(before) else _with_reasoning(content, after[len(before) :])
         if rest is not None:
-            found = Turn(before + rest, len(before), len(before + rest))
+            result = Turn(before + rest, len(before), len(before + rest))
             _count(notes, REASONED)
     else:
-        found = _after_opener(conversation, turn, label, notes)
+        result = _after_opener(conversation, turn, label, notes)
     for key in REASONING:
         reasoning = conversation.messages[turn].get(key)
-        if isinstance(reasoning, str) and reasoning.strip() not in found.text[found.begin :]:
+        if isinstance(reasoning, str) and reasoning.strip() not in result.text[result.begin :]:
             raise ValueError(
-                f"{label}: the chat template does not write {key!r}; write it into 'content', in the form in which the "
-                "model thinks (such as <think>...</think>), or leave it out."
+                f"{label}: the chat template does not render {key!r}; put it into 'content' in the model's own format "
+                "(such as <think>...</think>), or remove it."
             )
-    return found
+    return result
 
 
 def _after_opener(conversation: Conversation, turn: int, label: str, notes: Notes | None) -> Turn:
-    """The generation prompt ends with something, such as "<think>\n", that the template does not write into the turn."""
+    """A turn whose generation prompt ends with something (such as "<think>\n") that the rendered turn does not have."""
     base, before = conversation.text(turn, awaits=False), conversation.text(turn, awaits=True)
     after = conversation.text(turn + 1, awaits=False)
-    common = next(k for k, (one, other) in enumerate(zip(before, after + "\0", strict=False)) if one != other)
+    common = next(k for k, (left, right) in enumerate(zip(before, after + "\0", strict=False)) if left != right)
     tags = [m for m in re.finditer(r"<[^<>\s]+>|\[[^\[\]\s]+\]", before) if len(base) <= m.start() <= common]
     if not (before.startswith(base) and after.startswith(base) and (tags or common > len(base))):
         raise ValueError(
-            f"{label}: the chat template does not write the turns up to here as a beginning of the conversation with "
-            "this one, so that it is not clear what the model would be asked; give the row as texts ('prompt' and "
-            "'completion'), or another chat_template."
+            f"{label}: the chat template does not render the turns before this one as a prefix of the conversation with "
+            "it, so the prompt for generation is undefined; give the row as texts ('prompt' and 'completion'), or use "
+            "another chat_template."
         )
     header = tags[-1].start() if tags else common
     opener, rest = before[header:], after[header:]
     match = re.fullmatch(r"(<\w+>|\[\w+\])(\s*)(\S*)\s*", opener)
     tag, closing = (match[1], _closing(match[1])) if match else ("", "")
     if match and not match[3]:
-        whole = _with_reasoning(text_of(conversation.messages[turn]), rest, tag)
+        whole = _with_reasoning(message_text(conversation.messages[turn]), rest, tag)
         _count(notes if whole is not None else None, REASONED)
         if whole is None and (rest.startswith(tag) or closing in rest):
             whole = rest
         if whole is not None:
             thought = whole.removeprefix(tag)
-            # "<think>\n" is asked: what follows the tag goes on after its line break
+            # the generation prompt is "<think>\n": the reasoning continues after its line break
             thought = thought.removeprefix(match[2]) if thought.startswith(match[2]) else thought.lstrip()
             return Turn(before + thought, len(before), len(before + thought))
-    if match and match[3] == closing and closing not in rest:  # asked not to think, and has not
+    if match and match[3] == closing and closing not in rest:  # thinking is disabled, and the answer has none
         return Turn(before + rest, len(before), len(before + rest))
     _count(notes, NOT_REASONED)
-    if not match and tags and tags[-1].end() <= common:  # the tag is the header's, and in both
+    if not match and tags and tags[-1].end() <= common:  # the tag belongs to the turn header, which both have
         header = common
     return Turn(after, header, _end(conversation, turn, after), before)
 
 
 def _end(conversation: Conversation, turn: int, text: str) -> int:
-    """Where the turn ends if more follow: some templates close a whole conversation with the end token, after what
-    closes its last turn."""
+    """Where the turn ends if more turns follow: some templates append the end token to the whole conversation, after the
+    last turn's own closing token."""
     end = str(conversation.tokenizer.eos_token)
     bare = text.rstrip().removesuffix(end)
-    if not (text.rstrip().endswith(end) and bare.rstrip().endswith((">", "]"))):  # nothing that could close it before
+    if not (text.rstrip().endswith(end) and bare.rstrip().endswith((">", "]"))):  # no other closing token before it
         return len(text)
     more = [*conversation.messages[: turn + 1], {"role": "user", "content": "-"}]
     try:
@@ -115,11 +115,11 @@ def _end(conversation: Conversation, turn: int, text: str) -> int:
 
 
 def _with_reasoning(content: str, rest: str, opened: str | None = None) -> str | None:
-    """The turn with the reasoning that the template has cut from it; None: it has cut none.
+    """The turn with the reasoning that the template stripped from it; None: it stripped none.
 
     Args:
-        rest: what the template writes of the turn.
-        opened: the tag before reasoning, which the content need not have; None: the one that the content begins with.
+        rest: the turn as rendered by the template.
+        opened: the opening tag of the reasoning, which the content may lack; None: the tag that the content begins with.
     """
     begins = re.match(r"\s*(<\w+>|\[\w+\])", content)
     tag = opened or (begins[1] if begins else None)

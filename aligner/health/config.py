@@ -2,38 +2,35 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
+from typing import Annotated
+
+from aligner.bounds import AtLeast, Finite
 
 
 @dataclass(frozen=True)
 class HangConfig:
     """What counts as a hang. Every one ends the job with one report, in run_dir/faults and on the console."""
 
-    after_seconds: float = 300.0
+    after_seconds: Annotated[float, Finite(), AtLeast(2)] = 300.0
     """In the loop: a rank that makes no progress for so long, in seconds, and waits for no other rank that does, ends the
     job. Progress is a role call, a message, a microbatch, an engine step, a scored row: give more than the longest of
     them takes."""
-    setup_seconds: float = 1800.0
+    setup_seconds: Annotated[float, Finite(), AtLeast(2)] = 1800.0
     """The same before the first step, where models are read and engines are started, and after the last."""
-    dead_seconds: float = 30.0
+    dead_seconds: Annotated[float, Finite(), AtLeast(2)] = 30.0
     """A rank whose watch is silent for so long, in seconds, or whose process is stopped, counts as dead: its host is gone,
     or a computation keeps Python's lock. A process that has ended is seen within two seconds."""
 
-    def check(self, longest_row_s: float = 0.0) -> None:
-        """Raises ValueError naming the setting and the values that would work.
-
-        Args:
-            longest_row_s: seconds that the reward may spend on one row.
-        """
-        for name in ("after_seconds", "setup_seconds", "dead_seconds"):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value >= 2):
-                raise ValueError(f"hang.{name}={value} must be a finite number of seconds, 2 or more.")
+    def check(self) -> None:
+        """Raises ValueError naming the setting and the values that would work."""
         if self.setup_seconds < self.after_seconds:
             raise ValueError(
                 f"hang.setup_seconds={self.setup_seconds} must be at least hang.after_seconds={self.after_seconds}."
             )
+
+    def check_scoring(self, longest_row_s: float) -> None:
+        """Raises ValueError where scoring one row, which may take so many seconds, would count as a hang."""
         if longest_row_s >= self.after_seconds:
             raise ValueError(
                 f"hang.after_seconds={self.after_seconds} would end the job while a row is scored, which may take "

@@ -16,18 +16,17 @@ from aligner.models.hf_folder import SINGLE, prepare, publish, write_rest, write
 from aligner.models.ownership import mark
 from aligner.models.spec import ModelSpec
 from aligner.models.stored import open_stored
-from aligner.reshard.message.storage import Storages, Views, allocate
+from aligner.reshard.local import BUCKET_BYTES, LocalWeights, TensorWeights, WritableLocalWeights, copy_weights
+from aligner.reshard.message.storage import allocate
+from aligner.reshard.plan.layout import WeightLayout, as_layout
 from aligner.reshard.plan.region import Layout, Piece, whole_tensor
 from aligner.reshard.plan.transfer_plan import make_plan
 from aligner.reshard.transfer.executor import execute
-from aligner.reshard.transfer.rank_transfer import Destination
 from aligner.reshard.transfer.sync_stats import SyncRow
-from aligner.reshard.weights import WeightLayout, as_layout
+from aligner.reshard.weights import WritableWeights
 
 FILE_BYTES = 5 << 30
 """Files of weights are split beyond this size."""
-BUCKET_BYTES = 64 << 20
-"""Bounds the extra memory of a transfer."""
 
 
 @torch.no_grad()
@@ -50,19 +49,18 @@ def read_into(spec: ModelSpec, layout: Layout, view: Callable[[Piece], Tensor]) 
     for piece in (piece for piece in layout if piece.name in new):
         view(piece).zero_()
     layout = [piece for piece in layout if piece.name not in new]
-    return read_weights(spec, layout, Views(view, layout))
+    return read_weights(spec, WritableLocalWeights(layout, view))
 
 
 @torch.no_grad()
-def read_weights(spec: ModelSpec, layout: Layout, destination: Destination) -> int:
-    """Fill `layout`, all of which the model's folder has, through a destination that is told what was written.
+def read_weights(spec: ModelSpec, destination: WritableWeights) -> int:
+    """Fill what this rank holds of `destination` from the model's folder, which has all of it.
 
     Returns and raises as `read_into`.
     """
     with open_stored(spec) as stored:
-        held = stored.layout(dict.fromkeys(piece.name for piece in layout))
-        plan = make_plan(0, {0: held}, {0: layout})
-        execute(plan, stored.view, destination, None, torch.device("cpu"), BUCKET_BYTES, verify=False)
+        names = dict.fromkeys(piece.name for piece in destination.pieces())
+        copy_weights(LocalWeights(stored.layout(names), stored.view), destination, verify=False)
         return stored.bytes_read
 
 
@@ -107,8 +105,8 @@ def export_checkpoint(
         PeerFailedError: another rank failed; one error or the other is raised on every rank, none is left waiting.
     """
     device = device or torch.device("cpu")
-    side = as_layout(layouts)
-    final, ranks = Path(out_dir).absolute(), side.ranks
+    layout = as_layout(layouts)
+    final, ranks = Path(out_dir).absolute(), layout.ranks
     partial = final.with_name(f".{final.name}.partial")
     shapes = logical_tensors(spec)
     files = files_of_writers(spec, ranks, dtype, file_bytes)
@@ -119,10 +117,10 @@ def export_checkpoint(
             if rank == ranks[0]:
                 prepare(final, partial, spec, run)
         with together.step():
-            plan = make_plan(rank, side, written)
+            plan = make_plan(rank, layout, written)
             tensors = allocate(written[rank], torch.device("cpu"))
         with together.step():
-            row = execute(plan, source, Storages(tensors, written[rank]), group, device, bucket_bytes)
+            row = execute(plan, source, TensorWeights(tensors, written[rank]), group, device, bucket_bytes)
             for file, (writer, names) in files.items():
                 if writer == rank:
                     write_weights(partial / file, {name: tensors[name].view(shapes[name]) for name in names})

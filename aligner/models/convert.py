@@ -10,17 +10,16 @@ import torch
 from torch import Tensor
 
 from aligner.checkpoint.lease import check_free
-from aligner.models.checkpoint import BUCKET_BYTES, FILE_BYTES, files_of_writers
+from aligner.models.checkpoint import FILE_BYTES, files_of_writers
 from aligner.models.family import logical_tensors
 from aligner.models.hf_folder import prepare, publish, write_rest, write_weights
 from aligner.models.ownership import mark
 from aligner.models.spec import ModelSpec, read_spec
 from aligner.models.stored import Cut, Stored, open_stored, shard_file, write_cut
 from aligner.models.verify_checkpoint import check_weights
-from aligner.reshard.message.storage import Storages, allocate
+from aligner.reshard.local import LocalWeights, TensorWeights, copy_weights
+from aligner.reshard.message.storage import allocate
 from aligner.reshard.plan.region import Layout, whole_tensor
-from aligner.reshard.plan.transfer_plan import make_plan
-from aligner.reshard.transfer.executor import execute
 from aligner.reshard.transfer.sync_stats import SyncRow, total
 
 CPU = torch.device("cpu")
@@ -88,8 +87,7 @@ def _write(stored: Stored, file: Path, layout: Layout, flat: bool) -> SyncRow:
     """Fill one file; storages of a shard are flat, tensors of a Hugging Face file have their shape."""
     tensors = allocate(layout, CPU)
     names = dict.fromkeys(piece.name for piece in layout)
-    plan = make_plan(0, {0: stored.layout(names)}, {0: layout})
-    row = execute(plan, stored.view, Storages(tensors, layout), None, CPU, BUCKET_BYTES)
+    row = copy_weights(LocalWeights(stored.layout(names), stored.view), TensorWeights(tensors, layout))
     _check_range(tensors)
     shapes = {} if flat else {piece.storage: piece.size for piece in layout}
     write_weights(file, {name: tensor.view(shapes.get(name, -1)) for name, tensor in tensors.items()})

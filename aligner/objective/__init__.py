@@ -1,16 +1,16 @@
-"""The mathematics between rewards and gradients: pure functions of tensors and numbers, importing only torch.
+"""Advantages and losses: pure functions of tensors and numbers that import only torch.
 
-In: rewards, one a row (NaN = no reward); log-probabilities of the policy, the rollout and the reference, one a token;
-values, one a token; preferences, one a row.
-Out: advantages, one a row or a token; losses, metrics and weights, one a token or a row. The caller multiplies, sums
-and reduces.
+In: rewards per row (NaN: no reward); log-probabilities of the policy, the rollout and the reference per token; values
+per token; preferences per row.
+Out: advantages per row or token; unreduced losses and metrics per token or row; weights with which the caller reduces
+them.
 
-Read in the order of the work:
-    shaping -> token_rewards -> advantages, values -> moments       from rewards to advantages
-    kl -> losses -> reduction                                       from advantages to what is minimised
-    pairs -> preference, reward_model                               from preferences to what is minimised
-    kl_control                                                      what one batch tells the next
-    masked                                                          what all of them share
+In the order of the data flow:
+    shaping -> token_rewards -> advantages, values -> moments       rewards to advantages
+    kl -> losses -> reduction                                       advantages to the scalar loss
+    pairs -> preference, reward_model                               preferences to the scalar loss
+    kl_control                                                      the KL coefficient between batches
+    masked                                                          masking, row sums and shape checks shared by all
 Shapes follow the legend in aligner/data/samples.py: B rows, T tokens; `*_logp_BT[b, t]` is the log-probability of token
 t given those before it, `value_BT[b, t]` the value of the text before token t.
 """

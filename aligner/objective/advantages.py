@@ -1,4 +1,4 @@
-"""Rewards to advantages: how much better a sample is than what was to be expected of its prompt."""
+"""Advantage estimators without a critic: GRPO, Dr. GRPO, RLOO, ReMax, REINFORCE++."""
 
 from typing import Literal, get_args
 
@@ -11,10 +11,10 @@ Normalize = Literal["std", "none"]
 
 
 def has_reward(reward_B: Tensor) -> Tensor:
-    """Which rows have a reward: `~isnan`. NaN stands for failed, timed out or unparsable, and is never a reward of 0.
+    """Which rows have a reward (`~isnan`). NaN means that scoring failed, timed out or could not parse; it is never scored 0.
 
-    Clear such rows from the loss with `mask_BT & has_reward(reward_B)[:, None]`; otherwise their advantage of 0
-    silences only the surrogate, while their KL and entropy terms and their share of the denominator stay.
+    Mask such rows out of the loss with `mask_BT & has_reward(reward_B)[:, None]`: an advantage of 0 alone removes only
+    their policy-gradient term, not their KL and entropy terms or their share of the denominator.
 
     Returns:
         bool [B].
@@ -24,16 +24,16 @@ def has_reward(reward_B: Tensor) -> Tensor:
 
 
 def has_signal(reward_B: Tensor, *, group_size: int) -> Tensor:
-    """Which rows are of a group whose rewards differ: the others have advantages of 0 and teach nothing.
+    """Which rows belong to a group whose rewards differ; all other rows have an advantage of 0 and no gradient.
 
-    The condition of dynamic sampling: Yu et al. 2025 (DAPO), arXiv 2503.14476, section 3.2, equation 11, where with
-    rewards of 0 and 1 it reads 0 < right answers < group size.
+    The filter of dynamic sampling: Yu et al. 2025 (DAPO), arXiv 2503.14476, section 3.2, equation 11; for rewards of 0
+    and 1 it is 0 < correct responses < group size.
 
     Args:
-        reward_B: [B] floating; whole groups in order. NaN (no reward) is not a difference.
+        reward_B: [B] floating; complete groups in order. NaN (no reward) is ignored.
 
     Returns:
-        bool [B], the same for every row of a group, so that groups stay whole.
+        bool [B], the same for all rows of a group, so that selecting by it keeps groups complete.
     """
     centered_PG, _ = _centered(reward_B, group_size)
     return (centered_PG != 0).any(dim=1).repeat_interleave(group_size)
@@ -47,27 +47,26 @@ def group_advantages(
         A_b = (r_b - mean(r in b's group)) / (std(r in b's group) + epsilon)      normalize="std"
         A_b =  r_b - mean(r in b's group)                                         normalize="none"
 
-    "std" is GRPO (Shao et al. 2024, arXiv 2402.03300, section 4.1.2); the paper does not say which standard deviation:
-    as in the field's practice it is the sample one (n - 1) and epsilon is 1e-4. "none" is Dr. GRPO (Liu et al. 2025,
-    arXiv 2503.20783), which drops the division because it weights up the prompts that are nearly solved or hopeless.
+    "std" is GRPO (Shao et al. 2024, arXiv 2402.03300, section 4.1.2); the paper does not specify the standard deviation;
+    as is common it is the sample one (n - 1) with epsilon 1e-4. "none" is Dr. GRPO (Liu et al. 2025, arXiv 2503.20783),
+    which drops the division because it upweights prompts that are nearly always or nearly never solved.
 
-    A row without a reward (NaN) leaves: its advantage is 0 and it counts in neither the mean nor the deviation. A group
-    with fewer than 2 rewards has nothing to compare, so all its advantages are 0; so are those of a group of equal
-    rewards, exactly.
+    A row without a reward (NaN) has an advantage of 0 and enters neither the mean nor the deviation. A group with fewer
+    than 2 rewards, or with equal rewards, has advantages of exactly 0.
 
     Args:
-        reward_B: [B] floating, in the reward's own unit; whole groups in order: row b belongs to group b // group_size.
+        reward_B: [B] floating; complete groups in order: row b belongs to group b // group_size.
         group_size: samples per prompt.
-        epsilon: added to the deviation, in the reward's unit; unused with "none".
+        epsilon: added to the deviation, in the reward's unit; unused for "none".
 
     Returns:
         advantage_B: [B], dtype of reward_B, no gradient, in standard deviations ("std") or the reward's unit ("none").
 
     Raises:
-        ValueError: an unknown `normalize`, or an infinite reward, which would make its whole group NaN.
+        ValueError: unknown `normalize`, or an infinite reward, which would make its whole group NaN.
     """
     if normalize not in get_args(Normalize):
-        raise ValueError(f"normalize={normalize!r} is not known; use one of {', '.join(get_args(Normalize))}.")
+        raise ValueError(f"normalize={normalize!r} is unknown; use one of {', '.join(get_args(Normalize))}.")
     centered_PG, count_P1 = _centered(reward_B, group_size)
     if normalize == "std":
         variance_P1 = centered_PG.square().sum(dim=1, keepdim=True) / (count_P1 - 1).clamp(min=1)
@@ -76,13 +75,12 @@ def group_advantages(
 
 
 def leave_one_out_advantages(reward_B: Tensor, *, group_size: int) -> Tensor:
-    """RLOO: the reward less the mean reward of the OTHER samples of its prompt.
+    """RLOO: the reward minus the mean reward of the OTHER samples of its prompt.
 
         A_b = r_b - mean(r of the others in b's group) = n / (n - 1) (r_b - mean(r in b's group))
 
     Ahmadian et al. 2024, arXiv 2402.14740, section 3.3; Kool et al. 2019. n is the number of rewards in the group.
-
-    Arguments, errors, and rows and groups without rewards are as in `group_advantages`.
+    Arguments, errors and the treatment of missing rewards are those of `group_advantages`.
 
     Returns:
         advantage_B: [B], dtype of reward_B, no gradient, in the reward's unit.
@@ -92,11 +90,11 @@ def leave_one_out_advantages(reward_B: Tensor, *, group_size: int) -> Tensor:
 
 
 def greedy_baseline_advantages(reward_B: Tensor, greedy_reward_P: Tensor) -> Tensor:
-    """ReMax: the reward less that of the prompt's greedy response: Li et al. 2023, arXiv 2310.10505, algorithm 1.
+    """ReMax: the reward minus that of the prompt's greedy response. Li et al. 2023, arXiv 2310.10505, algorithm 1.
 
     Args:
-        reward_B: [B] floating; the same number of consecutive rows for each of the prompts.
-        greedy_reward_P: [P] floating, one for each prompt; P = B with one sample a prompt.
+        reward_B: [B] floating; the same number of consecutive rows for each prompt.
+        greedy_reward_P: [P] floating, one per prompt; P = B for one sample per prompt.
 
     Returns:
         advantage_B: [B], dtype of reward_B, no gradient, in the reward's unit; 0 where either reward is missing (NaN).
@@ -114,17 +112,17 @@ def greedy_baseline_advantages(reward_B: Tensor, greedy_reward_P: Tensor) -> Ten
 
 
 def reinforce_pp_advantages(reward_BT: Tensor, mask_BT: Tensor, *, gamma: float = 1.0) -> Tensor:
-    """REINFORCE++: the return to go, whose baseline and scale are those of the whole global batch.
+    """REINFORCE++: the return of each token, before it is whitened over the global batch.
 
-        A_t = sum of the rewards from t on;      then (A_t - mean) / std over every trained token of the global batch
+        A_t = sum of the rewards from t on;      then (A_t - mean) / std over all trained tokens of the global batch
 
-    Hu 2025, arXiv 2501.03262, section 3, with the KL in the reward, k1 a token. The second half takes numbers that no
-    shard has: hand the result to `row_moments`, `combine` and `whiten` of aligner/objective/moments.py.
+    Hu 2025, arXiv 2501.03262, section 3, with a k1 KL penalty in the token rewards. The whitening needs statistics of
+    all shards: apply `row_moments`, `mean_and_std` and `whiten` of aligner/objective/moments.py to the result.
 
     Args:
         reward_BT: [B, T] floating, from `kl_rewards`.
-        mask_BT: [B, T] bool, the trained tokens; clear rows without a reward from it, here as in the moments.
-        gamma: discount a trained token; the paper's is 1.
+        mask_BT: [B, T] bool, the trained tokens; mask out rows without a reward, here and in the moments.
+        gamma: discount factor per trained token; 1 in the paper.
 
     Returns:
         advantage_BT: [B, T], dtype of reward_BT, no gradient, not yet whitened, 0 outside the mask.
@@ -133,19 +131,19 @@ def reinforce_pp_advantages(reward_BT: Tensor, mask_BT: Tensor, *, gamma: float 
 
 
 def _centered(reward_B: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
-    """Rewards less their group's mean, 0 where there is none, [P, G], and how many a group has, [P, 1]; in float64."""
+    """(rewards minus their group's mean, 0 where missing, [P, G]; rewards per group, [P, 1]); float64."""
     assert reward_B.ndim == 1, f"reward_B must be [B], got {tuple(reward_B.shape)}"
     assert reward_B.is_floating_point(), f"reward_B must be floating, since NaN means no reward; got {reward_B.dtype}"
     assert group_size >= 1 and reward_B.shape[0] % group_size == 0, (
-        f"{reward_B.shape[0]} rows are not whole groups of {group_size}"
+        f"{reward_B.shape[0]} rows are not complete groups of {group_size}"
     )
     _refuse_infinite(reward_B)
-    # float64, because a common offset (say 1000.1) would otherwise cost the digits that tell the samples apart.
+    # float64: with a large common offset (say 1000.1) float32 would lose the differences between the samples.
     reward_PG = reward_B.detach().double().view(-1, group_size)
     valid_PG = ~torch.isnan(reward_PG)
     count_P1 = valid_PG.sum(dim=1, keepdim=True)
-    # Measured from the group's best reward, so that equal rewards, and a lone one, give exactly 0 and not a rounding
-    # of the mean.
+    # Relative to the group's best reward, so that equal rewards (and a single one) give exactly 0, not the mean's
+    # rounding error.
     best_P1 = reward_PG.masked_fill(~valid_PG, -torch.inf).amax(dim=1, keepdim=True)
     reward_PG = torch.where(valid_PG, reward_PG - best_P1, 0.0)
     mean_P1 = reward_PG.sum(dim=1, keepdim=True) / count_P1.clamp(min=1)
@@ -155,4 +153,4 @@ def _centered(reward_B: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
 def _refuse_infinite(reward_B: Tensor) -> None:
     if torch.isinf(reward_B).any():
         rows = torch.isinf(reward_B).nonzero().flatten().tolist()
-        raise ValueError(f"the rewards of rows {rows} are infinite; return a finite reward, or raise for no reward.")
+        raise ValueError(f"the rewards of rows {rows} are infinite; return a finite reward, or raise to give none.")

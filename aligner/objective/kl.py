@@ -1,4 +1,4 @@
-"""How far the policy is from the reference, estimated from the log-probabilities of the sampled tokens alone."""
+"""Estimators of KL(policy || reference) from the log-probabilities of the sampled tokens."""
 
 from collections.abc import Callable
 from typing import Literal
@@ -9,28 +9,28 @@ from aligner.objective.masked import difference
 
 Estimator = Literal["k1", "k2", "k3"]
 
-# exp(20) = 5e8: beyond it a ratio says only that the two models have nothing in common, and float32 overflows at 88.
+# exp(20) = 5e8. Larger ratios carry no information, and float32 overflows at exp(88).
 MAX_LOG_RATIO = 20.0
 
 
 def k1(policy_logp_BT: Tensor, reference_logp_BT: Tensor) -> Tensor:
-    """log(p / q): unbiased, high variance, often negative. Its gradient is 0 in the mean: for rewards, not losses."""
+    """log(p / q): unbiased, high variance, often negative. Its expected gradient is 0: use it in rewards, not in losses."""
     return difference(policy_logp_BT, reference_logp_BT)
 
 
 def k2(policy_logp_BT: Tensor, reference_logp_BT: Tensor) -> Tensor:
-    """log(p / q)^2 / 2: biased, low variance. Its gradient is in the mean the gradient of KL(p || q)."""
+    """log(p / q)^2 / 2: biased, low variance. Its expected gradient is that of KL(p || q)."""
     return 0.5 * difference(policy_logp_BT, reference_logp_BT).square()
 
 
 def k3(policy_logp_BT: Tensor, reference_logp_BT: Tensor) -> Tensor:
-    """q / p - 1 - log(q / p): unbiased, low variance, never negative. Its gradient is in the mean that of KL(q || p).
+    """q / p - 1 - log(q / p): unbiased, low variance, never negative. Its expected gradient is that of KL(q || p).
 
-    log(q / p) is clamped from above at MAX_LOG_RATIO in both terms, past which the value is finite and has no gradient.
+    log(q / p) is clamped from above at MAX_LOG_RATIO in both terms; beyond it the value is finite, without a gradient.
     It is not clamped from below, where the estimate is linear and cannot overflow.
     """
     log_ratio_BT = difference(reference_logp_BT, policy_logp_BT).clamp(max=MAX_LOG_RATIO)
-    # expm1 keeps the digits of a small ratio, where exp - 1 would round them away.
+    # expm1 is accurate for small log-ratios, where exp - 1 would cancel.
     return log_ratio_BT.expm1() - log_ratio_BT
 
 
@@ -41,15 +41,19 @@ def kl_estimate(policy_logp_BT: Tensor, reference_logp_BT: Tensor, kind: Estimat
 
         k1 = -log r        k2 = (log r)^2 / 2        k3 = (r - 1) - log r
 
-    k3 is the term in GRPO's loss (Shao et al. 2024, arXiv 2402.03300, equation 4). What is said of bias holds for
-    tokens sampled from the very policy that is evaluated; a few updates later the estimates are off by the ratio.
+    k3 is the term in GRPO's loss (Shao et al. 2024, arXiv 2402.03300, equation 4). The statements on bias hold for tokens
+    sampled from the policy being evaluated; after an update the estimates lack the importance ratio.
 
     Args:
-        policy_logp_BT, reference_logp_BT: [B, T], nats. No mask: put numbers where there is no response token. Where both
-            are -inf the estimate is 0; where only the reference is, infinite, as the KL is.
+        policy_logp_BT, reference_logp_BT: [B, T], nats. There is no mask: pass finite numbers outside the response. Where
+            both are -inf the estimate is 0; where only the reference is, infinite, as the KL is.
+        kind: "k1", "k2" or "k3".
 
     Returns:
         kl_BT: [B, T], nats; differentiable in both arguments.
+
+    Raises:
+        ValueError: unknown `kind`.
     """
     assert policy_logp_BT.ndim == 2, f"policy_logp_BT must be [B, T], got {tuple(policy_logp_BT.shape)}"
     assert reference_logp_BT.shape == policy_logp_BT.shape, (

@@ -1,6 +1,6 @@
-"""Who chooses the coefficient of the KL penalty: a constant, or a controller that holds the KL near a target.
+"""KL coefficient controllers: constant, or adaptive towards a target KL.
 
-A controller is settings alone; the coefficient is a plain number that the loop keeps and hands back:
+A controller is stateless; the loop keeps the coefficient (a float) and passes it back:
 
     kl_coef = control.initial
     ... kl_coef = control.update(kl_coef, kl)           after each batch
@@ -11,36 +11,36 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class FixedKL:
-    """The coefficient stays as it is."""
+    """A constant KL coefficient."""
 
     initial: float = 0.05
-    """Coefficient, in reward per nat."""
+    """KL coefficient, in reward per nat."""
 
     def __post_init__(self) -> None:
         if not self.initial >= 0.0:
             raise ValueError(f"kl_control.initial={self.initial} must be 0 or more; 0.05 is usual.")
 
     def update(self, coefficient: float, kl: float) -> float:
-        """The coefficient of the next batch."""
+        """Returns `coefficient` unchanged."""
         return coefficient
 
 
 @dataclass(frozen=True)
 class AdaptiveKL:
-    """Proportional control in log space: Ziegler et al. 2019, arXiv 1909.08593, section 2.2.
+    """Adaptive KL coefficient, proportional control in log space: Ziegler et al. 2019, arXiv 1909.08593, section 2.2.
 
     e_t      = clip((KL_t - target) / target, -max_error, max_error)
     beta_t+1 = beta_t (1 + rate e_t)
     """
 
     initial: float = 0.2
-    """Coefficient of the first batch, in reward per nat."""
+    """KL coefficient of the first batch, in reward per nat."""
     target: float = 6.0
-    """KL(policy || reference) to hold, in nats a response."""
+    """Target KL(policy || reference), in nats per response."""
     rate: float = 0.1
-    """K_beta: the coefficient's relative change per batch and unit of error."""
+    """K_beta: relative change of the coefficient per batch and unit of error."""
     max_error: float = 0.2
-    """Bound on the relative error, unitless; with a rate of 0.1 a batch changes the coefficient by 2% at most."""
+    """Clip of the relative error, unitless; at rate 0.1 the default changes the coefficient by at most 2% per batch."""
 
     def __post_init__(self) -> None:
         for name, usual in (("initial", 0.2), ("target", 6.0), ("rate", 0.1), ("max_error", 0.2)):
@@ -54,12 +54,15 @@ class AdaptiveKL:
             )
 
     def update(self, coefficient: float, kl: float) -> float:
-        """The coefficient of the next batch, given the mean KL of this one in nats a response, which may be negative.
+        """The coefficient of the next batch.
+
+        Args:
+            kl: mean KL of this batch, in nats per response; the estimate may be negative.
 
         Raises:
-            ValueError: `kl` is NaN, which would stay in the coefficient for good.
+            ValueError: `kl` is NaN, which would never leave the coefficient again.
         """
         if kl != kl:
-            raise ValueError("the KL of this batch is NaN; leave out a batch without a trained row.")
+            raise ValueError("the KL of this batch is NaN; skip the update for a batch without trained rows.")
         error = min(max(kl / self.target - 1.0, -self.max_error), self.max_error)
         return coefficient * (1.0 + self.rate * error)

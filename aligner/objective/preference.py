@@ -1,20 +1,20 @@
-"""Losses on pairs, a chosen and a rejected response, and on single responses called good or bad: one number a row.
+"""Preference losses: DPO, robust DPO, IPO, ORPO and SimPO on chosen/rejected pairs; KTO on single labelled responses.
 
-What the losses of pairs have in common, and is not said again:
+Arguments that the pairwise losses share:
 
     policy_logp_BT      [B, T] float32 or float64, nats; rows 2i and 2i + 1 are a pair
-    mask_BT             [B, T] bool, the trained tokens; elsewhere policy_logp_BT may hold anything, even NaN
+    mask_BT             [B, T] bool, the trained tokens; outside the mask policy_logp_BT may hold any value, even NaN
     reference_sum_B     [B], nats: the reference's log-probability of the response, from `row_sums`, best in float64
-    preference_B        [B] floating: 1 chosen, -1 rejected, 0 twice to leave the pair out; None: the first is chosen
+    preference_B        [B] floating: 1 chosen, -1 rejected, 0 for both to mask the pair out; None: the first is chosen
 
-They return loss_B, [B] in the dtype of policy_logp_BT, both rows holding their pair's loss and 0 where a pair is left
-out (so is one of whose rows nothing is trained), and metrics [B], detached: "chosen_reward", "rejected_reward" (the
-implicit rewards, in the loss's own unit), "margin", "pair_accuracy", and the "chosen_logp" and "rejected_logp" that were
-compared, in nats. Only policy_logp_BT gets gradients. Sums and differences are taken in float64. Each raises ValueError
-on a setting out of its range and on preferences that contradict each other.
+They return loss_B, [B] in the dtype of policy_logp_BT, both rows holding their pair's loss, and 0 for masked pairs (also
+those with a row without trained tokens); and metrics [B], detached: "chosen_reward", "rejected_reward" (the implicit
+rewards), "margin", "pair_accuracy", and the compared "chosen_logp" and "rejected_logp" in nats. Only policy_logp_BT gets
+gradients. Sums and differences are float64. Each raises ValueError for a setting out of range and for contradictory
+preferences.
 
-Below, d = log p(response) - log q(response), p being the policy and q the reference; w the chosen, l the rejected one;
-m(x) is x over the number of trained tokens.
+Notation: d = log p(response) - log q(response) for policy p and reference q; w the chosen, l the rejected response;
+m(x) = x / number of trained tokens.
 """
 
 from typing import Literal, get_args
@@ -24,15 +24,15 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from aligner.objective.masked import check_rows, check_tokens, difference, row_sums
-from aligner.objective.pairs import Pairs, of_pairs, pairs_of
+from aligner.objective.pairs import PairRows, pair_rows, pairwise_loss
 
 LogRatio = Literal["sum", "token_mean"]
 
-# log(1 - p) is -inf at p = 1, which a policy that is sure of a response reaches in float32.
-CERTAIN = -1e-7
+# log(1 - p) is -inf at p = 1, which a confident policy reaches in float32.
+MAX_MEAN_LOGP = -1e-7
 
 
-@of_pairs
+@pairwise_loss
 def dpo(
     policy_logp_BT: Tensor,
     *,
@@ -49,10 +49,10 @@ def dpo(
         z    = beta (d_w - d_l)
         loss = -(1 - label_smoothing) log sigmoid(z) - label_smoothing log sigmoid(-z) - nll_coef m(log p(w))
 
-    label_smoothing is the chance that a label is wrong: conservative DPO, Mitchell 2023, "A note on DPO with noisy
-    preferences". log_ratio="token_mean" takes m(d) for d, so that length alone earns nothing: Lambert et
-    al. 2024 (Tulu 3), arXiv 2411.15124, section 5; beta is then some ten times as large. nll_coef keeps the chosen
-    response likely: Pang et al. 2024 (iterative RPO), arXiv 2404.19733, section 2.
+    label_smoothing is the probability that a label is wrong: conservative DPO, Mitchell 2023, "A note on DPO with noisy
+    preferences". log_ratio="token_mean" uses m(d) for d (length-normalised DPO): Lambert et al. 2024 (Tulu 3), arXiv
+    2411.15124, section 5; beta is then about ten times larger. nll_coef adds an NLL term on the chosen response: Pang et
+    al. 2024 (iterative RPO), arXiv 2404.19733, section 2.
 
     Where policy and reference agree the loss is ln 2.
     """
@@ -66,7 +66,7 @@ def dpo(
     return _report(pairs, loss_P, chosen_P, rejected_P, policy_B, policy_logp_BT.dtype)
 
 
-@of_pairs
+@pairwise_loss
 def robust_dpo(
     policy_logp_BT: Tensor,
     *,
@@ -76,7 +76,7 @@ def robust_dpo(
     beta: float = 0.1,
     label_smoothing: float = 0.1,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Robust DPO: in the mean over labels flipped with a chance of label_smoothing, the DPO loss of the true ones.
+    """Robust DPO: an unbiased estimate of the DPO loss on true labels when a fraction label_smoothing of them is flipped.
 
         z    = beta (d_w - d_l)
         loss = (-(1 - label_smoothing) log sigmoid(z) + label_smoothing log sigmoid(-z)) / (1 - 2 label_smoothing)
@@ -96,7 +96,7 @@ def robust_dpo(
     return _report(pairs, loss_P, chosen_P, rejected_P, policy_B, policy_logp_BT.dtype)
 
 
-@of_pairs
+@pairwise_loss
 def ipo(
     policy_logp_BT: Tensor,
     *,
@@ -106,12 +106,12 @@ def ipo(
     beta: float = 0.1,
     log_ratio: LogRatio = "token_mean",
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Identity preference optimisation: a margin to reach and not to pass.
+    """Identity preference optimisation: regression of the margin to 1 / (2 beta).
 
         loss = (m(d_w) - m(d_l) - 1 / (2 beta))^2
 
-    Azar et al. 2023, arXiv 2310.12036, equation 17, where beta is tau and d is not divided: log_ratio="sum". The mean
-    over tokens is what the field uses, so that one beta does for short and for long responses.
+    Azar et al. 2023, arXiv 2310.12036, equation 17, where beta is tau and d is the sum: log_ratio="sum". The mean over
+    tokens is common practice, so that one beta suits short and long responses.
     """
     _check_beta(beta)
     pairs, policy_B, count_B = _rows(policy_logp_BT, mask_BT, preference_B)
@@ -120,30 +120,30 @@ def ipo(
     return _report(pairs, loss_P, beta * chosen_P, beta * rejected_P, policy_B, policy_logp_BT.dtype)
 
 
-@of_pairs
+@pairwise_loss
 def orpo(
     policy_logp_BT: Tensor, *, mask_BT: Tensor, preference_B: Tensor | None = None, beta: float = 0.1
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Odds ratio preference optimisation, fine-tuning and preference in one, without a reference.
+    """Odds ratio preference optimisation: SFT and preference learning in one loss, without a reference.
 
         a    = m(log p(response))            odds = e^a / (1 - e^a)
         loss = -a_w - beta log sigmoid(log(odds_w / odds_l))
 
-    Hong et al. 2024, arXiv 2403.07691, equations 4 to 7; beta is lambda. Of the chosen side it is the response that is
-    learned, not the prompt. The rewards reported are beta a; "chosen_logp" and "rejected_logp" are a. a is clamped from
-    above at -1e-7 in the odds, past which they have no gradient.
+    Hong et al. 2024, arXiv 2403.07691, equations 4 to 7; beta is lambda. The NLL term covers the chosen response, not the
+    prompt. Reported rewards are beta a; "chosen_logp" and "rejected_logp" are a. In the odds a is clamped from above at
+    -1e-7, beyond which they have no gradient.
     """
     _check_beta(beta)
     pairs, policy_B, count_B = _rows(policy_logp_BT, mask_BT, preference_B)
     mean_B = policy_B / count_B
-    below_B = mean_B.clamp(max=CERTAIN)
+    below_B = mean_B.clamp(max=MAX_MEAN_LOGP)
     log_odds_w_P, log_odds_l_P = pairs.split(below_B - (-torch.expm1(below_B)).log())
     chosen_P, rejected_P = pairs.split(mean_B)
     loss_P = -chosen_P - beta * logsigmoid(difference(log_odds_w_P, log_odds_l_P))
     return _report(pairs, loss_P, beta * chosen_P, beta * rejected_P, mean_B, policy_logp_BT.dtype)
 
 
-@of_pairs
+@pairwise_loss
 def simpo(
     policy_logp_BT: Tensor,
     *,
@@ -154,14 +154,14 @@ def simpo(
     label_smoothing: float = 0.0,
     nll_coef: float = 0.0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Simple preference optimisation, without a reference: mean log-probabilities, a margin apart.
+    """Simple preference optimisation: length-normalised log-probabilities with a target margin, without a reference.
 
         z    = beta (m(log p(w)) - m(log p(l))) - gamma
         loss = -(1 - label_smoothing) log sigmoid(z) - label_smoothing log sigmoid(-z) - nll_coef m(log p(w))
 
-    Meng et al. 2024, arXiv 2405.14734, equation 6; gamma / beta is about one half there. Nothing in it holds the chosen
-    answers' probability up while the rejected ones' falls; nll_coef does (their code's sft_weight, 0 in the paper).
-    "margin" is without gamma; "chosen_logp" and "rejected_logp" are means over tokens.
+    Meng et al. 2024, arXiv 2405.14734, equation 6; there gamma / beta is about 0.5. The loss lets the chosen response's
+    probability fall as long as the rejected one's falls faster; nll_coef counteracts that (sft_weight in their code, 0
+    in the paper). "margin" excludes gamma; "chosen_logp" and "rejected_logp" are means over tokens.
     """
     _check_beta(beta)
     _check_smoothing(label_smoothing, 1.0)
@@ -185,103 +185,103 @@ def kto(
     desirable_weight: float = 1.0,
     undesirable_weight: float = 1.0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Kahneman-Tversky optimisation: responses called good or bad one by one, without pairs.
+    """Kahneman-Tversky optimisation on single responses labelled desirable or undesirable.
 
-        loss = desirable_weight   (1 - sigmoid(beta (d - kl)))         for a good one
-        loss = undesirable_weight (1 - sigmoid(beta (kl - d)))         for a bad one
+        loss = desirable_weight   (1 - sigmoid(beta (d - kl)))         desirable
+        loss = undesirable_weight (1 - sigmoid(beta (kl - d)))         undesirable
 
     Ethayarajh et al. 2024, arXiv 2402.01306, equation 7. With weights of 1 it is 1/2 where d = kl.
 
     Args:
-        policy_logp_BT, mask_BT, reference_sum_B: as for pairs, but rows stand alone.
-        label_B: [B] bool, or numbers of which the positive ones mean good.
-        kl: z_0, nats a response, 0 or more: the mean over the global batch of d for responses to OTHER prompts, cut off
-            at 0. A plain number: it takes no gradient, and a shard's own mean would depend on how the batch was cut.
-        desirable_weight, undesirable_weight: lambda_D and lambda_U; their ratio times the ratio of good to bad rows is
-            best kept between 1 and 4/3.
+        policy_logp_BT, mask_BT, reference_sum_B: as for pairs, but each row is independent.
+        label_B: [B] bool, or numbers whose positive values mean desirable.
+        kl: z_0, nats per response, 0 or more: the mean of d over the global batch for responses to OTHER prompts,
+            clamped at 0 (see `reference_point`). A float: it has no gradient, and must not depend on the sharding.
+        desirable_weight, undesirable_weight: lambda_D and lambda_U; the paper keeps their ratio times the ratio of
+            desirable to undesirable rows between 1 and 4/3.
 
     Returns:
         loss_B: [B], dtype of policy_logp_BT, 0 for a row without a trained token.
-        metrics: [B], detached. "reward": beta d; "margin": beta d of a good one and -beta d of a bad one; "label_accuracy":
-            whether d - kl has the label's sign; "desirable": 1 for a good one; "logp": log p.
+        metrics: [B], detached. "reward": beta d; "margin": beta d if desirable, else -beta d; "label_accuracy": whether
+            d - kl has the label's sign; "desirable": 1 if desirable; "logp": log p.
 
     Raises:
-        ValueError: a setting out of its range.
+        ValueError: a setting out of range.
     """
     check_tokens("policy_logp_BT", policy_logp_BT, mask_BT)
     check_rows("label_B", label_B, len(mask_BT))
     check_rows("reference_sum_B", reference_sum_B, len(mask_BT))
     _check_beta(beta)
     if not 0.0 <= kl < float("inf"):
-        raise ValueError(f"kl={kl} must be 0 or more; cut the batch's estimate off at 0.")
+        raise ValueError(f"kl={kl} must be 0 or more; clamp the batch's estimate at 0.")
     if not desirable_weight >= 0.0 or not undesirable_weight >= 0.0:
         raise ValueError(
             f"desirable_weight={desirable_weight} and undesirable_weight={undesirable_weight} must be 0 or more."
         )
-    kept_B = mask_BT.any(dim=1)
+    counted_B = mask_BT.any(dim=1)
     policy_B = row_sums(policy_logp_BT, mask_BT)
-    d_B = difference(policy_B, torch.where(kept_B, reference_sum_B.detach().double(), 0.0))
-    good_B = label_B > 0
-    sign_B = torch.where(good_B, 1.0, -1.0).double()
-    weight_B = desirable_weight * good_B.double() + undesirable_weight * (~good_B).double()
-    # 1 - sigmoid(x) = sigmoid(-x), which keeps the digits of a loss near 0.
+    d_B = difference(policy_B, torch.where(counted_B, reference_sum_B.detach().double(), 0.0))
+    desirable_B = label_B > 0
+    sign_B = torch.where(desirable_B, 1.0, -1.0).double()
+    weight_B = desirable_weight * desirable_B.double() + undesirable_weight * (~desirable_B).double()
+    # 1 - sigmoid(x) = sigmoid(-x), which is accurate for losses near 0.
     loss_B = weight_B * torch.sigmoid(-beta * sign_B * (d_B - kl))
     metrics = {
         "reward": beta * d_B,
         "margin": beta * sign_B * d_B,
         "label_accuracy": (sign_B * (d_B - kl) > 0).double(),
-        "desirable": good_B.double(),
+        "desirable": desirable_B.double(),
         "logp": policy_B,
     }
     dtype = policy_logp_BT.dtype
-    in_rows = {name: torch.where(kept_B, value_B.detach(), 0.0).to(dtype) for name, value_B in metrics.items()}
-    return torch.where(kept_B, loss_B, 0.0).to(dtype), in_rows
+    row_metrics = {name: torch.where(counted_B, value_B.detach(), 0.0).to(dtype) for name, value_B in metrics.items()}
+    return torch.where(counted_B, loss_B, 0.0).to(dtype), row_metrics
 
 
 def reference_point(policy_sum_B: Tensor, reference_sum_B: Tensor, mask_BT: Tensor) -> float:
-    """KTO's z_0: how far the policy is from the reference, in nats a response and 0 or more.
+    """KTO's reference point z_0, a KL estimate in nats per response, 0 or more.
 
-    Ethayarajh et al. 2024, arXiv 2402.01306, section 4.1: the mean of d over responses to other prompts, cut off at 0. Rows
-    without a trained token are no responses, and count nowhere.
+    Ethayarajh et al. 2024, arXiv 2402.01306, section 4.1: the mean of d over responses to other prompts, clamped at 0.
+    Rows without trained tokens do not count.
 
     Args:
-        policy_sum_B, reference_sum_B: [B], nats, from `row_sums`, of the whole batch.
+        policy_sum_B, reference_sum_B: [B], nats, from `row_sums`, of the global batch.
         mask_BT: [B, T] bool, the trained tokens.
     """
-    there_B = mask_BT.any(dim=1)
-    if not bool(there_B.any()):
+    counted_B = mask_BT.any(dim=1)
+    if not bool(counted_B.any()):
         return 0.0
-    return max(0.0, float(difference(policy_sum_B, reference_sum_B)[there_B].mean()))
+    return max(0.0, float(difference(policy_sum_B, reference_sum_B)[counted_B].mean()))
 
 
-def _rows(policy_logp_BT: Tensor, mask_BT: Tensor, preference_B: Tensor | None) -> tuple[Pairs, Tensor, Tensor]:
-    """The pairs; each row's log-probability and number of trained tokens (at least 1), float64, 0 where left out."""
+def _rows(policy_logp_BT: Tensor, mask_BT: Tensor, preference_B: Tensor | None) -> tuple[PairRows, Tensor, Tensor]:
+    """(pairs; each row's log-probability, 0 if masked out; number of trained tokens, at least 1); float64."""
     check_tokens("policy_logp_BT", policy_logp_BT, mask_BT)
-    pairs = pairs_of(len(mask_BT), mask_BT, preference_B, mask_BT.device)
-    mask_BT = mask_BT & pairs.kept_B[:, None]
+    pairs = pair_rows(len(mask_BT), mask_BT, preference_B, mask_BT.device)
+    mask_BT = mask_BT & pairs.counted_B[:, None]
     return pairs, row_sums(policy_logp_BT, mask_BT), mask_BT.sum(dim=1).clamp(min=1).double()
 
 
 def _log_ratio(policy_B: Tensor, reference_sum_B: Tensor, count_B: Tensor, kind: LogRatio) -> Tensor:
-    """d, or m(d), of each row, float64."""
+    """[B] d or m(d), float64."""
     check_rows("reference_sum_B", reference_sum_B, len(policy_B))
     if kind not in get_args(LogRatio):
-        raise ValueError(f"log_ratio={kind!r} is not known; use one of {', '.join(get_args(LogRatio))}.")
+        raise ValueError(f"log_ratio={kind!r} is unknown; use one of {', '.join(get_args(LogRatio))}.")
     d_B = difference(policy_B, reference_sum_B.detach().double())
     return d_B if kind == "sum" else d_B / count_B
 
 
 def _cross_entropy(z_P: Tensor, label_smoothing: float) -> Tensor:
-    """Of a label that is wrong with a chance of label_smoothing, and a logit of z."""
+    """Binary cross-entropy of logit z with label smoothing."""
     loss_P = -(1.0 - label_smoothing) * logsigmoid(z_P)
-    # a chance of 0 times the infinite loss of a pair that is told apart for certain
+    # 0 * inf for a pair with an infinite margin would be NaN
     return loss_P if label_smoothing == 0.0 else loss_P - label_smoothing * logsigmoid(-z_P)
 
 
 def _report(
-    pairs: Pairs, loss_P: Tensor, chosen_P: Tensor, rejected_P: Tensor, logp_B: Tensor, dtype: torch.dtype
+    pairs: PairRows, loss_P: Tensor, chosen_P: Tensor, rejected_P: Tensor, logp_B: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Loss and metrics as every loss of pairs returns them."""
+    """(loss_B, metrics) of a pairwise loss."""
     chosen_logp_P, rejected_logp_P = pairs.split(logp_B.detach())
     metrics = pairs.metrics(chosen_P, rejected_P, dtype)
     metrics["chosen_logp"], metrics["rejected_logp"] = (

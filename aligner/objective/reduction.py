@@ -1,4 +1,4 @@
-"""What one token weighs in the global batch's loss, so that microbatches and data-parallel shards simply add up."""
+"""Loss reduction: the weight of each token in the global batch, so that microbatches and data-parallel shards sum up."""
 
 import math
 from typing import Literal, get_args
@@ -18,37 +18,37 @@ def token_weights(
     fixed_length: float | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Weights w such that the sum of w * loss over every row of the global batch is the wanted mean.
+    """Weights w such that the sum of w * loss over the global batch is the requested mean.
 
-        token_mean      w = mask / total_tokens                              every token alike (DAPO)
-        sequence_mean   w = mask / (tokens in the row * total_rows)          every row alike (GRPO)
-        fixed           w = mask / (fixed_length * total_rows)               no bias by length (Dr. GRPO)
+        token_mean      w = mask / total_tokens                              mean over tokens (DAPO)
+        sequence_mean   w = mask / (tokens in the row * total_rows)          mean over sequences of their means (GRPO)
+        fixed           w = mask / (fixed_length * total_rows)               constant denominator, no length bias (Dr. GRPO)
 
     DAPO: Yu et al. 2025, arXiv 2503.14476, section 3.3. GRPO: Shao et al. 2024, arXiv 2402.03300, equation 3. Dr. GRPO:
     Liu et al. 2025, arXiv 2503.20783.
 
-    The totals are counts over the GLOBAL batch (every rank, every microbatch of one optimizer step), so a token's
-    weight does not depend on how the batch was cut. Dividing by a microbatch's own count and averaging would: a
-    microbatch of short rows would count as much as one of long rows. So gradients of shards are summed, never averaged.
+    The totals are counts over the GLOBAL batch (all ranks and microbatches of one optimizer step), so a token's weight
+    does not depend on microbatching or sharding. (Dividing by each microbatch's own count and averaging would give a
+    microbatch of short rows as much weight as one of long rows.) Gradients of shards are therefore summed, not averaged.
 
     Args:
-        mask_BT: [B, T] bool, the trained tokens of these rows. A row without one weighs 0 everywhere.
+        mask_BT: [B, T] bool, the trained tokens of these rows. A row without trained tokens has weight 0.
         total_tokens: trained tokens in the global batch.
-        total_rows: rows in the global batch; whether rows without a trained token count is the caller's choice.
-        fixed_length: tokens, usually the longest response allowed; "fixed" only.
+        total_rows: rows in the global batch; the caller decides whether rows without trained tokens count.
+        fixed_length: tokens, usually the longest response allowed; for "fixed" only.
 
     Returns:
-        weight_BT: [B, T] of `dtype`, 0 outside the mask. A total of 0 gives zeros on a batch without a trained token,
-            which can be, and NaN on any trained token, which cannot.
+        weight_BT: [B, T] of `dtype`, 0 outside the mask. With a total of 0, which implies that nothing is trained, all
+            weights are 0 (a trained token would get NaN).
 
     Raises:
-        ValueError: an unknown `kind`, or "fixed" without a positive fixed_length.
+        ValueError: unknown `kind`, or "fixed" without a positive fixed_length.
     """
     assert mask_BT.ndim == 2, f"mask_BT must be [B, T], got {tuple(mask_BT.shape)}"
     assert mask_BT.dtype == torch.bool, f"mask_BT must be bool, got {mask_BT.dtype}"
     assert total_tokens >= 0 and total_rows >= 0, f"total_tokens={total_tokens}, total_rows={total_rows}"
     if kind not in get_args(Mean):
-        raise ValueError(f"reduction={kind!r} is not known; use one of {', '.join(get_args(Mean))}.")
+        raise ValueError(f"reduction={kind!r} is unknown; use one of {', '.join(get_args(Mean))}.")
     if kind == "fixed" and (fixed_length is None or not fixed_length > 0):
         raise ValueError(
             f"fixed_length={fixed_length} must be positive for reduction=fixed; use the longest response allowed."
@@ -61,7 +61,7 @@ def token_weights(
         weight_B1 = mask_BT.new_full((mask_BT.shape[0], 1), _inverse(fixed_length * total_rows), dtype=torch.float64)
     else:
         weight_B1 = _inverse(total_rows) / mask_BT.sum(dim=1, keepdim=True).double()
-    # `where`, because the weight of a row without a token is infinite and that of an empty batch is NaN.
+    # `where` and not a product: the weight of a row without trained tokens is infinite, that of an empty batch NaN.
     return torch.where(mask_BT, weight_B1, 0.0).to(dtype)
 
 

@@ -1,14 +1,14 @@
-"""The loss of a reward model: of two responses the better one is to have the higher score."""
+"""Bradley-Terry loss of reward models."""
 
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from aligner.objective.masked import check_rows, difference
-from aligner.objective.pairs import of_pairs, pairs_of
+from aligner.objective.pairs import pair_rows, pairwise_loss
 
 
-@of_pairs
+@pairwise_loss
 def bradley_terry(
     score_B: Tensor,
     *,
@@ -17,25 +17,26 @@ def bradley_terry(
     margin_B: Tensor | None = None,
     centre_coef: float = 0.0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The negative log-likelihood of the preferences: Stiennon et al. 2020, arXiv 2009.01325, section 3.4.
+    """Negative log-likelihood of the preferences under Bradley-Terry: Stiennon et al. 2020, arXiv 2009.01325, section 3.4.
 
         loss = -log sigmoid(score_w - score_l - margin) + centre_coef (score_w + score_l)^2
 
     The margin, larger for a clearer preference, is Llama 2's: Touvron et al. 2023, arXiv 2307.09288, equation 2. The
-    centring, which fixes the constant that differences leave open, is from Eisenstein et al. 2023, arXiv 2312.09244.
+    centring term fixes the additive constant that differences leave free: Eisenstein et al. 2023, arXiv 2312.09244.
 
     Args:
         score_B: [B] float32 or float64; rows 2i and 2i + 1 are a pair.
-        mask_BT: [B, T] bool; a pair is left out when one of its rows has nothing in it.
-        preference_B: [B] floating: 1 chosen, -1 rejected, 0 twice to leave the pair out; None: the first is chosen.
+        mask_BT: [B, T] bool; a pair is masked out if one of its rows has no trained token.
+        preference_B: [B] floating: 1 chosen, -1 rejected, 0 for both rows to mask the pair out; None: the first is
+            chosen.
         margin_B: [B], in the score's unit, 0 or more, the same on both rows of a pair.
-        centre_coef: 0.01 is usual.
+        centre_coef: coefficient of the centring term; 0.01 is usual.
 
     Returns:
-        loss_B: [B], dtype of score_B, both rows holding their pair's loss, 0 where a pair is left out. ln 2 for equal
-            scores without a margin.
-        metrics: [B], detached: "chosen_reward", "rejected_reward", "margin", "pair_accuracy", of the scores as they are,
-            and "score", each row's own.
+        loss_B: [B], dtype of score_B, both rows holding their pair's loss, 0 for masked pairs. ln 2 for equal scores
+            without a margin.
+        metrics: [B], detached: "chosen_reward", "rejected_reward", "margin" and "pair_accuracy" of the raw scores, and
+            "score", each row's own.
 
     Raises:
         ValueError: a negative centre_coef, or preferences that contradict each other.
@@ -46,7 +47,7 @@ def bradley_terry(
     check_rows("margin_B", margin_B, len(score_B))
     if not centre_coef >= 0.0:
         raise ValueError(f"centre_coef={centre_coef} must be 0 or more; 0.01 is usual.")
-    pairs = pairs_of(len(score_B), mask_BT, preference_B, score_B.device)
+    pairs = pair_rows(len(score_B), mask_BT, preference_B, score_B.device)
     chosen_P, rejected_P = pairs.split(score_B.double())
     z_P = difference(chosen_P, rejected_P)
     if margin_B is not None:
@@ -55,5 +56,5 @@ def bradley_terry(
     if centre_coef != 0.0:
         loss_P = loss_P + centre_coef * (chosen_P + rejected_P).square()
     metrics = pairs.metrics(chosen_P, rejected_P, score_B.dtype)
-    metrics["score"] = torch.where(pairs.kept_B, score_B.detach(), 0.0)
+    metrics["score"] = torch.where(pairs.counted_B, score_B.detach(), 0.0)
     return pairs.join(loss_P, score_B.dtype), metrics

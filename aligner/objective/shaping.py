@@ -1,29 +1,30 @@
-"""What is done to a reward, a row at a time, before any advantage is taken of it: length, scale."""
+"""Reward shaping per row, before advantages: overlong penalty and running scale."""
 
 import torch
 from torch import Tensor
 
 from aligner.objective.masked import check_rows
-from aligner.objective.moments import Moments, merge, row_moments
+from aligner.objective.moments import Moments, merge_moments, row_moments
 
 
 def overlong_penalty(length_B: Tensor, *, max_length: int, buffer: int | None = None) -> Tensor:
-    """Soft overlong punishment, to be added to the reward: Yu et al. 2025 (DAPO), arXiv 2503.14476, equation 13.
+    """DAPO's soft overlong punishment, a term to add to the reward: Yu et al. 2025, arXiv 2503.14476, equation 13.
 
          0                                      length <= max_length - buffer
-        (max_length - buffer - length) / buffer     in the buffer
+        (max_length - buffer - length) / buffer     in between
         -1                                      length >  max_length
 
     Args:
-        length_B: [B] integers, tokens of the response.
-        max_length: L_max, tokens. buffer: L_cache, tokens at the end of it over which the penalty grows; 0 for a step;
-            None for the paper's fifth of max_length.
+        length_B: [B] integer, response length in tokens.
+        max_length: L_max, tokens.
+        buffer: L_cache, the last tokens before max_length over which the penalty grows; 0: a step; None: a fifth of
+            max_length, as in the paper.
 
     Returns:
         penalty_B: [B] float32, from -1 to 0.
 
     Raises:
-        ValueError: a buffer that does not fit.
+        ValueError: buffer outside [0, max_length].
     """
     assert length_B.ndim == 1 and not length_B.is_floating_point(), f"{tuple(length_B.shape)}, {length_B.dtype}"
     buffer = max_length // 5 if buffer is None else buffer
@@ -34,20 +35,20 @@ def overlong_penalty(length_B: Tensor, *, max_length: int, buffer: int | None = 
 
 
 def running_scale(state: Moments, reward_B: Tensor) -> tuple[Moments, float]:
-    """Take a batch of rewards into the running moments of all rewards so far, and say what to divide rewards by.
+    """Update the running moments of all rewards with a batch, and return the scale to divide rewards by.
 
-    Scaling by a running deviation holds the reward's unit steady while the policy improves, where a batch's own would
-    blow up the noise of a batch of like rewards: Engstrom et al. 2020, arXiv 2005.12729, section 2, of the rewards
-    instead of their discounted sums, a response being one episode with one reward.
+    A running deviation keeps the reward's scale stable while the policy improves; a batch's own would amplify noise in
+    batches of similar rewards. Engstrom et al. 2020, arXiv 2005.12729, section 2, applied to rewards instead of
+    discounted sums because a response is one episode with one reward.
 
     Args:
-        state: `Moments()` at the start; plain floats, for the loop to keep and to write into its checkpoints.
-        reward_B: [B] floating, of every shard; a NaN (no reward) is left out.
+        state: `Moments()` at the start; floats that the loop keeps and checkpoints.
+        reward_B: [B] floating, of the global batch; NaN (no reward) is ignored.
 
     Returns:
-        The new state, and the deviation of every reward so far, in the reward's unit; 1 while there is none.
+        (new state, standard deviation of all rewards so far in the reward's unit, 1 while it is 0).
     """
     check_rows("reward_B", reward_B, len(reward_B))
-    before_13 = torch.tensor([state], dtype=torch.float64, device=reward_B.device)
-    after = merge(torch.cat([before_13, row_moments(reward_B, ~torch.isnan(reward_B))]))
-    return after, after.std or 1.0
+    state_13 = torch.tensor([state], dtype=torch.float64, device=reward_B.device)
+    merged = merge_moments(torch.cat([state_13, row_moments(reward_B, ~torch.isnan(reward_B))]))
+    return merged, merged.std or 1.0

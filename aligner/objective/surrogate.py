@@ -1,24 +1,24 @@
-"""What the clipped losses are made of: the advantage of a token, the clip and where it binds, KL and entropy."""
+"""Building blocks of the policy losses: advantages on tokens, the clipped objective, KL and entropy terms."""
 
 import torch
 from torch import Tensor
 
 from aligner.objective.kl import Estimator, kl_estimate
-from aligner.objective.masked import check_rows, inside
+from aligner.objective.masked import apply_mask, check_rows
 
 
 def advantage_on_tokens(mask_BT: Tensor, advantage_B: Tensor | None, advantage_BT: Tensor | None) -> Tensor:
-    """Whichever of the two is given, on every trained token."""
+    """[B, T] advantages from whichever of the two is given, 0 outside the mask; ValueError unless exactly one is."""
     if advantage_BT is not None and advantage_B is None:
         assert advantage_BT.shape == mask_BT.shape, f"advantage_BT is {tuple(advantage_BT.shape)}"
-        return inside(mask_BT, advantage_BT.detach())
+        return apply_mask(mask_BT, advantage_BT.detach())
     if advantage_B is not None and advantage_BT is None:
         check_rows("advantage_B", advantage_B, len(mask_BT))
-        return inside(mask_BT, advantage_B.detach()[:, None])
-    raise ValueError("pass exactly one of advantage_B, one a row, and advantage_BT, one a token.")
+        return apply_mask(mask_BT, advantage_B.detach()[:, None])
+    raise ValueError("pass exactly one of advantage_B (one per row) and advantage_BT (one per token).")
 
 
-def further_terms(
+def kl_and_entropy_terms(
     logp_BT: Tensor,
     mask_BT: Tensor,
     reference_logp_BT: Tensor | None,
@@ -27,16 +27,17 @@ def further_terms(
     entropy_BT: Tensor | None,
     entropy_coef: float,
 ) -> tuple[Tensor | float, dict[str, Tensor]]:
-    """kl_coef KL - entropy_coef H, and both as metrics where their inputs are given, with a coefficient or without."""
+    """(kl_coef KL - entropy_coef H, {"kl", "entropy"}); metrics are returned if their inputs are given, whatever the
+    coefficients."""
     _check_terms(kl_coef, kl, reference_logp_BT, entropy_coef, entropy_BT)
     extra_BT: Tensor | float = 0.0
     metrics = {}
     if reference_logp_BT is not None:
-        metrics["kl"] = kl_estimate(logp_BT, inside(mask_BT, reference_logp_BT.detach()), kl)
+        metrics["kl"] = kl_estimate(logp_BT, apply_mask(mask_BT, reference_logp_BT.detach()), kl)
         if kl_coef != 0.0:
             extra_BT = extra_BT + kl_coef * metrics["kl"]
     if entropy_BT is not None:
-        metrics["entropy"] = inside(mask_BT, entropy_BT)
+        metrics["entropy"] = apply_mask(mask_BT, entropy_BT)
         if entropy_coef != 0.0:
             extra_BT = extra_BT - entropy_coef * metrics["entropy"]
     return extra_BT, metrics
@@ -45,7 +46,7 @@ def further_terms(
 def clipped_objective(
     ratio_BT: Tensor, advantage_BT: Tensor, clip_low: float, clip_high: float, dual_clip: float | None
 ) -> Tensor:
-    """min(r A, clip(r) A), and no less than dual_clip A where A < 0."""
+    """min(r A, clip(r) A); with dual_clip not below dual_clip A where A < 0."""
     clipped_BT = ratio_BT.clamp(1.0 - clip_low, 1.0 + clip_high)
     objective_BT = torch.minimum(ratio_BT * advantage_BT, clipped_BT * advantage_BT)
     if dual_clip is None:
@@ -53,18 +54,18 @@ def clipped_objective(
     return torch.where(advantage_BT < 0, torch.maximum(objective_BT, dual_clip * advantage_BT), objective_BT)
 
 
-def clip_binds(
+def clip_is_active(
     ratio_BT: Tensor, advantage_BT: Tensor, clip_low: float, clip_high: float, dual_clip: float | None
 ) -> Tensor:
-    """Where a clip holds the objective constant: only on the side to which the advantage pushes the ratio."""
-    held_BT = ((advantage_BT > 0) & (ratio_BT > 1.0 + clip_high)) | ((advantage_BT < 0) & (ratio_BT < 1.0 - clip_low))
+    """bool [B, T]: where a clip is active, so that the objective is constant in the ratio."""
+    active_BT = ((advantage_BT > 0) & (ratio_BT > 1.0 + clip_high)) | ((advantage_BT < 0) & (ratio_BT < 1.0 - clip_low))
     if dual_clip is not None:
-        held_BT = held_BT | ((advantage_BT < 0) & (ratio_BT > dual_clip))
-    return held_BT
+        active_BT = active_BT | ((advantage_BT < 0) & (ratio_BT > dual_clip))
+    return active_BT
 
 
 def check_clips(clip_low: float, clip_high: float, dual_clip: float | None) -> None:
-    """Raises ValueError naming the setting and the values that would work."""
+    """Raises ValueError for a clip range or dual_clip out of bounds."""
     if not 0.0 <= clip_low <= 1.0:
         raise ValueError(f"clip_low={clip_low} must lie in [0, 1]; 0.2 is usual, 1 clips nothing.")
     if not clip_high >= 0.0:
@@ -80,7 +81,7 @@ def _check_terms(
         raise ValueError(f"kl_coef={kl_coef} needs reference_logp_BT; pass it, or set kl_coef=0.")
     if kl_coef != 0.0 and kl == "k1":
         raise ValueError(
-            f"kl=k1 with kl_coef={kl_coef} regularises nothing, the gradient of k1 being 0 in the mean; use k2 or k3."
+            f"kl=k1 with kl_coef={kl_coef} regularises nothing, because the expected gradient of k1 is 0; use k2 or k3."
         )
     if entropy_coef != 0.0 and entropy_BT is None:
         raise ValueError(f"entropy_coef={entropy_coef} needs entropy_BT; pass it, or set entropy_coef=0.")

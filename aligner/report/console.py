@@ -10,101 +10,58 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import TextIO
 
+from aligner.report.metric_registry import LEFT_OUT, METRICS, Metric, metric_of
+
 PLAIN_WIDTH = 120  # a log file is read in windows of every width; this is the common one
 HEADER_EVERY = 20  # rows between repeated headers, about one screen
 BAR_WIDTH = 28
-PHASES = ("generate", "score", "scores", "logprobs", "values", "update", "reshard", "evaluate")
 
 
 @dataclass(frozen=True)
-class Column:
-    """One column: the metric it shows, its title, its width in characters, and when it gives way."""
+class TableColumn:
+    """A column of the table and the metric that it shows."""
 
     metric: str
     title: str
     width: int
-    rank: int = 0
-    """On a narrow terminal the highest rank is dropped first; 0 never is."""
+    """Characters."""
+    drop: int = 0
+    """On a narrow terminal the highest is dropped first; 0 never is."""
 
 
-STEP = Column("step", "step", 5)
-ROLLOUT_TABLE = (
-    STEP,
-    Column("reward", "reward", 7),
-    Column("accuracy", "accuracy", 8),
-    Column("kl", "kl", 7, 1),
-    Column("entropy", "entropy", 7, 4),
-    Column("length", "length", 6, 5),
-    Column("gap_max", "gap", 7, 2),
-    Column("tokens_per_second", "tok/s", 7, 3),
-    Column("seconds_generate", "generate", 8, 6),
-    Column("seconds_score", "score", 6, 10),
-    Column("seconds_logprobs", "logprobs", 8, 9),
-    Column("seconds_update", "update", 7, 7),
-    Column("seconds_reshard", "reshard", 7, 8),
-    Column("reshard_gigabytes_per_second", "GB/s", 4, 11),
-)
+def _table(kind: str) -> tuple[TableColumn, ...]:
+    """The table `rollout` or `supervised`, as its columns are declared."""
+    declared = [(metric.name, column) for metric in METRICS if (column := getattr(metric, kind)) is not None]
+    declared.sort(key=lambda pair: pair[1].place)
+    return tuple(TableColumn(name, column.title or name, column.width, column.drop) for name, column in declared)
+
+
+ROLLOUT_TABLE = _table("rollout")
 # Loops that sample nothing (supervised, preferences): the columns whose metrics the row has, in this order.
-SUPERVISED_TABLE = (
-    STEP,
-    Column("loss", "loss", 9),
-    Column("accuracy", "accuracy", 8),
-    Column("pair_accuracy", "pairs", 7),
-    Column("margin", "margin", 8, 1),
-    Column("heldout_loss", "held-out loss", 13, 1),
-    Column("heldout_margin", "held-out margin", 15, 7),
-    Column("kl", "kl", 8, 1),
-    Column("entropy", "entropy", 7, 5),
-    Column("grad_norm", "grad norm", 9, 2),
-    Column("lr", "lr", 8, 3),
-    Column("tokens", "tokens", 8, 6),
-    Column("tokens_per_second", "tok/s", 7, 1),
-    Column("seconds", "seconds", 7, 4),
-)
-LEFT_OUT = ("reward_failed", "reward_timeout", "reward_unparsable")
-# Written to metrics.jsonl and the report, too fine for the table; any other metric is a loop's own and gets a column.
-QUIET = {
-    "truncated",
-    "gap",
-    "ratio",
-    "ratio_max",
-    "kl_max",
-    "clip_fraction",
-    "imbalance",
-    "padding",
-    "advantage_abs_max",
-    "reward_ok",
-    "time",
-    "seconds_evaluate",
-    "chosen_reward",
-    "rejected_reward",
-    "chosen_logp",
-    "rejected_logp",
-    "heldout_pair_accuracy",
-    *LEFT_OUT,
-}
-FINE = ("reshard_", "seconds_", "memory_", "critic_", "reward/", "guard/", "data/")
+SUPERVISED_TABLE = _table("supervised")
 
 
-def columns_for(metrics: Collection[str]) -> tuple[Column, ...]:
+def columns_for(metrics: Collection[str]) -> tuple[TableColumn, ...]:
     """The table for these metrics: rollouts where there is a reward (or only an evaluation), else supervised."""
-    known = QUIET | {column.metric for column in ROLLOUT_TABLE + SUPERVISED_TABLE}
-    own = tuple(
-        Column(name, name, max(8, len(name)), 12) for name in metrics if name not in known and not name.startswith(FINE)
-    )
+    own = tuple(TableColumn(name, name, max(8, len(name)), 12) for name in metrics if _has_own_column(metric_of(name)))
     if "reward" in metrics or "loss" not in metrics:
         return ROLLOUT_TABLE + own
-    return tuple(column for column in SUPERVISED_TABLE if column is STEP or column.metric in metrics) + own
+    return tuple(column for column in SUPERVISED_TABLE if column.metric in {"step", *metrics}) + own
 
 
-def fit(columns: tuple[Column, ...], width: int) -> tuple[Column, ...]:
-    """The columns that stand side by side in `width` characters, the highest ranks dropped first."""
+def _has_own_column(metric: Metric | None) -> bool:
+    """A metric that is not declared is one of a user's loop, and shown."""
+    return metric is None or metric.own_column
+
+
+def fit(columns: tuple[TableColumn, ...], width: int) -> tuple[TableColumn, ...]:
+    """The columns that stand side by side in `width` characters, the highest `drop` dropped first."""
     kept = list(columns)
     while sum(column.width for column in kept) + 2 * (len(kept) - 1) > width:
-        drop = max(kept, key=lambda column: (column.rank, kept.index(column)))
-        if drop.rank == 0:
+        first = max(kept, key=lambda column: (column.drop, kept.index(column)))
+        if first.drop == 0:
             break
-        kept.remove(drop)
+        kept.remove(first)
     return tuple(kept)
 
 
@@ -114,17 +71,19 @@ def cell(metric: str, value: object) -> str:
         return "-" if value is None else str(value)
     if not math.isfinite(value):
         return str(float(value))
-    if metric in ("step", "tokens"):
+    declared = metric_of(metric)
+    form = "number" if declared is None else declared.format
+    if form == "count":
         return f"{value:.0f}"
-    if metric == "tokens_per_second":
+    if form == "rate":
         return f"{value:,.0f}" if abs(value) < 1e6 else f"{value:.3g}"
-    if metric.startswith("seconds"):
+    if form == "seconds":
         return f"{value:.{3 if abs(value) < 10 else 1}f}" if abs(value) < 1000 else f"{value:.0f}"
-    if metric == "reshard_gigabytes_per_second":
+    if form == "gigabytes":
         return f"{value:.{2 if abs(value) < 9.995 else 1 if abs(value) < 99.95 else 0}f}"
-    if metric == "lr" or metric.startswith("gap"):
+    if form == "scientific":
         return f"{value:.1e}"
-    if metric == "length":
+    if form == "tenths":
         return f"{value:.1f}"
     if value == 0 or 0.001 <= abs(value) < 1000:
         return f"{value:.{4 if 0 < abs(value) < 0.1 else 3 if abs(value) < 100 else 1}f}"
@@ -159,7 +118,7 @@ class Console:
         self._first_step: int | None = None
         self._step = 0
         self._seen: dict[str, None] = {}
-        self._columns: tuple[Column, ...] = ()
+        self._columns: tuple[TableColumn, ...] = ()
         self._rows = 0
         self._hidden_said = False
         self._lost = False
@@ -198,7 +157,7 @@ class Console:
             self._write("\n")
         self._live = False
 
-    def _header(self, table: tuple[Column, ...], columns: tuple[Column, ...]) -> list[str]:
+    def _header(self, table: tuple[TableColumn, ...], columns: tuple[TableColumn, ...]) -> list[str]:
         titles = "  ".join(one.title.rjust(one.width) for one in columns)
         lines = ["", titles, "  ".join("-" * one.width for one in columns)]
         hidden = [one.title for one in table if one not in columns]

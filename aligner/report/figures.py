@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import TYPE_CHECKING, Any, cast
 
-from aligner.report.console import PHASES
+from aligner.report.metric_registry import METRICS, PHASES, title_of
 from aligner.report.metrics import Row
 from aligner.report.statistics import from_to, main_metric, phase_seconds, series, sync_rate, timed, trailing_mean
 
@@ -21,26 +21,8 @@ if TYPE_CHECKING:  # matplotlib takes half a second and is wanted once, at the e
 BLUE, ORANGE, GREEN, PURPLE, RED, TEAL, GREY = (
     "#3b7dc4", "#e07b39", "#3f9e6e", "#8b6fc0", "#c8504b", "#37a3a3", "#8a8f98",
 )  # fmt: skip
-PHASE_COLORS = dict(
-    zip((*PHASES, "other"), (BLUE, PURPLE, "#b57edc", TEAL, "#7fc4bd", ORANGE, GREEN, RED, GREY), strict=True)
-)
+PHASE_COLORS = {phase.name: phase.color for phase in PHASES} | {"other": GREY}
 RUN_COLORS = (BLUE, ORANGE, GREEN, PURPLE, RED, TEAL)
-# Small panels in this order; the first six that the run has are drawn.
-PANELS = {
-    "entropy": "entropy (nats)",
-    "kl": "KL to the reference",
-    "length": "response length (tokens)",
-    "gap_max": "largest log-probability gap",
-    "margin": "margin of the chosen answer",
-    "pair_accuracy": "pairs told apart",
-    "critic_loss": "the critic's loss",
-    "loss": "loss",
-    "grad_norm": "gradient norm",
-    "lr": "learning rate",
-    "tokens_per_second": "tokens/s",
-    "truncated": "truncated share",
-}
-LOG_SCALE = {"gap_max"}
 
 
 @dataclass(frozen=True)
@@ -129,19 +111,22 @@ def _noisy_line(ax: Axes, steps: list[int], values: list[float], color: str, lab
 
 def panels(rows: Sequence[Row], _theme: Theme) -> Figure | None:
     drawn_above = main_metric(rows)
-    present = [name for name in PANELS if name != drawn_above and series(rows, name, keep_gaps=False)[0]][:6]
+    declared = sorted(((one.name, one.panel) for one in METRICS if one.panel), key=lambda pair: pair[1].place)
+    present = [
+        (name, panel) for name, panel in declared if name != drawn_above and series(rows, name, keep_gaps=False)[0]
+    ][:6]
     if not present:
         return None
     figure, axes = _grid(3, math.ceil(len(present) / 3), 9.6, 2.2 * math.ceil(len(present) / 3))
-    for ax, name in zip(axes, present, strict=False):
+    for ax, (name, panel) in zip(axes, present, strict=False):
         steps, values = series(rows, name)
-        if name in LOG_SCALE and any(value > 0 for value in values):
+        if panel.log and any(value > 0 for value in values):
             values = [value if value > 0 else math.nan for value in values]
             ax.set_yscale("log")
             powers = [math.log10(value) for value in values if not math.isnan(value)]
             ax.set_ylim(10 ** math.floor(min(powers)), 10 ** (math.floor(max(powers)) + 1))  # whole decades
         ax.plot(steps, values, ".-" if len(values) < 30 else "-", color=BLUE, linewidth=1.3)
-        ax.set_title(PANELS[name] + (" (log)" if name in LOG_SCALE else ""))
+        ax.set_title(panel.title + (" (log)" if panel.log else ""))
     for ax in axes[len(present) :]:
         ax.set_visible(False)
     return figure
@@ -197,7 +182,7 @@ def comparison(runs: dict[str, list[Row]], metrics: Sequence[str]) -> Figure:
                 ax.plot(steps, values, f"o{style}", color=color, markersize=3.5, label=label_ends)
             else:
                 ax.plot(steps, trailing_mean(values, max(1, len(values) // 12)), style, color=color, linewidth=1.3)
-    titles = {"accuracy": "held-out accuracy", "reward": "train reward", "loss": "train loss"}
+    titles = {name: title_of(name) if name == "accuracy" else f"train {title_of(name)}" for name in metrics}
     for ax, name in zip(axes, metrics, strict=True):
         ax.set_title(titles[name] + ("" if ax is axes[0] else " (trailing mean)"))
     axes[0].legend(loc="best", fontsize=8)

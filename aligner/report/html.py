@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from aligner.report.console import cell, columns_for
 from aligner.report.figures import DARK, LIGHT, Theme, learning_curve, ledger, panels, phases, png, styled
 from aligner.report.gantt import MOST_RANKS, gantt
+from aligner.report.metric_registry import RESHARD
 from aligner.report.metrics import CONFIG_FILE, ENVIRONMENT_FILE, Row
 from aligner.report.samples import sample_files
 from aligner.report.statistics import facts, phase_seconds, summary, sync_rate
@@ -23,12 +24,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 LAST_ROWS = 12
-SYNC_PHASES = {
-    "plan": "plan (once)",
-    "pack": "pack: read, cast, checksum",
-    "wire": "wire: wait for messages",
-    "apply": "apply: check, write, compare, the engine's re-layout",
-}
+SYNC_PHASES = {one.name: one.title for one in RESHARD if one.name.startswith("seconds_reshard_")}
 EXCERPT = 3000
 """Characters of a samples file."""
 
@@ -153,7 +149,7 @@ def _ledger_text(rows: Sequence[Row]) -> str:
 
 def _sync_table(rows: Sequence[Row]) -> str:
     """Where a sync's time goes: each phase's seconds on the rank that spent most on it."""
-    phases = {name: [float(row.get(f"seconds_reshard_{name}") or 0) for row in rows] for name in SYNC_PHASES}
+    phases = {name: [float(row.get(name) or 0) for row in rows] for name in SYNC_PHASES}
     syncs = [sum(values) > 0 for values in zip(*phases.values(), strict=True)]
     lines = [
         [

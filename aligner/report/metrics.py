@@ -16,7 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from aligner.config.run import WandbConfig
+from aligner.report.config import WandbConfig
 from aligner.report.console import Console
 
 METRICS_FILE = "metrics.jsonl"

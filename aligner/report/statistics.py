@@ -6,17 +6,16 @@ import math
 from collections.abc import Iterator, Sequence
 from statistics import fmean, median
 
-from aligner.report.console import LEFT_OUT, PHASES, cell, duration
+from aligner.report.console import cell, duration
+from aligner.report.metric_registry import HEADLINES, LEFT_OUT, PHASES, title_of
 from aligner.report.metrics import Row
-
-SUMMARY = {"accuracy": "held-out accuracy", "heldout_loss": "held-out loss", "reward": "reward", "loss": "loss"}
-"""Metric -> its title in the summary; the first that a run has is what it reached."""
 
 
 def summary(rows: Sequence[Row]) -> str:
     """One line: what was reached, in how many steps, how long, how fast."""
     found = dict(facts(rows))
-    for name, title in SUMMARY.items():
+    for name in HEADLINES:
+        title = title_of(name)
         if title in found:
             lift = f" ({found['lift']})" if name == "accuracy" and "lift" in found else ""
             reached = f"{title} {found[title]}{lift}, "
@@ -30,16 +29,16 @@ def summary(rows: Sequence[Row]) -> str:
 def facts(rows: Sequence[Row]) -> Iterator[tuple[str, str]]:
     _, accuracy = series(rows, "accuracy", keep_gaps=False)
     if accuracy:
-        yield "held-out accuracy", from_to(accuracy)
+        yield title_of("accuracy"), from_to(accuracy)
     if len(accuracy) > 1:
         yield "lift", f"{100 * (accuracy[-1] - accuracy[0]):+.1f} points"
     _, heldout_loss = series(rows, "heldout_loss", keep_gaps=False)
     if heldout_loss:
-        yield "held-out loss", from_to(heldout_loss)
+        yield title_of("heldout_loss"), from_to(heldout_loss)
     name = main_metric(rows)
     _, values = series(rows, name, keep_gaps=False)
     if values:
-        yield name, from_to(values)
+        yield title_of(name), from_to(values)
     yield "steps", str(rows[-1]["step"])
     times = [row["time"] for row in rows if isinstance(row.get("time"), (int, float))]
     yield "wall time", duration(times[-1] - times[0] + (rows[0].get("seconds") or 0) if times else 0)
@@ -92,7 +91,7 @@ def phase_seconds(rows: Sequence[Row]) -> dict[str, list[float]]:
     `seconds` is the loop's iteration; the evaluation after it is not part of it, so `other` does not lack it.
     """
     rows = timed(rows)
-    phases = {name: [float(row.get(f"seconds_{name}") or 0) for row in rows] for name in PHASES}
+    phases = {one.name: [float(row.get(f"seconds_{one.name}") or 0) for row in rows] for one in PHASES}
     phases = {name: values for name, values in phases.items() if any(values)}
     if not phases:
         return {}

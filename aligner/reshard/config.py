@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
+
+from aligner.bounds import MoreThan
 
 
 @dataclass(frozen=True)
 class ReshardConfig:
     """Weight transfers."""
 
-    bucket_mib: float = 32.0
+    bucket_mib: Annotated[float, MoreThan(0)] = 32.0
     """Bound on messages: a transfer takes at most twice this much extra memory on a rank, in MiB."""
     verify: bool = True
     """Prove each transfer: what the engine holds is what the policy held, bit for bit."""
@@ -17,11 +20,6 @@ class ReshardConfig:
     """On CPUs, ranks of one host hand messages over in memory that both see; false: over gloo, as between hosts."""
     deltas: bool = False
     """Send only the elements that changed since the last transfer; keeps a copy of what was sent on both ends. Over gloo."""
-
-    def check(self) -> None:
-        """ValueError where a value cannot work."""
-        if not self.bucket_mib > 0:
-            raise ValueError(f"reshard.bucket_mib={self.bucket_mib} must be above 0; the default is 32.")
 
     @property
     def bucket_bytes(self) -> int:

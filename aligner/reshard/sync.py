@@ -1,4 +1,4 @@
-"""One role's weights into another's: the plan made once, then run at every sync."""
+"""Weight sync: brings sharded weights from one layout into another; planned once, run as often as they change."""
 
 from __future__ import annotations
 
@@ -11,45 +11,54 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from aligner.models.family import logical_tensors
 from aligner.reshard.config import ReshardConfig
 from aligner.reshard.message.bucket import Buffers
 from aligner.reshard.message.storage import check_disjoint
+from aligner.reshard.plan.layout import ExplicitLayout, WeightLayout
 from aligner.reshard.plan.region import Layout
 from aligner.reshard.plan.transfer_plan import Plan, make_plan
 from aligner.reshard.transfer.executor import execute
 from aligner.reshard.transfer.shared_memory import meet
 from aligner.reshard.transfer.sync_stats import SyncRow
 from aligner.reshard.transfer.wire import Kept
-from aligner.reshard.weights import ExplicitLayout, WeightLayout
-from aligner.rollout.layout import EngineLayout
-from aligner.trainer.megatron.layout import MegatronLayout
+from aligner.reshard.weights import ShardedWeights, WritableWeights
 
 if TYPE_CHECKING:
-    from aligner.rollout.role import Rollout
-    from aligner.trainer.policy import Policy
+    from aligner.spmd.world import World
 
 
 class WeightSync:
-    """Policy -> rollout. Making one is a collective of the whole world; `run` is one of the two roles' ranks.
+    """Copies `source` into `destination`, whose ranks may be the same, others, or some of each.
 
-    On the CPU the message buffers of a sync, at most twice `bucket_mib`, are kept for the next one.
+    Every rank of the world makes one, with its own view of both ends: making it is collective over the world, `run` over
+    the ranks of both ends. On the CPU the message buffers, at most twice `config.bucket_mib`, are kept between runs.
+
+    Args:
+        source: read at every run; its memory must stay where it is.
+        destination: written at every run.
+        config: size of messages, proofs, shared memory, deltas.
+
+    Raises:
+        ValueError: the two ends are not of the same model; on every rank of both, naming the tensor.
     """
 
-    def __init__(self, policy: Policy, rollout: Rollout, config: ReshardConfig) -> None:
-        self.policy, self.rollout, self.config = policy, rollout, config
+    def __init__(
+        self, world: World, source: ShardedWeights, destination: WritableWeights, config: ReshardConfig
+    ) -> None:
+        self.source, self.destination, self.config = source, destination, config
         self.kept: Kept | None = {} if config.deltas else None
         self.buffers: Buffers | None = None
-        world = policy.world
-        self.ranks = tuple(sorted({*policy.mesh.ranks, *rollout.mesh.ranks}))
+        self.ranks = tuple(sorted({*source.layout.ranks, *destination.layout.ranks}))
         self.group = world.group(self.ranks)
+        """The ranks of both ends; None on any other rank."""
         self.ledger: list[SyncRow] = []
-        self._transfers = 0
+        """What each run moved on this rank; empty on ranks of neither end."""
+        self._world, self._runs = world, 0
         if self.group is None:
             return
         start = time.perf_counter()
-        source, destination = sides(policy, rollout, self.ranks, self.group)
-        self.plan = _plan_together(world.rank, source, destination, self.ranks, self.group)
+        layouts = _agreed_layouts(world.rank, source, destination, self.ranks, self.group)
+        self.plan = _plan_together(world.rank, *layouts, self.ranks, self.group)
         self.planning_seconds = time.perf_counter() - start
         if world.device.type == "cpu":  # on CUDA the caching allocator keeps freed memory
             shares = config.shared_memory and not config.deltas
@@ -59,44 +68,46 @@ class WeightSync:
             dist.all_reduce(torch.zeros(1, device=world.device), group=self.group)
 
     def run(self) -> None:
-        """Move the weights as they are now; the ledger gets a row."""
+        """Copy the weights as they are now, and add a row to `ledger`.
+
+        Raises:
+            RuntimeError: a proof failed (naming tensor, region and both ranks), or a peer did; see `execute`. The
+                destination has no valid weights then: `destination.discard()`, and run again.
+        """
         if self.group is None:
             return
-        policy, rollout = self.policy, self.rollout
-        self._transfers += 1
+        world, self._runs = self._world, self._runs + 1
         row = execute(
             self.plan,
-            policy.model.view if policy.member else None,
-            rollout.weights if rollout.member else None,
+            self.source.view if world.rank in self.source.layout.ranks else None,
+            self.destination if world.rank in self.destination.layout.ranks else None,
             self.group,
-            policy.world.device,
+            world.device,
             self.config.bucket_bytes,
             self.config.verify,
             self.kept,
             self.buffers,
-            self._transfers,
-            lambda ranks: policy.world.timeline.span("wait", "weights", ranks),
+            self._runs,
+            lambda ranks: world.timeline.span("wait", "weights", ranks),
         )
         self.ledger.append(row if self.ledger else replace(row, seconds_plan=self.planning_seconds))
 
 
-def sides(
-    policy: Policy, rollout: Rollout, ranks: Sequence[int], group: dist.ProcessGroup
+def _agreed_layouts(
+    rank: int, source: ShardedWeights, destination: WritableWeights, ranks: Sequence[int], group: dist.ProcessGroup
 ) -> tuple[WeightLayout, WeightLayout]:
-    """What the two roles hold; collective over `group`, whose world ranks are `ranks`.
+    """What the two ends hold; collective over `group`, whose world ranks are `ranks`.
 
-    Each rank compares what it holds with what its role's arithmetic says. Where all agree, as they should, nothing is
-    exchanged: at a thousand ranks the layouts are gigabytes. Else the layouts themselves are.
+    Each rank compares the pieces that it holds with what the layout says by arithmetic. Where all agree, as they should,
+    nothing is exchanged: at a thousand ranks the layouts are gigabytes. Else every rank's pieces are.
     """
-    rank = policy.world.rank
-    held = policy.model.layout if policy.member else []
-    wanted = rollout.weights.pieces(logical_tensors(policy.spec)) if rollout.member else []
-    source = MegatronLayout(policy.spec, policy.mesh, policy.config.dtype)
-    destination = EngineLayout(policy.spec, rollout.mesh, rollout.config.dtype, rollout.mesh.expert > 1)
-    agree = set(held) == set(source.layout(rank)) and set(wanted) == set(destination.layout(rank))
-    told = [False] * len(ranks)
-    dist.all_gather_object(told, agree, group=group)
-    return (source, destination) if all(told) else (exchanged(held, ranks, group), exchanged(wanted, ranks, group))
+    held, wanted = source.pieces(), destination.pieces()
+    agree = set(held) == set(source.layout.layout(rank)) and set(wanted) == set(destination.layout.layout(rank))
+    everywhere = [False] * len(ranks)
+    dist.all_gather_object(everywhere, agree, group=group)
+    if all(everywhere):
+        return source.layout, destination.layout
+    return exchanged(held, ranks, group), exchanged(wanted, ranks, group)
 
 
 def exchanged(mine: Layout, ranks: Sequence[int], group: dist.ProcessGroup) -> ExplicitLayout:
@@ -105,24 +116,35 @@ def exchanged(mine: Layout, ranks: Sequence[int], group: dist.ProcessGroup) -> E
     digests: list[bytes] = [b""] * len(ranks)
     dist.all_gather_object(digests, digest, group=group)
     first = digests.index(digest) == dist.get_rank(group)
-    told: list[Any] = [None] * len(ranks)
-    dist.all_gather_object(told, mine if mine and first else None, group=group)
-    layouts = {found: layout for found, layout in zip(digests, told, strict=True) if layout is not None}
-    return ExplicitLayout({rank: layouts[found] for rank, found in zip(ranks, digests, strict=True) if found})
+    sent: list[Any] = [None] * len(ranks)
+    dist.all_gather_object(sent, mine if mine and first else None, group=group)
+    layouts = {digest: layout for digest, layout in zip(digests, sent, strict=True) if layout is not None}
+    return ExplicitLayout({rank: layouts[digest] for rank, digest in zip(ranks, digests, strict=True) if digest})
 
 
 def _plan_together(
     rank: int, source: WeightLayout, destination: WeightLayout, ranks: Sequence[int], group: dist.ProcessGroup
 ) -> Plan:
-    """This rank's plan; ValueError on every rank where one of them finds that the two sides do not match."""
+    """This rank's plan; ValueError on every rank where one of them finds that the two ends do not match."""
     plan, failure = None, None
     try:
+        _check_wanted(source.layout(rank), destination)
         plan = make_plan(rank, source, destination)
         check_disjoint(destination.layout(rank))
     except ValueError as error:
         failure = str(error)
-    told: list[str | None] = [None] * len(ranks)
-    dist.all_gather_object(told, failure, group=group)
-    if plan is None or any(told):
-        raise ValueError(next(text for text in (failure, *told) if text))
+    failures: list[str | None] = [None] * len(ranks)
+    dist.all_gather_object(failures, failure, group=group)
+    if plan is None or any(failures):
+        raise ValueError(next(text for text in (failure, *failures) if text))
     return plan
+
+
+def _check_wanted(held: Layout, destination: WeightLayout) -> None:
+    """ValueError where the destination has no place for a tensor of the source: it is of another model."""
+    for name in dict.fromkeys(piece.name for piece in held):
+        if not destination.holders(name):
+            raise ValueError(
+                f"reshard: tensor {name}, held by the source, is wanted by no destination rank; "
+                "build both sides from the same model.path"
+            )

@@ -1,91 +1,79 @@
-"""One side of a transfer: what every rank of a role holds, asked by rank or by tensor (pure, no torch)."""
+"""One end of a weight transfer: which region of which checkpoint tensor each rank holds, and the memory itself."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import Any, Protocol, TypeVar
+from collections.abc import Sequence
+from typing import Protocol
 
-from aligner.reshard.plan.region import Layout, Piece
+from torch import Tensor
 
-R = TypeVar("R")
-
-
-class WeightLayout(Protocol):
-    """Which region of which logical tensor every rank of a role holds."""
-
-    @property
-    def ranks(self) -> tuple[int, ...]:
-        """World ranks of the role, ascending."""
-
-    def layout(self, rank: int) -> Sequence[Piece]:
-        """Everything one rank holds; costs as much as its own pieces."""
-
-    def holders(self, name: str) -> Sequence[tuple[Piece, tuple[int, ...]]]:
-        """Every distinct piece of one logical tensor with the ranks that hold it in that very form, ascending.
-
-        Empty where nobody holds the tensor. Costs as much as the distinct pieces of this one tensor, never as much as
-        the model. The same box may appear in several forms (other strides, storages or dtypes), also on one rank.
-        """
+from aligner.reshard.plan.layout import WeightLayout
+from aligner.reshard.plan.region import Piece
 
 
-class LazyHolders(Sequence[tuple[Piece, tuple[int, ...]]]):
-    """What `holders` returns, with pieces that are made only when they are looked at.
+class ShardedWeights(Protocol):
+    """Weights that are spread over ranks, as the source of a transfer.
 
-    Args:
-        form: equal for tensors of this side that have the same boxes, dtype and ranks, and for no others.
-        regions: what each piece is made of, with the ranks that hold it.
-        make: a region -> its piece.
+    Every rank of the world has such an object; on ranks that hold none of the weights it is a `RemoteWeights`.
     """
 
-    def __init__(
-        self, form: Hashable, regions: Sequence[tuple[R, tuple[int, ...]]], make: Callable[[R], Piece]
-    ) -> None:
-        self.form, self._regions, self._make = form, regions, make
-
-    def __len__(self) -> int:
-        return len(self._regions)
-
-    def __getitem__(self, index: Any) -> Any:
-        region, ranks = self._regions[index]
-        return self._make(region), ranks
-
-
-class ExplicitLayout:
-    """A side given as every rank's layout: for layouts that were exchanged."""
-
-    def __init__(self, layouts: Mapping[int, Layout]) -> None:
-        self._layouts = {rank: layouts[rank] for rank in sorted(layouts)}
-        self._holders: dict[str, list[tuple[Piece, tuple[int, ...]]]] | None = None
-
     @property
-    def ranks(self) -> tuple[int, ...]:
-        return tuple(self._layouts)
+    def layout(self) -> WeightLayout:
+        """What each rank holds, by arithmetic; the same on every rank of the world."""
 
-    def layout(self, rank: int) -> Layout:
-        return self._layouts.get(rank, ())
+    def pieces(self) -> Sequence[Piece]:
+        """What this rank really holds, which should be `layout.layout(rank)` in any order. Empty on ranks that hold
+        nothing. The first call may be collective over the ranks of `layout`."""
 
-    def holders(self, name: str) -> Sequence[tuple[Piece, tuple[int, ...]]]:
-        if self._holders is None:
-            self._holders = _index(self._layouts)
-        return self._holders.get(name, ())
-
-
-def as_layout(given: WeightLayout | Mapping[int, Layout]) -> WeightLayout:
-    """A side, or every rank's layout, as a side."""
-    return ExplicitLayout(given) if isinstance(given, Mapping) else given
+    def view(self, piece: Piece) -> Tensor:
+        """One of `pieces`, or a crop of one, as a strided view of shape `piece.size` in dtype `piece.dtype`."""
 
 
-def _index(layouts: Mapping[int, Layout]) -> dict[str, list[tuple[Piece, tuple[int, ...]]]]:
-    """Tensor -> its distinct pieces with their holders; ranks that share one layout object are read once."""
-    sharers: dict[int, list[int]] = {}
-    for rank, layout in layouts.items():
-        sharers.setdefault(id(layout), []).append(rank)
-    found: dict[str, dict[Piece, set[int]]] = {}
-    for ranks in sharers.values():
-        for piece in layouts[ranks[0]]:
-            found.setdefault(piece.name, {}).setdefault(piece, set()).update(ranks)
-    tuples: dict[frozenset[int], tuple[int, ...]] = {}
-    return {
-        name: [(piece, tuples.setdefault(frozenset(ranks), tuple(sorted(ranks)))) for piece, ranks in pieces.items()]
-        for name, pieces in found.items()
-    }
+class WritableWeights(ShardedWeights, Protocol):
+    """Weights that a transfer overwrites, all of them in each transfer.
+
+    A transfer writes through `view`, says `written` once for each region, and ends with `finish`; where it failed the
+    owner says `discard` before the next one. From the first `view` until `finish` the weights are not valid.
+    """
+
+    def written(self, piece: Piece, proof: bool = True) -> None:
+        """The region `piece` has been written through its view.
+
+        The last region of a module lets the destination derive what its kernels read (packed weights, for example).
+
+        Args:
+            proof: prove that what was derived holds what was written.
+
+        Raises:
+            RuntimeError: it was written before in this transfer, or the proof failed.
+        """
+
+    def finish(self) -> None:
+        """The transfer is complete: reset what was derived from the weights before. RuntimeError, naming the tensor,
+        where a region was not written."""
+
+    def discard(self) -> None:
+        """Give up a transfer that failed. The weights stay invalid until the next one has finished."""
+
+
+class RemoteWeights:
+    """Either end of a transfer on a rank that holds nothing of it: only the other ranks' layout is known."""
+
+    def __init__(self, layout: WeightLayout) -> None:
+        self.layout = layout
+
+    def pieces(self) -> Sequence[Piece]:
+        """Nothing is held here."""
+        return ()
+
+    def view(self, piece: Piece) -> Tensor:
+        raise AssertionError(f"{piece.name}{piece.box} is held by other ranks ({self.layout.ranks})")
+
+    def written(self, piece: Piece, proof: bool = True) -> None:
+        raise AssertionError(f"{piece.name}{piece.box} is held by other ranks ({self.layout.ranks})")
+
+    def finish(self) -> None:
+        """Nothing was written here."""
+
+    def discard(self) -> None:
+        """Nothing was written here."""

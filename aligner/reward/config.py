@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
+
+from aligner.bounds import AtLeast, Between
 
 
 @dataclass(frozen=True)
@@ -77,21 +79,12 @@ class RewardConfig:
     (`RewardComponent` in aligner/reward/config.py explains every setting; conf/reward/weighted.yaml is an example)."""
     keep_special_tokens: bool = False
     """Rules and endpoints get the response with the special tokens in it (<|im_end|>, ...), the one that ended it too."""
-    workers: int = 1
+    workers: Annotated[int, AtLeast(1)] = 1
     """Worker processes of each rule (requests in flight of each url) on each rank."""
     timeout_s: float = 5.0
     """Limit for one row (url: one request), in seconds."""
-    memory_mib: int | None = 4096
+    memory_mib: Annotated[int | None, AtLeast(256)] = 4096
     """Private memory of a worker process, in MiB, and of each that it starts: beyond it the row has failed with
     MemoryError. null: no limit, and a rule that eats memory takes the host's ranks with it."""
-    max_missing: float = 0.5
+    max_missing: Annotated[float, Between(0, 1)] = 0.5
     """Fraction of a batch's rows without a score (failed, timed out, unparsable) above which the job stops, 0 to 1."""
-
-    def check(self) -> None:
-        """Raises ValueError naming the setting and the values that would work."""
-        if not 0 <= self.max_missing <= 1:
-            raise ValueError(f"reward.max_missing={self.max_missing} must be between 0 and 1.")
-        if self.memory_mib is not None and self.memory_mib < 256:
-            raise ValueError(
-                f"reward.memory_mib={self.memory_mib} is less than Python takes; use 256 or more, or null."
-            )

@@ -14,16 +14,16 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from aligner.reward.boxed.checks import NEAR
-from aligner.reward.fences import BLOCKS, python_block
+from aligner.reward.code_blocks import BLOCKS, python_block
 from aligner.reward.rules import checked_by
 from aligner.reward.sandbox import ISOLATION, Limits, isolation_problem, run_python
+from aligner.reward.sandboxed.checks import NEAR
 from aligner.reward.suites import Suite, read_suite
 
 __all__ = ["code_tests", "python_block", "same_output"]
 
 
-BOXED = Path(__file__).with_name("boxed")
+BOXED = Path(__file__).with_name("sandboxed")
 JUDGING = ("harness.py", "checks.py", "remote.py", "wire.py")
 SERVING = ("served.py", "wire.py")
 NUMBER = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?")
@@ -92,7 +92,7 @@ def code_tests(
     The tests are the first of `tests`, `test`, `test_list`, `test_cases`, `input_output`, `ground_truth` that the row
     has, in any form that `suites.py` lists, JSON text of it too:
 
-        "assert f(2) == 4"                            Python; `scripts.py` says what is a test: asserts, HumanEval's
+        "assert f(2) == 4"                            Python; `python_tests.py` says what is a test: asserts, HumanEval's
                                                       check(candidate), pytest's functions and classes, unittest
         {"input": "2\\n", "output": "4\\n"}           the program runs on this standard input, ends with code 0 and
                                                       prints this (see `same_output`)
@@ -111,7 +111,7 @@ def code_tests(
         test_setup_code, test_imports: Python that runs before both the program and the tests.
         metadata: LiveCodeBench's, which names the function.
         partial: the fraction of tests passed in place of all or nothing.
-        block: which code block is the program: last, first, all, or text; see `fences.python_block`.
+        block: which code block is the program: last, first, all, or text; see `code_blocks.python_block`.
         seconds: for all tests of a row together; below the row's limit (timeout_s).
         isolation: namespaces, or limits where these are not allowed and the programs are trusted.
         memory_mb, processes, file_mb, output_kb: see `sandbox.Limits`.

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
-from aligner.data.decoding import text_of
+from aligner.data.decoding import decode
 from aligner.data.samples import Samples
 from aligner.health.rank_status import shortened
-from aligner.reward.audit import Missing, check_missing, missing_of
 from aligner.reward.combine import combine, reward_row
 from aligner.reward.components import Scorer, parts_of
 from aligner.reward.config import RewardConfig
+from aligner.reward.missing import Missing, check_missing, missing_of
 from aligner.reward.worker import Score, Status
 from aligner.spmd.mesh import Mesh
 from aligner.spmd.messages import all_gather
@@ -119,7 +119,7 @@ class Reward(Role):
         texts: dict[bool, list[str]] = {}
         items: dict[bool, list[dict[str, Any]]] = {}
         for kept in {self.config.keep_special_tokens, *(part.keep_special_tokens for part in self.parts)}:
-            texts[kept] = [text_of(self.tokenizer, row, kept) for row in ids]
+            texts[kept] = [decode(self.tokenizer, row, kept) for row in ids]
             items[kept] = [
                 {"prompt": str(fields.get("prompt", "")), "response": text, "fields": fields}
                 for text, fields in zip(texts[kept], samples.fields, strict=True)

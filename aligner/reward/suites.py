@@ -1,6 +1,6 @@
 """Tests of programs in the forms in which data sets hold them, read into one: a suite. What is not understood is refused.
 
-    ["assert f(2) == 4", ...] or one text             HumanEval, MBPP, KodCode, AceCode: Python; see `scripts.py`
+    ["assert f(2) == 4", ...] or one text             HumanEval, MBPP, KodCode, AceCode: Python; see `python_tests.py`
     [{"input": "2\\n", "output": "4\\n"}, ...]        standard input and output; lists of lines too
     {"inputs": [...], "outputs": [...]}               the same by columns: APPS, TACO, PRIME, Eurus
       ... with "fn_name", "func_name", an entry_point, or testtype=functional and metadata.func_name
@@ -20,8 +20,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from aligner.reward.boxed.wire import Pack, WeightLayout
-from aligner.reward.scripts import MODULES, Scripts
+from aligner.reward.python_tests import MODULES, Scripts
+from aligner.reward.sandboxed.wire import Pack, WeightLayout
 
 FORMS = (
     'tests must be Python text, a list of texts, a list of {"input": text, "output": text}, '
@@ -58,7 +58,7 @@ class Suite:
     scripts: Scripts = field(default_factory=Scripts)
 
     def plan(self, partial: bool) -> dict[str, Any]:
-        """What `boxed/harness.py` needs to know."""
+        """What `sandboxed/harness.py` needs to know."""
         scripts = self.scripts
         return {
             "name": scripts.name,

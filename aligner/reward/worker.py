@@ -22,9 +22,9 @@ from numbers import Real
 from types import ModuleType
 from typing import Any
 
-from aligner.reward.kept import KeptPopen
 from aligner.reward.rules import CHECK, SETTINGS, Unparsable, load_rule
 from aligner.reward.signals import Outlived, held_back
+from aligner.reward.supervised_process import KeptPopen
 
 QUIET_EXIT = 256
 """Stands for exit code 0 of a worker, outside the codes that a process can have."""

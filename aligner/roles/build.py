@@ -20,7 +20,6 @@ if TYPE_CHECKING:  # the engines take seconds to import; loops name `Roles`, and
 
     from aligner.config.schema import Config
     from aligner.models.spec import ModelSpec
-    from aligner.reshard.sync import WeightSync
     from aligner.reward.role import Reward
     from aligner.rollout.role import Rollout
     from aligner.spmd.mesh import Mesh
@@ -132,11 +131,6 @@ class Roles:
         return [role for role in self._built.values() if isinstance(role, Rollout)]
 
     @property
-    def syncs(self) -> list[WeightSync]:
-        """Every weight sync that a policy has made so far."""
-        return [sync for role in self._built.values() for sync in getattr(role, "syncs", {}).values()]
-
-    @property
     def trainable(self) -> list[TrainableRole]:
         """Every role that could learn; the same on every rank."""
         from aligner.trainer.trainable_role import TrainableRole
@@ -199,6 +193,7 @@ def build_roles(
 def _trainer_role(
     config: Config, role: RoleSpec, roles: Sequence[RoleSpec], world: World, mesh: Mesh, spec: ModelSpec
 ) -> ModelRole:
+    from aligner.roles.weight_sync import WeightSyncs
     from aligner.trainer.critic import Critic
     from aligner.trainer.policy import Policy, Reference
     from aligner.trainer.reward_model import RewardModel
@@ -223,7 +218,7 @@ def _trainer_role(
         sampled = config.data.kind == "prompts" and any(other.kind.runs_on == "engine" for other in roles)
         more["temperature"] = config.sampling.temperature if sampled else 1.0
     if issubclass(kind, Policy):
-        more["reshard"] = config.reshard
+        more["syncs"] = WeightSyncs(config.reshard)
     made = kind(role.name, world, mesh, _spec_of(config, role, spec), settings, **more)
     if isinstance(made, TrainableRole):
         made.section = role.section
@@ -240,7 +235,7 @@ def _engine_role(config: Config, role: RoleSpec, world: World, mesh: Mesh, spec:
     own = _spec_of(config, role, spec)
     made = Rollout(role.name, world, mesh, own, config.settings(role.name), config.sampling, seed, config.stream)
     if further:
-        made.sender = FolderWeights(own)
+        made.loaded.source = FolderWeights(own)  # until a policy sends its own
     return made
 
 

@@ -1,4 +1,4 @@
-"""Batches that are generated ahead of the one that is handed out; what is ahead can be saved and taken up again."""
+"""Asynchronous generation: batches are started `lag` steps before they are returned; pending ones can be checkpointed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class Ahead(Iterator[Ref]):
-    """`generate` for each batch of prompts, `lag` batches ahead; see `Rollout.stream`."""
+    """Iterator over generated batches (a Ref to Samples each), started `lag` batches ahead; see `Rollout.stream`."""
 
     def __init__(
         self,
@@ -33,7 +33,7 @@ class Ahead(Iterator[Ref]):
             return rollout.generate(next(self._prompts), self._num_samples)
         while len(self._queue) <= lag:
             batch = next(self._prompts, None)
-            if batch is None:  # the prompts have an end
+            if batch is None:  # the prompts are a finite iterable
                 break
             self._queue.append(rollout.start(batch, self._num_samples))
         if not self._queue:
@@ -41,5 +41,5 @@ class Ahead(Iterator[Ref]):
         return rollout.finish(self._queue.popleft())
 
     def state(self) -> list[dict[str, Any]]:
-        """What is ahead, after it was completed, as JSON; samples on the first rank only. A call of all ranks."""
+        """Pending batches, once completed, as JSON; samples on rank 0 only. Collective over the world."""
         return [self._rollout.save_pending(started) for started in self._queue]

@@ -1,4 +1,4 @@
-"""Who is waiting already: asked between two tokens, without a collective."""
+"""Whether all ranks have reached a weight sync: polled between two decoding steps, without a collective."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from aligner.spmd.world import World
 
 
 class Arrivals:
-    """A count in the job's store for each time that ranks gather."""
+    """A counter in the job's key-value store for each meeting of ranks."""
 
     def __init__(self, world: World, name: str) -> None:
         self._rank, self._store = world.rank, own_store(f"arrivals-{name}", world.attempt)
         self._times = 0
 
     def announce(self, ranks: Collection[int]) -> Callable[[], bool]:
-        """This rank is there, if it is one of `ranks`. Every rank of the world calls it, at the same place.
+        """Count this rank as arrived, if it is one of `ranks`. Every rank of the world calls it, at the same place.
 
         Returns:
-            Whether all of `ranks` are there; asks the store, about 0.1 ms on one host.
+            A function that asks the store whether all of `ranks` have arrived (about 0.1 ms on one host).
         """
         self._times += 1
         key, store, count = str(self._times), self._store, len(ranks)

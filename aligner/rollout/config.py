@@ -1,11 +1,12 @@
-"""The rollout's settings: what the engine is built with and how samples are drawn (no torch, no vLLM)."""
+"""Settings of generation: the vLLM engine, sampling, asynchronous generation (no torch, no vLLM)."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
+from aligner.bounds import AtLeast, AtMost, Between, MoreThan, OneOf, check_settings
 from aligner.reshard.plan.region import ELEMENT_BYTES
 
 if TYPE_CHECKING:
@@ -34,90 +35,64 @@ def padded_vocab(vocab: int) -> int:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How responses are drawn. Their log-probabilities are those of the distribution drawn from, after all of this."""
+    """Sampling parameters. Log-probabilities are those of the distribution sampled from, after temperature, top-k and top-p."""
 
-    temperature: float = 1.0
+    temperature: Annotated[float, Between(0, 2)] = 1.0
     """Divides the logits, 0.01 to 2; 0 is greedy (log-probabilities are then those of temperature 1)."""
-    max_tokens: int = 256
-    """Most tokens in a response; one that reaches it without a stop token is truncated."""
-    top_p: float = 1.0
-    """Draw from the smallest set of tokens with at least this probability; 1 keeps all."""
-    top_k: int = 0
-    """Draw from this many most likely tokens; 0 keeps all."""
-    stop_token_ids: tuple[int, ...] | None = None
+    max_tokens: Annotated[int, AtLeast(1)] = 256
+    """Maximum tokens of a response; one that reaches it without a stop token is truncated."""
+    top_p: Annotated[float, MoreThan(0), AtMost(1)] = 1.0
+    """Nucleus sampling: the smallest set of tokens with at least this probability; 1: all tokens."""
+    top_k: Annotated[int, AtLeast(0, "0: all tokens")] = 0
+    """Sample from this many most likely tokens; 0: all tokens."""
+    stop_token_ids: Annotated[tuple[int, ...] | None, AtLeast(0)] = None
     """Tokens that end a response, which includes them; null: every token that ends a turn by the model's own files
     (config.json, generation_config.json), its tokenizer, its chat template or the answers that are trained on."""
 
-    def check(self, where: str = "sampling") -> None:
-        """Raises ValueError naming the setting, as found under `where`, and the values that would work."""
-        if not 0.0 <= self.temperature <= 2.0:
-            raise ValueError(f"{where}.temperature={self.temperature} is not possible; use 0 (greedy) to 2.")
+    def check(self) -> None:
+        """Raises ValueError naming the setting and the values that would work."""
         if 0.0 < self.temperature < 0.01:
             raise ValueError(
-                f"{where}.temperature={self.temperature} is lower than the engine takes; use 0 (greedy) or 0.01 to 2."
-            )
-        if self.max_tokens < 1:
-            raise ValueError(f"{where}.max_tokens={self.max_tokens} is below 1; use 1 or more.")
-        if not 0.0 < self.top_p <= 1.0:
-            raise ValueError(f"{where}.top_p={self.top_p} is no probability; use more than 0, at most 1 (all tokens).")
-        if self.top_k < 0:
-            raise ValueError(f"{where}.top_k={self.top_k} is negative; use 0 (all tokens) or more.")
-        if any(token < 0 for token in self.stop_token_ids or ()):
-            raise ValueError(
-                f"{where}.stop_token_ids={list(self.stop_token_ids or ())} holds a negative id; use token ids."
+                f"sampling.temperature={self.temperature} is lower than the engine takes; use 0 (greedy) or 0.01 to 2."
             )
 
 
 @dataclass(frozen=True)
 class RolloutConfig:
-    """How each replica's engine is built."""
+    """Settings of each replica's vLLM engine."""
 
-    dtype: str = "float32"
-    """Weights, activations and KV cache: float32, bfloat16 or float16."""
-    max_model_len: int | None = None
-    """Most tokens in one sample, prompt and response together. null: data.max_prompt_tokens + sampling.max_tokens, or
+    dtype: Annotated[str, OneOf("float32", "bfloat16")] = "float32"
+    """Weights, activations and KV cache: float32 or bfloat16."""
+    max_model_len: Annotated[int | None, AtLeast(2, "room for a response")] = None
+    """Maximum tokens of one sample, prompt and response together. null: data.max_prompt_tokens + sampling.max_tokens, or
     the model's own maximum where that is less and the prompts are short enough for it."""
-    max_num_seqs: int = 128
-    """Most samples that one replica generates at the same time; more wait for their turn."""
+    max_num_seqs: Annotated[int, AtLeast(1)] = 128
+    """Maximum number of samples that one replica generates concurrently; others are queued."""
     max_batched_tokens: int | None = None
-    """Most tokens in one engine step; null: the engine's own choice."""
-    kv_cache_mib: int | None = None
+    """Maximum tokens in one engine step; null: vLLM's default."""
+    kv_cache_mib: Annotated[int | None, AtLeast(1)] = None
     """KV cache of each rank in MiB. null: on CUDA what gpu_memory_utilization leaves; on a CPU enough for
     max_num_seqs samples of max_model_len tokens, but no more than 1024."""
-    gpu_memory_utilization: float = 0.4
+    gpu_memory_utilization: Annotated[float, MoreThan(0), AtMost(1)] = 0.4
     """CUDA, with kv_cache_mib=null: fraction of the device's memory for the engine, weights and KV cache together."""
     prefix_caching: bool = True
-    """Keep the KV cache of prompts, so that a prompt's samples share one prefill; emptied at every weight sync."""
+    """Prefix caching: samples of one prompt share its prefill; emptied at every weight sync."""
     enforce_eager: bool = False
     """CUDA: run without CUDA graphs (less memory, slower). A CPU always runs eagerly."""
 
     def check(self) -> None:
         """Raises ValueError naming the setting and the values that would work."""
-        if self.dtype not in ELEMENT_BYTES:
-            raise ValueError(f"rollout.dtype={self.dtype!r} is unknown; use {', '.join(ELEMENT_BYTES)}.")
-        if self.max_model_len is not None and self.max_model_len < 2:
-            raise ValueError(
-                f"rollout.max_model_len={self.max_model_len} leaves no room for a response; use 2 or more."
-            )
-        if self.max_num_seqs < 1:
-            raise ValueError(f"rollout.max_num_seqs={self.max_num_seqs} is below 1; use 1 or more.")
         if self.max_batched_tokens is not None and self.max_batched_tokens < self.max_num_seqs:
             raise ValueError(
                 f"rollout.max_batched_tokens={self.max_batched_tokens} is below rollout.max_num_seqs: samples take one "
                 f"token each in a step; use {self.max_num_seqs} or more, or null."
-            )
-        if self.kv_cache_mib is not None and self.kv_cache_mib < 1:
-            raise ValueError(f"rollout.kv_cache_mib={self.kv_cache_mib} is below 1; use 1 or more MiB, or null.")
-        if not 0.0 < self.gpu_memory_utilization <= 1.0:
-            raise ValueError(
-                f"rollout.gpu_memory_utilization={self.gpu_memory_utilization} is no fraction; use above 0, at most 1."
             )
 
     def check_model(
         self, spec: ModelSpec, tensor: int, cpu: bool, expert_parallel: bool = False, pipeline: int = 1
     ) -> None:
         """Raises ValueError where the engine could not run this model over `tensor` x `pipeline` ranks."""
-        self.check()
+        check_settings(self, "rollout")
         if self.length(spec) > spec.max_positions:
             raise ValueError(
                 f"rollout.max_model_len={self.max_model_len} is beyond the {spec.max_positions} positions of the model "
@@ -179,28 +154,24 @@ class RolloutConfig:
 
 @dataclass(frozen=True)
 class StreamConfig:
-    """How far generation runs ahead of training, in loops that take their samples from a stream (all but ReMax)."""
+    """Asynchronous generation, in loops that use `rollout.stream` (all but ReMax)."""
 
-    lag: int = 0
-    """Batches that are generated ahead of the one that is trained on. 0: strictly on-policy. 1: a rollout on ranks of
-    its own works while the policy trains, and each batch was drawn by the weights before the last update."""
+    lag: Annotated[int, AtLeast(0, "0: on-policy")] = 0
+    """Number of batches generated ahead of the one trained on. 0: on-policy. 1: a rollout on separate ranks generates
+    while the policy trains, and each batch is sampled with the weights before the last update."""
     in_flight: bool = False
-    """With lag > 0: new weights reach the engines as soon as the policy has them, between two tokens of what is being
-    generated, whose KV cache is then computed anew. false: a batch is drawn by one version of the weights."""
-    step_tokens: int | None = None
-    """Most tokens that a step adds to a response; what has not ended goes on in the next one, with the weights of
-    then (partial rollout). null: every response is completed in its step."""
+    """With lag > 0: new weights are loaded as soon as the policy has them, between two decoding steps of running requests,
+    whose KV cache is then recomputed. false: a batch is sampled with one version of the weights."""
+    step_tokens: Annotated[int | None, AtLeast(1)] = None
+    """Partial rollouts: maximum tokens that a step adds to a response; unfinished responses continue in the next step, with
+    the newer weights. null: every response is completed in its step."""
 
     def check(self) -> None:
         """Raises ValueError naming the setting and the values that would work."""
-        if self.lag < 0:
-            raise ValueError(f"stream.lag={self.lag} must be 0 (on-policy) or more.")
         if self.in_flight and not self.lag:
             raise ValueError(
                 "stream.in_flight=true changes weights under what is generated ahead; set stream.lag=1 or more."
             )
-        if self.step_tokens is not None and self.step_tokens < 1:
-            raise ValueError(f"stream.step_tokens={self.step_tokens} must be 1 or more, or null.")
 
 
 def _check_stages(spec: ModelSpec, pipeline: int) -> None:

@@ -13,11 +13,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from aligner.bounds import check_settings
 from aligner.models.agreement import check_agreement
 from aligner.models.family import FAMILIES
 from aligner.models.spec import read_spec
 from aligner.rollout.config import BLOCK_TOKENS, RolloutConfig, Sampling
 from aligner.rollout.experts import mend_cpu_expert_parallel
+from aligner.rollout.loaded import LoadedWeights
 from aligner.rollout.requests import Requests, Sample
 from aligner.rollout.subworld import SubWorld, executor_class
 
@@ -43,6 +45,7 @@ class RolloutEngine:
         pipeline: int = 1,
         sleeps: bool = False,
         stop: Sequence[int] | None = None,
+        loaded: LoadedWeights | None = None,
     ) -> None:
         """Collective over `group`, which must carry CPU tensors; `ident` names the replica among this host's.
 
@@ -51,6 +54,7 @@ class RolloutEngine:
             expert_parallel: each rank of the replica holds whole experts, rather than a part of every expert.
             sleeps: CUDA: weights and cache must be able to leave the device (`rollout.sleep`).
             stop: tokens that end a response; None: those that the model's own files name.
+            loaded: the role's record of which weights its engines hold; None: one of this engine's own.
 
         Raises ValueError where the settings and the model do not go together.
         """
@@ -58,8 +62,8 @@ class RolloutEngine:
         cpu, architecture = device.type == "cpu", FAMILIES[self.spec.family].architecture
         tensor = dist.get_world_size(group) // pipeline
         config.check_model(self.spec, tensor, cpu, expert_parallel, pipeline)
-        self.ready = False
-        """Whether the engine holds one whole set of weights; see `EngineWeights`."""
+        self.loaded = loaded or LoadedWeights()
+        """Which weights the engine holds; `EngineWeights` says when they are written."""
         self._subworld = SubWorld(group, ident, device)
         with self._subworld.inside():
             _platform(device)
@@ -77,7 +81,7 @@ class RolloutEngine:
             check_agreement(self.spec, self._llm.model_config.hf_text_config, "the rollout engine")
         self._receive_buffer()
         ends = self.spec.eos_token_ids if stop is None else stop
-        self.requests = Requests(self._llm, self._worker.model_runner, ends)
+        self.requests = Requests(self._llm, self._worker.model_runner, ends, self.loaded)
         """What is being generated."""
         gc.unfreeze()  # vLLM hides all objects of the process from the garbage collector, the training roles' too
 
@@ -126,7 +130,7 @@ class RolloutEngine:
         """Take `num_samples` responses to each prompt into work; see `generate`. Returns what `finish` takes."""
         assert len(prompts) == len(seeds), f"{len(prompts)} prompts but {len(seeds)} seeds"
         assert num_samples >= 1, f"num_samples={num_samples}"
-        sampling.check()
+        check_settings(sampling, "sampling")
         self._check_prompts(prompts, sampling)
         return self.resume(
             [Sample(list(p), seed + i) for p, seed in zip(prompts, seeds, strict=True) for i in range(num_samples)],
@@ -135,8 +139,7 @@ class RolloutEngine:
 
     def resume(self, samples: Sequence[Sample], sampling: Sampling, step_tokens: int | None = None) -> int:
         """Take samples into work that may have been begun before; see `Requests.start`. Returns what `finish` takes."""
-        if not self.ready:
-            raise RuntimeError("the rollout engine has no weights yet; call policy.reshard_to(rollout) first.")
+        self.loaded.check()
         with self.inside():
             return self.requests.start(samples, sampling, step_tokens)
 
@@ -159,7 +162,7 @@ class RolloutEngine:
         Sample i of a prompt is drawn with seed `seeds[prompt] + i` and nothing else: the other prompts, their order,
         the replica and the process's own random states have no part in it. Space the seeds accordingly.
 
-        Raises ValueError where a prompt is empty or does not fit, RuntimeError before the first weights.
+        Raises ValueError where a prompt is empty or does not fit, RuntimeError where the engine has no valid weights.
         """
         drawn = 1 if sampling.temperature == 0 else num_samples  # greedy samples are all the same
         found = self.finish(self.start(prompts, seeds, sampling, drawn))
@@ -183,7 +186,7 @@ class RolloutEngine:
             core.engine_core.structured_output_manager.clear_backend()
             core.engine_core.model_executor.shutdown()
             core.engine_core.scheduler.shutdown()
-        self.ready = False
+        self.loaded.evict()
         self._llm = None
         self._subworld.close()
 

@@ -1,4 +1,4 @@
-"""Fused experts: packed anew for the engine's CPU kernels when written, proven expert by expert."""
+"""Fused MoE experts on a CPU: repacked for vLLM's kernels after a weight sync, verified expert by expert."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _TOGETHER = 8
 
 
 class PackedExperts:
-    """One layer's experts on this rank.
+    """The experts of one MoE layer on this rank.
 
     vLLM packs w13 (gate above up, experts x 2 width x hidden) and w2 (down, experts x hidden x width) in place, after
     rounding the width up with zeros. Its own second packing is left out by vLLM, so it is asked for directly.

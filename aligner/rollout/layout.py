@@ -23,8 +23,8 @@ from aligner.models.family import (
     split_expert,
 )
 from aligner.models.spec import ModelSpec
+from aligner.reshard.plan.layout import LazyHolders
 from aligner.reshard.plan.region import Piece
-from aligner.reshard.weights import LazyHolders
 from aligner.rollout.config import padded_vocab
 from aligner.spmd.mesh import Mesh
 

@@ -1,4 +1,4 @@
-"""vLLM by itself, for answers to a file of prompts: the weights of a folder, no training beside it."""
+"""Offline batch generation with vLLM: weights from a folder, no training."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ DECIDES = (
     "vocab.*",
     "merges.txt",
 )
-"""Files of a model's folder that decide its answers."""
+"""Files of a model's folder that determine its answers."""
 BLOCKS, BLOCK_BYTES = 64, 4096
-"""How much of a large file a fingerprint looks at."""
+"""Blocks, and bytes of each, that a fingerprint reads of a large file."""
 OF_A_LAUNCHER = (
     "RANK",
     "LOCAL_RANK",
@@ -39,7 +39,7 @@ OF_A_LAUNCHER = (
 
 
 class OfflineEngine:
-    """vLLM in this process, as far as it runs on one device; with `tensor` > 1 its workers are processes beside it."""
+    """A vLLM engine in this process; with `tensor` > 1 it has worker processes."""
 
     def __init__(
         self,
@@ -78,7 +78,7 @@ class OfflineEngine:
     ) -> list[list[Sample]]:
         """`num_samples` answers to each prompt, sample i drawn with seed `seeds[prompt] + i`.
 
-        Nothing is kept from one call to the next, so equal calls have equal answers.
+        No state is kept between calls, so equal calls give equal answers.
         """
         asked = [
             Sample(list(prompt), seed + i)
@@ -136,7 +136,7 @@ def _answer(asked: Sample, output: Any) -> Sample:
 
 
 def fingerprint(model: str | Path) -> str:
-    """A digest of the files that decide a model's answers; of large ones it looks at blocks spread over them."""
+    """A digest of the files that determine a model's answers; of large files, of blocks spread over them."""
     digest = hashlib.blake2b(digest_size=16)
     folder = Path(model)
     for path in sorted({path for pattern in DECIDES for path in folder.glob(pattern) if path.is_file()}):
@@ -157,7 +157,7 @@ def _offsets(size: int) -> Iterator[int]:
 
 
 def take_devices(environment: MutableMapping[str, str], tensor: int) -> tuple[int, int]:
-    """Under torchrun each process becomes an engine with devices of its own; to be called before anything asks for a device.
+    """Under torchrun, assign each process its own devices; call it before anything initialises a device.
 
     Returns:
         (this process's number, how many there are); (0, 1) without torchrun.
@@ -177,7 +177,7 @@ def take_devices(environment: MutableMapping[str, str], tensor: int) -> tuple[in
             )
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(devices[local * tensor : (local + 1) * tensor])
         environment.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # all would bind to the same cores
-    # The engine is a world of its own: what torchrun says of the larger one would mislead it.
+    # The engine makes its own process groups: torchrun's variables would give it a wrong rank and size.
     for name in [*OF_A_LAUNCHER, *(name for name in environment if name.startswith("TORCHELASTIC_"))]:
         environment.pop(name, None)
     return rank, count

@@ -1,4 +1,4 @@
-"""Linear layers that the engine packs for its CPU kernels: packed anew when written, proven through the kernel."""
+"""Linear layers whose weights vLLM prepacks for its CPU kernels: repacked after a weight sync, verified through the kernel."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ _CACHED_ELEMENTS = 1 << 18
 
 
 class Packed(Protocol):
-    """A module whose kernel reads another form of its weights than the one that the loaders write."""
+    """A module whose kernel reads prepacked weights, not the ones that vLLM's weight loaders write."""
 
     storages: tuple[str, ...]
-    """The plain storages that it is packed from."""
+    """Names of the unpacked weights it is packed from."""
 
     def pack(self, plain: Mapping[str, Tensor]) -> None:
-        """Make the kernel's form of the plain storages, by name."""
+        """Pack the unpacked weights `plain` (name -> tensor) for the kernel."""
 
     def prove(self, plain: Mapping[str, Tensor], round_: int) -> None:
-        """RuntimeError naming the module unless its kernel holds `plain`; `round_` counts the transfers."""
+        """Raises RuntimeError naming the module unless its kernel computes with `plain`; `round_` counts the syncs."""
 
 
 class PackedLinear:
@@ -55,12 +55,12 @@ class PackedLinear:
 
 
 class Probes(NamedTuple):
-    """What a kernel is asked to multiply by W^T."""
+    """Vectors that a kernel multiplies by W^T, to read back which W it holds."""
 
     vectors: Tensor
     """(probes, columns): unit vectors, with two random ones below."""
     exact: slice
-    """The columns of the unit vectors: all that a round can afford, and the next ones in the next round."""
+    """The columns read back exactly, by unit vectors: a window that moves on at every sync."""
     noise: Tensor
     """The random vectors, in fp32."""
 
@@ -138,7 +138,7 @@ def _only_embeds(model: Module, module: Module) -> bool:
 
 
 def drop_kernels(model: Module) -> None:
-    """Free every packed kernel; the next transfer packs them again."""
+    """Free all packed weights; the next sync packs them again."""
     for path, module in model.named_modules():
         if hasattr(module, "cpu_linear") and not isinstance(module.cpu_linear, _Unusable):
             module.cpu_linear = _Unusable(path, "were given up; reshard to it first")

@@ -1,4 +1,4 @@
-"""Partial rollout: a step adds a bounded number of tokens to each response; what has not ended goes on in the next."""
+"""Partial rollouts: a step generates a bounded number of tokens per response; unfinished ones continue in the next step."""
 
 from __future__ import annotations
 
@@ -19,18 +19,17 @@ if TYPE_CHECKING:
 
 
 class Partial(Iterator[Ref]):
-    """Batches of as many complete groups as there were prompts in the last batch, in the order in which they completed.
+    """Iterator over batches of complete groups (a prompt's samples), as many as the last batch had prompts, in completion order.
 
-    A round takes one more batch of prompts and adds at most `stream.step_tokens` tokens to each response under way, new
-    or carried over. A step takes the groups that have been complete for longest, after as many rounds as it needs to
-    have enough. A group stays on its replica, and draws the tokens that it would have drawn without interruptions, if
-    the weights stayed the same.
+    A round takes one more batch of prompts and generates at most `stream.step_tokens` tokens for each unfinished response,
+    new or carried over. A step runs rounds until enough groups are complete and returns the oldest ones. A group stays on
+    its replica; with unchanged weights, interruptions do not change the tokens that are sampled.
 
-    `lag` rounds are started ahead. What a round leaves over joins the next one, even where that has been started: left
-    to wait for a round that is not, a response would go on in one round of lag + 1 only, and grow old meanwhile. So with
-    R = ceil(max_tokens / step_tokens) no more than R + lag batches are under way, complete ones among them. A token is
-    at most R + lag - 1 updates old where all responses take R rounds, and max(R, 2 R - 2) + lag - 1 whatever they take:
-    what is carried over waits while a step has enough complete groups without a round.
+    `lag` rounds are started ahead. Unfinished groups of a round join the next round even if it has already started;
+    otherwise a response would continue only in every (lag + 1)-th round. With R = ceil(max_tokens / step_tokens), at most
+    R + lag batches are in progress, complete ones included. A token is at most R + lag - 1 updates old if all responses
+    take R rounds, and max(R, 2 R - 2) + lag - 1 for any lengths: carried-over groups wait while a step has enough
+    complete groups without another round.
     """
 
     def __init__(
@@ -47,7 +46,7 @@ class Partial(Iterator[Ref]):
         self._wanted = 0
         if saved:
             self._wanted = saved["wanted"]
-            self._rounds.extend(self._pool.take_up(saved))
+            self._rounds.extend(self._pool.restore(saved))
 
     def __next__(self) -> Ref:
         pool, rounds = self._pool, self._rounds
@@ -56,26 +55,26 @@ class Partial(Iterator[Ref]):
             if batch is not None:
                 self._wanted = len(batch)
                 rounds.append(pool.start(batch))
-            elif pool.carried and not rounds:  # the prompts have an end
+            elif pool.carried and not rounds:  # the prompts are a finite iterable
                 rounds.append(pool.start([]))
             elif not rounds:
                 break
             most = self._lag if batch is not None else len(rounds) - 1
-            while len(rounds) > most:  # several, where a run goes on with a smaller lag
+            while len(rounds) > most:  # several after a resume with a smaller lag
                 pool.finish(rounds.popleft(), rounds[0] if rounds else None)
         if not pool.complete:
             raise StopIteration
         return pool.take(min(self._wanted, pool.complete))
 
     def state(self) -> dict[str, Any]:
-        """Everything that is under way or complete; samples on the first rank only. A call of all ranks, who have
-        completed the rounds that were started."""
+        """Unfinished and complete groups as JSON; samples on rank 0 only. Collective over the world, after all started rounds
+        have been finished."""
         return {"wanted": self._wanted, **self._pool.state(self._rounds)}
 
 
 @dataclass(eq=False)
 class _Part:
-    """Groups that were handed to the engines together, by their replica; and the engine's ticket, on the rollout's ranks."""
+    """Groups submitted to the engines together, by replica; and the engine's ticket, on the rollout's ranks."""
 
     groups: list[list[int]]
     ticket: int | None
@@ -83,7 +82,7 @@ class _Part:
 
 @dataclass(eq=False)
 class _Round:
-    """What is finished together: the groups it was started with, and those that joined it later."""
+    """Groups that are waited for together: those it was started with, and those that joined later."""
 
     parts: list[_Part]
 
@@ -108,14 +107,14 @@ class _Group:
 
 
 class _Pool:
-    """Groups under way or complete. Every rank knows where each is; its replica's ranks hold it."""
+    """Unfinished and complete groups. Every rank knows each group's replica, whose ranks hold its samples."""
 
     def __init__(self, rollout: Rollout, num_samples: int) -> None:
         self.rollout, self.num_samples = rollout, num_samples
         self.replica: dict[int, int] = {}
-        """Group (numbered in the order of the prompts) -> its replica."""
+        """Group number (in the order of the prompts) -> replica."""
         self.carried: list[int] = []
-        """Groups that are neither complete nor in a round."""
+        """Numbers of groups that are neither complete nor in a round."""
         self._complete: deque[tuple[int, list[int]]] = deque()
         """Group, tokens of each of its rows."""
         self._held: dict[int, _Group] = {}
@@ -123,35 +122,35 @@ class _Pool:
 
     @property
     def complete(self) -> int:
-        """Complete groups that no batch has taken."""
+        """Number of complete groups that have not been returned."""
         return len(self._complete)
 
     def start(self, prompts: Sequence[Prompt]) -> _Round:
-        """Everything carried over and new groups for these prompts, into work."""
+        """Start a round with the carried-over groups and a new group for each of these prompts."""
         rollout = self.rollout
         rollout.wake()
         with rollout.call("start", on_host=True):
             rollout.calls += 1
             first, self._count = self._count, self._count + len(prompts)
-            self._deal({first + place: prompt for place, prompt in enumerate(prompts)})
+            self._assign({first + place: prompt for place, prompt in enumerate(prompts)})
             numbers, self.carried = [*self.carried, *range(first, self._count)], []
             for number in (n for n in range(first, self._count) if rollout.member and self._is_mine(n)):
                 seed = request_seed(rollout.seed, rollout.calls, number - first)
                 prompt = prompts[number - first]
                 samples = [Sample(list(prompt.tokens), seed + i) for i in range(self.num_samples)]
                 self._held[number] = _Group(prompt, samples)
-            work = _Round([self._handed_over(numbers)])
+            work = _Round([self._submit(numbers)])
             rollout.under_way.append(work)
             return work
 
     def _join(self, work: _Round, numbers: Sequence[int]) -> None:
-        """Groups that go on in a round that has been started."""
+        """Let these groups continue in a round that has already started."""
         self.rollout.wake()
         with self.rollout.call("start", on_host=True):
-            work.parts.append(self._handed_over(numbers))
+            work.parts.append(self._submit(numbers))
 
-    def _handed_over(self, numbers: Sequence[int]) -> _Part:
-        """Groups into the engines' hands, each for `stream.step_tokens` more tokens."""
+    def _submit(self, numbers: Sequence[int]) -> _Part:
+        """Submit groups to the engines, each for at most `stream.step_tokens` more tokens."""
         rollout, part = self.rollout, _Part(self._by_replica(numbers), None)
         if rollout.member:
             mine = part.groups[rollout.shard or 0]
@@ -162,7 +161,7 @@ class _Pool:
     def _is_mine(self, number: int) -> bool:
         return self.replica[number] == (self.rollout.shard or 0)
 
-    def _deal(self, prompts: Mapping[int, Prompt]) -> None:
+    def _assign(self, prompts: Mapping[int, Prompt]) -> None:
         numbers = list(prompts)
         shares = partition([len(prompt.tokens) for prompt in prompts.values()], self.rollout.mesh.data)
         for shard, share in enumerate(shares):
@@ -172,7 +171,7 @@ class _Pool:
         return [[n for n in numbers if self.replica[n] == shard] for shard in range(self.rollout.mesh.data)]
 
     def _absorb(self, work: _Round) -> dict[int, _Group]:
-        """This replica's groups of a round by their numbers, with what the engine has added."""
+        """This replica's groups of a round, by number, with the newly generated tokens."""
         rollout = self.rollout
         found: dict[int, _Group] = {}
         for part in work.parts:
@@ -186,7 +185,7 @@ class _Pool:
         return found
 
     def finish(self, work: _Round, following: _Round | None) -> None:
-        """Wait for a round; every rank learns which of its groups are complete. The others join the following round."""
+        """Wait for a round; every rank learns which of its groups are complete. The others join the `following` round."""
         rollout = self.rollout
         rollout.under_way.remove(work)
         lengths: dict[int, list[int]] = {}
@@ -206,7 +205,7 @@ class _Pool:
             self._join(following, left_over)
 
     def take(self, groups: int) -> Ref:
-        """The groups that have been complete for longest, as a batch."""
+        """The oldest complete groups, as a batch: a Ref to Samples."""
         rollout, size = self.rollout, self.num_samples
         taken = [self._complete.popleft() for _ in range(groups)]
         rows = Rows(size, set(range(rollout.world.size)), [tokens for _, lengths in taken for tokens in lengths])
@@ -221,7 +220,7 @@ class _Pool:
         return Ref(rollout, samples, rows, fixed)
 
     def state(self, rounds: Iterable[_Round]) -> dict[str, Any]:
-        """As JSON. A call of all ranks."""
+        """As JSON. Collective over the world."""
         rollout = self.rollout
         groups: dict[int, Any] = {}
         if rollout.member:
@@ -242,13 +241,13 @@ class _Pool:
             "groups": [[number, groups[number]] for number in sorted(groups)],
         }
 
-    def take_up(self, saved: Mapping[str, Any]) -> list[_Round]:
-        """Continue from a `state`, dealt anew to the replicas there are. Returns its rounds."""
+    def restore(self, saved: Mapping[str, Any]) -> list[_Round]:
+        """Continue from a `state`, with groups reassigned to the present replicas. Returns its rounds."""
         rollout = self.rollout
         self._count, self.carried = saved["count"], list(saved["carried"])
         self._complete.extend((number, list(lengths)) for number, lengths in saved["complete"])
         prompts = {number: prompt_from(group["prompt"]) for number, group in saved["groups"]}
-        self._deal(prompts)
+        self._assign(prompts)
         for number, group in saved["groups"]:
             if rollout.member and self.replica[number] == rollout.shard:
                 self._held[number] = _Group(prompts[number], [sample_from(one) for one in group["samples"]])

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from aligner.rollout.config import Sampling
+from aligner.rollout.loaded import LoadedWeights
 
 
 @dataclass(frozen=True)
@@ -39,14 +40,12 @@ class Requests:
     random stream where it was left, and so draws what it would have drawn without the interruption.
     """
 
-    def __init__(self, llm: Any, runner: Any, stop: Sequence[int]) -> None:
-        self._llm, self._stop = llm, stop
+    def __init__(self, llm: Any, runner: Any, stop: Sequence[int], loaded: LoadedWeights) -> None:
+        self._llm, self._stop, self._loaded = llm, stop, loaded
         self._draws = _Draws(runner)
         self._live: dict[str, _Live] = {}
         self._tickets: dict[int, list[_Live]] = {}
         self._started = 0
-        self.version = 0
-        """Version of the weights that the engine holds."""
         self.progress: Callable[[], None] = lambda: None
         """Called after each engine step."""
 
@@ -77,7 +76,7 @@ class Requests:
             one.may_go_on = most < left
             params = request_params(sampling, so_far.seed, most, self._stop)
             one.inside = self._llm.add_request(one.name, tokens_input([*so_far.prompt, *so_far.tokens]), params)
-            one.marks = [(0, self.version)]
+            one.marks = [(0, self._loaded.version)]
             self._live[one.name] = one
             if so_far.draws is not None:
                 self._draws.resume(one.inside, so_far.draws)
@@ -122,9 +121,9 @@ class Requests:
         self._live.clear()
         self._tickets.clear()
 
-    def new_weights(self, version: int) -> None:
-        """What is drawn from here on is drawn by weights of this version."""
-        self.version = version
+    def new_weights(self) -> None:
+        """What is drawn from here on is drawn by the weights that the engine holds now."""
+        version = self._loaded.version
         scheduled = self._llm.engine_core.engine_core.scheduler.requests
         for one in self._live.values():
             drawn = scheduled[one.inside].num_output_tokens

@@ -6,15 +6,18 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from aligner.data.prompts import Prompt
 from aligner.data.tokenizer import load_tokenizer
 from aligner.models.spec import ModelSpec
+from aligner.reshard.weights import RemoteWeights, WritableWeights
 from aligner.rollout.ahead import Ahead
 from aligner.rollout.arrivals import Arrivals
 from aligner.rollout.config import RolloutConfig, Sampling, StreamConfig
 from aligner.rollout.engine import RolloutEngine
+from aligner.rollout.layout import EngineLayout
+from aligner.rollout.loaded import LoadedWeights
 from aligner.rollout.partial import Partial
 from aligner.rollout.rows import as_samples, prompt_from, prompt_to, request_seed, sample_from, sample_to
 from aligner.rollout.sleep import KINDS, parts_of
@@ -30,14 +33,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 T = TypeVar("T")
-
-
-class Sender(Protocol):
-    """Who gives an engine its weights: a policy, or the engine's own folder."""
-
-    def send_again(self, rollout: Rollout) -> None:
-        """Bring the engine weights that it lost, or never had. A role call of every rank."""
-        ...
 
 
 @dataclass(eq=False)
@@ -76,10 +71,8 @@ class Rollout(Role):
         self.spec, self.config, self.sampling, self.seed = spec, config, sampling, seed
         self.overlap = overlap or StreamConfig()
         self.calls = 0
-        self.sender: Sender | None = None
-        """Who gave the engine its weights last, or gives them first."""
-        self.loaded = False
-        """Whether the engine was given weights; the same on every rank."""
+        self.loaded = LoadedWeights()
+        """Which weights the engines hold; the same on every rank of the world."""
         self.under_way: list[Any] = []
         """What was started and not finished; the same on every rank."""
         self._streams: list[Ahead | Partial] = []
@@ -88,21 +81,25 @@ class Rollout(Role):
         replica = world.my_group(mesh.groups("tensor", "pipeline"))
         world.residency.make_room(name, mesh)
         sleeps = world.device.type == "cpu" or world.residency.crowds(name, mesh)
-        world.residency.register(name, mesh, KINDS if sleeps else {})
+        world.residency.register(name, mesh, KINDS if sleeps else {}, on_lost=self.loaded.evict)
         if replica is None:
+            self.weights: WritableWeights = RemoteWeights(self._layout(spec))
             return
         first = mesh.shards[self.shard or 0][0]
         self.engine = RolloutEngine(
             spec.path, replica, f"{name}{first}", config, world.device, mesh.expert > 1, mesh.pipeline, sleeps,
-            spec.eos_token_ids,
+            spec.eos_token_ids, self.loaded,
         )  # fmt: skip
         self.engine.requests.progress = world.activity.tick
-        self.weights = EngineWeights(self.engine)
+        self.weights = weights = EngineWeights(self.engine, self._layout(spec))
         if sleeps:
-            parts = parts_of(self.engine, self.weights, world.residency.meter)
-            world.residency.register(name, mesh, KINDS, parts)
+            parts = parts_of(self.engine, weights, world.residency.meter)
+            world.residency.register(name, mesh, KINDS, parts, on_lost=self.loaded.evict)
             world.residency.before_evict(name, self._complete)
         world.on_leave(self.engine.close)
+
+    def _layout(self, spec: ModelSpec) -> EngineLayout:
+        return EngineLayout(spec, self.mesh, self.config.dtype, self.mesh.expert > 1)
 
     def generate(
         self,
@@ -160,14 +157,19 @@ class Rollout(Role):
         return load_tokenizer(self.spec.path)
 
     def wake(self) -> None:
-        """Have the engine's weights, if they had to leave; and those of its folder, if nobody has sent it others."""
-        if self.sender is not None and (self.asleep or not self.loaded):
-            self.sender.send_again(self)
+        """Sync the engine's weights once more, if they were given up. A role call of every rank, if so.
+
+        Raises:
+            RuntimeError: their policy has been updated since.
+        """
+        source = self.loaded.source_to_reload(self.name)
+        if source is not None:
+            source.reshard_to(self)
 
     @property
     def asleep(self) -> bool:
-        """The engine's weights had to leave; before they did, it completed what was under way."""
-        return self.world.residency.is_out(self.name, "weights")
+        """The engine's weights were given up; before they were, it completed what was under way."""
+        return self.loaded.evicted
 
     def working(self) -> AbstractContextManager[None]:
         """The role call in which what is under way is completed: it needs the engine, unless that is done."""
@@ -178,8 +180,12 @@ class Rollout(Role):
             self.engine.work_until(_never)
 
     def drain_before_sync(self, policy: Mesh) -> None:
-        """Before new weights: what is under way is completed by those that are there; with `stream.in_flight` only
-        as far as it comes until the policy's ranks stand waiting with the new ones. Every rank of the world calls it."""
+        """Complete the requests in flight before a weight sync; with `stream.in_flight` only until the policy's ranks
+        are waiting with the new weights, which then meet what is left. Collective over the world.
+
+        Args:
+            policy: the mesh of the role whose weights come.
+        """
         if not self.under_way or self.asleep:
             return
         arrived = self._arrivals.announce(policy.ranks) if self._arrivals else _never
@@ -187,11 +193,10 @@ class Rollout(Role):
             if self.member:
                 self.engine.work_until(arrived)
 
-    def took_weights(self, version: int) -> None:
-        """The engine now has weights: the policy's of this version, or those of its folder (0)."""
-        self.loaded = True
+    def took_weights(self) -> None:
+        """A sync has finished: tokens drawn from here on are marked with the version of the new weights."""
         if self.member:
-            self.engine.requests.new_weights(version)
+            self.engine.requests.new_weights()
 
     def save_state(self) -> dict[str, Any]:
         """What the rest of a run depends on, as JSON; what is under way is completed first. A role call of every rank.

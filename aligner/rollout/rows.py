@@ -1,4 +1,4 @@
-"""What the engines drew, as rows of `Samples`; and the seeds it is drawn with."""
+"""Generated responses as rows of `Samples`, and the seed of each request."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from aligner.rollout.requests import Sample
 
 
 def request_seed(*parts: int) -> int:
-    """A seed for one prompt's samples, a function of its arguments only: no layout changes what is sampled.
+    """Seed of one prompt's samples: a function of its arguments only, so samples do not depend on the layout.
 
     vLLM gives sample i of a request seed + i, so seeds are spread over 2^48 and never neighbours.
     """
@@ -22,24 +22,28 @@ def request_seed(*parts: int) -> int:
     return int.from_bytes(digest, "big") >> 16
 
 
-def as_samples(prompts: Sequence[Prompt], found: Sequence[Sample]) -> Samples:
-    """One row for each sample, which answers the prompt at its place."""
-    tokens = [[*prompt.tokens, *sample.tokens] for prompt, sample in zip(prompts, found, strict=True)]
+def as_samples(prompts: Sequence[Prompt], samples: Sequence[Sample]) -> Samples:
+    """One row for each sample; sample i answers prompt i."""
+    tokens = [[*prompt.tokens, *sample.tokens] for prompt, sample in zip(prompts, samples, strict=True)]
     prompt_len_B = torch.tensor([len(prompt.tokens) for prompt in prompts], dtype=torch.long)
     length_B = torch.tensor([len(row) for row in tokens], dtype=torch.long)
     tokens_BT = pad_rows(tokens, torch.long)
-    place_T = torch.arange(tokens_BT.shape[1])
-    before = [[0] * len(prompt.tokens) for prompt in prompts]
+    position_T = torch.arange(tokens_BT.shape[1])
+    prompt_zeros = [[0] * len(prompt.tokens) for prompt in prompts]
     return Samples(
         tokens_BT=tokens_BT,
         prompt_len_B=prompt_len_B,
         length_B=length_B,
-        mask_BT=(place_T >= prompt_len_B[:, None]) & (place_T < length_B[:, None]),
+        mask_BT=(position_T >= prompt_len_B[:, None]) & (position_T < length_B[:, None]),
         prompt_index_B=torch.tensor([prompt.index for prompt in prompts], dtype=torch.long),
         fields=[{"prompt": prompt.text, **prompt.fields} for prompt in prompts],
-        rollout_logp_BT=pad_rows([[*b, *one.logp] for b, one in zip(before, found, strict=True)], torch.float32),
-        truncated_B=torch.tensor([one.truncated for one in found], dtype=torch.bool),
-        version_BT=pad_rows([[*b, *one.versions] for b, one in zip(before, found, strict=True)], torch.int32),
+        rollout_logp_BT=pad_rows(
+            [[*zeros, *one.logp] for zeros, one in zip(prompt_zeros, samples, strict=True)], torch.float32
+        ),
+        truncated_B=torch.tensor([one.truncated for one in samples], dtype=torch.bool),
+        version_BT=pad_rows(
+            [[*zeros, *one.versions] for zeros, one in zip(prompt_zeros, samples, strict=True)], torch.int32
+        ),
     )
 
 
@@ -49,7 +53,7 @@ def prompt_to(prompt: Prompt) -> dict[str, Any]:
 
 
 def prompt_from(saved: Mapping[str, Any]) -> Prompt:
-    """What `prompt_to` wrote."""
+    """Inverse of `prompt_to`."""
     return Prompt(tuple(saved["tokens"]), saved["text"], saved["fields"], saved["index"])
 
 
@@ -60,7 +64,7 @@ def sample_to(sample: Sample) -> dict[str, Any]:
 
 
 def sample_from(saved: Mapping[str, Any]) -> Sample:
-    """What `sample_to` wrote."""
+    """Inverse of `sample_to`."""
     draws = saved["draws"]
     state = None if draws is None else torch.frombuffer(bytearray.fromhex(draws), dtype=torch.uint8)
     return Sample(**{**saved, "draws": state})

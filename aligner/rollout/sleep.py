@@ -1,4 +1,4 @@
-"""The engine's memory while other roles compute: its weights, which a transfer writes anew, and its KV cache."""
+"""Releasing the engine's memory while other roles compute: weights, rewritten by the next sync, and KV cache."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def parts_of(engine: RolloutEngine, weights: EngineWeights, meter: Meter) -> dic
 
 
 class FreedWeights:
-    """On a CPU: packed kernels are dropped, plain parameters give up their storages."""
+    """Weights on a CPU: packed kernels are dropped, storages of parameters freed."""
 
     def __init__(self, engine: RolloutEngine, weights: EngineWeights) -> None:
         self.resident = True
@@ -45,8 +45,8 @@ class FreedWeights:
         """Nothing is kept."""
 
     def evict(self) -> None:
-        """The engine has no weights from here on."""
-        self._engine.ready = False
+        """Free the weights; the engine cannot generate until the next sync."""
+        self._engine.loaded.evict()
         drop_kernels(self._engine.model)
         for parameter in self._engine.model.parameters():
             storage = parameter.untyped_storage()
@@ -55,7 +55,7 @@ class FreedWeights:
         self.resident = False
 
     def bring(self) -> None:
-        """Memory for what a transfer writes in place; what it packs makes its own."""
+        """Allocate the storages that a sync writes in place; packed kernels allocate their own."""
         for parameter in self._weights.in_place():
             storage = parameter.untyped_storage()
             storage.resize_(self._sizes.get(storage._cdata, storage.nbytes()))
@@ -65,7 +65,7 @@ class FreedWeights:
 
 
 class FreedCache:
-    """On a CPU: the KV cache's storages."""
+    """The KV cache on a CPU."""
 
     def __init__(self, engine: RolloutEngine) -> None:
         self.resident = True
@@ -81,14 +81,14 @@ class FreedCache:
         """Nothing is kept."""
 
     def evict(self) -> None:
-        """Cached prefixes are forgotten."""
+        """Free the cache; cached prefixes are dropped."""
         self._engine.new_weights()
         for storage in self._storages:
             storage.resize_(0)
         self.resident = False
 
     def bring(self) -> None:
-        """Empty; zeroed, since kernels read beyond what was written and multiply it by 0."""
+        """Allocate it, zeroed: kernels read beyond the written part and multiply that by 0."""
         for storage, size in zip(self._storages, self._sizes, strict=True):
             storage.resize_(size)
             torch.empty(0, dtype=torch.uint8).set_(storage).zero_()
@@ -96,7 +96,7 @@ class FreedCache:
 
 
 class SleepingWeights:
-    """On CUDA: vLLM unmaps the memory tagged weights; addresses, which CUDA graphs hold, stay.
+    """Weights on CUDA: vLLM unmaps the memory tagged "weights"; addresses, which CUDA graphs hold, stay valid.
 
     Its sleep of level 2 would do the same, and take a cache that is to stay along; like it, buffers are saved.
     """
@@ -115,8 +115,8 @@ class SleepingWeights:
         """Nothing is kept but buffers."""
 
     def evict(self) -> None:
-        """The engine has no weights from here on."""
-        self._engine.ready = False
+        """Free the weights; the engine cannot generate until the next sync."""
+        self._engine.loaded.evict()
         self._buffers = [(buffer, buffer.to("cpu", copy=True)) for buffer in self._engine.model.buffers()]
         with self._engine.inside():
             self._engine.executor.discard(("weights",))
@@ -124,7 +124,7 @@ class SleepingWeights:
         self.resident = False
 
     def bring(self) -> None:
-        """Mapped memory for a transfer to write."""
+        """Map the memory again, for a sync to write."""
         self._meter.phantom -= self._bytes
         torch.cuda.synchronize(self._engine.device)  # copies to the host still hold what is to be mapped here
         with self._engine.inside():
@@ -137,7 +137,7 @@ class SleepingWeights:
 
 
 class SleepingCache:
-    """On CUDA: the KV cache, which vLLM unmaps and maps by its tag."""
+    """The KV cache on CUDA, unmapped and mapped by vLLM through its tag."""
 
     def __init__(self, engine: RolloutEngine, meter: Meter) -> None:
         self.resident = True
@@ -152,7 +152,7 @@ class SleepingCache:
         """Nothing is kept."""
 
     def evict(self) -> None:
-        """Cached prefixes are forgotten."""
+        """Free the cache; cached prefixes are dropped."""
         self._engine.new_weights()
         with self._engine.inside():
             self._engine.executor.discard(("kv_cache",))

@@ -1,4 +1,4 @@
-"""A vLLM engine on part of the world: inside a `SubWorld`, the replica's ranks are all that torch and vLLM see."""
+"""A vLLM engine on a subset of the world's ranks: inside a `SubWorld`, torch and vLLM see only the replica's ranks."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ _IGNORED = ("VLLM_CPU_KVCACHE_SPACE",)  # would silently win over rollout.kv_cac
 class SubWorld:
     """The ranks of one replica as a world of their own, entered with `inside()`; vLLM runs nowhere else.
 
-    vLLM takes torch's default process group, RANK and WORLD_SIZE for its own and changes much of the process besides:
-    inside, it may; on the way out everything is as it was. So a process can hold several engines.
+    vLLM uses torch's default process group, RANK and WORLD_SIZE as its own and changes much global state of the process;
+    on leaving, all of it is restored. So a process can hold several engines.
     """
 
     def __init__(self, group: dist.ProcessGroup, ident: str, device: torch.device) -> None:
@@ -78,7 +78,7 @@ class SubWorld:
         return gathered
 
     def first_says(self, question: Callable[[], bool]) -> bool:
-        """What the first rank of the replica answers, on each of them; collective over the replica."""
+        """The answer of the replica's first rank, on all of its ranks; collective over the replica."""
         if self.size == 1:
             return question()
         answer = torch.tensor([self.rank == 0 and question()], dtype=torch.int64)
@@ -87,7 +87,7 @@ class SubWorld:
 
     @contextmanager
     def inside(self) -> Iterator[None]:
-        """The process as vLLM's engine wants it; restored at the end, whatever happens."""
+        """Set the global state that vLLM's engine needs; restored on exit, also after an exception."""
         with ExitStack() as stack:
             stack.enter_context(_random_states(self.device))
             stack.enter_context(self._own_environment())
@@ -100,7 +100,7 @@ class SubWorld:
 
     @contextmanager
     def starting(self) -> Iterator[None]:
-        """Inside, while the engine is built; collective. Files that only the start needs are gone afterwards."""
+        """As `inside`, while the engine is built; collective. Files needed only for the start are removed afterwards."""
         sockets = tempfile.mkdtemp(prefix="aligner-")
         self._environment["VLLM_RPC_BASE_PATH"] = sockets
         try:
@@ -182,7 +182,7 @@ class SubWorld:
             torch.set_float32_matmul_precision(precision)
 
     def close(self) -> None:
-        """Take down vLLM's groups and leave nothing behind; collective over the replica, also after a failed start.
+        """Destroy vLLM's process groups; collective over the replica, also after a failed start.
 
         vLLM's own shutdown would destroy the world's process group.
         """
@@ -200,7 +200,7 @@ class SubWorld:
 
 
 def executor_class(subworld: SubWorld) -> type[Any]:
-    """vLLM's in-process executor, told its rank by the sub-world instead of by torchrun."""
+    """vLLM's in-process executor with rank and size of the sub-world instead of torchrun's."""
     from vllm.v1.executor.uniproc_executor import ExecutorWithExternalLauncher
 
     class SubWorldExecutor(ExecutorWithExternalLauncher):
@@ -221,7 +221,7 @@ def executor_class(subworld: SubWorld) -> type[Any]:
 
 @contextmanager
 def _memory_policy_kept() -> Iterator[None]:
-    """Without vLLM's binding of all of this process's memory to one NUMA node: other roles live here too."""
+    """Prevent vLLM from binding this process's memory to one NUMA node: other roles use the process too."""
     import vllm._custom_ops  # noqa: F401  (loads the operators)
 
     operators: Any = torch.ops._C

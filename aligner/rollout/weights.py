@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
+from aligner.models.family import logical_tensors
 from aligner.reshard.message.storage import strided_view
+from aligner.reshard.plan.layout import WeightLayout
 from aligner.reshard.plan.region import Box, Piece, intersect
 from aligner.rollout.dry_run import DryRun, Slot, dry_run
 from aligner.rollout.engine import RolloutEngine
@@ -18,7 +20,7 @@ from aligner.rollout.packing import Packed, forget_embedding_kernel, packed_line
 
 
 class EngineWeights:
-    """Writable regions of a `RolloutEngine`'s parameters; implements `aligner.reshard.transfer.executor.Destination`.
+    """The parameters of a `RolloutEngine` as the destination of a weight sync (`aligner.reshard.weights.WritableWeights`).
 
     On a CPU vLLM packs linear weights and experts for its kernels and drops the plain ones. So a packed weight's plain
     storage is made when its first region is written; when all are, vLLM packs it again, the packed kernel is proven
@@ -26,10 +28,20 @@ class EngineWeights:
 
     On CUDA unquantized weights stay plain: regions are written in place, which keeps CUDA graphs valid, and nothing is
     packed or probed; there the executor's checksums read the very storage that the kernels read.
+
+    Args:
+        layout: of all ranks of the role, by arithmetic; None: an engine by itself, of which nobody asks that.
+        tensors: name -> shape of the checkpoint's tensors; None: as the engine's model has them.
     """
 
-    def __init__(self, engine: RolloutEngine) -> None:
-        self._engine = engine
+    def __init__(
+        self,
+        engine: RolloutEngine,
+        layout: WeightLayout | None = None,
+        tensors: Mapping[str, Sequence[int]] | None = None,
+    ) -> None:
+        self._engine, self._layout = engine, layout
+        self._tensors = logical_tensors(engine.spec) if tensors is None else tensors
         self._pieces: list[Piece] | None = None
         self._slots: dict[str, Slot] = {}
         self._packed: dict[str, tuple[Packed, ...]] = {}
@@ -37,18 +49,26 @@ class EngineWeights:
         self._sync = _Progress()
         self._syncs = 0
 
-    def pieces(self, logical: Mapping[str, Sequence[int]]) -> list[Piece]:
-        """The regions of the logical tensors (name -> shape) that this rank's engine holds, found once.
+    @property
+    def layout(self) -> WeightLayout:
+        """What every rank of the role holds."""
+        assert self._layout is not None, "an engine outside a role has no layout"
+        return self._layout
 
-        The first call is collective over the replica. Raises ValueError where the engine and
-        the tensors do not match; see `dry_run`.
+    def pieces(self) -> list[Piece]:
+        """The regions of the checkpoint's tensors that this rank's engine holds, learnt once from vLLM's own loaders.
+
+        The first call is collective over the replica.
+
+        Raises:
+            ValueError: the engine and the tensors do not match; see `dry_run`.
         """
         if self._pieces is None:
             model = self._engine.model
             outcome, mistake = DryRun(), ""
             with self._engine.inside():
                 try:
-                    outcome = dry_run(model, logical, getattr(torch, self._engine.config.dtype))
+                    outcome = dry_run(model, self._tensors, getattr(torch, self._engine.config.dtype))
                 except ValueError as error:
                     mistake = str(error)
                 self._check_replica(mistake, outcome.elsewhere)
@@ -103,7 +123,7 @@ class EngineWeights:
         assert self._pieces is not None, "pieces() comes first"
         if piece.storage in self._sync.complete:
             raise RuntimeError(f"reshard: {piece.name}{piece.box} for {piece.storage}, which is complete already")
-        self._engine.ready = False
+        self._engine.loaded.begin()
         return strided_view(self._plain(piece.storage), piece)
 
     def written(self, piece: Piece, proof: bool = True) -> None:
@@ -142,7 +162,7 @@ class EngineWeights:
                 if done < total:
                     raise RuntimeError(f"reshard: {total - done} of {total} elements of {piece.name} were not written")
         self._engine.new_weights()
-        self._engine.ready = True
+        self._engine.loaded.finish()
 
     def discard(self) -> None:
         """Give up a transfer that failed; the engine has no valid weights until the next one succeeds."""

@@ -9,7 +9,7 @@ import torch
 
 from aligner.check.job import Checked
 from aligner.config.schema import Config
-from aligner.data.answers import Answered
+from aligner.data.answers import TokenizedAnswer
 from aligner.data.preferences import Pair
 from aligner.data.samples import Demonstrations, Feedback, Pairs, Samples, pad_rows
 from aligner.data.stream import RowStream
@@ -27,7 +27,7 @@ def batches(config: Config, rows: RowStream[Any]) -> Iterator[Any]:
         yield form(rows.take(config.data.prompts_per_step))
 
 
-def as_samples(answers: Sequence[Answered]) -> Samples:
+def as_samples(answers: Sequence[TokenizedAnswer]) -> Samples:
     """Answers with their prompts as rows, trained on where their masks say."""
     return Samples(
         tokens_BT=pad_rows([a.tokens for a in answers], torch.long),
@@ -39,7 +39,7 @@ def as_samples(answers: Sequence[Answered]) -> Samples:
     )
 
 
-def as_demonstrations(answers: Sequence[Answered]) -> Demonstrations:
+def as_demonstrations(answers: Sequence[TokenizedAnswer]) -> Demonstrations:
     """One row for each demonstration."""
     return Demonstrations(as_samples(answers))
 
@@ -49,7 +49,7 @@ def as_pairs(pairs: Sequence[Pair]) -> Pairs:
     return Pairs(as_samples([side for pair in pairs for side in (pair.chosen, pair.rejected)]))
 
 
-def as_feedback(answers: Sequence[Answered]) -> Feedback:
+def as_feedback(answers: Sequence[TokenizedAnswer]) -> Feedback:
     """One row for each answer, with its 'label' in its fields."""
     return Feedback(as_samples(answers))
 

@@ -6,14 +6,16 @@ import math
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
+from aligner.report.metric_registry import best_metrics
+
 if TYPE_CHECKING:
     from aligner.config.run import TrainConfig
     from aligner.data.sets import DataSets
 
 FOLDER = "exports"
 """Under run_dir: a Hugging Face folder for each export."""
-HIGHER_IS_BETTER = {"accuracy": True, "heldout_loss": False, "heldout_pair_accuracy": True, "heldout_margin": True}
-"""Every figure of an evaluation, the first choice first."""
+HIGHER_IS_BETTER = best_metrics()
+"""Every metric of an evaluation that can choose, the first choice first."""
 
 
 class Best:

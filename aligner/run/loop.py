@@ -14,7 +14,7 @@ import yaml
 from aligner.algorithms.step import Step, checked_step
 from aligner.check.rollout import shown_ends
 from aligner.config.as_json import config_as_json
-from aligner.data.preferences import told
+from aligner.data.preferences import left_out_text
 from aligner.health.timeline import FOLDER, STEP_END
 from aligner.models.checkpoint import PeerFailedError
 from aligner.report.metrics import CONFIG_FILE, MetricsWriter
@@ -38,6 +38,7 @@ from aligner.spmd.messages import all_gather, broadcast
 from aligner.spmd.ref import Ref
 from aligner.spmd.transfer import read_at_first
 from aligner.spmd.world import World
+from aligner.trainer.policy import Policy
 
 if TYPE_CHECKING:
     from aligner.run.job import Job
@@ -151,11 +152,11 @@ class Driver:
     def _greet(self) -> None:
         checked, data = self.job.checked, self.job.checked.data
         if self.writer and data.left_out.total():
-            self.writer.note(f"rows of data.path left out: {told(data.left_out)}")
+            self.writer.note(f"rows of data.path left out: {left_out_text(data.left_out)}")
         if self.writer and data.heldout_left_out.total():
-            self.writer.note(f"held-out rows left out: {told(data.heldout_left_out)}")
+            self.writer.note(f"held-out rows left out: {left_out_text(data.heldout_left_out)}")
         if self.writer and data.notes:
-            self.writer.note(f"data.path: {told(data.notes)}")
+            self.writer.note(f"data.path: {left_out_text(data.notes)}")
         if self.writer and checked.ends.disagreement:
             self.writer.note(f"{checked.ends.disagreement}; {shown_ends(self.config, checked.ends)}")
         if self.writer and self.before:
@@ -210,9 +211,10 @@ class Driver:
 
     def _row(self, result: Step, seconds: float) -> dict[str, float]:
         """Everything known of one iteration, on rank 0; nothing elsewhere. One message from each rank, up a tree."""
+        policies = (role for role in self.roles.trainable if isinstance(role, Policy))
         mine = step_stats_of(
             self.roles.built,
-            [sync.ledger[-1] for sync in self.roles.syncs if sync.ledger],
+            [row for policy in policies if policy.syncs for row in policy.syncs.latest()],
             self.world.residency.meter.take(),
             self.signals.asked,
         )
@@ -222,9 +224,9 @@ class Driver:
         values, account = found
         self._asked = account.asked
         row: dict[str, float] = dict(values.get("metrics", {}))
-        for name, value in result.more.items():
+        for name, value in result.extra_metrics.items():
             if isinstance(value, Ref):
-                row |= {f"{name}_{key}": n for key, n in values[f"more.{name}"].items()}
+                row |= {f"{name}_{key}": n for key, n in values[f"extra_metrics.{name}"].items()}
             else:
                 row[name] = value
         if result.scores is not None:
@@ -350,7 +352,7 @@ SCORED = ("reward_B", "status_B", "components", "component_status")
 
 def _wanted(result: Step) -> dict[str, Ref]:
     """The values that a row is made of, by name."""
-    refs = {f"more.{name}": value for name, value in result.more.items() if isinstance(value, Ref)}
+    refs = {f"extra_metrics.{name}": value for name, value in result.extra_metrics.items() if isinstance(value, Ref)}
     if result.metrics is not None:
         refs["metrics"] = result.metrics
     if result.scores is not None:

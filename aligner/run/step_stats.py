@@ -5,20 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from aligner.report.metric_registry import TIMED_CALLS
 from aligner.reshard.transfer.sync_stats import SyncRow, total
 from aligner.spmd.role import Role
-
-PHASES = {
-    "generate": "generate",
-    "score": "score",
-    "logprobs": "logprobs",
-    "values": "values",
-    "scores": "scores",
-    "update": "update",
-    "reshard_to": "reshard",
-}
-"""Role call -> name of its seconds, and of its memory in GiB, in a row."""
-PEAK = {"peak": "peak"}
 
 
 @dataclass(frozen=True)
@@ -46,8 +35,9 @@ def step_stats_of(
         for call, taken in role.seconds.items():
             seconds[call] = seconds.get(call, 0.0) + taken
         role.seconds.clear()
-    most = {f"seconds_{name}": seconds[call] for call, name in PHASES.items() if call in seconds}
-    most |= {f"memory_{name}": memory[call] for call, name in (PHASES | PEAK).items() if call in memory}
+    most = {f"seconds_{phase}": seconds[call] for call, phase in TIMED_CALLS.items() if call in seconds}
+    most |= {f"memory_{phase}": memory[call] for call, phase in TIMED_CALLS.items() if call in memory}
+    most |= {"memory_peak": memory["peak"]} if "peak" in memory else {}
     return StepStats(most, (total(syncs),) if syncs else (), asked)
 
 

@@ -1,4 +1,4 @@
-"""Rows of a value: a tensor [B, ...], a list of B items, or a dict or frozen dataclass of these; taken, joined, padded."""
+"""Row operations on a batch (a tensor [B, ...], a list of B items, or a dict or frozen dataclass of these): take, join, pad."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""All rank arithmetic: which world rank sits where in a role's tensor, context, data, pipeline and expert grid.
+"""Parallel mesh of a role: tensor, context, data, pipeline and expert coordinates of each world rank.
 
-Nothing outside this file divides a rank by a parallel size. The order of the axes is Megatron's
+All rank arithmetic is in this file. The order of the axes is Megatron's
 `tp-cp-ep-dp-pp`: tensor neighbours are adjacent ranks, pipeline stages are farthest apart.
 """
 
@@ -89,7 +89,7 @@ class Mesh:
         return tuple(getattr(self, axis) for axis in axes)
 
     def coordinates(self, rank: int, axes: Sequence[str] = AXES) -> dict[str, int]:
-        """Where a member world rank sits: {axis: index}. Raises ValueError for a non-member."""
+        """Coordinates of a member world rank: {axis: index}. Raises ValueError for a non-member."""
         if rank not in self._index:
             raise ValueError(f"rank {rank} is none of placement.{self.name}.ranks")
         index = self._index[rank]
@@ -119,7 +119,7 @@ class Mesh:
 
     @cached_property
     def shards(self) -> tuple[tuple[int, ...], ...]:
-        """For each data-parallel shard, every world rank that holds its rows."""
+        """For each data-parallel index, the world ranks that hold its rows."""
         found: list[list[int]] = [[] for _ in range(self.data)]
         for rank in self.ranks:
             found[self.coordinates(rank)["data"]].append(rank)
@@ -139,12 +139,12 @@ SHOWN_AXES = ("data", "tensor", "pipeline", "context", "expert", "expert_tensor"
 
 
 def axes(mesh: Mesh) -> list[str]:
-    """The axes along which this mesh has more than one place, for people; those of experts where these are cut."""
-    cut = mesh.expert > 1
+    """Axes of size > 1, for display; expert axes only under expert parallelism."""
+    has_experts = mesh.expert > 1
     return [
         axis
         for axis in SHOWN_AXES
-        if getattr(mesh, axis) > 1 and (cut or axis not in EXPERT_AXES or axis == "pipeline")
+        if getattr(mesh, axis) > 1 and (has_experts or axis not in EXPERT_AXES or axis == "pipeline")
     ]
 
 

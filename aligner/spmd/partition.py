@@ -1,4 +1,4 @@
-"""Which rows each data-parallel shard gets: a pure function, so that every rank computes the same answer."""
+"""Sequence-length balancing: which rows each data-parallel rank gets, by cost. A pure function, the same on every rank."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from itertools import accumulate
 from aligner.spmd.cost import TOKENS, Cost
 
 Shares = tuple[tuple[int, ...], ...]
-"""For each shard, the ascending global row numbers that it holds."""
+"""For each data-parallel shard, its global row numbers in ascending order."""
 CLOSE = 1000
-"""Loads whose largest is within 1 / CLOSE of their mean are left as they are."""
+"""Balancing stops when the largest load is within 1 / CLOSE of the mean."""
 PARTNERS = 4
-"""Emptiest shards that the fullest one tries to share anew with, before the deal is final."""
+"""Number of least loaded shards that the most loaded one tries to rebalance with."""
 
 
 def minibatch_groups(groups: int, minibatches: int) -> list[range]:
@@ -25,7 +25,7 @@ def minibatch_groups(groups: int, minibatches: int) -> list[range]:
 def partition(
     lengths: Sequence[int], shards: int, group_size: int = 1, minibatches: int = 1, cost: Cost = TOKENS
 ) -> Shares:
-    """Rows -> shards, balanced by cost, whole groups together, every minibatch balanced by itself.
+    """Assign rows to shards, balanced by cost; groups stay together, each minibatch is balanced by itself.
 
     Args:
         lengths: tokens of each row, in global order; rows of one group are consecutive.
@@ -49,17 +49,17 @@ def partition(
 
 
 def of_groups(lengths: Sequence[int], group_size: int, cost: Cost) -> list[int]:
-    """What each group of consecutive rows costs."""
+    """Cost of each group of consecutive rows."""
     ends = [0, *accumulate(cost.of(length) for length in lengths)]
     return [ends[at + group_size] - ends[at] for at in range(0, len(lengths), group_size)]
 
 
 def deal(costs: Sequence[int], shards: int, order: Sequence[int] | None = None) -> list[list[int]]:
-    """Items -> shards, so that the costliest shard costs little more than the mean.
+    """Assign items to shards so that the largest load is close to the mean.
 
-    Dearest item first to the least loaded shard (Graham 1969: at most 4/3 of the best balance), by `costs` and by
-    `order` (such as tokens), of which the better one counts. Then, as long as that helps, the fullest shard and one of
-    the emptiest share their items anew by largest differences (Karmarkar and Karp 1982). Ties go to lower numbers.
+    Greedy: the most expensive item first, to the least loaded shard (Graham 1969: at most 4/3 of the optimum), by `costs`
+    and by `order` (such as tokens), whichever is better. Then, while it helps, the most loaded shard and one of the least
+    loaded repartition their items by largest differencing (Karmarkar and Karp 1982). Ties go to lower numbers.
     """
     found = min((_greedy(key, shards) for key in (costs, order or costs)), key=lambda dealt: _most(dealt, costs))
     loads = [sum(costs[item] for item in share) for share in found]
@@ -82,7 +82,7 @@ def deal(costs: Sequence[int], shards: int, order: Sequence[int] | None = None) 
 
 
 def idle(lengths: Sequence[int], shares: Shares, group_size: int, minibatches: int, cost: Cost) -> float:
-    """The share of all shards' time in which they wait for the costliest one, minibatch by minibatch: 0 to 1."""
+    """Fraction of the shards' time (0 to 1) spent waiting for the most loaded one, summed over minibatches."""
     groups = minibatch_groups(len(lengths) // group_size, minibatches)
     step = {group: number for number, members in enumerate(groups) for group in members}
     loads = [[0] * len(shares) for _ in groups]
@@ -108,7 +108,7 @@ def _most(dealt: Sequence[Sequence[int]], costs: Sequence[int]) -> int:
 
 
 def _halves(items: Sequence[int], costs: Sequence[int]) -> list[list[int]]:
-    """Items -> two shares of nearly equal cost: the two largest go apart and leave their difference, to the last one."""
+    """Largest differencing: two shares of nearly equal cost; the two largest items are separated, their difference remains."""
     heap: list[tuple[int, int, list[int], list[int]]]
     heap = [(-costs[item], number, [item], []) for number, item in enumerate(items)]
     heapq.heapify(heap)

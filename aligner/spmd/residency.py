@@ -60,6 +60,7 @@ class _Holder:
     parts: dict[str, Part] = field(default_factory=dict)
     """Empty on ranks outside the role."""
     before_evict: Callable[[], None] | None = None
+    on_lost: Callable[[], None] | None = None
 
 
 class Residency:
@@ -79,16 +80,22 @@ class Residency:
         self._most = 0
 
     def register(
-        self, role: str, mesh: Mesh, kinds: Mapping[str, Kind], parts: Mapping[str, Part] | None = None
+        self,
+        role: str,
+        mesh: Mesh,
+        kinds: Mapping[str, Kind],
+        parts: Mapping[str, Part] | None = None,
+        on_lost: Callable[[], None] | None = None,
     ) -> None:
         """A role that was just built says what it holds; one of the same name that was there before is forgotten.
 
         Args:
             kinds: the same on every rank.
             parts: what is really here, on member ranks; they leave in the reverse order and come back in this one.
+            on_lost: called on every rank, member or not, when a part whose contents are lost has left.
         """
         self._out -= {key for key in self._out if key[0] == role}
-        self._roles[role] = _Holder(frozenset(mesh.ranks), dict(kinds), dict(parts or {}))
+        self._roles[role] = _Holder(frozenset(mesh.ranks), dict(kinds), dict(parts or {}), on_lost=on_lost)
 
     def before_evict(self, role: str, hook: Callable[[], None]) -> None:
         """Call `hook` before any part of this role leaves."""
@@ -171,7 +178,10 @@ class Residency:
                 holder.before_evict()
             for part in here:
                 part.evict()
-            self._out |= {(name, part) for part in leaving}
+            gone = [part for part in leaving if (name, part) not in self._out]
+            self._out |= {(name, part) for part in gone}
+            if holder.on_lost and any(holder.kinds[part].lost for part in gone):
+                holder.on_lost()
             freed = freed or bool(here)
         if freed and self.device.type == "cpu":
             trim()

@@ -1,4 +1,4 @@
-"""`Role`: a model or a function on its ranks. A role call computes on member ranks; everyone else falls through."""
+"""`Role`: a model or a function on its ranks. A role call computes on member ranks and is skipped by all others."""
 
 from __future__ import annotations
 
@@ -19,41 +19,41 @@ from aligner.spmd.world import World
 
 @dataclass(frozen=True)
 class Arguments:
-    """A call's arguments as this rank needs them."""
+    """Arguments of a role call, localised to this rank."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     rows: Rows | None
     mine: tuple[int, ...]
-    """Global row numbers of this rank's share."""
+    """Global row numbers of this rank's rows."""
 
 
 class Role:
-    """Common part of policy, reference, rollout and reward."""
+    """Base class of policy, reference, rollout, reward and all other roles."""
 
     needs: ClassVar[Mapping[str, Sequence[str]]] = {}
-    """Role call -> which of this role's parts must be on the device, all by default; see `aligner.spmd.residency`."""
+    """Role call -> parts of this role that must be on the device (default: all); see `aligner.spmd.residency`."""
     reads: ClassVar[frozenset[str]] = frozenset()
-    """Those of them that change nothing: copies on the host stay good."""
+    """Calls that modify no part: host copies stay valid."""
 
     def __init__(self, name: str, world: World, mesh: Mesh, cost: Cost = TOKENS) -> None:
         self.name, self.world, self.mesh = name, world, mesh
         self.cost = cost
-        """What a row costs this role, alike on every rank: its rows are dealt by it."""
+        """Cost of a row for this role, equal on every rank: rows are balanced by it."""
         self.member = world.rank in mesh.ranks
         self.shard = mesh.shard_of(world.rank)
         self.group = world.group(mesh.ranks)
         """Process group of this role's ranks; None elsewhere."""
         self.seconds: dict[str, float] = {}
-        """Seconds in each call since the driver last asked (this rank)."""
+        """Seconds in each call since it was last read (this rank)."""
 
     @contextmanager
     def call(self, method: str, also: Sequence[Role] = (), on_host: bool = False) -> Iterator[None]:
-        """One role call: noted in the journal of every rank, timed on members, with what it needs in memory.
+        """Context of one role call: recorded in every rank's journal, timed on members, with the needed parts in memory.
 
         Args:
-            also: other roles that take part in it.
-            on_host: it touches nothing that the roles hold.
+            also: other roles that take part.
+            on_host: it uses no memory of the roles on the device.
         """
         roles = (self, *also)
         takes_part = any(role.member for role in roles)
@@ -67,7 +67,7 @@ class Role:
             self.seconds[method] = self.seconds.get(method, 0.0) + time.perf_counter() - start
 
     def localize(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], minibatches: int = 1) -> Arguments:
-        """Bring every Ref among the arguments here: this shard's rows on members, nothing elsewhere.
+        """Read every Ref among the arguments: this shard's rows on members, nothing elsewhere.
 
         Raises:
             ValueError: Refs of different batches in one call.
@@ -91,12 +91,12 @@ class Role:
         return Arguments(local_args, local_kwargs, rows, mine)
 
     def map(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Ref:
-        """Apply a pure function to this role's rows; the result lines up with them.
+        """Apply a pure function to this role's rows; returns a Ref aligned with them.
 
         Args:
             function: gets this shard's rows of every Ref argument (whole groups, in order) and returns row-wise
-                values: a tensor [B, ...], a list of B items or a dataclass of these. It must not change its arguments
-                in place: others read the same ones.
+                values: a tensor [B, ...], a list of B items or a dataclass of these. It must not modify its
+                arguments in place: they are shared.
         """
         inner = getattr(function, "func", function)  # of a partial
         name = getattr(inner, "__name__", type(function).__name__)
@@ -106,7 +106,12 @@ class Role:
             return Ref(self, value, local.rows)
 
     def scatter(self, samples: Samples, group_size: int = 1, minibatches: int = 1) -> Ref:
-        """A batch that every rank has read for itself becomes this role's: each shard keeps its rows."""
+        """Distribute a batch that every rank holds over this role's data-parallel ranks; returns a Ref.
+
+        Args:
+            group_size: consecutive rows that stay on one rank.
+            minibatches: each of so many consecutive parts is balanced by itself.
+        """
         lengths = samples.length_B.tolist()
         rows = Rows(group_size, set(range(self.world.size)), lengths)
         if not self.member:
@@ -116,7 +121,7 @@ class Role:
         return Ref(self, value, rows, minibatches=minibatches)
 
     def scatter_like(self, like: Ref, value: Any) -> Ref:
-        """A row-wise value that every rank holds, rows in global order, cut like the batch that `like` belongs to."""
+        """Distribute a row-wise value that every rank holds (rows in global order) like the batch of `like`; returns a Ref."""
         rows = like.rows
         if rows is None:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""Values as bytes: a pickle with every CPU tensor's memory beside it, so that a tensor costs a copy and no more.
+"""Serialization of values: pickle protocol 5 with out-of-band buffers for CPU tensors, so a tensor costs one copy.
 
 torch's own pickling writes each storage as a file of its own, some 0.1 ms a tensor.
 """
@@ -18,11 +18,11 @@ from torch import Tensor
 
 Bytes = NDArray[np.uint8]
 ALIGN = 64
-"""Every part starts at a multiple of so many bytes of its frame: a tensor is used where it arrived."""
+"""Alignment of each part in its frame, in bytes: a received tensor is used in place."""
 
 
 def pack(value: Any) -> Bytes:
-    """A frame: the pickle, then the memory of each tensor and array in it."""
+    """Serialize into a frame: the pickle, then the memory of each tensor and array."""
     stream = io.BytesIO()
     beside: list[pickle.PickleBuffer] = []
     _Pickler(stream, protocol=5, buffer_callback=beside.append).dump(value)
@@ -30,13 +30,13 @@ def pack(value: Any) -> Bytes:
 
 
 def unpack(data: Bytes) -> Any:
-    """The value; its tensors are views of `data`."""
+    """Deserialize; tensors are views of `data`."""
     head, *beside = unframe(data)
     return pickle.loads(head.data, buffers=beside)
 
 
 def frame(parts: Sequence[Bytes | memoryview]) -> Bytes:
-    """Several byte strings as one: their number and sizes (int64), then each, aligned."""
+    """Concatenate byte strings: their number and sizes (int64), then each part, aligned."""
     sizes = [part.nbytes for part in parts]
     chunks: list[Any] = [struct.pack(f"<{len(sizes) + 1}q", len(sizes), *sizes)]
     for part in parts:

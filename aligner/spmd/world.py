@@ -1,4 +1,4 @@
-"""Start of the job's world and its one clean end."""
+"""The job's world: process groups, device, journal, watch; its start and its clean end."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from aligner.spmd.residency import Residency
 
 
 class World:
-    """Every rank of the torchrun job: identity, device, process groups, journal.
+    """All ranks of the torchrun job: rank, device, process groups, journal.
 
-    CPU tensors travel by gloo and CUDA tensors by NCCL, over the same groups.
+    CPU tensors use gloo and CUDA tensors NCCL, in the same groups.
     """
 
     def __init__(
@@ -33,7 +33,7 @@ class World:
         """
         Args:
             timeout_seconds: limit of one collective.
-            run_dir: where reports of faults are written; None: on the console only.
+            run_dir: folder for fault reports; None: console only.
         """
         self.rank = int(os.environ.get("RANK", "0"))
         self.size = int(os.environ.get("WORLD_SIZE", "1"))
@@ -47,7 +47,7 @@ class World:
         if cuda:
             torch.cuda.set_device(self.device)
         self.attempt = agree_on_attempt(self.rank, self.size)
-        """Names this attempt of a job that its launcher may restart."""
+        """Name of this attempt; a launcher may restart the job."""
         store: dict[str, Any] = {}
         if self.attempt:
             store = {"store": own_store("world", self.attempt), "rank": self.rank, "world_size": self.size}
@@ -73,16 +73,16 @@ class World:
         return self._groups[key] if self.rank in key else None
 
     def my_group(self, groups: Sequence[Sequence[int]]) -> dist.ProcessGroup | None:
-        """Make all `groups` (every rank calls it), return the one that this rank is in."""
+        """Create all `groups` (collective over the world); returns this rank's group, or None."""
         found = [self.group(ranks) for ranks in groups]
         return next((group for group in found if group is not None), None)
 
     def on_leave(self, close: Callable[[], Any]) -> None:
-        """Run `close` when the job ends well, last registered first."""
+        """Register `close` to run when the job ends without an error, last registered first."""
         self._closers.append(close)
 
     def leave(self) -> NoReturn:
-        """The clean end: every rank arrives, then the groups go, then the process.
+        """End without error: a barrier, then process groups are destroyed and the process exits with 0.
 
         The interpreter's own teardown is skipped: after object collectives and backward passes it can abort
         ("terminate called without an active exception") once everything has succeeded.
@@ -97,9 +97,9 @@ class World:
         end(0)
 
     def fail(self, error: BaseException) -> NoReturn:
-        """The other end: the job's report, on every rank's behalf, and status 1.
+        """End with an error: write the fault report, exit with status 1.
 
-        A ValueError is the user's to mend and is shown without a traceback.
+        A ValueError is a user error and is shown without a traceback.
         """
         self.watch.fail(error, describe(error))
         end(1)

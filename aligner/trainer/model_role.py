@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import ClassVar
 
@@ -14,19 +15,21 @@ from aligner.data.samples import Samples
 from aligner.models.checkpoint import export_checkpoint, read_into
 from aligner.models.cost import row_cost
 from aligner.models.spec import ModelSpec
+from aligner.reshard.weights import RemoteWeights, ShardedWeights
 from aligner.spmd import batch_ops as columns
 from aligner.spmd.mesh import Mesh
 from aligner.spmd.ref import Ref
 from aligner.spmd.residency import Kind, Part
 from aligner.spmd.role import Role
 from aligner.spmd.world import World
+from aligner.trainer import offload
 from aligner.trainer.config import TrainingConfig
 from aligner.trainer.megatron import cpu as cpu_megatron
-from aligner.trainer.megatron import offload
 from aligner.trainer.megatron.groups import make_groups, prepare_megatron
 from aligner.trainer.megatron.layout import MegatronLayout
 from aligner.trainer.megatron.model import build_model
 from aligner.trainer.megatron.pipeline import Pipeline
+from aligner.trainer.megatron.weights import MegatronWeights
 from aligner.trainer.packing import Packed, even_microbatches, microbatches, pack
 from aligner.trainer.readout import Readout
 
@@ -66,6 +69,12 @@ class ModelRole(Role):
         )
         self.bytes_read = read_into(spec, self.model.layout, self.model.view)
         self.pipeline = Pipeline(self.model, groups, self.readout(), world.activity.tick)
+
+    @cached_property
+    def weights(self) -> ShardedWeights:
+        """The model's weights as the source of a weight sync or an export; on every rank of the world."""
+        layout = MegatronLayout(self.spec, self.mesh, self.config.dtype)
+        return MegatronWeights(layout, self.model) if self.member else RemoteWeights(layout)
 
     def parts(self) -> dict[str, Part]:
         """What this rank holds; asked before the model is built, and nothing is moved before it is."""
@@ -133,8 +142,8 @@ class ModelRole(Role):
             if self.member:
                 export_checkpoint(
                     self.world.rank,
-                    MegatronLayout(self.spec, self.mesh, self.config.dtype),
-                    self.model.view,
+                    self.weights.layout,
+                    self.weights.view,
                     self.group,
                     Path(folder),
                     self.spec,

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from aligner.data.decoding import text_of
+from aligner.data.decoding import decode
 from aligner.data.samples import Samples
 from aligner.data.tokenizer import load_tokenizer
 from aligner.spmd import batch_ops as columns
@@ -90,7 +90,7 @@ def _texts(samples: Samples, model: str | Path) -> list[str] | None:
     except ValueError:
         return None
     ids = (samples.tokens_BT[row, : samples.length_B[row]].tolist() for row in range(samples.rows))
-    return [text_of(tokenizer, row, keep_special_tokens=True) for row in ids]
+    return [decode(tokenizer, row, keep_special_tokens=True) for row in ids]
 
 
 def _save(

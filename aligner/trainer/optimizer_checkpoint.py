@@ -12,10 +12,9 @@ from torch import Tensor
 from aligner.models.checkpoint import read_into
 from aligner.models.family import new_tensors
 from aligner.models.stored import open_stored
-from aligner.reshard.message.storage import Views, strided_view
+from aligner.reshard.local import LocalWeights, WritableLocalWeights, copy_weights
+from aligner.reshard.message.storage import strided_view
 from aligner.reshard.plan.region import Layout, Piece
-from aligner.reshard.plan.transfer_plan import make_plan
-from aligner.reshard.transfer.executor import execute
 from aligner.trainer.megatron.layout import MegatronLayout
 from aligner.trainer.megatron.optimizer_state import MOMENTS, WEIGHTS, Slice, clip, make_moments, slices, written_by
 
@@ -25,7 +24,6 @@ if TYPE_CHECKING:
     from aligner.trainer.megatron.optimizer import Optimizer
     from aligner.trainer.trainable_role import TrainableRole
 
-BUCKET_BYTES = 64 << 20
 Entry = tuple[str, list[int], list[int], str, int, list[int]]
 """A piece as JSON: logical tensor, first element, extent, tensor of the file, offset in it, strides."""
 
@@ -127,10 +125,9 @@ def _read(source: Source, key: str, layout: Layout, view: Callable[[Piece], Tens
         for rank, (name, lo, size, stored, offset, stride) in source.entries(key)
         if name in wanted
     ]
-    plan = make_plan(0, {0: held}, {0: layout})
 
     def stored_view(piece: Piece) -> Tensor:
         rank, _, name = piece.storage.partition(":")
         return strided_view(source.tensor(int(rank), name), piece)
 
-    execute(plan, stored_view, Views(view, layout), None, torch.device("cpu"), BUCKET_BYTES, verify=False)
+    copy_weights(LocalWeights(held, stored_view), WritableLocalWeights(layout, view), verify=False)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from aligner.spmd.cost import TOKENS, Cost
 from aligner.spmd.partition import deal, of_groups
-from aligner.trainer.megatron.context import cut, held_by_each
+from aligner.trainer.context import cut, held_by_each
 
 
 def microbatches(lengths: Sequence[int], budget: int, together: int = 1) -> list[list[int]]:

@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
-from aligner.reshard.config import ReshardConfig
 from aligner.spmd.ref import Ref
 from aligner.trainer.model_role import ModelRole
 from aligner.trainer.readout import LogProbs
 from aligner.trainer.trainable_role import TrainableRole
 
 if TYPE_CHECKING:
-    from aligner.reshard.sync import WeightSync
+    from collections.abc import Sequence
+
+    from aligner.reshard.transfer.sync_stats import SyncRow
     from aligner.rollout.role import Rollout
+
+
+class WeightSyncs(Protocol):
+    """What brings a policy's weights into rollout engines: `aligner.roles.weight_sync.WeightSyncs`."""
+
+    def run(self, policy: Policy, rollout: Rollout) -> None:
+        """Bring them in as they are now; a role call of every rank."""
+
+    def latest(self) -> Sequence[SyncRow]:
+        """What the last sync into each rollout moved on this rank."""
 
 
 class Reference(ModelRole):
@@ -41,42 +52,28 @@ class Policy(TrainableRole, Reference):
     section = "policy"
     samples_itself = True
 
-    def __init__(self, *args: Any, reshard: ReshardConfig | None = None, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, syncs: WeightSyncs | None = None, **kwargs: Any) -> None:
+        """Args:
+        syncs: this policy's weight syncs; None: it is never synced into a rollout.
+        """
         super().__init__(*args, **kwargs)
-        self.reshard = reshard or ReshardConfig()
-        self.syncs: dict[str, WeightSync] = {}
-        self._sent: dict[str, int] = {}
+        self.syncs = syncs
         if self.member:
             self.optimizer  # noqa: B018 - it moves the parameters, whose places a sync remembers
 
     def reshard_to(self, rollout: Rollout) -> None:
-        """Bring the rollout engine the weights as they are now; a proof of the sync is in its ledger row."""
-        from aligner.reshard.sync import WeightSync
+        """Sync the weights as they are now into the rollout's engines, and prove it. Collective over the world.
 
-        rollout.drain_before_sync(self.mesh)
-        with self.call("reshard_to", also=(rollout,)):
-            if rollout.name not in self.syncs:
-                self.syncs[rollout.name] = WeightSync(self, rollout, self.reshard)
-            self.syncs[rollout.name].run()
-        rollout.took_weights(self.version)
-        self._sent[rollout.name] = self.version
-        rollout.sender = self
-
-    def sync(self, rollout: Rollout) -> None:
-        """`reshard_to`, unless the engine has these weights already."""
-        if self._sent.get(rollout.name) != self.version or self.world.residency.is_out(rollout.name, "weights"):
-            self.reshard_to(rollout)
-
-    def send_again(self, rollout: Rollout) -> None:
-        """Bring an engine that gave up its weights the same ones; a role call of every rank.
+        Requests in flight are completed first, or with `stream.in_flight` meet the new weights.
 
         Raises:
-            RuntimeError: this policy has other weights by now.
+            ValueError: the engines are of another model.
+            RuntimeError: a proof failed, naming tensor, region and ranks; the engines have no valid weights then.
         """
-        if self._sent.get(rollout.name) != self.version:
-            raise RuntimeError(
-                f"{rollout.name}.generate: the engine's weights were given up to make room for other roles, and the policy "
-                "has been updated since they were sent. Call policy.reshard_to(rollout) before generate, or keep them with "
-                f"residency.keep=[{rollout.name}.weights]."
-            )
-        self.reshard_to(rollout)
+        assert self.syncs is not None, f"{self.name} was built without weight syncs"
+        self.syncs.run(self, rollout)
+
+    def sync(self, rollout: Rollout) -> None:
+        """`reshard_to`, unless the engines hold these weights already."""
+        if not rollout.loaded.current(self):
+            self.reshard_to(rollout)

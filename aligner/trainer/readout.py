@@ -8,8 +8,8 @@ from typing import Any, Protocol
 import torch.distributed as dist
 from torch import Tensor
 
-from aligner.trainer.megatron.vocab_parallel import logprobs_and_entropy
 from aligner.trainer.packing import Packed
+from aligner.trainer.vocab_parallel import logprobs_and_entropy
 
 
 class Readout(Protocol):

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Annotated
 
-ACTIONS = ("skip", "stop")
+from aligner.bounds import AtLeast, OneOf
+
 SKIPPED = "skipped_steps"
 """The metric: optimizer steps of an update that were left out for NaN or infinity; absent where there were none."""
 EMPTY = "empty_steps"
@@ -16,21 +18,13 @@ EMPTY = "empty_steps"
 class NotFinite:
     """What happens where the loss or the norm of the gradients is NaN or infinite."""
 
-    action: str = "skip"
+    action: Annotated[str, OneOf("skip", "stop")] = "skip"
     """skip: leave that optimizer step out, so that weights, moments and schedule stay as they were. stop: end the job. The
     batch that ends it is saved in run_dir/offending."""
-    max_in_row: int = 3
+    max_in_row: Annotated[int, AtLeast(0)] = 3
     """skip: optimizer steps of one role that may be left out one after the other; one more stops the job."""
-    max_total: int = 100
+    max_total: Annotated[int, AtLeast(0)] = 100
     """skip: optimizer steps of one role that may be left out in a run; one more stops the job."""
-
-    def check(self, name: str) -> None:
-        """Raises ValueError naming the setting, which begins with `name`, and the values that would work."""
-        if self.action not in ACTIONS:
-            raise ValueError(f"{name}.action={self.action} is unknown; use {' or '.join(ACTIONS)}.")
-        for key in ("max_in_row", "max_total"):
-            if getattr(self, key) < 0:
-                raise ValueError(f"{name}.{key}={getattr(self, key)} must be at least 0.")
 
 
 class Skips:

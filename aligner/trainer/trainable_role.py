@@ -21,9 +21,9 @@ from aligner.spmd.messages import all_gather, broadcast
 from aligner.spmd.partition import idle, minibatch_groups
 from aligner.spmd.ref import Ref, Rows
 from aligner.spmd.residency import Kind, Part
+from aligner.trainer import offload
 from aligner.trainer import optimizer_checkpoint as saved
 from aligner.trainer.loss_mean import LossFunction, Totals, counted, global_mean, rows_together, takes_one_step
-from aligner.trainer.megatron import offload
 from aligner.trainer.megatron.optimizer import Optimizer
 from aligner.trainer.model_role import ModelRole
 from aligner.trainer.offending_batch import Seen, begin_offending, save_offending

@@ -9,13 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from aligner.report.metric_registry import has_max, of_first_minibatch
 from aligner.spmd import batch_ops as columns
 from aligner.trainer.loss_mean import Totals
 from aligner.trainer.megatron.attention_calls import attended
 from aligner.trainer.skips import EMPTY, SKIPPED
-
-MAXIMA = ("gap", "ratio", "kl", "weight", "staleness")
-"""Metrics of a loss whose largest token (or row) is reported beside the mean, as `<name>_max`."""
 
 
 def add_to(sums: dict[str, Tensor], name: str, value: Tensor) -> None:
@@ -25,12 +23,12 @@ def add_to(sums: dict[str, Tensor], name: str, value: Tensor) -> None:
 
 def gather_metrics(sums: dict[str, Tensor], metrics: dict[str, Tensor], mask_BT: Tensor) -> None:
     """Add one microbatch's metrics to the running sums (`token/` of those that are [B, T], `row/` of those that are
-    [B]), and those of MAXIMA to the running maxima."""
+    [B]), and the largest of those that are declared with `also_max` to the running maxima."""
     for name, value in metrics.items():
         per_row = value.dim() == 1
         kept = value.detach()[mask_BT.any(1) if per_row else mask_BT].double().cpu()
         add_to(sums, f"{'row' if per_row else 'token'}/{name}", kept.sum())
-        if kept.numel() and name in MAXIMA:
+        if kept.numel() and has_max(name):
             top = sums.get(f"max/{name}", kept[0])
             sums[f"max/{name}"] = torch.maximum(top, kept.max())
 
@@ -91,7 +89,7 @@ def over_steps(steps: Sequence[StepReport]) -> dict[str, float]:
     for key in dict.fromkeys(key for step in shown for key in step.sums):
         kind, _, name = key.partition("/")
         having = [step for step in shown if key in step.sums]
-        if name == "gap":
+        if of_first_minibatch(name):
             having = having[:1]
         values = [step.sums[key] for step in having]
         if kind == "max":

@@ -31,4 +31,4 @@ def two_reward_models(roles, prompts, cfg):
         advantage_B = policy.map(group_advantages, reward_B, group_size=cfg.group_size)
         metrics = policy.update(cfg.loss, samples, advantage_B=advantage_B)
         policy.reshard_to(rollout)
-        yield Step(metrics, samples, more={"reward": float(reward_B.gather().mean())})
+        yield Step(metrics, samples, extra_metrics={"reward": float(reward_B.gather().mean())})

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from tests.algorithms.methods import PAPERS, UNTRAINED, Found, Row, cases, methods, run_methods
+from tests.report.metric_names import undeclared
 
 TENSOR, PIPELINE = "placement.policy.tensor=2", "placement.policy.pipeline=2"
 CONTEXT = "placement.policy.context=2"
@@ -139,6 +140,11 @@ def test_it_learns_from_something(case: str, found: Callable[..., Found]) -> Non
         assert abs(rows[2]["loss"] - rows[0]["loss"]) > 1e-4, "the model does not move"
     if "kl" in rows[0] and case != "kto" and "several" not in case:
         assert rows[0]["kl"] < 1e-9 < 1e-4 < rows[1]["kl"] < rows[2]["kl"], "the policy does not leave the reference"
+
+
+def test_every_metric_of_every_method_is_declared(found: Callable[..., Found]) -> None:
+    rows = [row for case in found(1, {"one rank": []})["one rank"].values() for row in case]
+    assert undeclared({name for row in rows for name in row} - {"samples"}) == []  # the rank's own, of its samples
 
 
 def test_what_each_method_is_named_for_happens(found: Callable[..., Found]) -> None:

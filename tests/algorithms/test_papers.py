@@ -14,15 +14,15 @@ import torch
 from hydra.utils import get_method
 from torch import Tensor
 
-from aligner.algorithms.grpo import shaped
-from aligner.algorithms.ppo import estimate, token_rewards
-from aligner.algorithms.reinforce_pp import to_go
+from aligner.algorithms.grpo import shape_rewards
+from aligner.algorithms.ppo import gae_estimates, token_rewards
+from aligner.algorithms.reinforce_pp import token_advantages
 from aligner.check.loop_settings import settings_of
 from aligner.config.help import comment_of, help_text
 from aligner.config.schema import CONF, Config, compose_config, to_config
 from aligner.data.samples import Samples
 from aligner.objective.masked import row_sums
-from aligner.objective.moments import combine, row_moments, whiten
+from aligner.objective.moments import mean_and_std, row_moments, whiten
 from aligner.trainer.loss_mean import Totals, counted, global_mean
 from tests.algorithms.methods import methods
 from tests.algorithms.test_configs import DATA
@@ -113,7 +113,7 @@ def centered(reward: list[float], size: int = 4) -> list[float]:
 def advantages(settings: Any, batch: Batch, reference: Tensor | None = None) -> Tensor:
     """As the loop has them."""
     penalty, kl_coef = settings.length_penalty, settings.reward_kl_coef
-    reward_B = shaped(batch.samples, batch.reward_B, reference, penalty, kl_coef)
+    reward_B = shape_rewards(batch.samples, batch.reward_B, reference, penalty, kl_coef)
     found: Tensor = settings.advantages(reward_B, group_size=4)
     return found
 
@@ -240,8 +240,8 @@ def test_reinforce_pp(seed: int) -> None:
     reward_BT = token_rewards(
         batch.samples, batch.reward_B, padded(batch.reference), settings.kl_coef, 1.0, settings.reward_clip
     )
-    advantage_BT = to_go(reward_BT, batch.samples, settings.gamma)
-    mean, std = combine(row_moments(advantage_BT, batch.mask_BT))
+    advantage_BT = token_advantages(reward_BT, batch.samples, settings.gamma)
+    mean, std = mean_and_std(row_moments(advantage_BT, batch.mask_BT))
     found = ours(
         config.policy, settings.loss, batch.policy, batch,
         advantage_BT=whiten(advantage_BT, batch.mask_BT, mean=mean, std=std), rollout_logp_BT=padded(batch.rollout),
@@ -268,7 +268,7 @@ def test_ppo(seed: int) -> None:
     reward_BT = token_rewards(
         batch.samples, batch.reward_B, padded(batch.reference), kl_coef, 1.0, settings.reward_clip
     )
-    made = estimate(reward_BT, padded(batch.value), batch.samples, settings.gamma, settings.lam)
+    made = gae_estimates(reward_BT, padded(batch.value), batch.samples, settings.gamma, settings.lam)
     found = ours(
         config.policy, settings.loss, batch.policy, batch,
         advantage_BT=made.advantage_BT, rollout_logp_BT=padded(batch.rollout),

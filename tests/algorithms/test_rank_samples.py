@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from aligner.algorithms.rank_samples import begin, best_and_worst
+from aligner.algorithms.rank_samples import best_and_worst, truncate_output
 
 NAN = math.nan
 
@@ -48,12 +48,12 @@ def test_an_empty_answer_is_in_no_pair() -> None:
 
 def test_a_run_that_goes_on_writes_after_what_its_checkpoint_knows(tmp_path: Path) -> None:
     out = tmp_path / "pairs.jsonl"
-    begin(out, 0)
+    truncate_output(out, 0)
     assert out.read_bytes() == b""
     out.write_bytes(b"known\nlater\n")
-    begin(out, 6)
+    truncate_output(out, 6)
     assert out.read_bytes() == b"known\n"
     with pytest.raises(ValueError, match="has 6 bytes, and had 99"):
-        begin(out, 99)
-    begin(out, 0)
+        truncate_output(out, 99)
+    truncate_output(out, 0)
     assert out.read_bytes() == b""

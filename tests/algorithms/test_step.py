@@ -26,7 +26,9 @@ def test_a_step_is_handed_on() -> None:
     [(None, "None"), ({"loss": 1.0}, "a dict"), ((1, 2), "a tuple"), (1.0, "a float"), (ref(), "a Ref")],
 )
 def test_what_is_no_step_is_named(yielded: Any, kind: str) -> None:
-    with pytest.raises(ValueError, match=rf"my\.loop yielded {kind}; a loop yields Step\(metrics, samples, scores\)"):
+    with pytest.raises(
+        ValueError, match=rf"my\.loop yielded {kind}; a loop yields aligner.algorithms.Step\(metrics, samples, scores\)"
+    ):
         checked_step(yielded, "my.loop")
 
 
@@ -36,10 +38,13 @@ def test_what_is_no_step_is_named(yielded: Any, kind: str) -> None:
         ({"metrics": {"loss": 1.0}}, r"Step\.metrics must be a Ref.*, or None, not a dict"),
         ({"metrics": None, "samples": torch.zeros(1)}, r"Step\.samples must be a Ref"),
         ({"metrics": None, "scores": [1.0]}, r"Step\.scores must be a Ref.* not a list"),
-        ({"metrics": None, "more": 3}, r"Step\.more must be \{name: number or Ref\}, not a int"),
-        ({"metrics": None, "more": {"kl": torch.tensor(1.0)}}, r"Step\.more\['kl'\] must be a number .*float\(...\)"),
-        ({"metrics": None, "more": {"kl": None}}, r"Step\.more\['kl'\] must be a number .* not None"),
-        ({"metrics": None, "more": {1: 1.0}}, r"Step\.more\[1\] must be"),
+        ({"metrics": None, "extra_metrics": 3}, r"Step\.extra_metrics must be \{name: number or Ref\}, not a int"),
+        (
+            {"metrics": None, "extra_metrics": {"kl": torch.tensor(1.0)}},
+            r"Step\.extra_metrics\['kl'\] must be a number .*float\(...\)",
+        ),
+        ({"metrics": None, "extra_metrics": {"kl": None}}, r"Step\.extra_metrics\['kl'\] must be a number .* not None"),
+        ({"metrics": None, "extra_metrics": {1: 1.0}}, r"Step\.extra_metrics\[1\] must be"),
     ],
 )
 def test_a_value_that_cannot_be_logged_is_named(given: dict[str, Any], said: str) -> None:

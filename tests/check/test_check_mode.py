@@ -73,7 +73,7 @@ def test_the_command(task: Path) -> None:
     [
         (["train.steps=0"], "train.steps=0 must be at least 1"),
         (["mode=chek"], "mode=chek is unknown; use train, check"),
-        (["check.ranks=0"], "check.ranks=0 must be more than 0"),
+        (["check.ranks=0"], "check.ranks=0 must be at least 1, or null"),
         (["placement=split"], "rank"),
         (["reward.rule=nowhere.rule"], "reward.rule='nowhere.rule': nowhere cannot be imported"),
         (["guards.kl.action=panic"], "guards.kl.action=panic is unknown; use off, warn, stop"),
@@ -128,7 +128,7 @@ def test_what_a_chat_template_does_not_write_is_said(task: Path, tmp_path: Path)
     row = {"messages": [{"role": "user", "content": "1+2="}], "tools": [{"name": "sum"}], "answer": "3"}
     (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n" + json.dumps(row) + "\n")
     config = config_of(task, "mode=check", f"data.path={tmp_path / 'rows.jsonl'}", "data.prompts_per_step=2")
-    assert "; rows with 'tools' that the chat template does not write: 2\n" in summary(prepare(config, 1), 1)
+    assert "; rows with 'tools' that the chat template does not render: 2\n" in summary(prepare(config, 1), 1)
 
 
 @pytest.mark.skipif(not ON_CPU, reason="the machine's own GPU counts where none is said")

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from hydra.utils import instantiate
 
+from aligner.bounds import check_settings
 from aligner.config.help import field_docs, help_text
 from aligner.config.schema import CONF, Config, compose_config, to_config
 from aligner.data.column_addition import ColumnAddition
@@ -85,7 +86,7 @@ def test_residency_composes() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_data_is_a_choice(kind: str) -> None:
     config = to_config(compose_config([*NEEDED, f"data={kind}", "data.path=rows.jsonl"]))
-    config.data.check()
+    check_settings(config.data, "data")
     assert (config.data.kind, config.data.task) == (kind, None)
     generated = to_config(compose_config([*NEEDED, "data=column_addition", f"data.kind={kind}"])).data
     task = instantiate(generated.task)
@@ -133,6 +134,9 @@ def test_help_explains_every_field() -> None:
         "stage       dpo, grpo, ppo, preferences, reward_model, sft",
         "critic.optimizer.lr=",
         "logging     console, wandb",
+        "policy.micro_tokens=16384  [at least 1]",
+        "policy.optimizer.schedule=constant  [one of constant, linear, cosine]",
+        "rollout.kv_cache_mib=null  [at least 1, or null]",
     ):
         assert word in text, word
     assert set(field_docs(Config)) == set(Config.__dataclass_fields__)

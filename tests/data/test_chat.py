@@ -101,7 +101,7 @@ def test_no_content_is_not_written_as_none() -> None:
 
 def test_an_answer_of_no_calls_is_empty() -> None:
     turn = {"role": "assistant", "content": " ", "tool_calls": "[]"}
-    with pytest.raises(ValueError, match=r"^d:1: messages\[1\] is an assistant's turn with an empty 'content'"):
+    with pytest.raises(ValueError, match=r"^d:1: messages\[1\] is an assistant turn with an empty 'content'"):
         trained({"messages": [ASK, turn]}, tokenizer_of("byte_level", "tools"))
 
 
@@ -109,7 +109,7 @@ def test_calls_that_the_template_does_not_write_are_refused() -> None:
     tokenizer = tokenizer_of("byte_level", "chatml")
     for content in ("", "Let me see."):
         row = {"messages": [ASK, {"role": "assistant", "content": content, "tool_calls": [call({})]}]}
-        with pytest.raises(ValueError, match=r"^d:1: messages\[1\]: the chat template does not write 'tool_calls'"):
+        with pytest.raises(ValueError, match=r"^d:1: messages\[1\]: the chat template does not render 'tool_calls'"):
             trained(row, tokenizer)
 
 
@@ -140,16 +140,16 @@ def test_content_in_parts() -> None:
         ({"role": "user", "content": [{"type": "image_url", "image_url": {}}]}, r"\[0\]: .* part of type 'image_url'"),
         ({"role": "user", "content": [*PARTS, {"type": "image"}]}, r"messages\[0\]: .* part of type 'image'"),
         ({"role": "user", "content": ["hello"]}, r"messages\[0\]: .* part of type 'str'"),
-        ({"role": "user", "content": []}, r"messages\[0\] must have the texts 'role' and 'content'"),
-        ({"role": "user", "content": {"text": "a"}}, r"messages\[0\] must have the texts 'role' and 'content'"),
-        ({"from": "human", "value": "a"}, r"messages\[0\] must have the texts 'role' and 'content'"),
-        ({"content": "a"}, r"messages\[0\] must have the texts 'role' and 'content'"),
+        ({"role": "user", "content": []}, r"messages\[0\] must have 'role' and 'content' as texts"),
+        ({"role": "user", "content": {"text": "a"}}, r"messages\[0\] must have 'role' and 'content' as texts"),
+        ({"from": "human", "value": "a"}, r"messages\[0\] must have 'role' and 'content' as texts"),
+        ({"content": "a"}, r"messages\[0\] must have 'role' and 'content' as texts"),
         (
             {"role": "user", "content": None, "tool_calls": "[]"},
             r"messages\[0\] has neither 'content' nor 'tool_calls'",
         ),
         ({"role": "user", "tool_calls": [1]}, r"messages\[0\]: 'tool_calls' must be a list such as"),
-        ({"role": "user", "tool_calls": "[{"}, r"messages\[0\]: 'tool_calls' is no valid JSON"),
+        ({"role": "user", "tool_calls": "[{"}, r"messages\[0\]: 'tool_calls' is not valid JSON"),
     ],
 )
 def test_messages_that_no_template_can_take_are_refused(message: dict[str, Any], reason: str) -> None:
@@ -172,7 +172,7 @@ def test_a_role_that_the_template_leaves_out_is_named(role: str) -> None:
     # its content also stands in another message, and is a part of a word
     for content in ("Oslo?", "ai", "Be brief.\n", "<b>x</b>"):
         row = {"messages": [ASK, NO, {"role": role, "content": content}, {"role": "user", "content": "x"}]}
-        with pytest.raises(ValueError, match=rf"^p:1: messages\[2\]: the chat template leaves out .* role '{role}'"):
+        with pytest.raises(ValueError, match=rf"^p:1: messages\[2\]: the chat template drops .* role '{role}'"):
             tokenize_prompts([("p:1", row)], tokenizer, 1000)
 
 
@@ -204,7 +204,7 @@ def test_variables_of_the_template() -> None:
 @pytest.mark.parametrize(
     ("fields", "reason"),
     [
-        ({"tools": "none"}, "'tools' is no valid JSON"),
+        ({"tools": "none"}, "'tools' is not valid JSON"),
         ({"tools": {"name": "weather"}}, "'tools' must be a list of definitions such as"),
         ({"tools": [3]}, "'tools' must be a list of definitions such as"),
         ({"chat_template_kwargs": [1]}, "'chat_template_kwargs' must be an object such as"),
@@ -221,7 +221,7 @@ def test_a_variable_for_all_rows_must_be_the_templates() -> None:
     tokenizer = tokenizer_of("byte_level", "forgets_thought")
     check_template_kwargs(tokenizer, {"enable_thinking": False, "documents": []})
     with pytest.raises(
-        ValueError, match=r"data\.chat_template_kwargs\.enable_thinkin is no variable of the tokenizer's"
+        ValueError, match=r"data\.chat_template_kwargs\.enable_thinkin is not a variable of the tokenizer's"
     ):
         check_template_kwargs(tokenizer, {"enable_thinkin": False})
     with pytest.raises(ValueError, match=r"data\.chat_template_kwargs\.tools cannot be set"):

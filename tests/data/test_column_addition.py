@@ -111,7 +111,7 @@ def test_every_addition_of_a_small_task_is_dealt_once() -> None:
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [
-        ({"digits": 1}, "want 18396 different additions, but digits=1 has 100"),
+        ({"digits": 1}, "need 18396 distinct additions, but digits=1 has 100"),
         ({"digits": 0}, "digits=0 must be 1 or more"),
         ({"heldout": 0}, "heldout=0 must be 1 or more"),
         ({"direct_fraction": 1.5}, "direct_fraction=1.5 must be between 0 and 1"),

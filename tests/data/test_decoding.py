@@ -8,7 +8,7 @@ import pytest
 import sentencepiece
 from transformers import EsmTokenizer, GPTSw3Tokenizer, PreTrainedTokenizerBase
 
-from aligner.data.decoding import text_of
+from aligner.data.decoding import decode
 from tests.data.byte_level import LETTERS, make_tokenizer
 
 
@@ -33,15 +33,15 @@ def of_words(folder: Path) -> PreTrainedTokenizerBase:
 def test_ids_beyond_the_tokenizer(tmp_path: Path, beyond: list[int]) -> None:
     fast = make_tokenizer(tmp_path / "fast", ["<eos>"])
     tokens = fast.encode("ab")
-    assert text_of(fast, [*tokens, *beyond, LETTERS]) == "ab"
-    assert text_of(fast, [*tokens, *beyond, LETTERS], keep_special_tokens=True) == "ab<eos>"
-    assert text_of(fast, beyond) == "" == text_of(fast, [])
+    assert decode(fast, [*tokens, *beyond, LETTERS]) == "ab"
+    assert decode(fast, [*tokens, *beyond, LETTERS], keep_special_tokens=True) == "ab<eos>"
+    assert decode(fast, beyond) == "" == decode(fast, [])
     for slow in (of_pieces(tmp_path), of_words(tmp_path)):
         known = [4, 5, 4]
-        assert text_of(slow, [4, *beyond, 5, 4]) == slow.decode(known, skip_special_tokens=True) != ""
+        assert decode(slow, [4, *beyond, 5, 4]) == slow.decode(known, skip_special_tokens=True) != ""
 
 
 def test_added_tokens_are_known_to_a_slow_tokenizer(tmp_path: Path) -> None:
     tokenizer = of_words(tmp_path)
     tokenizer.add_tokens(["<tool>"])
-    assert "<tool>" in text_of(tokenizer, [4, len(tokenizer) - 1, 999])
+    assert "<tool>" in decode(tokenizer, [4, len(tokenizer) - 1, 999])

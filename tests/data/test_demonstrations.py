@@ -6,18 +6,18 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from aligner.data.answers import SPLIT, Answered
+from aligner.data.answers import SPLIT, TokenizedAnswer
 from aligner.data.demonstrations import tokenize_demonstrations
 
 
-def one(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> Answered:
+def one(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> TokenizedAnswer:
     (demonstration,), dropped = tokenize_demonstrations([("d:1", row)], tokenizer, 1000)
     assert dropped == 0
     assert len(demonstration.tokens) == len(demonstration.mask)
     return demonstration
 
 
-def texts(demonstration: Answered, tokenizer: PreTrainedTokenizerBase) -> list[tuple[bool, str]]:
+def texts(demonstration: TokenizedAnswer, tokenizer: PreTrainedTokenizerBase) -> list[tuple[bool, str]]:
     """Runs of equal mask, decoded."""
     runs: list[tuple[bool, list[int]]] = []
     for token, trained in zip(demonstration.tokens, demonstration.mask, strict=True):
@@ -98,7 +98,7 @@ def test_a_template_that_rewrites_earlier_turns_gives_a_row_for_each(chat: PreTr
     assert [(found.index, found.fields) for found in rows] == [(0, row), (1, row), (2, {"messages": turns})]
     assert (dropped, notes) == (0, {SPLIT: 1})
     assert len(tokenize_demonstrations([("d:1", row)], chat, 12, "drop")[0]) == 1, "each is dropped by itself"
-    with pytest.raises(ValueError, match=r"d:1: the chat template .*messages\[1\] as a beginning.*train_on=responses"):
+    with pytest.raises(ValueError, match=r"d:1: the chat template .*messages\[1\] as a prefix.*train_on=responses"):
         tokenize_demonstrations([("d:1", row)], chat, 99, train_on="all")
 
 
@@ -188,10 +188,10 @@ def test_a_turn_that_is_not_to_be_trained_is_only_read(chat: PreTrainedTokenizer
     [
         (1, {"train": "no"}, "responses", r"messages\[1\]: 'train' must be true or false .or 1 or 0., not 'no'"),
         (1, {"weight": 0.5}, "responses", r"messages\[1\]: 'weight' must be true or false .or 1 or 0., not 0.5"),
-        (1, {"weight": 1, "train": False}, "all", r"messages\[1\]: 'train' and 'weight' say different things"),
-        (0, {"train": True}, "responses", r"messages\[0\] is no assistant's turn .* use data.train_on=all"),
-        (0, {"weight": 0}, "all", r"messages\[0\] is no assistant's turn .* use data.train_on=responses"),
-        (1, {"train": False}, "all", r"no turn is trained on; leave \"train\" or \"weight\" out"),
+        (1, {"weight": 1, "train": False}, "all", r"messages\[1\]: 'train' and 'weight' contradict each other"),
+        (0, {"train": True}, "responses", r"messages\[0\] is not an assistant turn .* use data.train_on=all"),
+        (0, {"weight": 0}, "all", r"messages\[0\] is not an assistant turn .* use data.train_on=responses"),
+        (1, {"train": False}, "all", r"no turn is trained on; remove \"train\" or \"weight\""),
     ],
 )
 def test_a_switch_that_cannot_be_followed_is_named(
@@ -211,16 +211,19 @@ def test_a_switch_that_cannot_be_followed_is_named(
         ({"prompt": " ", "completion": "b"}, "'prompt' is empty"),
         ({"query": "a", "response": 3}, "'response' must be text, not int"),
         ({"prompt": "a", "completion": CHAT[1:2]}, "'completion' must be text, not list .messages: give 'prompt' and"),
-        ({"prompt": CHAT[:2], "completion": CHAT[3:]}, "'prompt' ends with an assistant's turn"),
-        ({"prompt": CHAT[:1], "completion": CHAT[1:3]}, "'completion' must begin and end with an assistant's turn"),
-        ({"prompt": CHAT[:1], "completion": ["5"]}, r"completion\[0\] must have the texts 'role' and 'content'"),
+        ({"prompt": CHAT[:2], "completion": CHAT[3:]}, "'prompt' ends with an assistant turn"),
+        ({"prompt": CHAT[:1], "completion": CHAT[1:3]}, "'completion' must begin and end with an assistant turn"),
+        ({"prompt": CHAT[:1], "completion": ["5"]}, r"completion\[0\] must have 'role' and 'content' as texts"),
         ({"prompt": [], "completion": CHAT[1:2]}, "'prompt' must be a list such as"),
         ({"messages": "a"}, "'messages' must be a list"),
-        ({"messages": [{"role": "user", "content": "a"}]}, "end with an assistant's"),
-        ({"messages": [{"role": "assistant", "content": "a"}]}, "begin with another's turn"),
+        (
+            {"messages": [{"role": "user", "content": "a"}]},
+            "must not begin with an assistant turn, and must end with one",
+        ),
+        ({"messages": [{"role": "assistant", "content": "a"}]}, "must not begin with an assistant turn"),
         (
             {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": ""}]},
-            r"messages\[1\] is an assistant's turn with an empty",
+            r"messages\[1\] is an assistant turn with an empty",
         ),
         ({"prompt": "a" * 6, "completion": "b"}, r"has 8 tokens, more than data\.max_tokens=7; raise it to 8"),
     ],

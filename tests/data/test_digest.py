@@ -10,13 +10,13 @@ from dataclasses import replace
 
 import pytest
 
-from aligner.data.answers import Answered
+from aligner.data.answers import TokenizedAnswer
 from aligner.data.digest import digest
 from aligner.data.preferences import Pair
 from aligner.data.prompts import Prompt
 
 PROMPT = Prompt((1, 2, 3), "1+2=", {"prompt": "1+2=", "answer": "3", "level": 1}, 0)
-ANSWER = Answered((1, 2, 3, 4), (False, False, True, True), 2, {"completion": "x"}, 0)
+ANSWER = TokenizedAnswer((1, 2, 3, 4), (False, False, True, True), 2, {"completion": "x"}, 0)
 PAIR = Pair(ANSWER, replace(ANSWER, tokens=(1, 2, 5)))
 OTHERS = [
     replace(PROMPT, tokens=(1, 2, 4)),

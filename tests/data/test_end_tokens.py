@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from aligner.data.answers import Answered
+from aligner.data.answers import TokenizedAnswer
 from aligner.data.demonstrations import tokenize_demonstrations
 from aligner.data.end_tokens import (
     TemplateEnd,
@@ -97,7 +97,7 @@ def test_a_turn_that_plain_text_closes_has_no_stop_token(make: Make, tmp_path: P
     ends = find_ends(configured(tmp_path, {"eos_token_id": EOS}), tokenizer)
     assert ends.ids == (EOS,)
     assert ends.disagreement == (
-        "the chat template closes turns with the text '<|im_end|>', which is no single special token: only "
+        "the chat template closes turns with the text '<|im_end|>', which is not a single special token: only "
         f"<eos> ({EOS}) can end a response"
     )
 
@@ -118,7 +118,7 @@ def test_a_base_model_with_another_end_in_its_template(make: Make, tmp_path: Pat
     assert ends.disagreement == (
         f"what ends a turn differs: config.json <eos> ({EOS}), generation_config.json <eos> ({EOS}) and ( (7), "
         f"the tokenizer <eos> ({EOS}), the chat template <end> ({END}), the trained answers <end> ({END}); "
-        "generation stops at each, and exports name all"
+        "generation stops at all of them, and exports name all"
     )
     assert ends.shown(ends.ids) == f"<eos> ({EOS}) and ( (7) and <end> ({END})"
 
@@ -152,19 +152,19 @@ def test_the_last_trained_token_of_each_turn(make: Make) -> None:
         EACH + "{{ m.role }}{{ m.content }}{% if m.role == 'assistant' %}{{ m.end }}{% endif %}{% endfor %}"
     )
     answers = [
-        Answered((65, 66, 67, END, 68, 69, RETURN), (False, False, True, True, False, True, True), 2, {}),
-        Answered((65, 66, END), (False, True, True), 1, {}),
-        Answered((65, 66, 67), (False, True, True), 1, {}),  # cut off: plain text ends no turn
-        Answered((65, BOS), (False, True), 1, {}),
-        Answered((65, END), (False, False), 1, {}),  # only read
+        TokenizedAnswer((65, 66, 67, END, 68, 69, RETURN), (False, False, True, True, False, True, True), 2, {}),
+        TokenizedAnswer((65, 66, END), (False, True, True), 1, {}),
+        TokenizedAnswer((65, 66, 67), (False, True, True), 1, {}),  # cut off: plain text ends no turn
+        TokenizedAnswer((65, BOS), (False, True), 1, {}),
+        TokenizedAnswer((65, END), (False, False), 1, {}),  # only read
     ]
     assert trained_ends(answers, tokenizer) == (END, RETURN)
-    inside = Answered((65, RETURN, 66, END), (False, True, True, True), 1, {})
+    inside = TokenizedAnswer((65, RETURN, 66, END), (False, True, True, True), 1, {})
     assert trained_ends([*answers, inside], tokenizer) == (END,), "a token of answers ends no turn"
     assert trained_ends([*answers, inside], tokenizer, known=[RETURN]) == (END, RETURN)
-    assert trained_ends([Answered((65, END, 66, END), (False, True, True, True), 1, {})], tokenizer, whole=True) == (
-        END,
-    )
+    assert trained_ends(
+        [TokenizedAnswer((65, END, 66, END), (False, True, True, True), 1, {})], tokenizer, whole=True
+    ) == (END,)
 
 
 def test_blanks_that_were_added_as_tokens_are_text(tmp_path: Path) -> None:
@@ -173,7 +173,7 @@ def test_blanks_that_were_added_as_tokens_are_text(tmp_path: Path) -> None:
     tokenizer.add_tokens(["\n\n"])
     newline = len(tokenizer) - 1
     assert template_end(tokenizer) == TemplateEnd()
-    assert trained_ends([Answered((65, newline), (False, True), 1, {})], tokenizer) == ()
+    assert trained_ends([TokenizedAnswer((65, newline), (False, True), 1, {})], tokenizer) == ()
     assert special_among(tokenizer, [newline, 65, LETTERS]) == (LETTERS,)
 
 
@@ -209,11 +209,11 @@ def test_preferences_end_as_they_are_trained(make: Make, kind: str) -> None:
         ({"eos_token_id": [1, 264]}, None, r"config\.json: eos_token_id=\[1, 264\], but the model's vocab_size is 264"),
         ({"pad_token_id": 264}, None, r"config\.json: pad_token_id=264"),
         ({"bos_token_id": 9999}, None, r"config\.json: bos_token_id=9999"),
-        ({"eos_token_id": -1}, None, r"config\.json: eos_token_id=-1 is no token id; use a whole number from 0 on"),
-        ({"eos_token_id": "2"}, None, r'config\.json: eos_token_id="2" is no token id'),
-        ({"eos_token_id": True}, None, r"config\.json: eos_token_id=true is no token id"),
-        ({"eos_token_id": [1.0]}, None, r"config\.json: eos_token_id=\[1\.0\] is no token id"),
-        ({"pad_token_id": -2}, None, r"config\.json: pad_token_id=-2 is no token id"),
+        ({"eos_token_id": -1}, None, r"config\.json: eos_token_id=-1 is not a token id; use an integer from 0 on"),
+        ({"eos_token_id": "2"}, None, r'config\.json: eos_token_id="2" is not a token id'),
+        ({"eos_token_id": True}, None, r"config\.json: eos_token_id=true is not a token id"),
+        ({"eos_token_id": [1.0]}, None, r"config\.json: eos_token_id=\[1\.0\] is not a token id"),
+        ({"pad_token_id": -2}, None, r"config\.json: pad_token_id=-2 is not a token id"),
         ({}, {"eos_token_id": [2, 300]}, r"generation_config\.json: eos_token_id=\[2, 300\], but"),
         ({}, {"pad_token_id": 300}, r"generation_config\.json: pad_token_id=300, but"),
     ],

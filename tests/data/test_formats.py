@@ -109,9 +109,9 @@ def test_jsonl_is_read_whatever_its_name(tmp_path: Path, name: str) -> None:
     ("path", "said"),
     [
         ("openai/gsm8k", "load_dataset[(]'openai/gsm8k', split='train'[)]"),
-        ("hf://datasets/x", "Addresses are not opened"),
-        ("part-*.jsonl", "One file is read: cat FILES"),
-        ("a.jsonl,b.jsonl", "One file is read: cat FILES"),
+        ("hf://datasets/x", "URLs are not opened"),
+        ("part-*.jsonl", "Only one file is read: join several with cat FILES"),
+        ("a.jsonl,b.jsonl", "Only one file is read: join several with cat FILES"),
         ("rows/train.jsonl", "give a file with one JSON object a line.$"),
     ],
 )

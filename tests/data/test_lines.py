@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from aligner.data.lines import Lines, check_rows, chunks
+from aligner.data.lines import ResumableOutput, check_same_rows, chunks
 
 SETTINGS: dict[str, Any] = {"--temperature": 0.5, "--system": None, "the model": "abc"}
 TEXTS = ["plain", "zwölf 十二 \U0001f600", 'a "quote"\nand a line', "half a pair \ud83d", "\u2028", ""]
@@ -26,7 +26,7 @@ def indices(out: Path) -> list[int]:
 
 def finish(out: Path, part: int = 0) -> bool:
     """What is missing is appended, two rows at a time; whether the file became whole."""
-    with Lines(out, SETTINGS, part) as lines:
+    with ResumableOutput(out, SETTINGS, part) as lines:
         for chunk in chunks(len(TEXTS), 2):
             lines.append([line(index) for index in chunk if index not in lines.done])
         return lines.merge(len(TEXTS))
@@ -35,7 +35,7 @@ def finish(out: Path, part: int = 0) -> bool:
 def test_a_cut_at_every_byte_ends_in_the_same_file(tmp_path: Path) -> None:
     whole = tmp_path / "whole" / "out.jsonl"
     whole.parent.mkdir()
-    with Lines(whole, SETTINGS) as lines:
+    with ResumableOutput(whole, SETTINGS) as lines:
         lines.append([line(index) for index in range(len(TEXTS))])
     part = (whole.parent / "out.jsonl.part-0").read_bytes()
     assert finish(whole)
@@ -47,7 +47,7 @@ def test_a_cut_at_every_byte_ends_in_the_same_file(tmp_path: Path) -> None:
         folder.mkdir()
         shutil.copy(whole.with_name("out.jsonl.settings.json"), folder)
         (folder / "out.jsonl.part-0").write_bytes(part[:length])
-        with Lines(folder / "out.jsonl", SETTINGS) as lines:
+        with ResumableOutput(folder / "out.jsonl", SETTINGS) as lines:
             assert list(lines.done) == list(range(part[:length].count(b"\n"))), "what was whole is kept, and only that"
             assert not lines.merge(len(TEXTS)) and not (folder / "out.jsonl").exists()
         assert finish(folder / "out.jsonl")
@@ -56,7 +56,7 @@ def test_a_cut_at_every_byte_ends_in_the_same_file(tmp_path: Path) -> None:
 
 def test_parts_become_one_file_in_the_order_of_the_rows(tmp_path: Path) -> None:
     out = tmp_path / "out[1].jsonl"  # a name that is a pattern too
-    with Lines(out, SETTINGS, 0) as one, Lines(out, SETTINGS, 1) as other:
+    with ResumableOutput(out, SETTINGS, 0) as one, ResumableOutput(out, SETTINGS, 1) as other:
         one.append([line(4), line(1)])
         other.append([line(5), line(0)])
         assert not one.merge(6) and not out.exists()
@@ -78,7 +78,7 @@ def test_a_kill_between_the_merge_and_the_removal_of_parts(tmp_path: Path) -> No
 
 def test_rows_that_were_added_later(tmp_path: Path) -> None:
     out = tmp_path / "out.jsonl"
-    with Lines(out, SETTINGS) as lines:
+    with ResumableOutput(out, SETTINGS) as lines:
         lines.append([line(0), line(1)])
         assert lines.merge(2)
     assert finish(out)
@@ -87,13 +87,13 @@ def test_rows_that_were_added_later(tmp_path: Path) -> None:
 
 def test_another_writer_s_half_line_is_not_touched(tmp_path: Path) -> None:
     out = tmp_path / "out.jsonl"
-    with Lines(out, SETTINGS, 1) as other:
+    with ResumableOutput(out, SETTINGS, 1) as other:
         other.append([line(0)])
         os.write(other._file.fileno(), b'{"index": 1, "ke')
-        with Lines(out, SETTINGS, 0) as one:
+        with ResumableOutput(out, SETTINGS, 0) as one:
             assert set(one.done) == {0}
         os.write(other._file.fileno(), b'y": "key1"}\n')
-        with Lines(out, SETTINGS, 0) as one:
+        with ResumableOutput(out, SETTINGS, 0) as one:
             assert set(one.done) == {0, 1}
 
 
@@ -102,7 +102,7 @@ def test_another_writer_s_half_line_is_not_touched(tmp_path: Path) -> None:
     [
         (
             {**SETTINGS, "--temperature": 1.0},
-            r"--temperature is 1\.0 here, and 0\.5 in what .*out\.jsonl was begun with",
+            r"--temperature is 1\.0, but .*out\.jsonl was started with 0\.5",
         ),
         ({**SETTINGS, "--system": "Be kind."}, r'--system is "Be kind\." here, and not given in what'),
         (
@@ -114,38 +114,38 @@ def test_another_writer_s_half_line_is_not_touched(tmp_path: Path) -> None:
 )
 def test_other_settings_are_named(tmp_path: Path, settings: dict[str, Any], said: str) -> None:
     out = tmp_path / "out.jsonl"
-    with Lines(out, SETTINGS) as lines:
+    with ResumableOutput(out, SETTINGS) as lines:
         lines.append([line(0)])
     with pytest.raises(ValueError, match=said):
-        Lines(out, settings)
-    with Lines(out, SETTINGS) as lines:
+        ResumableOutput(out, settings)
+    with ResumableOutput(out, SETTINGS) as lines:
         assert set(lines.done) == {0}, "nothing was lost"
 
 
 def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
     out = tmp_path / "out.jsonl"
-    with pytest.raises(ValueError, match="there is no folder"):
-        Lines(tmp_path / "none" / "out.jsonl", SETTINGS)
+    with pytest.raises(ValueError, match="does not exist; create it first"):
+        ResumableOutput(tmp_path / "none" / "out.jsonl", SETTINGS)
     out.write_text("{}\n")
     with pytest.raises(ValueError, match=r"out\.jsonl exists and has no out\.jsonl\.settings\.json beside it"):
-        Lines(out, SETTINGS)
+        ResumableOutput(out, SETTINGS)
     out.unlink()
-    with Lines(out, SETTINGS):
+    with ResumableOutput(out, SETTINGS):
         with pytest.raises(ValueError, match=r"part-0 is being written by another process"):
-            Lines(out, SETTINGS)
-        Lines(out, SETTINGS, 1).__exit__()
+            ResumableOutput(out, SETTINGS)
+        ResumableOutput(out, SETTINGS, 1).__exit__()
     (tmp_path / "out.jsonl.part-0").write_text(json.dumps(line(0)) + "\nnot ours\n")
-    with pytest.raises(ValueError, match=r"part-0:2 is no line of answers"):
-        Lines(out, SETTINGS)
+    with pytest.raises(ValueError, match=r"part-0:2 is not a line of this output"):
+        ResumableOutput(out, SETTINGS)
     (tmp_path / "out.jsonl.settings.json").write_text("{")
     with pytest.raises(ValueError, match=r"settings\.json is not valid"):
-        Lines(out, SETTINGS)
+        ResumableOutput(out, SETTINGS)
 
 
 def test_other_rows_are_named() -> None:
     keys, out = ["a", "b", "c"], Path("out.jsonl")
-    check_rows({0: "a", 2: "c"}, keys, str, out)
-    with pytest.raises(ValueError, match=r"^row 1 is not the row that out\.jsonl was begun with"):
-        check_rows({0: "a", 1: "x"}, keys, lambda index: f"row {index}", out)
-    with pytest.raises(ValueError, match=r"out\.jsonl answers 4 rows, and --input has 3"):
-        check_rows({0: "a", 3: "d"}, keys, str, out)
+    check_same_rows({0: "a", 2: "c"}, keys, str, out)
+    with pytest.raises(ValueError, match=r"^row 1 is not the row that out\.jsonl was started with"):
+        check_same_rows({0: "a", 1: "x"}, keys, lambda index: f"row {index}", out)
+    with pytest.raises(ValueError, match=r"out\.jsonl has lines for 4 rows, but --input has 3"):
+        check_same_rows({0: "a", 3: "d"}, keys, str, out)

@@ -8,7 +8,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aligner.data.pairs import labels_of, leave_out_pairs, margins_of, mismatched, ranked, scores_of
+from aligner.data.pairs import (
+    labels_of,
+    margins_of,
+    mask_unranked_pairs,
+    mismatched,
+    preferences_from_rewards,
+    scores_of,
+)
 from aligner.data.samples import Samples, pad_rows
 
 NAN = math.nan
@@ -60,16 +67,16 @@ def test_a_margin_is_the_scores_difference_or_the_rows_own() -> None:
 
 def test_the_higher_reward_is_preferred() -> None:
     reward_B = torch.tensor([1.0, 0.0, -2.0, 3.0, 0.5, 0.5, NAN, 1.0, 1.0, NAN])
-    assert ranked(reward_B).tolist() == [1, -1, -1, 1, 0, 0, 0, 0, 0, 0]
-    assert ranked(torch.tensor([1, 2])).tolist() == [-1.0, 1.0]
-    assert ranked(torch.tensor([math.inf, -math.inf, math.inf, math.inf])).tolist() == [1, -1, 0, 0]
-    assert ranked(torch.zeros(0)).shape == (0,)
+    assert preferences_from_rewards(reward_B).tolist() == [1, -1, -1, 1, 0, 0, 0, 0, 0, 0]
+    assert preferences_from_rewards(torch.tensor([1, 2])).tolist() == [-1.0, 1.0]
+    assert preferences_from_rewards(torch.tensor([math.inf, -math.inf, math.inf, math.inf])).tolist() == [1, -1, 0, 0]
+    assert preferences_from_rewards(torch.zeros(0)).shape == (0,)
 
 
 @given(st.lists(st.tuples(*[st.floats(width=32) | st.just(NAN)] * 2), max_size=8))
 def test_exchanging_two_answers_exchanges_their_ranks(rewards: list[tuple[float, float]]) -> None:
-    forth = ranked(torch.tensor(rewards).flatten()).view(-1, 2)
-    back = ranked(torch.tensor([pair[::-1] for pair in rewards]).flatten()).view(-1, 2)
+    forth = preferences_from_rewards(torch.tensor(rewards).flatten()).view(-1, 2)
+    back = preferences_from_rewards(torch.tensor([pair[::-1] for pair in rewards]).flatten()).view(-1, 2)
     assert torch.equal(forth, back.flip(1))
     assert torch.equal(forth.sum(1), torch.zeros(len(rewards)))
     for (first, second), (rank, _) in zip(rewards, forth.tolist(), strict=True):
@@ -78,10 +85,10 @@ def test_exchanging_two_answers_exchanges_their_ranks(rewards: list[tuple[float,
 
 def test_pairs_without_a_preference_train_nothing() -> None:
     samples = rows_of(([1], [2]), ([1], [3, 4]), ([5], [6]), ([5], [7]))
-    left = leave_out_pairs(samples, torch.tensor([-1.0, 1.0, 0.0, 0.0]))
+    left = mask_unranked_pairs(samples, torch.tensor([-1.0, 1.0, 0.0, 0.0]))
     assert left.mask_BT.tolist() == [[False, True, False], [False, True, True], [False] * 3, [False] * 3]
     assert torch.equal(left.tokens_BT, samples.tokens_BT)
-    assert leave_out_pairs(samples, torch.tensor([1.0, -1.0, 1.0, -1.0])) is samples
+    assert mask_unranked_pairs(samples, torch.tensor([1.0, -1.0, 1.0, -1.0])) is samples
 
 
 def test_each_prompt_gets_the_next_rows_answer() -> None:

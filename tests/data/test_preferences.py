@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from aligner.data.answers import Answered
+from aligner.data.answers import TokenizedAnswer
 from aligner.data.column_addition import write_tokenizer
 from aligner.data.preferences import Pair, tokenize_feedback, tokenize_preferences
 from aligner.data.prompts import tokenize_prompts
@@ -27,7 +27,7 @@ def pairs_of(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> list[Pa
     return tokenize_preferences([("p:1", row)], tokenizer, 1000)[0]
 
 
-def spoken(answered: Answered, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
+def spoken(answered: TokenizedAnswer, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
     """(what is read before the answer, what is trained)."""
     trained = [token for token, on in zip(answered.tokens, answered.mask, strict=True) if on]
     return str(tokenizer.decode(answered.tokens[: answered.prompt_len])), str(tokenizer.decode(trained))
@@ -37,8 +37,8 @@ def test_two_texts_are_two_rows_with_one_prompt(characters: PreTrainedTokenizerB
     row = {"prompt": "<bos>1+2=", "chosen": "#3", "rejected": "3<eos>", "answer": "3"}
     (pair,) = pairs_of(row, characters)
     # a character c has the id ord(c) - 27; <bos> is 1, <eos> 2
-    assert pair.chosen == Answered((1, 22, 16, 23, 34, 8, 24, 2), (False,) * 5 + (True,) * 3, 5, row)
-    assert pair.rejected == Answered((1, 22, 16, 23, 34, 24, 2), (False,) * 5 + (True,) * 2, 5, row)
+    assert pair.chosen == TokenizedAnswer((1, 22, 16, 23, 34, 8, 24, 2), (False,) * 5 + (True,) * 3, 5, row)
+    assert pair.rejected == TokenizedAnswer((1, 22, 16, 23, 34, 24, 2), (False,) * 5 + (True,) * 2, 5, row)
 
 
 def test_no_token_reaches_across_the_border(chat: PreTrainedTokenizerBase) -> None:
@@ -148,7 +148,7 @@ SCORED = {"query": "a", "response": ["b", "c"], "score": [1, 2]}
     [
         ({"prompt": "a", "chosen": "b"}, "a row is one of .*this row has .'chosen', 'prompt'."),
         ({**PAIR, **SCORED}, "a row is one of"),
-        ({"chosen": "a b", "rejected": "a c"}, "'prompt' may only be left out where"),
+        ({"chosen": "a b", "rejected": "a c"}, "'prompt' may only be omitted if"),
         ({**PAIR, "rejected": ""}, "'rejected' is empty"),
         ({**PAIR, "prompt": " "}, "'prompt' is empty"),
         ({**PAIR, "chosen": 3}, "'chosen' must be text, not int"),
@@ -157,13 +157,13 @@ SCORED = {"query": "a", "response": ["b", "c"], "score": [1, 2]}
         ({"prompt": CHAT, "chosen": "b", "rejected": [BAD]}, "'prompt' must be text, not list .messages: give"),
         (
             {"prompt": CHAT, "chosen": [GOOD], "rejected": [CHAT[0]]},
-            "'rejected' must begin and end with an assistant's",
+            "'rejected' must begin and end with an assistant turn",
         ),
-        ({"prompt": CHAT[:2], "chosen": [GOOD], "rejected": [BAD]}, "'prompt' ends with an assistant's turn"),
-        ({"chosen": [*CHAT, GOOD], "rejected": [*CHAT, GOOD]}, "these part at message 4"),
-        ({"chosen": [*CHAT, GOOD], "rejected": CHAT[:2]}, "these part at message 2"),
-        ({"chosen": [CHAT[0], GOOD], "rejected": [CHAT[2], BAD]}, "these part at message 0"),
-        ({"chosen": [*CHAT, GOOD], "rejected": ["no"]}, r"rejected\[0\] must have the texts"),
+        ({"prompt": CHAT[:2], "chosen": [GOOD], "rejected": [BAD]}, "'prompt' ends with an assistant turn"),
+        ({"chosen": [*CHAT, GOOD], "rejected": [*CHAT, GOOD]}, "these diverge at message 4"),
+        ({"chosen": [*CHAT, GOOD], "rejected": CHAT[:2]}, "these diverge at message 2"),
+        ({"chosen": [CHAT[0], GOOD], "rejected": [CHAT[2], BAD]}, "these diverge at message 0"),
+        ({"chosen": [*CHAT, GOOD], "rejected": ["no"]}, r"rejected\[0\] must have 'role' and 'content'"),
         ({**PAIR, "score_chosen": 1, "score_rejected": 2}, "'score_chosen' 1.0 is below 'score_rejected' 2.0"),
         ({**PAIR, "score_chosen": "1", "score_rejected": 2}, "'score_chosen' must be a finite number, not '1'"),
         ({**SCORED, "score": [1]}, "'response' and 'score' must be lists of one length, 2 or more"),

@@ -38,7 +38,7 @@ def test_conversations_go_through_the_chat_template_once(chat: PreTrainedTokeniz
         ({"messages": ["hello"]}, r"messages\[0\] must have"),
         ({"messages": [{"role": "user", "content": "a"}, {"role": "user"}]}, r"messages\[1\] must have"),
         ({"messages": [{"role": "user", "content": None}]}, r"messages\[0\] must have"),
-        ({"messages": [{"role": "assistant", "content": "a"}]}, "ends with an assistant's turn"),
+        ({"messages": [{"role": "assistant", "content": "a"}]}, "ends with an assistant turn"),
         ({"prompt": "a" * 9}, r"has 9 tokens, more than data\.max_prompt_tokens=8; raise it to 9"),
     ],
 )

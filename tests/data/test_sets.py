@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from aligner.data.answers import SPLIT, Answered
+from aligner.bounds import check_settings
+from aligner.data.answers import SPLIT, TokenizedAnswer
 from aligner.data.column_addition import ColumnAddition
 from aligner.data.config import DataConfig
 from aligner.data.preferences import Pair, tokenize_preferences
@@ -31,9 +32,9 @@ def file_of(folder: Path, *rows: dict[str, Any]) -> str:
     ("kind", "form", "count", "heldout", "heldout_pairs", "heldout_answers"),
     [
         ("prompts", Prompt, 40, 5, 0, 0),
-        ("demonstrations", Answered, 50, 0, 0, 5),
+        ("demonstrations", TokenizedAnswer, 50, 0, 0, 5),
         ("preferences", Pair, 30, 5, 5, 0),
-        ("feedback", Answered, 60, 5, 5, 0),
+        ("feedback", TokenizedAnswer, 60, 5, 5, 0),
     ],
 )
 def test_a_task_gives_every_kind(
@@ -111,7 +112,7 @@ def test_demonstrations_are_trained_on_as_set(characters: PreTrainedTokenizerBas
     for train_on, trained in (("responses", 3), ("all", 6)):
         data = DataConfig(path=path, kind="demonstrations", train_on=train_on, **{**LIMITS, "prompts_per_step": 1})
         (row,) = read_sets(data, characters).training
-        assert isinstance(row, Answered)
+        assert isinstance(row, TokenizedAnswer)
         assert sum(row.mask) == trained
 
 
@@ -137,7 +138,7 @@ def test_variables_of_the_template_reach_every_set(tmp_path: Path) -> None:
             for one in (one.chosen if isinstance(one, Pair) else one for one in found):
                 prompt = one.tokens if isinstance(one, Prompt) else one.tokens[: one.prompt_len]
                 assert str(tokenizer.decode(prompt)).endswith(ends), kind
-    with pytest.raises(ValueError, match=r"data\.chat_template_kwargs\.enable_thoughts is no variable"):
+    with pytest.raises(ValueError, match=r"data\.chat_template_kwargs\.enable_thoughts is not a variable"):
         read_sets(replace(data, chat_template_kwargs={"enable_thoughts": False}), tokenizer)
 
 
@@ -150,7 +151,7 @@ def test_what_a_reader_should_know_is_counted(tmp_path: Path) -> None:
 
 
 def test_the_longest_answer_may_be_held_out() -> None:
-    short, long = (Answered((1,) * n, (False,) * n, 1, {}) for n in (3, 7))
+    short, long = (TokenizedAnswer((1,) * n, (False,) * n, 1, {}) for n in (3, 7))
     assert DataSets([short, long]).longest == 7
     assert DataSets([Pair(long, short)]).longest == 7
     assert DataSets([Pair(short, short)], heldout_pairs=[Pair(short, long)]).longest == 7
@@ -166,7 +167,7 @@ def test_a_task_without_the_rows_is_told(characters: PreTrainedTokenizerBase) ->
         ValueError, match=r"needs data\.task to have preference_rows\(\), and Prompts .* data\.kind=prompts"
     ):
         read_sets(DataConfig(kind="preferences", task=Prompts()), characters)
-    with pytest.raises(ValueError, match=r"data\.path has no value; give a JSONL file"):
+    with pytest.raises(ValueError, match=r"data\.path is not set; give a JSONL file"):
         read_sets(DataConfig(kind="preferences"), characters)
 
 
@@ -174,8 +175,8 @@ def test_a_task_without_the_rows_is_told(characters: PreTrainedTokenizerBase) ->
     ("settings", "reason"),
     [
         ({"kind": "pairs"}, "data.kind=pairs is unknown; use prompts, demonstrations, preferences, feedback"),
-        ({"train_on": "prompts"}, "data.train_on=prompts is unknown; use responses or all"),
-        ({"too_long": "cut"}, "data.too_long=cut is unknown; use error or drop"),
+        ({"train_on": "prompts"}, "data.train_on=prompts is unknown; use responses, all"),
+        ({"too_long": "cut"}, "data.too_long=cut is unknown; use error, drop"),
         ({"prompts_per_step": 0}, "data.prompts_per_step=0 must be at least 1"),
         ({"max_tokens": 1}, "data.max_tokens=1 must be at least 2"),
         (
@@ -186,8 +187,8 @@ def test_a_task_without_the_rows_is_told(characters: PreTrainedTokenizerBase) ->
 )
 def test_settings_are_checked(settings: dict[str, Any], reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
-        DataConfig(**settings).check()
-    DataConfig().check()
+        check_settings(DataConfig(**settings), "data")
+    check_settings(DataConfig(), "data")
 
 
 @pytest.mark.parametrize("kind", ["prompts", "demonstrations", "preferences", "feedback"])

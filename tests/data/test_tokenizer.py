@@ -117,7 +117,7 @@ def test_token_ids_beyond_the_embeddings_are_refused(chat_folder: Path) -> None:
 def test_a_missing_or_refusing_chat_template_is_named(chat: PreTrainedTokenizerBase) -> None:
     messages = [{"role": "user", "content": "hello"}]
     chat.chat_template = "{{ raise_exception('system turn wanted') }}"
-    with pytest.raises(ValueError, match="row:3: the chat template refuses these messages: system turn wanted"):
+    with pytest.raises(ValueError, match="row:3: the chat template rejects these messages: system turn wanted"):
         render_chat(chat, messages, "row:3", add_generation_prompt=True)
     chat.chat_template = None
     with pytest.raises(ValueError, match=r"row:3: 'messages' needs a chat template.*tokenizer_config\.json"):

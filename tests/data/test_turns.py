@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from aligner.data.answers import SPLIT, Answered
+from aligner.data.answers import SPLIT, TokenizedAnswer
 from aligner.data.demonstrations import tokenize_demonstrations
 from aligner.data.preferences import tokenize_preferences
 from aligner.data.prompts import tokenize_prompts
@@ -26,7 +26,7 @@ def says(content: str, **more: Any) -> dict[str, Any]:
 
 def rows_of(
     messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase
-) -> tuple[list[tuple[str, str]], dict[str, int], list[Answered]]:
+) -> tuple[list[tuple[str, str]], dict[str, int], list[TokenizedAnswer]]:
     """((what is read before, what is trained) of each row, notes, rows)."""
     notes = Counter[str]()
     rows, _ = tokenize_demonstrations([("d:1", {"messages": messages})], tokenizer, 1000, notes=notes)
@@ -133,7 +133,7 @@ def test_reasoning_of_its_own_field() -> None:
     assert notes == {SPLIT: 1}
     for name in ("chatml", "opens_thought"):
         with pytest.raises(
-            ValueError, match=r"d:1: messages\[1\]: the chat template does not write 'reasoning_content'"
+            ValueError, match=r"d:1: messages\[1\]: the chat template does not render 'reasoning_content'"
         ):
             rows_of([ASK, says("So.", reasoning_content="hm")], tokenizer_of("byte_level", name))
 
@@ -158,7 +158,7 @@ def test_turns_that_keep_their_form_stay_in_one_row() -> None:
 
 def rows_of_several(
     messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase
-) -> tuple[None, dict[str, int], list[Answered]]:
+) -> tuple[None, dict[str, int], list[TokenizedAnswer]]:
     notes = Counter[str]()
     rows, _ = tokenize_demonstrations([("d:1", {"messages": messages})], tokenizer, 1000, notes=notes)
     return None, dict(notes), rows
@@ -176,7 +176,7 @@ def test_a_pair_is_one_sequence_on_each_side() -> None:
     pairs, _ = tokenize_preferences([("p:1", plain)], tokenizer, 1000)
     assert [list(found.tokens) for found in prompts_of(pairs, tokenizer)] == [prompt], "asked as a rollout is"
     several = {**row, "chosen": [says(THOUGHT), MORE, says(THOUGHT)]}
-    with pytest.raises(ValueError, match=r"p:1: .* earlier turns of 'chosen' otherwise .* leave one assistant's turn"):
+    with pytest.raises(ValueError, match=r"p:1: .* earlier turns of 'chosen' differently .* leave one assistant turn"):
         tokenize_preferences([("p:1", several)], tokenizer, 1000)
 
 

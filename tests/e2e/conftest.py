@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from aligner.data.column_addition import ColumnAddition, ModelShape, write
+from tests.report.metric_names import undeclared
 
 RULE = '''
 from aligner.reward.worker import Unparsable
@@ -106,6 +107,9 @@ def job(torchrun: Callable[..., Any], task: Task, tmp_path: Path) -> Callable[..
         program = ["-m", "aligner.main", *task.overrides(run_dir), *overrides]
         done: subprocess.CompletedProcess[str] = torchrun(ranks, program, seconds=seconds)
         assert done.returncode == 0, done.stdout[-1500:] + done.stderr[-4000:]
-        return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+        rows: list[dict[str, Any]] = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+        if not any(override.startswith("algorithm._target_=") for override in overrides):
+            assert undeclared({name for row in rows for name in row}) == []
+        return rows
 
     return run

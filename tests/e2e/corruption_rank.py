@@ -58,7 +58,9 @@ class Job:
             "gloo": ReshardConfig(shared_memory=False),
             "deltas": ReshardConfig(deltas=True),
         }
-        self.syncs = {name: WeightSync(self.policy, self.rollout, setting) for name, setting in settings.items()}
+        self.syncs = {
+            name: WeightSync(world, self.policy.weights, self.rollout.weights, one) for name, one in settings.items()
+        }
         self.steps = 0
 
     def step(self) -> None:
@@ -119,7 +121,7 @@ def swapped_experts(job: Job, how: str) -> AbstractContextManager[Any]:
         other = {f"{MOE}.{a}.up_proj.weight": f"{MOE}.{b}.up_proj.weight" for a, b in ((0, 1), (1, 0))}.get(piece.name)
         if not (again and other):
             return view(piece)
-        (place,) = (one for one in job.rollout.weights.pieces({}) if one.name == other)
+        (place,) = (one for one in job.rollout.weights.pieces() if one.name == other)
         return view(place.crop(piece.lo, piece.size))
 
     return _views(look)
@@ -233,7 +235,7 @@ def case(job: Job, fault: Callable[[Job, str], AbstractContextManager[Any]], how
     start = time.perf_counter()
     with broken:
         error = job.transfer(how)
-    seconds, ready = time.perf_counter() - start, job.rollout.member and job.rollout.engine.ready
+    seconds, ready = time.perf_counter() - start, job.rollout.member and job.rollout.engine.loaded.complete
     job.step()
     return {
         "error": error,

@@ -17,6 +17,7 @@ import torch.distributed as dist
 import aligner.rollout.engine as engine_module
 from aligner.models.family import logical_tensors
 from aligner.models.spec import read_spec
+from aligner.roles.weight_sync import WeightSyncs
 from aligner.rollout.config import Sampling
 from aligner.rollout.engine import RolloutEngine
 from aligner.rollout.requests import Sample
@@ -59,7 +60,14 @@ def check(world: World, family: str, dtype: str, tensor: int, where: str, folder
     parallel = bool(spec.experts) and "tensor" in sizes  # Megatron wants it of experts
     policy_mesh = Mesh(half, **sizes, name="policy")
     policy = Policy(
-        "policy", world, policy_mesh, spec, PolicyConfig(dtype="float32"), sequence_parallel=parallel, total_steps=1
+        "policy",
+        world,
+        policy_mesh,
+        spec,
+        PolicyConfig(dtype="float32"),
+        sequence_parallel=parallel,
+        total_steps=1,
+        syncs=WeightSyncs(),
     )
     others = everyone[world.size // 2 :] if where == "split" else everyone
     mesh = Mesh(others, tensor=tensor, name="rollout")
@@ -78,7 +86,7 @@ def check(world: World, family: str, dtype: str, tensor: int, where: str, folder
         answers.append(ask(rollout.engine) if rollout.member else None)
         save(world, model, folder.with_name(f"{folder.name}-{sync}"))
     if world.rank in (*half, *others):
-        rows = policy.syncs["rollout"].ledger
+        rows = policy.syncs.by_rollout["rollout"].ledger
         told: list[object] = [None] * world.size
         dist.all_gather_object(told, [(row.moved_bytes, row.minimum_bytes) for row in rows])
         for sync in range(SYNCS):
@@ -109,7 +117,7 @@ def stock(folder: Path, group: dist.ProcessGroup | None, ident: str, config: obj
     engine_module.LOAD_FORMAT = "auto"
     engine = RolloutEngine(folder, group, f"{ident}-{os.getppid()}-{dist.get_rank()}", config, torch.device("cpu"))  # type: ignore[arg-type]
     engine_module.LOAD_FORMAT = "dummy"
-    engine.ready = True
+    engine.loaded.finish()
     answer = ask(engine)
     engine.close()
     return answer

@@ -128,7 +128,7 @@ DATA = [
         "data.prompts_per_step=65",
         ("data.prompts_per_step=65", "64 rows of data.path=", "use 64 or less"),
     ),
-    Case("no_path", "data.path=null", ("data.path has no value", "data=column_addition")),
+    Case("no_path", "data.path=null", ("data.path is not set", "data=column_addition")),
     Case(
         "heldout_missing", "data.eval_path={bad}/nowhere.jsonl", ("data.eval_path={bad}/nowhere.jsonl does not exist",)
     ),
@@ -338,7 +338,7 @@ PLACEMENT = [
     Case("rollout_expert", "placement.rollout.expert=2", ("placement.rollout.expert=2", "use 1")),
     Case("stage_layers", "placement.policy.pipeline=2 placement.policy.stage_layers=[1,2]", ("placement.policy.stage_layers=[1, 2]", "2 layers")),
     Case("virtual_pipeline", "placement.policy.pipeline=2 placement.policy.virtual_pipeline=2", ("placement.policy.pipeline=2", "virtual_pipeline=2 makes more chunks")),
-    Case("bucket", "reshard.bucket_mib=0", ("reshard.bucket_mib=0.0 must be above 0",)),
+    Case("bucket", "reshard.bucket_mib=0", ("reshard.bucket_mib=0.0 must be more than 0",)),
     Case("sequence_parallel", "placement.policy.sequence_parallel=true", ("placement.policy.sequence_parallel=true", "tensor > 1")),
     Case("reference_sizes", "placement.reference.tensor=2", ("placement.reference.ranks=policy", "placement.reference.ranks=all")),
     Case("world_size", "placement=split", ("placement.policy.ranks=0%-50%", "job of 1", "--nproc-per-node 2"), {"WORLD_SIZE": "1"}),

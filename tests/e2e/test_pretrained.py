@@ -52,6 +52,7 @@ from aligner.models.spec import read_spec
 from aligner.trainer import readout
 from aligner.trainer.config import PolicyConfig
 from aligner.trainer.policy import Policy, Reference
+from aligner.roles.weight_sync import WeightSyncs
 from aligner.rollout.config import RolloutConfig, Sampling
 from aligner.rollout.role import Rollout
 from aligner.spmd.mesh import Mesh
@@ -72,7 +73,7 @@ def catching(logits_TV, *rest):
     return inner(logits_TV, *rest)
 readout.logprobs_and_entropy = catching
 tp1 = Reference("tp1", world, Mesh((0,), 1, 1), spec, config)
-pp2 = Policy("pp2", world, Mesh((0, 1), 1, 2), spec, config)
+pp2 = Policy("pp2", world, Mesh((0, 1), 1, 2), spec, config, syncs=WeightSyncs())
 for role in (tp1, pp2):
     caught.clear()
     logp_BT = role.logprobs(role.scatter(samples, 1)).gather()

@@ -46,7 +46,7 @@ def answer_and_export(roles, batch, out):
     samples = roles.rollout.generate(batch, sampling=Sampling(temperature=0.0, max_tokens=24), seed=0)
     roles.policy.save_checkpoint(out / "export")
     rows = samples.gather()
-    ledger = [vars(row) for sync in roles.policy.syncs.values() for row in sync.ledger]
+    ledger = [vars(row) for sync in roles.policy.syncs.by_rollout.values() for row in sync.ledger]
     if roles.policy.world.rank == 0:
         answers = [rows.response_tokens(row) for row in range(rows.rows)]
         found = {"prompts": [prompt.tokens for prompt in batch], "answers": answers, "ledger": ledger}

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from aligner.bounds import check_settings
 from aligner.health.activity import Activity
 from aligner.health.config import HangConfig
 from aligner.health.fault_report import is_lost_connection
@@ -282,7 +283,7 @@ def test_ranks_text_by_hand() -> None:
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"after_seconds": 0.0}, "hang.after_seconds=0.0 must be a finite number of seconds, 2 or more"),
+        ({"after_seconds": 0.0}, "hang.after_seconds=0.0 must be finite and at least 2"),
         ({"dead_seconds": float("nan")}, "hang.dead_seconds=nan"),
         ({"setup_seconds": 200.0}, "hang.setup_seconds=200.0 must be at least hang.after_seconds=300.0"),
         (
@@ -292,6 +293,11 @@ def test_ranks_text_by_hand() -> None:
     ],
 )
 def test_settings_that_cannot_work(settings: dict[str, float], said: str) -> None:
+    def check() -> None:
+        config = HangConfig(**settings)
+        check_settings(config, "hang")
+        config.check_scoring(90.0)
+
     with pytest.raises(ValueError, match="hang") as error:
-        HangConfig(**settings).check(90.0)
+        check()
     assert said in str(error.value)

@@ -10,7 +10,8 @@ import torch.distributed as dist
 
 from aligner.models.checkpoint import export_checkpoint, read_into
 from aligner.models.spec import read_spec
-from aligner.reshard.message.storage import Storages, allocate
+from aligner.reshard.local import TensorWeights
+from aligner.reshard.message.storage import allocate
 from aligner.spmd.mesh import Mesh
 from aligner.trainer.megatron.layout import MegatronLayout
 from tests.reshard.ranks import report, start_rank
@@ -26,7 +27,7 @@ def main() -> None:
         spec = read_spec(path)
         side = MegatronLayout(spec, Mesh(tuple(range(world)), TENSOR, PIPELINE), "float32")
         layouts = {other: side.layout(other) for other in side.ranks}
-        held = Storages(allocate(layouts[rank], torch.device("cpu")), layouts[rank])
+        held = TensorWeights(allocate(layouts[rank], torch.device("cpu")), layouts[rank])
         read_into(spec, layouts[rank], held.view)
         for dtype, file_bytes in (("float32", 60_000), ("bfloat16", 1 << 30)):
             target = out / f"{path.name}-{dtype}"
@@ -51,11 +52,11 @@ def errors(rank: int, world: int, models: Path, out: Path) -> dict[str, str]:
     spec = read_spec(models / "qwen2-tied")
     side = MegatronLayout(spec, Mesh(tuple(range(world)), tensor=2), "float32")
     layouts = {other: side.layout(other) for other in side.ranks}
-    held = Storages(allocate(layouts[rank], torch.device("cpu")), layouts[rank])
+    held = TensorWeights(allocate(layouts[rank], torch.device("cpu")), layouts[rank])
     (out / "occupied").mkdir(exist_ok=True)
     (out / "occupied" / "notes.txt").write_text("keep me")
     found = {}
-    broken = Storages({}, layouts[rank])
+    broken = TensorWeights({}, layouts[rank])
     for name, target, source in (
         ("own folder", models / "qwen2-tied", held.view),
         ("occupied", out / "occupied", held.view),

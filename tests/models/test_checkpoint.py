@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM
 
 from aligner.models.checkpoint import export_checkpoint, read_into
 from aligner.models.spec import ModelSpec, read_spec
-from aligner.reshard.message.storage import Storages, allocate, strided_view
+from aligner.reshard.local import TensorWeights
+from aligner.reshard.message.storage import allocate, strided_view
 from aligner.reshard.plan.region import Layout
 from aligner.spmd.mesh import Mesh
 from aligner.trainer.megatron.layout import MegatronLayout
@@ -31,7 +32,7 @@ def layout_of(spec: ModelSpec, rank: int, tensor: int, pipeline: int, dtype: str
 
 def read(path: Path, layout: Layout) -> tuple[dict[str, Tensor], int]:
     tensors = allocate(layout, CPU)
-    return tensors, read_into(read_spec(path), layout, Storages(tensors, layout).view)
+    return tensors, read_into(read_spec(path), layout, TensorWeights(tensors, layout).view)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -139,7 +140,7 @@ def test_one_rank_writes_one_file_without_a_group(tmp_path: Path) -> None:
     spec = read_spec(path)
     layout = layout_of(spec, 0, 1, 1)
     tensors, _ = read(path, layout)
-    export_checkpoint(5, {5: layout}, Storages(tensors, layout).view, None, tmp_path / "out", spec, "float32")
+    export_checkpoint(5, {5: layout}, TensorWeights(tensors, layout).view, None, tmp_path / "out", spec, "float32")
     assert {file.name for file in (tmp_path / "out").glob("*.safetensors*")} == {"model.safetensors"}
     written, original = load_file(tmp_path / "out" / "model.safetensors"), load_file(path / "model.safetensors")
     assert all(torch.equal(written[key], original[key]) for key in original)
@@ -153,7 +154,7 @@ def test_an_older_config_keeps_its_own_dtype_key(tmp_path: Path) -> None:
     spec = read_spec(path)
     layout = layout_of(spec, 0, 1, 1)
     tensors, _ = read(path, layout)
-    export_checkpoint(0, {0: layout}, Storages(tensors, layout).view, None, tmp_path / "out", spec, "bfloat16")
+    export_checkpoint(0, {0: layout}, TensorWeights(tensors, layout).view, None, tmp_path / "out", spec, "bfloat16")
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["torch_dtype"] == "bfloat16"
     assert "dtype" not in config
@@ -164,7 +165,7 @@ def test_broken_checkpoints_are_named(tmp_path: Path) -> None:
     whole = save_tiny("qwen2", tmp_path / "whole")
     sharded = save_tiny("qwen2", tmp_path / "sharded", max_shard_size="20KB")
     layout = layout_of(read_spec(whole), 0, 1, 1)
-    view = Storages(allocate(layout, CPU), layout).view
+    view = TensorWeights(allocate(layout, CPU), layout).view
 
     def broken(name: str, of: Path) -> Path:
         return Path(shutil.copytree(of, tmp_path / name))

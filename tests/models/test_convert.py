@@ -22,7 +22,8 @@ from aligner.models.family import logical_tensors
 from aligner.models.hf_folder import write_rest
 from aligner.models.spec import read_spec, with_scalar_head
 from aligner.models.stored import Cut
-from aligner.reshard.message.storage import Storages, allocate
+from aligner.reshard.local import TensorWeights
+from aligner.reshard.message.storage import allocate
 from aligner.spmd.mesh import Mesh
 from aligner.trainer.megatron.layout import MegatronLayout
 from tests.models.tiny import save_tiny
@@ -74,7 +75,7 @@ def test_a_folder_of_shards_is_read_into_any_layout(tmp_path: Path) -> None:
         for folder in (model, tmp_path / "cut"):
             layout = MegatronLayout(read_spec(folder), mesh, "float32").layout(rank)
             tensors = allocate(layout, torch.device("cpu"))
-            read = read_into(read_spec(folder), layout, Storages(tensors, layout).view)
+            read = read_into(read_spec(folder), layout, TensorWeights(tensors, layout).view)
             assert read == sum(piece.bytes for piece in layout)
             found.append(tensors)
         assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])

@@ -18,7 +18,8 @@ from aligner.models.family import FAMILIES, Head, logical_tensors
 from aligner.models.spec import ModelSpec, read_spec, with_scalar_head
 from aligner.models.stored import Cut
 from aligner.models.verify_checkpoint import check_weights
-from aligner.reshard.message.storage import Storages, allocate
+from aligner.reshard.local import TensorWeights
+from aligner.reshard.message.storage import allocate
 from aligner.spmd.mesh import Mesh
 from aligner.trainer.megatron.layout import MegatronLayout
 from tests.models.tiny import KINDS, MODELS, SIZES, save_tiny, stored_tensors
@@ -47,14 +48,14 @@ def held(spec: ModelSpec, rank: int = 0, **sizes: int) -> dict[str, Tensor]:
     tensors = allocate(layout, CPU)
     for tensor in tensors.values():
         tensor.fill_(7.0)
-    read_into(spec, layout, Storages(tensors, layout).view)
+    read_into(spec, layout, TensorWeights(tensors, layout).view)
     return tensors
 
 
 def write(spec: ModelSpec, out: Path) -> Path:
     layout = MegatronLayout(spec, Mesh((0,)), "float32").layout(0)
     tensors = allocate(layout, CPU)
-    source = Storages(tensors, layout).view
+    source = TensorWeights(tensors, layout).view
     read_into(spec, layout, source)
     export_checkpoint(0, {0: layout}, source, None, out, spec, "float32")
     return out

@@ -93,11 +93,11 @@ def test_agrees_with_the_statistics_module(groups: list[list[float]], normalize:
 
 
 def test_mistakes_are_named() -> None:
-    with pytest.raises(ValueError, match=r"normalize='batch' is not known; use one of std, none"):
+    with pytest.raises(ValueError, match=r"normalize='batch' is unknown; use one of std, none"):
         group_advantages(tensor(1, 2), group_size=2, normalize="batch")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"rows \[1, 2\] are infinite"):
         group_advantages(tensor(1, math.inf, -math.inf, 0), group_size=2)
-    with pytest.raises(AssertionError, match="3 rows are not whole groups of 2"):
+    with pytest.raises(AssertionError, match="3 rows are not complete groups of 2"):
         group_advantages(tensor(1, 2, 3), group_size=2)
     with pytest.raises(AssertionError, match="must be floating"):
         group_advantages(torch.tensor([1, 2]), group_size=2)

@@ -18,8 +18,8 @@ from aligner.objective.advantages import (
     leave_one_out_advantages,
     reinforce_pp_advantages,
 )
-from aligner.objective.masked import inside
-from aligner.objective.moments import combine, row_moments, whiten
+from aligner.objective.masked import apply_mask
+from aligner.objective.moments import mean_and_std, row_moments, whiten
 from aligner.objective.token_rewards import kl_penalized
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ def test_leave_one_out_against_trl(trl: Trl, missing: bool, seed: int) -> None:
     advantage_B, compared_B = leave_one_out_advantages(reward_B, group_size=4), ~reward_B.isnan()
     if missing:
         compared_B[7] = False
-    mean, std = combine(row_moments(advantage_B, compared_B))
+    mean, std = mean_and_std(row_moments(advantage_B, compared_B))
     ours_B = whiten(advantage_B, compared_B, mean=mean, std=std, epsilon=1e-4)
     torch.testing.assert_close(ours_B, theirs_B, rtol=1e-7, atol=0)
 
@@ -124,7 +124,7 @@ def test_greedy_baseline_by_hand() -> None:
 
 def baseline_advantages(reward_B: torch.Tensor, mask_BT: torch.Tensor) -> torch.Tensor:
     """REINFORCE++-baseline before it is whitened: the group's mean removed, on every token."""
-    return inside(mask_BT, group_advantages(reward_B, group_size=2, normalize="none")[:, None])
+    return apply_mask(mask_BT, group_advantages(reward_B, group_size=2, normalize="none")[:, None])
 
 
 # --- REINFORCE++ ---------------------------------------------------------------------------------------------------
@@ -136,7 +136,7 @@ def test_reinforce_pp_by_hand() -> None:
     reward_BT = torch.tensor([[9.0, -1.0, NAN, 4.0], [9.0, 8.0, 9.0, 9.0]], dtype=torch.float64)
     advantage_BT = reinforce_pp_advantages(reward_BT, mask_BT)
     assert advantage_BT.tolist() == [[0, 3, 0, 4], [0, 8, 0, 0]]
-    mean, std = combine(row_moments(advantage_BT, mask_BT))
+    mean, std = mean_and_std(row_moments(advantage_BT, mask_BT))
     assert mean == 5.0 and std == pytest.approx(math.sqrt(7), abs=1e-15)
     whitened_BT = whiten(advantage_BT, mask_BT, mean=mean, std=std, epsilon=0.0)
     expected_BT = torch.tensor([[0, -2, 0, -1], [0, 3, 0, 0]], dtype=torch.float64) / math.sqrt(7)
@@ -151,7 +151,7 @@ def test_reinforce_pp_baseline_by_hand() -> None:
     assert advantage_BT.tolist() == [[0, -1, -1], [0, 1, 0], [0, 0, 0], [0, 0, 0]]
     trained_BT = mask_BT & ~reward_B.isnan()[:, None]
     # Mean -1/4; squares 2 (3/4)^2 + (5/4)^2 + (1/4)^2 = 2.75; sample variance 2.75 / 3.
-    mean, std = combine(row_moments(advantage_BT, trained_BT))
+    mean, std = mean_and_std(row_moments(advantage_BT, trained_BT))
     assert (mean, std) == (-0.25, pytest.approx(math.sqrt(2.75 / 3), abs=1e-15))
 
 
@@ -173,7 +173,7 @@ def test_reinforce_pp_is_the_same_under_any_cut(data: st.DataObject, groups: int
         return reinforce_pp_advantages(token_BT[mine_B], mask_BT[mine_B])
 
     shards = [owner_B == owner for owner in range(3)]
-    mean, std = combine(torch.cat([row_moments(advantages(mine_B), mask_BT[mine_B]) for mine_B in shards]))
+    mean, std = mean_and_std(torch.cat([row_moments(advantages(mine_B), mask_BT[mine_B]) for mine_B in shards]))
     whole_BT = advantages(torch.ones(rows, dtype=torch.bool))
     flat = whole_BT[mask_BT].tolist()
     expected_mean = statistics.fmean(flat) if flat else 0.0

@@ -26,7 +26,7 @@ from aligner.objective.advantages import (
     reinforce_pp_advantages,
 )
 from aligner.objective.kl import Estimator, kl_estimate
-from aligner.objective.moments import Moments, combine, row_moments, whiten
+from aligner.objective.moments import Moments, mean_and_std, row_moments, whiten
 from aligner.objective.off_policy import importance_weights
 from aligner.objective.reduction import token_weights
 from aligner.objective.shaping import overlong_penalty, running_scale
@@ -265,7 +265,7 @@ def test_token_functions_see_nothing_outside_the_mask(seed: int, share: float) -
         yield kl_penalized(clean["advantage_B"], mask_BT=mask_BT, kl_coef=0.1, **logps)
         moments_B3 = row_moments(fields["value_BT"], mask_BT)
         yield moments_B3
-        mean, std = combine(moments_B3)
+        mean, std = mean_and_std(moments_B3)
         yield whiten(fields["value_BT"], mask_BT, mean=mean, std=std)
         for level in ("token", "sequence"):
             yield importance_weights(fields["proximal_logp_BT"], fields["rollout_logp_BT"], mask_BT, level=level)  # type: ignore[arg-type]
@@ -280,7 +280,7 @@ def test_token_functions_of_nothing(width: int) -> None:
     reward_B = torch.tensor([1.0, math.nan, 0.0, 2.0])
     assert not any(part.any() for part in gae(value_BT, value_BT, mask_BT))
     assert not kl_rewards(reward_B, mask_BT=mask_BT, policy_logp_BT=value_BT).any()
-    assert combine(row_moments(value_BT, mask_BT)) == (0.0, 0.0)
+    assert mean_and_std(row_moments(value_BT, mask_BT)) == (0.0, 0.0)
     assert not whiten(value_BT, mask_BT, mean=0.0, std=0.0).any()
     for kind in ("token_mean", "sequence_mean", "fixed"):
         weight_BT = token_weights(mask_BT, kind, total_tokens=0, total_rows=0, fixed_length=4)  # type: ignore[arg-type]

@@ -229,7 +229,7 @@ def test_orpo_is_finite_for_a_policy_that_is_certain() -> None:
         (dpo, {"beta": 0.0}, "beta=0.0 must be more than 0"),
         (dpo, {"label_smoothing": 1.0}, "label_smoothing=1.0 must be 0 or more and less than 1"),
         (robust_dpo, {"label_smoothing": 0.5}, "less than 0.5"),
-        (dpo, {"log_ratio": "mean"}, "log_ratio='mean' is not known; use one of sum, token_mean"),
+        (dpo, {"log_ratio": "mean"}, "log_ratio='mean' is unknown; use one of sum, token_mean"),
         (ipo, {"preference_B": torch.tensor([1, 1, 1, -1, 1, -1.0])}, r"a pair's preferences are \[1.0, 1.0\]"),
         (ipo, {"preference_B": torch.tensor([1, -1, 0, -1, 1, -1.0])}, r"are \[0.0, -1.0\]"),
         (kto, {"kl": -0.1, "label_B": torch.ones(6)}, "kl=-0.1 must be 0 or more"),
@@ -242,7 +242,7 @@ def test_mistakes_are_named(loss: Any, wrong: dict[str, Any], message: str) -> N
 
 
 def test_an_odd_number_of_rows_is_refused() -> None:
-    with pytest.raises(AssertionError, match="3 rows are not whole pairs"):
+    with pytest.raises(AssertionError, match="3 rows are not complete pairs"):
         simpo(torch.zeros(3, 2), mask_BT=torch.ones(3, 2, dtype=torch.bool))
 
 

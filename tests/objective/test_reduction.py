@@ -90,7 +90,7 @@ def test_an_empty_batch_weighs_zero_and_a_wrong_count_is_nan(kind: Mean) -> None
 
 
 def test_mistakes_are_named() -> None:
-    with pytest.raises(ValueError, match="reduction='mean' is not known; use one of token_mean, sequence_mean, fixed"):
+    with pytest.raises(ValueError, match="reduction='mean' is unknown; use one of token_mean, sequence_mean, fixed"):
         token_weights(MASK_BT, "mean", total_tokens=4, total_rows=3)  # type: ignore[arg-type]
     for fixed_length in (None, 0, -1, math.nan):
         with pytest.raises(ValueError, match="must be positive for reduction=fixed"):

@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from aligner.config.run import WandbConfig
+from aligner.report.config import WandbConfig
 from aligner.report.metrics import MetricsWriter, capture_environment, read_metrics
 
 WANDB_JOB = """
 import sys
-from aligner.config.run import WandbConfig
+from aligner.report.config import WandbConfig
 from aligner.report.metrics import MetricsWriter
 with MetricsWriter(sys.argv[1], console=True, wandb=WandbConfig(sys.argv[2], "proj", None)) as writer:
     writer.log(1, {"reward": 0.123456789, "kl": float("nan")})

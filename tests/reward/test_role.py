@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from aligner.data.column_addition import write_tokenizer
-from aligner.reward.audit import Missing, check_missing, missing_of
+from aligner.reward.missing import Missing, check_missing, missing_of
 from aligner.reward.worker import Score, Status
 
 RULES = """

@@ -59,7 +59,7 @@ def check(family: str, dtype: str, expert_parallel: bool, stages: int, folder: P
     for name in refused:
         check_refused(engine, wanted, name)
     weights = EngineWeights(engine)
-    weights.pieces(wanted)
+    weights.pieces()
     world = dist.get_world_size()
     mesh = Mesh(tuple(range(world)), tensor=world // stages, pipeline=stages)
     differs = weights.agrees(EngineLayout(engine.spec, mesh, dtype, expert_parallel).layout(dist.get_rank()))
@@ -80,7 +80,7 @@ def check(family: str, dtype: str, expert_parallel: bool, stages: int, folder: P
     engine_module.LOAD_FORMAT = "auto"
     stock = start(folder, dtype, expert_parallel, stages)
     engine_module.LOAD_FORMAT = "dummy"
-    stock.ready = True
+    stock.loaded.finish()
     assert ask(stock) == answers[-1], f"{family}: differs from an engine that loaded the same weights"
     stock.close()
 
@@ -88,7 +88,7 @@ def check(family: str, dtype: str, expert_parallel: bool, stages: int, folder: P
 def check_refused(engine: RolloutEngine, wanted: dict[str, tuple[int, ...]], name: str) -> None:
     """A tensor too many is an error on every rank, none of which waits for the others."""
     with pytest.raises(ValueError, match=re.escape(name)):
-        EngineWeights(engine).pieces({**wanted, name: (tiny.VOCAB, 128)})
+        EngineWeights(engine, tensors={**wanted, name: (tiny.VOCAB, 128)}).pieces()
 
 
 def start(folder: Path, dtype: str, expert_parallel: bool, stages: int) -> RolloutEngine:

@@ -81,7 +81,7 @@ def _phase(path: str, model: Any, layout: Sequence[Sequence[int]]) -> list[list[
 def _move(model: Any, weights: EngineWeights | None) -> None:
     found = tiny.tensors(model)
     shapes = {name: tuple(value.shape) for name, value in found.items()}
-    wanted: list[Piece] = weights.pieces(shapes) if weights is not None else []
+    wanted: list[Piece] = weights.pieces() if weights is not None else []
     gathered: list[Any] = [None] * WORLD
     dist.all_gather_object(gathered, wanted)
     held = [whole_tensor(name, shape, "float32") for name, shape in shapes.items()]

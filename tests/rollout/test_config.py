@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from aligner.bounds import check_settings
 from aligner.rollout.config import RolloutConfig, Sampling, StreamConfig
 
 # 4 layers, 8 heads, 2 key-value heads of 64: in float32 a token's cache is 2 * 4 * 2 * 64 * 4 = 4096 bytes.
@@ -24,15 +25,15 @@ MOE: Any = SimpleNamespace(**{**vars(SPEC), "experts": 6, "expert_ffn": 20, "spa
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"dtype": "fp8"}, "rollout.dtype='fp8' is unknown; use float32, bfloat16, float16"),
-        ({"max_model_len": 1}, "rollout.max_model_len=1 leaves no room for a response; use 2 or more"),
-        ({"max_num_seqs": 0}, "rollout.max_num_seqs=0 is below 1"),
+        ({"dtype": "fp8"}, "rollout.dtype=fp8 is unknown; use float32, bfloat16"),
+        ({"max_model_len": 1}, "rollout.max_model_len=1 must be at least 2 .room for a response., or null"),
+        ({"max_num_seqs": 0}, "rollout.max_num_seqs=0 must be at least 1"),
         (
             {"max_batched_tokens": 100},
             "rollout.max_batched_tokens=100 is below rollout.max_num_seqs: .* use 128 or more",
         ),
-        ({"kv_cache_mib": 0}, "rollout.kv_cache_mib=0 is below 1"),
-        ({"gpu_memory_utilization": 1.2}, "rollout.gpu_memory_utilization=1.2 is no fraction"),
+        ({"kv_cache_mib": 0}, "rollout.kv_cache_mib=0 must be at least 1, or null"),
+        ({"gpu_memory_utilization": 1.2}, "rollout.gpu_memory_utilization=1.2 must be more than 0 and at most 1"),
         ({"max_model_len": 4097}, "rollout.max_model_len=4097 is beyond the 4096 positions of the model in /models/x"),
         # 1024 tokens are 32 blocks, and one stays empty: 33 * 32 * 4096 bytes = 4.125 MiB.
         ({"kv_cache_mib": 4}, "rollout.kv_cache_mib=4 cannot hold one sample .* use rollout.kv_cache_mib=5 or more"),
@@ -46,18 +47,18 @@ def test_impossible_settings(changed: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"temperature": -1.0}, "use 0 .greedy. to 2"),
-        ({"temperature": float("nan")}, "sampling.temperature=nan is not possible"),
+        ({"temperature": -1.0}, "sampling.temperature=-1.0 must be between 0 and 2"),
+        ({"temperature": float("nan")}, "sampling.temperature=nan must be between 0 and 2"),
         ({"temperature": 0.001}, "use 0 .greedy. or 0.01 to 2"),
-        ({"max_tokens": 0}, "sampling.max_tokens=0 is below 1"),
-        ({"top_p": 1.5}, "sampling.top_p=1.5 is no probability"),
-        ({"top_k": -1}, "sampling.top_k=-1 is negative; use 0 .all tokens. or more"),
-        ({"stop_token_ids": (3, -1)}, r"sampling.stop_token_ids=\[3, -1\] holds a negative id"),
+        ({"max_tokens": 0}, "sampling.max_tokens=0 must be at least 1"),
+        ({"top_p": 1.5}, "sampling.top_p=1.5 must be more than 0 and at most 1"),
+        ({"top_k": -1}, "sampling.top_k=-1 must be at least 0 .0: all tokens."),
+        ({"stop_token_ids": (3, -1)}, r"each item of sampling.stop_token_ids=\[3, -1\] must be at least 0"),
     ],
 )
 def test_impossible_sampling(changed: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        Sampling(**changed).check()
+        check_settings(Sampling(**changed), "sampling")
 
 
 def test_tensor_parallel_sizes() -> None:
@@ -133,12 +134,12 @@ def test_settings_load_neither_torch_nor_vllm() -> None:
 @pytest.mark.parametrize(
     ("stream", "message"),
     [
-        (StreamConfig(lag=-1), r"stream.lag=-1 must be 0 \(on-policy\) or more"),
+        (StreamConfig(lag=-1), r"stream.lag=-1 must be at least 0 \(0: on-policy\)"),
         (StreamConfig(in_flight=True), "stream.in_flight=true .* set stream.lag=1 or more"),
-        (StreamConfig(lag=1, step_tokens=0), "stream.step_tokens=0 must be 1 or more, or null"),
+        (StreamConfig(lag=1, step_tokens=0), "stream.step_tokens=0 must be at least 1, or null"),
     ],
 )
 def test_an_impossible_stream_is_named(stream: StreamConfig, message: str) -> None:
-    StreamConfig(lag=2, in_flight=True, step_tokens=64).check()
+    check_settings(StreamConfig(lag=2, in_flight=True, step_tokens=64), "stream")
     with pytest.raises(ValueError, match=message):
-        stream.check()
+        check_settings(stream, "stream")

@@ -55,12 +55,12 @@ def expect(engine: RolloutEngine, model: Any, message: str) -> None:
     weights = EngineWeights(engine)
     with pytest.raises(RuntimeError, match=message):
         tiny.write(weights, model)
-    assert not engine.ready
+    assert not engine.loaded.complete
 
 
 def test_pieces_of_fused_experts(engine: RolloutEngine, model: Any) -> None:
     weights = EngineWeights(engine)
-    pieces = {p.name: p for p in weights.pieces({name: tuple(t.shape) for name, t in tiny.tensors(model).items()})}
+    pieces = {p.name: p for p in weights.pieces()}
     # w13 is experts x 2 * 80 x 128, gate above up; w2 is experts x 128 x 80. Layer 0 is dense.
     up, down = (pieces[f"{MOE}.2.{part}_proj.weight"] for part in ("up", "down"))
     assert (up.storage, up.offset, up.stride) == (f"{MOE}.routed_experts:w13_weight", (2 * 160 + 80) * 128, (128, 1))
@@ -161,7 +161,7 @@ def test_weights_that_are_no_numbers(engine: RolloutEngine) -> None:
 def test_one_row_of_an_expert_that_was_not_written(engine: RolloutEngine, model: Any) -> None:
     weights, name = EngineWeights(engine), f"{MOE}.1.up_proj.weight"
     found = tiny.tensors(model)
-    for piece in weights.pieces({name: tuple(t.shape) for name, t in found.items()}):
+    for piece in weights.pieces():
         part = piece.crop((0, 0), (79, 128)) if piece.name == name else piece
         weights.view(part).copy_(tiny.cut(found, part))
         weights.written(part)
@@ -169,4 +169,4 @@ def test_one_row_of_an_expert_that_was_not_written(engine: RolloutEngine, model:
         weights.finish()
     weights.discard()
     tiny.write(weights, model)
-    assert engine.ready
+    assert engine.loaded.complete

@@ -33,6 +33,12 @@ def same(ours: list[Sample], reference: list[Sample]) -> None:
         assert len(one.versions) == len(one.tokens)
 
 
+def mark(engine: RolloutEngine, version: int) -> None:
+    """As after a sync of this version."""
+    engine.loaded.version = version
+    engine.requests.new_weights()
+
+
 @pytest.mark.parametrize("sampling", [GREEDY, DRAWN], ids=["greedy", "seeded"])
 @pytest.mark.parametrize("step_tokens", [1, 5, 24])
 def test_an_interrupted_sample_goes_on_as_if_it_had_not_been(
@@ -77,9 +83,9 @@ def test_a_sync_of_the_same_weights_in_flight_changes_nothing(loaded: Loaded, sa
         tokens = iter([False] * 4 + [True])
         engine.work_until(lambda tokens=tokens: next(tokens))  # type: ignore[misc]
         tiny.write(weights, model)
-        engine.requests.new_weights(version)
+        mark(engine, version)
     same(engine.finish(ticket), reference)
-    engine.requests.new_weights(0)
+    mark(engine, 0)
 
 
 def test_each_token_is_drawn_by_the_weights_that_its_version_names(loaded: Loaded) -> None:
@@ -90,12 +96,12 @@ def test_each_token_is_drawn_by_the_weights_that_its_version_names(loaded: Loade
     torch.manual_seed(99)
     tiny.randomize(changed)
     sampling = replace(DRAWN, temperature=1.0, stop_token_ids=())
-    engine.requests.new_weights(3)
+    mark(engine, 3)
     ticket = engine.start(tiny.prompts(6), SEEDS, sampling)
     tokens = iter([False] * 7 + [True])
     engine.work_until(lambda: next(tokens))
     tiny.write(weights, changed)
-    engine.requests.new_weights(4)
+    mark(engine, 4)
     found = engine.finish(ticket)
     for prompt, one in zip(tiny.prompts(6), found, strict=True):
         assert one.versions == [3] * 7 + [4] * 17
@@ -104,7 +110,7 @@ def test_each_token_is_drawn_by_the_weights_that_its_version_names(loaded: Loade
         assert (torch.tensor(one.logp) - expected).abs().max() < 1e-4
         assert (old - new).abs().max() > 0.1
     tiny.write(weights, model)
-    engine.requests.new_weights(0)
+    mark(engine, 0)
 
 
 def test_a_failed_step_leaves_nothing_under_way(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:

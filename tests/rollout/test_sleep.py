@@ -47,7 +47,7 @@ def test_gone_and_back(family: str, early: bool, start: Callable[..., RolloutEng
         parts["cache"].evict()
         parts["weights"].evict()
         assert storage_bytes(engine) == (0, 0)
-        with pytest.raises(RuntimeError, match="no weights yet"):
+        with pytest.raises(RuntimeError, match="has no weights: they were given up"):
             engine.generate(asked, seeds, DRAWN, 2)
         parts["weights"].bring()
         tiny.write(weights, model)  # as a transfer: while the cache is out
@@ -68,7 +68,7 @@ def test_the_cache_alone(start: Callable[..., RolloutEngine], models: Models) ->
     asked = tiny.prompts(6)
     first = engine.generate(asked, [0] * 6, GREEDY)
     cache.evict()
-    assert engine.ready
+    assert engine.loaded.complete
     cache.bring()
     assert all(not one.any() for one in engine.caches)
     assert engine.generate(asked, [0] * 6, GREEDY) == first

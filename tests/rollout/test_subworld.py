@@ -120,4 +120,4 @@ def test_a_failed_start_can_be_repeated(start: Callable[..., RolloutEngine], mon
         patch.setattr(Scheduler, "__init__", broken)
         with pytest.raises(OSError, match="no scheduler today"):
             start("qwen2")
-    assert start("qwen2").ready is False
+    assert start("qwen2").loaded.complete is False

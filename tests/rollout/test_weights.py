@@ -35,7 +35,7 @@ def test_pieces_cover_the_checkpoint_in_the_engines_order(engine: RolloutEngine,
     model = models["qwen2"][0]
     weights = EngineWeights(engine)
     before = {name: id(value) for name, value in engine.model.named_parameters()}
-    pieces = weights.pieces(shapes(model))
+    pieces = weights.pieces()
     assert {name: id(value) for name, value in engine.model.named_parameters()} == before
     assert {(piece.name, piece.size) for piece in pieces} == set(shapes(model).items())
     assert all(not any(piece.lo) and piece.dtype == "float32" for piece in pieces)
@@ -59,13 +59,13 @@ def test_a_tensor_too_few_or_too_many_is_named(engine: RolloutEngine, models: Mo
         ("model.embed_tokens.weight", "model.embed_tokens:weight"),
     ):
         with pytest.raises(ValueError, match=where):
-            EngineWeights(engine).pieces({name: shape for name, shape in whole.items() if name != missing})
+            EngineWeights(engine, tensors={name: shape for name, shape in whole.items() if name != missing}).pieces()
     with pytest.raises(ValueError, match=r"no parameter for tensor lm_head\.weight.*tie_word_embeddings"):
-        EngineWeights(engine).pieces({**whole, "lm_head.weight": (tiny.VOCAB, 128)})
+        EngineWeights(engine, tensors={**whole, "lm_head.weight": (tiny.VOCAB, 128)}).pieces()
     with pytest.raises(ValueError, match="rotary"):
-        EngineWeights(engine).pieces({**whole, "model.rotary.extra": (4,)})
+        EngineWeights(engine, tensors={**whole, "model.rotary.extra": (4,)}).pieces()
     tiny.write(EngineWeights(engine), models["qwen3_tied"][0])  # the failures have changed nothing
-    assert engine.ready
+    assert engine.loaded.complete
 
 
 @QWEN2
@@ -80,11 +80,11 @@ def test_a_pack_that_was_skipped_is_detected(
     monkeypatch.setattr(UnquantizedLinearMethod, "process_weights_after_loading", lambda self, layer: None)
     with pytest.raises(RuntimeError, match=r"packed kernel of model\.layers\.0\.self_attn\.qkv_proj"):
         tiny.write(weights, changed)
-    assert not engine.ready
+    assert not engine.loaded.complete
     monkeypatch.undo()
     weights.discard()
     tiny.write(weights, changed)
-    assert engine.ready
+    assert engine.loaded.complete
 
 
 @TIED
@@ -128,10 +128,10 @@ def test_weights_that_are_no_numbers_are_refused(engine: RolloutEngine) -> None:
 def test_every_region_exactly_once(engine: RolloutEngine, models: Models) -> None:
     model = models["qwen2"][0]
     weights = EngineWeights(engine)
-    pieces = weights.pieces(shapes(model))
+    pieces = weights.pieces()
     with pytest.raises(RuntimeError, match=r"16384 of 16384 elements of model\.layers\.0\.self_attn\.o_proj\.weight"):
         tiny.write(weights, model, skip="model.layers.0.self_attn.o_proj.weight")
-    assert not engine.ready
+    assert not engine.loaded.complete
     query = next(piece for piece in pieces if piece.name.endswith("q_proj.weight"))
     half = query.crop((0, 0), (64, 128))
     weights.view(half).zero_()
@@ -140,7 +140,7 @@ def test_every_region_exactly_once(engine: RolloutEngine, models: Models) -> Non
         weights.written(query.crop((32, 0), (64, 128)))
     weights.discard()
     tiny.write(weights, model)
-    assert engine.ready
+    assert engine.loaded.complete
 
 
 @QWEN2
@@ -150,7 +150,7 @@ def test_written_regions_can_be_read_back_and_the_plain_copy_goes(engine: Rollou
     found = tiny.tensors(model)
     linear: Any = dict(engine.model.named_modules())["model.layers.0.mlp.gate_up_proj"]
     assert linear.weight.numel() == 0
-    for piece in weights.pieces(shapes(model)):
+    for piece in weights.pieces():
         weights.view(piece).copy_(tiny.cut(found, piece))
         assert torch.equal(weights.view(piece), tiny.cut(found, piece))
         weights.written(piece)

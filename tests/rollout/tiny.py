@@ -103,7 +103,7 @@ def cut(found: dict[str, Tensor], piece: Piece) -> Tensor:
 def write(weights: EngineWeights, model: Any, skip: str | None = None) -> None:
     """Write every region from the model's tensors, as a transfer would."""
     found = tensors(model)
-    for piece in weights.pieces({name: tuple(value.shape) for name, value in found.items()}):
+    for piece in weights.pieces():
         if piece.name != skip:
             weights.view(piece).copy_(cut(found, piece))
             weights.written(piece)

@@ -6,16 +6,16 @@ from typing import Any
 
 import pytest
 
-from aligner.data.answers import Answered
+from aligner.data.answers import TokenizedAnswer
 from aligner.data.preferences import Pair
 from aligner.data.prompts import Prompt
 from aligner.data.samples import Samples
 from aligner.run.batches import as_pairs, as_samples, batches, rows_of
 
 
-def answered(index: int, prompt: list[int], answer: list[int], **fields: Any) -> Answered:
+def answered(index: int, prompt: list[int], answer: list[int], **fields: Any) -> TokenizedAnswer:
     mask = [False] * len(prompt) + [True] * len(answer)
-    return Answered((*prompt, *answer), tuple(mask), len(prompt), fields, index)
+    return TokenizedAnswer((*prompt, *answer), tuple(mask), len(prompt), fields, index)
 
 
 PAIRS = [
@@ -65,5 +65,5 @@ def test_prompts_stay_a_list() -> None:
 
 
 def test_rows_of_demonstrations_keep_their_masks() -> None:
-    turns = Answered((1, 2, 3, 4), (False, True, False, True), 1, {"id": 7}, 0)
+    turns = TokenizedAnswer((1, 2, 3, 4), (False, True, False, True), 1, {"id": 7}, 0)
     assert as_samples([turns]).mask_BT.int().tolist() == [[0, 1, 0, 1]]

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from aligner.bounds import check_settings
 from aligner.config.guards import EmptyBatch, GuardConfig, Limit, Streak
 from aligner.run.guards import Finding, Guards
 
@@ -148,7 +149,7 @@ def test_a_checkpoint_keeps_streaks_and_what_was_said() -> None:
     ],
 )
 def test_what_cannot_work_is_refused(config: GuardConfig, words: str) -> None:
-    GuardConfig().check()
+    check_settings(GuardConfig(), "guards")
     with pytest.raises(ValueError, match="guards") as error:
-        config.check()
+        check_settings(config, "guards")
     assert words in str(error.value)

@@ -23,7 +23,7 @@ UNPICKLING |= {
 SHELLS = {"os.system", "os.popen", "subprocess.getoutput", "subprocess.getstatusoutput"}
 UNSAFE_YAML = {"yaml.unsafe_load", "yaml.full_load", "yaml.unsafe_load_all", "yaml.full_load_all"}
 UNVERIFIED = {"ssl._create_unverified_context", "ssl.CERT_NONE", "tempfile.mktemp"}
-BOXED = {(f"aligner/reward/boxed/{name}.py", "exec") for name in ("harness", "served")}
+BOXED = {(f"aligner/reward/sandboxed/{name}.py", "exec") for name in ("harness", "served")}
 """Programs of sandboxes: what a model wrote and what tests it."""
 ALLOWED = {("aligner/spmd/serialization.py", "pickle.loads"), *BOXED}
 """Besides, messages between the ranks of one job (docs/security.md)."""

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from aligner.bounds import check_settings
 from aligner.spmd import memory
 from aligner.spmd.memory import GIB, Meter, OutOfMemory
 from aligner.spmd.mesh import Mesh
@@ -299,6 +300,10 @@ def test_trimming_gives_pages_back() -> None:
     ],
 )
 def test_what_cannot_work_is_refused(config: ResidencyConfig, said: str) -> None:
+    def check() -> None:
+        check_settings(config, "residency")
+        config.check_roles([USUAL[name] for name in ("policy", "rollout", "reward")])
+
     with pytest.raises(ValueError, match=re.escape(said)):
-        config.check([USUAL[name] for name in ("policy", "rollout", "reward")])
-    ResidencyConfig("offload", keep=("rollout.cache", "policy")).check([USUAL["policy"], USUAL["rollout"]])
+        check()
+    ResidencyConfig("offload", keep=("rollout.cache", "policy")).check_roles([USUAL["policy"], USUAL["rollout"]])

@@ -210,10 +210,14 @@ GOOD = '{"prompt": "1+1="}\n'
         (GOOD, ["--temperature", "3"], "--temperature 3.0 is not possible; use 0 (greedy) to 2."),
         (GOOD, ["--top-p", "0"], "--top-p 0.0 is no probability"),
         (GOOD, ["--temperature", "0", "--num-samples", "2"], "--temperature 0 gives the same answer every time"),
-        (GOOD, ["--chat-template-kwargs", '{"x": 1}'], "--chat-template-kwargs: x is no variable of the tokenizer's"),
+        (
+            GOOD,
+            ["--chat-template-kwargs", '{"x": 1}'],
+            "--chat-template-kwargs: x is not a variable of the tokenizer's",
+        ),
         (GOOD, ["--batch", "0"], "--batch 0 must be at least 1."),
         (GOOD, ["--model", "{tmp}"], "{tmp} has no config.json"),
-        (GOOD, ["--output", "{tmp}/none/out.jsonl"], "there is no folder {tmp}/none; make it first"),
+        (GOOD, ["--output", "{tmp}/none/out.jsonl"], "the folder {tmp}/none does not exist; create it first"),
     ],
 )
 def test_mistakes_are_named(
@@ -292,8 +296,8 @@ def test_other_settings_and_other_rows_are_refused(
         return said.out if status == 0 else said.err
 
     assert command() == f"{tmp_path}/whole.jsonl: {ROWS} rows\n", "whole already: no engine is started"
-    assert "--temperature is 0.5 here, and 1.0 in what" in command("--temperature", "0.5")
-    assert "--max-tokens is 15 here, and 16 in what" in command("--max-tokens", "15")
+    assert "--temperature is 0.5, but " in command("--temperature", "0.5")
+    assert "--max-tokens is 15, but " in command("--max-tokens", "15")
     text = (tmp_path / "rows.jsonl").read_text()
     (tmp_path / "rows.jsonl").write_text(text.replace("+", "-", 1))
     assert f"{tmp_path}/rows.jsonl:1 is not the row that" in command()

@@ -10,8 +10,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
+from aligner.trainer.context import cut, held_by_each
 from aligner.trainer.megatron import context_attention as context_attention_file
-from aligner.trainer.megatron.context import cut, held_by_each
 from aligner.trainer.megatron.context_attention import Gathered, context_attention
 
 ROWS = [(9, 17, 12, 5), (1,), (3, 1), (2, 1, 3, 1, 2), (40, 40, 6, 6, 6), (600, 300), (521,)]

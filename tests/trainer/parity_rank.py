@@ -30,7 +30,7 @@ from aligner.spmd.mesh import Mesh
 from aligner.spmd.world import World
 from aligner.trainer import readout
 from aligner.trainer.config import OptimizerConfig, PolicyConfig
-from aligner.trainer.megatron.context import cut
+from aligner.trainer.context import cut
 from aligner.trainer.policy import Policy
 
 LENGTHS, PROMPT, G, VOCAB = [9, 17, 12, 5, 16, 16, 7, 21], 3, 2, 61

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
+from aligner.bounds import check_settings
 from aligner.data.column_addition import ModelShape, write_model
 from aligner.trainer.skips import NotFinite, Skips
 
@@ -79,4 +80,4 @@ def test_counts() -> None:
 @pytest.mark.parametrize("wrong", [{"action": "warn"}, {"max_in_row": -1}, {"max_total": -1}])
 def test_what_cannot_work_is_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=f"guards.not_finite.{next(iter(wrong))}="):
-        NotFinite(**wrong).check("guards.not_finite")
+        check_settings(NotFinite(**wrong), "guards.not_finite")

@@ -22,7 +22,6 @@ from torch import Tensor
 
 from aligner.algorithms.grpo import GrpoConfig, grpo
 from aligner.checkpoint.config import CheckpointConfig
-from aligner.config.run import LoggingConfig
 from aligner.config.schema import Config, TrainConfig
 from aligner.config.secrets import Mask
 from aligner.data.config import DataConfig
@@ -32,6 +31,7 @@ from aligner.data.samples import Samples
 from aligner.data.sets import DataSets
 from aligner.objective.advantages import group_advantages
 from aligner.objective.losses import clipped_surrogate
+from aligner.report.config import LoggingConfig
 from aligner.reshard.transfer.sync_stats import SyncRow
 from aligner.reward.components import parts_of
 from aligner.reward.config import RewardConfig
@@ -39,6 +39,7 @@ from aligner.reward.role import Reward
 from aligner.reward.worker import Score, Status
 from aligner.roles.build import Roles
 from aligner.rollout.config import StreamConfig
+from aligner.rollout.loaded import LoadedWeights
 from aligner.rollout.requests import Sample
 from aligner.rollout.role import Rollout
 from aligner.run import loop as driver_loop
@@ -92,7 +93,7 @@ class NullRollout(Rollout):
     def __init__(self, world: World, mesh: Mesh, tokens: int) -> None:
         Role.__init__(self, "rollout", world, mesh)
         self.sampling, self.seed, self.calls = None, 0, 0  # type: ignore[assignment]
-        self.overlap, self.under_way, self.sender = StreamConfig(), [], None
+        self.overlap, self.under_way, self.loaded = StreamConfig(), [], LoadedWeights()
         self._streams, self._saved = [], []
         world.my_group(mesh.groups("tensor", "pipeline"))
         self.engine = NullEngine(tokens)  # type: ignore[assignment]
@@ -133,22 +134,32 @@ class NullReference(Reference):
         return torch.zeros(samples.tokens_BT.shape)
 
 
+class NullSyncs:
+    """`WeightSyncs` that move nothing."""
+
+    def __init__(self) -> None:
+        self.rows: list[SyncRow] = []
+
+    def run(self, policy: Policy, rollout: Rollout) -> None:
+        with policy.call("reshard_to", also=(rollout,)), rollout.loaded.loading(policy):
+            if policy.member or rollout.member:
+                self.rows = [SyncRow(moved_bytes=1 << 30, seconds=1.0)]
+
+    def latest(self) -> list[SyncRow]:
+        return self.rows
+
+
 class NullPolicy(NullReference, Policy):
     """`Policy` without a model: an update sums its metrics over the ranks, and nothing else."""
 
     def __init__(self, world: World, mesh: Mesh) -> None:
         NullReference.__init__(self, "policy", world, mesh)
         self.optimizer_steps = self.version = self.max_response = 0
-        self.syncs = {"rollout": SimpleNamespace(ledger=[])}  # type: ignore[dict-item]
+        self.syncs = NullSyncs()
 
     def _step(self, loss: Any, together: int, samples: Samples, fields: dict[str, Any]) -> StepReport:
         totals = self._totals(samples)
         return StepReport(self._reduce({name: torch.zeros((), dtype=torch.float64) for name in METRICS}), totals)
-
-    def reshard_to(self, rollout: Any) -> None:
-        with self.call("reshard_to", also=(rollout,)):
-            if self.member or rollout.member:
-                self.syncs["rollout"].ledger[:] = [SyncRow(moved_bytes=1 << 30, seconds=1.0)]
 
 
 class Meter:

@@ -24,8 +24,9 @@ from torch import Tensor
 from aligner.models.family import logical_tensors
 from aligner.models.spec import ModelSpec, read_spec
 from aligner.reshard.config import ReshardConfig
+from aligner.reshard.local import TensorWeights
 from aligner.reshard.message.bucket import Buffers
-from aligner.reshard.message.storage import Storages, allocate, strided_view
+from aligner.reshard.message.storage import allocate, strided_view
 from aligner.reshard.plan.region import Piece, contiguous_stride
 from aligner.reshard.plan.schedule import Message, schedule_of
 from aligner.reshard.plan.transfer_plan import make_plan
@@ -73,7 +74,7 @@ class Bench:
         return strided_view(self.source[piece.storage], piece)
 
     def ours(self, verify: bool, destination: Any = None, shared: bool = True) -> Any:
-        target, buffers = destination or Storages(self.out, self.layout), self.buffers if shared else self.messages
+        target, buffers = destination or TensorWeights(self.out, self.layout), self.buffers if shared else self.messages
         return execute(self.plan, self.view, target, self.everyone, CPU, BUCKET_BYTES, verify, buffers=buffers)
 
     def check(self) -> None:
@@ -235,7 +236,7 @@ def engine_ways(bench: Bench, folder: str) -> dict[str, Callable[[], object]]:
     group = group_of(bench.rank, bench.infer_mesh.groups("tensor"))
     engine = RolloutEngine(folder, group, f"bench-{bench.rank}", RolloutConfig(max_model_len=256, kv_cache_mib=16), CPU)
     weights = EngineWeights(engine)
-    weights.pieces(bench.shapes)
+    weights.pieces()
     runner = engine._worker.model_runner
 
     def reload() -> None:

@@ -135,9 +135,9 @@ def _steps(world: Any, given: argparse.Namespace) -> Any:
 
     from aligner.data.prompts import Prompt
     from aligner.data.samples import Samples
-    from aligner.models.family import logical_tensors
     from aligner.models.spec import read_spec
     from aligner.objective.losses import clipped_surrogate
+    from aligner.roles.weight_sync import WeightSyncs
     from aligner.rollout.config import RolloutConfig, Sampling
     from aligner.rollout.role import Rollout
     from aligner.spmd.mesh import Mesh
@@ -165,14 +165,14 @@ def _steps(world: Any, given: argparse.Namespace) -> Any:
     def update(policy: Policy, samples: Any, **more: Any) -> None:
         policy.update(clipped_surrogate, samples, advantage_B=policy.map(advantages, samples), **more).gather()
 
-    policy = Policy("policy", world, mesh, spec, config) if given.case != "generate" else None
+    policy = Policy("policy", world, mesh, spec, config, syncs=WeightSyncs()) if given.case != "generate" else None
     if policy is not None and given.case == "train":
         return lambda: update(policy, policy.scatter(fixed, GROUP))
     reference = Reference("reference", world, mesh, spec, config) if policy and given.reference else None
     rollout = Rollout("rollout", world, mesh, spec, engine, sampling, 0)
     if policy is None:
-        rollout.weights.pieces(logical_tensors(spec))
-        rollout.engine.ready = True  # its placeholder weights are as large
+        rollout.weights.pieces()
+        rollout.loaded.finish()  # its placeholder weights are as large
         return lambda: rollout.generate(prompts, GROUP)
 
     def step() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import inf
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -12,9 +13,11 @@ from aligner.reshard.message.checksum import Checksum, Hashes, Parts, Running, S
 from aligner.reshard.message.chunked_copy import Done, Scratch, bytes_of, copy, copy_proven, copy_seen, ignore, on_cpu
 from aligner.reshard.message.kernels import kernels_of
 from aligner.reshard.message.message_layout import MessageLayout, message_layout, words
+from aligner.reshard.message.proof import STORAGE, View, differing_pairs, mismatch, views_of
 from aligner.reshard.plan.transfer_plan import Item
-from aligner.reshard.transfer.local_copy import STORAGE, View, differing_pairs, mismatch, views_of
-from aligner.reshard.transfer.shared_memory import SharedMemoryChannel
+
+if TYPE_CHECKING:
+    from aligner.reshard.transfer.shared_memory import SharedMemoryChannel
 
 APART_BYTES = 128 << 10
 """Items of so many bytes travel by themselves; smaller ones together, since a message of their own would cost more than a copy."""

@@ -1,8 +1,8 @@
-"""Plain tensors as a source or a destination: parameters by name, read and written through strided views."""
+"""Pieces as strided views of contiguous storages: which elements they are, and that no two share one."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -21,44 +21,6 @@ def strided_view(storage: Tensor, piece: Piece) -> Tensor:
     assert storage.is_contiguous(), f"{piece.storage} is not contiguous: its strides are {storage.stride()}"
     assert storage.dtype == _DTYPES[piece.dtype], f"{piece.storage} is {storage.dtype}, its layout says {piece.dtype}"
     return storage.detach().as_strided(piece.size, piece.stride, storage.storage_offset() + piece.offset)
-
-
-class Storages:
-    """Contiguous tensors by storage name; as a `Destination` it checks that all of `layout`, which must be
-    disjoint, is written exactly once."""
-
-    def __init__(self, tensors: Mapping[str, Tensor], layout: Layout) -> None:
-        self._tensors = tensors
-        self._missing: dict[str, int] = {}
-        self._names: dict[str, str] = {}
-        check_disjoint(layout)
-        for piece in layout:
-            self._missing[piece.storage] = self._missing.get(piece.storage, 0) + piece.elements
-            self._names.setdefault(piece.storage, piece.name)
-
-    def view(self, piece: Piece) -> Tensor:
-        return strided_view(self._tensors[piece.storage], piece)
-
-    def written(self, piece: Piece, proof: bool = True) -> None:
-        self._missing[piece.storage] -= piece.elements
-
-    def finish(self) -> None:
-        wrong = {storage: count for storage, count in self._missing.items() if count}
-        if wrong:
-            storage, count = next(iter(wrong.items()))
-            what = f"{count} elements were not written" if count > 0 else f"{-count} elements were written twice"
-            raise RuntimeError(f"reshard: {storage} ({self._names[storage]}): {what}")
-
-
-class Views(Storages):
-    """A destination that somebody else gives views of."""
-
-    def __init__(self, view: Callable[[Piece], Tensor], layout: Layout) -> None:
-        super().__init__({}, layout)
-        self._view = view
-
-    def view(self, piece: Piece) -> Tensor:
-        return self._view(piece)
 
 
 def check_disjoint(layout: Layout, device: torch.device | None = None) -> None:

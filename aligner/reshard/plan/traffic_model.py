@@ -6,9 +6,9 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
+from aligner.reshard.plan.layout import WeightLayout
 from aligner.reshard.plan.schedule import STAGED, cut, deal
 from aligner.reshard.plan.transfer_plan import Plan, Stream, StreamKey, make_plan
-from aligner.reshard.weights import WeightLayout
 
 
 @dataclass

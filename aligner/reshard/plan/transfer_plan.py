@@ -7,9 +7,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
+from aligner.reshard.plan.layout import LazyHolders, WeightLayout, as_layout
 from aligner.reshard.plan.region import Box, Layout, Piece, intersect
 from aligner.reshard.plan.region_matching import Flow, Held, Missing, Ranks, flows, wanted
-from aligner.reshard.weights import LazyHolders, WeightLayout, as_layout
 
 if TYPE_CHECKING:
     from aligner.reshard.plan.schedule import Schedule

@@ -12,15 +12,16 @@ import torch.distributed as dist
 from aligner.reshard.message.bucket import Bucket, Buffers
 from aligner.reshard.plan.schedule import STAGED, Message, Schedule, Step, packed_by, schedule_of
 from aligner.reshard.plan.transfer_plan import Plan
-from aligner.reshard.transfer.rank_transfer import Destination, RankTransfer, Source
+from aligner.reshard.transfer.rank_transfer import RankTransfer, Source
 from aligner.reshard.transfer.sync_stats import SyncRow
 from aligner.reshard.transfer.wire import Kept, Waiting, Wire, wire_of
+from aligner.reshard.weights import WritableWeights
 
 
 def execute(
     plan: Plan,
     source: Source | None,
-    destination: Destination | None,
+    destination: WritableWeights | None,
     group: dist.ProcessGroup | None,
     device: torch.device,
     bucket_bytes: int,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Protocol
 
 from torch import Tensor
 
@@ -15,29 +14,17 @@ from aligner.reshard.plan.schedule import Message
 from aligner.reshard.plan.transfer_plan import Item
 from aligner.reshard.transfer.local_copy import copy_local
 from aligner.reshard.transfer.wire import Wire
+from aligner.reshard.weights import WritableWeights
 
 Source = Callable[[Piece], Tensor]
 """Reads a piece of this rank's source storages: a view of shape `piece.size`."""
-
-
-class Destination(Protocol):
-    """Storages that a transfer fills."""
-
-    def view(self, piece: Piece) -> Tensor:
-        """A writable view of the piece in the destination's storage, made plain first where the engine packed it."""
-
-    def written(self, piece: Piece, proof: bool) -> None:
-        """`piece` is written; the destination counts elements, re-lays out what is complete, and with `proof` proves that."""
-
-    def finish(self) -> None:
-        """Everything was written exactly once and derived state is reset; else RuntimeError naming the tensor."""
 
 
 class RankTransfer:
     """What this rank does to buckets: it keeps the first error and goes on exchanging, so that no peer hangs."""
 
     def __init__(
-        self, rank: int, source: Source | None, destination: Destination | None, buffers: Buffers, verify: bool
+        self, rank: int, source: Source | None, destination: WritableWeights | None, buffers: Buffers, verify: bool
     ) -> None:
         self.buffers = buffers
         self.checksummed = 0

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.attention.bias import causal_lower_right
 
-from aligner.trainer.megatron.context import cut
+from aligner.trainer.context import cut
 
 BLOCK = 256
 """Queries in one call where their mask is a tensor: [BLOCK, longest row] at most, on a CPU one for all layers."""

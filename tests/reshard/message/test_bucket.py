@@ -15,10 +15,11 @@ from torch.profiler import ProfilerActivity, profile
 from aligner.reshard.message.bucket import APART_BYTES, Bucket, Buffers
 from aligner.reshard.message.checksum import Hashes
 from aligner.reshard.message.chunked_copy import Scratch
+from aligner.reshard.message.proof import View
 from aligner.reshard.message.storage import allocate, strided_view
 from aligner.reshard.plan.region import Piece, whole_tensor
 from aligner.reshard.plan.transfer_plan import Item
-from aligner.reshard.transfer.local_copy import View, copy_local
+from aligner.reshard.transfer.local_copy import copy_local
 from tests.reshard.layouts import Grid, Shapes
 
 CPU = torch.device("cpu")

@@ -7,7 +7,8 @@ import random
 import numpy as np
 import pytest
 
-from aligner.reshard.message.storage import Storages, check_disjoint
+from aligner.reshard.local import TensorWeights
+from aligner.reshard.message.storage import check_disjoint
 from aligner.reshard.plan.region import Piece, whole_tensor
 
 
@@ -29,7 +30,7 @@ def test_storage_and_both_tensors_are_named(offset: int) -> None:
     with pytest.raises(ValueError, match=r"fused holds q\[0:4, 0:6\] and k\[0:2, 0:6\] in the same elements"):
         check_disjoint(layout)
     with pytest.raises(ValueError, match="in the same elements"):
-        Storages({}, layout)
+        TensorWeights({}, layout)
 
 
 def test_a_piece_that_overlaps_itself_is_named() -> None:

@@ -6,11 +6,11 @@ import random
 
 import pytest
 
+from aligner.reshard.plan.layout import ExplicitLayout
 from aligner.reshard.plan.region import whole_tensor
 from aligner.reshard.plan.schedule import make_schedule
 from aligner.reshard.plan.traffic_model import make_traffic_model
 from aligner.reshard.plan.transfer_plan import make_plan
-from aligner.reshard.weights import ExplicitLayout
 from tests.reshard.layouts import Grid
 
 SHAPES = {**{f"layer{n}.w": (60, 48) for n in range(6)}, "norm": (48,), "scale": ()}

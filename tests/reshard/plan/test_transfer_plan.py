@@ -13,10 +13,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from aligner.reshard.plan.layout import ExplicitLayout
 from aligner.reshard.plan.region import Box, Layout, Piece, contiguous_stride, intersect, subtract, whole_tensor
 from aligner.reshard.plan.schedule import make_schedule
 from aligner.reshard.plan.transfer_plan import Plan, make_plan, natural
-from aligner.reshard.weights import ExplicitLayout
 from tests.reshard.layouts import Grid, Shapes, parts, scattered
 from tests.reshard.simulation import Simulation
 

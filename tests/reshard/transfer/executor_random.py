@@ -14,8 +14,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from aligner.reshard.local import TensorWeights
 from aligner.reshard.message.bucket import Bucket, Buffers
-from aligner.reshard.message.storage import Storages, allocate, strided_view
+from aligner.reshard.message.storage import allocate, strided_view
 from aligner.reshard.plan.region import Layout, Piece
 from aligner.reshard.plan.transfer_plan import make_plan
 from aligner.reshard.sync import exchanged
@@ -97,7 +98,7 @@ def transfer(rank: int, number: int, world: int) -> dict[str, Any]:
     row = executor.execute(
         plan,
         lambda piece: strided_view(held[piece.storage], piece),
-        Storages(filled, wanted) if wanted else None,
+        TensorWeights(filled, wanted) if wanted else None,
         dist.group.WORLD,
         CPU,
         bucket_bytes,

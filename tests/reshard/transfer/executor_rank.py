@@ -12,8 +12,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from aligner.reshard.local import TensorWeights
 from aligner.reshard.message.bucket import Buffers
-from aligner.reshard.message.storage import Storages, allocate, strided_view
+from aligner.reshard.message.storage import allocate, strided_view
 from aligner.reshard.plan.region import Layout, Piece, whole_tensor
 from aligner.reshard.plan.transfer_plan import make_plan
 from aligner.reshard.transfer.executor import execute
@@ -59,7 +60,7 @@ class Case:
 
     def run(self, bucket_bytes: int, verify: bool = True, destination: Any = None, group: Any = None) -> dict[str, Any]:
         """Execute, and compare every destination piece with the tensor it should hold, bit by bit."""
-        to = destination or (Storages(self.filled, self.wanted) if self.wanted else None)
+        to = destination or (TensorWeights(self.filled, self.wanted) if self.wanted else None)
         row = execute(
             self.plan, self.source, to, group or dist.group.WORLD, CPU, bucket_bytes, verify, buffers=BUFFERS[-1]
         )
@@ -76,7 +77,7 @@ class Case:
         return ""
 
 
-class Broken(Storages):
+class Broken(TensorWeights):
     """A destination that goes wrong in one tensor: looked up again for the proof, it is not what was written."""
 
     def __init__(self, case: Case, name: str, harm: Callable[[Tensor], Tensor]) -> None:
@@ -166,7 +167,7 @@ def failures(rank: int) -> dict[str, str]:
 
         wrote: set[str] = set()
 
-        class Exchanged(Storages):
+        class Exchanged(TensorWeights):
             def view(self, piece: Piece) -> Tensor:
                 again = piece.storage in wrote
                 wrote.add(piece.storage)
@@ -186,7 +187,9 @@ def failures(rank: int) -> dict[str, str]:
     found["source of many fails"] = everyone.error()
     partial = Case(rank, shapes, {0: whole}, {1: halves})
     more = [*halves, Piece("a.weight", (0, 0), (6, 8), "engine.more", 0, (8, 1), "bfloat16")]
-    found["not all written"] = partial.error(**({"destination": Storages(partial.filled, more)} if rank == 1 else {}))
+    found["not all written"] = partial.error(
+        **({"destination": TensorWeights(partial.filled, more)} if rank == 1 else {})
+    )
     return found
 
 

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from aligner.reshard.message.storage import Storages, strided_view
+from aligner.reshard.local import TensorWeights
+from aligner.reshard.message.storage import strided_view
 from aligner.reshard.plan.region import whole_tensor
 from aligner.reshard.plan.schedule import STAGED
 from aligner.reshard.plan.transfer_plan import make_plan
@@ -120,7 +121,9 @@ def test_one_process_needs_no_group() -> None:
     to = whole_tensor("w", (30, 5), "bfloat16")
     held, filled = {"w": torch.randn(30, 5)}, {"w": torch.zeros(30, 5, dtype=torch.bfloat16)}
     plan = make_plan(0, {0: [piece]}, {0: [to]})
-    row = execute(plan, lambda p: strided_view(held["w"], p), Storages(filled, [to]), None, torch.device("cpu"), 64)
+    row = execute(
+        plan, lambda p: strided_view(held["w"], p), TensorWeights(filled, [to]), None, torch.device("cpu"), 64
+    )
     assert torch.equal(filled["w"], held["w"].bfloat16())
     assert (row.moved_bytes, row.local_bytes, row.checksummed) == (0, 300, 10)  # half of 64 bytes at a time: 3 rows
 

@@ -12,7 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from aligner.reshard.message.storage import Storages, allocate, strided_view
+from aligner.reshard.local import TensorWeights
+from aligner.reshard.message.storage import allocate, strided_view
 from aligner.reshard.plan.region import Layout, Piece, whole_tensor
 from aligner.reshard.plan.schedule import schedule_of
 from aligner.reshard.plan.transfer_plan import Item, make_plan
@@ -108,8 +109,8 @@ class Transfers:
     def source(self, piece: Piece) -> Tensor:
         return strided_view(self.held[piece.storage], piece)
 
-    def destination(self) -> Storages | None:
-        return Storages(self.filled, self.wanted) if self.wanted else None
+    def destination(self) -> TensorWeights | None:
+        return TensorWeights(self.filled, self.wanted) if self.wanted else None
 
     def passing(self) -> int:
         """Bytes of all that this rank packs for others and of all that enters it, in whole words."""

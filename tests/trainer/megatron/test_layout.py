@@ -14,7 +14,7 @@ from torch import Tensor
 
 from aligner.models.family import expert_tensors, logical_tensors, router_tensor
 from aligner.models.spec import ModelSpec, read_spec
-from aligner.reshard.message.storage import Storages
+from aligner.reshard.local import TensorWeights
 from aligner.reshard.plan.region import Piece
 from aligner.spmd.mesh import EXPERT_AXES, Mesh
 from aligner.trainer.megatron.layout import MegatronLayout
@@ -134,7 +134,7 @@ def test_every_rank_holds_what_megatron_expects(name: str, tmp_path: Path) -> No
             expected = Reference(hf, spec, mesh, rank).parameters()
             layout = side.layout(rank)
             filled = {key: torch.zeros(value.shape) for key, value in expected.items()}
-            storages = Storages(filled, layout)
+            storages = TensorWeights(filled, layout)
             for piece in layout:
                 box = tuple(slice(low, low + extent) for low, extent in zip(piece.lo, piece.size, strict=True))
                 storages.view(piece).copy_(hf[piece.name][box])

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from aligner.reward.boxed.checks import asserts, walked, without_runners
+from aligner.reward.sandboxed.checks import asserts, walked, without_runners
 
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 CANDIDATES = {"candidate", "func", "fn", "f", "function", "solution"}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from aligner.reward.scripts import Scripts
+from aligner.reward.python_tests import Scripts
 
 CASES: dict[str, tuple[str, list[tuple[str, str]]]] = {
     "statements": ("x = f(1)\nassert x == 2", [("body", "")]),

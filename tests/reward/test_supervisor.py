@@ -12,8 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from aligner.reward import keeper as keeper_of
-from aligner.reward import rules
+from aligner.reward import rules, supervisor
 from aligner.reward.pool import RulePool, Status
 
 RULES = """
@@ -191,7 +190,7 @@ def test_a_keeper_without_the_kernels_help(without: str, tmp_path: Path) -> None
         f"import os, runpy, sys; {without}sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
     )
     told, tell = os.pipe()
-    keeper = [sys.executable, "-c", program, keeper_of.__file__, str(tell), str(os.getpid()), *worker]
+    keeper = [sys.executable, "-c", program, supervisor.__file__, str(tell), str(os.getpid()), *worker]
     process = subprocess.Popen(keeper, pass_fds=[tell])
     os.close(tell)
     with open(told) as file:

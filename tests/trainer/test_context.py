@@ -14,11 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn.attention.bias import causal_lower_right
 
-from aligner.trainer.megatron.context import Piece, cut, held_by_each
+from aligner.trainer.context import Piece, cut, held_by_each
 from aligner.trainer.megatron.context_attention import BLOCK, Call, Plan, _bias
 from aligner.trainer.packing import pack
 
-ROOT = Path(__file__).resolve().parents[3]
+ROOT = Path(__file__).resolve().parents[2]
 LENGTHS = st.lists(st.integers(1, 90), min_size=1, max_size=20)
 
 
@@ -82,7 +82,7 @@ def test_the_mask_of_a_cpu_is_the_one_that_cuda_knows_by_name(queries: int, earl
 
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_attention_beside_a_dense_mask(torchrun, ranks: int) -> None:  # type: ignore[no-untyped-def]
-    done = torchrun(ranks, [str(Path(__file__).parents[1] / "context_rank.py")], seconds=120)
+    done = torchrun(ranks, [str(Path(__file__).with_name("context_rank.py"))], seconds=120)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     assert done.stdout.count("agrees") == ranks
 

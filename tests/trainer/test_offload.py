@@ -10,9 +10,9 @@ PROGRAM = """
 import sys, torch
 from aligner.data.samples import Samples
 from aligner.models.spec import read_spec, with_scalar_head
-from aligner.trainer.megatron import offload
+from aligner.trainer import offload
 from aligner.trainer.config import OptimizerConfig, PolicyConfig, RewardModelConfig
-from aligner.trainer.megatron.offload import storages
+from aligner.trainer.offload import storages
 from aligner.trainer.policy import Policy
 from aligner.trainer.reward_model import RewardModel
 from aligner.spmd.mesh import Mesh

@@ -1,4 +1,4 @@
-"""Starting a process of multiprocessing under a keeper, so that nothing that it starts is left over; see `keeper.py`."""
+"""Starting a process of multiprocessing under a keeper, so that nothing that it starts is left over; see `supervisor.py`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from multiprocessing import context, popen_spawn_posix, reduction, resource_trac
 from pathlib import Path
 from typing import Any
 
-KEEPER = Path(__file__).with_name("keeper.py")
+KEEPER = Path(__file__).with_name("supervisor.py")
 
 
 class KeptPopen(popen_spawn_posix.Popen):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from markdown_it import MarkdownIt
 
-from aligner.reward.fences import final_part, python_block
+from aligner.reward.code_blocks import final_part, python_block
 
 A, B = "a = 1\n", "b = 2\n"
 BARE = "a block without an info string counts where none is named python"

@@ -6,7 +6,7 @@ import pytest
 
 PROGRAM = """
 import torch, torch.distributed as dist
-from aligner.trainer.megatron.vocab_parallel import logprobs_and_entropy
+from aligner.trainer.vocab_parallel import logprobs_and_entropy
 from aligner.spmd.world import World
 world = World(60)
 torch.manual_seed(0)

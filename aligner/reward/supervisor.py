@@ -1,6 +1,6 @@
 """Run as a program of its own, between a rank and a worker: when either ends, so does everything that the worker started.
 
-    python -I -S keeper.py REPORT_FD RANK COMMAND ...
+    python -I -S supervisor.py REPORT_FD RANK COMMAND ...
 
 It runs the command (the worker) as its child, whose process id it writes on REPORT_FD, and ends as the worker ends. It is
 the subreaper of all below it: whoever leaves the worker's group or session, or outlives its own parent, comes to it as its

@@ -1,0 +1,91 @@
+"""One side of a transfer: what every rank of a role holds, asked by rank or by tensor (pure, no torch)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any, Protocol, TypeVar
+
+from aligner.reshard.plan.region import Layout, Piece
+
+R = TypeVar("R")
+
+
+class WeightLayout(Protocol):
+    """Which region of which logical tensor every rank of a role holds."""
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """World ranks of the role, ascending."""
+
+    def layout(self, rank: int) -> Sequence[Piece]:
+        """Everything one rank holds; costs as much as its own pieces."""
+
+    def holders(self, name: str) -> Sequence[tuple[Piece, tuple[int, ...]]]:
+        """Every distinct piece of one logical tensor with the ranks that hold it in that very form, ascending.
+
+        Empty where nobody holds the tensor. Costs as much as the distinct pieces of this one tensor, never as much as
+        the model. The same box may appear in several forms (other strides, storages or dtypes), also on one rank.
+        """
+
+
+class LazyHolders(Sequence[tuple[Piece, tuple[int, ...]]]):
+    """What `holders` returns, with pieces that are made only when they are looked at.
+
+    Args:
+        form: equal for tensors of this side that have the same boxes, dtype and ranks, and for no others.
+        regions: what each piece is made of, with the ranks that hold it.
+        make: a region -> its piece.
+    """
+
+    def __init__(
+        self, form: Hashable, regions: Sequence[tuple[R, tuple[int, ...]]], make: Callable[[R], Piece]
+    ) -> None:
+        self.form, self._regions, self._make = form, regions, make
+
+    def __len__(self) -> int:
+        return len(self._regions)
+
+    def __getitem__(self, index: Any) -> Any:
+        region, ranks = self._regions[index]
+        return self._make(region), ranks
+
+
+class ExplicitLayout:
+    """A side given as every rank's layout: for layouts that were exchanged."""
+
+    def __init__(self, layouts: Mapping[int, Layout]) -> None:
+        self._layouts = {rank: layouts[rank] for rank in sorted(layouts)}
+        self._holders: dict[str, list[tuple[Piece, tuple[int, ...]]]] | None = None
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        return tuple(self._layouts)
+
+    def layout(self, rank: int) -> Layout:
+        return self._layouts.get(rank, ())
+
+    def holders(self, name: str) -> Sequence[tuple[Piece, tuple[int, ...]]]:
+        if self._holders is None:
+            self._holders = _index(self._layouts)
+        return self._holders.get(name, ())
+
+
+def as_layout(given: WeightLayout | Mapping[int, Layout]) -> WeightLayout:
+    """A side, or every rank's layout, as a side."""
+    return ExplicitLayout(given) if isinstance(given, Mapping) else given
+
+
+def _index(layouts: Mapping[int, Layout]) -> dict[str, list[tuple[Piece, tuple[int, ...]]]]:
+    """Tensor -> its distinct pieces with their holders; ranks that share one layout object are read once."""
+    sharers: dict[int, list[int]] = {}
+    for rank, layout in layouts.items():
+        sharers.setdefault(id(layout), []).append(rank)
+    found: dict[str, dict[Piece, set[int]]] = {}
+    for ranks in sharers.values():
+        for piece in layouts[ranks[0]]:
+            found.setdefault(piece.name, {}).setdefault(piece, set()).update(ranks)
+    tuples: dict[frozenset[int], tuple[int, ...]] = {}
+    return {
+        name: [(piece, tuples.setdefault(frozenset(ranks), tuple(sorted(ranks)))) for piece, ranks in pieces.items()]
+        for name, pieces in found.items()
+    }

@@ -1,0 +1,40 @@
+"""A policy's weights into the engines of a rollout: wires the two ends of a weight sync, and runs it as a role call."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from aligner.reshard.config import ReshardConfig
+from aligner.reshard.sync import WeightSync
+
+if TYPE_CHECKING:
+    from aligner.reshard.transfer.sync_stats import SyncRow
+    from aligner.rollout.role import Rollout
+    from aligner.trainer.policy import Policy
+
+
+class WeightSyncs:
+    """The weight syncs of one policy: one for each rollout that it is brought to, planned at the first run.
+
+    Several policies may take turns with one rollout; which of them its engines hold is in `rollout.loaded`.
+    """
+
+    def __init__(self, config: ReshardConfig | None = None) -> None:
+        self.config = config or ReshardConfig()
+        self.by_rollout: dict[str, WeightSync] = {}
+        """By the rollout's name."""
+
+    def run(self, policy: Policy, rollout: Rollout) -> None:
+        """Bring the policy's weights, as they are now, into the rollout's engines. Collective over the world; see
+        `Policy.reshard_to`."""
+        rollout.drain_before_sync(policy.mesh)
+        with policy.call("reshard_to", also=(rollout,)):
+            if rollout.name not in self.by_rollout:
+                self.by_rollout[rollout.name] = WeightSync(policy.world, policy.weights, rollout.weights, self.config)
+            with rollout.loaded.loading(policy):
+                self.by_rollout[rollout.name].run()
+        rollout.took_weights()
+
+    def latest(self) -> list[SyncRow]:
+        """What the last sync into each rollout moved on this rank."""
+        return [sync.ledger[-1] for sync in self.by_rollout.values() if sync.ledger]
