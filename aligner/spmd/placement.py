@@ -23,7 +23,8 @@ class RoleLayout:
     """One role's ranks and parallel sizes."""
 
     ranks: Any = "all"
-    """World ranks: `all`, a list such as [0, 1], ranges such as "0-3,6", or parts of any world such as 0%-50%."""
+    """World ranks: `all`, a list such as [0, 1], ranges such as "0-3,6", or parts of any world such as 0%-50%. Models:
+    `policy`, further engines: `rollout`, for the ranks and sizes of that role."""
     tensor: int = 1
     """Tensor-parallel size, in ranks."""
     pipeline: int = 1
