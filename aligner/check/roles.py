@@ -31,6 +31,7 @@ def wanted_roles(config: Config, listed: Sequence[str]) -> list[str]:
 
 
 def check_roles(config: Config, roles: Sequence[str]) -> None:
+    """Raises ValueError for a role that is not described, a job without anything to train, and a model that nobody uses."""
     others = [name for name in config.roles if name != "policy"]
     unknown = [role for role in roles if role not in config.roles]
     if unknown or not {"policy", "reward_model"} & set(roles):
@@ -105,12 +106,11 @@ def check_engines(config: Config, specs: Mapping[str, ModelSpec], meshes: Mappin
     """Further engines: what they can run, and that two of one process can be there together."""
     engines = [role for role in specs if config.role(role).kind.runs_on == "engine"]
     for role in (config.role(name) for name in engines if name in config.models):
-        mesh = meshes[role.name]
-        check_end(config, specs[role.name], load_tokenizer(*reversed(config.model_path(role.name))))
+        mesh, spec, settings = meshes[role.name], specs[role.name], config.settings(role.name)
+        if not settings.own_tokenizer:  # else the loop says what ends its answers
+            check_end(config, spec, load_tokenizer(settings.path))
         with errors_about(role, "rollout"):
-            config.settings(role.name).check_model(
-                specs[role.name], mesh.tensor, machine.cpu, mesh.expert > 1, mesh.pipeline
-            )
+            settings.check_model(spec, mesh.tensor, machine.cpu, mesh.expert > 1, mesh.pipeline)
     for one, other in itertools.combinations(engines, 2):
         shared = sorted({*meshes[one].ranks} & {*meshes[other].ranks})
         if shared and not machine.cpu and config.residency.mode != "off":

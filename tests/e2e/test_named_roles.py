@@ -77,7 +77,7 @@ def test_two_reward_models_on_ranks_of_their_own(own: Job, job: Job, task: Any, 
     listed = "algorithm.roles=[policy,rollout,reward]"  # the reward's components name the rest
     rows = job(
         3, "reward=two_models", *given, listed, *loss, "algorithm.loss.kl_coef=0", *apart, "placement.reward.ranks=[2]",
-        "algorithm.whiten=false",
+        "reward.rule=''",
     )  # fmt: skip
     same(rows, together, ("reward",))
     assert all(row["reward/helpful"] != row["reward/safe"] for row in rows)
