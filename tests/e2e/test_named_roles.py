@@ -69,14 +69,14 @@ def test_two_reward_models_on_ranks_of_their_own(own: Job, job: Job, task: Any, 
     given = [f"models.{name}={{kind: reward_model, path: {models[name]}}}" for name in ("helpful", "safe")]
     roles = "algorithm.roles=[policy,rollout,helpful,safe]"
     loss = [setting for setting in LOSS if "kl_coef" not in setting]
-    together = own("two_reward_models", 1, roles, *given, *loss, "algorithm.loss.kl_coef=0")
+    together = own("two_reward_models", 1, roles, *given, *loss)
     ranks = {"policy": 0, "rollout": 0, "helpful": 1, "safe": 2}
     apart = [f"placement.{name}.ranks=[{rank}]" for name, rank in ranks.items()]
-    split = own("two_reward_models", 3, roles, *given, *loss, "algorithm.loss.kl_coef=0", *apart)
+    split = own("two_reward_models", 3, roles, *given, *loss, *apart)
     same(split, together, ("reward", "loss", "grad_norm"))
     listed = "algorithm.roles=[policy,rollout,reward]"  # the reward's components name the rest
     rows = job(
-        3, "reward=two_models", *given, listed, *loss, "algorithm.loss.kl_coef=0", *apart, "placement.reward.ranks=[2]",
+        3, "reward=two_models", *given, listed, *loss, *apart, "placement.reward.ranks=[2]",
         "reward.rule=''",
     )  # fmt: skip
     same(rows, together, ("reward",))
