@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from aligner.models.spec import ModelSpec
 from aligner.reshard.plan.region import ELEMENT_BYTES
 from aligner.spmd.mesh import Mesh
+from aligner.trainer.engines import backend
 
 if TYPE_CHECKING:
     from aligner.config.schema import Config
@@ -26,18 +27,12 @@ def role_bytes(config: Config, role: str, roles: Collection[str], spec: ModelSpe
     over the data shards. An engine: its weights and its KV cache, where that is known (not on CUDA with
     rollout.kv_cache_mib=null).
     """
-    dense = (spec.parameters - spec.parameters_of_experts) / (mesh.tensor * mesh.pipeline)
     settings = config.settings(role)
     if config.role(role).kind.runs_on == "engine":
-        experts = spec.parameters_of_experts / (mesh.tensor * mesh.pipeline)  # cut, or whole ones: as many weights
+        weights = spec.parameters / (mesh.tensor * mesh.pipeline)  # experts are cut, or whole ones: as many weights
         cache = settings.kv_cache_bytes(spec, mesh.tensor, cpu, mesh.pipeline) or 0
-        return float((dense + experts) * ELEMENT_BYTES[settings.dtype] + cache)
-    experts = spec.parameters_of_experts / (mesh.expert_tensor * mesh.expert * mesh.pipeline)
-    held = (dense + experts) * ELEMENT_BYTES[settings.dtype]
-    if config.learns(role, roles):
-        for weights, copies in ((dense, mesh.data * mesh.context), (experts, mesh.expert_data)):
-            held += weights * (4 + 12 / (copies if settings.optimizer.distributed else 1))
-    return held
+        return float(weights * ELEMENT_BYTES[settings.dtype] + cache)
+    return backend(settings.engine).bytes_per_rank(spec, mesh, settings, config.learns(role, roles))
 
 
 @dataclass(frozen=True)

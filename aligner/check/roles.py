@@ -11,7 +11,8 @@ from aligner.check.rollout import check_end
 from aligner.config.models import errors_about
 from aligner.config.schema import Config
 from aligner.data.tokenizer import load_tokenizer
-from aligner.models.family import FAMILIES, Head
+from aligner.models.families import FAMILIES
+from aligner.models.family import Head
 from aligner.models.spec import ModelSpec, read_spec, with_scalar_head
 from aligner.reward.components import Part, parts_of
 from aligner.spmd.mesh import Mesh

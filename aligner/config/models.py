@@ -201,7 +201,7 @@ def errors_about(role: RoleSpec, usual: str) -> Iterator[None]:
         raise ValueError(re.sub(rf"(?<!placement\.)\b{usual}\.", f"{role.section}.", text)) from None
 
 
-def check_models(models: Mapping[str, Any]) -> None:
+def check_model_settings(models: Mapping[str, Any]) -> None:
     """Raises ValueError for a value that is not possible, naming the setting and what would work."""
     for name, role in further_roles(models).items():
         with errors_about(role, "rollout"):  # relations between an engine's settings are told as the rollout's

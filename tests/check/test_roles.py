@@ -8,15 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from aligner.check.job import Checked, check
+from aligner.check.job import Checked
 from aligner.check.memory import Machine, bytes_of_roles
 from aligner.check.roles import check_engines, wanted_roles
 from aligner.check.summary import summary
 from aligner.config.schema import Config, compose_config, to_config
 from aligner.data.column_addition import ModelShape, write_model
 from aligner.models.spec import read_spec, with_scalar_head
-from aligner.run.job import prepare
+from aligner.run.prepare import prepare
 from aligner.spmd.placement import make_meshes
+from tests.check.whole import check
 
 SHAPE = ModelShape(hidden=64, layers=2, heads=4, kv_heads=2, head_dim=32, ffn=96)
 SMALL = ModelShape(hidden=32, layers=1, heads=2, kv_heads=1, head_dim=32, ffn=64)
@@ -137,7 +138,8 @@ def test_engines_that_share_a_gpu(folder: Path) -> None:
 def test_the_summary_names_them(folder: Path) -> None:
     given = [model(folder, name, kind) for name, kind in (("teacher", "frozen"), ("actor", "policy"))]
     found = config(folder, *given, "placement.teacher.ranks=[1]", "algorithm.roles=[policy,rollout,reward,teacher,actor]", "mode=check", "check.ranks=2", "reward.rule=aligner.reward.rules.exact_match")  # fmt: skip
-    text = summary(prepare(found, 2), 2)
+    job = prepare(found, 2)
+    text = summary(job.config, job.roles, job.checked, 2)
     line = next(line for line in text.splitlines() if line.strip().startswith("teacher"))
     assert "rank 1: whole" in line and line.endswith(f"frozen from {folder}/small")
     assert any(line.strip().startswith("actor") and ", learns, " in line for line in text.splitlines())

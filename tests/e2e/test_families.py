@@ -12,8 +12,12 @@ from typing import Any
 
 import pytest
 
+from tests.families import ROWS
+
 PROGRAM = Path(__file__).with_name("families_rank.py")
-FAMILIES = ("llama", "llama_bias", "qwen2", "qwen3_tied", "gemma", "qwen3_moe", "mixtral")
+FAMILIES = ("llama", "llama_bias", "qwen2", "qwen3_tied", "gemma", "qwen3_moe", "mixtral", *ROWS)
+CHEAP = [f"{name}:float32:{1 + number % 2}:colocated" for number, name in enumerate(ROWS) if ROWS[name].fuzz]
+"""One case of each family of `ROWS`."""
 COLOCATED, SPLIT = 2, 4
 """Ranks of the job: both roles on all of them, or each on its own half."""
 
@@ -27,7 +31,7 @@ def run(torchrun: Callable[..., Any], folder: Path, ranks: int, fresh: int, case
 @pytest.mark.parametrize(
     ("ranks", "cases"),
     [
-        (COLOCATED, ["qwen3_moe:float32:2:colocated", "gemma:bfloat16:1:colocated"]),
+        (COLOCATED, ["qwen3_moe:float32:2:colocated", "gemma:bfloat16:1:colocated", *CHEAP]),
         pytest.param(SPLIT, ["mixtral:float32:2:split"], marks=pytest.mark.matrix),
     ],
     ids=["colocated", "split"],

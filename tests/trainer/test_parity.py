@@ -12,11 +12,14 @@ from transformers import (
     GemmaConfig,
     LlamaConfig,
     MixtralConfig,
+    Phi3Config,
     PreTrainedConfig,
     Qwen2Config,
     Qwen3Config,
     Qwen3MoeConfig,
 )
+
+from tests.families import ROWS
 
 BASE: dict[str, Any] = {
     "vocab_size": 61,
@@ -38,6 +41,28 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16, "beta_fast": 4.0}
+GROWN = [1.0 + 0.25 * pair for pair in range(8)]
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "short_factor": GROWN,
+    "long_factor": [2 * one for one in GROWN],
+    "original_max_position_embeddings": 32,
+}
+SCALED: dict[str, PreTrainedConfig] = {
+    "yarn": LlamaConfig(**BASE, rope_parameters=YARN),
+    "yarn_attention": Qwen3Config(**BASE, head_dim=16, rope_parameters={**YARN, "attention_factor": 1.4}),
+    "linear": LlamaConfig(**BASE, rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}),
+    "dynamic": LlamaConfig(**BASE, rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}),
+    "longrope": LlamaConfig(**BASE, rope_parameters=LONGROPE),
+    "phi3_longrope": Phi3Config(
+        **{**BASE, "partial_rotary_factor": 0.75, "original_max_position_embeddings": 32},
+        rope_parameters={**LONGROPE, "short_factor": GROWN[:6], "long_factor": GROWN[:6]},
+    ),
+    "one_kv_scaled": LlamaConfig(**{**BASE, "num_key_value_heads": 1}, rope_parameters=YARN),
+}
+"""Rotary positions scaled to longer contexts."""
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48, "head_dim": 16}
 DENSE: dict[str, PreTrainedConfig] = {
     "llama": LlamaConfig(**BASE, rms_norm_eps=1e-5, tie_word_embeddings=False),
@@ -58,7 +83,9 @@ FAMILIES = DENSE | {
     "one_kv": Qwen3Config(**{**BASE, "num_key_value_heads": 1}, head_dim=16, tie_word_embeddings=False),
     "one_kv_biased": LlamaConfig(**{**BASE, "num_key_value_heads": 1}, attention_bias=True),
     "three": LlamaConfig(**{**BASE, "num_hidden_layers": 3}),
+    **SCALED,
 }
+FAMILIES |= {name: row.config(**{**BASE, "tie_word_embeddings": False, **row.settings}) for name, row in ROWS.items()}
 LAYOUTS = {
     1: [""],
     2: ["tensor=2", "tensor=2,sp,recompute=full", "pipeline=2,recompute=full", "recompute=selective"],
@@ -79,6 +106,7 @@ CASES = {
         "llama_biased:tensor=2,sp",
         "qwen3_biased:tensor=2",
         "one_kv:tensor=2",
+        "yarn:tensor=2,sp",
         "three:pipeline=2,stage_layers=1+2",
         "llama:pipeline=2,virtual_pipeline=2,adam",
         "llama:context=2,adam",
@@ -107,6 +135,15 @@ CASES = {
 }
 
 
+CASES[1] += [f"{name}:" for name in ROWS]
+CASES[2] += [
+    f"{name}:{layout}" for name in ROWS for layout in ("tensor=2,sp,recompute=full", "pipeline=2", "context=2")
+]
+CASES[4] += [
+    f"{name}:{layout}" for name in ROWS for layout in ("tensor=2,pipeline=2", "tensor=4,sp,adam", "context=2,tensor=2")
+]
+
+
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One small checkpoint of each family, with biases and norms that are not their defaults."""
@@ -132,6 +169,24 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("ranks", [1, 2, pytest.param(4, marks=pytest.mark.matrix)])
 def test_a_step_equals_transformers(torchrun, checkpoints: Path, tmp_path: Path, ranks: int) -> None:  # type: ignore[no-untyped-def]
     cases = [f"{name}:{layout}" for name in DENSE for layout in LAYOUTS[ranks]] + CASES[ranks]
+    script = Path(__file__).with_name("parity_rank.py")
+    done = torchrun(ranks, [str(script), str(checkpoints), str(tmp_path), *cases], seconds=400)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    for case in cases:
+        assert done.stdout.count(f"{case} logits off by") == ranks, case
+
+
+ROPE_LAYOUTS = {
+    2: ["tensor=2", "pipeline=2,recompute=full", "context=2"],
+    4: ["tensor=2,pipeline=2,sp", "context=2,pipeline=2"],
+}
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("ranks", ROPE_LAYOUTS)
+def test_scaled_rotary_positions(torchrun, checkpoints: Path, tmp_path: Path, ranks: int) -> None:  # type: ignore[no-untyped-def]
+    cases = [f"{name}:{layout}" for name in SCALED for layout in ROPE_LAYOUTS[ranks]]
+    cases += ["one_kv_scaled:tensor=4"] if ranks == 4 else []  # more tensor ranks than key/value heads
     script = Path(__file__).with_name("parity_rank.py")
     done = torchrun(ranks, [str(script), str(checkpoints), str(tmp_path), *cases], seconds=400)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
