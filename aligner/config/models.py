@@ -122,12 +122,12 @@ def complete_models(composed: DictConfig, mirror: Mirror) -> None:
             )
         roles[name] = further_role(name, str(node.get("kind") or ""))
         settings = SETTINGS[roles[name].kind.name]
-        _replace(composed.models, name, _merged(OmegaConf.structured(mirror(settings)), node, f"models.{name}"))
+        composed.models[name] = _merged(OmegaConf.structured(mirror(settings)), node, f"models.{name}")
     for name in map(str, composed.placement):
         if name not in roles and name not in USUAL:
             raise ValueError(_no_role(name, [*USUAL, *roles]))
     for name, role in roles.items():
-        _replace(composed.placement, name, _layout(composed, role, mirror))
+        composed.placement[name] = _layout(composed, role, mirror)
 
 
 def _layout(composed: DictConfig, role: RoleSpec, mirror: Mirror) -> DictConfig:
@@ -139,10 +139,6 @@ def _layout(composed: DictConfig, role: RoleSpec, mirror: Mirror) -> DictConfig:
     if not isinstance(node, DictConfig):
         raise ValueError(f"{setting}={node} is not possible; set its keys, such as {setting}.ranks=all.")
     return _merged(usual, node, setting)
-
-
-def _replace(parent: DictConfig, name: str, node: DictConfig) -> None:
-    parent[name] = node
 
 
 def _merged(usual: DictConfig, node: DictConfig, setting: str) -> DictConfig:
@@ -157,12 +153,12 @@ def _merged(usual: DictConfig, node: DictConfig, setting: str) -> DictConfig:
         # as plain values: OmegaConf takes two nodes of a dataclass for two types, and ${...} stays as it is written
         merged = OmegaConf.merge(usual, OmegaConf.to_container(node, resolve=False))
     except OmegaConfBaseException as error:
-        raise ValueError(explained(error, setting)) from None
+        raise ValueError(_explained(error, setting)) from None
     assert isinstance(merged, DictConfig)
     return merged
 
 
-def explained(error: OmegaConfBaseException, setting: str) -> str:
+def _explained(error: OmegaConfBaseException, setting: str) -> str:
     """OmegaConf's complaint about a value below `setting` as one line."""
     key = f"{setting}.{error.full_key}" if error.full_key else setting
     text = str(error.msg if error.msg is not None else error).splitlines()[0].rstrip(".")
@@ -175,9 +171,11 @@ def explained(error: OmegaConfBaseException, setting: str) -> str:
 def _no_role(name: str, roles: list[str]) -> str:
     """Said of placement.NAME without a model of that name."""
     close = difflib.get_close_matches(name, roles, 1, 0.6)
-    advice = f"did you mean placement.{close[0]}?" if close else f"use {', '.join(roles)}, or define"
-    return f"placement.{name} is of no role: there is no models.{name}; {advice}" + (
-        "" if close else f" models.{name}={{kind: ..., path: ...}}."
+    if close:
+        return f"placement.{name} is of no role: there is no models.{name}; did you mean placement.{close[0]}?"
+    return (
+        f"placement.{name} is of no role: there is no models.{name}; use {', '.join(roles)}, or define "
+        f"models.{name}={{kind: ..., path: ...}}."
     )
 
 
