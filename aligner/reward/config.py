@@ -34,8 +34,8 @@ class RewardComponent:
     """Further arguments of the rule; a row's field of the same name takes precedence."""
     url: str | None = None
     """HTTP endpoint that scores rows (or, with judge, answers chat completions)."""
-    model: bool = False
-    """The score of the role reward_model."""
+    model: bool | str = False
+    """The score of a reward model: true for the role reward_model, or the name of a models.NAME of kind reward_model."""
     weight: Annotated[float, Finite()] = 1.0
     """Factor in the sum; 0: only logged or used as a gate, and it may be missing in a row."""
     normalize: Annotated[str, OneOf("none", "batch")] = "none"

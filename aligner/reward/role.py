@@ -52,7 +52,7 @@ class Scores:
 
 
 class RowScorer(Protocol):
-    """The reward model's side: a role with a scalar head."""
+    """A reward model: a role with a scalar head."""
 
     def scores(self, samples: Ref) -> Ref:
         """Ref to [B] float32, lined up with the samples. Every rank of the world calls it."""
@@ -60,7 +60,7 @@ class RowScorer(Protocol):
 
 
 class Reward(Role):
-    """Rules, endpoints and the reward model, alone or in a weighted sum."""
+    """Rules, endpoints and reward models, alone or in a weighted sum."""
 
     def __init__(
         self,
@@ -69,11 +69,11 @@ class Reward(Role):
         mesh: Mesh,
         config: RewardConfig,
         tokenizer: PreTrainedTokenizerBase,
-        model: RowScorer | None = None,
+        models: Mapping[str, RowScorer] | None = None,
     ) -> None:
         """
         Args:
-            model: scores the components with model=true.
+            models: the reward models by role name, which score the components that name them.
 
         Raises:
             ValueError: a component that cannot be computed.
@@ -81,10 +81,12 @@ class Reward(Role):
         super().__init__(name, world, mesh)
         self.config, self.tokenizer = config, tokenizer
         self.parts = parts_of(config)
-        wanting = [part for part in self.parts if part.component.model]
-        self.model = model if wanting else None
-        if wanting and model is None:
-            raise ValueError(f"{wanting[0].source} needs the role reward_model; add reward_model to algorithm.roles.")
+        self.models: dict[str, RowScorer] = {}
+        for part in self.parts:
+            if part.model is not None:
+                if part.model not in (models or {}):
+                    raise ValueError(f"{part.source} needs the role {part.model}; add {part.model} to algorithm.roles.")
+                self.models[part.model] = (models or {})[part.model]
         self.scorers: dict[str, Scorer] = {}
         if self.member:
             for part in self.parts:
@@ -103,14 +105,16 @@ class Reward(Role):
         Raises:
             ValueError: more rows without a score than reward.max_missing allows, or none has one; examples are shown.
         """
-        from_model = self.model.scores(samples) if self.model is not None else None  # a role call: every rank's
+        from_models = {name: model.scores(samples) for name, model in self.models.items()}  # role calls: every rank's
         with self.call("score"):
-            local = self.localize((samples, from_model), {})
-            here, score_B = local.args
-            value = self._score(here, score_B, local.mine) if self.member else None
+            local = self.localize((samples,), from_models)
+            value = self._score(local.args[0], local.kwargs, local.mine) if self.member else None
             return Ref(self, value, local.rows)
 
-    def _score(self, samples: Samples, score_B: Tensor | None, rows: Sequence[int]) -> Scores:
+    def _score(self, samples: Samples, from_models: Mapping[str, Tensor], rows: Sequence[int]) -> Scores:
+        """Args:
+        from_models: [B] of each reward model, by role name.
+        """
         ids = [samples.response_tokens(row) for row in range(samples.rows)]
         texts: dict[bool, list[str]] = {}
         items: dict[bool, list[dict[str, Any]]] = {}
@@ -121,7 +125,7 @@ class Reward(Role):
                 for text, fields in zip(texts[kept], samples.fields, strict=True)
             ]
         self.world.activity.details["reward"] = lambda: self._being_scored(items, rows)
-        scores = self._by_part(items, score_B)
+        scores = self._by_part(items, from_models)
         self.world.activity.details.pop("reward")
         raw = {name: _raw(of_part) for name, of_part in scores.items()}
         status = {name: torch.tensor([int(s.status) for s in of], dtype=torch.int8) for name, of in scores.items()}
@@ -139,7 +143,7 @@ class Reward(Role):
         ]
 
     def _by_part(
-        self, items: Mapping[bool, Sequence[Mapping[str, Any]]], score_B: Tensor | None
+        self, items: Mapping[bool, Sequence[Mapping[str, Any]]], from_models: Mapping[str, Tensor]
     ) -> dict[str, list[Score]]:
         """Scores by component; the components are scored concurrently.
 
@@ -153,7 +157,7 @@ class Reward(Role):
                 if part.name in self.scorers
             }
             return {
-                part.name: running[part.name].result() if part.name in running else _of_model(score_B)
+                part.name: running[part.name].result() if part.model is None else _of_model(from_models[part.model])
                 for part in self.parts
             }
 
@@ -185,8 +189,7 @@ def _raw(scores: Sequence[Score]) -> Tensor:
     return torch.tensor([s.value if s.status is Status.OK else math.nan for s in scores], dtype=torch.float32)
 
 
-def _of_model(score_B: Tensor | None) -> list[Score]:
-    assert score_B is not None
+def _of_model(score_B: Tensor) -> list[Score]:
     return [
         Score(value, Status.OK, 0.0)
         if math.isfinite(value)

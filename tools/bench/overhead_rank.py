@@ -116,7 +116,7 @@ class NullReward(Reward):
 
     def __init__(self, world: World, mesh: Mesh) -> None:
         Role.__init__(self, "reward", world, mesh)
-        self.config, self.model = RewardConfig(), None
+        self.config, self.models = RewardConfig(), {}
         self.tokenizer = SimpleNamespace(decode=lambda tokens, **_: "abcd" * len(tokens))  # type: ignore[assignment]
         self.parts = parts_of(self.config)
         self.scorers = {part.name: NullScorer() for part in self.parts}
