@@ -1,6 +1,6 @@
-"""config -> world -> roles -> loop: `torchrun --nproc-per-node 2 -m aligner.main algorithm=grpo model.path=DIR ...`.
+"""Entry point of each rank: `torchrun --nproc-per-node 2 -m aligner.main algorithm=grpo model.path=DIR ...`.
 
-Nothing heavy is imported before the configuration has been checked.
+Heavy modules are imported only after the configuration has been checked.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ import time
 from pathlib import Path
 from typing import NoReturn
 
-from aligner.config.paths import path_option
 from aligner.config.secrets import Mask
-from aligner.health.process_exit import at_once, own_folder
+from aligner.health.process_exit import exit_on_signal, temporary_folder
+from aligner.paths import path_option
 
 PATIENCE = 30.0
-"""Other ranks wait this many seconds for rank 0 to say the mistake; the launcher ends them when rank 0 has left."""
+"""Seconds that other ranks wait for rank 0 to report a configuration error; the launcher ends them when rank 0 exits."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -28,24 +28,28 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    """Our own flags; everything else is a Hydra override."""
+    """Parse aligner's flags; all other arguments are Hydra overrides.
+
+    Raises:
+        ValueError: an unknown flag.
+    """
     parser = _Parser(add_help=False, allow_abbrev=False)
     parser.add_argument("--help", "-h", action="store_true")
     parser.add_argument("--cfg", choices=["job"])
     parser.add_argument("--config-name", default="train")
     parser.add_argument("--config-dir", type=path_option)
     parser.add_argument("overrides", nargs="*")
-    found, unknown = parser.parse_known_args(arguments)
+    namespace, unknown = parser.parse_known_args(arguments)
     flags = [flag for flag in unknown if flag.startswith("-")]
     if flags:
-        raise ValueError(f"{flags[0]} is not a flag of aligner; settings are given as KEY=VALUE (see --help).")
-    found.overrides += unknown
-    return found
+        raise ValueError(f"{flags[0]} is not a flag of aligner; give settings as KEY=VALUE (see --help).")
+    namespace.overrides += unknown
+    return namespace
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """One rank of the job, from its command line to its exit."""
-    with own_folder():
+    """Run one rank of the job; exits with status 2 for a configuration error."""
+    with temporary_folder():
         _main(sys.argv[1:] if arguments is None else arguments)
 
 
@@ -53,23 +57,23 @@ def _main(arguments: list[str]) -> None:
     rank = int(os.environ.get("RANK", "0"))
     mask = Mask.of(arguments)
     try:
-        found = parse(arguments)
+        flags = parse(arguments)
         from aligner.config import schema as configuration
 
-        folder = (found.config_dir or configuration.CONF).resolve()
-        if found.help:
+        folder = (flags.config_dir or configuration.CONF).resolve()
+        if flags.help:
             from aligner.config.help import help_text
 
             return _print_once(rank, help_text(folder))
-        composed = configuration.compose_config(found.overrides, found.config_name, folder)
-        if found.cfg:
+        composed = configuration.compose_config(flags.overrides, flags.config_name, folder)
+        if flags.cfg:
             from omegaconf import OmegaConf
 
             plain = mask.plain(OmegaConf.to_container(composed))
             return _print_once(rank, OmegaConf.to_yaml(OmegaConf.create(plain)))
         from aligner.checkpoint.claim import launch
-        from aligner.checkpoint.lease import take
-        from aligner.run.job import prepare
+        from aligner.checkpoint.lease import acquire_lease
+        from aligner.run.prepare import prepare
 
         config = configuration.to_config(composed)
         mask = Mask.of(arguments, dataclasses.asdict(config))
@@ -79,12 +83,14 @@ def _main(arguments: list[str]) -> None:
         if checking:
             from aligner.check.summary import summary
 
-            return _print_once(rank, mask.text(summary(job, ranks)))
+            return _print_once(rank, mask.text(summary(job.config, job.roles, job.checked, ranks)))
         if rank == 0:
-            job = dataclasses.replace(job, lease=take(Path(config.run_dir), launch()))
+            job = dataclasses.replace(job, lease=acquire_lease(Path(config.run_dir), launch()))
     except ValueError as error:
         _refuse(rank, mask.text(str(error)))
-    job.run()
+    from aligner.run.loop import run_job
+
+    run_job(job)
 
 
 def _print_once(rank: int, text: str) -> None:
@@ -93,9 +99,10 @@ def _print_once(rank: int, text: str) -> None:
 
 
 def _refuse(rank: int, message: str) -> NoReturn:
-    """The user's mistake, found before the world started: every rank finds the same one, rank 0 says it.
+    """Report a configuration error, found before the process groups were made, and exit with status 2.
 
-    A rank that is still there after PATIENCE was alone with it (a file that is missing on its host) and speaks.
+    All ranks find the same error, and rank 0 reports it. A rank that is still running after PATIENCE found one of its own
+    (a file that is missing on its host) and reports it too.
     """
     if rank == 0:
         sys.stderr.write(f"aligner: error: {message}\n")
@@ -108,5 +115,5 @@ def _refuse(rank: int, message: str) -> NoReturn:
 
 if __name__ == "__main__":
     for number in (signal.SIGINT, signal.SIGTERM):  # until the job's watch takes them
-        signal.signal(number, at_once)
+        signal.signal(number, exit_on_signal)
     main()

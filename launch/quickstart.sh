@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# From nothing to a learning curve: installs, makes a small model and a task, warms it up by SFT and lifts it by GRPO.
+# From a fresh checkout to a learning curve: installs, creates a small model and a task, and trains by SFT and then GRPO.
 #
 #   bash launch/quickstart.sh [--seed N] [--out DIR] [--device cpu|cuda] [OVERRIDES OF THE GRPO JOB...]
 #   bash launch/quickstart.sh --seed 3 train.steps=20
@@ -35,7 +35,7 @@ run="${run:-$root/runs/quickstart-$(date +%Y%m%d-%H%M%S)-seed$seed}"
 mkdir -p -- "$run"
 run="$(cd -- "$run" && pwd -P)"
 
-# Hydra reads an override's value as an expression: quoted, so that a space or a comma in a path is only a character.
+# Hydra parses an override's value as an expression; quoted, so that a path may contain spaces and commas.
 quoted() { printf "'%s'" "${1//\'/\\\'}"; }
 
 phases=()
@@ -51,7 +51,7 @@ phase "environment" bash "$root/launch/environment.sh"
 # shellcheck source=launch/environment.sh
 source "$root/launch/environment.sh"
 
-# The two jobs: everything that is not said here stands in conf/.
+# The two jobs; all other settings are in conf/.
 sft_job=(
     --config-name quickstart_sft
     "model.path=$(quoted "$run/task/model")"
@@ -68,7 +68,7 @@ grpo_job=(
     "seed=$seed"
 )
 
-# One rank per GPU, two at most; two on the CPU, so that the job is a distributed one there too.
+# One rank per GPU, at most two; two on the CPU, so that the job is distributed there too.
 ranks=2
 if [[ "$ALIGNER_DEVICE" == cuda ]]; then
     gpus="$(nvidia-smi --list-gpus | grep -c '^GPU ' || true)"

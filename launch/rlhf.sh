@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
-# The whole pipeline on a small model: SFT, preferences by a verifier, a reward model, PPO on it; DPO; GRPO.
+# The RLHF pipeline on a small model: SFT, preferences ranked by a verifier, a reward model, PPO with it; DPO; GRPO.
 #
 #   bash launch/rlhf.sh [--out DIR] [--seed N] [--task DIR] [--preferences FILE] [--stages "sft ..."] [KEY=VALUE ...]
 #
-#   --out          folder of the run; default runs/rlhf-DATE-seedN. A stage that is done there is not run again.
+#   --out          output folder; default runs/rlhf-DATE-seedN. Stages that are complete there are skipped.
 #   --seed         of the task, the data order and the sampling; default 0
 #   --task         a folder with model/, demonstrations.jsonl, prompts.jsonl and heldout.jsonl; default: column addition
 #                  and a small model, generated
-#   --preferences  preference rows (JSONL; the last tenth is held out); default: answers of the SFT model, ranked by the
-#                  reward of the rules (stage preferences)
-#   --stages       default "sft preferences reward_model ppo dpo grpo"; each reads what those before it have written
+#   --preferences  preference rows (JSONL; the last tenth is held out); default: responses of the SFT model, ranked by the
+#                  rule-based reward (stage preferences)
+#   --stages       default "sft preferences reward_model ppo dpo grpo"; each reads the output of earlier ones
 #
-# Everything that a stage is stands in conf/rlhf.yaml and conf/stage/; KEY=VALUE changes a setting of every stage.
+# Stages are configured in conf/rlhf.yaml and conf/stage/; KEY=VALUE changes a setting of all stages.
 set -euo pipefail
 
 root="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)"
@@ -58,13 +58,13 @@ if [[ "$ALIGNER_DEVICE" == cuda ]]; then
     ((ranks <= 2)) || ranks=2
 fi
 
-# FILE: its last tenth becomes the held-out preferences, the rest those to learn from.
+# FILE: its last tenth becomes the held-out preferences, the rest the training preferences.
 split_preferences() {
     local rows
     rows="$(grep -c . "$1" || true)"
     ((rows >= 20)) || die "$1 has $rows preferences, too few to hold a tenth out; 20 are the least. Ranked answers are few \
 where the model is so good, or so bad, that all answers to a prompt earn the same."
-    # sed reads to the end where head would stop, which ends grep with a signal, and so the script
+    # sed reads to the end, unlike head, whose early exit would end grep with a signal and so the script
     grep . "$1" | sed -n "$((rows - rows / 10 + 1)),\$p" > "$RLHF_RUN/heldout_preferences.jsonl"
     grep . "$1" | sed -n "1,$((rows - rows / 10))p" > "$RLHF_RUN/preferences.jsonl.part"
     mv "$RLHF_RUN/preferences.jsonl.part" "$RLHF_RUN/preferences.jsonl"

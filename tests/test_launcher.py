@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RANK = """
 import os, signal, sys, time
 from pathlib import Path
-from aligner.health.process_exit import end, own_folder
+from aligner.health.process_exit import exit_process, temporary_folder
 
 what, here, rank = sys.argv[1], Path(sys.argv[2]), int(os.environ["RANK"])
 heard = []
@@ -29,16 +29,16 @@ def hear(number, frame):
         return
     if what == "saves":
         time.sleep(0.5)
-        end(0)
+        exit_process(0)
     if what == "one cannot save":
-        end(rank)
+        exit_process(rank)
     if what == "again" and len(heard) > 1:
-        end(130)
+        exit_process(130)
 
 
-with own_folder():
+with temporary_folder():
     if what == "well":
-        end(0)
+        exit_process(0)
     if what == "fails":
         time.sleep(60 if rank else 0)
         sys.exit(5 if rank == 0 else 0)
@@ -110,7 +110,7 @@ def test_an_end_by_itself(what: str, status: int, said: str, tmp_path: Path) -> 
         pytest.param("one cannot save", signal.SIGTERM, (), 143, "", marks=MORE),
         pytest.param(
             "deaf", signal.SIGTERM, ("--shutdown-timeout=1",), 143,
-            "aligner: SIGTERM: ranks were ended before they could save; the last whole checkpoint stays.", marks=MORE,
+            "aligner: SIGTERM: ranks were killed before they could save; the last complete checkpoint stays.", marks=MORE,
         ),
     ],
     ids=lambda value: str(getattr(value, "name", value)).replace(" ", "_")[:20],

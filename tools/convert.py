@@ -18,16 +18,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from safetensors import SafetensorError
 
-from aligner.config.paths import path_option
+from aligner.checkpoint.convert import convert
 from aligner.models.checkpoint import FILE_BYTES
-from aligner.models.convert import convert
-from aligner.models.stored import Cut
+from aligner.paths import path_option
 from aligner.reshard.plan.region import ELEMENT_BYTES
+from aligner.trainer.megatron.sharding import MegatronSharding
 
-SIZES = [field.name for field in fields(Cut)]
+SIZES = [field.name for field in fields(MegatronSharding)]
 
 
-def layout(text: str) -> Cut | None:
+def layout(text: str) -> MegatronSharding | None:
     """`huggingface`, or sizes such as tensor=2,pipeline=4."""
     if text == "huggingface":
         return None
@@ -39,7 +39,7 @@ def layout(text: str) -> Cut | None:
                 f"{part!r} is not understood; use huggingface, or sizes of {', '.join(SIZES)} such as tensor=2,pipeline=4"
             )
         sizes[name] = int(size)
-    return Cut(**sizes)
+    return MegatronSharding(**sizes)
 
 
 def main(arguments: list[str]) -> int:
@@ -54,13 +54,13 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--layout", type=layout, default=None, help="huggingface (default), or sizes by comma")
     parser.add_argument("--dtype", choices=list(ELEMENT_BYTES), help="of the written weights (default: as they are)")
     parser.add_argument("--file-bytes", type=int, default=FILE_BYTES, help="split Hugging Face files beyond this size")
-    given = parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
     try:
-        row = convert(given.source, given.out, given.layout, given.dtype, given.file_bytes)
+        row = convert(args.source, args.out, args.layout, args.dtype, args.file_bytes)
     except (ValueError, OSError, SafetensorError) as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
-    print(f"{given.out}: {row.local_bytes:,} bytes of weights, {row.checksummed:,} regions proven, {row.seconds:.1f} s")
+    print(f"{args.out}: {row.local_bytes:,} bytes of weights, {row.checksummed:,} regions proven, {row.seconds:.1f} s")
     return 0
 
 

@@ -1,16 +1,15 @@
-"""Answers of a model to a file of prompts, by vLLM; a run that was killed goes on where it stopped.
+"""Offline batch generation with vLLM for a file of prompts; a killed run resumes where it stopped.
 
 python tools/generate.py --model runs/first/model --input prompts.jsonl --output answers.jsonl
 python tools/generate.py --model DIR --input questions.jsonl --output out.jsonl --prompt-field question --chat \\
     --num-samples 4 --temperature 0.7 --top-p 0.95 --max-tokens 1024
 torchrun --nproc-per-node 4 tools/generate.py --tensor 2 ...     4 engines of 2 GPUs each
 
-Rows have "prompt" (text) or "messages" (a conversation, with "tools" and "chat_template_kwargs" where its template takes
-them). A line of the output: "index" (the row's number), "key",
-"prompt" (as the model saw it), "response" (a text for each sample), "finish" (stop or length), "tokens" (counts), "row"
-(what the input had). While a run works its lines stand in OUTPUT.part-N; OUTPUT appears, in the rows' order, when it is
-whole. The seed of a sample follows from --seed and its row alone, and rows are generated in batches that follow from the
-input and --batch alone: a run that was cut off ends with the same file as one that was not.
+Input rows have "prompt" (text) or "messages" (a conversation, optionally with "tools" and "chat_template_kwargs"). Output
+lines have "index" (the row's number), "key", "prompt" (as the model sees it), "response" (one text per sample), "finish"
+(stop or length), "tokens" (counts) and "row" (the input row). During a run lines are appended to OUTPUT.part-N; OUTPUT is
+written in row order when all are done. A sample's seed depends only on --seed and its row, and batches only on the input
+and --batch, so an interrupted run produces the same file as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from aligner.config.paths import path_option
+from aligner.bounds import check_settings
 from aligner.data.chat import TEMPLATE_FIELDS, Notes, check_template_kwargs
 from aligner.data.decoding import decode
 from aligner.data.end_tokens import find_ends
@@ -39,6 +38,7 @@ from aligner.data.prompts import Prompt, tokenize_prompts
 from aligner.data.tokenizer import load_tokenizer
 from aligner.models.spec import read_config
 from aligner.models.stored import SHARDS
+from aligner.paths import path_option
 from aligner.report.console import duration
 from aligner.reshard.plan.region import ELEMENT_BYTES
 from aligner.rollout.config import Sampling
@@ -46,11 +46,11 @@ from aligner.rollout.offline import OfflineEngine, fingerprint, take_devices
 from aligner.rollout.requests import Sample
 from aligner.rollout.rows import request_seed
 
-DECIDES = (
+OUTPUT_OPTIONS = (
     "num_samples", "temperature", "top_p", "top_k", "max_tokens", "stop_token_ids", "seed", "batch", "tensor", "dtype",
     "max_num_seqs", "prompt_field", "chat", "raw", "system", "chat_template_kwargs", "logprobs",
 )  # fmt: skip
-"""Options that decide what is written."""
+"""Options that determine the output."""
 AT_LEAST = {
     "num_samples": 1,
     "batch": 1,
@@ -63,48 +63,52 @@ AT_LEAST = {
 
 
 def options() -> argparse.ArgumentParser:
-    """The command line."""
+    """The command-line parser."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--model", type=path_option, required=True, help="a Hugging Face folder, such as run_dir/model or run_dir/best")
     add("--input", type=path_option, required=True, help="JSONL file of rows")
     add("--output", type=path_option, required=True, help="JSONL file to write; beside it OUTPUT.settings.json")
-    add("--num-samples", type=int, default=1, help="answers to each row (default %(default)s)")
+    add("--num-samples", type=int, default=1, help="samples per row (default %(default)s)")
     add("--temperature", type=float, default=1.0, help="0 is greedy (default %(default)s)")
     add("--top-p", type=float, default=1.0, help="smallest set of tokens with this probability (default: all)")
-    add("--top-k", type=int, default=0, help="so many most likely tokens (default 0: all)")
+    add("--top-k", type=int, default=0, help="sample from this many most likely tokens (default 0: all)")
     add("--max-tokens", type=int, default=256, help="most tokens in an answer (default %(default)s)")
     add(
         "--stop-token-ids",
         type=int,
         nargs="+",
-        help="tokens that end an answer (default: what the model's files, tokenizer and chat template end turns with)",
+        help="stop tokens (default: the end-of-turn tokens of the model's files, tokenizer and chat template)",
     )
-    add("--seed", type=int, default=0, help="of all samples (default %(default)s)")
+    add("--seed", type=int, default=0, help="random seed (default %(default)s)")
     form = parser.add_mutually_exclusive_group()
-    form.add_argument("--chat", action="store_true", help="a text is a user's message, for the chat template")
-    form.add_argument("--raw", action="store_true", help="only texts, as they are; rows with messages are refused")
+    form.add_argument("--chat", action="store_true", help="treat a text as a user message, for the chat template")
+    form.add_argument("--raw", action="store_true", help="use texts as they are; rows with messages are an error")
     add("--system", help="a system message before every conversation")
     add("--chat-template-kwargs", type=json_object, help="JSON object: variables of the chat template for every row")
-    add("--prompt-field", help='where rows have the text or the messages (default: "prompt" or "messages")')
+    add("--prompt-field", help='field of the text or the messages (default: "prompt" or "messages")')
     add("--logprobs", action="store_true", help="write token_ids, and log p of each (after temperature, top-k, top-p)")
     add(
         "--batch",
         type=int,
         default=4096,
-        help="rows written together: the most that a kill loses (default %(default)s)",
+        help="rows generated and written together; a kill loses at most one batch (default %(default)s)",
     )
     add("--tensor", type=int, default=1, help="tensor-parallel size of an engine (default %(default)s)")
-    add("--dtype", choices=list(ELEMENT_BYTES), help="of weights and computation (default: as config.json says)")
-    add("--max-model-len", type=int, help="longest prompt with its answer (default: what the rows need)")
-    add("--max-num-seqs", type=int, default=256, help="most samples generated at the same time (default %(default)s)")
-    add("--kv-cache-mib", type=int, help="KV cache of each device (default: what is left of a GPU; 1024 on a CPU)")
-    add("--gpu-memory-utilization", type=float, default=0.9, help="share of a GPU's memory (default %(default)s)")
+    add(
+        "--dtype",
+        choices=list(ELEMENT_BYTES),
+        help="data type of weights and computation (default: that of config.json)",
+    )
+    add("--max-model-len", type=int, help="longest prompt plus response (default: what the rows need)")
+    add("--max-num-seqs", type=int, default=256, help="maximum number of concurrent samples (default %(default)s)")
+    add("--kv-cache-mib", type=int, help="KV cache per device (default: the rest of a GPU's memory; 1024 on a CPU)")
+    add("--gpu-memory-utilization", type=float, default=0.9, help="fraction of a GPU's memory (default %(default)s)")
     return parser
 
 
 def json_object(text: str) -> dict[str, Any]:
-    """The value of an option that is a JSON object."""
+    """Parse an option whose value is a JSON object."""
     try:
         value = json.loads(text)
     except ValueError:
@@ -114,150 +118,154 @@ def json_object(text: str) -> dict[str, Any]:
     return value
 
 
-def checked(given: argparse.Namespace) -> Sampling:
-    """How to sample; ValueError naming the option that cannot work."""
+def sampling_of(args: argparse.Namespace) -> Sampling:
+    """The sampling settings. Raises ValueError naming an invalid option."""
     for name, least in AT_LEAST.items():
-        value = getattr(given, name)
+        value = getattr(args, name)
         if value is not None and value < least:
             raise ValueError(f"{option(name)} {value} must be at least {least}.")
-    stop = tuple(given.stop_token_ids) if given.stop_token_ids else None
-    sampling = Sampling(given.temperature, given.max_tokens, given.top_p, given.top_k, stop)
+    stop = tuple(args.stop_token_ids) if args.stop_token_ids else None
+    sampling = Sampling(args.temperature, args.max_tokens, args.top_p, args.top_k, stop)
     try:
-        sampling.check()
+        check_settings(sampling, "sampling")
     except ValueError as error:
         raise ValueError(re.sub(r"sampling\.(\w+)=", lambda m: f"{option(m[1])} ", str(error))) from None
-    if sampling.temperature == 0 and given.num_samples > 1:
+    if sampling.temperature == 0 and args.num_samples > 1:
         raise ValueError(
             "--temperature 0 gives the same answer every time; use --num-samples 1, or a temperature above 0."
         )
-    if (given.model / SHARDS).is_file():
+    if (args.model / SHARDS).is_file():
         raise ValueError(
-            f"--model {given.model} is cut into shards; python tools/convert.py {given.model} OUT joins them."
+            f"--model {args.model} is a sharded checkpoint; python tools/convert.py {args.model} OUT merges it."
         )
     return sampling
 
 
 def option(name: str) -> str:
-    """A setting's name on the command line."""
+    """A setting's name as a command-line option."""
     return f"--{name.replace('_', '-')}"
 
 
-def asked(row: dict[str, Any], label: str, given: argparse.Namespace) -> dict[str, Any]:
-    """The row as `tokenize_prompts` takes it: a text or a conversation."""
-    field = given.prompt_field
-    beside = {name: row[name] for name in TEMPLATE_FIELDS if name in row}
+def to_prompt_row(row: dict[str, Any], label: str, args: argparse.Namespace) -> dict[str, Any]:
+    """The row in the form of `tokenize_prompts`: a text or a conversation."""
+    field = args.prompt_field
+    template_fields = {name: row[name] for name in TEMPLATE_FIELDS if name in row}
     if field is not None:
         if field not in row:
             raise ValueError(f"{label}: the row has no {field!r} (--prompt-field); it has {sorted(row)}.")
-        row = {**beside, "messages" if isinstance(row[field], list) else "prompt": row[field]}
-    if given.chat and isinstance(row.get("prompt"), str) and "messages" not in row:
-        row = {**beside, "messages": [{"role": "user", "content": row["prompt"]}]}
-    if given.raw and "messages" in row:
-        raise ValueError(f"{label}: the row has messages, and --raw sends only texts; leave --raw out.")
-    if given.system is not None:
+        row = {**template_fields, "messages" if isinstance(row[field], list) else "prompt": row[field]}
+    if args.chat and isinstance(row.get("prompt"), str) and "messages" not in row:
+        row = {**template_fields, "messages": [{"role": "user", "content": row["prompt"]}]}
+    if args.raw and "messages" in row:
+        raise ValueError(f"{label}: the row has messages, but --raw accepts only texts; remove --raw.")
+    if args.system is not None:
         if not isinstance(row.get("messages"), list):
             raise ValueError(f"{label}: --system needs a conversation; add --chat, or give messages.")
         if any(isinstance(message, dict) and message.get("role") == "system" for message in row["messages"]):
-            raise ValueError(f"{label}: the row has a system message already; leave --system out.")
-        row = {**beside, "messages": [{"role": "system", "content": given.system}, *row["messages"]]}
+            raise ValueError(f"{label}: the row has a system message already; remove --system.")
+        row = {**template_fields, "messages": [{"role": "system", "content": args.system}, *row["messages"]]}
     return row
 
 
-def read_prompts(source: Sequence[LabelledRow], tokenizer: Any, given: argparse.Namespace) -> tuple[list[Prompt], int]:
-    """Every row's prompt, and the length that the engine must be built for."""
-    if not isinstance(given.chat_template_kwargs or {}, dict):
+def read_prompts(source: Sequence[LabelledRow], tokenizer: Any, args: argparse.Namespace) -> tuple[list[Prompt], int]:
+    """(the prompts of all rows, the engine's max_model_len)."""
+    if not isinstance(args.chat_template_kwargs or {}, dict):
         raise ValueError("--chat-template-kwargs must be a JSON object, such as '{\"enable_thinking\": false}'.")
-    check_template_kwargs(tokenizer, given.chat_template_kwargs or {}, "--chat-template-kwargs: ")
+    check_template_kwargs(tokenizer, args.chat_template_kwargs or {}, "--chat-template-kwargs: ")
     notes: Notes = Counter()
     prompts = tokenize_prompts(
-        ((label, asked(row, label, given)) for label, row in source),
+        ((label, to_prompt_row(row, label, args)) for label, row in source),
         tokenizer,
         1 << 62,
-        template_kwargs=given.chat_template_kwargs,
+        template_kwargs=args.chat_template_kwargs,
         notes=notes,
     )
     for note, count in notes.items():
-        print(f"{given.input}: {note}: {count}", file=sys.stderr, flush=True)
-    positions = read_config(given.model).get("max_position_embeddings")
-    limit = given.max_model_len or positions or 1 << 62
+        print(f"{args.input}: {note}: {count}", file=sys.stderr, flush=True)
+    positions = read_config(args.model).get("max_position_embeddings")
+    limit = args.max_model_len or positions or 1 << 62
     for prompt, (label, _) in zip(prompts, source, strict=True):
-        if len(prompt.tokens) + given.max_tokens > limit:
-            whose = (
-                f"--max-model-len {given.max_model_len}"
-                if given.max_model_len
-                else f"the model's {positions} positions"
+        if len(prompt.tokens) + args.max_tokens > limit:
+            limit_name = (
+                f"--max-model-len {args.max_model_len}" if args.max_model_len else f"the model's {positions} positions"
             )
             raise ValueError(
-                f"{label}: the prompt has {len(prompt.tokens)} tokens, which with --max-tokens {given.max_tokens} is more "
-                f"than {whose}; use a smaller --max-tokens, or leave the row out."
+                f"{label}: the prompt has {len(prompt.tokens)} tokens, which with --max-tokens {args.max_tokens} is more "
+                f"than {limit_name}; use a smaller --max-tokens, or remove the row."
             )
-    needed = max(len(prompt.tokens) for prompt in prompts) + given.max_tokens
-    return prompts, given.max_model_len or min(-(-needed // 64) * 64, positions or needed + 63)
+    needed = max(len(prompt.tokens) for prompt in prompts) + args.max_tokens
+    return prompts, args.max_model_len or min(-(-needed // 64) * 64, positions or needed + 63)
 
 
-def line_of(prompt: Prompt, key: str, row: dict[str, Any], found: Sequence[Sample], tokenizer: Any, logp: bool) -> Line:
-    """What is written for one row."""
-    more = {"token_ids": [one.tokens for one in found], "logprobs": [one.logp for one in found]} if logp else {}
+def line_of(
+    prompt: Prompt, key: str, row: dict[str, Any], samples: Sequence[Sample], tokenizer: Any, logp: bool
+) -> Line:
+    """The output line of one row."""
+    token_fields = (
+        {"token_ids": [sample.tokens for sample in samples], "logprobs": [sample.logp for sample in samples]}
+        if logp
+        else {}
+    )
     return {
         "index": prompt.index,
         "key": key,
         "prompt": prompt.text,
-        "response": [decode(tokenizer, one.tokens) for one in found],
-        "finish": ["length" if one.truncated else "stop" for one in found],
-        "tokens": [len(one.tokens) for one in found],
-        **more,
+        "response": [decode(tokenizer, sample.tokens) for sample in samples],
+        "finish": ["length" if sample.truncated else "stop" for sample in samples],
+        "tokens": [len(sample.tokens) for sample in samples],
+        **token_fields,
         "row": row,
     }
 
 
-def generate(given: argparse.Namespace, rank: int, count: int) -> None:
-    """Answer what is not answered yet of this process's batches: batch k is that of process k mod `count`."""
-    sampling = checked(given)
-    config = read_config(given.model)
-    # vLLM's own choice would be half precision for weights in float32
-    given.dtype = given.dtype or config.get("dtype") or config.get("torch_dtype") or "auto"
-    tokenizer = load_tokenizer(given.model, "--model")
-    ends = find_ends(given.model, tokenizer)
+def generate(args: argparse.Namespace, rank: int, count: int) -> None:
+    """Generate the missing rows of this process's batches: batch k belongs to process k mod `count`."""
+    sampling = sampling_of(args)
+    config = read_config(args.model)
+    # vLLM would choose half precision for float32 weights
+    args.dtype = args.dtype or config.get("dtype") or config.get("torch_dtype") or "auto"
+    tokenizer = load_tokenizer(args.model, "--model")
+    ends = find_ends(args.model, tokenizer)
     if ends.disagreement and rank == 0 and sampling.stop_token_ids is None:
         print(ends.disagreement, file=sys.stderr, flush=True)
-    source = list(rows(given.input, "--input"))
-    prompts, length = read_prompts(source, tokenizer, given)
-    settings = {"the model": fingerprint(given.model), **{option(name): getattr(given, name) for name in DECIDES}}
-    told = json.dumps(settings, sort_keys=True)
-    keys = [hashlib.blake2b(f"{told}{p.tokens}".encode(), digest_size=8).hexdigest() for p in prompts]
-    with ResumableOutput(given.output, settings, rank) as lines:
-        check_same_rows(lines.done, keys, lambda index: source[index][0], given.output)
-        mine = [chunk for k, chunk in enumerate(chunks(len(prompts), given.batch)) if k % count == rank]
-        open_ = [chunk for chunk in mine if any(index not in lines.done for index in chunk)]
-        said = Progress(sum(len(chunk) for chunk in mine), sum(len(chunk) for chunk in open_), rank, count)
-        if open_:
+    source = list(rows(args.input, "--input"))
+    prompts, length = read_prompts(source, tokenizer, args)
+    settings = {"the model": fingerprint(args.model), **{option(name): getattr(args, name) for name in OUTPUT_OPTIONS}}
+    settings_json = json.dumps(settings, sort_keys=True)
+    keys = [hashlib.blake2b(f"{settings_json}{p.tokens}".encode(), digest_size=8).hexdigest() for p in prompts]
+    with ResumableOutput(args.output, settings, rank) as lines:
+        check_same_rows(lines.done, keys, lambda index: source[index][0], args.output)
+        own_chunks = [chunk for k, chunk in enumerate(chunks(len(prompts), args.batch)) if k % count == rank]
+        pending = [chunk for chunk in own_chunks if any(index not in lines.done for index in chunk)]
+        progress = Progress(sum(len(chunk) for chunk in own_chunks), sum(len(chunk) for chunk in pending), rank, count)
+        if pending:
             engine = OfflineEngine(
-                given.model, stop=ends.ids, tensor=given.tensor, dtype=given.dtype,
-                max_model_len=length, max_num_seqs=given.max_num_seqs, kv_cache_mib=given.kv_cache_mib,
-                gpu_memory_utilization=given.gpu_memory_utilization,
+                args.model, stop=ends.ids, tensor=args.tensor, dtype=args.dtype,
+                max_model_len=length, max_num_seqs=args.max_num_seqs, kv_cache_mib=args.kv_cache_mib,
+                gpu_memory_utilization=args.gpu_memory_utilization,
             )  # fmt: skip
-        for chunk in open_:
+        for chunk in pending:
             start = time.perf_counter()
-            # the whole batch, though some of its lines may be there: its company has a part in an answer's rounding
-            seeds = [
-                request_seed(given.seed, -1 - given.seed, index) for index in chunk
-            ]  # those of a job's evaluations
-            found = engine.answers([prompts[i].tokens for i in chunk], seeds, sampling, given.num_samples)
-            made = [
-                line_of(prompts[i], keys[i], source[i][1], answers, tokenizer, given.logprobs)
-                for i, answers in zip(chunk, found, strict=True)
+            # the whole batch, even if some of its lines exist: rounding depends on the batch's composition
+            seeds = [request_seed(args.seed, -1 - args.seed, index) for index in chunk]  # as in a job's evaluations
+            batch_answers = engine.answers([prompts[i].tokens for i in chunk], seeds, sampling, args.num_samples)
+            new_lines = [
+                line_of(prompts[i], keys[i], source[i][1], answers, tokenizer, args.logprobs)
+                for i, answers in zip(chunk, batch_answers, strict=True)
                 if i not in lines.done
             ]
-            lines.append(made)
-            said.batch(
-                len(chunk), sum(len(one.tokens) for answers in found for one in answers), time.perf_counter() - start
+            lines.append(new_lines)
+            progress.batch(
+                len(chunk),
+                sum(len(sample.tokens) for answers in batch_answers for sample in answers),
+                time.perf_counter() - start,
             )
         if lines.merge(len(prompts)):
-            print(f"{given.output}: {len(prompts):,} rows", flush=True)
+            print(f"{args.output}: {len(prompts):,} rows", flush=True)
 
 
 class Progress:
-    """Rows, tokens a second and the time that is left, on stderr."""
+    """Prints rows done, tokens per second and the remaining time to stderr."""
 
     def __init__(self, rows: int, left: int, rank: int, count: int) -> None:
         self.rows, self.left = rows, left
@@ -267,7 +275,7 @@ class Progress:
             self._say(f"{rows - left:,} of {rows:,} rows were answered before")
 
     def batch(self, rows: int, tokens: int, seconds: float) -> None:
-        """A batch is on the disk."""
+        """Count a batch that has been written."""
         self.left, self.tokens, self.seconds = self.left - rows, self.tokens + tokens, self.seconds + seconds
         self.answered += rows
         done, speed = self.rows - self.left, self.tokens / self.seconds
@@ -280,15 +288,15 @@ class Progress:
 
 def main(arguments: list[str]) -> int:
     """The command. Returns the exit status."""
-    given = options().parse_args(arguments)
+    args = options().parse_args(arguments)
     try:
-        rank, count = take_devices(os.environ, given.tensor)
-        generate(given, rank, count)
+        rank, count = take_devices(os.environ, args.tensor)
+        generate(args, rank, count)
     except (ValueError, OSError) as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
     except KeyboardInterrupt:
-        sys.stderr.write("interrupted; the same command goes on where this one stopped\n")
+        sys.stderr.write("interrupted; the same command resumes where this one stopped\n")
         return 130
     return 0
 

@@ -1,6 +1,6 @@
-"""Draw who owns which rank: `python tools/placement.py WORLD_SIZE [--per-node N] [KEY=VALUE ...]` (the job's own overrides).
+"""Show which roles each rank has: `python tools/placement.py WORLD_SIZE [--per-node N] [KEY=VALUE ...]` (a job's overrides).
 
-With model.path, the estimated GiB on every rank too, and the sizes are checked against the model.
+With model.path also the estimated GiB per rank, and the parallel sizes are checked against the model.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from aligner.trainer.megatron.sizes import check_sizes
 
 USAGE = "usage: python tools/placement.py WORLD_SIZE [--per-node N] [KEY=VALUE ...]"
 UNREAD = "unread"
-"""Stands for model.path where none is given."""
+"""Placeholder for model.path if none is given."""
 LETTERS = {
     "data": "d: data shard (rollout: replica)",
     "tensor": "t: tensor slice",
@@ -33,37 +33,37 @@ LETTERS = {
 
 
 @dataclass(frozen=True)
-class Map:
-    """Everything that is drawn."""
+class PlacementMap:
+    """The placement of a job."""
 
     world_size: int
     per_node: int
-    """Ranks of one host; 0: not said."""
+    """Ranks per host; 0: unknown."""
     meshes: Mapping[str, Mesh]
-    """Of the algorithm's roles."""
+    """Role -> mesh."""
     gib: Mapping[str, float]
-    """On each of a role's ranks; empty without a model."""
+    """Role -> estimated GiB on each of its ranks; empty without a model."""
 
     def roles_of(self, rank: int) -> list[str]:
-        """Which roles a rank has."""
+        """The roles of a rank."""
         return [role for role, mesh in self.meshes.items() if rank in mesh.ranks]
 
     def row(self, rank: int) -> list[str]:
-        """One line of the table."""
+        """The table row of a rank."""
         place = [str(n) for n in (rank, *divmod(rank, self.per_node))] if self.per_node else [str(rank)]
         total = sum(self.gib.get(role, 0.0) for role in self.roles_of(rank))
         memory = [f"{total:.2f}"] if self.gib else []
         return [*place, *(cell(mesh, rank) for mesh in self.meshes.values()), *memory]
 
     def table(self) -> list[str]:
-        """One line for each rank."""
+        """The table, one line per rank."""
         head = ["rank", *(["host", "device"] if self.per_node else []), *self.meshes, *(["GiB"] if self.gib else [])]
         rows = [head, *(self.row(rank) for rank in range(self.world_size))]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         return ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
     def roles(self, learning: Iterable[str]) -> list[str]:
-        """A line for each role: its ranks, sizes and memory; then which roles share ranks."""
+        """One line per role with its ranks, sizes and memory; then which roles share ranks."""
         width = max(map(len, self.meshes))
         lines = []
         for role, mesh in self.meshes.items():
@@ -81,8 +81,8 @@ class Map:
         return [*lines, *self.crossings()]
 
     def crossings(self) -> list[str]:
-        """Tensor groups whose ranks are not on one host: their collectives are in every layer."""
-        found = []
+        """Warnings about tensor-parallel groups that span hosts, since they communicate in every layer."""
+        warnings = []
         for role, mesh in self.meshes.items():
             groups = [
                 group
@@ -90,14 +90,14 @@ class Map:
                 if self.per_node and len({r // self.per_node for r in group}) > 1
             ]
             if groups:
-                found.append(
+                warnings.append(
                     f"placement.{role}.tensor={mesh.tensor} spans hosts, such as ranks {shown(groups[0])}: slow"
                 )
-        return found
+        return warnings
 
 
 def cell(mesh: Mesh, rank: int) -> str:
-    """What this rank is in the role, axis by axis; "all": the whole role."""
+    """The rank's coordinates in the role's mesh; "all" for a role on one rank, "." if it is not a member."""
     if rank not in mesh.ranks:
         return "."
     at = mesh.coordinates(rank, EXPERT_AXES) | mesh.coordinates(rank)
@@ -105,14 +105,14 @@ def cell(mesh: Mesh, rank: int) -> str:
 
 
 def draw(config: Config, world_size: int, per_node: int) -> str:
-    """The map of a job.
+    """Draw the placement of a job.
 
     Raises:
         ValueError: sizes that do not fit the ranks or the model, with the setting and the values that would work.
     """
     roles = list(config.algorithm.get("roles") or ("policy", "rollout", "reward"))
-    every = make_meshes(config.placement, world_size)
-    meshes = {role: every[role] for role in roles}
+    all_meshes = make_meshes(config.placement, world_size)
+    meshes = {role: all_meshes[role] for role in roles}
     gib = {}
     if config.model.path != UNREAD:
         for role in (role for role in roles if role != "reward"):
@@ -120,11 +120,13 @@ def draw(config: Config, world_size: int, per_node: int) -> str:
             if role in MEGATRON:
                 check_sizes(spec, meshes[role])
             gib[role] = role_bytes(config, role, roles, spec, meshes[role], cpu=False) / 2**30
-    found = Map(world_size, per_node, meshes, gib)
+    placement = PlacementMap(world_size, per_node, meshes, gib)
     used = [axis for axis in LETTERS if any(axis in axes(mesh) for mesh in meshes.values())]
     legend = "; ".join([*(LETTERS[axis] for axis in used), "all: the whole role", ".: not there"])
     notes = [legend] + (["GiB: weights, gradients, optimizer; no activations, no KV cache"] if gib else [])
-    return "\n".join([*found.table(), "", *notes, "", *found.roles([role for role in roles if learns(role, roles)])])
+    return "\n".join(
+        [*placement.table(), "", *notes, "", *placement.roles([role for role in roles if learns(role, roles)])]
+    )
 
 
 def _spec(config: Config, role: str) -> ModelSpec:

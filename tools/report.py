@@ -1,4 +1,4 @@
-"""Command: draw the report of one run, or compare the curves of several.
+"""Draw the report of one run, or compare the curves of several.
 
 python tools/report.py RUN_DIR [--out FOLDER]                  learning_curve.png and report.html
 python tools/report.py RUN_DIR RUN_DIR ... [--out FILE.png]    the runs' curves in one picture
@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # also from a checkout that was never installed
 
-from aligner.config.paths import path_option
+from aligner.paths import path_option
 from aligner.report.metrics import read_metrics
 from aligner.report.statistics import summary
 from aligner.report.write import compare_report, write_report, write_timeline

@@ -1,4 +1,4 @@
-"""What a weight transfer between two layouts would move, on worlds that need not exist.
+"""Plan a weight transfer between two parallel layouts offline: bytes moved per rank and estimated duration.
 
 python tools/reshard_check.py --model CONFIG.json_or_folder --train tp=8,pp=16,dp=4 --infer tp=16,replicas=32
 """
@@ -18,9 +18,9 @@ from statistics import mean
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from aligner.config.paths import path_option
-from aligner.models.family import logical_tensors
 from aligner.models.spec import ModelSpec, read_spec
+from aligner.models.tensors import logical_tensors
+from aligner.paths import path_option
 from aligner.reshard.config import ReshardConfig
 from aligner.reshard.plan.duration import duration
 from aligner.reshard.plan.region import ELEMENT_BYTES
@@ -50,31 +50,33 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--train", required=True, help=f"{', '.join(TRAIN_KEYS)}; stages=12+13+... if uneven")
     parser.add_argument("--infer", required=True, help=", ".join(INFER_KEYS))
     where = parser.add_mutually_exclusive_group()
-    where.add_argument("--disjoint", action="store_true", help="inference on ranks of its own (the default)")
+    where.add_argument("--disjoint", action="store_true", help="inference on separate ranks (the default)")
     where.add_argument("--colocated", action="store_true", help="both roles from rank 0 on")
     parser.add_argument("--gbps", type=float, default=50.0, help="each rank's link, GB/s each way (50: 400 Gb/s)")
-    parser.add_argument("--ranks", default="8", help="how many ranks to plan one by one for the time it takes, or all")
+    parser.add_argument(
+        "--ranks", default="8", help="number of ranks whose planning time is measured one by one, or all"
+    )
     parser.add_argument("--dtype", default="bfloat16", choices=list(ELEMENT_BYTES))
     parsed = parser.parse_args(arguments)
     try:
         with ExitStack() as stack:
             check(parsed, stack)
     except ValueError as error:
-        sys.stderr.write(f"error: {_in_own_words(str(error))}\n")
+        sys.stderr.write(f"error: {_with_option_names(str(error))}\n")
         return 2
     return 0
 
 
-def _in_own_words(error: str) -> str:
-    """Errors name a job's settings; here they are options."""
+def _with_option_names(error: str) -> str:
+    """Replace a job's settings in an error by this tool's options."""
     for role, option, keys in (("train", "train", TRAIN_KEYS), ("infer|rollout", "infer", INFER_KEYS)):
         for key, name in keys.items():
             error = re.sub(rf"placement\.({role})\.{name}\b", f"--{option} {key}", error)
-    return re.sub(r"stages=\[([\d, ]+)\]", lambda found: f"stages={found[1].replace(', ', '+')}", error)
+    return re.sub(r"stages=\[([\d, ]+)\]", lambda match: f"stages={match[1].replace(', ', '+')}", error)
 
 
 def check(parsed: argparse.Namespace, stack: ExitStack) -> None:
-    """Plan and print. Raises ValueError for anything that does not fit."""
+    """Plan and print. Raises ValueError for layouts that do not fit."""
     spec = read_spec(_folder(Path(parsed.model), stack))
     if parsed.gbps <= 0:
         raise ValueError(f"--gbps={parsed.gbps} must be above 0.")

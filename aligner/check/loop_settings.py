@@ -8,6 +8,7 @@ import traceback
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -63,7 +64,7 @@ def _built(key: str, given: dict[str, Any]) -> Any:
         made = hydra.utils.instantiate(given)
     except Exception as error:
         cause = one_line(error.__cause__ or error)
-        raise ValueError(f"algorithm.{key}._target_={target} cannot be built: {cause}") from None
+        raise ValueError(f"algorithm.{key}._target_={target} cannot be built: {cause}") from error
     if key == "loss" and not callable(made):
         raise ValueError(
             f"algorithm.loss={given} is no function; give algorithm.loss._target_=module.function with "
@@ -80,6 +81,7 @@ def _built(key: str, given: dict[str, Any]) -> Any:
     return made
 
 
+ALIGNER = Path(__file__).resolve().parents[1]
 TRIAL_ROWS, TRIAL_TOKENS = 2, 3
 PLAIN = {"kl": 0.0}
 """Values of the losses' parameters that are no tensors, for a trial."""
@@ -115,15 +117,14 @@ def _try_loss(key: str, loss: Callable[..., Any]) -> None:
     first = given.pop(shaped[0]).requires_grad_()
     try:
         result = loss(first, **given)
-    except ValueError as error:
-        raise ValueError(f"algorithm.{key}: {error}") from None
     except Exception as error:
-        frame = traceback.extract_tb(error.__traceback__)[-1]
+        if isinstance(error, ValueError) and _raised_by_aligner(error):  # a setting that one of our losses refuses
+            raise ValueError(f"algorithm.{key}: {error}") from error
         raise ValueError(
             f"algorithm.{key}, tried on {rows} rows of {TRIAL_TOKENS} tokens, raised {type(error).__name__} at "
-            f"{frame.filename}:{frame.lineno}: {one_line(error)} (a loss that runs in a job only, on a GPU for example, is "
-            "not tried if its function has the attribute tried = False)."
-        ) from None
+            f"{raised_at(error)}: {one_line(error)} (a loss that runs in a job only, on a GPU for example, is not tried if "
+            "its function has the attribute tried = False)."
+        ) from error
     _check_result(key, result, first)
 
 
@@ -144,8 +145,8 @@ def _check_result(key: str, result: Any, first: Tensor) -> None:
     shapes = (tuple(first.shape), tuple(first.shape[:1]))
     for name, value in [("the loss", loss), *metrics.items()]:
         if not isinstance(value, Tensor) or tuple(value.shape) not in shapes:
-            found = f"of shape {list(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
-            raise ValueError(f"algorithm.{key}: {name} is {found} for {list(first.shape)} inputs; {wanted}.")
+            given = f"of shape {list(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+            raise ValueError(f"algorithm.{key}: {name} is {given} for {list(first.shape)} inputs; {wanted}.")
     if not loss.requires_grad:
         raise ValueError(f"algorithm.{key}: the loss has no gradient, so nothing would be learned (was it detached?).")
 
@@ -168,5 +169,16 @@ def _check_losses(settings: Any) -> None:
             raise ValueError(f"algorithm.{key} compares with the reference; add reference to algorithm.roles.")
 
 
+def raised_at(error: BaseException) -> str:
+    """`file:line` of the statement that raised it."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{frame.filename}:{frame.lineno}"
+
+
+def _raised_by_aligner(error: BaseException) -> bool:
+    return Path(traceback.extract_tb(error.__traceback__)[-1].filename).is_relative_to(ALIGNER)
+
+
 def one_line(error: BaseException) -> str:
+    """Its message without line breaks."""
     return " ".join(str(error).split())

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from aligner.models.spec import ModelSpec
 from aligner.reshard.plan.region import ELEMENT_BYTES
 from aligner.spmd.mesh import Mesh
+from aligner.trainer.engines import backend
 
 if TYPE_CHECKING:
     from aligner.config.schema import Config
@@ -31,18 +32,12 @@ def role_bytes(config: Config, role: str, roles: Collection[str], spec: ModelSpe
     over the data shards. The rollout: its weights and its KV cache, where that is known (not on CUDA with
     rollout.kv_cache_mib=null).
     """
-    dense = (spec.parameters - spec.parameters_of_experts) / (mesh.tensor * mesh.pipeline)
     if role == "rollout":
-        experts = spec.parameters_of_experts / (mesh.tensor * mesh.pipeline)  # cut, or whole ones: as many weights
+        weights = spec.parameters / (mesh.tensor * mesh.pipeline)  # experts are cut, or whole ones: as many weights
         cache = config.rollout.kv_cache_bytes(spec, mesh.tensor, cpu, mesh.pipeline) or 0
-        return (dense + experts) * ELEMENT_BYTES[config.rollout.dtype] + cache
+        return weights * ELEMENT_BYTES[config.rollout.dtype] + cache
     settings = config.reference.over(config.policy) if role == "reference" else getattr(config, role)
-    experts = spec.parameters_of_experts / (mesh.expert_tensor * mesh.expert * mesh.pipeline)
-    held = (dense + experts) * ELEMENT_BYTES[settings.dtype]
-    if learns(role, roles):
-        for weights, copies in ((dense, mesh.data * mesh.context), (experts, mesh.expert_data)):
-            held += weights * (4 + 12 / (copies if settings.optimizer.distributed else 1))
-    return held
+    return backend(settings.engine).bytes_per_rank(spec, mesh, settings, learns(role, roles))
 
 
 @dataclass(frozen=True)

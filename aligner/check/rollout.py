@@ -70,8 +70,8 @@ def check_lengths(config: Config, data: DataSets, specs: Mapping[str, ModelSpec]
         shorter = [f"sampling.max_tokens={length - longest} or less"] if longest < length else []
         shorter += [f"data.max_prompt_tokens={length - drawn} with data.too_long=drop"] if drawn < length else []
         raise ValueError(
-            f"the longest prompt has {longest} tokens, which with sampling.max_tokens={drawn} is more than the {length} "
-            f"positions of the model in {least.path}; use {' or '.join(shorter)}."
+            f"the longest prompt has {longest} tokens, which with sampling.max_tokens={drawn} is more than the "
+            f"{least.positions_text}; use {' or '.join(shorter)}."
         )
 
 

@@ -1,4 +1,5 @@
-"""What a job needs to go on where it was: written beside training, whole or not there at all, read under any layout.
+"""Training checkpoints: asynchronous, atomic, checksummed, loadable under any parallel layout.
 
-In: tensors as regions, and plain values, from roles, loop and driver. Out: a folder for a step; and all of it back.
+In: tensors as regions, and JSON values, from the roles, the loop and the run. Out: one folder per step, and its contents
+back.
 """

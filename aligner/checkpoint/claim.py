@@ -1,4 +1,4 @@
-"""Whose run a folder holds: this launch's, an earlier one's to go on with, or one that must not be touched."""
+"""Ownership of a run folder: decide whether a job starts a new run, resumes one, or must not touch the folder."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from aligner.checkpoint.config import CheckpointConfig
-from aligner.checkpoint.folder import complete, remove, sweep, write_json
+from aligner.checkpoint.folder import complete, remove, remove_leftovers, write_json
 
 FOLDER = "checkpoints"
 CLAIM_FILE = ".launch"
@@ -19,14 +19,14 @@ METRICS_FILE = "metrics.jsonl"
 
 
 class Start(Enum):
-    """How a job begins in its folder."""
+    """How a job starts in its run folder."""
 
     NEW = "new"
     RESUME = "resume"
 
 
 def launch() -> str:
-    """What all attempts of one launch have in common: torchrun's restarts, and a job that Slurm queued again."""
+    """Id of this launch, the same for all its attempts (torchrun restarts, jobs requeued by Slurm)."""
     if (
         "SLURM_JOB_ID" in os.environ and "SLURM_STEP_ID" in os.environ
     ):  # a requeued script's steps have their numbers again
@@ -40,10 +40,13 @@ def launch() -> str:
 
 
 def how_to_start(run_dir: Path, config: CheckpointConfig, overwrite: bool, steps: int) -> Start:
-    """What the first rank finds.
+    """Decide from the run folder whether to start a new run or to resume. Called by rank 0.
+
+    Args:
+        steps: train.steps.
 
     Raises:
-        ValueError: the folder holds a run that is neither to be replaced nor to be continued.
+        ValueError: the folder holds a run that may neither be replaced nor resumed.
     """
     claim = _read_claim(run_dir)
     checkpoints = complete(run_dir / FOLDER)
@@ -54,15 +57,15 @@ def how_to_start(run_dir: Path, config: CheckpointConfig, overwrite: bool, steps
         return Start.NEW
     if claim.get("finished") is not None and not ours and (not config.resume or steps <= claim["finished"]):
         raise ValueError(
-            f"run_dir={run_dir} already holds a run, which ended after train.steps={claim['finished']}; choose another "
-            "folder, set overwrite=true, or give more train.steps to go on with it."
+            f"run_dir={run_dir} already holds a run, which finished train.steps={claim['finished']}; choose another "
+            "folder, set overwrite=true, or raise train.steps to continue it."
         )
     if checkpoints and (config.resume or ours):
         return Start.RESUME
     if ours:
         return Start.NEW  # restarted before the first checkpoint
     raise ValueError(
-        f"run_dir={run_dir} already holds a run, and no checkpoint to go on from; choose another folder or set overwrite=true."
+        f"run_dir={run_dir} already holds a run without a checkpoint to resume; choose another folder or set overwrite=true."
         if not checkpoints
         else f"run_dir={run_dir} already holds a run, and checkpoint.resume=false; choose another folder, set overwrite=true, or "
         "checkpoint.resume=true."
@@ -70,42 +73,42 @@ def how_to_start(run_dir: Path, config: CheckpointConfig, overwrite: bool, steps
 
 
 def run_id(run_dir: Path) -> str | None:
-    """What marks folders as this run's; "" of a run of an earlier version, which had none; None where there is no run."""
-    found = _read_claim(run_dir)
-    return str(found.get("run", "")) if found else None
+    """The run's id; "" for a run of an earlier version, which had none; None if there is no run."""
+    claim = _read_claim(run_dir)
+    return str(claim.get("run", "")) if claim else None
 
 
 def claim(run_dir: Path, start: Start) -> str:
-    """The first rank, before anything is written: this launch owns the folder; what a new run replaces is removed, which
-    is checkpoints and metrics, and nothing else that lies beside them.
+    """Claim the folder for this launch; called by rank 0 before anything is written. A new run removes the old checkpoints
+    and metrics, and no other files.
 
     Returns:
-        The run's id, which stays as long as the folder.
+        The run's id, which is the same for the lifetime of the folder.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
     if start is Start.NEW:
         for folder in complete(run_dir / FOLDER):
             remove(folder)
-        with contextlib.suppress(OSError):  # something else lies there
+        with contextlib.suppress(OSError):  # not empty: other files are kept
             (run_dir / FOLDER).rmdir()
         (run_dir / METRICS_FILE).unlink(missing_ok=True)
-    sweep(run_dir / FOLDER)
+    remove_leftovers(run_dir / FOLDER)
     run = run_id(run_dir) or uuid.uuid4().hex
     _write_claim(run_dir, None, run)
     return run
 
 
 def finish(run_dir: Path, steps: int) -> None:
-    """The first rank, when everything is written."""
+    """Mark the run as finished after `steps`; called by rank 0 when everything is written."""
     _write_claim(run_dir, steps, run_id(run_dir) or "")
 
 
 def _read_claim(run_dir: Path) -> dict[str, Any]:
     try:
-        found = json.loads((run_dir / CLAIM_FILE).read_text())
+        content = json.loads((run_dir / CLAIM_FILE).read_text())
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return content if isinstance(content, dict) else {}
 
 
 def _write_claim(run_dir: Path, finished: int | None, run: str) -> None:

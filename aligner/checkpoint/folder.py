@@ -1,11 +1,11 @@
-"""A checkpoint on disk: a folder that has its name only when it is complete, with a checksum of every file in it.
+"""The checkpoint format: a folder that is renamed to its final name when complete, with a checksum of every file.
 
 step-00000120/
     manifest.json               {format, step, world, seconds to write, files: {name: [bytes, XXH3]}}
-    state.json                  what all ranks know
-    rank-00000.json             what only this rank knows, and which regions its tensors hold
+    state.json                  state shared by all ranks
+    rank-00000.json             state of this rank, and the regions of its tensors
     rank-00000.safetensors      its tensors
-    policy/                     configuration and tokenizer: a model to start from, or to convert; of each role that learns
+    policy/                     model configuration and tokenizer of each trained role, to start from or to convert
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ FORMAT = 1
 MANIFEST, STATE = "manifest.json", "state.json"
 NAME = re.compile(r"step-(\d{8,})")
 CHUNK = 8 << 20
-"""Bytes that are hashed and written at a time: they are hashed where the cache still has them."""
+"""Bytes hashed and written at a time, small enough to be still in the CPU cache when written."""
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.uint8: "U8", torch.int64: "I64"}
 
-Sum = tuple[int, str]
-"""Bytes of a file, and their XXH3 in hexadecimal digits."""
+Checksum = tuple[int, str]
+"""(size of a file in bytes, its XXH3-128 in hexadecimal)."""
 
 
-class Broken(ValueError):
-    """A checkpoint that is not what was written; the message names the file."""
+class DamagedCheckpoint(ValueError):
+    """A checkpoint is incomplete or damaged; the message names the file."""
 
 
 def step_folder(root: Path, step: int) -> Path:
@@ -46,36 +46,36 @@ def step_folder(root: Path, step: int) -> Path:
 
 
 def partial_folder(root: Path, step: int) -> Path:
-    """Where it is written."""
+    """The temporary folder in which a step's checkpoint is written."""
     return root / f".step-{step:08d}.partial"
 
 
 def complete(root: Path) -> list[Path]:
-    """The checkpoints there are, newest first."""
-    found = [path for path in root.glob("step-*") if NAME.fullmatch(path.name) and path.is_dir()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
+    """The complete checkpoints, newest first."""
+    folders = [path for path in root.glob("step-*") if NAME.fullmatch(path.name) and path.is_dir()]
+    return sorted(folders, key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
 
 
 def rank_file(rank: int, suffix: str) -> str:
-    """A rank's own file: suffix "json" or "safetensors"."""
+    """Name of a rank's file; suffix "json" or "safetensors"."""
     return f"rank-{rank:05d}.{suffix}"
 
 
-def write_bytes(file: Path, content: bytes) -> Sum:
-    """Write a small file through to the disk."""
+def write_bytes(file: Path, content: bytes) -> Checksum:
+    """Write a small file and fsync."""
     return _write(file, [content])
 
 
-def write_json(file: Path, value: object) -> Sum:
-    """Write a JSON file through to the disk."""
+def write_json(file: Path, value: object) -> Checksum:
+    """Write a JSON file and fsync."""
     return write_bytes(file, json.dumps(value).encode())
 
 
-def write_tensors(file: Path, tensors: Mapping[str, Tensor], tick: Callable[[], None] = lambda: None) -> Sum:
-    """Write host tensors as safetensors, through to the disk; each byte is hashed as it is written.
+def write_tensors(file: Path, tensors: Mapping[str, Tensor], tick: Callable[[], None] = lambda: None) -> Checksum:
+    """Write contiguous CPU tensors as safetensors and fsync; the checksum is computed while writing.
 
     Args:
-        tick: called after each few MiB.
+        tick: called after every CHUNK bytes.
     """
     header: dict[str, Any] = {}
     end = 0
@@ -90,31 +90,32 @@ def write_tensors(file: Path, tensors: Mapping[str, Tensor], tick: Callable[[], 
     return _write(file, [struct.pack("<Q", len(text)), text, *bodies], tick)
 
 
-def _write(file: Path, parts: Sequence[Any], tick: Callable[[], None] = lambda: None) -> Sum:
+def _write(file: Path, parts: Sequence[Any], tick: Callable[[], None] = lambda: None) -> Checksum:
     digest, written = xxhash.xxh3_128(), 0
-    with file.open("wb", buffering=0) as out:
+    with file.open("wb", buffering=0) as target:
         for part in parts:
-            whole = memoryview(part)
-            for start in range(0, len(whole), CHUNK):
-                chunk = whole[start : start + CHUNK]
+            view = memoryview(part)
+            for start in range(0, len(view), CHUNK):
+                chunk = view[start : start + CHUNK]
                 digest.update(chunk)
-                while chunk:  # a disk that is nearly full takes a part
-                    taken = out.write(chunk)
-                    written, chunk = written + taken, chunk[taken:]
+                while chunk:  # a nearly full disk may accept only a part
+                    count = target.write(chunk)
+                    written, chunk = written + count, chunk[count:]
                 tick()
-        os.fsync(out.fileno())
+        os.fsync(target.fileno())
     return written, digest.hexdigest()
 
 
-def publish(
-    root: Path, step: int, world: int, files: Mapping[str, Sum], keep: int, more: Mapping[str, Any] | None = None
+def publish_checkpoint(
+    root: Path, step: int, world: int, files: Mapping[str, Checksum], keep: int, more: Mapping[str, Any] | None = None
 ) -> Path:
-    """Give the complete folder its name; then remove all but the newest `keep` checkpoints.
+    """Rename the complete partial folder to its final name, then remove all but the newest `keep` checkpoints.
 
-    At no moment does a half-written checkpoint stand under a name that `complete` finds.
+    Atomic: a partially written checkpoint never has a name that `complete` finds.
 
     Args:
-        world: ranks that have written it.
+        world: number of ranks that wrote it.
+        files: all files with their checksums.
         more: further entries of the manifest.
     """
     partial, final = partial_folder(root, step), step_folder(root, step)
@@ -127,13 +128,13 @@ def publish(
 
 
 def remove(old: Path) -> None:
-    """Remove a checkpoint. Files that somebody else has put there stay, in a folder beside it: step-00000120.others."""
-    hidden = old.with_name(f".{old.name}.old")  # nobody takes what is half removed for a checkpoint
+    """Remove a checkpoint. Files in it that are not its own are moved to a folder beside it: step-00000120.others."""
+    hidden = old.with_name(f".{old.name}.old")  # renamed first, so that a partially removed one is not found
     try:
-        ours = {MANIFEST, *read_json(old / MANIFEST)["files"]}
-        there = [path for path in old.rglob("*") if not path.is_dir() or path.is_symlink()]
-        others = [path.relative_to(old) for path in there if str(path.relative_to(old)) not in ours]
-    except (OSError, ValueError, KeyError, TypeError):  # damaged: it cannot be told
+        own_files = {MANIFEST, *read_json(old / MANIFEST)["files"]}
+        files = [path for path in old.rglob("*") if not path.is_dir() or path.is_symlink()]
+        others = [path.relative_to(old) for path in files if str(path.relative_to(old)) not in own_files]
+    except (OSError, ValueError, KeyError, TypeError):  # damaged manifest: unknown
         others = []
     shutil.rmtree(hidden, ignore_errors=True)
     old.rename(hidden)
@@ -144,35 +145,37 @@ def remove(old: Path) -> None:
     shutil.rmtree(hidden, ignore_errors=True)
 
 
-def sweep(root: Path) -> None:
-    """Remove what a job that was killed had half written or half removed."""
+def remove_leftovers(root: Path) -> None:
+    """Remove partially written or partially removed checkpoints of a killed job."""
     for left in root.glob(".step-*"):
         shutil.rmtree(left, ignore_errors=True)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """What a checkpoint consists of; every file is there and has its size.
+    """Read a checkpoint's manifest and check that every file exists with its size.
 
     Raises:
-        Broken: it does not, or the manifest cannot be read.
+        DamagedCheckpoint: a file is missing or has another size, or the manifest cannot be read.
     """
     try:
-        found: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        files = {name: (int(size), str(digest)) for name, (size, digest) in found["files"].items()}
-        version = found["format"]
+        manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        files = {name: (int(size), str(digest)) for name, (size, digest) in manifest["files"].items()}
+        version = manifest["format"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise Broken(f"{folder / MANIFEST} cannot be read: {error!r}") from None
+        raise DamagedCheckpoint(f"{folder / MANIFEST} cannot be read: {error!r}") from None
     if version != FORMAT:
-        raise Broken(f"{folder / MANIFEST} has format {version}; this program reads {FORMAT}")
+        raise DamagedCheckpoint(f"{folder / MANIFEST} has format {version}; this program reads {FORMAT}")
     for name, (size, _) in files.items():
-        there = (folder / name).stat().st_size if (folder / name).is_file() else None
-        if there != size:
-            raise Broken(f"{folder / name} has {'no' if there is None else there} bytes, the manifest says {size}")
-    return {**found, "files": files}
+        actual = (folder / name).stat().st_size if (folder / name).is_file() else None
+        if actual != size:
+            raise DamagedCheckpoint(
+                f"{folder / name} has {'no' if actual is None else actual} bytes, but the manifest says {size}"
+            )
+    return {**manifest, "files": files}
 
 
-def verify(folder: Path, files: Mapping[str, Sum], tick: Callable[[], None] = lambda: None) -> None:
-    """Raises Broken, naming the first of `files` that does not hold what was written."""
+def verify(folder: Path, files: Mapping[str, Checksum], tick: Callable[[], None] = lambda: None) -> None:
+    """Raises DamagedCheckpoint, naming the first of `files` whose checksum differs. `tick` is called after every CHUNK bytes."""
     for name, (_, expected) in files.items():
         digest = xxhash.xxh3_128()
         with (folder / name).open("rb") as file:
@@ -180,7 +183,7 @@ def verify(folder: Path, files: Mapping[str, Sum], tick: Callable[[], None] = la
                 digest.update(chunk)
                 tick()
         if digest.hexdigest() != expected:
-            raise Broken(f"{folder / name} is damaged: its checksum is {digest.hexdigest()}, not {expected}")
+            raise DamagedCheckpoint(f"{folder / name} is damaged: its checksum is {digest.hexdigest()}, not {expected}")
 
 
 def read_json(file: Path) -> Any:

@@ -1,9 +1,9 @@
-"""One job at a time in a run's folder: who is in it says so in a file there, as long as it lives (no torch).
+"""A lease on a run folder, so that only one job uses it at a time (no torch).
 
-The file holds host, process and start. It appears with its content in one step (a hard link, which every file system that
-is shared between hosts makes atomically, NFS too), and a thread renews its time of change. Nothing is locked: file locks do
-not hold across hosts everywhere. Who finds another's file looks whether that process lives, where process numbers mean the
-same; elsewhere whether the file's time moves, by the file server's clock alone.
+The lease is a file with the owner's host, process id and start time. It is created atomically with its content (a hard link,
+which is atomic on shared file systems including NFS), and a thread renews its modification time. File locks are not used,
+because they do not work across hosts everywhere. On finding another's lease a job checks whether that process is alive, if it
+runs on the same machine; otherwise whether the modification time advances, using only the file server's clock.
 """
 
 from __future__ import annotations
@@ -19,60 +19,60 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from aligner.health.process_identity import GONE, Process, machine, process
+from aligner.health.process_identity import GONE, Process, identify, machine_id
 
 FILE = ".lease"
-RENEWED = 5.0
+RENEW_PERIOD = 5.0
 """Seconds between two renewals."""
 STALE = 30.0
-"""Seconds without a renewal after which an owner on another host is taken for dead."""
-DYING = 15.0
-"""Seconds that a rank whose launcher is gone gets to follow it."""
+"""Seconds without a renewal after which an owner on another host is considered dead."""
+EXIT_GRACE = 15.0
+"""Seconds that a rank has to exit after its launcher."""
 
 
 class Lease:
-    """This job's hold of a folder, until `release`. Another may take it over only when this process is dead or stands
-    still for `STALE` seconds; then `lost` says who."""
+    """This job's lease on a folder, until `release`. Another job may take it over only if this process is dead or does not
+    renew it for `STALE` seconds; then `lost` names the new owner."""
 
     def __init__(self, file: Path, content: Mapping[str, Any]) -> None:
         self._file, self._content = file, content
         self._stopped = threading.Event()
         self.lost = ""
-        """Who has taken the folder over."""
+        """Description of the job that has taken the folder over; "" while the lease is valid."""
         threading.Thread(target=self._renew, name="aligner-lease", daemon=True).start()
 
     def release(self) -> None:
-        """The folder is free at once, for any host."""
+        """Remove the lease; the folder is free immediately."""
         self._stopped.set()
         if _read(self._file).get("id") == self._content["id"]:
             self._file.unlink(missing_ok=True)
 
     def _renew(self) -> None:
-        while not self._stopped.wait(RENEWED):
-            with contextlib.suppress(OSError):  # a file server that is away for a while
-                found = _read(self._file)
-                if found.get("id") == self._content["id"]:
+        while not self._stopped.wait(RENEW_PERIOD):
+            with contextlib.suppress(OSError):  # the file server is temporarily unreachable
+                content = _read(self._file)
+                if content.get("id") == self._content["id"]:
                     os.utime(self._file)
-                elif found:
-                    self.lost = _told(found)
+                elif content:
+                    self.lost = _describe(content)
                     return
                 elif not self._file.exists():
                     _create(self._file, self._content)
 
 
-def take(run_dir: Path, launch: str) -> Lease:
-    """Hold the folder; before anything of it is read or written.
+def acquire_lease(run_dir: Path, launch: str) -> Lease:
+    """Acquire the lease on a folder, before anything in it is read or written.
 
     Args:
-        launch: what all attempts of one launch have in common: they succeed one another without waiting.
+        launch: see `claim.launch`; an attempt takes over from an earlier one of the same launch without waiting.
 
     Raises:
-        ValueError: a job that lives holds it (the message says which), or it cannot be written.
+        ValueError: a running job holds the lease (the message says which), or the folder is not writable.
     """
-    file, me = run_dir / FILE, process()
-    parent = process(os.getppid())
+    file, me = run_dir / FILE, identify()
+    parent = identify(os.getppid())
     content = {
-        "id": uuid.uuid4().hex, "host": os.uname().nodename, "machine": machine(), "pid": me.pid, "started": me.started,
+        "id": uuid.uuid4().hex, "host": os.uname().nodename, "machine": machine_id(), "pid": me.pid, "started": me.started,
         "launcher": [parent.pid, parent.started], "launch": launch, "since": datetime.now(UTC).isoformat(timespec="seconds"),
     }  # fmt: skip
     try:
@@ -83,50 +83,50 @@ def take(run_dir: Path, launch: str) -> Lease:
                 _remove(file, owner)
             time.sleep(0.02)
     except OSError as error:
-        raise ValueError(f"run_dir={run_dir} cannot be written ({error}); choose another folder.") from None
+        raise ValueError(f"run_dir={run_dir} is not writable ({error}); choose another folder.") from None
     return Lease(file, content)
 
 
 def check_free(run_dir: Path, launch: str | None = None) -> None:
-    """Raises ValueError where a job that lives holds the folder; as `take`, which it does not do."""
+    """Raises ValueError if a running job holds the folder, as `acquire_lease`, but does not acquire it."""
     _wait_until_free(run_dir / FILE, launch)
 
 
 def _wait_until_free(file: Path, launch: str | None) -> dict[str, Any] | None:
-    """The content of a lease whose owner is no more; None where there is no lease."""
+    """The content of a lease whose owner has ended; None if there is no lease. Raises ValueError if the owner is running."""
     owner = _read(file)
-    if not owner:  # there is none, or one that is not written yet; or whose owner never could
-        return owner if file.exists() and _stands_still(file) else None
-    if owner.get("machine") == machine():
-        theirs, launcher = Process(owner["pid"], owner["started"]), Process(*owner["launcher"])
-        patience = DYING if launcher.state() == GONE else 1.0
-        gone = theirs == process() or _within(patience, lambda: theirs.state() == GONE)
+    if not owner:  # there is none, or it is not written yet, or its owner failed to write it
+        return owner if file.exists() and _is_stale(file) else None
+    if owner.get("machine") == machine_id():
+        owner_process, launcher = Process(owner["pid"], owner["started"]), Process(*owner["launcher"])
+        patience = EXIT_GRACE if launcher.state() == GONE else 1.0
+        gone = owner_process == identify() or _within(patience, lambda: owner_process.state() == GONE)
     else:
-        gone = owner.get("launch") == launch or _stands_still(file)
+        gone = owner.get("launch") == launch or _is_stale(file)
     if not gone:
         raise ValueError(
-            f"run_dir={file.parent} is in use by another job: {_told(owner)}. Wait until it has ended, end it, or choose "
+            f"run_dir={file.parent} is in use by another job: {_describe(owner)}. Wait until it has ended, stop it, or choose "
             "another run_dir."
         )
     return owner
 
 
-def _stands_still(file: Path) -> bool:
-    """Whether nobody renews it. Both times are the file server's: hosts' clocks need not agree."""
+def _is_stale(file: Path) -> bool:
+    """Whether the lease is no longer renewed. Both times are the file server's, since the hosts' clocks may differ."""
     with contextlib.suppress(OSError):
         probe = file.with_name(f"{FILE}.{uuid.uuid4().hex}")
         probe.touch()
         try:
-            if probe.stat().st_mtime - _moved(file) > 4 * STALE:
+            if probe.stat().st_mtime - _modified(file) > 4 * STALE:
                 return True
         finally:
             probe.unlink()
-    before = _moved(file)
-    return not _within(STALE, lambda: _moved(file) != before, period=0.5) or not file.exists()
+    before = _modified(file)
+    return not _within(STALE, lambda: _modified(file) != before, period=0.5) or not file.exists()
 
 
-def _moved(file: Path) -> float:
-    """Its time of change, asked of the server: opening a file makes NFS look."""
+def _modified(file: Path) -> float:
+    """Modification time from the server: opening a file makes NFS revalidate its attributes."""
     try:
         with file.open("rb") as opened:
             return os.fstat(opened.fileno()).st_mtime
@@ -136,32 +136,32 @@ def _moved(file: Path) -> float:
 
 def _within(seconds: float, condition: Callable[[], bool], period: float = 0.05) -> bool:
     end = time.monotonic() + seconds
-    while not (found := condition()) and time.monotonic() < end:
+    while not (fulfilled := condition()) and time.monotonic() < end:
         time.sleep(period)
-    return found
+    return fulfilled
 
 
 def _create(file: Path, content: Mapping[str, Any]) -> bool:
-    """Whether the file is now ours: it was not there, and is there with its content at once."""
-    own = file.with_name(f"{FILE}.{content['id']}")
-    own.write_text(json.dumps(content))
+    """Create the lease file atomically with its content. Returns False if it exists."""
+    temporary = file.with_name(f"{FILE}.{content['id']}")
+    temporary.write_text(json.dumps(content))
     try:
-        os.link(own, file)
+        os.link(temporary, file)
     except FileExistsError:
         return False
     except OSError:  # a file system without hard links
         try:
-            with file.open("x") as made:
-                made.write(json.dumps(content))
+            with file.open("x") as opened:
+                opened.write(json.dumps(content))
         except FileExistsError:
             return False
     finally:
-        own.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
     return True
 
 
 def _remove(file: Path, owner: Mapping[str, Any]) -> None:
-    """Take a dead owner's file away, not one that another has put there in the meantime."""
+    """Remove a dead owner's lease, but not one that another job has created in the meantime."""
     aside = file.with_name(f"{FILE}.{uuid.uuid4().hex}")
     try:
         file.rename(aside)
@@ -175,13 +175,13 @@ def _remove(file: Path, owner: Mapping[str, Any]) -> None:
 
 def _read(file: Path) -> dict[str, Any]:
     try:
-        found = json.loads(file.read_text())
+        content = json.loads(file.read_text())
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return content if isinstance(content, dict) else {}
 
 
-def _told(owner: Mapping[str, Any]) -> str:
+def _describe(owner: Mapping[str, Any]) -> str:
     return (
         f"process {owner.get('pid')} (started by process {owner.get('launcher', [0])[0]}) on {owner.get('host')}, since "
         f"{owner.get('since')}"

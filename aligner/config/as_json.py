@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from aligner.run.job import Job
+from aligner.config.schema import Config
+from aligner.config.secrets import Mask
 
 
-def config_as_json(job: Job) -> dict[str, Any]:
-    """Nested dicts of what YAML and JSON have (no tuples, no objects), without secrets."""
-    values: dict[str, Any] = job.mask.plain(json.loads(json.dumps(asdict(job.config), default=str)))
+def config_as_json(config: Config, mask: Mask) -> dict[str, Any]:
+    """Nested dicts of what YAML and JSON have (no tuples, no objects), without the secrets that `mask` knows."""
+    values: dict[str, Any] = mask.plain(json.loads(json.dumps(asdict(config), default=str)))
     return values

@@ -23,10 +23,10 @@ from aligner.bounds import AtLeast, Between, NotEmpty, OneOf, dataclass_in
 from aligner.checkpoint.config import CheckpointConfig
 from aligner.config.check import CheckConfig
 from aligner.config.guards import GuardConfig
-from aligner.config.paths import expand_composed, expand_values, quoted_tilde
 from aligner.config.run import TrainConfig
 from aligner.data.config import DataConfig
 from aligner.health.config import HangConfig
+from aligner.paths import expand_composed, expand_values, quoted_tilde
 from aligner.report.config import LoggingConfig
 from aligner.reshard.config import ReshardConfig
 from aligner.reward.config import RewardConfig
@@ -209,17 +209,17 @@ def known_keys(name: str, folder: Path) -> list[str]:
     """Every dotted key of the configuration without overrides."""
     with initialize_config_dir(config_dir=str(folder), version_base="1.3"):
         whole = compose(config_name=name)
-    found: list[str] = []
+    keys: list[str] = []
 
     def walk(node: DictConfig, prefix: str) -> None:
         for key in map(str, node):
-            found.append(f"{prefix}{key}")
+            keys.append(f"{prefix}{key}")
             child = node._get_node(key)
             if isinstance(child, DictConfig) and not child._is_none() and not child._is_missing():
                 walk(child, f"{prefix}{key}.")
 
     walk(whole, "")
-    return found
+    return keys
 
 
 def _check_forms(overrides: Sequence[str]) -> None:

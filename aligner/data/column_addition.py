@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from aligner.config.paths import path_option
 from aligner.data.column_answers import column_answer, direct_answer, malformed, wrong_columns, wrong_number
 from aligner.data.jsonl import LabelledRow
+from aligner.paths import path_option
 
 PAD, BOS, EOS, UNKNOWN = "<pad>", "<bos>", "<eos>", "<unk>"
 CHARACTERS = "\n" + "".join(map(chr, range(32, 127)))

@@ -63,7 +63,7 @@ FORMATS = (
 )
 TAR = FileFormat("a tar archive", "tar -xf {file}")
 MULTILINE = FileFormat(
-    "JSON of which one object stands on several lines",
+    "JSON with objects that span several lines",
     "jq -c . {file} > {out} (with '.data[]' in place of . where the rows are a list under \"data\")",
 )
 

@@ -132,8 +132,8 @@ class ResumableOutput:
         for name in settings | before:
             if before.get(name) != settings.get(name):
                 raise ValueError(
-                    f"{name} is {_shown(settings.get(name))}, but {self.out} was started with "
-                    f"{_shown(before.get(name))}; use the same, or {remedy}."
+                    f"{name} is {_shown(settings.get(name))} here, but {_shown(before.get(name))} in the run that started "
+                    f"{self.out}; use the same, or {remedy}."
                 )
 
     def _sources(self) -> list[Path]:

@@ -1,5 +1,5 @@
-"""Hangs, dead ranks, memory: what ends a job that can go no further, and the report that says why.
+"""Fault detection: heartbeats, hang and death detection, lockstep checks, the fault report, timelines, clean process exit.
 
-In: what each rank is doing, its heartbeats, its lockstep journal. Out: one fault report with every rank's state, under
-run_dir/faults; timelines; a process that leaves with its temporary files.
+In: each rank's current activity, heartbeats and journal of role calls. Out: the job is ended with one report of all ranks'
+states under run_dir/faults; timelines; temporary files removed at exit.
 """

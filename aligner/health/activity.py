@@ -1,4 +1,4 @@
-"""What this rank is doing right now, and a count that grows whenever it has done something: kept for the watch."""
+"""This rank's current activity (a stack of nested activities) and a progress counter, read by the watch thread."""
 
 from __future__ import annotations
 
@@ -7,58 +7,59 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 
-class Doing(NamedTuple):
-    """One activity, inside another."""
+class ActivityFrame(NamedTuple):
+    """One activity, linked to the enclosing one."""
 
     kind: str
-    """loop, call or wait."""
+    """"loop", "call" (a role call) or "wait" (for values of other ranks)."""
     what: str
     ranks: Sequence[int]
-    """Peers that are waited for."""
+    """Ranks that are waited for."""
     since: float
     """time.monotonic()."""
-    outer: Doing | None
+    outer: ActivityFrame | None
 
 
 class Activity:
-    """Written by the main thread (`tick` by any), read by the watch's; entering and leaving take well below 1 us."""
+    """The stack of activities. Written by the main thread (`tick` by any), read by the watch thread; enter and leave take
+    well below 1 us."""
 
     def __init__(self) -> None:
-        self.now = Doing("loop", "the loop's own lines", (), time.monotonic(), None)
-        self.broken: Doing | None = None
-        """Where the exception that is under way came from."""
+        self.current = ActivityFrame("loop", "the loop's own lines", (), time.monotonic(), None)
+        self.exception_frame: ActivityFrame | None = None
+        """Innermost activity through which the current exception passed."""
         self.progress = 0
         self.in_loop = False
-        """Whether the loop's steps are under way: no set-up before the first, no saving after the last."""
+        """Whether the training loop is running (not the set-up before the first step or the saving after the last)."""
         self.details: dict[str, Callable[[], list[str]]] = {}
-        """Asked when a report is written: lines such as the sample that is being scored."""
+        """Name -> function that returns lines for a fault report, such as the samples being scored."""
 
     def tick(self) -> None:
-        """Something got done: an engine step, a microbatch, a scored row."""
+        """Count progress: an engine step, a microbatch, a scored row."""
         self.progress += 1
 
     def enter(self, kind: str, what: str, ranks: Sequence[int] = ()) -> None:
-        """Begin an activity inside the present one."""
-        self.now = Doing(kind, what, ranks, time.monotonic(), self.now)
-        self.broken = None
+        """Begin an activity inside the current one."""
+        self.current = ActivityFrame(kind, what, ranks, time.monotonic(), self.current)
+        self.exception_frame = None
         self.progress += 1
 
     def leave(self) -> None:
-        """End the present activity."""
-        outer = self.now.outer
+        """End the current activity."""
+        outer = self.current.outer
         assert outer is not None, "leave() without enter()"
-        self.now = Doing(*outer[:3], time.monotonic(), None) if outer.outer is None else outer
+        self.current = ActivityFrame(*outer[:3], time.monotonic(), None) if outer.outer is None else outer
         self.progress += 1
 
-    def broke(self) -> None:
-        """An exception passes through the present activity."""
-        self.broken = self.broken or self.now
+    def record_exception(self) -> None:
+        """Record that an exception passes through the current activity."""
+        self.exception_frame = self.exception_frame or self.current
 
-    def chain(self) -> list[Doing]:
-        """The present activity with those around it, outermost first; where an exception came from, if one is under way."""
-        found: list[Doing] = []
-        one: Doing | None = self.broken or self.now
-        while one is not None:
-            found.insert(0, one)
-            one = one.outer
-        return found
+    def chain(self) -> list[ActivityFrame]:
+        """The current activity (or that of the current exception) with the enclosing ones, outermost first."""
+        frames: list[ActivityFrame] = []
+        frame: ActivityFrame | None = self.exception_frame or self.current
+        while frame is not None:
+            frames.insert(0, frame)
+            frame = frame.outer
+        return frames

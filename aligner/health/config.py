@@ -1,4 +1,4 @@
-"""When a job that stands still is ended (no torch)."""
+"""Settings of hang detection (no torch)."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from aligner.bounds import AtLeast, Finite
 
 @dataclass(frozen=True)
 class HangConfig:
-    """What counts as a hang. Every one ends the job with one report, in run_dir/faults and on the console."""
+    """Limits of hang detection. A hang ends the job with one report, in run_dir/faults and on the console."""
 
     after_seconds: Annotated[float, Finite(), AtLeast(2)] = 300.0
-    """In the loop: a rank that makes no progress for so long, in seconds, and waits for no other rank that does, ends the
-    job. Progress is a role call, a message, a microbatch, an engine step, a scored row: give more than the longest of
+    """During training, in seconds: a rank that makes no progress for this long, and does not wait for a rank that does, ends
+    the job. Progress is a role call, a message, a microbatch, an engine step or a scored row; use more than the longest of
     them takes."""
     setup_seconds: Annotated[float, Finite(), AtLeast(2)] = 1800.0
-    """The same before the first step, where models are read and engines are started, and after the last."""
+    """The same before the first step, while models are loaded and engines started, and after the last step."""
     dead_seconds: Annotated[float, Finite(), AtLeast(2)] = 30.0
-    """A rank whose watch is silent for so long, in seconds, or whose process is stopped, counts as dead: its host is gone,
-    or a computation keeps Python's lock. A process that has ended is seen within two seconds."""
+    """A rank without heartbeats for this long, in seconds, or whose process is stopped, counts as dead: its host is down, or
+    a computation holds Python's lock. A process that has ended is noticed within two seconds."""
 
     def check(self) -> None:
         """Raises ValueError naming the setting and the values that would work."""
@@ -30,7 +30,7 @@ class HangConfig:
             )
 
     def check_scoring(self, longest_row_s: float) -> None:
-        """Raises ValueError where scoring one row, which may take so many seconds, would count as a hang."""
+        """Raises ValueError if scoring one row, which may take `longest_row_s` seconds, would count as a hang."""
         if longest_row_s >= self.after_seconds:
             raise ValueError(
                 f"hang.after_seconds={self.after_seconds} would end the job while a row is scored, which may take "

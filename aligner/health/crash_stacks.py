@@ -1,4 +1,4 @@
-"""Stacks of a rank that can no longer say them: written by C code, without Python's lock, to a file of the run."""
+"""Stacks of a rank that hangs or crashes, dumped by faulthandler (C code, without Python's lock) to a file of the run."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from typing import TextIO
 
 
 def stack_file(folder: Path, rank: int) -> Path:
-    """Where a rank's C thread writes."""
+    """The file for a rank's stacks."""
     return folder / f"rank{rank:05d}.stack"
 
 
 class CrashStacks:
-    """All threads' stacks if `again` is not called for `after` seconds, or at a crash (SIGSEGV, SIGABRT, ...)."""
+    """Dumps all threads' stacks if `again` is not called for `after` seconds, or at a crash (SIGSEGV, SIGABRT, ...)."""
 
     def __init__(self, folder: Path | None, rank: int, after: float) -> None:
         self._after = after
         self._file: TextIO | None = None
         if folder is None:
             return
-        with contextlib.suppress(OSError):  # a run's folder that cannot be written is told by whoever needs it
+        with contextlib.suppress(OSError):  # an unwritable run folder is reported elsewhere
             folder.mkdir(parents=True, exist_ok=True)
             self._file = stack_file(folder, rank).open("w")
             faulthandler.enable(self._file)
 
-    def again(self) -> None:
-        """All is well; what was written is void."""
+    def restart_timer(self) -> None:
+        """Restart the timer and discard what was dumped."""
         if self._file is not None:
             if os.fstat(self._file.fileno()).st_size:
                 os.ftruncate(self._file.fileno(), 0)
@@ -36,7 +36,7 @@ class CrashStacks:
             faulthandler.dump_traceback_later(self._after, file=self._file)
 
     def close(self) -> None:
-        """Nothing more is written, and nothing stays behind."""
+        """Stop the timer and remove the file."""
         if self._file is not None:
             faulthandler.cancel_dump_traceback_later()
             faulthandler.disable()

@@ -1,4 +1,4 @@
-"""The last report of a job: collected from the store, written to a file and the console."""
+"""The fault report of a job: collect the ranks' statuses from the store, write them to a file and the console."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from aligner.health import rank_status as doctor
+from aligner.health import rank_status
 from aligner.health.crash_stacks import stack_file
 from aligner.health.heartbeat import Verdict
-from aligner.health.rank_status import Statement
+from aligner.health.rank_status import RankStatus
 
 LOST = re.compile(
     r"closed by (remote )?peer|connection (reset|closed|refused)|broken pipe|ncclRemoteError|"
@@ -25,7 +25,7 @@ LOST = re.compile(
 
 
 def is_lost_connection(error: BaseException | None) -> bool:
-    """Whether an error only says that another rank's end of a connection is gone."""
+    """Whether an error (or one of its causes) only means that another rank closed its connection."""
     while error is not None:
         if isinstance(error, (RuntimeError, ConnectionError)) and LOST.search(str(error)):
             return True
@@ -34,7 +34,7 @@ def is_lost_connection(error: BaseException | None) -> bool:
 
 
 def wait_until(condition: Callable[[], bool], seconds: float) -> None:
-    """Ask ten times a second, at most so long."""
+    """Poll a condition ten times a second, for at most `seconds`."""
     end = time.monotonic() + seconds
     while time.monotonic() < end and not condition():
         time.sleep(0.1)
@@ -42,35 +42,38 @@ def wait_until(condition: Callable[[], bool], seconds: float) -> None:
 
 def collect(
     store: dist.Store, size: int, without: set[int], seconds: float
-) -> tuple[dict[int, Statement], dict[int, Statement]]:
-    """(statements that ranks gave within `seconds`, what ranks had told before), by rank.
+) -> tuple[dict[int, RankStatus], dict[int, RankStatus]]:
+    """(final statuses published within `seconds`, last periodic statuses), by rank.
 
     Args:
-        without: ranks that nobody waits for.
+        size: number of ranks.
+        without: ranks that are not waited for (dead ones).
     """
-    wanted = [f"said/{rank}" for rank in range(size) if rank not in without]
-    wait_until(lambda: store.check(wanted), seconds)
-    said, heard = (
+    keys = [f"status/{rank}" for rank in range(size) if rank not in without]
+    wait_until(lambda: store.check(keys), seconds)
+    final, last_known = (
         {rank: json.loads(store.get(f"{kind}/{rank}")) for rank in range(size) if store.check([f"{kind}/{rank}"])}
-        for kind in ("said", "heard")
+        for kind in ("status", "brief")
     )
-    return said, heard
+    return final, last_known
 
 
-def publish(
+def write_fault_report(
     verdict: Verdict,
-    said: Mapping[int, Statement],
-    heard: Mapping[int, Statement],
+    final: Mapping[int, RankStatus],
+    last_known: Mapping[int, RankStatus],
     size: int,
     folder: Path | None,
     error: str,
     hide: Callable[[str], str] = str,
 ) -> None:
-    """The file, and what fits the console.
+    """Write the full report to a file in `folder` and a shorter one to the console.
 
     Args:
-        error: the traceback of a rank that failed by an exception.
-        hide: takes secrets out of both.
+        final, last_known: see `rank_status.report_text`.
+        size: number of ranks.
+        error: traceback of a rank that failed by an exception; "" if there is none.
+        hide: masks secrets in both.
     """
 
     def stack_of(rank: int) -> str:
@@ -78,26 +81,26 @@ def publish(
             return stack_file(folder, rank).read_text(errors="replace") if folder is not None else ""
         return ""
 
-    headline, table, rest = doctor.report(verdict, said, heard, size, stack_of)
+    headline, table, rest = rank_status.report_text(verdict, final, last_known, size, stack_of)
     if verdict["kind"] == "failed":
         head = f"aligner: error on rank {verdict['ranks'][0]}: {verdict['message']}"
     elif verdict["kind"] == "lockstep":
-        head = _lockstep(verdict["number"], said, size)
+        head = _lockstep(verdict["number"], final, size)
     else:
         head = f"aligner: error: {headline}"
     when = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
-    whole = f"{head}\n\n{when}, {size} rank(s)\n\n{table}\n\n{rest}\n"
+    full_text = f"{head}\n\n{when}, {size} rank(s)\n\n{table}\n\n{rest}\n"
     if error:
-        whole += f"\nThe error on rank {verdict['ranks'][0]}:\n{error}"
-    known = {**heard, **said}
-    shown = table if size <= doctor.CONSOLE_RANKS else doctor.grouped_table(known)
+        full_text += f"\nThe error on rank {verdict['ranks'][0]}:\n{error}"
+    statuses = {**last_known, **final}
+    console_table = table if size <= rank_status.CONSOLE_RANKS else rank_status.grouped_table(statuses)
     if verdict["kind"] == "failed":
-        text = f"{head}\n{error}" + (f"{shown}\n" if error else "")
+        text = f"{head}\n{error}" + (f"{console_table}\n" if error else "")
     else:
-        text = f"{head}\n\n{shown}\n\n{_main_threads(rest)}\n"
+        text = f"{head}\n\n{console_table}\n\n{_main_threads(rest)}\n"
     if folder is not None:
         try:
-            text += f"report: {doctor.write_report(folder, hide(whole))}\n"
+            text += f"report: {rank_status.write_report_file(folder, hide(full_text))}\n"
         except OSError as problem:
             text += f"(the report could not be written to {folder}: {problem})\n"
     sys.stderr.write(hide(text))
@@ -105,19 +108,19 @@ def publish(
 
 
 def _main_threads(rest: str) -> str:
-    """Without the stacks of other threads, which the file has."""
+    """Keep only main threads' stacks; the file has the others."""
     parts = rest.split("\n\n")
     return "\n\n".join(part for part in parts if not part.startswith("rank ") or "MainThread" in part.partition("\n")[0]
                        or "gave no answer" in part)  # fmt: skip
 
 
-def _lockstep(number: int, said: Mapping[int, Statement], size: int) -> str:
-    ways: dict[str, list[int]] = {}
+def _lockstep(number: int, final: Mapping[int, RankStatus], size: int) -> str:
+    calls: dict[str, list[int]] = {}
     for rank in range(size):
-        one = said.get(rank)
-        now = f"call {one['number']}: {one['call']} (step {one['step']})" if one else "unknown"
-        ways.setdefault((one or {}).get("there") or f"nothing yet; last {now}", []).append(rank)
-    lines = [f"  rank(s) {', '.join(map(str, ranks))}: {what}" for what, ranks in ways.items()]
+        status = final.get(rank)
+        now = f"call {status['number']}: {status['call']} (step {status['step']})" if status else "unknown"
+        calls.setdefault((status or {}).get("there") or f"nothing yet; last {now}", []).append(rank)
+    lines = [f"  rank(s) {', '.join(map(str, ranks))}: {what}" for what, ranks in calls.items()]
     return (
         f"aligner: error: ranks are not in lockstep since role call {number}:\n" + "\n".join(lines) + "\n"
         "Every rank must issue the same role calls; look for a branch on a value that differs between ranks "
@@ -125,17 +128,28 @@ def _lockstep(number: int, said: Mapping[int, Statement], size: int) -> str:
     )
 
 
-def alone(
-    mine: Statement, error: str, gone: list[int], speaker: int, folder: Path | None, hide: Callable[[str], str] = str
+def report_alone(
+    status: RankStatus, error: str, gone: list[int], speaker: int, folder: Path | None, hide: Callable[[str], str] = str
 ) -> None:
-    """Without the store no rank hears of another: each writes of itself, and one of each host speaks."""
-    rank = mine["rank"]
-    why = f"rank {doctor.ranks_text(gone)} on this host died" if gone else "its launcher, or the first host, has ended"
-    head = f"aligner: error: rank {rank} lost the job's store ({why}; {error}); it was at {doctor.place_text(mine)}."
-    text = f"{head}\n\n{doctor.report({'kind': 'alone', 'ranks': [rank]}, {rank: mine}, {}, rank + 1)[2]}\n"
+    """Report without the store: each rank writes its own status, and one per host prints it.
+
+    Args:
+        mine: this rank's status.
+        error: how the store was lost.
+        gone: ranks on this host whose processes have ended.
+        speaker: the rank of this host that prints.
+    """
+    rank = status["rank"]
+    why = (
+        f"rank {rank_status.ranks_text(gone)} on this host died"
+        if gone
+        else "its launcher, or the first host, has ended"
+    )
+    head = f"aligner: error: rank {rank} lost the job's store ({why}; {error}); it was at {rank_status.place_text(status)}."
+    text = f"{head}\n\n{rank_status.report_text({'kind': 'alone', 'ranks': [rank]}, {rank: status}, {}, rank + 1)[2]}\n"
     if folder is not None:
         with contextlib.suppress(OSError):
-            head += f" Its stacks: {doctor.write_report(folder / f'rank{rank:05d}', hide(text))}"
+            head += f" Its stacks: {rank_status.write_report_file(folder / f'rank{rank:05d}', hide(text))}"
     if rank == speaker:
         sys.stderr.write(hide(f"{head}\n"))
         sys.stderr.flush()

@@ -1,4 +1,4 @@
-"""Heartbeats of all ranks as one rank sees them, and what they say: pure, by the looker's own clock."""
+"""Heartbeats: their format, and detection of silent and hanging ranks from those of all ranks (pure; the observer's clock)."""
 
 from __future__ import annotations
 
@@ -12,22 +12,23 @@ from aligner.health.config import HangConfig
 from aligner.health.journal import Journal
 
 COUNT, PROGRESS, CALL, WAITS, IN_LOOP = range(5)
-"""Columns of a beat, int64: heartbeats so far, things done, number of the role call, whether the rank waits for others,
-whether the loop's steps are under way."""
+"""Columns of a heartbeat, int64: number of heartbeats, progress counter, number of the role call, whether the rank waits for
+others, whether the training loop is running."""
 BYTES = 40
 Verdict = dict[str, Any]
-"""kind: silent, hang, dead, stopped, lockstep or failed; ranks: whom it names; and what it takes to tell it."""
+"""kind: silent, hang, dead, stopped, lockstep or failed; ranks: those responsible; further keys by kind (seconds, number,
+message)."""
 
 
 def beat_of(count: int, activity: Activity, journal: Journal) -> bytes:
-    """This rank's next beat."""
+    """This rank's next heartbeat."""
     number = journal.calls[-1].number
-    waits = activity.now.kind == "wait"
+    waits = activity.current.kind == "wait"
     return np.array([count, activity.progress + number, number, waits, activity.in_loop], np.int64).tobytes()
 
 
 class Heartbeats:
-    """The last beats of `ranks`, and when each changed."""
+    """The last heartbeats of `ranks`, and when each changed."""
 
     def __init__(self, ranks: Sequence[int], config: HangConfig) -> None:
         self.ranks, self.config = np.array(ranks), config
@@ -36,10 +37,14 @@ class Heartbeats:
         self._moved_R = np.zeros(len(ranks))
         self._last = -np.inf
 
-    def look(self, beats: Sequence[bytes], now: float) -> Verdict | None:
-        """What is wrong, if anything. `beats`: of `ranks`, in their order; `now`: seconds of any clock."""
+    def check(self, beats: Sequence[bytes], now: float) -> Verdict | None:
+        """The verdict on silent or hanging ranks, or None.
+
+        Args:
+            beats: of `ranks`, in order. now: seconds of any monotonic clock.
+        """
         beats_R5 = np.frombuffer(b"".join(beats), np.int64).reshape(-1, 5)
-        if now - self._last > self.config.dead_seconds / 2:  # the first look, or it was this rank that slept
+        if now - self._last > self.config.dead_seconds / 2:  # the first call, or this rank itself was suspended
             self._seen_R[:], self._moved_R[:] = now, now
         self._last = now
         self._seen_R[beats_R5[:, COUNT] != self._beats_R5[:, COUNT]] = now
@@ -54,20 +59,20 @@ class Heartbeats:
         return None
 
     def _stuck(self, now: float) -> np.ndarray:
-        """Ranks to blame for standing still.
+        """bool [R]: ranks responsible for a hang.
 
-        One that waits for others is not, unless everybody stands; nor is one inside a role call in which another member
-        is still getting on: it may wait in a collective of an engine.
+        Not those that wait for others, unless all ranks are stuck; nor those inside a role call in which another member
+        makes progress, because they may wait in a collective of an engine.
         """
         config, beats_R5 = self.config, self._beats_R5
         limit_R = np.where(beats_R5[:, IN_LOOP] == 1, config.after_seconds, config.setup_seconds)
-        still_R = now - self._moved_R > limit_R
+        stuck_R = now - self._moved_R > limit_R
         waits_R = beats_R5[:, WAITS] == 1
-        alive_calls = beats_R5[~still_R & ~waits_R, CALL]
-        blamed_R = still_R & ~waits_R & ~np.isin(beats_R5[:, CALL], alive_calls)
-        if not blamed_R.any() and still_R.all():  # all wait: for those who are behind
+        alive_calls = beats_R5[~stuck_R & ~waits_R, CALL]
+        responsible_R = stuck_R & ~waits_R & ~np.isin(beats_R5[:, CALL], alive_calls)
+        if not responsible_R.any() and stuck_R.all():  # all wait: blame those that are behind
             return np.asarray(beats_R5[:, CALL] == beats_R5[:, CALL].min())
-        return np.asarray(blamed_R)
+        return np.asarray(responsible_R)
 
     def _verdict(self, kind: str, of_R: np.ndarray, seconds: float) -> Verdict:
         return {"kind": kind, "ranks": self.ranks[of_R].tolist(), "seconds": float(seconds)}

@@ -1,4 +1,4 @@
-"""The ranks' processes on this host: whether they are there, stopped or gone, and what the kernel did to them."""
+"""The ranks' processes on this host: whether they are running, stopped or gone, and OOM kills."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from aligner.health.process_identity import Process, machine, process
+from aligner.health.process_identity import Process, identify, machine_id
 
 
 @dataclass(frozen=True)
@@ -20,46 +20,48 @@ class RankProcess(Process):
 
 
 def this_process(rank: int) -> RankProcess:
-    """This rank's."""
-    found = process()
-    return RankProcess(found.pid, found.started, rank)
+    """This rank's process."""
+    identity = identify()
+    return RankProcess(identity.pid, identity.started, rank)
 
 
 class LocalProcesses:
-    """Ranks whose process numbers mean the same here: those of one host, and of one container on it."""
+    """The other ranks on this host and in this container, found through the store."""
 
     def __init__(self, store: dist.Store, me: RankProcess, count: int) -> None:
         """
         Args:
-            count: ranks on this host, at most.
+            store: each rank publishes its process id there.
+            me: this rank's process.
+            count: number of ranks on this host, at most.
         """
         self._store, self._me, self._count = store, me, count
-        self._key = f"processes/{machine()}"
+        self._key = f"processes/{machine_id()}"
         self.known: dict[int, RankProcess] = {}
-        """By rank, this one left out, as far as they have told."""
+        """Rank -> process, without this rank, as far as published."""
         store.append(self._key, f"{me.rank} {me.pid} {me.started};")  # type: ignore[attr-defined]  # torch's stub lacks it
 
     def all(self) -> Mapping[int, RankProcess]:
-        """`known`, after asking for those that are missing; the store may be gone."""
+        """`known`, updated from the store if ranks are missing (and the store is reachable)."""
         if len(self.known) < self._count - 1:
             with contextlib.suppress(RuntimeError):
-                told = self._store.get(self._key).decode().split(";")[:-1]
-                found = [_told(one) for one in told]
-                self.known = {process.rank: process for process in found if process.rank != self._me.rank}
+                entries = self._store.get(self._key).decode().split(";")[:-1]
+                processes = [_parse(entry) for entry in entries]
+                self.known = {process.rank: process for process in processes if process.rank != self._me.rank}
         return self.known
 
     def states(self) -> dict[int, str]:
-        """Of each neighbour."""
+        """Rank -> GONE, STOPPED or RUNNING."""
         return {rank: process.state() for rank, process in self.all().items()}
 
 
-def _told(text: str) -> RankProcess:
+def _parse(text: str) -> RankProcess:
     rank, pid, started = map(int, text.split())
     return RankProcess(pid, started, rank)
 
 
 def out_of_memory_kills() -> int:
-    """Processes that the kernel has killed for memory in this container (cgroup v2), or on this host; 0 if not known."""
+    """Number of OOM kills in this container (cgroup v2) or on this host; 0 if unknown."""
     for file, key in (("/sys/fs/cgroup/memory.events", "oom_kill"), ("/proc/vmstat", "oom_kill")):
         try:
             lines = Path(file).read_text().splitlines()

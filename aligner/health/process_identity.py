@@ -1,4 +1,4 @@
-"""Which process on which machine: a number and when it started, whether it is there, stopped or gone (no torch)."""
+"""Identify a process by pid, start time and machine, and find out whether it is running, stopped or gone (no torch)."""
 
 from __future__ import annotations
 
@@ -9,37 +9,37 @@ from pathlib import Path
 
 GONE = "gone"
 STOPPED = "stopped"
-HERE = "here"
+RUNNING = "here"
 
 
 @dataclass(frozen=True)
 class Process:
-    """A process, told from a later one of the same number by when it started."""
+    """A process; its start time distinguishes it from a later process with the same pid."""
 
     pid: int
     started: int
-    """Clock ticks after the host's start; 0 without /proc."""
+    """Start time in clock ticks since boot; 0 without /proc."""
 
     def state(self) -> str:
-        """GONE (ended, or a zombie), STOPPED (SIGSTOP, a debugger) or HERE."""
-        found = _stat(self.pid)
-        if found is None:
-            return HERE if not self.started and _answers(self.pid) else GONE
-        letter, started = found
+        """GONE (ended, or a zombie), STOPPED (SIGSTOP, a debugger) or RUNNING."""
+        stat = _stat(self.pid)
+        if stat is None:
+            return RUNNING if not self.started and _exists(self.pid) else GONE
+        letter, started = stat
         if started != self.started or letter in "ZXx":
             return GONE
-        return STOPPED if letter in "Tt" else HERE
+        return STOPPED if letter in "Tt" else RUNNING
 
 
-def process(pid: int | None = None) -> Process:
-    """The process of this number; by default this one."""
+def identify(pid: int | None = None) -> Process:
+    """The process with this pid; by default the current one."""
     pid = os.getpid() if pid is None else pid
-    found = _stat(pid)
-    return Process(pid, found[1] if found else 0)
+    stat = _stat(pid)
+    return Process(pid, stat[1] if stat else 0)
 
 
 def _stat(pid: int) -> tuple[str, int] | None:
-    """(state letter, start time) of a process; None where there is none."""
+    """(state letter, start time) from /proc; None if there is no such process."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
     except OSError:
@@ -47,7 +47,7 @@ def _stat(pid: int) -> tuple[str, int] | None:
     return fields[0].decode(), int(fields[19])
 
 
-def _answers(pid: int) -> bool:
+def _exists(pid: int) -> bool:
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -57,8 +57,8 @@ def _answers(pid: int) -> bool:
     return True
 
 
-def machine() -> str:
-    """Where process numbers mean the same: this host since its start, and this container on it."""
+def machine_id() -> str:
+    """Scope of process ids: host name, boot id and PID namespace."""
     parts = [socket.gethostname()]
     for read in (
         lambda: Path("/proc/sys/kernel/random/boot_id").read_text().strip(),

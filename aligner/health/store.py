@@ -1,4 +1,4 @@
-"""The job's key-value store, which torchrun's rendezvous keeps over all attempts of a job that it restarts."""
+"""The job's key-value store (torchrun's TCPStore), which persists across all attempts of a restarted job."""
 
 from __future__ import annotations
 
@@ -10,47 +10,50 @@ from datetime import timedelta
 import torch.distributed as dist
 
 PATIENCE = 600.0
-"""Seconds in which all ranks must have arrived."""
+"""Seconds within which all ranks must have arrived."""
 
 
 def own_store(name: str, attempt: str) -> dist.Store:
-    """A connection of the caller's own; keys are seen under this name and in this attempt only."""
+    """A new connection with a key prefix for this name and attempt."""
     return dist.PrefixStore(f"aligner-{name}-{attempt}", _connect())
 
 
 def agree_on_attempt(rank: int, size: int) -> str:
-    """A name of this attempt of the job, the same on every rank and no other's; "" where there is no launcher.
+    """A unique id of this attempt of the job, the same on all ranks; "" without a launcher.
 
-    Keys of former attempts are still there, torch's own among them, and launchers of several hosts do not count restarts
-    alike (TORCHELASTIC_RESTART_COUNT). So each process tells rank 0 a word of its own, and is told the attempt's under
-    that word: nothing stale can be taken for an answer.
+    Keys of earlier attempts persist in the store, and TORCHELASTIC_RESTART_COUNT may differ between hosts. So each process
+    sends rank 0 a random token and receives the attempt's id under that token: a stale key cannot be mistaken for an
+    answer.
+
+    Raises:
+        RuntimeError: not all ranks arrived within PATIENCE.
     """
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != str(True):
         return ""
-    mine = uuid.uuid4().hex
+    token = uuid.uuid4().hex
     if size == 1:
-        return mine
+        return token
     store = dist.PrefixStore("aligner-attempts", _connect())
     if rank:
-        store.set(f"word/{rank}", mine)
-        store.wait([f"answer/{mine}"], timedelta(seconds=PATIENCE))
-        attempt = store.get(f"answer/{mine}").decode()
+        store.set(f"word/{rank}", token)
+        store.wait([f"answer/{token}"], timedelta(seconds=PATIENCE))
+        attempt = store.get(f"answer/{token}").decode()
         store.add(f"heard/{attempt}", 1)
         return attempt
     answered: set[str] = set()
     end = time.monotonic() + PATIENCE
-    while store.add(f"heard/{mine}", 0) < size - 1:
-        words = [f"word/{other}" for other in range(1, size) if store.check([f"word/{other}"])]
-        for word in (raw.decode() for raw in (store.multi_get(words) if words else [])):
-            if word not in answered:  # of this attempt, or of one before, whose process is no more
-                store.set(f"answer/{word}", mine)
-                answered.add(word)
+    while store.add(f"heard/{token}", 0) < size - 1:
+        keys = [f"word/{other}" for other in range(1, size) if store.check([f"word/{other}"])]
+        for other_token in (raw.decode() for raw in (store.multi_get(keys) if keys else [])):
+            if other_token not in answered:  # of this attempt, or of an earlier one whose process has ended
+                store.set(f"answer/{other_token}", token)
+                answered.add(other_token)
         if time.monotonic() > end:
             raise RuntimeError(
-                f"of {size} ranks only {store.add(f'heard/{mine}', 0) + 1} arrived within {PATIENCE:.0f} s."
+                f"of {size} ranks only {store.add(f'heard/{token}', 0) + 1} arrived within {PATIENCE:.0f} s."
             )
         time.sleep(0.05)
-    return mine
+    return token
 
 
 def _connect() -> dist.Store:

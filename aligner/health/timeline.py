@@ -1,4 +1,4 @@
-"""What this rank did when: role calls and waits for other ranks, as a trace that Perfetto and chrome://tracing open."""
+"""Timeline of this rank's role calls and waits, in the Chrome trace format (Perfetto, chrome://tracing)."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from aligner.health.activity import Activity
 Kind = Literal["call", "wait"]
 FOLDER = "timeline"
 TRANSFER, STEP_END = "transfer", "end of the step"
-"""What a rank does that is no role call: it moves values; it tells the first rank what becomes a row of metrics."""
+"""Names of spans that are not role calls: moving values between roles, and sending the step's metrics to rank 0."""
 
 
 def trace_file(run_dir: str | Path, rank: int) -> Path:
-    """Where a rank writes its trace."""
+    """The trace file of a rank."""
     return Path(run_dir) / FOLDER / f"rank{rank:05d}.json"
 
 
 class Timeline:
-    """Spans of one rank; nothing is kept before `open` and after the last step that is wanted.
+    """Records spans of one rank, between `open` and the last traced step.
 
-    The file is a JSON array of trace events, an event a line. Its closing bracket may be missing, which viewers allow:
-    the trace of a killed job is whole up to its last span.
+    The file is a JSON array of trace events, one per line. Its closing bracket may be missing, which viewers accept, so
+    the trace of a killed job is complete up to its last span.
     """
 
     def __init__(self, rank: int, activity: Activity | None = None) -> None:
         """
         Args:
-            activity: is told of every span as well, whether a trace is written or not.
+            activity: also updated by every span, whether a trace is written or not.
         """
         self.rank, self.step = rank, 0
         self.activity = activity or Activity()
@@ -40,11 +40,11 @@ class Timeline:
         self._origin, self._last_step = 0.0, 0
 
     def open(self, run_dir: str | Path, label: str, last_step: int) -> None:
-        """Start the trace. Called right after a barrier, so that the ranks' clocks have one origin.
+        """Start the trace. Called right after a barrier, so that the ranks' clocks have a common origin.
 
         Args:
-            label: what the viewer calls this rank.
-            last_step: the last step of the loop to write.
+            label: name of this rank in the viewer.
+            last_step: the last training step to trace.
         """
         path = trace_file(run_dir, self.rank)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -54,7 +54,7 @@ class Timeline:
         self._write({"ph": "M", "name": "process_name", "args": {"name": label}})
 
     def at(self, step: int) -> None:
-        """The loop is at `step` from here on; what was written is flushed."""
+        """Set the current training step and flush the file; closes it after the last traced step."""
         self.step = step
         if self._file is None:
             return
@@ -64,13 +64,13 @@ class Timeline:
 
     @contextmanager
     def span(self, kind: Kind, name: str, ranks: Sequence[int] = ()) -> Iterator[None]:
-        """Time what runs inside: a role call, or a wait for something from `ranks`."""
+        """Context manager that records a role call, or a wait for `ranks`."""
         self.activity.enter(kind, name, ranks)
         traced, start = self._file is not None, time.perf_counter()
         try:
             yield
         except BaseException:
-            self.activity.broke()
+            self.activity.record_exception()
             raise
         finally:
             self.activity.leave()
@@ -90,7 +90,7 @@ class Timeline:
             self._file.write(json.dumps({**event, "pid": self.rank, "tid": 0}) + ",\n")
 
     def close(self) -> None:
-        """End the file, as strict JSON."""
+        """Complete the file as strict JSON."""
         if self._file is not None:
             end = json.dumps(
                 {"ph": "M", "name": "process_sort_index", "pid": self.rank, "args": {"sort_index": self.rank}}

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from aligner.models.family import FAMILIES, Head
+from aligner.models.family import FULL, SLIDING, Head
 from aligner.models.spec import ModelSpec, read_config
+from aligner.models.tensors import family_of
 
 
 def check_reading(spec: ModelSpec) -> None:
@@ -50,29 +51,31 @@ def check_agreement(spec: ModelSpec, config: Any, reader: str) -> None:
         reader: whose configuration it is.
     """
     found = _found(config, spec)
-    for key, value in _wanted(spec).items():
-        if found(key) != value:
+    fields = [(key, found(key), value) for key, value in _wanted(spec).items()]
+    for key, theirs, ours in [*fields, *_rope_fields(config, spec)]:
+        if theirs != ours:
             raise ValueError(
-                f"{spec.path}/config.json: {reader} takes it for {key}={found(key)!r}, the trained model has {value!r}; "
+                f"{spec.path}/config.json: {reader} takes it for {key}={theirs!r}, the trained model has {ours!r}; "
                 f"set {key} in config.json, once and plainly."
             )
 
 
 def _found(config: Any, spec: ModelSpec) -> Callable[[str], Any]:
     """What the configuration says of a field, in the words of `_wanted`."""
-    rope = {"partial_rotary_factor": 1.0, **(getattr(config, "rope_parameters", None) or {})}
 
     def of(key: str) -> Any:
-        value = rope[key] if key in rope else getattr(config, key, None)
+        value = getattr(config, key, None)
         match key:
             case "head_dim":
                 return value or config.hidden_size // config.num_attention_heads
-            case "layer_types":
-                return sorted(set(value or ())) or ["full_attention"]
+            case "layer_types":  # of a class that has none, the window is that of every layer
+                return value or [SLIDING if getattr(config, "sliding_window", None) else FULL] * spec.layers
             case "attention_bias" | "mlp_bias":
                 return bool(value)
-            case "hidden_act":
-                names = FAMILIES[spec.family].activations
+            case "sliding_window":  # of no layer, it is the width of nothing
+                return value if SLIDING in (getattr(config, "layer_types", None) or [SLIDING]) else None
+            case "hidden_act" | "hidden_activation":
+                names = family_of(spec).activations
                 return names[0] if value in names else value
         return value
 
@@ -92,21 +95,36 @@ def _wanted(spec: ModelSpec) -> dict[str, Any]:
         "rms_norm_eps": spec.norm_eps,
         "mlp_bias": spec.mlp_bias,
         "attention_bias": spec.o_bias,
-        "hidden_act": FAMILIES[spec.family].activations[0],
-        "layer_types": ["full_attention"],
-        "sliding_window": None,
-        "partial_rotary_factor": 1.0,
-        "rope_theta": spec.rope_theta,
-        **(spec.rope_scaling or {"rope_type": "default"}),
+        family_of(spec).activation_field: family_of(spec).activations[0],
+        "layer_types": [SLIDING if window else FULL for window in spec.windows],
+        "sliding_window": max(window or 0 for window in spec.windows) or None,
     }
+    scalar = family_of(spec).score_scalar
+    if scalar:
+        found[scalar] = round(spec.attention_scale**-2)
     if spec.head is Head.LANGUAGE:
         found["tie_word_embeddings"] = spec.tied
-    names = FAMILIES[spec.family].experts
+    names = family_of(spec).experts
     if names is not None and spec.experts:
         found |= {"num_local_experts": spec.experts, "num_experts_per_tok": spec.experts_per_token}
         found[names.width] = spec.expert_ffn
-        if FAMILIES[spec.family].norm_topk is None:
+        if names.norm_topk is None:
             found["norm_topk_prob"] = spec.norm_topk
     if len(spec.sparse_layers) < spec.layers:
         found["intermediate_size"] = spec.ffn
     return found
+
+
+def _rope_fields(config: Any, spec: ModelSpec) -> Iterator[tuple[str, Any, Any]]:
+    """(name, the configuration's, ours) of each parameter of rotary positions, for each layer type where they differ."""
+    entry = getattr(config, "rope_parameters", None) or {}
+    nested = any(isinstance(value, dict) for value in entry.values())
+    for name, rope in spec.rope.items():
+        theirs = {"partial_rotary_factor": 1.0, **((entry.get(name) or {}) if nested else entry)}
+        ours = {
+            "rope_type": rope.rope_type,
+            "rope_theta": rope.theta,
+            "partial_rotary_factor": rope.partial_rotary_factor,
+        }
+        for key, value in {**ours, **rope.parameters}.items():
+            yield key, theirs.get(key), value

@@ -11,11 +11,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from aligner.models.family import logical_tensors, new_tensors
 from aligner.models.hf_folder import SINGLE, prepare, publish, write_rest, write_weights
 from aligner.models.ownership import mark
 from aligner.models.spec import ModelSpec
 from aligner.models.stored import open_stored
+from aligner.models.tensors import logical_tensors, new_tensors
 from aligner.reshard.local import BUCKET_BYTES, LocalWeights, TensorWeights, WritableLocalWeights, copy_weights
 from aligner.reshard.message.storage import allocate
 from aligner.reshard.plan.layout import WeightLayout, as_layout

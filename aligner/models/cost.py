@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 
-from aligner.models.family import EMBEDDING, Head, dense_shapes, end_shapes, expert_shapes
+from aligner.models.family import Head
 from aligner.models.spec import ModelSpec
+from aligner.models.tensors import EMBEDDING, end_shapes, expert_shapes, layer_shapes
 from aligner.spmd.cost import Cost
 
 
@@ -16,12 +17,11 @@ def row_cost(spec: ModelSpec) -> Cost:
     looked up) unless it is the output layer too. Attention: 2 products (scores, values) of 2 FLOPs over the causal half of l^2
     pairs, for every query head's dimensions in every layer.
     """
-    sparse = len(spec.sparse_layers)
-    passed = (spec.layers - sparse) * _weights(dense_shapes(spec, False))
-    if sparse:
-        passed += sparse * (_weights(dense_shapes(spec, True)) + spec.experts_per_token * _weights(expert_shapes(spec)))
+    passed = sum(spec.layer_types.count(name) * _weights(layer_shapes(spec, name)) for name in spec.types)
+    if spec.experts:
+        passed += len(spec.sparse_layers) * spec.experts_per_token * _weights(expert_shapes(spec))
     ends = end_shapes(spec)
-    embedding = ends.pop(EMBEDDING.logical[0])
+    embedding = ends.pop(EMBEDDING)
     passed += _weights(ends) + (math.prod(embedding) if spec.tied and spec.head is Head.LANGUAGE else 0)
     return Cost(2 * passed, 2 * spec.layers * spec.heads * spec.head_dim)
 

@@ -15,9 +15,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from aligner.models.family import FAMILIES, Head, logical_tensors
+from aligner.models.family import Head
 from aligner.models.ownership import check_replaceable
 from aligner.models.spec import ModelSpec, read_config
+from aligner.models.tensors import family_of, logical_tensors
 from aligner.reshard.plan.region import whole_tensor
 
 _INDEX = "model.safetensors.index.json"
@@ -67,9 +68,9 @@ def write_rest(partial: Path, spec: ModelSpec, dtype: str, weight_map: dict[str,
         write_json(partial / _INDEX, index)
     config = read_config(folder)
     config |= {key: dtype for key in ("dtype", "torch_dtype") if config.get(key)} or {"dtype": dtype}
-    config["architectures"] = [FAMILIES[spec.family].architecture]
+    config["architectures"] = [family_of(spec).architecture]
     if spec.head is Head.SCALAR:
-        config["architectures"] = [FAMILIES[spec.family].classifier]
+        config["architectures"] = [family_of(spec).classifier]
         config |= {"num_labels": 1, "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
         config["pad_token_id"] = _pad_token_id(config, spec)
     write_json(partial / "config.json", config)

@@ -103,11 +103,15 @@ _NEVER = frozenset(
 _DROPOUT = re.compile(r"dropout|_pdrop$")
 
 
-def check_unread(config: ConfigJson) -> None:
-    """ValueError for the first field that nobody asked for and that may say how the model computes."""
+def check_unread(config: ConfigJson, inert: frozenset[str] = frozenset()) -> None:
+    """ValueError for the first field that nobody asked for and that may say how the model computes.
+
+    Args:
+        inert: fields of the model's family alone that change nothing.
+    """
     for key, value in config.unread().items():
         named = key in _NOTHING or key in _NEVER or key == "auto_map"
-        if key in INERT or (not named and (value is None or value is False)):
+        if key in INERT or key in inert or (not named and (value is None or value is False)):
             continue
         if key in _NOTHING:
             config.only(key, _NOTHING[key])

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from aligner.models.config_json import ConfigJson, same
-from aligner.models.family import FAMILIES, Family, Head, logical_tensors
+from aligner.models.families import FAMILIES
+from aligner.models.family import Family, Head, LayerType, QKNorm
 from aligner.models.inert_fields import LENGTHS, check_unread
-from aligner.models.rope import read_rope
+from aligner.models.rope import Rope, RopeDefaults
+from aligner.models.tensors import logical_tensors
 from aligner.reshard.plan.region import ELEMENT_BYTES
 
 
@@ -40,14 +42,14 @@ class ModelSpec:
     tied: bool
     """The output layer is the embedding; never with a scalar head."""
     norm_eps: float
-    rope_theta: float
-    rope_scaling: dict[str, Any] | None
-    """None, or the rope_type ("linear" or "llama3") and its numbers; see `aligner.models.rope.KINDS`."""
     qkv_bias: bool
     o_bias: bool
     mlp_bias: bool
     """Gate, up and down projections of dense MLPs have a bias."""
-    qk_norm: bool
+    qk_norm: QKNorm | None
+    """What queries and keys are RMS-normalised over; None: they are not."""
+    attention_scale: float
+    """Factor on the scores of attention."""
     activation: str
     """Of the gate: "silu", or "gelu_tanh" (the tanh approximation)."""
     norm_plus_one: bool
@@ -61,8 +63,10 @@ class ModelSpec:
     """Width of one expert."""
     norm_topk: bool
     """The chosen experts' probabilities are divided by their sum."""
-    sparse_layers: tuple[int, ...]
-    """Layers whose MLP is experts, ascending."""
+    layer_types: tuple[str, ...]
+    """Of each layer, the name of its type."""
+    types: dict[str, LayerType]
+    """By name; only those that a layer has."""
     max_positions: int
     """Longest sequence, in tokens."""
     eos_token_ids: tuple[int, ...]
@@ -73,9 +77,31 @@ class ModelSpec:
     """The Hugging Face folder."""
 
     @property
+    def rope(self) -> dict[str, Rope]:
+        """Rotary positions, by the name of the layer type."""
+        return {name: layer_type.rope for name, layer_type in self.types.items()}
+
+    @property
+    def sparse_layers(self) -> tuple[int, ...]:
+        """Layers whose MLP is experts, ascending."""
+        return tuple(number for number, name in enumerate(self.layer_types) if self.types[name].sparse)
+
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """Of each layer, how many tokens a query sees, itself the last of them; None: all before it."""
+        return tuple(self.types[name].window for name in self.layer_types)
+
+    @property
     def parameters(self) -> int:
         """Number of weights; a tied output layer counts once."""
         return sum(math.prod(shape) for shape in logical_tensors(self).values())
+
+    @property
+    def positions_text(self) -> str:
+        """How long a sequence may be and, where the scaling of rotary positions limits it, why; for errors."""
+        reasons = [rope.limit_reason for rope in self.rope.values() if rope.limit_reason]
+        why = f" ({reasons[0]})" if reasons else ""
+        return f"{self.max_positions} positions of the model in {self.path}{why}"
 
     @property
     def parameters_of_experts(self) -> int:
@@ -102,44 +128,47 @@ def read_spec(path: str | Path) -> ModelSpec:
     _check_supported(config, family)
     heads, hidden = config.size("num_attention_heads"), config.size("hidden_size")
     layers = config.size("num_hidden_layers")
-    _check_layer_types(config, layers)
+    layer_types, types = family.read_layers(config, layers)
     attention_bias = config.flag("attention_bias")
     qkv_bias = family.qkv_bias or attention_bias
     if not same(config.get("qkv_bias", qkv_bias), qkv_bias):  # the engine takes it over attention_bias
         raise config.error(
             f"qkv_bias={config.get('qkv_bias')!r} is not supported; leave it out, which means {qkv_bias}."
         )
-    most = config.size("max_position_embeddings", family.max_positions)
-    theta, scaling = read_rope(config, family.rope_theta, most)
+    most = config.size("max_position_embeddings", family.defaults.max_positions)
+    head_dim = _head_dim(config, family, hidden, heads)
+    ropes = family.read_ropes(config, RopeDefaults(family.defaults.rope_theta, most, head_dim), types)
+    types = {name: replace(types[name], rope=ropes[name]) for name in types if name in layer_types}
     spec = ModelSpec(
         family=family_name,
         layers=layers,
         hidden=hidden,
         heads=heads,
         kv_heads=_kv_heads(config, family, heads),
-        head_dim=_head_dim(config, family, hidden, heads),
+        head_dim=head_dim,
         ffn=config.size("intermediate_size"),
         vocab=config.size("vocab_size"),
         head=head,
         stored_head=head,
-        tied=config.flag("tie_word_embeddings", family.tied) and head is Head.LANGUAGE,
-        norm_eps=config.fraction("rms_norm_eps", family.norm_eps),
-        rope_theta=theta,
-        rope_scaling=scaling,
+        tied=config.flag("tie_word_embeddings", family.defaults.tied) and head is Head.LANGUAGE,
+        norm_eps=config.fraction("rms_norm_eps", family.defaults.norm_eps),
         qkv_bias=qkv_bias,
         o_bias=attention_bias,
         mlp_bias=config.flag("mlp_bias"),
         qk_norm=family.qk_norm,
+        attention_scale=family.read_attention_scale(config, head_dim),
         activation="gelu_tanh" if "gelu_pytorch_tanh" in family.activations else "silu",
         norm_plus_one=family.norm_plus_one,
         embedding_scale=math.sqrt(hidden) if family.scaled_embedding else 1.0,
-        **_experts(config, family, layers),
-        max_positions=_max_positions(config, most, scaling),
+        **_experts(config, family, any(layer_type.sparse for layer_type in types.values())),
+        layer_types=layer_types,
+        types=types,
+        max_positions=_max_positions(config, family, most, [layer_type.rope for layer_type in types.values()]),
         eos_token_ids=end_tokens(found, folder),
         dtype=_dtype(config),
         path=str(folder),
     )
-    check_unread(config)
+    check_unread(config, family.inert)
     return spec
 
 
@@ -214,35 +243,19 @@ def _check_supported(config: ConfigJson, family: Family) -> None:
         config.only(key, (False,))
     for key, allowed in family.only.items():
         config.only(key, allowed)
-    config.only("use_sliding_window", (False,))
-    if family.window_switch:
-        config.get("sliding_window")  # without its switch it is the width of nothing
-    else:
-        config.only("sliding_window", (None,))  # the engine would take it, whatever transformers' class does
     config.only("hidden_act", family.activations)
     config.only("hidden_activation", (family.activations[0], None))  # as transformers 4 names Gemma's
-    no_dropout = (0.0, None) if family.null_dropout else (0.0,)
+    no_dropout = (0.0, None) if "attention_dropout" in family.nullable else (0.0,)
     config.only("attention_dropout", no_dropout, ": training here, like the engine, drops nothing out")
     config.only("output_router_logits", (False,), ": no loss here adds the router's loss of balance")
 
 
-def _check_layer_types(config: ConfigJson, layers: int) -> None:
-    """One entry for each layer, in transformers' words; all layers here see all that is before them."""
-    types = config.get("layer_types")
-    if types is None:
-        return
-    if not isinstance(types, list) or len(types) != layers:
-        raise config.error(f"layer_types must be null or a list of as many entries as num_hidden_layers={layers}.")
-    other = [one for one in types if one not in ("full_attention", "attention")]
-    if other:
-        raise config.error(f"layer_types has {other[0]!r}, which is not supported; only 'full_attention' is.")
-
-
 def _kv_heads(config: ConfigJson, family: Family, heads: int) -> int:
-    kv_heads = config.size("num_key_value_heads", heads, null=family.null_kv_heads)
-    if "num_key_value_heads" not in config and family.kv_heads is not None and family.kv_heads != heads:
+    usual = family.defaults.kv_heads
+    kv_heads = config.size("num_key_value_heads", heads, null="num_key_value_heads" in family.nullable)
+    if "num_key_value_heads" not in config and usual not in (None, heads):
         raise config.error(
-            f"num_key_value_heads is not there, for which transformers takes {family.kv_heads} and not the "
+            f"num_key_value_heads is not there, for which transformers takes {usual} and not the "
             f"num_attention_heads={heads}; set it."
         )
     if heads % kv_heads:
@@ -254,8 +267,8 @@ def _head_dim(config: ConfigJson, family: Family, hidden: int, heads: int) -> in
     if heads > hidden:
         raise config.error(f"num_attention_heads={heads} is more than hidden_size={hidden}.")
     whole = hidden // heads
-    dim = config.size("head_dim", family.head_dim or whole, null=family.null_head_dim)
-    if family.fixed_head_dim and dim != whole:
+    dim = config.size("head_dim", family.defaults.head_dim or whole, null="head_dim" in family.nullable)
+    if family.engine.fixed_head_dim and dim != whole:
         raise config.error(
             f"head_dim={dim} is not hidden_size / num_attention_heads={whole}, which the engine takes for this family; "
             "use a model of which it is."
@@ -267,11 +280,10 @@ def _head_dim(config: ConfigJson, family: Family, hidden: int, heads: int) -> in
     return dim
 
 
-def _max_positions(config: ConfigJson, most: int, scaling: Mapping[str, Any] | None) -> int:
-    """The engine's limit: the least of what the file says, stretched where positions are divided."""
+def _max_positions(config: ConfigJson, family: Family, most: int, ropes: Sequence[Rope]) -> int:
+    """The engine's limit: the least of what the file says, as far as one table of rotary positions reaches."""
     limits = [config.size(key, most, null=True) for key in LENGTHS]
-    stretched = scaling["factor"] if scaling and scaling["rope_type"] == "linear" else 1
-    return int(min(most, *limits) * stretched)
+    return family.longest(ropes, min(most, *limits))
 
 
 def _dtype(config: ConfigJson) -> str:
@@ -283,9 +295,9 @@ def _dtype(config: ConfigJson) -> str:
     return str(found)
 
 
-def _experts(config: ConfigJson, family: Family, layers: int) -> dict[str, Any]:
-    """The fields of ModelSpec that describe sparse MLPs."""
-    dense = {"experts": 0, "experts_per_token": 0, "expert_ffn": 0, "norm_topk": False, "sparse_layers": ()}
+def _experts(config: ConfigJson, family: Family, sparse: bool) -> dict[str, Any]:
+    """The fields of ModelSpec that describe sparse MLPs; `sparse`: some layer has one."""
+    dense = {"experts": 0, "experts_per_token": 0, "expert_ffn": 0, "norm_topk": False}
     if family.experts is None:
         return dense
     keys = [key for key in family.experts.count if key in config] or [family.experts.count[0]]
@@ -294,26 +306,12 @@ def _experts(config: ConfigJson, family: Family, layers: int) -> dict[str, Any]:
         raise config.error(f"{' and '.join(keys)} are two names of one thing and differ; leave one of them out.")
     if chosen > experts:
         raise config.error(f"num_experts_per_tok={chosen} is more than {keys[0]}={experts}.")
-    sparse = _sparse_layers(config, layers) if family.some_dense else tuple(range(layers))
-    norm_topk, width = family.norm_topk, config.size(family.experts.width)
+    norm_topk, width = family.experts.norm_topk, config.size(family.experts.width)
     if norm_topk is None:
         norm_topk = config.flag("norm_topk_prob")
     if not sparse:
         return dense
-    return {
-        "experts": experts,
-        "experts_per_token": chosen,
-        "expert_ffn": width,
-        "norm_topk": norm_topk,
-        "sparse_layers": sparse,
-    }
-
-
-def _sparse_layers(config: ConfigJson, layers: int) -> tuple[int, ...]:
-    step, skipped = config.size("decoder_sparse_step", 1), config.get("mlp_only_layers") or []
-    if not isinstance(skipped, list) or any(type(layer) is not int for layer in skipped):
-        raise config.error(f"mlp_only_layers={skipped!r} must be a list of layer numbers.")
-    return tuple(layer for layer in range(layers) if (layer + 1) % step == 0 and layer not in skipped)
+    return {"experts": experts, "experts_per_token": chosen, "expert_ffn": width, "norm_topk": norm_topk}
 
 
 def end_tokens(config: Mapping[str, Any], folder: Path) -> tuple[int, ...]:

@@ -1,25 +1,23 @@
-"""Checkpoints on disk as the source of a transfer: Hugging Face files, or one file for each rank of a Megatron layout."""
+"""Checkpoints on disk as the source of a transfer: Hugging Face files, or one file for each rank of any parallel layout."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Protocol
+from typing import Protocol
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from aligner.models.family import logical_tensors
-from aligner.models.hf_folder import files_of_tensors, opened, write_json, write_rest
+from aligner.models.hf_folder import files_of_tensors, opened, write_rest
 from aligner.models.spec import ModelSpec
+from aligner.models.tensors import logical_tensors
 from aligner.reshard.message.storage import strided_view
-from aligner.reshard.plan.region import Box, Piece, whole_tensor
-from aligner.spmd.mesh import Mesh
-from aligner.trainer.megatron.layout import MegatronLayout
+from aligner.reshard.plan.layout import WeightLayout
+from aligner.reshard.plan.region import Box, Layout, Piece, whole_tensor
 
 SHARDS = "shards.json"
 """The file that tells a folder of shards from a Hugging Face checkpoint."""
@@ -107,114 +105,118 @@ class _HuggingFace(_Files):
         return whole_tensor(name, shape, _DTYPES[stored.get_dtype()])
 
 
-@dataclass(frozen=True)
-class Cut:
-    """How a folder of shards is cut: parallel sizes as in placement.policy. There are no data-parallel copies in it."""
+class Sharding(Protocol):
+    """How weights are cut into one file for each rank."""
 
-    tensor: int = 1
-    pipeline: int = 1
-    expert: int = 1
-    expert_tensor: int = 1
+    @property
+    def sizes(self) -> Mapping[str, int]:
+        """Parallel sizes by name, for people who look into the folder."""
 
-    def side(self, spec: ModelSpec, dtype: str) -> MegatronLayout:
-        """What each of the folder's files holds; ValueError where the model cannot be cut so."""
-        ranks = self.pipeline * max(self.tensor, self.expert * self.expert_tensor)
-        mesh = Mesh(tuple(range(ranks)), **asdict(self), name="layout")
-        return MegatronLayout(spec, mesh, dtype)
+    def layout(self, spec: ModelSpec, dtype: str) -> WeightLayout:
+        """What each rank's file holds; ValueError where the model cannot be cut so."""
+
+
+Entry = tuple[str, Sequence[int], Sequence[int], str, int, Sequence[int]]
+"""A piece as JSON: logical tensor, first element, extent, storage, offset in it, strides."""
+
+
+def entry_of(piece: Piece) -> Entry:
+    """A piece as JSON, without its data type."""
+    return piece.name, piece.lo, piece.size, piece.storage, piece.offset, piece.stride
+
+
+def piece_of(entry: Entry, file: int, dtype: str) -> Piece:
+    """The piece, in the file of rank `file`."""
+    name, lo, size, storage, offset, stride = entry
+    return Piece(name, tuple(lo), tuple(size), f"{file}:{storage}", offset, tuple(stride), dtype)
 
 
 def shard_file(rank: int) -> str:
-    """The file of one rank: its storages, flat, under Megatron's parameter names."""
+    """The file of one rank: its storages, flat, under the names that the layout gives them."""
     return f"rank-{rank:05d}.safetensors"
 
 
-def write_cut(folder: Path, cut: Cut, dtype: str) -> None:
-    """Mark `folder` as shards, cut so."""
-    write_json(folder / SHARDS, {"dtype": dtype, **asdict(cut)})
+def write_shards_index(folder: Path, layouts: Sequence[Layout], dtype: str, sizes: Mapping[str, int]) -> None:
+    """Mark `folder` as shards, and say what each rank's file holds: a reader needs no layout's arithmetic."""
+    index = {"dtype": dtype, **sizes, "files": [[entry_of(piece) for piece in layout] for layout in layouts]}
+    (folder / SHARDS).write_text(json.dumps(index) + "\n", encoding="utf-8")
 
 
-def read_cut(folder: Path) -> tuple[Cut, str]:
-    """How the shards in `folder` are cut, and their data type."""
-    try:
-        found: dict[str, Any] = json.loads((folder / SHARDS).read_text(encoding="utf-8"))
-        dtype = found.pop("dtype")
-        if set(found) != {field.name for field in fields(Cut)} or dtype not in _DTYPES.values():
-            raise ValueError(f"its keys or its dtype {dtype!r} are not what tools/convert.py writes")
-        return Cut(**{name: int(size) for name, size in found.items()}), dtype
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{folder / SHARDS} is not valid: {error}; convert the checkpoint again.") from error
+class _RankFiles(_Files):
+    """A file for each rank that wrote, and the pieces in it."""
 
-
-class _Shards(_Files):
-    def __init__(self, spec: ModelSpec, stack: ExitStack) -> None:
+    def __init__(self, stack: ExitStack, folder: Path, pieces: Iterable[Piece], remedy: str = "") -> None:
+        """
+        Args:
+            pieces: of all files; of a region that several hold the first is read.
+            remedy: ends the error about a broken file.
+        """
         super().__init__(stack)
-        self._folder = Path(spec.path)
-        cut, dtype = read_cut(self._folder)
-        self._side = cut.side(spec, dtype)
-        missing = [rank for rank in self._side.ranks if not (self._folder / shard_file(rank)).is_file()]
-        if missing:
-            raise ValueError(f"{self._folder} lacks {shard_file(missing[0])}; convert the checkpoint again.")
+        self._folder, self._remedy = folder, remedy
+        self._pieces: dict[str, dict[Box, Piece]] = {}
+        for piece in pieces:
+            self._pieces.setdefault(piece.name, {}).setdefault(piece.box, piece)
 
     def layout(self, names: Iterable[str]) -> list[Piece]:
-        """Each region once, from the first rank that holds it."""
-        found: dict[tuple[str, Box], Piece] = {}
-        for name in names:
-            for piece, ranks in self._side.holders(name):
-                found.setdefault((name, piece.box), replace(piece, storage=f"{ranks[0]}:{piece.storage}"))
-        return list(found.values())
+        wanted = list(names)
+        missing = [name for name in wanted if name not in self._pieces]
+        if missing:
+            raise ValueError(f"{self._folder} has no part of {missing[0]}{self._remedy}.")
+        return [piece for name in wanted for piece in self._pieces[name].values()]
 
     def view(self, piece: Piece) -> Tensor:
         rank, _, storage = piece.storage.partition(":")
         file = self._folder / shard_file(int(rank))
         try:
-            found = self[file].get_tensor(storage)  # mapped, not read
+            tensor = self[file].get_tensor(storage)  # mapped, not read
         except SafetensorError as error:
-            raise ValueError(f"{file} has no {storage}: {error}; convert the checkpoint again.") from error
+            raise ValueError(f"{file} has no {storage}: {error}{self._remedy}.") from error
         self.bytes_read += piece.bytes
-        return strided_view(found, piece)
+        return strided_view(tensor, piece)
+
+
+def _open_shards(spec: ModelSpec, stack: ExitStack) -> _RankFiles:
+    """A folder that tools/convert.py wrote."""
+    folder = Path(spec.path)
+    try:
+        index = json.loads((folder / SHARDS).read_text(encoding="utf-8"))
+        files, dtype = index.get("files"), index["dtype"]
+        if not isinstance(files, list):
+            raise ValueError("it does not list what each file holds, as earlier versions did not")
+        if dtype not in _DTYPES.values():
+            raise ValueError(f"its dtype {dtype!r} is not one that tools/convert.py writes")
+        pieces = [piece_of(entry, rank, dtype) for rank, entries in enumerate(files) for entry in entries]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{folder / SHARDS} is not valid: {error}; convert the checkpoint again.") from error
+    missing = [rank for rank in range(len(files)) if not (folder / shard_file(rank)).is_file()]
+    if missing:
+        raise ValueError(f"{folder} lacks {shard_file(missing[0])}; convert the checkpoint again.")
+    return _RankFiles(stack, folder, pieces, "; convert the checkpoint again")
 
 
 def describe_training(spec: ModelSpec, role: str) -> dict[str, bytes]:
     """The small files that make a role's folder inside a training checkpoint one to start from, and to convert."""
     with TemporaryDirectory() as folder:
         write_rest(Path(folder), spec, "float32", {})
-        found = {file.name: file.read_bytes() for file in Path(folder).iterdir()}
-    return {**found, TRAINING: json.dumps({"role": role}).encode()}
+        files = {file.name: file.read_bytes() for file in Path(folder).iterdir()}
+    return {**files, TRAINING: json.dumps({"role": role}).encode()}
 
 
-class _Training(_Files):
+def _open_training(spec: ModelSpec, stack: ExitStack) -> _RankFiles:
     """A role of a training checkpoint: step-00000050/policy. Its fp32 weights are in the files of the ranks, above it."""
-
-    def __init__(self, spec: ModelSpec, stack: ExitStack) -> None:
-        super().__init__(stack)
-        self._folder = Path(spec.path).resolve()
-        self._pieces: dict[str, list[Piece]] = {}
-        try:
-            key = f"{json.loads((self._folder / TRAINING).read_text())['role']}/param"
-            ranks = sorted(self._folder.parent.glob("rank-*.json"))
-            for number, file in enumerate(ranks):
-                for name, lo, size, tensor, offset, stride in json.loads(file.read_text())["tensors"].get(key, ()):
-                    piece = Piece(name, tuple(lo), tuple(size), f"{number}:{tensor}", offset, tuple(stride), "float32")
-                    self._pieces.setdefault(name, []).append(piece)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{self._folder} cannot be read as a part of a training checkpoint: {error!r}.") from None
-
-    def layout(self, names: Iterable[str]) -> list[Piece]:
-        missing = [name for name in names if name not in self._pieces]
-        if missing:
-            raise ValueError(f"{self._folder.parent} has no part of {missing[0]}.")
-        return [piece for name in names for piece in self._pieces[name]]
-
-    def view(self, piece: Piece) -> Tensor:
-        rank, _, tensor = piece.storage.partition(":")
-        file = self._folder.parent / shard_file(int(rank))
-        try:
-            found = self[file].get_tensor(tensor)
-        except SafetensorError as error:
-            raise ValueError(f"{file} has no {tensor}: {error}.") from error
-        self.bytes_read += piece.bytes
-        return strided_view(found, piece)
+    folder = Path(spec.path).resolve()
+    try:
+        key = f"{json.loads((folder / TRAINING).read_text())['role']}/param"
+        indices = [json.loads(file.read_text()) for file in sorted(folder.parent.glob("rank-*.json"))]
+        pieces = [
+            piece_of(entry, rank, "float32")
+            for rank, index in enumerate(indices)
+            for entry in index["tensors"].get(key, ())
+        ]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder} cannot be read as a part of a training checkpoint: {error!r}.") from None
+    return _RankFiles(stack, folder.parent, pieces)
 
 
-KINDS: Mapping[str, Callable[[ModelSpec, ExitStack], Stored]] = {SHARDS: _Shards, TRAINING: _Training}
+KINDS: Mapping[str, Callable[[ModelSpec, ExitStack], Stored]] = {SHARDS: _open_shards, TRAINING: _open_training}
 """A file that tells a kind of checkpoint -> what opens it. Whatever is here, models start from and tools/convert.py reads."""

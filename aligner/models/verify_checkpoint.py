@@ -10,13 +10,13 @@ from torch import Tensor
 
 from aligner.models.agreement import check_reading
 from aligner.models.checkpoint import read_into
-from aligner.models.family import EMBEDDING, FAMILIES, SCALAR_HEAD, Head, layer_number, logical_tensors
+from aligner.models.family import Head
 from aligner.models.hf_folder import files_of_tensors, opened
 from aligner.models.spec import ModelSpec
 from aligner.models.stored import KINDS
+from aligner.models.tensors import EMBEDDING, OUTPUT, SCALAR_HEAD, family_of, layer_number, logical_tensors
 from aligner.reshard.plan.region import whole_tensor
 
-OUTPUT = "lm_head.weight"
 CHUNK_ELEMENTS = 16 << 20
 """Read at once where two tensors are compared."""
 _OTHERS = {
@@ -95,7 +95,7 @@ def _remedy(spec: ModelSpec, name: str) -> str:
         return f"it has more layers than num_hidden_layers={spec.layers}"
     if name.endswith(".bias"):
         return "config.json lacks a setting (attention_bias or mlp_bias), or the files are another model's"
-    family = FAMILIES[spec.family]
+    family = family_of(spec)
     if name == SCALAR_HEAD:
         return (
             f'for a model with a scalar head set architectures to ["{family.classifier}"], with one entry in id2label'
@@ -110,7 +110,7 @@ def _remedy(spec: ModelSpec, name: str) -> str:
 
 def _check_tied(folder: Path) -> None:
     """Transformers ties an output layer that is stored too only where it is the embedding, and so does the engine."""
-    files, embedding = files_of_tensors(folder), EMBEDDING.logical[0]
+    files, embedding = files_of_tensors(folder), EMBEDDING
     if OUTPUT not in files:
         return
     with opened(files[OUTPUT]) as outputs, opened(files[embedding]) as embeddings:

@@ -169,8 +169,8 @@ class Console:
     def _left_out(self, row: Mapping[str, object]) -> list[str]:
         """A failed reward is not a zero: say so under its row."""
         counts = [(name.removeprefix("reward_"), row.get(name)) for name in LEFT_OUT]
-        said = [f"{count:.0f} {name}" for name, count in counts if isinstance(count, (int, float)) and count > 0]
-        return [f"       ! rewards left out of the advantages: {', '.join(said)}"] if said else []
+        parts = [f"{count:.0f} {name}" for name, count in counts if isinstance(count, (int, float)) and count > 0]
+        return [f"       ! rewards left out of the advantages: {', '.join(parts)}"] if parts else []
 
     def _width(self) -> int:
         if not self._live:

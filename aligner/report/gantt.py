@@ -64,11 +64,11 @@ def gantt(spans: Sequence[Span], theme: Theme, step: int) -> Figure:
     handles = [Patch(color=color, label=call) for call, color in used.items()]
     handles.append(Patch(color=theme.grid, label="waits"))
     ax.legend(handles=handles, loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8)
-    ax.set_title(f"step {step}: {said(spent, end - begin)}", fontsize=9.5)
+    ax.set_title(f"step {step}: {idle_summary(spent, end - begin)}", fontsize=9.5)
     return figure
 
 
-def said(spent: dict[int, Use], seconds: float) -> str:
+def idle_summary(spent: dict[int, Use], seconds: float) -> str:
     """Idle time and its causes, in one line."""
     whole = seconds * len(spent)
     waits: dict[str, float] = defaultdict(float)
@@ -91,9 +91,9 @@ def lines(spans: Sequence[Span]) -> list[str]:
     """A line for each rank: seconds by call, then seconds waited by cause."""
     begin, end = window(spans)
     spent = uses(spans)
-    found = [said(spent, end - begin)]
+    text = [idle_summary(spent, end - begin)]
     for rank, use in sorted(spent.items()):
         work = ", ".join(f"{call} {seconds:.3f}" for call, seconds in by_size(use.calls))
         waits = ", ".join(f"{cause} {seconds:.3f}" for cause, seconds in by_size(use.waits)) or "nothing"
-        found.append(f"rank {rank}: {work}; waits for {waits}")
-    return found
+        text.append(f"rank {rank}: {work}; waits for {waits}")
+    return text

@@ -188,8 +188,10 @@ def _samples(run_dir: Path) -> str:
 def _environment(path: Path) -> str:
     if not path.is_file():
         return ""
-    found = json.loads(path.read_text(encoding="utf-8"))
-    shown = {name: ", ".join(map(str, value)) if isinstance(value, list) else value for name, value in found.items()}
+    environment = json.loads(path.read_text(encoding="utf-8"))
+    shown = {
+        name: ", ".join(map(str, value)) if isinstance(value, list) else value for name, value in environment.items()
+    }
     return _table(
         ["what", "found"], [[name, "none" if value in (None, "") else str(value)] for name, value in shown.items()]
     )

@@ -212,7 +212,7 @@ def capture_environment() -> dict[str, Any]:
         **versions,
         "platform": platform.platform(),
         "cpu_count": os.cpu_count(),
-        "gpus": _said("nvidia-smi", "--query-gpu=name", "--format=csv,noheader").splitlines(),
+        "gpus": _output_of("nvidia-smi", "--query-gpu=name", "--format=csv,noheader").splitlines(),
         "git_revision": _git_revision(),
     }
 
@@ -229,12 +229,15 @@ def _version(*distributions: str) -> str | None:
 def _git_revision() -> str | None:
     """The commit this file came from, "-dirty" if changed since; None outside a checkout (an installed wheel)."""
     here = Path(__file__).resolve()
-    if not _said("git", "-C", str(here.parent), "ls-files", here.name):
+    if not _output_of("git", "-C", str(here.parent), "ls-files", here.name):
         return None
-    return _said("git", "-C", str(here.parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*") or None
+    return (
+        _output_of("git", "-C", str(here.parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
+        or None
+    )
 
 
-def _said(*command: str) -> str:
+def _output_of(*command: str) -> str:
     """A command's output; nothing where it is missing, fails or takes more than 10 s."""
     try:
         done = subprocess.run(

@@ -13,17 +13,17 @@ from aligner.report.metrics import Row
 
 def summary(rows: Sequence[Row]) -> str:
     """One line: what was reached, in how many steps, how long, how fast."""
-    found = dict(facts(rows))
+    values = dict(facts(rows))
     for name in HEADLINES:
         title = title_of(name)
-        if title in found:
-            lift = f" ({found['lift']})" if name == "accuracy" and "lift" in found else ""
-            reached = f"{title} {found[title]}{lift}, "
+        if title in values:
+            lift = f" ({values['lift']})" if name == "accuracy" and "lift" in values else ""
+            reached = f"{title} {values[title]}{lift}, "
             break
     else:
         reached = ""
-    speed = f", {found['tokens/s (median)']} tokens/s" if "tokens/s (median)" in found else ""
-    return f"{reached}{found['steps']} steps in {found['wall time']}{speed}"
+    speed = f", {values['tokens/s (median)']} tokens/s" if "tokens/s (median)" in values else ""
+    return f"{reached}{values['steps']} steps in {values['wall time']}{speed}"
 
 
 def facts(rows: Sequence[Row]) -> Iterator[tuple[str, str]]:

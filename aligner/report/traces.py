@@ -107,7 +107,7 @@ def segments_of(spans: Sequence[Span], begin: float, end: float) -> list[Segment
         spans: of one rank; they nest, as calls of functions do.
     """
     marks = sorted({begin, end, *(t for span in spans for t in (span.start, span.end) if begin < t < end)})
-    found: list[Segment] = []
+    segments: list[Segment] = []
     ordered = sorted(spans, key=lambda span: (span.start, -span.end))
     open_spans: list[Span] = []
     following = 0
@@ -118,8 +118,8 @@ def segments_of(spans: Sequence[Span], begin: float, end: float) -> list[Segment
         open_spans = [span for span in open_spans if span.end > start]
         call = next((span.name for span in reversed(open_spans) if span.kind == "call"), LOOP)
         waits = open_spans[-1].ranks if open_spans and open_spans[-1].kind == "wait" else None
-        found.append(Segment(start, stop, call, waits))
-    return found
+        segments.append(Segment(start, stop, call, waits))
+    return segments
 
 
 def uses(spans: Sequence[Span]) -> dict[int, Use]:
@@ -131,17 +131,17 @@ def uses(spans: Sequence[Span]) -> dict[int, Use]:
     begin, end = window(spans)
     ranks = sorted({span.rank for span in spans})
     segments = {rank: segments_of([span for span in spans if span.rank == rank], begin, end) for rank in ranks}
-    starts = {rank: [segment.start for segment in found] for rank, found in segments.items()}
-    marks = sorted({mark for found in starts.values() for mark in found} | {end})
-    found = {rank: Use() for rank in ranks}
+    starts = {rank: [segment.start for segment in of_rank] for rank, of_rank in segments.items()}
+    marks = sorted({mark for of_rank in starts.values() for mark in of_rank} | {end})
+    spent = {rank: Use() for rank in ranks}
     for start, stop in pairwise(marks):
         now = {rank: segments[rank][bisect_right(starts[rank], start) - 1] for rank in ranks}
         for rank, segment in now.items():
             if segment.waits_for is None:
-                found[rank].calls[segment.call] += stop - start
+                spent[rank].calls[segment.call] += stop - start
             else:
-                found[rank].waits[cause_of(rank, now)] += stop - start
-    return found
+                spent[rank].waits[cause_of(rank, now)] += stop - start
+    return spent
 
 
 def cause_of(rank: int, now: Mapping[int, Segment]) -> str:

@@ -1,4 +1,4 @@
-"""What an answer may be: words, a choice, a quantity with its unit, a list or interval, a ratio, a time, an equation."""
+"""Types of parsed answers: words, multiple choice, quantity with unit, list or interval, ratio, time, equation, formula."""
 
 from __future__ import annotations
 
@@ -9,32 +9,32 @@ from aligner.reward.units import Unit
 
 
 @dataclass(frozen=True)
-class MessageLayout:
-    """An answer that was read."""
+class Answer:
+    """A parsed answer."""
 
     source: str
-    """Its text, tidied."""
+    """Its normalised text."""
 
 
 @dataclass(frozen=True)
-class Words(MessageLayout):
+class Words(Answer):
     """Text, or letters that may be text."""
 
     spelling: str
-    """Letters and digits alone, case folded."""
+    """Only its letters and digits, case folded."""
 
 
 @dataclass(frozen=True)
-class Choice(MessageLayout):
-    """An option of a multiple choice: its letter, and what stands beside it."""
+class Choice(Answer):
+    """An option of a multiple-choice question: its letter, and the answer given next to it, if any."""
 
     letter: str
-    rest: MessageLayout | None
+    rest: Answer | None
 
 
 @dataclass(frozen=True)
-class Quantity(MessageLayout):
-    """A number or an expression, with its unit."""
+class Quantity(Answer):
+    """A number or an expression, with an optional unit."""
 
     value: Any
     """Fraction, or a SymPy expression."""
@@ -43,54 +43,54 @@ class Quantity(MessageLayout):
     unit: Unit | None = None
     percent: bool = False
     base: int | None = None
-    """Of a numeral such as 101_2, whose value is what its digits say in base ten."""
+    """Base of a numeral such as 101_2; `value` has its digits read in base ten."""
 
 
 @dataclass(frozen=True)
-class Items(MessageLayout):
+class Items(Answer):
     """A list, set, tuple or interval."""
 
     brackets: str
     """"" (bare list), "{}", "()", "[]", "(]" or "[)"."""
-    items: tuple[MessageLayout, ...]
+    items: tuple[Answer, ...]
 
 
 @dataclass(frozen=True)
-class Ratio(MessageLayout):
-    """3:4, which may be a time of the day."""
+class Ratio(Answer):
+    """A ratio such as 3:4, which may also be a time of day."""
 
     parts: tuple[Any, ...]
     clock: Clock | None
 
 
 @dataclass(frozen=True)
-class Clock(MessageLayout):
-    """A time of the day."""
+class Clock(Answer):
+    """A time of day."""
 
     seconds: int
-    """Since midnight, as written: below half a day, unless the hour is 13 or more."""
+    """Seconds since midnight as written (below half a day unless the hour is 13 or more)."""
     half: str | None
-    """a, p, or None where it is not said."""
+    """"a" (a.m.), "p" (p.m.), or None if not given."""
 
 
 @dataclass(frozen=True)
-class Equation(MessageLayout):
+class Equation(Answer):
     """x = 3, or a chain of equations; `last` is its last side."""
 
     name: str | None
-    """What stands before the first sign, where it is no more than a name."""
-    last: MessageLayout
+    """The left side of the first equals sign, if it is just a name."""
+    last: Answer
     closed: bool
-    """Whether the other sides have no variables, so that it says no more than `last`."""
+    """Whether the other sides have no variables, so that the equation is equivalent to `last`."""
 
 
 @dataclass(frozen=True)
-class Formula(MessageLayout):
-    """What only math-verify compares: relations, sets, matrices."""
+class Formula(Answer):
+    """An object compared by math-verify: relation, set, matrix."""
 
     value: Any
 
 
-def is_prose(form: MessageLayout) -> bool:
-    """Whether it is text, or a list with text in it, which a sentence may be taken for."""
+def is_prose(form: Answer) -> bool:
+    """Whether it is text or a list that contains text, as a sentence would be parsed."""
     return isinstance(form, Words) or (isinstance(form, Items) and any(map(is_prose, form.items)))

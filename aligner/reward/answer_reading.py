@@ -1,4 +1,4 @@
-"""From the text of an answer to what it says."""
+"""Parse the text of an answer into one of the types of `answer_forms`."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from math_verify.parser import NormalizationConfig
 from sympy import And, FiniteSet, I, MatrixBase, Rational, Union, nan, zoo
 from sympy.core.relational import Relational
 
-from aligner.reward.answer_forms import Choice, Clock, Equation, Formula, Items, MessageLayout, Quantity, Ratio, Words
+from aligner.reward.answer_forms import Answer, Choice, Clock, Equation, Formula, Items, Quantity, Ratio, Words
 from aligner.reward.answer_text import DOLLAR, balanced, closes_at, depth, outer_braces_off, split_at, split_list, tidy
 from aligner.reward.units import CURRENCIES, Unit, read_unit
 
-# It warns that its own time limit is off: ours, of the row, kills what it cannot interrupt.
+# It warns that its own time limit is off; the row's time limit is enforced by killing the worker.
 logging.getLogger("math_verify").setLevel(logging.ERROR)
 FORMULA = (
     LatexExtractionConfig(
         boxed_match_priority=-1,
-        # Units are read here: it would take the m of 3m, and the words of "2 million", for something to leave out.
+        # Units are parsed here: math-verify would drop the m of "3m" and the word of "2 million".
         normalization_config=NormalizationConfig(
             basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="none"
         ),
@@ -32,7 +32,7 @@ MOST_DIGITS = 4000
 """Python refuses to read integers of more digits than 4300."""
 MOST_WORDS = 30
 DEEPEST = 60
-"""Brackets in one another."""
+"""Maximum nesting of brackets."""
 PLAIN_NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d*)?")
 SCIENTIFIC = re.compile(r"([-+]?\d+(?:\.\d+)?)\s*(?:\\times|\\cdot|\*)\s*10\s*\^\s*\{?\s*([-+]?\d{1,4})\s*\}?")
 FRACTION = re.compile(r"([-+]?)(\d{0,9})(?:\s*\\frac\s*\{\s*(-?\d{1,18})\s*\}\s*\{\s*(\d{1,18})\s*\})")
@@ -61,17 +61,17 @@ PROSE = re.compile(r"[A-Za-z]{4}|[A-Za-z]{2,}\s+[A-Za-z]{2,}")
 BASE = re.compile(r"([0-9A-Fa-f]+)_\s*\{?\s*(\d{1,2})\s*\}?")
 
 
-def read(text: str) -> MessageLayout | None:
-    """What an answer says; None where it cannot be read."""
+def parse_answer(text: str) -> Answer | None:
+    """Parse an answer; None if it cannot be parsed."""
     if UNENDING.search(text):
         return None
     tidied = tidy(text)
-    return None if depth(tidied) > DEEPEST else _read(tidied)
+    return None if depth(tidied) > DEEPEST else _parse(tidied)
 
 
 @lru_cache(maxsize=4096)
 def expression(source: str) -> Any:
-    """A formula in LaTeX as a SymPy object, unevaluated; None where it is none."""
+    """A LaTeX formula as an unevaluated SymPy object; None if it is not one."""
     if re.search(r"(?<![_^\d])\d+\s+\d", source) or not balanced(source):  # "3 4" would be 7
         return None
     if PROSE.search(COMMAND.sub(" \\\\ ", source)):  # a word would be a product of its letters
@@ -79,8 +79,8 @@ def expression(source: str) -> Any:
     if EVALUATED.search(source) and BIG.search(source):  # the parser computes these at once
         return None
     latex = source.replace("°", r"^{\circ}")
-    found = parse(f"${latex}$", FORMULA, fallback_mode="no_fallback", parsing_timeout=None)
-    value: Any = found[0] if found else None
+    parsed = parse(f"${latex}$", FORMULA, fallback_mode="no_fallback", parsing_timeout=None)
+    value: Any = parsed[0] if parsed else None
     symbols = getattr(value, "free_symbols", ())
     if [symbol.name for symbol in symbols] == ["i"] and not isinstance(value, MatrixBase):
         value = value.subs(next(iter(symbols)), I)
@@ -88,7 +88,7 @@ def expression(source: str) -> Any:
 
 
 def number(text: str) -> Quantity | None:
-    """A plain number: 12, -1,234.50, .5, 2/3, 1\\frac{1}{2}, 6.02\\times10^{23}."""
+    """Parse a number: 12, -1,234.50, .5, 2/3, 1\\frac{1}{2}, 6.02\\times10^{23}."""
     if len(text) > MOST_DIGITS:
         return None
     if PLAIN_NUMBER.fullmatch(text) and any(map(str.isdigit, text)):
@@ -106,7 +106,7 @@ def number(text: str) -> Quantity | None:
     return None
 
 
-def _read(text: str) -> MessageLayout | None:
+def _parse(text: str) -> Answer | None:
     text = outer_braces_off(text.strip())
     if not text:
         return None
@@ -126,7 +126,7 @@ def _read(text: str) -> MessageLayout | None:
     )
 
 
-def _choice(text: str) -> MessageLayout | None:
+def _choice(text: str) -> Answer | None:
     in_text = TEXT.fullmatch(text)
     match = CHOICE.match(text := in_text[1].strip() if in_text else text)
     if not match:
@@ -136,13 +136,13 @@ def _choice(text: str) -> MessageLayout | None:
         match[3] or letter.islower() or re.match(r"[-+*/^=<>,;_(\\](?!\\?(?:text|frac|sqrt|pi|\$))|[,;]", rest)
     ):
         return None
-    beside = _read(rest) if rest else None
+    beside = _parse(rest) if rest else None
     if rest and (beside is None or isinstance(beside, Choice)):  # several letters choose nothing
         return None
     return Choice(text, letter.casefold(), beside)
 
 
-def _clock(text: str) -> MessageLayout | None:
+def _clock(text: str) -> Answer | None:
     plain = TEXT.sub(r" \1", text).strip()
     hour = HOUR.fullmatch(plain)
     if hour and 1 <= int(hour[1]) <= 12:
@@ -159,7 +159,7 @@ def _clock(text: str) -> MessageLayout | None:
     return Ratio(text, tuple(Fraction(part) for part in plain.split(":")), clock)
 
 
-def _list(text: str) -> MessageLayout | None:
+def _list(text: str) -> Answer | None:
     if PLAIN_NUMBER.fullmatch(text) or not re.search(r"[,;]|and|or", text):
         return None
     joined = re.sub(
@@ -169,15 +169,15 @@ def _list(text: str) -> MessageLayout | None:
     )
     parts = split_list(joined)
     if len(parts) < 2:
-        return _read(joined) if joined != text else None
-    items = [_read(part) for part in parts]
+        return _parse(joined) if joined != text else None
+    items = [_parse(part) for part in parts]
     if not all(items):
         return _words(text)
     return _either(text, items) or Items(text, "", tuple(item for item in items if item is not None))
 
 
-def _either(text: str, items: list[MessageLayout | None]) -> MessageLayout | None:
-    """x < -2 or x > 3 is one set."""
+def _either(text: str, items: list[Answer | None]) -> Answer | None:
+    """ "x < -2 or x > 3" as one set; None for other lists."""
     relations = [item.value for item in items if isinstance(item, Formula) and isinstance(item.value, Relational | And)]
     if len(relations) < len(items) or not re.search(r"(?<![A-Za-z])or(?![A-Za-z])", text):
         return None
@@ -186,14 +186,14 @@ def _either(text: str, items: list[MessageLayout | None]) -> MessageLayout | Non
 
 
 def solutions(relation: Any) -> Any:
-    """The set of an inequality in one variable; None where SymPy finds none."""
+    """The solution set of an inequality in one variable; None if SymPy finds none."""
     try:
         return relation.as_set()
-    except Exception:  # several variables, or beyond it
+    except Exception:  # several variables, or not solvable by SymPy
         return None
 
 
-def _compound(text: str) -> MessageLayout | None:
+def _compound(text: str) -> Answer | None:
     """2 hours 30 minutes, 18 dollars and 50 cents."""
     match = COMPOUND.fullmatch(re.sub(r"\s+", " ", TEXT.sub(r" \1 ", text)).strip())
     if not match:
@@ -233,24 +233,24 @@ def _words(text: str) -> Words | None:
     return None
 
 
-def _equation(text: str) -> MessageLayout | None:
+def _equation(text: str) -> Answer | None:
     member = split_at(text, MEMBER)
     if len(member) == 2 and NAME.fullmatch(member[0]) and not RELATION.search(text):
-        last = _read(member[1])
+        last = _parse(member[1])
         return Equation(text, member[0].strip(), last, False) if last else None
     if RELATION.search(text):
         return None
     sides = split_at(text, EQUALS)
     if len(sides) < 2 or not all(sides):
         return None
-    # 1/3 \approx 0.33: what is exact counts, unless only a name stands before the sign.
+    # 1/3 \approx 0.33: the exact side counts, unless the left side is only a name.
     if re.search(r"\\approx", text) and not NAME.fullmatch(sides[0]) and len(sides) == 2 and "=" not in text:
-        return _read(sides[0])
+        return _parse(sides[0])
     if re.search(r"\\approx", text) and len(sides) > 2:
         sides = sides[:-1]
     if len(sides) == 2 and NAME.fullmatch(sides[1]) and not NAME.fullmatch(sides[0]):
         sides.reverse()
-    last = _read(sides[-1])
+    last = _parse(sides[-1])
     if last is None:
         return None
     first = TEXT.sub(r"\1", sides[0]).strip()
@@ -262,7 +262,7 @@ def _equation(text: str) -> MessageLayout | None:
     return Equation(text, None, last, closed)
 
 
-def _bracketed(text: str) -> MessageLayout | None:
+def _bracketed(text: str) -> Answer | None:
     if text.startswith(r"\{") and text.endswith(r"\}") and closes_at(text, 1) == len(text) - 1:
         brackets, inner = "{}", text[2:-2]
     elif text[0] in "([{" and text[-1] in ")]}" and closes_at(text, 0) == len(text) - 1:
@@ -278,11 +278,11 @@ def _bracketed(text: str) -> MessageLayout | None:
         and len(builder := split_at(inner, BUILDER)) == 2
         and NAME.fullmatch(builder[0].split(r"\in")[0].strip())
     ):
-        return _read(builder[1])
+        return _parse(builder[1])
     parts = split_list(inner)
     if len(parts) == 1 and brackets == "()":
-        return _read(inner)
-    items = [_read(part) for part in parts]
+        return _parse(inner)
+    items = [_parse(part) for part in parts]
     if len(parts) == 1 and brackets == "[]":
         return items[0]
     if not all(items):
@@ -292,34 +292,34 @@ def _bracketed(text: str) -> MessageLayout | None:
     return Items(text, brackets, tuple(item for item in items if item is not None))
 
 
-def _ratio(text: str) -> MessageLayout | None:
+def _ratio(text: str) -> Answer | None:
     sides = split_at(text, COLON)
     if len(sides) < 2:
         return None
-    parts = [_read(side) for side in sides]
+    parts = [_parse(side) for side in sides]
     if not all(isinstance(part, Quantity) for part in parts):
         return None
     values = [part.value for part in parts if isinstance(part, Quantity)]
     return Ratio(text, tuple(values), None)
 
 
-def _both_signs(text: str) -> MessageLayout | None:
-    """1 \\pm \\sqrt{2} is a list of two."""
+def _both_signs(text: str) -> Answer | None:
+    """1 \\pm \\sqrt{2} as a list of two."""
     if len(re.findall(r"\\(?:pm|mp)(?![a-z])", text)) != 1:
         return None
-    items = [_read(re.sub(r"\\(?:pm|mp)(?![a-z])", sign, text)) for sign in "+-"]
+    items = [_parse(re.sub(r"\\(?:pm|mp)(?![a-z])", sign, text)) for sign in "+-"]
     return Items(text, "", tuple(item for item in items if item is not None)) if all(items) else None
 
 
-def _formula_with_signs(text: str) -> MessageLayout | None:
-    """Relations and sets, which have no unit."""
+def _formula_with_signs(text: str) -> Answer | None:
+    """Relations and sets, which have no units."""
     if not (RELATION.search(text) or re.search(r"\\(?:cup|cap|setminus|mathbb|emptyset|begin)(?![a-z])", text)):
         return None
     value = expression(TEXT.sub(r"\1", text) if RELATION.search(text) else text)
     return None if value is None else Formula(text, value)
 
 
-def _quantity(text: str) -> MessageLayout | None:
+def _quantity(text: str) -> Answer | None:
     body, unit, scale, percent = _measured(text)
     if body is None:
         return None
@@ -347,7 +347,7 @@ def _decimal(text: str) -> bool:
 
 
 def _measured(text: str) -> tuple[str | None, Unit | None, int, bool]:
-    """(the number's text, unit, scale, whether it is percent); None in place of the text if its words are no unit."""
+    """(text of the number, unit, scale, whether it is a percentage); None for the text if the words are not a unit."""
     currency, rest = _currency(text)
     percent = rest.endswith("%")
     body = rest[:-1].rstrip() if percent else rest
@@ -367,17 +367,17 @@ def _measured(text: str) -> tuple[str | None, Unit | None, int, bool]:
         words, body = f"° {words}", body[:-1]
     if not words.strip():
         return body, (read_unit(currency) or (None, 1))[0] if currency else None, 1, percent
-    found = read_unit(words, spoken, TAIL.search(rest) is not None)
-    if found is None:
+    parsed_unit = read_unit(words, spoken, TAIL.search(rest) is not None)
+    if parsed_unit is None:
         return (None, None, 1, False) if TAIL.search(rest) else (rest, None, 1, percent)
-    unit, scale = found
+    unit, scale = parsed_unit
     if currency:
         unit = (read_unit(currency) or (None, 1))[0] if unit is None or unit.measure == (("dollar", 1),) else unit
     return body.strip() or None, unit, scale, percent
 
 
 def _currency(text: str) -> tuple[str, str]:
-    """(name of the currency before the number, or "", and the rest)."""
+    """(name of the currency before or after the number, or ""; the rest)."""
     match = re.match(
         rf"([-+]?)\s*(?:\\text\s*\{{\s*)?(US{DOLLAR}|{DOLLAR}|[€£¥₹]|(?:USD|EUR|GBP|Rs\.?|INR)(?![A-Za-z]))\s*\}}?\s*",
         text,

@@ -1,4 +1,4 @@
-r"""One spelling for the many ways to typeset an answer: Unicode, spacing, \text, delimiters, decimal and mixed numbers."""
+r"""Normalise the text of an answer: Unicode, spacing, \text, math delimiters, decimal and mixed numbers."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable
 
 DOLLAR = "＄"
-"""A dollar sign that is money; the plain one delimits formulas."""
+"""Marks a dollar sign that means money; an ordinary one delimits formulas."""
 SIGNS = {
     "−–‒﹣": "-", "\u00a0\u2009\u202f\u2007\u3000": " ", "\u200b\u2060\ufeff": "", "’‘′": "'", "“”": '"', "∕⁄": "/",
     "×": r"\times ", "÷": r"\div ", "⋅·": r"\cdot ", "π": r"\pi ", "∞": r"\infty ", "≤⩽": r"\le ", "≥⩾": r"\ge ",
@@ -36,7 +36,7 @@ def _rules(*pairs: tuple[str, str | Callable[[re.Match[str]], str]]) -> list[Rul
 
 
 def _repeating(match: re.Match[str]) -> str:
-    """0.1\\overline{6} is exactly (16 - 1) / 90; the parser would drop what repeats."""
+    """0.1\\overline{6} as the fraction (16 - 1) / 90; the parser would drop the repeating part."""
     whole, fixed, again = match.groups()
     period, shift = 10 ** len(again) - 1, 10 ** len(fixed)
     return rf"\frac{{{(int(whole or 0) * shift + int(fixed or 0)) * period + int(again)}}}{{{period * shift}}}"
@@ -100,12 +100,12 @@ DELIMITER = re.compile(r"(?<!\\)\\[()\[\]]|\$\$")
 
 
 def tidy(text: str) -> str:
-    """The answer in one way of writing: no delimiters, no spacing commands, ASCII signs, money marked by `DOLLAR`."""
+    """Normalise an answer: no delimiters, no spacing commands, ASCII signs, money marked by `DOLLAR`."""
     text = text.strip()
     if not text.isascii():
         text = _ascii(text)
     text = _undelimited(_unwrapped(text))
-    # What separates thousands, by its own marks: "1{,}234", "1,\!234", "10\,080", "1 234 567".
+    # Thousands separators in their various forms: "1{,}234", "1,\!234", "10\,080", "1 234 567".
     text = re.sub(r"(?<=\d)(?:\{,\}|,\\!|\\[,;: ])\s*(?=\d{3}(?!\d))", "", text)
     text = re.sub(
         r"(?<![\w.,/^{-])([1-9]\d{0,2}(?: \d{3})+)(?![\d/]| *[\d/(])", lambda m: m.group().replace(" ", ""), text
@@ -127,7 +127,7 @@ def tidy(text: str) -> str:
 
 
 def _roots(text: str) -> str:
-    """sqrt(...) in plain writing."""
+    """Plain sqrt(...) to LaTeX."""
     for match in reversed(list(re.finditer(r"(?<![A-Za-z])\\?sqrt\s*\(", text))):
         end = closes_at(text, match.end() - 1)
         if end is not None:
@@ -136,7 +136,7 @@ def _roots(text: str) -> str:
 
 
 def outer_braces_off(text: str) -> str:
-    """Without braces that hold it all and no list: {12} is 12, {1,2} stays."""
+    """Strip braces around the whole text unless they hold a list: {12} is 12, {1,2} stays."""
     while text.startswith("{") and text.endswith("}") and "," not in text and closes_at(text, 0) == len(text) - 1:
         text = text[1:-1].strip()
     return text
@@ -146,7 +146,7 @@ OPENING, CLOSING = "([{", ")]}"
 
 
 def closes_at(text: str, start: int) -> int | None:
-    r"""Where the bracket that opens at `start` closes, any kind by any kind as in [0, 1); None where it never does.
+    r"""Index at which the bracket opened at `start` closes, by any kind of bracket, as in [0, 1); None if it never does.
 
     `\{` counts as a bracket like `{`."""
     depth = 0
@@ -164,7 +164,7 @@ SEPARATOR = re.compile(r"\s*[,;]\s*(?:(?:and|or)(?![A-Za-z])\s*)?|(?<![A-Za-z\\]
 
 
 def split_list(text: str) -> list[str]:
-    """At commas, semicolons, "and" and "or" outside of brackets and environments; numbers keep their thousands."""
+    """Split at commas, semicolons, "and" and "or" outside of brackets and environments."""
     parts, depth, start, at = [], 0, 0, 0
     while at < len(text):
         if text[at] in OPENING or text.startswith(r"\begin", at):
@@ -180,7 +180,7 @@ def split_list(text: str) -> list[str]:
 
 
 def split_at(text: str, pattern: re.Pattern[str]) -> list[str]:
-    """At matches outside of brackets."""
+    """Split at matches of the pattern outside of brackets."""
     parts, start = [], 0
     depth_at, depth = [], 0
     for sign in text:
@@ -194,7 +194,7 @@ def split_at(text: str, pattern: re.Pattern[str]) -> list[str]:
 
 
 def balanced(text: str) -> bool:
-    """Whether every bracket closes, in any kind."""
+    """Whether all brackets close, by any kind of bracket."""
     depth = 0
     for sign in text:
         depth += (sign in OPENING) - (sign in CLOSING)
@@ -204,7 +204,7 @@ def balanced(text: str) -> bool:
 
 
 def depth(text: str) -> int:
-    """How many brackets are open at once, at most."""
+    """Maximum nesting of brackets."""
     deepest = open_ = 0
     for sign in text:
         open_ += (sign in OPENING) - (sign in CLOSING)
@@ -231,14 +231,14 @@ def _ascii(text: str) -> str:
 
 
 def _unwrapped(text: str) -> str:
-    """Without Markdown's signs of bold, italics and code around it all."""
+    """Strip Markdown bold, italics and code marks around the whole text."""
     while match := WRAPPED.fullmatch(text):
         text = match.group(2).strip()
     return text
 
 
 def _undelimited(text: str) -> str:
-    """Without the signs around formulas; those before amounts of money become `DOLLAR`."""
+    """Strip math delimiters; dollar signs before amounts of money become `DOLLAR`."""
     text = DELIMITER.sub(" ", text).replace(r"\$", DOLLAR)
     if text.count("$") % 2 or re.search(r"\$\s*[\d.][\d.,]*\b[^$]*[A-Za-z ]\$\s*\d", text):
         text = re.sub(r"\$(?=\s*[-+]?\s*[\d.])", DOLLAR, text)

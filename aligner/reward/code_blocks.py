@@ -1,4 +1,4 @@
-"""The program in a response: its fenced code blocks, found by CommonMark's rules, and which of them counts."""
+"""Extract the Python program from a response: fenced code blocks by CommonMark's rules, and which of them is used."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ WORDS_BEFORE = re.compile(r"(?<=\S)[ \t]*(?=(?:```|~~~)(?:python|py)\d?[ \t]*$)"
 
 
 def python_block(response: str, block: str = "last") -> str | None:
-    """The Python program in a response; None where there is none.
+    """The Python program in a response; None if there is none.
 
-    Blocks are fenced (backticks or tildes) as CommonMark has it, tags such as <answer> around them aside. Those count
-    whose info string begins with python, py, python3 ... (behind words on their line only where no other is); where
-    there is none, those without an info string; then those inside an indented or a ```markdown block. An empty block
-    does not count. Of reasoning, up to the last </think>, nothing counts; nor does reasoning that never ends.
+    Blocks are fenced (backticks or tildes) as in CommonMark; tags such as <answer> around them are ignored. Candidates
+    are blocks whose info string begins with python, py, python3 ... (after other words on the line only if there is no
+    other); else those without an info string; else those inside an indented or a ```markdown block. Empty blocks and
+    everything in the reasoning (up to the last </think>, or all of it if it never ends) are ignored.
 
     Args:
-        block: last (as verl's prime_code and LiveCodeBench read a response), first, all (joined, in their order, as
-            verl's coder1 does), or text: the response is the program itself, without a fence.
+        block: last (as in verl's prime_code and LiveCodeBench), first, all (joined in order, as in verl's coder1), or
+            text: the response itself is the program, without a fence.
     """
     answer = final_part(response)
     if answer is None:
@@ -39,14 +39,14 @@ def python_block(response: str, block: str = "last") -> str | None:
     if block == "text":
         return answer if answer.strip() else None
     answer = TAG_BEHIND.sub(r"\1\n", TAG_BEFORE.sub(r"\1\n", answer))
-    found = _python_of(answer, depth=2)
-    if not found:
+    programs = _python_of(answer, depth=2)
+    if not programs:
         return None
-    return "\n".join(found) if block == "all" else found[0 if block == "first" else -1]
+    return "\n".join(programs) if block == "all" else programs[0 if block == "first" else -1]
 
 
 def final_part(response: str) -> str | None:
-    """What follows the reasoning; None where the reasoning does not end."""
+    """The text after the reasoning; None if the reasoning does not end."""
     ends = list(REASONING_END.finditer(response))
     if ends:
         return response[ends[-1].end() :]
@@ -58,9 +58,9 @@ def _python_of(text: str, depth: int) -> list[str]:
     named = _contents(token for token in tokens if _language(token, PYTHON))
     if not named:
         named = _contents(token for token in _blocks(WORDS_BEFORE.sub("\n", text)) if _language(token, PYTHON))
-    found = named or _contents(token for token in tokens if token.type == "fence" and not token.info.strip())
-    if found or not depth:
-        return found
+    programs = named or _contents(token for token in tokens if token.type == "fence" and not token.info.strip())
+    if programs or not depth:
+        return programs
     wraps = _contents(token for token in tokens if token.type == "code_block" or _language(token, MARKDOWN))
     return [code for inner in wraps for code in _python_of(inner, depth - 1)]
 
@@ -80,5 +80,5 @@ def _language(token: Token, pattern: re.Pattern[str]) -> bool:
 
 @lru_cache(maxsize=1)
 def _parser() -> MarkdownIt:
-    # No HTML: a line with <answer> alone would begin a block of HTML that hides the fence below it.
+    # No HTML: a line with only <answer> would start an HTML block that hides the fence below it.
     return MarkdownIt("commonmark", {"html": False}).disable("inline")

@@ -1,4 +1,4 @@
-"""The components' raw values of one batch become its rewards: a pure function of the whole batch, in its row order."""
+"""Combine the components' raw values of a global batch into rewards: weights, normalisation, clipping, gates. Pure."""
 
 from __future__ import annotations
 
@@ -20,19 +20,20 @@ def combine(
         R_b = sum over components c of  weight_c * (v_cb if raw_gb > gate_above_c else gate_value_c)
         v_c = raw_c, cut to clip_c, then (normalize: batch) (v_c - mean(v_c)) / std(v_c)
 
-    with g the gate of c; a component without one always counts. Mean and standard deviation (of the population, n) are
-    over all rows of the batch where raw_c is there; equal values become 0.
+    where g is the gate of c; a component without a gate always counts. Mean and (population) standard deviation are over
+    all rows of the batch that have a value; equal values become 0.
 
-    A row needs a component that has a weight and whose gate is open, and the gate of any component with a weight. A row
-    that lacks what it needs has no reward (NaN); nothing is ever filled in for a value that is not there.
+    A row needs the gates of all components with a weight, and the components with a weight whose gates are open. If one
+    of those values is missing the row has no reward (NaN); missing values are never filled in.
 
     Args:
-        raw: [B] of each component, every row of the batch; NaN where there is no value.
-        status: [B] int8 `Status` of each component's rows.
+        raw: component -> [B], all rows of the global batch; NaN for missing values.
+        status: component -> [B] int8 `Status`.
+        components: component -> settings.
 
     Returns:
-        reward_B float32, and status_B int8: the worst status among what the row needs (failed before timeout before
-        unparsable), 0 where it has its reward.
+        reward_B, float32; status_B, int8: the worst status among the values that the row needs (failed before timeout
+        before unparsable), 0 if it has a reward.
     """
     first = next(iter(raw.values()))
     total_B = torch.zeros(len(first), dtype=torch.float64)
@@ -53,28 +54,28 @@ def combine(
     return total_B.float(), worst_B
 
 
-def _worse(one_B: Tensor, other_B: Tensor) -> Tensor:
-    """The lower number, but 0 (ok) only where both are."""
-    return torch.where(one_B == 0, other_B, torch.where(other_B == 0, one_B, torch.minimum(one_B, other_B)))
+def _worse(left_B: Tensor, right_B: Tensor) -> Tensor:
+    """The lower status number, ignoring 0 (ok) unless both are 0."""
+    return torch.where(left_B == 0, right_B, torch.where(right_B == 0, left_B, torch.minimum(left_B, right_B)))
 
 
 def prepared(raw_B: Tensor, component: RewardComponent) -> Tensor:
-    """Clipped and normalized, float64. NaN stays NaN and enters no statistic."""
+    """Clipped and normalized values, [B] float64. NaN stays NaN and is excluded from the statistics."""
     value_B = raw_B.double()
     if component.clip is not None:
         value_B = value_B.clamp(*component.clip)
     if component.normalize == "none":
         return value_B
-    there = value_B[~value_B.isnan()]
-    if not len(there) or bool((there == there[0]).all()):
-        return value_B - (there[0] if len(there) else 0.0)
-    return (value_B - there.mean()) / there.std(correction=0)
+    present = value_B[~value_B.isnan()]
+    if not len(present) or bool((present == present[0]).all()):
+        return value_B - (present[0] if len(present) else 0.0)
+    return (value_B - present.mean()) / present.std(correction=0)
 
 
 def reward_row(
     reward_B: Tensor, status_B: Tensor, raw: Mapping[str, Tensor], status: Mapping[str, Tensor], kinds: Sequence[str]
 ) -> dict[str, float]:
-    """What is logged of a batch's rewards: means over the rows that have a value, and how many rows lack one.
+    """Metrics of a batch's rewards: means over the rows that have a value, and counts of rows by status.
 
     Args:
         kinds: names of the statuses by number, ok first.

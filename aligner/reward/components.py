@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
 import types
 import typing
@@ -11,12 +10,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from aligner.bounds import check_settings
 from aligner.reward.config import RewardComponent, RewardConfig
 from aligner.reward.pool import RulePool
 from aligner.reward.remote import HttpScorer
 from aligner.reward.worker import Score
 
-NORMALIZE = ("none", "batch")
 KINDS = ("rule", "url", "model")
 WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", dict: "keys and values"}
 
@@ -147,11 +146,7 @@ def _check(part: Part, names: Sequence[str]) -> None:
     if len(given) != 1:
         said = f"has {' and '.join(given)}" if given else "has none"
         raise ValueError(f"{where} {said}; give exactly one of rule, url and model=true.")
-    if component.normalize not in NORMALIZE:
-        raise ValueError(f"{where}.normalize={component.normalize} is unknown; use {' or '.join(NORMALIZE)}.")
-    for key in ("weight", "gate_above", "gate_value"):
-        if not math.isfinite(getattr(component, key)):
-            raise ValueError(f"{where}.{key}={getattr(component, key)} must be a finite number.")
+    check_settings(component, where)
     if component.clip is not None and not (len(component.clip) == 2 and component.clip[0] < component.clip[1]):
         raise ValueError(f"{where}.clip={list(component.clip)} must be [low, high] with low < high, such as [-5, 5].")
     if component.gate is not None and (component.gate not in names or component.gate == part.name):
@@ -160,10 +155,6 @@ def _check(part: Part, names: Sequence[str]) -> None:
         raise ValueError(f"{where}.gate={component.gate} is no other component; {works}.")
     if component.gate is None and (component.gate_above or component.gate_value):
         raise ValueError(f"{where}.gate_above and gate_value say nothing without {where}.gate; name a component there.")
-    if part.workers < 1:
-        raise ValueError(f"{where}.workers={part.workers} must be 1 or more.")
-    if not (math.isfinite(part.timeout_s) and part.timeout_s > 0):
-        raise ValueError(f"{where}.timeout_s={part.timeout_s} must be a positive number of seconds.")
     if component.kwargs and component.rule is None:
         raise ValueError(f"{where}.kwargs are arguments of a rule, and this is a {given[0]}; leave them out.")
     if component.model and component.keep_special_tokens is not None:

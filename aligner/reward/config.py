@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
-from aligner.bounds import AtLeast, Between
+from aligner.bounds import AtLeast, Between, Finite, MoreThan, OneOf
 
 
 @dataclass(frozen=True)
@@ -18,9 +18,9 @@ class JudgeConfig:
     """What it is asked: {prompt}, {response} and the row's own fields by name stand in braces; {{ and }} are braces."""
     pattern: str = r"(?i)score\s*[:=]\s*(-?\d+(?:\.\d+)?)"
     """Regular expression of which one group is the score; its last match in the judge's answer counts."""
-    max_tokens: int = 512
+    max_tokens: Annotated[int, AtLeast(1)] = 512
     """Longest answer of the judge, in tokens."""
-    temperature: float = 0.0
+    temperature: Annotated[float, AtLeast(0, "0: greedy")] = 0.0
     """The judge's sampling temperature; 0 is greedy."""
 
 
@@ -36,29 +36,29 @@ class RewardComponent:
     """HTTP endpoint that scores rows (or, with judge, answers chat completions)."""
     model: bool = False
     """The score of the role reward_model."""
-    weight: float = 1.0
+    weight: Annotated[float, Finite()] = 1.0
     """Factor in the sum; 0: only observed or used as a gate, and a row may lack it."""
-    normalize: str = "none"
+    normalize: Annotated[str, OneOf("none", "batch")] = "none"
     """none, or batch: whitened (mean 0, standard deviation 1) over the whole batch's rows that have a value."""
     clip: tuple[float, float] | None = None
     """Raw values are cut to [low, high] before they are normalized."""
     gate: str | None = None
     """Another component: this one counts only in rows where that one's raw value is above gate_above."""
-    gate_above: float = 0.0
+    gate_above: Annotated[float, Finite()] = 0.0
     """See gate; in the unit of the gate's raw value."""
-    gate_value: float = 0.0
+    gate_value: Annotated[float, Finite()] = 0.0
     """What this component adds (times weight) in rows where the gate is closed."""
     keep_special_tokens: bool | None = None
     """A rule or an endpoint gets the response with its special tokens; none: reward.keep_special_tokens."""
-    workers: int | None = None
+    workers: Annotated[int | None, AtLeast(1)] = None
     """Worker processes of a rule, requests in flight of a url, on each rank; none: reward.workers."""
-    timeout_s: float | None = None
+    timeout_s: Annotated[float | None, Finite(), MoreThan(0)] = None
     """Limit for one row (url: one request), in seconds; none: reward.timeout_s."""
-    rows_per_request: int = 16
+    rows_per_request: Annotated[int, AtLeast(1)] = 16
     """url: rows in one request; a judge always has 1."""
-    retries: int = 3
+    retries: Annotated[int, AtLeast(0)] = 3
     """url: further attempts after a refused connection, a timeout, 429 or 5xx."""
-    backoff_s: float = 0.5
+    backoff_s: Annotated[float, Finite(), AtLeast(0)] = 0.5
     """url: wait before the first further attempt, in seconds; it doubles with each, up to 30."""
     token_env: str | None = None
     """url: environment variable that holds the bearer token; the token itself never stands in a configuration."""
@@ -81,7 +81,7 @@ class RewardConfig:
     """Rules and endpoints get the response with the special tokens in it (<|im_end|>, ...), the one that ended it too."""
     workers: Annotated[int, AtLeast(1)] = 1
     """Worker processes of each rule (requests in flight of each url) on each rank."""
-    timeout_s: float = 5.0
+    timeout_s: Annotated[float, Finite(), MoreThan(0)] = 5.0
     """Limit for one row (url: one request), in seconds."""
     memory_mib: Annotated[int | None, AtLeast(256)] = 4096
     """Private memory of a worker process, in MiB, and of each that it starts: beyond it the row has failed with

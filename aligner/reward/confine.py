@@ -1,10 +1,10 @@
-"""Run as a program of its own, with nothing but the standard library: locks itself in, then runs a program inside.
+"""The sandbox's launcher process (standard library only): isolates itself, then runs a program.
 
     python -I -S confine.py SETTINGS_FD STATUS_FD
 
-SETTINGS_FD holds JSON (see `sandbox.run_python`). On STATUS_FD comes one line: `setup: why not`, `exit N`, `signal N`.
-Three processes: this one; with namespaces, the first of a process namespace, whose end ends all others in it; and the
-program. Each dies with the one before it.
+SETTINGS_FD holds JSON (see `sandbox.run_python`). STATUS_FD receives one line: `setup: REASON`, `exit N` or `signal N`.
+There are three processes: this one; with namespaces, the init process of a PID namespace, whose end kills all others in
+it; and the program. Each is killed when its parent ends.
 """
 
 import contextlib
@@ -39,15 +39,15 @@ libc = ctypes.CDLL(None, use_errno=True)
 
 
 class Setup(Exception):
-    """The program cannot be locked in, so it is not run."""
+    """The sandbox cannot be set up, so the program is not run."""
 
 
 class Stop(Exception):
-    """Time is up (SIGTERM): end what runs, and only then this process."""
+    """SIGTERM (the time limit): end the program, then this process."""
 
 
 def call(name: str, *args: Any) -> None:
-    """A function of libc by its name; Setup with the reason where it fails."""
+    """Call a libc function by name. Raises Setup with the reason if it fails."""
     encoded = [
         arg.encode() if isinstance(arg, str) else ctypes.c_long(arg) if isinstance(arg, int) else arg for arg in args
     ]
@@ -56,14 +56,14 @@ def call(name: str, *args: Any) -> None:
 
 
 def die_with(parent: int) -> None:
-    """Be killed when the parent ends; at once if it has ended already."""
+    """Have this process killed when the parent ends; exit if it has ended already."""
     call("prctl", PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != parent:
         os._exit(1)
 
 
 def enter_namespaces() -> None:
-    """No network, no other processes, no other host name; a user that is nobody outside. Mounts become private."""
+    """Enter new user, mount, PID, network, IPC and UTS namespaces, as an unprivileged user outside."""
     uid, gid = os.getuid(), os.getgid()
     if uid != 0:
         call("unshare", NAMESPACES)
@@ -71,13 +71,13 @@ def enter_namespaces() -> None:
         write("/proc/self/uid_map", f"{NOBODY} {uid} 1")
         write("/proc/self/gid_map", f"{NOBODY} {gid} 1")
         return
-    # Root stays the owner of what it may read while it builds the box, and becomes nobody in it. A map of two users
-    # must be written from outside.
+    # Root stays root while it builds the root file system, and becomes nobody in it. A map of two users must be
+    # written from outside the namespace.
     ready, written = os.pipe(), os.pipe()
     me = os.getpid()
     writer = os.fork()
     if writer == 0:
-        os.close(ready[1])  # or it would wait for itself if the other were killed
+        os.close(ready[1])  # else it would wait for itself if the parent were killed
         try:
             os.read(ready[0], 1)
             for name in ("uid_map", "gid_map"):
@@ -93,11 +93,11 @@ def enter_namespaces() -> None:
         done = os.read(written[0], 1)
         os.waitpid(writer, 0)
     if not done:
-        raise Setup("the users of the namespace could not be mapped")
+        raise Setup("the user ids of the namespace could not be mapped")
 
 
 def write(path: str, text: str) -> None:
-    """Into a file of /proc."""
+    """Write a file of /proc. Raises Setup."""
     try:
         with open(path, "w") as file:
             file.write(text)
@@ -106,7 +106,7 @@ def write(path: str, text: str) -> None:
 
 
 def build_box(folder: str, prefix: str, box_bytes: int) -> None:
-    """A root of its own: the system's and the interpreter's files, read-only, and an empty folder in memory."""
+    """Build and enter a new root: the system's and the interpreter's files read-only, and an empty tmpfs folder."""
     call("mount", None, "/", None, MS_REC | MS_PRIVATE, None)
     call("mount", "tmpfs", folder, "tmpfs", MS_NOSUID | MS_NODEV, b"size=1m,mode=755")
     for source in dict.fromkeys((*SYSTEM, prefix)):
@@ -125,7 +125,7 @@ def build_box(folder: str, prefix: str, box_bytes: int) -> None:
     options = f"size={box_bytes},nr_inodes=4096,mode=700,uid={NOBODY},gid={NOBODY}".encode()
     call("mount", "tmpfs", folder + BOX, "tmpfs", MS_NOSUID | MS_NODEV, options)
     set_mount(folder, 0, READ_ONLY | NO_SUID)
-    for name in ("shmmax", "msgmax", "sem"):  # memory and handles that no limit below counts
+    for name in ("shmmax", "msgmax", "sem"):  # resources that the rlimits do not cover
         try_write(f"/proc/sys/kernel/{name}", "0" if name != "sem" else "0 0 0 0")
     os.chdir(folder)
     call("pivot_root", ".", ".")
@@ -134,19 +134,19 @@ def build_box(folder: str, prefix: str, box_bytes: int) -> None:
 
 
 def set_mount(path: str, flags: int, attributes: int) -> None:
-    """mount_setattr(2): of the whole tree below in one go, Linux 5.12."""
+    """mount_setattr(2), recursive with AT_RECURSIVE; Linux 5.12."""
     values = (ctypes.c_uint64 * 4)(attributes, 0, 0, 0)
     call("syscall", SYS_MOUNT_SETATTR, AT_FDCWD, path, flags, values, ctypes.sizeof(values))
 
 
 def try_write(path: str, text: str) -> None:
-    """Where the kernel has it and allows it."""
+    """As `write`, but ignores failures."""
     with contextlib.suppress(Setup):
         write(path, text)
 
 
 def become_nobody() -> None:
-    """Of root nothing is left; any capability goes when the program is started, since nobody has none."""
+    """Drop root for the user nobody; capabilities are lost at exec."""
     if os.getuid() == 0:
         os.setgroups([])
         os.setresgid(NOBODY, NOBODY, NOBODY)
@@ -154,7 +154,7 @@ def become_nobody() -> None:
 
 
 def processes_of(uid: int) -> int:
-    """Threads that the user has now: without a namespace the limit counts them too."""
+    """Current number of the user's threads, which RLIMIT_NPROC also counts without a user namespace."""
     count = 0
     for name in filter(str.isdigit, os.listdir("/proc")):
         try:
@@ -166,7 +166,7 @@ def processes_of(uid: int) -> int:
 
 
 def limit(settings: dict[str, Any], others: int) -> None:
-    """Limits of each process of the program; `others` processes count in its number besides."""
+    """Set the rlimits of the program; `others` is the number of further processes that RLIMIT_NPROC counts."""
     cpu = int(settings["seconds"]) + 1
     limits = {
         resource.RLIMIT_CPU: cpu,
@@ -185,13 +185,13 @@ def limit(settings: dict[str, Any], others: int) -> None:
 
 
 def run_program(settings: dict[str, Any], status: int, others: int) -> str:
-    """Fork, lock the last doors and start the program; returns how it ended, once it has."""
+    """Fork, drop privileges, set limits and exec the program; returns `exit N` or `signal N` when it has ended."""
     parent = os.getpid()
     child = os.fork()
     if child == 0:
         try:
             become_nobody()
-            die_with(parent)  # a change of user clears it, so after that
+            die_with(parent)  # changing the user clears it, so it comes after
             call("prctl", PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
             limit(settings, others)
             for number in (signal.SIGPIPE, signal.SIGXFSZ):
@@ -208,7 +208,7 @@ def run_program(settings: dict[str, Any], status: int, others: int) -> str:
 
 
 def put_files(settings: dict[str, Any]) -> None:
-    """The program's files into the folder where it will stand."""
+    """Write the program's files into its working folder."""
     for name, text in settings["files"].items():
         with open(name, "w", encoding="utf-8", errors="surrogatepass") as file:
             file.write(text)
@@ -216,7 +216,7 @@ def put_files(settings: dict[str, Any]) -> None:
 
 
 def kill_descendants() -> None:
-    """Those left over come to this process as to their parent; until there is none."""
+    """Kill all remaining descendants, which are reparented to this process (a subreaper)."""
     while True:
         try:
             with open(f"/proc/self/task/{os.getpid()}/children") as file:
@@ -228,24 +228,24 @@ def kill_descendants() -> None:
 
 
 def inside(settings: dict[str, Any], status: int) -> str:
-    """The first process of the namespace."""
+    """The init process of the PID namespace."""
     build_box(settings["folder"], settings["prefix"], settings["box_bytes"])
     put_files(settings)
     call("prctl", PR_SET_DUMPABLE, 0, 0, 0, 0)
-    return run_program(settings, status, 1 if os.getuid() == 0 else 2)  # root's own processes are another user's
+    return run_program(settings, status, 1 if os.getuid() == 0 else 2)  # root's processes belong to another user
 
 
 def with_namespaces(settings: dict[str, Any], status: int) -> None:
-    """This process stays outside and waits."""
+    """Isolate with namespaces; this process stays outside and waits."""
     enter_namespaces()
-    try_write("/proc/sys/user/max_user_namespaces", "0")  # a further one would bring capabilities back
+    try_write("/proc/sys/user/max_user_namespaces", "0")  # a nested user namespace would regain capabilities
     child = os.fork()
     if child:
         try:
             os.waitpid(child, 0)
         except Stop:
             os.kill(child, signal.SIGKILL)
-            os.waitpid(child, 0)  # it is over only when every process of its namespace is
+            os.waitpid(child, 0)  # returns when all processes of its namespace have ended
         return
     try:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -257,7 +257,7 @@ def with_namespaces(settings: dict[str, Any], status: int) -> None:
 
 
 def with_limits(settings: dict[str, Any], status: int) -> None:
-    """Only limits, a user that is nobody if this one is root, and an end of every descendant."""
+    """Isolate with rlimits only; drop root for nobody, and kill all descendants at the end."""
     os.chdir(settings["folder"])
     put_files(settings)
     user = os.getuid()
@@ -273,13 +273,13 @@ def with_limits(settings: dict[str, Any], status: int) -> None:
 
 
 def stop(number: int, frame: Any) -> None:
-    """Out of whatever this process waits for."""
+    """SIGTERM handler: interrupt what this process waits for."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     raise Stop
 
 
 def main() -> None:
-    """See the top of this file."""
+    """See the module docstring."""
     settings_fd, status = int(sys.argv[1]), int(sys.argv[2])
     os.set_inheritable(status, False)
     signal.signal(signal.SIGTERM, stop)
@@ -290,7 +290,7 @@ def main() -> None:
         {"namespaces": with_namespaces, "limits": with_limits}[settings["isolation"]](settings, status)
     except (Setup, OSError) as error:
         os.write(status, f"setup: {error}\n".encode())
-    except Stop:  # before there was anything to end
+    except Stop:  # nothing was started yet
         pass
     os._exit(0)
 

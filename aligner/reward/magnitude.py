@@ -1,4 +1,4 @@
-"""How large a number would become, before anything computes it."""
+"""Estimate how large a number would become before SymPy evaluates it."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from sympy import Add, Basic, Float, MatrixBase, Mul, Pow, Product, Rational, Su
 from sympy.functions.combinatorial.factorials import CombinatorialFunction
 
 MOST_DIGITS = 20_000
-"""Decimal digits of the largest number that is evaluated."""
+"""Largest number of decimal digits that is evaluated."""
 MOST_POWER = 200
-"""Exponent up to which sums are multiplied out."""
+"""Largest exponent of a sum that is expanded."""
 MOST_TERMS = 10_000
 
 
 def too_big(value: Any) -> bool:
-    """Whether to evaluate it would take minutes or the memory: 10^10^10, 100000000!, (x+1)^100000."""
+    """Whether evaluating it would take too much time or memory: 10^10^10, 100000000!, (x+1)^100000."""
     try:
         return _log10(value) > MOST_DIGITS
     except OverflowError:
@@ -25,7 +25,7 @@ def too_big(value: Any) -> bool:
 
 
 def _log10(value: Any) -> float:
-    """A bound of the decimal digits that appear when it is evaluated; OverflowError: beyond counting."""
+    """Upper bound of the decimal digits that appear in its evaluation. Raises OverflowError if it is too large."""
     if isinstance(value, MatrixBase):
         return max(map(_log10, value.flat()), default=0.0)
     if not isinstance(value, Basic) or isinstance(value, Symbol):

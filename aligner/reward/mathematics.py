@@ -1,4 +1,4 @@
-"""A rule for answers of mathematics: equal in value, however they are written."""
+"""Rule for mathematical answers: compares values, independent of notation."""
 
 from __future__ import annotations
 
@@ -8,19 +8,26 @@ from functools import lru_cache
 from itertools import product
 from typing import Any
 
-from aligner.reward.answer_forms import MessageLayout, is_prose
-from aligner.reward.answer_reading import read
-from aligner.reward.equivalence import same
-from aligner.reward.final_answer import after_reasoning, boxed_answer, final_answer, last_value, said_answer, unfinished
+from aligner.reward.answer_forms import Answer, is_prose
+from aligner.reward.answer_reading import parse_answer
+from aligner.reward.equivalence import equivalent
+from aligner.reward.final_answer import (
+    after_reasoning,
+    announced_answer,
+    boxed_answer,
+    final_answer,
+    last_value,
+    unfinished,
+)
 from aligner.reward.rules import Unparsable, checked_by
 
 __all__ = ["final_answer", "math_equivalent"]
 
 LONGEST = 2000
-"""Characters of a given answer that are read; one that is longer than this and than four times the gold one is wrong."""
+"""Longest given answer in characters; longer than this and than four times the gold answer is wrong."""
 LONGEST_GOLD = 10_000
 SHORT = 300
-"""Characters of a whole response that may be no more than an answer."""
+"""Longest response in characters that may be just an answer."""
 SENTENCE = re.compile(r"(?!arc|sin|cos|tan|cot|sec|csc|log|ln|exp|sqrt|pi)[A-Za-z]{2,}\s")
 INTEGER = re.compile(r"[-+]?\d{1,18}")
 
@@ -29,7 +36,7 @@ def _settings_problem(kwargs: Any, timeout_s: float) -> str | None:
     if not isinstance(kwargs.get("boxed_only", False), bool):
         return f"kwargs.boxed_only={kwargs['boxed_only']!r} must be true or false."
     if not isinstance(kwargs.get("reasoning_end", ""), str):
-        return f"kwargs.reasoning_end={kwargs['reasoning_end']!r} must be text, such as '</think>'; '' is for none."
+        return f"kwargs.reasoning_end={kwargs['reasoning_end']!r} must be text, such as '</think>'; '' for none."
     return None
 
 
@@ -37,21 +44,21 @@ def _settings_problem(kwargs: Any, timeout_s: float) -> str | None:
 def math_equivalent(
     prompt: str, response: str, *, answer: Any, boxed_only: bool = False, reasoning_end: str = "</think>"
 ) -> float:
-    r"""1 if the response's final answer equals `answer`, else 0; no answer, or one that cannot be read, is wrong: 0.
+    r"""1 if the response's final answer equals `answer`, else 0. No answer, or one that cannot be parsed, is wrong: 0.
 
-    The final answer stands in the last \boxed{}, else in <answer> tags, else behind the last ####, else behind "the
-    answer is"; else the response is the answer, or its last formula or number is. What is equal: `same`; numbers with a
-    decimal point to 6 decimals (and 4 significant digits), expressions, sets, intervals, matrices by math-verify and
-    SymPy, words by spelling. A unit counts where both have one, "50%" is 0.5 and 50.
+    The final answer is taken from the last \boxed{}, else <answer> tags, else after the last ####, else after "the
+    answer is"; else it is the whole response, or its last formula or number. Equality is that of `equivalence.equivalent`:
+    decimals to 6 places (and 4 significant digits); expressions, sets, intervals and matrices by math-verify and SymPy;
+    words by spelling. Units are compared if both have one; "50%" equals 0.5 and 50.
 
     Args:
-        answer: text or a number, bare or in any of these forms; or a list of such, any of which is accepted.
-        boxed_only: only a box counts.
-        reasoning_end: what comes before its last occurrence is reasoning, where nothing counts; reasoning that has begun
-            (the same without its slash) and has not ended has no answer yet. "": none.
+        answer: text or a number, bare or in any of these forms; or a list of accepted answers.
+        boxed_only: accept only a boxed answer.
+        reasoning_end: end tag of the reasoning, which is ignored; reasoning that is opened (the tag without its slash)
+            and not closed has no answer. "": no reasoning.
 
     Raises:
-        ValueError: `answer` is empty, null or nested, or cannot be read: the row's own fault, whatever the response.
+        ValueError: `answer` is empty, null, nested or cannot be parsed (an error in the data, whatever the response).
         Unparsable: SymPy cannot compare the two.
     """
     golds = _golds(answer)
@@ -66,7 +73,7 @@ def math_equivalent(
     problem: Exception | None = None
     for (_, gold), form in product(golds, _values(given)):
         try:
-            if same(gold, form):
+            if equivalent(gold, form):
                 return 1.0
         except Exception as error:
             problem = error
@@ -75,31 +82,31 @@ def math_equivalent(
     return 0.0
 
 
-def _golds(answer: Any) -> list[tuple[str, MessageLayout]]:
+def _golds(answer: Any) -> list[tuple[str, Answer]]:
     accepted = answer if isinstance(answer, list | tuple) else [answer]
     if not accepted:
         raise ValueError("answer=[] accepts nothing; give the answer as text or a number, or a list of accepted ones.")
-    for one in accepted:
-        if not isinstance(one, str | int | float) or (isinstance(one, float) and not math.isfinite(one)):
+    for item in accepted:
+        if not isinstance(item, str | int | float) or (isinstance(item, float) and not math.isfinite(item)):
             raise ValueError(
-                f"answer={one!r:.80} is not possible; give the answer as text or a number, or a list of accepted ones."
+                f"answer={item!r:.80} is not possible; give the answer as text or a number, or a list of accepted ones."
             )
-    return [_gold(str(one)) for one in accepted]
+    return [_gold(str(item)) for item in accepted]
 
 
 @lru_cache(maxsize=4096)
-def _gold(text: str) -> tuple[str, MessageLayout]:
-    said = final_answer(text)
-    said = text if said is None else said
-    forms = _values(said) if len(said) <= LONGEST_GOLD else []
+def _gold(text: str) -> tuple[str, Answer]:
+    final = final_answer(text)
+    final = text if final is None else final
+    forms = _values(final) if len(final) <= LONGEST_GOLD else []
     if not forms:
-        raise ValueError(f"answer={text[:80]!r} cannot be read as a number, a formula, a list or words.")
-    return said.strip(), forms[0]
+        raise ValueError(f"answer={text[:80]!r} cannot be parsed as a number, a formula, a list or words.")
+    return final.strip(), forms[0]
 
 
-def _values(text: str) -> list[MessageLayout]:
-    """What a bare answer says; empty where it cannot be read."""
-    form = read(text)
+def _values(text: str) -> list[Answer]:
+    """The parsed answer as a list of one; empty if it cannot be parsed."""
+    form = parse_answer(text)
     return [] if form is None else [form]
 
 
@@ -110,9 +117,9 @@ def _given(response: str, boxed_only: bool, reasoning_end: str) -> str | None:
     marked = boxed_answer(text) if boxed_only else final_answer(text)
     if marked is not None or boxed_only:
         return marked
-    said, announced = said_answer(text)
-    form = read(said) if len(said) <= (LONGEST if announced else SHORT) else None
-    if form is not None and not is_prose(form) and (announced or not SENTENCE.match(said)):
-        return said
+    candidate, announced = announced_answer(text)
+    form = parse_answer(candidate) if len(candidate) <= (LONGEST if announced else SHORT) else None
+    if form is not None and not is_prose(form) and (announced or not SENTENCE.match(candidate)):
+        return candidate
     # A sentence around the answer, or an answer in words.
-    return last_value(said, first=announced) or (said if form is not None else last_value(text))
+    return last_value(candidate, first=announced) or (candidate if form is not None else last_value(text))

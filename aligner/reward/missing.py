@@ -1,4 +1,4 @@
-"""Too many rows without a reward stop the job, with the components that failed and examples of what they said."""
+"""Count rows without a reward by kind, and stop the job with examples if there are too many (reward.max_missing)."""
 
 from __future__ import annotations
 
@@ -12,49 +12,50 @@ EXAMPLES = 3
 
 
 @dataclass
-class Missing:
-    """The rows of one component that have no score, by kind."""
+class MissingScores:
+    """Rows of one component without a score: counts and example details by kind of failure."""
 
     counts: Counter[str] = field(default_factory=Counter)
     examples: dict[str, list[str]] = field(default_factory=dict)
-    """What was said of the first rows of each kind, all different."""
+    """Up to EXAMPLES distinct details per kind."""
 
     def add(self, kind: str, text: str) -> None:
-        """One more row."""
+        """Count one row."""
         self.counts[kind] += 1
         self._keep(kind, text)
 
-    def update(self, other: Missing) -> None:
-        """Those of another rank."""
+    def update(self, other: MissingScores) -> None:
+        """Add the counts of another rank."""
         self.counts.update(other.counts)
         for kind, texts in other.examples.items():
             for text in texts:
                 self._keep(kind, text)
 
     def _keep(self, kind: str, text: str) -> None:
-        kept = self.examples.setdefault(kind, [])
-        if len(kept) < EXAMPLES and text not in kept:
-            kept.append(text)
+        details = self.examples.setdefault(kind, [])
+        if len(details) < EXAMPLES and text not in details:
+            details.append(text)
 
     def __str__(self) -> str:
         return "; ".join(f"{count} {kind}: {' | '.join(self.examples[kind])}" for kind, count in self.counts.items())
 
 
-def missing_of(scores: Sequence[Score]) -> Missing:
-    """What one component lacks on this rank."""
-    found = Missing()
+def missing_of(scores: Sequence[Score]) -> MissingScores:
+    """The missing scores of one component on this rank."""
+    missing = MissingScores()
     for score in scores:
         if score.status is not Status.OK:
-            found.add(score.status.name.lower(), score.detail)
-    return found
+            missing.add(score.status.name.lower(), score.detail)
+    return missing
 
 
-def check_missing(status: Sequence[int], found: Mapping[str, Missing], max_missing: float) -> None:
-    """Decide on the whole batch, so that every rank decides alike.
+def check_missing(status: Sequence[int], missing: Mapping[str, MissingScores], max_missing: float) -> None:
+    """Raises if too many rows of the global batch have no reward; all ranks pass the same arguments and agree.
 
     Args:
         status: `Status` of each row's reward.
-        found: what each component lacks, by the setting that it comes from.
+        missing: missing scores by component, keyed by the setting that defines the component.
+        max_missing: largest allowed fraction of rows without a reward (reward.max_missing).
 
     Raises:
         ValueError: more rows without a reward than max_missing allows, or no row has one.
@@ -67,7 +68,7 @@ def check_missing(status: Sequence[int], found: Mapping[str, Missing], max_missi
     limit = (
         f"more than reward.max_missing={max_missing}"
         if lost > max_missing * rows
-        else f"so there is nothing to learn from, whatever reward.max_missing={max_missing} allows"
+        else f"so there is nothing to train on, whatever reward.max_missing={max_missing} allows"
     )
-    said = " ".join(f"{source} said of {missing}." for source, missing in found.items() if missing.counts)
-    raise ValueError(f"{lost} of {rows} rows have no reward ({counts}), {limit}. {said}")
+    details = " ".join(f"{source}: {of_component}." for source, of_component in missing.items() if of_component.counts)
+    raise ValueError(f"{lost} of {rows} rows have no reward ({counts}), {limit}. {details}")

@@ -1,4 +1,4 @@
-"""Score responses by a rule in worker processes on host CPUs: a rule that hangs, dies or raises costs only its row."""
+"""Run a reward rule in CPU worker processes; a rule that hangs, crashes or raises affects only its row."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pebble import ProcessExpired, ProcessPool
 
 from aligner.reward.signals import start_tracker
 from aligner.reward.worker import (
-    QUIET_EXIT,
+    EXIT_ZERO,
     Score,
     Status,
     WorkerContext,
@@ -29,15 +29,15 @@ from aligner.reward.worker import (
 __all__ = ["RulePool", "Score", "Status"]
 
 IMPORT_LIMIT_S = 120.0
-POOL_LIVES = 3
-TRIES = 3
-"""Of a row that a signal from outside has disturbed; a rule may send itself one each time."""
-HOPELESS_S = 30.0
-"""After so many seconds of nothing but timeouts, from the first row of a call on, the rest of it is given up."""
+POOL_RESTARTS = 3
+SIGNAL_RETRIES = 3
+"""Attempts for a row during which an external signal arrived (a rule may send itself one each time)."""
+GIVE_UP_S = 30.0
+"""Seconds after which a call whose rows all timed out so far gives up on the rest."""
 
 
 class RulePool:
-    """Worker processes that score rows by one rule. They see no GPU and import neither torch nor the job's program."""
+    """A pool of worker processes for one rule. Workers see no GPU and import neither torch nor the job's main module."""
 
     def __init__(
         self,
@@ -51,14 +51,14 @@ class RulePool:
         """
         Args:
             rule: `package.module.function` or `path/to/file.py:function`; see `aligner.reward.rules`.
-            kwargs: arguments for every row; a row's own field of the same name comes first.
-            workers: processes.
-            timeout_s: limit for one row, in seconds; importing the rule is not counted.
-            where: what stands before rule, kwargs, ... in messages.
-            memory_bytes: of one worker; beyond it the row fails with MemoryError. None: no limit.
+            kwargs: arguments for all rows; a row's field of the same name takes precedence.
+            workers: number of processes.
+            timeout_s: limit per row, in seconds, without the import of the rule.
+            where: prefix of the settings rule, kwargs, ... in messages.
+            memory_bytes: limit per worker; beyond it the row fails with MemoryError. None: no limit.
 
         Raises:
-            ValueError: the rule cannot be imported or called so, or refuses these arguments; names reward.rule, ...
+            ValueError: the rule cannot be imported or called with these arguments; names the setting.
         """
         if workers < 1:
             raise ValueError(f"{where}.workers={workers} must be 1 or more.")
@@ -66,7 +66,7 @@ class RulePool:
             raise ValueError(f"{where}.timeout_s={timeout_s} must be a positive number of seconds.")
         self._where = where
         path, _, function = rule.rpartition(":")
-        # A replacement worker starts later, when this process may stand in another folder.
+        # Absolute, because replacement workers may start after a change of the working directory.
         self._rule = f"{os.path.abspath(path)}:{function}" if path.endswith(".py") else rule
         self._kwargs = dict(kwargs or {})
         self._workers = workers
@@ -80,27 +80,27 @@ class RulePool:
     def score(self, items: Sequence[Mapping[str, Any]]) -> list[Score]:
         """One score for each {'prompt': str, 'response': str, 'fields': dict}, in the same order."""
         scores: dict[int, Score] = {}
-        for _ in range(POOL_LIVES):
+        for _ in range(POOL_RESTARTS):
             rest = {i: item for i, item in enumerate(items) if i not in scores}
             if not rest:
                 break
-            if not self._pool.active:  # pebble gives its pool up when a worker dies between two rows
+            if not self._pool.active:  # pebble's pool breaks when a worker dies between two rows
                 self.close()
                 self._pool = self._start()
             scores |= self._score_rows(rest)
-        lost = Score(math.nan, Status.FAILED, math.nan, f"the pool of workers broke {POOL_LIVES} times")
+        lost = Score(math.nan, Status.FAILED, math.nan, f"the pool of workers broke {POOL_RESTARTS} times")
         return [scores.get(i, lost) for i in range(len(items))]
 
     def needs(self) -> frozenset[str]:
-        """Fields without which a row has no score: the rule's arguments that have neither a default nor a kwarg."""
+        """Fields that every row needs: the rule's arguments without a default or a configured value."""
         return self._pool.schedule(needed_fields, (self._rule, self._kwargs)).result()
 
     def under_way(self) -> list[int]:
-        """Items that a worker has, whoever asks."""
+        """Indices of the items that a worker is scoring now. Thread-safe."""
         return [i for i, future in list(self._futures.items()) if future.running()]
 
     def close(self) -> None:
-        """End the workers, whatever they do. May be called again."""
+        """Kill the workers. Idempotent."""
         self._pool.stop()
         self._pool.join()
 
@@ -117,13 +117,13 @@ class RulePool:
         )
 
     def _check_rule(self) -> None:
-        """In a worker, since only there does the import happen, and a rule's import may do anything."""
+        """Import and check the rule in a worker, because importing it may have any effect. Raises ValueError."""
         future = self._pool.schedule(rule_problem, (self._rule, self._kwargs, self._timeout_s, self._where))
         if self._settled(future, IMPORT_LIMIT_S):
             error = future.exception()
-            problem = future.result() if error is None else f"{type(error).__name__} while it is imported"
+            problem = future.result() if error is None else f"{type(error).__name__} while it was imported"
         elif self._pool.active:
-            problem = f"{self._where}.rule={self._rule!r} is not imported within {IMPORT_LIMIT_S:.0f} s."
+            problem = f"{self._where}.rule={self._rule!r} was not imported within {IMPORT_LIMIT_S:.0f} s."
         else:
             problem = f"{self._where}.rule={self._rule!r} ends the process that imports it."
         if problem is not None:
@@ -131,39 +131,39 @@ class RulePool:
             raise ValueError(problem)
 
     def _settled(self, future: Future[Any], limit_s: float = math.inf) -> bool:
-        """Wait for it. False: the pool broke, and pebble may leave it pending for ever; or the limit has passed."""
+        """Wait for a future. False: the limit has passed, or the pool broke (pebble may leave futures pending forever)."""
         end = time.monotonic() + limit_s
         while not future.done() and self._pool.active and time.monotonic() < end:
             wait([future], timeout=0.5)
         return future.done() and not isinstance(future.exception(), BrokenProcessPool)
 
     def _score_rows(self, rows: Mapping[int, Mapping[str, Any]]) -> dict[int, Score]:
-        """Scores by row; rows that a broken pool has swallowed are missing."""
+        """Scores by row; rows lost by a broken pool are missing."""
         futures = self._futures = {}
         try:
             for i, row in rows.items():
                 futures[i] = self._schedule(row)
-        except RuntimeError:  # the pool broke while rows were handed in
+        except RuntimeError:  # the pool broke while rows were being submitted
             pass
-        start, found = time.monotonic(), {}
+        start, scores = time.monotonic(), {}
         for i in futures:
-            score = self._undisturbed(i, rows[i])
+            score = self._score_of(i, rows[i])
             if score is not None:
-                found[i] = score
+                scores[i] = score
             self.progress()
-            late = all(score.status is Status.TIMEOUT for score in found.values())
-            if late and len(found) >= 2 * self._workers and time.monotonic() - start > HOPELESS_S:
-                return self._give_up(futures, found)
-        return found
+            all_timed_out = all(score.status is Status.TIMEOUT for score in scores.values())
+            if all_timed_out and len(scores) >= 2 * self._workers and time.monotonic() - start > GIVE_UP_S:
+                return self._give_up(futures, scores)
+        return scores
 
     def _schedule(self, row: Mapping[str, Any]) -> Future[Score]:
         arguments = (self._rule, self._kwargs, row["prompt"], row["response"], row.get("fields", {}))
         return self._pool.schedule(score_row, arguments, timeout=self._timeout_s)
 
-    def _undisturbed(self, i: int, row: Mapping[str, Any]) -> Score | None:
-        """The row's score, asked for again where a signal to the whole job may have had a part in it. None: the pool broke."""
+    def _score_of(self, i: int, row: Mapping[str, Any]) -> Score | None:
+        """The row's score, retried if an external signal arrived while it was computed. None: the pool broke."""
         score = None
-        for _ in range(TRIES):
+        for _ in range(SIGNAL_RETRIES):
             if not self._settled(self._futures[i]):
                 return None
             score = self._outcome(self._futures[i])
@@ -175,15 +175,15 @@ class RulePool:
                 return None
         return score
 
-    def _give_up(self, futures: Mapping[int, Future[Score]], found: Mapping[int, Score]) -> dict[int, Score]:
-        """The rest would take rows / workers * timeout_s to say the same."""
-        rest = [i for i in futures if i not in found]
+    def _give_up(self, futures: Mapping[int, Future[Score]], scores: Mapping[int, Score]) -> dict[int, Score]:
+        """Mark the remaining rows as timed out: trying them would take rows / workers * timeout_s."""
+        rest = [i for i in futures if i not in scores]
         for i in rest:
             futures[i].cancel()
         detail = (
-            f"not tried: the first {len(found)} rows all had no score within {self._where}.timeout_s={self._timeout_s}"
+            f"not tried: the first {len(scores)} rows all had no score within {self._where}.timeout_s={self._timeout_s}"
         )
-        return {**found, **dict.fromkeys(rest, Score(math.nan, Status.TIMEOUT, math.nan, detail))}
+        return {**scores, **dict.fromkeys(rest, Score(math.nan, Status.TIMEOUT, math.nan, detail))}
 
     def _outcome(self, future: Future[Score]) -> Score:
         try:
@@ -194,7 +194,7 @@ class RulePool:
             return Score(math.nan, Status.FAILED, math.nan, f"the worker died: {_exit_text(error.exitcode)}")
         except Exception as error:  # the row could not be sent to a worker, or its score not sent back
             return Score(math.nan, Status.FAILED, math.nan, f"{type(error).__name__}: {error}")
-        # pebble looks at its clock ten times a second; the row's own clock decides.
+        # pebble checks its clock only ten times a second; the row's own clock decides.
         return self._timed_out(score.seconds) if score.seconds > self._timeout_s else score
 
     def _timed_out(self, seconds: float) -> Score:
@@ -204,4 +204,4 @@ class RulePool:
 def _exit_text(code: int) -> str:
     if code < 0:
         return f"killed by {signal.Signals(-code).name}"
-    return f"exit code {0 if code == QUIET_EXIT else code}"
+    return f"exit code {0 if code == EXIT_ZERO else code}"

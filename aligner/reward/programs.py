@@ -1,4 +1,4 @@
-"""Rules that run the program in a response, locked in a sandbox, never in a process of ours."""
+"""Rules that run the program in a response against tests, in a sandbox."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from aligner.reward.suites import Suite, read_suite
 __all__ = ["code_tests", "python_block", "same_output"]
 
 
-BOXED = Path(__file__).with_name("sandboxed")
+SANDBOXED = Path(__file__).with_name("sandboxed")
 JUDGING = ("harness.py", "checks.py", "remote.py", "wire.py")
 SERVING = ("served.py", "wire.py")
 NUMBER = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?")
@@ -47,8 +47,8 @@ def _check(kwargs: Mapping[str, Any], timeout_s: float) -> str | None:
     seconds = kwargs.get("seconds", Limits.seconds)
     if seconds + OVERHEAD_S > timeout_s:
         return (
-            f"timeout_s={timeout_s} is no more than kwargs.seconds={seconds} with {OVERHEAD_S:.0f} s to start and end, so a "
-            f"slow program would be a missing reward and not a wrong one; use {seconds + OVERHEAD_S} or more."
+            f"timeout_s={timeout_s} is less than kwargs.seconds={seconds} plus {OVERHEAD_S:.0f} s to start and end, so a slow "
+            f"program would get no reward instead of 0; use {seconds + OVERHEAD_S} or more."
         )
     problem = isolation_problem(isolation)
     if problem is None:
@@ -62,7 +62,8 @@ def _check(kwargs: Mapping[str, Any], timeout_s: float) -> str | None:
     )
 
 
-@checked_by(_check, "partial", "block", "seconds", "isolation", *LIMITS)  # never by a row of somebody's data set
+# settings: a row of the data cannot set them
+@checked_by(_check, "partial", "block", "seconds", "isolation", *LIMITS)
 def code_tests(
     prompt: str,
     response: str,
@@ -87,43 +88,43 @@ def code_tests(
     file_mb: int = Limits.file_mb,
     output_kb: int = Limits.output_kb,
 ) -> float:
-    """1 if the response's program passes every test of the row, else 0; no program is a wrong answer: 0.
+    """1 if the response's program passes all tests of the row, else 0. A response without a program gets 0.
 
     The tests are the first of `tests`, `test`, `test_list`, `test_cases`, `input_output`, `ground_truth` that the row
-    has, in any form that `suites.py` lists, JSON text of it too:
+    has, in any format listed in `suites.py`, or JSON text of it:
 
-        "assert f(2) == 4"                            Python; `python_tests.py` says what is a test: asserts, HumanEval's
-                                                      check(candidate), pytest's functions and classes, unittest
-        {"input": "2\\n", "output": "4\\n"}           the program runs on this standard input, ends with code 0 and
-                                                      prints this (see `same_output`)
-        the same with a function's name               its arguments and its result
+        "assert f(2) == 4"                            Python tests (see `python_tests.py`): asserts, HumanEval's
+                                                      check(candidate), pytest functions and classes, unittest
+        {"input": "2\\n", "output": "4\\n"}           the program gets this standard input, must exit with code 0 and
+                                                      print this output (see `same_output`)
+        the same with a function name                 its arguments and its result
 
-    Tests of a function run in a sandbox of their own; the program is in another and is only asked for what they call.
-    Values go over, and are compared where the program is not: leaving early, printing, changing builtins, searching
-    the interpreter or returning an object that equals everything passes nothing. Objects of the program's own classes
-    stay there and answer for themselves, among each other.
+    Tests of functions run in one sandbox, the program in another, connected by a socket: calls are forwarded, and results
+    are compared on the tests' side. So exiting early, printing, patching builtins, inspecting the interpreter or
+    returning an object that equals everything cannot pass a test. Objects of the program's own classes stay on its side
+    and are operated on there.
 
-    What a program can and cannot do in the sandbox stands at `sandbox.run_python`. Time, memory, or output beyond the
-    limits is a failed test; a sandbox that cannot be made is a failed row, not a 0.
+    See `sandbox.run_python` for what a program can do in the sandbox. Exceeding time, memory or output limits fails the
+    test; a sandbox that cannot be created makes the row FAILED (no reward), not 0.
 
     Args:
-        entry_point, fn_name: the function that the tests are about, or Solution().method.
+        entry_point, fn_name: the tested function, or Solution().method.
         test_setup_code, test_imports: Python that runs before both the program and the tests.
-        metadata: LiveCodeBench's, which names the function.
-        partial: the fraction of tests passed in place of all or nothing.
+        metadata: LiveCodeBench's metadata, which names the function.
+        partial: return the fraction of tests passed instead of all or nothing.
         block: which code block is the program: last, first, all, or text; see `code_blocks.python_block`.
-        seconds: for all tests of a row together; below the row's limit (timeout_s).
-        isolation: namespaces, or limits where these are not allowed and the programs are trusted.
+        seconds: time limit for all tests of a row together; less than timeout_s.
+        isolation: namespaces; or limits, where those are not available and the programs are trusted.
         memory_mb, processes, file_mb, output_kb: see `sandbox.Limits`.
 
     Raises:
-        ValueError: tests that are not understood, that nothing could fail, or that fail by themselves.
-        SandboxError: the program could not be locked in.
+        ValueError: tests that cannot be parsed, that cannot fail, or that fail by themselves.
+        SandboxError: the sandbox could not be set up.
     """
-    given = (tests, test, test_list, test_cases, input_output, ground_truth)
-    first = next((found for found in given if found is not None), None)
+    candidates = (tests, test, test_list, test_cases, input_output, ground_truth)
+    row_tests = next((candidate for candidate in candidates if candidate is not None), None)
     prefix = prompt if _compiles(prompt) else python_block(prompt) or ""
-    suite = read_suite(first, entry_point or fn_name, (test_imports or (), test_setup_code or ()), metadata, prefix)
+    suite = read_suite(row_tests, entry_point or fn_name, (test_imports or (), test_setup_code or ()), metadata, prefix)
     code = python_block(response, block)
     if code is None:
         return 0.0
@@ -134,46 +135,46 @@ def code_tests(
 
     judged = len(suite.calls) + len(suite.scripts.tests)
     passed = _passed(_completed(code, suite, prefix), suite, partial, left(), isolation) if judged else 0
-    for given_text, wanted in suite.pairs:
+    for given_text, expected in suite.pairs:
         if (passed < judged and not partial) or time.monotonic() >= end:
             break
         outcome = run_python(["response.py"], {"response.py": code}, given_text.encode(), left(), isolation)
         printed = outcome.stdout.decode("utf-8", "replace")
-        right = outcome.code == 0 and not outcome.stopped and same_output(printed, wanted)
-        if not right and not partial:
+        correct = outcome.code == 0 and not outcome.stopped and same_output(printed, expected)
+        if not correct and not partial:
             return 0.0
-        passed += right
+        passed += correct
     total = judged + len(suite.pairs)
     return passed / total if partial else float(passed == total)
 
 
-def same_output(printed: str, wanted: str) -> bool:
-    """Line by line, blanks around lines and around the whole aside; where words differ, numbers that are not both whole
-    are equal as numpy.allclose has it (as the evaluators of APPS, PRIME and LiveCodeBench compare, but no line is
-    ever compared as a set of words)."""
-    lines, right = ([line.strip() for line in text.strip().splitlines()] for text in (printed, wanted))
-    return len(lines) == len(right) and all(map(_same_line, lines, right))
+def same_output(printed: str, expected: str) -> bool:
+    """Compare outputs line by line, ignoring whitespace around lines and around the whole. Words that differ are equal if
+    they are numbers, not both integers, within numpy.allclose's tolerance (as the evaluators of APPS, PRIME and
+    LiveCodeBench compare, except that no line is compared as a set of words)."""
+    lines, expected_lines = ([line.strip() for line in text.strip().splitlines()] for text in (printed, expected))
+    return len(lines) == len(expected_lines) and all(map(_same_line, lines, expected_lines))
 
 
-def _same_line(line: str, wanted: str) -> bool:
-    if line == wanted:
+def _same_line(line: str, expected: str) -> bool:
+    if line == expected:
         return True
-    words, right = line.split(), wanted.split()
-    return len(words) == len(right) and all(map(_same_word, words, right))
+    words, expected_words = line.split(), expected.split()
+    return len(words) == len(expected_words) and all(map(_same_word, words, expected_words))
 
 
-def _same_word(word: str, wanted: str) -> bool:
-    if word == wanted:
+def _same_word(word: str, expected: str) -> bool:
+    if word == expected:
         return True
-    if not (NUMBER.fullmatch(word) and NUMBER.fullmatch(wanted)) or (
-        INTEGER.fullmatch(word) and INTEGER.fullmatch(wanted)
+    if not (NUMBER.fullmatch(word) and NUMBER.fullmatch(expected)) or (
+        INTEGER.fullmatch(word) and INTEGER.fullmatch(expected)
     ):
         return False
-    return math.isclose(float(word), float(wanted), **NEAR)
+    return math.isclose(float(word), float(expected), **NEAR)
 
 
 def _completed(code: str, suite: Suite, prefix: str) -> str:
-    """A function's body alone goes on where the prompt ends (HumanEval)."""
+    """The program, appended to the prompt if it is only a function body (HumanEval)."""
     if prefix in suite.setup and not _compiles(code):
         return f"{prefix.rstrip()}\n{code}"
     return code
@@ -188,31 +189,40 @@ def _compiles(code: str) -> bool:
 
 
 def _passed(code: str, suite: Suite, partial: bool, limits: Limits, isolation: str) -> int:
-    """How many tests of functions pass, with the tests in one sandbox and the program in another."""
+    """Number of function tests passed, with the tests in one sandbox and the program in another."""
     plan = json.dumps(suite.plan(partial)).encode()
     program = json.dumps({"setup": suite.setup, "pieces": suite.scripts.pieces, "code": code}).encode()
-    ours, theirs = socket.socketpair()
+    tests_socket, program_socket = socket.socketpair()
 
     def serve() -> None:
-        with theirs:  # so that the tests see the end of the program
-            files = {name: _boxed(name) for name in SERVING}
-            run_python(["served.py", str(theirs.fileno())], files, program, limits, isolation, [theirs.fileno()])
+        with program_socket:  # closed at the end, so that the tests notice the end of the program
+            files = {name: _sandboxed_source(name) for name in SERVING}
+            run_python(
+                ["served.py", str(program_socket.fileno())],
+                files,
+                program,
+                limits,
+                isolation,
+                [program_socket.fileno()],
+            )
 
     with ThreadPoolExecutor(1) as threads:
         serving = threads.submit(serve)
-        with ours:  # and the program that of the tests
-            files = {name: _boxed(name) for name in JUDGING}
-            outcome = run_python(["harness.py", str(ours.fileno())], files, plan, limits, isolation, [ours.fileno()])
+        with tests_socket:  # and the program the end of the tests
+            files = {name: _sandboxed_source(name) for name in JUDGING}
+            outcome = run_python(
+                ["harness.py", str(tests_socket.fileno())], files, plan, limits, isolation, [tests_socket.fileno()]
+            )
         serving.result()
-    said = [json.loads(line) for line in outcome.stdout.decode().splitlines()]
-    broken = next((entry["broken"] for entry in said if isinstance(entry, dict)), None)
-    if broken is None and not outcome.stopped and "done" not in said and outcome.code >= 0:
+    reports = [json.loads(line) for line in outcome.stdout.decode().splitlines()]
+    broken = next((entry["broken"] for entry in reports if isinstance(entry, dict)), None)
+    if broken is None and not outcome.stopped and "done" not in reports and outcome.code >= 0:
         broken = f"the tests end their own process, with code {outcome.code}"
     if broken is not None:
         raise ValueError(f"no verdict: {broken}")
-    return sum(isinstance(entry, int) for entry in said)
+    return sum(isinstance(entry, int) for entry in reports)
 
 
 @lru_cache
-def _boxed(name: str) -> str:
-    return (BOXED / name).read_text(encoding="utf-8")
+def _sandboxed_source(name: str) -> str:
+    return (SANDBOXED / name).read_text(encoding="utf-8")

@@ -1,11 +1,11 @@
-"""Tests that are Python: what in a text is a test, by the conventions of HumanEval, MBPP, pytest and unittest.
+"""Find the tests in Python source, by the conventions of HumanEval, MBPP, pytest and unittest.
 
-- statements that assert, or that call what the text defines: the text itself is a test;
-- `def check(candidate)` that nothing calls: called with the entry point (HumanEval, LeetCode);
-- `def test_x()`, also parametrized, and methods of `class TestX` (pytest); fixtures are refused by name;
+- statements that assert, or that call functions of the source: the source itself is a test;
+- an uncalled `def check(candidate)`: called with the entry point (HumanEval, LeetCode);
+- `def test_x()`, also parametrized, and methods of `class TestX` (pytest); fixtures are not supported;
 - methods test* of a unittest.TestCase;
-- a comparison alone (`f(2) == 4`): asserted.
-A text that asserts nothing belongs to the setup of the next one.
+- a bare comparison (`f(2) == 4`): asserted.
+A source without assertions is prepended to the next one.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from aligner.reward.sandboxed.checks import asserts, walked, without_runners
 
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 CANDIDATES = {"candidate", "func", "fn", "f", "function", "solution"}
-"""What a function of tests calls its one argument where this is the function to be tested."""
+"""Names of a test function's single argument that mean the function under test."""
 STANDARD = (
     *("math", "re", "collections", "itertools", "functools", "random", "string", "heapq", "bisect", "copy", "json"),
     *("sys", "os", "time", "datetime", "operator", "statistics", "typing", "io", "cmath", "decimal", "fractions"),
 )
 FILES = r"open|io\.open|os\.(?:mkdir|makedirs|remove|unlink)|(?:tempfile|shutil)\..*|.*\.(?:write_text|write_bytes)|mock_open"
-"""Calls of tests that mean to share a folder with the program."""
+"""Calls in tests that expect to share a folder with the program."""
 MODULES = [
     "solution",
     "answer",
@@ -43,54 +43,60 @@ MODULES = [
     "code_solution",
     "module",
 ]
-"""By these names tests import the program."""
+"""Module names by which tests import the program."""
 
 
 @dataclass
-class Scripts:
-    """Texts and the tests in them."""
+class PythonTests:
+    """Python sources and the tests found in them."""
 
     sources: list[str] = field(default_factory=list)
     tests: list[dict[str, Any]] = field(default_factory=list)
     name: str = "tests"
-    """__name__ while they run."""
+    """Value of __name__ while they run."""
     shared: list[str] = field(default_factory=list)
-    """Classes of the setup and the tests (nodes of trees and lists, ...) whose instances go to the program and back."""
+    """Classes of the setup and the tests (tree and list nodes, ...) whose instances are passed to the program by value."""
     pieces: list[str] = field(default_factory=list)
-    """Imports and classes of the tests, which the program may count on."""
+    """Imports and classes of the tests that the program may use."""
     dropped: list[str] = field(default_factory=list)
-    """What the setup only announces and the program defines."""
+    """Names that the setup only declares (stubs) and the program defines."""
     wanted: list[str] = field(default_factory=list)
-    """Every name that occurs."""
+    """All names that occur."""
     modules: list[str] = field(default_factory=list)
-    """Modules of the standard library that they use without importing them: never the program's."""
+    """Standard library modules that the tests use without importing them; never taken from the program."""
     imports: dict[str, list[str]] = field(default_factory=dict)
-    """Names that are imported from modules that are not the standard library's."""
+    """Module -> names that the tests import from it."""
 
     @classmethod
-    def read(cls, texts: Sequence[str], entry: str | None, setup: Sequence[str]) -> Scripts:
-        """
+    def read(cls, texts: Sequence[str], entry: str | None, setup: Sequence[str]) -> PythonTests:
+        """Parse test sources.
+
+        Args:
+            texts: the sources. entry: the function under test, or Solution().method. setup: sources that run before them.
+
         Raises:
-            ValueError: a text that is no Python, needs what is not there, or asserts nothing.
+            ValueError: a source that is not Python, needs something unsupported, or asserts nothing.
         """
-        found, pending, said = cls(), "", ""
+        scripts, pending, reason = cls(), "", ""
         for text in texts:
             tree = _asserted(_parsed(text, "a test"))
-            tests, why = _Text(tree, entry, len(found.sources)).tests()
-            said = said or why
+            tests, why = _Source(tree, entry, len(scripts.sources)).tests()
+            reason = reason or why
             source = f"{pending}{ast.unparse(tree)}\n"
             if not tests:
                 pending = source
                 continue
             if any(test["main"] for test in tests):
-                found.name = "__main__"
-            found.sources.append(source)
-            found.tests += tests
+                scripts.name = "__main__"
+            scripts.sources.append(source)
+            scripts.tests += tests
             pending = ""
-        if texts and not found.tests:
-            raise ValueError(said or f"the tests assert nothing, so any program would pass: {texts[0].strip()[:80]!r}")
-        found._survey(entry, [_parsed(text, "setup code") for text in setup])
-        return found
+        if texts and not scripts.tests:
+            raise ValueError(
+                reason or f"the tests assert nothing, so any program would pass: {texts[0].strip()[:80]!r}"
+            )
+        scripts._survey(entry, [_parsed(text, "setup code") for text in setup])
+        return scripts
 
     def _survey(self, entry: str | None, setup: list[ast.Module]) -> None:
         own = [ast.parse(source) for source in self.sources]
@@ -113,8 +119,8 @@ class Scripts:
         self.wanted = sorted((names | set(last)) - set(self.modules))
 
 
-class _Text:
-    """One text of tests."""
+class _Source:
+    """One source of tests."""
 
     def __init__(self, tree: ast.Module, entry: str | None, number: int) -> None:
         self._entry, self._number = entry, number
@@ -127,20 +133,20 @@ class _Text:
         self._guarded = guarded
 
     def tests(self) -> tuple[list[dict[str, Any]], str]:
-        """(its tests, why it has none)."""
+        """(its tests; the reason if it has none)."""
         for node in walked(list(self._body)):
             if isinstance(node, FUNCTIONS) and any("fixture" in ast.unparse(mark) for mark in node.decorator_list):
                 raise ValueError(
-                    f"the tests define the fixture {node.name}; fixtures are not supported, only plain tests"
+                    f"the tests define the fixture {node.name}; fixtures are not supported, only ordinary tests"
                 )
             if isinstance(node, ast.Call) and re.fullmatch(FILES, ast.unparse(node.func)):
-                raise ValueError(f"the tests use files ({ast.unparse(node)[:60]}), which the program does not see")
+                raise ValueError(f"the tests use files ({ast.unparse(node)[:60]}), which the program cannot see")
         conventions = [*self._called(), *self._by_name(), *self._of_classes()]
-        found = [self._test("body")] if self._checks(self._plain) else []
-        if not found and not conventions and self._checks(self._guarded):
+        body_tests = [self._test("body")] if self._checks(self._plain) else []
+        if not body_tests and not conventions and self._checks(self._guarded):
             return [self._test("body", main=True)], ""
-        if found or conventions:
-            return found + conventions, ""
+        if body_tests or conventions:
+            return body_tests + conventions, ""
         idle = [node.name for node in self._functions if any(map(asserts, ast.walk(node)))]
         why = (
             f"nothing calls what the tests define: {', '.join(idle)}; give the row an entry_point, or call it"
@@ -155,7 +161,7 @@ class _Text:
         return {"kind": kind, "script": self._number, "main": main, **more}
 
     def _checks(self, nodes: list[ast.stmt]) -> bool:
-        """Whether these statements assert, or call a function of this text."""
+        """Whether these statements assert, raise, or call a function of this source."""
         own = {node.name for node in self._functions}
         return any(asserts(node) or _called_name(node) in own for node in walked(nodes)) or any(
             isinstance(node, ast.Raise) for node in walked(nodes)
@@ -204,7 +210,7 @@ def _parsed(text: str, what: str) -> ast.Module:
 
 
 def _asserted(tree: ast.Module) -> ast.Module:
-    """`f(2) == 4`, if that is all."""
+    """Turn a source that is only a comparison, such as `f(2) == 4`, into an assert."""
     only = tree.body[0] if len(tree.body) == 1 else None
     if isinstance(only, ast.Expr) and (
         isinstance(only.value, ast.Compare | ast.BoolOp)
@@ -228,21 +234,21 @@ def _is_test_class(node: ast.ClassDef) -> bool:
 
 
 def _is_stub(node: ast.stmt) -> bool:
-    """A function or class that is only announced."""
+    """Whether it is a function or class that is only declared."""
     if isinstance(node, ast.ClassDef):
-        inner = [part for part in node.body if not _says_nothing(part)]
+        inner = [part for part in node.body if not _is_placeholder(part)]
         return bool(inner) and all(isinstance(part, FUNCTIONS) and _is_stub(part) for part in inner)
-    return isinstance(node, FUNCTIONS) and all(_says_nothing(part) for part in node.body)
+    return isinstance(node, FUNCTIONS) and all(_is_placeholder(part) for part in node.body)
 
 
-def _says_nothing(node: ast.stmt) -> bool:
+def _is_placeholder(node: ast.stmt) -> bool:
     if isinstance(node, ast.Raise):
         return "NotImplemented" in ast.unparse(node)
     return isinstance(node, ast.Pass) or (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant))
 
 
 def _needed(node: ast.FunctionDef | ast.AsyncFunctionDef) -> list[str]:
-    """Parameters that somebody must fill, those of `parametrize` and `mock.patch` aside."""
+    """Required parameters, except those filled by `parametrize` and `mock.patch`."""
     filled: set[str] = set()
     mocked = 0
     for mark in node.decorator_list:
@@ -259,10 +265,12 @@ def _needed(node: ast.FunctionDef | ast.AsyncFunctionDef) -> list[str]:
     taken = taken[: len(taken) - len(node.args.defaults)]
     keyword = zip(node.args.kwonlyargs, node.args.kw_defaults, strict=True)
     needed = [name for name in taken + [arg.arg for arg, default in keyword if default is None] if name not in filled]
-    start = int(bool(needed) and needed[0] == "self")  # unittest.mock.patch hands its mocks over first
+    start = int(bool(needed) and needed[0] == "self")  # unittest.mock.patch passes its mocks first
     return needed[:start] + needed[start + mocked :]
 
 
 def _refuse_fixtures(name: str, needed: list[str]) -> None:
     if needed:
-        raise ValueError(f"{name} of the tests takes {', '.join(needed)}: fixtures are not supported, only plain tests")
+        raise ValueError(
+            f"{name} of the tests takes {', '.join(needed)}: fixtures are not supported, only ordinary tests"
+        )

@@ -1,4 +1,4 @@
-"""Rewards from an HTTP endpoint: batched requests, deadlines, retries; what fails is missing, with its reason."""
+"""Rewards from an HTTP endpoint or an LLM judge: batched requests, timeouts, retries; failed rows have no reward."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
 
+from aligner.bounds import check_settings
 from aligner.reward.config import RewardComponent
 from aligner.reward.judge import Judge
 from aligner.reward.worker import DETAIL_CHARACTERS, Score, Status
 
-AGAIN = {408, 425, 429, 500, 502, 503, 504}
+RETRIED_CODES = {408, 425, 429, 500, 502, 503, 504}
 LONGEST_WAIT_S = 30.0
 MAX_ANSWER = 64 * 2**20
 CHECK_S = 5.0
@@ -28,15 +29,18 @@ Item = Mapping[str, Any]
 
 
 class RequestFailed(Exception):
-    """One attempt had no usable answer."""
+    """One attempt had no usable answer.
 
-    def __init__(self, status: Status, detail: str, again: bool = False, wait_s: float = 0.0) -> None:
+    `status` and `detail` are those of the rows, `again` whether to retry, `wait_s` the least wait before that in seconds.
+    """
+
+    def __init__(self, status: Status, detail: str, retry: bool = False, wait_s: float = 0.0) -> None:
         super().__init__(detail)
-        self.status, self.detail, self.again, self.wait_s = status, detail, again, wait_s
+        self.status, self.detail, self.retry, self.wait_s = status, detail, retry, wait_s
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """A redirect would carry the token to another host."""
+    """Refuses redirects, which would send the token to another host."""
 
     def redirect_request(self, *args: Any, **kwargs: Any) -> None:
         return None
@@ -45,23 +49,24 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
 class HttpScorer:
     """POSTs rows as JSON and reads scores.
 
-    Request: {"prompt": [text, ...], "response": [text, ...], "fields": [{...}, ...]}, the prompts' JSON fields; answer:
-    {"scores": [number or null, ...]}, one for each row in the same order; null says that the row cannot be scored
-    (unparsable). With `judge`, one OpenAI-compatible chat completion for each row instead; see `Judge`.
+    Request: {"prompt": [text, ...], "response": [text, ...], "fields": [{...}, ...]}, with the prompts' JSON fields. Answer:
+    {"scores": [number or null, ...]}, one per row in the same order; null means unparsable. With `judge`, one
+    OpenAI-compatible chat completion per row instead; see `Judge`.
 
-    A refused connection, a timeout, 408, 425, 429 and 5xx are tried again; everything else fails at once. TLS
-    certificates are verified, redirects are not followed, and the token is in no message.
+    Refused connections, timeouts, 408, 425, 429 and 5xx are retried; everything else fails immediately. TLS certificates
+    are verified, redirects are not followed, and the token never appears in messages.
     """
 
     def __init__(self, component: RewardComponent, where: str, workers: int, timeout_s: float) -> None:
         """
         Args:
-            where: the prefix of the component's settings in messages.
-            workers: requests in flight.
-            timeout_s: limit for one request, in seconds.
+            component: the settings; `url` is set.
+            where: prefix of the component's settings in messages.
+            workers: maximum number of concurrent requests.
+            timeout_s: limit per request, in seconds.
 
         Raises:
-            ValueError: a setting that cannot work; an environment variable that is not set; nothing listens there.
+            ValueError: an invalid setting, an environment variable that is not set, or the endpoint cannot be reached.
         """
         assert component.url is not None
         self.url, self.where, self.workers, self.timeout_s = component.url, where, workers, timeout_s
@@ -69,12 +74,10 @@ class HttpScorer:
         self.progress: Callable[[], None] = lambda: None
         """Called after each request."""
         self._open: dict[int, int] = {}
-        self._jitter = random.Random()  # of its own: the global one is the same on every rank, and stays so
+        self._jitter = random.Random()  # not the global generator, whose state must stay the same on all ranks
         self.judge = Judge(component.judge, where) if component.judge else None
         self.rows_per_request = 1 if self.judge else component.rows_per_request
-        for key, least in (("rows_per_request", 1), ("retries", 0), ("backoff_s", 0)):
-            if not getattr(component, key) >= least:
-                raise ValueError(f"{where}.{key}={getattr(component, key)} must be at least {least}.")
+        check_settings(component, where)
         self._check_url()
         self._token = self._read_token(component.token_env)
         self._opener = urllib.request.build_opener(
@@ -88,9 +91,9 @@ class HttpScorer:
         batches = [items[start : start + size] for start in range(0, len(items), size)]
         threads = ThreadPoolExecutor(self.workers)
         futures = [threads.submit(self._followed, size * number, batch) for number, batch in enumerate(batches)]
-        # A server that drips its headers byte by byte outwits a socket's own timeout.
-        one = (self.timeout_s + LONGEST_WAIT_S) * (self.retries + 1)
-        done, _ = wait(futures, one * math.ceil(len(batches) / self.workers))
+        # A server that sends its headers byte by byte defeats the socket's own timeout.
+        limit_s = (self.timeout_s + LONGEST_WAIT_S) * (self.retries + 1)
+        done, _ = wait(futures, limit_s * math.ceil(len(batches) / self.workers))
         threads.shutdown(wait=False, cancel_futures=True)
         scores: list[Score] = []
         for future, batch in zip(futures, batches, strict=True):
@@ -100,15 +103,15 @@ class HttpScorer:
         return scores
 
     def needs(self) -> frozenset[str]:
-        """Fields without which a row has no score: those that the judge's prompt shows."""
+        """Fields that every row needs: those that the judge's prompt uses."""
         return self.judge.fields if self.judge else frozenset()
 
     def under_way(self) -> list[int]:
-        """Items of requests that have no answer yet."""
+        """Indices of the items in unanswered requests. Thread-safe."""
         return [item for first, count in list(self._open.items()) for item in range(first, first + count)]
 
     def close(self) -> None:
-        """Nothing is held between two batches."""
+        """Nothing to close."""
 
     def _followed(self, first: int, batch: Sequence[Item]) -> list[Score]:
         self._open[first] = len(batch)
@@ -124,7 +127,7 @@ class HttpScorer:
             try:
                 return [self._score(value, time.perf_counter() - start) for value in self._attempt(batch)]
             except RequestFailed as error:
-                if not error.again or attempt == self.retries:
+                if not error.retry or attempt == self.retries:
                     after = f" ({attempt + 1} attempts)" if attempt else ""
                     return self._lost(batch, error.status, error.detail + after, time.perf_counter() - start)
                 pause = min(
@@ -132,20 +135,22 @@ class HttpScorer:
                 )
                 self.progress()
                 time.sleep(pause)
-            except Exception as error:  # a row that cannot be written as JSON, a field that the judge's prompt lacks
+            except (
+                Exception
+            ) as error:  # a row that cannot be encoded as JSON, a field of the judge's prompt that the row lacks
                 detail = f"{type(error).__name__}: {error}"
                 return self._lost(batch, Status.FAILED, detail, time.perf_counter() - start)
         raise AssertionError("the last attempt returns")
 
     def _attempt(self, batch: Sequence[Item]) -> list[Any]:
-        """One request: the values of the batch's rows, each a number, None or a `Score` of the judge."""
+        """One request: the rows' values, each a number, None or the judge's `Score`."""
         if self.judge:
             answer = self._post(self.judge.request(batch[0]))
             return [self.judge.read(answer)]
         answer = self._post({key: [item[key] for item in batch] for key in ("prompt", "response", "fields")})
         values = answer.get("scores") if isinstance(answer, dict) else None
         if not isinstance(values, list):
-            raise RequestFailed(Status.FAILED, f'the answer is no {{"scores": [...]}}: {json.dumps(answer)[:120]}')
+            raise RequestFailed(Status.FAILED, f'the answer is not {{"scores": [...]}}: {json.dumps(answer)[:120]}')
         if len(values) != len(batch):
             raise RequestFailed(Status.FAILED, f"{len(values)} scores for {len(batch)} rows")
         return values
@@ -161,9 +166,12 @@ class HttpScorer:
                 text = self._read(response, end)
         except urllib.error.HTTPError as error:
             with error:
-                said = error.read(DETAIL_CHARACTERS).decode("utf-8", "replace")
+                body_text = error.read(DETAIL_CHARACTERS).decode("utf-8", "replace")
                 raise RequestFailed(
-                    Status.FAILED, f"HTTP {error.code}: {said}", error.code in AGAIN, _retry_after(error.headers)
+                    Status.FAILED,
+                    f"HTTP {error.code}: {body_text}",
+                    error.code in RETRIED_CODES,
+                    _retry_after(error.headers),
                 ) from None
         except TimeoutError:
             raise self._too_late() from None
@@ -171,17 +179,17 @@ class HttpScorer:
             reason = getattr(error, "reason", error)
             if isinstance(reason, TimeoutError):
                 raise self._too_late() from None
-            again = not isinstance(reason, ssl.SSLCertVerificationError)
-            raise RequestFailed(Status.FAILED, f"{type(reason).__name__}: {reason}", again) from None
+            retry = not isinstance(reason, ssl.SSLCertVerificationError)
+            raise RequestFailed(Status.FAILED, f"{type(reason).__name__}: {reason}", retry) from None
         try:
             return json.loads(text)
         except ValueError:
             raise RequestFailed(
-                Status.FAILED, f"the answer is no JSON: {text[:80].decode('utf-8', 'replace')}"
+                Status.FAILED, f"the answer is not JSON: {text[:80].decode('utf-8', 'replace')}"
             ) from None
 
     def _read(self, response: Any, end: float) -> bytes:
-        """The body, piece by piece, since each piece has a timeout of its own."""
+        """Read the body in pieces, checking the deadline, because the socket's timeout applies to each read."""
         text = b""
         while piece := response.read1(2**20):
             text += piece
@@ -205,16 +213,16 @@ class HttpScorer:
 
     def _lost(self, batch: Sequence[Item], status: Status, detail: str, seconds: float) -> list[Score]:
         if self._token:
-            detail = detail.replace(self._token, "***")  # an endpoint may repeat what it was sent
+            detail = detail.replace(self._token, "***")  # an endpoint may echo what it was sent
         return [Score(math.nan, status, seconds, detail[:DETAIL_CHARACTERS])] * len(batch)
 
     def _check_url(self) -> None:
         parts = urllib.parse.urlsplit(self.url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError(f"{self.where}.url={self.url} must be such as https://host:8000/score.")
+            raise ValueError(f"{self.where}.url={self.url} must be a URL such as https://host:8000/score.")
         if parts.username or parts.password:
             raise ValueError(
-                f"{self.where}.url holds a user name or password; leave them out and name an environment variable that "
+                f"{self.where}.url contains a user name or password; remove them and name an environment variable that "
                 f"holds a token: {self.where}.token_env=NAME."
             )
 
@@ -223,11 +231,11 @@ class HttpScorer:
             return None
         token = os.environ.get(variable, "").strip()
         if not token:
-            raise ValueError(f"{self.where}.token_env={variable}: there is no such environment variable; export it.")
+            raise ValueError(f"{self.where}.token_env={variable}: this environment variable is not set; export it.")
         return token
 
     def _check_reachable(self) -> None:
-        """Something must listen now: a mistyped host is told before models are built."""
+        """Raises ValueError if nothing listens at the URL now, before models are built."""
         parts = urllib.parse.urlsplit(self.url)
         host = parts.hostname or ""
         if parts.scheme in urllib.request.getproxies() and not urllib.request.proxy_bypass(host):
@@ -236,7 +244,7 @@ class HttpScorer:
             socket.create_connection((host, parts.port or {"http": 80, "https": 443}[parts.scheme]), CHECK_S).close()
         except OSError as error:
             raise ValueError(
-                f"{self.where}.url={self.url} cannot be reached ({error}); start the endpoint before the job, or mend the url."
+                f"{self.where}.url={self.url} cannot be reached ({error}); start the endpoint before the job, or correct the url."
             ) from None
 
 

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from aligner.data.decoding import decode
 from aligner.data.samples import Samples
-from aligner.health.rank_status import shortened
+from aligner.health.rank_status import excerpt
 from aligner.reward.combine import combine, reward_row
 from aligner.reward.components import Scorer, parts_of
 from aligner.reward.config import RewardConfig
-from aligner.reward.missing import Missing, check_missing, missing_of
+from aligner.reward.missing import MissingScores, check_missing, missing_of
 from aligner.reward.worker import Score, Status
 from aligner.spmd.mesh import Mesh
 from aligner.spmd.messages import all_gather
@@ -132,8 +132,8 @@ class Reward(Role):
         """For a report: rows that workers have, and endpoints have not answered."""
         either = items[self.config.keep_special_tokens]
         return [
-            f"{name}, row {rows[i] if i < len(rows) else '?'}: prompt {shortened(either[i]['prompt'])}, response "
-            f"{shortened(either[i]['response'])}"
+            f"{name}, row {rows[i] if i < len(rows) else '?'}: prompt {excerpt(either[i]['prompt'])}, response "
+            f"{excerpt(either[i]['response'])}"
             for name, scorer in self.scorers.items()
             for i in scorer.under_way()
         ]
@@ -158,7 +158,7 @@ class Reward(Role):
             }
 
     def _combined(
-        self, rows: Sequence[int], raw: dict[str, Tensor], status: dict[str, Tensor], missing: dict[str, Missing]
+        self, rows: Sequence[int], raw: dict[str, Tensor], status: dict[str, Tensor], missing: dict[str, MissingScores]
     ) -> tuple[Tensor, Tensor]:
         """This shard's rewards: every rank combines the whole batch in its global order, so that sums over the batch
         come out the same to the last bit however it is cut into shards."""
@@ -171,7 +171,7 @@ class Reward(Role):
             for field in (1, 2)
         )
         reward_B, status_B = combine(all_raw, all_status, {part.name: part.component for part in self.parts})
-        lacking = {part.source: Missing() for part in self.parts}
+        lacking = {part.source: MissingScores() for part in self.parts}
         for shard in {theirs[0]: missing for theirs, _, _, missing in found if theirs}.values():
             for part in self.parts:
                 lacking[part.source].update(shard[part.name])

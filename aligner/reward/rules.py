@@ -1,9 +1,9 @@
-"""Rules that score one response, and finding a rule by its name. A rule may be any function of this form:
+"""Built-in reward rules, and loading a rule by name. A rule is any function of this form:
 
     def rule(prompt: str, response: str, **fields) -> float
 
-`fields` are the prompt's JSON fields (answer, ...) over the configured reward.kwargs; a rule that names the ones it
-wants gets only these. It returns a finite number, and raises `Unparsable` where it cannot read the response.
+`fields` are reward.kwargs updated with the prompt's JSON fields (answer, ...); a rule without **fields gets only its named
+arguments. It returns a finite number, and raises `Unparsable` if it cannot parse the response.
 """
 
 from __future__ import annotations
@@ -17,40 +17,40 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 CHECK = "check_settings"
-"""Attribute of a rule that has a check of its own; see `checked_by`."""
+"""Attribute of a rule with a settings check; see `checked_by`."""
 SETTINGS = "settings"
-"""Attribute of a rule whose data must not decide everything; see `checked_by`."""
+"""Attribute of a rule with arguments that rows cannot set; see `checked_by`."""
 Rule = TypeVar("Rule", bound=Callable[..., Any])
 
 
 class Unparsable(Exception):
-    """The response cannot be read, so it has no score (a score of 0 would say: read, and wrong)."""
+    """The response cannot be parsed, so the row gets no reward (0 would mean: parsed, and wrong)."""
 
 
 def answer_after_marker(prompt: str, response: str, *, answer: Any, marker: str = "#") -> float:
-    """1 if what follows the last `marker` is the answer, blanks aside, else 0; no marker is a wrong answer: 0."""
-    _, found, given = response.rpartition(marker)
-    return float(bool(found) and given.strip() == str(answer).strip())
+    """1 if the text after the last `marker` equals the answer (whitespace stripped), else 0; 0 without a marker."""
+    _, separator, after = response.rpartition(marker)
+    return float(bool(separator) and after.strip() == str(answer).strip())
 
 
 def exact_match(prompt: str, response: str, *, answer: Any, ignore_case: bool = False) -> float:
-    """1 if the whole response is the answer, blanks around it aside, else 0."""
-    given, wanted = response.strip(), str(answer).strip()
-    return float(given.casefold() == wanted.casefold() if ignore_case else given == wanted)
+    """1 if the whole response equals the answer (whitespace stripped), else 0."""
+    stripped, expected = response.strip(), str(answer).strip()
+    return float(stripped.casefold() == expected.casefold() if ignore_case else stripped == expected)
 
 
 def regex_format(prompt: str, response: str, *, pattern: str) -> float:
-    """1 if the whole response, blanks around it aside, matches the pattern (`.` is any character), else 0."""
+    """1 if the whole response (whitespace stripped) matches the pattern (`.` matches any character), else 0."""
     return float(re.fullmatch(pattern, response.strip(), re.DOTALL) is not None)
 
 
 def checked_by(check: Callable[[Mapping[str, Any], float], str | None], *settings: str) -> Callable[[Rule], Rule]:
-    """Give a rule a check of its own, made before the job starts, in a worker process on each rank that scores.
+    """Decorator that gives a rule a check of its settings, run before the job starts in a worker process on each reward rank.
 
     Args:
-        check: (configured kwargs, the row's time limit in seconds) -> what is wrong, or None. The answer begins with
-            the setting, such as "kwargs.seconds=9 is ...".
-        settings: arguments that only reward.kwargs may give; a row's field of that name is left out.
+        check: (configured kwargs, time limit per row in seconds) -> error message or None. The message begins with the
+            setting, such as "kwargs.seconds=9 is ...".
+        settings: arguments that only reward.kwargs can set; a row's field of that name is ignored.
     """
 
     def mark(rule: Rule) -> Rule:
@@ -62,10 +62,10 @@ def checked_by(check: Callable[[Mapping[str, Any], float], str | None], *setting
 
 
 def load_rule(name: str) -> Callable[..., Any]:
-    """The function called `package.module.function` or `path/to/file.py:function`.
+    """Load the function `package.module.function` or `path/to/file.py:function`.
 
     Raises:
-        ValueError: it cannot be imported or called; the message names reward.rule.
+        ValueError: it cannot be imported or is not callable; the message names reward.rule.
     """
     target, _, function = name.rpartition(":" if ":" in name else ".")
     if not target or not function:
@@ -85,12 +85,12 @@ def load_rule(name: str) -> Callable[..., Any]:
 
 def _load_file(path: Path) -> Any:
     if not path.is_file():
-        raise FileNotFoundError(f"there is no such file (looked at {path.absolute()})")
-    sys.path.insert(0, str(path.parent.absolute()))  # as for a script: its neighbours can be imported
-    name = f"rule_file_{path.stem}"  # not the bare stem: a file called json.py must not become everyone's json
+        raise FileNotFoundError(f"no such file: {path.absolute()}")
+    sys.path.insert(0, str(path.parent.absolute()))  # as for a script: modules beside it can be imported
+    name = f"rule_file_{path.stem}"  # not the bare stem: a file called json.py must not shadow the module json
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look their module up here
+    sys.modules[name] = module  # dataclasses look up their module here
     spec.loader.exec_module(module)
     return module

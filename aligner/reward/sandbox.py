@@ -1,4 +1,4 @@
-"""Run a program that nobody has read, as one that a language model wrote, so that it harms nothing outside."""
+"""Run an untrusted Python program, such as one written by a language model, in a sandbox."""
 
 from __future__ import annotations
 
@@ -24,23 +24,23 @@ END_S = 5.0
 
 
 class SandboxError(Exception):
-    """The program could not be locked in, and was not run."""
+    """The sandbox could not be set up; the program was not run."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a program may use."""
+    """Resource limits of a program."""
 
     seconds: float = 5.0
-    """From its start to its end; each process also has this much CPU time, to the next second."""
+    """Wall-clock limit; each process also has this much CPU time, rounded up to a second."""
     memory_mb: int = 1024
     """Address space of each process, in MiB."""
     processes: int = 16
-    """Processes and threads at a time."""
+    """Concurrent processes and threads."""
     file_mb: int = 16
-    """Largest file; with namespaces all files together are at most four times this."""
+    """Largest file, in MiB; with namespaces all files together are limited to four times this."""
     output_kb: int = 1024
-    """Bytes that it may print, on standard output and error together, in KiB."""
+    """Standard output and error together, in KiB."""
 
 
 @dataclass(frozen=True)
@@ -48,11 +48,11 @@ class Outcome:
     """How a program ended."""
 
     code: int
-    """Exit code; minus the signal's number if one killed it."""
+    """Exit code; the negative signal number if it was killed."""
     stdout: bytes
     stderr: bytes
     stopped: str = ""
-    """Why it was stopped from outside: `time`, `output` or nothing."""
+    """Limit for which it was stopped: `time`, `output` or ""."""
 
 
 def run_python(
@@ -63,29 +63,30 @@ def run_python(
     isolation: str = "namespaces",
     pass_fds: Sequence[int] = (),
 ) -> Outcome:
-    """Run this machine's Python (`-I -S`: the standard library alone) on `arguments`, among `files`.
+    """Run this machine's Python (`-I -S`: standard library only) with `arguments` in a folder with `files`.
 
-    Both ways of isolation give the program an empty environment, an empty folder of its own, no open file but standard
-    input, output and error, limits on time, memory, files, processes and output, no core dump and no way to gain
-    rights; it ends, with every process it has started, when it is over or its time is.
+    With both kinds of isolation the program has an empty environment, a folder of its own, no open files but standard
+    input, output and error, limits on time, memory, files, processes and output, no core dumps and no way to gain
+    privileges; it is killed with all its descendants when it ends or its time is up.
 
     namespaces (Linux 5.12; needs no root, only a kernel and container that allow user namespaces): it also has no
-        network, sees no file but the system's and Python's own (read-only; not /etc, not the home folders, not the
-        job's), sees and reaches no other process, and what it writes is in memory and gone afterwards. What it can
-        still do: read /usr, look at the clock, use its limits up. Memory is limited for each process, so all together
-        they may use memory_mb times processes; System V shared memory is limited only where root starts the sandbox. There is
-        no filter of system calls: a fault in the kernel itself is a way out, as it is from any container.
-    limits: for where namespaces are not allowed. The program CAN reach the network, read every file that this user can
-        read (also /proc/*/environ, the environment of the user's other processes), write where this user can write, and
-        signal the user's processes; a process that has left its group survives if this very process is killed. Run as
-        root, it becomes nobody (65534), which leaves it little of that; run as a user, only for programs that are
-        trusted not to try.
+        network, sees only system files and Python's own (read-only; not /etc, home folders or the job's files), sees no
+        other processes, and writes only to memory that is discarded. It can still read /usr, read the clock, and use up
+        its limits. Memory is limited per process, so in total memory_mb times processes; System V shared memory is
+        limited only if root starts the sandbox. System calls are not filtered: a kernel vulnerability is a way out, as
+        from any container.
+    limits: for systems without namespaces. The program CAN use the network, read all files that this user can read (also
+        /proc/*/environ of the user's other processes), write where this user can write, and signal the user's processes;
+        a process that has left its group survives if this process is killed. Started as root it becomes nobody (65534),
+        which leaves it little of that; started as a user, use it only for trusted programs.
 
     Args:
-        pass_fds: open files that it has besides, by the same numbers.
+        arguments: of the Python interpreter, such as a file name.
+        files: name -> text, written (read-only) into the program's folder.
+        pass_fds: further open file descriptors that it inherits, by the same numbers.
 
     Raises:
-        SandboxError: it could not be locked in, with the reason.
+        SandboxError: the sandbox could not be set up.
     """
     limits = limits or Limits()
     deadline = time.monotonic() + limits.seconds
@@ -109,19 +110,19 @@ def run_python(
         finally:
             _end(process)
             with open(status, "rb") as file:
-                said = file.read().decode("utf-8", "replace").split("\n")[0]
-    kind, _, rest = said.partition(" ")
+                status_line = file.read().decode("utf-8", "replace").split("\n")[0]
+    kind, _, rest = status_line.partition(" ")
     if kind == "setup:":
         raise SandboxError(rest)
     if not kind and not stopped:
-        raise SandboxError(f"it ended without a word: {err[-200:].decode('utf-8', 'replace')}")
+        raise SandboxError(f"it ended without a status: {err[-200:].decode('utf-8', 'replace')}")
     code = int(rest) if kind == "exit" else -int(rest) if kind == "signal" else -signal.SIGKILL
     return Outcome(code, out, err, stopped)
 
 
 @lru_cache(maxsize=2)
 def isolation_problem(isolation: str) -> str | None:
-    """Why programs cannot be run so here, if they cannot."""
+    """Why this kind of isolation does not work on this machine, or None; runs a trial program."""
     try:
         outcome = run_python(["-c", "print(6 * 7)"], {}, limits=Limits(seconds=20.0), isolation=isolation)
     except SandboxError as error:
@@ -136,35 +137,35 @@ def _interpreter() -> str:
 
 
 def _start(settings: Mapping[str, Any], pass_fds: Sequence[int]) -> tuple[subprocess.Popen[bytes], int]:
-    """(the confining process with its three pipes, the file descriptor that its status comes on)."""
-    given = os.memfd_create("settings")
-    told, tell = os.pipe()
+    """(the launcher process `confine.py` with its three pipes, the file descriptor of its status)."""
+    settings_fd = os.memfd_create("settings")
+    status_read, status_write = os.pipe()
     try:
-        os.write(given, b"")
-        with open(given, "wb", closefd=False) as file:
+        os.write(settings_fd, b"")
+        with open(settings_fd, "wb", closefd=False) as file:
             file.write(json.dumps(settings).encode())
-        os.lseek(given, 0, os.SEEK_SET)
+        os.lseek(settings_fd, 0, os.SEEK_SET)
         process = subprocess.Popen(
-            [_interpreter(), "-I", "-S", str(CONFINE), str(given), str(tell)],
+            [_interpreter(), "-I", "-S", str(CONFINE), str(settings_fd), str(status_write)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             env={},
             cwd="/",
-            pass_fds=(given, tell, *pass_fds),
+            pass_fds=(settings_fd, status_write, *pass_fds),
             start_new_session=True,
         )
     except BaseException:
-        os.close(told)
+        os.close(status_read)
         raise
     finally:
-        os.close(given)
-        os.close(tell)
-    return process, told
+        os.close(settings_fd)
+        os.close(status_write)
+    return process, status_read
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """Ask the confining process to end all it has started and then itself; if it does not, kill what is known of it."""
+    """Ask the launcher process to end its descendants and itself; kill its group if it does not."""
     process.terminate()
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(END_S)
@@ -173,11 +174,11 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
-def _talk(process: subprocess.Popen[bytes], stdin: bytes, deadline: float, most: int) -> tuple[bytes, bytes, str]:
-    """Feed it and read it until both outputs end, time is up or it has said too much."""
+def _talk(process: subprocess.Popen[bytes], stdin: bytes, deadline: float, limit: int) -> tuple[bytes, bytes, str]:
+    """Feed standard input and read the outputs until both end, time is up or the output limit is exceeded."""
     assert process.stdin and process.stdout and process.stderr
     parts: dict[Any, list[bytes]] = {process.stdout: [], process.stderr: []}
-    said, stopped = 0, ""
+    output_bytes, stopped = 0, ""
     with selectors.DefaultSelector() as selector, process.stdin, process.stdout, process.stderr:
         for pipe in (process.stdout, process.stderr):
             selector.register(pipe, selectors.EVENT_READ)
@@ -196,17 +197,17 @@ def _talk(process: subprocess.Popen[bytes], stdin: bytes, deadline: float, most:
                     continue
                 piece = os.read(key.fd, 65536)
                 parts[key.fileobj].append(piece)
-                said += len(piece)
+                output_bytes += len(piece)
                 if not piece:
                     selector.unregister(key.fileobj)
-                elif said > most:
+                elif output_bytes > limit:
                     stopped = "output"
     out, err = (b"".join(pieces) for pieces in parts.values())
     return out, err, stopped
 
 
 def _feed(pipe: Any, text: bytes) -> bytes:
-    """Write what fits; what is left. Nothing is, where nobody reads any more."""
+    """Write what fits and return the rest; b"" if the reader has closed the pipe."""
     try:
         return text[os.write(pipe.fileno(), text[:65536]) :]
     except BrokenPipeError:

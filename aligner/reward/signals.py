@@ -1,7 +1,7 @@
-"""Signals from outside: schedulers send them to every process of a job, and only the ranks are meant to answer.
+"""Keep external signals from killing reward workers: schedulers signal all processes of a job, but only ranks must react.
 
-A worker that died of one would fail its row, and so change the step that is saved; without multiprocessing's resource tracker, ranks
-end with a traceback for each semaphore.
+A worker killed by one would fail its row and so change the step that is checkpointed; without multiprocessing's resource
+tracker ranks would end with a traceback per semaphore.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from contextlib import contextmanager
 from multiprocessing import resource_tracker
 from types import FrameType
 
-OUTLIVED = frozenset({signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT, signal.SIGHUP})
-"""What Slurm sends before a time limit or at a cancellation, what users send, and what a terminal sends."""
+IGNORED_SIGNALS = frozenset({signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT, signal.SIGHUP})
+"""Signals ignored by workers: those that Slurm sends before a time limit or at cancellation, users, and terminals."""
 
 
 @contextmanager
-def held_back() -> Iterator[None]:
-    """Processes that this thread starts inside are born with the signals blocked: they cannot die of one before they are ready."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, OUTLIVED)
+def signals_blocked() -> Iterator[None]:
+    """Processes that this thread starts inside have the signals blocked, until they have installed handlers."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, IGNORED_SIGNALS)
     try:
         yield
     finally:
@@ -28,29 +28,29 @@ def held_back() -> Iterator[None]:
 
 
 def start_tracker() -> None:
-    """multiprocessing's resource tracker, which by itself outlives only SIGINT and SIGTERM; it ends with the last of its users."""
-    with held_back():
+    """Start multiprocessing's resource tracker with the signals blocked; by itself it only ignores SIGINT and SIGTERM."""
+    with signals_blocked():
         resource_tracker.ensure_running()
 
 
-class Outlived:
-    """In a worker, from its first line on: the signals are noted, and do nothing else.
+class SignalCounter:
+    """Counts the signals in a worker instead of dying of them.
 
-    By handlers, not by SIG_IGN, so that programs that a rule starts get the defaults back, as everywhere; those may die of the signal.
+    Handlers are used rather than SIG_IGN, so that programs started by a rule have the default dispositions.
     """
 
     def __init__(self) -> None:
         self.count = 0
-        """How many have come."""
+        """Number of signals received."""
         os.register_at_fork(after_in_child=_defaults)
-        for number in OUTLIVED:
-            signal.signal(number, self._note)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, OUTLIVED)  # see held_back
+        for number in IGNORED_SIGNALS:
+            signal.signal(number, self._count)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, IGNORED_SIGNALS)  # see held_back
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
+    def _count(self, number: int, frame: FrameType | None) -> None:
         self.count += 1
 
 
 def _defaults() -> None:
-    for number in OUTLIVED:
+    for number in IGNORED_SIGNALS:
         signal.signal(number, signal.SIG_DFL)

@@ -1,8 +1,8 @@
-"""Tests of programs in the forms in which data sets hold them, read into one: a suite. What is not understood is refused.
+"""Parse the test formats of code data sets into one `Suite`. Unknown formats raise ValueError.
 
     ["assert f(2) == 4", ...] or one text             HumanEval, MBPP, KodCode, AceCode: Python; see `python_tests.py`
     [{"input": "2\\n", "output": "4\\n"}, ...]        standard input and output; lists of lines too
-    {"inputs": [...], "outputs": [...]}               the same by columns: APPS, TACO, PRIME, Eurus
+    {"inputs": [...], "outputs": [...]}               the same in columns: APPS, TACO, PRIME, Eurus
       ... with "fn_name", "func_name", an entry_point, or testtype=functional and metadata.func_name
                                                       calls: APPS, TACO, LiveCodeBench, DeepCoder, LeetCode
     {"test": text, "entry_point": name}, {"test_list": [...], "test_setup_code": text, "test_imports": [...]}
@@ -20,8 +20,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from aligner.reward.python_tests import MODULES, Scripts
-from aligner.reward.sandboxed.wire import Pack, WeightLayout
+from aligner.reward.python_tests import MODULES, PythonTests
+from aligner.reward.sandboxed.wire import Endpoint, Pack
 
 FORMS = (
     'tests must be Python text, a list of texts, a list of {"input": text, "output": text}, '
@@ -44,21 +44,21 @@ SHOWN = 80
 
 @dataclass
 class Suite:
-    """What a program has to pass."""
+    """The tests that a program has to pass."""
 
     entry: str | None = None
-    """The function in question, or Solution().method."""
+    """The function under test, or Solution().method."""
     setup: list[str] = field(default_factory=list)
-    """Python that runs before the program and before the tests."""
+    """Python sources that run before the program and before the tests."""
     texts: list[str] = field(default_factory=list)
     calls: list[dict[str, Any]] = field(default_factory=list)
     """{"entry", "args", "kwargs", "wanted", "unwrap"}; values packed."""
     pairs: list[tuple[str, str]] = field(default_factory=list)
     """(standard input, standard output)."""
-    scripts: Scripts = field(default_factory=Scripts)
+    scripts: PythonTests = field(default_factory=PythonTests)
 
     def plan(self, partial: bool) -> dict[str, Any]:
-        """What `sandboxed/harness.py` needs to know."""
+        """The input of `sandboxed/harness.py`, as JSON values."""
         scripts = self.scripts
         return {
             "name": scripts.name,
@@ -79,39 +79,39 @@ class Suite:
 def read_suite(
     tests: Any, entry_point: Any = None, setup: Sequence[Any] = (), metadata: Any = None, prefix: str = ""
 ) -> Suite:
-    """The suite in a row's `tests`.
+    """Parse a row's `tests`.
 
     Args:
-        entry_point: of the row, where the tests do not name it.
+        entry_point: the row's, if the tests do not name the function.
         setup: imports and definitions of the row, as texts or lists of lines.
-        metadata: LiveCodeBench's, an object or JSON text of it, which may name the function.
-        prefix: Python of the prompt; where it defines the entry point, as HumanEval's, it is setup too.
+        metadata: LiveCodeBench's metadata, an object or its JSON text, which may name the function.
+        prefix: Python source of the prompt; used as setup if it defines the entry point, as in HumanEval.
 
     Raises:
-        ValueError: it is not understood, or nothing in it could fail a wrong program.
+        ValueError: unknown format, or tests that no wrong program could fail.
     """
     suite = Suite(entry=_name(entry_point, metadata), setup=[text for part in setup if (text := _lines(part, "setup"))])
     _read(tests, suite)
     if suite.entry and _defines(prefix, suite.entry.split(".")[-1]):
         suite.setup.append(prefix)
     if suite.pairs and not any(output.strip() for _, output in suite.pairs):
-        raise ValueError("every test's output is empty, so a program that does nothing would pass")
-    suite.scripts = Scripts.read(suite.texts, suite.entry, suite.setup)
+        raise ValueError("all expected outputs are empty, so a program that does nothing would pass")
+    suite.scripts = PythonTests.read(suite.texts, suite.entry, suite.setup)
     if not (suite.calls or suite.pairs or suite.scripts.tests):
-        raise ValueError(f"there is no test in tests={_shown(tests)}; {FORMS}")
+        raise ValueError(f"no test in tests={_shown(tests)}; {FORMS}")
     return suite
 
 
 def _read(tests: Any, suite: Suite, depth: int = 0) -> None:
-    """Into the suite."""
+    """Add tests of any format to the suite."""
     if depth > 8:
         raise ValueError(f"tests are nested too deeply; {FORMS}")
     if isinstance(tests, str):
-        found = _from_text(tests)
-        if found is None:
+        decoded = _from_text(tests)
+        if decoded is None:
             suite.texts.append(tests)
         else:
-            _read(found, suite, depth + 1)
+            _read(decoded, suite, depth + 1)
     elif isinstance(tests, Mapping):
         _read_mapping(tests, suite, depth)
     elif isinstance(tests, Sequence) and not isinstance(tests, bytes) and len(tests):
@@ -127,24 +127,24 @@ def _read(tests: Any, suite: Suite, depth: int = 0) -> None:
 
 
 def _from_text(text: str) -> Any:
-    """What JSON or Python's repr says; None for what is Python code."""
+    """Decode JSON or Python's repr; None for Python code."""
     stripped = text.strip()
     if not stripped:
         raise ValueError(f"tests={text!r} is empty; {FORMS}")
     if re.fullmatch(r"eJ[\w+/=\s]{40,}", stripped):
         raise ValueError("tests are compressed (LiveCodeBench's private tests); decode them when the data is prepared")
     try:
-        found = json.loads(stripped, strict=False)
+        decoded = json.loads(stripped, strict=False)
     except (ValueError, RecursionError):
         if stripped[0] not in "[{":
             return None
         try:
-            found = ast.literal_eval(stripped)
+            decoded = ast.literal_eval(stripped)
         except (ValueError, SyntaxError, MemoryError, RecursionError, TypeError):
             return None
-    if not isinstance(found, str | list | dict):
-        raise ValueError(f"tests={_shown(text)} is no test; {FORMS}")
-    return found
+    if not isinstance(decoded, str | list | dict):
+        raise ValueError(f"tests={_shown(text)} is not a test; {FORMS}")
+    return decoded
 
 
 def _read_mapping(test: Mapping[str, Any], suite: Suite, depth: int) -> None:
@@ -157,17 +157,17 @@ def _read_mapping(test: Mapping[str, Any], suite: Suite, depth: int) -> None:
         inputs, outputs = (_column(test, name) for name in ("inputs", "outputs"))
         if len(inputs) != len(outputs):
             raise ValueError(f"tests have {len(inputs)} inputs and {len(outputs)} outputs")
-        for given, wanted in zip(inputs, outputs, strict=True):
-            _read_pair(given, wanted, test, entry, suite)
+        for arguments, expected in zip(inputs, outputs, strict=True):
+            _read_pair(arguments, expected, test, entry, suite)
     elif "output" in test:
         _read_pair(test.get("input"), test["output"], test, entry, suite)
     else:
-        held = [name for name in WRAPS if test.get(name) is not None]
-        if not held and test.get("public_test_cases") is not None:
-            held = [name for name in ("public_test_cases", "private_test_cases") if test.get(name)]
-        if not held:
-            raise ValueError(f"a test {_shown(dict(test))} is of no known form; {FORMS}")
-        for name in held:
+        wrapped = [name for name in WRAPS if test.get(name) is not None]
+        if not wrapped and test.get("public_test_cases") is not None:
+            wrapped = [name for name in ("public_test_cases", "private_test_cases") if test.get(name)]
+        if not wrapped:
+            raise ValueError(f"a test {_shown(dict(test))} has an unknown format; {FORMS}")
+        for name in wrapped:
             _read(test[name], suite, depth + 1)
 
 
@@ -176,30 +176,28 @@ def _column(test: Mapping[str, Any], name: str) -> Sequence[Any]:
     if isinstance(column, str):
         column = _from_text(column) if column.strip() else None
     if not isinstance(column, Sequence) or isinstance(column, str | bytes) or not len(column):
-        raise ValueError(f"tests' {name} must be a list of at least one, not {_shown(column)}")
+        raise ValueError(f"tests' {name} must be a non-empty list, not {_shown(column)}")
     return column
 
 
-def _read_pair(given: Any, wanted: Any, test: Mapping[str, Any], entry: str | None, suite: Suite) -> None:
+def _read_pair(arguments: Any, expected: Any, test: Mapping[str, Any], entry: str | None, suite: Suite) -> None:
     kind = str(test.get("testtype") or test.get("type") or "").lower()
-    called = isinstance(given, str) and given.strip().startswith("Solution().")
+    called = isinstance(arguments, str) and arguments.strip().startswith("Solution().")
     if kind in ("functional", "function_call", "call_based") or (
         kind not in ("stdin", "stdin_stdout") and (entry or called)
     ):
         if not entry and called:
-            assert isinstance(given, str)
-            entry = given.strip().split("(", 2)[0] + "()." + given.strip()[len("Solution().") :].split("(")[0]
+            assert isinstance(arguments, str)
+            entry = arguments.strip().split("(", 2)[0] + "()." + arguments.strip()[len("Solution().") :].split("(")[0]
         if not entry:
-            raise ValueError(
-                "tests are calls of a function that they do not name; give the row an entry_point or fn_name"
-            )
-        suite.calls.append(_call(given, wanted, entry))
+            raise ValueError("tests call a function that they do not name; give the row an entry_point or fn_name")
+        suite.calls.append(_call(arguments, expected, entry))
     else:
-        suite.pairs.append((_lines(given, "input") if given is not None else "", _lines(wanted, "output")))
+        suite.pairs.append((_lines(arguments, "input") if arguments is not None else "", _lines(expected, "output")))
 
 
 def _lines(text: Any, name: str) -> str:
-    """Text, or a list of its lines."""
+    """Text from a text or a list of lines."""
     if isinstance(text, Sequence) and not isinstance(text, str) and all(isinstance(line, str) for line in text):
         return "\n".join(line.removesuffix("\n") for line in text)
     if not isinstance(text, str):
@@ -207,41 +205,41 @@ def _lines(text: Any, name: str) -> str:
     return text
 
 
-def _call(given: Any, wanted: Any, entry: str) -> dict[str, Any]:
+def _call(arguments: Any, expected: Any, entry: str) -> dict[str, Any]:
     args: Any
     kwargs: Any = {}
-    if isinstance(given, str):
-        args, kwargs = _arguments(given)
-    elif isinstance(given, Mapping):
-        args, kwargs = [], dict(given)
-    elif isinstance(given, Sequence):
-        args = list(given)
-    elif isinstance(given, int | float):
-        args = [given]
+    if isinstance(arguments, str):
+        args, kwargs = _arguments(arguments)
+    elif isinstance(arguments, Mapping):
+        args, kwargs = [], dict(arguments)
+    elif isinstance(arguments, Sequence):
+        args = list(arguments)
+    elif isinstance(arguments, int | float):
+        args = [arguments]
     else:
-        raise ValueError(f"a test's input must be arguments, not {_shown(given)}")
-    # APPS holds a result in a list of one; text is the result itself, as in LiveCodeBench
-    unwrap = isinstance(wanted, list) and len(wanted) == 1
-    wanted = _literal(wanted) if isinstance(wanted, str) else wanted
+        raise ValueError(f"a test's input must be arguments, not {_shown(arguments)}")
+    # APPS wraps a result in a list of one; LiveCodeBench gives the result itself as text
+    unwrap = isinstance(expected, list) and len(expected) == 1
+    expected = _literal(expected) if isinstance(expected, str) else expected
     if len(args) == 1 and isinstance(args[0], dict):
         args = [_numbered(args[0])]
     return {
         "entry": entry,
         "args": _packed(args),
         "kwargs": _packed(kwargs),
-        "wanted": _packed(wanted),
+        "wanted": _packed(expected),
         "unwrap": unwrap,
     }
 
 
 def _packed(plain: Any) -> list[Any]:
-    """Python's literals as JSON: tuples, sets, bytes and infinities too."""
-    pack = Pack(WeightLayout())
+    """Encode Python literals (also tuples, sets, bytes, infinities) as JSON for `sandboxed/wire.py`."""
+    pack = Pack(Endpoint())
     return [pack.value(plain), pack.nodes]
 
 
 def _numbered(keyed: dict[Any, Any]) -> dict[Any, Any]:
-    """JSON has made text of a dictionary's numbers; the evaluators of APPS undo it for a single argument."""
+    """Integer keys of a dictionary, which JSON has turned into text; as the evaluators of APPS do for a single argument."""
     try:
         return {int(key): value for key, value in keyed.items()}
     except (ValueError, TypeError):
@@ -249,7 +247,7 @@ def _numbered(keyed: dict[Any, Any]) -> dict[Any, Any]:
 
 
 def _arguments(text: str) -> tuple[list[Any], dict[str, Any]]:
-    """One JSON value a line (LiveCodeBench), `nums = [1, 2], k = 3`, or the whole call (LeetCode)."""
+    """Parse arguments: one JSON value per line (LiveCodeBench), `nums = [1, 2], k = 3`, or a whole call (LeetCode)."""
     if not text.strip():
         return [], {}
     for parts in (text.strip("\n").split("\n"), [text]):
@@ -272,7 +270,7 @@ def _arguments(text: str) -> tuple[list[Any], dict[str, Any]]:
 
 
 def _evaluated(node: ast.expr) -> Any:
-    """A literal; true, false and null are JSON's."""
+    """Evaluate a literal; JSON's true, false and null are accepted."""
     names = {"true": True, "false": False, "null": None}
 
     class Spelled(ast.NodeTransformer):
@@ -283,7 +281,7 @@ def _evaluated(node: ast.expr) -> Any:
 
 
 def _literal(text: str) -> Any:
-    """What JSON or Python says a result is; text that is neither is itself."""
+    """Decode a result given as JSON or a Python literal; other text is returned unchanged."""
     try:
         return json.loads(text)
     except ValueError:

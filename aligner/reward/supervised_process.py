@@ -1,4 +1,4 @@
-"""Starting a process of multiprocessing under a keeper, so that nothing that it starts is left over; see `supervisor.py`."""
+"""A multiprocessing process started under a supervisor, which kills everything the process started; see `supervisor.py`."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from multiprocessing import context, popen_spawn_posix, reduction, resource_trac
 from pathlib import Path
 from typing import Any
 
-KEEPER = Path(__file__).with_name("supervisor.py")
+SUPERVISOR = Path(__file__).with_name("supervisor.py")
 
 
-class KeptPopen(popen_spawn_posix.Popen):
-    """A spawned process (its `pid`) below a keeper, for which this process waits: it ends last."""
+class SupervisedPopen(popen_spawn_posix.Popen):
+    """A spawned process (`pid`) below a supervisor process. `poll` waits for the supervisor, which ends last."""
 
     def _launch(self, process_obj: Any) -> None:
         tracker = resource_tracker.getfd()  # type: ignore[attr-defined]
@@ -24,31 +24,37 @@ class KeptPopen(popen_spawn_posix.Popen):
             reduction.dump(process_obj, pickled)
         finally:
             context.set_spawning_popen(None)  # type: ignore[attr-defined]
-        ours, theirs, given, give, told, tell = (*os.pipe(), *os.pipe(), *os.pipe())
-        self.sentinel = ours
-        self.finalizer = util.Finalize(self, util.close_fds, (ours, give))  # type: ignore[attr-defined]
+        sentinel_read, sentinel_write, pickle_read, pickle_write, pid_read, pid_write = (
+            *os.pipe(),
+            *os.pipe(),
+            *os.pipe(),
+        )
+        self.sentinel = sentinel_read
+        self.finalizer = util.Finalize(self, util.close_fds, (sentinel_read, pickle_write))  # type: ignore[attr-defined]
         try:
             python = os.fsdecode(spawn.get_executable())
-            keeper = [python, "-I", "-S", str(KEEPER), str(tell), str(os.getpid())]
-            command = spawn.get_command_line(tracker_fd=tracker, pipe_handle=given)
-            everything = [os.fsencode(word) for word in keeper + command]
-            self._keeper = util.spawnv_passfds(os.fsencode(python), everything, [*self._fds, given, theirs, tell])
+            supervisor = [python, "-I", "-S", str(SUPERVISOR), str(pid_write), str(os.getpid())]
+            command = spawn.get_command_line(tracker_fd=tracker, pipe_handle=pickle_read)
+            arguments = [os.fsencode(word) for word in supervisor + command]
+            self._supervisor = util.spawnv_passfds(
+                os.fsencode(python), arguments, [*self._fds, pickle_read, sentinel_write, pid_write]
+            )
         finally:
-            for number in (given, theirs, tell):
+            for number in (pickle_read, sentinel_write, pid_write):
                 os.close(number)
-        with open(told, "rb") as file:
+        with open(pid_read, "rb") as file:
             worker = file.read()
         if not worker:
-            raise OSError(f"{KEEPER.name} could not start a worker")
+            raise OSError(f"{SUPERVISOR.name} could not start a worker")
         self.pid = int(worker)
-        with open(give, "wb", closefd=False) as file:
+        with open(pickle_write, "wb", closefd=False) as file:
             file.write(pickled.getbuffer())
 
     def poll(self, flag: int = os.WNOHANG) -> int | None:
-        """The worker's exit code, once everything below it has ended."""
+        """The process's exit code, once it and all its descendants have ended."""
         if self.returncode is None:
             try:
-                ended, status = os.waitpid(self._keeper, flag)
+                ended, status = os.waitpid(self._supervisor, flag)
             except OSError:
                 return None
             if ended:

@@ -1,4 +1,4 @@
-"""Units of answers: which words are units, which of them measure the same, and scale words such as "million"."""
+"""Parse units of answers: unit words and symbols, their dimensions and factors, and scale words such as "million"."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from fractions import Fraction
 SCALES = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12}
 CURRENCIES = {"$": "dollar", "€": "euro", "£": "gbp", "¥": "yen", "₹": "rupee"}
 KNOWN: dict[str, tuple[str, Fraction]] = {}
-"""Unit by name or symbol -> (what it measures, how many of that measure's first unit it is)."""
+"""Unit by name or symbol -> (dimension, factor to the dimension's base unit)."""
 TABLE = {
     "length": "m meter metre=1 km kilometer kilometre=1000 cm centimeter centimetre=1/100 mm millimeter millimetre=1/1000"
     " dm decimeter=1/10 in inch=127/5000 ft foot=381/1250 yd yard=1143/1250 mi mile=201168/125",
@@ -65,28 +65,29 @@ NOT_UNITS = frozenset({
     "about", "either", "both", "else", "nor", "x", "y", "z", "pi", "infinity", "undefined", "mod",
 })  # fmt: skip
 LETTERS = frozenset("mgshlLVWJNKATCF")
-"""Symbols of one letter, which are also names of variables: units only behind a blank or in \\text{}."""
+"""Single-letter symbols, which are also variable names: units only after a space or in \\text{}."""
 PIECE = re.compile(r"([A-Za-z°µ]+)\.?(?:\s*\^?\s*\{?\s*([-−]?\d)\s*\}?)?|\s*([/*·.])\s*|\s+")
 
 
 @dataclass(frozen=True)
 class Unit:
-    """What a quantity is measured in."""
+    """A unit of measurement."""
 
     measure: tuple[tuple[str, int], ...]
-    """(measure or noun, power), sorted: of "miles per hour" (("length", 1), ("time", -1))."""
+    """(dimension or noun, power), sorted; "miles per hour" is (("length", 1), ("time", -1))."""
     factor: Fraction
-    """How many of the measure's own unit it is."""
+    """Factor to the base unit."""
 
 
 def read_unit(text: str, spoken: bool = True, in_text: bool = False) -> tuple[Unit | None, int] | None:
-    r"""(unit or None, scale) of the words behind a number: "million dollars" is (dollar, 1000000).
+    r"""(unit or None, scale) of the words after a number: "million dollars" is (dollar, 1000000).
 
     Args:
-        spoken: it stands in \text{} or behind a blank, so that a symbol of one letter may be a unit.
+        spoken: the words are in \text{} or follow a space, so that a single letter may be a unit.
+        in_text: they are in \text{}, so that any word may be a unit.
 
     Returns:
-        None where the words are no unit.
+        None if the words are not a unit.
     """
     words = text.strip()
     scale = 1
@@ -110,8 +111,8 @@ def read_unit(text: str, spoken: bool = True, in_text: bool = False) -> tuple[Un
 
 
 def _measures(words: str, spoken: bool, in_text: bool) -> list[tuple[str, Fraction, int]] | None:
-    """(measure, factor, power) word by word; nouns that are no unit of the table measure themselves."""
-    found: list[tuple[str, Fraction, int]] = []
+    """(dimension, factor, power) per word; a noun that is not in the table is its own dimension."""
+    measures: list[tuple[str, Fraction, int]] = []
     at, sign, prefix, nouns = 0, 1, 1, 0
     while at < len(words):
         piece = PIECE.match(words, at)
@@ -119,38 +120,38 @@ def _measures(words: str, spoken: bool, in_text: bool) -> list[tuple[str, Fracti
             return None
         at = piece.end()
         name, power, operator = piece.groups()
-        if operator == "/" or (name and name.casefold() in ("per", "a", "each", "every") and found):
+        if operator == "/" or (name and name.casefold() in ("per", "a", "each", "every") and measures):
             sign = -1
-        if not name or name.casefold() in ("per", "of", "a", "an", "each", "every") or (found and name == "in"):
+        if not name or name.casefold() in ("per", "of", "a", "an", "each", "every") or (measures and name == "in"):
             continue
         if name.casefold() in POWERS:
-            if name.casefold() in ("squared", "cubed") and found:
-                measure, factor, before = found.pop()
-                found.append((measure, factor, before * POWERS[name.casefold()]))
+            if name.casefold() in ("squared", "cubed") and measures:
+                measure, factor, before = measures.pop()
+                measures.append((measure, factor, before * POWERS[name.casefold()]))
             else:
                 prefix = POWERS[name.casefold()]
             continue
-        known = _known(name, spoken)
-        if known is None and not _may_be_unit(name, in_text):
+        known_unit = _known(name, spoken)
+        if known_unit is None and not _may_be_unit(name, in_text):
             return None
-        nouns += known is None
+        nouns += known_unit is None
         if nouns > 4:
             return None
-        measure, factor = known or (name if _is_symbol(name) else _singular(name.casefold()), Fraction(1))
-        found.append((measure, factor, sign * prefix * int((power or "1").replace("−", "-"))))
+        measure, factor = known_unit or (name if _is_symbol(name) else _singular(name.casefold()), Fraction(1))
+        measures.append((measure, factor, sign * prefix * int((power or "1").replace("−", "-"))))
         prefix = 1
-    return found or None
+    return measures or None
 
 
 def _may_be_unit(name: str, in_text: bool) -> bool:
-    """Whether a word that the table lacks names what is counted: no letters that may be variables, no conjunction."""
+    """Whether a word that is not in the table can be a counted noun: not a variable or a conjunction."""
     if name.casefold() in NOT_UNITS:
         return False
     return in_text or (len(name) >= 3 and re.search(r"[aeiouyA-Z]", name) is not None)
 
 
 def _is_symbol(name: str) -> bool:
-    """MeV and meV differ."""
+    """Whether case matters (MeV and meV differ)."""
     return len(name) <= 4 and name[1:] != name[1:].lower()
 
 

@@ -1,4 +1,4 @@
-"""What a worker process of the rule pool is: how it starts, loads the rule, and scores one row."""
+"""The worker processes of `RulePool`: how they start, load the rule, and score one row."""
 
 from __future__ import annotations
 
@@ -23,61 +23,63 @@ from types import ModuleType
 from typing import Any
 
 from aligner.reward.rules import CHECK, SETTINGS, Unparsable, load_rule
-from aligner.reward.signals import Outlived, held_back
-from aligner.reward.supervised_process import KeptPopen
+from aligner.reward.signals import SignalCounter, signals_blocked
+from aligner.reward.supervised_process import SupervisedPopen
 
-QUIET_EXIT = 256
-"""Stands for exit code 0 of a worker, outside the codes that a process can have."""
+EXIT_ZERO = 256
+"""Stands for a worker's exit code 0; not a possible exit code of a process."""
 DETAIL_CHARACTERS = 300
 
 
 class Status(IntEnum):
-    """What became of one row."""
+    """Outcome of scoring one row."""
 
     OK = 0
     """The rule returned a finite number."""
     FAILED = 1
-    """The rule raised, returned something else, or took its worker down."""
+    """The rule raised, returned something else, or crashed its worker."""
     TIMEOUT = 2
-    """The rule ran into its time limit."""
+    """The rule exceeded its time limit."""
     UNPARSABLE = 3
     """The rule raised `Unparsable`."""
 
 
 @dataclass(frozen=True)
 class Score:
-    """The rule's verdict on one row."""
+    """Result of scoring one row."""
 
     value: float
-    """The reward; NaN unless `status` is OK, so that it cannot pass for a zero."""
+    """The reward; NaN unless `status` is OK."""
     status: Status
     seconds: float
-    """Spent in the rule; NaN if its worker died."""
+    """Time spent in the rule; NaN if its worker died."""
     detail: str = ""
-    """What went wrong."""
+    """Error text, if any."""
     disturbed: bool = False
-    """A signal from outside came meanwhile: programs that the rule had started may have died of it."""
+    """An external signal arrived meanwhile; programs started by the rule may have died of it."""
 
 
 def enter_worker(rule: str, memory_bytes: int | None = None) -> None:
-    """Once in each worker, before its first row.
+    """Initialise a worker, before its first row.
 
     Args:
-        memory_bytes: private memory of this process and of each that it starts; beyond it Python raises MemoryError.
+        rule: see `load_rule`; imported here.
+        memory_bytes: limit of the private memory of this process and of each that it starts; beyond it Python raises
+            MemoryError.
     """
-    _outlived()
+    _signal_counter()
     if memory_bytes is not None:
         hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
         limit = memory_bytes if hard == resource.RLIM_INFINITY else min(memory_bytes, hard)
         resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
     os.environ.update(CUDA_VISIBLE_DEVICES="", HIP_VISIBLE_DEVICES="", OMP_NUM_THREADS="1")
     threading.Thread(target=_die_with_parent, daemon=True).start()
-    with contextlib.suppress(ValueError):  # told by rule_problem, or by the row
+    with contextlib.suppress(ValueError):  # reported by rule_problem, or by the row
         _loaded(rule)  # here, so that the import does not count against the first row
 
 
 def _die_with_parent() -> None:
-    """A worker in an endless loop would outlive a job that was killed, and burn a core for ever."""
+    """Exit when the parent ends; a worker in an endless loop would otherwise outlive a killed job."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()
@@ -85,14 +87,14 @@ def _die_with_parent() -> None:
 
 
 @lru_cache(maxsize=1)
-def _outlived() -> Outlived:
-    """This process's; set up once, on its main thread."""
-    return Outlived()
+def _signal_counter() -> SignalCounter:
+    """The signal counter of this process; created once, on its main thread."""
+    return SignalCounter()
 
 
 @lru_cache(maxsize=1)
 def _loaded(rule: str) -> tuple[Callable[..., Any], frozenset[str] | None, frozenset[str]]:
-    """(function, names that it takes or None for any, names that prompt and response already fill)."""
+    """(function, names of its arguments or None for any, names taken by prompt and response)."""
     function = load_rule(rule)
     parameters = list(inspect.signature(function).parameters.values())
     filled = frozenset({"prompt", "response"} | {parameter.name for parameter in parameters[:2]})
@@ -102,7 +104,11 @@ def _loaded(rule: str) -> tuple[Callable[..., Any], frozenset[str] | None, froze
 
 
 def rule_problem(rule: str, kwargs: Mapping[str, Any], timeout_s: float, where: str) -> str | None:
-    """What is wrong with reward.rule, reward.kwargs or reward.timeout_s for it, if anything."""
+    """Error message if reward.rule, reward.kwargs or reward.timeout_s do not work together, else None.
+
+    Args:
+        where: prefix of the settings in the message.
+    """
     try:
         function = _loaded(rule)[0]
         signature = inspect.signature(function)
@@ -118,7 +124,7 @@ def rule_problem(rule: str, kwargs: Mapping[str, Any], timeout_s: float, where: 
     _, names, filled = _loaded(rule)
     for key in kwargs:
         if key in filled:
-            return f"{where}.kwargs.{key}: the rule gets its prompt and response from the rows; leave it out."
+            return f"{where}.kwargs.{key}: prompt and response come from the rows; remove it."
         if names is not None and key not in names:
             has = ", ".join(sorted(names)) or "none"
             return f"{where}.kwargs.{key}: {where}.rule={rule!r} has no such argument; it has {has}."
@@ -128,11 +134,11 @@ def rule_problem(rule: str, kwargs: Mapping[str, Any], timeout_s: float, where: 
 
 
 def _form_problem(function: Callable[..., Any]) -> str | None:
-    """Why calling it gives no number, as far as its form tells."""
+    """Why calling it cannot return a number (a class, a coroutine or a generator), or None."""
     called = function.func if isinstance(function, functools.partial) else function
     if inspect.isclass(called):
         return "is a class, and calling it makes an object, not a number"
-    candidates = [called, called.__class__.__call__]  # or an instance whose class is called
+    candidates = [called, called.__class__.__call__]  # or an instance with __call__
     if any(map(inspect.iscoroutinefunction, candidates)) or any(map(inspect.isasyncgenfunction, candidates)):
         return "is async, and calling it gives a coroutine, not a number"
     if any(map(inspect.isgeneratorfunction, candidates)):
@@ -141,7 +147,7 @@ def _form_problem(function: Callable[..., Any]) -> str | None:
 
 
 def needed_fields(rule: str, kwargs: Mapping[str, Any]) -> frozenset[str]:
-    """Names of the fields that every row must have, since the rule has neither a default nor a configured value for them."""
+    """Fields that every row must have: the rule's arguments without a default or a configured value."""
     function, _, filled = _loaded(rule)
     variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     parameters = inspect.signature(function).parameters.values()
@@ -150,21 +156,21 @@ def needed_fields(rule: str, kwargs: Mapping[str, Any]) -> frozenset[str]:
 
 
 def score_row(rule: str, kwargs: Mapping[str, Any], prompt: str, response: str, fields: Mapping[str, Any]) -> Score:
-    """Call the rule on one row; whatever it does short of ending the process becomes a score."""
-    start, signals = time.perf_counter(), _outlived().count
+    """Call the rule on one row; anything it raises becomes a `Score` without a value."""
+    start, signals = time.perf_counter(), _signal_counter().count
     value, status, detail = math.nan, Status.FAILED, ""
     try:
         function, names, filled = _loaded(rule)
         settings: frozenset[str] = getattr(function, SETTINGS, frozenset())
-        given = {**kwargs, **{k: v for k, v in fields.items() if k not in settings}}
-        wanted = {k: v for k, v in given.items() if k not in filled and (names is None or k in names)}
+        arguments = {**kwargs, **{k: v for k, v in fields.items() if k not in settings}}
+        accepted = {k: v for k, v in arguments.items() if k not in filled and (names is None or k in names)}
         start = time.perf_counter()
-        value, status, detail = _verdict(function(prompt, response, **wanted))
+        value, status, detail = _verdict(function(prompt, response, **accepted))
     except Unparsable as error:
         status, detail = Status.UNPARSABLE, str(error)
     except BaseException as error:  # also SystemExit: a rule must not end its worker
         detail = _error_text(error)
-    seconds, disturbed = time.perf_counter() - start, _outlived().count > signals
+    seconds, disturbed = time.perf_counter() - start, _signal_counter().count > signals
     return Score(value, status, seconds, detail[:DETAIL_CHARACTERS], disturbed)
 
 
@@ -180,17 +186,17 @@ def _verdict(returned: Any) -> tuple[float, Status, str]:
 
 def _error_text(error: BaseException) -> str:
     frame = traceback.extract_tb(error.__traceback__)[-1]
-    said = str(error) or ("more than reward.memory_mib allows a worker" if isinstance(error, MemoryError) else "")
-    return f"{type(error).__name__} at {os.path.basename(frame.filename)}:{frame.lineno}: {said}"
+    message = str(error) or ("more than reward.memory_mib allows a worker" if isinstance(error, MemoryError) else "")
+    return f"{type(error).__name__} at {os.path.basename(frame.filename)}:{frame.lineno}: {message}"
 
 
-class _Start(KeptPopen):
-    """Spawns without importing the parent's `__main__`: that is the whole job, with torch and vLLM."""
+class _Start(SupervisedPopen):
+    """Spawns without importing the parent's `__main__`, which is the whole job with torch and vLLM."""
 
     _one_at_a_time = threading.Lock()
 
     def _launch(self, process_obj: Any) -> None:
-        with self._one_at_a_time, held_back():
+        with self._one_at_a_time, signals_blocked():
             main = sys.modules["__main__"]
             sys.modules["__main__"] = ModuleType("__main__")
             try:
@@ -204,12 +210,12 @@ class Worker(context.SpawnProcess):
 
     @property
     def exitcode(self) -> int | None:
-        """pebble overlooks a worker that ends by exit code 0, and its row would wait for its time limit."""
+        """QUIET_EXIT for 0: pebble does not notice a worker that exits with 0, and its row would wait for the time limit."""
         code = super().exitcode
-        return QUIET_EXIT if code == 0 else code
+        return EXIT_ZERO if code == 0 else code
 
     def terminate(self) -> None:
-        """It outlives SIGTERM, which may come from a scheduler; its rank ends it for good."""
+        """Kill: workers ignore SIGTERM, which may come from a scheduler."""
         self.kill()
 
     @staticmethod

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
 from aligner.bounds import AtLeast, AtMost, Between, MoreThan, OneOf, check_settings
+from aligner.models.families import FAMILIES
 from aligner.reshard.plan.region import ELEMENT_BYTES
 
 if TYPE_CHECKING:
@@ -18,8 +19,6 @@ CPU_HEAD_DIMS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 """Head sizes that the engine's CPU attention has kernels for."""
 CPU_EXPERT_BLOCK = 32
 """The engine's CPU kernels for experts work on multiples of this many columns."""
-OUTPUT_BIAS_FAMILIES = ("llama",)
-"""Families whose attention output may have a bias in the engine; in others it would drop it silently."""
 VOCABULARY_BLOCK = 64
 """The engine rounds the embedding's rows up to a multiple of this, before it cuts them."""
 UNSAID_LENGTH = 1024
@@ -95,8 +94,8 @@ class RolloutConfig:
         check_settings(self, "rollout")
         if self.length(spec) > spec.max_positions:
             raise ValueError(
-                f"rollout.max_model_len={self.max_model_len} is beyond the {spec.max_positions} positions of the model "
-                f"in {spec.path}; use {spec.max_positions} or less."
+                f"rollout.max_model_len={self.max_model_len} is beyond the {spec.positions_text}; "
+                f"use {spec.max_positions} or less."
             )
         if expert_parallel and not spec.experts:
             raise ValueError(f"placement.rollout.expert={tensor}: the model in {spec.path} has no experts; use 1.")
@@ -114,7 +113,7 @@ class RolloutConfig:
         _check_stages(spec, pipeline)
         if cpu:
             _check_cpu(spec)
-        if spec.o_bias and spec.family not in OUTPUT_BIAS_FAMILIES:
+        if spec.o_bias and not FAMILIES[spec.family].engine.output_bias:
             raise ValueError(
                 f"the rollout engine ignores the bias of a {spec.family} model's attention output; use a model with "
                 f"attention_bias=false ({spec.path}/config.json)."

@@ -2,36 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
-from typing import NamedTuple
 
-from aligner.models.family import (
-    EMBEDDING,
-    FINAL_NORM,
+from aligner.models.cuts import Columns, Cut, CutParameters, GroupedQKV, Held, Parameter, Rows, Vocabulary
+from aligner.models.spec import ModelSpec
+from aligner.models.tensors import (
     LAYER,
-    Kind,
-    Parameter,
-    dense_shapes,
-    end_shapes,
+    embedding,
     expert_parameters,
     expert_prefix,
-    expert_shapes,
+    family_of,
+    final_norm,
     layer_name,
     layer_parameters,
     output_layer,
     split_expert,
 )
-from aligner.models.spec import ModelSpec
 from aligner.reshard.plan.layout import LazyHolders
 from aligner.reshard.plan.region import Piece
-from aligner.rollout.config import padded_vocab
+from aligner.rollout.config import VOCABULARY_BLOCK
 from aligner.spmd.mesh import Mesh
 
-EXPERT_STORAGE = {Kind.GATE_UP: "routed_experts:w13_weight", Kind.COLUMNS: "routed_experts:w2_weight"}
-ENDS_EVERYWHERE = ("qwen3_moe", "mixtral", "gemma")
-"""Families whose embedding, last norm and output layer vLLM makes in every pipeline stage, used or not."""
-FUSED = {Kind.QKV: "self_attn.qkv_proj", Kind.GATE_UP: "mlp.gate_up_proj"}
+W13, W2 = "routed_experts:w13_weight", "routed_experts:w2_weight"
+"""Where the engine keeps all experts of a rank: gate above up projection of each, and its down projection."""
 
 
 class EngineLayout:
@@ -52,38 +46,26 @@ class EngineLayout:
         self._sparse, self._expert_parallel = frozenset(spec.sparse_layers), expert_parallel
         self._stage_layers = spec.layers // mesh.pipeline
         first, last, every = {0}, {mesh.last_stage}, set(range(mesh.pipeline))
-        above = (FINAL_NORM,) if spec.tied else (FINAL_NORM, output_layer(spec))
-        if spec.family in ENDS_EVERYWHERE:
-            ends = [((EMBEDDING, *above), every)]
+        above = (final_norm(spec),) if spec.tied else (final_norm(spec), output_layer(spec))
+        if family_of(spec).engine.ends_everywhere:
+            ends = [((embedding(spec), *above), every)]
         else:
-            ends = [((EMBEDDING,), first | last if spec.tied else first), (above, last)]
-        self._ends = [(self._cut(parameters, end_shapes(spec), stages), stages) for parameters, stages in ends]
+            ends = [((embedding(spec),), first | last if spec.tied else first), (above, last)]
+        self._ends = [(self._cut(engine_parameters(spec, parameters), stages), stages) for parameters, stages in ends]
         self._layers = [
-            {
-                sparse: self._cut(layer_parameters(spec, sparse), dense_shapes(spec, sparse), {stage})
-                for sparse in ((False, True) if spec.experts else (False,))
-            }
+            {name: self._cut(engine_parameters(spec, layer_parameters(spec, name)), {stage}) for name in spec.types}
             for stage in range(mesh.pipeline)
         ]
         if spec.experts:
-            self._experts = [
-                self._cut(expert_parameters(spec), expert_shapes(spec), {stage}, True) for stage in range(mesh.pipeline)
-            ]
+            self._experts = [self._cut(_of_experts(spec), {stage}, expert_parallel) for stage in range(mesh.pipeline)]
 
-    def _cut(
-        self,
-        parameters: Iterable[Parameter],
-        shapes: Mapping[str, tuple[int, ...]],
-        stages: set[int],
-        in_expert: bool = False,
-    ) -> _Cut:
+    def _cut(self, parameters: Iterable[Parameter], stages: set[int], whole: bool = False) -> _Cut:
+        """`whole`: every tensor rank holds all of it (of an expert that is its own)."""
         members = [
             tuple(sorted(rank for stage in stages for rank in self._of_tensor[stage][tensor]))
             for tensor in range(self._mesh.tensor)
         ]
-        if in_expert and self._expert_parallel:
-            members = [tuple(sorted(rank for part in members for rank in part))]
-        return _Cut(self._spec, parameters, shapes, members, in_expert)
+        return _Cut(parameters, [tuple(sorted(rank for part in members for rank in part))] if whole else members)
 
     @cached_property
     def _of_tensor(self) -> list[list[tuple[int, ...]]]:
@@ -110,50 +92,51 @@ class EngineLayout:
         """Every distinct piece of one logical tensor with the ranks that hold it in that very form, ascending."""
         if not name.startswith(LAYER):
             return [
-                (self._piece(region, name, ""), ranks)
+                (self._piece(held, name, ""), ranks)
                 for cut, _ in self._ends
-                for region, ranks in cut.by_name.get(name, ())
+                for held, ranks in cut.by_name.get(name, ())
             ]
         text, _, inside = name[len(LAYER) :].partition(".")
         number = int(text) if text.isdecimal() else -1
         if not 0 <= number < self._spec.layers:
             return []
-        stage, sparse, layer = number // self._stage_layers, number in self._sparse, layer_name(number, "")
-        expert = split_expert(self._spec, inside) if sparse else None
+        stage, kind, layer = number // self._stage_layers, self._spec.layer_types[number], layer_name(number, "")
+        expert = split_expert(self._spec, inside) if number in self._sparse else None
         if expert is None:
-            found = self._layers[stage][sparse].by_name.get(inside, [])
-            return LazyHolders((stage, sparse, inside), found, lambda region: self._piece(region, name, layer))
+            holders = self._layers[stage][kind].by_name.get(inside, [])
+            return LazyHolders((stage, kind, inside), holders, lambda held: self._piece(held, name, layer))
         if expert[0] >= self._spec.experts:
             return []
         owner, slot = self._place(expert[0])
-        found = self._experts[stage].by_name.get(expert[1], [])
+        holders = self._experts[stage].by_name.get(expert[1], [])
         if owner is not None:
-            found = [(region, self._of_tensor[stage][owner]) for region, _ in found]
+            holders = [(held, self._of_tensor[stage][owner]) for held, _ in holders]
         return LazyHolders(
-            ("experts", stage, owner, expert[1]), found, lambda region: self._piece(region, name, layer, slot)
+            ("experts", stage, owner, expert[1]), holders, lambda held: self._piece(held, name, layer, slot)
         )
 
     def _pieces(self, stage: int, tensor: int) -> Iterator[Piece]:
         for cut, stages in self._ends:
-            for region in cut.of_part[tensor] if stage in stages else ():
-                yield self._piece(region, region.name, "")
-        held = [
+            for held in cut.of_part[tensor] if stage in stages else ():
+                yield self._piece(held, held.region.name, "")
+        experts = [
             (expert_prefix(self._spec, expert), slot)
             for expert in range(self._spec.experts)
             for owner, slot in (self._place(expert),)
             if owner in (None, tensor)
         ]
         for number in range(stage * self._stage_layers, (stage + 1) * self._stage_layers):
-            sparse, layer = number in self._sparse, layer_name(number, "")
-            for region in self._layers[stage][sparse].of_part[tensor]:
-                yield self._piece(region, layer + region.name, layer)
-            for region in self._experts[stage].of_part[0 if self._expert_parallel else tensor] if sparse else ():
-                for expert, slot in held:
-                    yield self._piece(region, layer + expert + region.name, layer, slot)
+            layer = layer_name(number, "")
+            for held in self._layers[stage][self._spec.layer_types[number]].of_part[tensor]:
+                yield self._piece(held, layer + held.region.name, layer)
+            part = 0 if self._expert_parallel else tensor
+            for held in self._experts[stage].of_part[part] if number in self._sparse else ():
+                for expert, slot in experts:
+                    yield self._piece(held, layer + expert + held.region.name, layer, slot)
 
-    def _piece(self, region: _Region, name: str, layer: str, slot: int = 0) -> Piece:
-        _, lo, size, storage, offset, stride, per_slot = region
-        return Piece(name, lo, size, layer + storage, offset + slot * per_slot, stride, self._dtype)
+    def _piece(self, held: Held, name: str, layer: str, slot: int = 0) -> Piece:
+        _, lo, size, offset, stride = held.region
+        return Piece(name, lo, size, layer + held.storage, offset + slot * held.elements, stride, self._dtype)
 
     def _place(self, expert: int) -> tuple[int | None, int]:
         """The tensor rank that holds an expert (None: all hold a part), and its place among those of the rank."""
@@ -168,79 +151,46 @@ class EngineLayout:
         return owner, slot
 
 
-class _Region(NamedTuple):
-    """A piece without what depends on the layer and the expert: names of tensors are those inside it."""
+def engine_parameters(spec: ModelSpec, parameters: Iterable[Parameter]) -> list[Parameter]:
+    """Megatron's parameters of a layer (or outside layers) as the engine has them: "module.path:parameter", and their cuts."""
+    return [one for parameter in parameters for one in _as_engine(spec, parameter.cut)]
 
-    name: str
-    lo: tuple[int, ...]
-    size: tuple[int, ...]
-    storage: str
-    offset: int
-    stride: tuple[int, ...]
-    per_slot: int
-    """Elements of the storage that each expert of a rank takes; 0 outside experts."""
+
+def _as_engine(spec: ModelSpec, cut: Cut) -> list[Parameter]:
+    first = cut.blocks[0]
+    kind = first.name.rpartition(".")[2]
+    match cut:
+        case GroupedQKV():  # beyond the key/value heads each rank has a copy of one
+            heads = (spec.heads, spec.kv_heads, spec.kv_heads)
+            return [Parameter(f"self_attn.qkv_proj:{kind}", Rows(cut.blocks, heads))]
+        case Rows():
+            return [Parameter(f"mlp.gate_up_proj:{kind}", cut)]
+        case Vocabulary():
+            return [Parameter(_own(first.name), Vocabulary(first, VOCABULARY_BLOCK))]
+    return [Parameter(_own(first.name), cut)]
+
+
+def _own(name: str) -> str:
+    module, _, kind = name.rpartition(".")
+    return f"{module}:{kind}"
+
+
+def _of_experts(spec: ModelSpec) -> list[Parameter]:
+    """An expert's parameters, with the storage of all experts of the rank, of which the first's begins at 0."""
+    at = expert_prefix(spec, 0).removesuffix("0.")
+    return [
+        Parameter(at + (W2 if isinstance(parameter.cut, Columns) else W13), parameter.cut)
+        for parameter in expert_parameters(spec)
+    ]
 
 
 class _Cut:
     """Some parameters cut into as many parts as there are `members`: each region once, with the ranks that hold it."""
 
-    def __init__(
-        self,
-        spec: ModelSpec,
-        parameters: Iterable[Parameter],
-        shapes: Mapping[str, tuple[int, ...]],
-        members: Sequence[tuple[int, ...]],
-        in_expert: bool,
-    ) -> None:
-        self._spec, self._shapes, self._parts, self._in_expert = spec, shapes, len(members), in_expert
-        self.by_name: dict[str, list[tuple[_Region, tuple[int, ...]]]] = {}
-        self.of_part: list[list[_Region]] = [[] for _ in members]
-        for parameter in parameters:
-            for region, parts in self._regions(parameter):
-                ranks = tuple(sorted(rank for part in parts for rank in members[part]))
-                self.by_name.setdefault(region.name, []).append((region, ranks))
-                for part in parts:
-                    self.of_part[part].append(region)
-
-    def _regions(self, parameter: Parameter) -> Iterator[tuple[_Region, range]]:
-        """The rows (or columns) of each logical tensor in turn, on top of each other, with the parts that hold them."""
-        row = 0
-        total = sum(self._rows_per_rank(parameter, name) for name in parameter.logical)
-        for name in parameter.logical:
-            rows, *rest = self._shapes[name]
-            held = self._rows_per_rank(parameter, name)
-            width = rest[0] // self._parts if parameter.kind is Kind.COLUMNS else rest[0] if rest else 1
-            copies = self._copies(parameter, name)
-            storage, per_slot = self._storage(parameter), total * width if self._in_expert else 0
-            for part in range(self._parts // copies):
-                lo, size = (part * held, *(0 for _ in rest)), (min(held, rows - part * held), *rest)
-                if parameter.kind is Kind.COLUMNS:
-                    lo, size = (0, part * width), (rows, width)
-                if size[0] > 0:  # a rank may lie beyond the end of a small vocabulary
-                    stride = (width, 1) if rest else (1,)
-                    region = _Region(name, lo, size, storage, row * width, stride, per_slot)
-                    yield region, range(part * copies, (part + 1) * copies)
-            row += held
-
-    def _copies(self, parameter: Parameter, name: str) -> int:
-        """How many neighbouring parts are the same: beyond the key-value heads each gets a copy of one."""
-        if parameter.kind is Kind.REPLICATED:
-            return self._parts
-        if parameter.kind is Kind.QKV and name != parameter.logical[0]:
-            return max(1, self._parts // self._spec.kv_heads)
-        return 1
-
-    def _rows_per_rank(self, parameter: Parameter, name: str) -> int:
-        rows = self._shapes[name][0]
-        match parameter.kind:
-            case Kind.COLUMNS:
-                return rows
-            case Kind.VOCABULARY:
-                return padded_vocab(rows) // self._parts
-        return rows * self._copies(parameter, name) // self._parts
-
-    def _storage(self, parameter: Parameter) -> str:
-        if self._in_expert:
-            return expert_prefix(self._spec, 0).removesuffix("0.") + EXPERT_STORAGE[parameter.kind]
-        module, _, kind = parameter.logical[0].rpartition(".")
-        return f"{FUSED.get(parameter.kind, module)}:{kind}"
+    def __init__(self, parameters: Iterable[Parameter], members: Sequence[tuple[int, ...]]) -> None:
+        cut = CutParameters(parameters, len(members))
+        self.of_part = cut.of_part
+        self.by_name = {
+            name: [(held, tuple(sorted(rank for part in parts for rank in members[part]))) for held, parts in holders]
+            for name, holders in cut.by_name.items()
+        }

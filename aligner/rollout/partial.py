@@ -12,7 +12,8 @@ from aligner.rollout.requests import Sample
 from aligner.rollout.rows import as_samples, prompt_from, prompt_to, request_seed, sample_from, sample_to
 from aligner.spmd.messages import all_gather, broadcast
 from aligner.spmd.partition import partition
-from aligner.spmd.ref import Ref, Rows
+from aligner.spmd.ref import Ref
+from aligner.spmd.rows import Rows
 
 if TYPE_CHECKING:
     from aligner.rollout.role import Rollout

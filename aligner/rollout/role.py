@@ -23,8 +23,9 @@ from aligner.rollout.weights import EngineWeights
 from aligner.spmd.mesh import Mesh
 from aligner.spmd.messages import all_gather, broadcast
 from aligner.spmd.partition import Shares, partition
-from aligner.spmd.ref import Ref, Rows
+from aligner.spmd.ref import Ref
 from aligner.spmd.role import Role
+from aligner.spmd.rows import Rows
 from aligner.spmd.world import World
 
 T = TypeVar("T")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from aligner.models.family import logical_tensors
+from aligner.models.tensors import logical_tensors
 from aligner.reshard.message.storage import strided_view
 from aligner.reshard.plan.layout import WeightLayout
 from aligner.reshard.plan.region import Box, Piece, intersect

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from aligner.check.run_folder import adopt
 from aligner.checkpoint.claim import FOLDER, Start, claim, finish, how_to_start, run_id
 from aligner.checkpoint.folder import step_folder
-from aligner.checkpoint.loader import Checkpoint, find
+from aligner.checkpoint.loader import Checkpoint, find_checkpoint
 from aligner.checkpoint.saver import Saver
 from aligner.config.as_json import config_as_json
-from aligner.run.folders import adopt
 from aligner.run.random_states import random_states, set_random_states
 from aligner.run.resume import compare
 from aligner.spmd.messages import all_gather
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from aligner.roles.build import Roles
     from aligner.run.job import Job
     from aligner.spmd.world import World
+    from aligner.trainer.engine import TrainEngine
 
 
 class RunCheckpointer:
@@ -52,7 +53,7 @@ class RunCheckpointer:
         config, first = self.job.config, self.world.rank == 0
         start = how_to_start(self.run_dir, config.checkpoint, config.overwrite, config.train.steps) if first else None
         start = all_gather(self.world, start, range(self.world.size))[0]
-        found = find(self.world, self.run_dir / FOLDER) if start is Start.RESUME else None
+        found = find_checkpoint(self.world, self.run_dir / FOLDER) if start is Start.RESUME else None
         if start is Start.RESUME and found is None:
             raise ValueError(
                 f"none of the checkpoints in {self.run_dir / FOLDER} is whole (see above); bring one back, choose another "
@@ -60,7 +61,8 @@ class RunCheckpointer:
             )
         self.inputs = all_gather(self.world, self.job.inputs, range(self.world.size))[0]
         if found is not None:
-            compare(found.state, self.job, self.inputs, say=first)
+            accepted = config.checkpoint.accept_changes
+            compare(found.state, config_as_json(config, self.job.mask), self.inputs, accepted, say=first)
         run = None
         if first:
             earlier = run_id(self.run_dir) == ""
@@ -87,7 +89,11 @@ class RunCheckpointer:
         self.roles.restore_kept(state["kept"])
         self.driver = state["driver"]
         if found.world == self.world.size:
-            set_random_states(found.ranks[self.world.rank]["random"])
+            set_random_states(found.ranks[self.world.rank]["random"], self._engines())
+
+    def _engines(self) -> dict[str, type[TrainEngine]]:
+        """The training backends that learn in this job, by name."""
+        return {role.config.engine: role.engine_type for role in self.roles.trainable}
 
     def due(self, step: int) -> bool:
         """Whether this step ends with a checkpoint."""
@@ -105,7 +111,7 @@ class RunCheckpointer:
         entries: dict[str, Any] = {}
         files: dict[str, bytes] = {}
         shared: dict[str, Any] = {
-            "config": config_as_json(self.job),
+            "config": config_as_json(self.job.config, self.job.mask),
             "inputs": self.inputs,
             "data": self.rows.state_dict() if self.world.rank == 0 else {},  # the digest costs others time
             "kept": self.roles.kept_values(),
@@ -121,7 +127,7 @@ class RunCheckpointer:
             entries |= regions
             if self.world.rank == 0 and role.version:
                 files |= {f"{role.name}/{name}": content for name, content in role.description.items()}
-        own = {"tensors": entries, "random": random_states()}
+        own = {"tensors": entries, "random": random_states(self._engines())}
         self.saver.save(step, shared, own, tensors, files)
 
     def wait(self) -> str:

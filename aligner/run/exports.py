@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError
 
+from aligner.check.run_folder import BEST, EXPORTS, pointed
 from aligner.models.checkpoint import PeerFailedError
 from aligner.models.hf_folder import flush, write_json
 from aligner.models.ownership import others_files, run_of
-from aligner.run.best import FOLDER, Best
-from aligner.run.folders import BEST, pointed
+from aligner.run.best import Best
 from aligner.spmd.messages import all_gather, broadcast
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ class Exports:
         self.run = run
         self.failed = 0
         """Exports that could not be written."""
-        self._folder, self._link = Path(run_dir) / FOLDER, Path(run_dir) / BEST
+        self._folder, self._link = Path(run_dir) / EXPORTS, Path(run_dir) / BEST
         self._tends = self.world.rank == role.mesh.ranks[0]
         if self._tends:
             for left in self._folder.glob(".step_*"):  # of a job that was killed while it wrote or removed one
@@ -93,7 +93,7 @@ class Exports:
                 self.best.restore(before)  # the next one that beats what is on the disk shall be written
         return True
 
-    def told(self) -> list[str]:
+    def summary_lines(self) -> list[str]:
         """What there is now, for people; rank 0."""
         lines = [f"exports: {self._folder}"] if self._steps() else []
         if self.best and self.best.step is not None:
@@ -124,10 +124,10 @@ class Exports:
             except OSError as error:
                 trouble.append(f"an old export could not be removed: {line_of(error)}")
         self.world.journal.enter(f"exported step {step}")
-        said = all_gather(self.world, (written, trouble), range(self.world.size))
-        for text in (text for _, texts in said for text in texts):
+        outcomes = all_gather(self.world, (written, trouble), range(self.world.size))
+        for text in (text for _, texts in outcomes for text in texts):
             self._note(f"WARNING: {text}; the training goes on.")
-        return all(done for done, _ in said)
+        return all(done for done, _ in outcomes)
 
     def _point(self, step: int) -> None:
         """Make `step` the best."""
@@ -138,7 +138,7 @@ class Exports:
         flush(self._place(step))
         link = self._link.with_name(f".{BEST}.new")
         link.unlink(missing_ok=True)
-        link.symlink_to(Path(FOLDER) / self._place(step).name, target_is_directory=True)
+        link.symlink_to(Path(EXPORTS) / self._place(step).name, target_is_directory=True)
         os.replace(link, self._link)
         flush(self._link.parent)
 
@@ -162,8 +162,8 @@ class Exports:
         return self._folder / f"step_{step}"
 
     def _steps(self) -> list[int]:
-        found = [re.fullmatch(r"step_(\d+)", path.name) for path in self._folder.glob("step_*")]
-        return sorted(int(match.group(1)) for match in found if match)
+        names = [re.fullmatch(r"step_(\d+)", path.name) for path in self._folder.glob("step_*")]
+        return sorted(int(match.group(1)) for match in names if match)
 
     def _ours(self, step: int) -> bool:
         """Nothing lies there but what this run has written."""

@@ -29,14 +29,14 @@ class Guards:
     def __init__(self, config: GuardConfig) -> None:
         self.config = config
         self._in_row: dict[str, int] = {}
-        self._said: dict[str, int] = {}
+        self._last_said: dict[str, int] = {}
         self._reward: float | None = None
 
     def look(self, step: int, row: Mapping[str, float]) -> list[Finding]:
         """What the guards find in the row of `step`; each row is looked at once, in order."""
         skipped = sum(value for name, value in row.items() if name.endswith("skipped_steps"))
         empty = None if "tokens" not in row else not row["tokens"] or "empty_steps" in row
-        found = [
+        findings = [
             self._limit("kl", step, row.get("kl"), "a KL to the reference", "nats"),
             self._limit("logp_gap", step, row.get("gap"), "log-probabilities of rollout and policy differ by", "nats"),
             self._streak("empty_batch", step, empty, "a batch, or a minibatch, without a token to train on"),
@@ -50,15 +50,15 @@ class Guards:
             ),
             self._skipped(step, skipped),
         ]  # fmt: skip
-        return [one for one in found if one is not None]
+        return [one for one in findings if one is not None]
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps, as JSON can hold it."""
-        return {"in_row": dict(self._in_row), "said": dict(self._said), "reward": self._reward}
+        return {"in_row": dict(self._in_row), "said": dict(self._last_said), "reward": self._reward}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on where `state` was taken."""
-        self._in_row, self._said = dict(state["in_row"]), dict(state["said"])
+        self._in_row, self._last_said = dict(state["in_row"]), dict(state["said"])
         self._reward = state["reward"]
 
     def _same_reward(self, reward: float | None) -> bool | None:
@@ -82,7 +82,7 @@ class Guards:
         """Steps that the update itself has left out; it stops by itself."""
         if not count:
             return None
-        return self._found(
+        return self._finding(
             "not_finite", step, False, f"{count:.0f} optimizer step(s) left out: loss or gradient not finite"
         )
 
@@ -99,13 +99,13 @@ class Guards:
         if times < guard.steps:
             return None
         since = f" for {times} steps in a row" if times > 1 else ""
-        return self._found(name, step, guard.action == "stop", f"{text}{since}")
+        return self._finding(name, step, guard.action == "stop", f"{text}{since}")
 
-    def _found(self, name: str, step: int, stop: bool, text: str) -> Finding:
-        last = self._said.get(name)
+    def _finding(self, name: str, step: int, stop: bool, text: str) -> Finding:
+        last = self._last_said.get(name)
         say = stop or last is None or step - last >= self.config.say_every
         if say:
-            self._said[name] = step
+            self._last_said[name] = step
         return Finding(name, stop, say, f"guards.{name}: {text} (step {step})")
 
 

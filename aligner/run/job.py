@@ -1,35 +1,15 @@
-"""One job from checked configuration to last report: world, roles, the loop, and what is logged around it."""
+"""`Job`: everything known before the world starts (data; `aligner.run.prepare` makes it, `aligner.run.loop` runs it)."""
 
 from __future__ import annotations
 
-import importlib
-import inspect
-import os
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
-import hydra.utils
-
-from aligner.check.job import Checked, check
-from aligner.check.loop_settings import hints_of, one_line, settings_of
+from aligner.check.job import Checked
 from aligner.checkpoint.lease import Lease
 from aligner.config.schema import Config
 from aligner.config.secrets import Mask
-from aligner.data.prompts import Prompt
-from aligner.data.samples import Demonstrations, Feedback, Pairs
-from aligner.run.input_digests import inputs_of
-from aligner.run.library_warnings import ignore_library_notes
-from aligner.run.resume import check_resumed
-from aligner.trainer.loss_mean import takes_one_step
-
-BATCHES = {
-    "prompts": Iterable[list[Prompt]],
-    "demonstrations": Iterable[Demonstrations],
-    "preferences": Iterable[Pairs],
-    "feedback": Iterable[Feedback],
-}
-"""data.kind -> how a loop annotates the batches that it iterates over."""
 
 
 @dataclass(frozen=True)
@@ -48,107 +28,3 @@ class Job:
     """The first rank's hold of run_dir."""
     mask: Mask = field(default_factory=Mask)
     """The secrets that must not be shown or saved."""
-
-    def run(self) -> None:
-        """Start the world, run the loop on this rank, leave. Does not return."""
-        from aligner.reward.signals import start_tracker
-        from aligner.run.loop import run_job
-        from aligner.spmd.world import World
-
-        start_tracker()  # before a library does, whose would die of Slurm's SIGUSR1
-        world = World(self.config.timeout_seconds, self.config.hang, self.config.run_dir)
-        world.watch.hide = self.mask.text
-        if self.lease:
-            world.on_leave(self.lease.release)
-        try:
-            run_job(self, world)
-        except BaseException as error:
-            world.fail(error)
-        world.leave()
-
-
-def prepare(config: Config, world_size: int) -> Job:
-    """Check everything and find the loop.
-
-    Raises:
-        ValueError: a mistake in the configuration or the data, with the setting and what would work.
-    """
-    ignore_library_notes()  # before the loop's imports, Megatron among them
-    config = _with_task(config)
-    loop = _find_loop(config.algorithm)
-    settings = settings_of(loop, {k: v for k, v in config.algorithm.items() if k != "_target_"})
-    if hasattr(settings, "check_job"):  # what a loop asks of the settings beside its own
-        settings.check_job(config)
-    _check_batches(loop, config)
-    roles = list(getattr(settings, "roles", ["policy", "rollout", "reward"]))
-    _check_stream(config, settings, roles)
-    checked = check(config, roles, world_size)
-    config = replace(config, rollout=checked.rollout)
-    job = Job(config, loop, settings, roles, checked)
-    if os.environ.get("RANK", "0") != "0":
-        return job
-    job = replace(job, inputs=inputs_of(config, roles, checked.data))
-    check_resumed(job)
-    return job
-
-
-def _find_loop(algorithm: dict[str, Any]) -> Callable[..., Iterator[Any]]:
-    target = algorithm.get("_target_")
-    if not target:
-        raise ValueError("algorithm._target_ has no value; use algorithm=grpo, algorithm=sft, or module.function.")
-    module, _, name = str(target).rpartition(".")
-    try:
-        loop = getattr(importlib.import_module(module), name)
-    except Exception as error:
-        raise ValueError(
-            f"algorithm._target_={target} cannot be imported ({type(error).__name__}: {one_line(error)}); give "
-            "module.function, where the module is found from the folder the job is started in."
-        ) from None
-    if not callable(loop) or inspect.isclass(loop) or len(inspect.signature(loop).parameters) != 3:
-        raise ValueError(f"algorithm._target_={target} must be a function of (roles, batches, cfg).")
-    if inspect.iscoroutinefunction(loop) or inspect.isasyncgenfunction(loop):
-        raise ValueError(
-            f"algorithm._target_={target} is async; every rank runs a loop in lockstep: write def, not async def."
-        )
-    return loop
-
-
-def _check_batches(loop: Callable[..., Any], config: Config) -> None:
-    """A loop that says what it iterates over must get that."""
-    name = list(inspect.signature(loop).parameters)[1]
-    hint = hints_of(loop).get(name)
-    wanted = [kind for kind, form in BATCHES.items() if form == hint]
-    if wanted and config.data.kind not in wanted:
-        raise ValueError(
-            f"algorithm._target_={config.algorithm['_target_']} iterates over {wanted[0]}, but data.kind={config.data.kind}; "
-            f"use data.kind={wanted[0]}."
-        )
-
-
-def _check_stream(config: Config, settings: Any, roles: list[str]) -> None:
-    """What is sampled by other weights than it trains needs a loop that samples, and a loss that is right for that."""
-    stream = config.stream
-    if not stream.lag and stream.step_tokens is None:
-        return
-    given = (
-        f"stream.lag={stream.lag}, stream.step_tokens={'null' if stream.step_tokens is None else stream.step_tokens}"
-    )
-    if "rollout" not in roles:
-        raise ValueError(f"{given}: the loop samples nothing (algorithm.roles={roles}); use lag=0, step_tokens=null.")
-    loss = getattr(settings, "loss", None)
-    if loss is not None and takes_one_step(loss):
-        raise ValueError(
-            f"{given}: the loss is right for samples of the present weights only; use lag=0 and step_tokens=null, or "
-            "algorithm=grpo_decoupled."
-        )
-
-
-def _with_task(config: Config) -> Config:
-    """`data.task` as the object that it names."""
-    if config.data.task is None:
-        return config
-    try:
-        task = hydra.utils.instantiate(config.data.task)
-    except Exception as error:
-        raise ValueError(f"data.task cannot be built: {one_line(error.__cause__ or error)}") from None
-    return replace(config, data=replace(config.data, task=task))

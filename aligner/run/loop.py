@@ -6,13 +6,14 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NoReturn
 
 import torch.distributed as dist
 import yaml
 
 from aligner.algorithms.step import Step, checked_step
 from aligner.check.rollout import shown_ends
+from aligner.check.run_folder import models_of
 from aligner.config.as_json import config_as_json
 from aligner.data.preferences import left_out_text
 from aligner.health.timeline import FOLDER, STEP_END
@@ -20,31 +21,38 @@ from aligner.models.checkpoint import PeerFailedError
 from aligner.report.metrics import CONFIG_FILE, MetricsWriter
 from aligner.report.samples import write_samples
 from aligner.report.write import write_report
-from aligner.reward.pool import Status
-from aligner.reward.role import Scores
+from aligner.reward.signals import start_tracker
 from aligner.roles.build import Roles, build_roles
 from aligner.run.batches import batches, rows_of
-from aligner.run.best import best_of
+from aligner.run.best import Best
 from aligner.run.checkpointing import RunCheckpointer
 from aligner.run.evaluate import Evaluation
 from aligner.run.exports import Exports, line_of
-from aligner.run.folders import models_of
 from aligner.run.guards import Guards
 from aligner.run.input_digests import ROWS
+from aligner.run.job import Job
 from aligner.run.random_states import seed_all
 from aligner.run.signals import Signals
-from aligner.run.step_stats import merged, step_stats_of
+from aligner.run.step_row import collect_samples, step_row
 from aligner.spmd.messages import all_gather, broadcast
-from aligner.spmd.ref import Ref
-from aligner.spmd.transfer import read_at_first
 from aligner.spmd.world import World
-from aligner.trainer.policy import Policy
-
-if TYPE_CHECKING:
-    from aligner.run.job import Job
 
 
-def run_job(job: Job, world: World) -> None:
+def run_job(job: Job) -> NoReturn:
+    """Start the world, drive the loop on this rank, leave. The process ends here."""
+    start_tracker()  # before a library does, whose would die of Slurm's SIGUSR1
+    world = World(job.config.timeout_seconds, job.config.hang, job.config.run_dir)
+    world.watch.hide = job.mask.text
+    if job.lease:
+        world.on_leave(job.lease.release)
+    try:
+        drive(job, world)
+    except BaseException as error:
+        world.fail(error)
+    world.leave()
+
+
+def drive(job: Job, world: World) -> None:
     """Build the roles and drive the loop to its end."""
     seed_all(job.config.seed)
     roles = build_roles(job.config, job.roles, world, job.checked.meshes, job.checked.spec, job.checked.tokenizer)
@@ -73,7 +81,8 @@ class Driver:
         self.job, self.config, self.world, self.roles = job, job.config, world, roles
         self.run_dir = Path(job.config.run_dir)
         self.guards, self.signals, self._asked = Guards(job.config.guards), Signals(), ""
-        best = best_of(self.config.train, job.roles, job.checked.data)
+        metric = job.checked.best_metric
+        best = Best(metric) if metric else None
         self.rows = rows_of(job.config, job.checked, job.inputs.get(ROWS))
         self.durable = RunCheckpointer(job, world, roles, self.rows)
         self.before = self.durable.restore()
@@ -82,7 +91,9 @@ class Driver:
         self._recall(self.durable.driver)
         self.writer: MetricsWriter | None = None
         if world.rank == 0:
-            (self.run_dir / CONFIG_FILE).write_text(yaml.safe_dump(config_as_json(job), sort_keys=False))
+            (self.run_dir / CONFIG_FILE).write_text(
+                yaml.safe_dump(config_as_json(job.config, job.mask), sort_keys=False)
+            )
             logging, steps = job.config.logging, job.config.train.steps
             self.writer = MetricsWriter(
                 self.run_dir, logging.console, logging.wandb_run(), steps, logging.every, job.mask.text, self.before
@@ -108,7 +119,7 @@ class Driver:
         self.world.activity.in_loop = True
         for step, yielded in enumerate(self._steps(stream), start=self.before + 1):
             result = checked_step(yielded, self._loop_name)
-            row = self._row(result, time.perf_counter() - start)
+            row, self._asked = step_row(self.world, self.roles, result, time.perf_counter() - start, self.signals.asked)
             if step == self.before + 1:
                 row |= self.job.checked.data.metrics()
             if held_up:
@@ -209,48 +220,15 @@ class Driver:
         self.world.journal.step = step
         self.world.timeline.at(step)
 
-    def _row(self, result: Step, seconds: float) -> dict[str, float]:
-        """Everything known of one iteration, on rank 0; nothing elsewhere. One message from each rank, up a tree."""
-        policies = (role for role in self.roles.trainable if isinstance(role, Policy))
-        mine = step_stats_of(
-            self.roles.built,
-            [row for policy in policies if policy.syncs for row in policy.syncs.latest()],
-            self.world.residency.meter.take(),
-            self.signals.asked,
-        )
-        found = read_at_first(self.world, _wanted(result), mine, merged)
-        if found is None:
-            return {}
-        values, account = found
-        self._asked = account.asked
-        row: dict[str, float] = dict(values.get("metrics", {}))
-        for name, value in result.extra_metrics.items():
-            if isinstance(value, Ref):
-                row |= {f"{name}_{key}": n for key, n in values[f"extra_metrics.{name}"].items()}
-            else:
-                row[name] = value
-        if result.scores is not None:
-            row |= Scores(response=[], **{name: values[name] for name in SCORED}).row()
-        if result.samples is not None:
-            length_B = values["length_B"] - values["prompt_len_B"]
-            row["length"] = length_B.float().mean().item()
-            if values["truncated_B"] is not None:
-                row["truncated"] = values["truncated_B"].float().mean().item()
-        row |= account.row()
-        row["seconds"] = seconds
-        if "tokens" in row:
-            row["tokens_per_second"] = row["tokens"] / seconds
-        return row
-
     def _agree(self, step: int, row: dict[str, float]) -> Verdict:
         """What rank 0 makes of its row, and what it says, known to every rank; it adds guard/NAME to the row."""
         verdict = Verdict()
         if self.writer:
-            found = self.guards.look(step, row)
-            row |= {f"guard/{one.guard}": 1.0 for one in found}
-            for one in (one for one in found if one.say and not one.stop):
+            findings = self.guards.look(step, row)
+            row |= {f"guard/{one.guard}": 1.0 for one in findings}
+            for one in (one for one in findings if one.say and not one.stop):
                 self.writer.note(f"! {one.text}")
-            stop = next((f"{one.text}; guards.{one.guard}.action=stop." for one in found if one.stop), None)
+            stop = next((f"{one.text}; guards.{one.guard}.action=stop." for one in findings if one.stop), None)
             taken = self.job.lease.lost if self.job.lease else ""
             if taken:
                 stop = f"run_dir={self.run_dir} has been taken over by {taken}, while this job stood still."
@@ -276,19 +254,9 @@ class Driver:
     def _write_samples(self, step: int, result: Step) -> None:
         logging = self.config.logging
         wanted = logging.samples_every and (step % logging.samples_every == 0 or step in (1, self.config.train.steps))
-        if not wanted or result.scores is None or result.samples is None:
-            return
-        refs = {"response": result.scores["response"], "reward_B": result.scores["reward_B"]}
-        refs |= {"status_B": result.scores["status_B"], "fields": result.samples["fields"]}
-        found = read_at_first(self.world, refs, None, lambda one, other: None, limit=logging.samples_count)
-        if found is not None:
-            values = (found[0][name] for name in ("fields", "response", "reward_B", "status_B"))
-            items = [
-                {"prompt": row.get("prompt", ""), "response": text, "reward": reward.item(), "status": Status(int(status)),
-                 "fields": {k: v for k, v in row.items() if k != "prompt"}}
-                for row, text, reward, status in zip(*values, strict=True)
-            ]  # fmt: skip
-            write_samples(self.run_dir, step, items)
+        samples = collect_samples(self.world, result, logging.samples_count) if wanted else None
+        if samples is not None:
+            write_samples(self.run_dir, step, samples)
 
     def _finish(self) -> None:
         self.world.activity.in_loop = False
@@ -301,7 +269,7 @@ class Driver:
             self._save(self.config.train.steps)  # the weights must be somewhere
         unsaved = self.durable.wait()
         if unwritten:
-            raise ValueError(self._told(unwritten, unsaved))
+            raise ValueError(self._where_the_weights_are(unwritten, unsaved))
         if self.writer:
             if unsaved:
                 self.writer.note(
@@ -310,7 +278,7 @@ class Driver:
             self.writer.close()
             for name, folder in folders.items():
                 print(f"{name}: {folder}")
-            for line in self.exports.told():
+            for line in self.exports.summary_lines():
                 print(line)
             if self.config.train.report:
                 png, html = write_report(self.run_dir)
@@ -320,18 +288,18 @@ class Driver:
 
     def _save_models(self, folders: Mapping[str, Path]) -> tuple[str, Path, str] | None:
         """Write what the run leaves. Returns the first that failed, (role, folder, why); the same on every rank."""
-        found = None
+        failure: tuple[str, Path, str] | None = None
         for role in (role for role in self.roles.trained if role.name in folders):
             try:
                 role.save_checkpoint(folders[role.name], run=self.durable.run)
             except PeerFailedError:
                 pass  # its own error says why
             except Exception as error:  # whatever it is, the weights are still here
-                found = found or (role.name, folders[role.name], line_of(error))
+                failure = failure or (role.name, folders[role.name], line_of(error))
         self.world.journal.enter("what the run leaves")
-        return next((one for one in all_gather(self.world, found, range(self.world.size)) if one), None)
+        return next((one for one in all_gather(self.world, failure, range(self.world.size)) if one), None)
 
-    def _told(self, unwritten: tuple[str, Path, str], unsaved: str) -> str:
+    def _where_the_weights_are(self, unwritten: tuple[str, Path, str], unsaved: str) -> str:
         """Where the weights are, when their export has failed."""
         role, folder, why = unwritten
         checkpoint = self.durable.folder(self.durable.saved)
@@ -344,19 +312,3 @@ class Driver:
             f"{folder} could not be written: {why}. The weights are safe in {checkpoint}. Mend that and start the same "
             f"command again, which only exports; or: python tools/convert.py {checkpoint / role} OTHER_FOLDER"
         )
-
-
-SCORED = ("reward_B", "status_B", "components", "component_status")
-"""Fields of `Scores` that are logged."""
-
-
-def _wanted(result: Step) -> dict[str, Ref]:
-    """The values that a row is made of, by name."""
-    refs = {f"extra_metrics.{name}": value for name, value in result.extra_metrics.items() if isinstance(value, Ref)}
-    if result.metrics is not None:
-        refs["metrics"] = result.metrics
-    if result.scores is not None:
-        refs |= {name: result.scores[name] for name in SCORED}
-    if result.samples is not None:
-        refs |= {name: result.samples[name] for name in ("length_B", "prompt_len_B", "truncated_B")}
-    return refs

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
-from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+
+if TYPE_CHECKING:
+    from aligner.trainer.engine import TrainEngine
 
 
 def seed_all(seed: int) -> None:
@@ -21,33 +23,33 @@ def seed_all(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def random_states() -> dict[str, Any]:
-    """Python's, numpy's, torch's and Megatron's, as JSON."""
+def random_states(engines: Mapping[str, type[TrainEngine]]) -> dict[str, Any]:
+    """Python's, numpy's, torch's and, by name, each training backend's, as JSON."""
     version, words, gauss = random.getstate()
     kind, keys, position, has_gauss, cached = cast(tuple[str, Any, int, int, float], np.random.get_state(legacy=True))
-    found: dict[str, Any] = {
+    states: dict[str, Any] = {
         "python": [version, list(words), gauss],
         "numpy": [kind, keys.tolist(), int(position), int(has_gauss), float(cached)],
         "torch": _text(torch.get_rng_state()),
     }
     if torch.cuda.is_available():
-        found["cuda"] = _text(torch.cuda.get_rng_state())
-    tracked = get_cuda_rng_tracker().get_states()
-    found["megatron"] = {name: _text(state) for name, state in tracked.items() if isinstance(state, torch.Tensor)}
-    return found
+        states["cuda"] = _text(torch.cuda.get_rng_state())
+    for name, engine in engines.items():
+        states[name] = {generator: _text(state) for generator, state in engine.random_states().items()}
+    return states
 
 
-def set_random_states(found: Mapping[str, Any]) -> None:
-    """Back to what `random_states` saw."""
-    version, words, gauss = found["python"]
+def set_random_states(states: Mapping[str, Any], engines: Mapping[str, type[TrainEngine]]) -> None:
+    """Back to what `random_states` returned. A backend that the earlier run did not use starts with fresh states."""
+    version, words, gauss = states["python"]
     random.setstate((version, tuple(words), gauss))
-    kind, keys, *rest = found["numpy"]
+    kind, keys, *rest = states["numpy"]
     np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
-    torch.set_rng_state(_bytes(found["torch"]))
-    if "cuda" in found and torch.cuda.is_available():
-        torch.cuda.set_rng_state(_bytes(found["cuda"]))
-    tracker = get_cuda_rng_tracker()
-    tracker.set_states({**tracker.get_states(), **{name: _bytes(text) for name, text in found["megatron"].items()}})
+    torch.set_rng_state(_bytes(states["torch"]))
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(_bytes(states["cuda"]))
+    for name in engines.keys() & states.keys():
+        engines[name].set_random_states({generator: _bytes(text) for generator, text in states[name].items()})
 
 
 def _bytes(text: str) -> torch.Tensor:

@@ -44,6 +44,6 @@ def step_stats_of(
 def merged(one: StepStats, other: StepStats) -> StepStats:
     """Both ranks' together; associative."""
     names = [*one.most, *(name for name in other.most if name not in one.most)]
-    most = {name: max(found[name] for found in (one.most, other.most) if name in found) for name in names}
+    most = {name: max(most[name] for most in (one.most, other.most) if name in most) for name in names}
     syncs = one.syncs + other.syncs
     return StepStats(most, (total(syncs),) if syncs else (), one.asked or other.asked)

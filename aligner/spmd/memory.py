@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
-
-if TYPE_CHECKING:
-    from aligner.spmd.role import Role
 
 GIB = 1 << 30
 REMEDIES = (
@@ -43,8 +39,8 @@ class Meter:
         """Bytes that CUDA's allocator counts although they are unmapped: a sleeping engine's."""
 
     @contextmanager
-    def measured(self, method: str, roles: Sequence[Role]) -> Iterator[None]:
-        """Inside is a role call; it counts where this rank is a member of one of `roles`."""
+    def measured(self, method: str, member: bool) -> Iterator[None]:
+        """Around a role call; it counts where this rank is a `member` of a role that takes part."""
         self._boundary()
         self._open.append(0.0)
         try:
@@ -52,15 +48,15 @@ class Meter:
         finally:
             self._boundary()
             largest = self._open.pop()
-            if any(role.member for role in roles):
+            if member:
                 self._calls[method] = max(self._calls.get(method, 0.0), largest)
 
     def take(self) -> dict[str, float]:
         """GiB by role call since the last time, and under "peak" the largest of all, between calls too."""
         self._boundary()
-        found = {**self._calls, "peak": self._peak}
+        largest = {**self._calls, "peak": self._peak}
         self._calls, self._peak = {}, 0.0
-        return found
+        return largest
 
     def _boundary(self) -> None:
         reached = (self._of_cuda() if self._device.type == "cuda" else self._of_process()) / GIB
@@ -87,8 +83,8 @@ def resident() -> tuple[float, float]:
         status = Path("/proc/self/status").read_bytes()
     except OSError:
         return 0.0, 0.0
-    found = [1024.0 * int(status.partition(name)[2].split(None, 1)[0]) for name in (b"VmHWM:", b"VmRSS:")]
-    return found[0], found[1]
+    sizes = [1024.0 * int(status.partition(name)[2].split(None, 1)[0]) for name in (b"VmHWM:", b"VmRSS:")]
+    return sizes[0], sizes[1]
 
 
 def trim() -> None:
@@ -113,10 +109,10 @@ def explain(error: BaseException, what: str, device: torch.device, held: Iterabl
     """The error with who held what. `held`: (role.part, bytes, whether it is on the device now)."""
     here = [f"{name} {size / GIB:.2f} GiB" for name, size, resident in held if resident and size]
     out = [f"{name} {size / GIB:.2f} GiB" for name, size, resident in held if size and not resident]
-    said = f"out of memory in {what} on {device}: {' '.join(str(error).split())}\n"
-    said += f"  held here: {', '.join(here) or 'nothing by roles'}"
+    report = f"out of memory in {what} on {device}: {' '.join(str(error).split())}\n"
+    report += f"  held here: {', '.join(here) or 'nothing by roles'}"
     if out:
-        said += f"\n  moved out: {', '.join(out)}"
+        report += f"\n  moved out: {', '.join(out)}"
     if device.type == "cpu":
-        said += f"\n  resident in this process: {resident()[1] / GIB:.2f} GiB"
-    return f"{said}\n  {REMEDIES}"
+        report += f"\n  resident in this process: {resident()[1] / GIB:.2f} GiB"
+    return f"{report}\n  {REMEDIES}"

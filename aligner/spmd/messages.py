@@ -10,25 +10,47 @@ What many ranks need goes by trees: a rank sends and receives log2(ranks) messag
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from aligner.health.timeline import STEP_END
+from aligner.health.journal import Journal
+from aligner.health.timeline import STEP_END, Timeline
 from aligner.spmd.serialization import ALIGN, Bytes, frame, pack, unframe, unpack
-
-if TYPE_CHECKING:
-    from aligner.spmd.world import World
 
 T = TypeVar("T")
 INLINE = 4096 - ALIGN
 """A payload of at most so many bytes travels with its header, as one message."""
 
 
+class Channel(Protocol):
+    """The ranks that exchange messages, as one of them sees it: the `World`."""
+
+    @property
+    def rank(self) -> int:
+        """This rank."""
+        ...
+
+    @property
+    def size(self) -> int:
+        """Ranks of the world."""
+        ...
+
+    @property
+    def journal(self) -> Journal:
+        """This rank's role calls; each message carries the number and digest of the last one."""
+        ...
+
+    @property
+    def timeline(self) -> Timeline:
+        """Where the time that messages take is noted."""
+        ...
+
+
 def exchange(
-    world: World, outgoing: Mapping[int, Bytes], incoming: Sequence[int], what: str = "values"
+    world: Channel, outgoing: Mapping[int, Bytes], incoming: Sequence[int], what: str = "values"
 ) -> dict[int, Bytes]:
     """Send `outgoing[peer]`, receive one message from each rank of `incoming`."""
     peers = sorted({*outgoing, *incoming})
@@ -38,7 +60,7 @@ def exchange(
         return _exchange(world, outgoing, incoming)
 
 
-def _exchange(world: World, outgoing: Mapping[int, Bytes], incoming: Sequence[int]) -> dict[int, Bytes]:
+def _exchange(world: Channel, outgoing: Mapping[int, Bytes], incoming: Sequence[int]) -> dict[int, Bytes]:
     stamp = world.journal.stamp()
     heads = {peer: np.empty(ALIGN + INLINE, np.uint8) for peer in incoming}
     arriving: list[Any] = [dist.irecv(torch.from_numpy(head), peer) for peer, head in heads.items()]
@@ -70,7 +92,7 @@ def _exchange(world: World, outgoing: Mapping[int, Bytes], incoming: Sequence[in
     return bodies
 
 
-def broadcast(world: World, value: Any, holders: Sequence[int], readers: Sequence[int]) -> Any:
+def broadcast(world: Channel, value: Any, holders: Sequence[int], readers: Sequence[int]) -> Any:
     """`value` of the holders on each of `readers`: whoever has it passes it on, so that each round doubles them.
 
     Every rank of the world calls it, with the same holders and readers.
@@ -83,19 +105,19 @@ def broadcast(world: World, value: Any, holders: Sequence[int], readers: Sequenc
     lack = [rank for rank in readers if rank not in holding]
     message = None
     while lack:
-        told, lack = lack[: len(have)], lack[len(have) :]
-        for source, to in zip(have, told, strict=False):
+        next_ones, lack = lack[: len(have)], lack[len(have) :]
+        for source, to in zip(have, next_ones, strict=False):
             if world.rank == source:
                 message = pack(value) if message is None else message
                 exchange(world, {to: message}, ())
             elif world.rank == to:
                 message = exchange(world, {}, (source,))[source]
                 value = unpack(message)
-        have += told
+        have += next_ones
     return value
 
 
-def all_gather(world: World, value: Any, ranks: Sequence[int]) -> list[Any]:
+def all_gather(world: Channel, value: Any, ranks: Sequence[int]) -> list[Any]:
     """Each rank's value on all of `ranks`, in their order; a collective of `ranks`, which hold the caller.
 
     In round k a rank passes all that it has to the rank 2^k before it (Bruck et al. 1997): log2(ranks) messages, and
@@ -109,19 +131,19 @@ def all_gather(world: World, value: Any, ranks: Sequence[int]) -> list[Any]:
         got = exchange(world, {to: frame(blocks[: size - reach])}, (source,))
         blocks += unframe(got[source])
     made: dict[bytes, Any] = {}  # ranks often say the same
-    found = [value]
+    values = [value]
     for block in blocks[1:]:
         key = block.tobytes() if block.size <= INLINE else b""
         if key in made:
-            found.append(made[key])
+            values.append(made[key])
             continue
-        found.append(unpack(block))
+        values.append(unpack(block))
         if key:
-            made[key] = found[-1]
-    return [found[(i - place) % size] for i in range(size)]
+            made[key] = values[-1]
+    return [values[(i - place) % size] for i in range(size)]
 
 
-def reduce_to_rank0(world: World, value: T, merge: Callable[[T, T], T]) -> T | None:
+def reduce_to_rank0(world: Channel, value: T, merge: Callable[[T, T], T]) -> T | None:
     """Every rank's value merged on rank 0, in rank order, up a binomial tree; None elsewhere.
 
     Args:

@@ -4,38 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
-from aligner.spmd.cost import TOKENS, Cost
-from aligner.spmd.partition import Shares, partition
-
-if TYPE_CHECKING:
-    from aligner.spmd.role import Role
-
-
-@dataclass
-class Rows:
-    """The rows of one batch: every value computed from it lines up by global row number.
-
-    `known` is kept equal on all ranks (each sees every role call), so both ends of a transfer agree on who still
-    has to be told the lengths.
-    """
-
-    group_size: int
-    """Rows of one prompt."""
-    known: set[int]
-    """World ranks that hold `lengths`."""
-    lengths: list[int] | None = None
-    """Tokens of each row, in global order; None on ranks that have not needed it."""
-    _shares: dict[tuple[int, int, Cost], Shares] = field(default_factory=dict, repr=False)
-
-    def shares(self, shards: int, minibatches: int = 1, cost: Cost = TOKENS) -> Shares:
-        """The partition of these rows, computed once; needs the lengths."""
-        key = (shards, minibatches, cost)
-        if key not in self._shares:
-            assert self.lengths is not None, "a rank that has not learned the lengths asks for the partition"
-            self._shares[key] = partition(self.lengths, shards, self.group_size, minibatches, cost)
-        return self._shares[key]
+from aligner.spmd.partition import Shares
+from aligner.spmd.rows import Rows
+from aligner.spmd.transfer import Home, read_everywhere
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,7 +18,7 @@ class Ref:
     `ref.gather()` brings the value to every rank; `ref["field"]` is a Ref to one field of a dataclass or dict.
     """
 
-    home: Role
+    home: Home
     value: Any = field(default=None, repr=False)
     """This rank's shard on home ranks, None elsewhere."""
     rows: Rows | None = None
@@ -74,15 +47,13 @@ class Ref:
         if name not in self._fields:
             value = _field(self.value, name) if self.home.member else None
             self._fields[name] = replace(self, value=value, kept={}, _fields={})
-        found = self._fields[name]
+        field_ref = self._fields[name]
         for key, (value, rows) in self.kept.items():
-            found.kept.setdefault(key, (_field(value, name), rows))
-        return found
+            field_ref.kept.setdefault(key, (_field(value, name), rows))
+        return field_ref
 
     def gather(self) -> Any:
         """The whole value, rows in global order, on every rank. A collective: every rank must call it."""
-        from aligner.spmd.transfer import read_everywhere
-
         return read_everywhere(self)
 
     def _refusal(self, what: str) -> TypeError:
@@ -108,7 +79,7 @@ class Ref:
     def __torch_function__(
         cls, function: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> NoReturn:
-        ref = next(found for found in _refs_in((args, kwargs or {})))
+        ref = next(ref for ref in _refs_in((args, kwargs or {})))
         name = getattr(function, "__name__", str(function))
         raise TypeError(ref._no_tensor(f"torch.{name}()" if not name.startswith("_") else f"{name}()"))
 

@@ -9,16 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import torch
 
 from aligner.spmd.memory import Meter, OutOfMemory, explain, is_out_of_memory, trim
+from aligner.spmd.mesh import Mesh
 from aligner.spmd.residency_config import ResidencyConfig
-
-if TYPE_CHECKING:
-    from aligner.spmd.mesh import Mesh
-    from aligner.spmd.role import Role
 
 Key = tuple[str, str]
 """(role, part)."""
@@ -43,6 +40,35 @@ class Part(Protocol):
         """Come back; called where not `resident`."""
 
 
+class Holder(Protocol):
+    """What is asked of a role around its calls."""
+
+    @property
+    def name(self) -> str:
+        """Of the role."""
+        ...
+
+    @property
+    def mesh(self) -> Mesh:
+        """Its ranks."""
+        ...
+
+    @property
+    def member(self) -> bool:
+        """Whether this rank is one of them."""
+        ...
+
+    @property
+    def needs(self) -> Mapping[str, Sequence[str]]:
+        """Method -> the parts that must be on the device; a method without an entry needs all."""
+        ...
+
+    @property
+    def reads(self) -> frozenset[str]:
+        """Methods that change nothing, so that copies on the host stay good."""
+        ...
+
+
 @dataclass(frozen=True)
 class Kind:
     """What every rank knows of a part, member or not."""
@@ -54,7 +80,9 @@ class Kind:
 
 
 @dataclass
-class _Holder:
+class _Holding:
+    """What one role holds, and where."""
+
     ranks: frozenset[int]
     kinds: dict[str, Kind] = field(default_factory=dict)
     parts: dict[str, Part] = field(default_factory=dict)
@@ -72,7 +100,7 @@ class Residency:
         self.meter = Meter(device)
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         """Copies to and from the host run here, beside the computation."""
-        self._roles: dict[str, _Holder] = {}
+        self._roles: dict[str, _Holding] = {}
         self._out: set[Key] = set()
         self._open: list[frozenset[Key]] = []
         self._past: tuple[str, ...] = ("", "")
@@ -95,7 +123,7 @@ class Residency:
             on_lost: called on every rank, member or not, when a part whose contents are lost has left.
         """
         self._out -= {key for key in self._out if key[0] == role}
-        self._roles[role] = _Holder(frozenset(mesh.ranks), dict(kinds), dict(parts or {}), on_lost=on_lost)
+        self._roles[role] = _Holding(frozenset(mesh.ranks), dict(kinds), dict(parts or {}), on_lost=on_lost)
 
     def before_evict(self, role: str, hook: Callable[[], None]) -> None:
         """Call `hook` before any part of this role leaves."""
@@ -120,7 +148,7 @@ class Residency:
                 torch.cuda.empty_cache()
 
     @contextmanager
-    def call(self, roles: Sequence[Role], method: str, on_host: bool = False) -> Iterator[None]:
+    def call(self, roles: Sequence[Holder], method: str, on_host: bool = False) -> Iterator[None]:
         """Around a role call: what it needs is there, its memory is measured, running out of it is explained.
 
         Args:
@@ -129,7 +157,10 @@ class Residency:
         """
         what = f"{roles[0].name}.{method}"
         try:
-            with self._needed(what, () if on_host else roles, method), self.meter.measured(method, roles):
+            with (
+                self._needed(what, () if on_host else roles, method),
+                self.meter.measured(method, any(role.member for role in roles)),
+            ):
                 yield
         except Exception as error:
             if not is_out_of_memory(error):
@@ -137,7 +168,7 @@ class Residency:
             raise OutOfMemory(explain(error, what, self.device, self._held())) from error
 
     @contextmanager
-    def _needed(self, what: str, roles: Sequence[Role], method: str) -> Iterator[None]:
+    def _needed(self, what: str, roles: Sequence[Holder], method: str) -> Iterator[None]:
         needed = frozenset((role.name, part) for role in roles for part in self._needs(role, method))
         if not needed or self.config.mode == "off":
             yield
@@ -159,7 +190,7 @@ class Residency:
         if not self._open:
             self._prefetch()
 
-    def _needs(self, role: Role, method: str) -> Sequence[str]:
+    def _needs(self, role: Holder, method: str) -> Sequence[str]:
         """A call that the role's table does not name needs everything: it may touch what it likes."""
         holder = self._roles.get(role.name)
         return role.needs.get(method, tuple(holder.kinds) if holder else ())

@@ -12,7 +12,8 @@ from aligner.data.samples import Samples
 from aligner.spmd import batch_ops as columns
 from aligner.spmd.cost import TOKENS, Cost
 from aligner.spmd.mesh import Mesh
-from aligner.spmd.ref import Ref, Rows
+from aligner.spmd.ref import Ref
+from aligner.spmd.rows import Rows
 from aligner.spmd.transfer import learn_lengths, read
 from aligner.spmd.world import World
 

@@ -4,23 +4,83 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from aligner.health.timeline import STEP_END, TRANSFER
 from aligner.spmd import batch_ops as columns
 from aligner.spmd.cost import TOKENS, Cost
-from aligner.spmd.messages import all_gather, broadcast, exchange, reduce_to_rank0
+from aligner.spmd.mesh import Mesh
+from aligner.spmd.messages import Channel, all_gather, broadcast, exchange, reduce_to_rank0
 from aligner.spmd.partition import Shares
-from aligner.spmd.ref import Ref, Rows
+from aligner.spmd.rows import Rows
 from aligner.spmd.serialization import pack, unpack
-
-if TYPE_CHECKING:
-    from aligner.spmd.role import Role
-    from aligner.spmd.world import World
 
 T = TypeVar("T")
 Moves = dict[int, list[int]]
 """Peer -> global rows, ascending. The rank itself: rows that it has already."""
+
+
+class Home(Protocol):
+    """What a transfer asks of the role that holds, or reads, a value."""
+
+    @property
+    def name(self) -> str:
+        """Of the role, for reports."""
+        ...
+
+    @property
+    def world(self) -> Channel:
+        """Every rank of the job."""
+        ...
+
+    @property
+    def mesh(self) -> Mesh:
+        """The role's ranks."""
+        ...
+
+    @property
+    def cost(self) -> Cost:
+        """What a row costs the role: its rows are shared out by it."""
+        ...
+
+    @property
+    def member(self) -> bool:
+        """Whether this rank is one of the role's."""
+        ...
+
+    @property
+    def shard(self) -> int | None:
+        """This rank's data-parallel shard; None on ranks outside the role."""
+        ...
+
+
+class Held(Protocol):
+    """A value with a home (`Ref`), as a transfer sees it."""
+
+    @property
+    def home(self) -> Home:
+        """Who holds it."""
+        ...
+
+    @property
+    def value(self) -> Any:
+        """This rank's shard on home ranks, None elsewhere."""
+        ...
+
+    @property
+    def rows(self) -> Rows | None:
+        """Its rows; None: it is not row-wise, and every home rank holds all of it."""
+        ...
+
+    @property
+    def shares(self) -> Shares:
+        """Global row numbers of each home shard."""
+        ...
+
+    @property
+    def kept(self) -> dict[Any, tuple[Any, tuple[int, ...]]]:
+        """What roles have read of it."""
+        ...
 
 
 @lru_cache(maxsize=64)
@@ -80,7 +140,7 @@ def _turns(target_ranks: Sequence[Sequence[int]]) -> dict[int, int]:
     return {reader: turn for turn, reader in enumerate(readers)}
 
 
-def learn_lengths(world: World, rows: Rows, readers: Sequence[int]) -> None:
+def learn_lengths(world: Channel, rows: Rows, readers: Sequence[int]) -> None:
     """Bring `rows.lengths` to every reader that has not got it. Every rank of the world calls it."""
     lack = [rank for rank in readers if rank not in rows.known]
     if lack:
@@ -90,7 +150,7 @@ def learn_lengths(world: World, rows: Rows, readers: Sequence[int]) -> None:
 
 
 def read_rows(
-    ref: Ref, readers: Sequence[Sequence[int]], minibatches: int = 1, cost: Cost = TOKENS
+    ref: Held, readers: Sequence[Sequence[int]], minibatches: int = 1, cost: Cost = TOKENS
 ) -> tuple[Any, tuple[int, ...]]:
     """This rank's rows of `ref` under the partition over `readers` (ranks of each reading shard).
 
@@ -133,7 +193,7 @@ def _in_order(parts: Sequence[Any], order: Sequence[int]) -> Any:
     return value if back == list(range(len(order))) else columns.take(value, back)
 
 
-def read(ref: Ref, reader: Role, minibatches: int = 1) -> tuple[Any, tuple[int, ...]]:
+def read(ref: Held, reader: Home, minibatches: int = 1) -> tuple[Any, tuple[int, ...]]:
     """`ref` as `reader` needs it on this rank: (value, global rows). What was read once is kept with the Ref."""
     key, world = (reader.mesh.shards, minibatches, reader.cost), ref.home.world
     if key not in ref.kept:
@@ -145,22 +205,22 @@ def read(ref: Ref, reader: Role, minibatches: int = 1) -> tuple[Any, tuple[int, 
     return ref.kept[key]
 
 
-def read_everywhere(ref: Ref) -> Any:
+def read_everywhere(ref: Held) -> Any:
     """The whole value on every rank of the world."""
     home, world = ref.home, ref.home.world
     world.journal.enter(f"get() of a value from {home.name}")
     with world.timeline.span("call", TRANSFER):
         if ref.rows is None:
             return broadcast(world, ref.value, home.mesh.ranks, range(world.size))
-        return _whole([part for part in all_gather(world, _told(ref), range(world.size)) if part is not None])
+        return _whole([part for part in all_gather(world, _own_part(ref), range(world.size)) if part is not None])
 
 
 Part = tuple[tuple[int, ...], int, Any]
 """A shard's global rows, the length of the longest, and its value."""
 
 
-def _told(ref: Ref, limit: int | None = None) -> Part | None:
-    """What this rank tells of a row-wise value: its shard's rows (below `limit`), if it is the shard's first rank."""
+def _own_part(ref: Held, limit: int | None = None) -> Part | None:
+    """This rank's contribution of a row-wise value: its shard's rows (below `limit`), if it is the shard's first rank."""
     home = ref.home
     shard = home.shard
     if shard is None or home.mesh.shards[shard][0] != home.world.rank:
@@ -180,7 +240,7 @@ def _whole(parts: Sequence[Part]) -> Any:
 
 
 def read_at_first(
-    world: World, refs: Mapping[str, Ref], more: T, merge: Callable[[T, T], T], limit: int | None = None
+    world: Channel, refs: Mapping[str, Held], more: T, merge: Callable[[T, T], T], limit: int | None = None
 ) -> tuple[dict[str, Any], T] | None:
     """Several values, and something of every rank, on rank 0, in one message up a tree; None on other ranks.
 
@@ -193,16 +253,17 @@ def read_at_first(
     parts: dict[str, list[Any]] = {name: [] for name in refs}
     for name, ref in refs.items():
         if ref.rows is not None:
-            told = _told(ref, limit)
-            parts[name] = [] if told is None else [told]
+            part = _own_part(ref, limit)
+            parts[name] = [] if part is None else [part]
         elif ref.home.mesh.ranks[0] == world.rank:
             parts[name] = [ref.value]
 
     def both(one: tuple[dict[str, list[Any]], T], other: tuple[dict[str, list[Any]], T]) -> Any:
-        return {name: [*found, *other[0][name]] for name, found in one[0].items()}, merge(one[1], other[1])
+        return {name: [*lower, *other[0][name]] for name, lower in one[0].items()}, merge(one[1], other[1])
 
     with world.timeline.span("call", STEP_END):
-        found = reduce_to_rank0(world, (parts, more), both)
-        if found is None:
+        collected = reduce_to_rank0(world, (parts, more), both)
+        if collected is None:
             return None
-        return {n: told[0] if refs[n].rows is None else _whole(told) for n, told in found[0].items()}, found[1]
+        values, merged = collected
+        return {n: of[0] if refs[n].rows is None else _whole(of) for n, of in values.items()}, merged

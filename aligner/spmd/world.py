@@ -14,7 +14,7 @@ import torch.distributed as dist
 from aligner.health.activity import Activity
 from aligner.health.config import HangConfig
 from aligner.health.journal import Journal
-from aligner.health.process_exit import end
+from aligner.health.process_exit import exit_process
 from aligner.health.store import agree_on_attempt, own_store
 from aligner.health.timeline import Timeline
 from aligner.health.watch import Watch
@@ -94,7 +94,7 @@ class World:
             dist.barrier()
         self.watch.stop()
         dist.destroy_process_group()
-        end(0)
+        exit_process(0)
 
     def fail(self, error: BaseException) -> NoReturn:
         """End with an error: write the fault report, exit with status 1.
@@ -102,7 +102,7 @@ class World:
         A ValueError is a user error and is shown without a traceback.
         """
         self.watch.fail(error, describe(error))
-        end(1)
+        exit_process(1)
 
 
 def describe(error: BaseException) -> str:

@@ -1,5 +1,6 @@
-"""Update: every model on Megatron-core: the policy, the frozen reference, the critic, the reward model.
+"""Training: models on a training backend, as roles. Policy, frozen reference, critic, reward model.
 
-In: `Samples` and row-wise fields (advantages, reference log-probabilities). Out: log-probabilities, values, scores; new
-weights, metrics; weights as regions for `reshard/`. Megatron's globals and CPU mending stay behind `megatron/cpu.py`.
+In: `Samples` and row-wise fields (advantages, reference log-probabilities). Out: log-probabilities, values, scores; optimizer
+steps and their metrics; weights as regions of checkpoint tensors. Roles, the update, packing, losses and checkpoints are
+written against `engine.TrainEngine`; `megatron/` implements it, and `engines.py` is the table of backends.
 """

@@ -1,4 +1,4 @@
-"""Settings of the models on Megatron: precision, optimizer, schedule, microbatches, recompute."""
+"""Settings of models on a training backend: the backend, precision, optimizer, schedule, microbatches, recompute."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Annotated
 
 from aligner.bounds import AtLeast, Between, LessThan, OneOf
+from aligner.trainer.engines import BACKENDS
 
 
 @dataclass(frozen=True)
@@ -33,13 +34,15 @@ class OptimizerConfig:
     clip_grad: Annotated[float, AtLeast(0)] = 1.0
     """Global gradient norm above which gradients are scaled down; 0 turns clipping off."""
     distributed: bool = True
-    """Shard optimizer state over the data-parallel ranks (Megatron's distributed optimizer)."""
+    """Shard optimizer state over the data-parallel ranks (ZeRO-1; Megatron's distributed optimizer)."""
 
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """A model on Megatron and how a batch passes through it."""
+    """A model on a training backend and how a batch passes through it."""
 
+    engine: Annotated[str, OneOf(*BACKENDS)] = "megatron"
+    """Training backend: megatron (Megatron-core)."""
     dtype: Annotated[str, OneOf("float32", "bfloat16")] = "float32"
     """Parameters and activations: float32 or bfloat16 (bfloat16 keeps float32 gradients and master weights, which start from
     the digits that the checkpoint has, not from those rounded to bfloat16)."""
@@ -71,6 +74,8 @@ class PolicyConfig(TrainingConfig):
 class ReferenceConfig:
     """The frozen copy of the starting model; what is null is as the policy's."""
 
+    engine: Annotated[str | None, OneOf(*BACKENDS)] = None
+    """Training backend: megatron (Megatron-core). null: policy.engine."""
     dtype: Annotated[str | None, OneOf("float32", "bfloat16")] = None
     """Parameters and activations: float32 or bfloat16. Another one than the policy's rounds otherwise, so that the KL
     to the reference does not start at 0. null: policy.dtype."""
@@ -81,6 +86,7 @@ class ReferenceConfig:
         """The reference's settings: the policy's, but for what is said here."""
         return replace(
             policy,
+            engine=self.engine or policy.engine,
             dtype=self.dtype or policy.dtype,
             forward_micro_tokens=self.micro_tokens or policy.forward_micro_tokens,
         )

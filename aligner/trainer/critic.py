@@ -17,7 +17,7 @@ class Critic(TrainableRole):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if self.member:
-            self.optimizer  # noqa: B018 - its memory is taken now, not at the first update
+            self.make_optimizer()  # its memory is taken now, not at the first update
 
     def readout(self) -> Values:
         """The head's output at the token before."""

@@ -1,4 +1,4 @@
-"""From a loss's own form to its mean over the global batch, so that microbatches and data shards simply add up."""
+"""The mean of a loss over the global batch, as parts that microbatches and data shards add up to."""
 
 from __future__ import annotations
 

@@ -1,14 +1,14 @@
-"""What every role on Megatron-core shares: a model built and loaded over its ranks, run over a batch, and exported."""
+"""`ModelRole`: a model on a training backend, loaded over its ranks, run over a batch, and exported."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import ClassVar
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from aligner.data.samples import Samples
@@ -19,23 +19,18 @@ from aligner.reshard.weights import RemoteWeights, ShardedWeights
 from aligner.spmd import batch_ops as columns
 from aligner.spmd.mesh import Mesh
 from aligner.spmd.ref import Ref
-from aligner.spmd.residency import Kind, Part
+from aligner.spmd.residency import Kind
 from aligner.spmd.role import Role
 from aligner.spmd.world import World
-from aligner.trainer import offload
 from aligner.trainer.config import TrainingConfig
-from aligner.trainer.megatron import cpu as cpu_megatron
-from aligner.trainer.megatron.groups import make_groups, prepare_megatron
-from aligner.trainer.megatron.layout import MegatronLayout
-from aligner.trainer.megatron.model import build_model
-from aligner.trainer.megatron.pipeline import Pipeline
-from aligner.trainer.megatron.weights import MegatronWeights
-from aligner.trainer.packing import Packed, even_microbatches, microbatches, pack
+from aligner.trainer.engine import TrainEngine
+from aligner.trainer.engines import backend
+from aligner.trainer.packing import Packed, even_microbatches, microbatches
 from aligner.trainer.readout import Readout
 
 
-class ModelRole(Role):
-    """A model on Megatron-core whose last stage makes of a batch what `readout` says."""
+class ModelRole(Role, ABC):
+    """A model of `config.engine` whose `readout` of a batch is a role call: log-probabilities, values or scores."""
 
     needs: ClassVar[Mapping[str, Sequence[str]]] = dict.fromkeys(
         ("logprobs", "values", "scores", "save_checkpoint", "reshard_to"), ("weights",)
@@ -53,36 +48,42 @@ class ModelRole(Role):
         *,
         sequence_parallel: bool = False,
     ) -> None:
+        """Build and load the model; collective over the world.
+
+        Args:
+            sequence_parallel: split activations along the sequence between tensor-parallel ranks.
+
+        Raises:
+            ValueError: the training backend cannot run the model, or a file of its folder is missing or broken.
+        """
         super().__init__(name, world, mesh, row_cost(spec))
-        cpu_megatron.install()
-        prepare_megatron()
         self.spec, self.config = spec, config
-        self.multiple_of = mesh.tensor if sequence_parallel else 1
-        groups = make_groups(world, mesh)
+        self.engine_type = backend(config.engine).engine_type()
         world.residency.make_room(name, mesh)
-        world.residency.register(name, mesh, self.kinds, self.parts() if groups else None)
-        if groups is None:
-            return
-        self.groups = groups
-        self.model = build_model(
-            spec, mesh, world.rank, groups, world.device, config.dtype, sequence_parallel, config.recompute
+        self._engine = self.engine_type.build(
+            world, mesh, spec, config, self.readout(), sequence_parallel=sequence_parallel
         )
-        self.bytes_read = read_into(spec, self.model.layout, self.model.view)
-        self.pipeline = Pipeline(self.model, groups, self.readout(), world.activity.tick)
+        parts = self._engine.parts() if self._engine else {}
+        world.residency.register(name, mesh, self.kinds, {kind: parts[kind] for kind in self.kinds if kind in parts})
+        if self._engine:
+            self.bytes_read = read_into(spec, self.weights.pieces(), self.weights.view)
+
+    @property
+    def engine(self) -> TrainEngine:
+        """The model itself; on the role's ranks only."""
+        assert self._engine is not None, f"rank {self.world.rank} is not one of {self.name}'s"
+        return self._engine
 
     @cached_property
     def weights(self) -> ShardedWeights:
         """The model's weights as the source of a weight sync or an export; on every rank of the world."""
-        layout = MegatronLayout(self.spec, self.mesh, self.config.dtype)
-        return MegatronWeights(layout, self.model) if self.member else RemoteWeights(layout)
+        if self._engine is not None:
+            return self._engine.weights
+        return RemoteWeights(backend(self.config.engine).layout(self.spec, self.mesh, self.config.dtype))
 
-    def parts(self) -> dict[str, Part]:
-        """What this rank holds; asked before the model is built, and nothing is moved before it is."""
-        return {"weights": offload.Offloaded(lambda: offload.weights(self.model), self.world.residency.stream)}
-
+    @abstractmethod
     def readout(self) -> Readout:
         """What this kind of role makes of its head's output."""
-        raise NotImplementedError
 
     def forward(self, samples: Samples) -> Tensor:
         """The readout of this shard's rows, on every rank that holds them: [B] or [B, T] float32, on the host.
@@ -90,52 +91,41 @@ class ModelRole(Role):
         [B, T] is 0 at each row's first token and beyond its last; the caller applies the mask.
         """
         batches = self.microbatches(samples, self.config.forward_micro_tokens or self.config.micro_tokens)
-        self.model.train(False)
-        out = torch.zeros(samples.tokens_BT.shape[: self.pipeline.readout.dims], device=self.world.device)
-        found = self.pipeline.forward(self.packed(samples, batches))
-        for rows, part in zip(batches, found, strict=False):
+        results = self.engine.forward(self.packed(samples, batches))
+        out = torch.zeros(samples.tokens_BT.shape[: results[0].dim()], device=self.world.device)
+        for rows, result in zip(batches, results, strict=True):
             if rows:
-                (out if part.dim() == 1 else out[:, : part.shape[1]])[torch.tensor(rows)] = part
-        if self.mesh.pipeline > 1:
-            dist.broadcast(out, dist.get_global_rank(self.groups.pp, self.mesh.last_stage), group=self.groups.pp)
+                (out if result.dim() == 1 else out[:, : result.shape[1]])[torch.tensor(rows)] = result
         return out.cpu()
 
     def microbatches(self, samples: Samples, budget: int, together: int = 1) -> list[list[int]]:
-        """This shard's rows of each microbatch; empty ones weigh nothing, and are there for the others' collectives.
+        """This shard's rows of each microbatch; as many microbatches, and as even, as the engine needs.
 
-        Data shards that exchange tokens with each other's experts have equally many, and pipelines microbatches of
-        nearly equal cost.
+        Empty ones weigh nothing, and are there for the collectives of others.
+
+        Args:
+            budget: tokens of one microbatch, at most (a longer row is one of its own).
+            together: groups of this many consecutive rows are never split.
         """
         lengths = samples.length_B.tolist()
-        found = microbatches(lengths, budget, together) or [[]]
-        if self.mesh.expert == 1 and self.mesh.pipeline == 1:
-            return found
-        count = len(found)
-        if self.mesh.expert > 1:
-            most = torch.tensor(count)
-            dist.all_reduce(most, op=dist.ReduceOp.MAX, group=self.groups.dp)
-            count = int(most)
-        if self.mesh.virtual_pipeline > 1:  # its schedule works in groups of as many microbatches as stages
-            count += -count % self.mesh.pipeline
-        return even_microbatches(lengths, budget, together, count, self.cost)
+        packed = microbatches(lengths, budget, together) or [[]]
+        count = self.engine.microbatch_count(len(packed))
+        return packed if count is None else even_microbatches(lengths, budget, together, count, self.cost)
 
     def packed(self, samples: Samples, batches: list[list[int]]) -> list[Packed]:
-        """These microbatches as the model sees them."""
-        nothing = self._cut(torch.zeros(1, 2, dtype=torch.long), torch.tensor([2]))
+        """These microbatches as the engine runs them."""
+        nothing = self.engine.pack(torch.zeros(1, 2, dtype=torch.long), torch.tensor([2]))
         return [self._pack(samples, rows) if rows else nothing for rows in batches]
 
     def _pack(self, samples: Samples, rows: list[int]) -> Packed:
         part = columns.take(samples, rows)
-        return self._cut(part.tokens_BT[:, : int(part.length_B.max())], part.length_B)
-
-    def _cut(self, tokens_BT: Tensor, length_B: Tensor) -> Packed:
-        context = self.mesh.coordinates(self.world.rank)["context"]
-        return pack(tokens_BT, length_B, self.multiple_of, self.world.device, self.mesh.context, context)
+        return self.engine.pack(part.tokens_BT[:, : int(part.length_B.max())], part.length_B)
 
     def save_checkpoint(self, folder: str | Path, dtype: str | None = None, run: str | None = None) -> None:
         """Write a Hugging Face checkpoint (config, safetensors, tokenizer) from the ranks that hold the weights.
 
         Args:
+            dtype: of the written weights; None: `config.dtype`.
             run: whose the folder is (see `export_checkpoint`); None: no run's.
         """
         with self.call("save_checkpoint"):

@@ -39,8 +39,8 @@ OF_SAMPLES = (
 
 
 @dataclass(frozen=True)
-class Seen:
-    """What one microbatch gave: the rows it had, what the model read out and the loss, [rows, T] or [rows]."""
+class MicrobatchOutput:
+    """One microbatch: its rows, its readout and its loss before the reduction, each [rows, T] or [rows]."""
 
     rows: Sequence[int]
     readout: Tensor
@@ -48,8 +48,8 @@ class Seen:
 
 
 def begin_offending(folder: Path) -> None:
-    """Make the folder, without another run's rows; one rank calls it before others save. Failing is only said."""
-    with _said(folder):
+    """Make the folder, without another run's rows; one rank calls it before others save. A failure goes to stderr only."""
+    with _errors_on_stderr(folder):
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         (folder.parent / "README.md").write_text(README, encoding="utf-8")
@@ -60,23 +60,23 @@ def save_offending(
     rank: int,
     samples: Samples,
     fields: Mapping[str, Any],
-    seen: Sequence[Seen],
+    outputs: Sequence[MicrobatchOutput],
     about: Mapping[str, Any],
     model: str | Path,
 ) -> None:
-    """Write this shard's rows as `folder`/rank_R.safetensors and .json. Failing (a full disk) is only said.
+    """Write this shard's rows as `folder`/rank_R.safetensors and .json. A failure (a full disk) goes to stderr only.
 
     Args:
         fields: what the loss was given by name; tensors of as many rows as `samples`, or plain values.
         about: what happened, for the JSON.
         model: the folder whose tokenizer shows the rows as text.
     """
-    with _said(folder):
-        _save(folder, rank, samples, fields, seen, about, _texts(samples, model))
+    with _errors_on_stderr(folder):
+        _save(folder, rank, samples, fields, outputs, about, _texts(samples, model))
 
 
 @contextlib.contextmanager
-def _said(folder: Path) -> Iterator[None]:
+def _errors_on_stderr(folder: Path) -> Iterator[None]:
     """The job is ending for another reason, which must be heard."""
     try:
         yield
@@ -98,7 +98,7 @@ def _save(
     rank: int,
     samples: Samples,
     fields: Mapping[str, Any],
-    seen: Sequence[Seen],
+    outputs: Sequence[MicrobatchOutput],
     about: Mapping[str, Any],
     texts: Sequence[str] | None,
 ) -> None:
@@ -106,19 +106,19 @@ def _save(
     by_row = {name: value for name, value in fields.items() if isinstance(value, Tensor) and value.dim()}
     tensors |= {f"field.{name}": value for name, value in by_row.items()}
     for name in ("readout", "loss"):
-        whole = _whole([(one.rows, getattr(one, name)) for one in seen], samples.tokens_BT.shape)
+        whole = _whole([(one.rows, getattr(one, name)) for one in outputs], samples.tokens_BT.shape)
         if whole is not None:
             tensors[name] = whole
     held = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     save_file(held, folder / f"rank_{rank}.safetensors")
     bad = {name: int((~value.isfinite()).sum()) for name, value in tensors.items() if value.is_floating_point()}
-    told = {
+    report = {
         **about,
         "not_finite": {name: count for name, count in bad.items() if count},
         "plain_fields": {name: value for name, value in fields.items() if name not in by_row},
         "rows": [_row(samples, row, tensors.get("loss"), texts) for row in range(samples.rows)],
     }
-    text = json.dumps(_plain(told), indent=1, ensure_ascii=False, allow_nan=False, default=str)
+    text = json.dumps(_strict(report), indent=1, ensure_ascii=False, allow_nan=False, default=str)
     (folder / f"rank_{rank}.json").write_text(text + "\n", encoding="utf-8")
 
 
@@ -133,11 +133,11 @@ def load_offending(folder: str | Path) -> tuple[Samples, dict[str, Any]]:
         raise ValueError(f"{folder} holds no rank_*.safetensors; give a folder such as run_dir/offending/step_12.")
     parts, given, plain = [], [], dict[str, Any]()
     for file in files:
-        tensors, told = load_file(file), json.loads(file.with_suffix(".json").read_text(encoding="utf-8"))
-        rows = [row["fields"] for row in told["rows"]]
+        tensors, report = load_file(file), json.loads(file.with_suffix(".json").read_text(encoding="utf-8"))
+        rows = [row["fields"] for row in report["rows"]]
         parts.append(Samples(**{name: tensors.get(name) for name in OF_SAMPLES}, fields=rows))  # type: ignore[arg-type]
         given.append({n.removeprefix("field."): value for n, value in tensors.items() if n.startswith("field.")})
-        plain |= told["plain_fields"]
+        plain |= report["plain_fields"]
     return columns.join(parts), {**plain, **columns.join(given)}
 
 
@@ -155,7 +155,7 @@ def _whole(parts: Sequence[tuple[Sequence[int], Tensor]], shape: torch.Size) -> 
 
 def _row(samples: Samples, row: int, loss: Tensor | None, texts: Sequence[str] | None) -> dict[str, Any]:
     mask_T = samples.mask_BT[row]
-    found: dict[str, Any] = {
+    shown: dict[str, Any] = {
         "prompt_index": int(samples.prompt_index_B[row]),
         "tokens": int(samples.length_B[row]),
         "prompt_tokens": int(samples.prompt_len_B[row]),
@@ -163,18 +163,18 @@ def _row(samples: Samples, row: int, loss: Tensor | None, texts: Sequence[str] |
         "fields": samples.fields[row],
     }
     if loss is not None:
-        found["mean_loss"] = float(loss[row] if loss.dim() == 1 else loss[row][mask_T].mean())
+        shown["mean_loss"] = float(loss[row] if loss.dim() == 1 else loss[row][mask_T].mean())
     if texts is not None:
-        found["text"] = texts[row]
-    return found
+        shown["text"] = texts[row]
+    return shown
 
 
-def _plain(value: Any) -> Any:
+def _strict(value: Any) -> Any:
     """What strict JSON cannot hold, as text."""
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     if isinstance(value, Tensor):
-        return _plain(value.tolist())
+        return _strict(value.tolist())
     if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+        return {str(key): _strict(item) for key, item in value.items()}
+    return [_strict(item) for item in value] if isinstance(value, list | tuple) else value

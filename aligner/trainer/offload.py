@@ -1,17 +1,13 @@
-"""Parts of a model on Megatron that leave the device and come back under the same tensors: aliases stay valid."""
+"""Parts of a model that leave the device and come back under the same tensors, so that aliases stay valid: `Part`s of residency."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from aligner.trainer.megatron.model import ShardedModel
-    from aligner.trainer.megatron.optimizer import Optimizer
 
 BUCKET_BYTES = 256 << 20
 """Host memory is taken in blocks of this size: CUDA's pinned allocator rounds up to a power of two."""
@@ -104,8 +100,9 @@ class Scratch:
 
     def bytes(self) -> int:
         """Its size on the device while it is there."""
-        found = storages(self._tensors())
-        return sum(s.nbytes() for s in found) if self.resident else sum(size for _, size in self._freed)
+        if not self.resident:
+            return sum(size for _, size in self._freed)
+        return sum(storage.nbytes() for storage in storages(self._tensors()))
 
     def changed(self) -> None:
         """Nothing to keep."""
@@ -125,38 +122,9 @@ class Scratch:
         self.resident = True
 
 
-def weights(model: ShardedModel) -> list[Tensor]:
-    """Every parameter of the model."""
-    return [parameter.data for parameter in model.parameters.values()]
-
-
-def gradients(optimizer: Optimizer | None) -> list[Tensor]:
-    """Megatron's gradient buffers; none before there is an optimizer."""
-    chunks: Sequence[Any] = optimizer.chunks if optimizer else ()
-    return [buffer.grad_data for chunk in chunks for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)]
-
-
-def optimizer_state(optimizer: Optimizer | None, model: ShardedModel) -> list[Tensor]:
-    """Masters and moments as far as there are any yet; fp32 parameters are their own masters, and no part of this."""
-    if optimizer is None:
-        return []
-    of_model = {storage._cdata for storage in storages([*weights(model), *gradients(optimizer)])}
-    inner: Any = optimizer.inner
-    found: list[Tensor] = []
-    for one in getattr(inner, "chained_optimizers", [inner]):
-        if one.optimizer is not None:  # a rank of an expert-parallel layout may have nothing to optimise
-            found += [p.data for group in one.optimizer.param_groups for p in group["params"]]
-            found += [value for state in one.optimizer.state.values() for value in state.values() if _is_moment(value)]
-    return [tensor for tensor in found if tensor.untyped_storage()._cdata not in of_model]
-
-
 def storages(tensors: Iterable[Tensor]) -> list[torch.UntypedStorage]:
     """The distinct storages behind some tensors."""
     return list({(s := tensor.untyped_storage())._cdata: s for tensor in tensors}.values())
-
-
-def _is_moment(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.dim() > 0  # Adam's step count is a scalar on the host
 
 
 def _bytes(storage: torch.UntypedStorage) -> Tensor:

@@ -1,8 +1,9 @@
-"""A trained role's part of a checkpoint: its tensors with the regions that they hold, and back under another layout."""
+"""Weights and optimizer state of a role in a checkpoint: loadable under any parallel layout and by any training backend."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
@@ -10,22 +11,18 @@ import torch
 from torch import Tensor
 
 from aligner.models.checkpoint import read_into
-from aligner.models.family import new_tensors
-from aligner.models.stored import open_stored
+from aligner.models.stored import Entry, entry_of, open_stored, piece_of
+from aligner.models.tensors import new_tensors
 from aligner.reshard.local import LocalWeights, WritableLocalWeights, copy_weights
 from aligner.reshard.message.storage import strided_view
 from aligner.reshard.plan.region import Layout, Piece
-from aligner.trainer.megatron.layout import MegatronLayout
-from aligner.trainer.megatron.optimizer_state import MOMENTS, WEIGHTS, Slice, clip, make_moments, slices, written_by
+from aligner.trainer.engine import MASTER, MOMENTS, OptimizerSlice, TrainEngine
+from aligner.trainer.flat_range import clip
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from aligner.trainer.megatron.optimizer import Optimizer
-    from aligner.trainer.trainable_role import TrainableRole
-
-Entry = tuple[str, list[int], list[int], str, int, list[int]]
-"""A piece as JSON: logical tensor, first element, extent, tensor of the file, offset in it, strides."""
+    from aligner.models.spec import ModelSpec
 
 
 class Source(Protocol):
@@ -38,75 +35,75 @@ class Source(Protocol):
         """A tensor of that rank's file, mapped."""
 
 
-def save(role: TrainableRole) -> tuple[dict[str, Tensor], dict[str, list[Entry]]]:
-    """This rank's tensors (float32, flat, as they are in memory) and, by key, which regions of them it is to write.
+def save(name: str, engine: TrainEngine) -> tuple[dict[str, Tensor], dict[str, list[Entry]]]:
+    """What a checkpoint keeps of a role's engine, whatever its layout.
 
-    The tensors are copies on the host: training may go on while they are written.
+    Args:
+        name: of the role.
+
+    Returns:
+        (this rank's tensors: float32, flat, as they are in memory; by key, which regions of them it is to write). The
+        tensors are copies on the host: training may go on while they are written.
     """
-    optimizer, model = role.optimizer, role.model
-    side = MegatronLayout(role.spec, role.mesh, "float32")
-    mine = written_by(role.world.rank, side, role.spec, role.mesh, role.config.optimizer.distributed)
     tensors: dict[str, Tensor] = {}
-    entries: dict[str, list[Entry]] = {f"{role.name}/{kind}": [] for kind in (WEIGHTS, *MOMENTS)}
-    by_storage = _by_storage(model.layout)
-    for part in slices(optimizer, model):
+    entries: dict[str, list[Entry]] = {f"{name}/{kind}": [] for kind in (MASTER, *MOMENTS)}
+    by_storage = _by_storage(engine.weights.pieces())
+    for part in engine.optimizer_slices():
         pieces = [
-            kept
+            clipped
             for piece in by_storage.get(part.storage, ())
-            if (piece.name, piece.storage) in mine
-            for kept in clip(piece, part.start, part.stop)
+            if engine.saves(piece)
+            for clipped in clip(piece, part.start, part.stop)
         ]
-        for kind, tensor in ({WEIGHTS: part.master} | part.moments).items() if pieces else ():
-            name = f"{role.name}/{kind}/{part.storage}"
-            tensors[name] = tensor.detach().to("cpu", copy=True)
-            entries[f"{role.name}/{kind}"] += [
-                (p.name, list(p.lo), list(p.size), name, p.offset, list(p.stride)) for p in pieces
-            ]
+        for kind, tensor in ({MASTER: part.master} | part.moments).items() if pieces else ():
+            key = f"{name}/{kind}/{part.storage}"
+            tensors[key] = tensor.detach().to("cpu", copy=True)
+            entries[f"{name}/{kind}"] += [entry_of(replace(piece, storage=key)) for piece in pieces]
     return tensors, entries
 
 
-def load(role: TrainableRole, source: Source, steps: int) -> None:
-    """Weights, masters and moments as they were after `steps` optimizer steps, whatever layout wrote them."""
-    model, optimizer = role.model, role.optimizer
-    make_moments(optimizer, steps)
-    _read(source, f"{role.name}/{WEIGHTS}", model.layout, model.view)
-    held = slices(optimizer, model)
-    layout = _of_slices(held, model.layout)
-    for kind in (WEIGHTS, *(MOMENTS if steps else ())):
-        if kind == WEIGHTS and role.config.dtype == "float32":  # its own master
+def load(name: str, engine: TrainEngine, source: Source, steps: int) -> None:
+    """Weights, masters and moments as they were after `steps` optimizer steps, whatever layout or engine wrote them."""
+    engine.reset_moments(steps)
+    weights, slices = engine.weights, engine.optimizer_slices()
+    pieces = weights.pieces()
+    _read(source, f"{name}/{MASTER}", pieces, weights.view)
+    layout = _of_slices(slices, pieces)
+    for kind in (MASTER, *(MOMENTS if steps else ())):
+        if kind == MASTER and all(piece.dtype == "float32" for piece in pieces):  # their own masters
             continue
-        flat = {part.storage: part.master if kind == WEIGHTS else part.moments[kind] for part in held}
-        _read(source, f"{role.name}/{kind}", layout, partial(_in_flat, flat))
+        flat = {part.storage: part.master if kind == MASTER else part.moments[kind] for part in slices}
+        _read(source, f"{name}/{kind}", layout, partial(_in_flat, flat))
 
 
-def read_masters(role: TrainableRole, optimizer: Optimizer) -> None:
-    """Masters of bf16 parameters from the model's folder, where that has more digits: Megatron makes them from the
-    parameters, and so from what rounding has left."""
-    held = slices(optimizer, role.model)
-    layout = _of_slices(held, role.model.layout)
-    with open_stored(role.spec) as stored:
-        new = new_tensors(role.spec)
+def read_masters(spec: ModelSpec, engine: TrainEngine) -> None:
+    """Fill float32 masters of bfloat16 weights from the model's folder, where that has more digits: an engine makes them
+    from the weights, and so from what rounding has left."""
+    slices = engine.optimizer_slices()
+    layout = _of_slices(slices, engine.weights.pieces())
+    with open_stored(spec) as stored:
+        new = new_tensors(spec)
         pieces = stored.layout(dict.fromkeys(piece.name for piece in layout if piece.name not in new))
     if any(piece.dtype != "bfloat16" for piece in pieces):
-        read_into(role.spec, layout, partial(_in_flat, {part.storage: part.master for part in held}))
+        read_into(spec, layout, partial(_in_flat, {part.storage: part.master for part in slices}))
 
 
-def _of_slices(held: Sequence[Slice], pieces: Layout) -> list[Piece]:
+def _of_slices(slices: Sequence[OptimizerSlice], pieces: Layout) -> list[Piece]:
     """Which region each of the optimizer's flat ranges holds, in float32."""
     by_storage = _by_storage(pieces)
     return [
-        kept
-        for part in held
+        clipped
+        for part in slices
         for piece in by_storage.get(part.storage, ())
-        for kept in clip(_as_float32(piece), part.start, part.stop)
+        for clipped in clip(_as_float32(piece), part.start, part.stop)
     ]
 
 
 def _by_storage(layout: Layout) -> dict[str, list[Piece]]:
-    found: dict[str, list[Piece]] = {}
+    pieces: dict[str, list[Piece]] = {}
     for piece in layout:
-        found.setdefault(piece.storage, []).append(piece)
-    return found
+        pieces.setdefault(piece.storage, []).append(piece)
+    return pieces
 
 
 def _in_flat(flat: Mapping[str, Tensor], piece: Piece) -> Tensor:
@@ -120,11 +117,7 @@ def _as_float32(piece: Piece) -> Piece:
 @torch.no_grad()
 def _read(source: Source, key: str, layout: Layout, view: Callable[[Piece], Tensor]) -> None:
     wanted = {piece.name for piece in layout}
-    held = [
-        Piece(name, tuple(lo), tuple(size), f"{rank}:{stored}", offset, tuple(stride), "float32")
-        for rank, (name, lo, size, stored, offset, stride) in source.entries(key)
-        if name in wanted
-    ]
+    held = [piece_of(entry, rank, "float32") for rank, entry in source.entries(key) if entry[0] in wanted]
 
     def stored_view(piece: Piece) -> Tensor:
         rank, _, name = piece.storage.partition(":")

@@ -1,4 +1,4 @@
-"""Rows without padding: microbatches by a token budget, and the flat layout that one microbatch has in the model.
+"""Sequence packing: microbatches by a token budget, and the flat layout of one packed microbatch.
 
 T here counts the tokens of all rows of the microbatch, one row after the other; with context parallelism those that this
 rank holds.
@@ -18,7 +18,7 @@ from aligner.trainer.context import cut, held_by_each
 
 
 def microbatches(lengths: Sequence[int], budget: int, together: int = 1) -> list[list[int]]:
-    """Row positions of each microbatch: at most `budget` tokens each, in few microbatches, rows of similar length together.
+    """Rows of each microbatch: at most `budget` tokens each, in few microbatches, rows of similar length together.
 
     Largest first into the first microbatch that has room (first fit decreasing, Johnson 1974: at most 11/9 of the fewest
     and one). What is longer than the budget gets a microbatch of its own.
@@ -28,16 +28,16 @@ def microbatches(lengths: Sequence[int], budget: int, together: int = 1) -> list
     """
     assert len(lengths) % together == 0, f"{len(lengths)} rows are not whole groups of {together}"
     tokens = of_groups(lengths, together, TOKENS)
-    found: list[list[int]] = []
+    groups_of: list[list[int]] = []
     room: list[int] = []
     for group in sorted(range(len(tokens)), key=lambda group: (-tokens[group], group)):
         place = next((number for number, left in enumerate(room) if left >= tokens[group]), len(room))
         if place == len(room):
-            found.append([])
+            groups_of.append([])
             room.append(budget)
-        found[place].append(group)
+        groups_of[place].append(group)
         room[place] -= tokens[group]
-    return [_rows(groups, together) for groups in found]
+    return [_rows(groups, together) for groups in groups_of]
 
 
 def even_microbatches(
@@ -50,15 +50,15 @@ def even_microbatches(
         count: as many as `microbatches` finds, or more.
     """
     tokens, costs = of_groups(lengths, together, TOKENS), of_groups(lengths, together, cost)
-    found = deal(costs, count, tokens)
-    if any(len(groups) > 1 and sum(tokens[group] for group in groups) > budget for groups in found):
-        found = [[row // together for row in rows[::together]] for rows in microbatches(lengths, budget, together)]
-        while len(found) < count:  # halve the dearest: that keeps within the budget
-            found.sort(key=lambda groups: sum(costs[group] for group in groups) if len(groups) > 1 else -1)
-            groups = found.pop()
-            found += [[groups[at] for at in half] for half in deal([costs[group] for group in groups], 2)]
-    found.sort(key=lambda groups: -sum(costs[group] for group in groups))
-    return [_rows(sorted(groups, key=lambda group: (-tokens[group], group)), together) for groups in found]
+    batches = deal(costs, count, tokens)
+    if any(len(groups) > 1 and sum(tokens[group] for group in groups) > budget for groups in batches):
+        batches = [[row // together for row in rows[::together]] for rows in microbatches(lengths, budget, together)]
+        while len(batches) < count:  # halve the dearest: that keeps within the budget
+            batches.sort(key=lambda groups: sum(costs[group] for group in groups) if len(groups) > 1 else -1)
+            groups = batches.pop()
+            batches += [[groups[at] for at in half] for half in deal([costs[group] for group in groups], 2)]
+    batches.sort(key=lambda groups: -sum(costs[group] for group in groups))
+    return [_rows(sorted(groups, key=lambda group: (-tokens[group], group)), together) for groups in batches]
 
 
 def _rows(groups: Sequence[int], together: int) -> list[int]:
@@ -134,6 +134,6 @@ def pack(
         positions_T = torch.cat([positions_T, torch.arange(missing)])
         if context == 1:
             lengths = torch.cat([lengths, torch.tensor([missing], dtype=torch.int32)])
-    found = (tokens_T, positions_T, targets_T, source_N, target_N, last_N, row_T[last_N])
-    on = [x.to(device, non_blocking=True) for x in found]
+    held = (tokens_T, positions_T, targets_T, source_N, target_N, last_N, row_T[last_N])
+    on = [x.to(device, non_blocking=True) for x in held]
     return Packed(on[0], on[1], on[2], lengths, on[3], on[4], on[5], on[6], rows, width)

@@ -35,7 +35,7 @@ class Reference(ModelRole):
 
     def readout(self) -> LogProbs:
         """After the sampling temperature."""
-        return LogProbs(self.groups.tp, self.spec.vocab, self.temperature)
+        return LogProbs(self.temperature)
 
     def logprobs(self, samples: Ref) -> Ref:
         """log p(token | tokens before it) under this model, after the sampling temperature.
@@ -59,7 +59,7 @@ class Policy(TrainableRole, Reference):
         super().__init__(*args, **kwargs)
         self.syncs = syncs
         if self.member:
-            self.optimizer  # noqa: B018 - it moves the parameters, whose places a sync remembers
+            self.make_optimizer()  # it moves the parameters, whose places a sync remembers
 
     def reshard_to(self, rollout: Rollout) -> None:
         """Sync the weights as they are now into the rollout's engines, and prove it. Collective over the world.

@@ -1,15 +1,30 @@
-"""What the last stage makes of a microbatch: log-probabilities, values or scores, by the names that losses use."""
+"""What a role reads out of its model's head for a microbatch: log-probabilities, values or scores, by the names that losses use."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import torch.distributed as dist
 from torch import Tensor
 
 from aligner.trainer.packing import Packed
-from aligner.trainer.vocab_parallel import logprobs_and_entropy
+
+
+class HeadOutput(Protocol):
+    """What the model's head gave for the T tokens of a packed microbatch, however the training engine shards it."""
+
+    def logprobs_and_entropy(self, target_T: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        """Log-probability of each target and entropy of its distribution, of logits divided by `temperature`.
+
+        Args:
+            target_T: int64 token ids.
+
+        Returns:
+            (logp_T, entropy_T) in nats, [T] float32, equal on tensor-parallel ranks; differentiable.
+        """
+
+    def scalar(self) -> Tensor:
+        """[T] float32: the output of a scalar head; differentiable."""
 
 
 class Readout(Protocol):
@@ -18,28 +33,22 @@ class Readout(Protocol):
     dims: Any
     """Dimensions of what it makes: 2 for [B, T], 1 for [B]."""
 
-    def __call__(self, output_TX: Tensor, packed: Packed) -> dict[str, Tensor]:
-        """The head's output on the packed tokens -> float32 tensors by name, 0 at what another context rank holds. The
-        first is the role's result and a loss's first argument; a loss may ask for the others by name."""
+    def __call__(self, head: HeadOutput, packed: Packed) -> dict[str, Tensor]:
+        """Float32 tensors by name, 0 at tokens that another context rank holds. The first is the role's result and a loss's
+        first argument; a loss may ask for the others by name."""
 
 
 @dataclass(frozen=True)
 class LogProbs:
     """log p(token | tokens before it) and the entropy of that distribution, at the predicted token's place."""
 
-    group: dist.ProcessGroup
-    """Tensor-parallel."""
-    vocab: int
-    """True size of the vocabulary."""
     temperature: float
     """Divides the logits."""
     dims = 2
 
-    def __call__(self, output_TX: Tensor, packed: Packed) -> dict[str, Tensor]:
-        """Logits [T, V / tensor] -> policy_logp_BT and entropy_BT, nats."""
-        if self.temperature != 1.0:
-            output_TX = output_TX / self.temperature
-        logp_T, entropy_T = logprobs_and_entropy(output_TX, packed.targets_T, self.group, self.vocab)
+    def __call__(self, head: HeadOutput, packed: Packed) -> dict[str, Tensor]:
+        """policy_logp_BT and entropy_BT, nats."""
+        logp_T, entropy_T = head.logprobs_and_entropy(packed.targets_T, self.temperature)
         return {"policy_logp_BT": packed.to_rows(logp_T), "entropy_BT": packed.to_rows(entropy_T)}
 
 
@@ -48,9 +57,9 @@ class Values:
 
     dims = 2
 
-    def __call__(self, output_TX: Tensor, packed: Packed) -> dict[str, Tensor]:
-        """[T, 1] -> value_BT."""
-        return {"value_BT": packed.to_rows(output_TX[:, 0])}
+    def __call__(self, head: HeadOutput, packed: Packed) -> dict[str, Tensor]:
+        """value_BT."""
+        return {"value_BT": packed.to_rows(head.scalar())}
 
 
 class Scores:
@@ -58,6 +67,6 @@ class Scores:
 
     dims = 1
 
-    def __call__(self, output_TX: Tensor, packed: Packed) -> dict[str, Tensor]:
-        """[T, 1] -> score_B."""
-        return {"score_B": packed.at_ends(output_TX[:, 0])}
+    def __call__(self, head: HeadOutput, packed: Packed) -> dict[str, Tensor]:
+        """score_B."""
+        return {"score_B": packed.at_ends(head.scalar())}

@@ -1,8 +1,7 @@
-"""The update: optimizer steps on one batch, whatever the model's readout and the loss are."""
+"""`TrainableRole`: a `ModelRole` with an optimizer. `update(loss, samples)` takes epochs x minibatches optimizer steps."""
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -17,30 +16,23 @@ from torch import Tensor
 from aligner.data.samples import Samples
 from aligner.models.stored import describe_training
 from aligner.spmd import batch_ops as columns
-from aligner.spmd.messages import all_gather, broadcast
+from aligner.spmd.messages import broadcast
 from aligner.spmd.partition import idle, minibatch_groups
-from aligner.spmd.ref import Ref, Rows
-from aligner.spmd.residency import Kind, Part
-from aligner.trainer import offload
-from aligner.trainer import optimizer_checkpoint as saved
-from aligner.trainer.loss_mean import LossFunction, Totals, counted, global_mean, rows_together, takes_one_step
-from aligner.trainer.megatron.optimizer import Optimizer
+from aligner.spmd.ref import Ref
+from aligner.spmd.residency import Kind
+from aligner.spmd.rows import Rows
+from aligner.trainer import optimizer_checkpoint
+from aligner.trainer.loss_mean import LossFunction, Totals, counted, rows_together, takes_one_step
 from aligner.trainer.model_role import ModelRole
-from aligner.trainer.offending_batch import Seen, begin_offending, save_offending
+from aligner.trainer.offending_batch import MicrobatchOutput, begin_offending, save_offending
 from aligner.trainer.schedule import learning_rate
 from aligner.trainer.skips import EMPTY, SKIPPED, NotFinite, Skips
-from aligner.trainer.update_metrics import (
-    StepReport,
-    account_work,
-    add_to,
-    gather_advantages,
-    gather_metrics,
-    over_steps,
-)
+from aligner.trainer.update import MinibatchLoss, reduce_sums, rows_of
+from aligner.trainer.update_metrics import StepReport, account_work, gather_advantages, over_steps
 
 
 class TrainableRole(ModelRole):
-    """A model that losses change."""
+    """A `ModelRole` with an optimizer. `update(loss, samples)` takes `epochs` x `minibatches` optimizer steps."""
 
     section = "policy"
     """Where its settings stand in the configuration."""
@@ -73,30 +65,23 @@ class TrainableRole(ModelRole):
         super().__init__(*args, **kwargs)
         self.optimizer_steps, self.total_steps, self.max_response = 0, total_steps, max_response
         self.skips, self.skip_empty, self.offending = Skips(not_finite or NotFinite()), skip_empty, offending
+        self.has_optimizer = False
         self.version = 0
         """Calls of `update` so far; the same on every rank of the world."""
 
-    @cached_property
-    def optimizer(self) -> Optimizer:
-        """Gradients and optimizer state; collective over the role's ranks when it is first asked for."""
-        made = Optimizer(self.model, self.config.optimizer, self.groups)
+    def make_optimizer(self) -> None:
+        """Make gradient buffers and optimizer state, once; collective over the role's ranks."""
+        if self.has_optimizer:
+            return
+        self.has_optimizer = True
+        self.engine.make_optimizer()
         if self.config.dtype != "float32":
-            saved.read_masters(self, made)
-        return made
+            optimizer_checkpoint.read_masters(self.spec, self.engine)
 
     @cached_property
     def description(self) -> dict[str, bytes]:
         """Files, by name, that make a folder of a training checkpoint a model: configuration and tokenizer."""
         return describe_training(self.spec, self.name)
-
-    def parts(self) -> dict[str, Part]:
-        """The optimizer may not have been asked for yet, or not stepped: its parts are then still empty."""
-
-        def made() -> Optimizer | None:
-            return vars(self).get("optimizer")
-
-        state = offload.Offloaded(lambda: offload.optimizer_state(made(), self.model), self.world.residency.stream)
-        return {**super().parts(), "gradients": offload.Scratch(lambda: offload.gradients(made())), "optimizer": state}
 
     def update(self, loss: LossFunction, samples: Ref, **fields: Any) -> Ref:
         """Optimizer steps on one batch: `epochs` passes over `minibatches` minibatches.
@@ -144,7 +129,7 @@ class TrainableRole(ModelRole):
             for _ in range(self.config.epochs):
                 for members in ranges:
                     mine = [i for i, row in enumerate(local.mine) if row // size in members]
-                    part = {name: _rows_of(value, mine, len(local.mine)) for name, value in local.kwargs.items()}
+                    part = {name: rows_of(value, mine, len(local.mine)) for name, value in local.kwargs.items()}
                     steps.append(self._step(loss, together, columns.take(local.args[0], mine), part))
             return Ref(self, {**over_steps(steps), "imbalance": self._imbalance(local.rows)})
 
@@ -155,10 +140,13 @@ class TrainableRole(ModelRole):
         if not self.version:  # never updated: it is what its folder has
             return known, {}, {}
         with self.call("save_state"):
-            tensors, regions = saved.save(self) if self.member else ({}, {})
+            if not self.member:
+                return known, {}, {}
+            self.make_optimizer()
+            tensors, regions = optimizer_checkpoint.save(self.name, self.engine)
         return known, tensors, regions
 
-    def load_state(self, known: Mapping[str, Any], source: saved.Source) -> None:
+    def load_state(self, known: Mapping[str, Any], source: optimizer_checkpoint.Source) -> None:
         """Go on from a `save_state`, whatever layout wrote it. A role call."""
         self.version, self.optimizer_steps = known["version"], known["optimizer_steps"]
         self.skips.restore(known["skips"])
@@ -166,7 +154,8 @@ class TrainableRole(ModelRole):
             return
         with self.call("load_state"):
             if self.member:
-                saved.load(self, source, self.optimizer_steps)
+                self.make_optimizer()
+                optimizer_checkpoint.load(self.name, self.engine, source, self.optimizer_steps)
 
     def _check_versions(self, loss: LossFunction, samples: Samples) -> None:
         """ValueError for samples of earlier weights, with a loss that would silently take them for its own."""
@@ -183,43 +172,31 @@ class TrainableRole(ModelRole):
         totals = self._totals(samples)
         if self.skip_empty and not totals.tokens:
             return StepReport({}, totals, {EMPTY: 1.0})
-        seen: list[Seen] = []
+        self.make_optimizer()
         batches = self.microbatches(samples, self.config.micro_tokens, together)
-        sums: dict[str, Tensor] = {}
-        wanted = inspect.signature(loss).parameters
-
-        def of_microbatch(number: int, made: dict[str, Tensor]) -> Tensor:
-            (_, result), *further = made.items()
-            rows = batches[number]
-            if not rows:
-                return 0.0 * result.sum()
-            given = {name: _rows_of(value, rows, samples.rows) for name, value in fields.items()}
-            given |= {"mask_BT": samples.mask_BT[rows], "rollout_logp_BT": columns.take(samples.rollout_logp_BT, rows)}
-            given = {name: self._fit(value, samples.length_B[rows]) for name, value in given.items()}
-            given |= dict(further)
-            unreduced, metrics = loss(result, **{name: given[name] for name in given if name in wanted})
-            seen.append(Seen(rows, result.detach(), unreduced.detach()))
-            if self.samples_itself and samples.version_BT is not None:
-                metrics["staleness"] = self._fit(self.version - 1 - samples.version_BT[rows], samples.length_B[rows])
-            reported = {name.removesuffix("_BT"): value_BT for name, value_BT in further}
-            gather_metrics(sums, {**reported, **metrics}, given["mask_BT"])
-            part = global_mean(unreduced, given["mask_BT"], totals, self.config, self.max_response)
-            add_to(sums, "sum/loss", part)
-            return part
-
-        self.model.train()
-        self.optimizer.zero_grad()
         packed = self.packed(samples, batches)
-        self.pipeline.backward(self.optimizer.chunks, packed, of_microbatch)
-        account_work(sums, int(samples.length_B.sum()), [tuple(batch.lengths.tolist()) for batch in packed])
+        of_microbatch = MinibatchLoss(
+            loss,
+            samples,
+            fields,
+            batches,
+            totals,
+            self.config,
+            max_response=self.max_response,
+            device=self.world.device,
+            version=self.version - 1 if self.samples_itself else None,
+        )
+        self.engine.backward(packed, of_microbatch)
+        sums = of_microbatch.sums
+        account_work(sums, int(samples.length_B.sum()), sum(map(self.engine.computed_tokens, packed)))
         gather_advantages(sums, fields, samples.mask_BT)
-        reduced = self._reduce(sums)
-        norm = self.optimizer.norm()
+        reduced = reduce_sums(self.engine, self.world, self.mesh.ranks, sums)
+        norm = self.engine.grad_norm()
         wrong = self._wrong(reduced.get("sum/loss", 0.0), norm)
         if wrong:
             too_many = self.skips.left_out()
             if too_many:
-                self._stop(wrong, too_many, samples, fields, seen)
+                self._stop(wrong, too_many, samples, fields, of_microbatch.outputs)
             return StepReport(reduced, totals, {"grad_norm": norm, SKIPPED: 1.0})
         self.skips.taken()
         return StepReport(reduced, totals, {"grad_norm": norm, "lr": self._descend(norm)})
@@ -233,7 +210,7 @@ class TrainableRole(ModelRole):
     def _descend(self, norm: float) -> float:
         """The gradients that are there, of this norm -> new weights. Returns the learning rate."""
         lr = learning_rate(self.config.optimizer, self.optimizer_steps, self.total_steps)
-        self.optimizer.step(lr, norm)
+        self.engine.step(lr, norm)
         self.optimizer_steps += 1
         return lr
 
@@ -251,17 +228,17 @@ class TrainableRole(ModelRole):
         """The largest over the role's ranks, on all of them."""
         if self.mesh.size == 1:
             return value
-        found = torch.tensor(value, dtype=torch.float64)
-        dist.all_reduce(found, op=dist.ReduceOp.MAX, group=self.group)
-        return float(found)
+        largest = torch.tensor(value, dtype=torch.float64)
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self.group)
+        return float(largest)
 
     def _stop(
-        self, wrong: str, too_many: str, samples: Samples, fields: dict[str, Any], seen: Sequence[Seen]
+        self, wrong: str, too_many: str, samples: Samples, fields: dict[str, Any], outputs: Sequence[MicrobatchOutput]
     ) -> NoReturn:
         """End the job on all of the role's ranks, once every shard has written its rows of the batch."""
         step, setting = self.world.journal.step, f"{self.section}.optimizer"
         what = f"{wrong} at optimizer step {self.optimizer_steps} of {self.name} (step {step} of the loop)"
-        kept = ""
+        where = ""
         if self.offending is not None:
             folder, at = self.offending / f"step_{step}", self.mesh.coordinates(self.world.rank)
             if self.world.rank == self.mesh.ranks[0]:
@@ -269,46 +246,14 @@ class TrainableRole(ModelRole):
             self._most(0.0)
             if at["pipeline"] == self.mesh.last_stage and at["tensor"] == at["context"] == 0:
                 about = {"role": self.name, "what": what, "why": too_many}
-                save_offending(folder, self.world.rank, samples, fields, seen, about, self.spec.path)
+                save_offending(folder, self.world.rank, samples, fields, outputs, about, self.spec.path)
             self._most(0.0)  # the launcher ends every rank when one has left
-            kept = f" The batch is in {folder} (README.md beside it says how to load it)."
+            where = f" The batch is in {folder} (README.md beside it says how to load it)."
         raise ValueError(
-            f"{what}; {too_many}. The weights are as before it.{kept} Lower {setting}.lr, set {setting}.clip_grad, or look at "
+            f"{what}; {too_many}. The weights are as before it.{where} Lower {setting}.lr, set {setting}.clip_grad, or look at "
             "the batch's rewards."
         )
 
-    def _fit(self, value: Any, length_B: Tensor) -> Any:
-        """On the model's device and as wide as the microbatch's longest row; what is no tensor stays as it is."""
-        if not isinstance(value, Tensor):
-            return value
-        return columns.fit(value.to(self.world.device, non_blocking=True), int(length_B.max()))
-
     def _totals(self, samples: Samples) -> Totals:
         counts = [samples.mask_BT.sum().item(), samples.mask_BT.any(1).sum().item()]
-        return Totals(*self._sum_over_data(torch.tensor(counts, dtype=torch.float64)).tolist())
-
-    def _sum_over_data(self, value: Tensor, op: Any = dist.ReduceOp.SUM) -> Tensor:
-        dist.all_reduce(value, op=op, group=self.groups.dp)
-        return value
-
-    def _reduce(self, sums: dict[str, Tensor]) -> dict[str, float]:
-        """Sums and maxima over the data shards, on every rank of the role; in float64 on the host."""
-        every = sorted({name for found in all_gather(self.world, sorted(sums), self.mesh.ranks) for name in found})
-        minus_infinity = torch.tensor(-math.inf, dtype=torch.float64)
-        zero = torch.zeros((), dtype=torch.float64)
-        added = [name for name in every if not name.startswith("max/")]
-        topped = [name for name in every if name.startswith("max/")]
-        total = torch.stack([sums.get(n, zero) for n in added] or [zero])
-        top = torch.stack([sums.get(n, minus_infinity) for n in topped] or [zero])
-        self._sum_over_data(total)
-        self._sum_over_data(top, dist.ReduceOp.MAX)
-        if self.mesh.pipeline > 1:
-            source = dist.get_global_rank(self.groups.pp, self.mesh.last_stage)
-            dist.broadcast(total, source, group=self.groups.pp)
-            dist.broadcast(top, source, group=self.groups.pp)
-        return dict(zip(topped, top.tolist(), strict=False)) | dict(zip(added, total.tolist(), strict=False))
-
-
-def _rows_of(value: Any, rows: list[int], total: int) -> Any:
-    """The rows of a row-wise value; anything else (a number, None) as it is."""
-    return columns.take(value, rows) if isinstance(value, Tensor) and value.dim() and len(value) == total else value
+        return Totals(*self.engine.all_reduce_data(torch.tensor(counts, dtype=torch.float64)).tolist())

@@ -12,7 +12,6 @@ from torch import Tensor
 from aligner.report.metric_registry import has_max, of_first_minibatch
 from aligner.spmd import batch_ops as columns
 from aligner.trainer.loss_mean import Totals
-from aligner.trainer.megatron.attention_calls import attended
 from aligner.trainer.skips import EMPTY, SKIPPED
 
 
@@ -35,22 +34,22 @@ def gather_metrics(sums: dict[str, Tensor], metrics: dict[str, Tensor], mask_BT:
 
 def gather_advantages(sums: dict[str, Tensor], fields: Mapping[str, Any], mask_BT: Tensor) -> None:
     """The largest magnitude of an advantage of a trained token, where the loss is given any: `advantage_abs_max`."""
-    found = [fields[name] for name in ("advantage_B", "advantage_BT") if isinstance(fields.get(name), Tensor)]
-    for value in found:
+    given = (fields.get(name) for name in ("advantage_B", "advantage_BT"))
+    for value in (value for value in given if isinstance(value, Tensor)):
         one_BT = columns.fit(value, mask_BT.shape[1]) if value.dim() == 2 else value[:, None].expand(mask_BT.shape)
         kept = one_BT[mask_BT].abs()
         sums["max/advantage_abs"] = kept.max().double().cpu() if kept.numel() else torch.zeros((), dtype=torch.float64)
 
 
-def account_work(sums: dict[str, Tensor], tokens: int, microbatches: Sequence[tuple[int, ...]]) -> None:
-    """Add a shard's tokens, and those that were computed: with what pads attention calls, sequence-parallel ranks and
-    microbatches that are there for other shards' collectives.
+def account_work(sums: dict[str, Tensor], tokens: int, computed: int) -> None:
+    """Add a shard's tokens, and those that its engine computed for them, for the metric `padding`.
 
     Args:
-        microbatches: lengths of the rows of each, what pads them among them.
+        computed: with what pads attention calls, sequence-parallel ranks and microbatches that are there for other
+            shards' collectives.
     """
     add_to(sums, "work/rows", torch.tensor(tokens))
-    add_to(sums, "work/computed", torch.tensor(sum(attended(lengths) for lengths in microbatches)))
+    add_to(sums, "work/computed", torch.tensor(computed))
 
 
 @dataclass(frozen=True)

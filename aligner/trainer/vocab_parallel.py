@@ -1,7 +1,8 @@
-"""Log-probability and entropy from logits that are split over tensor-parallel ranks; no rank sees them whole."""
+"""Log-probability and entropy from logits, whole or split over tensor-parallel ranks, where no rank sees them whole."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,12 +22,12 @@ class _LogProbs(torch.autograd.Function):
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, logits_TV: Tensor, target_T: Tensor, group: dist.ProcessGroup, vocab: int
+        ctx: Any, logits_TV: Tensor, target_T: Tensor, group: dist.ProcessGroup | None, vocab: int
     ) -> tuple[Tensor, Tensor]:
         tokens, width = logits_TV.shape
-        first = dist.get_rank(group) * width
+        first = dist.get_rank(group) * width if group else 0
         real = min(width, max(0, vocab - first))  # the columns beyond only pad the vocabulary
-        many = dist.get_world_size(group) > 1
+        many = group is not None and dist.get_world_size(group) > 1
         top_T = logits_TV.new_full((tokens,), -torch.inf, dtype=torch.float32)
         if real:
             top_T = logits_TV[:, :real].amax(-1).float()
@@ -77,14 +78,14 @@ def _chunks(tokens: int, width: int) -> list[slice]:
 
 
 def logprobs_and_entropy(
-    logits_TV: Tensor, target_T: Tensor, group: dist.ProcessGroup, vocab: int
+    logits_TV: Tensor, target_T: Tensor, group: dist.ProcessGroup | None, vocab: int
 ) -> tuple[Tensor, Tensor]:
     """log p(target) and the entropy of each row of logits, in nats, float32; gradients flow to the logits.
 
     Args:
         logits_TV: [T, V / tensor], this rank's slice of the (padded) vocabulary.
         target_T: int64 token ids in the whole vocabulary.
-        group: tensor-parallel group.
+        group: tensor-parallel group; None: the vocabulary is whole here.
         vocab: true vocabulary size; columns beyond it have probability 0.
 
     Returns:
@@ -92,3 +93,24 @@ def logprobs_and_entropy(
     """
     assert logits_TV.dim() == 2 and target_T.shape == logits_TV.shape[:1]
     return _LogProbs.apply(logits_TV, target_T, group, vocab)  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True)
+class Logits:
+    """A `HeadOutput`: logits, or the numbers of a scalar head, of one microbatch."""
+
+    output_TX: Tensor
+    """[T, V / tensor] logits, or [T, 1] of a scalar head, which every tensor rank has."""
+    group: dist.ProcessGroup | None
+    """Tensor-parallel group; None: the vocabulary is whole here."""
+    vocab: int
+    """True vocabulary size."""
+
+    def logprobs_and_entropy(self, target_T: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        """Each [T] float32."""
+        logits_TV = self.output_TX / temperature if temperature != 1.0 else self.output_TX
+        return logprobs_and_entropy(logits_TV, target_T, self.group, self.vocab)
+
+    def scalar(self) -> Tensor:
+        """[T]."""
+        return self.output_TX[:, 0]

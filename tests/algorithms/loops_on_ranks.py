@@ -18,7 +18,8 @@ from aligner.reward.role import Reward
 from aligner.roles.build import Roles, build_roles
 from aligner.run.batches import as_feedback, as_pairs
 from aligner.run.evaluate import Evaluation
-from aligner.run.job import Job, prepare
+from aligner.run.job import Job
+from aligner.run.prepare import prepare
 from aligner.spmd.mesh import Mesh
 from aligner.spmd.ref import Ref
 from aligner.spmd.role import Role

@@ -13,7 +13,8 @@ from aligner.algorithms import Step
 from aligner.config.schema import Config, compose_config, to_config
 from aligner.roles.build import Roles, build_roles
 from aligner.run.batches import batches, rows_of
-from aligner.run.job import Job, prepare
+from aligner.run.job import Job
+from aligner.run.prepare import prepare
 from aligner.spmd.mesh import Mesh
 from aligner.spmd.placement import Placement, make_meshes
 from aligner.spmd.ref import Ref

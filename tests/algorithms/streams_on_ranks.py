@@ -18,7 +18,8 @@ from aligner.objective.off_policy import decoupled_surrogate
 from aligner.roles.build import Roles, build_roles
 from aligner.rollout.arrivals import Arrivals
 from aligner.rollout.config import StreamConfig
-from aligner.run.job import Job, prepare
+from aligner.run.job import Job
+from aligner.run.prepare import prepare
 from aligner.spmd.ref import Ref
 from aligner.spmd.world import World
 
@@ -171,11 +172,13 @@ class Streams:
         self.say(name, {"mixed": mixed, "versions": sorted(versions), "worst": worst, "wrong": wrong})
 
     def weights(self) -> list[Tensor]:
-        return [value.data.clone() for value in self.policy.model.parameters.values()] if self.policy.member else []
+        return (
+            [value.data.clone() for value in self.policy.engine.model.parameters.values()] if self.policy.member else []
+        )
 
     def restore(self, weights: list[Tensor]) -> None:
         if self.policy.member:
-            for value, kept in zip(self.policy.model.parameters.values(), weights, strict=True):
+            for value, kept in zip(self.policy.engine.model.parameters.values(), weights, strict=True):
                 value.data.copy_(kept)
 
     def say(self, what: str, found: Any) -> None:

@@ -14,7 +14,7 @@ from hydra.utils import get_method
 
 from aligner.check.loop_settings import hints_of, settings_of
 from aligner.config.schema import compose_config, to_config
-from aligner.run.job import BATCHES, prepare
+from aligner.run.prepare import BATCHES, prepare
 from tests.algorithms.methods import methods
 
 DATA = {name: "preferences" for name in ("dpo", "ipo", "ipo_paper", "robust_dpo", "orpo", "simpo", "reward_model")}

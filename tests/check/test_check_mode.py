@@ -18,16 +18,16 @@ import torch
 
 from aligner.check.disk import bytes_needed, check_disk, nearest_folder
 from aligner.check.memory import Machine, bytes_of_rank, check_memory, machine_of, roles_of_ranks
-from aligner.check.summary import summary
 from aligner.checkpoint.config import CheckpointConfig
 from aligner.config.check import CheckConfig
 from aligner.config.schema import Config, compose_config, to_config
 from aligner.data.column_addition import ColumnAddition, ModelShape, write
 from aligner.main import main
 from aligner.models.spec import read_spec
-from aligner.run.job import prepare
+from aligner.run.prepare import prepare
 from aligner.spmd.placement import make_meshes
 from tests import fork_server
+from tests.check.whole import said_of
 
 ROOT = Path(__file__).resolve().parents[2]
 ON_CPU = not torch.cuda.is_available()
@@ -118,7 +118,7 @@ print(sorted({{"vllm", "megatron"}} & set(sys.modules)))
 
 def test_a_job_of_other_ranks_than_here(task: Path) -> None:
     config = config_of(task, "mode=check", "placement=split", "check.ranks=64")
-    said = summary(prepare(config, 64), 64).splitlines()
+    said = said_of(prepare(config, 64), 64).splitlines()
     lines = {line.split()[0]: line for line in said[1:]}
     assert "ranks 0-31: data 32, learns" in lines["policy"]
     assert "ranks 32-63: data 32" in lines["rollout"] and "learns" not in lines["rollout"]
@@ -129,7 +129,7 @@ def test_what_a_chat_template_does_not_write_is_said(task: Path, tmp_path: Path)
     row = {"messages": [{"role": "user", "content": "1+2="}], "tools": [{"name": "sum"}], "answer": "3"}
     (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n" + json.dumps(row) + "\n")
     config = config_of(task, "mode=check", f"data.path={tmp_path / 'rows.jsonl'}", "data.prompts_per_step=2")
-    assert "; rows with 'tools' that the chat template does not render: 2\n" in summary(prepare(config, 1), 1)
+    assert "; rows with 'tools' that the chat template does not render: 2\n" in said_of(prepare(config, 1), 1)
 
 
 @pytest.mark.skipif(not ON_CPU, reason="the machine's own GPU counts where none is said")

@@ -31,6 +31,10 @@ def wrong_shape(policy_logp_BT, *, mask_BT, advantage_B):
 def undefined(policy_logp_BT, *, mask_BT):
     return logp_BT, {}
 
+def unpacks(policy_logp_BT, *, mask_BT):
+    first, second, third = policy_logp_BT.shape
+    return policy_logp_BT, {}
+
 def exits(policy_logp_BT, *, mask_BT):
     assert policy_logp_BT.is_cuda, "made for a GPU"
 
@@ -83,6 +87,7 @@ def test_a_loss_that_an_update_can_take_passes(name: str, tmp_path: Path, monkey
         ),
         ("wrong_shape", r"raised RuntimeError at .*own_losses.py:\d+: The size of tensor"),
         ("undefined", r"raised NameError at .*own_losses.py:\d+: name 'logp_BT'"),
+        ("unpacks", r"algorithm\.loss, tried on .* raised ValueError at .*own_losses.py:\d+: not enough values"),
         ("exits", r"raised AssertionError .*made for a GPU .*tried = False"),
         ("no_metrics", r"algorithm\.loss returned Tensor; it must return \(loss, metrics\)"),
         ("reduced", r"the loss is of shape \[\] for \[2, 3\] inputs; it must return .*not reduced"),

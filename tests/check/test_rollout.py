@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 
-from aligner.check.summary import summary
 from aligner.config.schema import compose_config, to_config
 from aligner.data.column_addition import ColumnAddition, ModelShape, write
-from aligner.run.job import Job, prepare
+from aligner.run.job import Job
+from aligner.run.prepare import prepare
+from tests.check.whole import said_of
 from tests.e2e.test_end_tokens import CLOSING, close_turns_otherwise
 
 LIMITS = ["data.max_prompt_tokens=16", "sampling.max_tokens=40", "rollout.max_model_len=null"]
@@ -46,7 +47,7 @@ def model(task: Path, folder: Path, **config: Any) -> str:
 def test_a_length_follows_from_the_lengths(task: Path) -> None:
     assert job(task, *LIMITS).config.rollout.max_model_len == 16 + 40
     assert job(task, "rollout.max_model_len=64").config.rollout.max_model_len == 64
-    told = summary(job(task, *LIMITS), 1)
+    told = said_of(job(task, *LIMITS), 1)
     assert "ends       turns end with <eos> (2); at most 56 tokens with the prompt" in told
 
 
@@ -105,7 +106,7 @@ def test_stop_tokens_that_were_set(task: Path, stop: str, ends: tuple[int, ...],
     """What an export names beside the model's own: special tokens, and not 8, which is a character."""
     found = job(task, f"sampling.stop_token_ids={stop}")
     assert found.checked.spec.eos_token_ids == ends
-    assert shown in summary(found, 1)
+    assert shown in said_of(found, 1)
 
 
 def test_stop_tokens_beyond_the_model(task: Path) -> None:

@@ -46,7 +46,7 @@ def test_a_run_without_a_checkpoint_is_not_touched_but_by_its_own_launch(tmp_pat
     trained(tmp_path, checkpoint=False)
     assert start(tmp_path) is Start.NEW, "a restart before the first checkpoint"
     (tmp_path / ".launch").write_text(json.dumps({"launch": "another", "finished": None}))
-    with pytest.raises(ValueError, match="no checkpoint to go on from"):
+    with pytest.raises(ValueError, match="without a checkpoint to resume"):
         start(tmp_path)
 
 
@@ -69,7 +69,7 @@ def test_a_complete_run_goes_on_only_with_more_steps(tmp_path: Path, launches: p
     finish(tmp_path, 10)
     assert start(tmp_path) is Start.RESUME, "killed after its end: the launcher must not see an error"
     launches.setattr(claims, "launch", lambda: "second")
-    with pytest.raises(ValueError, match=r"ended after train\.steps=10"):
+    with pytest.raises(ValueError, match=r"finished train\.steps=10"):
         start(tmp_path)
     assert start(tmp_path, steps=20) is Start.RESUME
 

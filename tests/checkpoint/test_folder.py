@@ -11,7 +11,7 @@ import xxhash
 from safetensors.torch import load_file
 
 from aligner.checkpoint import folder
-from aligner.checkpoint.folder import Broken, Sum
+from aligner.checkpoint.folder import Checksum, DamagedCheckpoint
 
 TENSORS = {
     "fp32": torch.arange(12, dtype=torch.float32),
@@ -24,11 +24,11 @@ TENSORS = {
 def written(root: Path, step: int, keep: int = 9) -> Path:
     partial = folder.partial_folder(root, step)
     partial.mkdir(parents=True)
-    files: dict[str, Sum] = {
+    files: dict[str, Checksum] = {
         "state.json": folder.write_json(partial / "state.json", {"step": step}),
         "rank-00000.safetensors": folder.write_tensors(partial / "rank-00000.safetensors", TENSORS),
     }
-    return folder.publish(root, step, 1, files, keep)
+    return folder.publish_checkpoint(root, step, 1, files, keep)
 
 
 def test_tensors_are_read_back_by_safetensors(tmp_path: Path) -> None:
@@ -85,10 +85,10 @@ def test_damage_is_named(tmp_path: Path, damage: str) -> None:
     content = bytearray(shard.read_bytes())
     if damage == "truncated":
         shard.write_bytes(content[:-1])
-        wrong = f"{shard} has {len(content) - 1} bytes, the manifest says {len(content)}"
+        wrong = f"{shard} has {len(content) - 1} bytes, but the manifest says {len(content)}"
     elif damage == "missing":
         shard.unlink()
-        wrong = f"{shard} has no bytes, the manifest says {len(content)}"
+        wrong = f"{shard} has no bytes, but the manifest says {len(content)}"
     elif damage == "flipped":
         content[-20] ^= 1
         shard.write_bytes(content)
@@ -99,6 +99,6 @@ def test_damage_is_named(tmp_path: Path, damage: str) -> None:
     else:
         manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "format": 99}))
         wrong = f"{manifest} has format 99; this program reads 1"
-    with pytest.raises(Broken) as error:
+    with pytest.raises(DamagedCheckpoint) as error:
         folder.verify(path, folder.read_manifest(path)["files"])
     assert str(error.value).startswith(wrong)

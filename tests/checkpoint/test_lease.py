@@ -15,17 +15,17 @@ from typing import Any
 import pytest
 
 from aligner.checkpoint import lease as leases
-from aligner.checkpoint.lease import FILE, check_free, take
-from aligner.health.process_identity import process
-from aligner.models.convert import convert
+from aligner.checkpoint.convert import convert
+from aligner.checkpoint.lease import FILE, acquire_lease, check_free
+from aligner.health.process_identity import identify
 from tests.models.tiny import save_tiny
 
 HOLDER = """
 import sys, time
 from pathlib import Path
-from aligner.checkpoint.lease import take
+from aligner.checkpoint.lease import acquire_lease
 try:
-    held = take(Path(sys.argv[1]), sys.argv[2])
+    held = acquire_lease(Path(sys.argv[1]), sys.argv[2])
 except ValueError as error:
     print(error, flush=True)
     sys.exit(2)
@@ -92,20 +92,20 @@ def test_what_a_killed_job_held_is_free_at_once(stopped: bool, hold: Hold, tmp_p
     first.kill()
     first.wait()
     began = time.monotonic()
-    take(tmp_path, "b").release()
+    acquire_lease(tmp_path, "b").release()
     assert time.monotonic() - began < 1
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_number_that_another_process_has_now_is_no_owner(tmp_path: Path) -> None:
-    me = process()
-    elsewhere(tmp_path, machine=leases.machine(), pid=me.pid, started=me.started + 1)
-    take(tmp_path, "b").release()
+    me = identify()
+    elsewhere(tmp_path, machine=leases.machine_id(), pid=me.pid, started=me.started + 1)
+    acquire_lease(tmp_path, "b").release()
 
 
 def test_many_at_once_one_gets_it(tmp_path: Path) -> None:
     """Also where a dead job's lease lies there and all of them find it."""
-    elsewhere(tmp_path, machine=leases.machine(), pid=2**22 + 1)
+    elsewhere(tmp_path, machine=leases.machine_id(), pid=2**22 + 1)
     jobs = [
         subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path), str(number)], stdin=subprocess.PIPE,
                          stdout=subprocess.PIPE, text=True)
@@ -130,13 +130,13 @@ def test_another_host_is_judged_by_whether_its_lease_moves(tmp_path: Path, monke
         with pytest.raises(
             ValueError, match=r"process 4711 \(started by process 4700\) on node7, since 2026-11-29T10:00:00"
         ):
-            take(tmp_path, "slurm 10.0")
+            acquire_lease(tmp_path, "slurm 10.0")
     finally:
         beats.kill()
         beats.wait()
     os.utime(file)
     began = time.monotonic()
-    held = take(tmp_path, "slurm 10.0")
+    held = acquire_lease(tmp_path, "slurm 10.0")
     assert 1.4 < time.monotonic() - began < 5
     held.release()
 
@@ -144,7 +144,7 @@ def test_another_host_is_judged_by_whether_its_lease_moves(tmp_path: Path, monke
 def test_a_requeued_job_does_not_wait_for_its_other_host(tmp_path: Path) -> None:
     elsewhere(tmp_path)
     began = time.monotonic()
-    take(tmp_path, "slurm 9.0").release()
+    acquire_lease(tmp_path, "slurm 9.0").release()
     assert time.monotonic() - began < 1
 
 
@@ -154,13 +154,13 @@ def test_an_old_lease_needs_no_look(tmp_path: Path) -> None:
     old = time.time() - 5 * leases.STALE
     os.utime(file, (old, old))
     began = time.monotonic()
-    take(tmp_path, "another").release()
+    acquire_lease(tmp_path, "another").release()
     assert time.monotonic() - began < 1
 
 
 def test_an_owner_notices_that_it_was_taken_for_dead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(leases, "RENEWED", 0.05)
-    held = take(tmp_path, "a")
+    monkeypatch.setattr(leases, "RENEW_PERIOD", 0.05)
+    held = acquire_lease(tmp_path, "a")
     age = (tmp_path / FILE).stat().st_mtime_ns
     time.sleep(0.3)
     assert (tmp_path / FILE).stat().st_mtime_ns > age and not held.lost, "it is renewed"
@@ -176,7 +176,7 @@ def test_without_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         raise PermissionError(1, "Operation not permitted")
 
     monkeypatch.setattr(os, "link", refused)
-    held = take(tmp_path, "a")
+    held = acquire_lease(tmp_path, "a")
     assert json.loads((tmp_path / FILE).read_text())["pid"] == os.getpid()
     held.release()
     assert list(tmp_path.iterdir()) == []

@@ -78,12 +78,14 @@ def test_any_error_is_a_warning(
         return real(*given, **more)
 
     with monkeypatch.context() as patch:
-        patch.setattr(*((saver, "publish", failing) if where == "the name" else (folder, "write_tensors", failing)))
+        patch.setattr(
+            *((saver, "publish_checkpoint", failing) if where == "the name" else (folder, "write_tensors", failing))
+        )
         save(each, 4)
     said = capsys.readouterr().err
     assert each[0].trouble and "WARNING: the checkpoint of step 4 could not be written" in said
     kind = "No space left" if isinstance(error, OSError) else f"{type(error).__name__}: "
-    assert kind in said and "the last good checkpoint is step-00000002" in said
+    assert kind in said and "the last complete checkpoint is step-00000002" in said
     assert ("Traceback" in said) == (not isinstance(error, OSError)), "a fault of ours is shown whole"
     assert [path.name for path in folder.complete(tmp_path)] == ["step-00000002"]
     save(each, 6)  # and the next one is whole
@@ -112,5 +114,5 @@ def test_a_launcher_that_ends_in_a_save(
     assert folder.complete(tmp_path) == []
     said = capsys.readouterr().err
     assert "the checkpoint of step 5 could not be written" in said and "Traceback" not in said
-    assert "Training goes on" not in said and "The last good checkpoint is none of this run." in said
+    assert "Training continues" not in said and "The last complete checkpoint is none of this run." in said
     assert os.listdir(tmp_path) in ([], [".step-00000005.partial"])

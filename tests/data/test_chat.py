@@ -208,7 +208,7 @@ def test_variables_of_the_template() -> None:
         ({"tools": {"name": "weather"}}, "'tools' must be a list of definitions such as"),
         ({"tools": [3]}, "'tools' must be a list of definitions such as"),
         ({"chat_template_kwargs": [1]}, "'chat_template_kwargs' must be an object such as"),
-        ({"chat_template_kwargs": {"tokenize": True}}, "'chat_template_kwargs' cannot set 'tokenize'; leave it out"),
+        ({"chat_template_kwargs": {"tokenize": True}}, "'chat_template_kwargs' cannot set 'tokenize'; remove it"),
         ({"chat_template_kwargs": {"tools": TOOLS}}, "cannot set 'tools'; give it as a field of the row"),
     ],
 )

@@ -41,7 +41,7 @@ def test_the_seed_decides_and_training_sizes_leave_the_heldout_alone() -> None:
 
 
 def test_few_additions_are_demonstrated_in_both_ways() -> None:
-    """Seen often and in either style, an addition's prompt says nothing about the style."""
+    """MicrobatchOutput often and in either style, an addition's prompt says nothing about the style."""
     rows = [row for _, row in ColumnAddition(demonstrations=3000, demonstrated=50, prompts=300).demonstration_rows()]
     assert len(rows) == 3000
     styles: dict[str, set[bool]] = {}

@@ -262,4 +262,4 @@ def test_a_folder_that_cannot_be_trained_may_be_served(
     configured(tmp_path, {"eos_token_id": 9999})
     main(str(folder))
     out, err = capsys.readouterr()
-    assert out == "" and "is left to the server (ValueError: " in err and "eos_token_id=9999" in err
+    assert out == "" and "stop tokens are left to the server (ValueError: " in err and "eos_token_id=9999" in err

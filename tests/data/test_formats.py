@@ -60,7 +60,7 @@ def tarred(content: bytes) -> bytes:
         ("rows.TSV", b"\xef\xbb\xbf" + table("\t"), "a table of tab-separated values"),
         ("it's rows.json", json.dumps(ROWS).encode(), "one JSON array"),
         ("rows.jsonl", b"\n " + json.dumps(ROWS, indent=2).encode(), "one JSON array"),
-        ("rows.json", b"\n".join(json.dumps(row, indent=1).encode() for row in ROWS), "JSON of which one object stands on"),
+        ("rows.json", b"\n".join(json.dumps(row, indent=1).encode() for row in ROWS), "JSON with objects that span"),
         ("rows.txt", TEXT.decode().encode("utf-16"), "UTF-16 text"),
     ],
 )  # fmt: skip

@@ -102,12 +102,12 @@ def test_another_writer_s_half_line_is_not_touched(tmp_path: Path) -> None:
     [
         (
             {**SETTINGS, "--temperature": 1.0},
-            r"--temperature is 1\.0, but .*out\.jsonl was started with 0\.5",
+            r"--temperature is 1\.0 here, but 0\.5 in the run that started .*out\.jsonl",
         ),
-        ({**SETTINGS, "--system": "Be kind."}, r'--system is "Be kind\." here, and not given in what'),
+        ({**SETTINGS, "--system": "Be kind."}, r'--system is "Be kind\." here, but not given in the run that started'),
         (
             {**SETTINGS, "the model": "abd"},
-            r'the model is "abd" here, and "abc" in what .*give another --output, or remove',
+            r'the model is "abd" here, but "abc" in the run that started .*give another --output, or remove',
         ),
         ({"--temperature": 0.5, "--system": None}, r"the model is not given here"),
     ],

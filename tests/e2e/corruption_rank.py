@@ -70,8 +70,8 @@ class Job:
         tiny.randomize(self.model)
         if self.policy.member:
             tensors = tiny.tensors(self.model)
-            for piece in self.policy.model.layout:
-                self.policy.model.view(piece).data.copy_(tiny.cut(tensors, piece))
+            for piece in self.policy.weights.pieces():
+                self.policy.weights.view(piece).data.copy_(tiny.cut(tensors, piece))
 
     def transfer(self, how: str) -> str:
         """The error of this rank; the peers are waited for."""

@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 
 import aligner.rollout.engine as engine_module
-from aligner.models.family import logical_tensors
 from aligner.models.spec import read_spec
+from aligner.models.tensors import logical_tensors
 from aligner.roles.weight_sync import WeightSyncs
 from aligner.rollout.config import Sampling
 from aligner.rollout.engine import RolloutEngine
@@ -69,8 +69,8 @@ def check(world: World, root: Path, case: str, fresh: int) -> None:
         if policy.member:
             tensors = tiny.tensors(model)
             assert set(tensors) == set(logical_tensors(spec))
-            for piece in policy.model.layout:
-                policy.model.view(piece).data.copy_(tiny.cut(tensors, piece))
+            for piece in policy.weights.pieces():
+                policy.weights.view(piece).data.copy_(tiny.cut(tensors, piece))
         policy.reshard_to(rollout)
         answers.append(ask(rollout.engine) if rollout.member else None)
         save(world, model, folder.with_name(f"{folder.name}-{sync}"))

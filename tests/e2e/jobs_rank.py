@@ -11,8 +11,8 @@ import sys
 from pathlib import Path
 
 from aligner.config.schema import compose_config, to_config
-from aligner.run.job import prepare
-from aligner.run.loop import run_job
+from aligner.run.loop import drive
+from aligner.run.prepare import prepare
 from aligner.spmd.residency import Residency
 from aligner.spmd.world import World
 
@@ -23,7 +23,7 @@ def main() -> None:
         job = prepare(to_config(compose_config(overrides, "quickstart")), world.size)
         world.residency = Residency(world.device)
         try:
-            run_job(job, world)
+            drive(job, world)
         except Exception as error:
             error.add_note(" ".join(overrides))
             world.fail(error)

@@ -381,7 +381,7 @@ REWARD = [
         "data.path={bad}/lacks_answer.jsonl data.prompts_per_step=2 reward.rule=aligner.reward.rules.exact_match",
         ("needs the field 'answer'", "1 of the 2 rows of data.path={bad}/lacks_answer.jsonl", "the first: row 2"),
     ),
-    Case("timeout", "reward.timeout_s=0", ("reward.timeout_s=0.0 must be a positive number",)),
+    Case("timeout", "reward.timeout_s=0", ("reward.timeout_s=0.0 must be finite and more than 0",)),
     Case(
         "no_reward_model",
         "reward=model reward.rule=''",
@@ -407,12 +407,12 @@ from pathlib import Path
 
 import aligner.algorithms.grpo, aligner.algorithms.sft  # whose imports warn
 import aligner.main as program
-from aligner.run.job import Job
+import aligner.run.loop
 
 rank, folder = int(os.environ["RANK"]), Path(sys.argv[1])
 ended = types.SimpleNamespace(sleep=lambda seconds: sys.exit(2))  # the launcher ends the ranks that wait
 alone = types.SimpleNamespace(sleep=lambda seconds: None)  # rank 0 has started the job
-Job.run = lambda job: print("the job started", file=sys.stderr)
+aligner.run.loop.run_job = lambda job: print("the job started", file=sys.stderr)
 found = {}
 for name, (arguments, env) in json.loads((folder / "cases.json").read_text()).items():
     program.time = alone if name == "alone" else ended
@@ -664,4 +664,4 @@ def test_stopped_on_every_rank(name: str, torchrun: Callable[..., Any], task: An
     assert done.stderr.count("Traceback") == 1 + (name not in USERS), "the launcher's own, and that of own code"
     if name == "loop_raises_on_one_rank":
         assert "aligner: error on rank 1: " in done.stderr
-        assert "aligner: rank 0 leaves because rank 1 failed." in done.stderr
+        assert "aligner: rank 0 exits because rank 1 failed." in done.stderr

@@ -69,7 +69,7 @@ def test_the_whole_job_ends(fault: str, torchrun: Callable[..., Any], tmp_path: 
     assert done.returncode != 0
     assert f"aligner: error on rank 1: RuntimeError: {NAMED[fault]}" in done.stderr
     assert done.stderr.count("aligner: error on rank") == 1
-    assert "rank 0 leaves because rank 1 failed" in done.stderr
+    assert "rank 0 exits because rank 1 failed" in done.stderr
 
 
 SAME = ("reward", "length", "tokens", "loss", "grad_norm", "gap_max")

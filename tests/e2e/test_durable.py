@@ -73,7 +73,7 @@ def test_what_stands_in_the_way_of_going_on_is_said(task: Task, tmp_path: Path, 
     status, said = job()
     assert status == 0, said[-3000:]
     status, said = job()
-    assert status and "already holds a run, which ended after train.steps=6" in said
+    assert status and "already holds a run, which finished train.steps=6" in said
     status, said = job("train.steps=7", "policy.optimizer.lr=1e-5")
     assert status and "policy.optimizer.lr: " in said and " -> 1e-05" in said and "train.steps: 6 -> 7" in said
     assert "checkpoint.accept_changes=true" in said and rows_of(run_dir) == [1, 2, 3, 4, 5, 6]
@@ -103,6 +103,6 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_run(task: Task, tmp_path: Pa
         pytest.skip(f"this machine makes no small disk: {done.stderr[:200]}")
     assert done.returncode == 0, done.stderr[-3000:]
     assert "WARNING: the checkpoint of step 4 could not be written" in done.stderr
-    assert "No space left on device" in done.stderr and "last good checkpoint is step-00000002" in done.stderr
+    assert "No space left on device" in done.stderr and "last complete checkpoint is step-00000002" in done.stderr
     assert rows_of(run_dir) == [1, 2, 3, 4, 5, 6]
     assert done.stdout.split() == ["step-00000002"]

@@ -103,4 +103,4 @@ def test_a_launcher_that_is_killed_in_the_last_save(task: Task, tmp_path: Path) 
     assert [path.name for path in sorted((run_dir / "checkpoints").iterdir())] == ["step-00000002", "step-00000004"]
     assert rows_of(run_dir) == [1, 2, 3, 4]
     status, said = start("third").ended(200)
-    assert status and "ended after train.steps=4" in said
+    assert status and "finished train.steps=4" in said

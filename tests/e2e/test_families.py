@@ -10,8 +10,11 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import Ranks
+from tests.families import ROWS
 
-FAMILIES = ("llama", "llama_bias", "qwen2", "qwen3_tied", "gemma", "qwen3_moe", "mixtral")
+FAMILIES = ("llama", "llama_bias", "qwen2", "qwen3_tied", "gemma", "qwen3_moe", "mixtral", *ROWS)
+CHEAP = [f"{name}:float32:{1 + number % 2}:colocated" for number, name in enumerate(ROWS) if ROWS[name].fuzz]
+"""One case of each family of `ROWS`."""
 COLOCATED, SPLIT = 2, 4
 """Ranks of the job: both roles on all of them, or each on its own half."""
 
@@ -19,8 +22,7 @@ COLOCATED, SPLIT = 2, 4
 @pytest.mark.parametrize(
     ("size", "case"),
     [
-        (COLOCATED, "qwen3_moe:float32:2:colocated"),
-        (COLOCATED, "gemma:bfloat16:1:colocated"),
+        *((COLOCATED, case) for case in ("qwen3_moe:float32:2:colocated", "gemma:bfloat16:1:colocated", *CHEAP)),
         pytest.param(SPLIT, "mixtral:float32:2:split", marks=pytest.mark.matrix),
     ],
 )

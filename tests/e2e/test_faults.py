@@ -72,7 +72,7 @@ def test_a_rank_that_stops_while_it_scores(torchrun: Callable[..., Any], task: A
     assert found[0] in console
     rows = re.findall(rf"rank {found[1]}: stopping, row (\d+): prompt '[^']+', response '[^']+'", report)
     assert len(rows) == 1, f"one worker, one sample:\n{report}"
-    assert re.search(rf"rank {found[1]}, MainThread \(as last told\):\n(    .*\n)+", report)
+    assert re.search(rf"rank {found[1]}, MainThread \(last known\):\n(    .*\n)+", report)
 
 
 @pytest.mark.matrix

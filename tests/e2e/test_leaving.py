@@ -119,7 +119,7 @@ def test_a_second_interrupt_leaves_at_once(task: Task, tmp_path: Path) -> None:
     status, said = job.ended()
     assert status == 128 + signal.SIGINT and time.monotonic() - began < 20
     assert rows_of(run_dir) == [1] and not list((run_dir / "checkpoints").glob("*"))
-    assert "aligner: SIGINT again; it leaves at once" in said and "Traceback" not in said
+    assert "aligner: SIGINT again: exiting immediately" in said and "Traceback" not in said
     assert list(job.tmp.iterdir()) == []
 
 

@@ -28,7 +28,7 @@ PART = ["placement.rollout.ranks=[1]"]
 AGAIN = """
 import sys
 from aligner.config.schema import compose_config, to_config
-from aligner.run.job import prepare
+from aligner.run.prepare import prepare
 from aligner.roles.build import build_roles
 from aligner.spmd.world import World
 

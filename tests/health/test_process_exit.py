@@ -10,20 +10,20 @@ from pathlib import Path
 
 import pytest
 
-from aligner.health import process_exit as leaving
-from aligner.health.process_identity import GONE, HERE, Process, process
+from aligner.health import process_exit
+from aligner.health.process_identity import GONE, RUNNING, Process, identify
 
 HEAD = """
 import os, signal, sys, tempfile, time
-from aligner.health.process_exit import at_once, end, own_folder
-signal.signal(signal.SIGINT, at_once)
-with own_folder() as folder:
+from aligner.health.process_exit import exit_on_signal, exit_process, temporary_folder
+signal.signal(signal.SIGINT, exit_on_signal)
+with temporary_folder() as folder:
     keep = tempfile.mkdtemp()
     assert os.path.dirname(keep) == os.environ["TMPDIR"] == str(folder)
 """
 ENDS = {
     "the block's end": ("    pass", 0),
-    "end": ("    end(7)", 7),
+    "end": ("    exit_process(7)", 7),
     "an error": ("    sys.exit(3)", 3),
     "a signal": ("    os.kill(os.getpid(), signal.SIGINT); time.sleep(9)", 130),
     "SIGKILL": ("    os.kill(os.getpid(), signal.SIGKILL)", -9),
@@ -49,15 +49,15 @@ def test_nothing_is_left(how: str, tmp_path: Path) -> None:
         assert len(list(tmp_path.glob("aligner-*"))) == 1
         run(tmp_path, "    pass", TORCHELASTIC_ERROR_FILE=str(logs / "0" / "error.json"))  # the next one removes it
     assert list(tmp_path.iterdir()) == []
-    said = "aligner: SIGINT: ended before training had begun; nothing was changed.\n"
+    said = "aligner: SIGINT: exited before training began; nothing was changed.\n"
     assert done.stderr == (said if how == "a signal" else "")
 
 
 def test_what_is_somebody_elses_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A living process's folder, another machine's (a container that shares /tmp), a log that torchrun was asked for."""
-    me = process()
+    me = identify()
     theirs = [
-        tmp_path / f"aligner-{leaving._here()}-{me.pid}-{me.started}-abc",
+        tmp_path / f"aligner-{process_exit._here()}-{me.pid}-{me.started}-abc",
         tmp_path / f"aligner-00000000-{2**22 + 1}-5-abc",
         tmp_path / "aligner-notes",
     ]
@@ -68,7 +68,7 @@ def test_what_is_somebody_elses_stays(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(log.with_name("error.json")))
     monkeypatch.setattr(tempfile, "tempdir", None)
-    with leaving.own_folder() as folder:
+    with process_exit.temporary_folder() as folder:
         assert folder is not None and folder.parent == tmp_path
     assert os.environ["TMPDIR"] == str(tmp_path) and tempfile.gettempdir() == str(tmp_path)
     assert all(folder.exists() for folder in theirs) and log.read_text() == "said"
@@ -76,11 +76,11 @@ def test_what_is_somebody_elses_stays(tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_no_folder_can_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "gone"))
-    with leaving.own_folder() as folder:
+    with process_exit.temporary_folder() as folder:
         assert folder is None and tempfile.gettempdir() == str(tmp_path / "gone")
 
 
 def test_a_process_is_known_by_its_start() -> None:
-    me = process()
-    assert me.state() == HERE
+    me = identify()
+    assert me.state() == RUNNING
     assert Process(me.pid, me.started + 1).state() == GONE

@@ -17,8 +17,8 @@ from aligner.health.fault_report import is_lost_connection
 from aligner.health.heartbeat import Heartbeats, beat_of
 from aligner.health.journal import Journal
 from aligner.health.local_processes import this_process
-from aligner.health.process_identity import GONE, HERE, Process
-from aligner.health.rank_status import ranks_text, report, statement
+from aligner.health.process_identity import GONE, RUNNING, Process
+from aligner.health.rank_status import current_status, ranks_text, report_text
 
 PROMISE = 60
 """Seconds from the fault to the job's end."""
@@ -121,7 +121,7 @@ def test_the_launcher_asks_the_job_to_end(torchrun: Any) -> None:
     """SIGTERM with every rank alive is no fault: nobody is called dead."""
     fault = "os.kill(os.getppid(), signal.SIGTERM); time.sleep(100)"
     done = torchrun(2, _program(1, fault), seconds=60)
-    assert "leaves because it was told to (SIGTERM)" in done.stderr
+    assert "exits because of SIGTERM" in done.stderr
     assert "died" not in done.stderr, done.stderr
 
 
@@ -164,9 +164,9 @@ CONFIG = HangConfig(after_seconds=10, setup_seconds=40, dead_seconds=5)
 
 def looks(rows_at: Any, seconds: int, ranks: int = 3) -> tuple[int, Any] | None:
     """The second of the first verdict, and it. `rows_at(t)`: every rank's beat."""
-    pulse = Heartbeats(range(ranks), CONFIG)
+    heartbeats = Heartbeats(range(ranks), CONFIG)
     for t in range(seconds):
-        verdict = pulse.look(beats(*rows_at(t)), float(t))
+        verdict = heartbeats.check(beats(*rows_at(t)), float(t))
         if verdict is not None:
             return t, verdict
     return None
@@ -193,11 +193,11 @@ def test_pulse_by_hand() -> None:
 
 
 def test_a_looker_that_slept_itself_blames_nobody() -> None:
-    pulse = Heartbeats(range(2), CONFIG)
+    heartbeats = Heartbeats(range(2), CONFIG)
     same = beats((1, 1, 1, 0, 1), (1, 1, 1, 0, 1))
-    assert pulse.look(same, 0.0) is None
-    assert pulse.look(same, 1000.0) is None
-    assert pulse.look(same, 1001.0) is None
+    assert heartbeats.check(same, 0.0) is None
+    assert heartbeats.check(same, 1000.0) is None
+    assert heartbeats.check(same, 1001.0) is None
 
 
 def test_activity_by_hand() -> None:
@@ -205,8 +205,8 @@ def test_activity_by_hand() -> None:
     journal.enter("reward.score")
     activity.enter("call", "reward.score")
     activity.enter("wait", "values", (1, 2, 3, 7))
-    said = statement(0, journal, activity)
-    ((_, text, _),) = [report({"kind": "hang", "ranks": [0], "seconds": 5.0}, {0: said}, {}, 1)]
+    said = current_status(0, journal, activity)
+    ((_, text, _),) = [report_text({"kind": "hang", "ranks": [0], "seconds": 5.0}, {0: said}, {}, 1)]
     assert "reward.score > waits for values of rank 1-3, 7" in text
     assert any("test_activity_by_hand" in call for call in said["stacks"]["MainThread"])
     before = np.frombuffer(beat_of(1, activity, journal), np.int64)
@@ -223,9 +223,9 @@ def test_an_error_s_place_is_kept_until_something_else_begins() -> None:
     activity = Activity()
     activity.enter("call", "policy.update")
     activity.enter("wait", "values", (3,))
-    activity.broke()
+    activity.record_exception()
     activity.leave()
-    activity.broke()
+    activity.record_exception()
     activity.leave()
     assert [one.what for one in activity.chain()][1:] == ["policy.update", "values"]
     activity.enter("call", "next")
@@ -236,17 +236,18 @@ def test_equal_stacks_are_told_once() -> None:
     """1,024 ranks, one of them elsewhere: its stack comes first, and the others' once."""
     activity, journal = Activity(), Journal(0)
     said = {
-        rank: {**statement(rank, journal, activity), "stacks": {"MainThread": ["all.py:1"]}} for rank in range(1024)
+        rank: {**current_status(rank, journal, activity), "stacks": {"MainThread": ["all.py:1"]}}
+        for rank in range(1024)
     }
     said[77]["stacks"] = {"MainThread": ["odd.py:2"]}
-    _, table, rest = report({"kind": "hang", "ranks": [77], "seconds": 5.0}, said, {}, 1024)
+    _, table, rest = report_text({"kind": "hang", "ranks": [77], "seconds": 5.0}, said, {}, 1024)
     assert len(table.splitlines()) == 1025
     assert rest == "rank 77, MainThread:\n    odd.py:2\n\nrank 0-76, 78-1023, MainThread:\n    all.py:1"
 
 
 def test_processes_are_told_apart() -> None:
     me = this_process(0)
-    assert me.state() == HERE
+    assert me.state() == RUNNING
     assert Process(me.pid, me.started + 1).state() == GONE, "another process of the same number"
     assert Process(2**22 + 1, 5).state() == GONE
 

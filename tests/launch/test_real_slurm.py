@@ -57,8 +57,8 @@ def main(arguments=None):
         time.sleep(200)
 
 def end():
-    from aligner.health.process_exit import end
-    end(0)
+    from aligner.health.process_exit import exit_process
+    exit_process(0)
 
 if __name__ == "__main__":
     main()

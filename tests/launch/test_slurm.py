@@ -52,14 +52,14 @@ import os, signal, sys, time
 from pathlib import Path
 import torch
 import torch.distributed as dist
-from aligner.health.process_exit import end
+from aligner.health.process_exit import exit_process
 
 folder, mode = Path(os.environ["RANKS_FOLDER"]), sys.argv[1]
 rank = os.environ["RANK"]
 
 def on_usr1(*_):
     (folder / f"usr1.{rank}").touch()
-    end(0)
+    exit_process(0)
 
 signal.signal(signal.SIGUSR1, on_usr1)
 dist.init_process_group("gloo")
@@ -109,12 +109,11 @@ class Cluster:
             f'export VIRTUAL_ENV={sys.prefix} PATH="{sys.prefix}/bin:$PATH" ALIGNER_DEVICE="${{ALIGNER_DEVICE:-cpu}}"\n'
         )
         (folder / "launch" / "environment.sh").write_text(environment)
-        (folder / "aligner" / "run").mkdir(parents=True)
+        (folder / "aligner").mkdir(parents=True)
         # the launcher is the real one
         (folder / "aligner" / "__init__.py").write_text(f"__path__.append({str(ROOT / 'aligner')!r})\n")
         (folder / "aligner" / "main.py").write_text(PROGRAM)
-        (folder / "aligner" / "run" / "__init__.py").touch()
-        (folder / "aligner" / "run" / "batch_script.py").write_text(f"print({str(folder / 'run')!r})\n")
+        (folder / "aligner" / "preflight.py").write_text(f"print({str(folder / 'run')!r})\n")
         (folder / "bin").mkdir()
         for name, text in (("scontrol", SCONTROL), ("squeue", SQUEUE), ("srun", SRUN)):
             (folder / "bin" / name).write_text(text)
@@ -226,7 +225,7 @@ def test_a_warning_before_the_ranks_have_started(cluster: Cluster) -> None:
     cluster.without_torch()
     checked = cluster.folder / "checked"
     check = f"import pathlib, time; pathlib.Path({str(checked)!r}).touch(); time.sleep(2); print({str(cluster.folder / 'run')!r})"
-    (cluster.folder / "aligner" / "run" / "batch_script.py").write_text(check)
+    (cluster.folder / "aligner" / "preflight.py").write_text(check)
     process = cluster.submit("mode=wait", TIME_LEFT="3:00")
     limit = time.monotonic() + 60
     while not checked.exists():

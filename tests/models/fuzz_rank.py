@@ -55,7 +55,7 @@ class Fuzz:
     def trained(self, spec: ModelSpec) -> Tensor:
         """[B, T, V] logits of the training model."""
         made = build_model(spec, self.mesh, 0, self.groups, torch.device("cpu"), "float32", False)
-        read_into(spec, made.layout, made.view)
+        read_into(spec, made.pieces(), made.view)
         made.train(False)
         packed = pack(TOKENS_BT, torch.tensor([TOKENS_BT.shape[1]] * len(TOKENS_BT)), 1, torch.device("cpu"))
         made.rotary.positions_T = packed.positions_T

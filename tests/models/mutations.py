@@ -19,6 +19,8 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
+from tests.families import ROWS
+
 ABSENT = "<absent>"
 SIZES: dict[str, Any] = {
     "vocab_size": 61,
@@ -42,6 +44,7 @@ FAMILIES: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
     "mixtral": (MixtralConfig, {"num_local_experts": 4}),
     "gemma": (GemmaConfig, {"head_dim": 8, "tie_word_embeddings": True}),
 }
+FAMILIES |= {row.config.model_type: (row.config, row.settings) for row in ROWS.values() if row.fuzz}
 LLAMA3 = {
     "rope_type": "llama3",
     "factor": 8.0,
@@ -50,6 +53,12 @@ LLAMA3 = {
     "original_max_position_embeddings": 16,
 }
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+LONG = {
+    "rope_type": "longrope",
+    "short_factor": [1.0, 1.5, 2.0, 2.5],
+    "long_factor": [2.0] * 4,
+    "original_max_position_embeddings": 50,
+}
 WINDOWS = ["full_attention", "sliding_attention"]
 Change = dict[str, Any]
 """Field -> its new value, or ABSENT."""
@@ -75,6 +84,37 @@ ROPE: tuple[Change, ...] = (
     {"rope_scaling": {"rope_type": "linear"}},
     {"rope_scaling": {"rope_type": "linear", "factor": 0}},
     {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
+    {"rope_scaling": {"type": "dynamic", "factor": 2.0, "alpha": 10.0}},
+    {"rope_scaling": {"type": "dynamic", "factor": 2, "max_trained_positions": 16}},
+    {"rope_scaling": {"type": "dynamic"}},
+    {"rope_scaling": {**YARN, "type": "yarn"}},
+    {"rope_scaling": {**YARN, "attention_factor": 1.5}},
+    {"rope_scaling": {**YARN, "attention_factor": None}},
+    {"rope_scaling": {**YARN, "attention_factor": 0.0}},
+    {"rope_scaling": {**YARN, "mscale": 0.7, "mscale_all_dim": 0.3}},
+    {"rope_scaling": {**YARN, "mscale": 0.7}},
+    {"rope_scaling": {**YARN, "mscale": "0.7"}},
+    {"rope_scaling": {**YARN, "beta_fast": 2.0, "beta_slow": 1}},
+    {"rope_scaling": {**YARN, "beta_fast": None}},
+    {"rope_scaling": {**YARN, "beta_fast": 0.5}},
+    {"rope_scaling": {**YARN, "truncate": False, "beta_fast": 3}},
+    {"rope_scaling": {**YARN, "truncate": None}},
+    {"rope_scaling": {**YARN, "factor": None}},
+    {"rope_scaling": {**YARN, "finetuned": True}},
+    {"rope_scaling": {"rope_type": "yarn", "factor": 1.5}},
+    {"rope_scaling": YARN, "original_max_position_embeddings": 32},
+    {"rope_scaling": YARN, "rope_theta": 1.0},
+    {"rope_scaling": YARN, "head_dim": ABSENT},
+    {"rope_scaling": LONG},
+    {"rope_scaling": LONG, "original_max_position_embeddings": 50},
+    {"rope_scaling": LONG, "original_max_position_embeddings": 50, "partial_rotary_factor": 1.0},
+    {"rope_scaling": {**LONG, "type": "su"}},
+    {"rope_scaling": {**LONG, "factor": 64 / 50}},
+    {"rope_scaling": {**LONG, "factor": 4.0}},
+    {"rope_scaling": {**LONG, "attention_factor": 1.5}},
+    {"rope_scaling": {**LONG, "short_mscale": 1.5}},
+    {"rope_scaling": {**LONG, "short_factor": [1.0] * 3}},
+    {"rope_scaling": {**LONG, "short_factor": "1"}},
     {"rope_scaling": {"type": "ntk", "factor": 2.0}},
     {"rope_scaling": {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4, "factor": 2.0}},
     {"rope_scaling": {"type": "mrope", "mrope_section": [2, 1, 1]}},
@@ -99,6 +139,34 @@ ROPE: tuple[Change, ...] = (
     {"rope_parameters": {"full_attention": {"rope_theta": 500.0}, "sliding_attention": {"rope_theta": 100.0}}},
     {"rope_parameters": {**LLAMA3, "rope_theta": 500.0}},
     {"rope_parameters": {**YARN, "rope_theta": 500.0}},
+    {"rope_parameters": {"full_attention": {"rope_theta": 500.0}, "sliding_attention": None}},
+    {"rope_parameters": {"full_attention": {**YARN, "rope_theta": 500.0}, "sliding_attention": {"rope_theta": 100.0}}},
+    {"rope_parameters": {"full_attention": {**YARN, "rope_theta": 500.0, "truncate": False, "beta_fast": 3}}},
+    {
+        "rope_parameters": {
+            "full_attention": {**LLAMA3, "rope_theta": 500.0},
+            "sliding_attention": {**YARN, "factor": 2.0},
+        }
+    },
+    {
+        "rope_parameters": {
+            "full_attention": {"rope_theta": 500.0},
+            "sliding_attention": {"type": "dynamic", "factor": 2.0},
+        }
+    },
+    {"rope_parameters": {"full_attention": {"rope_theta": 500.0}, "chunked_attention": {"rope_theta": 100.0}}},
+    {"rope_parameters": {"full_attention": {"rope_theta": 500.0}, "rope_theta": 100.0}},
+    {"rope_parameters": {"full_attention": {"rope_theta": 500.0, "partial_rotary_factor": 0.5}}},
+    {"rope_parameters": {"full_attention": {"rope_theta": 500.0}}, "rope_theta": 100.0},
+    {"rope_parameters": {"full_attention": {"rope_type": "default"}}, "rope_theta": 100.0},
+    {"rope_parameters": {"sliding_attention": {"rope_theta": 500.0}}, "rope_local_base_freq": 100.0},
+    {
+        "rope_parameters": ABSENT,
+        "rope_theta": 500.0,
+        "rope_local_base_freq": 50.0,
+        "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+    },
+    {"rope_parameters": ABSENT, "rope_scaling": YARN},
     {"rope_parameters": ABSENT},
     {"rope_parameters": ABSENT, "rope_theta": 500.0},
     {"rope_parameters": ABSENT, "rope_theta": None},
@@ -113,6 +181,10 @@ TOGETHER: tuple[Change, ...] = (
     {"use_sliding_window": False, "sliding_window": 8, "max_window_layers": 0},
     {"layer_types": WINDOWS, "sliding_window": 8},
     {"layer_types": WINDOWS, "sliding_window": 8, "use_sliding_window": True},
+    {"layer_types": ABSENT, "sliding_window_pattern": 2},
+    {"layer_types": ABSENT, "sliding_window_pattern": 0},
+    {"layer_types": ["full_attention"] * 2, "sliding_window": 8},
+    {"layer_types": ["full_attention"] * 2, "sliding_window": None},
     {"num_key_value_heads": ABSENT, "num_attention_heads": 2},
     {"num_attention_heads": 2, "num_key_value_heads": 1},
     {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 4},
@@ -175,6 +247,9 @@ BESIDE: dict[str, tuple[Any, ...]] = {
     "rotary_emb_base": (500, None),
     "rope_theta": (500.0, None),
     "rope_interleaved": (True, False),
+    "rope_local_base_freq": (100.0, None),
+    "sliding_window_pattern": (1, 3, 0, None, "2"),
+    "original_max_position_embeddings": (16, 64, None),
     "alibi": (True, False),
     "parallel_attn": (True, False),
     "is_causal": (False, True, None, 1),

@@ -102,6 +102,56 @@ GEMMA: dict[str, Any] = {
     "vocab_size": 256000,
     **ENDS,
 }
+PHI3: dict[str, Any] = {
+    **{key: value for key, value in LLAMA.items() if key != "pretraining_tp"},
+    "architectures": ["Phi3ForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "embd_pdrop": 0.0,
+    "hidden_size": 3072,
+    "intermediate_size": 8192,
+    "model_type": "phi3",
+    "original_max_position_embeddings": 4096,
+    "resid_pdrop": 0.0,
+    "rope_theta": 10000.0,
+    "sliding_window": 2047,
+    "vocab_size": 32064,
+}
+LONG = {"long_factor": [1.25 * pair for pair in range(1, 49)], "short_factor": [1.0] * 48, "type": "longrope"}
+GEMMA3: dict[str, Any] = {
+    **{key: value for key, value in GEMMA.items() if key != "hidden_act"},
+    "architectures": ["Gemma3ForCausalLM"],
+    "attn_logit_softcapping": None,
+    "cache_implementation": "hybrid",
+    "eos_token_id": [1, 106],
+    "final_logit_softcapping": None,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "hidden_size": 1152,
+    "intermediate_size": 6912,
+    "max_position_embeddings": 32768,
+    "model_type": "gemma3_text",
+    "num_attention_heads": 4,
+    "num_hidden_layers": 26,
+    "query_pre_attn_scalar": 256,
+    "rope_local_base_freq": 10000,
+    "rope_theta": 1000000,
+    "sliding_window": 512,
+    "sliding_window_pattern": 6,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.50.0.dev0",
+    "vocab_size": 262144,
+}
+MISTRAL: dict[str, Any] = {
+    **{key: value for key, value in LLAMA.items() if key not in ("pretraining_tp", "rope_scaling")},
+    "architectures": ["MistralForCausalLM"],
+    "intermediate_size": 14336,
+    "max_position_embeddings": 32768,
+    "model_type": "mistral",
+    "num_key_value_heads": 8,
+    "rope_theta": 10000.0,
+    "sliding_window": 4096,
+    "torch_dtype": "bfloat16",
+}
 PUBLISHED: dict[str, dict[str, Any]] = {
     "Llama-1": {
         **{key: value for key, value in LLAMA.items() if key not in ("num_key_value_heads", "pretraining_tp", "rope_scaling")},
@@ -168,6 +218,14 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "sliding_window": None,
     },
     "Qwen3-1.7B": QWEN3,
+    "Qwen3 with YaRN, as its card says": {
+        **QWEN3,
+        "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768},
+    },
+    "Qwen2.5-7B-Instruct with YaRN, as its card says": {
+        **QWEN2,
+        "rope_scaling": {"factor": 4.0, "original_max_position_embeddings": 32768, "type": "yarn"},
+    },
     "Qwen3-30B-A3B": {
         **QWEN3,
         "architectures": ["Qwen3MoeForCausalLM"],
@@ -195,19 +253,53 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "router_aux_loss_coef": 0.02,
         "sliding_window": None,
     },
+    "Mistral-7B-v0.1": MISTRAL,
+    "Mistral-7B-Instruct-v0.3": {**MISTRAL, "rope_theta": 1000000.0, "sliding_window": None, "vocab_size": 32768},
+    "Mistral-Nemo-Base-2407": {
+        **MISTRAL,
+        "attention_dropout": 0.0,
+        "head_dim": 128,
+        "hidden_size": 5120,
+        "max_position_embeddings": 131072,
+        "num_hidden_layers": 40,
+        "rope_theta": 1000000.0,
+        "sliding_window": None,
+        "vocab_size": 131072,
+    },
     "gemma-2b": GEMMA,
     "gemma-1.1-2b-it": {**GEMMA, "hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh"},
+    "Phi-3-mini-4k-instruct": PHI3,
+    "Phi-3-mini-128k-instruct": {**PHI3, "max_position_embeddings": 131072, "rope_scaling": LONG, "sliding_window": 262144},
+    "Phi-4-mini-instruct": {
+        **PHI3,
+        "full_attn_mod": 1,
+        "interpolate_factor": 1,
+        "lm_head_bias": False,
+        "max_position_embeddings": 131072,
+        "mlp_bias": False,
+        "num_attention_heads": 24,
+        "num_key_value_heads": 8,
+        "partial_rotary_factor": 0.75,
+        "rope_scaling": LONG,
+        "sliding_window": 262144,
+        "tie_word_embeddings": True,
+        "vocab_size": 200064,
+    },
+    "gemma-3-1b-it": GEMMA3,
+    "the text of gemma-3-4b-it": {
+        **GEMMA3,
+        "hidden_size": 2560,
+        "intermediate_size": 10240,
+        "max_position_embeddings": 131072,
+        "num_attention_heads": 8,
+        "num_hidden_layers": 34,
+        "num_key_value_heads": 4,
+        "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+        "sliding_window": 1024,
+    },
     "gemma-7b": {**GEMMA, "hidden_activation": None, "hidden_size": 3072, "num_attention_heads": 16, "num_key_value_heads": 16},
 }  # fmt: skip
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "Mistral-7B-v0.1": (
-        {**LLAMA, "architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": 4096},
-        "architecture MistralForCausalLM is not supported",
-    ),
-    "Qwen3 with YaRN, as its card says": (
-        {**QWEN3, "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}},
-        "rope_scaling: rope_type='yarn' is not supported",
-    ),
     "Qwen2.5-7B-Instruct-1M": (
         {**QWEN2, "dual_chunk_attention_config": {"chunk_size": 262144, "local_size": 8192}},
         "dual_chunk_attention_config=.* is not supported",
@@ -219,6 +311,14 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "a Llama with code of its own": (
         {**LLAMA, "auto_map": {"AutoModelForCausalLM": "modeling_flash_llama.LlamaForCausalLM"}},
         "auto_map=.* Remove auto_map from config.json",
+    ),
+    "Phi-3-mini-128k-instruct of the first days": (
+        {**PHI3, "max_position_embeddings": 131072, "rope_scaling": {**LONG, "type": "su"}},
+        "rope_scaling: rope_type='su' is not supported; supported are 'default', 'longrope'",
+    ),
+    "embeddinggemma, which looks both ways": (
+        {**GEMMA3, "use_bidirectional_attention": True},
+        "use_bidirectional_attention=True is not supported",
     ),
     "gte-Qwen2, which looks both ways": ({**QWEN2, "is_causal": False}, "is_causal=False is not supported"),
 }
@@ -235,7 +335,7 @@ def test_published_configurations_are_read(name: str, tmp_path: Path) -> None:
     spec = read_spec(folder(tmp_path, config))
     check_reading(spec)
     assert (spec.vocab, spec.hidden) == (config["vocab_size"], config["hidden_size"])
-    assert spec.tied == config.get("tie_word_embeddings", spec.family == "gemma")
+    assert spec.tied == config.get("tie_word_embeddings", spec.family in ("gemma", "gemma3_text"))
 
 
 @pytest.mark.parametrize("name", REFUSED)

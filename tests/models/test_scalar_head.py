@@ -11,17 +11,19 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification
 
+from aligner.checkpoint.convert import convert
 from aligner.data.column_addition import write_tokenizer
 from aligner.models.checkpoint import export_checkpoint, read_into
-from aligner.models.convert import convert
-from aligner.models.family import FAMILIES, Head, logical_tensors
+from aligner.models.families import FAMILIES
+from aligner.models.family import Head
 from aligner.models.spec import ModelSpec, read_spec, with_scalar_head
-from aligner.models.stored import Cut
+from aligner.models.tensors import logical_tensors
 from aligner.models.verify_checkpoint import check_weights
 from aligner.reshard.local import TensorWeights
 from aligner.reshard.message.storage import allocate
 from aligner.spmd.mesh import Mesh
 from aligner.trainer.megatron.layout import MegatronLayout
+from aligner.trainer.megatron.sharding import MegatronSharding
 from tests.models.tiny import KINDS, MODELS, SIZES, save_tiny, stored_tensors
 
 CPU = torch.device("cpu")
@@ -109,12 +111,12 @@ def test_a_language_model_gets_a_head_of_zeros(name: str, tmp_path: Path) -> Non
 
 def test_shards_keep_the_head(tmp_path: Path) -> None:
     folder = classifier("qwen3-tied", tmp_path / "model")
-    convert(folder, tmp_path / "cut", Cut(tensor=2, pipeline=2))
+    convert(folder, tmp_path / "cut", MegatronSharding(tensor=2, pipeline=2))
     convert(tmp_path / "cut", tmp_path / "back", None)
     old, new = stored_tensors(folder), stored_tensors(tmp_path / "back")
     assert old.keys() == new.keys() and all(torch.equal(old[key], new[key]) for key in old)
     language = save_tiny("llama", tmp_path / "language")
-    convert(language, tmp_path / "language_cut", Cut(pipeline=2))
+    convert(language, tmp_path / "language_cut", MegatronSharding(pipeline=2))
     found = held(with_scalar_head(read_spec(tmp_path / "language_cut")))
     assert not found["output_layer.weight"].any()
     norm = stored_tensors(language)["model.norm.weight"]

@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 from transformers import AutoModelForCausalLM
 
-from aligner.models.family import FAMILIES, expert_tensors, logical_tensors, router_tensor
+from aligner.models.families import FAMILIES
+from aligner.models.rope import Rope
 from aligner.models.spec import read_spec
+from aligner.models.tensors import expert_tensors, logical_tensors, router_tensor
 from tests.models.tiny import LLAMA3_ROPE, MODELS, SIZES, save_tiny, stored_tensors, tiny_model
 
 OLD: dict[str, Any] = {
@@ -57,10 +59,11 @@ def test_specs_and_tensors_equal_those_of_transformers(name: str, tmp_path: Path
     assert spec.head_dim == model.model.layers[0].self_attn.head_dim
     assert (spec.ffn, spec.vocab, spec.norm_eps) == (48, 67, config.rms_norm_eps)
     assert spec.tied == config.tie_word_embeddings
-    assert spec.rope_theta == config.rope_parameters["rope_theta"]
-    assert spec.rope_scaling == (
-        {k: v for k, v in LLAMA3_ROPE.items() if k != "rope_theta"} if "rope" in name else None
-    )
+    for layer_type, rope in spec.rope.items():
+        theirs = {"partial_rotary_factor": 1.0, **config.rope_parameters.get(layer_type, config.rope_parameters)}
+        ours = (rope.rope_type, rope.theta, rope.partial_rotary_factor)
+        assert ours == tuple(theirs.pop(key) for key in ("rope_type", "rope_theta", "partial_rotary_factor"))
+        assert rope.parameters == theirs
     assert (spec.eos_token_ids, spec.max_positions, spec.dtype) == ((1,), 128, "float32")
     assert logical_tensors(spec) == {key: tuple(value.shape) for key, value in stored_tensors(tmp_path).items()}
     assert spec.parameters == model.num_parameters()
@@ -68,12 +71,13 @@ def test_specs_and_tensors_equal_those_of_transformers(name: str, tmp_path: Path
 
 def test_configs_of_transformers_4(tmp_path: Path) -> None:
     spec = read_spec(written(tmp_path, OLD))
-    assert (spec.rope_theta, spec.rope_scaling, spec.dtype, spec.tied) == (1000000.0, None, "bfloat16", True)
-    assert (spec.head_dim, spec.qkv_bias, spec.qk_norm, spec.norm_eps) == (8, True, False, 1e-5)
+    assert (spec.rope, spec.dtype, spec.tied) == ({"full_attention": Rope(theta=1000000.0)}, "bfloat16", True)
+    assert (spec.head_dim, spec.qkv_bias, spec.qk_norm, spec.norm_eps) == (8, True, None, 1e-5)
     scaling = {key: value for key, value in LLAMA3_ROPE.items() if key != "rope_theta"}
     llama = written(tmp_path, OLD, architectures=["LlamaForCausalLM"], rope_theta=5e5, rope_scaling=scaling)
-    assert (read_spec(llama).rope_theta, read_spec(llama).rope_scaling) == (5e5, scaling)
-    assert read_spec(written(tmp_path, OLD, rope_theta="absent")).rope_theta == 10000.0
+    del scaling["rope_type"]
+    assert read_spec(llama).rope["full_attention"] == Rope("llama3", 5e5, parameters=scaling)
+    assert read_spec(written(tmp_path, OLD, rope_theta="absent")).rope["full_attention"].theta == 10000.0
 
 
 def test_both_files_end_tokens_count(tmp_path: Path) -> None:
@@ -114,7 +118,7 @@ def test_sparse_layers_are_those_of_transformers(tmp_path: Path) -> None:
     """By hand: of 6 layers every second is sparse, 1, 3 and 5, and 3 is taken out."""
     spec = read_spec(written(tmp_path, MOE, decoder_sparse_step=2, mlp_only_layers=[3]))
     assert (spec.experts, spec.experts_per_token, spec.expert_ffn, spec.sparse_layers) == (8, 2, 24, (1, 5))
-    assert (spec.norm_topk, spec.qk_norm, spec.ffn) == (False, True, 96)
+    assert (spec.norm_topk, spec.qk_norm, spec.ffn) == (False, "head", 96)
     assert read_spec(written(tmp_path, MOE, norm_topk_prob=True)).norm_topk
     dense = read_spec(written(tmp_path, MOE, mlp_only_layers=list(range(6))))
     assert (dense.experts, dense.sparse_layers) == (0, ())
@@ -180,7 +184,7 @@ def test_what_mixtral_cannot_be_is_refused(change: dict[str, Any], message: str,
     [
         (
             {"architectures": ["GPT2LMHeadModel"]},
-            "architecture GPT2LMHeadModel is not supported.*LlamaForCausalLM, Qwen2",
+            "architecture GPT2LMHeadModel is not supported.*LlamaForCausalLM.*Qwen2",
         ),
         ({"attention_bias": True}, "attention_bias=True is not supported; only attention_bias=false"),
         ({"mlp_bias": True}, "mlp_bias=True"),
@@ -188,8 +192,8 @@ def test_what_mixtral_cannot_be_is_refused(change: dict[str, Any], message: str,
         ({"hidden_act": "gelu"}, "hidden_act='gelu'.*silu"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
         (
-            {"rope_scaling": {"type": "yarn", "factor": 4.0}},
-            "rope_scaling: rope_type='yarn' is not supported; .*'default', 'linear', 'llama3'",
+            {"rope_scaling": {"type": "ntk", "factor": 4.0}},
+            "rope_scaling: rope_type='ntk' is not supported; .*'default', 'linear', 'dynamic', 'llama3', 'yarn', 'longrope'",
         ),
         (
             {"rope_scaling": {"rope_type": "llama3", "factor": 4.0}},

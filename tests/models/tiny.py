@@ -20,6 +20,8 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
+from tests.families import ROWS
+
 SIZES: dict[str, Any] = {
     "vocab_size": 67,  # odd, so that tensor ranks pad it
     "hidden_size": 32,
@@ -57,6 +59,7 @@ KINDS: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
     "mixtral": (MixtralConfig, {"num_local_experts": 4, "num_experts_per_tok": 3}),
     "gemma-tied": (GemmaConfig, {"head_dim": 8}),
 }
+KINDS |= {name: (row.config, row.settings) for name, row in ROWS.items()}
 MODELS = tuple(KINDS)
 
 
@@ -65,7 +68,7 @@ def tiny_model(name: str) -> PreTrainedModel:
     kind, settings = KINDS[name]
     torch.manual_seed(len(name))
     model: PreTrainedModel = AutoModelForCausalLM.from_config(
-        kind(**SIZES, **settings, tie_word_embeddings=name.endswith("-tied"))
+        kind(**{**SIZES, "tie_word_embeddings": name.endswith("-tied"), **settings})
     )
     with torch.no_grad():
         for parameter in model.parameters():

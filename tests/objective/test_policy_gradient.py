@@ -147,7 +147,7 @@ def test_an_advantage_a_row_is_the_same_on_every_token(loss: Any) -> None:
 def test_exactly_one_advantage(loss: Any, both: bool) -> None:
     batch = random_batch(0, MASK_BT, loss)
     wrong = {"advantage_BT": torch.zeros(3, 5)} if both else {"advantage_B": None}
-    with pytest.raises(ValueError, match="exactly one of advantage_B \(one per row\) and advantage_BT"):
+    with pytest.raises(ValueError, match=r"exactly one of advantage_B \(one per row\) and advantage_BT"):
         loss(**{**batch, **wrong})
     with pytest.raises(AssertionError, match="advantage_BT is"):
         loss(**{**batch, "advantage_B": None, "advantage_BT": torch.zeros(3, 4)})

@@ -10,7 +10,7 @@ import pytest
 
 from aligner.health.timeline import Timeline, trace_file
 from aligner.report.figures import LIGHT, png, styled
-from aligner.report.gantt import gantt, lines, said
+from aligner.report.gantt import gantt, idle_summary, lines
 from aligner.report.traces import LOOP, TRANSFER, Segment, Span, cause_of, read_spans, segments_of, uses, whole_steps
 from aligner.report.write import write_timeline
 
@@ -41,7 +41,7 @@ def test_each_wait_has_the_cause_that_the_other_rank_is_busy_with() -> None:
     assert found[1].waits == {"policy.update": pytest.approx(4.0), TRANSFER: pytest.approx(1.0)}
     assert (found[0].idle, found[1].idle) == pytest.approx((2.0, 4.0)), "a message on its way is not idleness"
     # idle: 6 of 2 x 7 seconds, 43%; 4 of 14 for the update, 2 of 14 for sampling; 2 of 14 in transfers
-    assert said(found, 7.0) == (
+    assert idle_summary(found, 7.0) == (
         "7.00 s, ranks idle 43% (for policy.update 29%, rollout.generate 14%), in transfers 14%"
     )
 

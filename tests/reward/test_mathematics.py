@@ -209,7 +209,7 @@ def test_settings(response: str, settings: dict[str, Any], reward: float) -> Non
     ("kwargs", "said"),
     [
         ({"boxed_only": 1}, "reward.kwargs.boxed_only=1 must be true or false."),
-        ({"reasoning_end": None}, "reward.kwargs.reasoning_end=None must be text, such as '</think>'; '' is for none."),
+        ({"reasoning_end": None}, "reward.kwargs.reasoning_end=None must be text, such as '</think>'; '' for none."),
         ({"boxed_only": True, "reasoning_end": "</think>"}, None),
     ],
 )

@@ -155,7 +155,7 @@ def test_a_row_that_eats_memory_fails_alone(rule_file: Path) -> None:
 @pytest.mark.matrix
 def test_a_rule_that_always_sleeps_is_given_up(rule_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """100 rows of 1 s each are not waited for; a rule that answered once is tried on every row."""
-    monkeypatch.setattr("aligner.reward.pool.HOPELESS_S", 3.0)
+    monkeypatch.setattr("aligner.reward.pool.GIVE_UP_S", 3.0)
     with RulePool(f"{rule_file}:act", workers=2, timeout_s=1.0) as pool:
         start = time.monotonic()
         scores = pool.score(items(*["sleep 100"] * 100))
@@ -276,7 +276,7 @@ def test_the_fields_without_which_a_row_has_no_score(
         ({"rule": "aligner.reward.rules.__doc__"}, r"reward\.rule=.* is a str, not a function"),
         ({"rule": "FILE:one_argument"}, r"reward\.rule=.* must take \(prompt, response, \*\*fields\)"),
         ({"rule": "FILE:named", "kwargs": {"size": 3}}, r"reward\.kwargs\.size: .* has no such argument; it has"),
-        ({"rule": "FILE:named", "kwargs": {"prompt": "x"}}, r"reward\.kwargs\.prompt: .* leave it out"),
+        ({"rule": "FILE:named", "kwargs": {"prompt": "x"}}, r"reward\.kwargs\.prompt: .* remove it"),
         ({"rule": "FORMS:Class"}, r"reward\.rule=.* is a class, .*give a function"),
         ({"rule": "FORMS:instance_async"}, r"reward\.rule=.* is async, .*give a function"),
         ({"rule": "FORMS:later"}, r"reward\.rule=.* is async, .*give a function"),

@@ -211,7 +211,7 @@ def f(x):
 @pytest.mark.parametrize(
     ("tests", "said"),
     [
-        (["import numpy as np\nassert f(1) == 2"], "the tests import what is not here: No module named 'numpy'"),
+        (["import numpy as np\nassert f(1) == 2"], "the tests import an unavailable module: No module named 'numpy'"),
         (["for x in []:\n    assert f(x) == 2"], "the tests assert nothing and never use the program"),
         (["import os\nos._exit(0)\nassert f(2) == 4"], "the tests end their own process, with code 0"),
         (["assert 1 + 1 == int('3')"], "the tests fail without the program: AssertionError"),

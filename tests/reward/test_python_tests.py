@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from aligner.reward.python_tests import Scripts
+from aligner.reward.python_tests import PythonTests
 
 CASES: dict[str, tuple[str, list[tuple[str, str]]]] = {
     "statements": ("x = f(1)\nassert x == 2", [("body", "")]),
@@ -28,13 +28,13 @@ CASES: dict[str, tuple[str, list[tuple[str, str]]]] = {
 
 @pytest.mark.parametrize(("text", "tests"), CASES.values(), ids=CASES)
 def test_the_tests_in_a_text(text: str, tests: list[tuple[str, str]]) -> None:
-    found = Scripts.read([text], "f", [])
+    found = PythonTests.read([text], "f", [])
     assert [(test["kind"], test.get("name", "")) for test in found.tests] == tests
     assert (found.name == "__main__") == ("that tests" in next(name for name, case in CASES.items() if case[0] == text))
 
 
 def test_a_text_that_asserts_nothing_goes_with_the_next() -> None:
-    found = Scripts.read(["import math", "def helper(): pass", "assert f(1)", "assert f(2)"], None, [])
+    found = PythonTests.read(["import math", "def helper(): pass", "assert f(1)", "assert f(2)"], None, [])
     assert len(found.sources) == len(found.tests) == 2
     assert found.sources[0].startswith("import math\ndef helper()")
 
@@ -42,7 +42,7 @@ def test_a_text_that_asserts_nothing_goes_with_the_next() -> None:
 def test_what_the_setup_announces_and_what_both_sides_have() -> None:
     setup = "class Node:\n    def __init__(self): self.x = 1\ndef f(x):\n    'Doc.'\ndef g(x): return x\nclass Solution:\n    def f(self): ..."
     text = "import math\nfrom answers import f\nclass Other: y = 2\nclass TestF:\n    def test_f(self):\n        assert f(Other())"
-    found = Scripts.read([text], "f", [setup])
+    found = PythonTests.read([text], "f", [setup])
     assert set(found.dropped) == {"f", "Solution"}
     assert found.shared == ["Node", "Other"]
     assert found.pieces == ["import math", "from answers import f", "class Other:\n    y = 2"]

@@ -141,8 +141,8 @@ def test_scores_in_the_rows_order_over_several_requests(server: Server) -> None:
         ("500", Status.FAILED, "HTTP 500"),
         ("404", Status.FAILED, "HTTP 404"),
         ("redirect", Status.FAILED, "HTTP 307"),
-        ("text", Status.FAILED, "the answer is no JSON: <html>"),
-        ("list", Status.FAILED, 'the answer is no {"scores": [...]}: [1.0]'),
+        ("text", Status.FAILED, "the answer is not JSON: <html>"),
+        ("list", Status.FAILED, 'the answer is not {"scores": [...]}: [1.0]'),
         ("short", Status.FAILED, "1 scores for 2 rows"),
         ("hangup", Status.FAILED, "RemoteDisconnected"),
         ("slow", Status.TIMEOUT, "no answer within reward.components.remote.timeout_s=0.4"),
@@ -237,24 +237,26 @@ def test_a_judge(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
         "max_tokens": 9,
         "temperature": 0.0,
     }
-    all_lost(scorer(server, "length", judge=judge).score(items("a")), Status.FAILED, "the answer is no chat completion")
+    all_lost(
+        scorer(server, "length", judge=judge).score(items("a")), Status.FAILED, "the answer is not a chat completion"
+    )
     lacking = JudgeConfig(model="big", prompt="{response} {question}")
     all_lost(scorer(server, "judge", judge=lacking).score(items("a")), Status.FAILED, "KeyError: 'question'")
 
 
 SETTINGS: list[tuple[dict[str, Any], str]] = [
-    ({"url": "ftp://host"}, r"remote\.url=ftp://host must be such as https://host:8000/score"),
-    ({"url": "http://me:word@host/"}, r"remote\.url holds a user name or password"),
+    ({"url": "ftp://host"}, r"remote\.url=ftp://host must be a URL such as https://host:8000/score"),
+    ({"url": "http://me:word@host/"}, r"remote\.url contains a user name or password"),
     ({"url": "http://127.0.0.1:1/"}, r"remote\.url=http://127\.0\.0\.1:1/ cannot be reached .*start the endpoint"),
     ({"retries": -1}, r"remote\.retries=-1 must be at least 0"),
     ({"rows_per_request": 0}, r"remote\.rows_per_request=0 must be at least 1"),
-    ({"token_env": "NO_SUCH_TOKEN"}, r"remote\.token_env=NO_SUCH_TOKEN: there is no such environment variable"),
-    ({"judge": JudgeConfig(prompt="{response}")}, r"remote\.judge\.model has no value"),
-    ({"judge": JudgeConfig("m", "{prompt}")}, r"remote\.judge\.prompt does not show the response"),
+    ({"token_env": "NO_SUCH_TOKEN"}, r"remote\.token_env=NO_SUCH_TOKEN: this environment variable is not set"),
+    ({"judge": JudgeConfig(prompt="{response}")}, r"remote\.judge\.model is not set"),
+    ({"judge": JudgeConfig("m", "{prompt}")}, r"remote\.judge\.prompt does not contain the response"),
     ({"judge": JudgeConfig("m", "{response} {")}, r"remote\.judge\.prompt: .*for braces"),
-    ({"judge": JudgeConfig("m", "{response[0]}")}, r"does not show the response"),
+    ({"judge": JudgeConfig("m", "{response[0]}")}, r"does not contain the response"),
     ({"judge": JudgeConfig("m", "{response}", "(a)(b)")}, r"remote\.judge\.pattern=\(a\)\(b\) must have one group"),
-    ({"judge": JudgeConfig("m", "{response}", "(")}, r"remote\.judge\.pattern=\( is no regular expression"),
+    ({"judge": JudgeConfig("m", "{response}", "(")}, r"remote\.judge\.pattern=\( is not a regular expression"),
 ]
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from aligner.data.column_addition import write_tokenizer
-from aligner.reward.missing import Missing, check_missing, missing_of
+from aligner.reward.missing import MissingScores, check_missing, missing_of
 from aligner.reward.worker import Score, Status
 from tests.conftest import Ranks
 
@@ -98,17 +98,17 @@ def test_too_many_rows_without_a_reward_stop_it(scored: Callable[..., Any], fold
     for words in (
         "3 of 16 rows have no reward (",
         "more than reward.max_missing=0.1",
-        f"reward.components.value.rule={folder}/rules.py:value said of ",
+        f"reward.components.value.rule={folder}/rules.py:value: ",
         "1 unparsable: begins with 9",
         "begins with 8",
-        "reward.components.head.model=true said of 1 failed: the reward model returned nan",
+        "reward.components.head.model=true: 1 failed: the reward model returned nan",
     ):
         assert words in said, (words, said)
 
 
 def test_no_row_with_a_reward_stops_it(scored: Callable[..., Any], folder: Path) -> None:
     said = scored({"rule": f"{folder}/rules.py:value", "max_missing": 1.0}, ["9", "91", "8", "9"], [0, 1, 2])
-    assert "4 of 4 rows have no reward (3 unparsable, 1 failed), so there is nothing to learn" in said
+    assert "4 of 4 rows have no reward (3 unparsable, 1 failed), so there is nothing to train on" in said
     for words in ("reward.max_missing=1.0", "KeyError at rules.py:", "begins with 9"):
         assert words in said
 
@@ -173,7 +173,7 @@ def test_three_different_examples_of_each_kind() -> None:
     [([0, 0], 0.0, False), ([0, 1], 0.5, False), ([0, 1], 0.49, True), ([2, 3], 1.0, True), ([], 0.0, False)],
 )
 def test_where_the_limit_is(status: list[int], max_missing: float, stops: bool) -> None:
-    found = {"reward.rule=r": Missing()}
+    found = {"reward.rule=r": MissingScores()}
     if stops:
         with pytest.raises(ValueError, match="rows have no reward"):
             check_missing(status, found, max_missing)

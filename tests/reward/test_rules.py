@@ -60,7 +60,7 @@ def test_rules_are_found_by_name_and_by_file(tmp_path: Path) -> None:
         ("absent_package.rules.fn", "cannot be imported: ModuleNotFoundError"),
         ("aligner.reward.rules.absent", "has no 'absent'"),
         ("aligner.reward.rules.__doc__", "is a str, not a function"),
-        ("absent.py:fn", "cannot be imported: FileNotFoundError: there is no such file"),
+        ("absent.py:fn", "cannot be imported: FileNotFoundError: no such file"),
     ],
 )
 def test_a_rule_that_cannot_be_found_names_the_setting(name: str, reason: str) -> None:

@@ -118,7 +118,7 @@ def signalled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, A
 def test_a_signal_to_every_process_changes_no_score(signalled: dict[str, Any], number: signal.Signals) -> None:
     found = signalled[str(int(number))]
     assert found["scores"] == [[1.0, "OK"]] * 4
-    assert found["ended"] == [], "a worker, its keeper or the resource tracker has ended"
+    assert found["ended"] == [], "a worker, its supervisor or the resource tracker has ended"
 
 
 def test_what_a_rule_starts_has_the_default_signals(pool: RulePool) -> None:

@@ -164,7 +164,7 @@ def test_programs_end_with_the_job(rule: str, leave: str, end: Callable[[subproc
     assert gone(mark)
 
 
-def test_a_worker_has_the_signals_and_the_exit_code_of_one_without_a_keeper(rule: str, tmp_path: Path) -> None:
+def test_a_worker_has_the_signals_and_the_exit_code_of_one_without_a_supervisor(rule: str, tmp_path: Path) -> None:
     path = tmp_path / "settings.py"
     path.write_text(
         "import os, signal\ndef ignored(prompt, response):\n"
@@ -181,7 +181,7 @@ def test_a_worker_has_the_signals_and_the_exit_code_of_one_without_a_keeper(rule
 
 
 @pytest.mark.parametrize("without", ["", "del os.pidfd_open; "])
-def test_a_keeper_without_the_kernels_help(without: str, tmp_path: Path) -> None:
+def test_a_supervisor_without_pidfds(without: str, tmp_path: Path) -> None:
     """It ends as its worker does, and takes along what the worker left."""
     mark = f"alone-{os.getpid()}"
     left = f"import os, sys\nif os.fork() == 0: os.execv(sys.executable, [sys.executable, '-S', '-c', 'import time; time.sleep(100)', '{mark}'])"
@@ -190,8 +190,8 @@ def test_a_keeper_without_the_kernels_help(without: str, tmp_path: Path) -> None
         f"import os, runpy, sys; {without}sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
     )
     told, tell = os.pipe()
-    keeper = [sys.executable, "-c", program, supervisor.__file__, str(tell), str(os.getpid()), *worker]
-    process = subprocess.Popen(keeper, pass_fds=[tell])
+    supervisor_command = [sys.executable, "-c", program, supervisor.__file__, str(tell), str(os.getpid()), *worker]
+    process = subprocess.Popen(supervisor_command, pass_fds=[tell])
     os.close(tell)
     with open(told) as file:
         assert int(file.read()) not in (process.pid, 0)

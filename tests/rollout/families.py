@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 import aligner.rollout.engine as engine_module
-from aligner.models.family import logical_tensors
+from aligner.models.tensors import logical_tensors
 from aligner.rollout.config import Sampling
 from aligner.rollout.engine import RolloutEngine
 from aligner.rollout.layout import EngineLayout

@@ -24,11 +24,22 @@ LLAMA3 = {
     "original_max_position_embeddings": 32,
 }
 LINEAR = {"type": "linear", "factor": 4.0}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "attention_factor": 1.4}
+LONG = {
+    "rope_type": "longrope",
+    "short_factor": [1.0 + 0.25 * pair for pair in range(16)],
+    "long_factor": [9.0] * 16,
+    "original_max_position_embeddings": 100,
+}
 ABSENT = "absent"
 slow = pytest.mark.slow
 CASES = [
     pytest.param("llama", {"rope_scaling": LLAMA3}, id="llama3 beside rope_parameters"),
     pytest.param("qwen2", {"rope_scaling": LINEAR, "architectures": ABSENT}, id="linear, no architecture named"),
+    pytest.param("llama", {"rope_scaling": YARN}, id="yarn"),
+    pytest.param("qwen3_tied", {"rope_scaling": {**YARN, "attention_factor": None, "beta_fast": 2.0}}, marks=slow),
+    pytest.param("llama", {"rope_scaling": LONG}, marks=slow),
+    pytest.param("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 4.0}}, marks=slow),
     pytest.param("llama", {"rope_scaling": LINEAR, "rope_parameters": ABSENT, "rope_theta": 500.0}, marks=slow),
     pytest.param("llama", {"rope_parameters": {**LLAMA3, "rope_theta": 500.0}}, marks=slow),
     pytest.param("llama", {"rope_parameters": {"rope_theta": 500.0}, "rope_theta": 1e6}, marks=slow),

@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 
-FAMILIES = ("llama", "qwen2", "qwen3_tied", "qwen3_moe", "mixtral", "gemma", "llama_bias")
+from tests.families import ROWS
+
+FAMILIES = ("llama", "qwen2", "qwen3_tied", "qwen3_moe", "mixtral", "gemma", "llama_bias", *ROWS)
 DTYPES = ("float32", "bfloat16")
 EXPERTS = [f"{family}:{dtype}:experts" for family in ("qwen3_moe", "mixtral") for dtype in DTYPES]
 

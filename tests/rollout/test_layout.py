@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 
-from aligner.models.family import logical_tensors
 from aligner.models.spec import ModelSpec, read_spec
+from aligner.models.tensors import logical_tensors
 from aligner.rollout.layout import EngineLayout
 from aligner.spmd.mesh import Mesh
+from tests.families import ROWS
 
 Models = dict[str, tuple[Any, str]]
 MOE = "model.layers.1.mlp.experts"
@@ -89,11 +90,11 @@ def test_pipeline_stages(models: Models, moe: ModelSpec) -> None:
     assert [ranks for _, ranks in tied.holders("model.embed_tokens.weight")] == [(10, 12, 14, 16), (11, 13, 15, 17)]
     assert [ranks for _, ranks in tied.holders("model.norm.weight")] == [(14, 15, 16, 17)]
     assert [ranks for _, ranks in tied.holders("model.layers.1.mlp.up_proj.weight")] == [(14, 16), (15, 17)]
-    everywhere = side(replace(moe, sparse_layers=(0, 1)), 2, 1, pipeline=2)
+    everywhere = side(replace(moe, layer_types=("sparse",) * 2), 2, 1, pipeline=2)
     assert [ranks for _, ranks in everywhere.holders("lm_head.weight")] == [(10, 11)]
 
 
-@pytest.mark.parametrize("family", ["qwen2", "qwen3_tied", "qwen3_moe", "mixtral", "gemma", "llama_bias"])
+@pytest.mark.parametrize("family", ["qwen2", "qwen3_tied", "qwen3_moe", "mixtral", "gemma", "llama_bias", *ROWS])
 @pytest.mark.parametrize(("tensor", "pipeline", "experts"), [(1, 1, False), (2, 2, False), (4, 1, False), (2, 1, True)])
 def test_by_rank_and_by_tensor_agree(models: Models, family: str, tensor: int, pipeline: int, experts: bool) -> None:
     spec = read_spec(models[family][1])
@@ -123,7 +124,7 @@ def test_a_thousand_ranks_and_47000_tensors_take_a_moment(moe: ModelSpec) -> Non
     large = replace(
         moe,
         layers=122,
-        sparse_layers=tuple(range(122)),
+        layer_types=("sparse",) * 122,
         experts=128,
         hidden=4096,
         expert_ffn=1536,

@@ -2,24 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import MODEL_MAPPING
 
 from aligner.reshard.plan.region import Piece
 from aligner.rollout.config import RolloutConfig
 from aligner.rollout.requests import Sample
 from aligner.rollout.weights import EngineWeights
+from tests.families import ROWS, Row
 
 CONFIG = RolloutConfig(max_model_len=96, max_num_seqs=32, kv_cache_mib=8)
 VOCAB = 100  # the engine rounds it up to 128
 EOS = 1
 FAMILIES = ("qwen2", "qwen3_tied", "llama")
-MORE_FAMILIES = ("qwen3_moe", "mixtral", "gemma", "llama_bias")
+MORE_FAMILIES = ("qwen3_moe", "mixtral", "gemma", "llama_bias", *ROWS)
 EXPERTS = 5  # an odd number: under expert parallelism the first rank holds one more
+
+
+_MODEL_CLASSES = {row.config: MODEL_MAPPING[row.config] for row in ROWS.values()}
+_INITS = {kind: kind.__init__ for kind in _MODEL_CLASSES.values()}
+
+
+@contextmanager
+def _as_imported(row: Row) -> Iterator[None]:
+    """The class of the model as transformers has it: where vLLM runs a family through transformers, it wraps the class,
+    which can then be made inside the engine alone."""
+    kind = _MODEL_CLASSES[row.config]
+    now, kind.__init__ = kind.__init__, _INITS[kind]
+    try:
+        yield
+    finally:
+        kind.__init__ = now
 
 
 def make_model(family: str, seed: int) -> Any:
@@ -40,8 +59,14 @@ def make_model(family: str, seed: int) -> Any:
         "tie_word_embeddings": family in ("qwen3_tied", "gemma"),
     }
     torch.manual_seed(seed)
-    if family == "qwen2":
-        model: Any = hf.Qwen2ForCausalLM(hf.Qwen2Config(**sizes))
+    if family in ROWS:
+        row = ROWS[family]
+        sizes["tie_word_embeddings"] = row.tied
+        with _as_imported(row):
+            model: Any = hf.AutoModelForCausalLM.from_config(row.config(**{**sizes, **row.settings}))
+        model.model.do_not_compile = True  # should the engine wrap its class
+    elif family == "qwen2":
+        model = hf.Qwen2ForCausalLM(hf.Qwen2Config(**sizes))
     elif family == "qwen3_tied":
         model = hf.Qwen3ForCausalLM(hf.Qwen3Config(head_dim=32, **sizes))
     elif family == "llama":
@@ -65,7 +90,7 @@ def make_model(family: str, seed: int) -> Any:
 def randomize(model: Any) -> None:
     """New weights from torch's random state, large enough that every layer shows in the output."""
     outer = 0.1 if model.config.tie_word_embeddings else 0.3  # tied, the input token would always win
-    gemma = model.config.model_type == "gemma"
+    gemma = model.config.model_type.startswith("gemma")
     outer = 0.02 if gemma else outer  # which multiplies its embeddings by sqrt(128)
     for name, parameter in model.named_parameters():
         noise = torch.randn_like(parameter)

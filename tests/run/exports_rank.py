@@ -16,9 +16,9 @@ from typing import Any
 
 from aligner.config.schema import Config, compose_config, to_config
 from aligner.roles.build import build_roles
-from aligner.run.best import best_of
+from aligner.run.best import Best
 from aligner.run.exports import Exports
-from aligner.run.job import prepare
+from aligner.run.prepare import prepare
 from aligner.spmd.world import World
 from aligner.trainer.model_role import ModelRole
 
@@ -62,7 +62,7 @@ def main() -> None:
     checked = job.checked
     roles = build_roles(job.config, ["policy"], world, checked.meshes, checked.spec, checked.tokenizer)
     notes: list[str] = []
-    best = best_of(job.config.train, ["policy"], checked.data)
+    best = Best(checked.best_metric) if checked.best_metric else None
     exports = Exports(roles.main, out, job.config.train, best, notes.append)
     if scene != "again":
         exports.clear()
@@ -82,7 +82,7 @@ def main() -> None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
         seen.append({"wrote": wrote, "step": best.step if best else None, **listing(out)})
     reader.done.set()
-    found = {"seen": seen, "notes": notes, "failed": exports.failed, "told": exports.told()}
+    found = {"seen": seen, "notes": notes, "failed": exports.failed, "told": exports.summary_lines()}
     (out / f"rank{world.rank}.json").write_text(json.dumps(found | {"looks": reader.looks, "misses": reader.misses}))
     world.leave()
 
@@ -104,8 +104,8 @@ def limit(room: int) -> None:
 
 
 def double(role: ModelRole) -> None:
-    for piece in role.model.layout:
-        role.model.view(piece).mul_(2)
+    for piece in role.weights.pieces():
+        role.weights.view(piece).mul_(2)
 
 
 def listing(out: Path) -> dict[str, Any]:

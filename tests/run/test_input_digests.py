@@ -18,7 +18,7 @@ from aligner.config.schema import Config, compose_config, to_config
 from aligner.data.sets import read_sets
 from aligner.data.tokenizer import load_tokenizer
 from aligner.run.input_digests import inputs_of
-from aligner.run.job import prepare
+from aligner.run.prepare import prepare
 from aligner.run.resume import check_resumed, compare
 from tests.e2e.conftest import Task, task
 
@@ -106,7 +106,7 @@ def test_a_change_stops_the_job_before_models_are_built(own: Path, capsys: pytes
     claim(run_dir, Start.NEW)
     folder = run_dir / "checkpoints" / "step-00000002"
     folder.mkdir(parents=True)
-    state: dict[str, Any] = {"config": config_as_json(job), "inputs": job.inputs}
+    state: dict[str, Any] = {"config": config_as_json(job.config, job.mask), "inputs": job.inputs}
     (folder / "state.json").write_text(json.dumps(state))
     prepare(config(own), 2)
     edit(own / "prompts.jsonl", swapped)
@@ -114,15 +114,17 @@ def test_a_change_stops_the_job_before_models_are_built(own: Path, capsys: pytes
                                          r".*checkpoint\.accept_changes=true"):  # fmt: skip
         prepare(config(own), 2)
     accepted = prepare(config(own, "checkpoint.accept_changes=true"), 2)
-    compare(state, accepted, accepted.inputs, say=True)
+    settings = config_as_json(accepted.config, accepted.mask)
+    compare(state, settings, accepted.inputs, accepted=True, say=True)
     assert "going on with changed settings or contents:\n  rows of data.path: digest" in capsys.readouterr().err
     del state["inputs"]
     (folder / "state.json").write_text(json.dumps(state))
-    check_resumed(accepted)
-    compare(state, prepare(config(own), 2), accepted.inputs, say=True)
+    check_resumed(accepted.config, settings, accepted.inputs)
+    job = prepare(config(own), 2)
+    compare(state, config_as_json(job.config, job.mask), accepted.inputs, accepted=False, say=True)
     assert capsys.readouterr().err.count("an earlier version") == 1
     (folder / "state.json").write_text("{")
-    check_resumed(accepted)  # damage is found, and passed over, by the loader
+    check_resumed(accepted.config, settings, accepted.inputs)  # damage is found, and passed over, by the loader
 
 
 def test_only_what_both_know_is_compared() -> None:

@@ -6,8 +6,14 @@ import time
 
 import pytest
 
-from aligner.health.histories import agree, as_bytes, first_difference, from_bytes
-from aligner.health.journal import Call, Journal
+from aligner.health.journal import (
+    Journal,
+    RoleCall,
+    first_difference,
+    histories_agree,
+    history_as_bytes,
+    history_from_bytes,
+)
 
 START = """
 import time, torch, os
@@ -77,7 +83,7 @@ def test_failure_of_one_rank_ends_all(torchrun) -> None:  # type: ignore[no-unty
     done = torchrun(2, _program(body), seconds=60)
     assert done.returncode != 0
     assert done.stderr.count("aligner: error on rank 1: reward.rule=x cannot be read; use y.") == 1
-    assert "rank 0 leaves because rank 1 failed" in done.stderr
+    assert "rank 0 exits because rank 1 failed" in done.stderr
 
 
 def test_clean_end(torchrun) -> None:  # type: ignore[no-untyped-def]
@@ -101,13 +107,18 @@ def test_digests_tell_histories_apart() -> None:
 
 def test_published_histories_by_hand() -> None:
     """Digests of 4 bytes each; the ranks are at calls 3, 2 and 4, so call 2 is the last that all have made."""
-    history = [Call(0, 0, 0, "start"), Call(1, 11, 0, "a"), Call(2, 2**32 - 1, 0, "b"), Call(3, 13, 0, "c")]
-    assert from_bytes(as_bytes(history)) == {0: 0, 1: 11, 2: 2**32 - 1, 3: 13}
-    ahead = [*history[1:], Call(4, 14, 0, "d")]
-    published = [as_bytes(history), as_bytes(history[:3]), as_bytes(ahead)]
-    assert agree(published)
-    other = [history[0], Call(1, 11, 0, "a"), Call(2, 99, 0, "x")]
-    assert not agree([*published, as_bytes(other)])
-    assert first_difference([from_bytes(raw) for raw in [*published, as_bytes(other)]]) == 2
+    history = [
+        RoleCall(0, 0, 0, "start"),
+        RoleCall(1, 11, 0, "a"),
+        RoleCall(2, 2**32 - 1, 0, "b"),
+        RoleCall(3, 13, 0, "c"),
+    ]
+    assert history_from_bytes(history_as_bytes(history)) == {0: 0, 1: 11, 2: 2**32 - 1, 3: 13}
+    ahead = [*history[1:], RoleCall(4, 14, 0, "d")]
+    published = [history_as_bytes(history), history_as_bytes(history[:3]), history_as_bytes(ahead)]
+    assert histories_agree(published)
+    other = [history[0], RoleCall(1, 11, 0, "a"), RoleCall(2, 99, 0, "x")]
+    assert not histories_agree([*published, history_as_bytes(other)])
+    assert first_difference([history_from_bytes(raw) for raw in [*published, history_as_bytes(other)]]) == 2
     # a rank so far ahead that it no longer keeps the call cannot be asked about it
-    assert agree([as_bytes(history[:2]), as_bytes(ahead[-1:])])
+    assert histories_agree([history_as_bytes(history[:2]), history_as_bytes(ahead[-1:])])

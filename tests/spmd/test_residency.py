@@ -56,6 +56,7 @@ class Scene:
 
     def __init__(self, config: ResidencyConfig, rollout: tuple[int, ...] = (0,), rank: int = 0) -> None:
         self.log: list[str] = []
+        self.lost: list[str] = []
         self.residency = Residency(CPU)
         self.residency.config = config
         self.parts: dict[str, Memory] = {}
@@ -66,7 +67,8 @@ class Scene:
         ):
             made = {kind: Memory(f"{role}.{kind}", self.log) for kind in kinds} if rank in ranks else {}
             self.parts |= {part.name: part for part in made.values()}
-            self.residency.register(role, Mesh(ranks, name=role), kinds, made)
+            lost = (lambda: self.lost.append("rollout.weights")) if role == "rollout" else None
+            self.residency.register(role, Mesh(ranks, name=role), kinds, made, on_lost=lost)
         self.ranks = {"policy": (0,), "reference": (0,), "rollout": rollout, "reward": (0,)}
 
     def roles(self, names: str) -> list[Any]:
@@ -150,6 +152,7 @@ def test_roles_on_ranks_of_their_own_stay_and_every_rank_knows_what_is_out() -> 
     for seen in scenes:
         seen.call("policy", "update")
     assert [seen.residency.is_out("rollout", "weights") for seen in scenes] == [True] * 3
+    assert [seen.lost for seen in scenes] == [["rollout.weights"]] * 3, "told once, member or not"
     assert scenes[1].here() == set(), "out on all ranks of its role"
     for seen in scenes:
         seen.call("policy+rollout", "reshard_to")
@@ -258,14 +261,13 @@ def test_the_largest_size_of_each_call(resettable: bool, monkeypatch: pytest.Mon
         monkeypatch.setattr(Path, "write_text", refuse)
     meter: Any = Meter(CPU)
     meter.take()
-    here, elsewhere = [SimpleNamespace(member=True)], [SimpleNamespace(member=False)]
-    with meter.measured("around", here):
-        with meter.measured("high", here):
+    with meter.measured("around", member=True):
+        with meter.measured("high", member=True):
             raised = torch.ones(1 << 26)  # 256 MiB, gone at the call's end
             del raised
-        with meter.measured("low", here):
+        with meter.measured("low", member=True):
             pass
-        with meter.measured("elsewhere", elsewhere):
+        with meter.measured("elsewhere", member=False):
             pass
     found = meter.take()
     assert found["high"] - found["low"] == pytest.approx(0.25, abs=0.02)

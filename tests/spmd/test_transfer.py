@@ -9,7 +9,8 @@ import torch
 from aligner.data.samples import Samples
 from aligner.spmd.mesh import Mesh
 from aligner.spmd.partition import partition
-from aligner.spmd.ref import Ref, Rows
+from aligner.spmd.ref import Ref
+from aligner.spmd.rows import Rows
 from aligner.spmd.role import Role
 from aligner.spmd.world import World
 

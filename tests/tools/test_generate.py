@@ -195,12 +195,12 @@ GOOD = '{"prompt": "1+1="}\n'
         (
             '{"messages": [{"role": "user", "content": "1"}]}\n',
             ["--raw"],
-            "rows.jsonl:1: the row has messages, and --raw",
+            "rows.jsonl:1: the row has messages, but --raw",
         ),
         (
             '{"messages": [{"role": "system", "content": "1"}, {"role": "user", "content": "1"}]}\n',
             ["--system", "Hi"],
-            "rows.jsonl:1: the row has a system message already; leave --system out",
+            "rows.jsonl:1: the row has a system message already; remove --system",
         ),
         (
             GOOD,
@@ -208,8 +208,8 @@ GOOD = '{"prompt": "1+1="}\n'
             "rows.jsonl:1: the prompt has 4 tokens, which with --max-tokens 4000 is more than",
         ),
         (GOOD, ["--max-model-len", "16"], "is more than --max-model-len 16; use a smaller --max-tokens"),
-        (GOOD, ["--temperature", "3"], "--temperature 3.0 is not possible; use 0 (greedy) to 2."),
-        (GOOD, ["--top-p", "0"], "--top-p 0.0 is no probability"),
+        (GOOD, ["--temperature", "3"], "--temperature 3.0 must be between 0 and 2."),
+        (GOOD, ["--top-p", "0"], "--top-p 0.0 must be more than 0 and at most 1"),
         (GOOD, ["--temperature", "0", "--num-samples", "2"], "--temperature 0 gives the same answer every time"),
         (
             GOOD,
@@ -264,7 +264,7 @@ def test_tools_and_variables_reach_the_template(row: dict[str, Any], more: list[
     wanted = tokenizer.apply_chat_template(
         [*system, ASK], tools=TOOLS, think=bool(thinks), tokenize=False, add_generation_prompt=True
     )
-    asked = tool().asked({**row, "tools": TOOLS, **own}, "r:1", given)
+    asked = tool().to_prompt_row({**row, "tools": TOOLS, **own}, "r:1", given)
     (prompt,) = tokenize_prompts([("r:1", asked)], tokenizer, 999, template_kwargs=given.chat_template_kwargs)
     assert prompt.text == wanted and "weather" in wanted and wanted.startswith("NO") == (thinks is None)
 
@@ -297,8 +297,8 @@ def test_other_settings_and_other_rows_are_refused(
         return said.out if status == 0 else said.err
 
     assert command() == f"{tmp_path}/whole.jsonl: {ROWS} rows\n", "whole already: no engine is started"
-    assert "--temperature is 0.5, but " in command("--temperature", "0.5")
-    assert "--max-tokens is 15, but " in command("--max-tokens", "15")
+    assert "--temperature is 0.5 here, but 1.0" in command("--temperature", "0.5")
+    assert "--max-tokens is 15 here, but 16" in command("--max-tokens", "15")
     text = (tmp_path / "rows.jsonl").read_text()
     (tmp_path / "rows.jsonl").write_text(text.replace("+", "-", 1))
     assert f"{tmp_path}/rows.jsonl:1 is not the row that" in command()

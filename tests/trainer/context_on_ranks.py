@@ -19,17 +19,21 @@ from aligner.trainer.megatron.context_attention import Gathered, context_attenti
 SCALE = 0.3
 
 
-def dense(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...]) -> Tensor:
-    """Attention over all tokens of all rows [S, heads, head_dim], written out."""
+def dense(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], window: int | None = None) -> Tensor:
+    """Attention over all tokens of all rows [S, heads, head_dim], written out; within a window as in transformers."""
     row = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
     seen = (row[:, None] == row) & (torch.arange(len(row))[:, None] >= torch.arange(len(row)))
+    if window is not None:
+        seen &= torch.arange(len(row)) > torch.arange(len(row))[:, None] - window
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
     score = torch.einsum("ihd,jhd->hij", q, k) * SCALE
     weight = score.masked_fill(~seen, -torch.inf).softmax(-1)
     return torch.einsum("hij,jhd->ihd", weight, v).flatten(1)
 
 
-def check(lengths: tuple[int, ...], multiple_of: int, heads: tuple[int, int], drop: bool) -> None:
+def check(
+    lengths: tuple[int, ...], multiple_of: int, heads: tuple[int, int], drop: bool, window: int | None = None
+) -> None:
     group = dist.group.WORLD
     assert group is not None
     ranks, rank, total = group.size(), group.rank(), sum(lengths)
@@ -37,7 +41,7 @@ def check(lengths: tuple[int, ...], multiple_of: int, heads: tuple[int, int], dr
     random = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
     whole = [random(total, n, 8).requires_grad_() for n in (heads[0], heads[1], heads[1])]
     upstream = random(total, heads[0] * 8)
-    wanted = dense(*whole, lengths)
+    wanted = dense(*whole, lengths, window)
     wanted.backward(upstream)
     mine, held = cut(lengths, ranks).mine(rank), held_by_each(lengths, ranks, multiple_of)
     garbage = held - len(mine)
@@ -47,8 +51,8 @@ def check(lengths: tuple[int, ...], multiple_of: int, heads: tuple[int, int], dr
 
     local = [own(x).requires_grad_() for x in whole]
     with torch.no_grad():
-        unseen = context_attention(*local, lengths, SCALE, group, drop)
-    got = context_attention(*local, lengths, SCALE, group, drop)
+        unseen = context_attention(*local, lengths, SCALE, group, drop, window)
+    got = context_attention(*local, lengths, SCALE, group, drop, window)
     assert torch.equal(got, unseen)
     torch.testing.assert_close(got[: len(mine)], wanted[mine].detach(), rtol=1e-10, atol=1e-12)
     assert not got[len(mine) :].any()
@@ -92,6 +96,9 @@ def check_rows(world: World, lengths: tuple[int, ...], multiple_of: int) -> None
     """Rows of these lengths, as on a CPU and as with CUDA."""
     check(lengths, multiple_of, (4, 2), drop=True)
     check(lengths, 1, (3, 3), drop=False)
+    for window in (1, 3, 40, 300):
+        check(lengths, 1, (4, 2), drop=True, window=window)
+    check(lengths, 1, (4, 2), drop=False, window=7)
     # as with CUDA: a piece is one call, its mask is known by its name
     with mock.patch.multiple(
         context_attention_file,

@@ -66,11 +66,11 @@ def batch() -> Samples:
 
 
 def weights(policy: Policy) -> list[Tensor]:
-    return [parameter.detach().clone() for chunk in policy.model.chunks for parameter in chunk.parameters()]
+    return [parameter.detach().clone() for chunk in policy.engine.model.chunks for parameter in chunk.parameters()]
 
 
 def moments(policy: Policy) -> list[Tensor]:
-    inner: Any = policy.optimizer.inner
+    inner: Any = policy.engine.optimizer.inner
     states = [state for one in inner.chained_optimizers if one.optimizer for state in one.optimizer.state.values()]
     return [value.clone() for state in states for value in state.values() if isinstance(value, Tensor)]
 

@@ -21,13 +21,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from aligner.data.samples import Samples, pad_rows
-from aligner.models.family import expert_tensors
 from aligner.models.spec import ModelSpec, read_spec
+from aligner.models.tensors import expert_tensors
 from aligner.objective.advantages import group_advantages
 from aligner.objective.losses import clipped_surrogate
 from aligner.spmd.mesh import Mesh
 from aligner.spmd.world import World
-from aligner.trainer import readout
+from aligner.trainer import vocab_parallel
 from aligner.trainer.config import OptimizerConfig, PolicyConfig
 from aligner.trainer.context import cut
 from aligner.trainer.policy import Policy
@@ -131,7 +131,7 @@ def logits_off(policy: Policy, samples: Samples, logits_BTV: Tensor, caught: lis
     context = policy.mesh.coordinates(policy.world.rank)["context"]
     for batch, part in zip(policy.microbatches(samples, policy.config.micro_tokens), caught, strict=False):
         parts = [torch.empty_like(part) for _ in range(policy.mesh.tensor)]
-        dist.all_gather(parts, part, group=policy.groups.tp)
+        dist.all_gather(parts, part, group=policy.engine.groups.tp)
         flat, at = torch.cat(parts, -1)[:, :VOCAB], 0
         pieces = cut(tuple(lengths[row] for row in batch), policy.mesh.context).pieces[context]
         for piece in pieces:
@@ -144,15 +144,15 @@ def logits_off(policy: Policy, samples: Samples, logits_BTV: Tensor, caught: lis
 
 def check_logits(policy: Policy, ref: Any, expected: Reference) -> float:
     caught: list[Tensor] = []
-    inner = readout.logprobs_and_entropy
+    inner = vocab_parallel.logprobs_and_entropy
 
     def catching(logits_TV: Tensor, *rest: Any) -> Any:
         caught.append(logits_TV.detach().clone())
         return inner(logits_TV, *rest)
 
-    readout.logprobs_and_entropy = catching
+    vocab_parallel.logprobs_and_entropy = catching
     got = policy.logprobs(ref).gather()
-    readout.logprobs_and_entropy = inner
+    vocab_parallel.logprobs_and_entropy = inner
     off = (got - torch.where(MASK_BT, expected.logp_BT, 0)).abs().max().item()
     samples = policy.localize((ref,), {}).args[0]
     return max(off, logits_off(policy, samples, expected.logits_BTV, caught))
@@ -169,8 +169,8 @@ def update(policy: Policy, ref: Any, expected: Reference) -> dict[str, float]:
 def gradients_off(policy: Policy, expected: Reference) -> float:
     """The largest difference of any gradient, relative to the largest gradient of its tensor."""
     worst = 0.0
-    for piece in policy.model.layout:
-        flat = policy.model.parameters[piece.storage].main_grad.view(-1)  # type: ignore[attr-defined]
+    for piece in policy.weights.pieces():
+        flat = policy.engine.model.parameters[piece.storage].main_grad.view(-1)  # type: ignore[attr-defined]
         mine = flat.as_strided(piece.size, piece.stride, flat.storage_offset() + piece.offset)
         box = tuple(slice(low, low + extent) for low, extent in zip(piece.lo, piece.size, strict=True))
         whole = expected.gradients[piece.name]
@@ -239,8 +239,8 @@ def check_adam(case: Case, world: World, expected: Reference, norm: float, folde
 def norm_of_pieces(policy: Policy) -> float:
     """The norm over the pieces of all ranks, each region of a tensor once, whoever has copies of it."""
     mine = {}
-    for piece in policy.model.layout:
-        flat = policy.model.parameters[piece.storage].main_grad.view(-1)  # type: ignore[attr-defined]
+    for piece in policy.weights.pieces():
+        flat = policy.engine.model.parameters[piece.storage].main_grad.view(-1)  # type: ignore[attr-defined]
         values = flat.as_strided(piece.size, piece.stride, flat.storage_offset() + piece.offset)
         mine[piece.name, tuple(piece.lo), tuple(piece.size)] = values.double().pow(2).sum().item()
     found: list[Any] = [None] * policy.world.size

@@ -10,13 +10,14 @@ from typing import Any
 
 import pytest
 
-from aligner.check.job import check
+from aligner.bounds import check_settings
 from aligner.config.schema import Config, compose_config, to_config
 from aligner.data.column_addition import ModelShape, write_model
 from aligner.models.spec import read_spec, with_scalar_head
 from aligner.spmd.mesh import Mesh
 from aligner.spmd.placement import Placement, RoleLayout, make_meshes, role_layout
 from aligner.trainer.config import CriticConfig, RewardModelConfig
+from tests.check.whole import check
 
 SHAPE = ModelShape(hidden=64, layers=2, heads=4, kv_heads=2, head_dim=32, ffn=96)
 
@@ -66,7 +67,7 @@ def test_defaults_and_overrides(folder: Path) -> None:
         ("optimizer.schedule=step", r"optimizer\.schedule=step is unknown; use constant, linear, cosine"),
         ("minibatches=0", r"minibatches=0 must be at least 1"),
         ("optimizer.lr=-1", r"optimizer\.lr=-1\.0 must be at least 0"),
-        ("optimizer.beta2=1.5", r"optimizer\.beta2=1\.5 must be in \[0, 1\)"),
+        ("optimizer.beta2=1.5", r"optimizer\.beta2=1\.5 must be at least 0 and less than 1"),
         ("optimizer.min_lr_ratio=2", r"optimizer\.min_lr_ratio=2\.0 must be between 0 and 1"),
     ],
 )
@@ -149,10 +150,10 @@ def test_the_reference_has_sizes_of_its_own(folder: Path) -> None:
     found = own.reference.over(own.policy)
     assert (found.dtype, found.forward_micro_tokens) == ("float32", 7)
     for override, said in (
-        ("reference.micro_tokens=0", "reference.micro_tokens=0 must be at least 1, or null for the policy's"),
-        ("reference.dtype=float16", "reference.dtype=float16 is unknown; use float32, bfloat16 or null"),
-        ("critic.forward_micro_tokens=0", "critic.forward_micro_tokens=0 must be at least 1, or null for micro_tokens"),
+        ("reference.micro_tokens=0", "reference.micro_tokens=0 must be at least 1, or null."),
+        ("reference.dtype=float16", "reference.dtype=float16 is unknown; use float32, bfloat16, or null."),
+        ("critic.forward_micro_tokens=0", "critic.forward_micro_tokens=0 must be at least 1, or null."),
     ):
         wrong = config(folder, override)
         with pytest.raises(ValueError, match=re.escape(said)):
-            (wrong.reference.check(), wrong.critic.check("critic"))
+            check_settings(wrong)

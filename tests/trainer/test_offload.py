@@ -33,9 +33,8 @@ def to_one(score_B):
     return (score_B - 1).square(), {}
 
 def everything(role):
-    optimizer = vars(role).get("optimizer")
-    moved = [*offload.weights(role.model), *offload.optimizer_state(optimizer, role.model)]
-    return moved, offload.gradients(optimizer)
+    weights, gradients, state = (part._tensors() for part in role.engine.parts().values())
+    return [*weights, *state], gradients
 
 def size(tensors):
     return sum(storage.nbytes() for storage in storages(tensors))
@@ -57,7 +56,7 @@ def leave_and_return(role, parts, order):
 
 def aliases(role):
     # Megatron's views: parameters in its flat buffer, gradients in theirs
-    for chunk in role.optimizer.chunks:
+    for chunk in role.engine.optimizer.chunks:
         for buffer in chunk.buffers:
             for parameter in buffer.params:
                 assert parameter.main_grad.untyped_storage()._cdata == buffer.grad_data.untyped_storage()._cdata
@@ -72,7 +71,7 @@ for dtype in ("float32", "bfloat16"):
             Policy(f"{name}{dtype}{distributed}", world, Mesh(everyone, tensor=int(sys.argv[2])), spec, config)
             for name in ("staying", "moving")
         )
-        parts = moving.parts()
+        parts = moving.engine.parts()
         for step in range(4):
             leave_and_return(moving, parts, ORDER)  # before the first step there are no moments yet
             logp = [p.logprobs(p.scatter(samples)).gather() for p in (staying, moving)]
@@ -84,27 +83,27 @@ for dtype in ("float32", "bfloat16"):
             aliases(moving)
         (one, _), (other, _) = everything(staying), everything(moving)
         assert len(one) == len(other) > 20 and all(torch.equal(a, b) for a, b in zip(one, other))
-        inner = getattr(moving.optimizer.inner, "chained_optimizers", [moving.optimizer.inner])
+        inner = getattr(moving.engine.optimizer.inner, "chained_optimizers", [moving.engine.optimizer.inner])
         optimized = sum(len(group["params"]) for one in inner for group in one.optimizer.param_groups)
-        state = offload.optimizer_state(moving.optimizer, moving.model)
+        state = parts["optimizer"]._tensors()
         assert len(state) == optimized * (3 if dtype == "bfloat16" else 2), "two moments, and masters under bf16"
 
 # what has not changed is not copied again; what has, is
-part = moving.parts()["weights"]
+part = moving.engine.parts()["weights"]
 copies, pairs = [], part._pairs
 part._pairs = lambda: copies.append(1) or pairs()
 for changes, counted in ((False, 2), (False, 3), (True, 5)):
     if changes:
         part.changed()
-        offload.weights(moving.model)[0].fill_(3.0)
+        part._tensors()[0].fill_(3.0)
     part.evict()
     part.bring()
     assert len(copies) == counted, copies
-assert (offload.weights(moving.model)[0] == 3.0).all()
+assert (part._tensors()[0] == 3.0).all()
 
 # a role whose optimizer is made in its first update, which moves the parameters
 model = RewardModel("scorer", world, Mesh(everyone), with_scalar_head(spec), RewardModelConfig(optimizer=OptimizerConfig(lr=1e-2)))
-parts = model.parts()
+parts = model.engine.parts()
 assert parts["gradients"].bytes() == parts["optimizer"].bytes() == 0
 score = model.scores(model.scatter(samples)).gather()
 leave_and_return(model, parts, ORDER)

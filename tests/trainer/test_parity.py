@@ -12,6 +12,7 @@ from transformers import (
     GemmaConfig,
     LlamaConfig,
     MixtralConfig,
+    Phi3Config,
     PreTrainedConfig,
     Qwen2Config,
     Qwen3Config,
@@ -19,6 +20,7 @@ from transformers import (
 )
 
 from tests.conftest import Ranks
+from tests.families import ROWS
 
 BASE: dict[str, Any] = {
     "vocab_size": 61,
@@ -40,6 +42,28 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16, "beta_fast": 4.0}
+GROWN = [1.0 + 0.25 * pair for pair in range(8)]
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "short_factor": GROWN,
+    "long_factor": [2 * one for one in GROWN],
+    "original_max_position_embeddings": 32,
+}
+SCALED: dict[str, PreTrainedConfig] = {
+    "yarn": LlamaConfig(**BASE, rope_parameters=YARN),
+    "yarn_attention": Qwen3Config(**BASE, head_dim=16, rope_parameters={**YARN, "attention_factor": 1.4}),
+    "linear": LlamaConfig(**BASE, rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}),
+    "dynamic": LlamaConfig(**BASE, rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}),
+    "longrope": LlamaConfig(**BASE, rope_parameters=LONGROPE),
+    "phi3_longrope": Phi3Config(
+        **{**BASE, "partial_rotary_factor": 0.75, "original_max_position_embeddings": 32},
+        rope_parameters={**LONGROPE, "short_factor": GROWN[:6], "long_factor": GROWN[:6]},
+    ),
+    "one_kv_scaled": LlamaConfig(**{**BASE, "num_key_value_heads": 1}, rope_parameters=YARN),
+}
+"""Rotary positions scaled to longer contexts."""
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48, "head_dim": 16}
 DENSE: dict[str, PreTrainedConfig] = {
     "llama": LlamaConfig(**BASE, rms_norm_eps=1e-5, tie_word_embeddings=False),
@@ -60,7 +84,9 @@ FAMILIES = DENSE | {
     "one_kv": Qwen3Config(**{**BASE, "num_key_value_heads": 1}, head_dim=16, tie_word_embeddings=False),
     "one_kv_biased": LlamaConfig(**{**BASE, "num_key_value_heads": 1}, attention_bias=True),
     "three": LlamaConfig(**{**BASE, "num_hidden_layers": 3}),
+    **SCALED,
 }
+FAMILIES |= {name: row.config(**{**BASE, "tie_word_embeddings": False, **row.settings}) for name, row in ROWS.items()}
 LAYOUTS = {
     1: [""],
     2: ["tensor=2", "tensor=2,sp,recompute=full", "pipeline=2,recompute=full", "recompute=selective"],
@@ -81,6 +107,7 @@ CASES = {
         "llama_biased:tensor=2,sp",
         "qwen3_biased:tensor=2",
         "one_kv:tensor=2",
+        "yarn:tensor=2,sp",
         "three:pipeline=2,stage_layers=1+2",
         "llama:pipeline=2,virtual_pipeline=2,adam",
         "llama:context=2,adam",
@@ -109,6 +136,15 @@ CASES = {
 }
 
 
+CASES[1] += [f"{name}:" for name in ROWS]
+CASES[2] += [
+    f"{name}:{layout}" for name in ROWS for layout in ("tensor=2,sp,recompute=full", "pipeline=2", "context=2")
+]
+CASES[4] += [
+    f"{name}:{layout}" for name in ROWS for layout in ("tensor=2,pipeline=2", "tensor=4,sp,adam", "context=2,tensor=2")
+]
+
+
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One small checkpoint of each family, with biases and norms that are not their defaults."""
@@ -131,7 +167,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-ROWS = [[1, 2, 3, 1, 2, 6], [3], [1, 2, 4], [33, 1, 7]]
+SHORT_ROWS = [[1, 2, 3, 1, 2, 6], [3], [1, 2, 4], [33, 1, 7]]
 """A row of one token trains nothing; with `micro` below it, it is a microbatch of which most ranks hold nothing. (Every
 batch has a row of 3: where each prediction sees one key, gradients of queries and keys are 0, and only rounding is left.)"""
 
@@ -161,13 +197,28 @@ def test_a_step_equals_transformers(ranks: Ranks, checkpoints: Path, tmp_path: P
     ranks(size).run("tests.trainer.parity_on_ranks:check_step", checkpoints, tmp_path, case)
 
 
+ROPE_LAYOUTS = {
+    2: ["tensor=2", "pipeline=2,recompute=full", "context=2"],
+    4: ["tensor=2,pipeline=2,sp", "context=2,pipeline=2"],
+}
+SCALED_STEPS = {
+    size: [f"{name}:{layout}" for name in SCALED for layout in layouts] for size, layouts in ROPE_LAYOUTS.items()
+}
+SCALED_STEPS[4].append("one_kv_scaled:tensor=4")  # more tensor ranks than key/value heads
+
+
+@pytest.mark.parametrize(("size", "case"), each(SCALED_STEPS, default=0))
+def test_scaled_rotary_positions(ranks: Ranks, checkpoints: Path, tmp_path: Path, size: int, case: str) -> None:
+    ranks(size).run("tests.trainer.parity_on_ranks:check_step", checkpoints, tmp_path, case)
+
+
 @pytest.mark.parametrize(("size", "case"), each(NORMS))
 def test_the_norm_counts_every_gradient_once(ranks: Ranks, checkpoints: Path, size: int, case: str) -> None:
     """In bf16 the optimizer has masters of its own, which must say as the parameters do whether other ranks have copies."""
     ranks(size).run("tests.trainer.parity_on_ranks:check_norm", checkpoints, case)
 
 
-@pytest.mark.parametrize("lengths", ROWS, ids=str)
+@pytest.mark.parametrize("lengths", SHORT_ROWS, ids=str)
 @pytest.mark.parametrize(("size", "case"), each(SHORT))
 def test_rows_shorter_than_there_are_ranks(
     ranks: Ranks, checkpoints: Path, size: int, case: str, lengths: list[int]

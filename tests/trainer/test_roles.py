@@ -82,7 +82,7 @@ def counted(run, packed):
     counts.append(len(packed))
     return run(packed)
 for role in (several.policy, several.reference) if world.rank == 0 else ():
-    role.pipeline.forward = functools.partial(counted, role.pipeline.forward)
+    role.engine.forward = functools.partial(counted, role.engine.forward)
 ours_BT, theirs_BT = several.policy.logprobs(rows).gather(), several.reference.logprobs(rows).gather()
 assert (ours_BT - theirs_BT).abs().max() < 1e-5 and counts == ([2, 4] if world.rank == 0 else []), counts
 assert several.critic.section == "critic" and several.critic.total_steps == 5

@@ -1,4 +1,4 @@
-"""One rank of tools/bench/balance.py: optimizer steps of a Megatron policy, the same batches under each deal.
+"""One rank of tools/bench/balance.py: optimizer steps of a Megatron policy on the same batches, distributed by each method.
 
 Arguments: the number of batches, and a folder with model/, where rank 0 writes found.json: {deal: {figure: median over
 the batches}}.
@@ -53,24 +53,24 @@ def write_model(folder: Path) -> None:
 
 
 def step(policy: Policy, samples: Samples, deal: str) -> dict[str, float]:
-    """One optimizer step under a deal: what the ranks did, and what the model says of it."""
+    """One optimizer step with one method: measured and modelled idle time, padding, seconds."""
     lengths = samples.length_B.tolist()
     shares = DEALS[deal](lengths, policy.mesh.data, GROUP, policy.cost)
-    mine = columns.take(samples, shares[policy.shard or 0])
-    mine = columns.fit(mine, int(mine.length_B.max()))
+    own_rows = columns.take(samples, shares[policy.shard or 0])
+    own_rows = columns.fit(own_rows, int(own_rows.length_B.max()))
     dist.barrier()
     wall, busy = time.perf_counter(), time.process_time()
-    row = policy._step(negative_log_likelihood, 1, mine, {})
+    row = policy._step(negative_log_likelihood, 1, own_rows, {})
     times = (time.process_time() - busy, time.perf_counter() - wall)
-    found: list[Any] = [None] * policy.mesh.size
-    dist.all_gather_object(found, times)
-    seconds = [busy for busy, _ in found]
+    all_times: list[Any] = [None] * policy.mesh.size
+    dist.all_gather_object(all_times, times)
+    seconds = [busy for busy, _ in all_times]
     return {
         "idle": 1 - fmean(seconds) / max(seconds),
         "modelled": idle(lengths, shares, GROUP, 1, policy.cost),
         "padding": row["padding"],
         "busiest": max(seconds),
-        "wall": max(wall for _, wall in found),
+        "wall": max(wall for _, wall in all_times),
     }
 
 
@@ -79,20 +79,22 @@ def main() -> None:
     world = World(600)
     mesh = Mesh(tuple(range(world.size)), name="policy")
     policy = Policy("policy", world, mesh, read_spec(folder / "model"), PolicyConfig(micro_tokens=BUDGET))
-    step(policy, batch(-1), "cost")  # what is made at the first step
+    step(policy, batch(-1), "cost")  # warm-up
     rows: dict[str, list[dict[str, float]]] = {deal: [] for deal in DEALS}
     for seed in range(batches):
         samples = batch(seed)
         for deal in DEALS:
             rows[deal].append(step(policy, samples, deal))
     if world.rank == 0:
-        told = {deal: {key: median(row[key] for row in found) for key in found[0]} for deal, found in rows.items()}
-        for deal, found in rows.items():  # ratios inside a batch, so that batches of any size count alike
+        medians = {
+            deal: {key: median(row[key] for row in results) for key in results[0]} for deal, results in rows.items()
+        }
+        for deal, results in rows.items():  # ratios inside a batch, so that batches of any size count alike
             for key in ("busiest", "wall"):
-                told[deal][f"{key}_of_contiguous"] = median(
-                    row[key] / first[key] for row, first in zip(found, rows["contiguous"], strict=True)
+                medians[deal][f"{key}_of_contiguous"] = median(
+                    row[key] / first[key] for row, first in zip(results, rows["contiguous"], strict=True)
                 )
-        (folder / "found.json").write_text(json.dumps(told))
+        (folder / "found.json").write_text(json.dumps(medians))
     world.leave()
 
 

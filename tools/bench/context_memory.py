@@ -1,4 +1,4 @@
-"""Activation memory of an update on one long row, by context-parallel size: bytes per rank above what rests.
+"""Activation memory of an update on one long row, by context-parallel size: peak bytes per rank above the idle state.
 
 python tools/bench/context_memory.py [--tokens 8192] [--layers 4] [--context 1 2] [--tensor 1] [--recompute none ...]
 
@@ -38,7 +38,7 @@ SHAPE: dict[str, int] = {"hidden": 256, "heads": 8, "head_dim": 32, "ffn": 768}
 
 
 class Held(TorchDispatchMode):
-    """Counts the bytes of tensors that were made under it and still live, whoever lets go of them."""
+    """Dispatch mode that counts the bytes of live tensors created under it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -67,7 +67,7 @@ class Held(TorchDispatchMode):
 
 
 def peak_bytes(work: Callable[[], Any], device: torch.device) -> int:
-    """The most memory that `work` holds at once, beside what was there before."""
+    """Peak memory of `work` above the memory before it, in bytes."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
@@ -87,7 +87,7 @@ def one_row(tokens: int, vocab: int) -> Samples:
 
 
 def measure(world: World, arguments: argparse.Namespace, recompute: str) -> int:
-    """Peak of the second update: buffers and optimizer state are there since the first."""
+    """Peak of the second update; buffers and optimizer state exist since the first."""
     spec = read_spec(arguments.folder)
     mesh = Mesh(tuple(range(world.size)), arguments.tensor, context=world.size // arguments.tensor, name="policy")
     config = PolicyConfig(micro_tokens=1, recompute=recompute, optimizer=OptimizerConfig(lr=0.0))
@@ -102,7 +102,7 @@ def measure(world: World, arguments: argparse.Namespace, recompute: str) -> int:
 
 
 def measure_all(arguments: argparse.Namespace) -> None:
-    """A rank of the job."""
+    """Run one rank of the job."""
     world = World(600)
     for recompute in arguments.recompute:
         peak = torch.tensor([measure(world, arguments, recompute)])

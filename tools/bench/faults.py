@@ -1,11 +1,11 @@
-"""How long it takes from a fault to a report that names it: each one in a short GRPO job of 2 ranks on this machine.
+"""Fault injection: time from a fault to the report that names it, for each fault in a short GRPO job on 2 ranks.
 
 python tools/bench/faults.py [--faults killed stopped ...] [--out DIR] [--settings KEY=VALUE ...]
 
-The model is a random one of 2 layers. A fault is a function of the table below: it may change the job's settings or data
-before the start, and the source of the job's own loop says what happens in it. Prints a line for each: the fault, seconds
-until the report, until every process has ended, and the report's first line. Exits with 1 where a report is missing, names
-another cause, or comes later than 60 s. What damages a checkpoint or fills the disk is a warning, and the job must go on.
+The model is random, with 2 layers. A fault of the table below may change the job's settings or data before the start; what
+happens during training is in faults_loop.py. Prints one line per fault: seconds until the report, until all processes have
+ended, and the report's first line. Exits with 1 if a report is missing, names another cause, or takes more than 60 s. A
+damaged checkpoint or a full disk must only give a warning, and the job must continue.
 """
 
 from __future__ import annotations
@@ -37,38 +37,38 @@ OWN = Path(__file__).with_name("faults_loop.py")
 
 @dataclass(frozen=True)
 class Fault:
-    """What is done, and what the first line of the report must say."""
+    """A fault, and the expected first line of the report."""
 
     what: str
     said: str
     """A regular expression."""
     settings: tuple[str, ...] = ()
     before: Callable[[Path], None] = lambda folder: None
-    """Damages the job's files (model/, prompts.jsonl, ...) in its folder before the start, which is when the fault is."""
+    """Damages the job's files (model/, prompts.jsonl, ...) in its folder before the start."""
     file: bool = True
-    """Whether the report is written to run_dir/faults: mistakes found before the job starts are not."""
+    """Whether the report is written to run_dir/faults; errors found before the job starts are not."""
     env: dict[str, str] = field(default_factory=dict)
     goes_on: bool = False
-    """The job warns and goes on to its end."""
+    """The job only warns and continues to its end."""
     small_disk: bool = False
-    """Checkpoints are on a file system with room for one and a half (needs unshare and mount)."""
+    """Put checkpoints on a file system with room for one and a half (needs unshare and mount)."""
 
 
 def spoil_line(folder: Path) -> None:
-    """A line in the middle of the prompts loses its second half."""
+    """Truncate a line in the middle of the prompts."""
     lines = (folder / "prompts.jsonl").read_bytes().splitlines(keepends=True)
     lines[30] = lines[30][: len(lines[30]) // 2] + b"\xff\xfe\n"
     (folder / "prompts.jsonl").write_bytes(b"".join(lines))
 
 
 def damaged(damage: Callable[[bytes], bytes]) -> Callable[[Path], None]:
-    """A first run leaves checkpoints; a file of the newest one is damaged, before the job goes on for two more steps."""
+    """Run a job that leaves checkpoints and damage a file of the newest one, before it is resumed for two more steps."""
 
     def before(folder: Path) -> None:
-        made = subprocess.run(
+        first_run = subprocess.run(
             launch(folder, ["checkpoint.every=2"]), env=environment(folder, ""), cwd=folder, capture_output=True
         )
-        assert made.returncode == 0, made.stderr[-2000:]
+        assert first_run.returncode == 0, first_run.stderr[-2000:]
         file = max((folder / "run" / "checkpoints").iterdir()) / "rank-00001.safetensors"
         file.write_bytes(damage(file.read_bytes()))
 
@@ -100,7 +100,7 @@ FAULTS: dict[str, Fault] = {
     ),
     "truncated": Fault(
         "a checkpoint's file is cut off",
-        r"step-00000005 is not whole and is passed over: .*rank-00001.safetensors has \d+ bytes",
+        r"step-00000005 is damaged and skipped: .*rank-00001.safetensors has \d+ bytes",
         GOES_ON,
         damaged(lambda content: content[:-100]),
         file=False,
@@ -108,7 +108,7 @@ FAULTS: dict[str, Fault] = {
     ),
     "flipped": Fault(
         "a bit of a checkpoint's file is flipped",
-        r"step-00000005 is not whole and is passed over: .*rank-00001.safetensors is damaged",
+        r"step-00000005 is damaged and skipped: .*rank-00001.safetensors is damaged",
         GOES_ON,
         damaged(lambda content: content[:-100] + bytes([content[-100] ^ 4]) + content[-99:]),
         file=False,
@@ -116,7 +116,7 @@ FAULTS: dict[str, Fault] = {
     ),
     "disk": Fault(
         "the disk is full in a save",
-        r"checkpoint of step 4 could not be written: .*No space left on device.*last good checkpoint is step-00000002",
+        r"checkpoint of step 4 could not be written: .*No space left on device.*last complete checkpoint is step-00000002",
         ("checkpoint.every=2",),
         file=False,
         goes_on=True,
@@ -129,7 +129,7 @@ FAULTS: dict[str, Fault] = {
 
 @dataclass
 class Outcome:
-    """Seconds from the fault to the report, and to the end of the last process."""
+    """Result of one fault: seconds from the fault to the report, and to the end of the last process."""
 
     line: str = ""
     report_s: float = float("nan")
@@ -138,31 +138,31 @@ class Outcome:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the faults; 0 where all are told in time."""
+    """Run the faults; returns 0 if all are reported in time."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--faults", nargs="*", choices=FAULTS, default=list(FAULTS))
     parser.add_argument("--out", type=Path, help="keep the runs here")
     parser.add_argument("--settings", nargs="*", default=[], help="for every job")
-    found = parser.parse_args(arguments)
-    out = found.out or Path(tempfile.mkdtemp(prefix="faults"))
+    args = parser.parse_args(arguments)
+    out = args.out or Path(tempfile.mkdtemp(prefix="faults"))
     source = out / "source"
     shutil.rmtree(source, ignore_errors=True)
     shape = ModelShape(hidden=64, layers=2, heads=4, kv_heads=2, head_dim=32, ffn=96)
     write(source, ColumnAddition(demonstrations=8, prompts=64, heldout=16, preferences=8), shape)
     print("| fault | report after | all ended after | the report's first line |\n| --- | --- | --- | --- |", flush=True)
     bad = 0
-    for name in found.faults:
+    for name in args.faults:
         folder = out / name
         shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(source, folder)
-        outcome = run(name, FAULTS[name], folder, found.settings)
+        outcome = run(name, FAULTS[name], folder, args.settings)
         bad += not outcome.ok
-        mark = "" if outcome.ok else " **not as promised**"
+        mark = "" if outcome.ok else " **unexpected**"
         print(
             f"| {FAULTS[name].what} | {outcome.report_s:.1f} s | {outcome.end_s:.1f} s | {outcome.line[:160]}{mark} |",
             flush=True,
         )
-    if found.out is None:
+    if args.out is None:
         shutil.rmtree(out)
     return 1 if bad else 0
 
@@ -209,7 +209,7 @@ def launch(folder: Path, settings: list[str]) -> list[str]:
 
 
 def environment(folder: Path, fault: str) -> dict[str, str]:
-    """What a job with this fault sees."""
+    """Environment of a job with this fault."""
     plain = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", AT: fault}
     return {**os.environ, **plain, "PYTHONPATH": f"{ROOT}{os.pathsep}{folder}"}
 

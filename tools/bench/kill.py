@@ -1,4 +1,4 @@
-"""Kill random ranks of a GRPO job at random moments, saves included: every run must end as if nothing had happened.
+"""Kill random ranks of a GRPO job at random times, also during saves: every run must end with the same results.
 
 `python tools/bench/kill.py [--runs 50] [--seed 0] [--out DIR] [OVERRIDES...]`. One run is left alone; in each of the others
 up to 3 ranks get SIGKILL, torchrun restarts the job, and it goes on from its newest whole checkpoint. Compared bit by bit:
@@ -41,7 +41,7 @@ RULE = (
 
 @dataclass
 class Run:
-    """One job and what was done to it."""
+    """One job and its kills."""
 
     folder: Path
     seconds: float = 0.0
@@ -52,7 +52,7 @@ class Run:
 
 
 def make_task(folder: Path) -> Path:
-    """A task, a model of two layers and a rule."""
+    """Write a task, a two-layer model and a rule."""
     if not folder.exists():
         shape = ModelShape(hidden=64, layers=2, heads=4, kv_heads=2, head_dim=32, ffn=96)
         write(folder, ColumnAddition(demonstrations=8, prompts=64, heldout=8, preferences=8), shape)
@@ -73,7 +73,7 @@ def command(task: Path, run_dir: Path, overrides: list[str]) -> list[str]:
 
 
 def run(task: Path, run_dir: Path, overrides: list[str], plan: list[tuple[float, bool]], chance: random.Random) -> Run:
-    """Run the job to its end; after each (seconds, wait for a save) of `plan` a rank is killed, if the job still runs."""
+    """Run the job to its end; after each (seconds, wait for a save) of `plan` kill a rank, if the job is still running."""
     made = Run(run_dir)
     start = time.monotonic()
     with run_dir.with_suffix(".log").open("w+") as log:
@@ -137,7 +137,7 @@ def _ranks_of(agent: int) -> Iterator[tuple[int, int]]:
 
 
 def outcome(run_dir: Path) -> dict[str, Any]:
-    """Everything that must be the same: files of the last checkpoint with their checksums, its values, the metrics."""
+    """Everything that must be equal: files of the last checkpoint with their checksums, its state, the metrics."""
     last = complete(run_dir / "checkpoints")[0]
     files = json.loads((last / "manifest.json").read_text())["files"]
     state = json.loads((last / "state.json").read_text())
@@ -153,14 +153,14 @@ def outcome(run_dir: Path) -> dict[str, Any]:
 
 
 def difference(expected: dict[str, Any], found: dict[str, Any]) -> str:
-    """The first thing that differs; nothing if nothing does."""
+    """The first difference; "" if there is none."""
     for name in expected:
         if expected[name] != found[name]:
-            one, other = json.dumps(expected[name]), json.dumps(found[name])
+            entry, other = json.dumps(expected[name]), json.dumps(found[name])
             at = next(
-                (i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other))
+                (i for i, (a, b) in enumerate(zip(entry, other, strict=False)) if a != b), min(len(entry), len(other))
             )
-            return f"{name}: ...{one[max(0, at - 60) : at + 40]}... became ...{other[max(0, at - 60) : at + 40]}..."
+            return f"{name}: ...{entry[max(0, at - 60) : at + 40]}... became ...{other[max(0, at - 60) : at + 40]}..."
     return ""
 
 

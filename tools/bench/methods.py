@@ -1,4 +1,4 @@
-"""Does every method learn? Runs each on the small task over several seeds, and draws the curves.
+"""Learning curves of every method on the small task, over several seeds.
 
 python tools/bench/methods.py --run DIR [--methods grpo ppo ...] [--seeds 0 1 2] [--out docs/methods.png]
 
@@ -66,15 +66,20 @@ WITHOUT_REFERENCE = ("orpo", "simpo")
 
 
 def overrides(method: str, run: Path, seed: int) -> list[str]:
-    """Everything that makes the job of one method and seed."""
-    found = [*(METHODS | STREAMS)[method], f"seed={seed}", f"run_dir={folder_of(run, method, seed)}", "overwrite=true"]
-    stage = next(value.removeprefix("stage=") for value in found if value.startswith("stage="))
+    """The overrides of one method and seed."""
+    settings = [
+        *(METHODS | STREAMS)[method],
+        f"seed={seed}",
+        f"run_dir={folder_of(run, method, seed)}",
+        "overwrite=true",
+    ]
+    stage = next(value.removeprefix("stage=") for value in settings if value.startswith("stage="))
     if method in METHODS and method != stage:
-        found.append(f"algorithm={method}")
+        settings.append(f"algorithm={method}")
     if stage == "dpo":
         roles = "policy,rollout,reward" if method in WITHOUT_REFERENCE else "policy,reference,rollout,reward"
-        found.append(f"algorithm.roles=[{roles}]")
-    return [*found, "train.save=false", "train.report=false"]
+        settings.append(f"algorithm.roles=[{roles}]")
+    return [*settings, "train.save=false", "train.report=false"]
 
 
 def folder_of(run: Path, method: str, seed: int) -> Path:
@@ -82,7 +87,7 @@ def folder_of(run: Path, method: str, seed: int) -> Path:
 
 
 def accuracy(run: Path, method: str, seed: int) -> tuple[list[int], list[float]]:
-    """Steps and held-out accuracies; empty where there is no run."""
+    """(steps, held-out accuracies); empty if there is no run."""
     try:
         return series(read_metrics(folder_of(run, method, seed)), "accuracy", keep_gaps=False)
     except ValueError:
@@ -94,7 +99,7 @@ def complete(run: Path, method: str, seed: int) -> bool:
 
 
 def train(run: Path, method: str, seed: int, ranks: int, limit: int) -> None:
-    """One job; its output goes to a log beside its metrics. RuntimeError where it fails."""
+    """Run one job; its output goes to a log beside its metrics. Raises RuntimeError if it fails."""
     folder = folder_of(run, method, seed)
     folder.mkdir(parents=True, exist_ok=True)
     environment = {
@@ -125,7 +130,7 @@ def table(run: Path, methods: list[str], seeds: list[int]) -> str:
 
 
 def draw(run: Path, methods: list[str], seeds: list[int], out: Path) -> None:
-    """A small picture for each method, its seeds in one colour each."""
+    """Draw a small plot per method, with one colour per seed."""
     from matplotlib.figure import Figure
 
     shown = [method for method in methods if any(accuracy(run, method, seed)[0] for seed in seeds)]

@@ -41,7 +41,7 @@ PARTS = ("generate", "score", "logprobs", "map", "update", "values", "end of the
 
 
 def run_case(ranks: int, rows: int, split: bool, steps: int, limit: float) -> list[dict[str, Any]]:
-    """Every rank's figures. RuntimeError where a rank failed or the limit (seconds) passed; no process is left."""
+    """All ranks' measurements. Raises RuntimeError if a rank failed or the limit (seconds) passed; no process is left."""
     import overhead_rank
 
     with socket.socket() as free:
@@ -122,20 +122,20 @@ def fit(ranks: Sequence[int], values: Sequence[float]) -> dict[str, float]:
     for mask in range(1, 16):
         names = [name for i, name in enumerate(columns) if mask >> i & 1]
         a = np.stack([columns[name] / y for name in names], 1)
-        found, *_ = np.linalg.lstsq(a, np.ones_like(y), rcond=None)
-        error = float(((a @ found - 1) ** 2).sum()) + 1e-3 * len(names)  # of nearly equals the simpler
-        if (found >= 0).all() and error < best[0]:
-            best = error, dict(zip(names, found.tolist(), strict=True))
+        coefficients, *_ = np.linalg.lstsq(a, np.ones_like(y), rcond=None)
+        error = float(((a @ coefficients - 1) ** 2).sum()) + 1e-3 * len(names)  # of nearly equals the simpler
+        if (coefficients >= 0).all() and error < best[0]:
+            best = error, dict(zip(names, coefficients.tolist(), strict=True))
     return {name: best[1].get(name, 0.0) for name in columns}
 
 
 def at(parts: Mapping[str, float], ranks: int) -> float:
-    """What a fit says of so many ranks."""
+    """The fit's value for a number of ranks."""
     return parts["/n"] / ranks + parts[""] + parts["log2 n"] * float(np.log2(ranks)) + parts["n"] * ranks
 
 
 def table(name: str, cases: Mapping[int, Mapping[str, Any]]) -> str:
-    """One series of ranks."""
+    """The table of one series over numbers of ranks."""
     lines = [
         f"{name}\n  ranks   wall ms   cpu ms a rank (most, rank 0)    messages (most)   KiB sent (most)  collectives"
         "   start s: world, groups"
@@ -163,7 +163,7 @@ def table(name: str, cases: Mapping[int, Mapping[str, Any]]) -> str:
 
 
 def job(run_dir: str) -> str:
-    """Where the steps of a real job went, the first two left out: means over ranks and steps."""
+    """Time by part of the steps of a real job, without the first two: means over ranks and steps."""
     from aligner.report.traces import LOOP, TRANSFER, read_spans, uses, whole_steps, window
 
     spans = read_spans(run_dir)
@@ -184,8 +184,8 @@ def job(run_dir: str) -> str:
         used = uses(part)
         ranks = len(used)
         for use in used.values():
-            for waited, found in ((False, use.calls), (True, use.waits)):
-                for call, taken in found.items():
+            for waited, results in ((False, use.calls), (True, use.waits)):
+                for call, taken in results.items():
                     spent[kind_of(call, waited)] += taken / ranks
     overhead = sum(taken for kind, taken in spent.items() if "engines" not in kind)
     lines = [f"{run_dir}: {len(steps)} steps of {1e3 * seconds / len(steps):.0f} ms on {ranks:.0f} ranks"]

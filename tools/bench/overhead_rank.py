@@ -1,6 +1,6 @@
 """One rank of tools/bench/overhead.py: the real loop, driver, roles and transfers, with engines that do nothing.
 
-What a null engine leaves out is what an engine computes; everything around it is the product's own code.
+Null engines skip the computation; everything around them is the product's own code.
 """
 
 from __future__ import annotations
@@ -48,8 +48,10 @@ from aligner.spmd.mesh import Mesh
 from aligner.spmd.role import Role
 from aligner.spmd.world import World
 from aligner.trainer.config import PolicyConfig
+from aligner.trainer.megatron.engine import MegatronEngine
 from aligner.trainer.megatron.groups import make_groups
 from aligner.trainer.policy import Policy, Reference
+from aligner.trainer.update import reduce_sums
 from aligner.trainer.update_metrics import StepReport
 
 GROUP = 8
@@ -63,14 +65,14 @@ METRICS = ("token/clip_fraction", "token/ratio", "token/kl", "token/entropy", "t
 
 
 class NullEngine:
-    """Responses of 3/8 to 7/8 of the longest row, the same for the same seed."""
+    """Returns responses of 3/8 to 7/8 of the longest row, determined by the seed."""
 
     def __init__(self, tokens: int) -> None:
         self.longest = tokens - PROMPT
         self.tokens, self.logp = list(range(100, 100 + self.longest)), [-1.0] * self.longest
 
     def start(self, prompts: Sequence[list[int]], seeds: Sequence[int], sampling: Any, num_samples: int) -> int:
-        """Draws at once."""
+        """Generate immediately."""
         self.drawn = [
             Sample(list(prompt), seed + i, self.tokens[:n], self.logp[:n], [0] * n, ended=True)
             for prompt, seed in zip(prompts, seeds, strict=True)
@@ -80,7 +82,7 @@ class NullEngine:
         return 0
 
     def finish(self, ticket: int) -> list[Sample]:
-        """What was started last."""
+        """Return the last result."""
         return self.drawn
 
     def close(self) -> None:
@@ -100,7 +102,7 @@ class NullRollout(Rollout):
 
 
 class NullScorer:
-    """Rewards 0 and 1 in turn."""
+    """Alternating rewards 0 and 1."""
 
     def score(self, items: Sequence[Mapping[str, Any]]) -> list[Score]:
         return [Score(float(i % 2), Status.OK, 0.0) for i in range(len(items))]
@@ -110,7 +112,7 @@ class NullScorer:
 
 
 class NullReward(Reward):
-    """`Reward` without worker processes; a response is 4 characters a token."""
+    """`Reward` without worker processes; responses have 4 characters per token."""
 
     def __init__(self, world: World, mesh: Mesh) -> None:
         Role.__init__(self, "reward", world, mesh)
@@ -120,6 +122,15 @@ class NullReward(Reward):
         self.scorers = {part.name: NullScorer() for part in self.parts}
 
 
+class NullTrainEngine:
+    """The collectives of a `MegatronEngine`, without a model."""
+
+    all_reduce_data, broadcast_output = MegatronEngine.all_reduce_data, MegatronEngine.broadcast_output
+
+    def __init__(self, mesh: Mesh, groups: Any) -> None:
+        self.mesh, self.groups = mesh, groups
+
+
 class NullReference(Reference):
     """`Reference` without a model."""
 
@@ -127,8 +138,7 @@ class NullReference(Reference):
         Role.__init__(self, name, world, mesh)
         self.config = PolicyConfig()
         groups = make_groups(world, mesh)
-        if groups is not None:
-            self.groups = groups
+        self._engine = NullTrainEngine(mesh, groups) if groups is not None else None  # type: ignore[assignment]
 
     def forward(self, samples: Samples) -> Tensor:
         return torch.zeros(samples.tokens_BT.shape)
@@ -150,7 +160,7 @@ class NullSyncs:
 
 
 class NullPolicy(NullReference, Policy):
-    """`Policy` without a model: an update sums its metrics over the ranks, and nothing else."""
+    """`Policy` without a model: an update only sums its metrics over the ranks."""
 
     def __init__(self, world: World, mesh: Mesh) -> None:
         NullReference.__init__(self, "policy", world, mesh)
@@ -159,11 +169,12 @@ class NullPolicy(NullReference, Policy):
 
     def _step(self, loss: Any, together: int, samples: Samples, fields: dict[str, Any]) -> StepReport:
         totals = self._totals(samples)
-        return StepReport(self._reduce({name: torch.zeros((), dtype=torch.float64) for name in METRICS}), totals)
+        sums = {name: torch.zeros((), dtype=torch.float64) for name in METRICS}
+        return StepReport(reduce_sums(self.engine, self.world, self.mesh.ranks, sums), totals)
 
 
 class Meter:
-    """This rank's seconds of CPU by part, and what it sends."""
+    """Measures this rank's CPU seconds by part, and its messages."""
 
     def __init__(self) -> None:
         self.cpu: Counter[str] = Counter()
@@ -172,7 +183,7 @@ class Meter:
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """The main thread's CPU seconds inside, but for parts inside it."""
+        """Context manager: the main thread's CPU seconds inside, without nested parts."""
         self._open.append([time.thread_time(), 0.0])
         try:
             yield
@@ -184,7 +195,7 @@ class Meter:
                 self._open[-1][1] += taken
 
     def watch(self, owner: Any, function: str, name: str) -> None:
-        """Count a function's CPU seconds as `name` from here on."""
+        """Attribute a function's CPU seconds to `name` from here on."""
         inner = getattr(owner, function)
 
         def timed(*args: Any, **kwargs: Any) -> Any:
@@ -194,7 +205,7 @@ class Meter:
         setattr(owner, function, timed)
 
     def install(self) -> None:
-        """Before any role is built."""
+        """Install the measurements, before any role is built."""
         self._count_messages()
         call = Role.call
 
@@ -251,7 +262,7 @@ def meshes_of(ranks: int, split: bool) -> dict[str, Mesh]:
 
 
 def run_rank(ranks: int, rows: int, tokens: int, split: bool, steps: int, folder: Path) -> None:
-    """Build the roles, run the loop, leave this rank's figures in `folder`. Does not return."""
+    """Build the roles, run the loop, and write this rank's measurements to `folder`. Does not return."""
     begin = time.perf_counter()
     torch.set_num_threads(1)
     world = World(120.0)
@@ -302,13 +313,13 @@ def _job(prompts: int, steps: int, folder: Path) -> Any:
 
 
 def _memory() -> int:
-    """Bytes of this process that are its own."""
+    """Private memory of this process, in bytes."""
     lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
     return sum(int(line.split()[1]) for line in lines if line.startswith("Private_")) * 1024
 
 
 def environment(rank: int, ranks: int, port: int) -> None:
-    """What torchrun would set."""
+    """The environment variables that torchrun sets."""
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK="0", MASTER_ADDR="127.0.0.1",
                       MASTER_PORT=str(port), TORCHELASTIC_RUN_ID=f"overhead-{port}")  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""GRPO with engines that sleep: a machine of few cores cannot compute on two sides at once, but it can wait on both."""
+"""GRPO whose engines sleep in addition to their work, so that overlap can be measured on a machine with few cores."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from aligner.roles.build import Roles
 
 @dataclass(frozen=True)
 class SlowGrpoConfig(GrpoConfig):
-    """GRPO's, and what the engines take beside their work."""
+    """GRPO's settings, and the seconds that the engines sleep."""
 
     token_seconds: float = 0.0
     """Sleep of each engine step."""
@@ -24,12 +24,12 @@ class SlowGrpoConfig(GrpoConfig):
 
 
 def slow_grpo(roles: Roles, prompts: Iterable[list[Prompt]], cfg: SlowGrpoConfig) -> Iterator[Step]:
-    """GRPO as it is, its real engines slowed down."""
+    """The ordinary GRPO loop with slowed-down engines."""
     policy, rollout = roles.policy, roles.rollout
     if rollout.member:
         rollout.engine.requests.advance = slowed(rollout.engine.requests.advance, cfg.token_seconds)  # type: ignore[method-assign]
     if policy.member:
-        policy.pipeline.backward = slowed(policy.pipeline.backward, cfg.update_seconds)  # type: ignore[method-assign]
+        policy.engine.backward = slowed(policy.engine.backward, cfg.update_seconds)  # type: ignore[method-assign]
     yield from grpo(roles, prompts, cfg)
 
 

@@ -1,4 +1,4 @@
-"""Weight transfers side by side in one run: ours, what others do, and the limit of the machine.
+"""Benchmark of weight transfers: aligner's, other frameworks' methods, and the limit of the machine.
 
 python tools/bench/reshard.py [--repeats 7] [--cases tp2-2xtp1 ...] [--engine]
 
@@ -68,27 +68,27 @@ EXPERTS = {
 
 
 def main(arguments: list[str]) -> int:
-    """Start one torchrun job for each case and print its table."""
+    """Run one torchrun job per case and print its table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--engine", action="store_true", help="a real vLLM engine as the destination")
     parser.add_argument("--json", type=Path, help="write the figures there too")
-    given = parser.parse_args(arguments)
-    found = {}
-    for name in given.cases:
+    args = parser.parse_args(arguments)
+    results = {}
+    for name in args.cases:
         with tempfile.TemporaryDirectory() as folder:
             config = EXPERTS if CASES[name].experts else DENSE
             (Path(folder) / "config.json").write_text(json.dumps(config))
-            found[name] = run_case(name, folder, given.repeats, given.engine)
-        print(table(name, found[name]), flush=True)
-    if given.json:
-        given.json.write_text(json.dumps(found, indent=2))
+            results[name] = run_case(name, folder, args.repeats, args.engine)
+        print(table(name, results[name]), flush=True)
+    if args.json:
+        args.json.write_text(json.dumps(results, indent=2))
     return 0
 
 
 def run_case(name: str, folder: str, repeats: int, engine: bool) -> dict[str, Any]:
-    """The figures of one case, from a torchrun job of its own."""
+    """The measurements of one case, from its own torchrun job."""
     out = Path(folder) / "figures.json"
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={CASES[name].ranks}",

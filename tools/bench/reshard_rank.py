@@ -21,8 +21,8 @@ import torch.distributed as dist
 from megatron.core.resharding import build_centralized_reshard_plan, execute_reshard_plan, get_or_create_service
 from torch import Tensor
 
-from aligner.models.family import logical_tensors
 from aligner.models.spec import ModelSpec, read_spec
+from aligner.models.tensors import logical_tensors
 from aligner.reshard.config import ReshardConfig
 from aligner.reshard.local import TensorWeights
 from aligner.reshard.message.bucket import Buffers
@@ -202,7 +202,7 @@ def megatron_way(bench: Bench) -> Callable[[], object]:
         groups = make_groups(world, mesh)
         models.append(build_model(bench.spec, mesh, bench.rank, groups, CPU, "float32", False))
     source, target = models
-    for piece in source.layout:
+    for piece in source.pieces():
         source.view(piece).copy_(truth(piece, bench.shapes[piece.name]))
     service = get_or_create_service("gloo")
     plan = build_centralized_reshard_plan(source.chunks[0], target.chunks[0], num_experts=None)
@@ -211,7 +211,7 @@ def megatron_way(bench: Bench) -> Callable[[], object]:
         execute_reshard_plan(plan, source.chunks[0], target.chunks[0], service)
 
     run()
-    for piece in target.layout:
+    for piece in target.pieces():
         assert torch.equal(target.view(piece), truth(piece, bench.shapes[piece.name])), f"megatron: {piece.name}"
     return run
 

@@ -1,4 +1,4 @@
-"""What colocation costs in memory: peak resident size of a GRPO step beside those of training and generating alone.
+"""Memory cost of colocation: peak resident size of a GRPO step compared with training and generating alone.
 
 python tools/bench/residency.py [--micro-tokens 2048] [--kv-cache-mib 512] [--reference] [--cases train ...] [--json FILE]
 
@@ -49,26 +49,28 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--json", type=Path, help="write the figures there too")
     parser.add_argument("--case", choices=CASES, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
-    given = parser.parse_args(arguments)
-    if given.case:
-        return _child(given)
-    found: dict[str, dict[str, float]] = {}
+    args = parser.parse_args(arguments)
+    if args.case:
+        return _child(args)
+    results: dict[str, dict[str, float]] = {}
     with tempfile.TemporaryDirectory() as folder:
         write_model(Path(folder))
-        for case in given.cases:
-            found[case] = _run(case, folder, arguments)
-            print(f"{case}: {json.dumps({name: round(value, 3) for name, value in found[case].items()})}", flush=True)
-    names = sorted({name for row in found.values() for name in row})
+        for case in args.cases:
+            results[case] = _run(case, folder, arguments)
+            print(f"{case}: {json.dumps({name: round(value, 3) for name, value in results[case].items()})}", flush=True)
+    names = sorted({name for row in results.values() for name in row})
     print("GiB        " + "".join(f"{name:>12}" for name in names))
-    for case, row in found.items():
+    for case, row in results.items():
         print(f"{case:11}" + "".join(f"{row[name]:12.2f}" if name in row else f"{'-':>12}" for name in names))
-    if {"train", "generate"} <= found.keys():
-        alone = max(found["train"]["peak"], found["generate"]["peak"]) + BUCKET
+    if {"train", "generate"} <= results.keys():
+        alone = max(results["train"]["peak"], results["generate"]["peak"]) + BUCKET
         for case in ("off", "auto"):
-            if case in found:
-                print(f"{case}: {found[case]['peak'] / alone:.3f} x (larger one alone + one bucket = {alone:.2f} GiB)")
-    if given.json:
-        given.json.write_text(json.dumps(found, indent=1))
+            if case in results:
+                print(
+                    f"{case}: {results[case]['peak'] / alone:.3f} x (larger one alone + one bucket = {alone:.2f} GiB)"
+                )
+    if args.json:
+        args.json.write_text(json.dumps(results, indent=1))
     return 0
 
 
@@ -77,8 +79,8 @@ def write_model(folder: Path) -> None:
     import torch
     from safetensors.torch import save_file
 
-    from aligner.models.family import logical_tensors
     from aligner.models.spec import read_spec
+    from aligner.models.tensors import logical_tensors
 
     (folder / "config.json").write_text(json.dumps(MODEL))
     generator = torch.Generator().manual_seed(0)
@@ -130,7 +132,7 @@ def _child(given: argparse.Namespace) -> int:
 
 
 def _steps(world: Any, given: argparse.Namespace) -> Any:
-    """The roles of this case; what one step of it is."""
+    """Build the roles of a case and return its step function."""
     import torch
 
     from aligner.data.prompts import Prompt

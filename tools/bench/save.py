@@ -1,4 +1,4 @@
-"""What a checkpoint costs: its time beside the raw write of the same bytes, and a step's time while one is written.
+"""Cost of checkpoints: their time compared with a raw write of the same bytes, and step time while one is being written.
 
 `python tools/bench/save.py [--steps 24] [--out DIR]`. An SFT job on 2 ranks, a model of about 30M fp32 parameters (masters and
 moments: 360 MB a checkpoint), three times: without checkpoints, with the loop waiting for each, and beside training. The raw
@@ -35,7 +35,7 @@ CASES = {
 
 
 def job(task: Path, run_dir: Path, steps: int, overrides: list[str]) -> list[dict[str, Any]]:
-    """The rows of a run."""
+    """Run a job; returns its rows of metrics."""
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "aligner.main",
         "--config-name=quickstart_sft", f"model.path={task / 'model'}", f"data.path={task / 'demonstrations.jsonl'}",
@@ -52,7 +52,7 @@ def job(task: Path, run_dir: Path, steps: int, overrides: list[str]) -> list[dic
 
 
 def raw_write(folder: Path, sizes: list[int]) -> float:
-    """Seconds to write a file of each size, all at once, through to the disk."""
+    """Seconds to write files of these sizes concurrently, with fsync."""
     contents = [os.urandom(1 << 20) * (size >> 20) for size in sizes]
 
     def one(number: int) -> None:
@@ -78,15 +78,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=4 * EVERY)
     parser.add_argument("--out", type=Path, default=None, help="folder for the runs (default: a temporary one)")
-    given = parser.parse_args()
-    out = (given.out or Path(tempfile.mkdtemp(prefix="save-"))).resolve()
+    args = parser.parse_args()
+    out = (args.out or Path(tempfile.mkdtemp(prefix="save-"))).resolve()
     task = out / "task"
     if not task.exists():
         write(task, ColumnAddition(demonstrations=2048, prompts=8, heldout=8, preferences=8), SHAPE)
     plain = None
     for name, overrides in CASES.items():
         run_dir = out / name.replace(" ", "_")
-        rows = job(task, run_dir, given.steps, overrides)[1:]
+        rows = job(task, run_dir, args.steps, overrides)[1:]
         saves = [json.loads((path / "manifest.json").read_text()) for path in complete(run_dir / "checkpoints")]
         beside = [row for row in rows if (row["step"] - 1) % EVERY == 0]  # a checkpoint has just been begun
         seconds = median(row["seconds"] for row in rows)

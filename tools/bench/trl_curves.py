@@ -1,4 +1,4 @@
-"""Loss curves of SFT and DPO beside TRL's: one start, the same rows in the same order, the same AdamW, in float32.
+"""Loss curves of SFT and DPO compared with TRL's: same initial weights, rows, order and AdamW, in float32.
 
 python tools/bench/trl_curves.py [--steps 50] [--method sft dpo] [--ranks 2] [--layouts one dp2 ...] [--again 4]
 
@@ -119,7 +119,7 @@ def write_task(work: Path) -> None:
 
 
 def run_trl(work: Path, given: argparse.Namespace) -> dict[str, Any]:
-    """Every run of TRL, in one process: {method: curves}, and {method_again: curves}."""
+    """Run TRL in one process: {method: curves}, and {method_again: curves}."""
     runs = []
     for method in RECIPES:  # DPO starts from what SFT has saved
         write_in_our_order(work, method, given.steps)
@@ -135,7 +135,7 @@ def run_trl(work: Path, given: argparse.Namespace) -> dict[str, Any]:
 
 
 def peer_run(work: Path, method: str, steps: int, accumulation: int) -> dict[str, Any]:
-    """One run of TRL, as trl_curves_peer.py reads it."""
+    """One run's input for trl_curves_peer.py."""
     return {
         "name": method,
         "method": method,
@@ -155,7 +155,7 @@ def start_of(work: Path, method: str) -> Path:
 
 
 def write_in_our_order(work: Path, method: str, steps: int) -> None:
-    """The rows of all steps as our shuffled stream gives them, epoch after epoch."""
+    """Write the rows of all steps in the order of aligner's shuffled stream."""
     from aligner.data.stream import RowStream
 
     recipe = RECIPES[method]
@@ -183,7 +183,7 @@ def run_ours(work: Path, method: str, layout: str, steps: int, extra: list[str])
 
 
 def our_rows(work: Path, method: str, steps: int) -> Iterator[list[list[list[int]]]]:
-    """[token ids, 0 or 1: trained] of every row of each step, by our own tokenization."""
+    """[token ids, 0 or 1: trained] of every row of each step, by aligner's tokenization."""
     from aligner.data.demonstrations import tokenize_demonstrations
     from aligner.data.jsonl import rows
     from aligner.data.preferences import tokenize_preferences
@@ -204,11 +204,11 @@ def our_rows(work: Path, method: str, steps: int) -> Iterator[list[list[list[int
 
 
 def check_inputs(work: Path, method: str, theirs: dict[str, Any], steps: int) -> None:
-    """TRL was given the token ids that we train on, trained where ours are, in our order; and decays what we decay."""
-    for step, (ours, given) in enumerate(zip(our_rows(work, method, steps), theirs["rows"], strict=True), start=1):
-        if ours != given:
-            row = next(i for i, (mine, other) in enumerate(zip(ours, given, strict=True)) if mine != other)
-            raise SystemExit(f"{method}, step {step}: row {row} is {given[row]} in TRL and {ours[row]} here.")
+    """Check that both sides had the same token ids, masks and order, and apply weight decay to the same parameters."""
+    for step, (ours, trl_rows) in enumerate(zip(our_rows(work, method, steps), theirs["rows"], strict=True), start=1):
+        if ours != trl_rows:
+            row = next(i for i, (own_rows, other) in enumerate(zip(ours, trl_rows, strict=True)) if own_rows != other)
+            raise SystemExit(f"{method}, step {step}: row {row} is {trl_rows[row]} in TRL and {ours[row]} here.")
     groups = theirs["decayed"]
     if groups["one_dim"] or groups["more_dims_not"]:
         raise SystemExit(f"{method}: TRL's weight decay is not on all parameters of two or more dimensions: {groups}.")

@@ -33,7 +33,7 @@ def main(spec: dict[str, Any]) -> None:
 
 
 def train(run: dict[str, Any]) -> dict[str, Any]:
-    """One training: {"loss", "grad_norm", "lr"}: a number a step; "rows": a step's token ids and which are trained."""
+    """One training run: {"loss", "grad_norm", "lr"}: one number per step; "rows": each step's token ids and masks."""
     from datasets import Dataset
     from transformers import AutoTokenizer
 
@@ -61,7 +61,7 @@ def train(run: dict[str, Any]) -> dict[str, Any]:
 
 
 def arguments(run: dict[str, Any]) -> Any:
-    """The run's settings in TRL's words: one process on the CPU, nothing saved, no mixed precision."""
+    """The run's settings as TRL's arguments: one CPU process, no saving, no mixed precision."""
     from trl import DPOConfig, SFTConfig
 
     recipe = run["recipe"]

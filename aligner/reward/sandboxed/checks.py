@@ -1,4 +1,4 @@
-"""What counts as an assertion, when two values are the same, and what the tests find under the name pytest."""
+"""Which statements assert, when two results are equal, and a minimal pytest replacement for tests in the sandbox."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 CALLS = ("assert", "raises", "fail")
 RUNNERS = {"unittest.main", "pytest.main", "sys.exit", "exit", "quit"}
 NEAR = {"rel_tol": 1e-5, "abs_tol": 1e-8}
-"""numpy.allclose's, with which the evaluators of APPS and PRIME compare."""
+"""Tolerances of numpy.allclose, as in the evaluators of APPS and PRIME."""
 
 
 def asserts(node: ast.AST) -> bool:
@@ -30,7 +30,7 @@ def _calls(node: ast.AST) -> bool:
 
 
 def without_runners(tree: ast.Module) -> ast.Module:
-    """Without unittest.main() and its like, which end the process; what they would run is run by its name."""
+    """Remove calls such as unittest.main(), which would end the process; the harness runs the tests by name."""
     tree.body = [node for node in tree.body if not _runs_others(node)]
     return tree
 
@@ -41,23 +41,24 @@ def _runs_others(node: ast.AST) -> bool:
     return ast.unparse(node.value.func) in RUNNERS
 
 
-def same(found: Any, wanted: Any) -> bool:
-    """Of a function's result and what JSON says of it: tuples are lists, keys may be numbers, floats are near."""
-    if isinstance(wanted, list | tuple):
-        alike = isinstance(found, list | tuple) and len(found) == len(wanted)
-        return alike and all(same(a, b) for a, b in zip(found, wanted, strict=True))
-    if isinstance(wanted, dict):
-        if not isinstance(found, dict) or len(found) != len(wanted):
+def same(result: Any, expected: Any) -> bool:
+    """Compare a function's result with the expected value from JSON: tuples equal lists, keys may be numbers, floats are
+    compared with tolerance."""
+    if isinstance(expected, list | tuple):
+        alike = isinstance(result, list | tuple) and len(result) == len(expected)
+        return alike and all(same(a, b) for a, b in zip(result, expected, strict=True))
+    if isinstance(expected, dict):
+        if not isinstance(result, dict) or len(result) != len(expected):
             return False
-        keyed = found if all(key in found for key in wanted) else {str(key): value for key, value in found.items()}
-        return all(key in keyed and same(keyed[key], value) for key, value in wanted.items())
-    if isinstance(wanted, int | float):
-        if not isinstance(found, int | float):
+        keyed = result if all(key in result for key in expected) else {str(key): value for key, value in result.items()}
+        return all(key in keyed and same(keyed[key], value) for key, value in expected.items())
+    if isinstance(expected, int | float):
+        if not isinstance(result, int | float):
             return False
-        if isinstance(found, int) and isinstance(wanted, int):
-            return found == wanted
-        return math.isclose(found, wanted, **NEAR) or (found != found and wanted != wanted)
-    return isinstance(found, type(wanted)) and bool(found == wanted)
+        if isinstance(result, int) and isinstance(expected, int):
+            return result == expected
+        return math.isclose(result, expected, **NEAR) or (result != result and expected != expected)
+    return isinstance(result, type(expected)) and bool(result == expected)
 
 
 class _Raises:
@@ -85,30 +86,34 @@ class _Raises:
 class _Near:
     """`pytest.approx(...)`."""
 
-    def __init__(self, wanted: Any, rel: float | None = None, abs: float | None = None, nan_ok: bool = False) -> None:
-        self._wanted, self._nan_ok = wanted, nan_ok
+    def __init__(self, expected: Any, rel: float | None = None, abs: float | None = None, nan_ok: bool = False) -> None:
+        self._expected, self._nan_ok = expected, nan_ok
         self._absolute = 1e-12 if abs is None else abs
         self._relative = (1e-6 if abs is None else 0.0) if rel is None else rel
 
-    def __eq__(self, found: object) -> bool:
-        return self._near(found, self._wanted)
+    def __eq__(self, value: object) -> bool:
+        return self._near(value, self._expected)
 
-    def _near(self, found: Any, wanted: Any) -> bool:
-        if isinstance(wanted, dict):
-            return isinstance(found, dict) and found.keys() == wanted.keys() and all(
-                self._near(found[key], wanted[key]) for key in wanted
+    def _near(self, value: Any, expected: Any) -> bool:
+        if isinstance(expected, dict):
+            return isinstance(value, dict) and value.keys() == expected.keys() and all(
+                self._near(value[key], expected[key]) for key in expected
             )  # fmt: skip
-        if isinstance(wanted, list | tuple):
-            return isinstance(found, list | tuple) and len(found) == len(wanted) and all(map(self._near, found, wanted))
-        if not isinstance(found, int | float | complex) or not isinstance(wanted, int | float | complex):
-            return bool(type(found) is type(wanted) and found == wanted)
-        if found == wanted or (self._nan_ok and found != found and wanted != wanted):
+        if isinstance(expected, list | tuple):
+            return (
+                isinstance(value, list | tuple)
+                and len(value) == len(expected)
+                and all(map(self._near, value, expected))
+            )
+        if not isinstance(value, int | float | complex) or not isinstance(expected, int | float | complex):
+            return bool(type(value) is type(expected) and value == expected)
+        if value == expected or (self._nan_ok and value != value and expected != expected):
             return True
-        return abs(found - wanted) <= max(self._relative * abs(wanted), self._absolute) < math.inf
+        return abs(value - expected) <= max(self._relative * abs(expected), self._absolute) < math.inf
 
 
 class _Mark:
-    """`pytest.mark`: parametrize; every other mark says nothing here."""
+    """`pytest.mark`: only parametrize has an effect."""
 
     def __getattr__(self, name: str) -> Any:
         def mark(*args: Any, **kwargs: Any) -> Any:
@@ -117,7 +122,7 @@ class _Mark:
         return mark
 
     def parametrize(self, names: Any, values: Any, **kwargs: Any) -> Any:
-        """Keeps the sets of values on the function."""
+        """Store the parameter sets on the function."""
         keys = [name.strip() for name in names.split(",")] if isinstance(names, str) else list(names)
         rows = [row._values if isinstance(row, _Row) else (row,) if len(keys) == 1 else tuple(row) for row in values]
 
@@ -137,7 +142,7 @@ class _Row:
 
 
 def pytest_names() -> dict[str, Any]:
-    """What tests use of pytest, which is not in the sandbox."""
+    """The parts of pytest that tests use; pytest itself is not in the sandbox."""
 
     def raises(kinds: Any, *called: Any, match: str | None = None, **kwargs: Any) -> Any:
         context = _Raises(kinds, match)
@@ -154,6 +159,6 @@ def pytest_names() -> dict[str, Any]:
 
 
 def walked(nodes: list[ast.stmt]) -> Iterator[ast.AST]:
-    """Every node below these."""
+    """All AST nodes below these."""
     for node in nodes:
         yield from ast.walk(node)

@@ -1,9 +1,9 @@
-"""Run as a program: the tests of one row, which reach the program they test through a socket only.
+"""Sandbox process that runs the tests of one row; it reaches the tested program only through a socket.
 
-    python -I -S harness.py SOCKET_FD                         (the plan, JSON of `suites.Suite.plan`, on standard input)
+    python -I -S harness.py SOCKET_FD                         (standard input: the JSON of `suites.Suite.plan`)
 
-Its standard output has one JSON value a line: the number of each test that passed; {"broken": why} where the tests
-themselves are at fault; and "done".
+Standard output, one JSON value per line: the number of each test that passed; {"broken": reason} if the tests themselves
+are at fault; "done" at the end.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from typing import Any
 sys.path.insert(0, os.getcwd())
 
 import checks
-from remote import Broken, Judge, Proxy
-from wire import DEEP, Gone, Link, Unpack, WeightLayout
+from remote import FaultyTests, HarnessEndpoint, Proxy
+from wire import DEEP, Endpoint, Gone, Link, Unpack
 
 ASSERTED = "__asserted__"
 
 
 class Counting(ast.NodeTransformer):
-    """Puts a call in front of everything that asserts, so that a test which asserts nothing is seen."""
+    """Inserts a counting call before every assertion, so that tests without assertions are detected."""
 
     def _counted(self, node: Any) -> Any:
         self.generic_visit(node)
@@ -41,9 +41,9 @@ class Counting(ast.NodeTransformer):
 
 
 class Tests:
-    """The tests of a row and the namespace in which they run."""
+    """The tests of a row and their namespace."""
 
-    def __init__(self, judge: Judge, plan: dict[str, Any], report: Callable[[Any], None]) -> None:
+    def __init__(self, judge: HarnessEndpoint, plan: dict[str, Any], report: Callable[[Any], None]) -> None:
         self._judge, self._plan, self._report = judge, plan, report
         self._asserted = 0
         self._modules: set[str] = set()
@@ -55,51 +55,51 @@ class Tests:
         self._asserted += 1
 
     def prepare(self, names: list[str]) -> None:
-        """Run the setup, and put the names of the program under those of the tests."""
+        """Run the setup, and make the program's names visible to the tests below their own names."""
         try:
             for source in self._plan["setup"]:
                 exec(compile(source, "setup.py", "exec"), self.names)
         except Exception as error:
-            raise Broken(f"the row's setup code raises {type(error).__name__}: {error}") from None
+            raise FaultyTests(f"the row's setup code raises {type(error).__name__}: {error}") from None
         for name in self._plan["dropped"]:
             self.names.pop(name, None)
         for name in self._plan["standard"]:
             self._layer[name] = importlib.import_module(name)
-        wanted = set(self._plan["wanted"])
-        own = [name for name in names if name in wanted and not hasattr(builtins, name)]
-        hidden = [name for name in names if name in wanted and hasattr(builtins, name)]
-        # A program that redefines len must not change what the tests mean by it, unless it is what they test.
+        used_names = set(self._plan["wanted"])
+        own = [name for name in names if name in used_names and not hasattr(builtins, name)]
+        hidden = [name for name in names if name in used_names and hasattr(builtins, name)]
+        # A program that redefines len must not change it for the tests, unless it is the function under test.
         subject = self._plan["entry"] or (hidden[0] if len(hidden) == 1 and not own else None)
         for name in own + [name for name in hidden if name == subject]:
             value = self._layer[name] = self._judge.fetch(name)
             self._judge.used += not isinstance(value, Proxy) and not isinstance(value, type)
             if name == self._plan["entry"]:
                 self.names.pop(name, None)
-        known = {name for name, parts in self._plan["imports"].items() if parts and set(parts) <= set(names)}
-        self._modules = {*self._plan["modules"], *(known - sys.stdlib_module_names - {"pytest"})}
+        program_modules = {name for name, parts in self._plan["imports"].items() if parts and set(parts) <= set(names)}
+        self._modules = {*self._plan["modules"], *(program_modules - sys.stdlib_module_names - {"pytest"})}
         self._judge.install(names, sorted(self._modules))
         shared = set(self._plan["shared"])
         self._judge.shared = lambda name: self.names.get(name) if name in shared else None
 
     def run(self) -> None:
-        """Each test in its order; without `partial` only until one fails."""
+        """Run all tests in order; without `partial` stop at the first failure."""
         bodies: dict[int, bool] = {}
         for number, test in enumerate(self._plan["tests"]):
             passed = self._passed(test, bodies)
             if self._judge.broken:
-                raise Broken(self._judge.broken)
+                raise FaultyTests(self._judge.broken)
             if passed:
                 self._report(number)
             elif not self._plan["partial"]:
                 return
         if not self._judge.used:
-            raise Broken("the tests never use the program")
+            raise FaultyTests("the tests never use the program")
 
     def _passed(self, test: dict[str, Any], bodies: dict[int, bool]) -> bool:
         if test["kind"] == "call":
             return self._right(test)
         index = test["script"]
-        if index not in bodies:  # the first test of a text: run the text itself
+        if index not in bodies:  # the first test of a source: run the source itself
             bodies[index] = self._runs(lambda: self._execute(index), needed=test["kind"] == "body")
         if test["kind"] == "body" or not bodies[index]:
             return bodies[index]
@@ -120,13 +120,13 @@ class Tests:
         exec(compile(tree, f"tests[{index}]", "exec"), self.names)
 
     def _runs(self, test: Callable[[], Any], needed: bool = True) -> bool:
-        """Whether it ends without raising and has asserted something (where that is `needed`)."""
+        """Whether the test ends without raising and has asserted something (if that is `needed`)."""
         asserted = self._asserted
         try:
             test()
         except Gone:
             return False
-        except Broken:
+        except FaultyTests:
             raise
         except BaseException as error:
             if self._judge.raised(error) or self._missing(error):
@@ -134,23 +134,23 @@ class Tests:
             if isinstance(error, SystemExit) and not error.code:  # the tests' own sys.exit(0)
                 return self._asserted > asserted
             if isinstance(error, ImportError):
-                raise Broken(f"the tests import what is not here: {error}") from None
+                raise FaultyTests(f"the tests import an unavailable module: {error}") from None
             if not self._judge.used:
-                raise Broken(f"the tests fail without the program: {type(error).__name__}: {error}") from None
+                raise FaultyTests(f"the tests fail without the program: {type(error).__name__}: {error}") from None
             return False
         if needed and self._asserted == asserted and not self._judge.used:
-            raise Broken("the tests assert nothing and never use the program")
+            raise FaultyTests("the tests assert nothing and never use the program")
         return self._asserted > asserted or not needed
 
     def _missing(self, error: BaseException) -> bool:
-        """Something that the program should have defined."""
+        """Whether the error means that the program lacks a definition."""
         lacking = isinstance(error, ImportError) and error.name in self._modules
         return (
             lacking or isinstance(error, NameError) or (isinstance(error, AttributeError) and "solution" in str(error))
         )
 
     def _subject(self, entry: str) -> Any:
-        """What the tests are about: a function, or a method of a fresh Solution()."""
+        """The function under test, or a method of a new Solution()."""
         self._judge.used += 1
         owner, _, name = entry.rpartition(".")
         owner = owner.removesuffix("()")
@@ -163,20 +163,20 @@ class Tests:
 
     def _right(self, test: dict[str, Any]) -> bool:
         try:
-            args, kwargs, wanted = (_unpacked(test[key]) for key in ("args", "kwargs", "wanted"))
-            found = self._subject(test["entry"])(*args, **kwargs)
-        except Broken:
+            args, kwargs, expected = (_unpacked(test[key]) for key in ("args", "kwargs", "wanted"))
+            result = self._subject(test["entry"])(*args, **kwargs)
+        except FaultyTests:
             raise
         except BaseException:
             return False
-        return checks.same(found, wanted) or (test["unwrap"] and checks.same(found, wanted[0]))
+        return checks.same(result, expected) or (test["unwrap"] and checks.same(result, expected[0]))
 
     def _each(self, function: Any, *first: Any) -> None:
-        """Once, or once for each set of parameters."""
+        """Call a test once, or once per set of parameters."""
         sets = getattr(function, "_parameters", [])
         for values in itertools.product(*sets):
-            given = {key: value for part in values for key, value in part.items()}
-            outcome = function(*first, **given)
+            arguments = {key: value for part in values for key, value in part.items()}
+            outcome = function(*first, **arguments)
             if isinstance(outcome, types.CoroutineType):
                 importlib.import_module("asyncio").run(outcome)
 
@@ -195,13 +195,13 @@ class Tests:
         result = unittest.TestResult()
         unittest.TestSuite([owner(name)]).run(result)
         if result.skipped:
-            raise Broken(f"{owner.__name__}.{name} is skipped")
+            raise FaultyTests(f"{owner.__name__}.{name} is skipped")
         if not result.wasSuccessful() or not result.testsRun:
             raise AssertionError("\n".join(text for _, text in result.failures + result.errors))
 
 
 def _await_proxies() -> None:
-    """asyncio.run takes no stand-in of a coroutine."""
+    """Make asyncio.run accept proxies of coroutines."""
     asyncio: Any = importlib.import_module("asyncio")
     run = asyncio.run
 
@@ -212,11 +212,11 @@ def _await_proxies() -> None:
 
 
 def _unpacked(packed: list[Any]) -> Any:
-    return Unpack(WeightLayout(), packed[1]).value(packed[0])
+    return Unpack(Endpoint(), packed[1]).value(packed[0])
 
 
 def main() -> None:
-    """See the top of this file."""
+    """See the module docstring."""
     plan = json.load(sys.stdin)
     report_fd = os.dup(1)
     nothing = os.open(os.devnull, os.O_RDWR)
@@ -224,20 +224,20 @@ def main() -> None:
         os.dup2(nothing, number)
     sys.stdin = io.StringIO()
 
-    def report(said: Any) -> None:
-        os.write(report_fd, (json.dumps(said) + "\n").encode())
+    def report(value: Any) -> None:
+        os.write(report_fd, (json.dumps(value) + "\n").encode())
 
-    judge = Judge(Link(int(sys.argv[1])))
+    judge = HarnessEndpoint(Link(int(sys.argv[1])))
     sys.setrecursionlimit(DEEP // 100)
     sys.modules["pytest"] = types.ModuleType("pytest")
     vars(sys.modules["pytest"]).update(checks.pytest_names())
     try:
         names = judge.hello()
-        if names is not None:  # a program that does not even load passes nothing
+        if names is not None:  # a program that does not load passes no test
             tests = Tests(judge, plan, report)
             tests.prepare(names)
             tests.run()
-    except Broken as error:
+    except FaultyTests as error:
         report({"broken": str(error)})
     except Gone:
         pass

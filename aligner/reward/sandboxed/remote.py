@@ -1,7 +1,7 @@
-"""The tests' side of the socket: stand-ins for the program's objects.
+"""The tests' side of the socket: proxies of the program's objects.
 
-A stand-in is never equal to a plain value, and computes nothing with one, whatever methods its class has: a program that
-returns an object which says it is equal to everything, or that every difference from it is 0, has returned no number.
+A proxy is never equal to a plain value and does not compute with one, whatever methods its class has: an object that
+claims to be equal to everything, or at distance 0 from every number, cannot pass for a number.
 """
 
 from __future__ import annotations
@@ -15,48 +15,48 @@ import types
 from collections.abc import Callable
 from typing import Any
 
-from wire import BINARY, COMPARISONS, DEEP, MUTABLE, UNARY, Gone, Link, Pack, Unpack, WeightLayout, state_of
+from wire import BINARY, COMPARISONS, DEEP, MUTABLE, UNARY, Endpoint, Gone, Link, Pack, Unpack, state_of
 
 KINDS: dict[str, Any] = {"generator": types.GeneratorType, "type": type}
 KINDS |= {kind.__name__: kind for kind in (map, filter, zip, enumerate, reversed, object)}
 KEPT, WATCHED = 16, 1000
-"""So many containers of the program are watched for changes, up to so many items."""
+"""Number of the program's containers that are watched for changes, and the most items in each."""
 MOST = 1_000_000
-"""Items looked through for `x in y` of an object of the program."""
+"""Most items that are searched for `x in y` on an object of the program."""
 
 
-class Broken(BaseException):
-    """The tests are at fault, or need what is not possible here: no verdict on the program."""
+class FaultyTests(BaseException):
+    """The tests are at fault or need something unsupported, so there is no verdict on the program."""
 
 
 _set = object.__setattr__
 
 
 class Proxy:
-    # An object of the program. (A docstring would be every object's __doc__.)
+    # Proxy of an object of the program. (A docstring would become every object's __doc__.)
 
-    def __init__(self, judge: Judge, number: int, flags: dict[str, Any]) -> None:
+    def __init__(self, judge: HarnessEndpoint, number: int, flags: dict[str, Any]) -> None:
         _set(self, "_judge", judge)
         _set(self, "_number", number)
         _set(self, "_flags", flags)
-        _set(self, "_named", "")  # by what name of the program the tests know it
-        _set(self, "_made", False)  # by calling what has a capital: the tests mean to handle it as an object
+        _set(self, "_named", "")  # the program's name by which the tests got it
+        _set(self, "_made", False)  # the result of calling a capitalised name: the tests use it as an object
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        made = self._judge.do("call", self, *args, **kwargs)
-        if isinstance(made, Proxy) and self._named[:1].isupper():
-            _set(made, "_made", True)
-        return made
+        result = self._judge.do("call", self, *args, **kwargs)
+        if isinstance(result, Proxy) and self._named[:1].isupper():
+            _set(result, "_made", True)
+        return result
 
     def __getattr__(self, name: str) -> Any:
         if name == "__signature__":  # asked for by inspect.signature
             raise self._judge.fault("the tests look into the program's code")
         if name in ("__code__", "__globals__"):
             raise AttributeError(name)
-        found = self._judge.do("getattr", self, name)
-        if isinstance(found, Proxy) and self._named != "Solution":
-            _set(found, "_named", self._named)
-        return found
+        value = self._judge.do("getattr", self, name)
+        if isinstance(value, Proxy) and self._named != "Solution":
+            _set(value, "_named", self._named)
+        return value
 
     def __setattr__(self, name: str, value: Any) -> None:
         self._judge.do("setattr", self, name, value)
@@ -78,7 +78,7 @@ class Proxy:
     def __contains__(self, item: Any) -> bool:
         if self._made:
             return bool(self._judge.do("contains", self, item))
-        return any(item == found for found, _ in zip(self, range(MOST), strict=False))
+        return any(item == other for other, _ in zip(self, range(MOST), strict=False))
 
     def __enter__(self) -> Any:
         return self._judge.do("enter", self)
@@ -101,7 +101,7 @@ class Proxy:
 
 
 class Awaitable(Proxy):
-    # A coroutine of the program.
+    # Proxy of a coroutine of the program.
 
     def __await__(self) -> Any:
         return self._judge.do("await", self)
@@ -109,7 +109,7 @@ class Awaitable(Proxy):
 
 
 class Extended:
-    """Mixed into a plain value of a class that the program derives from a plain type: the value is known here."""
+    """Mixin for values of the program's classes that derive from a builtin type; the value itself is a local copy."""
 
     def __getattr__(self, name: str) -> Any:
         judge = self.__dict__.get("_judge")
@@ -126,10 +126,10 @@ def _compute(name: str, swapped: bool = False) -> Any:
     def operation(self: Proxy, *others: Any) -> Any:
         if not self._made and not all(isinstance(other, Proxy) for other in others):
             return NotImplemented
-        found = self._judge.do(name, *((*others, self) if swapped else (self, *others)))
-        if isinstance(found, Proxy) and self._made:
-            _set(found, "_made", True)
-        return found
+        result = self._judge.do(name, *((*others, self) if swapped else (self, *others)))
+        if isinstance(result, Proxy) and self._made:
+            _set(result, "_made", True)
+        return result
 
     return operation
 
@@ -149,8 +149,8 @@ EXTENDED: dict[type, Any] = {
 }
 
 
-class Judge(WeightLayout):
-    """Asks the program, and answers what it asks in between."""
+class HarnessEndpoint(Endpoint):
+    """Sends requests to the program and answers its requests in between."""
 
     def __init__(self, link: Link) -> None:
         self._link = link
@@ -161,29 +161,29 @@ class Judge(WeightLayout):
         self._module: Any = None
         self.names: list[str] = []
         self.shared: Callable[[str], Any] = lambda name: None
-        """The class of the tests that both sides have by this name; its instances go over by value."""
+        """Name -> class that both sides have; its instances are passed by value."""
         self._held: list[tuple[Any, int, str]] = []
-        """Containers out of objects of the program, with what they held: a change of one must reach the program."""
+        """Containers obtained from the program, with their last known content: changes must be sent to the program."""
         self.used, self.broken = 0, ""
 
     def hello(self) -> list[str] | None:
-        """The names of the program; None where it does not load.
+        """The program's names; None if it does not load.
 
         Raises:
-            Broken: the setup fails.
-            Gone: there is no program to speak of.
+            FaultyTests: the setup fails.
+            Gone: the program has ended.
         """
-        broken = self._link.receive()["broken"]  # sent before the program was run: nothing that it could forge
+        broken = self._link.receive()["broken"]  # sent before the program ran, so it cannot be forged
         if broken:
-            raise Broken(broken)
-        said = self._link.receive()
-        names = said.get("names")
+            raise FaultyTests(broken)
+        reply = self._link.receive()
+        names = reply.get("names")
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise Gone
-        return names if said.get("loaded") is True else None
+        return names if reply.get("loaded") is True else None
 
     def install(self, names: list[str], modules: list[str]) -> None:
-        """Let the tests import the program by any of these names."""
+        """Let the tests import the program by any of these module names."""
         self.names = names
         self._module = self.do("module")
         for name in modules:
@@ -208,27 +208,27 @@ class Judge(WeightLayout):
         return Module(name)
 
     def fetch(self, name: str) -> Any:
-        """What the program calls so."""
+        """The program's object of this name."""
         if self._module is None:
             self._module = self._ask("module", (), {})
-        found = self._ask("getattr", (self._module, name), {})
-        if isinstance(found, Proxy):
-            _set(found, "_named", name)
-        return found
+        value = self._ask("getattr", (self._module, name), {})
+        if isinstance(value, Proxy):
+            _set(value, "_named", name)
+        return value
 
     def do(self, operation: str, *args: Any, **kwargs: Any) -> Any:
-        """Have the program's side do something, and count it as a use of the program."""
+        """Execute an operation on the program's side, and count it as a use of the program."""
         if operation != "module":
             self.used += 1
         return self._ask(operation, args, kwargs)
 
-    def fault(self, why: str) -> Broken:
-        """To be raised; it is remembered, since a test may catch everything."""
+    def fault(self, why: str) -> FaultyTests:
+        """An exception to raise; also recorded, because a test may catch everything."""
         self.broken = self.broken or why
-        return Broken(why)
+        return FaultyTests(why)
 
     def raised(self, error: BaseException) -> bool:
-        """Whether it comes from the program."""
+        """Whether the exception comes from the program."""
         return any(error is known for known in self._raised)
 
     def _ask(self, operation: str, args: Any, kwargs: Any) -> Any:
@@ -251,13 +251,13 @@ class Judge(WeightLayout):
             self._link.send(self._answer(reply))
 
     def _changed(self, pack: Pack) -> list[Any]:
-        found = []
+        changes = []
         for index, (thing, number, before) in enumerate(self._held):
             now = self._content(thing)
             if now != before:
-                found.append([number, pack.value(thing)])
+                changes.append([number, pack.value(thing)])
                 self._held[index] = (thing, number, now)
-        return found
+        return changes
 
     def _content(self, thing: Any) -> str:
         pack = Pack(self)
@@ -276,9 +276,9 @@ class Judge(WeightLayout):
             if "held" in reply and len(value) <= WATCHED:
                 self._held = [*self._held[1 - KEPT :], (value, reply["held"], self._content(value))]
             printed = str(reply["printed"])
-        except (Gone, Broken):
+        except (Gone, FaultyTests):
             raise
-        except Exception:  # whoever forges a reply has returned nothing
+        except Exception:  # a forged reply counts as none
             raise Gone from None
         finally:
             sys.setrecursionlimit(limit)
@@ -293,7 +293,7 @@ class Judge(WeightLayout):
             unpack = Unpack(self, asked["nodes"])
             args, kwargs = unpack.value(asked["args"]), unpack.value(asked["kwargs"])
             value = self._asked(asked["ask"], asked["thing"], args, kwargs)
-        except (Broken, Gone):
+        except (FaultyTests, Gone):
             raise
         except BaseException as error:
             return {"raise": [type(error).__name__, str(error)]}
@@ -311,13 +311,13 @@ class Judge(WeightLayout):
             return getattr(self._things[number], args[0])
         return self._things[number](*args, **kwargs)
 
-    def _error(self, told: Any) -> BaseException:
-        """An exception of the program, of a class that the tests can name."""
-        kinds, args, state = told
-        known = [
+    def _error(self, content: Any) -> BaseException:
+        """Rebuild an exception of the program, of a class that the tests can name."""
+        kinds, args, state = content
+        classes = [
             self._proxies.get(number) or (getattr(builtins, name, None) if own else None) for name, own, number in kinds
         ]
-        kind = next((kind for kind in known if isinstance(kind, type) and issubclass(kind, BaseException)), Exception)
+        kind = next((kind for kind in classes if isinstance(kind, type) and issubclass(kind, BaseException)), Exception)
         try:
             error = kind(*args)
             error.__dict__.update({name: value for name, value in state if isinstance(name, str)})
@@ -327,7 +327,7 @@ class Judge(WeightLayout):
         return error
 
     def foreign(self, thing: Any, pack: Pack) -> list[Any]:
-        """The node of what is no plain data here."""
+        """Encode a value that is not plain data; see `Endpoint.foreign`."""
         if isinstance(thing, Proxy | Extended):
             return ["thing", object.__getattribute__(thing, "_number")]
         if isinstance(thing, type) and (number := vars(thing).get("_number")) is not None:
@@ -343,7 +343,7 @@ class Judge(WeightLayout):
         return ["tests", len(self._things) - 1, about]
 
     def native(self, node: list[Any], unpack: Unpack) -> Any:
-        """What the program has handed over."""
+        """Decode a node from the program; see `Endpoint.native`."""
         tag = node[0]
         if tag == "tests":
             return self._things[node[1]]
@@ -356,9 +356,9 @@ class Judge(WeightLayout):
             return self._proxies[number]
         if tag == "extended":
             plain = unpack.value(node[2])
-            made = EXTENDED[type(plain)](plain)
-            made.__dict__.update(_judge=self, _number=number)
-            return made  # not kept: its value may be another the next time
+            value = EXTENDED[type(plain)](plain)
+            value.__dict__.update(_judge=self, _number=number)
+            return value  # not kept: its value may be another the next time
         if tag == "exception":
             self._proxies[number] = self._mirror(*node[1:])
         else:
@@ -367,20 +367,20 @@ class Judge(WeightLayout):
         return self._proxies[number]
 
     def _mirror(self, number: int, name: str, bases: list[int], builtin: list[str]) -> type:
-        """A class to be named in `except`, with the bases that are known here."""
-        known = [
+        """A local class for an exception class of the program, to be named in `except`."""
+        classes = [
             self._proxies.get(base) or getattr(builtins, own, None) for base, own in zip(bases, builtin, strict=True)
         ]
-        base = next((kind for kind in known if isinstance(kind, type)), Exception)
+        base = next((kind for kind in classes if isinstance(kind, type)), Exception)
         return type(name, (base,), {"_number": number})
 
 
 def _place(thing: Any) -> tuple[str, str] | None:
-    """Where a function or class of the standard library is found."""
+    """(module, name) of a function or class of the standard library; None for others."""
     module, name = getattr(thing, "__module__", None), getattr(thing, "__qualname__", None)
     if not isinstance(name, str) or not isinstance(module, str) or module.split(".")[0] not in sys.stdlib_module_names:
         return None
-    found: Any = importlib.import_module(module) if module in sys.modules else None
+    value: Any = importlib.import_module(module) if module in sys.modules else None
     for part in name.split("."):
-        found = getattr(found, part, None)
-    return (module, name) if found is thing else None
+        value = getattr(value, part, None)
+    return (module, name) if value is thing else None

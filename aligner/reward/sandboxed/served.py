@@ -1,4 +1,4 @@
-"""Run as a program: loads what a model wrote and does what the tests ask of it, one request after the other.
+"""Sandbox process that loads the program under test and serves the tests' requests.
 
 python -I -S served.py SOCKET_FD        (on standard input: {"setup": [source], "pieces": [source], "code": source})
 """
@@ -27,12 +27,12 @@ from wire import (
     DEEP,
     MUTABLE,
     UNARY,
+    Endpoint,
     Foreign,
     Gone,
     Link,
     Pack,
     Unpack,
-    WeightLayout,
     base_of,
     state_of,
 )
@@ -95,7 +95,7 @@ OPERATIONS: dict[str, Callable[..., Any]] = {
 
 
 class Stub:
-    """An object of the tests: to be called, and asked for its public attributes."""
+    """Proxy of an object of the tests: can be called and asked for public attributes."""
 
     def __init__(self, program: Program, number: int, about: dict[str, str]) -> None:
         self.__dict__.update(_program=program, _number=number, **about)
@@ -110,7 +110,7 @@ class Stub:
 
 
 class Input(io.TextIOBase):
-    """Standard input as the tests have set it."""
+    """Standard input, read on the tests' side."""
 
     def __init__(self, program: Program) -> None:
         self._program = program
@@ -124,14 +124,14 @@ class Input(io.TextIOBase):
         return "".join(iter(self.readline, ""))
 
     def asked(self, prompt: object = "") -> str:
-        """`input()`, which the tests may have replaced."""
+        """`input()`, forwarded to the tests' side."""
         if not self._program.loaded:
             raise EOFError("EOF when reading a line")
         return str(self._program.ask("input", 0, (str(prompt),), {}))
 
 
-class Program(WeightLayout):
-    """The namespace of the program and what the tests hold of it."""
+class Program(Endpoint):
+    """The program's namespace and the objects that the tests refer to."""
 
     def __init__(self, link: Link) -> None:
         self._link = link
@@ -139,30 +139,30 @@ class Program(WeightLayout):
         self._things: list[Any] = []
         self._numbers: dict[int, int] = {}
         self._made: set[int] = set()
-        """Those that come of calling a class: not values, even where the class extends list or dict."""
+        """Objects created by calling a class; never passed by value, even if the class derives from list or dict."""
         self.shared: dict[str, Any] = {}
         self.loaded = False
         self.module = types.ModuleType("solution")
         sys.modules["solution"] = self.module
 
-    def prepare(self, given: dict[str, Any]) -> None:
-        """Run the setup. Its names, and what is usually imported, are there for the program as builtins are."""
-        known = dict(vars(builtins))
-        if _unknown(given["code"]) - set(known):
-            known = _usual() | known
-        before: dict[str, Any] = {"__name__": "setup", "__builtins__": known}
-        for source in given["setup"]:
-            exec(compile(source, "setup.py", "exec"), before)
-        for source in given["pieces"]:
+    def prepare(self, request: dict[str, Any]) -> None:
+        """Run the setup. Its names and the usual imports are available to the program like builtins."""
+        builtin_names = dict(vars(builtins))
+        if _unknown(request["code"]) - set(builtin_names):
+            builtin_names = _usual() | builtin_names
+        namespace: dict[str, Any] = {"__name__": "setup", "__builtins__": builtin_names}
+        for source in request["setup"]:
+            exec(compile(source, "setup.py", "exec"), namespace)
+        for source in request["pieces"]:
             with contextlib.suppress(Exception):  # a part of the tests that the program may do without
-                exec(compile(source, "tests.py", "exec"), before)
-        known |= {name: value for name, value in before.items() if not name.startswith("__")}
-        self.shared = {name: value for name, value in before.items() if isinstance(value, type)}
-        self.module.__dict__["__builtins__"] = known
+                exec(compile(source, "tests.py", "exec"), namespace)
+        builtin_names |= {name: value for name, value in namespace.items() if not name.startswith("__")}
+        self.shared = {name: value for name, value in namespace.items() if isinstance(value, type)}
+        self.module.__dict__["__builtins__"] = builtin_names
         sys.setrecursionlimit(RECURSION)
 
     def load(self, code: str) -> bool:
-        """Run the program; whether it ends without raising."""
+        """Run the program. Returns whether it ended without raising."""
         try:
             exec(compile(code, "solution.py", "exec"), self.module.__dict__)
             self.loaded = True
@@ -171,26 +171,26 @@ class Program(WeightLayout):
         return self.loaded
 
     def names(self) -> list[str]:
-        """What the program has defined."""
+        """Names that the program has defined."""
         return [name for name in vars(self.module) if not (name.startswith("__") and name.endswith("__"))]
 
     def serve(self) -> None:
-        """Answer until the tests are over."""
+        """Answer requests until the tests end."""
         while True:
             self._link.send(self._answer(self._link.receive()))
 
     def ask(self, what: str, number: int, args: Any, kwargs: Any) -> Any:
-        """Have the tests do something, in the middle of a request of theirs."""
+        """Execute an operation on the tests' side, during a request of theirs."""
         with self._lock:  # the program may have threads
             return self._ask(what, number, args, kwargs)
 
     def _ask(self, what: str, number: int, args: Any, kwargs: Any) -> Any:
         pack = Pack(self)
-        said = {"ask": what, "thing": number, "args": pack.value(args), "kwargs": pack.value(kwargs)}
-        self._link.send({**said, "nodes": pack.nodes})
+        request = {"ask": what, "thing": number, "args": pack.value(args), "kwargs": pack.value(kwargs)}
+        self._link.send({**request, "nodes": pack.nodes})
         while True:
             reply = self._link.receive()
-            if "op" in reply:  # what the tests were asked to do uses the program in turn
+            if "op" in reply:  # the tests use the program in turn
                 self._link.send(self._answer(reply))
                 continue
             if "raise" in reply:
@@ -207,7 +207,7 @@ class Program(WeightLayout):
             _fill(self._things[number], unpack.value(content))
         sys.setrecursionlimit(limit)
         stdout, sys.stdout = sys.stdout, printed
-        said: dict[str, Any] = {}
+        reply: dict[str, Any] = {}
         value: Any = None
         try:
             value = self._do(request["op"], args, kwargs)
@@ -215,30 +215,30 @@ class Program(WeightLayout):
             raise
         except BaseException as error:
             value = error
-            said["raised"] = True
+            reply["raised"] = True
         finally:
             limit = sys.getrecursionlimit()
             sys.stdout = stdout
         sys.setrecursionlimit(DEEP)
         pack = Pack(self, unpack)
-        if "raised" in said:
-            said["value"] = pack.value(self._told(value))
+        if "raised" in reply:
+            reply["value"] = pack.value(self._exception_content(value))
         else:
             if request["op"] == "call" and isinstance(args[0], type):
                 self._made.add(self._number(value))
             if request["op"] in ("getattr", "getitem") and type(value) in CONTAINERS:
-                said["held"] = self._number(value)
-            said["value"] = pack.value(value)
-        said["after"] = {i: pack.node(thing) for i, thing in unpack.built.items() if unpack.nodes[i][0] in MUTABLE}
+                reply["held"] = self._number(value)
+            reply["value"] = pack.value(value)
+        reply["after"] = {i: pack.node(thing) for i, thing in unpack.built.items() if unpack.nodes[i][0] in MUTABLE}
         sys.setrecursionlimit(limit)
-        return {**said, "nodes": pack.nodes, "printed": printed.getvalue()[:PRINTED]}
+        return {**reply, "nodes": pack.nodes, "printed": printed.getvalue()[:PRINTED]}
 
     def _do(self, what: str, args: Any, kwargs: Any) -> Any:
         if what == "module":
             return self.module
         return OPERATIONS[what](*args, **kwargs)
 
-    def _told(self, error: BaseException) -> tuple[Any, ...]:
+    def _exception_content(self, error: BaseException) -> tuple[Any, ...]:
         kinds = [kind for kind in type(error).__mro__ if issubclass(kind, BaseException)]
         state = [(name, value) for name, value in state_of(error) if not name.startswith("__")]
         return [(kind.__name__, kind.__module__ == "builtins", self._number(kind)) for kind in kinds], error.args, state
@@ -250,7 +250,7 @@ class Program(WeightLayout):
         return self._numbers[id(thing)]
 
     def foreign(self, thing: Any, pack: Pack) -> list[Any]:
-        """The node of an object of the program."""
+        """Encode an object of the program; see `Endpoint.foreign`."""
         if type(thing) is Stub:
             return ["tests", thing._number, {}]
         if isinstance(thing, type) and thing in vars(builtins).values():
@@ -275,7 +275,7 @@ class Program(WeightLayout):
         return ["thing", number, flags]
 
     def native(self, node: list[Any], unpack: Unpack) -> Any:
-        """What the tests refer to."""
+        """Decode a reference from the tests; see `Endpoint.native`."""
         tag = node[0]
         if tag == "thing":
             return self._things[node[1]]
@@ -294,7 +294,7 @@ class Program(WeightLayout):
 
 
 def _fill(thing: Any, content: Any) -> None:
-    """The tests have changed a container that they got from an object of the program."""
+    """Update a container that the tests have changed."""
     if isinstance(thing, list):
         thing[:] = content
     else:
@@ -310,7 +310,7 @@ def _nodes(source: str) -> list[ast.AST]:
 
 
 def _unknown(source: str) -> set[str]:
-    """Names that the source uses and binds nowhere, at a glance."""
+    """Names that the source uses but never binds (approximately)."""
     used: set[str] = set()
     bound: set[str] = set()
     for node in _nodes(source):
@@ -326,19 +326,19 @@ def _unknown(source: str) -> set[str]:
 
 
 def _usual() -> dict[str, Any]:
-    """What the evaluators of LiveCodeBench and APPS import for a program: the standard modules and their names."""
-    found: dict[str, Any] = {}
+    """Modules and names that the evaluators of LiveCodeBench and APPS import for every program."""
+    names: dict[str, Any] = {}
     for name in STARRED.split():
         module = importlib.import_module(name)
         public = getattr(module, "__all__", [name for name in vars(module) if not name.startswith("_")])
-        found |= {name: getattr(module, name) for name in public}
+        names |= {name: getattr(module, name) for name in public}
     modules = {name: importlib.import_module(name) for name in [*STARRED.split(), "io", "json", "sys", "os", "time"]}
-    return found | modules | {"inf": float("inf")}
+    return names | modules | {"inf": float("inf")}
 
 
 def main() -> None:
-    """See the top of this file."""
-    given = json.load(sys.stdin)
+    """See the module docstring."""
+    request = json.load(sys.stdin)
     link = Link(int(sys.argv[1]))
     nothing = os.open(os.devnull, os.O_RDWR)
     for number in (0, 1, 2):
@@ -347,13 +347,13 @@ def main() -> None:
     given_input = Input(program)
     sys.stdin, builtins.input = given_input, given_input.asked  # type: ignore[assignment]
     try:
-        program.prepare(given)
+        program.prepare(request)
     except BaseException as error:
         link.send({"broken": f"the row's setup code raises {type(error).__name__}: {error}"})
         os._exit(0)
-    link.send({"broken": ""})  # before any line of the program has run
+    link.send({"broken": ""})  # before any line of the program runs
     with contextlib.suppress(Gone):
-        link.send({"loaded": program.load(given["code"]), "names": program.names()})
+        link.send({"loaded": program.load(request["code"]), "names": program.names()})
         program.serve()
     os._exit(0)
 

@@ -1,7 +1,7 @@
-"""Values between the tests and the program: plain data by value, what belongs to one side by a number that stands for it.
+"""Wire format between the tests and the program: plain data by value, objects that belong to one side by reference.
 
-A message is JSON: atoms as they are, everything else a node of its table `nodes`, referred to as [index]; [-1 - index]
-is a node of the request that is being answered. So shared and cyclic structures arrive as they were.
+A message is JSON: atoms as they are, everything else as a node in its table `nodes`, referred to by [index]; [-1 - index]
+refers to a node of the request being answered. This preserves shared and cyclic structures.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ CALLED: dict[str, tuple[str, Callable[[Any], tuple[Any, ...]]]] = {
     "datetime": ("datetime", lambda x: (x.year, x.month, x.day, x.hour, x.minute, x.second, x.microsecond)),
     "timedelta": ("datetime", lambda x: (x.days, x.seconds, x.microseconds)),
 }
-"""Immutable values by the name of their type: (its module, the arguments that make an equal one)."""
+"""Type name -> (module, function to the constructor arguments) for immutable values."""
 SEQUENCES = {"tuple": tuple, "frozenset": frozenset}
 MUTABLE = ("list", "dict", "set", "deque", "bytearray", "OrderedDict", "defaultdict", "Counter", "instance")
 DEEP = 400_000
@@ -34,7 +34,7 @@ COMPARISONS, UNARY = ("lt", "le", "gt", "ge"), ("neg", "pos", "abs", "invert")
 BINARY = (
     "add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and_", "or_", "xor", "lshift", "rshift",
 )  # fmt: skip
-"""Operators that one side may ask the other for, by their names in the module `operator`."""
+"""Operators that can be requested, by their names in the module `operator`."""
 
 
 class Gone(Exception):
@@ -42,7 +42,7 @@ class Gone(Exception):
 
 
 class Foreign(Exception):
-    """A value that has no meaning on the other side."""
+    """A value that cannot be represented on the other side."""
 
 
 class Link:
@@ -55,7 +55,7 @@ class Link:
         self._come = bytearray()
 
     def send(self, message: dict[str, Any]) -> None:
-        """Write one message."""
+        """Send one message. Raises Gone."""
         text = json.dumps(message).encode()
         rest = memoryview(len(text).to_bytes(8, "big") + text)
         try:
@@ -65,7 +65,7 @@ class Link:
             raise Gone from None
 
     def receive(self) -> dict[str, Any]:
-        """Wait for one message."""
+        """Receive one message. Raises Gone."""
         try:
             message = json.loads(self._read(int.from_bytes(self._read(8), "big")))
         except (OSError, ValueError, MemoryError, OverflowError, RecursionError):
@@ -80,36 +80,36 @@ class Link:
             if not part:
                 raise Gone
             self._come += part
-        found, self._come = bytes(self._come[:size]), self._come[size:]
-        return found
+        data, self._come = bytes(self._come[:size]), self._come[size:]
+        return data
 
 
-class WeightLayout:
-    """What is particular to one side: objects that only it can hold. This one holds plain data alone."""
+class Endpoint:
+    """One end of the connection: encodes objects that belong to it. This base class supports plain data only."""
 
     def foreign(self, thing: Any, pack: Pack) -> list[Any]:
-        """The node of something that is no plain data. Raises Foreign where it has no meaning on the other side."""
+        """Encode a value that is not plain data. Raises Foreign if the other side cannot represent it."""
         raise Foreign(f"an object of type {type(thing).__name__}")
 
     def native(self, node: list[Any], unpack: Unpack) -> Any:
-        """What such a node from the other side stands for here. Raises Foreign where that is nothing."""
+        """Decode such a node from the other side. Raises Foreign if it has no meaning here."""
         raise Foreign(f"a value of kind {node[0]}")
 
     def fill(self, thing: Any, state: Any) -> None:
-        """Give an instance its attributes."""
+        """Set the attributes of an instance."""
         for name, value in state:
             if isinstance(name, str) and not name.startswith("__"):
                 object.__setattr__(thing, name, value)
 
 
 class Pack:
-    """Values -> one table of nodes."""
+    """Encodes values into one table of nodes."""
 
-    def __init__(self, side: WeightLayout, request: Unpack | None = None) -> None:
+    def __init__(self, side: Endpoint, request: Unpack | None = None) -> None:
         self.nodes: list[Any] = []
         self._side = side
         self.held: dict[int, Any] = {}
-        """Keeps every object alive, so that no id is used twice."""
+        """Keeps encoded objects alive, so that no id is reused."""
         self._index: dict[int, int] = {}
         if request is not None:
             for number, thing in request.built.items():
@@ -129,7 +129,7 @@ class Pack:
         return [index]
 
     def node(self, thing: Any) -> list[Any]:
-        """[tag, ...] of its content, whatever index it has."""
+        """[tag, ...]: the node with the value's content."""
         kind = type(thing)
         if kind in (list, tuple, set, frozenset):
             return [kind.__name__, [self.value(item) for item in thing]]
@@ -153,17 +153,17 @@ class Pack:
 
 
 class Unpack:
-    """A table of nodes -> values."""
+    """Decodes a table of nodes into values."""
 
-    def __init__(self, side: WeightLayout, nodes: list[Any], request: Pack | None = None) -> None:
+    def __init__(self, side: Endpoint, nodes: list[Any], request: Pack | None = None) -> None:
         self.nodes, self._side, self._request = nodes, side, request
         self.built: dict[int, Any] = {}
 
-    def value(self, said: Any) -> Any:
-        """What an atom or [index] stands for."""
-        if type(said) is not list:
-            return said
-        index = said[0]
+    def value(self, packed: Any) -> Any:
+        """Decode an atom or [index]."""
+        if type(packed) is not list:
+            return packed
+        index = packed[0]
         if index < 0:
             assert self._request is not None
             return self._request.held[-1 - index]
@@ -203,7 +203,7 @@ class Unpack:
         return kinds[tag]() if tag in kinds else None
 
     def refill(self, thing: Any, node: list[Any]) -> None:
-        """Give a mutable object the content of a node."""
+        """Set the content of a mutable object from a node."""
         tag = node[0]
         if tag == "instance":
             self._side.fill(thing, [(name, self.value(value)) for name, value in node[2]])
@@ -223,10 +223,10 @@ class Unpack:
 
 
 def state_of(thing: Any) -> list[tuple[str, Any]]:
-    """The attributes of an instance, those in slots too."""
+    """The attributes of an instance, including slots."""
     slots = [name for kind in type(thing).__mro__ for name in _names(kind.__dict__.get("__slots__", ()))]
-    kept = [(name, getattr(thing, name)) for name in slots if name != "__dict__" and hasattr(thing, name)]
-    return kept + list(getattr(thing, "__dict__", {}).items())
+    attributes = [(name, getattr(thing, name)) for name in slots if name != "__dict__" and hasattr(thing, name)]
+    return attributes + list(getattr(thing, "__dict__", {}).items())
 
 
 def _names(slots: Any) -> tuple[str, ...]:
@@ -234,7 +234,7 @@ def _names(slots: Any) -> tuple[str, ...]:
 
 
 def base_of(thing: Any) -> Any:
-    """The plain value below an object of a class that extends a plain type; Foreign where there is none."""
+    """The builtin value of an object whose class derives from a builtin type; raises Foreign if it does not."""
     if isinstance(thing, int):
         return int.__int__(thing)
     if isinstance(thing, float):

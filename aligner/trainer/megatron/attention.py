@@ -1,21 +1,20 @@
-"""Attention that works without TransformerEngine: packed rows, and rotary positions of their own."""
+"""Attention that works without TransformerEngine: packed rows, and key/value heads that several tensor ranks share."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from megatron.core.tensor_parallel.mappings import all_gather_last_dim_from_tensor_parallel_region
-from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.module import MegatronModule
-from torch import Tensor, nn
+from torch import Tensor
 
-from aligner.models.spec import ModelSpec
 from aligner.trainer.megatron.attention_calls import shared_calls
+from aligner.trainer.megatron.attention_mask import BLOCK, causal_bias
 from aligner.trainer.megatron.context_attention import context_attention
+from aligner.trainer.megatron.rotary import RotarySelfAttention
 
 
 @lru_cache(maxsize=64)
@@ -44,20 +43,49 @@ def _calls(lengths: tuple[int, ...], device: torch.device) -> tuple[list[tuple[T
     return calls, back.to(device)
 
 
-def packed_attention(q_TND: Tensor, k_TKD: Tensor, v_TKD: Tensor, lengths: tuple[int, ...], scale: float) -> Tensor:
+def causal_attention(q_BNTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, scale: float, window: int | None) -> Tensor:
+    """Rows of one length, each query to the keys up to its own; with a window block by block, reading no keys before it.
+
+    Args:
+        q_BNTD: [rows, query heads, tokens, head_dim]; k_BKTD, v_BKTD: [rows, key/value heads, tokens, head_dim].
+        window: a query sees this many tokens, itself the last of them; None: all before it.
+
+    Returns:
+        Like q_BNTD.
+    """
+    grouped, length = q_BNTD.shape[1] != k_BKTD.shape[1], q_BNTD.shape[2]
+    if window is None or window >= length:
+        return F.scaled_dot_product_attention(q_BNTD, k_BKTD, v_BKTD, is_causal=True, scale=scale, enable_gqa=grouped)
+    outs = []
+    for start in range(0, length, BLOCK):
+        stop, low = min(start + BLOCK, length), max(0, start - window + 1)
+        query, key, value = q_BNTD[:, :, start:stop], k_BKTD[:, :, low:stop], v_BKTD[:, :, low:stop]
+        bias = causal_bias(stop - start, stop - low, min(length, window + BLOCK), window, query)
+        outs.append(F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scale, enable_gqa=grouped))
+    return torch.cat(outs, 2)
+
+
+def packed_attention(
+    q_TND: Tensor,
+    k_TKD: Tensor,
+    v_TKD: Tensor,
+    lengths: tuple[int, ...],
+    scale: float,
+    window: int | None = None,
+) -> Tensor:
     """Causal attention inside each row of a packed sequence; rows of similar length share one SDPA call (`shared_calls`).
 
     Args:
         q_TND: [T, query heads, head_dim]; k_TKD, v_TKD: [T, key/value heads, head_dim].
         lengths: tokens of each row, in order; their sum is T.
+        window: a query sees this many tokens, itself the last of them; None: all before it in its row.
 
     Returns:
         [T, query heads x head_dim].
     """
-    grouped = q_TND.shape[1] != k_TKD.shape[1]
     if len(set(lengths)) == 1:  # nothing to pad: views suffice
         q, k, v = (x.view(len(lengths), lengths[0], *x.shape[1:]).transpose(1, 2) for x in (q_TND, k_TKD, v_TKD))
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped)
+        out = causal_attention(q, k, v, scale, window)
         return out.transpose(1, 2).reshape(q_TND.shape[0], -1)
     calls, back = _calls(lengths, q_TND.device)
     outs = []
@@ -66,9 +94,7 @@ def packed_attention(q_TND: Tensor, k_TKD: Tensor, v_TKD: Tensor, lengths: tuple
         def rows(x: Tensor, index: Tensor = index, shape: tuple[int, int] = (count, longest)) -> Tensor:
             return x.index_select(0, index).view(*shape, *x.shape[1:]).transpose(1, 2)
 
-        out = F.scaled_dot_product_attention(
-            rows(q_TND), rows(k_TKD), rows(v_TKD), is_causal=True, scale=scale, enable_gqa=grouped
-        )
+        out = causal_attention(rows(q_TND), rows(k_TKD), rows(v_TKD), scale, window)
         outs.append(out.transpose(1, 2).reshape(count * longest, -1))
     return torch.cat(outs).index_select(0, back)
 
@@ -87,11 +113,13 @@ class PackedAttention(MegatronModule):
         layer_number: int,
         *args: Any,
         softmax_scale: float | None = None,
+        window: int | None = None,
         pg_collection: Any,
         **kwargs: Any,
     ) -> None:
         super().__init__(config)
         self.scale = softmax_scale or config.kv_channels**-0.5
+        self.window = window
         self.context = pg_collection.cp
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor, *_: Any, **__: Any) -> Tensor:
@@ -100,13 +128,13 @@ class PackedAttention(MegatronModule):
         q_TND, k_TKD, v_TKD = query.squeeze(1), key.squeeze(1), value.squeeze(1)
         if self.context.size() > 1:
             drop = self.config.recompute_granularity is None
-            out = context_attention(q_TND, k_TKD, v_TKD, lengths, self.scale, self.context, drop)
+            out = context_attention(q_TND, k_TKD, v_TKD, lengths, self.scale, self.context, drop, self.window)
         else:
-            out = packed_attention(q_TND, k_TKD, v_TKD, lengths, self.scale)
+            out = packed_attention(q_TND, k_TKD, v_TKD, lengths, self.scale, self.window)
         return out.unsqueeze(1)
 
 
-class SharedHeadAttention(SelfAttention):
+class SharedHeadAttention(RotarySelfAttention):
     """Self-attention with more tensor ranks than key/value heads, each of which then serves several ranks.
 
     The weight's rows are still cut evenly, so a rank computes a part of some head's projections: the ranks gather
@@ -135,49 +163,4 @@ class SharedHeadAttention(SelfAttention):
             query = self.q_layernorm(query)
         if self.k_layernorm is not None:
             key = self.k_layernorm(key)
-        return query, key, value
-
-
-class PackedRotary(nn.Module):
-    """Rotary angles at the packed tokens' own positions, in place of Megatron's table of 0..T-1.
-
-    Su et al. 2021; scaled as the checkpoint declares (`SCALED`). The angles are computed at the start
-    of each forward from `positions_T` and passed on as a tensor, so recompute sees the right ones.
-    """
-
-    def __init__(self, spec: ModelSpec, device: torch.device) -> None:
-        super().__init__()
-        exponent = torch.arange(0, spec.head_dim, 2, dtype=torch.float32) / spec.head_dim
-        frequency = 1.0 / spec.rope_theta**exponent
-        if spec.rope_scaling:
-            frequency = SCALED[spec.rope_scaling["rope_type"]](frequency, spec.rope_scaling)
-        self.frequency = frequency.to(device)
-        self.positions_T: Tensor | None = None
-
-    def get_rotary_seq_len(self, *args: Any) -> int:
-        """Megatron asks for a table length; the positions say it all."""
-        return 0
-
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """[T, 1, 1, head_dim] angles."""
-        assert self.positions_T is not None
-        angle = torch.outer(self.positions_T.float(), self.frequency)
-        return torch.cat([angle, angle], -1)[:, None, None, :]
-
-
-def _llama3_scaled(frequency: Tensor, scaling: dict[str, Any]) -> Tensor:
-    """Llama 3.1's long-context frequencies: long wavelengths are stretched by `factor`, medium ones blended."""
-    factor, low, high = scaling["factor"], scaling["low_freq_factor"], scaling["high_freq_factor"]
-    original = scaling["original_max_position_embeddings"]
-    turns = original * frequency / (2 * torch.pi)
-    blend = ((turns - low) / (high - low)).clamp(0.0, 1.0)
-    return frequency * (blend + (1 - blend) / factor)
-
-
-def _linear_scaled(frequency: Tensor, scaling: dict[str, Any]) -> Tensor:
-    """Chen et al. 2023: positions are divided by `factor`."""
-    return frequency / float(scaling["factor"])
-
-
-SCALED: Mapping[str, Callable[[Tensor, dict[str, Any]], Tensor]] = {"linear": _linear_scaled, "llama3": _llama3_scaled}
-"""By rope_type."""
+        return self.rotary.scale_queries(query), key, value

@@ -21,9 +21,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.attention.bias import causal_lower_right
 
 from aligner.trainer.context import cut
-
-BLOCK = 256
-"""Queries in one call where their mask is a tensor: [BLOCK, longest row] at most, on a CPU one for all layers."""
+from aligner.trainer.megatron.attention_mask import BLOCK, causal_bias
 
 
 @dataclass(frozen=True)
@@ -48,11 +46,21 @@ class Plan:
     back_T: Tensor
     """Place of each of this rank's tokens in the calls' joined outputs; its padding reads one more token, of zeros."""
     longest: int
+    window: int | None = None
+    """A query sees this many tokens, itself the last of them; None: all before it in its row."""
 
 
 @lru_cache(maxsize=64)
-def make_plan(lengths: tuple[int, ...], ranks: int, rank: int, held: int, block: int, device: torch.device) -> Plan:
-    """The calls of `rank`; pieces of equal shape share one.
+def make_plan(
+    lengths: tuple[int, ...],
+    ranks: int,
+    rank: int,
+    held: int,
+    block: int,
+    device: torch.device,
+    window: int | None = None,
+) -> Plan:
+    """The calls of `rank`; pieces of equal shape share one. With a window a call reads no keys before it.
 
     Args:
         held: tokens of each rank, with its padding.
@@ -65,7 +73,8 @@ def make_plan(lengths: tuple[int, ...], ranks: int, rank: int, held: int, block:
         step = block or piece.stop
         for start in range(piece.start, piece.stop, step):
             stop = min(piece.stop, start + step)
-            shapes.setdefault((stop - start, stop), []).append((at, whole.starts[piece.row]))
+            low = max(0, start - window + 1) if window else 0
+            shapes.setdefault((stop - start, stop - low), []).append((at, whole.starts[piece.row] + low))
             at += stop - start
     calls = tuple(Call(n, m, *map(tuple, zip(*places, strict=True))) for (n, m), places in shapes.items())
     order_S = torch.empty(sum(lengths), dtype=torch.long)
@@ -75,7 +84,7 @@ def make_plan(lengths: tuple[int, ...], ranks: int, rank: int, held: int, block:
     back_T = torch.full((held,), at)
     if joined:
         back_T[torch.cat(joined)] = torch.arange(at)
-    return Plan(calls, order_S.to(device), back_T.to(device), max(lengths))
+    return Plan(calls, order_S.to(device), back_T.to(device), max(lengths), window)
 
 
 @dataclass
@@ -165,24 +174,16 @@ def _kept_out(gathered: Gathered, call: Call, key: Tensor, value: Tensor) -> Abs
     return saved_tensors_hooks(pack, unpack)
 
 
-@lru_cache(maxsize=2)
-def _mask(block: int, longest: int, dtype: torch.dtype) -> Tensor:
-    """[block, longest]: 0 where a query may look, -inf elsewhere; the last query sees every key. Smaller masks are its
-    lower right corner, views that share the memory."""
-    hidden = torch.ones(block, longest, dtype=torch.bool).triu(longest - block + 1)
-    return torch.zeros(block, longest, dtype=dtype).masked_fill_(hidden, -torch.inf)
-
-
 def _block(query: Tensor) -> int:
     """Only CUDA's flash kernel, which takes 16 bits, has causal attention of few queries to many keys without a mask."""
     return 0 if query.device.type == "cuda" and query.element_size() == 2 else BLOCK
 
 
 def _bias(call: Call, plan: Plan, query: Tensor) -> Tensor:
-    if query.device.type != "cpu":  # CUDA's kernels know this mask by its name
+    if query.device.type != "cpu" and plan.window is None:  # CUDA's kernels know this mask by its name
         return causal_lower_right(call.queries, call.keys)
-    width = -(-plan.longest // BLOCK) * BLOCK
-    return _mask(BLOCK, width, query.dtype)[BLOCK - call.queries :, width - call.keys :]
+    longest = min(plan.longest, plan.window + BLOCK) if plan.window else plan.longest
+    return causal_bias(call.queries, call.keys, longest, plan.window, query)
 
 
 def context_attention(
@@ -193,6 +194,7 @@ def context_attention(
     scale: float,
     group: dist.ProcessGroup,
     drop: bool = True,
+    window: int | None = None,
 ) -> Tensor:
     """Causal attention inside each row of this rank's queries to the keys and values of all ranks.
 
@@ -200,11 +202,13 @@ def context_attention(
         q_TND: [T, query heads, head_dim]; k_TKD, v_TKD: [T, key/value heads, head_dim]; T is the same on every rank.
         lengths: tokens of each whole row, in order.
         drop: gather keys and values again in the backward; false where the backward follows at once (recompute).
+        window: a query sees this many tokens, itself the last of them; None: all before it in its row.
 
     Returns:
         [T, query heads x head_dim]; 0 at the padding.
     """
-    plan = make_plan(lengths, group.size(), group.rank(), len(q_TND), _block(q_TND), q_TND.device)
+    block = BLOCK if window else _block(q_TND)
+    plan = make_plan(lengths, group.size(), group.rank(), len(q_TND), block, q_TND.device, window)
     gathered = Gathered(group, plan.order_S)
     key, value = _Gather.apply(k_TKD, v_TKD, gathered)
     grouped = q_TND.shape[1] != k_TKD.shape[1]

@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
-from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+)
+from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, nn
 
+from aligner.models.family import LayerType, Norms, QKNorm
 from aligner.models.spec import ModelSpec
+from aligner.models.tensors import family_of
 from aligner.trainer.megatron.attention import PackedAttention, SharedHeadAttention
+from aligner.trainer.megatron.rotary import RotarySelfAttention, rotary_slice
 
 
 class RMSNorm(nn.Module):
@@ -41,6 +51,56 @@ class RMSNormPlusOne(RMSNorm):
     def forward(self, x: Tensor) -> Tensor:
         """[..., hidden] -> the same."""
         return F.rms_norm(x.float(), self.weight.shape, 1.0 + self.weight.float(), self.eps).type_as(x)
+
+
+class ProjectionNorm(RMSNorm):
+    """Of queries or keys over all heads together, which tensor ranks share: OLMo 2's.
+
+    Every rank has the whole weight and uses its own heads' part, so that Megatron, which sums the gradients of query and
+    key norms over the tensor ranks, has the whole gradient on each.
+    """
+
+    def __init__(self, config: Any, hidden_size: int, eps: float, heads: int, group: Any) -> None:
+        super().__init__(config, heads * hidden_size, eps)
+        self.heads, self.group = heads, group
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[T, 1, heads here, head_dim] -> the same. Beyond the key/value heads several ranks have the same one."""
+        here = x.shape[2]
+        copies = here * self.group.size() // self.heads
+        square = x.float().pow(2).sum((-2, -1), keepdim=True)
+        if self.group.size() > 1:  # summed forward and backward: each rank's sum reaches every rank's heads
+            square = copy_to_tensor_model_parallel_region(
+                reduce_from_tensor_model_parallel_region(square, self.group), self.group
+            )
+        first = self.group.rank() // copies * here
+        weight = self.weight.view(self.heads, -1)[first : first + here].float()
+        scaled = x.float() * torch.rsqrt(square / copies / self.weight.numel() + self.eps)
+        return (scaled * weight).type_as(x)
+
+
+class NormedOutputLayer(TransformerLayer):
+    """A layer that normalises what attention or MLP give, before the residual is added."""
+
+    def __init__(self, *args: Any, norm: type[RMSNorm], after: Norms, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        config = self.config
+        if after.after_attention:
+            self.post_attention_norm = norm(config, config.hidden_size, config.layernorm_epsilon)
+            self.self_attn_bda = partial(_add_normed, self.post_attention_norm)
+        if after.after_mlp:
+            self.post_mlp_norm = norm(config, config.hidden_size, config.layernorm_epsilon)
+            self.mlp_bda = partial(_add_normed, self.post_mlp_norm)
+
+
+def _add_normed(norm: RMSNorm, *_: Any) -> Callable[[tuple[Tensor, Tensor | None], Tensor, float], Tensor]:
+    """In place of Megatron's sum of output, bias and residual (there is no dropout)."""
+
+    def add(output: tuple[Tensor, Tensor | None], residual: Tensor, dropout: float) -> Tensor:
+        out, bias = output
+        return residual + norm(out if bias is None else out + bias)
+
+    return add
 
 
 class BiasedColumns(ColumnParallelLinear):
@@ -86,34 +146,42 @@ def scale_embedding(factor: Tensor, _: nn.Module, __: Any, embedded: Tensor) -> 
     return embedded * factor
 
 
-def block_spec(spec: ModelSpec, layers: Sequence[int], tensor: int) -> TransformerBlockSubmodules:
-    """What Megatron builds these layers (counted over the whole model) of, for `tensor` tensor ranks."""
-    sparse = frozenset(spec.sparse_layers)
-    kinds = {number in sparse for number in layers}
-    made = {kind: _layer_spec(spec, kind, tensor) for kind in kinds}
-    return TransformerBlockSubmodules(layer_specs=[made[number in sparse] for number in layers], layer_norm=_norm(spec))
+def block_spec(spec: ModelSpec, layers: Sequence[int], group: Any) -> TransformerBlockSubmodules:
+    """What Megatron builds these layers (counted over the whole model) of, for the tensor ranks of `group`."""
+    names = [spec.layer_types[number] for number in layers]
+    made = {name: _layer_spec(spec, spec.types[name], group) for name in set(names)}
+    return TransformerBlockSubmodules(layer_specs=[made[name] for name in names], layer_norm=_norm(spec))
 
 
 def _norm(spec: ModelSpec) -> type[RMSNorm]:
     return RMSNormPlusOne if spec.norm_plus_one else RMSNorm
 
 
-def _layer_spec(spec: ModelSpec, sparse: bool, tensor: int) -> ModuleSpec:
+def _layer_spec(spec: ModelSpec, layer_type: LayerType, group: Any) -> ModuleSpec:
     found = copy.deepcopy(
         get_gpt_layer_local_spec(
-            normalization="RMSNorm", qk_layernorm=spec.qk_norm, num_experts=spec.experts if sparse else None
+            normalization="RMSNorm",
+            qk_layernorm=spec.qk_norm is not None,
+            num_experts=spec.experts if layer_type.sparse else None,
         )
     )
-    parts, norm = found.submodules, _norm(spec)
-    parts.input_layernorm = parts.pre_mlp_layernorm = norm
-    if tensor > spec.kv_heads:
-        parts.self_attention.module = SharedHeadAttention
+    parts, norm, norms = found.submodules, _norm(spec), family_of(spec).norms
+    parts.input_layernorm = norm if norms.before_attention else IdentityOp
+    parts.pre_mlp_layernorm = norm if norms.before_mlp else IdentityOp
+    if norms.after_attention or norms.after_mlp:
+        found.module, found.params = NormedOutputLayer, {"norm": norm, "after": norms}
+    parts.self_attention.module = SharedHeadAttention if group.size() > spec.kv_heads else RotarySelfAttention
+    parts.self_attention.params["rotary"] = rotary_slice(spec, layer_type.rope)
     attention = parts.self_attention.submodules
-    attention.core_attention = PackedAttention
-    if spec.qk_norm:
+    attention.core_attention = ModuleSpec(PackedAttention, params={"window": layer_type.window})
+    if spec.qk_norm is QKNorm.HEAD:
         attention.q_layernorm = attention.k_layernorm = norm
+    elif spec.qk_norm is QKNorm.PROJECTION:
+        assert norm is RMSNorm, "no family normalises whole projections by 1 + weight"
+        attention.q_layernorm = ModuleSpec(ProjectionNorm, params={"heads": spec.heads, "group": group})
+        attention.k_layernorm = ModuleSpec(ProjectionNorm, params={"heads": spec.kv_heads, "group": group})
     if spec.o_bias:
         attention.linear_proj = BiasedRows
-    if spec.mlp_bias and not sparse:
+    if spec.mlp_bias and not layer_type.sparse:
         parts.mlp.submodules.linear_fc1, parts.mlp.submodules.linear_fc2 = BiasedColumns, BiasedRows
     return found

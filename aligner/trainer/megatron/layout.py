@@ -2,35 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
-from typing import NamedTuple
 
-from aligner.models.family import (
-    EMBEDDING,
-    FINAL_NORM,
+from aligner.models.cuts import CutParameters, Held, Parameter, Vocabulary
+from aligner.models.spec import ModelSpec
+from aligner.models.tensors import (
     LAYER,
-    Kind,
-    Parameter,
-    dense_shapes,
-    end_shapes,
+    embedding,
     expert_parameters,
     expert_prefix,
-    expert_shapes,
+    final_norm,
     layer_name,
     layer_parameters,
     output_layer,
     split_expert,
 )
-from aligner.models.spec import ModelSpec
-from aligner.reshard.plan.region import Piece, contiguous_stride
+from aligner.reshard.plan.region import Piece
 from aligner.spmd.mesh import EXPERT_AXES, Mesh
 from aligner.trainer.megatron.sizes import check_sizes, make_stages
 
 
 def padded_vocab_size(spec: ModelSpec, tensor: int) -> int:
     """Fewest rows of the embedding that the tensor ranks share equally."""
-    return -(-spec.vocab // tensor) * tensor
+    cut = embedding(spec).cut
+    assert isinstance(cut, Vocabulary)
+    return cut.padded(tensor)
 
 
 class MegatronLayout:
@@ -50,16 +47,13 @@ class MegatronLayout:
         self.stages = make_stages(spec, mesh)
         self._spec, self._mesh, self._dtype = spec, mesh, dtype
         self._sparse = frozenset(spec.sparse_layers)
-        self._layers = {
-            sparse: _Cut(spec, layer_parameters(spec, sparse), dense_shapes(spec, sparse), mesh.tensor)
-            for sparse in ((False, True) if spec.experts else (False,))
-        }
+        self._layers = {name: CutParameters(layer_parameters(spec, name), mesh.tensor) for name in spec.types}
         self._ends = {
-            end: _Cut(spec, self._end_parameters(*end), end_shapes(spec), mesh.tensor)
+            end: CutParameters(self._end_parameters(*end), mesh.tensor)
             for end in ((0, 0), (mesh.last_stage, mesh.virtual_pipeline - 1))
         }
         if spec.experts:
-            self._expert = _Cut(spec, expert_parameters(spec), expert_shapes(spec), mesh.expert_tensor)
+            self._expert = CutParameters(expert_parameters(spec), mesh.expert_tensor)
         self._place = {
             number: (stage, self._layer_storage(chunk, local))
             for stage in range(mesh.pipeline)
@@ -81,9 +75,9 @@ class MegatronLayout:
         """Every distinct piece of one logical tensor with the ranks that hold it in that very form, ascending."""
         if not name.startswith(LAYER):
             return [
-                (self._piece(region, "", self._chunk(chunk)), self._ranks_of(stage, tensors))
+                (self._piece(held, "", self._chunk(chunk)), self._ranks_of(stage, tensors))
                 for (stage, chunk), cut in self._ends.items()
-                for region, tensors in cut.by_name.get(name, ())
+                for held, tensors in cut.by_name.get(name, ())
             ]
         text, _, inside = name[len(LAYER) :].partition(".")
         number = int(text) if text.isdecimal() else -1
@@ -92,7 +86,7 @@ class MegatronLayout:
         stage, storage = self._place[number]
         expert = split_expert(self._spec, inside) if number in self._sparse else None
         if expert is None:
-            cut, part, names = self._layers[number in self._sparse], None, layer_name(number, "")
+            cut, part, names = self._layers[self._spec.layer_types[number]], None, layer_name(number, "")
         elif expert[0] < self._spec.experts:
             cut, (part, slot) = self._expert, divmod(expert[0], self._held_experts)
             names, storage = self._of_expert(number, expert[0], slot, storage)
@@ -100,8 +94,8 @@ class MegatronLayout:
         else:
             return []
         return [
-            (self._piece(region, names, storage), self._ranks_of(stage, tensors, part))
-            for region, tensors in cut.by_name.get(inside, ())
+            (self._piece(held, names, storage), self._ranks_of(stage, tensors, part))
+            for held, tensors in cut.by_name.get(inside, ())
         ]
 
     def _pieces(self, rank: int) -> Iterator[Piece]:
@@ -110,17 +104,17 @@ class MegatronLayout:
         experts = self._mesh.coordinates(rank, EXPERT_AXES)
         for chunk, layers in enumerate(self.stages.chunks(stage)):
             end = self._ends.get((stage, chunk))
-            for region in end.of_rank[tensor] if end else ():
-                yield self._piece(region, "", self._chunk(chunk))
+            for held in end.of_part[tensor] if end else ():
+                yield self._piece(held, "", self._chunk(chunk))
             for number in layers:
                 storage = self._place[number][1]
-                for region in self._layers[number in self._sparse].of_rank[tensor]:
-                    yield self._piece(region, layer_name(number, ""), storage)
+                for held in self._layers[self._spec.layer_types[number]].of_part[tensor]:
+                    yield self._piece(held, layer_name(number, ""), storage)
                 for slot in range(self._held_experts if number in self._sparse else 0):
                     expert = experts["expert"] * self._held_experts + slot
                     at_expert = self._of_expert(number, expert, slot, storage)
-                    for region in self._expert.of_rank[experts["expert_tensor"]]:
-                        yield self._piece(region, *at_expert)
+                    for held in self._expert.of_part[experts["expert_tensor"]]:
+                        yield self._piece(held, *at_expert)
 
     @property
     def _held_experts(self) -> int:
@@ -140,11 +134,11 @@ class MegatronLayout:
         """Parameters outside the layers, of the chunks that have them."""
         first, last = self.stages.is_first(stage, chunk), self.stages.is_last(stage, chunk)
         own_output = [] if self._spec.tied and first else [output_layer(self._spec)]
-        return [*([EMBEDDING] if first else ()), *([FINAL_NORM, *own_output] if last else ())]
+        return [*([embedding(self._spec)] if first else ()), *([final_norm(self._spec), *own_output] if last else ())]
 
-    def _piece(self, region: _Region, names: str, storages: str) -> Piece:
-        name, lo, size, storage, offset, stride = region
-        return Piece(names + name, lo, size, storages + storage, offset, stride, self._dtype)
+    def _piece(self, held: Held, names: str, storages: str) -> Piece:
+        name, lo, size, offset, stride = held.region
+        return Piece(names + name, lo, size, storages + held.storage, offset, stride, self._dtype)
 
     def _ranks_of(self, stage: int, tensors: tuple[int, ...], expert: int | None = None) -> tuple[int, ...]:
         """The ranks of a stage with these tensor coordinates, or with these expert-tensor ones of an expert shard."""
@@ -164,77 +158,3 @@ class MegatronLayout:
             found.setdefault((None, dense["tensor"]), []).append(rank)
             found.setdefault((of_experts["expert"], of_experts["expert_tensor"]), []).append(rank)
         return stages
-
-
-class _Region(NamedTuple):
-    """A piece without what depends on the layer: names are those inside it."""
-
-    name: str
-    lo: tuple[int, ...]
-    size: tuple[int, ...]
-    storage: str
-    offset: int
-    stride: tuple[int, ...]
-
-
-class _Cut:
-    """Some parameters cut over tensor ranks, each region once with the tensor ranks that hold it."""
-
-    def __init__(
-        self, spec: ModelSpec, parameters: Iterable[Parameter], shapes: Mapping[str, tuple[int, ...]], parts: int
-    ) -> None:
-        self._spec, self._shapes, self._parts = spec, shapes, parts
-        found: dict[_Region, list[int]] = {}
-        for parameter in parameters:
-            for part in range(parts):
-                for region in self._regions(parameter, part):
-                    found.setdefault(region, []).append(part)
-        self.by_name: dict[str, list[tuple[_Region, tuple[int, ...]]]] = {}
-        for region, held in found.items():
-            self.by_name.setdefault(region.name, []).append((region, tuple(held)))
-        self.of_rank = [[region for region, held in found.items() if part in held] for part in range(parts)]
-
-    def _regions(self, parameter: Parameter, part: int) -> Iterator[_Region]:
-        first = parameter.logical[0]
-        rows, *rest = self._shapes[first]
-        match parameter.kind:
-            case Kind.REPLICATED:
-                yield self._rows(parameter, first, 0, rows, 0)
-            case Kind.VOCABULARY:
-                held = padded_vocab_size(self._spec, self._parts) // self._parts
-                start = min(part * held, rows)
-                if start < rows:
-                    yield self._rows(parameter, first, start, min(held, rows - start), 0)
-            case Kind.GATE_UP:
-                held = rows // self._parts
-                for number, name in enumerate(parameter.logical):
-                    yield self._rows(parameter, name, part * held, held, number * held)
-            case Kind.COLUMNS:
-                width = rest[0] // self._parts
-                yield _Region(first, (0, part * width), (rows, width), parameter.megatron, 0, (width, 1))
-            case Kind.QKV:
-                yield from self._qkv(parameter, part)
-
-    def _qkv(self, parameter: Parameter, part: int) -> Iterator[_Region]:
-        """Megatron interleaves: for every key/value head its queries, then its key, then its value.
-
-        These rows are cut evenly. Beyond the key/value heads a cut may fall inside a head: the ranks then gather the
-        rows of their head at every forward, and none holds a copy.
-        """
-        head, groups = self._spec.head_dim, self._spec.kv_heads
-        queries = self._spec.heads // groups * head
-        held = groups * (queries + 2 * head) // self._parts
-        begin, end, row = part * held, (part + 1) * held, 0
-        for group in range(groups):
-            for name, rows in zip(parameter.logical, (queries, head, head), strict=True):
-                low, high = max(begin, row), min(end, row + rows)
-                if low < high:
-                    yield self._rows(parameter, name, group * rows + low - row, high - low, low - begin)
-                row += rows
-
-    def _rows(self, parameter: Parameter, name: str, start: int, rows: int, local_row: int) -> _Region:
-        """Rows [start, start + rows) of a logical tensor, from row `local_row` of the parameter on."""
-        rest = self._shapes[name][1:]
-        stride = contiguous_stride((rows, *rest))
-        lo, size = (start, *(0 for _ in rest)), (rows, *rest)
-        return _Region(name, lo, size, parameter.megatron, local_row * stride[0], stride)

@@ -16,14 +16,15 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from aligner.models.family import EMBEDDING, Head
+from aligner.models.family import Head
 from aligner.models.spec import ModelSpec
+from aligner.models.tensors import EMBEDDING_PARAMETER, OUTPUT_PARAMETER
 from aligner.reshard.message.storage import strided_view
 from aligner.reshard.plan.region import Piece
 from aligner.spmd.mesh import EXPERT_AXES, Mesh
-from aligner.trainer.megatron.attention import PackedRotary
 from aligner.trainer.megatron.layers import ScalarHead, block_spec, scale_embedding
 from aligner.trainer.megatron.layout import MegatronLayout, padded_vocab_size
+from aligner.trainer.megatron.rotary import PackedRotary
 from aligner.trainer.megatron.sizes import check_runs
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -39,8 +40,18 @@ class ShardedModel:
     rotary: PackedRotary
     """Of all chunks."""
     config: TransformerConfig
-    layout: Sequence[Piece]
-    """Which region of which checkpoint tensor each parameter holds."""
+    layout: MegatronLayout
+    """Which region of which checkpoint tensor the parameters of every rank hold."""
+    rank: int
+    """This rank, in the world."""
+
+    def pieces(self) -> Sequence[Piece]:
+        """What the parameters of this rank hold."""
+        return self._pieces
+
+    @cached_property
+    def _pieces(self) -> Sequence[Piece]:
+        return self.layout.layout(self.rank)
 
     def view(self, piece: Piece) -> Tensor:
         """The strided view of a parameter that holds `piece`; writable."""
@@ -84,9 +95,10 @@ def transformer_config(
         num_query_groups=spec.kv_heads,
         ffn_hidden_size=spec.ffn,
         kv_channels=spec.head_dim,
+        softmax_scale=spec.attention_scale,
         layernorm_epsilon=spec.norm_eps,
         add_qkv_bias=spec.qkv_bias,
-        qk_layernorm=spec.qk_norm,
+        qk_layernorm=spec.qk_norm is not None,
         gated_linear_unit=True,
         activation_func=ACTIVATIONS[spec.activation],
         add_bias_linear=False,
@@ -168,7 +180,7 @@ def build_model(
         for number, layers in enumerate(side.stages.chunks(stage)):
             gpt = GPTModel(
                 config,
-                block_spec(spec, layers, mesh.tensor),
+                block_spec(spec, layers, groups.tp),
                 vocab_size=padded_vocab_size(spec, mesh.tensor),
                 max_sequence_length=spec.max_positions,
                 pre_process=side.stages.is_first(stage, number),
@@ -189,7 +201,7 @@ def build_model(
         for gpt in chunks:
             for parameter in gpt.parameters():
                 parameter.zero_()  # rows that pad the vocabulary stay zero
-    model = ShardedModel(chunks, rotary, config, side.layout(rank))
+    model = ShardedModel(chunks, rotary, config, side, rank)
     _check_layout(model)
     return model
 
@@ -197,10 +209,10 @@ def build_model(
 def _check_layout(model: ShardedModel) -> None:
     """Megatron's parameters are those of the layout, and have as many elements; rows that pad the vocabulary aside."""
     held = dict.fromkeys(model.parameters, 0)
-    for piece in model.layout:
+    for piece in model.pieces():
         assert piece.storage in held, f"{piece.storage} is in the layout, not in the model"
         held[piece.storage] += piece.elements
     for name, parameter in model.parameters.items():
-        padded = name.endswith((EMBEDDING.megatron, "output_layer.weight"))
+        padded = name.endswith((EMBEDDING_PARAMETER, OUTPUT_PARAMETER))
         fits = held[name] == parameter.numel() or (padded and held[name] < parameter.numel())
         assert fits, f"{name} has {parameter.numel()} elements, its layout {held[name]}"

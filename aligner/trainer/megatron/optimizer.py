@@ -11,6 +11,7 @@ from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.process_groups_config import ProcessGroupCollection
+from torch import Tensor
 
 from aligner.trainer.config import OptimizerConfig
 from aligner.trainer.megatron.groups import optimizer_world
@@ -61,6 +62,12 @@ class Optimizer:
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.inner.zero_grad()
+
+    def gradient_buffers(self) -> list[Tensor]:
+        """Megatron's flat buffers of float32 gradients."""
+        return [
+            buffer.grad_data for chunk in self.chunks for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)
+        ]
 
     @torch.no_grad()
     def norm(self) -> float:

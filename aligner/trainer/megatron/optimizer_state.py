@@ -1,46 +1,30 @@
-"""What training has made of a model, as regions of logical tensors: fp32 weights and Adam's moments, under any layout."""
+"""What Megatron's optimizer holds on this rank, as flat ranges of parameters: float32 masters and Adam's moments."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from itertools import chain
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from aligner.models.family import LAYER, split_expert
-from aligner.reshard.plan.region import Piece
+from aligner.models.tensors import LAYER, split_expert
 from aligner.spmd.mesh import AXES, EXPERT_AXES, Mesh
-from aligner.trainer.megatron.layout import MegatronLayout
+from aligner.trainer.engine import MOMENTS, OptimizerSlice
+from aligner.trainer.offload import storages
 
 if TYPE_CHECKING:
     from aligner.models.spec import ModelSpec
+    from aligner.trainer.megatron.layout import MegatronLayout
     from aligner.trainer.megatron.model import ShardedModel
     from aligner.trainer.megatron.optimizer import Optimizer
 
-WEIGHTS, MOMENTS = "param", ("exp_avg", "exp_avg_sq")
 
-
-@dataclass(frozen=True)
-class Slice:
-    """A flat range of one parameter whose optimizer state this rank has."""
-
-    storage: str
-    start: int
-    stop: int
-    master: Tensor
-    """[stop - start] float32; of an fp32 model a view of the parameter itself."""
-    moments: dict[str, Tensor]
-    """Like `master`; empty before the first step."""
-
-
-def slices(optimizer: Optimizer, model: ShardedModel) -> list[Slice]:
+def slices(optimizer: Optimizer, model: ShardedModel) -> list[OptimizerSlice]:
     """Everything that this rank's optimizer holds."""
     names = {id(parameter): name for name, parameter in model.parameters.items()}
     return [
-        Slice(names[id(parameter)], start, stop, master.data.view(-1), _moments(inner, master))
+        OptimizerSlice(names[id(parameter)], start, stop, master.data.view(-1), _moments(inner, master))
         for inner, parameter, start, stop, master in _masters(optimizer)
     ]
 
@@ -90,61 +74,43 @@ def make_moments(optimizer: Optimizer, steps: int) -> None:
                 group["step"] = steps
 
 
-def clip(piece: Piece, start: int, stop: int) -> list[Piece]:
-    """The parts of a piece that lie in the flat range start..stop-1 of its storage; their offsets count from `start`.
-
-    Of a matrix these are a part of a row, whole rows, and a part of a row, at most. The piece's strides must nest.
-    """
-    dims = sorted(range(len(piece.size)), key=lambda dim: -piece.stride[dim])
-    boxes = _inside(piece, dims, piece.lo, piece.size, start - piece.offset, stop - piece.offset)
-    found = [piece.crop(lo, size) for lo, size in boxes]
-    return [Piece(p.name, p.lo, p.size, p.storage, p.offset - start, p.stride, p.dtype) for p in found]
-
-
-Corner = tuple[int, ...]
-
-
-def _inside(
-    piece: Piece, dims: Sequence[int], lo: Corner, size: Corner, start: int, stop: int
-) -> Iterator[tuple[Corner, Corner]]:
-    """The boxes inside (lo, size) whose elements have places start..stop-1, counted from the first one's."""
-    reach = sum((size[dim] - 1) * piece.stride[dim] for dim in dims)
-    if min(size, default=1) < 1 or reach < start or stop <= 0:
-        return
-    if start <= 0 and reach < stop:
-        yield lo, size
-        return
-    dim, *rest = dims
-    step, row = piece.stride[dim], reach - (size[dim] - 1) * piece.stride[dim]
-    touched = range(max(0, -(-(start - row) // step)), min(size[dim], (stop - 1) // step + 1))
-    whole = range(max(0, -(-start // step)), min(size[dim], (stop - 1 - row) // step + 1))
-
-    def rows(at: int, count: int) -> tuple[Corner, Corner]:
-        return (*lo[:dim], lo[dim] + at, *lo[dim + 1 :]), (*size[:dim], count, *size[dim + 1 :])
-
-    around = chain(range(touched.start, whole.start), range(whole.stop, touched.stop)) if whole else touched
-    for at in around:
-        yield from _inside(piece, rest, *rows(at, 1), start - at * step, stop - at * step)
-    if whole:
-        yield rows(whole.start, len(whole))
+def optimizer_tensors(optimizer: Optimizer, others: Iterable[Tensor]) -> list[Tensor]:
+    """Masters and moments as far as there are any yet, without what shares a storage with `others`: float32 parameters are
+    their own masters."""
+    elsewhere = {storage._cdata for storage in storages(others)}
+    whole: Any = optimizer.inner
+    tensors: list[Tensor] = []
+    for one in getattr(whole, "chained_optimizers", [whole]):
+        if one.optimizer is not None:  # a rank of an expert-parallel layout may have nothing to optimise
+            tensors += [p.data for group in one.optimizer.param_groups for p in group["params"]]
+            tensors += [
+                value for state in one.optimizer.state.values() for value in state.values() if _is_moment(value)
+            ]
+    return [tensor for tensor in tensors if tensor.untyped_storage()._cdata not in elsewhere]
 
 
-def written_by(rank: int, side: MegatronLayout, spec: ModelSpec, mesh: Mesh, distributed: bool) -> set[tuple[str, str]]:
-    """(tensor, storage) of the pieces that this rank writes, where several hold them: the lowest rank does.
+def _is_moment(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dim() > 0  # Adam's step count is a scalar on the host
+
+
+def saved_pieces(
+    rank: int, layout: MegatronLayout, spec: ModelSpec, mesh: Mesh, distributed: bool
+) -> frozenset[tuple[str, str]]:
+    """(tensor, storage) of the pieces that this rank writes to checkpoints; of several that hold one the lowest does.
 
     With a distributed optimizer that is the lowest of those at the same place along the data shards, each of which has
     a part of its own.
     """
-    found = set()
-    for piece in side.layout(rank):
-        holders = {other for held, ranks in side.holders(piece.name) if held.box == piece.box for other in ranks}
+    saved = set()
+    for piece in layout.layout(rank):
+        holders = {other for held, ranks in layout.holders(piece.name) if held.box == piece.box for other in ranks}
         if distributed:
             axes = ("expert_data",) if _is_expert(spec, piece.name) else ("data", "context")
             place = _place(mesh, rank, axes)
             holders = {other for other in holders if _place(mesh, other, axes) == place}
         if rank == min(holders):
-            found.add((piece.name, piece.storage))
-    return found
+            saved.add((piece.name, piece.storage))
+    return frozenset(saved)
 
 
 def _is_expert(spec: ModelSpec, name: str) -> bool:

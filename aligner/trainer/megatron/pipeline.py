@@ -1,4 +1,4 @@
-"""Run microbatches through the role's pipeline with Megatron's schedules: what the last stage reads out, or gradients."""
+"""Run microbatches through pipeline stages with Megatron's schedules: the last stage's readouts, or gradients."""
 
 from __future__ import annotations
 
@@ -12,12 +12,11 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.mappings import reduce_from_tensor_model_parallel_region
 from torch import Tensor
 
+from aligner.trainer.engine import MicrobatchLoss
 from aligner.trainer.megatron.model import ShardedModel
 from aligner.trainer.packing import Packed
 from aligner.trainer.readout import Readout
-
-Loss = Callable[[int, dict[str, Tensor]], Tensor]
-"""(microbatch number, what the readout made of it) -> scalar to add to the global loss."""
+from aligner.trainer.vocab_parallel import Logits
 
 
 class Pipeline:
@@ -28,31 +27,33 @@ class Pipeline:
         model: ShardedModel,
         groups: ProcessGroupCollection,
         readout: Readout,
+        vocab: int,
         progress: Callable[[], None] = lambda: None,
     ) -> None:
         """
         Args:
+            vocab: true size of the vocabulary.
             progress: called at each microbatch.
         """
-        self.model, self.groups, self.readout, self.progress = model, groups, readout, progress
+        self.model, self.groups, self.readout, self.vocab, self.progress = model, groups, readout, vocab, progress
 
     def forward(self, packed: Sequence[Packed]) -> list[Tensor]:
         """Forward only. The readout's result for each microbatch on the last stage; [] on the others."""
-        found: dict[int, Tensor] = {}
+        results: dict[int, Tensor] = {}
 
-        def collect(number: int, made: dict[str, Tensor]) -> Tensor:
-            found[number] = next(iter(made.values()))
-            return found[number].sum()
+        def collect(number: int, readouts: dict[str, Tensor]) -> Tensor:
+            results[number] = next(iter(readouts.values()))
+            return results[number].sum()
 
         with torch.no_grad():
             self._run(self.model.chunks, packed, collect, forward_only=True)
-        return [found[number] for number in sorted(found)]
+        return [results[number] for number in sorted(results)]
 
-    def backward(self, wrapped: list[Any], packed: Sequence[Packed], loss: Loss) -> None:
+    def backward(self, wrapped: list[Any], packed: Sequence[Packed], loss: MicrobatchLoss) -> None:
         """Forward and backward of every microbatch, then the reduction of gradients over the role's ranks."""
         self._run(wrapped, packed, loss, forward_only=False)
 
-    def _run(self, chunks: Sequence[Any], packed: Sequence[Packed], loss: Loss, forward_only: bool) -> None:
+    def _run(self, chunks: Sequence[Any], packed: Sequence[Packed], loss: MicrobatchLoss, forward_only: bool) -> None:
         def forward_step(iterator: Any, module: Any) -> Any:
             self.progress()
             number, batch = next(iterator)
@@ -61,7 +62,8 @@ class Pipeline:
 
             def loss_of(output_1TX: Tensor) -> Any:
                 self.progress()
-                value = loss(number, self._whole(self.readout(output_1TX[0], batch)))
+                head = Logits(output_1TX[0], self.groups.tp, self.vocab)
+                value = loss(number, self._whole(self.readout(head, batch)))
                 # three values: Megatron then neither averages over microbatches nor scales by data shards
                 return value, torch.zeros((), dtype=torch.int, device=value.device), {}
 
@@ -82,13 +84,13 @@ class Pipeline:
             **extra,
         )
 
-    def _whole(self, made: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _whole(self, readouts: dict[str, Tensor]) -> dict[str, Tensor]:
         """What the context ranks read out, each of its own tokens, added up: the same on all of them.
 
         Each then computes the same loss, and its gradient goes back to its own tokens alone: summed over the context
         ranks as over data shards, it is counted once.
         """
         if self.groups.cp.size() == 1:
-            return made
-        joined = reduce_from_tensor_model_parallel_region(torch.stack(list(made.values())), self.groups.cp)
-        return dict(zip(made, joined, strict=True))
+            return readouts
+        joined = reduce_from_tensor_model_parallel_region(torch.stack(list(readouts.values())), self.groups.cp)
+        return dict(zip(readouts, joined, strict=True))

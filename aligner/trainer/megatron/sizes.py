@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import TYPE_CHECKING
 
 from aligner.models.spec import ModelSpec
+from aligner.reshard.plan.region import ELEMENT_BYTES
 from aligner.spmd.mesh import Mesh
+
+if TYPE_CHECKING:
+    from aligner.trainer.config import TrainingConfig
 
 
 @dataclass(frozen=True)
@@ -132,6 +137,18 @@ def check_runs(spec: ModelSpec, mesh: Mesh, sequence_parallel: bool, cpu: bool) 
             f"{spec.path} has num_experts_per_tok=1 with probabilities divided by their sum: its router would never "
             "learn, and Megatron refuses it; use a model with more experts per token."
         )
+
+
+def bytes_per_rank(spec: ModelSpec, mesh: Mesh, config: TrainingConfig, learns: bool) -> float:
+    """Bytes of weights on one rank, the mean over pipeline stages, and with `learns` of float32 gradients, and of float32
+    masters with two moments, over the data shards with a distributed optimizer. Activations are not counted."""
+    dense = (spec.parameters - spec.parameters_of_experts) / (mesh.tensor * mesh.pipeline)
+    experts = spec.parameters_of_experts / (mesh.expert_tensor * mesh.expert * mesh.pipeline)
+    held = (dense + experts) * ELEMENT_BYTES[config.dtype]
+    if learns:
+        for weights, copies in ((dense, mesh.data * mesh.context), (experts, mesh.expert_data)):
+            held += weights * (4 + 12 / (copies if config.optimizer.distributed else 1))
+    return held
 
 
 def _even(layers: int, blocks: int) -> list[int]:

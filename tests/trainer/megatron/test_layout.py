@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from aligner.models.family import expert_tensors, logical_tensors, router_tensor
 from aligner.models.spec import ModelSpec, read_spec
+from aligner.models.tensors import expert_tensors, logical_tensors, router_tensor
 from aligner.reshard.local import TensorWeights
 from aligner.reshard.plan.region import Piece
 from aligner.spmd.mesh import EXPERT_AXES, Mesh
@@ -90,11 +90,22 @@ class Reference:
         spec, at, tensor, place = self.spec, f"model.layers.{number}.", self.mesh.tensor, self.at["tensor"]
         hf = self.hf
         found = {
-            "input_layernorm.weight": hf[at + "input_layernorm.weight"],
             "self_attention.linear_qkv.weight": self.fused(at, "weight"),
             "self_attention.linear_proj.weight": hf[at + "self_attn.o_proj.weight"].chunk(tensor, 1)[place],
-            "pre_mlp_layernorm.weight": hf[at + "post_attention_layernorm.weight"],
         }
+        after = at + "post_feedforward_layernorm.weight" in hf  # then "post attention" is meant
+        norms = {
+            "input_layernorm": "input_layernorm",
+            "post_attention_norm" if after else "pre_mlp_layernorm": "post_attention_layernorm",
+            **(
+                {"pre_mlp_layernorm": "pre_feedforward_layernorm", "post_mlp_norm": "post_feedforward_layernorm"}
+                if after
+                else {}
+            ),
+        }
+        for mine, theirs in norms.items():
+            if f"{at}{theirs}.weight" in hf:
+                found[f"{mine}.weight"] = hf[f"{at}{theirs}.weight"]
         if at + "self_attn.q_proj.bias" in hf:
             found["self_attention.linear_qkv.bias"] = self.fused(at, "bias")
         if at + "self_attn.o_proj.bias" in hf:
@@ -174,7 +185,7 @@ def test_a_world_of_1024_ranks_is_cheap(tmp_path: Path) -> None:
     spec = replace(
         read_spec(save_tiny("qwen3-moe", tmp_path)),
         layers=94,
-        sparse_layers=tuple(range(94)),
+        layer_types=("sparse",) * 94,
         experts=128,
         expert_ffn=1536,
         hidden=4096,

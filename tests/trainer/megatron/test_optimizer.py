@@ -14,7 +14,7 @@ from aligner.models.spec import read_spec
 from aligner.trainer.config import OptimizerConfig, PolicyConfig
 from aligner.trainer.policy import Policy
 from aligner.trainer.skips import NotFinite, Skips
-from aligner.trainer.megatron.optimizer_state import clip, slices
+from aligner.trainer.flat_range import clip
 from aligner.spmd.mesh import Mesh
 from aligner.spmd.world import World
 
@@ -32,7 +32,7 @@ def imitate(policy_logp_BT, *, mask_BT):
     return -torch.where(mask_BT, policy_logp_BT, 0.0), {}
 
 def weights(policy):
-    return {name: p.data.clone() for name, p in policy.model.parameters.items()}
+    return {name: p.data.clone() for name, p in policy.engine.model.parameters.items()}
 
 # weight decay: with no gradient AdamW only shrinks what decays, by lr x weight_decay
 for distributed in (True, False):
@@ -50,8 +50,8 @@ config = PolicyConfig(dtype="bfloat16", optimizer=OptimizerConfig(lr=1e-4))
 policy = Policy("bf16", world, Mesh(everyone), spec, config)
 # they start from the folder's float32, not from what bf16 has left of it
 begun, given = 0, load_file(sys.argv[1] + "/model.safetensors")
-for part in slices(policy.optimizer, policy.model):
-    for piece in (p for p in policy.model.layout if p.storage == part.storage):
+for part in policy.engine.optimizer_slices():
+    for piece in (p for p in policy.weights.pieces() if p.storage == part.storage):
         for box in clip(piece, part.start, part.stop):
             theirs = given[box.name][tuple(slice(lo, lo + n) for lo, n in zip(box.lo, box.size))]
             ours = torch.as_strided(part.master, box.size, box.stride, part.master.storage_offset() + box.offset)
@@ -60,7 +60,7 @@ for part in slices(policy.optimizer, policy.model):
 assert begun > 1000, begun
 losses = [policy.update(imitate, policy.scatter(samples)).gather()["loss"] for _ in range(30)]
 assert losses[-1] < losses[0] - 0.05, losses
-inner = policy.optimizer.inner
+inner = policy.engine.optimizer.inner
 inner = getattr(inner, "chained_optimizers", [inner])[0]
 groups = zip(inner.model_float16_groups, inner.shard_fp32_from_float16_groups)
 masters = [pair for models, shards in groups for pair in zip(models, shards)]

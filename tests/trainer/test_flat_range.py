@@ -7,7 +7,7 @@ import itertools
 from hypothesis import given, strategies
 
 from aligner.reshard.plan.region import Piece
-from aligner.trainer.megatron.optimizer_state import clip
+from aligner.trainer.flat_range import clip
 
 
 @strategies.composite

@@ -16,25 +16,25 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from aligner.checkpoint.convert import convert
 from aligner.models.checkpoint import read_into
-from aligner.models.convert import convert
-from aligner.models.family import logical_tensors
 from aligner.models.hf_folder import write_rest
 from aligner.models.spec import read_spec, with_scalar_head
-from aligner.models.stored import Cut
+from aligner.models.tensors import logical_tensors
 from aligner.reshard.local import TensorWeights
 from aligner.reshard.message.storage import allocate
 from aligner.spmd.mesh import Mesh
 from aligner.trainer.megatron.layout import MegatronLayout
+from aligner.trainer.megatron.sharding import MegatronSharding
 from tests import fork_server
 from tests.models.tiny import save_tiny
 
 ROOT = Path(__file__).resolve().parents[2]
 CUTS = {
-    "llama": [Cut(tensor=2, pipeline=2), Cut(tensor=4)],
-    "qwen2-tied": [Cut(pipeline=4), Cut(tensor=2)],
-    "qwen3-moe": [Cut(expert=2), Cut(tensor=2, pipeline=2, expert=2)],
-    "mixtral": [Cut(tensor=2, expert_tensor=2), Cut(expert=4, pipeline=2)],
+    "llama": [MegatronSharding(tensor=2, pipeline=2), MegatronSharding(tensor=4)],
+    "qwen2-tied": [MegatronSharding(pipeline=4), MegatronSharding(tensor=2)],
+    "qwen3-moe": [MegatronSharding(expert=2), MegatronSharding(tensor=2, pipeline=2, expert=2)],
+    "mixtral": [MegatronSharding(tensor=2, expert_tensor=2), MegatronSharding(expert=4, pipeline=2)],
 }
 
 
@@ -51,10 +51,10 @@ def test_through_two_layouts_and_back_is_bit_exact(name: str, tmp_path: Path) ->
     for number, cut in enumerate(CUTS[name]):
         row = convert(at, tmp_path / f"cut{number}", cut)
         at = tmp_path / f"cut{number}"
-        side = cut.side(spec, "float32")
-        assert row.local_bytes == sum(piece.bytes for rank in side.ranks for piece in side.layout(rank))
+        layout = cut.layout(spec, "float32")
+        assert row.local_bytes == sum(piece.bytes for rank in layout.ranks for piece in layout.layout(rank))
         assert row.checksummed and not row.moved_bytes
-        assert len(list(at.glob("rank-*.safetensors"))) == len(side.ranks)
+        assert len(list(at.glob("rank-*.safetensors"))) == len(layout.ranks)
     convert(at, tmp_path / "back", None, file_bytes=30_000)
     found = weights(tmp_path / "back")
     assert {name: found[name].shape for name in found} == {name: original[name].shape for name in logical_tensors(spec)}
@@ -69,7 +69,7 @@ def test_through_two_layouts_and_back_is_bit_exact(name: str, tmp_path: Path) ->
 
 def test_a_folder_of_shards_is_read_into_any_layout(tmp_path: Path) -> None:
     model = save_tiny("llama", tmp_path / "model")
-    convert(model, tmp_path / "cut", Cut(tensor=2, pipeline=2))
+    convert(model, tmp_path / "cut", MegatronSharding(tensor=2, pipeline=2))
     mesh = Mesh((0, 1, 2, 3), tensor=4, name="policy")
     for rank in mesh.ranks:
         found = []
@@ -146,7 +146,7 @@ def test_a_type_that_cannot_hold_the_weights_is_refused(tmp_path: Path) -> None:
 def test_broken_shards_are_named(tmp_path: Path) -> None:
     model = save_tiny("qwen3", tmp_path / "model")
     whole = tmp_path / "cut"
-    convert(model, whole, Cut(tensor=2))
+    convert(model, whole, MegatronSharding(tensor=2))
 
     def broken(name: str) -> Path:
         return Path(shutil.copytree(whole, tmp_path / name))

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from aligner.checkpoint.lease import check_free
 from aligner.models.checkpoint import FILE_BYTES, files_of_writers
-from aligner.models.family import logical_tensors
 from aligner.models.hf_folder import prepare, publish, write_rest, write_weights
 from aligner.models.ownership import mark
 from aligner.models.spec import ModelSpec, read_spec
-from aligner.models.stored import Cut, Stored, open_stored, shard_file, write_cut
+from aligner.models.stored import Sharding, Stored, open_stored, shard_file, write_shards_index
+from aligner.models.tensors import logical_tensors
 from aligner.models.verify_checkpoint import check_weights
 from aligner.reshard.local import LocalWeights, TensorWeights, copy_weights
 from aligner.reshard.message.storage import allocate
@@ -26,7 +26,11 @@ CPU = torch.device("cpu")
 
 
 def convert(
-    source: str | Path, out: str | Path, cut: Cut | None, dtype: str | None = None, file_bytes: int = FILE_BYTES
+    source: str | Path,
+    out: str | Path,
+    sharding: Sharding | None,
+    dtype: str | None = None,
+    file_bytes: int = FILE_BYTES,
 ) -> SyncRow:
     """Write the checkpoint in folder `source` to folder `out`, a file at a time: memory holds one file's weights.
 
@@ -35,7 +39,7 @@ def convert(
     Args:
         source: a Hugging Face checkpoint, or a folder of shards that this function wrote.
         out: the folder to write; it appears under its name when it is complete, and replaces a checkpoint there.
-        cut: one file for each rank of this layout; None: a Hugging Face checkpoint.
+        sharding: one file for each rank of its layout; None: a Hugging Face checkpoint.
         dtype: of the written weights, "float32", "bfloat16" or "float16"; None: as config.json says.
         file_bytes: Hugging Face files are split beyond this size.
 
@@ -52,7 +56,7 @@ def convert(
     spec = read_spec(source)
     check_weights(spec)
     dtype = dtype or spec.dtype
-    files = _files(spec, cut, dtype, file_bytes)
+    files = _files(spec, sharding, dtype, file_bytes)
     final = Path(out).absolute()
     partial = final.with_name(f".{final.name}.partial")
     for folder in final.parents[:3]:  # run_dir/model, run_dir/exports/step_50, run_dir/checkpoints/...
@@ -60,11 +64,11 @@ def convert(
     prepare(final, partial, spec)
     try:
         with open_stored(spec) as stored:
-            rows = [_write(stored, partial / name, layout, flat=cut is not None) for name, layout in files]
-        of_tensor = {} if cut else {piece.name: name for name, layout in files for piece in layout}
+            rows = [_write(stored, partial / name, layout, flat=sharding is not None) for name, layout in files]
+        of_tensor = {} if sharding else {piece.name: name for name, layout in files for piece in layout}
         write_rest(partial, spec, dtype, of_tensor)
-        if cut:
-            write_cut(partial, cut, dtype)
+        if sharding:
+            write_shards_index(partial, [layout for _, layout in files], dtype, sharding.sizes)
         mark(partial, None)
         publish(partial, final)
     except BaseException:
@@ -73,11 +77,11 @@ def convert(
     return total(rows)
 
 
-def _files(spec: ModelSpec, cut: Cut | None, dtype: str, file_bytes: int) -> Sequence[tuple[str, Layout]]:
+def _files(spec: ModelSpec, sharding: Sharding | None, dtype: str, file_bytes: int) -> Sequence[tuple[str, Layout]]:
     """The files to write, each with what it holds."""
-    if cut:
-        side = cut.side(spec, dtype)
-        return [(shard_file(rank), side.layout(rank)) for rank in side.ranks]
+    if sharding:
+        layout = sharding.layout(spec, dtype)
+        return [(shard_file(rank), layout.layout(rank)) for rank in layout.ranks]
     shapes = logical_tensors(spec)
     files = files_of_writers(spec, [0], dtype, file_bytes)
     return [(file, [whole_tensor(name, shapes[name], dtype) for name in names]) for file, (_, names) in files.items()]

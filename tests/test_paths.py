@@ -12,13 +12,13 @@ from typing import Any
 
 import pytest
 
-from aligner.check.job import check
-from aligner.config.paths import SETTINGS, expanded, path_option, quoted_tilde
+from aligner.bounds import check_settings
 from aligner.config.schema import Config, compose_config, to_config
+from aligner.paths import SETTINGS, expanded, path_option, quoted_tilde
 from aligner.reward.components import parts_of
 from tools.generate import options
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(autouse=True)
@@ -150,7 +150,7 @@ def test_options_of_tools() -> None:
 def test_an_empty_folder_is_refused(overrides: list[str], said: str) -> None:
     """ "" would be the folder that the job is started in."""
     with pytest.raises(ValueError, match=said):
-        check(config(*overrides), ["policy"], 1)
+        check_settings(config(*overrides))
 
 
 def test_an_empty_file_is_refused() -> None:

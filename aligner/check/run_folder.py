@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING
 
 from aligner.checkpoint.claim import FOLDER, run_id
 from aligner.models.ownership import MARK, check_replaceable, mark
-from aligner.run.best import FOLDER as EXPORTS
 
 if TYPE_CHECKING:
     from aligner.config.schema import Config
 
+EXPORTS = "exports"
+"""Under run_dir: a Hugging Face folder for each export."""
 BEST = "best"
 """Under run_dir: the link to the best export."""
 FILES = ("config.yaml", "environment.json", "report.html", "learning_curve.png")

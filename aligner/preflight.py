@@ -1,4 +1,4 @@
-"""What a batch script asks before it starts the ranks: `python -m aligner.run.batch_script RANKS ARGUMENTS OF aligner.main...`.
+"""What a batch script asks before it starts the ranks: `python -m aligner.preflight RANKS ARGUMENTS OF aligner.main...`.
 
 All that `mode=check` finds is found here, by one process instead of every rank; its message is the last line, its status 2.
 On stdout: the run's folder, and nothing where the arguments ask for no run (--help, --cfg).
@@ -19,11 +19,11 @@ def run_folder(ranks: int, arguments: list[str]) -> Path | None:
     """The run's folder, once everything has been checked for so many ranks. Leaves with status 2 and a message otherwise."""
     with contextlib.redirect_stdout(io.StringIO()):
         main([*arguments, "mode=check", f"check.ranks={ranks}"])
-    found = parse(arguments)
-    if found.help or found.cfg:
+    options = parse(arguments)
+    if options.help or options.cfg:
         return None
-    folder = (found.config_dir or CONF).resolve()
-    return Path(to_config(compose_config(found.overrides, found.config_name, folder)).run_dir).resolve()
+    folder = (options.config_dir or CONF).resolve()
+    return Path(to_config(compose_config(options.overrides, options.config_name, folder)).run_dir).resolve()
 
 
 if __name__ == "__main__":

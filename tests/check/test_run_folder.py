@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from aligner.check.run_folder import adopt, check_places, check_sources
 from aligner.checkpoint.claim import Start, claim
 from aligner.config.run import TrainConfig
 from aligner.config.schema import Config
 from aligner.models.ownership import mark, run_of
-from aligner.run.folders import adopt, check_places, check_sources
 
 
 def config(run_dir: Path | str, **train: object) -> Config:

@@ -1,0 +1,131 @@
+"""The tensors of a model's checkpoint, by their Hugging Face names: which there are, and in which parameters (no torch)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from aligner.models.cuts import Block, Parameter, Replicated, Vocabulary, tensor_shapes
+from aligner.models.families import FAMILIES
+from aligner.models.family import Family, Head
+
+if TYPE_CHECKING:
+    from aligner.models.spec import ModelSpec
+
+EMBEDDING = "model.embed_tokens.weight"
+FINAL_NORM = "model.norm.weight"
+OUTPUT = "lm_head.weight"
+"""An output layer of the model's own."""
+SCALAR_HEAD = "score.weight"
+LAYER = "model.layers."
+"""What every layer's tensors begin with."""
+EMBEDDING_PARAMETER = "embedding.word_embeddings.weight"
+OUTPUT_PARAMETER = "output_layer.weight"
+"""Their names in a GPTModel: those whose rows are padded."""
+
+
+def family_of(spec: ModelSpec) -> Family:
+    """The declaration of the model's family."""
+    return FAMILIES[spec.family]
+
+
+def embedding(spec: ModelSpec) -> Parameter:
+    """The embedding of a first stage."""
+    return Parameter(EMBEDDING_PARAMETER, Vocabulary(Block(EMBEDDING, (spec.vocab, spec.hidden))))
+
+
+def final_norm(spec: ModelSpec) -> Parameter:
+    """The norm before the head."""
+    return Parameter("decoder.final_layernorm.weight", Replicated(Block(FINAL_NORM, (spec.hidden,))))
+
+
+def output_layer(spec: ModelSpec) -> Parameter:
+    """The head of a last stage that has its own; that of a tied model is a second copy of the embedding."""
+    if spec.head is Head.SCALAR:
+        return Parameter(OUTPUT_PARAMETER, Replicated(Block(SCALAR_HEAD, (1, spec.hidden))))
+    name = EMBEDDING if spec.tied else OUTPUT
+    return Parameter(OUTPUT_PARAMETER, Vocabulary(Block(name, (spec.vocab, spec.hidden))))
+
+
+def new_tensors(spec: ModelSpec) -> frozenset[str]:
+    """Tensors that the model's folder does not hold: a scalar head on a language model's weights.
+
+    They start at zero, which is the same under every layout; the head learns from the first step on, the layers under
+    it from the second.
+    """
+    return frozenset((SCALAR_HEAD,) if spec.head is not spec.stored_head else ())
+
+
+def layer_parameters(spec: ModelSpec, layer_type: str) -> list[Parameter]:
+    """Of a layer of this type, but for its experts', in the order of their use."""
+    return family_of(spec).parameters(spec, spec.types[layer_type])
+
+
+def expert_parameters(spec: ModelSpec) -> list[Parameter]:
+    """Of an expert, with names inside it."""
+    return family_of(spec).expert_parameters(spec)
+
+
+def layer_shapes(spec: ModelSpec, layer_type: str) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors of a layer of this type but for its experts', by their name inside the layer."""
+    return tensor_shapes(layer_parameters(spec, layer_type))
+
+
+def expert_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
+    """Shapes of an expert's gate, up and down projection, by their name inside the expert."""
+    return tensor_shapes(expert_parameters(spec))
+
+
+def end_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors outside the layers, by their name in the checkpoint."""
+    return tensor_shapes([embedding(spec), final_norm(spec), output_layer(spec)])
+
+
+def logical_tensors(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
+    """Every tensor of the checkpoint, by its Hugging Face name, with its shape; a tied output layer is not one."""
+    ends = end_shapes(spec)
+    inside = {name: layer_shapes(spec, name) for name in spec.types}
+    for name in (name for name, layer_type in spec.types.items() if layer_type.sparse):
+        experts = expert_shapes(spec).items()
+        inside[name] |= {
+            f"{expert_prefix(spec, expert)}{tensor}": shape
+            for expert in range(spec.experts)
+            for tensor, shape in experts
+        }
+    tensors = {EMBEDDING: ends.pop(EMBEDDING)}
+    for number, layer_type in enumerate(spec.layer_types):
+        tensors |= {layer_name(number, name): shape for name, shape in inside[layer_type].items()}
+    return tensors | ends
+
+
+def layer_name(number: int, name: str) -> str:
+    """The checkpoint's name of tensor `name` of layer `number` (counted over the whole model)."""
+    return f"{LAYER}{number}.{name}"
+
+
+def layer_number(name: str) -> int | None:
+    """The layer that a tensor of the checkpoint belongs to; None outside layers."""
+    number = name[len(LAYER) :].partition(".")[0]
+    return int(number) if name.startswith(LAYER) and number.isdecimal() else None
+
+
+def expert_prefix(spec: ModelSpec, expert: int) -> str:
+    """What an expert's tensors begin with inside their layer of the checkpoint."""
+    return f"{family_of(spec).named_experts.module}.experts.{expert}."
+
+
+def split_expert(spec: ModelSpec, name: str) -> tuple[int, str] | None:
+    """(expert, name inside it) of a tensor inside a layer; None where it is no expert's."""
+    prefix = f"{family_of(spec).named_experts.module}.experts."
+    expert, _, inside = name[len(prefix) :].partition(".")
+    return (int(expert), inside) if name.startswith(prefix) and expert.isdecimal() else None
+
+
+def expert_tensors(spec: ModelSpec, layer: int, expert: int) -> tuple[str, str, str]:
+    """The checkpoint's names of an expert's gate, up and down projection."""
+    gate, up, down = (layer_name(layer, f"{expert_prefix(spec, expert)}{name}") for name in expert_shapes(spec))
+    return gate, up, down
+
+
+def router_tensor(spec: ModelSpec, layer: int) -> str:
+    """The checkpoint's name of a sparse layer's router."""
+    return layer_name(layer, f"{family_of(spec).named_experts.module}.gate.weight")

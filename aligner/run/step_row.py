@@ -1,0 +1,94 @@
+"""What rank 0 learns of one iteration: a row of metrics, and some samples. Values come from the roles that hold them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from aligner.algorithms.step import Step
+from aligner.reward.pool import Status
+from aligner.reward.role import Scores
+from aligner.roles.build import Roles
+from aligner.run.step_stats import merged, step_stats_of
+from aligner.spmd.ref import Ref
+from aligner.spmd.transfer import read_at_first
+from aligner.spmd.world import World
+from aligner.trainer.policy import Policy
+
+LOGGED_SCORES = ("reward_B", "status_B", "components", "component_status")
+"""Fields of `Scores` that the row is made of."""
+
+
+def step_row(world: World, roles: Roles, result: Step, seconds: float, signal: str) -> tuple[dict[str, float], str]:
+    """Everything known of one iteration, on rank 0. A collective of the world: one message from each rank, up a tree.
+
+    Args:
+        seconds: of the iteration, on this rank.
+        signal: what asks this rank to save and leave; "": nothing.
+
+    Returns:
+        (metrics, the first signal of any rank) on rank 0; ({}, "") elsewhere.
+    """
+    policies = (role for role in roles.trainable if isinstance(role, Policy))
+    own_stats = step_stats_of(
+        roles.built,
+        [row for policy in policies if policy.syncs for row in policy.syncs.latest()],
+        world.residency.meter.take(),
+        signal,
+    )
+    collected = read_at_first(world, _logged(result), own_stats, merged)
+    if collected is None:
+        return {}, ""
+    values, stats = collected
+    row: dict[str, float] = dict(values.get("metrics", {}))
+    for name, value in result.extra_metrics.items():
+        if isinstance(value, Ref):
+            row |= {f"{name}_{key}": number for key, number in values[f"extra_metrics.{name}"].items()}
+        else:
+            row[name] = value
+    if result.scores is not None:
+        row |= Scores(response=[], **{name: values[name] for name in LOGGED_SCORES}).row()
+    if result.samples is not None:
+        length_B = values["length_B"] - values["prompt_len_B"]
+        row["length"] = length_B.float().mean().item()
+        if values["truncated_B"] is not None:
+            row["truncated"] = values["truncated_B"].float().mean().item()
+    row |= stats.row()
+    row["seconds"] = seconds
+    if "tokens" in row:
+        row["tokens_per_second"] = row["tokens"] / seconds
+    return row, stats.asked
+
+
+def collect_samples(world: World, result: Step, count: int) -> list[dict[str, Any]] | None:
+    """The first `count` samples of the batch as `write_samples` takes them, on rank 0; None elsewhere, and where the step
+    has no scored samples. A collective of the world."""
+    if result.scores is None or result.samples is None:
+        return None
+    refs = {"response": result.scores["response"], "reward_B": result.scores["reward_B"]}
+    refs |= {"status_B": result.scores["status_B"], "fields": result.samples["fields"]}
+    collected = read_at_first(world, refs, None, lambda one, other: None, limit=count)
+    if collected is None:
+        return None
+    columns = (collected[0][name] for name in ("fields", "response", "reward_B", "status_B"))
+    return [
+        {
+            "prompt": row.get("prompt", ""),
+            "response": text,
+            "reward": reward.item(),
+            "status": Status(int(status)),
+            "fields": {name: value for name, value in row.items() if name != "prompt"},
+        }
+        for row, text, reward, status in zip(*columns, strict=True)
+    ]
+
+
+def _logged(result: Step) -> dict[str, Ref]:
+    """The values that a row is made of, by name."""
+    refs = {f"extra_metrics.{name}": value for name, value in result.extra_metrics.items() if isinstance(value, Ref)}
+    if result.metrics is not None:
+        refs["metrics"] = result.metrics
+    if result.scores is not None:
+        refs |= {name: result.scores[name] for name in LOGGED_SCORES}
+    if result.samples is not None:
+        refs |= {name: result.samples[name] for name in ("length_B", "prompt_len_B", "truncated_B")}
+    return refs

@@ -1,0 +1,31 @@
+"""Attention of packed rows beside attention with a dense mask, in float64, with a window and without; its gradients too."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tests.trainer.context_on_ranks import SCALE, dense
+
+from aligner.trainer.megatron.attention import packed_attention
+
+
+@pytest.mark.parametrize("window", [None, 1, 3, 6, 40, 256, 300])
+@pytest.mark.parametrize("lengths", [(9, 17, 12, 5), (1,), (6, 6, 6), (600, 300), (521, 520, 3)])
+def test_beside_a_dense_mask(lengths: tuple[int, ...], window: int | None) -> None:
+    """Ragged rows; equal rows, which are views; rows longer than a block of queries."""
+    generator = torch.Generator().manual_seed(sum(lengths))
+    shapes = ((sum(lengths), heads, 8) for heads in (4, 2, 2))
+    q, k, v = (torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_() for shape in shapes)
+    wanted = dense(q, k, v, lengths, window)
+    upstream = torch.randn(wanted.shape, generator=generator, dtype=torch.float64)
+    expected = torch.autograd.grad(wanted, (q, k, v), upstream)
+    got = packed_attention(q, k, v, lengths, SCALE, window)
+    torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-12)
+    for mine, reference in zip(torch.autograd.grad(got, (q, k, v), upstream), expected, strict=True):
+        torch.testing.assert_close(mine, reference, rtol=1e-9, atol=1e-11)
+
+
+def test_a_window_by_hand() -> None:
+    """Of 4 tokens with a window of 2, token 3 sees 2 and 3: with equal scores, the mean of their values."""
+    zeros, value = torch.zeros(4, 1, 4), torch.tensor([1.0, 10.0, 100.0, 1000.0])[:, None, None].expand(4, 1, 4)
+    assert packed_attention(zeros, zeros, value, (4,), 1.0, 2)[:, 0].tolist() == [1.0, 5.5, 55.0, 550.0]

@@ -1,0 +1,179 @@
+"""The same roles on Megatron-core and on `PlainEngine`, side by side in one process. Arguments: folder of models, file to write.
+
+Writes {case: {what: largest difference}}, relative to the largest value where that is above 1.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from aligner.data.samples import Samples, pad_rows
+from aligner.models.spec import read_spec, with_scalar_head
+from aligner.models.stored import Entry
+from aligner.objective.losses import clipped_surrogate, negative_log_likelihood
+from aligner.objective.values import clipped_value_loss
+from aligner.spmd.mesh import Mesh
+from aligner.spmd.ref import Ref
+from aligner.spmd.world import World
+from aligner.trainer import engines
+from aligner.trainer.config import CriticConfig, OptimizerConfig, PolicyConfig, RewardModelConfig
+from aligner.trainer.critic import Critic
+from aligner.trainer.policy import Policy
+from aligner.trainer.reward_model import RewardModel
+from aligner.trainer.trainable_role import TrainableRole
+from tests.trainer.plain_engine import PLAIN
+
+LENGTHS, PROMPT, UPDATES = [9, 17, 12, 5, 16, 16, 7, 21], 3, 3
+GENERATOR = torch.Generator().manual_seed(3)
+LENGTH_B = torch.tensor(LENGTHS)
+TOKENS_BT = pad_rows([torch.randint(3, 60, (n,), generator=GENERATOR).tolist() for n in LENGTHS], torch.long)
+PLACE_T = torch.arange(TOKENS_BT.shape[1])
+MASK_BT = (PLACE_T >= PROMPT) & (LENGTH_B[:, None] > PLACE_T)
+ROLLOUT_BT = torch.where(MASK_BT, -4.0 + 0.5 * torch.randn(MASK_BT.shape, generator=GENERATOR), 0.0)
+TARGET_BT = torch.randn(MASK_BT.shape, generator=GENERATOR)
+ADVANTAGE_B = torch.randn(len(LENGTHS), generator=GENERATOR)
+# an epsilon that keeps Adam's first step from being the gradient's sign, which rounding turns where it is small
+OPTIMIZER = OptimizerConfig(lr=3e-3, eps=1e-2, weight_decay=0.1, clip_grad=0.5, schedule="linear", warmup_steps=2)
+COMMON: dict[str, Any] = {"micro_tokens": 40, "minibatches": 2, "optimizer": OPTIMIZER}
+
+
+def to_one(score_B: Tensor) -> Any:
+    return (score_B - 1).square(), {"score": score_B}
+
+
+def fields(role: TrainableRole, samples: Ref, **values: Tensor) -> dict[str, Ref]:
+    return {name: role.scatter_like(samples, value) for name, value in values.items()}
+
+
+GRPO = functools.partial(clipped_surrogate, clip_low=0.2, clip_high=0.28, kl_coef=0.05, entropy_coef=0.01)
+VALUE = functools.partial(clipped_value_loss, clip=0.2)
+GRPO_FIELDS = {"advantage_B": ADVANTAGE_B, "reference_logp_BT": ROLLOUT_BT.flip(0)}
+VALUE_FIELDS = {"rollout_value_BT": TARGET_BT / 3, "return_BT": TARGET_BT}
+CASES: dict[str, tuple[type[TrainableRole], Any, str, Any, dict[str, Tensor]]] = {
+    "sft": (Policy, PolicyConfig(**COMMON), "logprobs", negative_log_likelihood, {}),
+    "grpo": (Policy, PolicyConfig(**COMMON, reduction="sequence_mean", epochs=2), "logprobs", GRPO, GRPO_FIELDS),
+    "critic": (Critic, CriticConfig(**COMMON), "values", VALUE, VALUE_FIELDS),
+    "reward_model": (RewardModel, RewardModelConfig(**COMMON), "scores", to_one, {}),
+}
+
+
+class Memory:
+    """What `save_state` of one role returned, as a checkpoint that is open for a role of any name."""
+
+    def __init__(self, tensors: dict[str, Tensor], entries: dict[str, Any]) -> None:
+        self.tensors, self.saved = tensors, entries
+
+    def entries(self, key: str) -> Iterator[tuple[int, Entry]]:
+        yield from (
+            (0, entry) for name in self.saved if name.endswith(key[key.rindex("/") :]) for entry in self.saved[name]
+        )
+
+    def tensor(self, rank: int, name: str) -> Tensor:
+        return self.tensors[name]
+
+
+def gap(one: Any, other: Any) -> float:
+    a, b = torch.as_tensor(one, dtype=torch.float64), torch.as_tensor(other, dtype=torch.float64)
+    return ((a - b).abs().max() / b.abs().max().clamp(min=1.0)).item()
+
+
+def gradients_gap(megatron: Any, plain: Any) -> float:
+    """Relative to the largest gradient of each tensor."""
+    worst = 0.0
+    for piece in megatron.weights.pieces():
+        flat = megatron.engine.model.parameters[piece.storage].main_grad.view(-1)
+        mine = flat.as_strided(piece.size, piece.stride, flat.storage_offset() + piece.offset)
+        whole = plain.engine.parameters[piece.name].grad
+        box = tuple(slice(low, low + extent) for low, extent in zip(piece.lo, piece.size, strict=True))
+        worst = max(worst, ((mine - whole[box]).abs().max() / whole.abs().max().clamp(min=1e-3)).item())
+    return worst
+
+
+def exported_gap(one: TrainableRole, other: TrainableRole, folder: Path) -> float:
+    for role in (one, other):
+        role.save_checkpoint(folder / role.name)
+    left, right = (load_file(folder / role.name / "model.safetensors") for role in (one, other))
+    assert left.keys() == right.keys()
+    return max(gap(left[name], right[name]) for name in left)
+
+
+def compare(world: World, model: Path, case: str, out: Path) -> dict[str, float]:
+    kind, config, method, loss, values = CASES[case]
+    spec = read_spec(model) if kind is Policy else with_scalar_head(read_spec(model))
+    samples = Samples(
+        TOKENS_BT, torch.full((8,), PROMPT), LENGTH_B, MASK_BT, torch.arange(8) // 2, [{}] * 8, ROLLOUT_BT
+    )
+
+    def build(engine: str, name: str) -> TrainableRole:
+        mesh = Mesh((0,), name="policy")
+        return kind(name, world, mesh, spec, replace(config, engine=engine), total_steps=20, max_response=20)
+
+    def update(role: TrainableRole) -> dict[str, float]:
+        placed = role.scatter(samples, group_size=2)
+        return role.update(loss, placed, **fields(role, placed, **values)).gather()  # type: ignore[no-any-return]
+
+    def read(role: TrainableRole) -> Tensor:
+        return getattr(role, method)(role.scatter(samples)).gather()  # type: ignore[no-any-return]
+
+    megatron, plain = (build(engine, f"{model.name} {case} {engine}") for engine in ("megatron", "plain"))
+    if spec.stored_head is not spec.head:  # a new head is zero, and so are all gradients but its own
+        start_head(megatron, plain)
+    worst = {"readout": gap(read(megatron), read(plain)), "metrics": 0.0, "gradients": 0.0}
+    for _ in range(UPDATES):
+        rows = [update(role) for role in (megatron, plain)]
+        assert rows[0].keys() == rows[1].keys() and {"loss", "grad_norm", "lr"} <= rows[0].keys()
+        different = {name: gap(rows[0][name], rows[1][name]) for name in rows[0] if name != "padding"}
+        worst["metrics"] = max(worst["metrics"], *different.values())
+        worst["gradients"] = max(worst["gradients"], gradients_gap(megatron, plain))
+    worst["weights"] = exported_gap(megatron, plain, out / case)
+    leave_and_return(plain)
+    known, *saved = plain.save_state()
+    taken_over = build("megatron", f"{model.name} {case} taken over")
+    taken_over.load_state(known, Memory(*saved))
+    rows = [update(role) for role in (taken_over, plain)]
+    worst["taken over"] = max(gap(rows[0][name], rows[1][name]) for name in rows[0] if name != "padding")
+    worst["taken over, weights"] = exported_gap(taken_over, plain, out / f"{case}_taken_over")
+    return worst
+
+
+def start_head(*roles: TrainableRole) -> None:
+    for role in roles:
+        for piece in role.weights.pieces():
+            if piece.name == "score.weight":
+                role.weights.view(piece).copy_(torch.linspace(-0.3, 0.3, piece.size[1]))
+
+
+def leave_and_return(role: TrainableRole) -> None:
+    parts: dict[str, Any] = dict(role.engine.parts())
+    before = [value.clone() for value in map(role.weights.view, role.weights.pieces())]
+    for act in (lambda part: part.evict(), lambda part: part.bring()):
+        for part in parts.values():
+            act(part)
+    assert all(torch.equal(a, role.weights.view(b)) for a, b in zip(before, role.weights.pieces(), strict=True))
+
+
+def main() -> None:
+    models, out = Path(sys.argv[1]), Path(sys.argv[2])
+    world = World(100)
+    engines.BACKENDS["plain"] = PLAIN  # type: ignore[index]
+    worst = {
+        f"{model.name}-{case}": compare(world, model, case, out / model.name)
+        for model in sorted(models.iterdir())
+        for case in CASES
+    }
+    (out / "worst.json").write_text(json.dumps(worst))
+    world.leave()
+
+
+if __name__ == "__main__":
+    main()

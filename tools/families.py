@@ -1,0 +1,95 @@
+"""The table of model families in docs/families.md, from their declarations.
+
+python tools/families.py            # prints it
+python tools/families.py --write    # into docs/families.md, in place of the one that is there
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from aligner.models.families import FAMILIES
+from aligner.models.family import Family, QKNorm, Window
+
+DOCS = Path(__file__).parents[1] / "docs" / "families.md"
+BEGIN, END = "<!-- families -->", "<!-- end of families -->"
+COLUMNS = ("`model_type`", "Models", "Attention", "Norms", "MLP", "Embeddings", "Rollout engine (vLLM 0.32.0)")
+_WINDOWS = {
+    Window.REFUSED: "",
+    Window.SWITCHED: "",
+    Window.EVERY_LAYER: "`sliding_window` in every layer",
+}
+_QK_NORMS = {QKNorm.HEAD: "query/key norm per head", QKNorm.PROJECTION: "query/key norm over all heads"}
+
+
+def table() -> str:
+    """Markdown, one row for each family, by model_type."""
+    rows = [COLUMNS, ("---",) * len(COLUMNS), *(_row(family) for family in FAMILIES.values())]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def _row(family: Family) -> tuple[str, ...]:
+    return (
+        f"`{family.model_type}`",
+        f"{family.title} (`{family.architecture}`)",
+        _list(
+            _biases(family),
+            _QK_NORMS[family.qk_norm] if family.qk_norm else "",
+            family.attention_note or _WINDOWS[family.window],
+        )
+        or "causal",
+        _norms(family),
+        _mlp(family),
+        _list(
+            "scaled" if family.scaled_embedding else "",
+            "tied unless `tie_word_embeddings=false`"
+            if family.defaults.tied
+            else "untied unless `tie_word_embeddings=true`",
+        ),
+        family.engine.note or "native",
+    )
+
+
+def _biases(family: Family) -> str:
+    if family.qkv_bias:
+        return "query, key and value biases"
+    return "`attention_bias`" if "attention_bias" in family.optional_biases else ""
+
+
+def _norms(family: Family) -> str:
+    norms = family.norms
+    places = {"before": norms.before_attention, "after": norms.after_attention}
+    return _list(
+        " and ".join(place for place, name in places.items() if name), "1 + weight" if family.norm_plus_one else ""
+    )
+
+
+def _mlp(family: Family) -> str:
+    gate = "GELU (tanh)" if "gelu_pytorch_tanh" in family.activations else "SiLU"
+    if family.experts is None:
+        return _list(f"{gate} gate", "`mlp_bias`" if "mlp_bias" in family.optional_biases else "")
+    return f"{gate} gate, experts in {'some or all' if family.experts.some_dense else 'all'} layers"
+
+
+def _list(*words: str) -> str:
+    return ", ".join(filter(None, words))
+
+
+def written(text: str) -> str:
+    """`text` of the page with the present table."""
+    before, _, rest = text.partition(BEGIN)
+    return f"{before}{BEGIN}\n{table()}\n{END}{rest.partition(END)[2]}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", action="store_true", help="write it into docs/families.md")
+    if parser.parse_args().write:
+        DOCS.write_text(written(DOCS.read_text(encoding="utf-8")), encoding="utf-8")
+    else:
+        print(table())
+
+
+if __name__ == "__main__":
+    main()
