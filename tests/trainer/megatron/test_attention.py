@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.trainer.context_on_ranks import SCALE, dense
 
 from aligner.trainer.megatron.attention import packed_attention
+from tests.trainer.context_on_ranks import SCALE, dense
 
 
 @pytest.mark.parametrize("window", [None, 1, 3, 6, 40, 256, 300])
