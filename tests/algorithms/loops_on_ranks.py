@@ -89,7 +89,7 @@ def check_sampling(world: World, folder: Path, job: Job, policy: Policy) -> Resu
         )
         of = both.gather()
         rows = [[g, None if r != r else r] for g, r in zip(of["group"].tolist(), of["reward"].tolist(), strict=True)]
-        results[f"sampling {name}"] = {"rows": rows, "report": batch.report, "left": len(list(stream))}
+        results[f"sampling {name}"] = {"rows": rows, "report": batch.metrics, "left": len(list(stream))}
     return results
 
 
