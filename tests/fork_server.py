@@ -62,6 +62,7 @@ AT_IMPORT = ("OMP_", "KMP_", "GOMP_", "MKL_", "OPENBLAS_", "TORCH_", "PYTORCH_",
 """How the names of variables begin that are read by the interpreter or by libraries that are being imported ..."""
 NOT_AT_IMPORT = ("PYTHONPATH", "TORCH_NCCL_ASYNC_ERROR_HANDLING", "TORCHELASTIC_")
 """... and of those that begin so and are read later."""
+DEFAULTS = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 PR_SET_CHILD_SUBREAPER = 36
 
 
@@ -93,14 +94,14 @@ class _Helper:
 
 
 class Popen(subprocess.Popen):  # type: ignore[type-arg]
-    """subprocess.Popen, which forks what it can. A program has one thread for tensors, where its environment does not say."""
+    """subprocess.Popen, which forks what it can; its environment has DEFAULTS where it does not say otherwise."""
 
     def _execute_child(  # type: ignore[no-untyped-def]
         self, args, executable, preexec_fn, close_fds, pass_fds, cwd, env, startupinfo, creationflags, shell, p2cread,
         p2cwrite, c2pread, c2pwrite, errread, errwrite, restore_signals, gid, gids, uid, umask, start_new_session, process_group,
     ):  # fmt: skip
         pid = None
-        env = {"OMP_NUM_THREADS": "1", **(os.environ if env is None else env)}
+        env = {**DEFAULTS, **(os.environ if env is None else env)}
         special = (executable, preexec_fn, gid, gids, uid) != (None,) * 5 or umask >= 0 or process_group >= 0
         if not (special or shell or pass_fds or isinstance(args, (str, bytes, os.PathLike))):
             command = [os.fspath(item) for item in args]
@@ -166,7 +167,7 @@ def _start_helper() -> _Helper:
         process = subprocess.Popen(
             [sys.executable, "-u", __file__, str(theirs.fileno())],
             stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, pass_fds=[theirs.fileno()],
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+            env={**DEFAULTS, **os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         )  # fmt: skip
     return _Helper(ours, process)
 
