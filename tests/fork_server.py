@@ -71,7 +71,7 @@ class _Helper:
 
     def __init__(self, connection: socket.socket, process: subprocess.Popen[bytes] | None = None) -> None:
         self.connection, self.owner, self._process = connection, os.getpid(), process
-        self._lock, self._prctl = threading.Lock(), ctypes.CDLL(None).prctl
+        self._lock, self._prctl, self.broken = threading.Lock(), ctypes.CDLL(None).prctl, False
 
     def start(self, request: dict[str, Any], files: Sequence[int]) -> int | None:
         """The pid of a new child of this process, or None where the program must be executed."""
@@ -80,8 +80,12 @@ class _Helper:
             try:
                 _send(self.connection, request, files)
                 reply = _receive(self.connection)[0]
-            except (EOFError, OSError) as error:
-                raise RuntimeError("the fork server has ended; see its errors above") from error
+            except BaseException as error:  # also a test's time limit: the answer to come would be taken for another's
+                self.broken = True
+                self.connection.close()
+                if isinstance(error, (EOFError, OSError)):
+                    raise RuntimeError("the fork server has ended; see its errors above") from error
+                raise
             finally:
                 self._prctl(PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
         return reply
@@ -149,7 +153,7 @@ def _fork(command: list[str], env: Mapping[str, str], cwd: Any, session: bool, f
     if _program(command) is None or os.environ.get("ALIGNER_TESTS_FORK") == "0":
         return None
     with _starting:
-        if _helper is None or _helper.owner != os.getpid():
+        if _helper is None or _helper.broken or _helper.owner != os.getpid():
             _helper = _start_helper()
             atexit.register(_helper.close)
     request = {
