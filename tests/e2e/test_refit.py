@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests import fork_server
 
 LOOP = """
 import json
@@ -95,7 +96,7 @@ def test_synced_engine_equals_a_fresh_one(layout: tuple[str, ...], job: Callable
         "OMP_NUM_THREADS": "1",
         "VLLM_LOGGING_LEVEL": "ERROR",
     }
-    done = subprocess.run(
+    done = fork_server.run(
         [sys.executable, str(tmp_path / "fresh.py"), str(tmp_path)],
         capture_output=True, text=True, timeout=150, env=environment,
     )  # fmt: skip

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -17,6 +16,8 @@ from torch.nn.attention.bias import causal_lower_right
 from aligner.trainer.context import TokenSpan, split_rows, tokens_per_rank
 from aligner.trainer.megatron.context_attention import BLOCK, Call, Plan, _bias
 from aligner.trainer.packing import pack
+from tests import fork_server
+from tests.conftest import Ranks
 
 ROOT = Path(__file__).resolve().parents[2]
 LENGTHS = st.lists(st.integers(1, 90), min_size=1, max_size=20)
@@ -80,11 +81,19 @@ def test_the_mask_of_a_cpu_is_the_one_that_cuda_knows_by_name(queries: int, earl
     assert bias.min() in (0, -torch.inf)
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
-def test_attention_beside_a_dense_mask(torchrun, ranks: int) -> None:  # type: ignore[no-untyped-def]
-    done = torchrun(ranks, [str(Path(__file__).with_name("context_rank.py"))], seconds=120)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    assert done.stdout.count("agrees") == ranks
+ROWS = [(9, 17, 12, 5), (1,), (3, 1), (2, 1, 3, 1, 2), (40, 40, 6, 6, 6), (600, 300), (521,)]
+"""Ragged; fewer tokens than ranks; equal rows, which share a call; pieces longer than one block of queries."""
+
+
+@pytest.mark.parametrize(("number", "lengths"), list(enumerate(ROWS)), ids=str)
+@pytest.mark.parametrize("size", [2, 3])
+def test_attention_beside_a_dense_mask(ranks: Ranks, size: int, number: int, lengths: tuple[int, ...]) -> None:
+    ranks(size).run("tests.trainer.context_on_ranks:check_rows", lengths, 1 + number % 3)
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_what_a_layer_keeps_for_its_backward(ranks: Ranks, size: int) -> None:
+    ranks(size).run("tests.trainer.context_on_ranks:check_kept")
 
 
 @pytest.mark.matrix
@@ -93,7 +102,7 @@ def test_activations_fall_with_the_ranks() -> None:
     tool = ROOT / "tools" / "bench" / "context_memory.py"
     size = ["--tokens", "1024", "--layers", "2", "--kv-heads", "8", "--recompute", "none"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
+    done = fork_server.run(
         [sys.executable, str(tool), *size], capture_output=True, text=True, timeout=200, env=environment
     )
     assert done.returncode == 0, done.stderr[-3000:]

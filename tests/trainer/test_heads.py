@@ -9,7 +9,8 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification
 
-from tests.trainer.test_parity import FAMILIES
+from tests.conftest import Ranks
+from tests.trainer.test_parity import FAMILIES, each
 
 SMALL = ("qwen3", "llama")
 LAYOUTS = {1: ["adam", "micro=1000"], 2: ["adam", "tensor=2", "tensor=2,sp,adam", "pipeline=2,adam", "context=2,adam"]}
@@ -63,21 +64,18 @@ def classifiers(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(torchrun, ranks: int, classifiers: Path, out: Path, cases: list[str], seconds: float) -> None:  # type: ignore[no-untyped-def]
-    script = Path(__file__).with_name("heads_rank.py")
-    done = torchrun(ranks, [str(script), str(classifiers), str(out), *cases], seconds=seconds)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    for case in cases:
-        assert f"\n{done.stdout}".count(f"\n{case} values off by") == ranks, case
+STEPS = {
+    size: [f"{name}:{layout}" for name in SMALL for layout in LAYOUTS[size]] + SPECIAL.get(size, []) for size in LAYOUTS
+}
 
 
-@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.matrix)])
-def test_steps_equal_those_of_transformers(torchrun, classifiers: Path, tmp_path: Path, ranks: int) -> None:  # type: ignore[no-untyped-def]
-    cases = [f"{name}:{layout}" for name in SMALL for layout in LAYOUTS[ranks]] + SPECIAL.get(ranks, [])
-    run(torchrun, ranks, classifiers, tmp_path, cases, 150)
+@pytest.mark.parametrize(("size", "case"), each(STEPS, default=1))
+def test_steps_equal_those_of_transformers(
+    ranks: Ranks, classifiers: Path, tmp_path: Path, size: int, case: str
+) -> None:
+    ranks(size).run("tests.trainer.heads_on_ranks:check_heads", classifiers, tmp_path, case)
 
 
-@pytest.mark.matrix
-@pytest.mark.parametrize("ranks", [1, 2, 4])
-def test_of_every_family(torchrun, classifiers: Path, tmp_path: Path, ranks: int) -> None:  # type: ignore[no-untyped-def]
-    run(torchrun, ranks, classifiers, tmp_path, MATRIX[ranks], 500)
+@pytest.mark.parametrize(("size", "case"), each(MATRIX, default=0))
+def test_of_every_family(ranks: Ranks, classifiers: Path, tmp_path: Path, size: int, case: str) -> None:
+    ranks(size).run("tests.trainer.heads_on_ranks:check_heads", classifiers, tmp_path, case)

@@ -19,6 +19,7 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
+from tests.conftest import Ranks
 from tests.families import ROWS
 
 BASE: dict[str, Any] = {
@@ -165,64 +166,56 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("ranks", [1, 2, pytest.param(4, marks=pytest.mark.matrix)])
-def test_a_step_equals_transformers(torchrun, checkpoints: Path, tmp_path: Path, ranks: int) -> None:  # type: ignore[no-untyped-def]
-    cases = [f"{name}:{layout}" for name in DENSE for layout in LAYOUTS[ranks]] + CASES[ranks]
-    script = Path(__file__).with_name("parity_rank.py")
-    done = torchrun(ranks, [str(script), str(checkpoints), str(tmp_path), *cases], seconds=400)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    for case in cases:
-        assert f"\n{done.stdout}".count(f"\n{case} logits off by") == ranks, case
+SHORT_ROWS = [[1, 2, 3, 1, 2, 6], [3], [1, 2, 4], [33, 1, 7]]
+"""A row of one token trains nothing; with `micro` below it, it is a microbatch of which most ranks hold nothing. (Every
+batch has a row of 3: where each prediction sees one key, gradients of queries and keys are 0, and only rounding is left.)"""
 
 
-@pytest.mark.matrix
-@pytest.mark.parametrize("names", [list(SCALED), list(ROWS)], ids=["scaled rotary positions", "families"])
-@pytest.mark.parametrize("ranks", MORE_LAYOUTS)
-def test_a_step_in_more_layouts(torchrun, checkpoints: Path, tmp_path: Path, ranks: int, names: list[str]) -> None:  # type: ignore[no-untyped-def]
-    cases = [f"{name}:{layout}" for name in names for layout in MORE_LAYOUTS[ranks]]
-    script = Path(__file__).with_name("parity_rank.py")
-    done = torchrun(ranks, [str(script), str(checkpoints), str(tmp_path), *cases], seconds=500)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    for case in cases:
-        assert f"\n{done.stdout}".count(f"\n{case} logits off by") == ranks, case
+def each(cases: dict[int, list[str]], default: int = 2) -> list[Any]:
+    """(size of the world, case); more ranks than `default` with -m matrix."""
+    return [
+        pytest.param(size, case, marks=[pytest.mark.matrix] if size > default else [], id=f"{size}-{case}")
+        for size, of in cases.items()
+        for case in of
+    ]
 
 
-@pytest.mark.parametrize(
-    ("ranks", "cases"),
-    [
-        (2, ["qwen3_moe:tensor=2,expert=2,sp,bf16", "mixtral:tensor=2,sp,bf16", "qwen3:tensor=2,bf16"]),
-        pytest.param(
-            4,
-            ["mixtral:tensor=2,expert=2,sp,bf16", "qwen3_moe:expert=2,pipeline=2,bf16", "one_kv:tensor=4,bf16"],
-            marks=pytest.mark.matrix,
-        ),
-    ],
-)
-def test_the_norm_counts_every_gradient_once(
-    torchrun, checkpoints: Path, tmp_path: Path, ranks: int, cases: list[str]
-) -> None:  # type: ignore[no-untyped-def]
+STEPS = {size: [f"{name}:{layout}" for name in DENSE for layout in LAYOUTS[size]] + CASES[size] for size in LAYOUTS}
+NORMS = {
+    2: ["qwen3_moe:tensor=2,expert=2,sp,bf16", "mixtral:tensor=2,sp,bf16", "qwen3:tensor=2,bf16"],
+    4: ["mixtral:tensor=2,expert=2,sp,bf16", "qwen3_moe:expert=2,pipeline=2,bf16", "one_kv:tensor=4,bf16"],
+}
+SHORT = {
+    2: ["llama:context=2,micro=1", "qwen3:context=2", "llama:context=2,bf16"],
+    4: ["qwen2:context=4", "qwen3:context=2,tensor=2,sp,recompute=selective,micro=2", "llama:context=2"],
+}
+
+
+@pytest.mark.parametrize(("size", "case"), each(STEPS))
+def test_a_step_equals_transformers(ranks: Ranks, checkpoints: Path, tmp_path: Path, size: int, case: str) -> None:
+    ranks(size).run("tests.trainer.parity_on_ranks:check_step", checkpoints, tmp_path, case)
+
+
+MORE_STEPS = {
+    size: [f"{name}:{layout}" for name in (*SCALED, *ROWS) for layout in layouts]
+    for size, layouts in MORE_LAYOUTS.items()
+}
+
+
+@pytest.mark.parametrize(("size", "case"), each(MORE_STEPS, default=0))
+def test_a_step_in_more_layouts(ranks: Ranks, checkpoints: Path, tmp_path: Path, size: int, case: str) -> None:
+    ranks(size).run("tests.trainer.parity_on_ranks:check_step", checkpoints, tmp_path, case)
+
+
+@pytest.mark.parametrize(("size", "case"), each(NORMS))
+def test_the_norm_counts_every_gradient_once(ranks: Ranks, checkpoints: Path, size: int, case: str) -> None:
     """In bf16 the optimizer has masters of its own, which must say as the parameters do whether other ranks have copies."""
-    script = Path(__file__).with_name("parity_rank.py")
-    done = torchrun(ranks, [str(script), str(checkpoints), str(tmp_path), *cases], seconds=200)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    for case in cases:
-        assert done.stdout.count(f"{case} norm ") == ranks, case
+    ranks(size).run("tests.trainer.parity_on_ranks:check_norm", checkpoints, case)
 
 
-@pytest.mark.parametrize(
-    ("ranks", "cases"),
-    [
-        (2, ["llama:context=2,micro=1", "qwen3:context=2", "llama:context=2,bf16"]),
-        pytest.param(
-            4,
-            ["qwen2:context=4", "qwen3:context=2,tensor=2,sp,recompute=selective,micro=2", "llama:context=2"],
-            marks=pytest.mark.matrix,
-        ),
-    ],
-)
-def test_rows_shorter_than_there_are_ranks(torchrun, checkpoints: Path, ranks: int, cases: list[str]) -> None:  # type: ignore[no-untyped-def]
-    script = Path(__file__).with_name("short_rows_rank.py")
-    done = torchrun(ranks, [str(script), str(checkpoints), *cases], seconds=200)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    for case in cases:
-        assert done.stdout.count(f"{case} done") == ranks, case
+@pytest.mark.parametrize("lengths", SHORT_ROWS, ids=str)
+@pytest.mark.parametrize(("size", "case"), each(SHORT))
+def test_rows_shorter_than_there_are_ranks(
+    ranks: Ranks, checkpoints: Path, size: int, case: str, lengths: list[int]
+) -> None:
+    ranks(size).run("tests.trainer.short_rows_on_ranks:check_short_rows", checkpoints, case, lengths)

@@ -1,9 +1,7 @@
-"""One rank of the reward role's tests: scores a batch, and prints what every rank must agree on."""
+"""What ranks do in the reward role's tests: they score a batch."""
 
 from __future__ import annotations
 
-import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -47,33 +45,24 @@ def batch(responses: list[str], tokenizer: Any) -> Samples:
     )
 
 
-def main() -> None:
-    """job.json: {tokenizer, cases: {name: {reward, responses, ranks}}}; each case is scored, or says its error."""
-    job = json.loads(Path(sys.argv[1]).read_text())
-    tokenizer = Tokenizer.from_file(job["tokenizer"])
-    world = World(60)
+def score(world: World, tokenizer_file: Path, name: str, case: dict[str, Any]) -> dict[str, Any] | str:
+    """What came of a case {reward, responses, ranks}, or its error; NaN and all the rest to the last bit."""
+    tokenizer = Tokenizer.from_file(str(tokenizer_file))
     heads = {
         "reward_model": Head("reward_model", world, Mesh((world.size - 1,))),
         "taste": Head("taste", world, Mesh(tuple(range(world.size)))),
     }
-    for name, case in job["cases"].items():
-        mesh = Mesh(tuple(case["ranks"]))
-        source = Role(f"source_{name}", world, mesh)
-        reward = Reward(f"reward_{name}", world, mesh, RewardConfig(**case["reward"]), tokenizer, heads)
-        try:
-            scores = reward.score(source.scatter(batch(case["responses"], tokenizer), group_size=2)).gather()
-        except ValueError as error:
-            print(f"said {name} {json.dumps(str(error))}\n", end="", flush=True)
-            continue
-        said = {
-            "reward": [value.hex() for value in scores.reward_B.tolist()],
-            "status": scores.status_B.tolist(),
-            "response": scores.response,
-            "components": {name: value_B.tolist() for name, value_B in scores.components.items()},
-            "row": scores.row(),
-        }
-        print(f"said {name} {json.dumps(said)}\n", end="", flush=True)
-    world.leave()
-
-
-main()
+    mesh = Mesh(tuple(case["ranks"]))
+    source = Role(f"source_{name}", world, mesh)
+    reward = Reward(f"reward_{name}", world, mesh, RewardConfig(**case["reward"]), tokenizer, heads)
+    try:
+        scores = reward.score(source.scatter(batch(case["responses"], tokenizer), group_size=2)).gather()
+    except ValueError as error:
+        return str(error)
+    return {
+        "reward": [value.hex() for value in scores.reward_B.tolist()],
+        "status": scores.status_B.tolist(),
+        "response": scores.response,
+        "components": {name: value_B.tolist() for name, value_B in scores.components.items()},
+        "row": scores.row(),
+    }
