@@ -5,18 +5,20 @@ from __future__ import annotations
 import os
 import subprocess
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
 
+from tests.pool import Pool
 from tests.torchrun import launch
 
 ROOT = Path(__file__).resolve().parent.parent
 settings.register_profile("any machine", deadline=None)  # a busy machine is no failing test
 settings.load_profile("any machine")
 Torchrun = Callable[..., "subprocess.CompletedProcess[str]"]
+Ranks = Callable[[int], Pool]
 
 
 @pytest.fixture
@@ -38,3 +40,18 @@ def torchrun(tmp_path: Path) -> Torchrun:
             pytest.fail(f"no end within {seconds} s\n{late.output[-3000:]}\n{late.stderr[-5000:]}")
 
     return run
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
+    """ranks(size): the module's world of so many ranks, on which `run(function, *arguments)` calls functions."""
+    pools: dict[int, Pool] = {}
+
+    def of(size: int) -> Pool:
+        if size not in pools:
+            pools[size] = Pool(size, tmp_path_factory.mktemp(f"ranks{size}"))
+        return pools[size]
+
+    yield of
+    for pool in pools.values():
+        pool.close()

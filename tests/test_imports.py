@@ -108,3 +108,9 @@ def test_a_contract_fails_when_it_is_broken(
     assert check(contract, broken)
     broken.add_import(importer=importer, imported=imported, line_number=1, line_contents=f"import {imported}")
     assert not check(contract, broken)
+
+
+def test_abstract_methods_are_declared_abstract() -> None:
+    """A class that lacks one cannot be made: nothing waits for a call to raise NotImplementedError."""
+    package = PYPROJECT.parent / "aligner"
+    assert [path for path in package.rglob("*.py") if "NotImplementedError" in path.read_text()] == []

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from aligner.config.schema import CONF
+from tests.pool import Pool
 
 Row = dict[str, float]
-Found = dict[str, dict[str, list[Row]]]
-"""layout -> case -> a row for each step."""
+Found = dict[str, list[Row]]
+"""layout -> a row for each step."""
 
 ENTROPY = "+algorithm.loss.entropy_coef=0.05"
 """Keeps a loss away from 0, where advantages cancel and a relative error says nothing."""
@@ -102,20 +99,8 @@ def cases() -> dict[str, list[str]]:
     return {name: [f"algorithm={name}", *more] for name, more in (ONLINE | OFFLINE).items()} | MORE
 
 
-def run_methods(
-    torchrun: Callable[..., Any], task: Path, out: Path, ranks: int, layouts: dict[str, list[str]],
-    rollout: list[str] | None = None, seconds: float = 280, chosen: dict[str, list[str]] | None = None,
-) -> Found:  # fmt: skip
-    """Every case (of `chosen`, or all) under every layout, in one job of `ranks` ranks."""
-    plan = {
-        "base": [text.format(task=task) for text in BASE],
-        "cases": {name: [text.format(task=task) for text in more] for name, more in (chosen or cases()).items()},
-        "layouts": layouts, "rollout": rollout or [], "steps": 3, "out": str(out / f"found{ranks}.json"),
-    }  # fmt: skip
-    file = out / f"plan{ranks}.json"
-    file.write_text(json.dumps(plan))
-    script = Path(__file__).with_name("methods_rank.py")
-    done: subprocess.CompletedProcess[str] = torchrun(ranks, [str(script), str(file)], seconds=seconds)
-    assert done.returncode == 0, done.stdout[-1500:] + done.stderr[-5000:]
-    found: Found = json.loads(Path(plan["out"]).read_text())
+def run_method(pool: Pool, task: Path, case: list[str], layouts: dict[str, list[str]], seconds: float = 280) -> Found:
+    """A case (its overrides) under every layout, on the pool's ranks."""
+    base, case = ([text.format(task=task) for text in texts] for texts in (BASE, case))
+    found: Found = pool.run("tests.algorithms.methods_on_ranks:run_case", base, case, layouts, 3, seconds=seconds)[0]
     return found

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from tests.algorithms.conftest import said_alike
+from tests.algorithms.conftest import alike
+from tests.conftest import Ranks
 
 LAYOUTS = {"one rank": (1, []), "data 2": (2, []), "tensor 2": (2, ["placement.policy.tensor=2"])}
 Said = dict[str, Any]
@@ -34,14 +34,13 @@ def folder(task: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(params=LAYOUTS)
-def said(request: pytest.FixtureRequest, cache: dict[str, Said], folder: Path, torchrun: Callable[..., Any]) -> Said:
+def said(request: pytest.FixtureRequest, cache: dict[str, Said], folder: Path, ranks: Ranks) -> Said:
     """What all ranks say alike under a layout."""
     if request.param not in cache:
-        ranks, overrides = LAYOUTS[request.param]
-        script = Path(__file__).with_name("loops_rank.py")
-        done = torchrun(ranks, [str(script), str(folder), *overrides], seconds=200)
-        assert done.returncode == 0, done.stdout[-1500:] + done.stderr[-4000:]
-        cache[request.param] = said_alike(done.stdout, ranks)
+        size, overrides = LAYOUTS[request.param]
+        cache[request.param] = alike(
+            ranks(size).run("tests.algorithms.loops_on_ranks:run_loops", folder, overrides, seconds=200)
+        )
     return cache[request.param]
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.algorithms.methods import PAPERS, UNTRAINED, Found, Row, cases, methods, run_methods
+from tests.algorithms.methods import PAPERS, UNTRAINED, Found, Row, cases, methods, run_method
+from tests.conftest import Ranks
 from tests.report.metric_names import undeclared
 
 TENSOR, PIPELINE = "placement.policy.tensor=2", "placement.policy.pipeline=2"
@@ -79,16 +79,23 @@ def cache() -> dict[str, Found]:
 
 
 @pytest.fixture
-def found(cache: dict[str, Found], torchrun: Callable[..., Any], task: Any, tmp_path: Path) -> Callable[..., Found]:
-    """found(ranks, layouts): the runs, made once."""
+def found(cache: dict[str, Found], ranks: Ranks, task: Any) -> Callable[..., Found]:
+    """found(size, case, layouts): the runs of a case in a world of that size, made once."""
 
-    def of(ranks: int, layouts: dict[str, list[str]], seconds: float = 280) -> Found:
-        key = f"{ranks} {sorted(layouts)}"
+    def of(size: int, case: str, layouts: dict[str, list[str]], seconds: float = 280) -> Found:
+        key = f"{size} {case} {sorted(layouts)}"
         if key not in cache:
-            cache[key] = run_methods(torchrun, task.folder, tmp_path, ranks, layouts, seconds=seconds)
+            overrides = cases()[case] if case in cases() else [f"algorithm={case}", *PAPERS[case]]
+            cache[key] = run_method(ranks(size), task.folder, overrides, layouts, seconds)
         return cache[key]
 
     return of
+
+
+@pytest.fixture
+def alone(found: Callable[..., Found]) -> Callable[[str], list[Row]]:
+    """alone(case): its steps on one rank."""
+    return lambda case: found(1, case, {"one rank": []})["one rank"]
 
 
 def differences(case: str, step: int, got: Row, want: Row) -> list[str]:
@@ -105,12 +112,11 @@ def differences(case: str, step: int, got: Row, want: Row) -> list[str]:
     ]
 
 
-def check_layouts(one: dict[str, list[Row]], others: Found) -> None:
+def check_layouts(case: str, one: list[Row], others: Found) -> None:
     off = [
-        f"{layout}, {case}, step {step}: {', '.join(said)}"
-        for layout, found in others.items()
-        for case, rows in found.items()
-        for step, (got, want) in enumerate(zip(rows, one[case], strict=True), start=1)
+        f"{layout}, step {step}: {', '.join(said)}"
+        for layout, rows in others.items()
+        for step, (got, want) in enumerate(zip(rows, one, strict=True), start=1)
         if (said := differences(case, step, got, want))
     ]
     assert not off, "\n".join(off)
@@ -121,15 +127,16 @@ def test_every_method_has_a_case() -> None:
     assert set(methods()) - UNTRAINED - set(PAPERS) <= tried
 
 
-def test_every_method_is_the_same_under_any_layout(found: Callable[..., Found]) -> None:
-    one = found(1, {"one rank": []})["one rank"]
-    assert set(one) == set(cases())
-    check_layouts(one, found(2, TWO))
+@pytest.mark.parametrize("case", cases())
+def test_every_method_is_the_same_under_any_layout(
+    case: str, found: Callable[..., Found], alone: Callable[[str], list[Row]]
+) -> None:
+    check_layouts(case, alone(case), found(2, case, TWO))
 
 
 @pytest.mark.parametrize("case", cases())
-def test_it_learns_from_something(case: str, found: Callable[..., Found]) -> None:
-    rows = found(1, {"one rank": []})["one rank"][case]
+def test_it_learns_from_something(case: str, alone: Callable[[str], list[Row]]) -> None:
+    rows = alone(case)
     assert len(rows) == 3
     for row in rows:
         assert row["grad_norm"] > 0.05, "nothing to learn from"
@@ -142,43 +149,42 @@ def test_it_learns_from_something(case: str, found: Callable[..., Found]) -> Non
         assert rows[0]["kl"] < 1e-9 < 1e-4 < rows[1]["kl"] < rows[2]["kl"], "the policy does not leave the reference"
 
 
-def test_every_metric_of_every_method_is_declared(found: Callable[..., Found]) -> None:
-    rows = [row for case in found(1, {"one rank": []})["one rank"].values() for row in case]
+def test_every_metric_of_every_method_is_declared(alone: Callable[[str], list[Row]]) -> None:
+    rows = [row for case in cases() for row in alone(case)]
     assert undeclared({name for row in rows for name in row} - {"samples"}) == []  # the rank's own, of its samples
 
 
-def test_what_each_method_is_named_for_happens(found: Callable[..., Found]) -> None:
-    one = found(1, {"one rank": []})["one rank"]
-    assert any(row["sampled_groups"] > 4 for row in one["dapo"]), "no group was replaced"
-    assert all(row["batch_filled"] == 1 for row in one["dapo"])
-    assert all(row["critic_grad_norm"] > 0.05 for row in one["ppo"])
-    assert [row["kl_coef"] for row in one["ppo"]] == [0.1] * 3
+def test_what_each_method_is_named_for_happens(alone: Callable[[str], list[Row]]) -> None:
+    assert any(row["sampled_groups"] > 4 for row in alone("dapo")), "no group was replaced"
+    assert all(row["batch_filled"] == 1 for row in alone("dapo"))
+    assert all(row["critic_grad_norm"] > 0.05 for row in alone("ppo"))
+    assert [row["kl_coef"] for row in alone("ppo")] == [0.1] * 3
     # a KL below its target of 0.02: each step lowers the price by rate x max_error = 2%
-    assert [row["kl_coef"] for row in one["ppo, several steps a batch"]] == pytest.approx([0.1, 0.098, 0.09604])
-    assert one["kto"][0]["kl"] == 0 < one["kto"][1]["kl"]
-    ahead = one["grpo_decoupled, ahead, several steps a batch"]
+    assert [row["kl_coef"] for row in alone("ppo, several steps a batch")] == pytest.approx([0.1, 0.098, 0.09604])
+    assert alone("kto")[0]["kl"] == 0 < alone("kto")[1]["kl"]
+    ahead = alone("grpo_decoupled, ahead, several steps a batch")
     assert [row["staleness"] for row in ahead] == [0, 1, 1]
     assert ahead[1]["weight_max"] == pytest.approx(1.01) and ahead[1]["bounded_fraction"] > 0
-    assert one["grpo_decoupled"][1]["staleness_max"] == 1 > one["grpo_decoupled"][1]["staleness"] > 0
-    assert any(row["ratio_max"] > 1.05 for row in one["grpo, several steps a batch"]), "the later steps are off-policy"
+    assert alone("grpo_decoupled")[1]["staleness_max"] == 1 > alone("grpo_decoupled")[1]["staleness"] > 0
+    assert any(row["ratio_max"] > 1.05 for row in alone("grpo, several steps a batch")), (
+        "the later steps are off-policy"
+    )
 
 
 @pytest.mark.matrix
-@pytest.mark.timeout(900)
+@pytest.mark.parametrize("case", PAPERS)
 def test_published_settings_run_alike_under_two_layouts(
-    torchrun: Callable[..., Any], task: Any, tmp_path: Path
+    case: str, found: Callable[..., Found], alone: Callable[[str], list[Row]]
 ) -> None:
-    chosen = {name: [f"algorithm={name}", *more] for name, more in PAPERS.items()}
-    one = run_methods(torchrun, task.folder, tmp_path, 1, {"one rank": []}, chosen=chosen)["one rank"]
-    assert set(one) == set(PAPERS)
-    for name, rows in one.items():
-        assert len(rows) == 3 and all(row["grad_norm"] > 0.05 for row in rows), name
-    check_layouts(one, run_methods(torchrun, task.folder, tmp_path, 2, TWO, chosen=chosen))
+    rows = alone(case)
+    assert len(rows) == 3 and all(row["grad_norm"] > 0.05 for row in rows)
+    check_layouts(case, rows, found(2, case, TWO))
 
 
 @pytest.mark.matrix
-@pytest.mark.timeout(3000)
-def test_every_method_under_more_layouts(found: Callable[..., Found]) -> None:
-    one = found(1, {"one rank": []}, seconds=900)["one rank"]
-    check_layouts(one, found(2, MORE_TWO, seconds=900))
-    check_layouts(one, found(4, FOUR, seconds=1500))
+@pytest.mark.parametrize("case", cases())
+def test_every_method_under_more_layouts(
+    case: str, found: Callable[..., Found], alone: Callable[[str], list[Row]]
+) -> None:
+    check_layouts(case, alone(case), found(2, case, MORE_TWO))
+    check_layouts(case, alone(case), found(4, case, FOUR))

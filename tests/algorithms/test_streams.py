@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.algorithms.conftest import said_alike
-from tests.algorithms.streams_rank import BOUNDS
+from tests.algorithms.conftest import alike
+from tests.algorithms.streams_on_ranks import BOUNDS
+from tests.conftest import Ranks
 
 SPLIT = ["placement=split"]
 LAYOUTS = {
@@ -32,14 +31,15 @@ def cache() -> dict[str, Said]:
         *(pytest.param(name, marks=pytest.mark.matrix) for name in ("colocated, tensor 2", "two replicas")),
     ]
 )
-def said(request: pytest.FixtureRequest, cache: dict[str, Said], task: Any, torchrun: Callable[..., Any]) -> Said:
+def said(request: pytest.FixtureRequest, cache: dict[str, Said], task: Any, ranks: Ranks) -> Said:
     """What all ranks say alike under a layout."""
     if request.param not in cache:
-        ranks, overrides = LAYOUTS[request.param]
-        script = Path(__file__).with_name("streams_rank.py")
-        done = torchrun(ranks, [str(script), str(task.folder), *overrides], seconds=400)
-        assert done.returncode == 0, done.stdout[-1500:] + done.stderr[-4000:]
-        cache[request.param] = said_alike(done.stdout, ranks)
+        size, overrides = LAYOUTS[request.param]
+        pool = ranks(size)
+        cache[request.param] = alike(
+            pool.run("tests.algorithms.streams_on_ranks:run_streams", task.folder, overrides, seconds=400)
+        )
+        pool.close()  # it holds the engine of this layout
     return cache[request.param]
 
 

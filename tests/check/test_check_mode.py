@@ -26,6 +26,7 @@ from aligner.main import main
 from aligner.models.spec import read_spec
 from aligner.run.prepare import prepare
 from aligner.spmd.placement import make_meshes
+from tests import fork_server
 from tests.check.whole import said_of
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -53,7 +54,7 @@ def config_of(task: Path, *more: str) -> Config:
 
 def command(task: Path, *more: str, **env: str) -> subprocess.CompletedProcess[str]:
     arguments = ["--config-name=quickstart", *overrides(task, "mode=check", *more)]
-    return subprocess.run(
+    return fork_server.run(
         [sys.executable, "-m", "aligner.main", *arguments], cwd=ROOT, env={**os.environ, **env}, capture_output=True,
         text=True, timeout=100, check=False,
     )  # fmt: skip

@@ -26,6 +26,7 @@ from aligner.reshard.message.storage import allocate
 from aligner.spmd.mesh import Mesh
 from aligner.trainer.megatron.layout import MegatronLayout
 from aligner.trainer.megatron.sharding import MegatronSharding
+from tests import fork_server
 from tests.models.tiny import save_tiny
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -83,7 +84,7 @@ def test_a_folder_of_shards_is_read_into_any_layout(tmp_path: Path) -> None:
 
 def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     tool = [sys.executable, str(ROOT / "tools" / "convert.py")]
-    return subprocess.run([*tool, *map(str, arguments)], capture_output=True, text=True, timeout=120)
+    return fork_server.run([*tool, *map(str, arguments)], capture_output=True, text=True, timeout=120)
 
 
 def test_the_command(tmp_path: Path) -> None:

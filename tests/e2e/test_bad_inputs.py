@@ -20,6 +20,8 @@ from typing import Any
 import pytest
 import torch
 
+from tests import fork_server
+
 ROOT = Path(__file__).resolve().parents[2]
 ON_CPU = not torch.cuda.is_available()
 
@@ -526,7 +528,7 @@ def early(task: Any, bad: Path, tmp_path_factory: pytest.TempPathFactory) -> lis
     (folder / "cases.json").write_text(json.dumps({**cases, "alone": cases["data-missing"]}))
     (folder / "program.py").write_text(PROGRAM)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    process = subprocess.Popen(
+    process = fork_server.Popen(
         [*command, str(folder / "program.py"), str(folder)],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=folder, start_new_session=True,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},

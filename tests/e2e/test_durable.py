@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from tests import fork_server
 from tests.conftest import ROOT
 from tests.e2e.conftest import Task
 
@@ -37,7 +38,7 @@ def test_a_signal_saves_and_leaves_and_the_same_command_goes_on(
     run_dir = tmp_path / "run"
     overrides = [*task.overrides(run_dir), *CALM, "train.steps=500", "checkpoint.every=0"]
     options = ("--signals-to-handle", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1")  # as launch/slurm.sbatch has it
-    process = subprocess.Popen(
+    process = fork_server.Popen(
         command(task.folder, *overrides, options=options), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}, start_new_session=True,
     )  # fmt: skip

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from tests import fork_server
 from tests.e2e.conftest import Task
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -73,7 +73,7 @@ def answered(task: Task, model: Path, out: Path) -> float:
     command = [sys.executable, str(ROOT / "tools" / "generate.py"), "--model", str(model), "--output", str(out),
                "--input", str(task.folder / "heldout.jsonl"), "--max-tokens", "20", "--kv-cache-mib", "16"]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment)
+    done = fork_server.run(command, capture_output=True, text=True, timeout=200, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     texts = [json.loads(line)["response"][0] for line in out.read_text().splitlines()]
     return sum(sum(c.isdigit() for c in text) / max(1, len(text)) + 0.01 * len(text) for text in texts) / len(texts)

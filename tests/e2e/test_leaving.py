@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import fork_server
 from tests.conftest import ROOT
 from tests.e2e.conftest import Task
 from tests.e2e.test_durable import rows_of
@@ -29,7 +30,7 @@ class Running:
         command = [sys.executable, "-m", launcher, "--standalone", "--nproc-per-node=2", *options, "-m", "aligner.main"]
         self.said = folder / "said"
         with self.said.open("w") as said:
-            self.process = subprocess.Popen(
+            self.process = fork_server.Popen(
                 [*command, *overrides], stdout=said, stderr=subprocess.STDOUT, start_new_session=True, cwd=folder,
                 env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{folder}", "TMPDIR": str(self.tmp)},
             )  # fmt: skip
@@ -94,7 +95,7 @@ def test_a_signal_saves_and_leaves(
 def refused(settings: list[str], run_dir: Path, job: Running) -> None:
     """A second job in the folder of one that lives: nothing of the first one's is touched."""
     command = [sys.executable, "-m", "aligner.main", *settings, "overwrite=true"]
-    second = subprocess.run(
+    second = fork_server.run(
         command, capture_output=True, text=True, timeout=120, env={**os.environ, "PYTHONPATH": str(ROOT)}
     )
     assert second.returncode == 2 and f"run_dir={run_dir} is in use by another job: process " in second.stderr

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
-TOOL = Path(__file__).resolve().parents[2] / "tools" / "bench" / "trl_curves.py"
+from tests import fork_server
+from tools.bench import trl_curves
+
 ROUNDING = 1e-5
 """Of a few steps the curves differ by far less than is promised for 50."""
 
@@ -22,9 +23,8 @@ ROUNDING = 1e-5
 def compare(folder: Path, steps: int, *options: str) -> dict[str, dict[str, Any]]:
     """{method: {layout: figures}} of a run of the tool that found the curves within its bounds."""
     out = folder / "figures.json"
-    command = [sys.executable, str(TOOL), f"--steps={steps}", f"--json={out}", *options]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=1500)
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-6000:]
+    with mock.patch("subprocess.Popen", fork_server.Popen):
+        assert trl_curves.main([f"--steps={steps}", f"--json={out}", *options]) == 0
     found: dict[str, dict[str, Any]] = json.loads(out.read_text())
     return found
 

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch.distributed as dist
 
+from tests import fork_server
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -23,7 +25,7 @@ def run_ranks(script: Path, world: int, folder: Path, *args: str, timeout: float
     for rank in range(world):
         outputs.append(open(folder / f"{rank}.log", "w+"))  # noqa: SIM115 closed below
         processes.append(
-            subprocess.Popen(
+            fork_server.Popen(
                 [sys.executable, str(script), str(folder), *args],
                 env=environment | {"RANK": str(rank)},
                 stdout=outputs[-1],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Callable
@@ -14,6 +15,7 @@ import pytest
 from aligner.data.column_addition import write_tokenizer
 from aligner.reward.missing import MissingScores, check_missing, missing_of
 from aligner.reward.worker import Score, Status
+from tests.conftest import Ranks
 
 RULES = """
 import math, time
@@ -28,6 +30,7 @@ def ended(prompt, response, **fields): return float(response.endswith("<eos>"))
 
 def even(prompt, response, **fields): return float(int(response) % 2 == 0)
 """
+EACH = {"seen": {"rule": "ended", "keep_special_tokens": True}, "unsaid": {"rule": "ended", "weight": 0}}
 RESPONSES = ["1", "22", "333", "4444", "55555", "666", "71", "9", "12", "1234", "2", "3", "80", "4", "517", "6"]
 
 
@@ -50,50 +53,51 @@ def components(folder: Path) -> dict[str, Any]:
             "gate_value": -0.5,
         },
         "head": {"model": True, "weight": -0.3, "normalize": "batch"},
+        "taste": {"model": "taste", "weight": 0.25, "gate": "even", "gate_value": 0.125},
     }
 
 
-def said_by(torchrun: Callable[..., Any], folder: Path, cases: dict[str, Any]) -> dict[str, list[Any]]:
-    """What each of 3 ranks said in each case."""
-    job = {"tokenizer": str(folder / "tokenizer.json"), "cases": cases}
-    (folder / "job.json").write_text(json.dumps(job))
-    done = torchrun(3, [str(Path(__file__).with_name("role_rank.py")), str(folder / "job.json")], seconds=250)
-    assert done.returncode == 0, done.stderr[-3000:]
-    found: dict[str, list[Any]] = {name: [] for name in cases}
-    for line in done.stdout.splitlines():
-        if line.startswith("said "):
-            _, name, text = line.split(" ", 2)
-            found[name].append(json.loads(text))
-    assert {name: len(of) for name, of in found.items()} == dict.fromkeys(cases, 3)
-    for of in found.values():
-        assert len({json.dumps(one) for one in of}) == 1  # every rank says the same, to the last bit
-    return found
+@pytest.fixture
+def scored(ranks: Ranks, folder: Path) -> Callable[..., Any]:
+    """scored(reward, responses, ranks): what every rank of 3 found, all the same; the text of its error where it has one."""
+
+    numbers = itertools.count()
+
+    def score_on_ranks(reward: dict[str, Any], responses: list[str], of: list[int]) -> Any:
+        case = {"reward": reward, "responses": responses, "ranks": of}
+        found = ranks(3).run(
+            "tests.reward.role_on_ranks:score", folder / "tokenizer.json", f"case{next(numbers)}", case
+        )
+        assert len({json.dumps(one) for one in found}) == 1  # to the last bit, as text, so that NaN is NaN
+        return found[0]
+
+    return score_on_ranks
 
 
-def expected(head: np.ndarray) -> np.ndarray:
-    """By numpy in float64 from the definitions, given the head's raw scores."""
+def expected(head: np.ndarray, taste: np.ndarray) -> np.ndarray:
+    """By numpy in float64 from the definitions, given the raw scores of two reward models."""
     number = np.array([float(text) for text in RESPONSES])
     value = np.clip(np.float32(0.1 * number + np.sqrt(number)).astype(np.float64), 0, 60)
     value[[text[0] in "89" for text in RESPONSES]] = math.nan
     value = (value - np.nanmean(value)) / np.nanstd(value)
-    even = np.where(head > 0.2, (number % 2 == 0).astype(float), -0.5)
-    return 0.7 * value + 2.0 * even - 0.3 * (head - np.nanmean(head)) / np.nanstd(head)
+    is_even = (number % 2 == 0).astype(float)
+    even = np.where(head > 0.2, is_even, -0.5)
+    tasted = np.where(is_even > 0, taste, 0.125)
+    return 0.7 * value + 2.0 * even - 0.3 * (head - np.nanmean(head)) / np.nanstd(head) + 0.25 * tasted
 
 
-def test_on_real_ranks(torchrun: Callable[..., Any], folder: Path) -> None:
-    """One job, since its start is most of the time: layouts of the reward role, and batches that must stop it."""
-    every = {"reward": {"components": components(folder)}, "responses": RESPONSES, "ranks": [0, 1, 2]}
-    layouts = {"one": [0], "two": [0, 1], "three": [0, 1, 2], "other": [1]}
-    cases: dict[str, Any] = {name: {**every, "ranks": ranks} for name, ranks in layouts.items()}
-    cases["too_many"] = {**every, "reward": {**every["reward"], "max_missing": 0.1}}  # type: ignore[dict-item]
-    alone = {"rule": f"{folder}/rules.py:value", "max_missing": 1.0}
-    cases["none_left"] = {**every, "reward": alone, "responses": ["9", "91", "8", "9"]}
-    cases |= special_token_cases(folder)
-    found = {name: of[0] for name, of in said_by(torchrun, folder, cases).items()}
-    check_special_tokens(found)
-    for name in layouts:
-        assert json.dumps(found[name]) == json.dumps(found["one"]), name  # text, so that NaN is NaN
-    check_rewards(found["one"])
+LAYOUTS = {"one": [0], "two": [0, 1], "three": [0, 1, 2], "other": [1]}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_same_under_any_layout(layout: str, scored: Callable[..., Any], folder: Path) -> None:
+    found = scored({"components": components(folder)}, RESPONSES, LAYOUTS[layout])
+    check_rewards(found)
+    assert json.dumps(found) == json.dumps(scored({"components": components(folder)}, RESPONSES, [0]))
+
+
+def test_too_many_rows_without_a_reward_stop_it(scored: Callable[..., Any], folder: Path) -> None:
+    said = scored({"components": components(folder), "max_missing": 0.1}, RESPONSES, [0, 1, 2])
     for words in (
         "3 of 16 rows have no reward (",
         "more than reward.max_missing=0.1",
@@ -102,40 +106,49 @@ def test_on_real_ranks(torchrun: Callable[..., Any], folder: Path) -> None:
         "begins with 8",
         "reward.components.head.model=true: 1 failed: the reward model returned nan",
     ):
-        assert words in found["too_many"], (words, found["too_many"])
-    assert "4 of 4 rows have no reward (3 unparsable, 1 failed), so there is nothing to train on" in found["none_left"]
+        assert words in said, (words, said)
+
+
+def test_no_row_with_a_reward_stops_it(scored: Callable[..., Any], folder: Path) -> None:
+    said = scored({"rule": f"{folder}/rules.py:value", "max_missing": 1.0}, ["9", "91", "8", "9"], [0, 1, 2])
+    assert "4 of 4 rows have no reward (3 unparsable, 1 failed), so there is nothing to train on" in said
     for words in ("reward.max_missing=1.0", "KeyError at rules.py:", "begins with 9"):
-        assert words in found["none_left"]
+        assert words in said
 
 
-def special_token_cases(folder: Path) -> dict[str, Any]:
+@pytest.mark.parametrize(
+    ("reward", "values", "shown"),
+    [
+        ({"rule": "ended"}, {"ended": [0.0, 0.0]}, ["1", "2"]),
+        ({"rule": "ended", "keep_special_tokens": True}, {"ended": [1.0, 0.0]}, ["1<eos>", "2"]),
+        ({"components": EACH}, {"seen": [1.0, 0.0], "unsaid": [0.0, 0.0]}, ["1", "2"]),
+        (
+            {
+                "components": {**EACH, "not": {"rule": "ended", "keep_special_tokens": False}},
+                "keep_special_tokens": True,
+            },
+            {"seen": [1.0, 0.0], "unsaid": [1.0, 0.0], "not": [0.0, 0.0]},
+            None,
+        ),
+    ],
+    ids=["hidden", "kept", "each", "all"],
+)
+def test_special_tokens(
+    reward: dict[str, Any], values: dict[str, Any], shown: list[str] | None, scored: Callable[..., Any], folder: Path
+) -> None:
     """A rule that looks for the end token, with and without special tokens; several components that want either."""
-    rule = f"{folder}/rules.py:ended"
-    each = {"seen": {"rule": rule, "keep_special_tokens": True}, "unsaid": {"rule": rule, "weight": 0}}
-    rewards = {
-        "hidden": {"rule": rule},
-        "kept": {"rule": rule, "keep_special_tokens": True},
-        "each": {"components": each},
-        "all": {
-            "components": {**each, "not": {"rule": rule, "keep_special_tokens": False}},
-            "keep_special_tokens": True,
-        },
-    }
-    return {name: {"reward": one, "responses": ["1<eos>", "2"], "ranks": [0, 1]} for name, one in rewards.items()}
-
-
-def check_special_tokens(found: dict[str, Any]) -> None:
-    values = {name: found[name]["components"] for name in ("hidden", "kept", "each", "all")}
-    assert values["hidden"] == {"ended": [0.0, 0.0]} and found["hidden"]["response"] == ["1", "2"]
-    assert values["kept"] == {"ended": [1.0, 0.0]} and found["kept"]["response"] == ["1<eos>", "2"]
-    assert values["each"] == {"seen": [1.0, 0.0], "unsaid": [0.0, 0.0]} and found["each"]["response"] == ["1", "2"]
-    assert values["all"] == {"seen": [1.0, 0.0], "unsaid": [1.0, 0.0], "not": [0.0, 0.0]}
+    text = json.dumps(reward).replace('"rule": "', f'"rule": "{folder}/rules.py:')
+    found = scored(json.loads(text), ["1<eos>", "2"], [0, 1])
+    assert found["components"] == values
+    assert shown is None or found["response"] == shown
 
 
 def check_rewards(one: dict[str, Any]) -> None:
     assert one["response"] == RESPONSES
     reward_B = np.array([float.fromhex(value) for value in one["reward"]])
-    wanted = expected(np.array(one["components"]["head"]))
+    head, taste = (np.array(one["components"][name]) for name in ("head", "taste"))
+    assert np.nanmax(np.abs(head - taste)) > 0.1, "each reward model's own scores"
+    wanted = expected(head, taste)
     np.testing.assert_allclose(reward_B, wanted, rtol=1e-5, atol=1e-6)
     lost = {7: Status.UNPARSABLE, 12: Status.FAILED, 4: Status.FAILED}  # "9", "80"; "55555" is the row of 7 tokens
     assert {row: status for row, status in enumerate(one["status"]) if status} == lost

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests import fork_server
 
 ROOT = Path(__file__).parents[2]
 
@@ -17,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 def test_replicas_on_part_of_the_world(models: dict[str, tuple[Any, str]]) -> None:
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3", "-m", "tests.rollout.replicas"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
-    done = subprocess.run(
+    done = fork_server.run(
         [sys.executable, *command, models["qwen2"][1], models["qwen3_tied"][1]],
         cwd=ROOT,
         env=environment,

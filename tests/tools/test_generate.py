@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from aligner.data.prompts import tokenize_prompts
 from aligner.rollout.offline import fingerprint, take_devices
 from aligner.rollout.requests import Sample
+from tests import fork_server
 from tests.data.tokenizer_kinds import tokenizer_of
 from tests.e2e.conftest import Task, task
 from tests.tools.generate_forks import ROOT, SETTINGS, tool
@@ -41,7 +42,7 @@ def folder(task: Task, tmp_path_factory: pytest.TempPathFactory) -> Path:
         rows = [json.loads(next(source)) for _ in range(ROWS)]
     text = [json.dumps(row | {"question": row["prompt"].removeprefix("<bos>")}) for row in rows]
     (folder / "rows.jsonl").write_text("\n\n".join(text))  # blank lines are no rows
-    done = subprocess.run(
+    done = fork_server.run(
         [sys.executable, str(FORKS), str(folder)], capture_output=True, text=True, timeout=200, env=ENVIRONMENT
     )
     assert done.returncode == 0, done.stderr[-4000:]
@@ -124,14 +125,14 @@ def test_the_command_is_killed_and_two_engines_go_on(folder: Path, tmp_path: Pat
     out = tmp_path / "out.jsonl"
     command = [str(ROOT / "tools" / "generate.py"), "--model", str(folder / "model"), *SETTINGS, "--num-samples", "2",
                "--input", str(folder / "rows.jsonl"), "--output", str(out), "--logprobs", "--kv-cache-mib", "16"]  # fmt: skip
-    process = subprocess.Popen([sys.executable, *command], env=ENVIRONMENT, stderr=subprocess.DEVNULL)
+    process = fork_server.Popen([sys.executable, *command], env=ENVIRONMENT, stderr=subprocess.DEVNULL)
     part, deadline = tmp_path / "out.jsonl.part-0", time.monotonic() + 120
     while not (part.exists() and part.stat().st_size) and time.monotonic() < deadline:
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL, "it was not killed in the middle"
     assert part.stat().st_size and not out.exists()
-    done = subprocess.run(
+    done = fork_server.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *command],
         capture_output=True, text=True, timeout=200, env=ENVIRONMENT,
     )  # fmt: skip

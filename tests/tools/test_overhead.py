@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import numpy as np
 import pytest
 
 from aligner.health.timeline import Timeline
+from tests import fork_server
 from tools.bench.overhead import at, fit, job
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -25,7 +25,7 @@ def test_two_ranks(tmp_path: Path) -> None:
     out = tmp_path / "figures.json"
     command = [sys.executable, str(ROOT / "tools/bench/overhead.py"), "--ranks", "2", "--batches", "rows"]
     command += ["--placements", "split", "--steps", "3", "--limit", "100", "--json", str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=150, check=False)
+    done = fork_server.run(command, capture_output=True, text=True, timeout=150, check=False)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     (found,) = json.loads(out.read_text()).values()
     assert (found["2"]["messages"], found["2"]["messages_most"]) == (3.0, 5.0)

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests import fork_server
+
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = {
     "architectures": ["LlamaForCausalLM"], "num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 4,
@@ -30,7 +32,7 @@ def model(tmp_path: Path) -> Path:
 
 def run(*arguments: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(ROOT / "tools/reshard_check.py"), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=100, cwd=ROOT, check=False)
+    return fork_server.run(command, capture_output=True, text=True, timeout=100, cwd=ROOT, check=False)
 
 
 def table(out: str) -> dict[int, list[int]]:

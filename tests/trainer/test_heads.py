@@ -9,15 +9,18 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification
 
-from tests.trainer.test_parity import FAMILIES
+from tests.conftest import Ranks
+from tests.trainer.test_parity import FAMILIES, each
 
 SMALL = ("qwen3", "llama")
 LAYOUTS = {1: ["adam", "micro=1000"], 2: ["adam", "tensor=2", "tensor=2,sp,adam", "pipeline=2,adam", "context=2,adam"]}
 SPECIAL = {2: ["qwen3_moe:expert=2,adam", "gemma:tensor=2,sp", "llama:pipeline=2,virtual_pipeline=2"]}
-EVEN = [name for name in FAMILIES if name != "three"]
+HEADED = [name for name in FAMILIES if name != "olmo2_bias"]
+"""Of the one left out, float32 leaves transformers itself 2e-5 in the gradients of its key biases."""
+EVEN = [name for name in HEADED if name != "three"]
 """Models whose layers make two equal stages."""
 MATRIX = {
-    1: [f"{name}:" for name in FAMILIES],
+    1: [f"{name}:" for name in HEADED],
     2: [f"{name}:{layout}" for name in EVEN for layout in ("tensor=2,sp,recompute=full", "pipeline=2", "adam")],
     4: [
         *(f"{name}:tensor=2,pipeline=2,sp,recompute=selective" for name in EVEN),
@@ -61,21 +64,18 @@ def classifiers(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(torchrun, ranks: int, classifiers: Path, out: Path, cases: list[str], seconds: float) -> None:  # type: ignore[no-untyped-def]
-    script = Path(__file__).with_name("heads_rank.py")
-    done = torchrun(ranks, [str(script), str(classifiers), str(out), *cases], seconds=seconds)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    for case in cases:
-        assert done.stdout.count(f"{case} values off by") == ranks, case
+STEPS = {
+    size: [f"{name}:{layout}" for name in SMALL for layout in LAYOUTS[size]] + SPECIAL.get(size, []) for size in LAYOUTS
+}
 
 
-@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.matrix)])
-def test_steps_equal_those_of_transformers(torchrun, classifiers: Path, tmp_path: Path, ranks: int) -> None:  # type: ignore[no-untyped-def]
-    cases = [f"{name}:{layout}" for name in SMALL for layout in LAYOUTS[ranks]] + SPECIAL.get(ranks, [])
-    run(torchrun, ranks, classifiers, tmp_path, cases, 150)
+@pytest.mark.parametrize(("size", "case"), each(STEPS, default=1))
+def test_steps_equal_those_of_transformers(
+    ranks: Ranks, classifiers: Path, tmp_path: Path, size: int, case: str
+) -> None:
+    ranks(size).run("tests.trainer.heads_on_ranks:check_heads", classifiers, tmp_path, case)
 
 
-@pytest.mark.matrix
-@pytest.mark.parametrize("ranks", [1, 2, 4])
-def test_of_every_family(torchrun, classifiers: Path, tmp_path: Path, ranks: int) -> None:  # type: ignore[no-untyped-def]
-    run(torchrun, ranks, classifiers, tmp_path, MATRIX[ranks], 500)
+@pytest.mark.parametrize(("size", "case"), each(MATRIX, default=0))
+def test_of_every_family(ranks: Ranks, classifiers: Path, tmp_path: Path, size: int, case: str) -> None:
+    ranks(size).run("tests.trainer.heads_on_ranks:check_heads", classifiers, tmp_path, case)

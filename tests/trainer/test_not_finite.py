@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,9 @@ from safetensors.torch import load_file
 from aligner.bounds import check_settings
 from aligner.data.column_addition import ModelShape, write_model
 from aligner.trainer.skips import NotFinite, Skips
+from tests.conftest import Ranks
+from tests.trainer.test_parity import each
 
-PROGRAM = Path(__file__).with_name("not_finite_rank.py")
 ALONE = ["loss float32 shared", "gradient bfloat16 whole"]
 PAIR = [
     "loss float32 shared",
@@ -28,14 +28,17 @@ PAIR = [
 ]
 
 
-@pytest.mark.parametrize(("ranks", "cases"), [(1, ALONE), (2, PAIR)])
-def test_left_out_then_stopped(torchrun: Callable[..., Any], tmp_path: Path, ranks: int, cases: list[str]) -> None:
-    write_model(tmp_path / "model", ModelShape(hidden=64, layers=2, heads=4, kv_heads=2, head_dim=32, ffn=96), seed=0)
-    done = torchrun(ranks, [str(PROGRAM), str(tmp_path / "model"), str(tmp_path / "out"), *cases], seconds=300)
-    assert done.returncode == 0, done.stdout[-500:] + done.stderr[-3000:]
-    assert done.stdout.count("left out: ") == ranks * len(cases)
-    for case in cases:
-        check_files(tmp_path / "out" / case.replace(" ", "_") / "offending", case, ranks)
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("not_finite")
+    write_model(folder / "model", ModelShape(hidden=64, layers=2, heads=4, kv_heads=2, head_dim=32, ffn=96), seed=0)
+    return folder / "model"
+
+
+@pytest.mark.parametrize(("size", "case"), each({1: ALONE, 2: PAIR}))
+def test_left_out_then_stopped(ranks: Ranks, model: Path, tmp_path: Path, size: int, case: str) -> None:
+    ranks(size).run("tests.trainer.not_finite_on_ranks:check", model, tmp_path, case)
+    check_files(tmp_path / case.replace(" ", "_") / "offending", case, size)
 
 
 def check_files(folder: Path, case: str, ranks: int) -> None:

@@ -124,16 +124,16 @@ def _saving(run_dir: Path) -> bool:
 
 
 def _ranks_of(agent: int) -> Iterator[tuple[int, int]]:
-    """(rank, process) of the ranks that torchrun has started."""
+    """(rank, process) of the living ranks that torchrun has started: its children that lead sessions of their own."""
+    leaders = []
     for folder in Path("/proc").iterdir():
         try:
-            if not folder.name.isdigit() or int((folder / "stat").read_text().rpartition(")")[2].split()[1]) != agent:
-                continue
-            found = dict(v.split(b"=", 1) for v in (folder / "environ").read_bytes().split(b"\0") if b"=" in v)
-        except OSError:  # it has just ended
+            state, parent, _, session, *others = (folder / "stat").read_text().rpartition(")")[2].split()
+        except OSError:  # no process, or it has just ended
             continue
-        if b"RANK" in found:
-            yield int(found[b"RANK"]), int(folder.name)
+        if state != "Z" and int(parent) == agent and session == folder.name:
+            leaders.append((int(others[15]), int(folder.name)))  # in the order of their starts
+    yield from enumerate(process for _, process in sorted(leaders))
 
 
 def outcome(run_dir: Path) -> dict[str, Any]:
@@ -164,14 +164,15 @@ def difference(expected: dict[str, Any], found: dict[str, Any]) -> str:
     return ""
 
 
-def main() -> None:
+def main(arguments: list[str]) -> int:
+    """Run the undisturbed job and the disturbed ones; 1 if any differs."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=50, help="runs that are disturbed")
     parser.add_argument("--kills", type=int, default=KILLS, help="at most so many in a run")
     parser.add_argument("--seed", type=int, default=0, help="decides when and whom")
     parser.add_argument("--out", type=Path, default=None, help="folder for the runs (default: a temporary one)")
     parser.add_argument("overrides", nargs="*", help="further settings of the job")
-    given = parser.parse_args()
+    given = parser.parse_args(arguments)
     out = (given.out or Path(tempfile.mkdtemp(prefix="kill-"))).resolve()
     task = make_task(out / "task")
     calm = run(task, out / "calm", given.overrides, [], random.Random())
@@ -200,8 +201,8 @@ def main() -> None:
         f"{given.runs - wrong} of {given.runs} runs are the same to the last bit, after {kills} kills, {saves} of them in a "
         f"save; median {median(seconds):.1f} s"
     )
-    raise SystemExit(1 if wrong else 0)
+    return 1 if wrong else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main(sys.argv[1:]))

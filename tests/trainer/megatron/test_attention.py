@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from aligner.trainer.megatron.attention import packed_attention
-from tests.trainer.context_rank import SCALE, dense
+from tests.trainer.context_on_ranks import SCALE, dense
 
 
 @pytest.mark.parametrize("window", [None, 1, 3, 6, 40, 256, 300])

@@ -1,12 +1,7 @@
-"""One rank of the tests of what loops are made of: dynamic sampling, the reference's sums, evaluation on pairs.
-
-Argument: the folder of the tests' small task. What is found is printed; every rank must print the same.
-"""
+"""What ranks do in the tests of what loops are made of: dynamic sampling, the reference's sums, evaluation on pairs."""
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -30,6 +25,8 @@ from aligner.spmd.ref import Ref
 from aligner.spmd.role import Role
 from aligner.spmd.world import World
 from aligner.trainer.policy import Policy, Reference
+
+Results = dict[str, Any]
 
 SCENES: dict[str, dict[str, Any]] = {
     "no dynamic sampling": {"batches": ["11 10", "00 01"], "more": 0},
@@ -75,14 +72,13 @@ def prompts_of(batches: Sequence[str], tokenizer: Any) -> list[list[Prompt]]:
     return found
 
 
-def check_sampling(world: World, job: Job, policy: Policy) -> None:
+def check_sampling(world: World, folder: Path, job: Job, policy: Policy) -> Results:
+    results: Results = {}
     tokenizer = job.checked.tokenizer
     mesh = Mesh(tuple(range(world.size)), name="rollout")
     rollout: Any = Table("rollout", world, mesh)
     rollout.tokenizer = tokenizer
-    reward = Reward(
-        "reward", world, mesh, replace(job.config.reward, rule=f"{Path(sys.argv[1]) / 'rule.py'}:number"), tokenizer
-    )
+    reward = Reward("reward", world, mesh, replace(job.config.reward, rule=f"{folder / 'rule.py'}:number"), tokenizer)
     for name, scene in SCENES.items():
         stream = iter(prompts_of(scene["batches"], tokenizer))
         roles: Any = Roles({"policy": policy, "rollout": rollout, "reward": reward})
@@ -93,7 +89,8 @@ def check_sampling(world: World, job: Job, policy: Policy) -> None:
         )
         of = both.gather()
         rows = [[g, None if r != r else r] for g, r in zip(of["group"].tolist(), of["reward"].tolist(), strict=True)]
-        say(world, f"sampling {name}", {"rows": rows, "report": batch.report, "left": len(list(stream))})
+        results[f"sampling {name}"] = {"rows": rows, "report": batch.metrics, "left": len(list(stream))}
+    return results
 
 
 class Counting(Reference):
@@ -106,7 +103,8 @@ class Counting(Reference):
         return super().logprobs(samples)
 
 
-def check_sums(world: World, pairs: Job, feedback: Job, policy: Policy) -> None:
+def check_sums(world: World, pairs: Job, feedback: Job, policy: Policy) -> Results:
+    results: Results = {}
     config = pairs.config
     mesh = pairs.checked.meshes["policy"]
     for kind, job, form in (("pairs", pairs, as_pairs), ("feedback", feedback, as_feedback)):
@@ -123,13 +121,15 @@ def check_sums(world: World, pairs: Job, feedback: Job, policy: Policy) -> None:
             asked.append(reference.asked)
             for place, (index, one) in enumerate(zip(batch.prompt_index_B.tolist(), value.tolist(), strict=True)):
                 seen.setdefault(f"{index} {place % 2 if kind == 'pairs' else 0}", []).append(one)
-        say(world, f"sums {kind}", {"asked": asked, "seen": seen})
+        results[f"sums {kind}"] = {"asked": asked, "seen": seen}
+    return results
 
 
-def check_evaluation(world: World, job: Job, demonstrations: Job, policy: Policy) -> None:
+def check_evaluation(world: World, job: Job, demonstrations: Job, policy: Policy) -> Results:
+    results: Results = {}
     row = Evaluation(Roles({"policy": policy}), demonstrations.checked, demonstrations.config).run()
     row.pop("seconds_evaluate")
-    say(world, "evaluation demonstrations", row)
+    results["evaluation demonstrations"] = row
     reference = Reference("reference", world, job.checked.meshes["policy"], job.checked.spec, job.config.policy)
     wanted = {"policy": [policy], "policy and reference": [policy, reference]}
     scorer = build_roles(
@@ -139,20 +139,16 @@ def check_evaluation(world: World, job: Job, demonstrations: Job, policy: Policy
         evaluation = Evaluation(Roles({role.name: role for role in roles}), job.checked, job.config)
         row = evaluation.run()
         row.pop("seconds_evaluate")
-        say(world, f"evaluation {name}", row)
+        results[f"evaluation {name}"] = row
+    return results
 
 
-def say(world: World, what: str, found: Any) -> None:
-    print(f"said {world.rank} {what}: {json.dumps(found)}\n", end="", flush=True)
-
-
-def main() -> None:
-    task, layout = Path(sys.argv[1]), sys.argv[2:]
+def run_loops(world: World, task: Path, layout: list[str]) -> Results:
+    """What is found, by what it is about; the same on every rank. `task`: the folder of the tests' small task."""
     base = [
         f"model.path={task / 'model'}", f"run_dir={task / 'run'}", "data.max_tokens=64", "policy.micro_tokens=256",
         "data.prompts_per_step=4", f"reward_model.path={task / 'scorer'}", "train.eval_every=0", *layout,
     ]  # fmt: skip
-    world = World(100)
 
     def job(*overrides: str) -> Job:
         return prepare(to_config(compose_config([*base, *overrides], "quickstart")), world.size)
@@ -164,11 +160,8 @@ def main() -> None:
                          f"data.eval_path={task / 'heldout_demonstrations.jsonl'}")  # fmt: skip
     checked = pairs.checked
     policy = Policy("policy", world, checked.meshes["policy"], checked.spec, pairs.config.policy)
-    check_sampling(world, pairs, policy)
-    check_sums(world, pairs, feedback, policy)
-    check_evaluation(world, pairs, demonstrations, policy)
-    world.leave()
-
-
-if __name__ == "__main__":
-    main()
+    return {
+        **check_sampling(world, task, pairs, policy),
+        **check_sums(world, pairs, feedback, policy),
+        **check_evaluation(world, pairs, demonstrations, policy),
+    }

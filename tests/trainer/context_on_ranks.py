@@ -1,21 +1,21 @@
-"""One rank of the tests of attention over context ranks: outputs and gradients beside attention with a dense mask, in
+"""What ranks do in the tests of attention over context ranks: outputs and gradients beside attention with a dense mask, in
 float64, and what a layer keeps for its backward."""
 
 from __future__ import annotations
 
 import weakref
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
-from aligner.trainer.context import cut, held_by_each
+from aligner.spmd.world import World
+from aligner.trainer.context import split_rows, tokens_per_rank
 from aligner.trainer.megatron import context_attention as context_attention_file
 from aligner.trainer.megatron.context_attention import Gathered, context_attention
 
-ROWS = [(9, 17, 12, 5), (1,), (3, 1), (2, 1, 3, 1, 2), (40, 40, 6, 6, 6), (600, 300), (521,)]
-"""Ragged; fewer tokens than ranks; equal rows, which share a call; pieces longer than one block of queries."""
 SCALE = 0.3
 
 
@@ -43,7 +43,7 @@ def check(
     upstream = random(total, heads[0] * 8)
     wanted = dense(*whole, lengths, window)
     wanted.backward(upstream)
-    mine, held = cut(lengths, ranks).mine(rank), held_by_each(lengths, ranks, multiple_of)
+    mine, held = split_rows(lengths, ranks).token_indices(rank), tokens_per_rank(lengths, ranks, multiple_of)
     garbage = held - len(mine)
 
     def own(x: Tensor) -> Tensor:  # what stands at the padding must reach nothing
@@ -67,7 +67,7 @@ def check(
         assert not x.grad[len(mine) :].any()
 
 
-def check_kept() -> None:
+def check_kept(world: World) -> None:
     """What was gathered is gone after the forward, and after the backward; without `drop` it stays for the backward."""
     group = dist.group.WORLD
     assert group is not None
@@ -92,23 +92,17 @@ def check_kept() -> None:
     Gathered.fill = inner  # type: ignore[method-assign]
 
 
-def main() -> None:
-    dist.init_process_group("gloo")
-    check_kept()
-    for number, lengths in enumerate(ROWS):
-        check(lengths, 1 + number % 3, (4, 2), drop=True)
-        check(lengths, 1, (3, 3), drop=False)
-        for window in (1, 3, 40, 300):
-            check(lengths, 1, (4, 2), drop=True, window=window)
-        check(lengths, 1, (4, 2), drop=False, window=7)
+def check_rows(world: World, lengths: tuple[int, ...], multiple_of: int) -> None:
+    """Rows of these lengths, as on a CPU and as with CUDA."""
+    check(lengths, multiple_of, (4, 2), drop=True)
+    check(lengths, 1, (3, 3), drop=False)
+    for window in (1, 3, 40, 300):
+        check(lengths, 1, (4, 2), drop=True, window=window)
+    check(lengths, 1, (4, 2), drop=False, window=7)
     # as with CUDA: a piece is one call, its mask is known by its name
-    context_attention_file._block = lambda query: 0  # type: ignore[attr-defined]
-    context_attention_file._bias = lambda call, plan, query: causal_lower_right(call.queries, call.keys)  # type: ignore[attr-defined]
-    for lengths in ROWS:
+    with mock.patch.multiple(
+        context_attention_file,
+        _block=lambda query: 0,
+        _bias=lambda call, plan, query: causal_lower_right(call.queries, call.keys),
+    ):
         check(lengths, 1, (4, 2), drop=True)
-    print(f"rank {dist.get_rank()} agrees\n", end="", flush=True)
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()

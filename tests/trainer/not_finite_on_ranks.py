@@ -1,4 +1,4 @@
-"""One rank of the tests of steps that are left out. Arguments: a model's folder, a folder to write to, cases.
+"""What ranks do in the tests of steps that are left out.
 
 A case is "loss", "gradient" or "scores" (what is NaN, on row 5 alone; scores: of a reward model), a dtype, "shared" or "whole" (distributed optimizer or not)
 and sizes, such as "gradient float32 shared tensor=2". Beside the policy that meets bad batches goes one that never does.
@@ -6,7 +6,6 @@ and sizes, such as "gradient float32 shared tensor=2". Beside the policy that me
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +104,8 @@ class Case:
         return policy.update(loss, placed, row_B=row_B, advantage_B=advantage_B).gather()  # type: ignore[no-any-return]
 
 
-def check(case: Case) -> None:
+def check(world: World, model: Path, out: Path, text: str) -> None:
+    case = Case(text, model, out, world)
     good, bad = LOSSES[case.kind]
     met = case.policy("met", NotFinite(max_in_row=2))
     spared = case.policy("spared")
@@ -161,16 +161,3 @@ def check_loaded(case: Case, bad: Any) -> None:
     assert policy.update(bad, placed, **refs).gather()["skipped_steps"] == 1.0
     refs["row_B"] = policy.scatter_like(placed, torch.where(fields["row_B"] == BAD, 0, fields["row_B"]))
     assert "skipped_steps" not in policy.update(bad, placed, **refs).gather(), "without the bad row it is a good batch"
-
-
-def main() -> None:
-    model, out, cases = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:]
-    world = World(100)
-    for text in cases:
-        check(Case(text, model, out, world))
-        print(f"left out: {text}\n", end="", flush=True)
-    world.leave()
-
-
-if __name__ == "__main__":
-    main()

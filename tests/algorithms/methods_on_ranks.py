@@ -1,18 +1,12 @@
-"""One rank of the methods' tests: a few steps of every method under several layouts, with one engine for all of them.
-
-Argument: a JSON file {rollout, base, cases, layouts, steps, out}; `base` are the overrides of every job, `rollout` and
-`layouts` overrides of the placement, `cases` further ones by name. Rank 0 writes {layout: {case: rows}} to `out`.
-"""
+"""What ranks do in the methods' tests: a few steps of a method under several layouts, with one engine for all of them."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import gc
 import itertools
-import json
-import sys
 import zlib
-from pathlib import Path
 from typing import Any
 
 from aligner.algorithms import Step
@@ -66,7 +60,7 @@ def build(job: Job, config: Config, world: World, meshes: dict[str, Mesh], wante
 def row_of(step: Step) -> Row:
     """Everything that a step tells, as the driver logs it."""
     row: Row = dict(step.metrics.gather()) if step.metrics is not None else {}
-    for name, value in step.more.items():
+    for name, value in step.extra_metrics.items():
         row |= {f"{name}_{key}": n for key, n in value.gather().items()} if isinstance(value, Ref) else {name: value}
     if step.scores is not None:
         row |= step.scores.gather().row()
@@ -90,28 +84,23 @@ def placement_of(base: list[str], overrides: list[str]) -> Placement:
     return to_config(compose_config([*base, *overrides], "quickstart")).placement
 
 
-def main() -> None:
-    plan: dict[str, Any] = json.loads(Path(sys.argv[1]).read_text())
-    world = World(120)
-    jobs = {
-        name: prepare(to_config(compose_config([*plan["base"], *overrides], "quickstart")), world.size)
-        for name, overrides in plan["cases"].items()
-    }
-    layouts = {name: placement_of(plan["base"], overrides) for name, overrides in plan["layouts"].items()}
-    bench = Bench(world, placement_of(plan["base"], plan["rollout"]))
-    found: dict[str, dict[str, list[Row]]] = {name: {} for name in layouts}
-    for case, job in jobs.items():
-        for layout, placement in layouts.items():
-            try:
-                found[layout][case] = steps_of(job, bench.roles(job, placement), plan["steps"])
-            except Exception as error:
-                error.add_note(f"{case} under {layout}")
-                world.fail(error)
-            gc.collect()
-    if world.rank == 0:
-        Path(plan["out"]).write_text(json.dumps(found))
-    world.leave()
+@functools.cache
+def bench_of(world: World, base: tuple[str, ...]) -> Bench:
+    return Bench(world, placement_of(list(base), []))
 
 
-if __name__ == "__main__":
-    main()
+def run_case(
+    world: World, base: list[str], case: list[str], layouts: dict[str, list[str]], steps: int
+) -> dict[str, list[Row]]:
+    """A row for each step, under each of `layouts` (overrides of the placement).
+
+    Args:
+        base: the overrides of every job; the engine stays for all jobs of one base.
+        case: further overrides.
+    """
+    job = prepare(to_config(compose_config([*base, *case], "quickstart")), world.size)
+    bench, found = bench_of(world, tuple(base)), {}
+    for layout, overrides in layouts.items():
+        found[layout] = steps_of(job, bench.roles(job, placement_of(base, overrides)), steps)
+        gc.collect()
+    return found

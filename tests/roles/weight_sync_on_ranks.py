@@ -1,14 +1,12 @@
-"""The job of test_weight_sync.py: two policies and two rollouts on two ranks, one cut over both, one engine on each."""
+"""What ranks do in test_weight_sync.py: two policies and two rollouts on two ranks, one cut over both, one engine on each."""
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
 
 import pytest
-import torch
 import torch.distributed as dist
 
 from aligner.data.prompts import Prompt
@@ -29,14 +27,9 @@ GREEDY = Sampling(temperature=0.0, max_tokens=12, stop_token_ids=())
 PROMPTS = [Prompt(tuple(tokens), "", {}, index) for index, tokens in enumerate(tiny.prompts(3))]
 
 
-def main() -> None:
-    world = World(timeout_seconds=120)
-    try:
-        Scene(world, Path(sys.argv[1])).check()
-        print("weight syncs: ok\n", end="", flush=True)
-    except BaseException as error:
-        world.fail(error)
-    world.leave()
+def check(world: World, folder: Path) -> None:
+    """`folder`: where the model is saved."""
+    Scene(world, folder).check()
 
 
 class Scene:
@@ -132,8 +125,3 @@ class Scene:
         assert policy.syncs is not None
         with pytest.raises(ValueError, match=r"model\.extra\.weight, held by the source, is wanted by no destination"):
             WeightSync(self.world, Extra(), rollout.weights, policy.syncs.config)  # type: ignore[arg-type]
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    main()

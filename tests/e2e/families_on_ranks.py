@@ -1,13 +1,8 @@
-"""The job of test_families.py: real policies brought to real engines three times, against engines that loaded the same.
-
-Arguments: a folder for checkpoints, how many of the three syncs are compared with a fresh engine, then the cases:
-family:dtype:rollout tensor size:colocated or split.
-"""
+"""What ranks do in test_families.py: real policies brought to real engines three times, against engines that loaded the same."""
 
 from __future__ import annotations
 
 import os
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -34,22 +29,16 @@ DRAWN = Sampling(temperature=1.0, max_tokens=16, stop_token_ids=())
 SYNCS = 3
 
 
-def main() -> None:
-    world = World(timeout_seconds=120)
-    try:
-        root, fresh, cases = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]
-        for case in cases:
-            family, dtype, tensor, where = case.split(":")
-            check(world, family, dtype, int(tensor), where, root / case.replace(":", "-"), fresh)
-            if world.rank == 0:
-                print(f"{case}: ok", flush=True)
-    except BaseException as error:
-        world.fail(error)
-    world.leave()
+def check(world: World, root: Path, case: str, fresh: int) -> None:
+    """After each sync: tokens and log-probabilities, to the last bit, of an engine that loaded the same weights.
 
-
-def check(world: World, family: str, dtype: str, tensor: int, where: str, folder: Path, fresh: int) -> None:
-    """After each sync: tokens and log-probabilities, to the last bit, of an engine that loaded the same weights."""
+    Args:
+        root: a folder for checkpoints.
+        case: family:dtype:rollout tensor size:colocated or split.
+        fresh: how many of the three syncs are compared with a fresh engine.
+    """
+    family, dtype, size, where = case.split(":")
+    tensor, folder = int(size), root / case.replace(":", "-")
     model = tiny.make_model(family, 3)
     save(world, model, folder)
     spec = read_spec(folder)
@@ -86,7 +75,7 @@ def check(world: World, family: str, dtype: str, tensor: int, where: str, folder
         answers.append(ask(rollout.engine) if rollout.member else None)
         save(world, model, folder.with_name(f"{folder.name}-{sync}"))
     if world.rank in (*half, *others):
-        rows = policy.syncs.by_rollout["rollout"].ledger
+        rows = policy.syncs.by_rollout["rollout"].stats
         told: list[object] = [None] * world.size
         dist.all_gather_object(told, [(row.moved_bytes, row.minimum_bytes) for row in rows])
         for sync in range(SYNCS):
@@ -126,7 +115,3 @@ def stock(folder: Path, group: dist.ProcessGroup | None, ident: str, config: obj
 def ask(engine: RolloutEngine) -> list[list[Sample]]:
     asked = tiny.prompts(4)
     return [group for how in (GREEDY, DRAWN) for group in engine.generate(asked, [7, 107, 207, 307], how)]
-
-
-if __name__ == "__main__":
-    main()

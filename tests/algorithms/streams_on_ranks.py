@@ -1,13 +1,8 @@
-"""One rank of the tests of streams: samples generated ahead, interrupted, met by new weights.
-
-Arguments: the folder of the tests' small task, then overrides. What is found is printed; every rank must print the same.
-"""
+"""What ranks do in the tests of streams: samples generated ahead, interrupted, met by new weights."""
 
 from __future__ import annotations
 
 import itertools
-import json
-import sys
 import time
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
@@ -59,6 +54,7 @@ class Streams:
     def __init__(self, world: World, job: Job, roles: Roles) -> None:
         self.world, self.job, self.policy, self.rollout = world, job, roles.policy, roles.rollout
         self.begun = itertools.count()
+        self.results: dict[str, Any] = {}
 
     def batches(self) -> Iterator[list[Any]]:
         for number in range(BATCHES):
@@ -186,7 +182,7 @@ class Streams:
                 value.data.copy_(kept)
 
     def say(self, what: str, found: Any) -> None:
-        print(f"said {self.world.rank} {what}: {json.dumps(found)}\n", end="", flush=True)
+        self.results[what] = found
 
 
 def rising(samples: Samples) -> Tensor:
@@ -212,9 +208,8 @@ def content(samples: Samples) -> list[Any]:
     return [[index, tokens] for index, tokens in zip(samples.prompt_index_B.tolist(), responses, strict=True)]
 
 
-def main() -> None:
-    task, layout = Path(sys.argv[1]), sys.argv[2:]
-    world = World(100)
+def run_streams(world: World, task: Path, layout: list[str]) -> dict[str, Any]:
+    """What is found, by what it is about; the same on every rank. `task`: the folder of the tests' small task."""
     config = to_config(
         compose_config(
             [
@@ -238,8 +233,4 @@ def main() -> None:
     streams.bounds("bounds, equal lengths", BOUNDS, ())
     streams.bounds("bounds, unequal lengths", BOUNDS[2::3], config.sampling.stop_token_ids or ())
     streams.long("training, in flight, long", task / "versions")
-    world.leave()
-
-
-if __name__ == "__main__":
-    main()
+    return streams.results

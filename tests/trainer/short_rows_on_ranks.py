@@ -1,13 +1,11 @@
-"""One rank of the tests of rows shorter than there are ranks: a step on Megatron beside transformers' model.
+"""What ranks do in the tests of rows shorter than there are ranks: a step on Megatron beside transformers' model.
 
-Arguments: the folder of checkpoints, then cases such as "llama:context=2,micro=4"; each is run on every batch of ROWS.
-A case marked "bf16" is compared with bounds of that precision.
+A case is a text such as "llama:context=2,micro=4", run on a batch of rows of given lengths. One marked "bf16" is compared with bounds of that precision.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import sys
 from pathlib import Path
 
 import torch
@@ -19,11 +17,8 @@ from aligner.spmd.mesh import Mesh
 from aligner.spmd.world import World
 from aligner.trainer.config import OptimizerConfig, PolicyConfig
 from aligner.trainer.policy import Policy
-from tests.trainer.parity_rank import VOCAB, Case, Reference, checkpoint_form, gradients_off
+from tests.trainer.parity_on_ranks import VOCAB, Case, Reference, checkpoint_form, gradients_off
 
-ROWS = [[1, 2, 3, 1, 2, 6], [3], [1, 2, 4], [33, 1, 7]]
-"""A row of one token trains nothing; with `micro` below it, it is a microbatch of which most ranks hold nothing. (Every
-batch has a row of 3: where each prediction sees one key, gradients of queries and keys are 0, and only rounding is left.)"""
 FREE = OptimizerConfig(lr=0.0, clip_grad=0.0)
 ENTROPY = 0.1
 
@@ -60,7 +55,9 @@ def reference(case: Case, samples: Samples) -> Reference:
     return found
 
 
-def run(case: Case, world: World, half: bool, lengths: list[int]) -> None:
+def check_short_rows(world: World, folder: Path, text: str, lengths: list[int]) -> None:
+    half = text.endswith(",bf16")
+    case = Case(text.removesuffix(",bf16"), folder)
     samples = batch(lengths)
     expected = reference(case, samples)
     mesh = Mesh(tuple(range(world.size)), name="policy", **case.sizes)
@@ -84,19 +81,3 @@ def run(case: Case, world: World, half: bool, lengths: list[int]) -> None:
         whole.update(likelihood, whole.scatter(samples))
         of_gradients = gradients_off(whole, expected)
         assert of_gradients < 1e-5, (name, of_gradients)
-    print(f"{name} logprobs off by {off:.1e}, norm by {abs(row['grad_norm'] / norm - 1):.1e}\n", end="", flush=True)
-
-
-def main() -> None:
-    folder, cases = Path(sys.argv[1]), sys.argv[2:]
-    world = World(100)
-    for text in cases:
-        half = text.endswith(",bf16")
-        for lengths in ROWS:
-            run(Case(text.removesuffix(",bf16"), folder), world, half, lengths)
-        print(f"{text} done\n", end="", flush=True)
-    world.leave()
-
-
-if __name__ == "__main__":
-    main()

@@ -1,12 +1,8 @@
-"""One rank of the scalar heads' tests: a critic and a reward model on Megatron beside transformers' classification model.
-
-Arguments: the folder of checkpoints, a folder to write to, and cases as in parity_rank.py.
-"""
+"""What ranks do in the scalar heads' tests: a critic and a reward model on Megatron beside transformers' classification model."""
 
 from __future__ import annotations
 
 import functools
-import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,7 +21,7 @@ from aligner.spmd.world import World
 from aligner.trainer.config import CriticConfig, OptimizerConfig, RewardModelConfig
 from aligner.trainer.critic import Critic
 from aligner.trainer.reward_model import RewardModel
-from tests.trainer.parity_rank import (
+from tests.trainer.parity_on_ranks import (
     ADAM,
     LENGTH_B,
     LENGTHS,
@@ -197,28 +193,16 @@ def check_refusal(case: Case, world: World) -> None:
         model.update(bradley_terry, ref, preference_B=field_of(model, ref, PREFERENCE_B))
 
 
-def main() -> None:
-    folder, out, cases = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:]
-    world = World(100)
-    for text in cases:
-        case = Case(text, folder)
-        # in float64: the smallest gradients are sums of large terms, of which float32 leaves transformers 1e-5 too
-        model = AutoModelForSequenceClassification.from_pretrained(
-            case.folder, dtype=torch.float64, experts_implementation="eager"
-        )
-        expected = Reference(model.eval())
-        values, of_critic = check_critic(case, world, expected)
-        scores, of_model = check_reward_model(case, world, expected)
-        if case.adam:
-            check_exports(case, world, expected, out / text)
-            check_refusal(case, world)
-        print(
-            f"{text} values off by {values:.1e}, scores by {scores:.1e}, gradients by {of_critic:.1e} and {of_model:.1e}\n",
-            end="",
-            flush=True,
-        )
-    world.leave()
-
-
-if __name__ == "__main__":
-    main()
+def check_heads(world: World, folder: Path, out: Path, text: str) -> None:
+    """`text`: a case as in parity_on_ranks.py, of the checkpoints in `folder`."""
+    case = Case(text, folder)
+    # in float64: the smallest gradients are sums of large terms, of which float32 leaves transformers 1e-5 too
+    model = AutoModelForSequenceClassification.from_pretrained(
+        case.folder, dtype=torch.float64, experts_implementation="eager"
+    )
+    expected = Reference(model.eval())
+    check_critic(case, world, expected)
+    check_reward_model(case, world, expected)
+    if case.adam:
+        check_exports(case, world, expected, out / text)
+        check_refusal(case, world)
