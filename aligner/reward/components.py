@@ -44,7 +44,7 @@ class Scorer(Protocol):
 
 
 @dataclass(frozen=True)
-class Part:
+class ResolvedComponent:
     """A reward component with its name and resolved settings."""
 
     name: str
@@ -84,7 +84,7 @@ class Part:
         return None
 
 
-def parts_of(reward: RewardConfig) -> list[Part]:
+def parts_of(reward: RewardConfig) -> list[ResolvedComponent]:
     """The components in order; a reward of a single rule is one component of weight 1, named after the function.
 
     Raises:
@@ -95,7 +95,9 @@ def parts_of(reward: RewardConfig) -> list[Part]:
         component = RewardComponent(rule=reward.rule, kwargs=reward.kwargs)
         keep_special_tokens = reward.keep_special_tokens
         return [
-            Part(name, "reward", component, reward.workers, reward.timeout_s, reward.memory_mib, keep_special_tokens)
+            ResolvedComponent(
+                name, "reward", component, reward.workers, reward.timeout_s, reward.memory_mib, keep_special_tokens
+            )
         ]
     with_rule = reward.rule not in ("", RewardConfig.rule)
     if with_rule or reward.kwargs:
@@ -114,7 +116,9 @@ def parts_of(reward: RewardConfig) -> list[Part]:
         timeout_s = reward.timeout_s if component.timeout_s is None else component.timeout_s
         keep_special_tokens = component.keep_special_tokens
         keep_special_tokens = reward.keep_special_tokens if keep_special_tokens is None else keep_special_tokens
-        parts.append(Part(str(name), where, component, workers, timeout_s, reward.memory_mib, keep_special_tokens))
+        parts.append(
+            ResolvedComponent(str(name), where, component, workers, timeout_s, reward.memory_mib, keep_special_tokens)
+        )
     for part in parts:
         _check(part, [other.name for other in parts])
     if all(part.component.weight == 0 for part in parts):
@@ -148,7 +152,7 @@ def _kinds(component: RewardComponent) -> list[str]:
     return [kind for kind in KINDS if getattr(component, kind)]
 
 
-def _check(part: Part, names: Sequence[str]) -> None:
+def _check(part: ResolvedComponent, names: Sequence[str]) -> None:
     component, where = part.component, part.where
     given = _kinds(component)
     if len(given) != 1:
