@@ -308,6 +308,7 @@ def _fork_ranks(imported_with: dict[str, str], path: list[str]) -> bool:
     ours, theirs = socket.socketpair()
     if os.fork() == 0:
         ours.close()
+        os.setpgid(0, 0)  # what is sent to the launcher's group is not for this process
         null = os.open(os.devnull, os.O_RDWR)
         for number in range(3):
             os.dup2(null, number)
