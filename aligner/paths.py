@@ -74,7 +74,7 @@ def expand_composed(config: DictConfig) -> None:
     Raises:
         ValueError: as `expanded`.
     """
-    for key, by in _paths(_child(config, "reward.components")):
+    for key, by in _paths(_child(config, "reward.components"), _child(config, "models")):
         value = _child(config, key)
         if not isinstance(value, str) or value == "???":
             continue
@@ -85,7 +85,7 @@ def expand_composed(config: DictConfig) -> None:
 
 def expand_values(values: dict[str, Any]) -> None:
     """The same in plain nested dicts, after everything was resolved."""
-    for key, by in _paths(values.get("reward", {}).get("components")):
+    for key, by in _paths(values.get("reward", {}).get("components"), values.get("models")):
         *parents, name = key.split(".")
         node: Any = values
         for part in parents:
@@ -94,12 +94,14 @@ def expand_values(values: dict[str, Any]) -> None:
             node[name] = by(node[name], key)
 
 
-def _paths(components: Any) -> Iterator[tuple[str, Callable[[str, str], str]]]:
+def _paths(components: Any, models: Any) -> Iterator[tuple[str, Callable[[str, str], str]]]:
     """(setting, what expands it)."""
     yield from ((key, expanded) for key in SETTINGS)
     yield "reward.rule", expanded_rule
     if isinstance(components, Mapping | DictConfig):
         yield from ((f"reward.components.{name}.rule", expanded_rule) for name in components)
+    if isinstance(models, Mapping | DictConfig):
+        yield from ((f"models.{name}.path", expanded) for name in models)
 
 
 def _child(config: DictConfig, key: str) -> Any:

@@ -42,4 +42,5 @@ ROWS: dict[str, Row] = {
     "mistral": Row(MistralConfig, {"sliding_window": 6}),
     "mistral_no_window": Row(MistralConfig, {"sliding_window": None}, fuzz=False),
     "olmo2": Row(Olmo2Config),
+    "olmo2_bias": Row(Olmo2Config, {"attention_bias": True}, fuzz=False),
 }

@@ -47,7 +47,7 @@ def _row(family: Family) -> tuple[str, ...]:
             if family.defaults.tied
             else "untied unless `tie_word_embeddings=true`",
         ),
-        family.engine.note or "native",
+        _engine(family),
     )
 
 
@@ -70,6 +70,16 @@ def _mlp(family: Family) -> str:
     if family.experts is None:
         return _list(f"{gate} gate", "`mlp_bias`" if "mlp_bias" in family.optional_biases else "")
     return f"{gate} gate, experts in {'some or all' if family.experts.some_dense else 'all'} layers"
+
+
+def _engine(family: Family) -> str:
+    drops = "attention_bias" in family.optional_biases and not family.engine.output_bias
+    return _list(
+        family.engine.note or "native",
+        "refused with `attention_bias=true`: it would drop the output's bias" if drops else "",
+        "" if family.engine.shared_kv_heads else "no more tensor ranks than key/value heads",
+        "`head_dim` must be hidden size / heads" if family.engine.fixed_head_dim else "",
+    )
 
 
 def _list(*words: str) -> str:

@@ -12,11 +12,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from aligner.check.memory import learns, role_bytes
+from aligner.check.memory import role_bytes
+from aligner.check.roles import wanted_roles
 from aligner.config.schema import Config, compose_config, to_config
 from aligner.models.spec import ModelSpec, read_spec, with_scalar_head
 from aligner.spmd.mesh import EXPERT_AXES, Mesh, axes, shown
-from aligner.spmd.placement import MEGATRON, make_meshes
+from aligner.spmd.placement import make_meshes
 from aligner.trainer.megatron.sizes import check_sizes
 
 USAGE = "usage: python tools/placement.py WORLD_SIZE [--per-node N] [KEY=VALUE ...]"
@@ -110,14 +111,14 @@ def draw(config: Config, world_size: int, per_node: int) -> str:
     Raises:
         ValueError: sizes that do not fit the ranks or the model, with the setting and the values that would work.
     """
-    roles = list(config.algorithm.get("roles") or ("policy", "rollout", "reward"))
-    all_meshes = make_meshes(config.placement, world_size)
+    roles = wanted_roles(config, config.algorithm.get("roles") or ("policy", "rollout", "reward"))
+    all_meshes = make_meshes(config.placement, world_size, config.roles)
     meshes = {role: all_meshes[role] for role in roles}
     gib = {}
     if config.model.path != UNREAD:
-        for role in (role for role in roles if role != "reward"):
+        for role in (role for role in roles if config.role(role).kind.head):
             spec = _spec(config, role)
-            if role in MEGATRON:
+            if config.role(role).kind.on_trainer:
                 check_sizes(spec, meshes[role])
             gib[role] = role_bytes(config, role, roles, spec, meshes[role], cpu=False) / 2**30
     placement = PlacementMap(world_size, per_node, meshes, gib)
@@ -125,13 +126,13 @@ def draw(config: Config, world_size: int, per_node: int) -> str:
     legend = "; ".join([*(LETTERS[axis] for axis in used), "all: the whole role", ".: not there"])
     notes = [legend] + (["GiB: weights, gradients, optimizer; no activations, no KV cache"] if gib else [])
     return "\n".join(
-        [*placement.table(), "", *notes, "", *placement.roles([role for role in roles if learns(role, roles)])]
+        [*placement.table(), "", *notes, "", *placement.roles([role for role in roles if config.learns(role, roles)])]
     )
 
 
 def _spec(config: Config, role: str) -> ModelSpec:
     spec = read_spec(config.model_path(role)[1])
-    return with_scalar_head(spec) if role in ("critic", "reward_model") else spec
+    return with_scalar_head(spec) if config.role(role).kind.head == "scalar" else spec
 
 
 def main(arguments: list[str]) -> int:

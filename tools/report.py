@@ -21,6 +21,7 @@ from aligner.report.write import compare_report, write_report, write_timeline
 
 
 def main() -> int:
+    """The command. Returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "run_dirs", type=path_option, nargs="+", metavar="RUN_DIR", help="folder of a run (it holds metrics.jsonl)"

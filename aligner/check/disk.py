@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from aligner.check.memory import STATE, learns
+from aligner.check.memory import STATE
 from aligner.models.spec import ModelSpec
 from aligner.reshard.plan.region import ELEMENT_BYTES
 
@@ -31,8 +31,8 @@ def bytes_needed(
     train, logging = config.train, config.logging
     files = 2 + train.steps // logging.samples_every if logging.samples_every else 0
     tokens = config.data.max_prompt_tokens + config.sampling.max_tokens
-    learned = [role for role in specs if learns(role, roles)]
-    models = {role: specs[role].parameters * ELEMENT_BYTES[getattr(config, role).dtype] for role in learned}
+    learned = [role for role in specs if config.learns(role, roles)]
+    models = {role: specs[role].parameters * ELEMENT_BYTES[config.settings(role).dtype] for role in learned}
     main = models[learned[0]] if learned else 0
     exports = train.steps // train.export_every if train.export_every else 0
     exports = min(exports, train.export_keep + 1) if train.export_keep else exports

@@ -13,11 +13,21 @@ from typing import TYPE_CHECKING, Any
 from aligner.bounds import check_settings
 from aligner.check.best_metric import best_metric_of
 from aligner.check.disk import bytes_needed, check_disk
-from aligner.check.memory import Machine, check_memory, learns, machine_of
-from aligner.check.rollout import answered_prompts, check_end, check_lengths, ends_of, sized, with_ends
+from aligner.check.memory import Machine, check_memory, machine_of
+from aligner.check.roles import check_engines, check_ranks, check_roles, check_scorer, check_tokenizers, model_of
+from aligner.check.rollout import (
+    answered_prompts,
+    check_end,
+    check_lengths,
+    ends_of,
+    sized,
+    sized_engines,
+    with_ends,
+)
 from aligner.check.run_folder import check_places, check_sources
 from aligner.checkpoint.claim import how_to_start, launch
 from aligner.checkpoint.lease import check_free
+from aligner.config.models import check_model_settings
 from aligner.config.schema import Config
 from aligner.data.answers import TokenizedAnswer
 from aligner.data.end_tokens import EndTokens, special_ids
@@ -25,22 +35,16 @@ from aligner.data.prompts import Prompt
 from aligner.data.sets import DataSets
 from aligner.data.tokenizer import load_tokenizer
 from aligner.models.agreement import check_reading
-from aligner.models.families import FAMILIES
-from aligner.models.family import Head
-from aligner.models.spec import ModelSpec, read_spec, with_scalar_head
+from aligner.models.spec import ModelSpec, read_spec
 from aligner.models.verify_checkpoint import check_weights
 from aligner.reward.components import Part, parts_of, shown_component
 from aligner.rollout.config import RolloutConfig
 from aligner.spmd.mesh import Mesh
-from aligner.spmd.placement import MEGATRON, RANKS_THAT_WORK, Placement, make_meshes, role_layout
+from aligner.spmd.placement import make_meshes, role_layout
 from aligner.trainer.engines import backend
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-ROLES = ("policy", "rollout", "reference", "reward", "critic", "reward_model")
-WITH_SCALAR_HEAD = ("critic", "reward_model")
-TRAINABLE = ("policy", "critic", "reward_model")
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,8 @@ class Checked:
     """What ends a turn."""
     rollout: RolloutConfig
     """The rollout's settings, with a length."""
+    models: Mapping[str, Any]
+    """The settings of further models; engines have a length."""
     best_metric: str | None = None
     """The metric that chooses the best export; None: train.keep_best is false."""
 
@@ -81,6 +87,8 @@ class Models:
     """Ranks of the job."""
     rollout: RolloutConfig
     """The rollout's settings, with a length."""
+    further: Mapping[str, Any]
+    """The settings of further models; engines have a length."""
 
 
 def check_models(config: Config, roles: list[str], world_size: int) -> Models:
@@ -93,26 +101,26 @@ def check_models(config: Config, roles: list[str], world_size: int) -> Models:
         ValueError: the first thing found wrong, with the setting and the values that would work.
     """
     _check_values(config)
-    _check_roles(roles)
+    check_roles(config, roles)
     _check_places(config, roles)
-    config.residency.check_roles(roles)
-    _check_ranks(config.placement)
-    meshes = make_meshes(config.placement, world_size)
+    config.residency.check_roles([config.role(role) for role in roles])
+    check_ranks(config.placement)
+    meshes = make_meshes(config.placement, world_size, config.roles)
     machine = machine_of(config, world_size)
     spec = read_spec(config.model.path)
-    specs = {role: _spec(config, role) for role in roles if role != "reward"}
+    specs = {role: model_of(config, role) for role in roles if config.role(role).kind.head}
     rollout = sized(config, specs)
-    for role in (role for role in roles if role in MEGATRON):
-        parallel = role_layout(config.placement, role).sequence_parallel
-        settings = config.reference.over(config.policy) if role == "reference" else getattr(config, role)
+    for role in (role for role in roles if config.role(role).kind.on_trainer):
+        parallel = role_layout(config.placement, config.role(role)).sequence_parallel
+        settings = config.settings(role)
         backend(settings.engine).check(specs[role], meshes[role], settings, parallel, machine.cpu)
     for model in {spec.path: spec for spec in specs.values()}.values():
         check_reading(model)
     tokenizer = load_tokenizer(config.model.path)
-    _check_tokenizers(config, roles, tokenizer)
+    check_tokenizers(config, roles, tokenizer)
     for path in dict.fromkeys(one.path for one in (spec, *specs.values())):
         special_ids(path)
-    return Models(spec, specs, tokenizer, meshes, machine, world_size, rollout)
+    return Models(spec, specs, tokenizer, meshes, machine, world_size, rollout, sized_engines(config, specs))
 
 
 def check_job(config: Config, roles: list[str], models: Models, data: DataSets) -> Checked:
@@ -125,7 +133,7 @@ def check_job(config: Config, roles: list[str], models: Models, data: DataSets) 
     Raises:
         ValueError: the first thing found wrong, with the setting and the values that would work.
     """
-    given, config = config.rollout.max_model_len, replace(config, rollout=models.rollout)
+    given, config = config.rollout.max_model_len, replace(config, rollout=models.rollout, models=dict(models.further))
     spec, specs, tokenizer, meshes = models.spec, models.specs, models.tokenizer, models.meshes
     _check_minibatches(config, roles)
     ends = ends_of(config, tokenizer, data)
@@ -141,9 +149,11 @@ def check_job(config: Config, roles: list[str], models: Models, data: DataSets) 
         config.rollout.check_model(spec, rollout.tensor, models.machine.cpu, rollout.expert > 1, rollout.pipeline)
         check_lengths(config, data, specs, given)
         check_end(config, spec, tokenizer)
+    check_engines(config, specs, meshes, models.machine)
     check_memory(config, specs, meshes, models.machine)
-    for role in (role for role in specs if role in MEGATRON):
-        check_weights(specs[role])
+    for role in specs:
+        if config.role(role).kind.on_trainer or role in config.models:
+            check_weights(specs[role])
     _check_run_dir(config)
     check_disk(config, bytes_needed(config, roles, specs, models.world_size))
     if "reward" in roles:
@@ -151,11 +161,12 @@ def check_job(config: Config, roles: list[str], models: Models, data: DataSets) 
         if config.train.eval_every and data.heldout:
             shown_component(config.reward, config.train.eval_reward)
     spec = with_ends(spec, config, ends, tokenizer)
-    return Checked(spec, tokenizer, meshes, data, specs, ends, config.rollout, best_metric)
+    return Checked(spec, tokenizer, meshes, data, specs, ends, config.rollout, config.models, best_metric)
 
 
 def _check_values(config: Config) -> None:
     check_settings(config)
+    check_model_settings(config.models)
     if os.environ.get("GROUP_RANK", "0") == "0":  # the host whose launcher owns the folder
         if os.environ.get("RANK", "0") == "0":
             check_free(Path(config.run_dir), launch())
@@ -175,74 +186,21 @@ def _check_values(config: Config) -> None:
 def _check_minibatches(config: Config, roles: list[str]) -> None:
     """More optimizer steps than groups of rows would leave some of them without any."""
     groups = config.data.prompts_per_step
-    for role in (role for role in roles if role in TRAINABLE):
-        minibatches = getattr(config, role).minibatches
+    for role in (config.role(name) for name in roles if config.role(name).kind.learns != "never"):
+        minibatches = config.settings(role.name).minibatches
         if minibatches > groups:
             raise ValueError(
-                f"{role}.minibatches={minibatches} is more than the {groups} of data.prompts_per_step={groups}, and each "
+                f"{role.section}.minibatches={minibatches} is more than the {groups} of data.prompts_per_step={groups}, and each "
                 f"optimizer step needs a prompt (with all its responses) or row of its own; use 1 to {groups}."
-            )
-
-
-def _check_roles(roles: list[str]) -> None:
-    unknown = [role for role in roles if role not in ROLES]
-    if unknown or not {"policy", "reward_model"} & set(roles):
-        raise ValueError(
-            f"algorithm.roles={roles} must hold policy (or reward_model, to train that alone), and otherwise only "
-            f"{', '.join(ROLES[1:])}."
-        )
-    if "rollout" in roles and "policy" not in roles:
-        raise ValueError(f"algorithm.roles={roles}: rollout takes its weights from the policy; add policy.")
-
-
-def _spec(config: Config, role: str) -> ModelSpec:
-    """The model of a role, with the head that the role needs."""
-    setting, path = config.model_path(role)
-    spec = read_spec(path)
-    if role in WITH_SCALAR_HEAD:
-        return with_scalar_head(spec)
-    if spec.head is Head.SCALAR:
-        raise ValueError(
-            f"{setting}={path} is a {FAMILIES[spec.family].classifier}, which has no output layer over the vocabulary; "
-            f"the role {role} needs a {FAMILIES[spec.family].architecture}."
-        )
-    return spec
-
-
-def _check_tokenizers(config: Config, roles: list[str], tokenizer: PreTrainedTokenizerBase) -> None:
-    """Every model reads the same token ids, so the ids must mean the same."""
-    for role in (role for role in roles if role in WITH_SCALAR_HEAD):
-        setting, path = config.model_path(role)
-        if setting == "model.path":
-            continue
-        ours, others = tokenizer.get_vocab(), load_tokenizer(path, setting).get_vocab()
-        differing = sorted(token for token in ours.keys() | others.keys() if ours.get(token) != others.get(token))
-        if differing:
-            token = differing[0]
-            raise ValueError(
-                f"{setting}={path} has another tokenizer than model.path={config.model.path}: {len(differing)} token(s) "
-                f"differ, such as {token!r} (id {others.get(token)} against {ours.get(token)}); use a model of the same "
-                "tokenizer."
-            )
-
-
-def _check_ranks(placement: Placement) -> None:
-    """The form of every `ranks`; what they name is checked where they become meshes."""
-    for role in ROLES:
-        ranks = getattr(placement, role).ranks
-        if isinstance(ranks, tuple) and all(type(rank) is int for rank in ranks):
-            continue
-        if type(ranks) not in (str, int):
-            raise ValueError(
-                f"placement.{role}.ranks={list(ranks) if isinstance(ranks, tuple) else ranks} is not understood; use all, "
-                f"{RANKS_THAT_WORK}."
             )
 
 
 def _check_positions(config: Config, role: str, longest: int, specs: Mapping[str, ModelSpec]) -> None:
     spec = specs[role]
-    length = config.rollout.max_model_len
-    if role in WITH_SCALAR_HEAD and "rollout" in specs and length is not None and length > spec.max_positions:
+    length, kind = config.rollout.max_model_len, config.role(role).kind
+    if role in config.models and kind.runs_on == "engine":
+        return  # it reads what the loop asks of it
+    if kind.head == "scalar" and "rollout" in specs and length is not None and length > spec.max_positions:
         raise ValueError(
             f"rollout.max_model_len={length} is beyond the {spec.positions_text}, the {role}, "
             f"which reads whole samples; use {spec.max_positions} or less."
@@ -280,14 +238,12 @@ def _check_run_dir(config: Config) -> None:
 
 def _check_places(config: Config, roles: Collection[str]) -> None:
     """What the run replaces is its own, and none of what it reads."""
-    sources: dict[str, str | None] = dict(
-        config.model_path(role) for role in roles if role not in ("rollout", "reward")
-    )
+    sources: dict[str, str | None] = dict(config.model_path(role) for role in roles if config.role(role).kind.head)
     sources |= {"data.path": config.data.path, "data.eval_path": config.data.eval_path}
     if "reward" in roles:
         rules = {f"{part.where}.rule": part.component.rule or "" for part in parts_of(config.reward)}
         sources |= {setting: rule.rpartition(":")[0] for setting, rule in rules.items() if ".py:" in rule}
-    learning = [role for role in MEGATRON if role in roles and learns(role, roles)]
+    learning = [role for role in config.roles if role in roles and config.learns(role, roles)]
     check_sources(config, sources, learning)
     if os.environ.get("GROUP_RANK", "0") == "0":
         check_places(config, learning)
@@ -301,8 +257,7 @@ def _check_reward(config: Config, roles: list[str], data: DataSets) -> None:
         raise ValueError(f"train.eval_reward={named} is no component of the reward; use {', '.join(names)}, or null.")
     config.hang.check_scoring(max(part.timeout_s for part in parts))
     for part in parts:
-        if part.component.model and "reward_model" not in roles:
-            raise ValueError(f"{part.source} needs the role reward_model; add it to algorithm.roles={roles}.")
+        check_scorer(config, part, roles)
         scorer = replace(part, workers=1).scorer()
         if scorer is not None:
             with contextlib.closing(scorer):

@@ -20,24 +20,19 @@ STATE = 12
 """Bytes of a parameter in a checkpoint: a float32 master and two moments."""
 
 
-def learns(role: str, roles: Collection[str]) -> bool:
-    """Whether a job with these roles trains this one: the policy and the critic, or what there is without a policy."""
-    return role in (("policy", "critic") if "policy" in roles else ("critic", "reward_model"))
-
-
 def role_bytes(config: Config, role: str, roles: Collection[str], spec: ModelSpec, mesh: Mesh, cpu: bool) -> float:
     """Bytes on one of the role's ranks, the mean over pipeline stages; activations are not counted.
 
     A frozen model: its weights. One that learns: its weights, float32 gradients, and float32 masters with two moments
-    over the data shards. The rollout: its weights and its KV cache, where that is known (not on CUDA with
+    over the data shards. An engine: its weights and its KV cache, where that is known (not on CUDA with
     rollout.kv_cache_mib=null).
     """
-    if role == "rollout":
+    settings = config.settings(role)
+    if config.role(role).kind.runs_on == "engine":
         weights = spec.parameters / (mesh.tensor * mesh.pipeline)  # experts are cut, or whole ones: as many weights
-        cache = config.rollout.kv_cache_bytes(spec, mesh.tensor, cpu, mesh.pipeline) or 0
-        return weights * ELEMENT_BYTES[config.rollout.dtype] + cache
-    settings = config.reference.over(config.policy) if role == "reference" else getattr(config, role)
-    return backend(settings.engine).bytes_per_rank(spec, mesh, settings, learns(role, roles))
+        cache = settings.kv_cache_bytes(spec, mesh.tensor, cpu, mesh.pipeline) or 0
+        return float(weights * ELEMENT_BYTES[settings.dtype] + cache)
+    return backend(settings.engine).bytes_per_rank(spec, mesh, settings, config.learns(role, roles))
 
 
 @dataclass(frozen=True)
@@ -79,8 +74,11 @@ def bytes_of_roles(
     found = {
         role: role_bytes(config, role, specs.keys(), spec, meshes[role], machine.cpu) for role, spec in specs.items()
     }
-    if machine.device_bytes is not None and "rollout" in found and config.rollout.kv_cache_mib is None:
-        found["rollout"] = max(found["rollout"], config.rollout.gpu_memory_utilization * machine.device_bytes)
+    engines = [role for role in specs if config.role(role).kind.runs_on == "engine"]
+    for role in engines if machine.device_bytes is not None else ():
+        settings = config.settings(role)
+        if settings.kv_cache_mib is None:
+            found[role] = max(found[role], settings.gpu_memory_utilization * machine.device_bytes)
     return found
 
 
@@ -107,7 +105,7 @@ def check_memory(config: Config, specs: Mapping[str, ModelSpec], meshes: Mapping
     if machine.device_bytes is None:
         need = sum(min(machine.ranks, meshes[role].size) * held[role] for role in specs)
         if config.checkpoint.every:  # a copy of what is being written
-            learned = [role for role in specs if learns(role, specs.keys())]
+            learned = [role for role in specs if config.learns(role, specs)]
             shares = {role: min(machine.ranks, meshes[role].size) / meshes[role].size for role in learned}
             need += sum(specs[role].parameters * STATE * shares[role] for role in learned)
         if need > machine.host_bytes:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from aligner.config.schema import Config
 from aligner.data.answers import TokenizedAnswer
@@ -12,7 +12,7 @@ from aligner.data.end_tokens import EndTokens, find_ends, special_among
 from aligner.data.prompts import Prompt
 from aligner.data.sets import DataSets
 from aligner.models.spec import ModelSpec
-from aligner.rollout.config import RolloutConfig
+from aligner.rollout.config import UNSAID_LENGTH, RolloutConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -24,7 +24,21 @@ def sized(config: Config, specs: Mapping[str, ModelSpec]) -> RolloutConfig:
     if "rollout" not in specs or config.rollout.max_model_len is not None:
         return config.rollout
     needed = config.data.max_prompt_tokens + config.sampling.max_tokens
-    return replace(config.rollout, max_model_len=min(needed, *(spec.max_positions for spec in specs.values())))
+    engines = [name for name in config.models if config.role(name).kind.runs_on == "engine"]  # read what a loop asks
+    positions = [spec.max_positions for name, spec in specs.items() if name not in engines]
+    return replace(config.rollout, max_model_len=min(needed, *positions))
+
+
+def sized_engines(config: Config, specs: Mapping[str, ModelSpec]) -> dict[str, Any]:
+    """The settings of further models, in which engines have a length: their max_model_len, or what a policy's rollout
+    needs, at least the usual one, as far as the model has positions."""
+    needed = max(config.data.max_prompt_tokens + config.sampling.max_tokens, UNSAID_LENGTH)
+    return {
+        name: replace(settings, max_model_len=min(needed, specs[name].max_positions))
+        if config.role(name).kind.runs_on == "engine" and name in specs and settings.max_model_len is None
+        else settings
+        for name, settings in config.models.items()
+    }
 
 
 def answered_prompts(config: Config, data: DataSets) -> DataSets:

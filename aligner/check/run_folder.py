@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from aligner.checkpoint.claim import FOLDER, run_id
 from aligner.models.ownership import MARK, check_replaceable, mark
+from aligner.spmd.role_table import USUAL
 
 if TYPE_CHECKING:
     from aligner.config.schema import Config
@@ -27,6 +28,12 @@ def models_of(run_dir: str | Path, roles: Iterable[str]) -> dict[str, Path]:
     return {role: Path(run_dir) / ("model" if role == "policy" else role) for role in roles}
 
 
+def _models_in(run_dir: Path) -> list[Path]:
+    """Where a run may have its models: the usual roles that can learn, and folders that a run has marked as its own."""
+    usual = models_of(run_dir, [name for name, role in USUAL.items() if role.kind.learns != "never"]).values()
+    return list(dict.fromkeys([*usual, *(mark.parent for mark in run_dir.glob(f"*/{MARK}"))]))
+
+
 def check_places(config: Config, learns: Iterable[str]) -> None:
     """Nothing that this run would replace is somebody else's.
 
@@ -39,7 +46,7 @@ def check_places(config: Config, learns: Iterable[str]) -> None:
     run_dir, train = Path(config.run_dir), config.train
     run = run_id(run_dir)
     for other in Path(os.path.realpath(run_dir)).parents[:3]:
-        inside = [*models_of(other, ("policy", "critic", "reward_model")).values(), other / EXPORTS, other / FOLDER]
+        inside = [*_models_in(other), other / EXPORTS, other / FOLDER]
         if run_id(other) is not None and any(_inside(run_dir, folder) for folder in inside):
             raise ValueError(
                 f"run_dir={config.run_dir} lies in the run in {other}, which replaces what is there; choose another folder."
@@ -105,10 +112,7 @@ def pointed(link: Path) -> int | None:
 
 def adopt(run_dir: Path, run: str) -> None:
     """Mark what a run of an earlier version has left as its own."""
-    for folder in (
-        *models_of(run_dir, ("policy", "critic", "reward_model")).values(),
-        *run_dir.glob(f"{EXPORTS}/step_*"),
-    ):
+    for folder in (*_models_in(run_dir), *run_dir.glob(f"{EXPORTS}/step_*")):
         if (folder / "config.json").is_file() and not folder.is_symlink() and not (folder / MARK).exists():
             mark(folder, run, adopted=True)
 

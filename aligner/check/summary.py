@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from aligner.check.disk import bytes_needed, gib, nearest_folder
-from aligner.check.memory import bytes_of_rank, bytes_of_roles, learns, machine_of, roles_of_ranks
+from aligner.check.memory import bytes_of_rank, bytes_of_roles, machine_of, roles_of_ranks
 from aligner.check.rollout import shown_ends
 from aligner.data.preferences import LeftOut, left_out_text
 from aligner.reward.components import parts_of
@@ -76,11 +76,12 @@ def _roles(config: Config, roles: Sequence[str], checked: Checked, world_size: i
     held = bytes_of_roles(config, checked.specs, checked.meshes, machine)
     lines = []
     for role in roles:
-        mesh = checked.meshes[role]
+        mesh, kind = checked.meshes[role], config.role(role).kind
         sizes = " x ".join(f"{axis} {getattr(mesh, axis)}" for axis in axes(mesh)) or "whole"
         parts = [f"rank{'s' * (mesh.size > 1)} {shown(mesh.ranks)}: {sizes}"]
-        parts += ["learns"] * (role in checked.specs and learns(role, roles))
+        parts += ["learns"] * config.learns(role, roles)
         parts += [f"{gib(held[role])} a rank"] if role in held else []
+        parts += [f"{kind.name} from {config.model_path(role)[1]}"] if role in config.models else []
         lines.append((role, ", ".join(parts)))
     return lines
 

@@ -20,7 +20,7 @@ from aligner.models.verify_checkpoint import check_weights
 from aligner.reshard.local import LocalWeights, TensorWeights, copy_weights
 from aligner.reshard.message.storage import allocate
 from aligner.reshard.plan.region import Layout, whole_tensor
-from aligner.reshard.transfer.sync_stats import SyncRow, total
+from aligner.reshard.transfer.sync_stats import SyncStats, total
 
 CPU = torch.device("cpu")
 
@@ -31,7 +31,7 @@ def convert(
     sharding: Sharding | None,
     dtype: str | None = None,
     file_bytes: int = FILE_BYTES,
-) -> SyncRow:
+) -> SyncStats:
     """Write the checkpoint in folder `source` to folder `out`, a file at a time: memory holds one file's weights.
 
     Each file is filled by the plan and the executor that also move weights between roles, and is proven likewise.
@@ -87,7 +87,7 @@ def _files(spec: ModelSpec, sharding: Sharding | None, dtype: str, file_bytes: i
     return [(file, [whole_tensor(name, shapes[name], dtype) for name in names]) for file, (_, names) in files.items()]
 
 
-def _write(stored: Stored, file: Path, layout: Layout, flat: bool) -> SyncRow:
+def _write(stored: Stored, file: Path, layout: Layout, flat: bool) -> SyncStats:
     """Fill one file; storages of a shard are flat, tensors of a Hugging Face file have their shape."""
     tensors = allocate(layout, CPU)
     names = dict.fromkeys(piece.name for piece in layout)

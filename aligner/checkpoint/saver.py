@@ -36,6 +36,12 @@ class Saver:
     """Writes this rank's part of checkpoints. A failed save gives a warning; training continues, older checkpoints stay."""
 
     def __init__(self, world: World, root: Path, keep: int, beside: bool) -> None:
+        """
+        Args:
+            root: folder of the checkpoints.
+            keep: number of checkpoints to keep.
+            beside: write asynchronously; False: `save` returns when the checkpoint is complete.
+        """
         self.world, self.root, self.keep, self.beside = world, root, keep, beside
         self._store = own_store(f"checkpoints-{next(_SAVERS)}", world.attempt)
         self._thread: threading.Thread | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -28,6 +29,8 @@ FREE = (
     "train.best_metric",
 )
 """What may change without a word: it decides where, how long and what is shown, not what is computed."""
+ENGINE_LENGTH = re.compile(r"models\.\w+\.max_model_len")
+"""The same setting as rollout.max_model_len, of further engines."""
 
 
 def changes(before: Mapping[str, Any], after: Mapping[str, Any], at: str = "") -> list[tuple[str, Any, Any]]:
@@ -61,7 +64,7 @@ def check_changes(
     found = [
         (key, one, other)
         for key, one, other in changes(before, after)
-        if not any(key == free or key.startswith(f"{free}.") for free in FREE)
+        if not any(key == free or key.startswith(f"{free}.") for free in FREE) and not ENGINE_LENGTH.fullmatch(key)
     ]
     found += [
         (what, f"digest {one}", inputs[1][what]) for what, one in inputs[0].items() if inputs[1].get(what, one) != one

@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from aligner.bounds import dataclass_in, hints_with_bounds, shown_bounds
+from aligner.config.models import SETTINGS
 from aligner.config.schema import CONF, Config
+from aligner.spmd.role_table import USUAL
 
 USAGE = """usage: torchrun --nproc-per-node N -m aligner.main [--config-name NAME] [--config-dir DIR] [--cfg job] [--help] KEY=VALUE ...
 
@@ -35,7 +37,8 @@ def help_text(folder: Path = CONF) -> str:
             lines += textwrap.wrap(comment_of(path), 108, initial_indent=" " * 8, subsequent_indent=" " * 8)
     lines += [
         "",
-        "Fields (KEY=VALUE; + adds a key to algorithm, reward.kwargs, reward.components or data.chat_template_kwargs):",
+        "Fields (KEY=VALUE; models and placement take new names, and + adds a key to algorithm, reward.kwargs,",
+        "reward.components or data.chat_template_kwargs):",
     ]
     lines += _fields(Config(), "")
     return "\n".join(lines)
@@ -76,7 +79,14 @@ def _fields(made: Any, prefix: str) -> list[str]:
     for entry in dataclasses.fields(kind):
         name, value = f"{prefix}{entry.name}", getattr(made, entry.name)
         inner = dataclass_in(hints[entry.name])
-        if inner is not None:
+        if name == "placement":
+            lines += [f"  {name}: {docs[name]}"]
+            for role, layout in value.items():
+                lines += [f"  {name}.{role}: {USUAL[role].doc}", *_fields(layout, f"{name}.{role}.")]
+            lines += ["  placement.NAME: the same of models.NAME; without it ranks=policy, an engine's ranks=rollout"]
+        elif name == "models":
+            lines += [f"  {name}: {docs[name]}", *_models()]
+        elif inner is not None:
             lines += [
                 f"  {name}: {docs.get(entry.name, '')}",
                 *_fields(inner() if value is None else value, f"{name}."),
@@ -86,3 +96,28 @@ def _fields(made: Any, prefix: str) -> list[str]:
             lines.append(f"  {name}={'null' if value is None else value}" + f"  [{bounds}]" * bool(bounds))
             lines += textwrap.wrap(docs[entry.name], 108, initial_indent=" " * 8, subsequent_indent=" " * 8)
     return lines
+
+
+def _models() -> list[str]:
+    """Each kind of further model: the fields that it shares with a section, by name, and its own."""
+    lines: list[str] = []
+    for kind, settings in SETTINGS.items():
+        base = settings.__mro__[1]
+        section = next(
+            entry.name
+            for entry in dataclasses.fields(Config)
+            if dataclass_in(hints_with_bounds(Config)[entry.name]) is base
+        )
+        lines += textwrap.wrap(
+            f"models.NAME.kind={kind}: {_one_line(settings)}", 118, initial_indent="  ", subsequent_indent=" " * 8
+        )
+        lines.append(f"        The fields of {section}.*, and:")
+        docs, own = field_docs(settings), [name for name in settings.__annotations__ if name != "kind"]
+        for name in own:
+            lines.append(f"  models.NAME.{name}={settings.__dataclass_fields__[name].default}")  # type: ignore[attr-defined]
+            lines += textwrap.wrap(docs[name], 108, initial_indent=" " * 8, subsequent_indent=" " * 8)
+    return lines
+
+
+def _one_line(kind: type) -> str:
+    return " ".join((kind.__doc__ or "").split())

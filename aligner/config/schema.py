@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import re
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -23,6 +23,7 @@ from aligner.bounds import AtLeast, Between, NotEmpty, OneOf, dataclass_in
 from aligner.checkpoint.config import CheckpointConfig
 from aligner.config.check import CheckConfig
 from aligner.config.guards import GuardConfig
+from aligner.config.models import EXPECTED, complete_models, frozen_models, further_roles
 from aligner.config.run import TrainConfig
 from aligner.data.config import DataConfig
 from aligner.health.config import HangConfig
@@ -31,19 +32,12 @@ from aligner.report.config import LoggingConfig
 from aligner.reshard.config import ReshardConfig
 from aligner.reward.config import RewardConfig
 from aligner.rollout.config import RolloutConfig, Sampling, StreamConfig
-from aligner.spmd.placement import Placement
+from aligner.spmd.placement import RoleLayout, usual_placement
 from aligner.spmd.residency_config import ResidencyConfig
+from aligner.spmd.role_table import USUAL, RoleSpec, learns
 from aligner.trainer.config import CriticConfig, PolicyConfig, ReferenceConfig, RewardModelConfig
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
-EXPECTED = {
-    "Integer": "give a whole number",
-    "Float": "give a number",
-    "bool": "use true or false",
-    "not Optional": "give a value",
-    "to Dict": "set its keys",
-}
-"""What would work, by a word of OmegaConf's complaint about a value."""
 
 
 @dataclass(frozen=True)
@@ -80,8 +74,10 @@ class Config:
     """How far generation runs ahead of training."""
     reward: RewardConfig = field(default_factory=RewardConfig)
     """The rule and its worker processes."""
-    placement: Placement = field(default_factory=Placement)
-    """Which ranks each role has."""
+    models: dict[str, Any] = field(default_factory=dict)
+    """Further models by name, {kind, path, ...}: `roles["NAME"]` in a loop. See models.NAME below."""
+    placement: dict[str, RoleLayout] = field(default_factory=usual_placement)
+    """Which ranks each role has; placement.NAME is that of models.NAME."""
     reshard: ReshardConfig = field(default_factory=ReshardConfig)
     """How weights get from the policy to the rollout engines."""
     residency: ResidencyConfig = field(default_factory=ResidencyConfig)
@@ -109,10 +105,29 @@ class Config:
     timeout_seconds: Annotated[float, AtLeast(1)] = 1800.0
     """A collective that takes longer ends the job, in seconds."""
 
+    @property
+    def roles(self) -> dict[str, RoleSpec]:
+        """Every role that this configuration describes, by name: the usual ones, then those of `models`."""
+        return USUAL | further_roles(self.models)
+
+    def role(self, name: str) -> RoleSpec:
+        """The role of this name."""
+        return USUAL[name] if name in USUAL else further_roles(self.models)[name]
+
+    def settings(self, role: str) -> Any:
+        """The settings of a role with a model: its section, or `models.NAME`; what a frozen one leaves out is as the
+        policy's."""
+        settings = self.models[role] if role in self.models else getattr(self, role)
+        return settings.over(self.policy) if isinstance(settings, ReferenceConfig) else settings
+
     def model_path(self, role: str) -> tuple[str, str]:
-        """(setting, folder) of what a role on Megatron starts from."""
-        own = getattr(getattr(self, role, None), "path", None)
-        return (f"{role}.path", own) if own else ("model.path", self.model.path)
+        """(setting, folder) of what a role with a model starts from."""
+        own = getattr(self.models.get(role) or getattr(self, role, None), "path", None)
+        return (f"{self.role(role).section}.path", own) if own else ("model.path", self.model.path)
+
+    def learns(self, role: str, roles: Iterable[str]) -> bool:
+        """Whether a job with these roles trains this one; see `RoleKind.learns`."""
+        return learns(self.role(role), {name: self.role(name) for name in roles})
 
 
 def compose_config(overrides: Sequence[str], name: str = "train", folder: Path = CONF) -> DictConfig:
@@ -135,6 +150,10 @@ def compose_config(overrides: Sequence[str], name: str = "train", folder: Path =
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         _check_forms(overrides)
         raise ValueError(_explain(error, overrides, name, folder)) from None
+    try:
+        complete_models(composed, _writable)
+    except OmegaConfBaseException as error:  # ${...} of a whole model that leads nowhere
+        raise ValueError(" ".join(str(error).split())) from None
     expand_composed(composed)
     return composed
 
@@ -167,11 +186,23 @@ def _writable(kind: Any) -> Any:
         factory = (
             entry.default_factory if entry.default_factory is not dataclasses.MISSING else partial(_same, entry.default)
         )
-        if inner is not None:
+        if kind is Config and entry.name in OPEN:
+            hint, factory = Any, partial(_open, factory)
+        elif inner is not None:
             hint = _writable(inner)
             factory = partial(_mirrored, hint, factory)
         entries.append((entry.name, hint, field(default_factory=factory)))
     return dataclasses.make_dataclass(kind.__name__, entries)
+
+
+OPEN = ("models", "placement")
+"""Fields of `Config` that take new names; see `complete_models`."""
+
+
+def _open(factory: Any) -> Any:
+    """A default whose entries have their types, and which takes further ones."""
+    usual = {name: _mirrored(_writable(type(value)), partial(_same, value)) for name, value in factory().items()}
+    return OmegaConf.create(usual, flags={"struct": False})
 
 
 def _same(value: Any) -> Any:
@@ -188,8 +219,14 @@ def _frozen(kind: Any, values: Any, prefix: str = "") -> Any:
     hints = typing.get_type_hints(kind)
     if not isinstance(values, dict):
         raise ValueError(f"{prefix[:-1]}={values} is not possible; set one of its fields: {', '.join(hints)}.")
-    made = {}
+    made: dict[str, Any] = {}
     for name, value in values.items():
+        if kind is Config and name == "models":
+            made[name] = frozen_models(value, _frozen)
+            continue
+        if kind is Config and name == "placement":
+            made[name] = {role: _frozen(RoleLayout, layout, f"placement.{role}.") for role, layout in value.items()}
+            continue
         if name not in hints:
             raise ValueError(
                 f"there is no setting {prefix}{name}; {prefix[:-1] or 'the top level'} has {', '.join(hints)}."

@@ -15,9 +15,14 @@ def stack_file(folder: Path, rank: int) -> Path:
 
 
 class CrashStacks:
-    """Dumps all threads' stacks if `again` is not called for `after` seconds, or at a crash (SIGSEGV, SIGABRT, ...)."""
+    """Dumps all threads' stacks if `restart_timer` is not called for `after` seconds, or at a crash (SIGSEGV, SIGABRT, ...)."""
 
     def __init__(self, folder: Path | None, rank: int, after: float) -> None:
+        """
+        Args:
+            folder: where the stack file is written; None: nowhere.
+            after: seconds without `restart_timer` until the stacks are dumped.
+        """
         self._after = after
         self._file: TextIO | None = None
         if folder is None:

@@ -22,7 +22,7 @@ from aligner.reshard.plan.layout import WeightLayout, as_layout
 from aligner.reshard.plan.region import Layout, Piece, whole_tensor
 from aligner.reshard.plan.transfer_plan import make_plan
 from aligner.reshard.transfer.executor import execute
-from aligner.reshard.transfer.sync_stats import SyncRow
+from aligner.reshard.transfer.sync_stats import SyncStats
 from aligner.reshard.weights import WritableWeights
 
 FILE_BYTES = 5 << 30
@@ -77,7 +77,7 @@ def export_checkpoint(
     bucket_bytes: int = BUCKET_BYTES,
     file_bytes: int = FILE_BYTES,
     run: str | None = None,
-) -> SyncRow:
+) -> SyncStats:
     """Write a role's weights as a Hugging Face folder; collective over the role's ranks, who share the writing.
 
     Each rank receives its share of the tensors (about 1 / ranks of the bytes, held in host memory) and writes it to

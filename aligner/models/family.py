@@ -110,6 +110,8 @@ class EngineTraits:
     """It makes the embedding, the last norm and the output layer in every pipeline stage, used or not."""
     output_bias: bool = False
     """The attention output may have a bias; in others the engine would drop it silently."""
+    shared_kv_heads: bool = True
+    """Beyond the key/value heads each tensor rank gets a copy of one; False: more ranks than these it refuses."""
     fixed_head_dim: bool = False
     """It takes hidden size / heads, whatever head_dim says."""
     note: str = ""

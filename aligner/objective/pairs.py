@@ -21,7 +21,7 @@ def pairwise_loss(loss: Function) -> Function:
 
 
 def counted_rows(mask_BT: Tensor, preference_B: Tensor | None = None) -> Tensor:
-    """bool [B]: rows of pairs that are compared, i.e. both rows have trained tokens; arguments as in `pairs_of`."""
+    """bool [B]: rows of pairs that are compared, i.e. both rows have trained tokens; arguments as in `pair_rows`."""
     return pair_rows(len(mask_BT), mask_BT, preference_B, mask_BT.device).counted_B
 
 

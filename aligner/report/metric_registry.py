@@ -331,7 +331,7 @@ def as_markdown() -> str:
         "Each step is one line of `metrics.jsonl` in the run's folder (and a row in wandb): a JSON object of these numbers, as far",
         "as the loop has them. NaN and infinities are written as null. The declarations are in `aligner/report/metric_registry.py`,",
         "which the console, the figures and the report read too, and this page is made from them:",
-        "`python -m aligner.report.metric_registry > docs/metrics.md`. A loop's own metrics (`Step.more`, and what its loss returns)",
+        "`python -m aligner.report.metric_registry > docs/metrics.md`. A loop's own metrics (`Step.extra_metrics`, and what its loss returns)",
         "need no declaration; on the console each gets a column of its name.",
     ]
     for title, metrics in SECTIONS.items():

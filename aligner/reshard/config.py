@@ -1,4 +1,4 @@
-"""How weights are brought from the policy to the rollout engines."""
+"""Settings of weight syncs from a policy to rollout engines."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from aligner.reshard.plan.layout import ExplicitLayout
 from aligner.reshard.plan.region import Layout, Piece
 from aligner.reshard.plan.transfer_plan import make_plan
 from aligner.reshard.transfer.executor import execute
-from aligner.reshard.transfer.sync_stats import SyncRow
+from aligner.reshard.transfer.sync_stats import SyncStats
 from aligner.reshard.weights import ShardedWeights, WritableWeights
 
 BUCKET_BYTES = 64 << 20
@@ -73,7 +73,7 @@ class TensorWeights(WritableLocalWeights):
         super().__init__(pieces, lambda piece: strided_view(tensors[piece.storage], piece))
 
 
-def copy_weights(source: ShardedWeights, destination: WritableWeights, verify: bool = True) -> SyncRow:
+def copy_weights(source: ShardedWeights, destination: WritableWeights, verify: bool = True) -> SyncStats:
     """Fill the pieces that this process holds of `destination` from those that it holds of `source`, without any other rank.
 
     Values are cast to the destination's dtypes.

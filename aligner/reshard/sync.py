@@ -18,9 +18,9 @@ from aligner.reshard.plan.layout import ExplicitLayout, WeightLayout
 from aligner.reshard.plan.region import Layout
 from aligner.reshard.plan.transfer_plan import Plan, make_plan
 from aligner.reshard.transfer.executor import execute
-from aligner.reshard.transfer.shared_memory import meet
-from aligner.reshard.transfer.sync_stats import SyncRow
-from aligner.reshard.transfer.wire import Kept
+from aligner.reshard.transfer.shared_memory import connect
+from aligner.reshard.transfer.sync_stats import SyncStats
+from aligner.reshard.transfer.wire import LastMessages
 from aligner.reshard.weights import ShardedWeights, WritableWeights
 
 if TYPE_CHECKING:
@@ -46,12 +46,12 @@ class WeightSync:
         self, world: World, source: ShardedWeights, destination: WritableWeights, config: ReshardConfig
     ) -> None:
         self.source, self.destination, self.config = source, destination, config
-        self.kept: Kept | None = {} if config.deltas else None
+        self.kept: LastMessages | None = {} if config.deltas else None
         self.buffers: Buffers | None = None
         self.ranks = tuple(sorted({*source.layout.ranks, *destination.layout.ranks}))
         self.group = world.group(self.ranks)
         """The ranks of both ends; None on any other rank."""
-        self.ledger: list[SyncRow] = []
+        self.stats: list[SyncStats] = []
         """What each run moved on this rank; empty on ranks of neither end."""
         self._world, self._runs = world, 0
         if self.group is None:
@@ -62,13 +62,13 @@ class WeightSync:
         self.planning_seconds = time.perf_counter() - start
         if world.device.type == "cpu":  # on CUDA the caching allocator keeps freed memory
             shares = config.shared_memory and not config.deltas
-            self.buffers = Buffers(world.device, meet(self.group) if shares else None)
+            self.buffers = Buffers(world.device, connect(self.group) if shares else None)
         else:
             # NCCL makes a group's communicator in its first collective, all members together.
             dist.all_reduce(torch.zeros(1, device=world.device), group=self.group)
 
     def run(self) -> None:
-        """Copy the weights as they are now, and add a row to `ledger`.
+        """Copy the weights as they are now, and add its statistics to `stats`.
 
         Raises:
             RuntimeError: a proof failed (naming tensor, region and both ranks), or a peer did; see `execute`. The
@@ -90,7 +90,7 @@ class WeightSync:
             self._runs,
             lambda ranks: world.timeline.span("wait", "weights", ranks),
         )
-        self.ledger.append(row if self.ledger else replace(row, seconds_plan=self.planning_seconds))
+        self.stats.append(row if self.stats else replace(row, seconds_plan=self.planning_seconds))
 
 
 def _agreed_layouts(

@@ -57,6 +57,12 @@ class Part:
     keep_special_tokens: bool = False
 
     @property
+    def model(self) -> str | None:
+        """The role whose scores are its values; None where a rule or an endpoint computes them."""
+        model = self.component.model
+        return "reward_model" if model is True else model or None
+
+    @property
     def source(self) -> str:
         """The setting that says where its values come from, for messages."""
         kind = _kinds(self.component)[0]
@@ -64,7 +70,7 @@ class Part:
         return f"{self.where}.{kind}={'true' if value is True else value}"
 
     def scorer(self) -> Scorer | None:
-        """What computes it on this rank; None for the reward model, which is a role of its own.
+        """What computes it on this rank; None for a reward model, which is a role of its own.
 
         Raises:
             ValueError: the rule cannot be imported or called; the url cannot be used.
@@ -145,7 +151,7 @@ def _check(part: Part, names: Sequence[str]) -> None:
     given = _kinds(component)
     if len(given) != 1:
         said = f"has {' and '.join(given)}" if given else "has none"
-        raise ValueError(f"{where} {said}; give exactly one of rule, url and model=true.")
+        raise ValueError(f"{where} {said}; give exactly one of rule, url and model=true (or model=NAME).")
     check_settings(component, where)
     if component.clip is not None and not (len(component.clip) == 2 and component.clip[0] < component.clip[1]):
         raise ValueError(f"{where}.clip={list(component.clip)} must be [low, high] with low < high, such as [-5, 5].")
@@ -190,6 +196,7 @@ def _typed(value: Any, hint: Any, where: str) -> Any:
         raise ValueError(f"{where}={value} is not possible; give a list of two numbers.")
     if origin is float and type(value) is int:
         return float(value)
-    if type(value) is not origin:
-        raise ValueError(f"{where}={value} is not possible; give {WORDS[origin]}.")
+    plain = [typing.get_origin(one) or one for one in options if one is not type(None)]
+    if type(value) not in plain:
+        raise ValueError(f"{where}={value} is not possible; give {' or '.join(WORDS[one] for one in plain)}.")
     return value

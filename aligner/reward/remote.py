@@ -31,7 +31,7 @@ Item = Mapping[str, Any]
 class RequestFailed(Exception):
     """One attempt had no usable answer.
 
-    `status` and `detail` are those of the rows, `again` whether to retry, `wait_s` the least wait before that in seconds.
+    `status` and `detail` are those of the rows, `retry` whether to retry, `wait_s` the least wait before that in seconds.
     """
 
     def __init__(self, status: Status, detail: str, retry: bool = False, wait_s: float = 0.0) -> None:

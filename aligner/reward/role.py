@@ -1,4 +1,4 @@
-"""The reward role: every member rank scores its rows; the whole batch's values become rewards, alike on every rank."""
+"""The reward role: each member rank scores its rows; values of the global batch are combined to rewards on all ranks."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Scores:
-    """What became of each row."""
+    """Rewards of a batch, with the raw values and statuses of the components."""
 
     reward_B: Tensor
-    """float32; NaN where there is no score: never a silent zero."""
+    """float32; NaN for rows without a reward, which are never scored 0."""
     status_B: Tensor
     """int8 `Status`: the worst among the components that the row needs."""
     response: list[str]
@@ -46,13 +46,13 @@ class Scores:
     """int8 `Status` by component: [B]."""
 
     def row(self) -> dict[str, float]:
-        """What is logged of a whole batch's scores; see `reward_row`."""
+        """Metrics of the batch; see `reward_row`."""
         kinds = [status.name.lower() for status in Status]
         return reward_row(self.reward_B, self.status_B, self.components, self.component_status, kinds)
 
 
 class RowScorer(Protocol):
-    """The reward model's side: a role with a scalar head."""
+    """A reward model: a role with a scalar head."""
 
     def scores(self, samples: Ref) -> Ref:
         """Ref to [B] float32, lined up with the samples. Every rank of the world calls it."""
@@ -60,7 +60,7 @@ class RowScorer(Protocol):
 
 
 class Reward(Role):
-    """Rules, endpoints and the reward model, alone or in a weighted sum."""
+    """Rules, endpoints and reward models, alone or in a weighted sum."""
 
     def __init__(
         self,
@@ -69,11 +69,11 @@ class Reward(Role):
         mesh: Mesh,
         config: RewardConfig,
         tokenizer: PreTrainedTokenizerBase,
-        model: RowScorer | None = None,
+        models: Mapping[str, RowScorer] | None = None,
     ) -> None:
         """
         Args:
-            model: scores the components with model=true.
+            models: the reward models by role name, which score the components that name them.
 
         Raises:
             ValueError: a component that cannot be computed.
@@ -81,10 +81,12 @@ class Reward(Role):
         super().__init__(name, world, mesh)
         self.config, self.tokenizer = config, tokenizer
         self.parts = parts_of(config)
-        wanting = [part for part in self.parts if part.component.model]
-        self.model = model if wanting else None
-        if wanting and model is None:
-            raise ValueError(f"{wanting[0].source} needs the role reward_model; add reward_model to algorithm.roles.")
+        self.models: dict[str, RowScorer] = {}
+        for part in self.parts:
+            if part.model is not None:
+                if part.model not in (models or {}):
+                    raise ValueError(f"{part.source} needs the role {part.model}; add {part.model} to algorithm.roles.")
+                self.models[part.model] = (models or {})[part.model]
         self.scorers: dict[str, Scorer] = {}
         if self.member:
             for part in self.parts:
@@ -95,7 +97,7 @@ class Reward(Role):
                     world.on_leave(scorer.close)
 
     def score(self, samples: Ref) -> Ref:
-        """Score every row. A collective of the whole world.
+        """Score every row. Collective over the world.
 
         Returns:
             Ref to `Scores`.
@@ -103,14 +105,16 @@ class Reward(Role):
         Raises:
             ValueError: more rows without a score than reward.max_missing allows, or none has one; examples are shown.
         """
-        from_model = self.model.scores(samples) if self.model is not None else None  # a role call: every rank's
+        from_models = {name: model.scores(samples) for name, model in self.models.items()}  # role calls: every rank's
         with self.call("score"):
-            local = self.localize((samples, from_model), {})
-            here, score_B = local.args
-            value = self._score(here, score_B, local.mine) if self.member else None
+            local = self.localize((samples,), from_models)
+            value = self._score(local.args[0], local.kwargs, local.mine) if self.member else None
             return Ref(self, value, local.rows)
 
-    def _score(self, samples: Samples, score_B: Tensor | None, rows: Sequence[int]) -> Scores:
+    def _score(self, samples: Samples, from_models: Mapping[str, Tensor], rows: Sequence[int]) -> Scores:
+        """Args:
+        from_models: [B] of each reward model, by role name.
+        """
         ids = [samples.response_tokens(row) for row in range(samples.rows)]
         texts: dict[bool, list[str]] = {}
         items: dict[bool, list[dict[str, Any]]] = {}
@@ -121,7 +125,7 @@ class Reward(Role):
                 for text, fields in zip(texts[kept], samples.fields, strict=True)
             ]
         self.world.activity.details["reward"] = lambda: self._being_scored(items, rows)
-        scores = self._by_part(items, score_B)
+        scores = self._by_part(items, from_models)
         self.world.activity.details.pop("reward")
         raw = {name: _raw(of_part) for name, of_part in scores.items()}
         status = {name: torch.tensor([int(s.status) for s in of], dtype=torch.int8) for name, of in scores.items()}
@@ -139,9 +143,9 @@ class Reward(Role):
         ]
 
     def _by_part(
-        self, items: Mapping[bool, Sequence[Mapping[str, Any]]], score_B: Tensor | None
+        self, items: Mapping[bool, Sequence[Mapping[str, Any]]], from_models: Mapping[str, Tensor]
     ) -> dict[str, list[Score]]:
-        """Scores of each component; they wait for each other, not for their turn.
+        """Scores by component; the components are scored concurrently.
 
         Args:
             items: the rows, by whether their responses have special tokens.
@@ -153,7 +157,7 @@ class Reward(Role):
                 if part.name in self.scorers
             }
             return {
-                part.name: running[part.name].result() if part.name in running else _of_model(score_B)
+                part.name: running[part.name].result() if part.model is None else _of_model(from_models[part.model])
                 for part in self.parts
             }
 
@@ -185,8 +189,7 @@ def _raw(scores: Sequence[Score]) -> Tensor:
     return torch.tensor([s.value if s.status is Status.OK else math.nan for s in scores], dtype=torch.float32)
 
 
-def _of_model(score_B: Tensor | None) -> list[Score]:
-    assert score_B is not None
+def _of_model(score_B: Tensor) -> list[Score]:
     return [
         Score(value, Status.OK, 0.0)
         if math.isfinite(value)

@@ -45,7 +45,7 @@ class SignalCounter:
         os.register_at_fork(after_in_child=_defaults)
         for number in IGNORED_SIGNALS:
             signal.signal(number, self._count)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, IGNORED_SIGNALS)  # see held_back
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, IGNORED_SIGNALS)  # see signals_blocked
 
     def _count(self, number: int, frame: FrameType | None) -> None:
         self.count += 1

@@ -210,7 +210,7 @@ class Worker(context.SpawnProcess):
 
     @property
     def exitcode(self) -> int | None:
-        """QUIET_EXIT for 0: pebble does not notice a worker that exits with 0, and its row would wait for the time limit."""
+        """EXIT_ZERO for 0: pebble does not notice a worker that exits with 0, and its row would wait for the time limit."""
         code = super().exitcode
         return EXIT_ZERO if code == 0 else code
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, cast
 
+from aligner.data.end_tokens import find_ends
+from aligner.data.tokenizer import load_tokenizer
 from aligner.models.spec import read_spec, with_scalar_head
 from aligner.spmd.placement import role_layout
+from aligner.spmd.role_table import USUAL, RoleSpec
 
 if TYPE_CHECKING:  # the engines take seconds to import; loops name `Roles`, and checking a job must not wait for them
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from transformers import PreTrainedTokenizerBase
 
@@ -21,19 +25,16 @@ if TYPE_CHECKING:  # the engines take seconds to import; loops name `Roles`, and
     from aligner.spmd.mesh import Mesh
     from aligner.spmd.role import Role
     from aligner.spmd.world import World
-    from aligner.trainer.config import TrainingConfig
     from aligner.trainer.critic import Critic
     from aligner.trainer.model_role import ModelRole
     from aligner.trainer.policy import Policy, Reference
     from aligner.trainer.reward_model import RewardModel
     from aligner.trainer.trainable_role import TrainableRole
 
-M = TypeVar("M", bound="ModelRole")
-
 
 class Roles:
-    """What a loop calls: `roles.policy` and so on; those that algorithm.roles leaves out raise ValueError, but for
-    `reference`, which is None then."""
+    """What a loop calls: `roles.policy` and so on, and `roles["NAME"]` of any role; those that algorithm.roles leaves out
+    raise ValueError, but for `roles.reference`, which is None then."""
 
     def __init__(self, built: Mapping[str, Role]) -> None:
         self._built = dict(built)
@@ -69,6 +70,18 @@ class Roles:
     def restore_kept(self, saved: list[dict[str, Any]]) -> None:
         """The next calls of `keep` return these."""
         self._restored = list(saved)
+
+    def __getitem__(self, name: str) -> Any:
+        """The role of this name: a usual one, or that of `models.NAME`.
+
+        Raises:
+            ValueError: the job has none.
+        """
+        return self._present(name)
+
+    def __contains__(self, name: object) -> bool:
+        """Whether the job has a role of this name."""
+        return name in self._built
 
     @property
     def policy(self) -> Policy:
@@ -111,6 +124,13 @@ class Roles:
         return [role for role in self.trainable if role.version or role.name == "policy"]
 
     @property
+    def engines(self) -> list[Rollout]:
+        """Every vLLM engine; the same on every rank."""
+        from aligner.rollout.role import Rollout
+
+        return [role for role in self._built.values() if isinstance(role, Rollout)]
+
+    @property
     def trainable(self) -> list[TrainableRole]:
         """Every role that could learn; the same on every rank."""
         from aligner.trainer.trainable_role import TrainableRole
@@ -126,6 +146,9 @@ class Roles:
         if name not in self._built:
             raise ValueError(
                 f"the loop uses roles.{name}, which algorithm.roles leaves out; add {name} to algorithm.roles."
+                if name in USUAL
+                else f'the loop uses roles["{name}"], and this job has {", ".join(self._built)}; add {name} to '
+                f"algorithm.roles, and define models.{name}={{kind: ..., path: ...}}."
             )
         return self._built[name]
 
@@ -135,58 +158,112 @@ def _like(value: Any, saved: Any) -> Any:
     return type(value)(*saved) if isinstance(value, tuple) else saved
 
 
+ORDER = ("trainer", "engine", "host")
+"""Roles are built in this order, each group in that of the configuration: an engine measures what models have left of the
+memory, and the reward is given its reward models."""
+
+
 def build_roles(
     config: Config,
-    wanted: list[str],
+    wanted: Sequence[str],
     world: World,
     meshes: Mapping[str, Mesh],
     spec: ModelSpec,
     tokenizer: PreTrainedTokenizerBase,
 ) -> Roles:
-    """Every rank calls this; each role builds its engine on its own ranks only."""
-    from aligner.reward.role import Reward
+    """Every rank calls this; each role builds its engine on its own ranks only.
+
+    Args:
+        wanted: names of roles.
+        spec: the model of model.path, with the tokens that end a turn in this job.
+    """
+    world.residency.config = config.residency
+    described = [role for role in config.roles.values() if role.name in wanted]
+    built: dict[str, Role] = {}
+    for role in sorted(described, key=lambda role: ORDER.index(role.kind.runs_on)):
+        if role.kind.on_trainer:
+            built[role.name] = _trainer_role(config, role, described, world, meshes[role.name], spec)
+        elif role.kind.runs_on == "engine":
+            built[role.name] = _engine_role(config, role, world, meshes[role.name], spec)
+        else:
+            built[role.name] = _reward_role(config, role, world, meshes[role.name], tokenizer, built)
+    return Roles(built)
+
+
+def _trainer_role(
+    config: Config, role: RoleSpec, roles: Sequence[RoleSpec], world: World, mesh: Mesh, spec: ModelSpec
+) -> ModelRole:
     from aligner.roles.weight_sync import WeightSyncs
-    from aligner.rollout.role import Rollout
     from aligner.trainer.critic import Critic
     from aligner.trainer.policy import Policy, Reference
     from aligner.trainer.reward_model import RewardModel
     from aligner.trainer.trainable_role import TrainableRole
 
-    # Only what was sampled is judged under the sampling temperature: in other data nothing says what it would be.
-    temperature = config.sampling.temperature if "rollout" in wanted and config.data.kind == "prompts" else 1.0
-    built: dict[str, Role] = {}
-    world.residency.config = config.residency
+    kinds: dict[str, type[ModelRole]] = {
+        "policy": Policy,
+        "frozen": Reference,
+        "critic": Critic,
+        "reward_model": RewardModel,
+    }
+    kind, settings = kinds[role.kind.name], config.settings(role.name)
+    more: dict[str, Any] = {"sequence_parallel": role_layout(config.placement, role).sequence_parallel}
+    if issubclass(kind, TrainableRole):
+        more["total_steps"] = config.train.steps * settings.minibatches * settings.epochs
+        more["max_response"] = config.sampling.max_tokens
+        more["not_finite"] = config.guards.not_finite
+        more["skip_empty"] = config.guards.empty_batch.action == "skip"
+        more["offending"] = Path(config.run_dir) / "offending"
+    if issubclass(kind, Reference):
+        # Only what was sampled is judged under the sampling temperature: in other data nothing says what it would be.
+        sampled = config.data.kind == "prompts" and any(other.kind.runs_on == "engine" for other in roles)
+        more["temperature"] = config.sampling.temperature if sampled else 1.0
+    if issubclass(kind, Policy):
+        more["syncs"] = WeightSyncs(config.reshard)
+    made = kind(role.name, world, mesh, _spec_of(config, role, spec), settings, **more)
+    if isinstance(made, TrainableRole):
+        made.section = role.section
+    return made
 
-    def model(kind: type[M], name: str, settings: TrainingConfig, spec: ModelSpec, **more: Any) -> M:
-        parallel = role_layout(config.placement, name).sequence_parallel
-        if issubclass(kind, TrainableRole):
-            more["total_steps"] = config.train.steps * settings.minibatches * settings.epochs
-            more["max_response"] = config.sampling.max_tokens
-            more["not_finite"] = config.guards.not_finite
-            more["skip_empty"] = config.guards.empty_batch.action == "skip"
-            more["offending"] = Path(config.run_dir) / "offending"
-        return kind(name, world, meshes[name], spec, settings, sequence_parallel=parallel, **more)
 
-    def scalar(name: str) -> ModelSpec:
-        return with_scalar_head(read_spec(config.model_path(name)[1]))
+def _engine_role(config: Config, role: RoleSpec, world: World, mesh: Mesh, spec: ModelSpec) -> Rollout:
+    from aligner.rollout.folder_weights import FolderWeights
+    from aligner.rollout.role import Rollout
+    from aligner.rollout.rows import request_seed
 
-    if "policy" in wanted:
-        built["policy"] = model(
-            Policy, "policy", config.policy, spec, temperature=temperature, syncs=WeightSyncs(config.reshard)
-        )
-    if "reference" in wanted:
-        built["reference"] = model(
-            Reference, "reference", config.reference.over(config.policy), spec, temperature=temperature
-        )
-    if "critic" in wanted:
-        built["critic"] = model(Critic, "critic", config.critic, scalar("critic"))
-    if "reward_model" in wanted:
-        built["reward_model"] = model(RewardModel, "reward_model", config.reward_model, scalar("reward_model"))
-    if "rollout" in wanted:
-        built["rollout"] = Rollout(
-            "rollout", world, meshes["rollout"], spec, config.rollout, config.sampling, config.seed, config.stream
-        )
-    if "reward" in wanted:
-        scorer = cast("RewardModel | None", built.get("reward_model"))
-        built["reward"] = Reward("reward", world, meshes["reward"], config.reward, tokenizer, scorer)
-    return Roles(built)
+    further = role.name in config.models
+    seed = request_seed(config.seed, *role.name.encode()) if further else config.seed  # two engines draw differently
+    own = _spec_of(config, role, spec)
+    made = Rollout(role.name, world, mesh, own, config.settings(role.name), config.sampling, seed, config.stream)
+    if further:
+        made.loaded.source = FolderWeights(own)  # until a policy sends its own
+    return made
+
+
+def _reward_role(
+    config: Config,
+    role: RoleSpec,
+    world: World,
+    mesh: Mesh,
+    tokenizer: PreTrainedTokenizerBase,
+    built: Mapping[str, Role],
+) -> Reward:
+    from aligner.reward.role import Reward
+    from aligner.trainer.reward_model import RewardModel
+
+    scorers = {name: other for name, other in built.items() if isinstance(other, RewardModel)}
+    return Reward(role.name, world, mesh, config.reward, tokenizer, scorers)
+
+
+def _spec_of(config: Config, role: RoleSpec, spec: ModelSpec) -> ModelSpec:
+    """The model of a role, with its head, and the tokens that end a turn in this job where it reads the same ones."""
+    setting, path = config.model_path(role.name)
+    if role.kind.head == "scalar":
+        return with_scalar_head(read_spec(path))
+    if setting == "model.path":
+        return spec
+    own = read_spec(path)
+    if getattr(config.settings(role.name), "own_tokenizer", False):
+        ends = find_ends(path, load_tokenizer(path, setting), [], False).ids
+    else:
+        ends = spec.eos_token_ids
+    return replace(own, eos_token_ids=tuple(dict.fromkeys([*own.eos_token_ids, *ends])))

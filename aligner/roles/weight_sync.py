@@ -8,7 +8,7 @@ from aligner.reshard.config import ReshardConfig
 from aligner.reshard.sync import WeightSync
 
 if TYPE_CHECKING:
-    from aligner.reshard.transfer.sync_stats import SyncRow
+    from aligner.reshard.transfer.sync_stats import SyncStats
     from aligner.rollout.role import Rollout
     from aligner.trainer.policy import Policy
 
@@ -35,6 +35,6 @@ class WeightSyncs:
                 self.by_rollout[rollout.name].run()
         rollout.took_weights()
 
-    def latest(self) -> list[SyncRow]:
+    def latest(self) -> list[SyncStats]:
         """What the last sync into each rollout moved on this rank."""
-        return [sync.ledger[-1] for sync in self.by_rollout.values() if sync.ledger]
+        return [sync.stats[-1] for sync in self.by_rollout.values() if sync.stats]

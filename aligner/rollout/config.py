@@ -203,8 +203,9 @@ def _check_cpu(spec: ModelSpec) -> None:
 
 
 def _divides(spec: ModelSpec, tensor: int, expert_parallel: bool) -> bool:
-    # Beyond its key-value heads the engine gives each rank a copy of one of them.
-    kv = spec.kv_heads % tensor == 0 if tensor <= spec.kv_heads else tensor % spec.kv_heads == 0
+    # Beyond its key-value heads the engine gives each rank a copy of one of them, of most families.
+    shared = FAMILIES[spec.family].engine.shared_kv_heads and tensor % spec.kv_heads == 0
+    kv = spec.kv_heads % tensor == 0 if tensor <= spec.kv_heads else shared
     dense = len(spec.sparse_layers) == spec.layers or spec.ffn % tensor == 0
     sparse = not spec.experts or expert_parallel or spec.expert_ffn % tensor == 0
     return spec.heads % tensor == 0 and kv and dense and sparse and padded_vocab(spec.vocab) % tensor == 0

@@ -21,7 +21,7 @@ from aligner.rollout.config import BLOCK_TOKENS, RolloutConfig, Sampling
 from aligner.rollout.experts import mend_cpu_expert_parallel
 from aligner.rollout.loaded import LoadedWeights
 from aligner.rollout.requests import Requests, Sample
-from aligner.rollout.subworld import SubWorld, engine_is_live, executor_class
+from aligner.rollout.subworld import SubWorld, executor_class
 
 LOAD_FORMAT = "dummy"
 """vLLM starts with placeholder weights: the policy's arrive by resharding."""
@@ -31,7 +31,7 @@ class RolloutEngine:
     """vLLM in this process, for the replica whose ranks are `group`.
 
     Every rank of the replica makes every call with equal arguments. The engine starts without weights: `EngineWeights`
-    writes them. A process holds one engine at a time.
+    writes them. A process may hold several engines; on CUDA one of those that `sleeps`.
     """
 
     def __init__(
@@ -67,7 +67,6 @@ class RolloutEngine:
         self._subworld = SubWorld(group, ident, device)
         with self._subworld.inside():
             _platform(device)
-            assert not engine_is_live(), "this process already holds a rollout engine; close() that one first"
         with self._subworld.starting():
             _register(architecture)
             sizes = {

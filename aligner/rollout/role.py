@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeVar
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from aligner.data.prompts import Prompt
+from aligner.data.tokenizer import load_tokenizer
 from aligner.models.spec import ModelSpec
 from aligner.reshard.weights import RemoteWeights, WritableWeights
 from aligner.rollout.ahead import Ahead
@@ -28,6 +30,9 @@ from aligner.spmd.role import Role
 from aligner.spmd.rows import Rows
 from aligner.spmd.world import World
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 T = TypeVar("T")
 
 
@@ -46,7 +51,11 @@ class Started:
 class Rollout(Role):
     """vLLM on this role's ranks: ranks / (tensor x pipeline) replicas, each generating for its share of the prompts."""
 
-    needs: ClassVar[Mapping[str, Sequence[str]]] = {"generate": ("weights", "cache"), "reshard_to": ("weights",)}
+    needs: ClassVar[Mapping[str, Sequence[str]]] = {
+        "generate": ("weights", "cache"),
+        "reshard_to": ("weights",),
+        "load_folder": ("weights",),
+    }
 
     def __init__(
         self,
@@ -60,7 +69,8 @@ class Rollout(Role):
         overlap: StreamConfig | None = None,
     ) -> None:
         super().__init__(name, world, mesh)
-        self.config, self.sampling, self.seed, self.overlap = config, sampling, seed, overlap or StreamConfig()
+        self.spec, self.config, self.sampling, self.seed = spec, config, sampling, seed
+        self.overlap = overlap or StreamConfig()
         self.calls = 0
         self.loaded = LoadedWeights()
         """Which weights the engines hold; the same on every rank of the world."""
@@ -141,6 +151,11 @@ class Rollout(Role):
         self.under_way.remove(started)
         with self.working():
             return self._finish(started)
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """That of the engine's own model."""
+        return load_tokenizer(self.spec.path)
 
     def wake(self) -> None:
         """Sync the engine's weights once more, if they were given up. A role call of every rank, if so.

@@ -8,6 +8,7 @@ import random
 import re
 import secrets
 import shutil
+import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
@@ -27,6 +28,12 @@ _QUIET = {
     "VLLM_USE_V2_MODEL_RUNNER": "0",
 }
 _FORCED = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+_PARALLEL_STATE = (
+    "_WORLD", "_INNER_DP_WORLD", "_NODE_COUNT", "_TP", "_ETP", "_ENGRAM_DP", "_DCP", "_PCP", "_PP", "_DP", "_EP", "_EPLB",
+)  # fmt: skip
+"""Globals of vllm.distributed.parallel_state: an engine's process groups."""
+_GROUP_NAMES = ("_groups", "_group_name_counter")
+"""Its registry of groups by name, and how many there are of each name."""
 _IGNORED = ("VLLM_CPU_KVCACHE_SPACE",)  # would silently win over rollout.kv_cache_mib
 
 
@@ -34,7 +41,7 @@ class SubWorld:
     """The ranks of one replica as a world of their own, entered with `inside()`; vLLM runs nowhere else.
 
     vLLM uses torch's default process group, RANK and WORLD_SIZE as its own and changes much global state of the process;
-    on leaving, all of it is restored.
+    on leaving, all of it is restored. So a process can hold several engines.
     """
 
     def __init__(self, group: dist.ProcessGroup, ident: str, device: torch.device) -> None:
@@ -48,6 +55,7 @@ class SubWorld:
         # vLLM numbers its process groups from here: never a name that another replica or an earlier engine used.
         self._group_count = 1_000_000 + token
         self._threads = torch.get_num_threads()
+        self._parallel_state: dict[str, Any] = dict.fromkeys(_PARALLEL_STATE) | {name: {} for name in _GROUP_NAMES}
         self._environment = {
             **{name: os.environ.get(name, value) for name, value in _QUIET.items()},
             **_FORCED,
@@ -85,6 +93,7 @@ class SubWorld:
             stack.enter_context(self._own_environment())
             stack.enter_context(self._own_threads())
             stack.enter_context(self._own_default_group())
+            stack.enter_context(self._own_parallel_state())
             stack.enter_context(warnings.catch_warnings())
             warnings.simplefilter("ignore")
             yield
@@ -120,6 +129,24 @@ class SubWorld:
             # Ranks outside the replica made no groups: the names of later groups must agree with theirs.
             world.group_count = count
             c10d._update_default_pg(default)
+
+    @contextmanager
+    def _own_parallel_state(self) -> Iterator[None]:
+        """vLLM keeps its process groups in globals, and finds them there by names that count up: each engine has its own,
+        so that the names of a replica's ranks agree whatever other engines these have."""
+        module = sys.modules.get("vllm.distributed.parallel_state")  # not yet: vLLM is imported inside, with settings
+        before = {name: getattr(module, name) for name in self._parallel_state} if module else {}
+        for name, value in self._parallel_state.items() if module else ():
+            setattr(module, name, value)
+        try:
+            yield
+        finally:
+            module = sys.modules.get("vllm.distributed.parallel_state")
+            if module is not None:
+                fresh: dict[str, Any] = dict.fromkeys(_PARALLEL_STATE) | {name: {} for name in _GROUP_NAMES}
+                self._parallel_state = {name: getattr(module, name) for name in self._parallel_state}
+                for name, value in (before or fresh).items():
+                    setattr(module, name, value)
 
     @contextmanager
     def _own_environment(self) -> Iterator[None]:
@@ -190,13 +217,6 @@ def executor_class(subworld: SubWorld) -> type[Any]:
             return f"tcp://subworld:{subworld.ident}", subworld.rank, subworld.local_rank
 
     return SubWorldExecutor
-
-
-def engine_is_live() -> bool:
-    """Whether this process has an engine: vLLM keeps its process groups in globals, so there can be only one."""
-    from vllm.distributed import parallel_state
-
-    return parallel_state._WORLD is not None
 
 
 @contextmanager

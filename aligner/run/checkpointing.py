@@ -84,8 +84,10 @@ class RunCheckpointer:
         for role in self.roles.trainable:
             if role.name in state["roles"]:
                 role.load_state(state["roles"][role.name], found)
-        if "rollout" in state and "rollout" in self.job.roles:
-            self.roles.rollout.load_state(state["rollout"])
+        engines = state.get("engines", {"rollout": state.get("rollout")})  # a checkpoint of an earlier version had one
+        for engine in self.roles.engines:
+            if engines.get(engine.name):
+                engine.load_state(engines[engine.name])
         self.roles.restore_kept(state["kept"])
         self.driver = state["driver"]
         if found.world == self.world.size:
@@ -117,9 +119,8 @@ class RunCheckpointer:
             "kept": self.roles.kept_values(),
             "driver": dict(driver),
             "roles": {},
+            "engines": {engine.name: engine.save_state() for engine in self.roles.engines},
         }
-        if "rollout" in self.job.roles:
-            shared["rollout"] = self.roles.rollout.save_state()
         for role in self.roles.trainable:
             values, mine, regions = role.save_state()
             shared["roles"][role.name] = values

@@ -33,7 +33,8 @@ def inputs_of(config: Config, roles: Iterable[str], data: DataSets) -> dict[str,
     held = [data.heldout, data.heldout_pairs, data.heldout_answers]
     if any(held):
         found["rows of data.eval_path"] = digest(held)
-    for setting, folder in dict(config.model_path(role) for role in roles if role not in ("rollout", "reward")).items():
+    folders = dict(config.model_path(role) for role in roles if config.role(role).kind.head)
+    for setting, folder in folders.items():
         found[f"weights of {setting}"] = _weights(Path(folder))
         found[f"configuration and tokenizer of {setting}"] = _files(
             file for file in Path(folder).iterdir() if file.suffix in (".json", ".jinja", ".model", ".txt")

@@ -13,6 +13,7 @@ import hydra.utils
 
 from aligner.check.job import check_job, check_models
 from aligner.check.loop_settings import hints_of, one_line, raised_at, settings_of
+from aligner.check.roles import wanted_roles
 from aligner.config.as_json import config_as_json
 from aligner.config.schema import Config
 from aligner.data.prompts import Prompt
@@ -48,12 +49,12 @@ def prepare(config: Config, world_size: int) -> Job:
     if hasattr(settings, "check_job"):  # what a loop asks of the settings beside its own
         settings.check_job(config)
     _check_batches(loop, config)
-    roles = list(getattr(settings, "roles", ["policy", "rollout", "reward"]))
+    roles = wanted_roles(config, getattr(settings, "roles", ["policy", "rollout", "reward"]))
     _check_stream(config, settings, roles)
     models = check_models(config, roles, world_size)
     data = read_sets(config.data, models.tokenizer)
     checked = check_job(config, roles, models, data)
-    config = replace(config, rollout=checked.rollout)
+    config = replace(config, rollout=checked.rollout, models=dict(checked.models))
     job = Job(config, loop, settings, roles, checked)
     if os.environ.get("RANK", "0") != "0":
         return job
@@ -104,7 +105,7 @@ def _check_stream(config: Config, settings: Any, roles: list[str]) -> None:
     given = (
         f"stream.lag={stream.lag}, stream.step_tokens={'null' if stream.step_tokens is None else stream.step_tokens}"
     )
-    if "rollout" not in roles:
+    if not any(role in config.roles and config.role(role).kind.runs_on == "engine" for role in roles):
         raise ValueError(f"{given}: the loop samples nothing (algorithm.roles={roles}); use lag=0, step_tokens=null.")
     loss = getattr(settings, "loss", None)
     if loss is not None and takes_one_step(loss):

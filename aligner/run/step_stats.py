@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from aligner.report.metric_registry import TIMED_CALLS
-from aligner.reshard.transfer.sync_stats import SyncRow, total
+from aligner.reshard.transfer.sync_stats import SyncStats, total
 from aligner.spmd.role import Role
 
 
@@ -16,7 +16,7 @@ class StepStats:
 
     most: dict[str, float] = field(default_factory=dict)
     """Metrics of which the highest rank's counts, such as seconds of a phase."""
-    syncs: tuple[SyncRow, ...] = ()
+    syncs: tuple[SyncStats, ...] = ()
     """The last transfer of weights."""
     asked: str = ""
     """The signal that asks the job to leave."""
@@ -27,7 +27,7 @@ class StepStats:
 
 
 def step_stats_of(
-    roles: Sequence[Role], syncs: Sequence[SyncRow], memory: Mapping[str, float], asked: str = ""
+    roles: Sequence[Role], syncs: Sequence[SyncStats], memory: Mapping[str, float], asked: str = ""
 ) -> StepStats:
     """This rank's since the last time; `memory` in GiB by role call."""
     seconds: dict[str, float] = {}

@@ -6,11 +6,12 @@ import itertools
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
 from aligner.spmd.mesh import Mesh
+from aligner.spmd.role_table import USUAL, RoleSpec
 
 RANKS_THAT_WORK = 'a list such as [0,1], ranges like "0-3,6", or parts like 0%-50%'
 PART = re.compile(r"\s*(?:(\d+)(?:-(\d+))?|(\d+(?:\.\d+)?)%-(\d+(?:\.\d+)?)%)\s*")
@@ -22,7 +23,8 @@ class RoleLayout:
     """One role's ranks and parallel sizes."""
 
     ranks: Any = "all"
-    """World ranks: `all`, a list such as [0, 1], ranges such as "0-3,6", or parts of any world such as 0%-50%."""
+    """World ranks: `all`, a list such as [0, 1], ranges such as "0-3,6", or parts of any world such as 0%-50%. Models:
+    `policy`, further engines: `rollout`, for the ranks and sizes of that role."""
     tensor: int = 1
     """Tensor-parallel size, in ranks."""
     pipeline: int = 1
@@ -43,26 +45,20 @@ class RoleLayout:
     """Split activations between tensor-parallel ranks along the sequence (needs tensor > 1)."""
 
 
-MEGATRON = ("policy", "reference", "critic", "reward_model")
-"""Roles whose model is on Megatron; all but the policy are laid out like it where they have no ranks of their own."""
+Placement = Mapping[str, RoleLayout]
+"""Role -> layout, for every role of the configuration."""
 
 
-@dataclass(frozen=True)
-class Placement:
-    """Role name -> layout. A role that is left out is not built."""
+def default_layout(role: RoleSpec) -> RoleLayout:
+    """Where a role is unless its placement says otherwise: all but the policy, the rollout and the reward share the
+    ranks and sizes of one of these."""
+    shares = role.kind.layout_of
+    return RoleLayout() if shares is None or shares == role.name else RoleLayout(ranks=shares)
 
-    policy: RoleLayout = field(default_factory=RoleLayout)
-    """The trained model."""
-    rollout: RoleLayout = field(default_factory=RoleLayout)
-    """vLLM replicas: ranks / tensor of them."""
-    reference: RoleLayout = field(default_factory=lambda: RoleLayout(ranks="policy"))
-    """The frozen copy of the starting model; ranks=policy: on the policy's ranks and with its sizes."""
-    critic: RoleLayout = field(default_factory=lambda: RoleLayout(ranks="policy"))
-    """The value model; ranks=policy: on the policy's ranks and with its sizes."""
-    reward_model: RoleLayout = field(default_factory=lambda: RoleLayout(ranks="policy"))
-    """The model that scores responses; ranks=policy: on the policy's ranks and with its sizes."""
-    reward: RoleLayout = field(default_factory=RoleLayout)
-    """Ranks whose host CPUs score samples."""
+
+def usual_placement(**layouts: RoleLayout) -> dict[str, RoleLayout]:
+    """The layouts of the usual roles, and of those given by name."""
+    return {name: default_layout(role) for name, role in USUAL.items()} | layouts
 
 
 def parse_ranks(value: Any, world_size: int, role: str) -> tuple[int, ...]:
@@ -117,24 +113,24 @@ def _part(text: str, whole: str, world_size: int, name: str) -> range:
     return of(world_size)
 
 
-def make_meshes(placement: Placement, world_size: int) -> Mapping[str, Mesh]:
-    """Role -> mesh for every role of the placement (models on Megatron fall back to the policy's layout).
+def make_meshes(placement: Placement, world_size: int, roles: Mapping[str, RoleSpec] = USUAL) -> dict[str, Mesh]:
+    """Role -> mesh for every one of `roles`; a role that shares another's layout has a mesh of its own name.
 
     Raises:
         ValueError: naming the setting and the values that would work.
     """
     meshes = {}
-    for role in ("policy", "rollout", "reference", "reward", "critic", "reward_model"):
+    for name, role in roles.items():
         layout = role_layout(placement, role)
-        ranks = parse_ranks(layout.ranks, world_size, role)
-        meshes[role] = _mesh(role, ranks, layout)
+        meshes[name] = _mesh(name, parse_ranks(layout.ranks, world_size, name), layout)
         _check_trained_only(role, layout)
-        if role == "reward" and layout.tensor != 1:
-            raise ValueError(f"placement.reward.tensor={layout.tensor}: rules run on host CPUs; use 1.")
-        if layout.sequence_parallel and (layout.tensor == 1 or role not in MEGATRON):
+        if role.kind.runs_on == "host" and layout.tensor != 1:
+            raise ValueError(f"placement.{name}.tensor={layout.tensor}: rules run on host CPUs; use 1.")
+        if layout.sequence_parallel and (layout.tensor == 1 or not role.kind.on_trainer):
+            able = ", ".join(other.name for other in roles.values() if other.kind.on_trainer)
             raise ValueError(
-                f"placement.{role}.sequence_parallel=true needs a model on Megatron ({', '.join(MEGATRON)}) with "
-                f"tensor > 1 (now tensor={layout.tensor}); set it to false or raise placement.{role}.tensor."
+                f"placement.{name}.sequence_parallel=true needs a model on the training backend ({able}) with "
+                f"tensor > 1 (now tensor={layout.tensor}); set it to false or raise placement.{name}.tensor."
             )
     return meshes
 
@@ -155,45 +151,38 @@ def _mesh(role: str, ranks: tuple[int, ...], layout: RoleLayout) -> Mesh:
     )
 
 
-def _check_trained_only(role: str, layout: RoleLayout) -> None:
-    """What only the roles on Megatron have is refused elsewhere, never ignored."""
-    if role in MEGATRON:
+def _check_trained_only(role: RoleSpec, layout: RoleLayout) -> None:
+    """What only models on the training backend have is refused elsewhere, never ignored."""
+    if role.kind.on_trainer:
         return
-    plain = RoleLayout()
-    refused = [
-        "context",
-        "expert_tensor",
-        "stage_layers",
-        "virtual_pipeline",
-        *(["pipeline"] if role == "reward" else []),
-    ]
-    for axis in refused:
+    name, engine, plain = role.name, role.kind.runs_on == "engine", RoleLayout()
+    for axis in ("context", "expert_tensor", "stage_layers", "virtual_pipeline", *(() if engine else ("pipeline",))):
         works = getattr(plain, axis)
         if getattr(layout, axis) != works:
             shown = "null" if works is None else list(works) if isinstance(works, tuple) else works
             raise ValueError(
-                f"placement.{role}.{axis}={getattr(layout, axis)} is not supported for {role}; use {shown}."
+                f"placement.{name}.{axis}={getattr(layout, axis)} is not supported for {name}; use {shown}."
             )
-    allowed = (1, layout.tensor) if role == "rollout" else (1,)
+    allowed = (1, layout.tensor) if engine else (1,)
     if layout.expert not in allowed:
         raise ValueError(
-            f"placement.{role}.expert={layout.expert} is not supported for {role}; use 1"
-            + (f", or {layout.tensor} (placement.rollout.tensor)." if layout.tensor > 1 and role == "rollout" else ".")
+            f"placement.{name}.expert={layout.expert} is not supported for {name}; use 1"
+            + (f", or {layout.tensor} (placement.{name}.tensor)." if layout.tensor > 1 and engine else ".")
         )
 
 
-def role_layout(placement: Placement, role: str) -> RoleLayout:
-    """The role's own layout, or the policy's where it has `ranks=policy`.
+def role_layout(placement: Placement, role: RoleSpec) -> RoleLayout:
+    """The role's own layout, or that of the role whose name stands in its `ranks` (see `RoleKind.layout_of`).
 
     Raises:
         ValueError: sizes without ranks, which would be silently ignored.
     """
-    layout: RoleLayout = getattr(placement, role)
-    if layout.ranks != "policy" or role not in MEGATRON[1:]:
+    layout, shares = placement.get(role.name) or default_layout(role), role.kind.layout_of
+    if shares is None or shares == role.name or layout.ranks != shares:
         return layout
-    if layout != RoleLayout(ranks="policy"):
+    if layout != RoleLayout(ranks=shares):
         raise ValueError(
-            f"placement.{role}.ranks=policy takes the policy's sizes too; to give the {role} sizes of its own, give "
-            f"it ranks as well, such as placement.{role}.ranks=all."
+            f"placement.{role.name}.ranks={shares} takes the {shares}'s sizes too; to give the {role.name} sizes of its "
+            f"own, give it ranks as well, such as placement.{role.name}.ranks=all."
         )
-    return placement.policy
+    return placement[shares]

@@ -2,21 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Annotated
 
 from aligner.bounds import OneOf
-
-TRAINED = ("weights", "gradients", "optimizer")
-PARTS = {
-    "policy": TRAINED,
-    "reference": ("weights",),
-    "critic": TRAINED,
-    "reward_model": TRAINED,
-    "rollout": ("weights", "cache"),
-}
-"""What each role holds on a device."""
+from aligner.spmd.role_table import RoleSpec
 
 
 @dataclass(frozen=True)
@@ -40,11 +31,10 @@ class ResidencyConfig:
                 "residency.mode=auto, or leave keep empty."
             )
 
-    def check_roles(self, roles: Sequence[str]) -> None:
+    def check_roles(self, roles: Iterable[RoleSpec]) -> None:
         """Raises ValueError where `keep` names something that a job of `roles` does not hold."""
-        works = [
-            name for role in roles for name in (role, *(f"{role}.{p}" for p in PARTS.get(role, ()))) if role in PARTS
-        ]
+        holding = [role for role in roles if role.kind.parts]
+        works = [name for role in holding for name in (role.name, *(f"{role.name}.{p}" for p in role.kind.parts))]
         for name in self.keep:
             if name not in works:
                 raise ValueError(f"residency.keep has {name!r}, which this job does not hold; use {', '.join(works)}.")

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from aligner.spmd.cost import TOKENS, Cost
 from aligner.spmd.partition import deal, of_groups
-from aligner.trainer.context import cut, held_by_each
+from aligner.trainer.context import split_rows, tokens_per_rank
 
 
 def microbatches(lengths: Sequence[int], budget: int, together: int = 1) -> list[list[int]]:
@@ -121,14 +121,14 @@ def pack(
     place_S = torch.cat([torch.arange(length) for length in length_B.tolist()])
     mine_T = torch.arange(len(row_S))
     if context > 1:
-        mine_T = cut(tuple(lengths.tolist()), context).mine(context_rank)
+        mine_T = split_rows(tuple(lengths.tolist()), context).token_indices(context_rank)
     row_T, positions_T = row_S[mine_T], place_S[mine_T]
     is_last_T = positions_T == length_B[row_T] - 1
     tokens_T = tokens_BT[row_T, positions_T]
     targets_T = tokens_BT[row_T, (positions_T + 1).clamp(max=width - 1)].masked_fill(is_last_T, 0)
     source_N, last_N = torch.nonzero(~is_last_T)[:, 0], torch.nonzero(is_last_T)[:, 0]
     target_N = (row_T * width + positions_T + 1)[source_N]
-    missing = held_by_each(length_B.tolist(), context, multiple_of) - len(mine_T)
+    missing = tokens_per_rank(length_B.tolist(), context, multiple_of) - len(mine_T)
     if missing:
         tokens_T, targets_T = (torch.cat([x, x.new_zeros(missing)]) for x in (tokens_T, targets_T))
         positions_T = torch.cat([positions_T, torch.arange(missing)])

@@ -12,7 +12,7 @@ from aligner.trainer.trainable_role import TrainableRole
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from aligner.reshard.transfer.sync_stats import SyncRow
+    from aligner.reshard.transfer.sync_stats import SyncStats
     from aligner.rollout.role import Rollout
 
 
@@ -22,7 +22,7 @@ class WeightSyncs(Protocol):
     def run(self, policy: Policy, rollout: Rollout) -> None:
         """Bring them in as they are now; a role call of every rank."""
 
-    def latest(self) -> Sequence[SyncRow]:
+    def latest(self) -> Sequence[SyncStats]:
         """What the last sync into each rollout moved on this rank."""
 
 

@@ -60,7 +60,7 @@ def build(job: Job, config: Config, world: World, meshes: dict[str, Mesh], wante
 def row_of(step: Step) -> Row:
     """Everything that a step tells, as the driver logs it."""
     row: Row = dict(step.metrics.gather()) if step.metrics is not None else {}
-    for name, value in step.more.items():
+    for name, value in step.extra_metrics.items():
         row |= {f"{name}_{key}": n for key, n in value.gather().items()} if isinstance(value, Ref) else {name: value}
     if step.scores is not None:
         row |= step.scores.gather().row()

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from aligner.check.memory import learns, role_bytes
+from aligner.check.memory import role_bytes
+from aligner.config.models import PolicySettings, RewardModelSettings
 from aligner.config.schema import Config, compose_config, to_config
 from aligner.models.spec import read_spec
 from aligner.spmd.placement import make_meshes
@@ -55,7 +56,7 @@ def test_the_engine_s_cache(folder: Path) -> None:
 
 
 def test_who_learns() -> None:
-    assert [learns(role, ["policy", "critic", "reward_model"]) for role in ("policy", "critic", "reward_model")] == [
-        True, True, False,
-    ]  # fmt: skip
-    assert learns("reward_model", ["reward_model"])
+    config = Config(models={"actor": PolicySettings(path="a"), "taste": RewardModelSettings(path="b")})
+    roles = ["policy", "critic", "reward_model", "actor", "taste", "reference", "rollout", "reward"]
+    assert [role for role in roles if config.learns(role, roles)] == ["policy", "critic", "actor"]
+    assert config.learns("reward_model", ["reward_model"]) and config.learns("taste", ["reward_model", "taste"])

@@ -69,11 +69,11 @@ def test_values_arrive_with_their_types() -> None:
             ]
         )
     )
-    assert config.placement.rollout.ranks == (1, 2)
+    assert config.placement["rollout"].ranks == (1, 2)
     assert config.sampling.stop_token_ids == (3,)
     assert config.policy.optimizer.lr == 2e-5
-    assert config.placement.reference.ranks == "50%-100%"
-    assert config.placement.critic.ranks == "policy"
+    assert config.placement["reference"].ranks == "50%-100%"
+    assert config.placement["critic"].ranks == "policy"
     assert config.algorithm["group_size"] == 8
 
 

@@ -75,7 +75,7 @@ def check(world: World, root: Path, case: str, fresh: int) -> None:
         answers.append(ask(rollout.engine) if rollout.member else None)
         save(world, model, folder.with_name(f"{folder.name}-{sync}"))
     if world.rank in (*half, *others):
-        rows = policy.syncs.by_rollout["rollout"].ledger
+        rows = policy.syncs.by_rollout["rollout"].stats
         told: list[object] = [None] * world.size
         dist.all_gather_object(told, [(row.moved_bytes, row.minimum_bytes) for row in rows])
         for sync in range(SYNCS):

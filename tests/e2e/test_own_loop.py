@@ -73,7 +73,10 @@ def test_what_is_not_solved_is_trained_on(own: Job) -> None:
     assert all(row["grad_norm"] > 0 for row in rows)
 
 
-@pytest.mark.parametrize(("name", "most"), [("best_of_n", 25), ("two_rewards", 40), ("skip_solved", 40)])
+@pytest.mark.parametrize(
+    ("name", "most"),
+    [("best_of_n", 25), ("two_rewards", 40), ("skip_solved", 40), ("two_reward_models", 40), ("two_policies", 40)],
+)
 def test_the_examples_are_short(name: str, most: int) -> None:
     tree = ast.parse((EXAMPLES / f"{name}.py").read_text())
     code = [node for node in tree.body if not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant))]

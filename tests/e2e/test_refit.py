@@ -47,10 +47,10 @@ def answer_and_export(roles, batch, out):
     samples = roles.rollout.generate(batch, sampling=Sampling(temperature=0.0, max_tokens=24), seed=0)
     roles.policy.save_checkpoint(out / "export")
     rows = samples.gather()
-    ledger = [vars(row) for sync in roles.policy.syncs.by_rollout.values() for row in sync.ledger]
+    stats = [vars(row) for sync in roles.policy.syncs.by_rollout.values() for row in sync.stats]
     if roles.policy.world.rank == 0:
         answers = [rows.response_tokens(row) for row in range(rows.rows)]
-        found = {"prompts": [prompt.tokens for prompt in batch], "answers": answers, "ledger": ledger}
+        found = {"prompts": [prompt.tokens for prompt in batch], "answers": answers, "stats": stats}
         (out / "greedy.json").write_text(json.dumps(found))
 """
 FRESH = """
@@ -85,10 +85,10 @@ print("equal answers:", len(answers))
 def test_synced_engine_equals_a_fresh_one(layout: tuple[str, ...], job: Callable[..., Any], tmp_path: Path) -> None:
     (tmp_path / "own_loop.py").write_text(LOOP)
     job(2, *layout, "algorithm._target_=own_loop.loop", f"+algorithm.out={tmp_path}", "policy.optimizer.lr=1e-3")
-    ledger = json.loads((tmp_path / "greedy.json").read_text())["ledger"]
-    assert len(ledger) == 6
+    stats = json.loads((tmp_path / "greedy.json").read_text())["stats"]
+    assert len(stats) == 6
     # rank 0's own account: as destination it proves what it got, as a source alone it has only sent
-    assert all(row["checksummed"] > 0 or row["moved_bytes"] > 0 for row in ledger)
+    assert all(row["checksummed"] > 0 or row["moved_bytes"] > 0 for row in stats)
     (tmp_path / "fresh.py").write_text(FRESH)
     environment = {
         **os.environ,

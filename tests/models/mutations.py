@@ -198,7 +198,7 @@ TOGETHER: tuple[Change, ...] = (
     {"hidden_act": "gelu", "hidden_activation": "gelu_pytorch_tanh"},
     {"hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu"},
     {"attention_bias": True, "qkv_bias": False},
-    {"architectures": ["MistralForCausalLM"], "model_type": "mistral"},
+    {"architectures": ["Starcoder2ForCausalLM"], "model_type": "starcoder2"},
     {"model_type": "mistral"},
     {"dtype": "bfloat16", "torch_dtype": "float32"},
     {"dtype": ABSENT, "torch_dtype": "float32"},

@@ -34,7 +34,9 @@ def classifier(name: str, folder: Path, **settings: Any) -> Path:
     """A classification model of transformers, of one label, with random parameters."""
     kind, own = KINDS[name]
     torch.manual_seed(len(name))
-    config = kind(**SIZES, **own, **{"num_labels": 1, "pad_token_id": 0} | settings, tie_word_embeddings="tied" in name)
+    config = kind(
+        **{**SIZES, "tie_word_embeddings": "tied" in name, **own, "num_labels": 1, "pad_token_id": 0, **settings}
+    )
     model = AutoModelForSequenceClassification.from_config(config).float()
     with torch.no_grad():
         for parameter in model.parameters():

@@ -25,7 +25,7 @@ from aligner.report.metric_registry import (
     metric_of,
     of_first_minibatch,
 )
-from aligner.reshard.transfer.sync_stats import SyncRow
+from aligner.reshard.transfer.sync_stats import SyncStats
 from aligner.reward.combine import reward_row
 from aligner.reward.worker import Status
 from tests.report.metric_names import undeclared
@@ -56,7 +56,7 @@ def test_the_maximum_of_a_metric_is_declared_beside_its_mean() -> None:
 
 
 def test_what_other_parts_of_a_job_write_is_declared() -> None:
-    row = SyncRow(seconds=1.0).metrics()
+    row = SyncStats(seconds=1.0).metrics()
     one = torch.zeros(2)
     kinds = [status.name.lower() for status in Status]
     row |= reward_row(one, one.to(torch.int8), {"a": one, "b": one}, {"a": one, "b": one}, kinds)

@@ -21,11 +21,12 @@ class Head(Role):
     """Stands where the reward model does: a role on ranks of its own, whose score is a function of the tokens."""
 
     def scores(self, samples: Ref) -> Ref:
-        """[B] float32; NaN for every row of 7 tokens."""
+        """[B] float32; NaN for every row of 7 tokens. Another name is another function."""
+        factor = 1000 if self.name == "reward_model" else 10
 
         def score(held: Samples) -> torch.Tensor:
             mean_B = held.tokens_BT.float().sum(1) / held.length_B
-            return torch.where(held.length_B == 7, torch.nan, torch.sin(mean_B * 1000))
+            return torch.where(held.length_B == 7, torch.nan, torch.sin(mean_B * factor))
 
         return self.map(score, samples)
 
@@ -47,10 +48,13 @@ def batch(responses: list[str], tokenizer: Any) -> Samples:
 def score(world: World, tokenizer_file: Path, name: str, case: dict[str, Any]) -> dict[str, Any] | str:
     """What came of a case {reward, responses, ranks}, or its error; NaN and all the rest to the last bit."""
     tokenizer = Tokenizer.from_file(str(tokenizer_file))
-    head = Head("reward_model", world, Mesh((world.size - 1,)))
+    heads = {
+        "reward_model": Head("reward_model", world, Mesh((world.size - 1,))),
+        "taste": Head("taste", world, Mesh(tuple(range(world.size)))),
+    }
     mesh = Mesh(tuple(case["ranks"]))
     source = Role(f"source_{name}", world, mesh)
-    reward = Reward(f"reward_{name}", world, mesh, RewardConfig(**case["reward"]), tokenizer, head)
+    reward = Reward(f"reward_{name}", world, mesh, RewardConfig(**case["reward"]), tokenizer, heads)
     try:
         scores = reward.score(source.scatter(batch(case["responses"], tokenizer), group_size=2)).gather()
     except ValueError as error:

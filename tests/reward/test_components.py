@@ -29,7 +29,15 @@ def test_what_the_shipped_ones_say() -> None:
     assert (form.component.gate, form.component.gate_above, form.timeout_s) == ("answer", 0.5, 5.0)
     (model,) = parts_of(shipped("model"))
     assert model.component.model and model.component.clip == (-20.0, 20.0)
-    assert model.scorer() is None
+    assert model.scorer() is None and model.model == "reward_model"
+    helpful, safe = parts_of(shipped("two_models"))
+    assert (helpful.model, helpful.component.gate, safe.model, safe.component.weight) == (
+        "helpful",
+        "safe",
+        "safe",
+        0.5,
+    )
+    assert safe.scorer() is None and safe.source == "reward.components.safe.model=safe"
     assert model.source == "reward.components.model.model=true"
     (judge,) = parts_of(shipped("judge"))
     assert isinstance(judge.component.judge, JudgeConfig)
@@ -66,6 +74,7 @@ CASES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "gate": ({"a": {**RULE, "gate": "c"}, "b": RULE}, ("a.gate=c is no other component", "use one of b")),
     "gate_itself": ({"a": {**RULE, "gate": "a"}}, ("a.gate=a is no other component", "leave gate out")),
     "gate_value": ({"a": {**RULE, "gate_value": 1.0}}, ("a.gate_above and gate_value", "without reward.components.a.gate")),
+    "model": ({"a": {"model": 3}}, ("reward.components.a.model=3 is not possible", "give true or false or text")),
     "workers": ({"a": {**RULE, "workers": 0}}, ("reward.components.a.workers=0", "at least 1, or null")),
     "timeout": ({"a": {**RULE, "timeout_s": -1}}, ("reward.components.a.timeout_s=-1.0", "more than 0")),
     "kwargs": ({"a": {"model": True, "kwargs": {"x": 1}}}, ("a.kwargs are arguments of a rule", "leave them out")),

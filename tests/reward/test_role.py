@@ -53,6 +53,7 @@ def components(folder: Path) -> dict[str, Any]:
             "gate_value": -0.5,
         },
         "head": {"model": True, "weight": -0.3, "normalize": "batch"},
+        "taste": {"model": "taste", "weight": 0.25, "gate": "even", "gate_value": 0.125},
     }
 
 
@@ -73,14 +74,16 @@ def scored(ranks: Ranks, folder: Path) -> Callable[..., Any]:
     return score_on_ranks
 
 
-def expected(head: np.ndarray) -> np.ndarray:
-    """By numpy in float64 from the definitions, given the head's raw scores."""
+def expected(head: np.ndarray, taste: np.ndarray) -> np.ndarray:
+    """By numpy in float64 from the definitions, given the raw scores of two reward models."""
     number = np.array([float(text) for text in RESPONSES])
     value = np.clip(np.float32(0.1 * number + np.sqrt(number)).astype(np.float64), 0, 60)
     value[[text[0] in "89" for text in RESPONSES]] = math.nan
     value = (value - np.nanmean(value)) / np.nanstd(value)
-    even = np.where(head > 0.2, (number % 2 == 0).astype(float), -0.5)
-    return 0.7 * value + 2.0 * even - 0.3 * (head - np.nanmean(head)) / np.nanstd(head)
+    is_even = (number % 2 == 0).astype(float)
+    even = np.where(head > 0.2, is_even, -0.5)
+    tasted = np.where(is_even > 0, taste, 0.125)
+    return 0.7 * value + 2.0 * even - 0.3 * (head - np.nanmean(head)) / np.nanstd(head) + 0.25 * tasted
 
 
 LAYOUTS = {"one": [0], "two": [0, 1], "three": [0, 1, 2], "other": [1]}
@@ -143,7 +146,9 @@ def test_special_tokens(
 def check_rewards(one: dict[str, Any]) -> None:
     assert one["response"] == RESPONSES
     reward_B = np.array([float.fromhex(value) for value in one["reward"]])
-    wanted = expected(np.array(one["components"]["head"]))
+    head, taste = (np.array(one["components"][name]) for name in ("head", "taste"))
+    assert np.nanmax(np.abs(head - taste)) > 0.1, "each reward model's own scores"
+    wanted = expected(head, taste)
     np.testing.assert_allclose(reward_B, wanted, rtol=1e-5, atol=1e-6)
     lost = {7: Status.UNPARSABLE, 12: Status.FAILED, 4: Status.FAILED}  # "9", "80"; "55555" is the row of 7 tokens
     assert {row: status for row, status in enumerate(one["status"]) if status} == lost

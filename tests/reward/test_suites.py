@@ -206,7 +206,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "empty outputs": ([{"input": "2", "output": ""}, {"output": "\n"}], "a program that does nothing would pass"),
     "columns of none": ({"inputs": [], "outputs": []}, "inputs must be a non-empty list"),
     "columns of other lengths": ({"inputs": ["1", "2"], "outputs": ["1"]}, "2 inputs and 1 outputs"),
-    "one column": ({"inputs": ["1"]}, "outputs must be a list"),
+    "one column": ({"inputs": ["1"]}, "outputs must be a non-empty list"),
     "a call of nobody": (
         [{"input": "1", "output": "1", "testtype": "functional"}],
         "give the row an entry_point or fn_name",

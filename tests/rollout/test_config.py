@@ -17,6 +17,7 @@ from aligner.rollout.config import RolloutConfig, Sampling, StreamConfig
 SPEC: Any = SimpleNamespace(
     family="qwen3", path="/models/x", layers=4, heads=8, kv_heads=2, head_dim=64, hidden=512, ffn=24, vocab=100,
     max_positions=4096, o_bias=False, experts=0, expert_ffn=0, sparse_layers=(),
+    positions_text="4096 positions of the model in /models/x",
 )  # fmt: skip
 # 6 experts of width 20 in layers 1 and 3.
 MOE: Any = SimpleNamespace(**{**vars(SPEC), "experts": 6, "expert_ffn": 20, "sparse_layers": (1, 3)})
@@ -67,6 +68,14 @@ def test_tensor_parallel_sizes() -> None:
         config.check_model(SPEC, tensor, cpu=True)
     with pytest.raises(ValueError, match=r"placement\.rollout\.tensor=3 does not divide .*; use 1, 2, 4, 8\."):
         config.check_model(SPEC, 3, cpu=True)
+
+
+def test_a_family_whose_key_value_heads_the_engine_does_not_copy() -> None:
+    norms: Any = SimpleNamespace(**{**vars(SPEC), "family": "olmo2"})
+    for tensor in (1, 2):
+        RolloutConfig().check_model(norms, tensor, cpu=True)
+    with pytest.raises(ValueError, match=r"placement\.rollout\.tensor=4 does not divide .*; use 1, 2\."):
+        RolloutConfig().check_model(norms, 4, cpu=True)
 
 
 def test_sizes_for_experts() -> None:

@@ -61,8 +61,31 @@ def test_no_generation_before_the_first_weights(start: Callable[..., RolloutEngi
     engine = start("qwen2")
     with pytest.raises(RuntimeError, match=r"call policy\.reshard_to\(rollout\) first"):
         engine.generate([[5]], [0], GREEDY)
-    with pytest.raises(AssertionError, match="already holds a rollout engine"):
-        start("qwen2")
+
+
+def test_two_engines_of_a_process_do_not_disturb_each_other(
+    start: Callable[..., RolloutEngine], models: dict[str, tuple[Any, str]]
+) -> None:
+    asked, seeds = tiny.prompts(4), [1, 2, 3, 4]
+    one = start("qwen2")
+    tiny.write(EngineWeights(one), models["qwen2"][0])
+    alone = one.generate(asked, seeds, DRAWN, 2)
+    other = start("llama")
+    tiny.write(EngineWeights(other), models["llama"][0])
+    drawn = other.generate(asked, seeds, DRAWN, 2)
+    assert drawn != alone
+    assert one.generate(asked, seeds, DRAWN, 2) == alone
+    first, second = one.start(asked, seeds, DRAWN, 2), other.start(asked, seeds, DRAWN, 2)
+    both = {"other": other.finish(second), "one": one.finish(first)}  # under way at the same time
+    assert [both["one"][n : n + 2] for n in range(0, 8, 2)] == alone
+    assert [both["other"][n : n + 2] for n in range(0, 8, 2)] == drawn
+    with one.inside():
+        from vllm.distributed import parallel_state
+
+        groups = parallel_state._TP
+    with other.inside():
+        assert parallel_state._TP is not None and parallel_state._TP is not groups
+    assert parallel_state._TP is None and not parallel_state._groups
 
 
 def test_the_way_out_of_an_error_restores_everything(group: dist.ProcessGroup) -> None:

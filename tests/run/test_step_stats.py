@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from aligner.reshard.transfer.sync_stats import SyncRow
+from aligner.reshard.transfer.sync_stats import SyncStats
 from aligner.run.step_stats import StepStats, merged, step_stats_of
 
 
@@ -26,8 +26,8 @@ def test_a_ranks_own() -> None:
 
 
 def test_merged() -> None:
-    policy = StepStats({"seconds_update": 4.0, "seconds_reshard": 1.0}, (SyncRow(moved_bytes=100, seconds=2.0),))
-    rollout = StepStats({"seconds_generate": 3.0, "seconds_reshard": 1.5}, (SyncRow(moved_bytes=10, seconds=3.0),))
+    policy = StepStats({"seconds_update": 4.0, "seconds_reshard": 1.0}, (SyncStats(moved_bytes=100, seconds=2.0),))
+    rollout = StepStats({"seconds_generate": 3.0, "seconds_reshard": 1.5}, (SyncStats(moved_bytes=10, seconds=3.0),))
     idle = StepStats()
     found = merged(merged(policy, idle), rollout)
     assert found == merged(policy, merged(idle, rollout))
@@ -37,6 +37,6 @@ def test_merged() -> None:
         "seconds_generate": 3.0,
     }
     assert row["reshard_moved_bytes"] == 110 and row["reshard_gigabytes_per_second"] == pytest.approx(110 / 3 / 1e9)
-    # as before: the call's own seconds, which wait for the slowest rank too, stand over the ledger's
+    # as before: the call's own seconds, which wait for the slowest rank too, stand over the sync's
     assert row["seconds_reshard"] == 1.5
     assert idle.row() == {}

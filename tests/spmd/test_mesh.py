@@ -11,7 +11,7 @@ from megatron.core.parallel_state import RankGenerator
 
 from aligner.config.schema import CONF, compose_config, to_config
 from aligner.spmd.mesh import Mesh
-from aligner.spmd.placement import Placement, RoleLayout, make_meshes, parse_ranks
+from aligner.spmd.placement import RoleLayout, make_meshes, parse_ranks, usual_placement
 
 DENSE = {"tensor": "tp", "pipeline": "pp", "context": "cp", "data": "dp"}
 SIZES = [(2, 1, 1, 4), (2, 2, 1, 2), (1, 4, 1, 2), (2, 2, 2, 2), (4, 1, 2, 1), (1, 1, 1, 8), (2, 3, 1, 2)]
@@ -78,18 +78,18 @@ def test_shards_hold_every_rank_once() -> None:
 )
 def test_errors_name_the_setting(layout: RoleLayout, said: str) -> None:
     with pytest.raises(ValueError, match=r"placement\.rollout") as error:
-        make_meshes(Placement(rollout=layout), 8)
+        make_meshes(usual_placement(rollout=layout), 8)
     assert said in str(error.value)
 
 
 def test_rules_have_no_stages() -> None:
     with pytest.raises(ValueError, match=r"placement\.reward\.pipeline=2 is not supported for reward; use 1\."):
-        make_meshes(Placement(reward=RoleLayout(pipeline=2)), 8)
+        make_meshes(usual_placement(reward=RoleLayout(pipeline=2)), 8)
 
 
 def test_the_reference_follows_the_policy() -> None:
     policy = RoleLayout(tensor=2, pipeline=2, expert=2, stage_layers=(1, 2))
-    meshes = make_meshes(Placement(policy=policy, rollout=RoleLayout(tensor=4, expert=4)), 8)
+    meshes = make_meshes(usual_placement(policy=policy, rollout=RoleLayout(tensor=4, expert=4)), 8)
     for role in ("policy", "reference"):
         mesh = meshes[role]
         assert (mesh.expert, mesh.expert_tensor, mesh.expert_data, mesh.stage_layers) == (2, 1, 2, (1, 2))

@@ -16,6 +16,7 @@ from aligner.spmd.memory import GIB, Meter, OutOfMemory
 from aligner.spmd.mesh import Mesh
 from aligner.spmd.residency import Kind, Residency
 from aligner.spmd.residency_config import ResidencyConfig
+from aligner.spmd.role_table import USUAL
 
 CPU = torch.device("cpu")
 MODEL = {"weights": Kind(copied=True), "gradients": Kind(), "optimizer": Kind(copied=True)}
@@ -303,8 +304,8 @@ def test_trimming_gives_pages_back() -> None:
 def test_what_cannot_work_is_refused(config: ResidencyConfig, said: str) -> None:
     def check() -> None:
         check_settings(config, "residency")
-        config.check_roles(["policy", "rollout", "reward"])
+        config.check_roles([USUAL[name] for name in ("policy", "rollout", "reward")])
 
     with pytest.raises(ValueError, match=re.escape(said)):
         check()
-    ResidencyConfig("offload", keep=("rollout.cache", "policy")).check_roles(["policy", "rollout"])
+    ResidencyConfig("offload", keep=("rollout.cache", "policy")).check_roles([USUAL["policy"], USUAL["rollout"]])

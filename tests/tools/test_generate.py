@@ -209,7 +209,7 @@ GOOD = '{"prompt": "1+1="}\n'
         ),
         (GOOD, ["--max-model-len", "16"], "is more than --max-model-len 16; use a smaller --max-tokens"),
         (GOOD, ["--temperature", "3"], "--temperature 3.0 must be between 0 and 2."),
-        (GOOD, ["--top-p", "0"], "--top-p 0.0 must be more than 0 and at most 1"),
+        (GOOD, ["--top-p", "0"], "--top-p 0.0 must be more than 0 and at most 1."),
         (GOOD, ["--temperature", "0", "--num-samples", "2"], "--temperature 0 gives the same answer every time"),
         (
             GOOD,

@@ -55,6 +55,29 @@ def test_ranks_worked_by_hand() -> None:
     ]
 
 
+def test_models_by_name() -> None:
+    """A teacher that shares the policy's ranks and sizes, a judge on a rank of its own, an actor cut in two."""
+    lines = _drawn(
+        "4",
+        "algorithm.roles=[policy,teacher,judge,actor]",
+        "placement.policy={ranks: 0-1, tensor: 2}",
+        "models.teacher={kind: frozen, path: t}",
+        "models.judge={kind: engine, path: j}",
+        "placement.judge.ranks=[3]",
+        "models.actor={kind: policy, path: a}",
+        "placement.actor={ranks: 2-3, pipeline: 2}",
+    )
+    assert lines[:5] == [
+        ["rank", "policy", "teacher", "judge", "actor"],
+        ["0", "t0", "t0", ".", "."],
+        ["1", "t1", "t1", ".", "."],
+        ["2", ".", ".", ".", "p0"],
+        ["3", ".", ".", "all", "p1"],
+    ]
+    said = [" ".join(line) for line in lines]
+    assert "actor ranks 2-3: pipeline 2, learns" in said and "teacher ranks 0-1: tensor 2" in said
+
+
 def test_only_the_algorithm_s_roles() -> None:
     assert _drawn("1", "algorithm=sft")[0] == ["rank", "policy"]
     assert _drawn("1", "algorithm=reward_model")[-2:] == [

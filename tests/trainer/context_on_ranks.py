@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
 from aligner.spmd.world import World
-from aligner.trainer.context import cut, held_by_each
+from aligner.trainer.context import split_rows, tokens_per_rank
 from aligner.trainer.megatron import context_attention as context_attention_file
 from aligner.trainer.megatron.context_attention import Gathered, context_attention
 
@@ -43,7 +43,7 @@ def check(
     upstream = random(total, heads[0] * 8)
     wanted = dense(*whole, lengths, window)
     wanted.backward(upstream)
-    mine, held = cut(lengths, ranks).mine(rank), held_by_each(lengths, ranks, multiple_of)
+    mine, held = split_rows(lengths, ranks).token_indices(rank), tokens_per_rank(lengths, ranks, multiple_of)
     garbage = held - len(mine)
 
     def own(x: Tensor) -> Tensor:  # what stands at the padding must reach nothing

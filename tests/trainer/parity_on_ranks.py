@@ -29,7 +29,7 @@ from aligner.spmd.mesh import Mesh
 from aligner.spmd.world import World
 from aligner.trainer import vocab_parallel
 from aligner.trainer.config import OptimizerConfig, PolicyConfig
-from aligner.trainer.context import cut
+from aligner.trainer.context import split_rows
 from aligner.trainer.policy import Policy
 
 LENGTHS, PROMPT, G, VOCAB = [9, 17, 12, 5, 16, 16, 7, 21], 3, 2, 61
@@ -133,7 +133,7 @@ def logits_off(policy: Policy, samples: Samples, logits_BTV: Tensor, caught: lis
         parts = [torch.empty_like(part) for _ in range(policy.mesh.tensor)]
         dist.all_gather(parts, part, group=policy.engine.groups.tp)
         flat, at = torch.cat(parts, -1)[:, :VOCAB], 0
-        pieces = cut(tuple(lengths[row] for row in batch), policy.mesh.context).pieces[context]
+        pieces = split_rows(tuple(lengths[row] for row in batch), policy.mesh.context).spans[context]
         for piece in pieces:
             expected = logits_BTV[mine[batch[piece.row]], piece.start : piece.stop]
             count = piece.stop - piece.start

@@ -10,8 +10,9 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from aligner.models.family import Head, logical_tensors
+from aligner.models.family import Head
 from aligner.models.spec import ModelSpec
+from aligner.models.tensors import logical_tensors
 from aligner.reshard.message.storage import strided_view
 from aligner.reshard.plan.layout import ExplicitLayout
 from aligner.reshard.plan.region import Piece, whole_tensor

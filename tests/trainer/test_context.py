@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn.attention.bias import causal_lower_right
 
-from aligner.trainer.context import Piece, cut, held_by_each
+from aligner.trainer.context import TokenSpan, split_rows, tokens_per_rank
 from aligner.trainer.megatron.context_attention import BLOCK, Call, Plan, _bias
 from aligner.trainer.packing import pack
 from tests import fork_server
@@ -25,23 +25,23 @@ LENGTHS = st.lists(st.integers(1, 90), min_size=1, max_size=20)
 
 def test_a_cut_by_hand() -> None:
     # 8 tokens over 2 ranks in 4 chunks of 2: rank 0 has the first and the last, rank 1 the two in the middle
-    assert cut((8,), 2).pieces == ((Piece(0, 0, 2), Piece(0, 6, 8)), (Piece(0, 2, 6),))
+    assert split_rows((8,), 2).spans == ((TokenSpan(0, 0, 2), TokenSpan(0, 6, 8)), (TokenSpan(0, 2, 6),))
     # an odd token goes to the rank with the fewest so far; a lone token to the end of its row
-    assert cut((1, 1, 3), 2).pieces == (
-        (Piece(0, 0, 1), Piece(2, 0, 1), Piece(2, 2, 3)),
-        (Piece(1, 0, 1), Piece(2, 1, 2)),
+    assert split_rows((1, 1, 3), 2).spans == (
+        (TokenSpan(0, 0, 1), TokenSpan(2, 0, 1), TokenSpan(2, 2, 3)),
+        (TokenSpan(1, 0, 1), TokenSpan(2, 1, 2)),
     )
-    assert cut((1, 1, 3), 2).mine(0).tolist() == [0, 2, 4]
+    assert split_rows((1, 1, 3), 2).token_indices(0).tolist() == [0, 2, 4]
 
 
 @given(LENGTHS, st.integers(1, 5), st.integers(1, 4))
 def test_every_token_has_one_rank_and_nothing_is_wasted(lengths: list[int], ranks: int, multiple_of: int) -> None:
-    whole = cut(tuple(lengths), ranks)
-    everything = torch.cat([whole.mine(rank) for rank in range(ranks)])
+    whole = split_rows(tuple(lengths), ranks)
+    everything = torch.cat([whole.token_indices(rank) for rank in range(ranks)])
     assert sorted(everything.tolist()) == list(range(sum(lengths)))
     held = [whole.tokens(rank) for rank in range(ranks)]
     assert max(held) - min(held) <= 1
-    padded = held_by_each(lengths, ranks, multiple_of)
+    padded = tokens_per_rank(lengths, ranks, multiple_of)
     assert padded >= max(held) and padded % multiple_of == 0
     assert padded * ranks - sum(lengths) < multiple_of * ranks
 
@@ -49,7 +49,7 @@ def test_every_token_has_one_rank_and_nothing_is_wasted(lengths: list[int], rank
 @given(st.lists(st.integers(2000, 9000), min_size=1, max_size=6), st.integers(2, 8))
 def test_long_rows_are_the_same_work_for_every_rank(lengths: list[int], ranks: int) -> None:
     work = [
-        sum((p.stop - p.start) * (p.start + p.stop + 1) / 2 for p in pieces) for pieces in cut(tuple(lengths), ranks).pieces
+        sum((p.stop - p.start) * (p.start + p.stop + 1) / 2 for p in pieces) for pieces in split_rows(tuple(lengths), ranks).spans
     ]  # fmt: skip
     assert max(work) < 1.02 * min(work)
 

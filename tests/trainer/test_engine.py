@@ -5,14 +5,13 @@ from __future__ import annotations
 import inspect
 import json
 import os
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from aligner.bounds import check_settings
-from aligner.config.schema import compose_config, to_config
+from aligner.config.schema import Config, compose_config, to_config
 from aligner.trainer import engines
 from aligner.trainer.config import PolicyConfig, ReferenceConfig
 from aligner.trainer.engine import TrainEngine
@@ -59,12 +58,17 @@ def test_the_table_knows_every_backend() -> None:
         engines.backend("deepspeed")
 
 
+def composed(folder: Path, *overrides: str) -> Config:
+    return to_config(compose_config([f"run_dir={folder}", f"model.path={folder}", *overrides], "train"))
+
+
 def test_the_setting_is_of_every_role_with_a_model(tmp_path: Path) -> None:
-    composed = to_config(compose_config([f"run_dir={tmp_path}", f"model.path={tmp_path}"], "train"))
-    sections = (composed.policy, composed.critic, composed.reward_model)
-    assert [section.engine for section in sections] == ["megatron"] * 3 and composed.reference.engine is None
-    assert composed.reference.over(replace(PolicyConfig(), engine="other")).engine == "other", "null: the policy's"
-    assert ReferenceConfig(engine="megatron").over(replace(PolicyConfig(), engine="other")).engine == "megatron"
+    usual = composed(tmp_path)
+    assert {section.engine for section in (usual.policy, usual.critic, usual.reward_model)} == {"megatron"}
+    other = composed(tmp_path, "policy.engine=other")
+    assert other.reference.over(other.policy).engine == "other", "null: the policy's"
+    own = composed(tmp_path, "policy.engine=other", "reference.engine=megatron", "critic.engine=third")
+    assert own.reference.over(own.policy).engine == "megatron" and own.critic.engine == "third"
 
 
 @pytest.mark.parametrize("settings", [PolicyConfig(engine="deepspeed"), ReferenceConfig(engine="deepspeed")])

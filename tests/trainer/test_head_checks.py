@@ -15,7 +15,8 @@ from aligner.config.schema import Config, compose_config, to_config
 from aligner.data.column_addition import ModelShape, write_model
 from aligner.models.spec import read_spec, with_scalar_head
 from aligner.spmd.mesh import Mesh
-from aligner.spmd.placement import Placement, RoleLayout, make_meshes, role_layout
+from aligner.spmd.placement import RoleLayout, make_meshes, role_layout, usual_placement
+from aligner.spmd.role_table import USUAL
 from aligner.trainer.config import CriticConfig, RewardModelConfig
 from tests.check.whole import check
 
@@ -118,8 +119,8 @@ def test_folders_that_do_not_fit(folder: Path, tmp_path: Path) -> None:
 def test_layouts_follow_the_policy_or_are_their_own(folder: Path) -> None:
     policy = RoleLayout(tensor=2, sequence_parallel=True)
     own = RoleLayout(ranks=[1], tensor=1)
-    placement = Placement(policy=policy, critic=own)
-    assert role_layout(placement, "reward_model") == role_layout(placement, "reference") == policy
+    placement = usual_placement(policy=policy, critic=own)
+    assert role_layout(placement, USUAL["reward_model"]) == role_layout(placement, USUAL["reference"]) == policy
     meshes = make_meshes(placement, 2)
     assert (meshes["critic"].ranks, meshes["critic"].tensor) == ((1,), 1)
     assert meshes["reward_model"] == replace(Mesh((0, 1), tensor=2), name="reward_model")

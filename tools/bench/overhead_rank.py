@@ -32,7 +32,7 @@ from aligner.data.sets import DataSets
 from aligner.objective.advantages import group_advantages
 from aligner.objective.losses import clipped_surrogate
 from aligner.report.config import LoggingConfig
-from aligner.reshard.transfer.sync_stats import SyncRow
+from aligner.reshard.transfer.sync_stats import SyncStats
 from aligner.reward.components import parts_of
 from aligner.reward.config import RewardConfig
 from aligner.reward.role import Reward
@@ -116,7 +116,7 @@ class NullReward(Reward):
 
     def __init__(self, world: World, mesh: Mesh) -> None:
         Role.__init__(self, "reward", world, mesh)
-        self.config, self.model = RewardConfig(), None
+        self.config, self.models = RewardConfig(), {}
         self.tokenizer = SimpleNamespace(decode=lambda tokens, **_: "abcd" * len(tokens))  # type: ignore[assignment]
         self.parts = parts_of(self.config)
         self.scorers = {part.name: NullScorer() for part in self.parts}
@@ -148,14 +148,14 @@ class NullSyncs:
     """`WeightSyncs` that move nothing."""
 
     def __init__(self) -> None:
-        self.rows: list[SyncRow] = []
+        self.rows: list[SyncStats] = []
 
     def run(self, policy: Policy, rollout: Rollout) -> None:
         with policy.call("reshard_to", also=(rollout,)), rollout.loaded.loading(policy):
             if policy.member or rollout.member:
-                self.rows = [SyncRow(moved_bytes=1 << 30, seconds=1.0)]
+                self.rows = [SyncStats(moved_bytes=1 << 30, seconds=1.0)]
 
-    def latest(self) -> list[SyncRow]:
+    def latest(self) -> list[SyncStats]:
         return self.rows
 
 

@@ -31,7 +31,7 @@ from aligner.reshard.plan.region import Piece, contiguous_stride
 from aligner.reshard.plan.schedule import Message, schedule_of
 from aligner.reshard.plan.transfer_plan import make_plan
 from aligner.reshard.transfer.executor import execute
-from aligner.reshard.transfer.shared_memory import meet
+from aligner.reshard.transfer.shared_memory import connect
 from aligner.rollout.config import RolloutConfig
 from aligner.rollout.engine import RolloutEngine
 from aligner.rollout.layout import EngineLayout
@@ -66,8 +66,8 @@ class Bench:
         self.tensor_group = group_of(self.rank, self.train_mesh.groups("tensor"))
         self.everyone = dist.new_group(list(ranks))
         self._raw = self._raw_buffers()
-        self.neighbours = meet(self.everyone)
-        self.buffers = Buffers(CPU, self.neighbours)  # kept, as a job keeps them
+        self.channel = connect(self.everyone)
+        self.buffers = Buffers(CPU, self.channel)  # kept, as a job keeps them
         self.messages = Buffers(CPU)
 
     def view(self, piece: Piece) -> Tensor:
@@ -275,7 +275,7 @@ def main(name: str, folder: str, repeats: str, engine: str, out: str) -> None:
         }
         if not CASES[name].experts:
             ways["megatron"] = megatron_way(bench)
-    bench.buffers = Buffers(CPU, meet(bench.everyone))  # what they take is extra memory
+    bench.buffers = Buffers(CPU, connect(bench.everyone))  # what they take is extra memory
     extra = extra_bytes(ways["ours"])
     seconds = median_of_slowest(ways, int(repeats))
     counts = torch.tensor(

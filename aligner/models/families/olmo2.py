@@ -18,5 +18,10 @@ FAMILY = Family(
         after_mlp="post_feedforward_layernorm",
     ),
     qk_norm=QKNorm.PROJECTION,
-    engine=EngineTraits(note="through vLLM's transformers backend"),
+    engine=EngineTraits(
+        output_bias=True,
+        shared_kv_heads=False,
+        note="through its transformers backend, which beyond the key/value heads says `Cannot gather norm of width 64: "
+        "a TP-sharded input of width 32 does not tile it evenly across 4 ranks`",
+    ),
 )

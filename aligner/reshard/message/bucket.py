@@ -19,11 +19,12 @@ from aligner.reshard.plan.transfer_plan import Item
 if TYPE_CHECKING:
     from aligner.reshard.transfer.shared_memory import SharedMemoryChannel
 
-APART_BYTES = 128 << 10
-"""Items of so many bytes travel by themselves; smaller ones together, since a message of their own would cost more than a copy."""
+LARGE_BYTES = 128 << 10
+"""Items of at least this size are sent from and into their storages, without a copy; smaller ones are packed together, since a
+message of its own would cost more than a copy."""
 
-HANDED_BYTES = 4 << 20
-"""Most bytes of a message in shared memory: it is still in the cache when its reader comes."""
+SHARED_MESSAGE_BYTES = 4 << 20
+"""Bound on a message in shared memory: it is still in the cache when its reader comes."""
 
 _OK, _FAILED = 0, 1
 _MESSAGE = "the message does not hold what {source} held"
@@ -35,30 +36,30 @@ class Buffers:
     Fresh memory costs a page fault every 4 KiB written. What is kept is at most what a transfer takes.
     """
 
-    def __init__(self, device: torch.device, neighbours: SharedMemoryChannel | None = None) -> None:
+    def __init__(self, device: torch.device, channel: SharedMemoryChannel | None = None) -> None:
         """
         Args:
-            neighbours: where messages travel in shared memory; all ranks of a transfer, and CPU, or none.
+            channel: where messages travel in shared memory; all ranks of a transfer, and CPU, or none.
         """
-        self.device, self.neighbours = device, neighbours
+        self.device, self.channel = device, channel
         self.kernels = kernels_of(device)
         # The kernels make the sums in the pass that packs.
         self.checksum: Checksum = Hashes() if device.type == "cpu" and self.kernels is None else Sums(device)
-        self.apart_bytes: float = APART_BYTES if isinstance(self.checksum, Hashes) else inf
-        """The least bytes of an item that travels by itself, alike on all ranks of a transfer."""
+        self.large_bytes: float = LARGE_BYTES if isinstance(self.checksum, Hashes) else inf
+        """Size from which on an item is large; the same on all ranks of a transfer."""
         self.together = False
-        """No item does: what changed since the last transfer is found in a message of one part."""
-        self.most_bytes: float = HANDED_BYTES if neighbours else inf
-        """Most bytes of a message, alike on all ranks of a transfer."""
+        """No item counts as large: deltas are made of messages in one part."""
+        self.most_bytes: float = SHARED_MESSAGE_BYTES if channel else inf
+        """Bound on a message; the same on all ranks of a transfer."""
         self.scratch = Scratch()
         self._forms: dict[tuple[int, float], tuple[Sequence[Item], MessageLayout]] = {}
         self.transfer = 0
         """Number of the transfer at hand, equal on all its ranks: a message of another one is refused."""
         self._spare: list[Tensor] = []
 
-    def form(self, items: Sequence[Item]) -> MessageLayout:
-        """The form of a message of these items, made once for as long as the buffers are kept."""
-        apart = inf if self.together else self.apart_bytes
+    def layout(self, items: Sequence[Item]) -> MessageLayout:
+        """The layout of a message of these items, made once for as long as the buffers are kept."""
+        apart = inf if self.together else self.large_bytes
         known = self._forms.get((id(items), apart))
         if known is None or known[0] is not items:
             known = self._forms[id(items), apart] = items, message_layout(items, apart, self.checksum.row_words)
@@ -74,8 +75,8 @@ class Buffers:
         return torch.empty(words, dtype=torch.int64, device=self.device)
 
     def give(self, bucket: Bucket) -> None:
-        """Take back the buffer of a bucket that was sent or applied; a neighbour's goes back to the neighbour."""
-        if self.neighbours is None or not self.neighbours.back(bucket.buffer):
+        """Take back the buffer of a bucket that was sent or applied; one in shared memory goes back to its writer."""
+        if self.channel is None or not self.channel.back(bucket.buffer):
             self._spare.append(bucket.buffer)
 
 
@@ -89,12 +90,12 @@ class Bucket:
     """
 
     def __init__(self, items: Sequence[Item], buffers: Buffers, buffer: Tensor | None = None) -> None:
-        """`buffer`: memory that is shared with a neighbour; None takes one of `buffers`."""
-        self._form = form = buffers.form(items)
+        """`buffer`: shared memory to pack into or read from; None takes one of `buffers`."""
+        self._form = form = buffers.layout(items)
         self.items, self.payload_bytes = form.items, form.payload_bytes
         self._checksum, self._kernels, self._scratch = buffers.checksum, buffers.kernels, buffers.scratch
         self._identity = form.identity(buffers.transfer)
-        self._shared = buffers.neighbours is not None
+        self._shared = buffers.channel is not None
         self.buffer = buffers.take(form.words) if buffer is None else buffer
         self.words = self.buffer[: form.header + form.bounds[-1]]
         self.header, self.payload = self.words[: form.header], self.words[form.header :]
@@ -169,7 +170,7 @@ class Bucket:
 
         Then RuntimeError says which item first: where the message is not about these items (nothing is written but what
         arrived in its place), is not word for word what was packed, or where the storages, looked up again, do not hold
-        it bit for bit (a NaN equals itself, -0.0 is not 0.0). On the CPU each slab is written, summed and compared while
+        it bit for bit (a NaN equals itself, -0.0 is not 0.0). On the CPU each chunk is written, summed and compared while
         it is in the cache, so nothing may overwrite it later: see `storage.check_disjoint`.
         """
         if proof and self.words[:2].tolist() != [_OK, self._identity]:
@@ -183,7 +184,7 @@ class Bucket:
         if not proof:
             self._write(held)
         elif on_cpu([*held, *again, self.words]):
-            sums, differing = self._land_slabs(held, again)
+            sums, differing = self._land_chunks(held, again)
             self._settle(sums, differing, by, to)
         else:
             sums = (self._kernels or self._checksum).rows(self._payload).tolist()
@@ -193,7 +194,7 @@ class Bucket:
             self._write(held)
             self._settle(sums, self._differing(again), by, to)
 
-    def _land_slabs(self, held: Sequence[Tensor], again: Sequence[Tensor]) -> tuple[list[int], list[int]]:
+    def _land_chunks(self, held: Sequence[Tensor], again: Sequence[Tensor]) -> tuple[list[int], list[int]]:
         """Writes; gives the sums of the message, and which items the storages do not hold."""
         form, found, differing = self._form, list[int](), list[int]()
         sums = self._checksum.start(self._payload)

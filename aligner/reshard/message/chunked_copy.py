@@ -1,4 +1,4 @@
-"""Copies on the CPU that are proven in the same pass: each slab is compared while it is in the cache."""
+"""Copies on the CPU that are proven in the same pass: each chunk is compared while it is in the cache."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-SLAB_BYTES = 256 << 10
-"""Source, copy and scratch of a slab fit into an L2 of 1 MiB together."""
+CHUNK_BYTES = 256 << 10
+"""Source, copy and scratch of a chunk fit into an L2 of 1 MiB together."""
 
 _libc = CDLL(None)
 _libc.memcmp.argtypes = _libc.memcpy.argtypes = [c_void_p, c_void_p, c_size_t]
@@ -21,41 +21,41 @@ Done = Callable[[int], None]
 
 
 def ignore(_: int) -> None:
-    """Nobody wants to know how far a copy is."""
+    """The progress callback that does nothing."""
 
 
 class Scratch:
-    """Room for a slab, used over and over: memory from the allocator would cost a page fault for every 4 KiB."""
+    """Memory for a chunk, used over and over: memory from the allocator would cost a page fault for every 4 KiB."""
 
     def __init__(self) -> None:
-        self._rooms = [torch.empty(SLAB_BYTES, dtype=torch.uint8) for _ in range(3)]
+        self._rooms = [torch.empty(CHUNK_BYTES, dtype=torch.uint8) for _ in range(3)]
         # A model has few shapes, and to cut a view takes as long as to fill 64 KiB.
         self._views: dict[tuple[int, torch.Size, torch.dtype], Tensor] = {}
 
-    def gathered(self, slab: Tensor) -> Tensor:
-        """The slab's elements in a row; the slab itself where they are."""
-        return slab if slab.is_contiguous() else self._into(0, slab, slab.dtype)
+    def gathered(self, chunk: Tensor) -> Tensor:
+        """The chunk's elements in a row; the chunk itself where they are."""
+        return chunk if chunk.is_contiguous() else self._into(0, chunk, chunk.dtype)
 
-    def cast(self, slab: Tensor, dtype: torch.dtype) -> Tensor:
-        """The slab in a row and in another dtype. A cast of strided elements is not vectorised: they are gathered first."""
-        slab = self.gathered(slab)
-        return slab if slab.dtype == dtype else self._into(1, slab, dtype)
+    def cast(self, chunk: Tensor, dtype: torch.dtype) -> Tensor:
+        """The chunk in a row and in another dtype. A cast of strided elements is not vectorised: they are gathered first."""
+        chunk = self.gathered(chunk)
+        return chunk if chunk.dtype == dtype else self._into(1, chunk, dtype)
 
-    def held(self, slab: Tensor) -> Tensor:
-        """The slab's elements in a row, elsewhere than what `gathered` and `cast` gave."""
-        return slab if slab.is_contiguous() else self._into(2, slab, slab.dtype)
+    def held(self, chunk: Tensor) -> Tensor:
+        """The chunk's elements in a row, elsewhere than what `gathered` and `cast` gave."""
+        return chunk if chunk.is_contiguous() else self._into(2, chunk, chunk.dtype)
 
-    def _into(self, room: int, slab: Tensor, dtype: torch.dtype) -> Tensor:
-        key = (room, slab.shape, dtype)
+    def _into(self, room: int, chunk: Tensor, dtype: torch.dtype) -> Tensor:
+        key = (room, chunk.shape, dtype)
         view = self._views.get(key)
         if view is None:
-            bytes_ = self._rooms[room][: slab.numel() * dtype.itemsize]
-            view = self._views[key] = bytes_.view(dtype).view(slab.shape)
-        return view.copy_(slab)
+            bytes_ = self._rooms[room][: chunk.numel() * dtype.itemsize]
+            view = self._views[key] = bytes_.view(dtype).view(chunk.shape)
+        return view.copy_(chunk)
 
 
 def copy(to: Tensor, read: Tensor, scratch: Scratch, done: Done = ignore) -> None:
-    """Copy and cast a slab at a time; `done` is told how many bytes of `to` are written so far."""
+    """Copy and cast a chunk at a time; `done` is told how many bytes of `to` are written so far."""
     if _plain(to, read):
         place, given, size = to.data_ptr(), read.data_ptr(), to.nbytes
         for start, count in _spans(size):
@@ -63,7 +63,7 @@ def copy(to: Tensor, read: Tensor, scratch: Scratch, done: Done = ignore) -> Non
             done(start + count)
         return
     written = 0
-    for one, other in slabs(to, read):
+    for one, other in chunks(to, read):
         one.copy_(other if one.dtype == other.dtype else scratch.gathered(other))
         written += one.nbytes
         done(written)
@@ -79,7 +79,7 @@ def copy_proven(to: Tensor, again: Tensor, read: Tensor, scratch: Scratch, done:
             same = _libc.memcmp(look + start, given + start, count) == 0 and same
             done(start + count)
         return same
-    for one, back, other in slabs(to, again, read):
+    for one, back, other in chunks(to, again, read):
         cast = scratch.cast(other, one.dtype)
         one.copy_(cast)
         same = _libc.memcmp(scratch.held(back).data_ptr(), cast.data_ptr(), cast.nbytes) == 0 and same
@@ -89,7 +89,7 @@ def copy_proven(to: Tensor, again: Tensor, read: Tensor, scratch: Scratch, done:
 
 
 def copy_seen(to: Tensor, again: Tensor, read: Tensor, scratch: Scratch, see: Callable[[memoryview], None]) -> None:
-    """Copy and cast as `copy` does; `see` is given the bytes that `again` then holds, in order, a slab at a time."""
+    """Copy and cast as `copy` does; `see` is given the bytes that `again` then holds, in order, a chunk at a time."""
     if _plain(to, again, read):
         place, given, held = to.data_ptr(), read.data_ptr(), bytes_of(again)
         for start, count in _spans(len(held)):
@@ -100,7 +100,7 @@ def copy_seen(to: Tensor, again: Tensor, read: Tensor, scratch: Scratch, see: Ca
         copy(to, read, scratch)
         see(bytes_of(again.contiguous().cpu()))
         return
-    for one, back, other in slabs(to, again, read):
+    for one, back, other in chunks(to, again, read):
         one.copy_(scratch.cast(other, one.dtype))
         see(bytes_of(scratch.held(back)))
 
@@ -114,30 +114,30 @@ def bytes_of(tensor: Tensor) -> memoryview:
 
 
 def _spans(size: int) -> Iterator[tuple[int, int]]:
-    """Where each slab of so many bytes in a row begins, and its bytes."""
-    for start in range(0, size, SLAB_BYTES):
-        yield start, min(SLAB_BYTES, size - start)
+    """Where each chunk of so many bytes in a row begins, and its bytes."""
+    for start in range(0, size, CHUNK_BYTES):
+        yield start, min(CHUNK_BYTES, size - start)
 
 
 def _plain(first: Tensor, *others: Tensor) -> bool:
-    """Bytes in a row on the CPU: the C library copies them. To cut and copy a slab takes torch some 8 us more."""
+    """Bytes in a row on the CPU: the C library copies them. To cut and copy a chunk takes torch some 8 us more."""
     return all(
         tensor.is_contiguous() and tensor.dtype == first.dtype and tensor.device.type == "cpu"
         for tensor in (first, *others)
     )
 
 
-def slabs(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+def chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Tensors of one shape as views of at most 128 KiB of the widest, in row-major order; whole on CUDA."""
     first = tensors[0]
-    most = SLAB_BYTES // max(tensor.element_size() for tensor in tensors)
+    most = CHUNK_BYTES // max(tensor.element_size() for tensor in tensors)
     if first.numel() <= most or not on_cpu(tensors):
         yield tensors
     elif all(tensor.is_contiguous() for tensor in tensors):
         yield from zip(*(tensor.view(-1).split(most) for tensor in tensors), strict=True)
     elif first.numel() // first.shape[0] > most:
         for rows in zip(*tensors, strict=True):
-            yield from slabs(*rows)
+            yield from chunks(*rows)
     else:
         count = most // (first.numel() // first.shape[0])
         yield from zip(*(tensor.split(count) for tensor in tensors), strict=True)

@@ -19,53 +19,61 @@ class MessageLayout:
 
     items: tuple[Item, ...]
     small: int
-    """So many items are small."""
+    """Number of small items; they come first."""
     bounds: tuple[int, ...]
-    """The first word of each small item behind the header, and their end."""
+    """[small + 1] offsets of the small items, and their end, in words from the end of the header."""
     places: tuple[int, ...]
-    """The first word of each large item's room behind the header, and the end."""
+    """[large + 1] offsets of the large items' places, and the end, in words from the end of the header."""
     rows: int
-    """So many checksums are of the small items together; each large one has one of its own."""
+    """Number of checksums of the small items together, one for each row of words; each large item has one of its own."""
     dtypes: tuple[torch.dtype, ...]
     header: int
     """Words of status, identity and checksums."""
     payload_bytes: int
     """Bytes of the items, the padding between them left out."""
     digest: bytes
-    """Stands for which regions, in which order and dtype, the message is about."""
+    """Hash of which regions, in which order and dtypes, the message holds."""
 
     @property
     def words(self) -> int:
+        """Size of the whole message in 64-bit words."""
         return self.header + self.places[-1]
 
     @property
     def large(self) -> range:
+        """Numbers of the large items."""
         return range(self.small, len(self.items))
 
     def identity(self, transfer: int) -> int:
-        """64 bits that stand for the transfer and the regions."""
-        told = self.digest + transfer.to_bytes(8, "little")
-        return int.from_bytes(blake2b(told, digest_size=8).digest(), "little", signed=True)
+        """A 64-bit hash of the transfer's number and the regions: what tells a message from any other."""
+        identified = self.digest + transfer.to_bytes(8, "little")
+        return int.from_bytes(blake2b(identified, digest_size=8).digest(), "little", signed=True)
 
     @property
     def sums(self) -> int:
+        """Number of checksums."""
         return self.rows + len(self.large)
 
     def touched(self, rows: Sequence[int], row_words: int) -> list[int]:
-        """The items that these checksums are about, wholly or in part."""
-        found = [number - self.rows + self.small for number in rows if number >= self.rows]
+        """Numbers of the items that these checksums cover, wholly or in part."""
+        covered = [number - self.rows + self.small for number in rows if number >= self.rows]
         for number in range(self.small):
             start, end = self.bounds[number], self.bounds[number + 1]
             if any(start < (row + 1) * row_words and end > row * row_words for row in rows):
-                found.append(number)
-        return sorted(found)
+                covered.append(number)
+        return sorted(covered)
 
 
-def message_layout(items: Sequence[Item], apart_bytes: float, row_words: int) -> MessageLayout:
-    """Items of `apart_bytes` and more are large; a checksum is over `row_words` words of the small ones, or a large one."""
+def message_layout(items: Sequence[Item], large_bytes: float, row_words: int) -> MessageLayout:
+    """The layout of a message of these items.
+
+    Args:
+        large_bytes: items of at least this size are large.
+        row_words: words of small items that one checksum covers.
+    """
     sizes = [item.bytes for item in items]
-    large = [number for number, size in enumerate(sizes) if size >= apart_bytes]
-    order = [number for number, size in enumerate(sizes) if size < apart_bytes] + large
+    large = [number for number, size in enumerate(sizes) if size >= large_bytes]
+    order = [number for number, size in enumerate(sizes) if size < large_bytes] + large
     small = len(order) - len(large)
     bounds = [0]
     for number in order[:small]:
@@ -75,7 +83,7 @@ def message_layout(items: Sequence[Item], apart_bytes: float, row_words: int) ->
     for number in large:
         places.append(places[-1] + -(-words(sizes[number]) // _ALIGN_WORDS) * _ALIGN_WORDS)
     ordered = tuple(items[number] for number in order)
-    told = ";".join(f"{item.name}{item.lo}{item.size}{item.destination.dtype}" for item in ordered)
+    regions = ";".join(f"{item.name}{item.lo}{item.size}{item.destination.dtype}" for item in ordered)
     return MessageLayout(
         items=ordered,
         small=small,
@@ -85,10 +93,10 @@ def message_layout(items: Sequence[Item], apart_bytes: float, row_words: int) ->
         dtypes=tuple(getattr(torch, item.destination.dtype) for item in ordered),
         header=-(-(2 + rows + len(large)) // _ALIGN_WORDS) * _ALIGN_WORDS,
         payload_bytes=sum(sizes),
-        digest=blake2b(told.encode()).digest(),
+        digest=blake2b(regions.encode()).digest(),
     )
 
 
 def words(size: int) -> int:
-    """64-bit words that hold so many bytes."""
+    """Number of 64-bit words that hold `size` bytes."""
     return (size + 7) // 8

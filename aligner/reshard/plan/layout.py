@@ -1,4 +1,4 @@
-"""One side of a transfer: what every rank of a role holds, asked by rank or by tensor (pure, no torch)."""
+"""Weight layouts: which region of which checkpoint tensor each rank holds, by rank or by tensor (pure, no torch)."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ R = TypeVar("R")
 
 
 class WeightLayout(Protocol):
-    """Which region of which logical tensor every rank of a role holds."""
+    """Which region of which checkpoint tensor every rank of one end of a transfer holds."""
 
     @property
     def ranks(self) -> tuple[int, ...]:
-        """World ranks of the role, ascending."""
+        """World ranks that hold something, ascending."""
 
     def layout(self, rank: int) -> Sequence[Piece]:
-        """Everything one rank holds; costs as much as its own pieces."""
+        """Everything that one rank holds, empty for ranks outside `ranks`; time is proportional to its own pieces."""
 
     def holders(self, name: str) -> Sequence[tuple[Piece, tuple[int, ...]]]:
         """Every distinct piece of one logical tensor with the ranks that hold it in that very form, ascending.
 
-        Empty where nobody holds the tensor. Costs as much as the distinct pieces of this one tensor, never as much as
-        the model. The same box may appear in several forms (other strides, storages or dtypes), also on one rank.
+        Empty where nobody holds the tensor. Time is proportional to the distinct pieces of this one tensor, never to the
+        model. The same box may appear in several forms (other strides, storages or dtypes), also on one rank.
         """
 
 
@@ -32,7 +32,7 @@ class LazyHolders(Sequence[tuple[Piece, tuple[int, ...]]]):
     """What `holders` returns, with pieces that are made only when they are looked at.
 
     Args:
-        form: equal for tensors of this side that have the same boxes, dtype and ranks, and for no others.
+        form: equal for tensors of this layout that have the same boxes, dtype and ranks, and for no others.
         regions: what each piece is made of, with the ranks that hold it.
         make: a region -> its piece.
     """
@@ -51,7 +51,7 @@ class LazyHolders(Sequence[tuple[Piece, tuple[int, ...]]]):
 
 
 class ExplicitLayout:
-    """A side given as every rank's layout: for layouts that were exchanged."""
+    """A layout given as every rank's pieces, such as ranks have exchanged."""
 
     def __init__(self, layouts: Mapping[int, Layout]) -> None:
         self._layouts = {rank: layouts[rank] for rank in sorted(layouts)}
@@ -71,7 +71,7 @@ class ExplicitLayout:
 
 
 def as_layout(given: WeightLayout | Mapping[int, Layout]) -> WeightLayout:
-    """A side, or every rank's layout, as a side."""
+    """Every rank's pieces as a layout; a layout as it is."""
     return ExplicitLayout(given) if isinstance(given, Mapping) else given
 
 

@@ -1,4 +1,4 @@
-"""Which regions of a tensor fill the boxes that one side wants, and which ranks could send each (pure, no torch)."""
+"""Which regions of a tensor fill the boxes that destination ranks want, and which ranks could send each (pure, no torch)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Ranks = tuple[int, ...]
 
 
 class Held(NamedTuple):
-    """A box that some ranks hold in one form; `entry` counts the forms as the side lists them."""
+    """A box that some ranks hold in one form; `entry` is its number in the source's `holders`."""
 
     box: Box
     ranks: Ranks

@@ -1,4 +1,4 @@
-"""The order of a plan's messages: who sends which bucket to whom, in steps that never wait in a circle (no torch)."""
+"""The order of a plan's messages: who sends which bucket to whom, in steps that cannot deadlock (no torch)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import NamedTuple
 from aligner.reshard.plan.transfer_plan import Item, Plan, Stream, StreamKey
 
 STAGED = 4
-"""Most messages a rank holds at once: one that is sent and one that comes in, of this step and of the next."""
+"""Bound on the messages a rank holds at once: one that is sent and one that comes in, of this step and of the next."""
 
 _SMALL = 64 << 10
 """Bytes below which a message is not cut only to spread the load: its start would cost more than its bytes."""
@@ -40,16 +40,16 @@ class Label(NamedTuple):
 
 
 class Message(NamedTuple):
-    """One bucket's way from rank `by` to rank `to`."""
+    """One bucket, sent from rank `by` to rank `to`."""
 
     label: Label
     by: int
     to: int
     key: StreamKey
     bucket: int
-    """Counts within the stream."""
+    """Number of the bucket within the stream."""
     relay: bool
-    """Sent on by a rank that received it, as it is."""
+    """Forwarded unchanged by a rank that received it."""
 
     @property
     def content(self) -> tuple[StreamKey, int]:
@@ -58,7 +58,7 @@ class Message(NamedTuple):
 
 
 class Step(NamedTuple):
-    """What a rank does at the same time."""
+    """What a rank sends and receives at the same time."""
 
     send: Message | None
     receive: Message | None
@@ -73,6 +73,7 @@ class Schedule:
     local: tuple[tuple[Item, ...], ...]
 
     def items(self, message: Message) -> tuple[Item, ...]:
+        """What the message holds, in order."""
         return self.buckets[message.key][message.bucket]
 
     @cached_property
@@ -82,10 +83,12 @@ class Schedule:
 
     @cached_property
     def relayed_bytes(self) -> int:
+        """Of these, bytes that it has received and forwards."""
         return self._bytes(step.send if step.send and step.send.relay else None for step in self.steps)
 
     @cached_property
     def received_bytes(self) -> int:
+        """Bytes this rank receives."""
         return self._bytes(step.receive for step in self.steps)
 
     def _bytes(self, messages: Iterable[Message | None]) -> int:
@@ -99,7 +102,7 @@ def packed_by(message: Message) -> int:
 
 
 def schedule_of(plan: Plan, staging_bytes: int) -> Schedule:
-    """`make_schedule`, made once for a plan."""
+    """`make_schedule`, cached on the plan."""
     if staging_bytes not in plan.schedules:
         plan.schedules[staging_bytes] = make_schedule(plan, staging_bytes)
     return plan.schedules[staging_bytes]

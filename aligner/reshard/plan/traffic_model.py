@@ -13,34 +13,36 @@ from aligner.reshard.plan.transfer_plan import Plan, Stream, StreamKey, make_pla
 
 @dataclass
 class Load:
-    """One rank's bytes."""
+    """Bytes of one rank."""
 
     sent: int = 0
-    """From its own source storages."""
+    """Sent from its own source storages."""
     relayed: int = 0
     """Received and passed on."""
     received: int = 0
+    """Received, what it passes on included."""
     local: int = 0
     """Copied within the rank."""
 
     @property
     def out(self) -> int:
+        """All that it sends."""
         return self.sent + self.relayed
 
 
 @dataclass
 class TrafficModel:
-    """All ranks' loads."""
+    """Bytes that each rank of a transfer sends and receives, and lower bounds on them."""
 
     loads: dict[int, Load]
     planned: dict[int, float] = field(default_factory=dict)
     """Planning seconds of each rank that was planned."""
     by_holders: dict[tuple[int, ...], int] = field(default_factory=dict)
-    """Bytes that each set of ranks has to send among itself, whatever the plan."""
+    """Bytes that some rank of each set must send, whatever the plan: only these hold them."""
 
     @property
     def least_heaviest(self) -> float:
-        """No plan lets the heaviest source rank send fewer bytes: some set of ranks alone holds so much."""
+        """Lower bound, in bytes, on what the busiest source rank sends under any plan: some set of ranks alone holds as much."""
         sets = {holders: set(holders) for holders in self.by_holders}
         return max(
             (

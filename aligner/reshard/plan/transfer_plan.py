@@ -1,4 +1,4 @@
-"""The plan: who sends which region to whom, a pure function of the two sides that each rank computes for itself."""
+"""The plan: who sends which region to whom, a pure function of the two layouts that each rank computes for itself."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class Item(NamedTuple):
-    """One region's journey; both pieces are cropped to it."""
+    """One region to be copied, and where it is at both ends; both pieces are cropped to it."""
 
     name: str
     lo: tuple[int, ...]
@@ -67,21 +67,22 @@ class Plan:
 
     rank: int
     ranks: Ranks
-    """The ranks of both sides, ascending."""
+    """The ranks of both ends, ascending."""
     local: tuple[Item, ...]
     """Regions this rank needs and already holds."""
     streams: tuple[Stream, ...]
-    """What this rank helps to send or receives; it is a holder or a wanting rank of every one, never both."""
+    """What this rank helps to send, or receives: it is a holder or a wanting rank of each, never both."""
     schedules: dict[int, Schedule] = field(default_factory=dict, compare=False, repr=False)
-    """Those made so far, by bytes of staging."""
+    """Schedules made so far, by bytes of staging memory."""
 
     @property
     def minimum_bytes(self) -> int:
-        """Bytes of this rank's destination regions that its own source side does not hold: all that enters it."""
+        """Bytes of this rank's destination regions that it does not hold itself at the source: the least that it can receive."""
         return sum(stream.bytes for stream in self.streams if self.rank in stream.key.wanters)
 
     @property
     def local_bytes(self) -> int:
+        """Bytes that this rank copies within itself."""
         return sum(item.bytes for item in self.local)
 
 
@@ -92,10 +93,12 @@ def make_plan(
 
     A region that its own rank holds is copied there; what is missing enters each rank once. Where more ranks want a
     region than hold it, they pass it on to each other if the destination has more ranks than the source, whose links
-    would else be the bottleneck; if not, each holder sends to several, which needs no waiting for a relay. The cost follows the pieces
-    of `rank` itself: tensors are looked at one by one, and those that are cut and spread alike are matched once.
+    would else be the bottleneck; if not, each holder sends to several, which needs no waiting for a relay. Time is proportional to the
+    pieces of `rank` itself: tensors are looked at one by one, and those with equal layouts are matched once.
 
-    Raises ValueError on the ranks that want or could have sent what no source holds or what has other dimensions there.
+    Raises:
+        ValueError: a region that no source rank holds, or that has other dimensions there; on the ranks that want it or could
+            have sent it.
     """
     source, destination = as_layout(source), as_layout(destination)
     names = {piece.name for piece in source.layout(rank)} | {piece.name for piece in destination.layout(rank)}
@@ -118,7 +121,7 @@ def make_plan(
 
 
 def natural(name: str) -> str:
-    """A key under which layer 2 comes before layer 10."""
+    """A sort key under which layer 2 comes before layer 10."""
     return _NUMBER.sub(lambda digits: digits[0].zfill(8), name)
 
 
@@ -136,7 +139,7 @@ class _Match(NamedTuple):
 
 
 class _Matcher:
-    """Matches the two sides of one tensor after the other for one rank, and those of the same shape only once."""
+    """Matches source and destination of one tensor after the other for one rank; tensors with equal layouts only once."""
 
     def __init__(self, rank: int, few_sources: bool) -> None:
         self._rank, self._few_sources = rank, few_sources
@@ -154,7 +157,7 @@ class _Matcher:
         return found
 
     def _form(self, entries: _Entries) -> object:
-        """Equal for tensors of one side that have the same boxes, dtypes and ranks."""
+        """Equal for tensors of one layout that have the same boxes, dtypes and ranks."""
         if isinstance(entries, LazyHolders):
             return entries.form
         known, number = self._by_id.get, self._number

@@ -1,1 +1,1 @@
-"""A plan carried out on one rank: connections, shared memory between neighbours, proofs, statistics."""
+"""A plan carried out on one rank: point-to-point messages, shared memory between ranks of one host, proofs, statistics."""

@@ -10,35 +10,36 @@ import torch
 import torch.distributed as dist
 
 from aligner.reshard.message.bucket import Bucket, Buffers
+from aligner.reshard.message.proof import View
 from aligner.reshard.plan.schedule import STAGED, Message, Schedule, Step, packed_by, schedule_of
 from aligner.reshard.plan.transfer_plan import Plan
-from aligner.reshard.transfer.rank_transfer import RankTransfer, Source
-from aligner.reshard.transfer.sync_stats import SyncRow
-from aligner.reshard.transfer.wire import Kept, Waiting, Wire, wire_of
+from aligner.reshard.transfer.rank_transfer import RankTransfer
+from aligner.reshard.transfer.sync_stats import SyncStats
+from aligner.reshard.transfer.wire import LastMessages, Waiting, Wire, wire_of
 from aligner.reshard.weights import WritableWeights
 
 
 def execute(
     plan: Plan,
-    source: Source | None,
+    source: View | None,
     destination: WritableWeights | None,
     group: dist.ProcessGroup | None,
     device: torch.device,
     bucket_bytes: int,
     verify: bool = True,
-    kept: Kept | None = None,
+    kept: LastMessages | None = None,
     buffers: Buffers | None = None,
     transfer: int = 0,
     waiting: Waiting | None = None,
-) -> SyncRow:
+) -> SyncStats:
     """Carry out `plan` on this rank; collective over the ranks that the plan gives something to send or receive.
 
     Ranks with nothing to do return at once. Data goes peer to peer in the steps of the plan's schedule, whose order
     cannot deadlock. While a step is on the wire what came in before is written and proven, the next step is packed and
     posted, and local copies are made. Staging takes at most 4 messages of half `bucket_bytes` per rank, however many
     peers there are; local copies need none. It is freed afterwards, unless the caller gives the same `buffers` to every
-    transfer: then as much stays taken in between, and no transfer waits for fresh memory. Buffers that have neighbours
-    hand messages over in shared memory.
+    transfer: then as much stays taken in between, and no transfer waits for fresh memory. Buffers that have a
+    `SharedMemoryChannel` hand messages over in shared memory.
 
     `group` holds all ranks of the plan (world ranks). gloo sends CPU buffers, whatever `device` is. With NCCL the
     group must have run a collective before: its communicator is made by all members together.
@@ -53,7 +54,7 @@ def execute(
     `source` and `destination` may be None on ranks that the plan asks for neither.
 
     `kept` (empty at first, the same object in every transfer of this plan) makes messages travel as what changed since
-    the last transfer, where that is shorter; see `wire.Changes`. `waiting(ranks)` is entered around each wait for messages
+    the last transfer, where that is shorter; see `wire.DeltaWire`. `waiting(ranks)` is entered around each wait for messages
     from and to these ranks. `transfer` numbers the transfers of a plan, alike on all ranks: with `verify` a message of
     another one is refused.
 
@@ -61,7 +62,7 @@ def execute(
     rank could not read its source. The first error of this rank is raised, whatever its type.
     """
     if not (plan.local or plan.streams or destination):
-        return SyncRow()
+        return SyncStats()
     started = time.perf_counter()
     on_cpu = group is None or dist.get_backend(group) == "gloo"
     buffers = buffers or Buffers(torch.device("cpu") if on_cpu else device)
@@ -69,9 +70,9 @@ def execute(
     work = RankTransfer(plan.rank, source, destination, buffers, verify)
     schedule = schedule_of(plan, int(min(2 * bucket_bytes, STAGED * buffers.most_bytes)))
     wire = wire_of(group, schedule, buffers, kept, waiting)
-    _Flight(work, wire, schedule).run()
+    _Pipeline(work, wire, schedule).run()
     work.finish()
-    return SyncRow(
+    return SyncStats(
         moved_bytes=wire.sent_bytes,
         relayed_bytes=wire.relayed_bytes,
         received_bytes=wire.received_bytes,
@@ -94,7 +95,7 @@ class _Posted(NamedTuple):
     requests: list[dist.Work]
 
 
-class _Flight:
+class _Pipeline:
     """The messages between this rank and its peers, a step at a time."""
 
     def __init__(self, work: RankTransfer, wire: Wire, schedule: Schedule) -> None:
@@ -138,7 +139,7 @@ class _Flight:
         elif send:
             items = self._schedule.items(send)
             with work.clock("wire"):
-                room = self._wire.room(work.buffers.form(items).words)
+                room = self._wire.room(work.buffers.layout(items).words)
             leaving = work.pack(items, room)
         if receive:
             passed_on = receive.content in self._relays

@@ -12,7 +12,7 @@ from aligner.reshard.plan.transfer_plan import Item
 def copy_local(items: Sequence[Item], source: View, view: View, rank: int, proof: bool, scratch: Scratch) -> None:
     """Copy and cast from storage to storage on one rank, without a message.
 
-    With `proof` the destinations, looked up again, are compared bit for bit with what was written: on the CPU each slab
+    With `proof` the destinations, looked up again, are compared bit for bit with what was written: on the CPU each chunk
     while it is in the cache. RuntimeError names the first that differs.
     """
     reads, held = views_of(source, items, from_source=True), views_of(view, items)

@@ -3,28 +3,25 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from torch import Tensor
 
 from aligner.reshard.message.bucket import Bucket, Buffers
-from aligner.reshard.plan.region import Piece
+from aligner.reshard.message.proof import View
 from aligner.reshard.plan.schedule import Message
 from aligner.reshard.plan.transfer_plan import Item
 from aligner.reshard.transfer.local_copy import copy_local
 from aligner.reshard.transfer.wire import Wire
 from aligner.reshard.weights import WritableWeights
 
-Source = Callable[[Piece], Tensor]
-"""Reads a piece of this rank's source storages: a view of shape `piece.size`."""
-
 
 class RankTransfer:
     """What this rank does to buckets: it keeps the first error and goes on exchanging, so that no peer hangs."""
 
     def __init__(
-        self, rank: int, source: Source | None, destination: WritableWeights | None, buffers: Buffers, verify: bool
+        self, rank: int, source: View | None, destination: WritableWeights | None, buffers: Buffers, verify: bool
     ) -> None:
         self.buffers = buffers
         self.checksummed = 0

@@ -37,9 +37,9 @@ log = logging.getLogger(__name__)
 
 
 class SharedMemoryChannel:
-    """This rank's rooms, where its messages are written, and a line to each neighbour, who reads them there.
+    """Shared memory between this rank and others of its host: it writes its messages into rooms of its own, and readers map them.
 
-    A reader gives a room back when it has read it, and only then is it written again. Rooms are anonymous memory whose
+    A line (a socket) to each peer says which room holds a message for it. A reader gives a room back when it has read it, and only then is it written again. Rooms are anonymous memory whose
     descriptor goes over the line: nothing has a name, and nothing stays when a rank is killed. Notes on a line come in
     the order in which they were sent, so the n-th message from a rank is the n-th that is taken from it.
     """
@@ -47,7 +47,7 @@ class SharedMemoryChannel:
     def __init__(self, rank: int, lines: dict[int, socket.socket], timeout_seconds: float) -> None:
         """
         Args:
-            lines: rank of each neighbour -> a connected SOCK_SEQPACKET socket, whose other end it has.
+            lines: peer rank -> a connected SOCK_SEQPACKET socket, whose other end it has.
             timeout_seconds: limit of one wait.
         """
         self._rank, self._lines, self._timeout = rank, lines, timeout_seconds
@@ -56,7 +56,7 @@ class SharedMemoryChannel:
         """Messages that have been handed to this rank: (room, words)."""
         self._theirs: dict[tuple[int, int], _Theirs] = {}
         self._reading: dict[int, tuple[int, int]] = {}
-        """Address of a neighbour's room that is being read -> (neighbour, room)."""
+        """Address of a peer's room that is being read -> (peer, room)."""
 
     @property
     def readers(self) -> list[int]:
@@ -80,7 +80,7 @@ class SharedMemoryChannel:
         self._await(self.readers, "which has not read its message")
 
     def hand(self, to: int, message: Tensor) -> None:
-        """Give a room that `room` gave, written, to a neighbour."""
+        """Hand a written message, in memory that `room` gave, to a peer."""
         room = next(room for room in self._rooms if room.words.data_ptr() == message.data_ptr())
         room.reader = to
         note, line = _NOTE.pack(_HANDED, room.number, message.numel()), self._lines[to]
@@ -94,7 +94,7 @@ class SharedMemoryChannel:
             raise self._gone(to) from error
 
     def take(self, by: int) -> Tensor:
-        """The next message of a neighbour, in the neighbour's memory; it is waited for."""
+        """Wait for the next message of a peer: a view of the peer's memory, [words] int64."""
         while not self._waiting[by]:
             self._await([by], "which sent nothing")
         number, words = self._waiting[by].popleft()
@@ -103,7 +103,7 @@ class SharedMemoryChannel:
         return found
 
     def back(self, message: Tensor) -> bool:
-        """Give back what `take` gave, once it is read; False where it is not a neighbour's."""
+        """Give back what `take` returned, once it is read. False where it is not a peer's memory."""
         found = self._reading.pop(message.data_ptr(), None)
         if found is None:
             return False
@@ -150,7 +150,7 @@ class SharedMemoryChannel:
 
 
 class _Theirs:
-    """Memory that a neighbour writes."""
+    """Memory that a peer writes."""
 
     def __init__(self, file: int) -> None:
         self.file = file
@@ -164,7 +164,7 @@ class _Theirs:
 
 
 class _Room(_Theirs):
-    """Memory of this rank that one neighbour at a time reads."""
+    """Memory of this rank that one peer at a time reads."""
 
     def __init__(self, number: int) -> None:
         super().__init__(os.memfd_create("aligner-reshard"))
@@ -180,11 +180,11 @@ class _Room(_Theirs):
         return super().fit(words)
 
 
-def meet(group: dist.ProcessGroup) -> SharedMemoryChannel | None:
-    """Lines between all ranks of `group`, a collective of it; None on all alike where they are not on one host.
+def connect(group: dist.ProcessGroup) -> SharedMemoryChannel | None:
+    """A channel between all ranks of `group`; collective over it.
 
-    Also where a rank cannot have lines to all others (not Linux, containers without a common network): then the first
-    rank logs why.
+    None on every rank where they are not all on one host, and where one cannot be connected with all others (not Linux,
+    containers without a common network): then the first rank logs why.
     """
     ranks, rank = dist.get_process_group_ranks(group), dist.get_rank()
     listener, problem, lines = None, "", dict[int, socket.socket]()

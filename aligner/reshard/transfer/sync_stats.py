@@ -1,4 +1,4 @@
-"""The ledger: what one weight transfer moved, beside the least that it could have moved."""
+"""Statistics of a weight sync: bytes moved, beside the least that could have been moved, and seconds by phase."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 
 
 @dataclass(frozen=True)
-class SyncRow:
-    """One rank's account of one transfer; bytes are payload in the destination's dtype."""
+class SyncStats:
+    """What one transfer moved on one rank; bytes are payload in the destination's dtype."""
 
     moved_bytes: int = 0
     """Bytes this rank sent."""
@@ -22,7 +22,7 @@ class SyncRow:
     local_bytes: int = 0
     """Bytes this rank copied within itself."""
     changed_bytes: int = 0
-    """Bytes whose value is another than after the last transfer, where that was looked at."""
+    """Bytes of received elements that differ from the last transfer's; with reshard.deltas, else all received bytes."""
     checksummed: int = 0
     """Regions whose checksum this rank, as destination, found equal to the source's after writing."""
     seconds: float = 0.0
@@ -38,22 +38,22 @@ class SyncRow:
 
     @property
     def gigabytes_per_second(self) -> float:
-        """Bytes sent, or received where those are more, by the seconds of the whole transfer."""
+        """GB/s: the larger of bytes sent and received, divided by the seconds of the whole transfer."""
         return max(self.moved_bytes, self.received_bytes) / self.seconds / 1e9 if self.seconds else 0.0
 
     def metrics(self) -> dict[str, float]:
-        """The row under the metrics' names: reshard_moved_bytes, ..., seconds_reshard, seconds_reshard_plan, ..."""
+        """The numbers under their metrics' names: reshard_moved_bytes, ..., seconds_reshard, seconds_reshard_plan, ..."""
         names = [*(f.name for f in fields(self)), "gigabytes_per_second"]
         return {_metric(name): float(getattr(self, name)) for name in names}
 
 
-def total(rows: Sequence[SyncRow]) -> SyncRow:
-    """The account of a transfer over all its ranks: bytes and counts added, seconds of the slowest rank."""
+def total(rows: Sequence[SyncStats]) -> SyncStats:
+    """Statistics of a transfer over all its ranks: bytes and counts added, seconds of the slowest rank."""
     merged: dict[str, Any] = {}
-    for f in fields(SyncRow):
+    for f in fields(SyncStats):
         values = [getattr(row, f.name) for row in rows]
         merged[f.name] = max(values, default=0.0) if f.name.startswith("seconds") else sum(values)
-    return SyncRow(**merged)
+    return SyncStats(**merged)
 
 
 def _metric(name: str) -> str:

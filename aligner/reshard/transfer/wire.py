@@ -17,39 +17,39 @@ from aligner.reshard.plan.region import ELEMENT_BYTES
 from aligner.reshard.plan.schedule import Message, Schedule, Step
 from aligner.reshard.transfer.shared_memory import SharedMemoryChannel
 
-Kept = dict[object, Tensor]
-"""What each message of a plan held in the last transfer: as much memory as a rank sends and receives."""
+LastMessages = dict[object, Tensor]
+"""Message of a plan -> its payload in the last transfer: as much memory as a rank sends and receives."""
 
 Waiting = Callable[[Sequence[int]], AbstractContextManager[None]]
 """Entered around each wait for messages from and to these ranks."""
 
 
 class Wire(Protocol):
-    """Carries the messages of one transfer and counts their bytes, those of headers left out."""
+    """Carries the messages of one transfer and counts their bytes, without headers."""
 
     sent_bytes: int
     relayed_bytes: int
     received_bytes: int
     changed_bytes: int
-    """Bytes of received elements that differ from those of the last transfer; all where that is not known."""
+    """Bytes of received elements that differ from the last transfer's; all bytes where nothing was kept to compare with."""
     shared: bool
-    """Whether what comes in is read where its sender wrote it, so that no bucket waits for it."""
+    """Messages are read where their sender wrote them, so no buffer is needed to receive one."""
 
     def room(self, words: int) -> Tensor | None:
-        """Memory for a message of so many words that is to be packed; None where any will do."""
+        """Where to pack a message of `words` 64-bit words; None: in any buffer."""
 
     def post(self, step: Step, leaving: Bucket | None, arriving: Bucket | None) -> list[dist.Work]:
         """Start a step's send and receive."""
 
     def wait(self, step: Step, requests: Sequence[dist.Work], arriving: Bucket | None) -> Bucket | None:
-        """The end of a step that was posted; gives what came in."""
+        """Wait for a posted step to complete. Returns the bucket that came in."""
 
     def landed(self, message: Message, bucket: Bucket) -> None:
-        """What came in is complete: make a whole bucket of it. RuntimeError where that cannot be done."""
+        """Make a whole bucket of what came in, which is complete. RuntimeError where that cannot be done."""
 
 
-class Whole:
-    """Buckets as they are."""
+class PointToPoint:
+    """Buckets as they are, by isend and irecv of the process group."""
 
     shared = False
 
@@ -90,7 +90,7 @@ class Whole:
         return dist.P2POp(dist.irecv, data, message.by, self._group)
 
 
-class Handed(Whole):
+class SharedMemoryWire(PointToPoint):
     """Buckets in memory that sender and receiver both see: packed there, and read from there.
 
     What a rank passes on it copies out first, so that its sender never waits for a relay, and in again for each reader.
@@ -99,16 +99,16 @@ class Handed(Whole):
 
     shared = True
 
-    def __init__(self, neighbours: SharedMemoryChannel, buffers: Buffers, schedule: Schedule, waiting: Waiting) -> None:
+    def __init__(self, channel: SharedMemoryChannel, buffers: Buffers, schedule: Schedule, waiting: Waiting) -> None:
         super().__init__(None, waiting)
-        self._neighbours, self._buffers, self._schedule = neighbours, buffers, schedule
+        self._channel, self._buffers, self._schedule = channel, buffers, schedule
 
     def room(self, words: int) -> Tensor:
-        spare = self._neighbours.room(words)
+        spare = self._channel.room(words)
         if spare is not None:
             return spare
-        with self._waiting(self._neighbours.readers):
-            self._neighbours.wait_for_room()
+        with self._waiting(self._channel.readers):
+            self._channel.wait_for_room()
         return self.room(words)
 
     def post(self, step: Step, leaving: Bucket | None, arriving: Bucket | None) -> list[dist.Work]:
@@ -117,28 +117,28 @@ class Handed(Whole):
             message = leaving.buffer
             if step.send.relay:
                 message = self.room(leaving.whole.numel()).copy_(leaving.whole)
-            self._neighbours.hand(step.send.to, message)
+            self._channel.hand(step.send.to, message)
         return []
 
     def wait(self, step: Step, requests: Sequence[dist.Work], arriving: Bucket | None) -> Bucket | None:
         if step.receive is None:
             return None
         with self._waiting([step.receive.by]):
-            message = self._neighbours.take(step.receive.by)
+            message = self._channel.take(step.receive.by)
         items = self._schedule.items(step.receive)
-        if message.numel() != self._buffers.form(items).words:
+        if message.numel() != self._buffers.layout(items).words:
             raise RuntimeError(
                 f"reshard: rank {step.receive.by} sent a message of {message.nbytes} bytes where {items[0]} and "
-                f"{len(items) - 1} more make {8 * self._buffers.form(items).words}: the ranks' plans differ"
+                f"{len(items) - 1} more make {8 * self._buffers.layout(items).words}: the ranks' plans differ"
             )
         if arriving is None:
             return Bucket(items, self._buffers, message)
         arriving.whole.copy_(message)
-        self._neighbours.back(message)
+        self._channel.back(message)
         return arriving
 
 
-class Changes(Whole):
+class DeltaWire(PointToPoint):
     """Buckets of one part, as their header and a delta where that is shorter, else whole; relays pass on what they got.
 
     Lengths are known only when a bucket is packed, so each travels in front of its message. The receiver makes the
@@ -146,7 +146,9 @@ class Changes(Whole):
     delta that leaves and the one that comes in, each smaller than its bucket.
     """
 
-    def __init__(self, group: dist.ProcessGroup | None, kept: Kept, schedule: Schedule, waiting: Waiting) -> None:
+    def __init__(
+        self, group: dist.ProcessGroup | None, kept: LastMessages, schedule: Schedule, waiting: Waiting
+    ) -> None:
         super().__init__(group, waiting)
         self._kept = kept
         self._left = Counter(step.send.content for step in schedule.steps if step.send and not step.send.relay)
@@ -235,11 +237,19 @@ def _itemsize(bucket: Bucket) -> int:
 
 
 def wire_of(
-    group: dist.ProcessGroup | None, schedule: Schedule, buffers: Buffers, kept: Kept | None, waiting: Waiting | None
+    group: dist.ProcessGroup | None,
+    schedule: Schedule,
+    buffers: Buffers,
+    kept: LastMessages | None,
+    waiting: Waiting | None,
 ) -> Wire:
-    """The wire of one transfer: shared memory where the buffers have neighbours, changes where `kept` is given."""
+    """The wire of one transfer: shared memory where the buffers have a channel, deltas where `kept` is given."""
     waiting = waiting or (lambda _: nullcontext())
     if kept is not None:
-        assert buffers.neighbours is None, "what changed is found in private memory"
-        return Changes(group, kept, schedule, waiting)
-    return Handed(buffers.neighbours, buffers, schedule, waiting) if buffers.neighbours else Whole(group, waiting)
+        assert buffers.channel is None, "what changed is found in private memory"
+        return DeltaWire(group, kept, schedule, waiting)
+    return (
+        SharedMemoryWire(buffers.channel, buffers, schedule, waiting)
+        if buffers.channel
+        else PointToPoint(group, waiting)
+    )

@@ -116,11 +116,13 @@ class Input(io.TextIOBase):
         self._program = program
 
     def readline(self, size: int = -1) -> str:  # type: ignore[override]
+        """The next line, "" at the end."""
         if not self._program.loaded:  # nothing to read: the tests have not begun
             return ""
         return str(self._program.ask("readline", 0, (), {}))
 
     def read(self, size: int | None = -1) -> str:
+        """All remaining lines."""
         return "".join(iter(self.readline, ""))
 
     def asked(self, prompt: object = "") -> str:

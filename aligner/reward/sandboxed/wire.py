@@ -106,6 +106,7 @@ class Pack:
     """Encodes values into one table of nodes."""
 
     def __init__(self, side: Endpoint, request: Unpack | None = None) -> None:
+        """Args: request: the decoded request that is being answered, whose nodes can be referred to."""
         self.nodes: list[Any] = []
         self._side = side
         self.held: dict[int, Any] = {}
@@ -156,6 +157,7 @@ class Unpack:
     """Decodes a table of nodes into values."""
 
     def __init__(self, side: Endpoint, nodes: list[Any], request: Pack | None = None) -> None:
+        """Args: request: the encoded request whose answer this is, to which its nodes may refer."""
         self.nodes, self._side, self._request = nodes, side, request
         self.built: dict[int, Any] = {}
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.attention.bias import causal_lower_right
 
-from aligner.trainer.context import cut
+from aligner.trainer.context import split_rows
 from aligner.trainer.megatron.attention_mask import BLOCK, causal_bias
 
 
@@ -60,26 +60,26 @@ def make_plan(
     device: torch.device,
     window: int | None = None,
 ) -> Plan:
-    """The calls of `rank`; pieces of equal shape share one. With a window a call reads no keys before it.
+    """The calls of `rank`; spans of equal shape share one. With a window a call reads no keys before it.
 
     Args:
         held: tokens of each rank, with its padding.
         block: queries of one call at most; 0: no limit.
     """
-    whole = cut(lengths, ranks)
+    split = split_rows(lengths, ranks)
     shapes: dict[tuple[int, int], list[tuple[int, int]]] = {}
     at = 0
-    for piece in whole.pieces[rank]:
-        step = block or piece.stop
-        for start in range(piece.start, piece.stop, step):
-            stop = min(piece.stop, start + step)
+    for span in split.spans[rank]:
+        step = block or span.stop
+        for start in range(span.start, span.stop, step):
+            stop = min(span.stop, start + step)
             low = max(0, start - window + 1) if window else 0
-            shapes.setdefault((stop - start, stop - low), []).append((at, whole.starts[piece.row] + low))
+            shapes.setdefault((stop - start, stop - low), []).append((at, split.starts[span.row] + low))
             at += stop - start
     calls = tuple(Call(n, m, *map(tuple, zip(*places, strict=True))) for (n, m), places in shapes.items())
     order_S = torch.empty(sum(lengths), dtype=torch.long)
     for other in range(ranks):
-        order_S[whole.mine(other)] = other * held + torch.arange(whole.tokens(other))
+        order_S[split.token_indices(other)] = other * held + torch.arange(split.tokens(other))
     joined = [torch.arange(place, place + call.queries) for call in calls for place in call.at]
     back_T = torch.full((held,), at)
     if joined:

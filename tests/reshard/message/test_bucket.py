@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from aligner.reshard.message.bucket import APART_BYTES, Bucket, Buffers
+from aligner.reshard.message.bucket import LARGE_BYTES, Bucket, Buffers
 from aligner.reshard.message.checksum import Hashes
 from aligner.reshard.message.chunked_copy import Scratch
 from aligner.reshard.message.proof import View
@@ -36,7 +36,7 @@ class Pair:
     """Both ends of a transfer of whole tensors, stored in any strides with gaps between them."""
 
     def __init__(
-        self, shapes: Shapes, from_dtype: str, to_dtype: str, seed: int = 0, apart: float = APART_BYTES
+        self, shapes: Shapes, from_dtype: str, to_dtype: str, seed: int = 0, apart: float = LARGE_BYTES
     ) -> None:
         draw = random.Random(seed)
         sources = Grid([0], 1, 1, from_dtype).layouts(shapes, draw)[0]
@@ -49,7 +49,7 @@ class Pair:
 
     def _buffers(self, apart: float) -> Buffers:
         made = Buffers(CPU)
-        made.apart_bytes = apart
+        made.large_bytes = apart
         return made
 
     def source(self, piece: Piece) -> Tensor:
@@ -60,7 +60,7 @@ class Pair:
 
     def sent(self, proof: bool = True, view: View | None = None) -> Bucket:
         """A bucket as it arrives: its parts in other memory, which held something else before."""
-        apart = self.buffers.apart_bytes
+        apart = self.buffers.large_bytes
         packed, arrived = Bucket(self.items, self.buffers), Bucket(self.items, self._buffers(apart))
         packed.buffer.random_()
         arrived.open(view or self.view)
@@ -83,7 +83,7 @@ class Pair:
 
 @pytest.mark.parametrize("to_dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("from_dtype", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("apart", [inf, APART_BYTES, 0])
+@pytest.mark.parametrize("apart", [inf, LARGE_BYTES, 0])
 def test_round_trip(apart: float, from_dtype: str, to_dtype: str) -> None:
     for seed in range(3):
         pair = Pair(SHAPES, from_dtype, to_dtype, seed, apart)
@@ -144,7 +144,7 @@ def contents(bucket: Bucket) -> Iterator[tuple[Item, Tensor]]:
             yield item, next(large).view(-1).view(torch.uint8)
 
 
-@pytest.mark.parametrize("apart", [inf, APART_BYTES, 0])
+@pytest.mark.parametrize("apart", [inf, LARGE_BYTES, 0])
 @pytest.mark.parametrize("to_dtype", ["float32", "bfloat16"])
 def test_a_flipped_bit_in_the_message_is_named(to_dtype: str, apart: float) -> None:
     pair = Pair(SHAPES, "float32", to_dtype, apart=apart)
@@ -178,7 +178,7 @@ def touching(items: list[Item], row: int) -> list[Item]:
     return found
 
 
-@pytest.mark.parametrize("apart", [inf, APART_BYTES])
+@pytest.mark.parametrize("apart", [inf, LARGE_BYTES])
 def test_a_flipped_bit_in_the_header_is_seen(apart: float) -> None:
     pair = Pair(SHAPES, "float32", "float32", apart=apart)
     bucket = pair.sent()
@@ -248,7 +248,7 @@ class Harmed:
 @pytest.mark.parametrize("rows", [33, 4000])
 @pytest.mark.parametrize("harm", [flipped, stale, swapped, skipped])
 def test_a_wrong_storage_is_named(to_dtype: str, rows: int, harm: Callable[..., None]) -> None:
-    """Small tensors, and some of several slabs."""
+    """Small tensors, and some of several chunks."""
     shapes = {"before": (9,), "expert1": (rows, 70), "expert2": (rows, 70), "after": (5, 5)}
     told = rf"mismatch in expert1\[0:{rows}, 0:70\] from rank {{}} to rank 3: after the write \S+ does not hold .*"
     told += rf"\({2 if harm is swapped else 1} of 4 regions"
@@ -270,7 +270,7 @@ def test_a_wrong_message_is_told_before_a_wrong_storage() -> None:
 
 @pytest.mark.parametrize("seed", range(3))
 def test_every_single_bit_of_a_write_matters(seed: int) -> None:
-    """One bit anywhere in items of many slabs and strides, seen in the item it is in."""
+    """One bit anywhere in items of many chunks and strides, seen in the item it is in."""
     draw = random.Random(seed)
     pair = Pair({**SHAPES, "wide": (700, 1003)}, "float32", "bfloat16", seed)
     for _ in range(6):
@@ -289,7 +289,7 @@ def test_every_single_bit_of_a_write_matters(seed: int) -> None:
     ("stride", "to_dtype"), [((4096, 1), "float32"), ((4096, 1), "bfloat16"), ((1, 1024), "float32")]
 )
 def test_a_local_copy_takes_little_memory(stride: tuple[int, int], to_dtype: str) -> None:
-    """16 MiB and more, rows, columns of a wider tensor and a transposed one: never more than a slab or two beside."""
+    """16 MiB and more, rows, columns of a wider tensor and a transposed one: never more than a chunk or two beside."""
     piece = Piece("w", (0, 0), (1024, 4096), "from", 0, stride, "float32")
     item = Item("w", (0, 0), (1024, 4096), piece, whole_tensor("w", (1024, 4096), to_dtype))
     held, filled = torch.randn(1024 * 4096), torch.zeros(1024, 4096, dtype=getattr(torch, to_dtype))

@@ -1,4 +1,4 @@
-"""Copies by slabs: any strides and dtypes, against torch's own copy; and what they notice."""
+"""Copies by chunks: any strides and dtypes, against torch's own copy; and what they notice."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from aligner.reshard.message.chunked_copy import SLAB_BYTES, Scratch, copy, copy_proven, copy_seen
+from aligner.reshard.message.chunked_copy import CHUNK_BYTES, Scratch, copy, copy_proven, copy_seen
 
 SCRATCH = Scratch()
-WIDE = SLAB_BYTES // 4 + 5
+WIDE = CHUNK_BYTES // 4 + 5
 
 
 def strided(kind: str, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
@@ -40,7 +40,7 @@ def test_copies_are_torchs(
             copy(to, read, SCRATCH, written.append)
         assert torch.equal(to, expected)
         assert written == sorted(set(written)) and written[-1] == to.nbytes
-        assert max(b - a for a, b in zip([0, *written], written, strict=False)) <= SLAB_BYTES
+        assert max(b - a for a, b in zip([0, *written], written, strict=False)) <= CHUNK_BYTES
 
 
 @pytest.mark.parametrize("source", ["row", "columns", "transposed"])

@@ -22,7 +22,7 @@ from aligner.reshard.plan.transfer_plan import make_plan
 from aligner.reshard.sync import exchanged
 from aligner.reshard.transfer import executor
 from aligner.reshard.transfer import rank_transfer as work
-from aligner.reshard.transfer.shared_memory import meet
+from aligner.reshard.transfer.shared_memory import connect
 from tests.reshard.layouts import Grid, Shapes, parts, scattered
 from tests.reshard.ranks import report, start_rank
 
@@ -38,7 +38,7 @@ class Watched(Buffers):
 
     def __init__(self, device: torch.device) -> None:
         super().__init__(device)
-        self.apart_bytes = Watched.apart
+        self.large_bytes = Watched.apart
         self._out: dict[int, int] = {}
 
     def take(self, words: int) -> Tensor:
@@ -81,7 +81,7 @@ def layouts(draw: random.Random, world: int, shapes: Shapes) -> tuple[dict[int, 
 
 
 def transfer(rank: int, number: int, world: int) -> dict[str, Any]:
-    """Run one case, compare every element, and tell the ledger and the staging."""
+    """Run one case, compare every element, and report statistics and staging."""
     draw = random.Random(number)
     shapes = {f"layer{n}.w": tuple(draw.randrange(1, 25) for _ in range(draw.randrange(1, 4))) for n in range(1, 6)}
     sources, destinations = layouts(draw, world, shapes)
@@ -127,10 +127,10 @@ def main() -> None:
     rank, world = start_rank(folder)
     rooms: list[Any] = []
     if "shared" in sys.argv:
-        neighbours = meet(dist.group.WORLD)
-        assert neighbours, "these ranks are on one host"
-        executor.Buffers = partial(Buffers, neighbours=neighbours)  # type: ignore[misc,assignment]
-        rooms = neighbours._rooms
+        channel = connect(dist.group.WORLD)
+        assert channel, "these ranks are on one host"
+        executor.Buffers = partial(Buffers, channel=channel)  # type: ignore[misc,assignment]
+        rooms = channel._rooms
     else:
         executor.Buffers = Watched  # type: ignore[misc]
         executor.Bucket = work.Bucket = WatchedBucket  # type: ignore[misc]

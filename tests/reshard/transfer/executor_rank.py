@@ -18,7 +18,7 @@ from aligner.reshard.message.storage import allocate, strided_view
 from aligner.reshard.plan.region import Layout, Piece, whole_tensor
 from aligner.reshard.plan.transfer_plan import make_plan
 from aligner.reshard.transfer.executor import execute
-from aligner.reshard.transfer.shared_memory import meet
+from aligner.reshard.transfer.shared_memory import connect
 from tests.reshard.layouts import Grid, Shapes, parts, scattered
 from tests.reshard.ranks import report, start_rank
 
@@ -197,8 +197,8 @@ def main() -> None:
     folder = Path(sys.argv[1])
     rank, world = start_rank(folder)
     found = {"gloo": {"good": good_cases(rank, world), "failures": failures(rank)}}
-    BUFFERS.append(Buffers(CPU, meet(dist.group.WORLD)))
-    assert BUFFERS[-1].neighbours, "these ranks are on one host"
+    BUFFERS.append(Buffers(CPU, connect(dist.group.WORLD)))
+    assert BUFFERS[-1].channel, "these ranks are on one host"
     found["shared memory"] = {"good": good_cases(rank, world), "failures": failures(rank)}
     report(folder, found)
 

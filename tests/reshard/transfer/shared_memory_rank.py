@@ -18,14 +18,14 @@ from torch import Tensor
 
 from aligner.health.fault_report import is_lost_connection
 from aligner.reshard.transfer import shared_memory as neighbours
-from aligner.reshard.transfer.shared_memory import ROOMS, SharedMemoryChannel, meet
+from aligner.reshard.transfer.shared_memory import ROOMS, SharedMemoryChannel, connect
 from tests.reshard.ranks import report, start_rank
 
 WORLD = 3
 
 
 def met() -> SharedMemoryChannel:
-    found = meet(dist.group.WORLD)
+    found = connect(dist.group.WORLD)
     assert found, "these ranks are on one host"
     return found
 
@@ -61,7 +61,7 @@ def elsewhere(rank: int, folder: Path) -> bool:
     """The last rank is on another host, to all appearances."""
     (folder / f"boot{rank}").write_text("another" if rank == WORLD - 1 else "the same")
     with patch.object(neighbours, "_BOOT", folder / f"boot{rank}"):
-        return meet(dist.group.WORLD) is None
+        return connect(dist.group.WORLD) is None
 
 
 def without(rank: int, lines: int) -> list[Any]:
@@ -78,7 +78,7 @@ def without(rank: int, lines: int) -> list[Any]:
         return line()
 
     with patch.object(neighbours, "_line", limited):
-        none = meet(dist.group.WORLD) is None
+        none = connect(dist.group.WORLD) is None
     neighbours.log.removeHandler(handler)
     return [none, said]
 
@@ -140,7 +140,7 @@ def main() -> None:
         folder,
         {
             "around": around(rank),
-            "alone": rank > 0 or meet(alone) is None,
+            "alone": rank > 0 or connect(alone) is None,
             "elsewhere": elsewhere(rank, folder),
             "no listener": without(rank, 0),
             "no connection": without(rank, 1),

@@ -15,7 +15,7 @@ from aligner.reshard.plan.schedule import STAGED
 from aligner.reshard.plan.transfer_plan import make_plan
 from aligner.reshard.transfer.executor import execute
 from aligner.reshard.transfer.shared_memory import ROOMS
-from aligner.reshard.transfer.sync_stats import SyncRow, total
+from aligner.reshard.transfer.sync_stats import SyncStats, total
 from tests.reshard.ranks import run_ranks
 
 
@@ -32,7 +32,7 @@ def ranks(request: pytest.FixtureRequest, told: list[Any]) -> list[Any]:
 
 
 def test_every_case_is_exact_and_minimal(ranks: list[Any]) -> None:
-    """Values were compared bit by bit on the ranks; here the ledgers add up."""
+    """Values were compared bit by bit on the ranks; here the statistics add up."""
     for name in ranks[0]["good"]:
         rows = [rank["good"][name] for rank in ranks]
         moved = sum(row["reshard_moved_bytes"] for row in rows)
@@ -88,7 +88,7 @@ def test_an_incomplete_destination_is_named(ranks: list[Any]) -> None:
 
 
 def test_random_transfers_are_exact_minimal_and_bounded(tmp_path: Path) -> None:
-    """30 random cases on 8 processes: values were compared on the ranks; ledgers add up, and staging is bounded."""
+    """30 random cases on 8 processes: values were compared on the ranks; statistics add up, and staging is bounded."""
     told = run_ranks(Path(__file__).with_name("executor_random.py"), 8, tmp_path)
     assert [rank["exchange"] for rank in told] == [[True, True, True]] * 8
     found = [rank["transfers"] for rank in told]
@@ -137,6 +137,6 @@ def test_a_storage_offset_is_honoured_and_a_transposed_storage_refused() -> None
 
 
 def test_total_adds_bytes_and_takes_the_slowest_rank() -> None:
-    both = total([SyncRow(moved_bytes=3, seconds=1.0), SyncRow(moved_bytes=4, minimum_bytes=7, seconds=0.5)])
+    both = total([SyncStats(moved_bytes=3, seconds=1.0), SyncStats(moved_bytes=4, minimum_bytes=7, seconds=0.5)])
     assert (both.moved_bytes, both.minimum_bytes, both.seconds) == (7, 7, 1.0)
     assert both.metrics()["seconds_reshard"] == 1.0

@@ -18,7 +18,7 @@ from aligner.reshard.plan.region import Layout, Piece, whole_tensor
 from aligner.reshard.plan.schedule import schedule_of
 from aligner.reshard.plan.transfer_plan import Item, make_plan
 from aligner.reshard.transfer.executor import execute
-from aligner.reshard.transfer.wire import Kept
+from aligner.reshard.transfer.wire import LastMessages
 from tests.reshard.layouts import Grid, Shapes, parts, scattered
 from tests.reshard.ranks import report, start_rank
 
@@ -80,13 +80,13 @@ class Transfers:
         self.plan, self.bucket_bytes, self.verify = make_plan(rank, *sides), bucket_bytes, verify
         self.mine, self.wanted = sources.get(rank, []), destinations.get(rank, [])
         self.held, self.filled = allocate(self.mine, CPU), allocate(self.wanted, CPU)
-        self.kept: Kept = {}
+        self.kept: LastMessages = {}
         draw = torch.Generator().manual_seed(3)
         self.values = {name: torch.randn(shape, generator=draw) for name, shape in SHAPES.items()}
         self.before: list[Tensor] = []
 
     def run(self, change: Change, seed: int) -> dict[str, float]:
-        """Change the values, transfer them, compare every element and the ledger with those made by hand."""
+        """Change the values, transfer them, compare every element and the statistics with those made by hand."""
         draw = torch.Generator().manual_seed(seed)
         for value in self.values.values():
             change(value, draw)

@@ -48,11 +48,26 @@ def chunks(mesh: Mesh, layers: int, stage: int) -> list[range]:
     return [blocks[chunk * mesh.pipeline + stage] for chunk in range(mesh.virtual_pipeline)]
 
 
+def unfused(hf: dict[str, Tensor], spec: ModelSpec) -> dict[str, Tensor]:
+    """With Phi-3's fused projections one by one, as in other checkpoints."""
+    single = dict(hf)
+    for name, value in hf.items():
+        at = name.rpartition(".self_attn.")[0] or name.rpartition(".mlp.")[0]
+        if ".qkv_proj." in name:
+            queries, keys = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
+            for part, rows in zip("qkv", value.split([queries, keys, keys]), strict=True):
+                single[f"{at}.self_attn.{part}_proj.weight"] = rows
+        elif ".gate_up_proj." in name:
+            for part, rows in zip(("gate", "up"), value.chunk(2), strict=True):
+                single[f"{at}.mlp.{part}_proj.weight"] = rows
+    return single
+
+
 class Reference:
     """Every parameter of one rank, by plain tensor operations on the checkpoint's tensors."""
 
     def __init__(self, hf: dict[str, Tensor], spec: ModelSpec, mesh: Mesh, rank: int) -> None:
-        self.hf, self.spec, self.mesh = hf, spec, mesh
+        self.hf, self.spec, self.mesh = unfused(hf, spec), spec, mesh
         self.at = {**mesh.coordinates(rank), **mesh.coordinates(rank, EXPERT_AXES)}
 
     def parameters(self) -> dict[str, Tensor]:
