@@ -63,6 +63,8 @@ AT_IMPORT = ("OMP_", "KMP_", "GOMP_", "MKL_", "OPENBLAS_", "TORCH_", "PYTORCH_",
 NOT_AT_IMPORT = ("PYTHONPATH", "TORCH_NCCL_ASYNC_ERROR_HANDLING", "TORCHELASTIC_")
 """... and of those that begin so and are read later."""
 DEFAULTS = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+FATAL = (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL)
+"""Libraries of vLLM's take these when they are imported, and print for seconds."""
 PR_SET_CHILD_SUBREAPER = 36
 
 
@@ -268,6 +270,8 @@ def _become(request: dict[str, Any], files: list[int], imported_with: dict[str, 
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(request["env"])
+    for number in FATAL:
+        signal.signal(number, signal.SIG_DFL)
     tempfile.tempdir = None
     random.seed()
     sys.modules["numpy"].random.seed()
@@ -308,6 +312,7 @@ def _fork_ranks(imported_with: dict[str, str], path: list[str]) -> bool:
     ours, theirs = socket.socketpair()
     if os.fork() == 0:
         ours.close()
+        os.setpgid(0, 0)  # what is sent to the launcher's group is not for this process
         null = os.open(os.devnull, os.O_RDWR)
         for number in range(3):
             os.dup2(null, number)
