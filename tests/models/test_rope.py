@@ -249,9 +249,10 @@ def test_a_part_of_each_head_is_rotated(change: dict[str, Any], factor: float, t
         ({"rope_parameters": {**PLAIN, "partial_rotary_factor": 0.5}, "partial_rotary_factor": 1.0}, "partial_rotary_factor=1.0 is not the 0.5 of rope_parameters"),
         ({"rope_scaling": YARN}, "rope_type='yarn' is not supported; supported are 'default', 'longrope'"),
         ({"rope_scaling": LONG}, "original_max_position_embeddings=4096 beside rope_scaling is not the 64"),  # its class's own
+        ({"pad_token_id": "absent"}, "pad_token_id is not there, for which transformers takes 32000"),
     ],
 )  # fmt: skip
-def test_what_phi_3_cannot_rotate_is_refused(change: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_what_phi_3_cannot_compute_is_refused(change: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
         read_spec(written(tmp_path, PHI3, **change))
 

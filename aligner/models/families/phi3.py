@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from aligner.models.config_json import ConfigJson
 from aligner.models.cuts import Block
-from aligner.models.family import Defaults, Family, Window
+from aligner.models.family import Defaults, Family, LayerType, Window
 from aligner.models.rope import Rope, RopeDefaults
 
 if TYPE_CHECKING:
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 _FUSED = {"self_attn.qkv_proj": ("q", "k", "v"), "mlp.gate_up_proj": ("gate", "up")}
 """A tensor of the checkpoint -> the projections in it, from top to bottom."""
+_PADDING = 32000
+"""transformers' pad_token_id where config.json has none."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,14 @@ class Phi3(Family):
                 at = parts.index(part)
                 return Block(f"{tensor}.{what}", blocks[at].shape, starts[at])
         return super().block(spec, part, what)
+
+    def read_layers(self, config: ConfigJson, layers: int) -> tuple[tuple[str, ...], dict[str, LayerType]]:
+        """As of any family; transformers' class has a padding token, which must be one of the vocabulary."""
+        if "pad_token_id" not in config and config.size("vocab_size") <= _PADDING:
+            raise config.error(
+                f"pad_token_id is not there, for which transformers takes {_PADDING}, beyond the vocabulary; set it, or null."
+            )
+        return super().read_layers(config, layers)
 
     def read_ropes(self, config: ConfigJson, defaults: RopeDefaults, names: Iterable[str]) -> dict[str, Rope]:
         """transformers' class takes "yarn" for "longrope", and refuses others."""
