@@ -37,7 +37,7 @@ from aligner.data.tokenizer import load_tokenizer
 from aligner.models.agreement import check_reading
 from aligner.models.spec import ModelSpec, read_spec
 from aligner.models.verify_checkpoint import check_weights
-from aligner.reward.components import Part, parts_of, shown_component
+from aligner.reward.components import ResolvedComponent, parts_of, shown_component
 from aligner.rollout.config import RolloutConfig
 from aligner.spmd.mesh import Mesh
 from aligner.spmd.placement import make_meshes, role_layout
@@ -264,7 +264,7 @@ def _check_reward(config: Config, roles: list[str], data: DataSets) -> None:
                 _check_fields(part, scorer.needs(), config, data)
 
 
-def _check_fields(part: Part, needed: frozenset[str], config: Config, data: DataSets) -> None:
+def _check_fields(part: ResolvedComponent, needed: frozenset[str], config: Config, data: DataSets) -> None:
     """Rows without a field that the reward needs would all fail, batch after batch."""
     task = f"data.task={type(config.data.task).__name__}" if config.data.task else None
     sources: list[tuple[str, Sequence[Any]]] = [

@@ -14,7 +14,7 @@ from aligner.data.tokenizer import load_tokenizer
 from aligner.models.families import FAMILIES
 from aligner.models.family import Head
 from aligner.models.spec import ModelSpec, read_spec, with_scalar_head
-from aligner.reward.components import Part, parts_of
+from aligner.reward.components import ResolvedComponent, parts_of
 from aligner.spmd.mesh import Mesh
 from aligner.spmd.placement import RANKS_THAT_WORK, Placement
 from aligner.spmd.role_table import REWARD_MODEL
@@ -122,7 +122,7 @@ def check_engines(config: Config, specs: Mapping[str, ModelSpec], meshes: Mappin
             )
 
 
-def check_scorer(config: Config, part: Part, roles: Sequence[str]) -> None:
+def check_scorer(config: Config, part: ResolvedComponent, roles: Sequence[str]) -> None:
     """A component's model is a reward model of this job."""
     name, able = part.model, [role.name for role in config.roles.values() if role.kind is REWARD_MODEL]
     if name is None:

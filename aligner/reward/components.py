@@ -39,17 +39,17 @@ class Scorer(Protocol):
         ...
 
     def close(self) -> None:
-        """Free what it holds. May be called again."""
+        """Release resources. Idempotent."""
         ...
 
 
 @dataclass(frozen=True)
-class Part:
-    """A component with its name, and where its settings stand."""
+class ResolvedComponent:
+    """A reward component with its name and resolved settings."""
 
     name: str
     where: str
-    """`reward` or `reward.components.NAME`: the prefix of its settings in messages."""
+    """Prefix of its settings in messages: `reward` or `reward.components.NAME`."""
     component: RewardComponent
     workers: int
     timeout_s: float
@@ -58,19 +58,19 @@ class Part:
 
     @property
     def model(self) -> str | None:
-        """The role whose scores are its values; None where a rule or an endpoint computes them."""
+        """The role whose scores are its values; None for a rule or an endpoint."""
         model = self.component.model
         return "reward_model" if model is True else model or None
 
     @property
     def source(self) -> str:
-        """The setting that says where its values come from, for messages."""
+        """The setting that defines where its values come from, for messages."""
         kind = _kinds(self.component)[0]
         value = getattr(self.component, kind)
         return f"{self.where}.{kind}={'true' if value is True else value}"
 
     def scorer(self) -> Scorer | None:
-        """What computes it on this rank; None for a reward model, which is a role of its own.
+        """The scorer of this rank; None for a reward model, which is a separate role.
 
         Raises:
             ValueError: the rule cannot be imported or called; the url cannot be used.
@@ -84,23 +84,27 @@ class Part:
         return None
 
 
-def parts_of(reward: RewardConfig) -> list[Part]:
-    """The components in their order; a reward of one rule is one component of weight 1, called after the function.
+def parts_of(reward: RewardConfig) -> list[ResolvedComponent]:
+    """The components in order; a reward of a single rule is one component of weight 1, named after the function.
 
     Raises:
-        ValueError: a setting that is unknown, of the wrong type or impossible, with what would work.
+        ValueError: a setting that is unknown, of the wrong type or out of range; names the values that would work.
     """
     if not reward.components:
         name = re.split(r"[.:]", reward.rule)[-1] or "rule"
         component = RewardComponent(rule=reward.rule, kwargs=reward.kwargs)
-        kept = reward.keep_special_tokens
-        return [Part(name, "reward", component, reward.workers, reward.timeout_s, reward.memory_mib, kept)]
+        keep_special_tokens = reward.keep_special_tokens
+        return [
+            ResolvedComponent(
+                name, "reward", component, reward.workers, reward.timeout_s, reward.memory_mib, keep_special_tokens
+            )
+        ]
     with_rule = reward.rule not in ("", RewardConfig.rule)
     if with_rule or reward.kwargs:
-        which = f"reward.rule={reward.rule}" if with_rule else f"reward.kwargs={reward.kwargs}"
+        setting = f"reward.rule={reward.rule}" if with_rule else f"reward.kwargs={reward.kwargs}"
         raise ValueError(
-            f"{which} is the form of a reward of one rule, and reward.components={', '.join(reward.components)} are given; "
-            "make it a component too, reward.components.NAME.rule=... with its kwargs, or leave it out: reward.rule=''."
+            f"{setting} is for a reward of a single rule, but reward.components={', '.join(reward.components)} are given; "
+            "make it a component too, reward.components.NAME.rule=... with its kwargs, or remove it: reward.rule=''."
         )
     parts = []
     for name, values in reward.components.items():
@@ -110,9 +114,11 @@ def parts_of(reward: RewardConfig) -> list[Part]:
         component = _read(RewardComponent, values, where)
         workers = reward.workers if component.workers is None else component.workers
         timeout_s = reward.timeout_s if component.timeout_s is None else component.timeout_s
-        kept = component.keep_special_tokens
-        kept = reward.keep_special_tokens if kept is None else kept
-        parts.append(Part(str(name), where, component, workers, timeout_s, reward.memory_mib, kept))
+        keep_special_tokens = component.keep_special_tokens
+        keep_special_tokens = reward.keep_special_tokens if keep_special_tokens is None else keep_special_tokens
+        parts.append(
+            ResolvedComponent(str(name), where, component, workers, timeout_s, reward.memory_mib, keep_special_tokens)
+        )
     for part in parts:
         _check(part, [other.name for other in parts])
     if all(part.component.weight == 0 for part in parts):
@@ -146,7 +152,7 @@ def _kinds(component: RewardComponent) -> list[str]:
     return [kind for kind in KINDS if getattr(component, kind)]
 
 
-def _check(part: Part, names: Sequence[str]) -> None:
+def _check(part: ResolvedComponent, names: Sequence[str]) -> None:
     component, where = part.component, part.where
     given = _kinds(component)
     if len(given) != 1:

@@ -164,25 +164,27 @@ class Reward(Role):
     def _combined(
         self, rows: Sequence[int], raw: dict[str, Tensor], status: dict[str, Tensor], missing: dict[str, MissingScores]
     ) -> tuple[Tensor, Tensor]:
-        """This shard's rewards: every rank combines the whole batch in its global order, so that sums over the batch
-        come out the same to the last bit however it is cut into shards."""
-        found = all_gather(self.world, (tuple(rows), raw, status, missing), self.mesh.ranks)
-        held = sorted({row: (n, i) for n, (theirs, *_) in enumerate(found) for i, row in enumerate(theirs)}.items())
-        starts = [0, *accumulate(len(theirs) for theirs, *_ in found)]
-        take = torch.tensor([starts[n] + i for _, (n, i) in held], dtype=torch.long)
+        """This shard's (reward_B, status_B): every rank combines the global batch in its global row order, so that the
+        result does not depend on the sharding, bit for bit."""
+        shards = all_gather(self.world, (tuple(rows), raw, status, missing), self.mesh.ranks)
+        locations = sorted(
+            {row: (n, i) for n, (shard_rows, *_) in enumerate(shards) for i, row in enumerate(shard_rows)}.items()
+        )
+        starts = [0, *accumulate(len(shard_rows) for shard_rows, *_ in shards)]
+        order = torch.tensor([starts[n] + i for _, (n, i) in locations], dtype=torch.long)
         all_raw, all_status = (
-            {part.name: torch.cat([shard[field][part.name] for shard in found])[take] for part in self.parts}
+            {part.name: torch.cat([shard[field][part.name] for shard in shards])[order] for part in self.parts}
             for field in (1, 2)
         )
         reward_B, status_B = combine(all_raw, all_status, {part.name: part.component for part in self.parts})
-        lacking = {part.source: MissingScores() for part in self.parts}
-        for shard in {theirs[0]: missing for theirs, _, _, missing in found if theirs}.values():
+        by_source = {part.source: MissingScores() for part in self.parts}
+        for shard in {shard_rows[0]: missing for shard_rows, _, _, missing in shards if shard_rows}.values():
             for part in self.parts:
-                lacking[part.source].update(shard[part.name])
-        check_missing(status_B.tolist(), lacking, self.config.max_missing)
-        place = {row: position for position, (row, _) in enumerate(held)}
-        mine = torch.tensor([place[row] for row in rows], dtype=torch.long)
-        return reward_B[mine], status_B[mine]
+                by_source[part.source].update(shard[part.name])
+        check_missing(status_B.tolist(), by_source, self.config.max_missing)
+        position_of = {row: position for position, (row, _) in enumerate(locations)}
+        own_positions = torch.tensor([position_of[row] for row in rows], dtype=torch.long)
+        return reward_B[own_positions], status_B[own_positions]
 
 
 def _raw(scores: Sequence[Score]) -> Tensor:

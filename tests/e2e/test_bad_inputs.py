@@ -54,7 +54,7 @@ MODEL = [
     Case(
         "architecture",
         "model.path={bad}/architecture",
-        ("architecture GPT2LMHeadModel is not supported", "LlamaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM"),
+        ("architecture GPT2LMHeadModel is not supported", "LlamaForCausalLM, MistralForCausalLM"),
     ),
     Case(
         "no_weights", "model.path={bad}/no_weights", ("model.path={bad}/no_weights has neither model.safetensors nor",)
@@ -252,14 +252,14 @@ SETTINGS = [
     ),
     Case("wandb", "logging.wandb=yes", ("logging.wandb=", "off, offline, online")),
     Case("temperature_0", "sampling.temperature=0", ("sampling.temperature=0", "1.0 is usual")),
-    Case("temperature_negative", "sampling.temperature=-1", ("sampling.temperature=-1", "use 0 (greedy) to 2")),
+    Case("temperature_negative", "sampling.temperature=-1", ("sampling.temperature=-1", "must be between 0 and 2")),
     Case("top_p", "sampling.top_p=0.9", ("sampling.top_p=0.9", "use top_p=1")),
-    Case("group_of_0", "algorithm.group_size=0", ("algorithm.group_size=0", "use 2 or more")),
-    Case("group_of_1", "algorithm.group_size=1", ("algorithm.group_size=1", "use 2 or more")),
+    Case("group_of_0", "algorithm.group_size=0", ("algorithm.group_size=0", "must be at least 2")),
+    Case("group_of_1", "algorithm.group_size=1", ("algorithm.group_size=1", "must be at least 2")),
     Case(
         "normalize",
         "algorithm.advantages.normalize=mean",
-        ("algorithm.advantages: normalize='mean' is not known", "use one of std, none"),
+        ("algorithm.advantages: normalize='mean' is unknown", "use one of std, none"),
     ),
     Case(
         "loop_not_importable", "algorithm._target_=nowhere.loop", ("algorithm._target_=nowhere.loop", "module.function")
@@ -295,7 +295,7 @@ SETTINGS = [
         "train.keep_best=true train.eval_every=1 train.best_metric=reward",
         ("train.best_metric=reward", "use accuracy"),
     ),
-    Case("seed_of_65_bits", f"seed={2**64}", (f"seed={2**64} has more than 63 bits", f"use 0 to {2**63 - 1}")),
+    Case("seed_of_65_bits", f"seed={2**64}", (f"seed={2**64} must be between 0 and {2**63 - 1}",)),
     Case(
         "minibatches",
         "policy.minibatches=5 data.prompts_per_step=4",

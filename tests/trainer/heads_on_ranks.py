@@ -150,7 +150,7 @@ def check_reward_model(case: Case, world: World, expected: Reference) -> tuple[f
     wanted_B = expected.scores_B()
     of_scores = (model.scores(ref).gather() - wanted_B).abs().max().item()
     assert of_scores < 1e-5, (case.text, of_scores)
-    assert "optimizer" not in vars(model) and not model.version, "asking for scores made an optimizer"
+    assert not model.has_optimizer and not model.version, "asking for scores made an optimizer"
     loss = expected.preference_loss()
     norm = take_gradients(case, expected, loss)
     preference = field_of(model, ref, PREFERENCE_B)

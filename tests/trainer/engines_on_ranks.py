@@ -1,13 +1,8 @@
-"""The same roles on Megatron-core and on `PlainEngine`, side by side in one process. Arguments: folder of models, file to write.
-
-Writes {case: {what: largest difference}}, relative to the largest value where that is above 1.
-"""
+"""What a rank does in the test of training backends: the same roles on Megatron-core and on `PlainEngine`, side by side."""
 
 from __future__ import annotations
 
 import functools
-import json
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -108,6 +103,11 @@ def exported_gap(one: TrainableRole, other: TrainableRole, folder: Path) -> floa
 
 
 def compare(world: World, model: Path, case: str, out: Path) -> dict[str, float]:
+    """The largest differences, relative to the largest value where that is above 1.
+
+    Three updates of two optimizer steps and more; then Megatron goes on from what the plain backend saved.
+    """
+    engines.BACKENDS["plain"] = PLAIN  # type: ignore[index]
     kind, config, method, loss, values = CASES[case]
     spec = read_spec(model) if kind is Policy else with_scalar_head(read_spec(model))
     samples = Samples(
@@ -160,20 +160,3 @@ def leave_and_return(role: TrainableRole) -> None:
         for part in parts.values():
             act(part)
     assert all(torch.equal(a, role.weights.view(b)) for a, b in zip(before, role.weights.pieces(), strict=True))
-
-
-def main() -> None:
-    models, out = Path(sys.argv[1]), Path(sys.argv[2])
-    world = World(100)
-    engines.BACKENDS["plain"] = PLAIN  # type: ignore[index]
-    worst = {
-        f"{model.name}-{case}": compare(world, model, case, out / model.name)
-        for model in sorted(models.iterdir())
-        for case in CASES
-    }
-    (out / "worst.json").write_text(json.dumps(worst))
-    world.leave()
-
-
-if __name__ == "__main__":
-    main()
