@@ -24,7 +24,9 @@ print(json.dumps({
     "environment": dict(os.environ), "threads": threading.active_count(), "tasks": len(os.listdir("/proc/self/task")),
     "files": sorted(int(name) for name in os.listdir("/proc/self/fd"))[:3], "parent": os.getppid(),
     "leads": os.getpgid(0) == os.getpid(), "handlers": [str(signal.getsignal(n)) for n in signal.valid_signals()],
-    "signals": [line for line in open("/proc/self/status") if line[:6] in ("SigBlk", "SigIgn", "SigCgt")], "umask": os.umask(0o22), "temporary": tempfile.gettempdir(),
+    "signals": [  # blocked, ignored, caught; not those that the C library uses for threads
+        int(line[7:], 16) & ~(3 << 31) for line in open("/proc/self/status") if line[:6] in ("SigBlk", "SigIgn", "SigCgt")
+    ], "umask": os.umask(0o22), "temporary": tempfile.gettempdir(),
     "unbuffered": sys.stdout.write_through, "encoding": [sys.stdout.encoding, locale.getpreferredencoding()],
     "hooks": [sys.excepthook.__name__ == "excepthook", sys.gettrace(), sys.getprofile()], "collector": gc.get_threshold(),
     "options": sys.warnoptions, "main": sys.modules["__main__"].__dict__ is globals(),
