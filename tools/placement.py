@@ -137,6 +137,9 @@ def _spec(config: Config, role: str) -> ModelSpec:
 
 def main(arguments: list[str]) -> int:
     """The command. Returns the exit status."""
+    if {"-h", "--help"} & set(arguments):
+        print(f"{USAGE}\n\n{__doc__}")
+        return 0
     rest, per_node = list(arguments), "0"
     if "--per-node" in rest:
         at = rest.index("--per-node")
