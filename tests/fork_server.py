@@ -214,13 +214,14 @@ def _program(command: list[str]) -> list[str] | None:
 # What follows runs in the helper and in the programs.
 
 
-def _can_fork(request: dict[str, Any], imported_with: Mapping[str, str]) -> bool:
+def _can_fork(request: dict[str, Any], imported_with: Mapping[str, set[str | None]]) -> bool:
+    """imported_with: name -> its value before the imports and after them (a caller that has imported them too has that one)."""
     environment, cwd = request["env"], request["cwd"]
     if _program(request["command"]) is None:
         return False
     for name in environment.keys() | imported_with.keys():
         read_at_import = name.startswith(AT_IMPORT) and not name.startswith(NOT_AT_IMPORT)
-        if read_at_import and environment.get(name) != imported_with.get(name):
+        if read_at_import and environment.get(name) not in imported_with.get(name, {None}):
             return False
     for folder in [cwd, *environment.get("PYTHONPATH", "").split(os.pathsep)]:
         path = Path(cwd, folder).resolve()
@@ -229,7 +230,7 @@ def _can_fork(request: dict[str, Any], imported_with: Mapping[str, str]) -> bool
     return True
 
 
-def _serve(connection: socket.socket, imported_with: dict[str, str], path: list[str]) -> None:
+def _serve(connection: socket.socket, imported_with: Mapping[str, set[str | None]], path: list[str]) -> None:
     """Fork what the parent of this process asks for; returns only in a forked program, when that has ended."""
     parent = os.getppid()
     while True:
@@ -259,7 +260,9 @@ def _serve(connection: socket.socket, imported_with: dict[str, str], path: list[
         _send(connection, pid or None)
 
 
-def _become(request: dict[str, Any], files: list[int], imported_with: dict[str, str], path: list[str]) -> None:
+def _become(
+    request: dict[str, Any], files: list[int], imported_with: Mapping[str, set[str | None]], path: list[str]
+) -> None:
     """Be the program; returns or raises where it ends."""
     if request["session"]:
         os.setsid()
@@ -300,7 +303,7 @@ def _become(request: dict[str, Any], files: list[int], imported_with: dict[str, 
     exec(compile(source, arguments[0] if not kind else "<string>", "exec"), main.__dict__)
 
 
-def _fork_ranks(imported_with: dict[str, str], path: list[str]) -> bool:
+def _fork_ranks(imported_with: Mapping[str, set[str | None]], path: list[str]) -> bool:
     """In a launcher, before it has threads: it will have its ranks forked by a helper of its own.
 
     Returns:
@@ -326,7 +329,7 @@ def _fork_ranks(imported_with: dict[str, str], path: list[str]) -> bool:
 
 def _main() -> None:
     connection = socket.socket(fileno=int(sys.argv[1]))
-    imported_with, path = dict(os.environ), [folder for folder in sys.path[1:] if folder != str(ROOT)]
+    before, path = dict(os.environ), [folder for folder in sys.path[1:] if folder != str(ROOT)]
     interrupt, show = signal.signal(signal.SIGINT, signal.SIG_IGN), warnings.showwarning  # Ctrl-C is for the caller
     warnings.showwarning = lambda *_, **__: None
     import aligner
@@ -337,6 +340,7 @@ def _main() -> None:
     for name in [*PRELOADED, *(name for name in ours if not name.startswith(NOT_PRELOADED))]:
         with contextlib.suppress(Exception):  # the program that needs it will say so
             importlib.import_module(name)
+    imported_with = {name: {before.get(name), os.environ.get(name)} for name in before.keys() | os.environ.keys()}
     gc.freeze()
     assert len(os.listdir("/proc/self/task")) == 1, "a library has started threads, which no fork would have"
     signal.signal(signal.SIGINT, interrupt)

@@ -60,8 +60,8 @@ class Sampling:
 class RolloutConfig:
     """Settings of each replica's vLLM engine."""
 
-    dtype: Annotated[str, OneOf("float32", "bfloat16")] = "float32"
-    """Weights, activations and KV cache: float32 or bfloat16."""
+    dtype: Annotated[str, OneOf(*ELEMENT_BYTES)] = "float32"
+    """Weights, activations and KV cache: float32, bfloat16 or float16."""
     max_model_len: Annotated[int | None, AtLeast(2, "room for a response")] = None
     """Maximum tokens of one sample, prompt and response together. null: data.max_prompt_tokens + sampling.max_tokens, or
     the model's own maximum where that is less and the prompts are short enough for it."""

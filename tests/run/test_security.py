@@ -66,8 +66,9 @@ def of_call(call: ast.Call, name: str) -> Iterator[tuple[int, str]]:
     for word, value in (("shell", True), ("allow_pickle", True), ("trust_remote_code", True)):
         if word in given and not says(word, not value):
             yield call.lineno, f"{word}={value}"
-    # `execute(plan, ..., verify=False)` of the resharding is about checksums
-    if (says("verify", False) or says("verify_ssl", False)) and name.rpartition(".")[2] != "execute":
+    # `execute(plan, ..., verify=False)` and `copy_weights` of the resharding are about checksums
+    of_resharding = name.rpartition(".")[2] in ("execute", "copy_weights")
+    if (says("verify", False) or says("verify_ssl", False)) and not of_resharding:
         yield call.lineno, "verify=False"
 
 

@@ -216,7 +216,7 @@ class Meter:
 
         Role.call = timed_call  # type: ignore[method-assign]
         self.watch(Role, "localize", "values")
-        self.watch(driver_loop.Driver, "_row", "end of the step")
+        self.watch(driver_loop, "step_row", "end of the step")
         self.watch(driver_loop.Driver, "_log", "metrics")
 
     def _count_messages(self) -> None:
@@ -307,7 +307,10 @@ def _job(prompts: int, steps: int, folder: Path) -> Any:
     )
     settings = GrpoConfig(group_size=GROUP, advantages=partial(group_advantages, normalize="std"),
                           loss=partial(clipped_surrogate, clip_low=0.2, clip_high=0.28))  # fmt: skip
-    more = {"checked": SimpleNamespace(data=DataSets(data), heldout=[], ends=EndTokens({})), "mask": Mask()}
+    more = {
+        "checked": SimpleNamespace(data=DataSets(data), heldout=[], ends=EndTokens({}), best_metric=None),
+        "mask": Mask(),
+    }
     more |= {"inputs": {}, "lease": None}
     return SimpleNamespace(config=config, loop=grpo, settings=settings, roles=settings.roles, **more)
 
