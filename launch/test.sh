@@ -19,4 +19,5 @@ check() {
 check ruff check .
 check ruff format --check .
 check mypy
-check pytest "$@"
+# Two workers, each a file at a time: many tests wait for ranks, signals or time limits. A part runs in one process.
+if (($#)); then check pytest "$@"; else check pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 20; fi
