@@ -10,7 +10,7 @@ from aligner.data.samples import Samples
 from aligner.objective.advantages import has_signal
 from aligner.reward.role import Scores
 from aligner.roles.build import Roles
-from aligner.spmd import batch_ops as columns
+from aligner.spmd import batch_ops
 from aligner.spmd.ref import Ref
 
 
@@ -70,8 +70,8 @@ class _SignalGroups:
         """Add the groups of one batch whose rewards differ. Collective over the world."""
         all_samples, all_scores = samples.gather(), scores.gather()
         rows = has_signal(all_scores.reward_B, group_size=self.group_size).nonzero().flatten().tolist()
-        self._samples.append(columns.take(all_samples, rows))
-        self._scores.append(columns.take(all_scores, rows))
+        self._samples.append(batch_ops.take(all_samples, rows))
+        self._scores.append(batch_ops.take(all_scores, rows))
         self.batches += 1
         self.groups += all_samples.rows // self.group_size
 
@@ -87,8 +87,8 @@ class _SignalGroups:
         rows = range(min(batch_rows, self.rows))
         policy = roles.policy
         scattered = policy.scatter(
-            columns.take(columns.join(self._samples), rows), self.group_size, policy.config.minibatches
+            batch_ops.take(batch_ops.join(self._samples), rows), self.group_size, policy.config.minibatches
         )
         return ScoredBatch(
-            scattered, policy.scatter_like(scattered, columns.take(columns.join(self._scores), rows)), metrics
+            scattered, policy.scatter_like(scattered, batch_ops.take(batch_ops.join(self._scores), rows)), metrics
         )

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from aligner.data.samples import Samples
-from aligner.spmd import batch_ops as columns
+from aligner.spmd import batch_ops
 from aligner.spmd.cost import TOKENS, Cost
 from aligner.spmd.mesh import Mesh
 from aligner.spmd.ref import Ref
@@ -118,7 +118,7 @@ class Role:
         if not self.member:
             return Ref(self, None, rows, minibatches=minibatches)
         share = rows.shares(self.mesh.data, minibatches, self.cost)[self.shard or 0]
-        value = columns.fit(columns.take(samples, share), max((lengths[row] for row in share), default=0))
+        value = batch_ops.fit(batch_ops.take(samples, share), max((lengths[row] for row in share), default=0))
         return Ref(self, value, rows, minibatches=minibatches)
 
     def scatter_like(self, like: Ref, value: Any) -> Ref:
@@ -132,4 +132,4 @@ class Role:
         if not self.member:
             return Ref(self, None, rows)
         share = rows.shares(self.mesh.data, cost=self.cost)[self.shard or 0]
-        return Ref(self, columns.take(value, share), rows)
+        return Ref(self, batch_ops.take(value, share), rows)

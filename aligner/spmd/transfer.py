@@ -7,7 +7,7 @@ from functools import lru_cache
 from typing import Any, Protocol, TypeVar
 
 from aligner.health.timeline import STEP_END, TRANSFER
-from aligner.spmd import batch_ops as columns
+from aligner.spmd import batch_ops
 from aligner.spmd.cost import TOKENS, Cost
 from aligner.spmd.mesh import Mesh
 from aligner.spmd.messages import Channel, all_gather, broadcast, exchange, reduce_to_rank0
@@ -172,7 +172,7 @@ def read_rows(
 
     def mine(wanted: Sequence[int]) -> Any:
         """These rows of what is here; all of them in order without a copy."""
-        return ref.value if len(wanted) == len(held) else columns.take(ref.value, [held[row] for row in wanted])
+        return ref.value if len(wanted) == len(held) else batch_ops.take(ref.value, [held[row] for row in wanted])
 
     # replicas of a reading shard get the same message, packed once
     packed = {wanted: pack(mine(wanted)) for wanted in {tuple(wanted) for wanted in outgoing.values()}}
@@ -183,14 +183,14 @@ def read_rows(
     parts = [mine(wanted) if source == world.rank else unpack(received[source]) for source, wanted in incoming.items()]
     order = [row for wanted in incoming.values() for row in wanted]
     value = _in_order(parts, order)
-    return columns.fit(value, max((rows.lengths[row] for row in order), default=0)), tuple(sorted(order))
+    return batch_ops.fit(value, max((rows.lengths[row] for row in order), default=0)), tuple(sorted(order))
 
 
 def _in_order(parts: Sequence[Any], order: Sequence[int]) -> Any:
     """Parts whose rows have the global numbers `order`, joined and sorted by these."""
-    value = parts[0] if len(parts) == 1 else columns.join(parts)
+    value = parts[0] if len(parts) == 1 else batch_ops.join(parts)
     back = sorted(range(len(order)), key=order.__getitem__)
-    return value if back == list(range(len(order))) else columns.take(value, back)
+    return value if back == list(range(len(order))) else batch_ops.take(value, back)
 
 
 def read(ref: Held, reader: Home, minibatches: int = 1) -> tuple[Any, tuple[int, ...]]:
@@ -230,13 +230,13 @@ def _own_part(ref: Held, limit: int | None = None) -> Part | None:
     value = ref.value
     if limit is not None:
         kept = [place for place, row in enumerate(share) if row < limit]
-        share, value = tuple(share[place] for place in kept), columns.take(value, kept)
+        share, value = tuple(share[place] for place in kept), batch_ops.take(value, kept)
     return share, max((ref.rows.lengths[row] for row in share), default=0), value
 
 
 def _whole(parts: Sequence[Part]) -> Any:
     value = _in_order([value for *_, value in parts], [row for share, *_ in parts for row in share])
-    return columns.fit(value, max(longest for _, longest, _ in parts))
+    return batch_ops.fit(value, max(longest for _, longest, _ in parts))
 
 
 def read_at_first(

@@ -16,7 +16,7 @@ from aligner.models.checkpoint import export_checkpoint, read_into
 from aligner.models.cost import row_cost
 from aligner.models.spec import ModelSpec
 from aligner.reshard.weights import RemoteWeights, ShardedWeights
-from aligner.spmd import batch_ops as columns
+from aligner.spmd import batch_ops
 from aligner.spmd.mesh import Mesh
 from aligner.spmd.ref import Ref
 from aligner.spmd.residency import Kind
@@ -118,7 +118,7 @@ class ModelRole(Role, ABC):
         return [self._pack(samples, rows) if rows else nothing for rows in batches]
 
     def _pack(self, samples: Samples, rows: list[int]) -> Packed:
-        part = columns.take(samples, rows)
+        part = batch_ops.take(samples, rows)
         return self.engine.pack(part.tokens_BT[:, : int(part.length_B.max())], part.length_B)
 
     def save_checkpoint(self, folder: str | Path, dtype: str | None = None, run: str | None = None) -> None:

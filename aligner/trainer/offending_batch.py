@@ -20,7 +20,7 @@ from torch import Tensor
 from aligner.data.decoding import decode
 from aligner.data.samples import Samples
 from aligner.data.tokenizer import load_tokenizer
-from aligner.spmd import batch_ops as columns
+from aligner.spmd import batch_ops
 
 README = """# A batch that could not be trained on
 
@@ -138,7 +138,7 @@ def load_offending(folder: str | Path) -> tuple[Samples, dict[str, Any]]:
         parts.append(Samples(**{name: tensors.get(name) for name in OF_SAMPLES}, fields=rows))  # type: ignore[arg-type]
         given.append({n.removeprefix("field."): value for n, value in tensors.items() if n.startswith("field.")})
         plain |= report["plain_fields"]
-    return columns.join(parts), {**plain, **columns.join(given)}
+    return batch_ops.join(parts), {**plain, **batch_ops.join(given)}
 
 
 def _whole(parts: Sequence[tuple[Sequence[int], Tensor]], shape: torch.Size) -> Tensor | None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from aligner.data.samples import Samples
 from aligner.models.stored import describe_training
-from aligner.spmd import batch_ops as columns
+from aligner.spmd import batch_ops
 from aligner.spmd.messages import broadcast
 from aligner.spmd.partition import idle, minibatch_groups
 from aligner.spmd.ref import Ref
@@ -130,7 +130,7 @@ class TrainableRole(ModelRole):
                 for members in ranges:
                     mine = [i for i, row in enumerate(local.mine) if row // size in members]
                     part = {name: rows_of(value, mine, len(local.mine)) for name, value in local.kwargs.items()}
-                    steps.append(self._step(loss, together, columns.take(local.args[0], mine), part))
+                    steps.append(self._step(loss, together, batch_ops.take(local.args[0], mine), part))
             return Ref(self, {**over_steps(steps), "imbalance": self._imbalance(local.rows)})
 
     def save_state(self) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Any]]:

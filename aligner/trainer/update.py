@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from aligner.data.samples import Samples
-from aligner.spmd import batch_ops as columns
+from aligner.spmd import batch_ops
 from aligner.spmd.messages import all_gather
 from aligner.spmd.world import World
 from aligner.trainer.config import TrainingConfig
@@ -64,7 +64,7 @@ class MinibatchLoss:
         if not rows:
             return 0.0 * result.sum()
         given = {name: rows_of(value, rows, samples.rows) for name, value in self.fields.items()}
-        given |= {"mask_BT": samples.mask_BT[rows], "rollout_logp_BT": columns.take(samples.rollout_logp_BT, rows)}
+        given |= {"mask_BT": samples.mask_BT[rows], "rollout_logp_BT": batch_ops.take(samples.rollout_logp_BT, rows)}
         given = {name: self._fit(value, samples.length_B[rows]) for name, value in given.items()}
         given |= dict(further)
         unreduced, metrics = self.loss(result, **{name: given[name] for name in given if name in self.wanted})
@@ -81,12 +81,12 @@ class MinibatchLoss:
         """On the model's device and as wide as the microbatch's longest row; what is no tensor stays as it is."""
         if not isinstance(value, Tensor):
             return value
-        return columns.fit(value.to(self.device, non_blocking=True), int(length_B.max()))
+        return batch_ops.fit(value.to(self.device, non_blocking=True), int(length_B.max()))
 
 
 def rows_of(value: Any, rows: list[int], total: int) -> Any:
     """The rows of a row-wise value; anything else (a number, None) as it is."""
-    return columns.take(value, rows) if isinstance(value, Tensor) and value.dim() and len(value) == total else value
+    return batch_ops.take(value, rows) if isinstance(value, Tensor) and value.dim() and len(value) == total else value
 
 
 def reduce_sums(engine: TrainEngine, world: World, ranks: Sequence[int], sums: dict[str, Tensor]) -> dict[str, float]:

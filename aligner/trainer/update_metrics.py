@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from aligner.report.metric_registry import has_max, of_first_minibatch
-from aligner.spmd import batch_ops as columns
+from aligner.spmd import batch_ops
 from aligner.trainer.loss_mean import Totals
 from aligner.trainer.skips import EMPTY, SKIPPED
 
@@ -36,7 +36,7 @@ def gather_advantages(sums: dict[str, Tensor], fields: Mapping[str, Any], mask_B
     """The largest magnitude of an advantage of a trained token, where the loss is given any: `advantage_abs_max`."""
     given = (fields.get(name) for name in ("advantage_B", "advantage_BT"))
     for value in (value for value in given if isinstance(value, Tensor)):
-        one_BT = columns.fit(value, mask_BT.shape[1]) if value.dim() == 2 else value[:, None].expand(mask_BT.shape)
+        one_BT = batch_ops.fit(value, mask_BT.shape[1]) if value.dim() == 2 else value[:, None].expand(mask_BT.shape)
         kept = one_BT[mask_BT].abs()
         sums["max/advantage_abs"] = kept.max().double().cpu() if kept.numel() else torch.zeros((), dtype=torch.float64)
 

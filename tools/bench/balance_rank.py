@@ -20,7 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from aligner.data.samples import Samples
 from aligner.models.spec import read_spec
 from aligner.objective.losses import negative_log_likelihood
-from aligner.spmd import batch_ops as columns
+from aligner.spmd import batch_ops
 from aligner.spmd.mesh import Mesh
 from aligner.spmd.partition import idle
 from aligner.spmd.world import World
@@ -56,8 +56,8 @@ def step(policy: Policy, samples: Samples, deal: str) -> dict[str, float]:
     """One optimizer step with one method: measured and modelled idle time, padding, seconds."""
     lengths = samples.length_B.tolist()
     shares = DEALS[deal](lengths, policy.mesh.data, GROUP, policy.cost)
-    own_rows = columns.take(samples, shares[policy.shard or 0])
-    own_rows = columns.fit(own_rows, int(own_rows.length_B.max()))
+    own_rows = batch_ops.take(samples, shares[policy.shard or 0])
+    own_rows = batch_ops.fit(own_rows, int(own_rows.length_B.max()))
     dist.barrier()
     wall, busy = time.perf_counter(), time.process_time()
     row = policy._step(negative_log_likelihood, 1, own_rows, {})
