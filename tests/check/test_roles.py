@@ -81,7 +81,7 @@ def test_models_of_every_kind_pass(folder: Path) -> None:
         (["policy", "a"], ["models.a={kind: policy, path: FOLDER/small, minibatches: 9}"], r"models\.a\.minibatches=9 is more than the 4"),
         (["policy", "a"], ["models.a={kind: policy, path: FOLDER/small, optimizer: {lr: -1}}"], r"models\.a\.optimizer\.lr=-1\.0 must be at least 0"),
         (["policy", "a"], ["models.a={kind: frozen, path: FOLDER/small, micro_tokens: 0}"], r"models\.a\.micro_tokens=0 must be at least 1"),
-        (["policy", "a"], ["models.a={kind: engine, path: FOLDER/small, dtype: float16}"], r"models\.a\.dtype=float16 is unknown; use float32, bfloat16"),
+        (["policy", "a"], ["models.a={kind: engine, path: FOLDER/small, dtype: float8}"], r"models\.a\.dtype=float8 is unknown; use float32, bfloat16, float16"),
         (["policy", "a"], ["models.a={kind: engine, path: FOLDER/small, max_num_seqs: 0}"], r"models\.a\.max_num_seqs=0 must be at least 1"),
         (["policy", "a"], ["models.a={kind: engine, path: FOLDER/small, max_model_len: 9999}"], r"models\.a\.max_model_len=9999 is beyond the \d+ positions"),
         (["policy", "a"], ["models.a={kind: engine, path: FOLDER/small}", "placement.a={ranks: all, tensor: 4}"], r"placement\.a\.tensor=4 does not divide"),
