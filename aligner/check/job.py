@@ -35,7 +35,8 @@ from aligner.data.prompts import Prompt
 from aligner.data.sets import DataSets
 from aligner.data.tokenizer import load_tokenizer
 from aligner.models.agreement import check_reading
-from aligner.models.spec import ModelSpec, read_spec
+from aligner.models.read_spec import read_spec
+from aligner.models.spec import ModelSpec
 from aligner.models.verify_checkpoint import check_weights
 from aligner.reward.components import ResolvedComponent, parts_of, shown_component
 from aligner.rollout.config import RolloutConfig

@@ -14,7 +14,8 @@ from aligner.check.roles import check_engines, wanted_roles
 from aligner.check.summary import summary
 from aligner.config.schema import Config, compose_config, to_config
 from aligner.data.column_addition import ModelShape, write_model
-from aligner.models.spec import read_spec, with_scalar_head
+from aligner.models.read_spec import read_spec
+from aligner.models.spec import with_scalar_head
 from aligner.run.prepare import prepare
 from aligner.spmd.placement import make_meshes
 from tests.check.whole import check

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from aligner.data.samples import Samples
-from aligner.models.spec import read_spec
+from aligner.models.read_spec import read_spec
 from aligner.objective.losses import negative_log_likelihood
 from aligner.spmd import batch_ops
 from aligner.spmd.mesh import Mesh
