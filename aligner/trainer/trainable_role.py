@@ -23,12 +23,12 @@ from aligner.spmd.residency import Kind
 from aligner.spmd.rows import Rows
 from aligner.trainer import optimizer_checkpoint
 from aligner.trainer.loss_mean import LossFunction, Totals, counted, rows_together, takes_one_step
+from aligner.trainer.minibatch_loss import MinibatchLoss, rows_of
 from aligner.trainer.model_role import ModelRole
+from aligner.trainer.not_finite import EMPTY, SKIPPED, NotFinite, Skips
 from aligner.trainer.offending_batch import MicrobatchOutput, begin_offending, save_offending
 from aligner.trainer.schedule import learning_rate
-from aligner.trainer.skips import EMPTY, SKIPPED, NotFinite, Skips
-from aligner.trainer.update import MinibatchLoss, reduce_sums, rows_of
-from aligner.trainer.update_metrics import StepReport, account_work, gather_advantages, over_steps
+from aligner.trainer.update_metrics import StepReport, account_work, gather_advantages, over_steps, reduce_sums
 
 
 class TrainableRole(ModelRole):

@@ -1,18 +1,23 @@
-"""What an update reports: sums over tokens, rows and microbatches, then one row over its optimizer steps."""
+"""Metrics of an update: sums over tokens, rows and microbatches, reduced over ranks, then one row over its optimizer steps."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from aligner.report.metric_registry import has_max, of_first_minibatch
 from aligner.spmd import batch_ops
+from aligner.spmd.messages import all_gather
+from aligner.spmd.world import World
+from aligner.trainer.engine import TrainEngine
 from aligner.trainer.loss_mean import Totals
-from aligner.trainer.skips import EMPTY, SKIPPED
+from aligner.trainer.not_finite import EMPTY, SKIPPED
 
 
 def add_to(sums: dict[str, Tensor], name: str, value: Tensor) -> None:
@@ -50,6 +55,25 @@ def account_work(sums: dict[str, Tensor], tokens: int, computed: int) -> None:
     """
     add_to(sums, "work/rows", torch.tensor(tokens))
     add_to(sums, "work/computed", torch.tensor(computed))
+
+
+def reduce_sums(engine: TrainEngine, world: World, ranks: Sequence[int], sums: dict[str, Tensor]) -> dict[str, float]:
+    """Sums and maxima (`max/...`) over the data shards, equal on every rank of the role; in float64 on the host.
+
+    Collective over `ranks`, the role's. A name that some ranks lack counts as 0 there, or as minus infinity of a maximum.
+    """
+    names = sorted({name for held in all_gather(world, sorted(sums), ranks) for name in held})
+    minus_infinity = torch.tensor(-math.inf, dtype=torch.float64)
+    zero = torch.zeros((), dtype=torch.float64)
+    added = [name for name in names if not name.startswith("max/")]
+    topped = [name for name in names if name.startswith("max/")]
+    total = torch.stack([sums.get(name, zero) for name in added] or [zero])
+    top = torch.stack([sums.get(name, minus_infinity) for name in topped] or [zero])
+    engine.all_reduce_data(total)
+    engine.all_reduce_data(top, dist.ReduceOp.MAX)
+    engine.broadcast_output(total)
+    engine.broadcast_output(top)
+    return dict(zip(topped, top.tolist(), strict=False)) | dict(zip(added, total.tolist(), strict=False))
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from aligner.bounds import check_settings
 from aligner.data.column_addition import ModelShape, write_model
-from aligner.trainer.skips import NotFinite, Skips
+from aligner.trainer.not_finite import NotFinite, Skips
 from tests.conftest import Ranks
 from tests.trainer.test_parity import each
 

@@ -9,18 +9,18 @@ from typing import TYPE_CHECKING, Self
 
 import torch
 import torch.distributed as dist
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from torch import Tensor
 
 from aligner.reshard.plan.region import Piece
 from aligner.trainer.engine import MicrobatchLoss, OptimizerSlice, TrainEngine
-from aligner.trainer.megatron.attention_calls import attended
 from aligner.trainer.megatron.cpu import install
 from aligner.trainer.megatron.groups import make_groups, prepare_megatron
 from aligner.trainer.megatron.model import ShardedModel, build_model
 from aligner.trainer.megatron.optimizer import Optimizer
 from aligner.trainer.megatron.optimizer_state import make_moments, optimizer_tensors, saved_pieces, slices
+from aligner.trainer.megatron.packed_attention import attended
 from aligner.trainer.megatron.pipeline import Pipeline
-from aligner.trainer.megatron.random_states import random_states, set_random_states
 from aligner.trainer.offload import Offloaded, Scratch
 from aligner.trainer.packing import Packed, pack
 from aligner.trainer.readout import Readout
@@ -192,10 +192,12 @@ class MegatronEngine(TrainEngine):
 
     @classmethod
     def random_states(cls) -> dict[str, Tensor]:
-        """Of Megatron's tracker, which has one for each kind of parallel region."""
-        return random_states()
+        """Those of Megatron's tracker, which has one generator for each kind of parallel region."""
+        states = get_cuda_rng_tracker().get_states()
+        return {name: state for name, state in states.items() if isinstance(state, Tensor)}
 
     @classmethod
     def set_random_states(cls, states: Mapping[str, Tensor]) -> None:
-        """Of Megatron's tracker."""
-        set_random_states(states)
+        """Restores those of Megatron's tracker."""
+        tracker = get_cuda_rng_tracker()
+        tracker.set_states({**tracker.get_states(), **states})

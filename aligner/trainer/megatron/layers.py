@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from aligner.models.family import LayerType, Norms, QKNorm
 from aligner.models.spec import ModelSpec
 from aligner.models.tensors import family_of
-from aligner.trainer.megatron.attention import PackedAttention, SharedHeadAttention
-from aligner.trainer.megatron.rotary import RotarySelfAttention, rotary_slice
+from aligner.trainer.megatron.attention import PackedAttention, RotarySelfAttention, SharedHeadAttention
+from aligner.trainer.megatron.rotary import rotary_slice
 
 
 class RMSNorm(nn.Module):

@@ -1,8 +1,9 @@
-"""Which regions of which logical tensors Megatron's ranks hold, by rank and by tensor (pure arithmetic, no torch)."""
+"""Which regions of which checkpoint tensors Megatron's ranks hold, by rank and by tensor (pure arithmetic, no torch)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from functools import cached_property
 
 from aligner.models.cuts import CutParameters, Held, Parameter, Vocabulary
@@ -158,3 +159,23 @@ class MegatronLayout:
             found.setdefault((None, dense["tensor"]), []).append(rank)
             found.setdefault((of_experts["expert"], of_experts["expert_tensor"]), []).append(rank)
         return stages
+
+
+@dataclass(frozen=True)
+class MegatronSharding:
+    """Parallel sizes as in placement.policy, without data-parallel copies (`aligner.models.stored.Sharding`)."""
+
+    tensor: int = 1
+    pipeline: int = 1
+    expert: int = 1
+    expert_tensor: int = 1
+
+    @property
+    def sizes(self) -> Mapping[str, int]:
+        """By name."""
+        return asdict(self)
+
+    def layout(self, spec: ModelSpec, dtype: str) -> MegatronLayout:
+        """What each of the folder's files holds; ValueError where the model cannot be cut so."""
+        ranks = self.pipeline * max(self.tensor, self.expert * self.expert_tensor)
+        return MegatronLayout(spec, Mesh(tuple(range(ranks)), **asdict(self), name="layout"), dtype)

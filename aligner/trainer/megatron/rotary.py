@@ -1,4 +1,4 @@
-"""Rotary positions of packed rows: inverse frequencies of each layer type, angles, and the attention that uses its own."""
+"""Rotary position embeddings of packed rows: inverse frequencies and angles, for each layer type of a model."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from megatron.core.transformer.attention import SelfAttention
 from torch import Tensor, nn
 
 from aligner.models.rope import ORIGINAL, Rope
@@ -130,25 +129,3 @@ class PackedRotary(nn.Module):
         """[T, 1, 1, sum of the tables' rotary dimensions] angles, float32."""
         assert self.positions_T is not None
         return torch.outer(self.positions_T.float(), self.frequency)[:, None, None, :]
-
-
-class RotarySelfAttention(SelfAttention):
-    """Megatron's self-attention, with the rotary angles and the attention factor of its layer type.
-
-    Megatron multiplies cosines and sines by one factor for all layers, of YaRN's form alone. Here the square of the
-    factor is on the rotated dimensions of the queries, which makes the same scores.
-    """
-
-    def __init__(self, *args: Any, rotary: RotarySlice, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.rotary = rotary
-
-    def forward(self, *args: Any, rotary_pos_emb: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """[T, 1, hidden] -> the same; `rotary_pos_emb` [T, 1, 1, all layer types'] from `PackedRotary`."""
-        own = rotary_pos_emb[..., self.rotary.start : self.rotary.stop]
-        return super().forward(*args, rotary_pos_emb=own, **kwargs)  # type: ignore[no-any-return]
-
-    def get_query_key_value_tensors(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries [T, 1, heads / tensor, head_dim], keys and values [T, 1, key/value heads / tensor, head_dim]."""
-        query, key, value = super().get_query_key_value_tensors(*args, **kwargs)
-        return self.rotary.scale_queries(query), key, value

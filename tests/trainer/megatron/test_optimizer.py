@@ -13,7 +13,7 @@ from aligner.data.samples import Samples
 from aligner.models.spec import read_spec
 from aligner.trainer.config import OptimizerConfig, PolicyConfig
 from aligner.trainer.policy import Policy
-from aligner.trainer.skips import NotFinite, Skips
+from aligner.trainer.not_finite import NotFinite, Skips
 from aligner.trainer.flat_range import clip
 from aligner.spmd.mesh import Mesh
 from aligner.spmd.world import World

@@ -1,22 +1,17 @@
-"""One optimizer step, as far as it is the same for every model and engine: the loss of each microbatch, and sums over ranks."""
+"""The loss of one minibatch, microbatch by microbatch: a `MicrobatchLoss` for the training engine, and what it reports."""
 
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from aligner.data.samples import Samples
 from aligner.spmd import batch_ops
-from aligner.spmd.messages import all_gather
-from aligner.spmd.world import World
 from aligner.trainer.config import TrainingConfig
-from aligner.trainer.engine import TrainEngine
 from aligner.trainer.loss_mean import LossFunction, Totals, global_mean
 from aligner.trainer.offending_batch import MicrobatchOutput
 from aligner.trainer.update_metrics import add_to, gather_metrics
@@ -87,22 +82,3 @@ class MinibatchLoss:
 def rows_of(value: Any, rows: list[int], total: int) -> Any:
     """The rows of a row-wise value; anything else (a number, None) as it is."""
     return batch_ops.take(value, rows) if isinstance(value, Tensor) and value.dim() and len(value) == total else value
-
-
-def reduce_sums(engine: TrainEngine, world: World, ranks: Sequence[int], sums: dict[str, Tensor]) -> dict[str, float]:
-    """Sums and maxima (`max/...`) over the data shards, equal on every rank of the role; in float64 on the host.
-
-    Collective over `ranks`, the role's. A name that some ranks lack counts as 0 there, or as minus infinity of a maximum.
-    """
-    names = sorted({name for held in all_gather(world, sorted(sums), ranks) for name in held})
-    minus_infinity = torch.tensor(-math.inf, dtype=torch.float64)
-    zero = torch.zeros((), dtype=torch.float64)
-    added = [name for name in names if not name.startswith("max/")]
-    topped = [name for name in names if name.startswith("max/")]
-    total = torch.stack([sums.get(name, zero) for name in added] or [zero])
-    top = torch.stack([sums.get(name, minus_infinity) for name in topped] or [zero])
-    engine.all_reduce_data(total)
-    engine.all_reduce_data(top, dist.ReduceOp.MAX)
-    engine.broadcast_output(total)
-    engine.broadcast_output(top)
-    return dict(zip(topped, top.tolist(), strict=False)) | dict(zip(added, total.tolist(), strict=False))
