@@ -15,11 +15,11 @@ from aligner.trainer.megatron.rotary import RotarySlice
 
 
 class PackedAttention(MegatronModule):
-    """Megatron's core attention on torch SDPA. `attention_mask` carries the rows' lengths (int32, CPU): of the
-    tokens here, padding included, or with context parallelism of the whole rows.
+    """Megatron's core attention, on torch SDPA. `attention_mask` carries the rows' lengths (int32, CPU), padding included;
+    with context parallelism those of complete rows.
 
-    The lengths travel as an argument, not as state of the module: with pipeline parallelism and recompute, the
-    backward of one microbatch runs after the forward of a later one.
+    The lengths are an argument, not module state: with pipeline parallelism and recompute, the backward of one microbatch
+    runs after the forward of a later one.
     """
 
     def __init__(
@@ -50,10 +50,10 @@ class PackedAttention(MegatronModule):
 
 
 class RotarySelfAttention(SelfAttention):
-    """Megatron's self-attention, with the rotary angles and the attention factor of its layer type.
+    """Megatron's self-attention with the rotary angles and the attention factor of its layer type.
 
-    Megatron multiplies cosines and sines by one factor for all layers, of YaRN's form alone. Here the square of the
-    factor is on the rotated dimensions of the queries, which makes the same scores.
+    Megatron multiplies cosines and sines by one factor for all layers, for YaRN only. Here the rotated dimensions of the
+    queries are multiplied by the square of the factor, which gives the same attention scores.
     """
 
     def __init__(self, *args: Any, rotary: RotarySlice, **kwargs: Any) -> None:
@@ -61,9 +61,9 @@ class RotarySelfAttention(SelfAttention):
         self.rotary = rotary
 
     def forward(self, *args: Any, rotary_pos_emb: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """[T, 1, hidden] -> the same; `rotary_pos_emb` [T, 1, 1, all layer types'] from `PackedRotary`."""
-        own = rotary_pos_emb[..., self.rotary.start : self.rotary.stop]
-        return super().forward(*args, rotary_pos_emb=own, **kwargs)  # type: ignore[no-any-return]
+        """[T, 1, hidden] -> the same; `rotary_pos_emb`: `PackedRotary`'s angles of all layer types."""
+        angles = rotary_pos_emb[..., self.rotary.start : self.rotary.stop]
+        return super().forward(*args, rotary_pos_emb=angles, **kwargs)  # type: ignore[no-any-return]
 
     def get_query_key_value_tensors(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
         """Queries [T, 1, heads / tensor, head_dim], keys and values [T, 1, key/value heads / tensor, head_dim]."""
@@ -72,11 +72,11 @@ class RotarySelfAttention(SelfAttention):
 
 
 class SharedHeadAttention(RotarySelfAttention):
-    """Self-attention with more tensor ranks than key/value heads, each of which then serves several ranks.
+    """Self-attention with more tensor-parallel ranks than key/value heads, so that several ranks share one.
 
-    The weight's rows are still cut evenly, so a rank computes a part of some head's projections: the ranks gather
-    them, and each takes its query heads and the key/value head that these share. Megatron's own does the same, but
-    asks the global state for its tensor group.
+    The weight's rows are still split evenly, so a rank computes a part of a head's projections. The ranks all-gather them,
+    and each takes its query heads and their key/value head. Megatron's own implementation does the same, but takes its
+    tensor group from global state.
     """
 
     def get_query_key_value_tensors(
@@ -88,14 +88,17 @@ class SharedHeadAttention(RotarySelfAttention):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """[T / tensor or T, 1, hidden] -> queries [T, 1, heads / tensor, head_dim], key and value [T, 1, 1, head_dim]."""
         config, group = self.config, self.pg_collection.tp
-        part_T1R, _ = self.linear_qkv(hidden_states)
-        rows_T1R = all_gather_last_dim_from_tensor_parallel_region(part_T1R, group)
+        local_T1R, _ = self.linear_qkv(hidden_states)
+        rows_T1R = all_gather_last_dim_from_tensor_parallel_region(local_T1R, group)
         heads = config.num_attention_heads // config.num_query_groups
-        held, sharers = config.num_attention_heads // group.size(), group.size() // config.num_query_groups
-        shared, place = divmod(group.rank(), sharers)
-        mine = rows_T1R.view(*rows_T1R.shape[:2], config.num_query_groups, heads + 2, config.kv_channels)[:, :, shared]
-        query, key, value = mine.split([heads, 1, 1], dim=2)
-        query = query[:, :, place * held : (place + 1) * held]
+        local_heads, ranks_per_kv_head = (
+            config.num_attention_heads // group.size(),
+            group.size() // config.num_query_groups,
+        )
+        kv_head, index = divmod(group.rank(), ranks_per_kv_head)
+        qkv = rows_T1R.view(*rows_T1R.shape[:2], config.num_query_groups, heads + 2, config.kv_channels)[:, :, kv_head]
+        query, key, value = qkv.split([heads, 1, 1], dim=2)
+        query = query[:, :, index * local_heads : (index + 1) * local_heads]
         if self.q_layernorm is not None:
             query = self.q_layernorm(query)
         if self.k_layernorm is not None:
