@@ -129,8 +129,8 @@ def check_runs(spec: ModelSpec, mesh: Mesh, sequence_parallel: bool, cpu: bool) 
         )
     if cpu and mesh.expert > 1 and mesh.expert_tensor > 1:
         raise ValueError(
-            f"{section}.expert={mesh.expert} with expert_tensor={mesh.expert_tensor} needs all-to-alls with unequal splits, "
-            "which gloo (CPU) does not have; use expert_tensor=1, or expert=1."
+            f"{section}.expert={mesh.expert} with expert_tensor={mesh.expert_tensor} needs collectives of unequal parts that "
+            "CPUs (gloo) do not have; use expert_tensor=1, or expert=1."
         )
     if spec.norm_topk and spec.experts_per_token == 1:
         raise ValueError(
