@@ -13,7 +13,7 @@ from aligner.data.samples import Samples
 from aligner.models.read_spec import read_spec
 from aligner.trainer.config import OptimizerConfig, PolicyConfig
 from aligner.trainer.policy import Policy
-from aligner.trainer.skips import NotFinite, Skips
+from aligner.trainer.not_finite import NotFinite, SkipCounter
 from aligner.trainer.flat_range import clip
 from aligner.spmd.mesh import Mesh
 from aligner.spmd.world import World
@@ -83,7 +83,7 @@ norms = [p.update(imitate, p.scatter(samples)).gather()["grad_norm"] for p in (c
 assert abs(norms[0] - norms[1]) < 1e-5 * norms[1] and norms[1] > 1e-2, norms
 
 # a loss that is not finite stops, where it shall, before the weights change
-free.skips = Skips(NotFinite("stop"))
+free.skips = SkipCounter(NotFinite("stop"))
 def broken(policy_logp_BT, *, mask_BT):
     return policy_logp_BT * float("nan"), {}
 before = weights(free)
