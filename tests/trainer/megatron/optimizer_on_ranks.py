@@ -11,13 +11,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from aligner.data.samples import Samples
-from aligner.models.spec import read_spec
+from aligner.models.read_spec import read_spec
 from aligner.spmd.mesh import Mesh
 from aligner.spmd.world import World
 from aligner.trainer.config import OptimizerConfig, PolicyConfig
 from aligner.trainer.flat_range import clip
+from aligner.trainer.not_finite import NotFinite, SkipCounter
 from aligner.trainer.policy import Policy
-from aligner.trainer.skips import NotFinite, Skips
 
 
 def batch() -> Samples:
@@ -103,7 +103,7 @@ def check_not_finite(world: World, model: Path) -> None:
     """A loss that is not finite stops, where it shall, before the weights change."""
     stopping = policy(world, model, "not finite", OptimizerConfig(lr=0.1, clip_grad=0.0))
     stopping.update(imitate, stopping.scatter(batch())).gather()
-    stopping.skips = Skips(NotFinite("stop"))
+    stopping.skips = SkipCounter(NotFinite("stop"))
     before = weights(stopping)
     with pytest.raises(ValueError, match="the loss is nan at optimizer step 1"):
         stopping.update(broken, stopping.scatter(batch())).gather()
