@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from aligner.models.hf_folder import SINGLE, prepare, publish, write_rest, write_weights
+from aligner.models.hf_folder import SINGLE, prepare_partial, publish, write_rest, write_weights
 from aligner.models.ownership import mark
 from aligner.models.spec import ModelSpec
 from aligner.models.stored import open_stored
@@ -115,7 +115,7 @@ def export_checkpoint(
     try:
         with together.step():
             if rank == ranks[0]:
-                prepare(final, partial, spec, run)
+                prepare_partial(final, partial, spec, run)
         with together.step():
             plan = make_plan(rank, layout, written)
             tensors = allocate(written[rank], torch.device("cpu"))

@@ -186,7 +186,7 @@ class Parameter:
     cut: Cut
 
 
-class Held(NamedTuple):
+class ParameterRegion(NamedTuple):
     """A region of one of several parameters."""
 
     storage: str
@@ -199,17 +199,17 @@ class CutParameters:
     """Some parameters cut over the ranks of an axis: each distinct region once, with the ranks that hold it."""
 
     def __init__(self, parameters: Iterable[Parameter], parts: int) -> None:
-        self.of_part: list[list[Held]] = [[] for _ in range(parts)]
+        self.of_part: list[list[ParameterRegion]] = [[] for _ in range(parts)]
         """Of each rank of the axis, in the order of the parameters."""
-        holders: dict[Held, list[int]] = {}
+        holders: dict[ParameterRegion, list[int]] = {}
         for parameter in parameters:
             for part in range(parts):
                 regions = list(parameter.cut.regions(parts, part))
                 elements = sum(math.prod(region.size) for region in regions)
-                for held in (Held(parameter.storage, region, elements) for region in regions):
+                for held in (ParameterRegion(parameter.storage, region, elements) for region in regions):
                     self.of_part[part].append(held)
                     holders.setdefault(held, []).append(part)
-        self.by_name: dict[str, list[tuple[Held, tuple[int, ...]]]] = {}
+        self.by_name: dict[str, list[tuple[ParameterRegion, tuple[int, ...]]]] = {}
         """Of each tensor: its regions, and the ranks of the axis that hold them."""
         for held, members in holders.items():
             self.by_name.setdefault(held.region.name, []).append((held, tuple(members)))

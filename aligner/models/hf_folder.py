@@ -40,7 +40,7 @@ _COPIED = (
 )
 
 
-def prepare(final: Path, partial: Path, spec: ModelSpec, run: str | None = None) -> None:
+def prepare_partial(final: Path, partial: Path, spec: ModelSpec, run: str | None = None) -> None:
     """An empty folder `partial`, beside one that `publish` may replace (see `check_replaceable`)."""
     if final.resolve() == Path(spec.path).resolve():
         raise ValueError(

@@ -40,7 +40,7 @@ def partition(
     held: list[list[int]] = [[] for _ in range(shards)]
     for members in minibatch_groups(groups, minibatches):
         part = slice(members.start, members.stop)
-        for share, found in zip(held, deal(costs[part], shards, tokens[part]), strict=True):
+        for share, found in zip(held, balance(costs[part], shards, tokens[part]), strict=True):
             share += [members.start + group for group in found]
     return tuple(
         tuple(row for group in sorted(share) for row in range(group * group_size, (group + 1) * group_size))
@@ -54,7 +54,7 @@ def of_groups(lengths: Sequence[int], group_size: int, cost: Cost) -> list[int]:
     return [ends[at + group_size] - ends[at] for at in range(0, len(lengths), group_size)]
 
 
-def deal(costs: Sequence[int], shards: int, order: Sequence[int] | None = None) -> list[list[int]]:
+def balance(costs: Sequence[int], shards: int, order: Sequence[int] | None = None) -> list[list[int]]:
     """Assign items to shards so that the largest load is close to the mean.
 
     Greedy: the most expensive item first, to the least loaded shard (Graham 1969: at most 4/3 of the optimum), by `costs`

@@ -37,7 +37,7 @@ class Call:
 
 
 @dataclass(frozen=True)
-class Plan:
+class AttentionPlan:
     """One rank's calls, and where things are."""
 
     calls: tuple[Call, ...]
@@ -51,7 +51,7 @@ class Plan:
 
 
 @lru_cache(maxsize=64)
-def make_plan(
+def plan_attention(
     lengths: tuple[int, ...],
     ranks: int,
     rank: int,
@@ -59,7 +59,7 @@ def make_plan(
     block: int,
     device: torch.device,
     window: int | None = None,
-) -> Plan:
+) -> AttentionPlan:
     """The calls of `rank`; spans of equal shape share one. With a window a call reads no keys before it.
 
     Args:
@@ -84,7 +84,7 @@ def make_plan(
     back_T = torch.full((held,), at)
     if joined:
         back_T[torch.cat(joined)] = torch.arange(at)
-    return Plan(calls, order_S.to(device), back_T.to(device), max(lengths), window)
+    return AttentionPlan(calls, order_S.to(device), back_T.to(device), max(lengths), window)
 
 
 @dataclass
@@ -179,7 +179,7 @@ def _block(query: Tensor) -> int:
     return 0 if query.device.type == "cuda" and query.element_size() == 2 else BLOCK
 
 
-def _bias(call: Call, plan: Plan, query: Tensor) -> Tensor:
+def _bias(call: Call, plan: AttentionPlan, query: Tensor) -> Tensor:
     if query.device.type != "cpu" and plan.window is None:  # CUDA's kernels know this mask by its name
         return causal_lower_right(call.queries, call.keys)
     longest = min(plan.longest, plan.window + BLOCK) if plan.window else plan.longest
@@ -208,7 +208,7 @@ def context_attention(
         [T, query heads x head_dim]; 0 at the padding.
     """
     block = BLOCK if window else _block(q_TND)
-    plan = make_plan(lengths, group.size(), group.rank(), len(q_TND), block, q_TND.device, window)
+    plan = plan_attention(lengths, group.size(), group.rank(), len(q_TND), block, q_TND.device, window)
     gathered = Gathered(group, plan.order_S)
     key, value = _Gather.apply(k_TKD, v_TKD, gathered)
     grouped = q_TND.shape[1] != k_TKD.shape[1]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 
-from aligner.models.cuts import CutParameters, Held, Parameter, Vocabulary
+from aligner.models.cuts import CutParameters, Parameter, ParameterRegion, Vocabulary
 from aligner.models.spec import ModelSpec
 from aligner.models.tensors import (
     LAYER,
@@ -136,7 +136,7 @@ class MegatronLayout:
         own_output = [] if self._spec.tied and first else [output_layer(self._spec)]
         return [*([embedding(self._spec)] if first else ()), *([final_norm(self._spec), *own_output] if last else ())]
 
-    def _piece(self, held: Held, names: str, storages: str) -> Piece:
+    def _piece(self, held: ParameterRegion, names: str, storages: str) -> Piece:
         name, lo, size, offset, stride = held.region
         return Piece(names + name, lo, size, storages + held.storage, offset, stride, self._dtype)
 
