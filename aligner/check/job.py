@@ -37,7 +37,7 @@ from aligner.data.tokenizer import load_tokenizer
 from aligner.models.agreement import check_reading
 from aligner.models.spec import ModelSpec, read_spec
 from aligner.models.verify_checkpoint import check_weights
-from aligner.reward.components import ResolvedComponent, parts_of, shown_component
+from aligner.reward.components import ResolvedComponent, reward_components, shown_component
 from aligner.rollout.config import RolloutConfig
 from aligner.spmd.mesh import Mesh
 from aligner.spmd.placement import make_meshes, role_layout
@@ -241,7 +241,7 @@ def _check_places(config: Config, roles: Collection[str]) -> None:
     sources: dict[str, str | None] = dict(config.model_path(role) for role in roles if config.role(role).kind.head)
     sources |= {"data.path": config.data.path, "data.eval_path": config.data.eval_path}
     if "reward" in roles:
-        rules = {f"{part.where}.rule": part.component.rule or "" for part in parts_of(config.reward)}
+        rules = {f"{part.where}.rule": part.component.rule or "" for part in reward_components(config.reward)}
         sources |= {setting: rule.rpartition(":")[0] for setting, rule in rules.items() if ".py:" in rule}
     learning = [role for role in config.roles if role in roles and config.learns(role, roles)]
     check_sources(config, sources, learning)
@@ -251,7 +251,7 @@ def _check_places(config: Config, roles: Collection[str]) -> None:
 
 def _check_reward(config: Config, roles: list[str], data: DataSets) -> None:
     """Rules in a worker process, as they will run: only their import tells whether they can be called."""
-    parts, named = parts_of(config.reward), config.train.eval_reward
+    parts, named = reward_components(config.reward), config.train.eval_reward
     names = [part.name for part in parts]
     if named is not None and named not in names:
         raise ValueError(f"train.eval_reward={named} is no component of the reward; use {', '.join(names)}, or null.")

@@ -14,7 +14,7 @@ from aligner.data.tokenizer import load_tokenizer
 from aligner.models.families import FAMILIES
 from aligner.models.family import Head
 from aligner.models.spec import ModelSpec, read_spec, with_scalar_head
-from aligner.reward.components import ResolvedComponent, parts_of
+from aligner.reward.components import ResolvedComponent, reward_components
 from aligner.spmd.mesh import Mesh
 from aligner.spmd.placement import RANKS_THAT_WORK, Placement
 from aligner.spmd.role_table import REWARD_MODEL
@@ -27,7 +27,7 @@ def wanted_roles(config: Config, listed: Sequence[str]) -> list[str]:
     """The roles of a job: those of algorithm.roles, and the further models that components of the reward name."""
     if "reward" not in listed or not config.models:
         return list(listed)
-    named = [part.model for part in parts_of(config.reward) if part.model in config.models]
+    named = [part.model for part in reward_components(config.reward) if part.model in config.models]
     return list(dict.fromkeys([*listed, *(name for name in named if name is not None)]))
 
 

@@ -20,7 +20,7 @@ from aligner.reshard.local import BUCKET_BYTES, LocalWeights, TensorWeights, Wri
 from aligner.reshard.message.storage import allocate
 from aligner.reshard.plan.layout import WeightLayout, as_layout
 from aligner.reshard.plan.region import Layout, Piece, whole_tensor
-from aligner.reshard.plan.transfer_plan import make_plan
+from aligner.reshard.plan.transfer_plan import plan_transfer
 from aligner.reshard.transfer.executor import execute
 from aligner.reshard.transfer.sync_stats import SyncStats
 from aligner.reshard.weights import WritableWeights
@@ -117,7 +117,7 @@ def export_checkpoint(
             if rank == ranks[0]:
                 prepare_partial(final, partial, spec, run)
         with together.step():
-            plan = make_plan(rank, layout, written)
+            plan = plan_transfer(rank, layout, written)
             tensors = allocate(written[rank], torch.device("cpu"))
         with together.step():
             row = execute(plan, source, TensorWeights(tensors, written[rank]), group, device, bucket_bytes)

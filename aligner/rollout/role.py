@@ -19,15 +19,15 @@ from aligner.rollout.engine import RolloutEngine
 from aligner.rollout.layout import EngineLayout
 from aligner.rollout.loaded import LoadedWeights
 from aligner.rollout.partial import Partial
-from aligner.rollout.rows import as_samples, prompt_from, prompt_to, request_seed, sample_from, sample_to
-from aligner.rollout.sleep import KINDS, parts_of
+from aligner.rollout.rows import completed_samples, prompt_from, prompt_to, request_seed, sample_from, sample_to
+from aligner.rollout.sleep import KINDS, residency_parts
 from aligner.rollout.weights import EngineWeights
 from aligner.spmd.mesh import Mesh
 from aligner.spmd.messages import all_gather, broadcast
 from aligner.spmd.partition import Shares, partition
 from aligner.spmd.ref import Ref
 from aligner.spmd.role import Role
-from aligner.spmd.rows import Rows
+from aligner.spmd.rows import BatchRows
 from aligner.spmd.world import World
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ class Rollout(Role):
         self.engine.requests.progress = world.activity.tick
         self.weights = weights = EngineWeights(self.engine, self._layout(spec))
         if sleeps:
-            parts = parts_of(self.engine, weights, world.residency.meter)
+            parts = residency_parts(self.engine, weights, world.residency.meter)
             world.residency.register(name, mesh, KINDS, parts, on_lost=self.loaded.evict)
             world.residency.before_evict(name, self._complete)
         world.on_leave(self.engine.close)
@@ -215,15 +215,15 @@ class Rollout(Role):
 
     def save_pending(self, started: Started) -> dict[str, Any]:
         """Something started and completed, as JSON; its samples on the first rank of the world."""
-        mine = {}
+        samples_of_prompt = {}
         if started.ticket is not None:
             drawn, size = self.engine.requests.held(started.ticket), started.num_samples
-            for place, prompt in enumerate(started.shares[self.shard or 0]):
-                mine[prompt] = [sample_to(one) for one in drawn[place * size : (place + 1) * size]]
-            for other in all_gather(self.world, mine, self.mesh.ranks):
-                mine |= other
-        mine = broadcast(self.world, mine, self.mesh.ranks, [0]) or {}
-        samples = [mine[place] for place in sorted(mine)]
+            for position, prompt in enumerate(started.shares[self.shard or 0]):
+                samples_of_prompt[prompt] = [sample_to(one) for one in drawn[position * size : (position + 1) * size]]
+            for other in all_gather(self.world, samples_of_prompt, self.mesh.ranks):
+                samples_of_prompt |= other
+        samples_of_prompt = broadcast(self.world, samples_of_prompt, self.mesh.ranks, [0]) or {}
+        samples = [samples_of_prompt[position] for position in sorted(samples_of_prompt)]
         return {"prompts": [prompt_to(prompt) for prompt in started.prompts], "samples": samples}
 
     def load_pending(self, saved: Mapping[str, Any], num_samples: int) -> Started:
@@ -232,8 +232,8 @@ class Rollout(Role):
         shares = partition([len(prompt.tokens) for prompt in prompts], self.mesh.data)
         ticket = None
         if self.member:
-            mine = [sample_from(one) for p in shares[self.shard or 0] for one in saved["samples"][p]]
-            ticket = self.engine.requests.hold(mine)
+            samples = [sample_from(one) for p in shares[self.shard or 0] for one in saved["samples"][p]]
+            ticket = self.engine.requests.hold(samples)
         self.under_way.append(Started(prompts, num_samples, shares, ticket))
         return self.under_way[-1]  # type: ignore[no-any-return]
 
@@ -244,26 +244,26 @@ class Rollout(Role):
         shares = partition([len(prompt.tokens) for prompt in prompts], self.mesh.data)
         ticket = None
         if self.member:
-            mine = shares[self.shard or 0]
-            seeds = [request_seed(self.seed, self.calls if seed is None else -1 - seed, i) for i in mine]
-            tokens = [list(prompts[p].tokens) for p in mine]
+            prompts_here = shares[self.shard or 0]
+            seeds = [request_seed(self.seed, self.calls if seed is None else -1 - seed, i) for i in prompts_here]
+            tokens = [list(prompts[p].tokens) for p in prompts_here]
             ticket = self.engine.start(tokens, seeds, sampling or self.sampling, num_samples)
         return Started(prompts, num_samples, shares, ticket)
 
     def _finish(self, started: Started) -> Ref:
         size = started.num_samples
         row_shares = tuple(tuple(p * size + g for p in share for g in range(size)) for share in started.shares)
-        rows = Rows(size, set(self.mesh.ranks))
+        rows = BatchRows(size, set(self.mesh.ranks))
         if started.ticket is None:
             return Ref(self, None, rows, row_shares)
-        mine = started.shares[self.shard or 0]
+        prompts_here = started.shares[self.shard or 0]
         drawn = self.engine.finish(started.ticket)
-        samples = as_samples([started.prompts[p] for p in mine for _ in range(size)], drawn)
+        samples = completed_samples([started.prompts[p] for p in prompts_here for _ in range(size)], drawn)
         lengths = self.agreed(samples.length_B.tolist(), int(samples.tokens_BT.sum()))
         by_row = {
             row: n
-            for share, found in zip(row_shares, lengths, strict=True)
-            for row, n in zip(share, found, strict=True)
+            for share, share_lengths in zip(row_shares, lengths, strict=True)
+            for row, n in zip(share, share_lengths, strict=True)
         }
         rows.lengths = [by_row[row] for row in range(len(by_row))]
         return Ref(self, samples, rows, row_shares)
@@ -275,17 +275,17 @@ class Rollout(Role):
             check: a sum over what was sampled, equal on the ranks of a replica.
         """
         gathered = all_gather(self.world, (value, check), self.mesh.ranks)
-        found: list[Any] = [None] * self.mesh.data
-        for rank, said in zip(self.mesh.ranks, gathered, strict=True):
+        replica_values: list[Any] = [None] * self.mesh.data
+        for rank, rank_value in zip(self.mesh.ranks, gathered, strict=True):
             shard = self.mesh.shard_of(rank)
             assert shard is not None
-            if (found[shard] or said) != said:
+            if (replica_values[shard] or rank_value) != rank_value:
                 raise RuntimeError(
                     f"rank {rank} sampled other tokens than its tensor-parallel neighbours of rollout replica {shard}; "
                     "their weights or random states have diverged."
                 )
-            found[shard] = said
-        return [value for value, _ in found]
+            replica_values[shard] = rank_value
+        return [value for value, _ in replica_values]
 
 
 def _never() -> bool:

@@ -6,7 +6,7 @@ from typing import Any
 
 from aligner.algorithms.step import Step
 from aligner.reward.pool import Status
-from aligner.reward.role import Scores
+from aligner.reward.role import Rewards
 from aligner.roles.build import Roles
 from aligner.run.step_stats import merged, step_stats_of
 from aligner.spmd.ref import Ref
@@ -15,7 +15,7 @@ from aligner.spmd.world import World
 from aligner.trainer.policy import Policy
 
 LOGGED_SCORES = ("reward_B", "status_B", "components", "component_status")
-"""Fields of `Scores` that the row is made of."""
+"""Fields of `Rewards` that the row is made of."""
 
 
 def step_row(world: World, roles: Roles, result: Step, seconds: float, signal: str) -> tuple[dict[str, float], str]:
@@ -46,7 +46,7 @@ def step_row(world: World, roles: Roles, result: Step, seconds: float, signal: s
         else:
             row[name] = value
     if result.scores is not None:
-        row |= Scores(response=[], **{name: values[name] for name in LOGGED_SCORES}).row()
+        row |= Rewards(response=[], **{name: values[name] for name in LOGGED_SCORES}).row()
     if result.samples is not None:
         length_B = values["length_B"] - values["prompt_len_B"]
         row["length"] = length_B.float().mean().item()

@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from aligner.health.journal import Journal
 from aligner.health.timeline import STEP_END, Timeline
-from aligner.spmd.serialization import ALIGN, Bytes, frame, pack, unframe, unpack
+from aligner.spmd.serialization import ALIGN, Bytes, deserialize, frame, serialize, unframe
 
 T = TypeVar("T")
 INLINE = 4096 - ALIGN
@@ -50,13 +50,13 @@ class Channel(Protocol):
 
 
 def exchange(
-    world: Channel, outgoing: Mapping[int, Bytes], incoming: Sequence[int], what: str = "values"
+    world: Channel, outgoing: Mapping[int, Bytes], incoming: Sequence[int], label: str = "values"
 ) -> dict[int, Bytes]:
     """Send `outgoing[peer]`, receive one message from each rank of `incoming`."""
     peers = sorted({*outgoing, *incoming})
     if not peers:
         return {}
-    with world.timeline.span("wait", what, peers):
+    with world.timeline.span("wait", label, peers):
         return _exchange(world, outgoing, incoming)
 
 
@@ -108,11 +108,11 @@ def broadcast(world: Channel, value: Any, holders: Sequence[int], readers: Seque
         next_ones, lack = lack[: len(have)], lack[len(have) :]
         for source, to in zip(have, next_ones, strict=False):
             if world.rank == source:
-                message = pack(value) if message is None else message
+                message = serialize(value) if message is None else message
                 exchange(world, {to: message}, ())
             elif world.rank == to:
                 message = exchange(world, {}, (source,))[source]
-                value = unpack(message)
+                value = deserialize(message)
         have += next_ones
     return value
 
@@ -124,22 +124,22 @@ def all_gather(world: Channel, value: Any, ranks: Sequence[int]) -> list[Any]:
     what arrives is no more than what is wanted. Equal values of several ranks may be one object.
     """
     size, place = len(ranks), ranks.index(world.rank)
-    blocks = [pack(value)]
+    blocks = [serialize(value)]
     while len(blocks) < size:
         reach = len(blocks)
         to, source = ranks[(place - reach) % size], ranks[(place + reach) % size]
-        got = exchange(world, {to: frame(blocks[: size - reach])}, (source,))
-        blocks += unframe(got[source])
-    made: dict[bytes, Any] = {}  # ranks often say the same
+        received = exchange(world, {to: frame(blocks[: size - reach])}, (source,))
+        blocks += unframe(received[source])
+    deserialized: dict[bytes, Any] = {}  # ranks often say the same
     values = [value]
     for block in blocks[1:]:
         key = block.tobytes() if block.size <= INLINE else b""
-        if key in made:
-            values.append(made[key])
+        if key in deserialized:
+            values.append(deserialized[key])
             continue
-        values.append(unpack(block))
+        values.append(deserialize(block))
         if key:
-            made[key] = values[-1]
+            deserialized[key] = values[-1]
     return [values[(i - place) % size] for i in range(size)]
 
 
@@ -155,10 +155,10 @@ def reduce_to_rank0(world: Channel, value: T, merge: Callable[[T, T], T]) -> T |
     while not rank & reach and rank + reach < size:
         below.append(rank + reach)
         reach *= 2
-    got = exchange(world, {}, below, STEP_END)
+    received = exchange(world, {}, below, STEP_END)
     for child in below:
-        value = merge(value, unpack(got[child]))
+        value = merge(value, deserialize(received[child]))
     if rank == 0:
         return value
-    exchange(world, {rank & (rank - 1): pack(value)}, (), STEP_END)
+    exchange(world, {rank & (rank - 1): serialize(value)}, (), STEP_END)
     return None

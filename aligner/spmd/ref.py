@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, NoReturn
 
 from aligner.spmd.partition import Shares
-from aligner.spmd.rows import Rows
+from aligner.spmd.rows import BatchRows
 from aligner.spmd.transfer import Home, read_everywhere
 
 
@@ -21,7 +21,7 @@ class Ref:
     home: Home
     value: Any = field(default=None, repr=False)
     """This rank's shard on home ranks, None elsewhere."""
-    rows: Rows | None = None
+    rows: BatchRows | None = None
     """None for a value that is not row-wise (metrics): every home rank holds all of it."""
     fixed_shares: Shares | None = field(default=None, repr=False)
     """Rows of each shard where they are not `partition(lengths)`: a rollout replica holds what it sampled."""

@@ -81,7 +81,7 @@ class MinibatchLoss:
         """On the model's device and as wide as the microbatch's longest row; what is no tensor stays as it is."""
         if not isinstance(value, Tensor):
             return value
-        return batch_ops.fit(value.to(self.device, non_blocking=True), int(length_B.max()))
+        return batch_ops.fit_width(value.to(self.device, non_blocking=True), int(length_B.max()))
 
 
 def rows_of(value: Any, rows: list[int], total: int) -> Any:

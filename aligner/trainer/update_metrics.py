@@ -36,7 +36,9 @@ def gather_advantages(sums: dict[str, Tensor], fields: Mapping[str, Any], mask_B
     """The largest magnitude of an advantage of a trained token, where the loss is given any: `advantage_abs_max`."""
     given = (fields.get(name) for name in ("advantage_B", "advantage_BT"))
     for value in (value for value in given if isinstance(value, Tensor)):
-        one_BT = batch_ops.fit(value, mask_BT.shape[1]) if value.dim() == 2 else value[:, None].expand(mask_BT.shape)
+        one_BT = (
+            batch_ops.fit_width(value, mask_BT.shape[1]) if value.dim() == 2 else value[:, None].expand(mask_BT.shape)
+        )
         kept = one_BT[mask_BT].abs()
         sums["max/advantage_abs"] = kept.max().double().cpu() if kept.numel() else torch.zeros((), dtype=torch.float64)
 

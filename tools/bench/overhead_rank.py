@@ -33,7 +33,7 @@ from aligner.objective.advantages import group_advantages
 from aligner.objective.losses import clipped_surrogate
 from aligner.report.config import LoggingConfig
 from aligner.reshard.transfer.sync_stats import SyncStats
-from aligner.reward.components import parts_of
+from aligner.reward.components import reward_components
 from aligner.reward.config import RewardConfig
 from aligner.reward.role import Reward
 from aligner.reward.worker import Score, Status
@@ -118,7 +118,7 @@ class NullReward(Reward):
         Role.__init__(self, "reward", world, mesh)
         self.config, self.models = RewardConfig(), {}
         self.tokenizer = SimpleNamespace(decode=lambda tokens, **_: "abcd" * len(tokens))  # type: ignore[assignment]
-        self.parts = parts_of(self.config)
+        self.parts = reward_components(self.config)
         self.scorers = {part.name: NullScorer() for part in self.parts}
 
 

@@ -28,9 +28,9 @@ from aligner.reshard.local import TensorWeights
 from aligner.reshard.message.bucket import Buffers
 from aligner.reshard.message.storage import allocate, strided_view
 from aligner.reshard.plan.region import Piece, contiguous_stride
-from aligner.reshard.plan.schedule import Message, schedule_of
-from aligner.reshard.plan.transfer_plan import make_plan
-from aligner.reshard.transfer.executor import execute
+from aligner.reshard.plan.schedule import Message
+from aligner.reshard.plan.transfer_plan import plan_transfer
+from aligner.reshard.transfer.executor import execute, schedule_for
 from aligner.reshard.transfer.shared_memory import connect
 from aligner.rollout.config import RolloutConfig
 from aligner.rollout.engine import RolloutEngine
@@ -62,20 +62,25 @@ class Bench:
         self.source, self.out = allocate(self.source_layout, CPU), allocate(self.layout, CPU)
         for piece in self.source_layout:
             strided_view(self.source[piece.storage], piece).copy_(truth(piece, self.shapes[piece.name]))
-        self.plan = make_plan(self.rank, self.train, self.infer)
+        self.plan = plan_transfer(self.rank, self.train, self.infer)
         self.tensor_group = group_of(self.rank, self.train_mesh.groups("tensor"))
         self.everyone = dist.new_group(list(ranks))
-        self._raw = self._raw_buffers()
         self.channel = connect(self.everyone)
         self.buffers = Buffers(CPU, self.channel)  # kept, as a job keeps them
         self.messages = Buffers(CPU)
+        self.shared_schedule = schedule_for(self.plan, BUCKET_BYTES, self.buffers)
+        self.schedule = schedule_for(self.plan, BUCKET_BYTES, self.messages)
+        self._raw = self._raw_buffers()
 
     def view(self, piece: Piece) -> Tensor:
         return strided_view(self.source[piece.storage], piece)
 
     def ours(self, verify: bool, destination: Any = None, shared: bool = True) -> Any:
-        target, buffers = destination or TensorWeights(self.out, self.layout), self.buffers if shared else self.messages
-        return execute(self.plan, self.view, target, self.everyone, CPU, BUCKET_BYTES, verify, buffers=buffers)
+        target = destination or TensorWeights(self.out, self.layout)
+        buffers, schedule = (self.buffers, self.shared_schedule) if shared else (self.messages, self.schedule)
+        return execute(
+            self.plan, self.view, target, self.everyone, CPU, BUCKET_BYTES, verify, buffers=buffers, schedule=schedule
+        )
 
     def check(self) -> None:
         """What arrived is what was sent; then it is wiped."""
@@ -129,7 +134,7 @@ class Bench:
         local_to.copy_(local_from)
 
     def _raw_buffers(self) -> tuple[Any, ...]:
-        schedule = schedule_of(self.plan, 2 * BUCKET_BYTES)
+        schedule = self.schedule
         sent: Counter[int] = Counter()
         received: Counter[int] = Counter()
 
@@ -138,9 +143,9 @@ class Bench:
 
         for step in schedule.steps:
             if step.send:
-                sent[step.send.to] += bytes_of(step.send)
+                sent[step.send.receiver] += bytes_of(step.send)
             if step.receive:
-                received[step.receive.by] += bytes_of(step.receive)
+                received[step.receive.sender] += bytes_of(step.receive)
 
         def bytes_(counts: dict[int, int]) -> dict[int, Tensor]:
             return {peer: torch.ones(count, dtype=torch.uint8) for peer, count in counts.items()}
@@ -278,9 +283,7 @@ def main(name: str, folder: str, repeats: str, engine: str, out: str) -> None:
     bench.buffers = Buffers(CPU, connect(bench.everyone))  # what they take is extra memory
     extra = extra_bytes(ways["ours"])
     seconds = median_of_slowest(ways, int(repeats))
-    counts = torch.tensor(
-        [schedule_of(bench.plan, 2 * BUCKET_BYTES).sent_bytes, bench.plan.minimum_bytes, bench.plan.local_bytes]
-    )
+    counts = torch.tensor([bench.schedule.sent_bytes, bench.plan.minimum_bytes, bench.plan.local_bytes])
     dist.all_reduce(counts)
     most = torch.tensor(extra)
     dist.all_reduce(most, op=dist.ReduceOp.MAX)
