@@ -9,7 +9,8 @@ import pytest
 PROGRAM = """
 import sys, torch
 from aligner.data.samples import Samples
-from aligner.models.spec import read_spec, with_scalar_head
+from aligner.models.read_spec import read_spec
+from aligner.models.spec import with_scalar_head
 from aligner.trainer import offload
 from aligner.trainer.config import OptimizerConfig, PolicyConfig, RewardModelConfig
 from aligner.trainer.offload import storages

@@ -12,7 +12,7 @@ from transformers import AutoModelForSequenceClassification
 from aligner.config.schema import compose_config, to_config
 from aligner.data.samples import Samples
 from aligner.data.tokenizer import load_tokenizer
-from aligner.models.spec import read_spec
+from aligner.models.read_spec import read_spec
 from aligner.objective.preference import simpo
 from aligner.roles.build import build_roles
 from aligner.spmd.placement import make_meshes

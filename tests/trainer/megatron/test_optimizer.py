@@ -10,7 +10,7 @@ PROGRAM = """
 import sys, torch
 from safetensors.torch import load_file
 from aligner.data.samples import Samples
-from aligner.models.spec import read_spec
+from aligner.models.read_spec import read_spec
 from aligner.trainer.config import OptimizerConfig, PolicyConfig
 from aligner.trainer.policy import Policy
 from aligner.trainer.skips import NotFinite, Skips
