@@ -1,4 +1,4 @@
-"""Weight sync: brings sharded weights from one layout into another; planned once, run as often as they change."""
+"""Weight sync: copies sharded weights from one layout into another; planned once, run as often as they change."""
 
 from __future__ import annotations
 
@@ -106,9 +106,9 @@ def _agreed_layouts(
     nothing is exchanged: at a thousand ranks the layouts are gigabytes. Else every rank's pieces are.
     """
     held, wanted = source.pieces(), destination.pieces()
-    agree = set(held) == set(source.layout.layout(rank)) and set(wanted) == set(destination.layout.layout(rank))
+    agrees = set(held) == set(source.layout.layout(rank)) and set(wanted) == set(destination.layout.layout(rank))
     everywhere = [False] * len(ranks)
-    dist.all_gather_object(everywhere, agree, group=group)
+    dist.all_gather_object(everywhere, agrees, group=group)
     if all(everywhere):
         return source.layout, destination.layout
     return exchange_layouts(held, ranks, group), exchange_layouts(wanted, ranks, group)

@@ -45,7 +45,7 @@ class Channel(Protocol):
 
     @property
     def timeline(self) -> Timeline:
-        """Where the time that messages take is noted."""
+        """Records the time that messages take."""
         ...
 
 
@@ -63,8 +63,8 @@ def exchange(
 def _exchange(world: Channel, outgoing: Mapping[int, Bytes], incoming: Sequence[int]) -> dict[int, Bytes]:
     stamp = world.journal.stamp()
     heads = {peer: np.empty(ALIGN + INLINE, np.uint8) for peer in incoming}
-    arriving: list[Any] = [dist.irecv(torch.from_numpy(head), peer) for peer, head in heads.items()]
-    leaving: list[Any] = []
+    receives: list[Any] = [dist.irecv(torch.from_numpy(head), peer) for peer, head in heads.items()]
+    pending: list[Any] = []
     kept = []
     for peer, payload in outgoing.items():
         head = np.empty(ALIGN + INLINE, np.uint8)
@@ -75,19 +75,19 @@ def _exchange(world: Channel, outgoing: Mapping[int, Bytes], incoming: Sequence[
         else:
             messages.append(torch.from_numpy(payload))
         kept += messages
-        leaving += [dist.isend(message, peer) for message in messages]
+        pending += [dist.isend(message, peer) for message in messages]
     bodies = {}
-    for (peer, head), work in zip(heads.items(), arriving, strict=True):
+    for (peer, head), work in zip(heads.items(), receives, strict=True):
         work.wait()
-        size, *theirs = head[:24].view(np.int64).tolist()
-        if tuple(theirs) != stamp:
-            world.journal.disagree(peer, theirs[0])
+        size, *peer_stamp = head[:24].view(np.int64).tolist()
+        if tuple(peer_stamp) != stamp:
+            world.journal.disagree(peer, peer_stamp[0])
         if size <= INLINE:
             bodies[peer] = head[ALIGN : ALIGN + size]
         else:
             bodies[peer] = torch.empty(size, dtype=torch.uint8).numpy()
-            leaving.append(dist.irecv(torch.from_numpy(bodies[peer]), peer))
-    for work in leaving:
+            pending.append(dist.irecv(torch.from_numpy(bodies[peer]), peer))
+    for work in pending:
         work.wait()
     return bodies
 
@@ -121,7 +121,7 @@ def all_gather(world: Channel, value: Any, ranks: Sequence[int]) -> list[Any]:
     """Each rank's value on all of `ranks`, in their order; a collective of `ranks`, which hold the caller.
 
     In round k a rank passes all that it has to the rank 2^k before it (Bruck et al. 1997): log2(ranks) messages, and
-    what arrives is no more than what is wanted. Equal values of several ranks may be one object.
+    no rank receives a value twice. Equal values of several ranks may be one object.
     """
     size, place = len(ranks), ranks.index(world.rank)
     blocks = [serialize(value)]
@@ -130,7 +130,7 @@ def all_gather(world: Channel, value: Any, ranks: Sequence[int]) -> list[Any]:
         to, source = ranks[(place - reach) % size], ranks[(place + reach) % size]
         received = exchange(world, {to: frame(blocks[: size - reach])}, (source,))
         blocks += unframe(received[source])
-    deserialized: dict[bytes, Any] = {}  # ranks often say the same
+    deserialized: dict[bytes, Any] = {}  # ranks often have equal values
     values = [value]
     for block in blocks[1:]:
         key = block.tobytes() if block.size <= INLINE else b""

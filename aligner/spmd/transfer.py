@@ -1,4 +1,4 @@
-"""Values move peer to peer from the ranks that hold rows to the ranks that read them; nothing passes a controller."""
+"""Row transfers between roles: sent peer to peer from the ranks that hold rows to those that read them, without a controller."""
 
 from __future__ import annotations
 
@@ -78,8 +78,8 @@ class RefLike(Protocol):
         ...
 
     @property
-    def kept(self) -> dict[Any, tuple[Any, tuple[int, ...]]]:
-        """What roles have read of it."""
+    def read_cache(self) -> dict[Any, tuple[Any, tuple[int, ...]]]:
+        """What roles have read of it; see `Ref`."""
         ...
 
 
@@ -141,11 +141,11 @@ def _turns(target_ranks: Sequence[Sequence[int]]) -> dict[int, int]:
 
 
 def learn_lengths(world: Channel, rows: BatchRows, readers: Sequence[int]) -> None:
-    """Bring `rows.lengths` to every reader that has not got it. Every rank of the world calls it."""
-    lack = [rank for rank in readers if rank not in rows.known]
-    if lack:
-        lengths = broadcast(world, rows.lengths, sorted(rows.known), lack)
-        rows.known.update(lack)
+    """Bring `rows.lengths` to every reader that does not have it. Collective over the world."""
+    missing = [rank for rank in readers if rank not in rows.known]
+    if missing:
+        lengths = broadcast(world, rows.lengths, sorted(rows.known), missing)
+        rows.known.update(missing)
         rows.lengths = lengths if rows.lengths is None else rows.lengths
 
 
@@ -204,15 +204,15 @@ def _in_order(parts: Sequence[Any], order: Sequence[int]) -> Any:
 
 
 def read(ref: RefLike, reader: Home, minibatches: int = 1) -> tuple[Any, tuple[int, ...]]:
-    """`ref` as `reader` needs it on this rank: (value, global rows). What was read once is kept with the Ref."""
+    """`ref` as `reader` needs it on this rank: (value, global rows). What was read once is cached in the Ref."""
     key, world = (reader.mesh.shards, minibatches, reader.cost), ref.home.world
-    if key not in ref.kept:
+    if key not in ref.read_cache:
         with world.timeline.span("call", TRANSFER):
             if ref.rows is None:
-                ref.kept[key] = (broadcast(world, ref.value, ref.home.mesh.ranks, reader.mesh.ranks), ())
+                ref.read_cache[key] = (broadcast(world, ref.value, ref.home.mesh.ranks, reader.mesh.ranks), ())
             else:
-                ref.kept[key] = read_rows(ref, reader.mesh.shards, minibatches, reader.cost)
-    return ref.kept[key]
+                ref.read_cache[key] = read_rows(ref, reader.mesh.shards, minibatches, reader.cost)
+    return ref.read_cache[key]
 
 
 def read_everywhere(ref: RefLike) -> Any:
@@ -249,7 +249,7 @@ def _whole(parts: Sequence[Part]) -> Any:
     return batch_ops.fit_width(value, max(longest for _, longest, _ in parts))
 
 
-def read_at_first(
+def read_on_rank0(
     world: Channel, refs: Mapping[str, RefLike], more: T, merge: Callable[[T, T], T], limit: int | None = None
 ) -> tuple[dict[str, Any], T] | None:
     """Several values, and something of every rank, on rank 0, in one message up a tree; None on other ranks.
@@ -259,7 +259,7 @@ def read_at_first(
         more: this rank's; merged in rank order by `merge`.
         limit: of row-wise values only the rows with a lower global number.
     """
-    world.journal.enter(f"the first rank reads {', '.join(refs)}")
+    world.journal.enter(f"rank 0 reads {', '.join(refs)}")
     parts: dict[str, list[Any]] = {name: [] for name in refs}
     for name, ref in refs.items():
         if ref.rows is not None:

@@ -10,7 +10,7 @@ from aligner.spmd.mesh import Mesh
 from aligner.spmd.messages import all_gather, exchange, reduce_to_rank0, broadcast
 from aligner.spmd.serialization import pack, unpack
 from aligner.spmd.role import Role
-from aligner.spmd.transfer import read_at_first
+from aligner.spmd.transfer import read_on_rank0
 from aligner.spmd.world import World
 
 world = World(60)
@@ -56,7 +56,7 @@ samples = Samples(torch.ones(4, 3, dtype=torch.long), one, one, torch.ones(4, 3)
 ref = rows.scatter(samples)
 metrics = number.map(lambda: {"loss": 0.5})
 sent[0] = 0
-found = read_at_first(world, {"index": ref["prompt_index_B"], "fields": ref["fields"], "metrics": metrics}, rank, max)
+found = read_on_rank0(world, {"index": ref["prompt_index_B"], "fields": ref["fields"], "metrics": metrics}, rank, max)
 assert sent[0] == (rank != 0)
 if rank:
     assert found is None
@@ -64,7 +64,7 @@ else:
     values, most = found
     assert values["index"].tolist() == [0, 1, 2, 3] and values["fields"] == [{"row": i} for i in range(4)]
     assert values["metrics"] == {"loss": 0.5} and most == 4
-found = read_at_first(world, {"index": ref["prompt_index_B"]}, 0, max, limit=3)
+found = read_on_rank0(world, {"index": ref["prompt_index_B"]}, 0, max, limit=3)
 assert found is None or found[0]["index"].tolist() == [0, 1, 2]
 
 # what was read once does not travel again, nor do its fields

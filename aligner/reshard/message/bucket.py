@@ -42,7 +42,7 @@ _MESSAGE = "the message does not hold what {source} held"
 class Buffers:
     """Message buffers, reused within a transfer, and between transfers where the caller keeps them.
 
-    Fresh memory costs a page fault every 4 KiB written. What is kept is at most what a transfer takes.
+    Fresh memory costs a page fault every 4 KiB written. Kept buffers are at most what one transfer needs.
     """
 
     def __init__(self, device: torch.device, channel: SharedMemoryChannel | None = None) -> None:
@@ -83,7 +83,7 @@ class Buffers:
         if fitting:
             return self._spare.pop(min(fitting, key=lambda number: self._spare[number].numel()))
         if self._spare:
-            self._spare.pop()  # outgrown: the new one takes its place, so that the spares stay few
+            self._spare.pop()  # outgrown: the new one takes its place, so that the number of spares stays bounded
         return torch.empty(words, dtype=torch.int64, device=self.device)
 
     def give(self, bucket: Bucket) -> None:

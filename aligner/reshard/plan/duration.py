@@ -1,4 +1,4 @@
-"""How long a schedule takes at given link speeds: its waiting included, for worlds that need not exist (no torch)."""
+"""Simulated duration of a schedule at given link speeds, the waiting of ranks for each other included (no torch)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every rank of a transfer would send and receive, for worlds of any size, without planning each rank."""
+"""Traffic of a transfer: what every rank would send and receive, in worlds of any size, without planning each rank."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class Load:
     sent: int = 0
     """Sent from its own source storages."""
     relayed: int = 0
-    """Received and passed on."""
+    """Received and relayed."""
     received: int = 0
-    """Received, what it passes on included."""
+    """Received, what it relays included."""
     local: int = 0
     """Copied within the rank."""
 
