@@ -25,8 +25,7 @@ from aligner.models.tensors import logical_tensors
 from aligner.reshard.local import TensorWeights
 from aligner.reshard.message.storage import allocate
 from aligner.spmd.mesh import Mesh
-from aligner.trainer.megatron.layout import MegatronLayout
-from aligner.trainer.megatron.sharding import MegatronSharding
+from aligner.trainer.megatron.layout import MegatronLayout, MegatronSharding
 from tests import fork_server
 from tests.models.tiny import save_tiny
 

@@ -22,8 +22,7 @@ from aligner.models.verify_checkpoint import check_weights
 from aligner.reshard.local import TensorWeights
 from aligner.reshard.message.storage import allocate
 from aligner.spmd.mesh import Mesh
-from aligner.trainer.megatron.layout import MegatronLayout
-from aligner.trainer.megatron.sharding import MegatronSharding
+from aligner.trainer.megatron.layout import MegatronLayout, MegatronSharding
 from tests.models.tiny import KINDS, MODELS, SIZES, save_tiny, stored_tensors
 
 CPU = torch.device("cpu")

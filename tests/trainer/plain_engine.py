@@ -94,7 +94,7 @@ class PlainEngine(TrainEngine):
     def pack(self, tokens_BT: Tensor, length_B: Tensor) -> Packed:
         return pack(tokens_BT, length_B, 1, torch.device("cpu"))
 
-    def microbatch_count(self, wanted: int) -> int | None:
+    def microbatch_count(self, needed: int) -> int | None:
         return None
 
     def computed_tokens(self, batch: Packed) -> int:

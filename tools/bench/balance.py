@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))  # also f
 
 from aligner.spmd.cost import TOKENS, Cost
 from aligner.spmd.partition import Shares, idle, of_groups, partition
-from aligner.trainer.megatron.attention_calls import attended
+from aligner.trainer.megatron.packed_attention import attended
 from aligner.trainer.packing import microbatches
 
 ROOT = Path(__file__).resolve().parent.parent.parent
