@@ -207,9 +207,9 @@ def _check_positions(config: Config, role: str, longest: int, specs: Mapping[str
             f"which reads whole samples; use {spec.max_positions} or less."
         )
     if longest > spec.max_positions:
-        what = "a demonstration" if config.data.kind == "demonstrations" else "an answer with its prompt"
+        row_kind = "a demonstration" if config.data.kind == "demonstrations" else "an answer with its prompt"
         raise ValueError(
-            f"{what} has {longest} tokens, beyond the {spec.positions_text}; "
+            f"{row_kind} has {longest} tokens, beyond the {spec.positions_text}; "
             f"set data.max_tokens={spec.max_positions} with data.too_long=drop, or shorten it."
         )
 

@@ -128,7 +128,11 @@ def check_scorer(config: Config, part: ResolvedComponent, roles: Sequence[str]) 
     if name is None:
         return
     if name not in able:
-        given = f"a {config.role(name).kind.name}, {config.role(name).kind.what}" if name in config.roles else "no role"
+        given = (
+            f"a {config.role(name).kind.name}, {config.role(name).kind.description}"
+            if name in config.roles
+            else "no role"
+        )
         raise ValueError(
             f"{part.source} is {given}; use one of the reward models {', '.join(able)}, or define models.{name}="
             "{kind: reward_model, path: ...}."

@@ -67,7 +67,9 @@ def check_changes(
         if not any(key == free or key.startswith(f"{free}.") for free in FREE) and not ENGINE_LENGTH.fullmatch(key)
     ]
     changed += [
-        (what, f"digest {old}", inputs[1][what]) for what, old in inputs[0].items() if inputs[1].get(what, old) != old
+        (source, f"digest {old}", inputs[1][source])
+        for source, old in inputs[0].items()
+        if inputs[1].get(source, old) != old
     ]
     if not changed:
         return

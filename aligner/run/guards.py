@@ -67,11 +67,13 @@ class Guards:
         before, self._reward = self._reward, reward
         return reward == before
 
-    def _limit(self, name: str, step: int, value: float | None, what: str, unit: str) -> Finding | None:
+    def _limit(self, name: str, step: int, value: float | None, quantity: str, unit: str) -> Finding | None:
         guard: Limit = getattr(self.config, name)
         above = None if value is None else not value <= guard.limit  # a NaN is above every limit
         text = (
-            f"{what} of {value:.3g} {unit}" if name == "kl" and value is not None else f"{what} {value or 0:.3g} {unit}"
+            f"{quantity} of {value:.3g} {unit}"
+            if name == "kl" and value is not None
+            else f"{quantity} {value or 0:.3g} {unit}"
         )
         return self._judge(name, step, above, guard, f"{text}, beyond guards.{name}.limit={guard.limit:g}")
 

@@ -44,7 +44,7 @@ def inputs_of(config: Config, roles: Iterable[str], data: DataSets) -> dict[str,
         for part in reward_components(config.reward):
             if part.component.rule:
                 sources[f"source of {part.where}.rule"] = _source(part.component.rule)
-    return digests | {what: _files([file]) for what, file in sources.items() if file is not None}
+    return digests | {source: _files([file]) for source, file in sources.items() if file is not None}
 
 
 def _source(name: str) -> Path | None:
