@@ -5,18 +5,16 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from aligner.data.prompts import Prompt
+from aligner.rollout.generation import GenerationRole
 from aligner.rollout.requests import Sample
 from aligner.rollout.rows import completed_samples, prompt_from, prompt_to, request_seed, sample_from, sample_to
 from aligner.spmd.messages import all_gather, broadcast
 from aligner.spmd.partition import partition
 from aligner.spmd.ref import Ref
 from aligner.spmd.rows import BatchRows
-
-if TYPE_CHECKING:
-    from aligner.rollout.role import Rollout
 
 
 class Partial(Iterator[Ref]):
@@ -35,7 +33,7 @@ class Partial(Iterator[Ref]):
 
     def __init__(
         self,
-        rollout: Rollout,
+        rollout: GenerationRole,
         prompts: Iterable[Sequence[Prompt]],
         num_samples: int,
         lag: int,
@@ -110,7 +108,7 @@ class _Group:
 class _Pool:
     """Unfinished and complete groups. Every rank knows each group's replica, whose ranks hold its samples."""
 
-    def __init__(self, rollout: Rollout, num_samples: int) -> None:
+    def __init__(self, rollout: GenerationRole, num_samples: int) -> None:
         self.rollout, self.num_samples = rollout, num_samples
         self.replica: dict[int, int] = {}
         """Group number (in the order of the prompts) -> replica."""
