@@ -200,7 +200,7 @@ def _summary(model: TrafficModel, train: Mesh, infer: Mesh, speed: float) -> str
     return "\n".join(
         [
             f"moved:          {_gb(moved)}, the least possible {_gb(least)}",
-            f"heaviest train: {_heaviest({rank: loads[rank].sent for rank in train.ranks}, model.least_heaviest)}",
+            f"heaviest train: {_heaviest({rank: loads[rank].sent for rank in train.ranks}, model.heaviest_lower_bound)}",
             f"heaviest infer: {_heaviest({rank: loads[rank].relayed for rank in infer.ranks}, 0)}",
             f"time:           {seconds:.3f} s at {speed:g} GB/s each way (no plan takes less than {bound:.3f} s)",
         ]

@@ -112,10 +112,10 @@ def main(arguments: list[str]) -> int:
 
 def write_task(work: Path) -> None:
     """work/model, and the rows of each method in the order of our stream's source."""
-    from aligner.data.column_addition import ColumnAddition, ModelShape, write
+    from aligner.data.column_addition import ColumnAddition, ModelShape, write_task
 
     task = ColumnAddition(demonstrations=ROWS, demonstrated=ROWS, preferences=ROWS, prompts=1, heldout=1)
-    write(work, task, ModelShape(hidden=128, layers=3, heads=4, kv_heads=2, head_dim=32, ffn=384))
+    write_task(work, task, ModelShape(hidden=128, layers=3, heads=4, kv_heads=2, head_dim=32, ffn=384))
 
 
 def run_trl(work: Path, given: argparse.Namespace) -> dict[str, Any]:

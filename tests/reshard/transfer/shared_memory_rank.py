@@ -77,7 +77,7 @@ def without(rank: int, sockets: int) -> list[Any]:
             raise OSError("no more sockets in this container")
         return make_socket()
 
-    with patch.object(shared_memory, "_line", limited):
+    with patch.object(shared_memory, "_socket", limited):
         none = connect(dist.group.WORLD) is None
     shared_memory.log.removeHandler(handler)
     return [none, logged]
