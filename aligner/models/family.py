@@ -9,29 +9,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from aligner.models.config_json import ConfigJson
 from aligner.models.cuts import Block, Columns, Cut, GroupedQKV, Parameter, Replicated, Rows
 from aligner.models.rope import Rope, RopeDefaults, read_rope
-
-if TYPE_CHECKING:
-    from aligner.models.spec import ModelSpec
+from aligner.models.spec import LayerType, ModelSpec, QKNorm
 
 FULL, SLIDING, SPARSE = "full_attention", "sliding_attention", "sparse"
 """Usual names of layer types: causal attention with a dense MLP, sliding-window attention with one, a mixture of experts."""
-
-
-@dataclass(frozen=True)
-class LayerType:
-    """What differs between the layers of one model."""
-
-    window: int | None = None
-    """Number of tokens that a query attends to, itself included (transformers' sliding_window); None: all before it."""
-    sparse: bool = False
-    """The MLP is a mixture of experts."""
-    rope: Rope = field(default_factory=Rope)
-    """Rotary positions."""
 
 
 @dataclass(frozen=True)
@@ -45,15 +31,6 @@ class Norms:
     after_attention: str | None = None
     before_mlp: str | None = "post_attention_layernorm"
     after_mlp: str | None = None
-
-
-class QKNorm(StrEnum):
-    """Over what queries and keys are RMS-normalised."""
-
-    HEAD = "head"
-    """Over each head: weights [head_dim]."""
-    PROJECTION = "projection"
-    """Over all heads together: weights [heads * head_dim]."""
 
 
 class Window(StrEnum):
@@ -330,12 +307,3 @@ def _kinds(bias: bool) -> tuple[str, ...]:
 
 def _replicated(storage: str, name: str, width: int) -> Parameter:
     return Parameter(storage, Replicated(Block(name, (width,))))
-
-
-class Head(StrEnum):
-    """What a model computes from the last hidden states."""
-
-    LANGUAGE = "language"
-    """Logits over the vocabulary: a separate or tied output layer."""
-    SCALAR = "scalar"
-    """One number per token: the tensor `score.weight` [1, hidden], no bias."""

@@ -6,7 +6,9 @@ from dataclasses import dataclass, replace
 from typing import Annotated
 
 from aligner.bounds import AtLeast, Between, LessThan, OneOf
-from aligner.trainer.engines import BACKENDS
+
+ENGINES = ("megatron",)
+"""The training backends, the keys of `aligner.trainer.engines.BACKENDS`."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class OptimizerConfig:
 class TrainingConfig:
     """A model on a training backend: precision, microbatches, minibatches, optimizer."""
 
-    engine: Annotated[str, OneOf(*BACKENDS)] = "megatron"
+    engine: Annotated[str, OneOf(*ENGINES)] = "megatron"
     """Training backend: megatron (Megatron-core)."""
     dtype: Annotated[str, OneOf("float32", "bfloat16")] = "float32"
     """Parameters and activations: float32 or bfloat16 (bfloat16 keeps float32 gradients and master weights; these are read
@@ -75,7 +77,7 @@ class PolicyConfig(TrainingConfig):
 class ReferenceConfig:
     """The frozen copy of the initial model; null settings are the policy's."""
 
-    engine: Annotated[str | None, OneOf(*BACKENDS)] = None
+    engine: Annotated[str | None, OneOf(*ENGINES)] = None
     """Training backend: megatron (Megatron-core). null: policy.engine."""
     dtype: Annotated[str | None, OneOf("float32", "bfloat16")] = None
     """Parameters and activations: float32 or bfloat16. With another type than the policy's, rounding differs and the KL

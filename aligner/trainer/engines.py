@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, cast
 
+from aligner.trainer.config import ENGINES, TrainingConfig
 from aligner.trainer.megatron.layout import MegatronLayout
 from aligner.trainer.megatron.sizes import bytes_per_rank, check_runs
 
@@ -16,7 +17,6 @@ if TYPE_CHECKING:
     from aligner.models.spec import ModelSpec
     from aligner.reshard.plan.layout import WeightLayout
     from aligner.spmd.mesh import Mesh
-    from aligner.trainer.config import TrainingConfig
     from aligner.trainer.engine import TrainEngine
 
 
@@ -65,6 +65,7 @@ BACKENDS: Mapping[str, Backend] = {
     ),
 }
 """Backends by the value of the `engine` settings."""
+assert tuple(BACKENDS) == ENGINES, "aligner.trainer.config names other training backends"
 
 
 def backend(name: str) -> Backend:

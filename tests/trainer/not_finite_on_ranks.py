@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from aligner.data.samples import Samples, pad_rows
-from aligner.models.spec import read_spec, with_scalar_head
+from aligner.models.read_spec import read_spec
+from aligner.models.spec import with_scalar_head
 from aligner.spmd.mesh import Mesh
 from aligner.spmd.world import World
 from aligner.trainer.config import OptimizerConfig, PolicyConfig

@@ -22,8 +22,8 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, nn
 
-from aligner.models.family import LayerType, Norms, QKNorm
-from aligner.models.spec import ModelSpec
+from aligner.models.family import Norms
+from aligner.models.spec import LayerType, ModelSpec, QKNorm
 from aligner.models.tensors import family_of
 from aligner.trainer.megatron.attention import PackedAttention, RotarySelfAttention, SharedHeadAttention
 from aligner.trainer.megatron.rotary import rotary_slice

@@ -7,6 +7,7 @@ from itertools import accumulate
 from typing import TYPE_CHECKING
 
 from aligner.models.spec import ModelSpec
+from aligner.models.tensors import parameter_count
 from aligner.reshard.plan.region import ELEMENT_BYTES
 from aligner.spmd.mesh import Mesh
 
@@ -142,7 +143,7 @@ def check_runs(spec: ModelSpec, mesh: Mesh, sequence_parallel: bool, cpu: bool) 
 def bytes_per_rank(spec: ModelSpec, mesh: Mesh, config: TrainingConfig, learns: bool) -> float:
     """Bytes on one rank, averaged over pipeline stages: weights, and with `learns` float32 gradients, masters and two moments
     (divided by the data-parallel size with a distributed optimizer). Activations are not counted."""
-    dense = (spec.parameters - spec.parameters_of_experts) / (mesh.tensor * mesh.pipeline)
+    dense = (parameter_count(spec) - spec.parameters_of_experts) / (mesh.tensor * mesh.pipeline)
     experts = spec.parameters_of_experts / (mesh.expert_tensor * mesh.expert * mesh.pipeline)
     total = (dense + experts) * ELEMENT_BYTES[config.dtype]
     if learns:
