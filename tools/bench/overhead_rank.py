@@ -285,8 +285,8 @@ def run_rank(ranks: int, rows: int, tokens: int, split: bool, steps: int, folder
         driver.meter, driver.marks = meter, []
         driver.run()
         start = {"world": started - begin, "groups": built - started}
-        found = {"start": start, "marks": driver.marks[WARM:], "memory": _memory()}
-        (folder / f"rank{world.rank}.json").write_text(json.dumps(found))
+        measurements = {"start": start, "marks": driver.marks[WARM:], "memory": _memory()}
+        (folder / f"rank{world.rank}.json").write_text(json.dumps(measurements))
     except BaseException as error:
         world.fail(error)
     world.leave()
