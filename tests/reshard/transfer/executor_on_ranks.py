@@ -19,7 +19,7 @@ from aligner.reshard.local import TensorWeights
 from aligner.reshard.message.bucket import Buffers
 from aligner.reshard.message.storage import allocate, strided_view
 from aligner.reshard.plan.region import Layout, Piece, whole_tensor
-from aligner.reshard.plan.transfer_plan import make_plan
+from aligner.reshard.plan.transfer_plan import plan_transfer
 from aligner.reshard.transfer.executor import execute
 from aligner.reshard.transfer.shared_memory import connect
 from aligner.spmd.world import World
@@ -60,7 +60,7 @@ class Transfer:
 
     def __init__(self, world: World, way: str, shapes: Shapes, sides: Sides) -> None:
         sources, destinations = sides
-        self.plan, self.buffers = make_plan(world.rank, sources, destinations), buffers(world, way)
+        self.plan, self.buffers = plan_transfer(world.rank, sources, destinations), buffers(world, way)
         from_dtype = next(piece.dtype for layout in sources.values() for piece in layout)
         self.values = {name: value.to(getattr(torch, from_dtype)) for name, value in values(shapes).items()}
         self.held = allocate(sources.get(world.rank, []), CPU)

@@ -1,7 +1,7 @@
-"""A job of three ranks, one of which ends while another waits for it, waits for room, and hands it something.
+"""A job of three ranks, one of which ends while another waits for it, waits for a slot, and sends it something.
 
 Argument: a folder; each rank writes there what it was told, RANK.json. A program of its own, since a process of it ends: what
-the others notice is that the kernel closes its lines.
+the others notice is that the kernel closes its connections.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from aligner.reshard.transfer.shared_memory import ROOMS
-from tests.reshard.transfer.shared_memory_on_ranks import connected, failure, room
+from aligner.reshard.transfer.shared_memory import SLOTS
+from tests.reshard.transfer.shared_memory_on_ranks import connected, failure, free_slot
 
 
 def main() -> None:
@@ -26,16 +26,16 @@ def main() -> None:
 
 def errors(rank: int) -> list[str]:
     """What rank 0 is told when rank 2 has ended."""
-    lines = connected()
-    message = room(lines, 10)
+    channel = connected()
+    message = free_slot(channel, 10)
     if rank == 0:
-        for _ in range(ROOMS - 1):
-            lines.hand(2, room(lines, 10))
+        for _ in range(SLOTS - 1):
+            channel.send(2, free_slot(channel, 10))
     dist.barrier()
     if rank == 2:
         return []
     time.sleep(1.0)
-    waits = [lambda: lines.take(2), lines.wait_for_room, lambda: lines.hand(2, message)]
+    waits = [lambda: channel.receive(2), channel.wait_for_slot, lambda: channel.send(2, message)]
     return [failure(wait) for wait in waits] if rank == 0 else []
 
 

@@ -17,8 +17,8 @@ from aligner.reshard.local import TensorWeights
 from aligner.reshard.message.bucket import Bucket, Buffers
 from aligner.reshard.message.storage import allocate, strided_view
 from aligner.reshard.plan.region import Layout, Piece
-from aligner.reshard.plan.transfer_plan import make_plan
-from aligner.reshard.sync import exchanged
+from aligner.reshard.plan.transfer_plan import plan_transfer
+from aligner.reshard.sync import exchange_layouts
 from aligner.reshard.transfer import executor, rank_transfer
 from aligner.reshard.transfer.shared_memory import SharedMemoryChannel, connect
 from aligner.spmd.world import World
@@ -93,7 +93,7 @@ def transfer(world: World, number: int) -> dict[str, float]:
     filled = allocate(wanted, CPU)
     for piece in sources.get(rank, []):
         strided_view(held[piece.storage], piece).copy_(inside(values, piece))
-    plan = make_plan(rank, sources, destinations)
+    plan = plan_transfer(rank, sources, destinations)
     row = executor.execute(
         plan,
         lambda piece: strided_view(held[piece.storage], piece),
@@ -128,18 +128,18 @@ def channel_of(world: World) -> SharedMemoryChannel:
 
 
 def transfer_in_shared_memory(world: World, number: int) -> dict[str, float]:
-    """One channel for all of them; and how many rooms this rank has in it."""
+    """One channel for all of them; and how many slots this rank has in it."""
     channel = channel_of(world)
     with patch.object(executor, "Buffers", functools.partial(Buffers, channel=channel)):
         row = transfer(world, number)
-    return {**row, "rooms": len(channel._rooms)}
+    return {**row, "slots": len(channel._slots)}
 
 
 def exchange(world: World) -> list[bool]:
     """Layouts are told to all; those of replicas are one and the same list. The last rank holds nothing."""
     layouts = Grid(range(world.size - 1), 2, 1).layouts({"w": (8, 4), "b": (6,)}, random.Random(1))
     same = {number: [replace(piece) for piece in layouts[number % 2]] for number in layouts}
-    found = exchanged(same.get(world.rank, []), range(world.size), dist.group.WORLD)
-    equal = all(list(found.layout(number)) == list(same.get(number, [])) for number in range(world.size))
-    shared = len({id(found.layout(number)) for number in found.ranks}) == 2
-    return [found.ranks == tuple(range(world.size - 1)), equal, shared]
+    exchanged = exchange_layouts(same.get(world.rank, []), range(world.size), dist.group.WORLD)
+    equal = all(list(exchanged.layout(number)) == list(same.get(number, [])) for number in range(world.size))
+    shared = len({id(exchanged.layout(number)) for number in exchanged.ranks}) == 2
+    return [exchanged.ranks == tuple(range(world.size - 1)), equal, shared]

@@ -1,4 +1,4 @@
-"""What ranks do in the tests of shared memory: messages in order, rooms that grow, a host that is another's, nobody who sends."""
+"""What ranks do in the tests of shared memory: messages in order, slots that grow, a host that is another's, nobody who sends."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from aligner.health.fault_report import is_lost_connection
 from aligner.reshard.transfer import shared_memory
-from aligner.reshard.transfer.shared_memory import ROOMS, SharedMemoryChannel, connect
+from aligner.reshard.transfer.shared_memory import SLOTS, SharedMemoryChannel, connect
 from aligner.spmd.world import World
 
 
@@ -25,35 +25,35 @@ def connected() -> SharedMemoryChannel:
     return channel
 
 
-def room(lines: SharedMemoryChannel, words: int) -> Tensor:
-    while (found := lines.room(words)) is None:
-        lines.wait_for_room()
-    return found
+def free_slot(channel: SharedMemoryChannel, words: int) -> Tensor:
+    while (slot := channel.slot(words)) is None:
+        channel.wait_for_slot()
+    return slot
 
 
 def around(world: World) -> list[list[int]]:
     """60 messages of 1 to 5,000 words to the next rank, from the one before: [sum, words] of each, read late."""
-    lines, found = connected(), []
+    channel, sums = connected(), []
     to, by = (world.rank + 1) % world.size, (world.rank - 1) % world.size
     held: list[Tensor] = []
     for number in range(60):
-        message = room(lines, 1 + (number * 997) % 5000)
+        message = free_slot(channel, 1 + (number * 997) % 5000)
         message[:] = number + 1
-        lines.hand(to, message)
-        held.append(lines.take(by))
-        if len(held) == ROOMS:  # the sender has no room left now
+        channel.send(to, message)
+        held.append(channel.receive(by))
+        if len(held) == SLOTS:  # the sender has no slot left now
             oldest = held.pop(0)
-            found.append([int(oldest.sum()), oldest.numel()])
-            assert lines.back(oldest)
-            assert not lines.back(oldest), "it is given back once"
+            sums.append([int(oldest.sum()), oldest.numel()])
+            assert channel.release(oldest)
+            assert not channel.release(oldest), "it is released once"
     for left in held:
-        lines.back(left)
-    assert len(lines._rooms) == ROOMS
-    return found
+        channel.release(left)
+    assert len(channel._slots) == SLOTS
+    return sums
 
 
 def alone(world: World) -> bool:
-    """A group of one rank has no lines."""
+    """A group of one rank has no channel."""
     group = world.group((0,))
     return group is None or connect(group) is None
 
@@ -65,20 +65,20 @@ def elsewhere(world: World, folder: Path) -> bool:
         return connect(dist.group.WORLD) is None
 
 
-def without(world: World, lines: int) -> tuple[bool, list[str]]:
-    """The last rank can have only so many sockets; gives whether there are no lines here, and what was logged."""
+def without(world: World, sockets: int) -> tuple[bool, list[str]]:
+    """The last rank can have only so many sockets; gives whether there is no channel here, and what was logged."""
     logged: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: logged.append(record.getMessage())  # type: ignore[method-assign]
     shared_memory.log.addHandler(handler)
-    made, line = count(1), shared_memory._line
+    made, make_socket = count(1), shared_memory._socket
 
     def limited() -> Any:
-        if world.rank == world.size - 1 and next(made) > lines:
+        if world.rank == world.size - 1 and next(made) > sockets:
             raise OSError("no more sockets in this container")
-        return line()
+        return make_socket()
 
-    with patch.object(shared_memory, "_line", limited):
+    with patch.object(shared_memory, "_socket", limited):
         none = connect(dist.group.WORLD) is None
     shared_memory.log.removeHandler(handler)
     return none, logged
@@ -86,24 +86,24 @@ def without(world: World, lines: int) -> tuple[bool, list[str]]:
 
 def silent(world: World) -> str:
     """Nobody sends anything to rank 0."""
-    lines = connected()
-    lines._timeout = 0.2
-    why = failure(lambda: lines.take(1)) if world.rank == 0 else ""
-    dist.barrier()  # a line ends with whoever has it
+    channel = connected()
+    channel._timeout = 0.2
+    why = failure(lambda: channel.receive(1)) if world.rank == 0 else ""
+    dist.barrier()  # a connection ends with its ranks
     return why
 
 
 def strangers(world: World) -> list[int]:
-    """Whose line is taken: rank 1's comes first, but from another user."""
-    users, lines = iter([12345, os.getuid()]), dict[int, Any]()
+    """Whose connection is accepted: rank 1's comes first, but from another user."""
+    users, sockets = iter([12345, os.getuid()]), dict[int, Any]()
     with patch.object(os, "getuid", lambda: next(users)):
         listener = shared_memory._listener()
         for number in (1, 2):
-            line = shared_memory._line()
-            line.connect(listener.getsockname())
-            line.send(number.to_bytes(4, "little"))
-        shared_memory._answer(listener, lines, [0, 1, 2][::2])
-    return list(lines)
+            connection = shared_memory._socket()
+            connection.connect(listener.getsockname())
+            connection.send(number.to_bytes(4, "little"))
+        shared_memory._accept(listener, sockets, [0, 1, 2][::2])
+    return list(sockets)
 
 
 def failure(run: Callable[[], Any]) -> str:

@@ -13,9 +13,9 @@ from aligner.reshard.local import TensorWeights
 from aligner.reshard.message.storage import strided_view
 from aligner.reshard.plan.region import whole_tensor
 from aligner.reshard.plan.schedule import STAGED
-from aligner.reshard.plan.transfer_plan import make_plan
+from aligner.reshard.plan.transfer_plan import plan_transfer
 from aligner.reshard.transfer.executor import execute
-from aligner.reshard.transfer.shared_memory import ROOMS
+from aligner.reshard.transfer.shared_memory import SLOTS
 from aligner.reshard.transfer.sync_stats import SyncStats, total
 from tests.conftest import Ranks
 
@@ -125,7 +125,7 @@ def transferred(ranks: Ranks) -> Transferred:
 
 @pytest.fixture(scope="module")
 def transferred_in_memory(ranks: Ranks) -> Transferred:
-    """The same transfers in shared memory, and how many rooms each rank has by now."""
+    """The same transfers in shared memory, and how many slots each rank has by now."""
     return functools.cache(lambda number: ranks(8).run(f"{RANDOM}:transfer_in_shared_memory", number))
 
 
@@ -146,17 +146,17 @@ def test_random_transfers_have_relays_and_fill_the_buffers(transferred: Transfer
 
 @pytest.mark.parametrize("number", RANDOM_CASES)
 def test_a_random_transfer_in_shared_memory(transferred_in_memory: Transferred, number: int) -> None:
-    """What is passed on goes from rank to rank as well, and no rank has more than two rooms."""
+    """What is passed on goes from rank to rank as well, and no rank has more than two slots."""
     rows = transferred_in_memory(number)
     assert sum(row["reshard_moved_bytes"] for row in rows) == sum(row["reshard_minimum_bytes"] for row in rows)
     assert all(row["reshard_received_bytes"] == row["reshard_minimum_bytes"] for row in rows)
-    assert all(row["rooms"] <= ROOMS for row in rows)
+    assert all(row["slots"] <= SLOTS for row in rows)
 
 
-def test_random_transfers_in_shared_memory_have_relays_and_use_both_rooms(transferred_in_memory: Transferred) -> None:
+def test_random_transfers_in_shared_memory_have_relays_and_use_both_slots(transferred_in_memory: Transferred) -> None:
     rows = [transferred_in_memory(number) for number in RANDOM_CASES]
     assert sum(row["reshard_relayed_bytes"] for of_ranks in rows for row in of_ranks) > 0
-    assert [max(row["rooms"] for row in of_rank) for of_rank in zip(*rows, strict=True)] == [ROOMS] * 8
+    assert [max(row["slots"] for row in of_rank) for of_rank in zip(*rows, strict=True)] == [SLOTS] * 8
 
 
 def test_layouts_are_told_to_all(ranks: Ranks) -> None:
@@ -168,7 +168,7 @@ def test_one_process_needs_no_group() -> None:
     piece = whole_tensor("w", (30, 5), "float32")
     to = whole_tensor("w", (30, 5), "bfloat16")
     held, filled = {"w": torch.randn(30, 5)}, {"w": torch.zeros(30, 5, dtype=torch.bfloat16)}
-    plan = make_plan(0, {0: [piece]}, {0: [to]})
+    plan = plan_transfer(0, {0: [piece]}, {0: [to]})
     row = execute(
         plan, lambda p: strided_view(held["w"], p), TensorWeights(filled, [to]), None, torch.device("cpu"), 64
     )

@@ -13,7 +13,7 @@ MODULE = "tests.reshard.transfer.shared_memory_on_ranks"
 
 
 def test_messages_arrive_in_order_and_are_not_written_over(ranks: Ranks) -> None:
-    """Each is read only when its sender has no room left, and rooms grow from 1 word to 4,900."""
+    """Each is read only when its sender has no room left, and slots grow from 1 word to 4,900."""
     sizes = [1 + number * 997 % 5000 for number in range(60)]
     expected = [[(number + 1) * words, words] for number, words in enumerate(sizes)]
     for messages in ranks(3).run(f"{MODULE}:around"):
