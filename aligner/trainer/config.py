@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Annotated
 
 from aligner.bounds import AtLeast, Between, LessThan, OneOf
 from aligner.trainer.engines import BACKENDS
+
+SHARED_AT_LEAST: Mapping[str, int | None] = {"auto": 16, "on": 1, "off": None}
+"""By the value of `share_prefix`: tokens that rows have in common, at least, where these are computed once; None: never."""
 
 
 @dataclass(frozen=True)
@@ -47,12 +51,15 @@ class TrainingConfig:
     """Parameters and activations: float32 or bfloat16 (bfloat16 keeps float32 gradients and master weights, which start from
     the digits that the checkpoint has, not from those rounded to bfloat16)."""
     micro_tokens: Annotated[int, AtLeast(1)] = 16384
-    """Tokens packed into one microbatch, at most (one longer row makes a microbatch of its own). Context ranks share
-    them."""
+    """Tokens packed into one microbatch, at most (one longer row makes a microbatch of its own); those that rows share count
+    once. Context ranks share them."""
     forward_micro_tokens: Annotated[int | None, AtLeast(1)] = None
     """The same where nothing is learned (logprobs, values, scores), which keeps no activations; null: micro_tokens."""
     recompute: Annotated[str, OneOf("none", "selective", "full")] = "none"
     """Activation recompute in backward: none, selective (attention only) or full."""
+    share_prefix: Annotated[str, OneOf(*SHARED_AT_LEAST)] = "auto"
+    """What rows of a microbatch begin with alike (samples of one prompt, pairs) is computed once: auto, on or off. Exact: numbers
+    differ by rounding. auto: what is at least 16 tokens; on: whatever there is; off: each row is computed by itself."""
     reduction: Annotated[str, OneOf("token_mean", "sequence_mean", "fixed")] = "token_mean"
     """Mean of a loss per token over the global batch: token_mean, sequence_mean or fixed (see fixed_length)."""
     fixed_length: Annotated[int, AtLeast(0)] = 0

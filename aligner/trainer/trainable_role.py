@@ -99,7 +99,8 @@ class TrainableRole(ModelRole):
             Ref to {metric: float}: the loss, its metrics' means over the trained tokens, or over the rows with one,
             (and `<name>_max`), grad_norm, lr, tokens; skipped_steps and empty_steps where some were left out; imbalance:
             the share of their time in which data shards wait for the one with the dearest rows, by `cost`; padding: the
-            share of the computed tokens that are none of the rows'.
+            share of the computed tokens that are none of the rows'; shared_prefix: the share of the rows' tokens that were not
+            computed, because another row of the microbatch has them too.
 
         Raises:
             ValueError: rows that belong together are not in one group of the batch; several steps by a loss for one.
@@ -173,8 +174,9 @@ class TrainableRole(ModelRole):
         if self.skip_empty and not totals.tokens:
             return StepReport({}, totals, {EMPTY: 1.0})
         self.make_optimizer()
-        batches = self.microbatches(samples, self.config.micro_tokens, together)
-        packed = self.packed(samples, batches)
+        tree = self.prefixes(samples)
+        batches = self.microbatches(tree, self.config.micro_tokens, together)
+        packed = self.packed(samples, batches, tree)
         of_microbatch = MinibatchLoss(
             loss,
             samples,
@@ -188,7 +190,12 @@ class TrainableRole(ModelRole):
         )
         self.engine.backward(packed, of_microbatch)
         sums = of_microbatch.sums
-        account_work(sums, int(samples.length_B.sum()), sum(map(self.engine.computed_tokens, packed)))
+        account_work(
+            sums,
+            int(samples.length_B.sum()),
+            sum(map(tree.tokens, batches)),
+            sum(map(self.engine.computed_tokens, packed)),
+        )
         gather_advantages(sums, fields, samples.mask_BT)
         reduced = reduce_sums(self.engine, self.world, self.mesh.ranks, sums)
         norm = self.engine.grad_norm()

@@ -41,14 +41,17 @@ def gather_advantages(sums: dict[str, Tensor], fields: Mapping[str, Any], mask_B
         sums["max/advantage_abs"] = kept.max().double().cpu() if kept.numel() else torch.zeros((), dtype=torch.float64)
 
 
-def account_work(sums: dict[str, Tensor], tokens: int, computed: int) -> None:
-    """Add a shard's tokens, and those that its engine computed for them, for the metric `padding`.
+def account_work(sums: dict[str, Tensor], tokens: int, distinct: int, computed: int) -> None:
+    """Add a shard's tokens, and those that its engine computed for them, for the metrics `shared_prefix` and `padding`.
 
     Args:
+        tokens: of the rows.
+        distinct: of the rows, those that several rows of a microbatch share counted once.
         computed: with what pads attention calls, sequence-parallel ranks and microbatches that are there for other
             shards' collectives.
     """
     add_to(sums, "work/rows", torch.tensor(tokens))
+    add_to(sums, "work/distinct", torch.tensor(distinct))
     add_to(sums, "work/computed", torch.tensor(computed))
 
 
@@ -74,7 +77,7 @@ def over_steps(steps: Sequence[StepReport]) -> dict[str, float]:
 
     What is one number a token (or a row) is the mean over every trained token (or row with one) that the steps saw, as if
     they had been one: minibatches of more tokens weigh more. `*_max` is the largest, `padding` the share of all that was
-    computed, `tokens` a total; loss, grad_norm and lr are numbers of a step, and the mean is over steps.
+    computed, `shared_prefix` that of all rows' tokens, `tokens` a total; loss, grad_norm and lr are numbers of a step, and the mean is over steps.
 
     `gap` is the first step's: there the policy still has the weights that the rollout sampled with. Steps that were left
     out are counted, and their numbers show only where no step was taken.
@@ -98,9 +101,12 @@ def over_steps(steps: Sequence[StepReport]) -> dict[str, float]:
         elif kind in ("token", "row"):
             count = sum(step.totals.tokens if kind == "token" else step.totals.rows for step in having)
             row[name] = sum(values) / max(count, 1.0)
-    computed = sum(step.sums.get("work/computed", 0.0) for step in shown)
+    tokens, distinct, computed = (
+        sum(step.sums.get(f"work/{name}", 0.0) for step in shown) for name in ("rows", "distinct", "computed")
+    )
     if computed:
-        row["padding"] = 1 - sum(step.sums.get("work/rows", 0.0) for step in shown) / computed
+        row["padding"] = 1 - distinct / computed
+        row["shared_prefix"] = 1 - distinct / tokens
     for name in dict.fromkeys(name for step in shown for name in step.own if name not in (SKIPPED, EMPTY)):
         values = [step.own[name] for step in shown if name in step.own]
         row[name] = sum(values) / len(values)

@@ -54,13 +54,23 @@ def test_metrics_of_either_form() -> None:
 def test_padding_by_hand() -> None:
     sums: dict[str, Tensor] = {}
     # a row of 19 shares the call of four of 20, one of 5 not that of 10; sequence parallelism and empty microbatches
-    account_work(sums, 99, sum(map(attended, [(20, 20, 20, 20, 19), (1,), (2,)])))
-    account_work(sums, 15, attended((10, 5)))
+    account_work(sums, 99, 99, sum(map(attended, [(20, 20, 20, 20, 19), (1,), (2,)])))
+    account_work(sums, 15, 15, attended((10, 5)))
     more: dict[str, Tensor] = {}
-    account_work(more, 7, attended((9,)))
+    account_work(more, 7, 7, attended((9,)))
     assert over_steps([report(sums)])["padding"] == pytest.approx(1 - (99 + 15) / (100 + 1 + 2 + 15))
     # of both steps together, not the mean of their shares
     assert over_steps([report(sums), report(more)])["padding"] == pytest.approx(1 - (99 + 15 + 7) / (118 + 9))
+
+
+def test_shared_tokens_are_not_padding() -> None:
+    sums: dict[str, Tensor] = {}
+    # three rows of 12, 14 and 14 begin with the same 10; the 2 share the call of the 4 at a cost of more than 3%
+    account_work(sums, 40, 20, attended((10, 2, 4, 4), (-1, 0, 0, 0)))
+    account_work(sums, 60, 60, 61)
+    found = over_steps([report(sums)])
+    assert found["padding"] == pytest.approx(1 - 80 / 81)
+    assert found["shared_prefix"] == pytest.approx(20 / 100)
 
 
 def test_means_over_steps_of_unequal_size() -> None:

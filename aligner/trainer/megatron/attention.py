@@ -1,8 +1,12 @@
-"""Attention that works without TransformerEngine: packed rows, and key/value heads that several tensor ranks share."""
+"""Attention that works without TransformerEngine: packed rows, what they share, and key/value heads that several tensor ranks
+share."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -10,8 +14,9 @@ import torch.nn.functional as F
 from megatron.core.tensor_parallel.mappings import all_gather_last_dim_from_tensor_parallel_region
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
 
-from aligner.trainer.megatron.attention_calls import shared_calls
+from aligner.trainer.megatron.attention_calls import branch_calls, roots, shared_calls, starts
 from aligner.trainer.megatron.attention_mask import BLOCK, causal_bias
 from aligner.trainer.megatron.context_attention import context_attention
 from aligner.trainer.megatron.rotary import RotarySelfAttention
@@ -43,26 +48,137 @@ def _calls(lengths: tuple[int, ...], device: torch.device) -> tuple[list[tuple[T
     return calls, back.to(device)
 
 
-def causal_attention(q_BNTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, scale: float, window: int | None) -> Tensor:
+@dataclass(frozen=True)
+class BranchCall:
+    """Segments of nearly one length that begin at the same position: one call."""
+
+    rows: int
+    queries: int
+    """Of each: the tokens of the longest."""
+    keys: int
+    """Of each: those of the ancestors that a query may look at, then its own."""
+    query_index: Tensor
+    """[rows x queries]: places of the queries among the packed tokens."""
+    key_index: Tensor
+    """[rows x keys]: places of the keys."""
+
+
+@lru_cache(maxsize=64)
+def _branches(
+    lengths: tuple[int, ...], parents: tuple[int, ...], window: int | None, device: torch.device
+) -> tuple[list[BranchCall], Tensor]:
+    """The calls of the segments after the roots, and the place of each of their tokens in the joined outputs."""
+    ends = list(accumulate(lengths))
+    start_of = starts(lengths, parents)
+    ahead = ends[roots(parents) - 1]
+    back = torch.empty(ends[-1] - ahead, dtype=torch.long)
+    calls, base = [], 0
+    for members in branch_calls(lengths, parents):
+        longest, first = lengths[members[0]], start_of[members[0]]
+        low = max(0, first - window + 1) if window else 0
+        # beyond a segment's end its last token is read again: causal attention never lets a real query see it
+        places = [ends[one] - lengths[one] + torch.arange(longest).clamp(max=lengths[one] - 1) for one in members]
+        before = [_ancestors(one, lengths, parents, ends)[low:] for one in members]
+        keys = torch.cat([torch.cat(pair) for pair in zip(before, places, strict=True)])
+        calls.append(
+            BranchCall(len(members), longest, first - low + longest, torch.cat(places).to(device), keys.to(device))
+        )
+        for row, one in enumerate(members):
+            own = torch.arange(lengths[one])
+            back[ends[one] - lengths[one] - ahead + own] = base + row * longest + own
+        base += len(members) * longest
+    return calls, back.to(device)
+
+
+def _ancestors(segment: int, lengths: Sequence[int], parents: Sequence[int], ends: Sequence[int]) -> Tensor:
+    """Places of the tokens that come before a segment in its rows."""
+    runs = []
+    while (segment := parents[segment]) >= 0:
+        runs.append(torch.arange(ends[segment] - lengths[segment], ends[segment]))
+    return torch.cat(runs[::-1]) if runs else torch.zeros(0, dtype=torch.long)
+
+
+def _masks_by_name(query: Tensor) -> bool:
+    """CUDA's kernels know the mask of few queries after many keys by its name; the CPU's wants a tensor."""
+    return query.device.type != "cpu"
+
+
+def causal_attention(
+    q_BNTD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, scale: float, window: int | None, longest: int = 0
+) -> Tensor:
     """Rows of one length, each query to the keys up to its own; with a window block by block, reading no keys before it.
 
     Args:
-        q_BNTD: [rows, query heads, tokens, head_dim]; k_BKTD, v_BKTD: [rows, key/value heads, tokens, head_dim].
+        q_BNTD: [rows, query heads, tokens, head_dim]: the last tokens of the keys' rows.
+        k_BKSD, v_BKSD: [rows, key/value heads, tokens, head_dim].
         window: a query sees this many tokens, itself the last of them; None: all before it.
+        longest: keys of the longest of several calls, which then share one mask.
 
     Returns:
         Like q_BNTD.
     """
-    grouped, length = q_BNTD.shape[1] != k_BKTD.shape[1], q_BNTD.shape[2]
-    if window is None or window >= length:
-        return F.scaled_dot_product_attention(q_BNTD, k_BKTD, v_BKTD, is_causal=True, scale=scale, enable_gqa=grouped)
+    grouped, queries, keys = q_BNTD.shape[1] != k_BKSD.shape[1], q_BNTD.shape[2], k_BKSD.shape[2]
+    earlier = keys - queries
+    if window is not None and window >= keys:
+        window = None
+    if window is None and not earlier:
+        return F.scaled_dot_product_attention(q_BNTD, k_BKSD, v_BKSD, is_causal=True, scale=scale, enable_gqa=grouped)
+    if window is None and _masks_by_name(q_BNTD):
+        mask = causal_lower_right(queries, keys)
+        return F.scaled_dot_product_attention(q_BNTD, k_BKSD, v_BKSD, attn_mask=mask, scale=scale, enable_gqa=grouped)
+    longest = max(longest, keys)
     outs = []
-    for start in range(0, length, BLOCK):
-        stop, low = min(start + BLOCK, length), max(0, start - window + 1)
-        query, key, value = q_BNTD[:, :, start:stop], k_BKTD[:, :, low:stop], v_BKTD[:, :, low:stop]
-        bias = causal_bias(stop - start, stop - low, min(length, window + BLOCK), window, query)
+    for start in range(0, queries, BLOCK):
+        stop = min(start + BLOCK, queries)
+        low = max(0, earlier + start - window + 1) if window else 0
+        query, key, value = (
+            q_BNTD[:, :, start:stop],
+            k_BKSD[:, :, low : earlier + stop],
+            v_BKSD[:, :, low : earlier + stop],
+        )
+        most = min(longest, window + BLOCK) if window else longest
+        bias = causal_bias(stop - start, key.shape[2], most, window, query)
         outs.append(F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scale, enable_gqa=grouped))
-    return torch.cat(outs, 2)
+    return torch.cat(outs, 2) if len(outs) > 1 else outs[0]
+
+
+def tree_attention(
+    q_TND: Tensor,
+    k_TKD: Tensor,
+    v_TKD: Tensor,
+    lengths: tuple[int, ...],
+    parents: tuple[int, ...],
+    scale: float,
+    window: int | None = None,
+) -> Tensor:
+    """Causal attention of each segment to its ancestors and itself: gradients of what rows share come from all of them.
+
+    Args:
+        q_TND: [T, query heads, head_dim]; k_TKD, v_TKD: [T, key/value heads, head_dim].
+        lengths: tokens of each segment, in order; their sum is T.
+        parents: number of each one's parent, or -1.
+        window: a query sees this many tokens, itself the last of them; None: all before it in its row.
+
+    Returns:
+        [T, query heads x head_dim].
+    """
+    first = roots(parents)
+    if first == len(parents):
+        return packed_attention(q_TND, k_TKD, v_TKD, lengths, scale, window)
+    calls, back = _branches(lengths, parents, window, q_TND.device)
+    ahead = sum(lengths[:first])
+    longest = max(call.keys for call in calls)
+    outs = []
+    for call in calls:
+        q = q_TND.index_select(0, call.query_index).unflatten(0, (call.rows, call.queries)).transpose(1, 2)
+        k, v = (
+            x.index_select(0, call.key_index).unflatten(0, (call.rows, call.keys)).transpose(1, 2)
+            for x in (k_TKD, v_TKD)
+        )
+        out = causal_attention(q, k, v, scale, window, longest)
+        outs.append(out.transpose(1, 2).reshape(call.rows * call.queries, -1))
+    before = packed_attention(q_TND[:ahead], k_TKD[:ahead], v_TKD[:ahead], lengths[:first], scale, window)
+    return torch.cat([before, torch.cat(outs).index_select(0, back)])
 
 
 def packed_attention(
@@ -100,10 +216,9 @@ def packed_attention(
 
 
 class PackedAttention(MegatronModule):
-    """Megatron's core attention on torch SDPA. `attention_mask` carries the rows' lengths (int32, CPU): of the
-    tokens here, padding included, or with context parallelism of the whole rows.
+    """Megatron's core attention on torch SDPA. `attention_mask` carries `Packed.segments_S2` (int32, CPU).
 
-    The lengths travel as an argument, not as state of the module: with pipeline parallelism and recompute, the
+    The segments travel as an argument, not as state of the module: with pipeline parallelism and recompute, the
     backward of one microbatch runs after the forward of a later one.
     """
 
@@ -124,13 +239,13 @@ class PackedAttention(MegatronModule):
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor, *_: Any, **__: Any) -> Tensor:
         """[T, 1, heads, head_dim] each -> [T, 1, heads x head_dim]."""
-        lengths = tuple(attention_mask.tolist())
+        lengths, parents = (tuple(column) for column in attention_mask.T.tolist())
         q_TND, k_TKD, v_TKD = query.squeeze(1), key.squeeze(1), value.squeeze(1)
         if self.context.size() > 1:
             drop = self.config.recompute_granularity is None
-            out = context_attention(q_TND, k_TKD, v_TKD, lengths, self.scale, self.context, drop, self.window)
+            out = context_attention(q_TND, k_TKD, v_TKD, lengths, parents, self.scale, self.context, drop, self.window)
         else:
-            out = packed_attention(q_TND, k_TKD, v_TKD, lengths, self.scale, self.window)
+            out = tree_attention(q_TND, k_TKD, v_TKD, lengths, parents, self.scale, self.window)
         return out.unsqueeze(1)
 
 

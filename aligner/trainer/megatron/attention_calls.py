@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 
 WASTE = 0.03
@@ -34,6 +35,39 @@ def shared_calls(lengths: tuple[int, ...]) -> list[list[int]]:
         allowance = allowance * 9 // 10
 
 
-def attended(lengths: tuple[int, ...]) -> int:
-    """Tokens that the attention calls compute for these rows, padding included."""
-    return sum(len(call) * lengths[call[0]] for call in shared_calls(lengths))
+def roots(parents: Sequence[int]) -> int:
+    """How many segments without a parent come first."""
+    return next((number for number, parent in enumerate(parents) if parent >= 0), len(parents))
+
+
+def starts(lengths: Sequence[int], parents: Sequence[int]) -> list[int]:
+    """Position of each segment's first token in its rows."""
+    made: list[int] = []
+    for parent in parents:
+        made.append(made[parent] + lengths[parent] if parent >= 0 else 0)
+    return made
+
+
+def branch_calls(lengths: tuple[int, ...], parents: tuple[int, ...]) -> list[list[int]]:
+    """The segments of each further call, after those of the first `roots`: they begin at the same position."""
+    start_of = starts(lengths, parents)
+    alike: dict[int, list[int]] = {}
+    for segment in range(roots(parents), len(lengths)):
+        alike.setdefault(start_of[segment], []).append(segment)
+    return [
+        [members[row] for row in call]
+        for members in alike.values()
+        for call in shared_calls(tuple(lengths[segment] for segment in members))
+    ]
+
+
+def attended(lengths: tuple[int, ...], parents: tuple[int, ...] | None = None) -> int:
+    """Tokens that the attention calls compute for these segments, padding included.
+
+    Args:
+        parents: number of each one's parent or -1; None: none has one.
+    """
+    if parents is None:
+        parents = (-1,) * len(lengths)
+    calls = [*shared_calls(lengths[: roots(parents)]), *branch_calls(lengths, parents)]
+    return sum(len(call) * max(lengths[segment] for segment in call) for call in calls)

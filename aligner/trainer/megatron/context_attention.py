@@ -21,7 +21,11 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.attention.bias import causal_lower_right
 
 from aligner.trainer.context import split_rows
+from aligner.trainer.megatron.attention_calls import starts
 from aligner.trainer.megatron.attention_mask import BLOCK, causal_bias
+
+Runs = tuple[tuple[int, int], ...]
+"""Consecutive tokens, as (first, one past the last); what they hold follows one another."""
 
 
 @dataclass(frozen=True)
@@ -30,10 +34,10 @@ class Call:
 
     queries: int
     keys: int
-    at: tuple[int, ...]
-    """Among this rank's tokens: where the queries begin."""
-    first: tuple[int, ...]
-    """Among all ranks' rows: where the keys begin."""
+    at: tuple[Runs, ...]
+    """Among this rank's tokens: the queries, which are one run."""
+    among: tuple[Runs, ...]
+    """Among all ranks' segments: the keys."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +46,7 @@ class Plan:
 
     calls: tuple[Call, ...]
     order_S: Tensor
-    """Place of each row's tokens, in order, in what [ranks, T] are when gathered."""
+    """Place of each segment's tokens, in order, in what [ranks, T] are when gathered."""
     back_T: Tensor
     """Place of each of this rank's tokens in the calls' joined outputs; its padding reads one more token, of zeros."""
     longest: int
@@ -53,6 +57,7 @@ class Plan:
 @lru_cache(maxsize=64)
 def make_plan(
     lengths: tuple[int, ...],
+    parents: tuple[int, ...],
     ranks: int,
     rank: int,
     held: int,
@@ -66,25 +71,43 @@ def make_plan(
         held: tokens of each rank, with its padding.
         block: queries of one call at most; 0: no limit.
     """
-    split = split_rows(lengths, ranks)
-    shapes: dict[tuple[int, int], list[tuple[int, int]]] = {}
+    split, before = split_rows(lengths, ranks), starts(lengths, parents)
+    shapes: dict[tuple[int, int], list[tuple[Runs, Runs]]] = {}
     at = 0
     for span in split.spans[rank]:
         step = block or span.stop
         for start in range(span.start, span.stop, step):
             stop = min(span.stop, start + step)
-            low = max(0, start - window + 1) if window else 0
-            shapes.setdefault((stop - start, stop - low), []).append((at, split.starts[span.row] + low))
-            at += stop - start
+            queries, keys = stop - start, before[span.row] + stop
+            low = max(0, keys - queries - window + 1) if window else 0
+            runs = _runs_from(low, span.row, stop, lengths, parents, split.starts)
+            shapes.setdefault((queries, keys - low), []).append((((at, at + queries),), runs))
+            at += queries
     calls = tuple(Call(n, m, *map(tuple, zip(*places, strict=True))) for (n, m), places in shapes.items())
     order_S = torch.empty(sum(lengths), dtype=torch.long)
     for other in range(ranks):
         order_S[split.token_indices(other)] = other * held + torch.arange(split.tokens(other))
-    joined = [torch.arange(place, place + call.queries) for call in calls for place in call.at]
+    joined = [torch.arange(first, stop) for call in calls for ((first, stop),) in call.at]
     back_T = torch.full((held,), at)
     if joined:
         back_T[torch.cat(joined)] = torch.arange(at)
-    return Plan(calls, order_S.to(device), back_T.to(device), max(lengths), window)
+    return Plan(calls, order_S.to(device), back_T.to(device), max(call.keys for call in calls) if calls else 0, window)
+
+
+def _runs_from(
+    low: int, segment: int, stop: int, lengths: Sequence[int], parents: Sequence[int], firsts: Sequence[int]
+) -> Runs:
+    """A row's tokens from position `low` to the `stop`-th of one of its segments, whose ancestors hold the earlier ones."""
+    runs = [(firsts[segment], firsts[segment] + stop)]
+    while (segment := parents[segment]) >= 0:
+        runs.append((firsts[segment], firsts[segment] + lengths[segment]))
+    kept = []
+    for first, end in reversed(runs):
+        skipped = min(low, end - first)
+        low -= skipped
+        if first + skipped < end:
+            kept.append((first + skipped, end))
+    return tuple(kept)
 
 
 @dataclass
@@ -150,11 +173,11 @@ class _GatherAgain(torch.autograd.Function):
         return grad, None, None, None, None, None, None
 
 
-def _rows_of(call: Call, x: Tensor, first: Sequence[int], count: int) -> Tensor:
-    """[tokens, heads, head_dim] -> [rows, heads, count, head_dim]: a view where the call has one row."""
-    if len(first) == 1:
-        return x[first[0] : first[0] + count].transpose(0, 1)[None]
-    return torch.stack([x[at : at + count] for at in first]).transpose(1, 2)
+def _rows_of(x: Tensor, rows: Sequence[Runs]) -> Tensor:
+    """[tokens, heads, head_dim] -> [rows, heads, count, head_dim]: a view where one run is all."""
+    parts = [x[first:stop] for runs in rows for first, stop in runs]
+    joined = parts[0] if len(parts) == 1 else torch.cat(parts)
+    return joined.unflatten(0, (len(rows), -1)).transpose(1, 2)
 
 
 def _kept_out(gathered: Gathered, call: Call, key: Tensor, value: Tensor) -> AbstractContextManager[Any]:
@@ -169,7 +192,7 @@ def _kept_out(gathered: Gathered, call: Call, key: Tensor, value: Tensor) -> Abs
         if isinstance(kept, Tensor):
             return kept
         which, *view = kept
-        return _rows_of(call, gathered.rows[which], call.first, call.keys).as_strided(*view)
+        return _rows_of(gathered.rows[which], call.among).as_strided(*view)
 
     return saved_tensors_hooks(pack, unpack)
 
@@ -191,16 +214,18 @@ def context_attention(
     k_TKD: Tensor,
     v_TKD: Tensor,
     lengths: tuple[int, ...],
+    parents: tuple[int, ...],
     scale: float,
     group: dist.ProcessGroup,
     drop: bool = True,
     window: int | None = None,
 ) -> Tensor:
-    """Causal attention inside each row of this rank's queries to the keys and values of all ranks.
+    """Causal attention of this rank's queries to the keys and values of all ranks, in each segment and its ancestors.
 
     Args:
         q_TND: [T, query heads, head_dim]; k_TKD, v_TKD: [T, key/value heads, head_dim]; T is the same on every rank.
-        lengths: tokens of each whole row, in order.
+        lengths: tokens of each whole segment, in order.
+        parents: number of each one's parent, or -1.
         drop: gather keys and values again in the backward; false where the backward follows at once (recompute).
         window: a query sees this many tokens, itself the last of them; None: all before it in its row.
 
@@ -208,14 +233,14 @@ def context_attention(
         [T, query heads x head_dim]; 0 at the padding.
     """
     block = BLOCK if window else _block(q_TND)
-    plan = make_plan(lengths, group.size(), group.rank(), len(q_TND), block, q_TND.device, window)
+    plan = make_plan(lengths, parents, group.size(), group.rank(), len(q_TND), block, q_TND.device, window)
     gathered = Gathered(group, plan.order_S)
     key, value = _Gather.apply(k_TKD, v_TKD, gathered)
     grouped = q_TND.shape[1] != k_TKD.shape[1]
     outs = []
     for call in plan.calls:
-        k, v = (_rows_of(call, x, call.first, call.keys) for x in (key, value))
-        q, bias = _rows_of(call, q_TND, call.at, call.queries), _bias(call, plan, q_TND)
+        k, v = (_rows_of(x, call.among) for x in (key, value))
+        q, bias = _rows_of(q_TND, call.at), _bias(call, plan, q_TND)
         with _kept_out(gathered, call, k, v) if drop else nullcontext():
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale, enable_gqa=grouped)
         outs.append(out.transpose(1, 2).reshape(-1, q_TND.shape[1] * q_TND.shape[2]))

@@ -23,6 +23,7 @@ from aligner.trainer.megatron.pipeline import Pipeline
 from aligner.trainer.megatron.random_states import random_states, set_random_states
 from aligner.trainer.offload import Offloaded, Scratch
 from aligner.trainer.packing import Packed, pack
+from aligner.trainer.prefix_tree import Segment
 from aligner.trainer.readout import Readout
 
 if TYPE_CHECKING:
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
 
 class MegatronEngine(TrainEngine):
     """A GPTModel of Megatron-core, its pipeline schedule and its optimizer, with process groups of the role's own."""
+
+    shares_prefixes = True
 
     def __init__(
         self,
@@ -78,10 +81,10 @@ class MegatronEngine(TrainEngine):
         """Megatron's parameters by the regions that `MegatronLayout` says they hold."""
         return self.model
 
-    def pack(self, tokens_BT: Tensor, length_B: Tensor) -> Packed:
+    def pack(self, tokens_BT: Tensor, length_B: Tensor, segments: Sequence[Segment] = ()) -> Packed:
         """Padded to a multiple of the tensor ranks under sequence parallelism, cut over context ranks."""
         context = self.mesh.coordinates(self.world.rank)["context"]
-        return pack(tokens_BT, length_B, self.multiple_of, self.world.device, self.mesh.context, context)
+        return pack(tokens_BT, length_B, self.multiple_of, self.world.device, self.mesh.context, context, segments)
 
     def microbatch_count(self, wanted: int) -> int | None:
         """As many on every data shard where these exchange tokens with each other's experts; a multiple of the stages for a
@@ -97,7 +100,8 @@ class MegatronEngine(TrainEngine):
 
     def computed_tokens(self, batch: Packed) -> int:
         """With the padding of attention calls that rows of similar length share."""
-        return attended(tuple(batch.lengths.tolist()))
+        lengths, parents = (tuple(column) for column in batch.segments_S2.T.tolist())
+        return attended(lengths, parents)
 
     def forward(self, batches: Sequence[Packed]) -> list[Tensor]:
         """Through the pipeline; one broadcast brings the results from its last stage to the others."""
