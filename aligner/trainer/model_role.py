@@ -1,4 +1,4 @@
-"""`ModelRole`: a model on a training backend, loaded over its ranks, run over a batch, and exported."""
+"""`ModelRole`: a model on a training backend: loading, forward passes over a batch, export."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from aligner.spmd.ref import Ref
 from aligner.spmd.residency import Kind
 from aligner.spmd.role import Role
 from aligner.spmd.world import World
-from aligner.trainer.config import SHARED_AT_LEAST, TrainingConfig
+from aligner.trainer.config import MIN_SHARED_TOKENS, TrainingConfig
 from aligner.trainer.engine import TrainEngine
 from aligner.trainer.engines import backend
-from aligner.trainer.packing import Packed, even_microbatches, microbatches, units
-from aligner.trainer.prefix_tree import PrefixTree, find_prefixes, whole_rows
+from aligner.trainer.packing import Packed, even_microbatches, microbatches, row_units
+from aligner.trainer.prefix_tree import PrefixTree, find_prefixes, separate_rows
 from aligner.trainer.readout import Readout
 
 
 class ModelRole(Role, ABC):
-    """A model of `config.engine` whose `readout` of a batch is a role call: log-probabilities, values or scores."""
+    """A model on the training backend `config.engine`; its role calls return its `readout`: log-probabilities, values or scores."""
 
     needs: ClassVar[Mapping[str, Sequence[str]]] = dict.fromkeys(
         ("logprobs", "values", "scores", "save_checkpoint", "reshard_to"), ("weights",)
@@ -55,7 +55,7 @@ class ModelRole(Role, ABC):
             sequence_parallel: split activations along the sequence between tensor-parallel ranks.
 
         Raises:
-            ValueError: the training backend cannot run the model, or a file of its folder is missing or broken.
+            ValueError: the training backend cannot run the model, or a file of its folder is missing or damaged.
         """
         super().__init__(name, world, mesh, row_cost(spec))
         self.spec, self.config = spec, config
@@ -71,7 +71,7 @@ class ModelRole(Role, ABC):
 
     @property
     def engine(self) -> TrainEngine:
-        """The model itself; on the role's ranks only."""
+        """The training engine; on the role's ranks only."""
         assert self._engine is not None, f"rank {self.world.rank} is not one of {self.name}'s"
         return self._engine
 
@@ -84,14 +84,14 @@ class ModelRole(Role, ABC):
 
     @abstractmethod
     def readout(self) -> Readout:
-        """What this kind of role makes of its head's output."""
+        """What this kind of role computes from its head's output."""
 
     def forward(self, samples: Samples) -> Tensor:
-        """The readout of this shard's rows, on every rank that holds them: [B] or [B, T] float32, on the host.
+        """The first readout of this data shard's rows, on every rank that holds them: [B] or [B, T] float32, on the host.
 
-        [B, T] is 0 at each row's first token and beyond its last; the caller applies the mask.
+        [B, T] is 0 at each row's first token and in its padding; the caller applies the mask.
         """
-        tree = self.prefixes(samples)
+        tree = self.prefix_tree(samples)
         batches = self.microbatches(tree, self.config.forward_micro_tokens or self.config.micro_tokens)
         results = self.engine.forward(self.packed(samples, batches, tree))
         out = torch.zeros(samples.tokens_BT.shape[: results[0].dim()], device=self.world.device)
@@ -100,46 +100,44 @@ class ModelRole(Role, ABC):
                 (out if result.dim() == 1 else out[:, : result.shape[1]])[torch.tensor(rows)] = result
         return out.cpu()
 
-    def prefixes(self, samples: Samples) -> PrefixTree:
-        """What the rows of this shard share, as `config.share_prefix` says."""
-        least = SHARED_AT_LEAST[self.config.share_prefix]
-        if least is None or not self.engine.shares_prefixes:
-            return whole_rows(samples.length_B.tolist())
-        return find_prefixes(samples.tokens_BT, samples.length_B, least)
+    def prefix_tree(self, samples: Samples) -> PrefixTree:
+        """The common prefixes of this data shard's rows that are computed once, by `config.share_prefix`."""
+        min_tokens = MIN_SHARED_TOKENS[self.config.share_prefix]
+        if min_tokens is None or not self.engine.shares_prefixes:
+            return separate_rows(samples.length_B.tolist())
+        return find_prefixes(samples.tokens_BT, samples.length_B, min_tokens)
 
     def microbatches(self, tree: PrefixTree, budget: int, together: int = 1) -> list[list[int]]:
-        """This shard's rows of each microbatch; as many microbatches, and as even, as the engine needs.
+        """Row indices of each microbatch of this data shard; their number is the one that the engine needs.
 
-        Empty ones weigh nothing, and are there for the collectives of others.
+        Empty microbatches contribute nothing; they only take part in the collectives.
 
         Args:
-            tree: this shard's rows.
-            budget: computed tokens of one microbatch, at most (a longer row is one of its own).
+            tree: this data shard's rows.
+            budget: maximum computed tokens of one microbatch (a longer row becomes a microbatch of its own).
             together: groups of this many consecutive rows are never split.
         """
-        parts = units(tree, budget, together, self.cost)
-        batches = microbatches(parts, budget) or [[]]
+        units = row_units(tree, budget, together, self.cost)
+        batches = microbatches(units, budget) or [[]]
         count = self.engine.microbatch_count(len(batches))
-        return batches if count is None else even_microbatches(parts, budget, count)
+        return batches if count is None else even_microbatches(units, budget, count)
 
     def packed(self, samples: Samples, batches: list[list[int]], tree: PrefixTree) -> list[Packed]:
-        """These microbatches as the engine runs them."""
-        nothing = self.engine.pack(torch.zeros(1, 2, dtype=torch.long), torch.tensor([2]))
-        return [self._pack(samples, rows, tree) if rows else nothing for rows in batches]
+        """These microbatches, packed for the engine."""
+        empty = self.engine.pack(torch.zeros(1, 2, dtype=torch.long), torch.tensor([2]))
+        return [self._pack(samples, rows, tree) if rows else empty for rows in batches]
 
     def _pack(self, samples: Samples, rows: list[int], tree: PrefixTree) -> Packed:
         part = batch_ops.take(samples, rows)
-        tokens_BT = part.tokens_BT[:, : int(part.length_B.max())]
-        if not self.engine.shares_prefixes:
-            return self.engine.pack(tokens_BT, part.length_B)
-        return self.engine.pack(tokens_BT, part.length_B, tree.segments(rows))
+        segments = tree.segments(rows) if self.engine.shares_prefixes else ()
+        return self.engine.pack(part.tokens_BT[:, : int(part.length_B.max())], part.length_B, segments)
 
     def save_checkpoint(self, folder: str | Path, dtype: str | None = None, run: str | None = None) -> None:
         """Write a Hugging Face checkpoint (config, safetensors, tokenizer) from the ranks that hold the weights.
 
         Args:
-            dtype: of the written weights; None: `config.dtype`.
-            run: whose the folder is (see `export_checkpoint`); None: no run's.
+            dtype: data type of the written weights; None: `config.dtype`.
+            run: the run that owns the folder (see `export_checkpoint`); None: no run.
         """
         with self.call("save_checkpoint"):
             if self.member:
@@ -155,11 +153,11 @@ class ModelRole(Role, ABC):
                 )
 
     def read(self, method: str, samples: Ref) -> Ref:
-        """The role call `method`: `forward` of the batch, 0 outside `samples.mask_BT` where it is [B, T]."""
+        """Implements the role call `method`: `forward` of the batch; a [B, T] result is 0 outside `samples.mask_BT`."""
         with self.call(method):
             local = self.localize((samples,), {})
             if not self.member:
                 return Ref(self, None, local.rows)
-            mine: Samples = local.args[0]
-            value = self.forward(mine)
-            return Ref(self, value if value.dim() == 1 else torch.where(mine.mask_BT, value, 0.0), local.rows)
+            local_samples: Samples = local.args[0]
+            value = self.forward(local_samples)
+            return Ref(self, value if value.dim() == 1 else torch.where(local_samples.mask_BT, value, 0.0), local.rows)

@@ -1,7 +1,7 @@
 """Sequence packing: microbatches by a token budget, and the flat layout of one packed microbatch.
 
-T here counts the tokens of all segments of the microbatch, one segment after the other; with context parallelism those that
-this rank holds. A segment is a row, or what several rows share (see `prefix_tree`).
+Here T counts the tokens of all segments of the microbatch, concatenated; with context parallelism those that this rank holds. A
+segment is a row, a common prefix of several, or the rest of one (see `prefix_tree`).
 """
 
 from __future__ import annotations
@@ -15,105 +15,104 @@ from torch import Tensor
 from aligner.spmd.cost import TOKENS, Cost
 from aligner.spmd.partition import deal
 from aligner.trainer.context import split_rows, tokens_per_rank
-from aligner.trainer.prefix_tree import PrefixTree, Segment, whole_rows
+from aligner.trainer.prefix_tree import PrefixTree, Segment, separate_rows
 
 
 @dataclass(frozen=True)
 class Unit:
-    """Rows that no microbatch splits."""
+    """Rows that are never split over microbatches."""
 
     rows: tuple[int, ...]
-    """Ascending within each group of rows that belong together."""
     tokens: int
-    """What they are in a microbatch, at most; others may share tokens with them."""
+    """Tokens to compute for them in a microbatch, at most: other units may have a prefix in common with them."""
     cost: int
 
 
-def units(tree: PrefixTree, budget: int, together: int = 1, cost: Cost = TOKENS) -> list[Unit]:
-    """Rows that share a beginning, as many as the budget allows in one unit; every other row is one of its own.
+def row_units(tree: PrefixTree, budget: int, together: int = 1, cost: Cost = TOKENS) -> list[Unit]:
+    """One unit for rows with a common prefix, or several if they exceed the budget; one for every other row.
 
     Args:
-        budget: tokens of one microbatch: where rows that share a beginning are more, each part of them computes it.
+        budget: maximum tokens of one microbatch.
         together: groups of this many consecutive rows are never split.
     """
     rows = len(tree.length_B)
-    assert rows % together == 0, f"{rows} rows are not whole groups of {together}"
+    assert rows % together == 0, f"{rows} rows are not complete groups of {together}"
     groups = [tuple(range(first, first + together)) for first in range(0, rows, together)]
-    made: list[list[int]] = []
+    units: list[list[int]] = []
     for family in _families(tree, groups):
         unit: list[int] = []
         nodes: set[int] = set()
         tokens = 0
         for group in sorted(family, key=lambda group: min(tree.order_B[row] for row in groups[group])):
-            more = {node for row in groups[group] for node in tree.path(row)}
+            group_nodes = {node for row in groups[group] for node in tree.path(row)}
             own = sum(tree.length_B[row] - tree.own_start(row) for row in groups[group])
-            if unit and tokens + own + tree.node_tokens(more - nodes) > budget:
-                made.append(unit)
+            if unit and tokens + own + tree.node_tokens(group_nodes - nodes) > budget:
+                units.append(unit)
                 unit, nodes, tokens = [], set(), 0
-            tokens += own + tree.node_tokens(more - nodes)
-            nodes |= more
+            tokens += own + tree.node_tokens(group_nodes - nodes)
+            nodes |= group_nodes
             unit += groups[group]
-        made.append(unit)
-    return [Unit(tuple(unit), tree.tokens(unit), tree.cost(unit, cost)) for unit in sorted(made)]
+        units.append(unit)
+    return [Unit(tuple(unit), tree.tokens(unit), tree.cost(unit, cost)) for unit in sorted(units)]
 
 
 def _families(tree: PrefixTree, groups: Sequence[Sequence[int]]) -> list[list[int]]:
-    """Numbers of the groups that are linked by rows that begin in the same node."""
-    joined = list(range(len(groups)))  # a number on the way to the family's lowest
+    """Indices of the groups connected by common prefixes of their rows (union-find)."""
+    towards_first = list(range(len(groups)))
 
-    def lowest(number: int) -> int:
-        while joined[number] != number:
-            joined[number] = number = joined[joined[number]]
-        return number
+    def first_of(index: int) -> int:
+        while towards_first[index] != index:
+            towards_first[index] = index = towards_first[towards_first[index]]
+        return index
 
     first_in: dict[int, int] = {}
-    for number, group in enumerate(groups):
+    for index, group in enumerate(groups):
         for root in {path[0] for row in group if (path := tree.path(row))}:
-            a, b = sorted((lowest(first_in.setdefault(root, number)), lowest(number)))
-            joined[b] = a
+            first, second = sorted((first_of(first_in.setdefault(root, index)), first_of(index)))
+            towards_first[second] = first
     families: dict[int, list[int]] = {}
-    for number in range(len(groups)):
-        families.setdefault(lowest(number), []).append(number)
+    for index in range(len(groups)):
+        families.setdefault(first_of(index), []).append(index)
     return list(families.values())
 
 
-def microbatches(parts: Sequence[Unit], budget: int) -> list[list[int]]:
-    """Rows of each microbatch: at most `budget` tokens each, in few microbatches, units of similar size together.
+def microbatches(units: Sequence[Unit], budget: int) -> list[list[int]]:
+    """Row indices of each microbatch: at most `budget` tokens each, in few microbatches, units of similar size together.
 
-    Largest first into the first microbatch that has room (first fit decreasing, Johnson 1974: at most 11/9 of the fewest
-    and one). What is larger than the budget gets a microbatch of its own.
+    First fit decreasing (Johnson 1974): at most 11/9 of the minimum, plus one. A unit larger than the budget becomes a
+    microbatch of its own.
     """
-    return [_rows(batch) for batch in _first_fit(parts, budget)]
+    return [_rows(batch) for batch in _first_fit(units, budget)]
 
 
-def _first_fit(parts: Sequence[Unit], budget: int) -> list[list[Unit]]:
+def _first_fit(units: Sequence[Unit], budget: int) -> list[list[Unit]]:
     batches: list[list[Unit]] = []
-    room: list[int] = []
-    for unit in sorted(parts, key=_largest_first):
-        place = next((number for number, left in enumerate(room) if left >= unit.tokens), len(room))
-        if place == len(room):
+    free: list[int] = []
+    for unit in sorted(units, key=_largest_first):
+        index = next((i for i, tokens_left in enumerate(free) if tokens_left >= unit.tokens), len(free))
+        if index == len(free):
             batches.append([])
-            room.append(budget)
-        batches[place].append(unit)
-        room[place] -= unit.tokens
+            free.append(budget)
+        batches[index].append(unit)
+        free[index] -= unit.tokens
     return batches
 
 
-def even_microbatches(parts: Sequence[Unit], budget: int, count: int) -> list[list[int]]:
-    """Exactly `count` microbatches of nearly equal cost, dearest first, for ranks that wait for each other's; those at the
-    end are empty where there are fewer units.
+def even_microbatches(units: Sequence[Unit], budget: int, count: int) -> list[list[int]]:
+    """Exactly `count` microbatches of nearly equal cost, most expensive first, for ranks that wait for each other's
+    microbatches. If there are fewer units, the last ones are empty.
 
     Args:
-        count: as many as `microbatches` finds, or more.
+        count: at least the number that `microbatches` returns.
     """
-    dealt = deal([unit.cost for unit in parts], count, [unit.tokens for unit in parts])
-    batches = [[parts[number] for number in share] for share in dealt]
+    shares = deal([unit.cost for unit in units], count, [unit.tokens for unit in units])
+    batches = [[units[index] for index in share] for share in shares]
     if any(len(batch) > 1 and sum(unit.tokens for unit in batch) > budget for batch in batches):
-        batches = _first_fit(parts, budget)
-        while len(batches) < count:  # halve the dearest: that keeps within the budget
+        batches = _first_fit(units, budget)
+        while len(batches) < count:  # split the most expensive one: both halves keep within the budget
             batches.sort(key=lambda batch: _cost(batch) if len(batch) > 1 else -1)
             batch = batches.pop()
-            batches += [[batch[at] for at in half] for half in deal([unit.cost for unit in batch], 2)]
+            batches += [[batch[index] for index in half] for half in deal([unit.cost for unit in batch], 2)]
     batches.sort(key=lambda batch: -_cost(batch))
     return [_rows(sorted(batch, key=_largest_first)) for batch in batches]
 
@@ -132,36 +131,38 @@ def _rows(batch: Sequence[Unit]) -> list[int]:
 
 @dataclass(frozen=True)
 class Packed:
-    """One microbatch as the model sees it on one context rank."""
+    """One microbatch as the model gets it on one context-parallel rank."""
 
     tokens_T: Tensor
-    """int64: the segments' tokens, then zeros up to a multiple of `multiple_of`; as many on every context rank."""
+    """int64: the segments' tokens, then zeros up to a multiple of `multiple_of`; the same number on every context-parallel rank."""
     positions_T: Tensor
     """int64: position of each token in its rows."""
     targets_T: Tensor
     """int64: the next token of its rows; 0 at a row's last token."""
     segments_S2: Tensor
-    """int32, CPU: (tokens, number of the parent or -1) of each segment (the padding counts as one more without a parent);
-    over context ranks of each whole segment."""
+    """int32, CPU: (number of tokens, index of the parent or -1) of each segment; padding counts as one more segment. With context
+    parallelism, of each complete segment."""
     source_N: Tensor
-    """Flat positions whose prediction is wanted: every token but each row's last, once for each of its rows."""
+    """Indices in [T] of tokens whose prediction is used: all but each row's last; a shared token's once for each of its rows."""
     target_N: Tensor
-    """Where it belongs in a flattened [B, width] array: the predicted token's own place."""
+    """Index of each predicted token in a flattened [B, width] array."""
     last_N: Tensor
-    """Flat positions of rows' last tokens."""
+    """Indices in [T] of rows' last tokens."""
     row_N: Tensor
-    """Whose last tokens they are: all rows but those that end on another context rank."""
+    """The rows of `last_N`: all but those that end on another context-parallel rank."""
     rows: int
+    """B."""
     width: int
+    """Tokens of the longest row."""
 
     def to_rows(self, value_T: Tensor) -> Tensor:
-        """Per-prediction values [T] -> [B, width] at the predicted token, of each row that shares it; 0 elsewhere, as for
-        tokens that another context rank holds. Differentiable."""
+        """Per-prediction values [T] -> [B, width], at the predicted tokens of all rows; 0 elsewhere, also at tokens of other
+        context-parallel ranks. Differentiable."""
         flat = value_T.new_zeros(self.rows * self.width)
         return flat.index_copy(0, self.target_N, value_T[self.source_N]).view(self.rows, self.width)
 
     def at_ends(self, value_T: Tensor) -> Tensor:
-        """Values [T] -> [B] at each row's last token; 0 where another context rank holds it. Differentiable."""
+        """Values [T] -> [B], at each row's last token; 0 if another context-parallel rank holds it. Differentiable."""
         return value_T.new_zeros(self.rows).index_copy(0, self.row_N, value_T[self.last_N])
 
 
@@ -174,48 +175,52 @@ def pack(
     context_rank: int = 0,
     segments: Sequence[Segment] = (),
 ) -> Packed:
-    """Right-padded rows -> one packed microbatch, as one context rank has it.
+    """Right-padded rows -> one packed microbatch, for one context-parallel rank.
 
     Args:
-        tokens_BT: int64 rows.
-        length_B: tokens of each row.
-        multiple_of: pad the total to it (sequence parallelism needs a multiple of the tensor size).
-        context: ranks that the segments are cut over.
-        segments: what rows share, and the rest of each; none: each row is a segment.
+        tokens_BT: int64, on the host.
+        length_B: number of tokens of each row.
+        multiple_of: pad T to a multiple of it (sequence parallelism needs a multiple of the tensor-parallel size).
+        context: number of ranks that the segments are split over.
+        segments: common prefixes and the rest of each row; empty: each row is a segment.
     """
     rows, width = tokens_BT.shape
-    segments = segments or whole_rows(length_B.tolist()).segments(range(rows))
+    segments = segments or separate_rows(length_B.tolist()).segments(range(rows))
     segments_S2 = torch.tensor([(one.stop - one.start, one.parent) for one in segments], dtype=torch.int32)
-    length_S, sharers_S = segments_S2[:, 0], torch.tensor([len(one.rows) for one in segments])
-    number_S = torch.repeat_interleave(torch.arange(len(segments)), length_S)
-    position_S = torch.cat([torch.arange(one.start, one.stop) for one in segments])
-    mine_T = torch.arange(len(number_S))
+    lengths, row_of = segments_S2[:, 0].tolist(), torch.tensor([one.rows[0] for one in segments])
+    segment_of = torch.repeat_interleave(torch.arange(len(segments)), segments_S2[:, 0])
+    position_of = torch.cat([torch.arange(one.start, one.stop) for one in segments])
+    local_T = torch.arange(len(segment_of))
     if context > 1:
-        mine_T = split_rows(tuple(length_S.tolist()), context).token_indices(context_rank)
-    number_T, positions_T = number_S[mine_T], position_S[mine_T]
-    row_T = torch.tensor([one.rows[0] for one in segments])[number_T]
+        local_T = split_rows(tuple(lengths), context).token_indices(context_rank)
+    segment_T, positions_T = segment_of[local_T], position_of[local_T]
+    row_T = row_of[segment_T]
     is_last_T = positions_T == length_B[row_T] - 1
     tokens_T = tokens_BT[row_T, positions_T]
     targets_T = tokens_BT[row_T, (positions_T + 1).clamp(max=width - 1)].masked_fill(is_last_T, 0)
-    predicts_T, last_N = torch.nonzero(~is_last_T)[:, 0], torch.nonzero(is_last_T)[:, 0]
-    source_N = torch.repeat_interleave(predicts_T, sharers_S[number_T[predicts_T]])
-    target_N = _row_of_each(segments, number_T[predicts_T]) * width + positions_T[source_N] + 1
-    missing = tokens_per_rank(length_S.tolist(), context, multiple_of) - len(mine_T)
+    last_N = torch.nonzero(is_last_T)[:, 0]
+    source_N, source_row_N = _each_row(segments, segment_T, torch.nonzero(~is_last_T)[:, 0])
+    target_N = source_row_N * width + positions_T[source_N] + 1
+    missing = tokens_per_rank(lengths, context, multiple_of) - len(local_T)
     if missing:
         tokens_T, targets_T = (torch.cat([x, x.new_zeros(missing)]) for x in (tokens_T, targets_T))
         positions_T = torch.cat([positions_T, torch.arange(missing)])
         if context == 1:
             segments_S2 = torch.cat([segments_S2, torch.tensor([[missing, -1]], dtype=torch.int32)])
-    held = (tokens_T, positions_T, targets_T, source_N, target_N, last_N, row_T[last_N])
-    on = [x.to(device, non_blocking=True) for x in held]
-    return Packed(on[0], on[1], on[2], segments_S2, on[3], on[4], on[5], on[6], rows, width)
+    tensors = (tokens_T, positions_T, targets_T, source_N, target_N, last_N, row_T[last_N])
+    tokens_T, positions_T, targets_T, source_N, target_N, last_N, row_N = (
+        x.to(device, non_blocking=True) for x in tensors
+    )
+    return Packed(tokens_T, positions_T, targets_T, segments_S2, source_N, target_N, last_N, row_N, rows, width)
 
 
-def _row_of_each(segments: Sequence[Segment], number_N: Tensor) -> Tensor:
-    """Tokens' segments -> the rows of each token, one token's after the other's."""
-    count_S = torch.tensor([len(one.rows) for one in segments])
+def _each_row(segments: Sequence[Segment], segment_T: Tensor, index_N: Tensor) -> tuple[Tensor, Tensor]:
+    """Indices in [T] -> (indices, rows): each index once for every row of its segment."""
+    count = torch.tensor([len(one.rows) for one in segments])
     rows = torch.tensor([row for one in segments for row in one.rows])
-    first_N = (torch.cumsum(count_S, 0) - count_S)[number_N]
-    count_N = count_S[number_N]
-    base_N = torch.cumsum(count_N, 0) - count_N
-    return rows[torch.arange(int(count_N.sum())) + torch.repeat_interleave(first_N - base_N, count_N)]
+    segment_N = segment_T[index_N]
+    count_N = count[segment_N]
+    # offset from an entry's place here to that of its row in `rows`
+    offset_N = (torch.cumsum(count, 0) - count)[segment_N] - (torch.cumsum(count_N, 0) - count_N)
+    place = torch.arange(int(count_N.sum()))
+    return torch.repeat_interleave(index_N, count_N), rows[place + torch.repeat_interleave(offset_N, count_N)]

@@ -1,8 +1,8 @@
-"""Prefix sharing: which beginnings the rows of a batch have in common, and the segments that compute each of them once.
+"""Prefix sharing: common prefixes of the rows of a batch, as a tree, and the segments of a microbatch that compute each once.
 
-Found by comparing token ids, whatever the rows are: samples of one prompt, pairs, rows with one system prompt. Of the tokens
-that rows have in common the last one stays with each row: what follows it differs, so that every shared token predicts one
-next token, and every row's last token is its own.
+Prefixes are found by comparing token ids, so it does not matter what the rows are: samples of one prompt, preference pairs,
+rows with one system prompt. The last of the tokens that rows have in common is computed by each row, since the next token
+differs: every shared token then has one target, and every row's last token belongs to it alone.
 """
 
 from __future__ import annotations
@@ -20,37 +20,37 @@ from aligner.spmd.cost import Cost
 
 @dataclass(frozen=True)
 class Segment:
-    """Consecutive tokens, computed once for all rows that begin with those of its ancestors and its own."""
+    """Consecutive tokens that are computed once, for all rows that start with its ancestors' tokens and its own."""
 
     parent: int
-    """Number of the segment before it; -1: it begins these rows."""
+    """Index of the segment before it; -1: it starts its rows."""
     start: int
     """Position of its first token."""
     stop: int
     """One past the position of its last token."""
     rows: tuple[int, ...]
-    """The rows that have it; one at the end of a row."""
+    """The rows that have it: one if it is the rest of a row."""
 
 
 @dataclass(frozen=True)
 class PrefixTree:
-    """Beginnings that rows of a batch share, as nodes of a tree: a node's tokens come after those of its parent."""
+    """Common prefixes of the rows of a batch: a node's tokens follow those of its parent."""
 
     parents: tuple[int, ...]
-    """Of each node; -1: it begins at a row's first token. Parents have lower numbers."""
+    """Index of each node's parent, which comes before it; -1: it starts its rows."""
     starts: tuple[int, ...]
     """Position of each node's first token."""
     stops: tuple[int, ...]
     """One past the position of its last token."""
     last_node_B: tuple[int, ...]
-    """Of each row: the last node that it passes through; -1: it shares nothing."""
+    """The last node of each row; -1: it shares no prefix."""
     length_B: tuple[int, ...]
-    """Tokens of each row."""
+    """Number of tokens of each row."""
     order_B: tuple[int, ...]
-    """Of each row: its place among the rows in lexicographic order, in which the rows of a node are neighbours."""
+    """Rank of each row in lexicographic order, in which the rows of a node are consecutive."""
 
     def path(self, row: int) -> list[int]:
-        """The nodes that a row passes through, from its first token on."""
+        """The nodes of a row, from its first token on."""
         nodes = []
         node = self.last_node_B[row]
         while node >= 0:
@@ -59,35 +59,35 @@ class PrefixTree:
         return nodes[::-1]
 
     def own_start(self, row: int) -> int:
-        """Position from which a row shares nothing."""
+        """Position of a row's first token after its last node."""
         node = self.last_node_B[row]
         return self.stops[node] if node >= 0 else 0
 
     def node_tokens(self, nodes: Iterable[int]) -> int:
-        """Tokens of some nodes."""
+        """Number of tokens of these nodes."""
         return sum(self.stops[node] - self.starts[node] for node in nodes)
 
     def tokens(self, rows: Iterable[int]) -> int:
-        """Tokens that a microbatch of these rows computes."""
+        """Number of tokens to compute for a microbatch of these rows."""
         return self.cost(rows, Cost())
 
     def cost(self, rows: Iterable[int], cost: Cost) -> int:
-        """What a microbatch of these rows costs: a segment costs what it adds to a row that ends before it."""
+        """Cost of a microbatch of these rows: that of a segment is the difference between rows that end with it and before it."""
         rows = list(rows)
         nodes = {node for row in rows for node in self.path(row)}
         own = sum(cost.of(self.length_B[row]) - cost.of(self.own_start(row)) for row in rows)
         return own + sum(cost.of(self.stops[node]) - cost.of(self.starts[node]) for node in nodes)
 
     def segments(self, rows: Sequence[int]) -> list[Segment]:
-        """A microbatch of these rows, which are numbered in this order from 0: what several of them share is one segment.
+        """The segments of a microbatch of these rows, whose indices in it follow this order.
 
-        Parents come before their children; those without a parent come first, in the order of the rows.
+        Parents come before their children; segments without a parent come first, in the order of the rows.
         """
         paths = [self.path(row) for row in rows]
         sharers = Counter(node for path in paths for node in path)
         chains: list[list[tuple[tuple[int, int], int]]] = []  # of each row: (key, stop) of its segments
         for place, (row, path) in enumerate(zip(rows, paths, strict=True)):
-            # of nodes that the same rows pass through the last one stands for all
+            # consecutive nodes of the same rows are one segment, nodes of one row belong to its own
             counts = [*(sharers[node] for node in path), 1]
             nodes = [node for node, (count, after) in zip(path, pairwise(counts), strict=True) if count > after]
             chain = [((0, node), self.stops[node]) for node in nodes]
@@ -107,19 +107,27 @@ class PrefixTree:
         return made
 
 
-def whole_rows(lengths: Sequence[int]) -> PrefixTree:
-    """No row shares anything."""
+def separate_rows(lengths: Sequence[int]) -> PrefixTree:
+    """Rows without common prefixes."""
     rows = len(lengths)
     return PrefixTree((), (), (), (-1,) * rows, tuple(lengths), tuple(range(rows)))
 
 
-def find_prefixes(tokens_BT: Tensor, length_B: Tensor, least: int = 1) -> PrefixTree:
-    """The beginnings that at least two rows share.
+def segment_starts(lengths: Sequence[int], parents: Sequence[int]) -> list[int]:
+    """Position of each segment's first token in its rows."""
+    starts: list[int] = []
+    for parent in parents:
+        starts.append(starts[parent] + lengths[parent] if parent >= 0 else 0)
+    return starts
+
+
+def find_prefixes(tokens_BT: Tensor, length_B: Tensor, min_tokens: int = 1) -> PrefixTree:
+    """The common prefixes of at least two rows.
 
     Args:
-        tokens_BT: int64 on the host.
-        length_B: tokens of each row.
-        least: tokens of a node, at least: what is shorter is computed by each row.
+        tokens_BT: int64, on the host.
+        length_B: number of tokens of each row.
+        min_tokens: minimum number of tokens of a node.
     """
     lengths: list[int] = length_B.tolist()
     tokens = tokens_BT.numpy().astype(">u4")  # big-endian, so that bytes sort as numbers do
@@ -130,7 +138,9 @@ def find_prefixes(tokens_BT: Tensor, length_B: Tensor, least: int = 1) -> Prefix
     starts: list[int] = []
     stops: list[int] = []
     last_node = [-1] * len(lengths)
-    todo = [(0, len(order), -1, 0)]  # rows order[low:high] share the tokens before `start`, which `node` ends with
+    todo = [
+        (0, len(order), -1, 0)
+    ]  # rows order[low:high] have the tokens before `start` in common, those of `node`'s path
     while todo:
         low, high, node, start = todo.pop()
         if high - low < 2:
@@ -138,7 +148,7 @@ def find_prefixes(tokens_BT: Tensor, length_B: Tensor, least: int = 1) -> Prefix
                 last_node[row] = node
             continue
         stop = min(common[low + 1 : high])
-        if stop - start >= least:
+        if stop - start >= min_tokens:
             parents.append(node)
             starts.append(start)
             stops.append(stop)
@@ -153,7 +163,7 @@ def find_prefixes(tokens_BT: Tensor, length_B: Tensor, least: int = 1) -> Prefix
 
 
 def _shared(a: np.ndarray, b: np.ndarray) -> int:
-    """How many tokens two rows begin with alike, without the last of them."""
+    """Number of tokens that two rows start with in common, less the last one."""
     length = min(len(a), len(b))
     differs = a[:length] != b[:length]
     return max(0, (int(differs.argmax()) if differs.any() else length) - 1)

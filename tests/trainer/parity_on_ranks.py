@@ -21,7 +21,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from aligner.data.samples import Samples, pad_rows
-from aligner.models.spec import ModelSpec, read_spec
+from aligner.models.read_spec import read_spec
+from aligner.models.spec import ModelSpec
 from aligner.models.tensors import expert_tensors
 from aligner.objective.advantages import group_advantages
 from aligner.objective.losses import clipped_surrogate
@@ -131,7 +132,7 @@ def logits_off(policy: Policy, samples: Samples, logits_BTV: Tensor, caught: lis
     worst, mine, lengths = 0.0, [field["row"] for field in samples.fields], samples.length_B.tolist()
     context = policy.mesh.coordinates(policy.world.rank)["context"]
     for batch, part in zip(
-        policy.microbatches(policy.prefixes(samples), policy.config.micro_tokens), caught, strict=False
+        policy.microbatches(policy.prefix_tree(samples), policy.config.micro_tokens), caught, strict=False
     ):
         parts = [torch.empty_like(part) for _ in range(policy.mesh.tensor)]
         dist.all_gather(parts, part, group=policy.engine.groups.tp)

@@ -12,14 +12,15 @@ from hypothesis import strategies as st
 
 from aligner.spmd.cost import TOKENS, Cost
 from aligner.trainer.config import OptimizerConfig
-from aligner.trainer.megatron.attention_calls import attended, shared_calls
-from aligner.trainer.packing import Unit, even_microbatches, microbatches, pack, units
-from aligner.trainer.prefix_tree import whole_rows
+from aligner.trainer.megatron.packed_attention import shared_calls
+from aligner.trainer.megatron.prefix_attention import attended
+from aligner.trainer.packing import Unit, even_microbatches, microbatches, pack, row_units
+from aligner.trainer.prefix_tree import separate_rows
 from aligner.trainer.schedule import learning_rate
 
 
 def unshared(lengths: list[int], budget: int, together: int = 1, cost: Cost = TOKENS) -> list[Unit]:
-    return units(whole_rows(lengths), budget, together, cost)
+    return row_units(separate_rows(lengths), budget, together, cost)
 
 
 @given(st.lists(st.integers(1, 90), min_size=1, max_size=40), st.integers(10, 200))
@@ -84,7 +85,7 @@ def test_rows_share_calls_with_little_padding(lengths: list[int]) -> None:
         assert lengths[call[0]] == max(lengths[row] for row in call)
     padded = sum(lengths[call[0]] - lengths[row] for call in calls for row in call)
     assert padded <= 0.03 * sum(lengths)
-    assert attended(tuple(lengths)) == sum(lengths) + padded
+    assert attended(tuple(lengths), (-1,) * len(lengths)) == sum(lengths) + padded
 
 
 def test_skewed_lengths_share_calls() -> None:
@@ -92,7 +93,7 @@ def test_skewed_lengths_share_calls() -> None:
     draw = random.Random(0)
     lengths = [max(1, min(2048, int(64 * draw.lognormvariate(0, 1)))) for _ in range(512)]
     batches = [tuple(lengths[row] for row in batch) for batch in microbatches(unshared(lengths, 4096), 4096)]
-    assert 1 - sum(lengths) / sum(map(attended, batches)) < 0.03
+    assert 1 - sum(lengths) / sum(attended(batch, (-1,) * len(batch)) for batch in batches) < 0.03
     assert sum(len(shared_calls(batch)) for batch in batches) < 512 / 3
     assert len(batches) <= math.ceil(sum(lengths) / 4096) + 1
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from aligner.trainer.megatron import attention
-from aligner.trainer.megatron.attention import packed_attention, tree_attention
+from aligner.trainer.megatron import packed_attention as packed
+from aligner.trainer.megatron.packed_attention import packed_attention
+from aligner.trainer.megatron.prefix_attention import prefix_attention
 from tests.trainer.context_on_ranks import SCALE, dense
 
 
@@ -47,14 +48,14 @@ def test_shared_segments_beside_a_dense_mask(
     by_name: bool,
 ) -> None:
     """On a CPU, and with the masks by name that CUDA's kernels take."""
-    monkeypatch.setattr(attention, "_masks_by_name", lambda query: by_name)
+    monkeypatch.setattr(packed, "_implements_lower_right", lambda query: by_name)
     generator = torch.Generator().manual_seed(sum(lengths))
     shapes = ((sum(lengths), heads, 8) for heads in (4, 2, 2))
     q, k, v = (torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_() for shape in shapes)
     wanted = dense(q, k, v, lengths, window, parents)
     upstream = torch.randn(wanted.shape, generator=generator, dtype=torch.float64)
     expected = torch.autograd.grad(wanted, (q, k, v), upstream)
-    got = tree_attention(q, k, v, lengths, parents, SCALE, window)
+    got = prefix_attention(q, k, v, lengths, parents, SCALE, window)
     torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-12)
     for mine, reference in zip(torch.autograd.grad(got, (q, k, v), upstream), expected, strict=True):
         torch.testing.assert_close(mine, reference, rtol=1e-9, atol=1e-11)
