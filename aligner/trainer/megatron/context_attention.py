@@ -7,20 +7,20 @@ rank's tokens, so activation memory falls with the number of ranks. Gradients of
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.attention.bias import causal_lower_right
 
 from aligner.trainer.context import split_rows
 from aligner.trainer.megatron.attention_mask import BLOCK, causal_bias
+from aligner.trainer.megatron.saved_views import saved_as_views
 from aligner.trainer.prefix_tree import segment_starts
 
 Runs = tuple[tuple[int, int], ...]
@@ -184,22 +184,8 @@ def _stack_spans(x: Tensor, spans: Sequence[Runs]) -> Tensor:
     return joined.unflatten(0, (len(spans), -1)).transpose(1, 2)
 
 
-def _saved_as_views(gathered: Gathered, call: Call, key: Tensor, value: Tensor) -> AbstractContextManager[Any]:
-    """Context in which autograd saves views (shape, stride, offset) of a call's keys and values instead of the tensors, and
-    rebuilds them from `gathered` in the backward."""
-    index_of = {key.untyped_storage().data_ptr(): 0, value.untyped_storage().data_ptr(): 1}
-
-    def pack(x: Tensor) -> Any:
-        kv = index_of.get(x.untyped_storage().data_ptr())
-        return x if kv is None else (kv, x.size(), x.stride(), x.storage_offset())
-
-    def unpack(saved: Any) -> Tensor:
-        if isinstance(saved, Tensor):
-            return saved
-        kv, *view = saved
-        return _stack_spans(gathered.rows[kv], call.key_runs).as_strided(*view)
-
-    return saved_tensors_hooks(pack, unpack)
+def _stack_gathered(gathered: Gathered, kv: int, spans: Sequence[Runs]) -> Tensor:
+    return _stack_spans(gathered.rows[kv], spans)
 
 
 def _max_queries(query: Tensor) -> int:
@@ -247,7 +233,8 @@ def context_attention(
     for call in plan.calls:
         k, v = (_stack_spans(x, call.key_runs) for x in (key, value))
         q, bias = _stack_spans(q_TND, call.query_runs), _bias(call, plan, q_TND)
-        with _saved_as_views(gathered, call, k, v) if drop else nullcontext():
+        again = (partial(_stack_gathered, gathered, kv, call.key_runs) for kv in (0, 1))
+        with saved_as_views(*zip((k, v), again, strict=True)) if drop else nullcontext():
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale, enable_gqa=is_grouped)
         outs.append(out.transpose(1, 2).reshape(-1, q_TND.shape[1] * q_TND.shape[2]))
     outs.append(q_TND.new_zeros(1, q_TND.shape[1] * q_TND.shape[2]))

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from aligner.trainer.megatron.packed_attention import causal_attention, packed_attention, shared_calls
+from aligner.trainer.megatron.saved_views import saved_as_views
 from aligner.trainer.prefix_tree import segment_starts
 
 
@@ -114,9 +115,11 @@ def prefix_attention(
     longest = max(call.keys for call in calls)
     outs = []
     for call in calls:
-        q = _gather(q_TND, call.query_index, call.segments)
-        k, v = (_gather(x, call.key_index, call.segments) for x in (k_TKD, v_TKD))
-        out = causal_attention(q, k, v, scale, window, longest)
+        sources = ((q_TND, call.query_index), (k_TKD, call.key_index), (v_TKD, call.key_index))
+        q, k, v = (_gather(x, index, call.segments) for x, index in sources)
+        again = (partial(_gather, x.detach(), index, call.segments) for x, index in sources)
+        with saved_as_views(*zip((q, k, v), again, strict=True)):
+            out = causal_attention(q, k, v, scale, window, longest)
         outs.append(out.transpose(1, 2).reshape(call.segments * call.queries, -1))
     q, k, v = (x[:root_tokens] for x in (q_TND, k_TKD, v_TKD))
     return torch.cat([packed_attention(q, k, v, lengths[:roots], scale, window), torch.cat(outs).index_select(0, back)])
