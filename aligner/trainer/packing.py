@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from aligner.spmd.cost import TOKENS, Cost
-from aligner.spmd.partition import deal
+from aligner.spmd.partition import balance
 from aligner.trainer.context import split_rows, tokens_per_rank
 from aligner.trainer.prefix_tree import PrefixTree, Segment, separate_rows
 
@@ -105,14 +105,14 @@ def even_microbatches(units: Sequence[Unit], budget: int, count: int) -> list[li
     Args:
         count: at least the number that `microbatches` returns.
     """
-    shares = deal([unit.cost for unit in units], count, [unit.tokens for unit in units])
+    shares = balance([unit.cost for unit in units], count, [unit.tokens for unit in units])
     batches = [[units[index] for index in share] for share in shares]
     if any(len(batch) > 1 and sum(unit.tokens for unit in batch) > budget for batch in batches):
         batches = _first_fit(units, budget)
         while len(batches) < count:  # split the most expensive one: both halves keep within the budget
             batches.sort(key=lambda batch: _cost(batch) if len(batch) > 1 else -1)
             batch = batches.pop()
-            batches += [[batch[index] for index in half] for half in deal([unit.cost for unit in batch], 2)]
+            batches += [[batch[index] for index in half] for half in balance([unit.cost for unit in batch], 2)]
     batches.sort(key=lambda batch: -_cost(batch))
     return [_rows(sorted(batch, key=_largest_first)) for batch in batches]
 

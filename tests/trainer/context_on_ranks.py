@@ -129,7 +129,7 @@ def check_rows(
     # as with CUDA: a piece is one call, its mask is known by its name
     with mock.patch.multiple(
         context_attention_file,
-        _block=lambda query: 0,
+        _max_queries=lambda query: 0,
         _bias=lambda call, plan, query: causal_lower_right(call.queries, call.keys),
     ):
         check(lengths, 1, (4, 2), drop=True, parents=parents)

@@ -40,7 +40,7 @@ class Call:
 
 
 @dataclass(frozen=True)
-class Plan:
+class AttentionPlan:
     """One rank's attention calls and index maps."""
 
     calls: tuple[Call, ...]
@@ -55,7 +55,7 @@ class Plan:
 
 
 @lru_cache(maxsize=64)
-def make_plan(
+def plan_attention(
     lengths: tuple[int, ...],
     parents: tuple[int, ...],
     ranks: int,
@@ -64,7 +64,7 @@ def make_plan(
     block: int,
     device: torch.device,
     window: int | None = None,
-) -> Plan:
+) -> AttentionPlan:
     """The attention calls of `rank`; spans of equal shape share a call. With a window a call reads only the keys in it.
 
     Args:
@@ -91,7 +91,9 @@ def make_plan(
     back_T = torch.full((tokens,), query_start)
     if output_order:
         back_T[torch.cat(output_order)] = torch.arange(query_start)
-    return Plan(calls, order_S.to(device), back_T.to(device), max((call.keys for call in calls), default=0), window)
+    return AttentionPlan(
+        calls, order_S.to(device), back_T.to(device), max((call.keys for call in calls), default=0), window
+    )
 
 
 def _runs(
@@ -189,11 +191,11 @@ def _stack_gathered(gathered: Gathered, kv: int, spans: Sequence[Runs]) -> Tenso
 
 
 def _max_queries(query: Tensor) -> int:
-    """`block` of `make_plan`: only CUDA's flash kernel (16 bits) runs lower-right causal attention without a mask tensor."""
+    """`block` of `plan_attention`: only CUDA's flash kernel (16 bits) runs lower-right causal attention without a mask tensor."""
     return 0 if query.device.type == "cuda" and query.element_size() == 2 else BLOCK
 
 
-def _bias(call: Call, plan: Plan, query: Tensor) -> Tensor:
+def _bias(call: Call, plan: AttentionPlan, query: Tensor) -> Tensor:
     if query.device.type != "cpu" and plan.window is None:  # CUDA's kernels implement this mask
         return causal_lower_right(call.queries, call.keys)
     longest = min(plan.longest, plan.window + BLOCK) if plan.window else plan.longest
@@ -225,7 +227,7 @@ def context_attention(
         [T, query heads x head_dim]; 0 at padding.
     """
     block = BLOCK if window else _max_queries(q_TND)
-    plan = make_plan(lengths, parents, group.size(), group.rank(), len(q_TND), block, q_TND.device, window)
+    plan = plan_attention(lengths, parents, group.size(), group.rank(), len(q_TND), block, q_TND.device, window)
     gathered = Gathered(group, plan.order_S)
     key, value = _Gather.apply(k_TKD, v_TKD, gathered)
     is_grouped = q_TND.shape[1] != k_TKD.shape[1]
