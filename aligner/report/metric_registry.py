@@ -216,6 +216,7 @@ UPDATE = (
     Metric("value_clip_fraction", "fraction", Reduce.TOKENS, "Critic: tokens whose value has no gradient because its clip binds.",
            own_column=True),
     Metric("padding", "fraction", Reduce.ONCE, "Computed tokens that are padding."),
+    Metric("shared_prefix", "fraction", Reduce.ONCE, "Tokens of common prefixes, computed for another row of the microbatch."),
     Metric("imbalance", "fraction", Reduce.ONCE, "Estimated time that data-parallel ranks wait for the one with the most expensive rows."),
     Metric("skipped_steps", "optimizer steps", Reduce.TOTAL, "Left out: loss or gradients not finite; absent where none.",
            own_column=True),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Annotated
 
@@ -9,6 +10,9 @@ from aligner.bounds import AtLeast, Between, LessThan, OneOf
 
 ENGINES = ("megatron",)
 """The training backends, the keys of `aligner.trainer.engines.BACKENDS`."""
+
+MIN_SHARED_TOKENS: Mapping[str, int | None] = {"auto": 16, "on": 1, "off": None}
+"""By the value of `share_prefix`: minimum length in tokens of a prefix that is computed once; None: no prefix is."""
 
 
 @dataclass(frozen=True)
@@ -50,12 +54,15 @@ class TrainingConfig:
     from the checkpoint at its own precision, not from the weights rounded to bfloat16)."""
     micro_tokens: Annotated[int, AtLeast(1)] = 16384
     """Maximum tokens packed into one microbatch (a longer row becomes a microbatch of its own), summed over context-parallel
-    ranks."""
+    ranks; tokens that rows share (share_prefix) count once."""
     forward_micro_tokens: Annotated[int | None, AtLeast(1)] = None
     """The same for forward passes without gradients (logprobs, values, scores), which keep no activations; null:
     micro_tokens."""
     recompute: Annotated[str, OneOf("none", "selective", "full")] = "none"
     """Activation recompute in backward: none, selective (attention only) or full."""
+    share_prefix: Annotated[str, OneOf(*MIN_SHARED_TOKENS)] = "auto"
+    """Compute common prefixes of a microbatch's rows (samples of one prompt, pairs) once: auto, on or off. Exact up to
+    rounding. auto: prefixes of at least 16 tokens; on: prefixes of any length; off: every row by itself."""
     reduction: Annotated[str, OneOf("token_mean", "sequence_mean", "fixed")] = "token_mean"
     """How a per-token loss is averaged over the global batch: token_mean, sequence_mean or fixed (see fixed_length)."""
     fixed_length: Annotated[int, AtLeast(0)] = 0

@@ -15,13 +15,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, ClassVar, Self
 
 import torch.distributed as dist
 from torch import Tensor
 
 from aligner.reshard.plan.region import Piece
 from aligner.trainer.packing import Packed
+from aligner.trainer.prefix_tree import Segment
 from aligner.trainer.readout import Readout
 
 if TYPE_CHECKING:
@@ -65,6 +66,9 @@ class TrainEngine(ABC):
     `forward` and `backward` call `world.activity.tick()` at each microbatch: the watchdog takes a rank without progress for hung.
     """
 
+    shares_prefixes: ClassVar[bool] = False
+    """Whether the backend runs microbatches with segments that several rows share, and computes these once."""
+
     # ---- construction
 
     @classmethod
@@ -107,12 +111,13 @@ class TrainEngine(ABC):
     # ---- microbatches
 
     @abstractmethod
-    def pack(self, tokens_BT: Tensor, length_B: Tensor) -> Packed:
+    def pack(self, tokens_BT: Tensor, length_B: Tensor, segments: Sequence[Segment] = ()) -> Packed:
         """Right-padded rows -> one packed microbatch for this rank, padded and split over context-parallel ranks as the backend needs.
 
         Args:
             tokens_BT: int64, on the host.
             length_B: int64, number of tokens of each row.
+            segments: common prefixes and the rest of each row, if `shares_prefixes`; empty: each row is a segment.
         """
 
     @abstractmethod

@@ -22,10 +22,11 @@ from aligner.spmd.ref import Ref
 from aligner.spmd.residency import Kind
 from aligner.spmd.role import Role
 from aligner.spmd.world import World
-from aligner.trainer.config import TrainingConfig
+from aligner.trainer.config import MIN_SHARED_TOKENS, TrainingConfig
 from aligner.trainer.engine import TrainEngine
 from aligner.trainer.engines import backend
-from aligner.trainer.packing import Packed, even_microbatches, microbatches
+from aligner.trainer.packing import Packed, even_microbatches, microbatches, row_units
+from aligner.trainer.prefix_tree import PrefixTree, find_prefixes, separate_rows
 from aligner.trainer.readout import Readout
 
 
@@ -90,36 +91,46 @@ class ModelRole(Role, ABC):
 
         [B, T] is 0 at each row's first token and in its padding; the caller applies the mask.
         """
-        batches = self.microbatches(samples, self.config.forward_micro_tokens or self.config.micro_tokens)
-        results = self.engine.forward(self.packed(samples, batches))
+        tree = self.prefix_tree(samples)
+        batches = self.microbatches(tree, self.config.forward_micro_tokens or self.config.micro_tokens)
+        results = self.engine.forward(self.packed(samples, batches, tree))
         out = torch.zeros(samples.tokens_BT.shape[: results[0].dim()], device=self.world.device)
         for rows, result in zip(batches, results, strict=True):
             if rows:
                 (out if result.dim() == 1 else out[:, : result.shape[1]])[torch.tensor(rows)] = result
         return out.cpu()
 
-    def microbatches(self, samples: Samples, budget: int, together: int = 1) -> list[list[int]]:
+    def prefix_tree(self, samples: Samples) -> PrefixTree:
+        """The common prefixes of this data shard's rows that are computed once, by `config.share_prefix`."""
+        min_tokens = MIN_SHARED_TOKENS[self.config.share_prefix]
+        if min_tokens is None or not self.engine.shares_prefixes:
+            return separate_rows(samples.length_B.tolist())
+        return find_prefixes(samples.tokens_BT, samples.length_B, min_tokens)
+
+    def microbatches(self, tree: PrefixTree, budget: int, together: int = 1) -> list[list[int]]:
         """Row indices of each microbatch of this data shard; their number is the one that the engine needs.
 
         Empty microbatches contribute nothing; they only take part in the collectives.
 
         Args:
-            budget: maximum tokens of one microbatch (a longer row becomes a microbatch of its own).
+            tree: this data shard's rows.
+            budget: maximum computed tokens of one microbatch (a longer row becomes a microbatch of its own).
             together: groups of this many consecutive rows are never split.
         """
-        lengths = samples.length_B.tolist()
-        packed = microbatches(lengths, budget, together) or [[]]
-        count = self.engine.microbatch_count(len(packed))
-        return packed if count is None else even_microbatches(lengths, budget, together, count, self.cost)
+        units = row_units(tree, budget, together, self.cost)
+        batches = microbatches(units, budget) or [[]]
+        count = self.engine.microbatch_count(len(batches))
+        return batches if count is None else even_microbatches(units, budget, count)
 
-    def packed(self, samples: Samples, batches: list[list[int]]) -> list[Packed]:
+    def packed(self, samples: Samples, batches: list[list[int]], tree: PrefixTree) -> list[Packed]:
         """These microbatches, packed for the engine."""
         empty = self.engine.pack(torch.zeros(1, 2, dtype=torch.long), torch.tensor([2]))
-        return [self._pack(samples, rows) if rows else empty for rows in batches]
+        return [self._pack(samples, rows, tree) if rows else empty for rows in batches]
 
-    def _pack(self, samples: Samples, rows: list[int]) -> Packed:
+    def _pack(self, samples: Samples, rows: list[int], tree: PrefixTree) -> Packed:
         part = batch_ops.take(samples, rows)
-        return self.engine.pack(part.tokens_BT[:, : int(part.length_B.max())], part.length_B)
+        segments = tree.segments(rows) if self.engine.shares_prefixes else ()
+        return self.engine.pack(part.tokens_BT[:, : int(part.length_B.max())], part.length_B, segments)
 
     def save_checkpoint(self, folder: str | Path, dtype: str | None = None, run: str | None = None) -> None:
         """Write a Hugging Face checkpoint (config, safetensors, tokenizer) from the ranks that hold the weights.

@@ -1,6 +1,7 @@
 """Sequence packing: microbatches by a token budget, and the flat layout of one packed microbatch.
 
-Here T counts the tokens of all rows of the microbatch, concatenated; with context parallelism those that this rank holds.
+Here T counts the tokens of all segments of the microbatch, concatenated; with context parallelism those that this rank holds. A
+segment is a row, a common prefix of several, or the rest of one (see `prefix_tree`).
 """
 
 from __future__ import annotations
@@ -12,56 +13,120 @@ import torch
 from torch import Tensor
 
 from aligner.spmd.cost import TOKENS, Cost
-from aligner.spmd.partition import balance, of_groups
+from aligner.spmd.partition import balance
 from aligner.trainer.context import split_rows, tokens_per_rank
+from aligner.trainer.prefix_tree import PrefixTree, Segment, separate_rows
 
 
-def microbatches(lengths: Sequence[int], budget: int, together: int = 1) -> list[list[int]]:
-    """Row indices of each microbatch: at most `budget` tokens each, in few microbatches, rows of similar length together.
+@dataclass(frozen=True)
+class Unit:
+    """Rows that are never split over microbatches."""
 
-    First fit decreasing (Johnson 1974): at most 11/9 of the minimum, plus one. A row (or group) longer than the budget
-    becomes a microbatch of its own.
+    rows: tuple[int, ...]
+    tokens: int
+    """Tokens to compute for them in a microbatch, at most: other units may have a prefix in common with them."""
+    cost: int
+
+
+def row_units(tree: PrefixTree, budget: int, together: int = 1, cost: Cost = TOKENS) -> list[Unit]:
+    """One unit for rows with a common prefix, or several if they exceed the budget; one for every other row.
 
     Args:
+        budget: maximum tokens of one microbatch.
         together: groups of this many consecutive rows are never split.
     """
-    assert len(lengths) % together == 0, f"{len(lengths)} rows are not complete groups of {together}"
-    tokens = of_groups(lengths, together, TOKENS)
-    groups_of: list[list[int]] = []
+    rows = len(tree.length_B)
+    assert rows % together == 0, f"{rows} rows are not complete groups of {together}"
+    groups = [tuple(range(first, first + together)) for first in range(0, rows, together)]
+    units: list[list[int]] = []
+    for family in _families(tree, groups):
+        unit: list[int] = []
+        nodes: set[int] = set()
+        tokens = 0
+        for group in sorted(family, key=lambda group: min(tree.order_B[row] for row in groups[group])):
+            group_nodes = {node for row in groups[group] for node in tree.path(row)}
+            own = sum(tree.length_B[row] - tree.own_start(row) for row in groups[group])
+            if unit and tokens + own + tree.node_tokens(group_nodes - nodes) > budget:
+                units.append(unit)
+                unit, nodes, tokens = [], set(), 0
+            tokens += own + tree.node_tokens(group_nodes - nodes)
+            nodes |= group_nodes
+            unit += groups[group]
+        units.append(unit)
+    return [Unit(tuple(unit), tree.tokens(unit), tree.cost(unit, cost)) for unit in sorted(units)]
+
+
+def _families(tree: PrefixTree, groups: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Indices of the groups connected by common prefixes of their rows (union-find)."""
+    towards_first = list(range(len(groups)))
+
+    def first_of(index: int) -> int:
+        while towards_first[index] != index:
+            towards_first[index] = index = towards_first[towards_first[index]]
+        return index
+
+    first_in: dict[int, int] = {}
+    for index, group in enumerate(groups):
+        for root in {path[0] for row in group if (path := tree.path(row))}:
+            first, second = sorted((first_of(first_in.setdefault(root, index)), first_of(index)))
+            towards_first[second] = first
+    families: dict[int, list[int]] = {}
+    for index in range(len(groups)):
+        families.setdefault(first_of(index), []).append(index)
+    return list(families.values())
+
+
+def microbatches(units: Sequence[Unit], budget: int) -> list[list[int]]:
+    """Row indices of each microbatch: at most `budget` tokens each, in few microbatches, units of similar size together.
+
+    First fit decreasing (Johnson 1974): at most 11/9 of the minimum, plus one. A unit larger than the budget becomes a
+    microbatch of its own.
+    """
+    return [_rows(batch) for batch in _first_fit(units, budget)]
+
+
+def _first_fit(units: Sequence[Unit], budget: int) -> list[list[Unit]]:
+    batches: list[list[Unit]] = []
     free: list[int] = []
-    for group in sorted(range(len(tokens)), key=lambda group: (-tokens[group], group)):
-        index = next((i for i, tokens_left in enumerate(free) if tokens_left >= tokens[group]), len(free))
+    for unit in sorted(units, key=_largest_first):
+        index = next((i for i, tokens_left in enumerate(free) if tokens_left >= unit.tokens), len(free))
         if index == len(free):
-            groups_of.append([])
+            batches.append([])
             free.append(budget)
-        groups_of[index].append(group)
-        free[index] -= tokens[group]
-    return [_rows(groups, together) for groups in groups_of]
+        batches[index].append(unit)
+        free[index] -= unit.tokens
+    return batches
 
 
-def even_microbatches(
-    lengths: Sequence[int], budget: int, together: int, count: int, cost: Cost = TOKENS
-) -> list[list[int]]:
+def even_microbatches(units: Sequence[Unit], budget: int, count: int) -> list[list[int]]:
     """Exactly `count` microbatches of nearly equal cost, most expensive first, for ranks that wait for each other's
-    microbatches. If there are fewer groups, the last ones are empty.
+    microbatches. If there are fewer units, the last ones are empty.
 
     Args:
         count: at least the number that `microbatches` returns.
     """
-    tokens, costs = of_groups(lengths, together, TOKENS), of_groups(lengths, together, cost)
-    batches = balance(costs, count, tokens)
-    if any(len(groups) > 1 and sum(tokens[group] for group in groups) > budget for groups in batches):
-        batches = [[row // together for row in rows[::together]] for rows in microbatches(lengths, budget, together)]
+    shares = balance([unit.cost for unit in units], count, [unit.tokens for unit in units])
+    batches = [[units[index] for index in share] for share in shares]
+    if any(len(batch) > 1 and sum(unit.tokens for unit in batch) > budget for batch in batches):
+        batches = _first_fit(units, budget)
         while len(batches) < count:  # split the most expensive one: both halves keep within the budget
-            batches.sort(key=lambda groups: sum(costs[group] for group in groups) if len(groups) > 1 else -1)
-            groups = batches.pop()
-            batches += [[groups[index] for index in half] for half in balance([costs[group] for group in groups], 2)]
-    batches.sort(key=lambda groups: -sum(costs[group] for group in groups))
-    return [_rows(sorted(groups, key=lambda group: (-tokens[group], group)), together) for groups in batches]
+            batches.sort(key=lambda batch: _cost(batch) if len(batch) > 1 else -1)
+            batch = batches.pop()
+            batches += [[batch[index] for index in half] for half in balance([unit.cost for unit in batch], 2)]
+    batches.sort(key=lambda batch: -_cost(batch))
+    return [_rows(sorted(batch, key=_largest_first)) for batch in batches]
 
 
-def _rows(groups: Sequence[int], together: int) -> list[int]:
-    return [row for group in groups for row in range(group * together, (group + 1) * together)]
+def _largest_first(unit: Unit) -> tuple[int, tuple[int, ...]]:
+    return -unit.tokens, unit.rows
+
+
+def _cost(batch: Sequence[Unit]) -> int:
+    return sum(unit.cost for unit in batch)
+
+
+def _rows(batch: Sequence[Unit]) -> list[int]:
+    return [row for unit in batch for row in unit.rows]
 
 
 @dataclass(frozen=True)
@@ -69,15 +134,16 @@ class Packed:
     """One microbatch as the model gets it on one context-parallel rank."""
 
     tokens_T: Tensor
-    """int64: the rows' tokens, then zeros up to a multiple of `multiple_of`; the same number on every context-parallel rank."""
+    """int64: the segments' tokens, then zeros up to a multiple of `multiple_of`; the same number on every context-parallel rank."""
     positions_T: Tensor
-    """int64: position of each token in its row."""
+    """int64: position of each token in its rows."""
     targets_T: Tensor
-    """int64: the next token of the row; 0 at a row's last token."""
-    lengths: Tensor
-    """int32, CPU: tokens of each row (padding counts as one more row); with context parallelism, of each complete row."""
+    """int64: the next token of its rows; 0 at a row's last token."""
+    segments_S2: Tensor
+    """int32, CPU: (number of tokens, index of the parent or -1) of each segment; padding counts as one more segment. With context
+    parallelism, of each complete segment."""
     source_N: Tensor
-    """Indices in [T] of tokens whose prediction is used: all but each row's last."""
+    """Indices in [T] of tokens whose prediction is used: all but each row's last; a shared token's once for each of its rows."""
     target_N: Tensor
     """Index of each predicted token in a flattened [B, width] array."""
     last_N: Tensor
@@ -90,7 +156,7 @@ class Packed:
     """Tokens of the longest row."""
 
     def to_rows(self, value_T: Tensor) -> Tensor:
-        """Per-prediction values [T] -> [B, width], at the predicted tokens; 0 elsewhere, also at tokens of other
+        """Per-prediction values [T] -> [B, width], at the predicted tokens of all rows; 0 elsewhere, also at tokens of other
         context-parallel ranks. Differentiable."""
         flat = value_T.new_zeros(self.rows * self.width)
         return flat.index_copy(0, self.target_N, value_T[self.source_N]).view(self.rows, self.width)
@@ -107,6 +173,7 @@ def pack(
     device: torch.device,
     context: int = 1,
     context_rank: int = 0,
+    segments: Sequence[Segment] = (),
 ) -> Packed:
     """Right-padded rows -> one packed microbatch, for one context-parallel rank.
 
@@ -114,29 +181,46 @@ def pack(
         tokens_BT: int64, on the host.
         length_B: number of tokens of each row.
         multiple_of: pad T to a multiple of it (sequence parallelism needs a multiple of the tensor-parallel size).
-        context: number of ranks that the rows are split over.
+        context: number of ranks that the segments are split over.
+        segments: common prefixes and the rest of each row; empty: each row is a segment.
     """
     rows, width = tokens_BT.shape
-    lengths = length_B.to(torch.int32)
-    row_S = torch.repeat_interleave(torch.arange(rows), length_B)
-    position_S = torch.cat([torch.arange(length) for length in length_B.tolist()])
-    local_T = torch.arange(len(row_S))
+    segments = segments or separate_rows(length_B.tolist()).segments(range(rows))
+    segments_S2 = torch.tensor([(one.stop - one.start, one.parent) for one in segments], dtype=torch.int32)
+    lengths, row_of = segments_S2[:, 0].tolist(), torch.tensor([one.rows[0] for one in segments])
+    segment_of = torch.repeat_interleave(torch.arange(len(segments)), segments_S2[:, 0])
+    position_of = torch.cat([torch.arange(one.start, one.stop) for one in segments])
+    local_T = torch.arange(len(segment_of))
     if context > 1:
-        local_T = split_rows(tuple(lengths.tolist()), context).token_indices(context_rank)
-    row_T, positions_T = row_S[local_T], position_S[local_T]
+        local_T = split_rows(tuple(lengths), context).token_indices(context_rank)
+    segment_T, positions_T = segment_of[local_T], position_of[local_T]
+    row_T = row_of[segment_T]
     is_last_T = positions_T == length_B[row_T] - 1
     tokens_T = tokens_BT[row_T, positions_T]
     targets_T = tokens_BT[row_T, (positions_T + 1).clamp(max=width - 1)].masked_fill(is_last_T, 0)
-    source_N, last_N = torch.nonzero(~is_last_T)[:, 0], torch.nonzero(is_last_T)[:, 0]
-    target_N = (row_T * width + positions_T + 1)[source_N]
-    missing = tokens_per_rank(length_B.tolist(), context, multiple_of) - len(local_T)
+    last_N = torch.nonzero(is_last_T)[:, 0]
+    source_N, source_row_N = _each_row(segments, segment_T, torch.nonzero(~is_last_T)[:, 0])
+    target_N = source_row_N * width + positions_T[source_N] + 1
+    missing = tokens_per_rank(lengths, context, multiple_of) - len(local_T)
     if missing:
         tokens_T, targets_T = (torch.cat([x, x.new_zeros(missing)]) for x in (tokens_T, targets_T))
         positions_T = torch.cat([positions_T, torch.arange(missing)])
         if context == 1:
-            lengths = torch.cat([lengths, torch.tensor([missing], dtype=torch.int32)])
+            segments_S2 = torch.cat([segments_S2, torch.tensor([[missing, -1]], dtype=torch.int32)])
     tensors = (tokens_T, positions_T, targets_T, source_N, target_N, last_N, row_T[last_N])
     tokens_T, positions_T, targets_T, source_N, target_N, last_N, row_N = (
         x.to(device, non_blocking=True) for x in tensors
     )
-    return Packed(tokens_T, positions_T, targets_T, lengths, source_N, target_N, last_N, row_N, rows, width)
+    return Packed(tokens_T, positions_T, targets_T, segments_S2, source_N, target_N, last_N, row_N, rows, width)
+
+
+def _each_row(segments: Sequence[Segment], segment_T: Tensor, index_N: Tensor) -> tuple[Tensor, Tensor]:
+    """Indices in [T] -> (indices, rows): each index once for every row of its segment."""
+    count = torch.tensor([len(one.rows) for one in segments])
+    rows = torch.tensor([row for one in segments for row in one.rows])
+    segment_N = segment_T[index_N]
+    count_N = count[segment_N]
+    # offset from an entry's place here to that of its row in `rows`
+    offset_N = (torch.cumsum(count, 0) - count)[segment_N] - (torch.cumsum(count_N, 0) - count_N)
+    place = torch.arange(int(count_N.sum()))
+    return torch.repeat_interleave(index_N, count_N), rows[place + torch.repeat_interleave(offset_N, count_N)]

@@ -98,7 +98,8 @@ class TrainableRole(ModelRole):
             Ref to {metric: float}: the loss; its metrics, averaged over trained tokens or over the rows with one (and
             `<name>_max`); grad_norm, lr, tokens; skipped_steps and empty_steps if there were any; imbalance: fraction of time
             that data-parallel ranks wait for the one with the most expensive rows, by `cost`; padding: fraction of the
-            computed tokens that are padding.
+            computed tokens that are padding; shared_prefix: fraction of the rows' tokens that were computed for another row of
+            the microbatch.
 
         Raises:
             ValueError: the batch's groups do not hold the rows that the loss compares; several steps with a `one_step` loss.
@@ -179,8 +180,9 @@ class TrainableRole(ModelRole):
         if self.skip_empty and not totals.tokens:
             return StepReport({}, totals, {EMPTY: 1.0})
         self.make_optimizer()
-        batches = self.microbatches(samples, self.config.micro_tokens, together)
-        packed = self.packed(samples, batches)
+        tree = self.prefix_tree(samples)
+        batches = self.microbatches(tree, self.config.micro_tokens, together)
+        packed = self.packed(samples, batches, tree)
         minibatch_loss = MinibatchLoss(
             loss,
             samples,
@@ -194,7 +196,8 @@ class TrainableRole(ModelRole):
         )
         self.engine.backward(packed, minibatch_loss)
         sums = minibatch_loss.sums
-        add_work(sums, int(samples.length_B.sum()), sum(map(self.engine.computed_tokens, packed)))
+        distinct, computed = sum(map(tree.tokens, batches)), sum(map(self.engine.computed_tokens, packed))
+        add_work(sums, int(samples.length_B.sum()), distinct, computed)
         gather_advantages(sums, fields, samples.mask_BT)
         reduced = reduce_sums(self.engine, self.world, self.mesh.ranks, sums)
         norm = self.engine.grad_norm()

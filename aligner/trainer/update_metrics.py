@@ -50,13 +50,15 @@ def gather_advantages(sums: dict[str, Tensor], fields: Mapping[str, Any], mask_B
         )
 
 
-def add_work(sums: dict[str, Tensor], tokens: int, computed: int) -> None:
-    """Add a data shard's numbers of tokens in its rows and of tokens computed, for the metric `padding`.
+def add_work(sums: dict[str, Tensor], tokens: int, distinct: int, computed: int) -> None:
+    """Add a data shard's numbers of tokens in its rows and of tokens computed, for the metrics `padding` and `shared_prefix`.
 
     Args:
+        distinct: tokens of the rows, each common prefix counted once per microbatch.
         computed: includes the padding of attention calls and for sequence parallelism, and empty microbatches.
     """
     add_to(sums, "work/rows", torch.tensor(tokens))
+    add_to(sums, "work/distinct", torch.tensor(distinct))
     add_to(sums, "work/computed", torch.tensor(computed))
 
 
@@ -101,7 +103,7 @@ def over_steps(reports: Sequence[StepReport]) -> dict[str, float]:
     """Metrics of an update from those of its optimizer steps.
 
     Per-token (or per-row) metrics are averaged over all trained tokens (or rows with one) of all steps, so minibatches with
-    more tokens weigh more. `*_max` is the maximum, `padding` a fraction of all computed tokens, `tokens` a total; loss,
+    more tokens weigh more. `*_max` is the maximum, `padding` a fraction of all computed tokens, `shared_prefix` of the tokens of all rows, `tokens` a total; loss,
     grad_norm and lr are averaged over steps.
 
     `gap` is the first step's, when the policy still has the weights that the rollout sampled with. Skipped steps are
@@ -126,9 +128,12 @@ def over_steps(reports: Sequence[StepReport]) -> dict[str, float]:
         elif kind in ("token", "row"):
             count = sum(report.totals.tokens if kind == "token" else report.totals.rows for report in reporting)
             row[name] = sum(values) / max(count, 1.0)
-    computed = sum(report.sums.get("work/computed", 0.0) for report in shown)
+    tokens, distinct, computed = (
+        sum(report.sums.get(f"work/{name}", 0.0) for report in shown) for name in ("rows", "distinct", "computed")
+    )
     if computed:
-        row["padding"] = 1 - sum(report.sums.get("work/rows", 0.0) for report in shown) / computed
+        row["padding"] = 1 - distinct / computed
+        row["shared_prefix"] = 1 - distinct / tokens if tokens else 0.0
     for name in dict.fromkeys(name for report in shown for name in report.step if name not in (SKIPPED, EMPTY)):
         values = [report.step[name] for report in shown if name in report.step]
         row[name] = sum(values) / len(values)

@@ -19,12 +19,31 @@ from aligner.trainer.megatron.context_attention import Gathered, context_attenti
 SCALE = 0.3
 
 
-def dense(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], window: int | None = None) -> Tensor:
-    """Attention over all tokens of all rows [S, heads, head_dim], written out; within a window as in transformers."""
-    row = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
-    seen = (row[:, None] == row) & (torch.arange(len(row))[:, None] >= torch.arange(len(row)))
-    if window is not None:
-        seen &= torch.arange(len(row)) > torch.arange(len(row))[:, None] - window
+def visible(lengths: tuple[int, ...], parents: tuple[int, ...], window: int | None) -> Tensor:
+    """[S, S]: which keys a query sees, token by token."""
+    ends = [sum(lengths[: segment + 1]) for segment in range(len(lengths))]
+    seen = torch.zeros(ends[-1], ends[-1], dtype=torch.bool)
+    for segment, (length, end) in enumerate(zip(lengths, ends, strict=True)):
+        row: list[int] = []
+        ancestor = segment
+        while (ancestor := parents[ancestor]) >= 0:
+            row = [*range(ends[ancestor] - lengths[ancestor], ends[ancestor]), *row]
+        for query in range(end - length, end):
+            row.append(query)
+            seen[query, row[-window:] if window else row] = True
+    return seen
+
+
+def dense(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: tuple[int, ...],
+    window: int | None = None,
+    parents: tuple[int, ...] | None = None,
+) -> Tensor:
+    """Attention over all tokens of all segments [S, heads, head_dim], written out; within a window as in transformers."""
+    seen = visible(lengths, parents or (-1,) * len(lengths), window)
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
     score = torch.einsum("ihd,jhd->hij", q, k) * SCALE
     weight = score.masked_fill(~seen, -torch.inf).softmax(-1)
@@ -32,8 +51,14 @@ def dense(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], window: int
 
 
 def check(
-    lengths: tuple[int, ...], multiple_of: int, heads: tuple[int, int], drop: bool, window: int | None = None
+    lengths: tuple[int, ...],
+    multiple_of: int,
+    heads: tuple[int, int],
+    drop: bool,
+    window: int | None = None,
+    parents: tuple[int, ...] | None = None,
 ) -> None:
+    parents = parents or (-1,) * len(lengths)
     group = dist.group.WORLD
     assert group is not None
     ranks, rank, total = group.size(), group.rank(), sum(lengths)
@@ -41,7 +66,7 @@ def check(
     random = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
     whole = [random(total, n, 8).requires_grad_() for n in (heads[0], heads[1], heads[1])]
     upstream = random(total, heads[0] * 8)
-    wanted = dense(*whole, lengths, window)
+    wanted = dense(*whole, lengths, window, parents)
     wanted.backward(upstream)
     mine, held = split_rows(lengths, ranks).token_indices(rank), tokens_per_rank(lengths, ranks, multiple_of)
     garbage = held - len(mine)
@@ -51,8 +76,8 @@ def check(
 
     local = [own(x).requires_grad_() for x in whole]
     with torch.no_grad():
-        unseen = context_attention(*local, lengths, SCALE, group, drop, window)
-    got = context_attention(*local, lengths, SCALE, group, drop, window)
+        unseen = context_attention(*local, lengths, parents, SCALE, group, drop, window)
+    got = context_attention(*local, lengths, parents, SCALE, group, drop, window)
     assert torch.equal(got, unseen)
     torch.testing.assert_close(got[: len(mine)], wanted[mine].detach(), rtol=1e-10, atol=1e-12)
     assert not got[len(mine) :].any()
@@ -83,7 +108,7 @@ def check_kept(world: World) -> None:
             filled.clear()
             held = sum(lengths) // group.size() + 1
             local = [torch.randn(held, n, 16).requires_grad_() for n in (4, heads, heads)]
-            out = context_attention(*local, lengths, SCALE, group, drop)
+            out = context_attention(*local, lengths, (-1,) * len(lengths), SCALE, group, drop)
             assert len(filled) == 2
             assert all((storage() is None) == drop for storage in filled), (lengths, drop)
             out.sum().backward()
@@ -92,17 +117,19 @@ def check_kept(world: World) -> None:
     Gathered.fill = inner  # type: ignore[method-assign]
 
 
-def check_rows(world: World, lengths: tuple[int, ...], multiple_of: int) -> None:
-    """Rows of these lengths, as on a CPU and as with CUDA."""
-    check(lengths, multiple_of, (4, 2), drop=True)
-    check(lengths, 1, (3, 3), drop=False)
+def check_rows(
+    world: World, lengths: tuple[int, ...], multiple_of: int, parents: tuple[int, ...] | None = None
+) -> None:
+    """Segments of these lengths, as on a CPU and as with CUDA."""
+    check(lengths, multiple_of, (4, 2), drop=True, parents=parents)
+    check(lengths, 1, (3, 3), drop=False, parents=parents)
     for window in (1, 3, 40, 300):
-        check(lengths, 1, (4, 2), drop=True, window=window)
-    check(lengths, 1, (4, 2), drop=False, window=7)
+        check(lengths, 1, (4, 2), drop=True, window=window, parents=parents)
+    check(lengths, 1, (4, 2), drop=False, window=7, parents=parents)
     # as with CUDA: a piece is one call, its mask is known by its name
     with mock.patch.multiple(
         context_attention_file,
         _max_queries=lambda query: 0,
         _bias=lambda call, plan, query: causal_lower_right(call.queries, call.keys),
     ):
-        check(lengths, 1, (4, 2), drop=True)
+        check(lengths, 1, (4, 2), drop=True, parents=parents)

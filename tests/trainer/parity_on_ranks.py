@@ -112,6 +112,7 @@ class Case:
         self.sequence_parallel = given.pop("sp", None) is not None
         self.recompute = given.pop("recompute", "none")
         self.micro_tokens = int(given.pop("micro", "40"))
+        self.share_prefix = given.pop("share", "auto")
         stages = tuple(int(n) for n in given.pop("stage_layers", "").split("+") if n)
         self.sizes: dict[str, Any] = {axis: int(size) for axis, size in given.items()} | {"stage_layers": stages}
         self.folder = folder / name
@@ -130,7 +131,9 @@ def logits_off(policy: Policy, samples: Samples, logits_BTV: Tensor, caught: lis
     """The largest difference of any logit that this rank has of its shard's rows, on the last stage."""
     worst, mine, lengths = 0.0, [field["row"] for field in samples.fields], samples.length_B.tolist()
     context = policy.mesh.coordinates(policy.world.rank)["context"]
-    for batch, part in zip(policy.microbatches(samples, policy.config.micro_tokens), caught, strict=False):
+    for batch, part in zip(
+        policy.microbatches(policy.prefix_tree(samples), policy.config.micro_tokens), caught, strict=False
+    ):
         parts = [torch.empty_like(part) for _ in range(policy.mesh.tensor)]
         dist.all_gather(parts, part, group=policy.engine.groups.tp)
         flat, at = torch.cat(parts, -1)[:, :VOCAB], 0

@@ -39,7 +39,9 @@ def batch(lengths: list[int]) -> Samples:
 def reference(case: Case, samples: Samples) -> Reference:
     """The same step, written out."""
     # in float64: the smallest gradients are sums of large terms
-    model = AutoModelForCausalLM.from_pretrained(case.folder, dtype=torch.float64).eval()
+    model = AutoModelForCausalLM.from_pretrained(
+        case.folder, dtype=torch.float64, experts_implementation="eager"
+    ).eval()
     place_T = torch.arange(samples.tokens_BT.shape[1])
     logits = model(samples.tokens_BT, attention_mask=(samples.length_B[:, None] > place_T).long()).logits
     every = logits[:, :-1].log_softmax(-1)

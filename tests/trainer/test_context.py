@@ -63,7 +63,7 @@ def test_ranks_together_have_what_one_rank_has(lengths: list[int], multiple_of: 
     one = pack(tokens_BT, length_B, 1, cpu)
     parts = [pack(tokens_BT, length_B, multiple_of, cpu, ranks, rank) for rank in range(ranks)]
     assert len({part.tokens_T.numel() for part in parts}) == 1 and parts[0].tokens_T.numel() % multiple_of == 0
-    assert all(part.lengths.tolist() == lengths for part in parts)
+    assert all(part.segments_S2[:, 0].tolist() == lengths for part in parts)
     for name in ("tokens_T", "positions_T", "targets_T"):
         assert torch.equal(
             sum(part.to_rows(getattr(part, name)) for part in parts), one.to_rows(getattr(one, name))
@@ -74,7 +74,7 @@ def test_ranks_together_have_what_one_rank_has(lengths: list[int], multiple_of: 
 
 @given(st.integers(1, BLOCK), st.integers(0, 300))
 def test_the_mask_of_a_cpu_is_the_one_that_cuda_knows_by_name(queries: int, earlier: int) -> None:
-    call = Call(queries, queries + earlier, (0,), (0,))
+    call = Call(queries, queries + earlier, (((0, queries),),), (((0, queries + earlier),),))
     plan = AttentionPlan((call,), torch.empty(0), torch.empty(0), queries + earlier)
     bias = _bias(call, plan, torch.zeros(1))
     assert torch.equal(bias == 0, causal_lower_right(call.queries, call.keys)._materialize())
@@ -85,10 +85,26 @@ ROWS = [(9, 17, 12, 5), (1,), (3, 1), (2, 1, 3, 1, 2), (40, 40, 6, 6, 6), (600, 
 """Ragged; fewer tokens than ranks; equal rows, which share a call; pieces longer than one block of queries."""
 
 
+TREES = [
+    ((20, 5, 7, 9, 9), (-1, -1, 0, 0, 0)),
+    ((12, 9, 4, 1, 6, 6, 2, 11, 3), (-1, -1, 0, 0, 2, 2, 2, 1, 1)),
+    ((300, 270, 280, 20), (-1, 0, 0, -1)),
+]
+"""(lengths, parents) of segments: branches of one beginning beside a row; a beginning of a beginning; more than one block of
+queries, then a row."""
+
+
 @pytest.mark.parametrize(("number", "lengths"), list(enumerate(ROWS)), ids=str)
 @pytest.mark.parametrize("size", [2, 3])
 def test_attention_beside_a_dense_mask(ranks: Ranks, size: int, number: int, lengths: tuple[int, ...]) -> None:
     ranks(size).run("tests.trainer.context_on_ranks:check_rows", lengths, 1 + number % 3)
+
+
+@pytest.mark.parametrize(("number", "tree"), list(enumerate(TREES)), ids=str)
+@pytest.mark.parametrize("size", [2, 3])
+def test_attention_of_shared_segments(ranks: Ranks, size: int, number: int, tree: tuple[tuple[int, ...], ...]) -> None:
+    lengths, parents = tree
+    ranks(size).run("tests.trainer.context_on_ranks:check_rows", lengths, 1 + number % 3, parents)
 
 
 @pytest.mark.parametrize("size", [2, 3])

@@ -10,16 +10,22 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aligner.spmd.cost import Cost
+from aligner.spmd.cost import TOKENS, Cost
 from aligner.trainer.config import OptimizerConfig
-from aligner.trainer.megatron.packed_attention import attended, shared_calls
-from aligner.trainer.packing import even_microbatches, microbatches, pack
+from aligner.trainer.megatron.packed_attention import shared_calls
+from aligner.trainer.megatron.prefix_attention import attended
+from aligner.trainer.packing import Unit, even_microbatches, microbatches, pack, row_units
+from aligner.trainer.prefix_tree import separate_rows
 from aligner.trainer.schedule import learning_rate
+
+
+def unshared(lengths: list[int], budget: int, together: int = 1, cost: Cost = TOKENS) -> list[Unit]:
+    return row_units(separate_rows(lengths), budget, together, cost)
 
 
 @given(st.lists(st.integers(1, 90), min_size=1, max_size=40), st.integers(10, 200))
 def test_microbatches_hold_every_row_within_budget(lengths: list[int], budget: int) -> None:
-    found = microbatches(lengths, budget)
+    found = microbatches(unshared(lengths, budget), budget)
     assert sorted(row for rows in found for row in rows) == list(range(len(lengths)))
     assert all(sum(lengths[row] for row in rows) <= budget or len(rows) == 1 for rows in found)
 
@@ -27,7 +33,7 @@ def test_microbatches_hold_every_row_within_budget(lengths: list[int], budget: i
 @given(st.lists(st.integers(1, 90), min_size=1, max_size=20), st.integers(10, 200), st.integers(1, 4))
 def test_rows_that_belong_together_stay_together(groups: list[int], budget: int, together: int) -> None:
     lengths = [length for length in groups for _ in range(together)]
-    found = microbatches(lengths, budget, together)
+    found = microbatches(unshared(lengths, budget, together), budget)
     assert sorted(row for rows in found for row in rows) == list(range(len(lengths)))
     for rows in found:
         firsts = rows[::together]
@@ -40,7 +46,7 @@ def test_rows_that_belong_together_stay_together(groups: list[int], budget: int,
 def test_few_microbatches(lengths: list[int], budget: int) -> None:
     least = math.ceil(sum(lengths) / budget)
     # first fit leaves at most one microbatch half empty
-    assert len(microbatches(lengths, budget)) <= 2 * least
+    assert len(microbatches(unshared(lengths, budget), budget)) <= 2 * least
 
 
 @given(
@@ -48,8 +54,8 @@ def test_few_microbatches(lengths: list[int], budget: int) -> None:
 )
 def test_even_microbatches_are_as_many_as_asked_for(lengths: list[int], budget: int, together: int, more: int) -> None:
     rows, cost = [length for length in lengths for _ in range(together)], Cost(90, 1)
-    count = len(microbatches(rows, budget, together)) + more
-    found = even_microbatches(rows, budget, together, count, cost)
+    count = len(microbatches(unshared(rows, budget, together), budget)) + more
+    found = even_microbatches(unshared(rows, budget, together, cost), budget, count)
     assert len(found) == count
     assert sorted(row for batch in found for row in batch) == list(range(len(rows)))
     assert sum(1 for batch in found if batch) >= min(count, len(lengths)), "empty though there are rows left"
@@ -62,13 +68,13 @@ def test_even_microbatches_are_as_many_as_asked_for(lengths: list[int], budget: 
 
 def test_packed_by_hand() -> None:
     # pairs of 12, 9 and 4 tokens: the 4 fit in beside the 12
-    assert microbatches([5, 7, 8, 1, 2, 2], 16, 2) == [[0, 1, 4, 5], [2, 3]]
+    assert microbatches(unshared([5, 7, 8, 1, 2, 2], 16, 2), 16) == [[0, 1, 4, 5], [2, 3]]
     # 8 + 7, then 5 + 2 + 2 + 1 in a second one, where 1 also fits in the first
-    assert microbatches([5, 7, 8, 1, 2, 2], 16) == [[2, 1, 3], [0, 4, 5]]
+    assert microbatches(unshared([5, 7, 8, 1, 2, 2], 16), 16) == [[2, 1, 3], [0, 4, 5]]
     # three of equal tokens: 7 + 2, 8, and 5 + 2 + 1
-    assert even_microbatches([5, 7, 8, 1, 2, 2], 16, 1, 3) == [[1, 5], [2], [0, 4, 3]]
+    assert even_microbatches(unshared([5, 7, 8, 1, 2, 2], 16), 16, 3) == [[1, 5], [2], [0, 4, 3]]
     # squares: 25 + 9 and 16 + 16
-    assert even_microbatches([5, 4, 4, 3], 9, 1, 2, Cost(0, 1)) == [[0, 3], [1, 2]]
+    assert even_microbatches(unshared([5, 4, 4, 3], 9, 1, Cost(0, 1)), 9, 2) == [[0, 3], [1, 2]]
 
 
 @given(st.lists(st.integers(1, 400), min_size=1, max_size=80))
@@ -79,15 +85,15 @@ def test_rows_share_calls_with_little_padding(lengths: list[int]) -> None:
         assert lengths[call[0]] == max(lengths[row] for row in call)
     padded = sum(lengths[call[0]] - lengths[row] for call in calls for row in call)
     assert padded <= 0.03 * sum(lengths)
-    assert attended(tuple(lengths)) == sum(lengths) + padded
+    assert attended(tuple(lengths), (-1,) * len(lengths)) == sum(lengths) + padded
 
 
 def test_skewed_lengths_share_calls() -> None:
     """A long tail, 32 times the median: padding below 3%, with many rows in a call."""
     draw = random.Random(0)
     lengths = [max(1, min(2048, int(64 * draw.lognormvariate(0, 1)))) for _ in range(512)]
-    batches = [tuple(lengths[row] for row in batch) for batch in microbatches(lengths, 4096)]
-    assert 1 - sum(lengths) / sum(map(attended, batches)) < 0.03
+    batches = [tuple(lengths[row] for row in batch) for batch in microbatches(unshared(lengths, 4096), 4096)]
+    assert 1 - sum(lengths) / sum(attended(batch, (-1,) * len(batch)) for batch in batches) < 0.03
     assert sum(len(shared_calls(batch)) for batch in batches) < 512 / 3
     assert len(batches) <= math.ceil(sum(lengths) / 4096) + 1
 
@@ -98,7 +104,7 @@ def test_pack_by_hand() -> None:
     assert packed.tokens_T.tolist() == [5, 6, 7, 8, 9, 0, 0, 0]
     assert packed.positions_T.tolist() == [0, 1, 2, 0, 1, 0, 1, 2]
     assert packed.targets_T.tolist() == [6, 7, 0, 9, 0, 0, 0, 0]
-    assert packed.lengths.tolist() == [3, 2, 3]  # the padding is a row of its own
+    assert packed.segments_S2.tolist() == [[3, -1], [2, -1], [3, -1]]  # the padding is a row of its own
     assert packed.last_N.tolist() == [2, 4] and packed.row_N.tolist() == [0, 1]
     # predictions 0,1 of row 0 are of its tokens 1,2; prediction 3 (row 1) is of its token 1
     rows_BT = packed.to_rows(torch.arange(8.0) + 10)
@@ -112,7 +118,7 @@ def test_targets_are_the_next_tokens(lengths: list[int], multiple_of: int) -> No
         tokens_BT[row, :n] = torch.arange(1, n + 1) + 100 * row
     packed = pack(tokens_BT, torch.tensor(lengths), multiple_of, torch.device("cpu"))
     assert packed.tokens_T.numel() % multiple_of == 0
-    assert int(packed.lengths.sum()) == packed.tokens_T.numel()
+    assert int(packed.segments_S2[:, 0].sum()) == packed.tokens_T.numel()
     back_BT = packed.to_rows(packed.targets_T.double())
     expected_BT = tokens_BT.double().clone()
     expected_BT[:, 0] = 0  # nothing predicts a first token

@@ -13,7 +13,7 @@ from aligner.objective.losses import clipped_surrogate, reinforce
 from aligner.objective.preference import dpo, kto
 from aligner.trainer.config import PolicyConfig
 from aligner.trainer.loss_mean import Totals, counted, global_mean, rows_together, takes_one_step
-from aligner.trainer.megatron.packed_attention import attended
+from aligner.trainer.megatron.prefix_attention import attended
 from aligner.trainer.update_metrics import StepReport, add_work, gather_metrics, over_steps
 
 MASK_BT = torch.tensor([[False, True, True], [False, False, False], [False, True, False]])
@@ -51,16 +51,30 @@ def test_metrics_of_either_form() -> None:
     assert found == pytest.approx({"kl": 11 / 6, "kl_max": 5.0, "gap": -1.5 / 4, "gap_max": 1.0, "tokens": 6.0})
 
 
+def separate(lengths: tuple[int, ...]) -> int:
+    return attended(lengths, (-1,) * len(lengths))
+
+
 def test_padding_by_hand() -> None:
     sums: dict[str, Tensor] = {}
     # a row of 19 shares the call of four of 20, one of 5 not that of 10; sequence parallelism and empty microbatches
-    add_work(sums, 99, sum(map(attended, [(20, 20, 20, 20, 19), (1,), (2,)])))
-    add_work(sums, 15, attended((10, 5)))
+    add_work(sums, 99, 99, sum(map(separate, [(20, 20, 20, 20, 19), (1,), (2,)])))
+    add_work(sums, 15, 15, separate((10, 5)))
     more: dict[str, Tensor] = {}
-    add_work(more, 7, attended((9,)))
+    add_work(more, 7, 7, separate((9,)))
     assert over_steps([report(sums)])["padding"] == pytest.approx(1 - (99 + 15) / (100 + 1 + 2 + 15))
     # of both steps together, not the mean of their shares
     assert over_steps([report(sums), report(more)])["padding"] == pytest.approx(1 - (99 + 15 + 7) / (118 + 9))
+
+
+def test_shared_tokens_are_not_padding() -> None:
+    sums: dict[str, Tensor] = {}
+    # three rows of 12, 14 and 14 begin with the same 10; a row of 2 does not share the call of those of 4
+    add_work(sums, 40, 20, attended((10, 2, 4, 4), (-1, 0, 0, 0)))
+    add_work(sums, 60, 60, 61)
+    metrics = over_steps([report(sums)])
+    assert metrics["padding"] == pytest.approx(1 - 80 / 81)
+    assert metrics["shared_prefix"] == pytest.approx(20 / 100)
 
 
 def test_means_over_steps_of_unequal_size() -> None:

@@ -10,15 +10,14 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 from aligner.trainer.megatron.context_attention import context_attention
-from aligner.trainer.megatron.packed_attention import packed_attention
+from aligner.trainer.megatron.prefix_attention import prefix_attention
 from aligner.trainer.megatron.rotary import RotarySlice
 
 
 class PackedAttention(MegatronModule):
-    """Megatron's core attention, on torch SDPA. `attention_mask` carries the rows' lengths (int32, CPU), padding included;
-    with context parallelism those of complete rows.
+    """Megatron's core attention, on torch SDPA. `attention_mask` carries `Packed.segments_S2` (int32, CPU).
 
-    The lengths are an argument, not module state: with pipeline parallelism and recompute, the backward of one microbatch
+    The segments are an argument, not module state: with pipeline parallelism and recompute, the backward of one microbatch
     runs after the forward of a later one.
     """
 
@@ -39,13 +38,13 @@ class PackedAttention(MegatronModule):
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor, *_: Any, **__: Any) -> Tensor:
         """[T, 1, heads, head_dim] each -> [T, 1, heads x head_dim]."""
-        lengths = tuple(attention_mask.tolist())
+        lengths, parents = (tuple(column) for column in attention_mask.T.tolist())
         q_TND, k_TKD, v_TKD = query.squeeze(1), key.squeeze(1), value.squeeze(1)
         if self.context.size() > 1:
             drop = self.config.recompute_granularity is None
-            out = context_attention(q_TND, k_TKD, v_TKD, lengths, self.scale, self.context, drop, self.window)
+            out = context_attention(q_TND, k_TKD, v_TKD, lengths, parents, self.scale, self.context, drop, self.window)
         else:
-            out = packed_attention(q_TND, k_TKD, v_TKD, lengths, self.scale, self.window)
+            out = prefix_attention(q_TND, k_TKD, v_TKD, lengths, parents, self.scale, self.window)
         return out.unsqueeze(1)
 
 

@@ -7,20 +7,24 @@ rank's tokens, so activation memory falls with the number of ranks. Gradients of
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.attention.bias import causal_lower_right
 
 from aligner.trainer.context import split_rows
 from aligner.trainer.megatron.attention_mask import BLOCK, causal_bias
+from aligner.trainer.megatron.saved_views import saved_as_views
+from aligner.trainer.prefix_tree import segment_starts
+
+Runs = tuple[tuple[int, int], ...]
+"""Index ranges [start, stop), concatenated."""
 
 
 @dataclass(frozen=True)
@@ -29,10 +33,10 @@ class Call:
 
     queries: int
     keys: int
-    query_starts: tuple[int, ...]
-    """First query of each span, as an index in [T]."""
-    key_starts: tuple[int, ...]
-    """First key of each span, as an index in [S]."""
+    query_runs: tuple[Runs, ...]
+    """Queries of each span, one run of indices in [T]."""
+    key_runs: tuple[Runs, ...]
+    """Keys of each span, as runs of indices in [S]."""
 
 
 @dataclass(frozen=True)
@@ -41,11 +45,11 @@ class AttentionPlan:
 
     calls: tuple[Call, ...]
     order_S: Tensor
-    """Index of each row's tokens, in order, in the gathered [ranks x T]."""
+    """Index of each segment's tokens, in order, in the gathered [ranks x T]."""
     back_T: Tensor
     """Index of each of this rank's tokens in the calls' concatenated outputs; padding points to one extra token of zeros."""
     longest: int
-    """Tokens of the longest row."""
+    """Largest number of keys of a call."""
     window: int | None = None
     """Number of tokens that a query attends to, itself included; None: all before it in its row."""
 
@@ -53,6 +57,7 @@ class AttentionPlan:
 @lru_cache(maxsize=64)
 def plan_attention(
     lengths: tuple[int, ...],
+    parents: tuple[int, ...],
     ranks: int,
     rank: int,
     tokens: int,
@@ -66,25 +71,50 @@ def plan_attention(
         tokens: T, the tokens of each rank with padding.
         block: maximum number of queries of a call; 0: no limit.
     """
-    split = split_rows(lengths, ranks)
-    shapes: dict[tuple[int, int], list[tuple[int, int]]] = {}
+    split, starts = split_rows(lengths, ranks), segment_starts(lengths, parents)
+    shapes: dict[tuple[int, int], list[tuple[Runs, Runs]]] = {}
     query_start = 0
     for span in split.spans[rank]:
         step = block or span.stop
         for start in range(span.start, span.stop, step):
             stop = min(span.stop, start + step)
-            low = max(0, start - window + 1) if window else 0
-            shapes.setdefault((stop - start, stop - low), []).append((query_start, split.starts[span.row] + low))
-            query_start += stop - start
-    calls = tuple(Call(n, m, *map(tuple, zip(*starts, strict=True))) for (n, m), starts in shapes.items())
+            queries, keys = stop - start, starts[span.row] + stop
+            low = max(0, keys - queries - window + 1) if window else 0
+            key_runs = _runs(low, span.row, stop, lengths, parents, split.starts)
+            shapes.setdefault((queries, keys - low), []).append((((query_start, query_start + queries),), key_runs))
+            query_start += queries
+    calls = tuple(Call(n, m, *map(tuple, zip(*runs, strict=True))) for (n, m), runs in shapes.items())
     order_S = torch.empty(sum(lengths), dtype=torch.long)
     for other in range(ranks):
         order_S[split.token_indices(other)] = other * tokens + torch.arange(split.tokens(other))
-    output_order = [torch.arange(start, start + call.queries) for call in calls for start in call.query_starts]
+    output_order = [torch.arange(*run) for call in calls for (run,) in call.query_runs]
     back_T = torch.full((tokens,), query_start)
     if output_order:
         back_T[torch.cat(output_order)] = torch.arange(query_start)
-    return AttentionPlan(calls, order_S.to(device), back_T.to(device), max(lengths), window)
+    return AttentionPlan(
+        calls, order_S.to(device), back_T.to(device), max((call.keys for call in calls), default=0), window
+    )
+
+
+def _runs(
+    low: int, segment: int, stop: int, lengths: Sequence[int], parents: Sequence[int], first: Sequence[int]
+) -> Runs:
+    """Indices in [S] of a row's tokens from position `low` to the `stop`-th token of one of its segments, whose ancestors
+    hold the earlier ones.
+
+    Args:
+        first: index in [S] of each segment's first token.
+    """
+    runs = [(first[segment], first[segment] + stop)]
+    while (segment := parents[segment]) >= 0:
+        runs.append((first[segment], first[segment] + lengths[segment]))
+    kept = []
+    for start, end in reversed(runs):
+        skipped = min(low, end - start)
+        low -= skipped
+        if start + skipped < end:
+            kept.append((start + skipped, end))
+    return tuple(kept)
 
 
 @dataclass
@@ -149,29 +179,15 @@ class _GatherAgain(torch.autograd.Function):
         return grad, None, None, None, None, None, None
 
 
-def _stack_spans(x: Tensor, starts: Sequence[int], count: int) -> Tensor:
-    """[tokens, heads, head_dim] -> [spans, heads, count, head_dim]; a view if there is one span."""
-    if len(starts) == 1:
-        return x[starts[0] : starts[0] + count].transpose(0, 1)[None]
-    return torch.stack([x[start : start + count] for start in starts]).transpose(1, 2)
+def _stack_spans(x: Tensor, spans: Sequence[Runs]) -> Tensor:
+    """[tokens, heads, head_dim] -> [spans, heads, count, head_dim]; a view if there is one run."""
+    parts = [x[start:stop] for runs in spans for start, stop in runs]
+    joined = torch.cat(parts) if len(parts) > 1 else parts[0]
+    return joined.unflatten(0, (len(spans), -1)).transpose(1, 2)
 
 
-def _saved_as_views(gathered: Gathered, call: Call, key: Tensor, value: Tensor) -> AbstractContextManager[Any]:
-    """Context in which autograd saves views (shape, stride, offset) of a call's keys and values instead of the tensors, and
-    rebuilds them from `gathered` in the backward."""
-    index_of = {key.untyped_storage().data_ptr(): 0, value.untyped_storage().data_ptr(): 1}
-
-    def pack(x: Tensor) -> Any:
-        kv = index_of.get(x.untyped_storage().data_ptr())
-        return x if kv is None else (kv, x.size(), x.stride(), x.storage_offset())
-
-    def unpack(saved: Any) -> Tensor:
-        if isinstance(saved, Tensor):
-            return saved
-        kv, *view = saved
-        return _stack_spans(gathered.rows[kv], call.key_starts, call.keys).as_strided(*view)
-
-    return saved_tensors_hooks(pack, unpack)
+def _stack_gathered(gathered: Gathered, kv: int, spans: Sequence[Runs]) -> Tensor:
+    return _stack_spans(gathered.rows[kv], spans)
 
 
 def _max_queries(query: Tensor) -> int:
@@ -191,16 +207,18 @@ def context_attention(
     k_TKD: Tensor,
     v_TKD: Tensor,
     lengths: tuple[int, ...],
+    parents: tuple[int, ...],
     scale: float,
     group: dist.ProcessGroup,
     drop: bool = True,
     window: int | None = None,
 ) -> Tensor:
-    """Causal attention within each row, of this rank's queries to the keys and values of all ranks.
+    """Causal attention of this rank's queries to the keys and values of all ranks, within a segment and its ancestors.
 
     Args:
         q_TND: [T, query heads, head_dim]; k_TKD, v_TKD: [T, key/value heads, head_dim]; T is the same on every rank.
-        lengths: tokens of each complete row, in order.
+        lengths: tokens of each complete segment, in order.
+        parents: index of each segment's parent; -1: it starts its rows.
         drop: drop the gathered keys and values and gather them again in the backward; false where the backward follows at
             once (recompute).
         window: number of tokens that a query attends to, itself included; None: all before it in its row.
@@ -209,15 +227,16 @@ def context_attention(
         [T, query heads x head_dim]; 0 at padding.
     """
     block = BLOCK if window else _max_queries(q_TND)
-    plan = plan_attention(lengths, group.size(), group.rank(), len(q_TND), block, q_TND.device, window)
+    plan = plan_attention(lengths, parents, group.size(), group.rank(), len(q_TND), block, q_TND.device, window)
     gathered = Gathered(group, plan.order_S)
     key, value = _Gather.apply(k_TKD, v_TKD, gathered)
     is_grouped = q_TND.shape[1] != k_TKD.shape[1]
     outs = []
     for call in plan.calls:
-        k, v = (_stack_spans(x, call.key_starts, call.keys) for x in (key, value))
-        q, bias = _stack_spans(q_TND, call.query_starts, call.queries), _bias(call, plan, q_TND)
-        with _saved_as_views(gathered, call, k, v) if drop else nullcontext():
+        k, v = (_stack_spans(x, call.key_runs) for x in (key, value))
+        q, bias = _stack_spans(q_TND, call.query_runs), _bias(call, plan, q_TND)
+        again = (partial(_stack_gathered, gathered, kv, call.key_runs) for kv in (0, 1))
+        with saved_as_views(*zip((k, v), again, strict=True)) if drop else nullcontext():
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale, enable_gqa=is_grouped)
         outs.append(out.transpose(1, 2).reshape(-1, q_TND.shape[1] * q_TND.shape[2]))
     outs.append(q_TND.new_zeros(1, q_TND.shape[1] * q_TND.shape[2]))

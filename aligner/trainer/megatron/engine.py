@@ -19,10 +19,11 @@ from aligner.trainer.megatron.groups import make_groups, prepare_megatron
 from aligner.trainer.megatron.model import ShardedModel, build_model
 from aligner.trainer.megatron.optimizer import Optimizer
 from aligner.trainer.megatron.optimizer_state import make_moments, optimizer_tensors, saved_pieces, slices
-from aligner.trainer.megatron.packed_attention import attended
 from aligner.trainer.megatron.pipeline import Pipeline
+from aligner.trainer.megatron.prefix_attention import attended
 from aligner.trainer.offload import Offloaded, Scratch
 from aligner.trainer.packing import Packed, pack
+from aligner.trainer.prefix_tree import Segment
 from aligner.trainer.readout import Readout
 
 if TYPE_CHECKING:
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
 
 class MegatronEngine(TrainEngine):
     """A GPTModel of Megatron-core, its pipeline schedule and its optimizer, with process groups of the role's own."""
+
+    shares_prefixes = True
 
     def __init__(
         self,
@@ -78,10 +81,10 @@ class MegatronEngine(TrainEngine):
         """Megatron's parameters, by the regions of `MegatronLayout`."""
         return self.model
 
-    def pack(self, tokens_BT: Tensor, length_B: Tensor) -> Packed:
+    def pack(self, tokens_BT: Tensor, length_B: Tensor, segments: Sequence[Segment] = ()) -> Packed:
         """Padded to a multiple of the tensor-parallel size under sequence parallelism, split over context-parallel ranks."""
         context_rank = self.mesh.coordinates(self.world.rank)["context"]
-        return pack(tokens_BT, length_B, self.multiple_of, self.world.device, self.mesh.context, context_rank)
+        return pack(tokens_BT, length_B, self.multiple_of, self.world.device, self.mesh.context, context_rank, segments)
 
     def microbatch_count(self, needed: int) -> int | None:
         """Equal on all data shards under expert parallelism, which exchanges tokens between them; a multiple of the pipeline
@@ -96,8 +99,9 @@ class MegatronEngine(TrainEngine):
         return count
 
     def computed_tokens(self, batch: Packed) -> int:
-        """Includes the padding of attention calls that rows of similar length share."""
-        return attended(tuple(batch.lengths.tolist()))
+        """Includes the padding of attention calls that segments of similar length share."""
+        lengths, parents = (tuple(column) for column in batch.segments_S2.T.tolist())
+        return attended(lengths, parents)
 
     def forward(self, batches: Sequence[Packed]) -> list[Tensor]:
         """Runs the pipeline; one broadcast copies the results from its last stage to the others."""

@@ -7,6 +7,7 @@ from functools import lru_cache
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
 
 from aligner.trainer.megatron.attention_mask import BLOCK, causal_bias
 
@@ -40,11 +41,6 @@ def shared_calls(lengths: tuple[int, ...]) -> list[list[int]]:
         allowance = allowance * 9 // 10
 
 
-def attended(lengths: tuple[int, ...]) -> int:
-    """Number of tokens that the attention calls compute for these rows, padding included."""
-    return sum(len(call) * lengths[call[0]] for call in shared_calls(lengths))
-
-
 @lru_cache(maxsize=64)
 def _calls(lengths: tuple[int, ...], device: torch.device) -> tuple[list[tuple[Tensor, int, int]], Tensor]:
     """Indices that gather packed rows into padded attention calls, and back.
@@ -72,30 +68,51 @@ def _calls(lengths: tuple[int, ...], device: torch.device) -> tuple[list[tuple[T
     return calls, back.to(device)
 
 
-def causal_attention(q_BNTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, scale: float, window: int | None) -> Tensor:
-    """Causal attention of rows of one length; with a window in blocks of queries, which read only the keys in their windows.
+def _implements_lower_right(query: Tensor) -> bool:
+    """CUDA's kernels implement the causal mask of fewer queries than keys; the CPU's need a tensor."""
+    return query.device.type != "cpu"
+
+
+def causal_attention(
+    q_BNTD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, scale: float, window: int | None, longest: int = 0
+) -> Tensor:
+    """Causal attention of rows of one length, the queries being the last tokens of the keys' rows; with a window in blocks of
+    queries, which read only the keys in their windows.
 
     Args:
-        q_BNTD: [rows, query heads, tokens, head_dim]; k_BKTD, v_BKTD: [rows, key/value heads, tokens, head_dim].
+        q_BNTD: [rows, query heads, T, head_dim]; k_BKSD, v_BKSD: [rows, key/value heads, S, head_dim], S >= T.
         window: number of tokens that a query attends to, itself included; None: all before it.
+        longest: largest S of several calls, so that they share one mask tensor.
 
     Returns:
         Like q_BNTD.
     """
-    is_grouped, length = q_BNTD.shape[1] != k_BKTD.shape[1], q_BNTD.shape[2]
-    if window is None or window >= length:
-        return F.scaled_dot_product_attention(
-            q_BNTD, k_BKTD, v_BKTD, is_causal=True, scale=scale, enable_gqa=is_grouped
-        )
+    is_grouped, queries, keys = q_BNTD.shape[1] != k_BKSD.shape[1], q_BNTD.shape[2], k_BKSD.shape[2]
+    earlier = keys - queries
+    if window is None or window >= keys:
+        if not earlier:
+            return F.scaled_dot_product_attention(
+                q_BNTD, k_BKSD, v_BKSD, is_causal=True, scale=scale, enable_gqa=is_grouped
+            )
+        if _implements_lower_right(q_BNTD):
+            mask = causal_lower_right(queries, keys)
+            return F.scaled_dot_product_attention(
+                q_BNTD, k_BKSD, v_BKSD, attn_mask=mask, scale=scale, enable_gqa=is_grouped
+            )
+        window = None
+    longest = max(longest, keys)
+    if window is not None:
+        longest = min(longest, window + BLOCK)
     outs = []
-    for start in range(0, length, BLOCK):
-        stop, low = min(start + BLOCK, length), max(0, start - window + 1)
-        query, key, value = q_BNTD[:, :, start:stop], k_BKTD[:, :, low:stop], v_BKTD[:, :, low:stop]
-        bias = causal_bias(stop - start, stop - low, min(length, window + BLOCK), window, query)
+    for start in range(0, queries, BLOCK):
+        stop = min(start + BLOCK, queries)
+        low = max(0, earlier + start - window + 1) if window else 0
+        query, key, value = q_BNTD[:, :, start:stop], *(x[:, :, low : earlier + stop] for x in (k_BKSD, v_BKSD))
+        bias = causal_bias(stop - start, key.shape[2], longest, window, query)
         outs.append(
             F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scale, enable_gqa=is_grouped)
         )
-    return torch.cat(outs, 2)
+    return torch.cat(outs, 2) if len(outs) > 1 else outs[0]
 
 
 def packed_attention(

@@ -58,7 +58,7 @@ class Pipeline:
             self.progress()
             number, batch = next(iterator)
             self.model.rotary.positions_T = batch.positions_T
-            output = module(batch.tokens_T[None], batch.positions_T[None], batch.lengths)
+            output = module(batch.tokens_T[None], batch.positions_T[None], batch.segments_S2)
 
             def loss_of(output_1TX: Tensor) -> Any:
                 self.progress()

@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from aligner.trainer.megatron import packed_attention as packed
 from aligner.trainer.megatron.packed_attention import packed_attention
+from aligner.trainer.megatron.prefix_attention import prefix_attention
 from tests.trainer.context_on_ranks import SCALE, dense
 
 
@@ -20,6 +22,40 @@ def test_beside_a_dense_mask(lengths: tuple[int, ...], window: int | None) -> No
     upstream = torch.randn(wanted.shape, generator=generator, dtype=torch.float64)
     expected = torch.autograd.grad(wanted, (q, k, v), upstream)
     got = packed_attention(q, k, v, lengths, SCALE, window)
+    torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-12)
+    for mine, reference in zip(torch.autograd.grad(got, (q, k, v), upstream), expected, strict=True):
+        torch.testing.assert_close(mine, reference, rtol=1e-9, atol=1e-11)
+
+
+TREES = [
+    ((20, 5, 7, 9, 9), (-1, -1, 0, 0, 0)),
+    ((12, 9, 4, 1, 6, 6, 2, 11, 3), (-1, -1, 0, 0, 2, 2, 2, 1, 1)),
+    ((300, 270, 530, 2), (-1, 0, 0, -1)),
+    ((100, *[100] * 4), (-1, 0, 0, 0, 0)),
+]
+"""(lengths, parents) of segments: branches of one beginning beside a row; a beginning of a beginning; more than one block of
+queries, then padding; equal ones."""
+
+
+@pytest.mark.parametrize("by_name", [False, True])
+@pytest.mark.parametrize("window", [None, 1, 3, 6, 40, 256, 300])
+@pytest.mark.parametrize(("lengths", "parents"), TREES, ids=str)
+def test_shared_segments_beside_a_dense_mask(
+    monkeypatch: pytest.MonkeyPatch,
+    lengths: tuple[int, ...],
+    parents: tuple[int, ...],
+    window: int | None,
+    by_name: bool,
+) -> None:
+    """On a CPU, and with the masks by name that CUDA's kernels take."""
+    monkeypatch.setattr(packed, "_implements_lower_right", lambda query: by_name)
+    generator = torch.Generator().manual_seed(sum(lengths))
+    shapes = ((sum(lengths), heads, 8) for heads in (4, 2, 2))
+    q, k, v = (torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_() for shape in shapes)
+    wanted = dense(q, k, v, lengths, window, parents)
+    upstream = torch.randn(wanted.shape, generator=generator, dtype=torch.float64)
+    expected = torch.autograd.grad(wanted, (q, k, v), upstream)
+    got = prefix_attention(q, k, v, lengths, parents, SCALE, window)
     torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-12)
     for mine, reference in zip(torch.autograd.grad(got, (q, k, v), upstream), expected, strict=True):
         torch.testing.assert_close(mine, reference, rtol=1e-9, atol=1e-11)
