@@ -107,12 +107,13 @@ class TrainEngine(ABC):
     # ---- microbatches
 
     @abstractmethod
-    def pack(self, tokens_BT: Tensor, length_B: Tensor) -> Packed:
+    def pack(self, tokens_BT: Tensor, length_B: Tensor, wanted_BT: Tensor) -> Packed:
         """Right-padded rows -> one microbatch as this rank runs it: padded and cut over context-parallel ranks as the backend needs.
 
         Args:
             tokens_BT: int64 on the host.
             length_B: int64, tokens of each row.
+            wanted_BT: bool, the tokens whose log-probability or value is wanted; readouts are 0 at the others.
         """
 
     @abstractmethod

@@ -88,7 +88,7 @@ class ModelRole(Role, ABC):
     def forward(self, samples: Samples) -> Tensor:
         """The readout of this shard's rows, on every rank that holds them: [B] or [B, T] float32, on the host.
 
-        [B, T] is 0 at each row's first token and beyond its last; the caller applies the mask.
+        [B, T] is 0 outside `samples.mask_BT`, and at each row's first token.
         """
         batches = self.microbatches(samples, self.config.forward_micro_tokens or self.config.micro_tokens)
         results = self.engine.forward(self.packed(samples, batches))
@@ -114,12 +114,14 @@ class ModelRole(Role, ABC):
 
     def packed(self, samples: Samples, batches: list[list[int]]) -> list[Packed]:
         """These microbatches as the engine runs them."""
-        nothing = self.engine.pack(torch.zeros(1, 2, dtype=torch.long), torch.tensor([2]))
+        blank_BT = torch.zeros(1, 2, dtype=torch.long)
+        nothing = self.engine.pack(blank_BT, torch.tensor([2]), blank_BT.bool())
         return [self._pack(samples, rows) if rows else nothing for rows in batches]
 
     def _pack(self, samples: Samples, rows: list[int]) -> Packed:
         part = batch_ops.take(samples, rows)
-        return self.engine.pack(part.tokens_BT[:, : int(part.length_B.max())], part.length_B)
+        longest = int(part.length_B.max())
+        return self.engine.pack(part.tokens_BT[:, :longest], part.length_B, part.mask_BT[:, :longest])
 
     def save_checkpoint(self, folder: str | Path, dtype: str | None = None, run: str | None = None) -> None:
         """Write a Hugging Face checkpoint (config, safetensors, tokenizer) from the ranks that hold the weights.
@@ -148,5 +150,4 @@ class ModelRole(Role, ABC):
             if not self.member:
                 return Ref(self, None, local.rows)
             mine: Samples = local.args[0]
-            value = self.forward(mine)
-            return Ref(self, value if value.dim() == 1 else torch.where(mine.mask_BT, value, 0.0), local.rows)
+            return Ref(self, self.forward(mine), local.rows)

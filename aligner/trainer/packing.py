@@ -73,14 +73,14 @@ class Packed:
     """int64: the rows' tokens, then zeros up to a multiple of `multiple_of`; as many on every context rank."""
     positions_T: Tensor
     """int64: position of each token in its row."""
-    targets_T: Tensor
-    """int64: the next token of the row; 0 at a row's last token."""
     lengths: Tensor
     """int32, CPU: tokens of each row (the padding counts as one more row); over context ranks of each whole row."""
     source_N: Tensor
-    """Flat positions whose prediction is wanted: every token but each row's last."""
+    """Flat positions whose prediction is wanted."""
     target_N: Tensor
     """Where it belongs in a flattened [B, width] array: the predicted token's own place."""
+    predicted_N: Tensor
+    """int64: that token."""
     last_N: Tensor
     """Flat positions of rows' last tokens."""
     row_N: Tensor
@@ -88,11 +88,11 @@ class Packed:
     rows: int
     width: int
 
-    def to_rows(self, value_T: Tensor) -> Tensor:
-        """Per-prediction values [T] -> [B, width] at the predicted token; 0 elsewhere, as for tokens that another
+    def to_rows(self, value_N: Tensor) -> Tensor:
+        """Values of the wanted predictions -> [B, width] at the predicted token; 0 elsewhere, as for tokens that another
         context rank holds. Differentiable."""
-        flat = value_T.new_zeros(self.rows * self.width)
-        return flat.index_copy(0, self.target_N, value_T[self.source_N]).view(self.rows, self.width)
+        flat = value_N.new_zeros(self.rows * self.width)
+        return flat.index_copy(0, self.target_N, value_N).view(self.rows, self.width)
 
     def at_ends(self, value_T: Tensor) -> Tensor:
         """Values [T] -> [B] at each row's last token; 0 where another context rank holds it. Differentiable."""
@@ -106,6 +106,7 @@ def pack(
     device: torch.device,
     context: int = 1,
     context_rank: int = 0,
+    wanted_BT: Tensor | None = None,
 ) -> Packed:
     """Right-padded rows -> one packed microbatch, as one context rank has it.
 
@@ -114,6 +115,7 @@ def pack(
         length_B: tokens of each row.
         multiple_of: pad the total to it (sequence parallelism needs a multiple of the tensor size).
         context: ranks that the rows are cut over.
+        wanted_BT: bool, the tokens whose prediction is wanted; None: every token. (A row's first is predicted by none.)
     """
     rows, width = tokens_BT.shape
     lengths = length_B.to(torch.int32)
@@ -125,15 +127,17 @@ def pack(
     row_T, positions_T = row_S[mine_T], place_S[mine_T]
     is_last_T = positions_T == length_B[row_T] - 1
     tokens_T = tokens_BT[row_T, positions_T]
-    targets_T = tokens_BT[row_T, (positions_T + 1).clamp(max=width - 1)].masked_fill(is_last_T, 0)
     source_N, last_N = torch.nonzero(~is_last_T)[:, 0], torch.nonzero(is_last_T)[:, 0]
     target_N = (row_T * width + positions_T + 1)[source_N]
+    if wanted_BT is not None:
+        wanted_N = wanted_BT.flatten()[target_N]
+        source_N, target_N = source_N[wanted_N], target_N[wanted_N]
     missing = tokens_per_rank(length_B.tolist(), context, multiple_of) - len(mine_T)
     if missing:
-        tokens_T, targets_T = (torch.cat([x, x.new_zeros(missing)]) for x in (tokens_T, targets_T))
+        tokens_T = torch.cat([tokens_T, tokens_T.new_zeros(missing)])
         positions_T = torch.cat([positions_T, torch.arange(missing)])
         if context == 1:
             lengths = torch.cat([lengths, torch.tensor([missing], dtype=torch.int32)])
-    held = (tokens_T, positions_T, targets_T, source_N, target_N, last_N, row_T[last_N])
+    held = (tokens_T, positions_T, source_N, target_N, tokens_BT.flatten()[target_N], last_N, row_T[last_N])
     on = [x.to(device, non_blocking=True) for x in held]
-    return Packed(on[0], on[1], on[2], lengths, on[3], on[4], on[5], on[6], rows, width)
+    return Packed(on[0], on[1], lengths, on[2], on[3], on[4], on[5], on[6], rows, width)

@@ -11,16 +11,21 @@ from aligner.trainer.packing import Packed
 
 
 class HeadOutput(Protocol):
-    """What the model's head gave for the T tokens of a packed microbatch, however the training engine shards it."""
+    """What the model's head gives for the T tokens of a packed microbatch, however the training engine shards it."""
 
-    def logprobs_and_entropy(self, target_T: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        """Log-probability of each target and entropy of its distribution, of logits divided by `temperature`.
+    def logprobs_and_entropy(
+        self, source_N: Tensor, target_N: Tensor, temperature: float, with_entropy: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Log-probability of each target and entropy of its distribution, of logits divided by `temperature`. Only the tokens that
+        predict a target pass through the output layer.
 
         Args:
-            target_T: int64 token ids.
+            source_N: int64, the tokens that predict, of the T.
+            target_N: int64 token ids.
 
         Returns:
-            (logp_T, entropy_T) in nats, [T] float32, equal on tensor-parallel ranks; differentiable.
+            (logp_N, entropy_N) in nats, [N] float32, equal on tensor-parallel ranks; differentiable. None for the entropy
+            without `with_entropy`.
         """
 
     def scalar(self) -> Tensor:
@@ -33,9 +38,13 @@ class Readout(Protocol):
     dims: Any
     """Dimensions of what it makes: 2 for [B, T], 1 for [B]."""
 
-    def __call__(self, head: HeadOutput, packed: Packed) -> dict[str, Tensor]:
-        """Float32 tensors by name, 0 at tokens that another context rank holds. The first is the role's result and a loss's
-        first argument; a loss may ask for the others by name."""
+    def __call__(self, head: HeadOutput, packed: Packed, first_only: bool = False) -> dict[str, Tensor]:
+        """Float32 tensors by name, 0 outside the wanted predictions and at tokens that another context rank holds. The first
+        is the role's result and a loss's first argument; a loss may ask for the others by name.
+
+        Args:
+            first_only: the others may be left out.
+        """
 
 
 @dataclass(frozen=True)
@@ -46,10 +55,13 @@ class LogProbs:
     """Divides the logits."""
     dims = 2
 
-    def __call__(self, head: HeadOutput, packed: Packed) -> dict[str, Tensor]:
+    def __call__(self, head: HeadOutput, packed: Packed, first_only: bool = False) -> dict[str, Tensor]:
         """policy_logp_BT and entropy_BT, nats."""
-        logp_T, entropy_T = head.logprobs_and_entropy(packed.targets_T, self.temperature)
-        return {"policy_logp_BT": packed.to_rows(logp_T), "entropy_BT": packed.to_rows(entropy_T)}
+        logp_N, entropy_N = head.logprobs_and_entropy(
+            packed.source_N, packed.predicted_N, self.temperature, with_entropy=not first_only
+        )
+        of_tokens = {"policy_logp_BT": logp_N} | ({} if entropy_N is None else {"entropy_BT": entropy_N})
+        return {name: packed.to_rows(value_N) for name, value_N in of_tokens.items()}
 
 
 class Values:
@@ -57,9 +69,9 @@ class Values:
 
     dims = 2
 
-    def __call__(self, head: HeadOutput, packed: Packed) -> dict[str, Tensor]:
+    def __call__(self, head: HeadOutput, packed: Packed, first_only: bool = False) -> dict[str, Tensor]:
         """value_BT."""
-        return {"value_BT": packed.to_rows(head.scalar())}
+        return {"value_BT": packed.to_rows(head.scalar()[packed.source_N])}
 
 
 class Scores:
@@ -67,6 +79,6 @@ class Scores:
 
     dims = 1
 
-    def __call__(self, head: HeadOutput, packed: Packed) -> dict[str, Tensor]:
+    def __call__(self, head: HeadOutput, packed: Packed, first_only: bool = False) -> dict[str, Tensor]:
         """score_B."""
         return {"score_B": packed.at_ends(head.scalar())}

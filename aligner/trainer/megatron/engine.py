@@ -78,10 +78,10 @@ class MegatronEngine(TrainEngine):
         """Megatron's parameters by the regions that `MegatronLayout` says they hold."""
         return self.model
 
-    def pack(self, tokens_BT: Tensor, length_B: Tensor) -> Packed:
+    def pack(self, tokens_BT: Tensor, length_B: Tensor, wanted_BT: Tensor) -> Packed:
         """Padded to a multiple of the tensor ranks under sequence parallelism, cut over context ranks."""
         context = self.mesh.coordinates(self.world.rank)["context"]
-        return pack(tokens_BT, length_B, self.multiple_of, self.world.device, self.mesh.context, context)
+        return pack(tokens_BT, length_B, self.multiple_of, self.world.device, self.mesh.context, context, wanted_BT)
 
     def microbatch_count(self, wanted: int) -> int | None:
         """As many on every data shard where these exchange tokens with each other's experts; a multiple of the stages for a

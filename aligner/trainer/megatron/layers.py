@@ -141,6 +141,25 @@ class ScalarHead(nn.Module):
         return out, None
 
 
+class HiddenStates(nn.Module):
+    """In place of Megatron's output layer, whose weight it holds: the model's output are its final hidden states, of which
+    `output_logprobs` makes logits block by block. Under sequence parallelism they are gathered, and their gradients, of which
+    each tensor rank has its shard of the vocabulary's, are summed and scattered.
+    """
+
+    def __init__(self, weight: nn.Parameter | None, config: Any, group: Any) -> None:
+        """`weight`: None where the embedding on the same stage is the output layer too."""
+        super().__init__()
+        self.weight = weight
+        self.group, self.sequence_parallel = group, config.sequence_parallel
+
+    def forward(self, hidden_states: Tensor, weight: Any = None, runtime_gather_output: bool | None = None) -> Any:
+        """[T / tensor or T, 1, hidden] -> ([T, 1, hidden], None), as Megatron calls its output layer."""
+        if self.sequence_parallel:
+            hidden_states = gather_from_sequence_parallel_region(hidden_states, group=self.group)
+        return hidden_states, None
+
+
 def scale_embedding(factor: Tensor, _: nn.Module, __: Any, embedded: Tensor) -> Tensor:
     """A forward hook of the embedding, once `factor` (in the weights' data type, as in transformers) is bound."""
     return embedded * factor

@@ -22,7 +22,7 @@ from aligner.models.tensors import EMBEDDING_PARAMETER, OUTPUT_PARAMETER
 from aligner.reshard.message.storage import strided_view
 from aligner.reshard.plan.region import Piece
 from aligner.spmd.mesh import EXPERT_AXES, Mesh
-from aligner.trainer.megatron.layers import ScalarHead, block_spec, scale_embedding
+from aligner.trainer.megatron.layers import HiddenStates, ScalarHead, block_spec, scale_embedding
 from aligner.trainer.megatron.layout import MegatronLayout, padded_vocab_size
 from aligner.trainer.megatron.rotary import PackedRotary
 from aligner.trainer.megatron.sizes import check_runs
@@ -66,6 +66,15 @@ class ShardedModel:
             for prefix, chunk in zip(prefixes, self.chunks, strict=True)
             for name, parameter in chunk.named_parameters()
         }
+
+    @property
+    def output_weight(self) -> torch.nn.Parameter | None:
+        """[padded vocabulary / tensor, hidden] on the last stage, of the embedding where they are tied; None: a scalar head."""
+        last = self.chunks[-1]
+        if isinstance(last.output_layer, ScalarHead):
+            return None
+        tied: bool = last.share_embeddings_and_output_weights
+        return last.shared_embedding_or_output_weight() if tied else last.output_layer.weight  # type: ignore[no-any-return]
 
     def train(self, training: bool = True) -> None:
         """Into training mode, or out of it."""
@@ -193,6 +202,8 @@ def build_model(
             gpt.rotary_pos_emb = rotary
             if gpt.post_process and spec.head is Head.SCALAR:  # Megatron's own, just made, goes unused
                 gpt.output_layer = ScalarHead(config, groups.tp)
+            elif gpt.post_process:
+                gpt.output_layer = HiddenStates(gpt.output_layer.weight, config, groups.tp)
             if gpt.pre_process and spec.embedding_scale != 1.0:
                 factor = torch.tensor(spec.embedding_scale, dtype=DTYPES[dtype], device=device)
                 gpt.embedding.register_forward_hook(partial(scale_embedding, factor))
