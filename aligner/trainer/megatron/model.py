@@ -21,7 +21,7 @@ from aligner.models.tensors import EMBEDDING_PARAMETER, OUTPUT_PARAMETER
 from aligner.reshard.message.storage import strided_view
 from aligner.reshard.plan.region import Piece
 from aligner.spmd.mesh import EXPERT_AXES, Mesh
-from aligner.trainer.megatron.layers import HiddenStates, ScalarHead, block_spec, scale_embedding
+from aligner.trainer.megatron.layers import HiddenStates, ScalarHead, block_spec, fuse_activations, scale_embedding
 from aligner.trainer.megatron.layout import MegatronLayout, padded_vocab_size
 from aligner.trainer.megatron.rotary import PackedRotary
 from aligner.trainer.megatron.sizes import check_runs
@@ -177,7 +177,7 @@ def build_model(
     check_runs(spec, mesh, sequence_parallel, cpu=device.type == "cpu")
     layout, coordinates = MegatronLayout(spec, mesh, dtype), mesh.coordinates(rank)
     expert_coordinates, stage = mesh.coordinates(rank, EXPERT_AXES), coordinates["pipeline"]
-    rotary = PackedRotary(spec, device)
+    rotary = PackedRotary(spec, device, DTYPES[dtype])
     chunks = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -203,6 +203,7 @@ def build_model(
                 vp_stage=number if mesh.virtual_pipeline > 1 else None,
             )
             gpt.rotary_pos_emb = rotary
+            fuse_activations(gpt, spec.activation)
             if gpt.post_process and spec.head is Head.SCALAR:  # replaces Megatron's output layer
                 gpt.output_layer = ScalarHead(config, groups.tp)
             elif gpt.post_process:
