@@ -37,7 +37,7 @@ class _RMSNorm(torch.autograd.Function):
             rows = x_NH[part].to(exact)
             square = torch.linalg.vector_norm(rows, dim=-1, keepdim=True).square_()
             torch.rsqrt(square.div_(rows.shape[1]).add_(eps), out=scale_N1[part])
-            out[part] = (rows * scale_N1[part]).mul_(weight)
+            torch.mul(rows * scale_N1[part], weight, out=out[part])
         ctx.save_for_backward(x_NH, weight_H, scale_N1)
         return out.view(x.shape)
 
@@ -54,7 +54,7 @@ class _RMSNorm(torch.autograd.Function):
             grad_weight += torch.mul(given, normed).sum(0)
             given = given * weight
             mean = torch.mul(given, normed).mean(-1, keepdim=True)
-            grad_x[part] = given.addcmul_(normed, mean, value=-1).mul_(scale)
+            torch.mul(given.addcmul_(normed, mean, value=-1), scale, out=grad_x[part])
         return grad_x.view(grad.shape), grad_weight.to(weight_H.dtype), None
 
 
@@ -92,9 +92,9 @@ class _Gated(torch.autograd.Function):
         for part in _parts(gate):
             given, inner = grad_NF[part], grad_NF[part] * up[part]
             if ctx.activation == "silu":
-                grad_gate[part] = aten.silu_backward(inner, gate[part])
+                aten.silu_backward.grad_input(inner, gate[part], grad_input=grad_gate[part])
             else:
-                grad_gate[part] = aten.gelu_backward(inner, gate[part], approximate="tanh")
+                aten.gelu_backward.grad_input(inner, gate[part], approximate="tanh", grad_input=grad_gate[part])
             torch.mul(given, _activate(gate[part], ctx.activation), out=grad_up[part])
         return grad_both.view(*grad.shape[:-1], grad_both.shape[-1]), None
 
