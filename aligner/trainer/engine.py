@@ -111,12 +111,13 @@ class TrainEngine(ABC):
     # ---- microbatches
 
     @abstractmethod
-    def pack(self, tokens_BT: Tensor, length_B: Tensor, segments: Sequence[Segment] = ()) -> Packed:
+    def pack(self, tokens_BT: Tensor, length_B: Tensor, wanted_BT: Tensor, segments: Sequence[Segment] = ()) -> Packed:
         """Right-padded rows -> one packed microbatch for this rank, padded and split over context-parallel ranks as the backend needs.
 
         Args:
             tokens_BT: int64, on the host.
             length_B: int64, number of tokens of each row.
+            wanted_BT: bool, the tokens whose log-probability or value is wanted; readouts are 0 at the others.
             segments: common prefixes and the rest of each row, if `shares_prefixes`; empty: each row is a segment.
         """
 

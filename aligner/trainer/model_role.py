@@ -89,7 +89,7 @@ class ModelRole(Role, ABC):
     def forward(self, samples: Samples) -> Tensor:
         """The first readout of this data shard's rows, on every rank that holds them: [B] or [B, T] float32, on the host.
 
-        [B, T] is 0 at each row's first token and in its padding; the caller applies the mask.
+        [B, T] is 0 outside `samples.mask_BT` and at each row's first token.
         """
         tree = self.prefix_tree(samples)
         batches = self.microbatches(tree, self.config.forward_micro_tokens or self.config.micro_tokens)
@@ -124,13 +124,15 @@ class ModelRole(Role, ABC):
 
     def packed(self, samples: Samples, batches: list[list[int]], tree: PrefixTree) -> list[Packed]:
         """These microbatches, packed for the engine."""
-        empty = self.engine.pack(torch.zeros(1, 2, dtype=torch.long), torch.tensor([2]))
+        blank_BT = torch.zeros(1, 2, dtype=torch.long)
+        empty = self.engine.pack(blank_BT, torch.tensor([2]), blank_BT.bool())
         return [self._pack(samples, rows, tree) if rows else empty for rows in batches]
 
     def _pack(self, samples: Samples, rows: list[int], tree: PrefixTree) -> Packed:
         part = batch_ops.take(samples, rows)
         segments = tree.segments(rows) if self.engine.shares_prefixes else ()
-        return self.engine.pack(part.tokens_BT[:, : int(part.length_B.max())], part.length_B, segments)
+        longest = int(part.length_B.max())
+        return self.engine.pack(part.tokens_BT[:, :longest], part.length_B, part.mask_BT[:, :longest], segments)
 
     def save_checkpoint(self, folder: str | Path, dtype: str | None = None, run: str | None = None) -> None:
         """Write a Hugging Face checkpoint (config, safetensors, tokenizer) from the ranks that hold the weights.
@@ -158,6 +160,4 @@ class ModelRole(Role, ABC):
             local = self.localize((samples,), {})
             if not self.member:
                 return Ref(self, None, local.rows)
-            local_samples: Samples = local.args[0]
-            value = self.forward(local_samples)
-            return Ref(self, value if value.dim() == 1 else torch.where(local_samples.mask_BT, value, 0.0), local.rows)
+            return Ref(self, self.forward(local.args[0]), local.rows)

@@ -137,15 +137,15 @@ class Packed:
     """int64: the segments' tokens, then zeros up to a multiple of `multiple_of`; the same number on every context-parallel rank."""
     positions_T: Tensor
     """int64: position of each token in its rows."""
-    targets_T: Tensor
-    """int64: the next token of its rows; 0 at a row's last token."""
     segments_S2: Tensor
     """int32, CPU: (number of tokens, index of the parent or -1) of each segment; padding counts as one more segment. With context
     parallelism, of each complete segment."""
     source_N: Tensor
-    """Indices in [T] of tokens whose prediction is used: all but each row's last; a shared token's once for each of its rows."""
+    """Indices in [T] of tokens whose prediction is used; a shared token's once for each of its rows."""
     target_N: Tensor
     """Index of each predicted token in a flattened [B, width] array."""
+    predicted_N: Tensor
+    """int64: the predicted tokens."""
     last_N: Tensor
     """Indices in [T] of rows' last tokens."""
     row_N: Tensor
@@ -155,11 +155,11 @@ class Packed:
     width: int
     """Tokens of the longest row."""
 
-    def to_rows(self, value_T: Tensor) -> Tensor:
-        """Per-prediction values [T] -> [B, width], at the predicted tokens of all rows; 0 elsewhere, also at tokens of other
+    def to_rows(self, value_N: Tensor) -> Tensor:
+        """Values of the used predictions [N] -> [B, width], at the predicted tokens of all rows; 0 elsewhere, also at tokens of other
         context-parallel ranks. Differentiable."""
-        flat = value_T.new_zeros(self.rows * self.width)
-        return flat.index_copy(0, self.target_N, value_T[self.source_N]).view(self.rows, self.width)
+        flat = value_N.new_zeros(self.rows * self.width)
+        return flat.index_copy(0, self.target_N, value_N).view(self.rows, self.width)
 
     def at_ends(self, value_T: Tensor) -> Tensor:
         """Values [T] -> [B], at each row's last token; 0 if another context-parallel rank holds it. Differentiable."""
@@ -173,6 +173,7 @@ def pack(
     device: torch.device,
     context: int = 1,
     context_rank: int = 0,
+    wanted_BT: Tensor | None = None,
     segments: Sequence[Segment] = (),
 ) -> Packed:
     """Right-padded rows -> one packed microbatch, for one context-parallel rank.
@@ -182,6 +183,7 @@ def pack(
         length_B: number of tokens of each row.
         multiple_of: pad T to a multiple of it (sequence parallelism needs a multiple of the tensor-parallel size).
         context: number of ranks that the segments are split over.
+        wanted_BT: bool, the tokens whose prediction is used; None: every token. (A row's first token is predicted by none.)
         segments: common prefixes and the rest of each row; empty: each row is a segment.
     """
     rows, width = tokens_BT.shape
@@ -197,21 +199,23 @@ def pack(
     row_T = row_of[segment_T]
     is_last_T = positions_T == length_B[row_T] - 1
     tokens_T = tokens_BT[row_T, positions_T]
-    targets_T = tokens_BT[row_T, (positions_T + 1).clamp(max=width - 1)].masked_fill(is_last_T, 0)
     last_N = torch.nonzero(is_last_T)[:, 0]
     source_N, source_row_N = _each_row(segments, segment_T, torch.nonzero(~is_last_T)[:, 0])
     target_N = source_row_N * width + positions_T[source_N] + 1
+    if wanted_BT is not None:
+        wanted_N = wanted_BT.flatten()[target_N]
+        source_N, target_N = source_N[wanted_N], target_N[wanted_N]
     missing = tokens_per_rank(lengths, context, multiple_of) - len(local_T)
     if missing:
-        tokens_T, targets_T = (torch.cat([x, x.new_zeros(missing)]) for x in (tokens_T, targets_T))
+        tokens_T = torch.cat([tokens_T, tokens_T.new_zeros(missing)])
         positions_T = torch.cat([positions_T, torch.arange(missing)])
         if context == 1:
             segments_S2 = torch.cat([segments_S2, torch.tensor([[missing, -1]], dtype=torch.int32)])
-    tensors = (tokens_T, positions_T, targets_T, source_N, target_N, last_N, row_T[last_N])
-    tokens_T, positions_T, targets_T, source_N, target_N, last_N, row_N = (
+    tensors = (tokens_T, positions_T, source_N, target_N, tokens_BT.flatten()[target_N], last_N, row_T[last_N])
+    tokens_T, positions_T, source_N, target_N, predicted_N, last_N, row_N = (
         x.to(device, non_blocking=True) for x in tensors
     )
-    return Packed(tokens_T, positions_T, targets_T, segments_S2, source_N, target_N, last_N, row_N, rows, width)
+    return Packed(tokens_T, positions_T, segments_S2, source_N, target_N, predicted_N, last_N, row_N, rows, width)
 
 
 def _each_row(segments: Sequence[Segment], segment_T: Tensor, index_N: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,14 +13,19 @@ from aligner.trainer.packing import Packed
 class HeadOutput(Protocol):
     """The output of a model's head for the T tokens of a packed microbatch, however the training engine shards it."""
 
-    def logprobs_and_entropy(self, target_T: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        """Log-probability of each target and entropy of its distribution, with logits divided by `temperature`.
+    def logprobs_and_entropy(
+        self, source_N: Tensor, target_N: Tensor, temperature: float, with_entropy: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Log-probability of each target and entropy of its distribution, with logits divided by `temperature`. Only the tokens
+        that predict a target pass through the output layer.
 
         Args:
-            target_T: int64 token ids.
+            source_N: int64, the tokens that predict, of the T.
+            target_N: int64 token ids.
 
         Returns:
-            (logp_T, entropy_T) in nats, [T] float32, equal on tensor-parallel ranks; differentiable.
+            (logp_N, entropy_N) in nats, [N] float32, equal on tensor-parallel ranks; differentiable. None for the entropy
+            without `with_entropy`.
         """
 
     def scalar(self) -> Tensor:
@@ -33,9 +38,13 @@ class Readout(Protocol):
     dims: Any
     """Number of dimensions of its tensors: 2 for [B, T], 1 for [B]."""
 
-    def __call__(self, head: HeadOutput, packed: Packed) -> dict[str, Tensor]:
-        """Float32 tensors by name, 0 at tokens that another context-parallel rank holds. The first is the role call's result and
-        a loss's first argument; a loss may take the others by name."""
+    def __call__(self, head: HeadOutput, packed: Packed, first_only: bool = False) -> dict[str, Tensor]:
+        """Float32 tensors by name, 0 outside the used predictions and at tokens that another context-parallel rank holds. The
+        first is the role call's result and a loss's first argument; a loss may take the others by name.
+
+        Args:
+            first_only: the others may be left out.
+        """
 
 
 @dataclass(frozen=True)
@@ -46,10 +55,13 @@ class LogProbs:
     """Divides the logits."""
     dims = 2
 
-    def __call__(self, head: HeadOutput, packed: Packed) -> dict[str, Tensor]:
+    def __call__(self, head: HeadOutput, packed: Packed, first_only: bool = False) -> dict[str, Tensor]:
         """policy_logp_BT and entropy_BT [B, T], in nats."""
-        logp_T, entropy_T = head.logprobs_and_entropy(packed.targets_T, self.temperature)
-        return {"policy_logp_BT": packed.to_rows(logp_T), "entropy_BT": packed.to_rows(entropy_T)}
+        logp_N, entropy_N = head.logprobs_and_entropy(
+            packed.source_N, packed.predicted_N, self.temperature, with_entropy=not first_only
+        )
+        readouts = {"policy_logp_BT": packed.to_rows(logp_N)}
+        return readouts if entropy_N is None else {**readouts, "entropy_BT": packed.to_rows(entropy_N)}
 
 
 class Values:
@@ -57,9 +69,9 @@ class Values:
 
     dims = 2
 
-    def __call__(self, head: HeadOutput, packed: Packed) -> dict[str, Tensor]:
+    def __call__(self, head: HeadOutput, packed: Packed, first_only: bool = False) -> dict[str, Tensor]:
         """value_BT [B, T]."""
-        return {"value_BT": packed.to_rows(head.scalar())}
+        return {"value_BT": packed.to_rows(head.scalar()[packed.source_N])}
 
 
 class Scores:
@@ -67,6 +79,6 @@ class Scores:
 
     dims = 1
 
-    def __call__(self, head: HeadOutput, packed: Packed) -> dict[str, Tensor]:
+    def __call__(self, head: HeadOutput, packed: Packed, first_only: bool = False) -> dict[str, Tensor]:
         """score_B [B]."""
         return {"score_B": packed.at_ends(head.scalar())}

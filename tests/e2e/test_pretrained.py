@@ -49,8 +49,8 @@ from transformers import AutoTokenizer
 from aligner.data.prompts import tokenize_prompts
 from aligner.data.samples import Samples
 from aligner.models.read_spec import read_spec
-from aligner.trainer import vocab_parallel
 from aligner.trainer.config import PolicyConfig
+from aligner.trainer.output_layer import PackedOutput
 from aligner.trainer.policy import Policy, Reference
 from aligner.roles.weight_sync import WeightSyncs
 from aligner.rollout.config import RolloutConfig, Sampling
@@ -67,11 +67,11 @@ samples = Samples(
     expected["tokens_BT"], torch.ones(rows, dtype=torch.long), expected["length_B"], expected["mask_BT"],
     torch.arange(rows), [{} for _ in range(rows)], torch.zeros(expected["tokens_BT"].shape),
 )
-inner, caught = vocab_parallel.logprobs_and_entropy, []
-def catching(logits_TV, *rest):
-    caught.append(logits_TV.detach().clone())
-    return inner(logits_TV, *rest)
-vocab_parallel.logprobs_and_entropy = catching
+inner, caught = PackedOutput.logprobs_and_entropy, []
+def catching(output, *rest, **named):
+    caught.append(output.output_TX @ output.weight_VH.T)
+    return inner(output, *rest, **named)
+PackedOutput.logprobs_and_entropy = catching
 tp1 = Reference("tp1", world, Mesh((0,), 1, 1), spec, config)
 pp2 = Policy("pp2", world, Mesh((0, 1), 1, 2), spec, config, syncs=WeightSyncs())
 for role in (tp1, pp2):

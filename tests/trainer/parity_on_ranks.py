@@ -28,9 +28,9 @@ from aligner.objective.advantages import group_advantages
 from aligner.objective.losses import clipped_surrogate
 from aligner.spmd.mesh import Mesh
 from aligner.spmd.world import World
-from aligner.trainer import vocab_parallel
 from aligner.trainer.config import OptimizerConfig, PolicyConfig
 from aligner.trainer.context import split_rows
+from aligner.trainer.output_layer import PackedOutput
 from aligner.trainer.policy import Policy
 
 LENGTHS, PROMPT, G, VOCAB = [9, 17, 12, 5, 16, 16, 7, 21], 3, 2, 61
@@ -148,15 +148,15 @@ def logits_off(policy: Policy, samples: Samples, logits_BTV: Tensor, caught: lis
 
 def check_logits(policy: Policy, ref: Any, expected: Reference) -> float:
     caught: list[Tensor] = []
-    inner = vocab_parallel.logprobs_and_entropy
+    inner = PackedOutput.logprobs_and_entropy
 
-    def catching(logits_TV: Tensor, *rest: Any) -> Any:
-        caught.append(logits_TV.detach().clone())
-        return inner(logits_TV, *rest)
+    def catching(output: PackedOutput, *rest: Any, **named: Any) -> Any:
+        caught.append(output.output_TX @ output.weight_VH.T)
+        return inner(output, *rest, **named)
 
-    vocab_parallel.logprobs_and_entropy = catching
+    PackedOutput.logprobs_and_entropy = catching
     got = policy.logprobs(ref).gather()
-    vocab_parallel.logprobs_and_entropy = inner
+    PackedOutput.logprobs_and_entropy = inner
     off = (got - torch.where(MASK_BT, expected.logp_BT, 0)).abs().max().item()
     samples = policy.localize((ref,), {}).args[0]
     return max(off, logits_off(policy, samples, expected.logits_BTV, caught))

@@ -22,9 +22,10 @@ from aligner.trainer.config import TrainingConfig
 from aligner.trainer.engine import MOMENTS, MicrobatchLoss, OptimizerSlice, TrainEngine
 from aligner.trainer.engines import Backend
 from aligner.trainer.offload import Offloaded, Scratch
+from aligner.trainer.output_layer import PackedOutput
 from aligner.trainer.packing import Packed, pack
+from aligner.trainer.prefix_tree import Segment
 from aligner.trainer.readout import Readout
-from aligner.trainer.vocab_parallel import Logits
 
 IMPORT_PATH = "tests.trainer.plain_engine.PlainEngine"
 
@@ -91,8 +92,9 @@ class PlainEngine(TrainEngine):
     def weights(self) -> PlainWeights:
         return self.held
 
-    def pack(self, tokens_BT: Tensor, length_B: Tensor) -> Packed:
-        return pack(tokens_BT, length_B, 1, torch.device("cpu"))
+    def pack(self, tokens_BT: Tensor, length_B: Tensor, wanted_BT: Tensor, segments: Sequence[Segment] = ()) -> Packed:
+        assert not segments, "this backend does not share prefixes"
+        return pack(tokens_BT, length_B, 1, torch.device("cpu"), wanted_BT=wanted_BT)
 
     def microbatch_count(self, needed: int) -> int | None:
         return None
@@ -117,8 +119,9 @@ class PlainEngine(TrainEngine):
         self.world.activity.tick()
         given = {"position_ids": batch.positions_T[None], "use_cache": False}
         hidden = self.model.model(batch.tokens_T[None], **given).last_hidden_state[0]
-        head = self.model.score if self.spec.head is Head.SCALAR else self.model.lm_head
-        return self.readout(Logits(head(hidden), None, self.spec.vocab), batch)
+        if self.spec.head is Head.SCALAR:
+            return self.readout(PackedOutput(self.model.score(hidden), self.spec.vocab), batch)
+        return self.readout(PackedOutput(hidden, self.spec.vocab, self.model.lm_head.weight), batch)
 
     def grad_norm(self) -> float:
         return float(torch.nn.utils.get_total_norm([p.grad for p in self.parameters.values() if p.grad is not None]))

@@ -64,10 +64,10 @@ def test_ranks_together_have_what_one_rank_has(lengths: list[int], multiple_of: 
     parts = [pack(tokens_BT, length_B, multiple_of, cpu, ranks, rank) for rank in range(ranks)]
     assert len({part.tokens_T.numel() for part in parts}) == 1 and parts[0].tokens_T.numel() % multiple_of == 0
     assert all(part.segments_S2[:, 0].tolist() == lengths for part in parts)
-    for name in ("tokens_T", "positions_T", "targets_T"):
-        assert torch.equal(
-            sum(part.to_rows(getattr(part, name)) for part in parts), one.to_rows(getattr(one, name))
-        ), name  # fmt: skip
+    for name in ("tokens_T", "positions_T"):
+        joined_BT = sum(part.to_rows(getattr(part, name)[part.source_N]) for part in parts)
+        assert torch.equal(joined_BT, one.to_rows(getattr(one, name)[one.source_N])), name
+    assert torch.equal(sum(part.to_rows(part.predicted_N) for part in parts), one.to_rows(one.predicted_N))
     assert torch.equal(sum(part.at_ends(part.tokens_T) for part in parts), one.at_ends(one.tokens_T))
     assert one.at_ends(one.tokens_T).tolist() == [n + 100 * row for row, n in enumerate(lengths)]
 

@@ -103,12 +103,22 @@ def test_pack_by_hand() -> None:
     packed = pack(tokens_BT, torch.tensor([3, 2]), 4, torch.device("cpu"))
     assert packed.tokens_T.tolist() == [5, 6, 7, 8, 9, 0, 0, 0]
     assert packed.positions_T.tolist() == [0, 1, 2, 0, 1, 0, 1, 2]
-    assert packed.targets_T.tolist() == [6, 7, 0, 9, 0, 0, 0, 0]
+    assert packed.source_N.tolist() == [0, 1, 3] and packed.predicted_N.tolist() == [6, 7, 9]
     assert packed.segments_S2.tolist() == [[3, -1], [2, -1], [3, -1]]  # the padding is a row of its own
     assert packed.last_N.tolist() == [2, 4] and packed.row_N.tolist() == [0, 1]
     # predictions 0,1 of row 0 are of its tokens 1,2; prediction 3 (row 1) is of its token 1
-    rows_BT = packed.to_rows(torch.arange(8.0) + 10)
+    rows_BT = packed.to_rows((torch.arange(8.0) + 10)[packed.source_N])
     assert rows_BT.tolist() == [[0, 10, 11], [0, 13, 0]]
+
+
+def test_only_wanted_predictions_by_hand() -> None:
+    tokens_BT = torch.tensor([[5, 6, 7], [8, 9, 0], [4, 3, 2]])
+    wanted_BT = torch.tensor([[True, False, True], [False, False, True], [True, True, False]])
+    packed = pack(tokens_BT, torch.tensor([3, 2, 3]), 1, torch.device("cpu"), wanted_BT=wanted_BT)
+    # token 2 of row 0 is predicted by its token 1, token 1 of row 2 by its token 0; nothing predicts what is beyond a row
+    assert packed.source_N.tolist() == [1, 5] and packed.predicted_N.tolist() == [7, 3]
+    assert packed.to_rows(torch.tensor([1.0, 2.0])).tolist() == [[0, 0, 1], [0, 0, 0], [0, 2, 0]]
+    assert packed.last_N.tolist() == [2, 4, 7], "rows' scores are read at their ends whatever is wanted"
 
 
 @given(st.lists(st.integers(1, 12), min_size=1, max_size=9), st.integers(1, 4))
@@ -119,7 +129,7 @@ def test_targets_are_the_next_tokens(lengths: list[int], multiple_of: int) -> No
     packed = pack(tokens_BT, torch.tensor(lengths), multiple_of, torch.device("cpu"))
     assert packed.tokens_T.numel() % multiple_of == 0
     assert int(packed.segments_S2[:, 0].sum()) == packed.tokens_T.numel()
-    back_BT = packed.to_rows(packed.targets_T.double())
+    back_BT = packed.to_rows(packed.predicted_N.double())
     expected_BT = tokens_BT.double().clone()
     expected_BT[:, 0] = 0  # nothing predicts a first token
     assert torch.equal(back_BT, expected_BT)

@@ -10,6 +10,7 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 from aligner.trainer.megatron.context_attention import context_attention
+from aligner.trainer.megatron.fused import rotate
 from aligner.trainer.megatron.prefix_attention import prefix_attention
 from aligner.trainer.megatron.rotary import RotarySlice
 
@@ -49,25 +50,32 @@ class PackedAttention(MegatronModule):
 
 
 class RotarySelfAttention(SelfAttention):
-    """Megatron's self-attention with the rotary angles and the attention factor of its layer type.
-
-    Megatron multiplies cosines and sines by one factor for all layers, for YaRN only. Here the rotated dimensions of the
-    queries are multiplied by the square of the factor, which gives the same attention scores.
-    """
+    """Megatron's self-attention with the rotary positions of its layer type, which it applies itself: Megatron would compute
+    cosines and sines anew in each layer, and multiply them by one attention factor for all of them."""
 
     def __init__(self, *args: Any, rotary: RotarySlice, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.rotary = rotary
+        self.tables_2T1D: Tensor | None = None
+        """Cosines and sines, during a forward."""
 
     def forward(self, *args: Any, rotary_pos_emb: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """[T, 1, hidden] -> the same; `rotary_pos_emb`: `PackedRotary`'s angles of all layer types."""
-        angles = rotary_pos_emb[..., self.rotary.start : self.rotary.stop]
-        return super().forward(*args, rotary_pos_emb=angles, **kwargs)  # type: ignore[no-any-return]
+        """[T, 1, hidden] -> the same; `rotary_pos_emb`: `PackedRotary`'s tables of all layer types."""
+        self.tables_2T1D = rotary_pos_emb[..., self.rotary.start : self.rotary.stop]
+        try:
+            return super().forward(*args, rotary_pos_emb=None, **kwargs)  # type: ignore[no-any-return]
+        finally:
+            self.tables_2T1D = None
+
+    def rotate(self, heads_T1ND: Tensor) -> Tensor:
+        """Queries or keys at their positions."""
+        assert self.tables_2T1D is not None
+        return rotate(heads_T1ND.squeeze(1), *self.tables_2T1D).unsqueeze(1)
 
     def get_query_key_value_tensors(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
         """Queries [T, 1, heads / tensor, head_dim], keys and values [T, 1, key/value heads / tensor, head_dim]."""
         query, key, value = super().get_query_key_value_tensors(*args, **kwargs)
-        return self.rotary.scale_queries(query), key, value
+        return self.rotate(query), self.rotate(key), value
 
 
 class SharedHeadAttention(RotarySelfAttention):
@@ -102,4 +110,4 @@ class SharedHeadAttention(RotarySelfAttention):
             query = self.q_layernorm(query)
         if self.k_layernorm is not None:
             key = self.k_layernorm(key)
-        return self.rotary.scale_queries(query), key, value
+        return self.rotate(query), self.rotate(key), value

@@ -81,10 +81,10 @@ class MegatronEngine(TrainEngine):
         """Megatron's parameters, by the regions of `MegatronLayout`."""
         return self.model
 
-    def pack(self, tokens_BT: Tensor, length_B: Tensor, segments: Sequence[Segment] = ()) -> Packed:
+    def pack(self, tokens_BT: Tensor, length_B: Tensor, wanted_BT: Tensor, segments: Sequence[Segment] = ()) -> Packed:
         """Padded to a multiple of the tensor-parallel size under sequence parallelism, split over context-parallel ranks."""
-        context_rank = self.mesh.coordinates(self.world.rank)["context"]
-        return pack(tokens_BT, length_B, self.multiple_of, self.world.device, self.mesh.context, context_rank, segments)
+        context, rank = self.mesh.context, self.mesh.coordinates(self.world.rank)["context"]
+        return pack(tokens_BT, length_B, self.multiple_of, self.world.device, context, rank, wanted_BT, segments)
 
     def microbatch_count(self, needed: int) -> int | None:
         """Equal on all data shards under expert parallelism, which exchanges tokens between them; a multiple of the pipeline

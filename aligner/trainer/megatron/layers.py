@@ -17,6 +17,7 @@ from megatron.core.tensor_parallel.mappings import (
     reduce_from_tensor_model_parallel_region,
 )
 from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_layer import TransformerLayer
@@ -26,6 +27,7 @@ from aligner.models.family import Norms
 from aligner.models.spec import LayerType, ModelSpec, QKNorm
 from aligner.models.tensors import family_of
 from aligner.trainer.megatron.attention import PackedAttention, RotarySelfAttention, SharedHeadAttention
+from aligner.trainer.megatron.fused import gated, rms_norm
 from aligner.trainer.megatron.rotary import rotary_slice
 
 
@@ -42,7 +44,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., hidden] -> the same."""
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return rms_norm(x, self.weight, self.eps)
 
 
 class RMSNormPlusOne(RMSNorm):
@@ -50,7 +52,7 @@ class RMSNormPlusOne(RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., hidden] -> the same."""
-        return F.rms_norm(x.float(), self.weight.shape, 1.0 + self.weight.float(), self.eps).type_as(x)
+        return rms_norm(x.float(), 1.0 + self.weight.float(), self.eps).type_as(x)
 
 
 class ProjectionNorm(RMSNorm):
@@ -138,6 +140,46 @@ class ScalarHead(nn.Module):
         if self.sequence_parallel:  # not reduced in backward: every rank has the complete gradient of the outputs
             out = gather_from_sequence_parallel_region(out, tensor_parallel_output_grad=False, group=self.group)
         return out, None
+
+
+class HiddenStates(nn.Module):
+    """In place of Megatron's output layer, whose weight it holds: the model's output are its final hidden states, of which
+    `output_logprobs` makes logits block by block. Under sequence parallelism they are gathered, and their gradients, of which
+    each tensor rank has its shard of the vocabulary's, are summed and scattered.
+    """
+
+    def __init__(self, weight: nn.Parameter | None, config: Any, group: Any) -> None:
+        """`weight`: None where the embedding on the same stage is the output layer too."""
+        super().__init__()
+        self.weight = weight
+        self.group, self.sequence_parallel = group, config.sequence_parallel
+
+    def forward(self, hidden_states: Tensor, weight: Any = None, runtime_gather_output: bool | None = None) -> Any:
+        """[T / tensor or T, 1, hidden] -> ([T, 1, hidden], None), as Megatron calls its output layer."""
+        if self.sequence_parallel:
+            hidden_states = gather_from_sequence_parallel_region(hidden_states, group=self.group)
+        return hidden_states, None
+
+
+def fuse_activations(model: nn.Module, activation: str) -> None:
+    """Let each MLP, experts among them, take its activation from `gated`. Not a class of its own in the layer's spec, because
+    Megatron gives its process group to an `MLP` only."""
+    for module in model.modules():
+        if isinstance(module, MLP):
+            module.forward = partial(_gated_mlp, module, activation)
+
+
+def _gated_mlp(
+    mlp: MLP, activation: str, hidden_states: Tensor, per_token_scale: Tensor | None = None, **_: Any
+) -> tuple[Tensor, Tensor | None]:
+    """(output, bias to be added), as `MLP.forward`; `per_token_scale` are an expert's routing probabilities."""
+    both, bias = mlp.linear_fc1(hidden_states)
+    inner = gated(both if bias is None else both + bias, activation)
+    if per_token_scale is not None:
+        inner = (inner * per_token_scale.unsqueeze(-1)).to(inner.dtype)
+    out, bias = mlp.linear_fc2(inner)
+    assert per_token_scale is None or bias is None, "no family has experts with biases"
+    return out, bias
 
 
 def scale_embedding(factor: Tensor, _: nn.Module, __: Any, embedded: Tensor) -> Tensor:

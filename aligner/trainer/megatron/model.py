@@ -21,7 +21,7 @@ from aligner.models.tensors import EMBEDDING_PARAMETER, OUTPUT_PARAMETER
 from aligner.reshard.message.storage import strided_view
 from aligner.reshard.plan.region import Piece
 from aligner.spmd.mesh import EXPERT_AXES, Mesh
-from aligner.trainer.megatron.layers import ScalarHead, block_spec, scale_embedding
+from aligner.trainer.megatron.layers import HiddenStates, ScalarHead, block_spec, fuse_activations, scale_embedding
 from aligner.trainer.megatron.layout import MegatronLayout, padded_vocab_size
 from aligner.trainer.megatron.rotary import PackedRotary
 from aligner.trainer.megatron.sizes import check_runs
@@ -65,6 +65,15 @@ class ShardedModel:
             for prefix, chunk in zip(prefixes, self.chunks, strict=True)
             for name, parameter in chunk.named_parameters()
         }
+
+    @property
+    def output_weight(self) -> torch.nn.Parameter | None:
+        """[padded vocabulary / tensor, hidden] on the last stage, of the embedding where they are tied; None: a scalar head."""
+        last = self.chunks[-1]
+        if isinstance(last.output_layer, ScalarHead):
+            return None
+        tied: bool = last.share_embeddings_and_output_weights
+        return last.shared_embedding_or_output_weight() if tied else last.output_layer.weight  # type: ignore[no-any-return]
 
     def train(self, training: bool = True) -> None:
         """Set training or evaluation mode."""
@@ -168,7 +177,7 @@ def build_model(
     check_runs(spec, mesh, sequence_parallel, cpu=device.type == "cpu")
     layout, coordinates = MegatronLayout(spec, mesh, dtype), mesh.coordinates(rank)
     expert_coordinates, stage = mesh.coordinates(rank, EXPERT_AXES), coordinates["pipeline"]
-    rotary = PackedRotary(spec, device)
+    rotary = PackedRotary(spec, device, DTYPES[dtype])
     chunks = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -194,8 +203,11 @@ def build_model(
                 vp_stage=number if mesh.virtual_pipeline > 1 else None,
             )
             gpt.rotary_pos_emb = rotary
+            fuse_activations(gpt, spec.activation)
             if gpt.post_process and spec.head is Head.SCALAR:  # replaces Megatron's output layer
                 gpt.output_layer = ScalarHead(config, groups.tp)
+            elif gpt.post_process:
+                gpt.output_layer = HiddenStates(gpt.output_layer.weight, config, groups.tp)
             if gpt.pre_process and spec.embedding_scale != 1.0:
                 factor = torch.tensor(spec.embedding_scale, dtype=DTYPES[dtype], device=device)
                 gpt.embedding.register_forward_hook(partial(scale_embedding, factor))

@@ -51,6 +51,12 @@ class Optimizer:
                     pg_collection=groups,
                 )
 
+        for one in self.inner.chained_optimizers:
+            _fuse(one)
+        for chunk in self.chunks:
+            for buckets in (*chunk.bucket_groups, *chunk.expert_parallel_bucket_groups):
+                _skip_collectives_of_one(buckets)
+
         def finish_gradients(models: list[Any], num_tokens: Any = None, **kwargs: Any) -> None:
             # the loss is already divided by the global denominator; dividing again would be a silent error
             finalize_model_grads(models, None, pg_collection=groups)
@@ -90,3 +96,23 @@ class Optimizer:
             if parameters and self.config.clip_grad > 0:
                 clip_grad_by_total_norm_fp32(parameters, max_norm=self.config.clip_grad, total_norm=norm)
         self.inner.step_with_ready_grads()
+
+
+def _fuse(optimizer: Any) -> None:
+    """Let torch's AdamW, which Megatron takes where neither TransformerEngine nor Apex is there, update all parameters in one pass."""
+    inner = optimizer.optimizer
+    if isinstance(inner, torch.optim.Adam):
+        for group in inner.param_groups:
+            group.update(fused=True, foreach=False)
+
+
+def _skip_collectives_of_one(buckets: Any) -> None:
+    """A data-parallel group of one rank has nothing to reduce or gather; gloo would copy every gradient and weight."""
+    group = (
+        buckets.intra_distributed_optimizer_instance_group
+        if buckets.ddp_config.use_distributed_optimizer
+        else buckets.data_parallel_group
+    )
+    if group.size() == 1:
+        assert all(bucket.gradient_scaling_factor == 1.0 for bucket in buckets.buckets)
+        buckets.start_grad_sync = buckets.start_param_sync = lambda *_, **__: None

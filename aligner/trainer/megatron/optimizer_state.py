@@ -74,7 +74,7 @@ def make_moments(optimizer: Optimizer, steps: int) -> None:
             continue
         inner.state[master] = {name: torch.zeros_like(master) for name in MOMENTS}
         if isinstance(inner, torch.optim.Adam):
-            inner.state[master]["step"] = torch.tensor(float(steps))
+            inner.state[master]["step"] = torch.tensor(float(steps), device=master.device)
         else:
             for group in inner.param_groups:
                 group["step"] = steps

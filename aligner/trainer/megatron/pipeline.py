@@ -14,9 +14,9 @@ from torch import Tensor
 
 from aligner.trainer.engine import MicrobatchLoss
 from aligner.trainer.megatron.model import ShardedModel
+from aligner.trainer.output_layer import PackedOutput
 from aligner.trainer.packing import Packed
 from aligner.trainer.readout import Readout
-from aligner.trainer.vocab_parallel import Logits
 
 
 class Pipeline:
@@ -62,8 +62,8 @@ class Pipeline:
 
             def loss_of(output_1TX: Tensor) -> Any:
                 self.progress()
-                head = Logits(output_1TX[0], self.groups.tp, self.vocab)
-                value = loss(number, self._joined(self.readout(head, batch)))
+                readouts = self.readout(self._head(output_1TX[0]), batch, first_only=forward_only)
+                value = loss(number, self._joined(readouts))
                 # with three values Megatron neither averages over microbatches nor scales by data-parallel ranks
                 return value, torch.zeros((), dtype=torch.int, device=value.device), {}
 
@@ -82,6 +82,18 @@ class Pipeline:
             forward_only=forward_only,
             pg_collection=self.groups,
             **extra,
+        )
+
+    def _head(self, output_TX: Tensor) -> PackedOutput:
+        """The last stage's output, with the output layer's weight and, once there is an optimizer, its float32 gradient."""
+        weight_VH = self.model.output_weight
+        return PackedOutput(
+            output_TX,
+            self.vocab,
+            weight_VH,
+            self.groups.tp,
+            reduce_grad=not self.model.config.sequence_parallel,
+            weight_grad_VH=getattr(weight_VH, "main_grad", None),
         )
 
     def _joined(self, readouts: dict[str, Tensor]) -> dict[str, Tensor]:

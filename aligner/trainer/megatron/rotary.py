@@ -76,19 +76,10 @@ SCALED: Mapping[str, Callable[[Tensor, Rope], Tensor]] = {
 
 @dataclass(frozen=True)
 class RotarySlice:
-    """A layer type's slice of the angles that `PackedRotary` computes for all layer types."""
+    """A layer type's slice of the tables that `PackedRotary` computes for all layer types."""
 
     start: int
     stop: int
-    attention_factor: float
-    """See `Rope.attention_factor`."""
-
-    def scale_queries(self, query: Tensor) -> Tensor:
-        """Multiply the rotated dimensions of [..., head_dim] by the square of the attention factor."""
-        if self.attention_factor == 1.0:
-            return query
-        rotated, rest = query.tensor_split([self.stop - self.start], -1)
-        return torch.cat([rotated * self.attention_factor**2, rest], -1)
 
 
 def rotary_slices(spec: ModelSpec) -> list[tuple[Rope, RotarySlice]]:
@@ -98,27 +89,37 @@ def rotary_slices(spec: ModelSpec) -> list[tuple[Rope, RotarySlice]]:
     for rope in spec.rope.values():
         if all(rope != other for other, _ in slices):
             start, stop = stop, stop + rope.rotary_dim(spec.head_dim)
-            slices.append((rope, RotarySlice(start, stop, rope.attention_factor)))
+            slices.append((rope, RotarySlice(start, stop)))
     return slices
 
 
 def rotary_slice(spec: ModelSpec, rope: Rope) -> RotarySlice:
-    """The slice of a layer type's angles."""
+    """The slice of a layer type's cosines and sines."""
     return next(slice_ for other, slice_ in rotary_slices(spec) if other == rope)
 
 
 class PackedRotary(nn.Module):
-    """Rotary angles at the packed tokens' positions, instead of Megatron's table for positions 0..T-1.
+    """Cosines and sines at the packed tokens' positions, instead of Megatron's table of angles for positions 0..T-1.
 
-    Each forward computes the angles of all layer types from `positions_T`, in which each row begins at 0, and passes them on
+    Each forward computes those of all layer types from `positions_T`, in which each row begins at 0, and passes them on
     as one tensor, so that recompute and pipelining use the right ones.
     """
 
-    def __init__(self, spec: ModelSpec, device: torch.device) -> None:
+    def __init__(self, spec: ModelSpec, device: torch.device, dtype: torch.dtype) -> None:
+        """
+        Args:
+            dtype: of the activations.
+        """
         super().__init__()
-        frequencies = [inverse_frequencies(rope, spec.head_dim) for rope, _ in rotary_slices(spec)]
+        self.dtype = dtype
+        slices = rotary_slices(spec)
+        frequencies = [inverse_frequencies(rope, spec.head_dim) for rope, _ in slices]
         # each frequency rotates dimensions i and i + rotary_dim / 2
         self.frequency = torch.cat([repeated for half in frequencies for repeated in (half, half)]).to(device)
+        signs = [torch.full_like(half, sign) for half in frequencies for sign in (-1.0, 1.0)]
+        factors = [torch.full((one.stop - one.start,), rope.attention_factor) for rope, one in slices]
+        self.cos_factor = torch.cat(factors).to(device)
+        self.sin_factor = (torch.cat(signs) * torch.cat(factors)).to(device)
         self.positions_T: Tensor | None = None
 
     def get_rotary_seq_len(self, *args: Any) -> int:
@@ -126,6 +127,9 @@ class PackedRotary(nn.Module):
         return 0
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """[T, 1, 1, sum of the tables' rotary dimensions] angles, float32."""
+        """[2, T, 1, sum of the tables' rotary dimensions]: the cosines, and the sines with the first half of each table negated, times
+        the attention factor (see `Rope.attention_factor`), as `fused.rotate` takes them."""
         assert self.positions_T is not None
-        return torch.outer(self.positions_T.float(), self.frequency)[:, None, None, :]
+        angles_TD = torch.outer(self.positions_T.float(), self.frequency)
+        tables_2TD = torch.stack([angles_TD.cos().mul_(self.cos_factor), angles_TD.sin().mul_(self.sin_factor)])
+        return tables_2TD[:, :, None].to(self.dtype)

@@ -9,17 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-from megatron.core.models.common.embeddings.rope_utils import _apply_rotary_pos_emb_bshd
 from torch import Tensor
 from transformers import AutoConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
-from transformers.models.phi3.modeling_phi3 import apply_rotary_pos_emb
 
 from aligner.models.read_spec import read_spec
 from aligner.models.rope import Rope
 from aligner.models.spec import LayerType, ModelSpec
-from aligner.trainer.megatron.rotary import PackedRotary, RotarySlice, inverse_frequencies, rotary_slice, rotary_slices
+from aligner.trainer.megatron.rotary import PackedRotary, RotarySlice, inverse_frequencies, rotary_slice
 from tests.models.test_spec import OLD, written
 
 HEAD_DIM, POSITIONS, THETA = 32, 256, 5e5
@@ -61,10 +59,10 @@ def model(folder: Path, scaling: dict[str, Any]) -> ModelSpec:
 
 def cosines_and_sines(spec: ModelSpec) -> tuple[Tensor, Tensor]:
     """[max_positions, head_dim] each: as they multiply queries and keys, attention factor included."""
-    rotary, ((_, part),) = PackedRotary(spec, torch.device("cpu")), rotary_slices(spec)
+    rotary = PackedRotary(spec, torch.device("cpu"), torch.float32)
     rotary.positions_T = torch.arange(spec.max_positions)
-    angle = rotary()[:, 0, 0]
-    return angle.cos() * part.attention_factor, angle.sin() * part.attention_factor
+    cos_TD, sin_TD = rotary()[:, :, 0]
+    return cos_TD, sin_TD * torch.tensor([-1.0, 1.0]).repeat_interleave(sin_TD.shape[1] // 2)
 
 
 @pytest.mark.parametrize("name", SCALINGS)
@@ -117,20 +115,6 @@ def test_frequencies_worked_by_hand(rope: Rope, expected: list[float]) -> None:
     torch.testing.assert_close(inverse_frequencies(rope, 8), torch.tensor(expected), rtol=1e-6, atol=0.0)
 
 
-@pytest.mark.parametrize("rotated", [HEAD_DIM, 24])
-def test_the_factor_on_queries_makes_the_scores_of_a_factor_on_both(rotated: int) -> None:
-    """In place of transformers' factor on cosines and sines; Phi-3 rotates a part of a head."""
-    generator = torch.Generator().manual_seed(0)
-    query, key = (torch.randn(1, 4, 9, HEAD_DIM, generator=generator, dtype=torch.float64) for _ in range(2))
-    half = torch.outer(torch.arange(9.0, dtype=torch.float64), 0.7 ** torch.arange(rotated // 2))
-    angle, factor = torch.cat([half, half], -1)[None], 1.3
-    own = RotarySlice(0, rotated, factor)
-    q, k = (x.permute(2, 0, 1, 3) for x in (own.scale_queries(query), key))  # Megatron's [T, B, heads, head_dim]
-    q, k = (_apply_rotary_pos_emb_bshd(x, angle[0, :, None, None]).permute(1, 2, 0, 3) for x in (q, k))
-    their_q, their_k = apply_rotary_pos_emb(query, key, angle.cos() * factor, angle.sin() * factor)
-    torch.testing.assert_close(q @ k.transpose(-1, -2), their_q @ their_k.transpose(-1, -2), rtol=1e-12, atol=1e-12)
-
-
 def test_layer_types_have_tables_of_their_own(tmp_path: Path) -> None:
     spec = model(tmp_path, {})
     slow, fast = Rope("yarn", THETA, 0.5, YARN, attention_factor=1.1), Rope(theta=100.0)
@@ -141,13 +125,15 @@ def test_layer_types_have_tables_of_their_own(tmp_path: Path) -> None:
     }
     spec = replace(spec, types=types)
     part = {name: rotary_slice(spec, layer_type.rope) for name, layer_type in types.items()}
-    assert part["sliding"] == part["sparse"] == RotarySlice(0, HEAD_DIM, 1.0)
-    assert part["full"] == RotarySlice(HEAD_DIM, HEAD_DIM + HEAD_DIM // 2, 1.1)
-    rotary = PackedRotary(spec, torch.device("cpu"))
+    assert part["sliding"] == part["sparse"] == RotarySlice(0, HEAD_DIM)
+    assert part["full"] == RotarySlice(HEAD_DIM, HEAD_DIM + HEAD_DIM // 2)
+    rotary = PackedRotary(spec, torch.device("cpu"), torch.float32)
     rotary.positions_T = torch.tensor([0, 1, 2, 0, 1])  # two rows
-    angle = rotary()
-    assert angle.shape == (5, 1, 1, HEAD_DIM + HEAD_DIM // 2)
-    assert torch.equal(angle[:3][:2], angle[3:])
+    tables = rotary()
+    assert tables.shape == (2, 5, 1, HEAD_DIM + HEAD_DIM // 2)
+    assert torch.equal(tables[:, :2], tables[:, 3:])
     for rope, one in ((fast, part["sliding"]), (slow, part["full"])):
-        frequency = inverse_frequencies(rope, HEAD_DIM)
-        assert torch.equal(angle[2, 0, 0, one.start : one.stop], 2 * torch.cat([frequency, frequency]))
+        angle = 2 * inverse_frequencies(rope, HEAD_DIM)
+        cos, sin = tables[:, 2, 0, one.start : one.stop]
+        assert torch.equal(cos, rope.attention_factor * torch.cat([angle.cos(), angle.cos()]))
+        assert torch.equal(sin, rope.attention_factor * torch.cat([-angle.sin(), angle.sin()]))
