@@ -79,7 +79,7 @@ def write_model(folder: Path) -> None:
     import torch
     from safetensors.torch import save_file
 
-    from aligner.models.spec import read_spec
+    from aligner.models.read_spec import read_spec
     from aligner.models.tensors import logical_tensors
 
     (folder / "config.json").write_text(json.dumps(MODEL))
@@ -137,7 +137,7 @@ def _steps(world: Any, given: argparse.Namespace) -> Any:
 
     from aligner.data.prompts import Prompt
     from aligner.data.samples import Samples
-    from aligner.models.spec import read_spec
+    from aligner.models.read_spec import read_spec
     from aligner.objective.losses import clipped_surrogate
     from aligner.roles.weight_sync import WeightSyncs
     from aligner.rollout.config import RolloutConfig, Sampling
