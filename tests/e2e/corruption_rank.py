@@ -24,6 +24,7 @@ from aligner.reshard.config import ReshardConfig
 from aligner.reshard.message.bucket import Bucket
 from aligner.reshard.plan.region import Piece
 from aligner.reshard.sync import WeightSync
+from aligner.reshard.transfer.executor import schedule_for
 from aligner.rollout.config import Sampling
 from aligner.rollout.experts import PackedExperts
 from aligner.rollout.packing import PackedLinear
@@ -142,9 +143,11 @@ def _views(look: Callable[[Callable[[Piece], Tensor], Piece, bool], Tensor]) -> 
 
 def lost_region(job: Job, how: str) -> AbstractContextManager[Any]:
     """Both ends have forgotten a region."""
-    plan = job.syncs[how].plan
-    streams = [replace(one, items=tuple(item for item in one.items if item.name != NORM)) for one in plan.streams]
-    return patch.object(job.syncs[how], "plan", replace(plan, streams=tuple(streams), schedules={}))
+    sync = job.syncs[how]
+    streams = [replace(one, items=tuple(item for item in one.items if item.name != NORM)) for one in sync.plan.streams]
+    plan = replace(sync.plan, streams=tuple(streams))
+    schedule = schedule_for(plan, sync.config.bucket_bytes, sync.buffers)
+    return patch.multiple(sync, plan=plan, schedule=schedule)
 
 
 def stale_kernel(job: Job, how: str) -> AbstractContextManager[Any]:

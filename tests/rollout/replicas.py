@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from aligner.reshard.plan.region import Piece, whole_tensor
-from aligner.reshard.plan.transfer_plan import make_plan
+from aligner.reshard.plan.transfer_plan import plan_transfer
 from aligner.reshard.transfer.executor import execute
 from aligner.rollout.config import Sampling
 from aligner.rollout.engine import RolloutEngine
@@ -85,7 +85,9 @@ def _move(model: Any, weights: EngineWeights | None) -> None:
     gathered: list[Any] = [None] * WORLD
     dist.all_gather_object(gathered, wanted)
     held = [whole_tensor(name, shape, "float32") for name, shape in shapes.items()]
-    plan = make_plan(dist.get_rank(), {SOURCE: held}, {rank: pieces for rank, pieces in enumerate(gathered) if pieces})
+    plan = plan_transfer(
+        dist.get_rank(), {SOURCE: held}, {rank: pieces for rank, pieces in enumerate(gathered) if pieces}
+    )
     row = execute(plan, lambda piece: tiny.cut(found, piece), weights, dist.group.WORLD, torch.device("cpu"), 1 << 16)
     assert row.received_bytes == row.minimum_bytes
     assert (row.checksummed > 0) == (weights is not None)

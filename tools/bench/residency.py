@@ -99,8 +99,8 @@ def _run(case: str, folder: str, arguments: list[str]) -> dict[str, float]:
     out = Path(folder) / f"{case}.json"
     command = [sys.executable, __file__, *arguments, "--case", case, "--folder", folder]
     subprocess.run(command, check=True, env={**os.environ, "MASTER_PORT": port, "PYTHONPATH": str(ROOT)})
-    found: dict[str, float] = json.loads(out.read_text())
-    return found
+    figures: dict[str, float] = json.loads(out.read_text())
+    return figures
 
 
 def _child(given: argparse.Namespace) -> int:
@@ -116,18 +116,18 @@ def _child(given: argparse.Namespace) -> int:
 
     world = World(600)
     world.residency.config = ResidencyConfig(mode="auto" if given.case == "auto" else "off")
-    found = {"imported": world.residency.meter.take()["peak"]}
+    figures = {"imported": world.residency.meter.take()["peak"]}
     step = _steps(world, given)
-    found |= {"built": world.residency.meter.take()["peak"]}
+    figures |= {"built": world.residency.meter.take()["peak"]}
     for _ in range(STEPS):
         start = time.perf_counter()
         step()
-        found["seconds"] = time.perf_counter() - start
+        figures["seconds"] = time.perf_counter() - start
         for name, size in world.residency.meter.take().items():
-            found[name] = max(found.get(name, 0.0), size)
-    found["peak"] = max(found["peak"], found["built"])
-    found = {name: size for name, size in found.items() if "(" not in name}
-    (given.folder / f"{given.case}.json").write_text(json.dumps(found))
+            figures[name] = max(figures.get(name, 0.0), size)
+    figures["peak"] = max(figures["peak"], figures["built"])
+    figures = {name: size for name, size in figures.items() if "(" not in name}
+    (given.folder / f"{given.case}.json").write_text(json.dumps(figures))
     world.leave()
 
 

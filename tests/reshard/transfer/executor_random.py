@@ -18,10 +18,9 @@ from aligner.reshard.local import TensorWeights
 from aligner.reshard.message.bucket import Bucket, Buffers
 from aligner.reshard.message.storage import allocate, strided_view
 from aligner.reshard.plan.region import Layout, Piece
-from aligner.reshard.plan.transfer_plan import make_plan
-from aligner.reshard.sync import exchanged
-from aligner.reshard.transfer import executor
-from aligner.reshard.transfer import rank_transfer as work
+from aligner.reshard.plan.transfer_plan import plan_transfer
+from aligner.reshard.sync import exchange_layouts
+from aligner.reshard.transfer import executor, rank_transfer
 from aligner.reshard.transfer.shared_memory import connect
 from tests.reshard.layouts import Grid, Shapes, parts, scattered
 from tests.reshard.ranks import report, start_rank
@@ -92,7 +91,7 @@ def transfer(rank: int, number: int, world: int) -> dict[str, Any]:
     filled = allocate(wanted, CPU)
     for piece in sources.get(rank, []):
         strided_view(held[piece.storage], piece).copy_(inside(values, piece))
-    plan = make_plan(rank, sources, destinations)
+    plan = plan_transfer(rank, sources, destinations)
     Watched.most = Watched.most_bytes = 0
     Watched.apart = random.Random(-number).choice([0, 100, math.inf])
     row = executor.execute(
@@ -112,10 +111,10 @@ def exchange(rank: int, world: int) -> list[bool]:
     """Layouts are told to all; those of replicas are one and the same list. The last rank holds nothing."""
     layouts = Grid(range(world - 1), 2, 1).layouts({"w": (8, 4), "b": (6,)}, random.Random(1))
     same = {number: [replace(piece) for piece in layouts[number % 2]] for number in layouts}
-    found = exchanged(same.get(rank, []), range(world), dist.group.WORLD)
-    equal = all(list(found.layout(number)) == list(same.get(number, [])) for number in range(world))
-    shared = len({id(found.layout(number)) for number in found.ranks}) == 2
-    return [found.ranks == tuple(range(world - 1)), equal, shared]
+    exchanged = exchange_layouts(same.get(rank, []), range(world), dist.group.WORLD)
+    equal = all(list(exchanged.layout(number)) == list(same.get(number, [])) for number in range(world))
+    shared = len({id(exchanged.layout(number)) for number in exchanged.ranks}) == 2
+    return [exchanged.ranks == tuple(range(world - 1)), equal, shared]
 
 
 def inside(values: dict[str, Tensor], piece: Piece) -> Tensor:
@@ -125,17 +124,17 @@ def inside(values: dict[str, Tensor], piece: Piece) -> Tensor:
 def main() -> None:
     folder = Path(sys.argv[1])
     rank, world = start_rank(folder)
-    rooms: list[Any] = []
+    slots: list[Any] = []
     if "shared" in sys.argv:
         channel = connect(dist.group.WORLD)
         assert channel, "these ranks are on one host"
         executor.Buffers = partial(Buffers, channel=channel)  # type: ignore[misc,assignment]
-        rooms = channel._rooms
+        slots = channel._slots
     else:
         executor.Buffers = Watched  # type: ignore[misc]
-        executor.Bucket = work.Bucket = WatchedBucket  # type: ignore[misc]
+        executor.Bucket = rank_transfer.Bucket = WatchedBucket  # type: ignore[misc]
     transfers = [transfer(rank, number, 2 + number % (world - 1)) for number in range(CASES)]
-    report(folder, {"transfers": transfers, "exchange": exchange(rank, world), "rooms": len(rooms)})
+    report(folder, {"transfers": transfers, "exchange": exchange(rank, world), "slots": len(slots)})
 
 
 if __name__ == "__main__":

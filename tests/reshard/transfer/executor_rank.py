@@ -16,7 +16,7 @@ from aligner.reshard.local import TensorWeights
 from aligner.reshard.message.bucket import Buffers
 from aligner.reshard.message.storage import allocate, strided_view
 from aligner.reshard.plan.region import Layout, Piece, whole_tensor
-from aligner.reshard.plan.transfer_plan import make_plan
+from aligner.reshard.plan.transfer_plan import plan_transfer
 from aligner.reshard.transfer.executor import execute
 from aligner.reshard.transfer.shared_memory import connect
 from tests.reshard.layouts import Grid, Shapes, parts, scattered
@@ -46,7 +46,7 @@ class Case:
     def __init__(
         self, rank: int, shapes: Shapes, sources: Mapping[int, Layout], destinations: Mapping[int, Layout]
     ) -> None:
-        self.plan = make_plan(rank, sources, destinations)
+        self.plan = plan_transfer(rank, sources, destinations)
         from_dtype = next(piece.dtype for layout in sources.values() for piece in layout)
         self.values = {name: value.to(getattr(torch, from_dtype)) for name, value in values(shapes).items()}
         self.held = allocate(sources.get(rank, []), CPU)

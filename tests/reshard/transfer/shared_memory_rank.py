@@ -17,92 +17,92 @@ import torch.distributed as dist
 from torch import Tensor
 
 from aligner.health.fault_report import is_lost_connection
-from aligner.reshard.transfer import shared_memory as neighbours
-from aligner.reshard.transfer.shared_memory import ROOMS, SharedMemoryChannel, connect
+from aligner.reshard.transfer import shared_memory
+from aligner.reshard.transfer.shared_memory import SLOTS, SharedMemoryChannel, connect
 from tests.reshard.ranks import report, start_rank
 
 WORLD = 3
 
 
-def met() -> SharedMemoryChannel:
-    found = connect(dist.group.WORLD)
-    assert found, "these ranks are on one host"
-    return found
+def connected() -> SharedMemoryChannel:
+    channel = connect(dist.group.WORLD)
+    assert channel, "these ranks are on one host"
+    return channel
 
 
-def room(lines: SharedMemoryChannel, words: int) -> Tensor:
-    while (found := lines.room(words)) is None:
-        lines.wait_for_room()
-    return found
+def free_slot(channel: SharedMemoryChannel, words: int) -> Tensor:
+    while (slot := channel.slot(words)) is None:
+        channel.wait_for_slot()
+    return slot
 
 
 def around(rank: int) -> list[list[int]]:
     """60 messages of 1 to 5,000 words to the next rank, from the one before: [sum, words] of each, read late."""
-    lines, found = met(), []
+    channel, sums = connected(), []
     to, by = (rank + 1) % WORLD, (rank - 1) % WORLD
     held: list[Tensor] = []
     for number in range(60):
-        message = room(lines, 1 + (number * 997) % 5000)
+        message = free_slot(channel, 1 + (number * 997) % 5000)
         message[:] = number + 1
-        lines.hand(to, message)
-        held.append(lines.take(by))
-        if len(held) == ROOMS:  # the sender has no room left now
+        channel.send(to, message)
+        held.append(channel.receive(by))
+        if len(held) == SLOTS:  # the sender has no slot left now
             oldest = held.pop(0)
-            found.append([int(oldest.sum()), oldest.numel()])
-            assert lines.back(oldest)
-            assert not lines.back(oldest), "it is given back once"
+            sums.append([int(oldest.sum()), oldest.numel()])
+            assert channel.release(oldest)
+            assert not channel.release(oldest), "it is released once"
     for left in held:
-        lines.back(left)
-    assert len(lines._rooms) == ROOMS
-    return found
+        channel.release(left)
+    assert len(channel._slots) == SLOTS
+    return sums
 
 
 def elsewhere(rank: int, folder: Path) -> bool:
     """The last rank is on another host, to all appearances."""
     (folder / f"boot{rank}").write_text("another" if rank == WORLD - 1 else "the same")
-    with patch.object(neighbours, "_BOOT", folder / f"boot{rank}"):
+    with patch.object(shared_memory, "_BOOT", folder / f"boot{rank}"):
         return connect(dist.group.WORLD) is None
 
 
-def without(rank: int, lines: int) -> list[Any]:
-    """The last rank can have only so many sockets; gives whether there are no lines here, and what was logged."""
-    said: list[str] = []
+def without(rank: int, sockets: int) -> list[Any]:
+    """The last rank can have only so many sockets; gives whether there is no channel here, and what was logged."""
+    logged: list[str] = []
     handler = logging.Handler()
-    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
-    neighbours.log.addHandler(handler)
-    made, line = count(1), neighbours._line
+    handler.emit = lambda record: logged.append(record.getMessage())  # type: ignore[method-assign]
+    shared_memory.log.addHandler(handler)
+    made, make_socket = count(1), shared_memory._socket
 
     def limited() -> Any:
-        if rank == WORLD - 1 and next(made) > lines:
+        if rank == WORLD - 1 and next(made) > sockets:
             raise OSError("no more sockets in this container")
-        return line()
+        return make_socket()
 
-    with patch.object(neighbours, "_line", limited):
+    with patch.object(shared_memory, "_socket", limited):
         none = connect(dist.group.WORLD) is None
-    neighbours.log.removeHandler(handler)
-    return [none, said]
+    shared_memory.log.removeHandler(handler)
+    return [none, logged]
 
 
 def silent(rank: int) -> str:
     """Nobody sends anything to rank 0."""
-    lines = met()
-    lines._timeout = 0.2
-    said = failure(lambda: lines.take(1)) if rank == 0 else ""
-    dist.barrier()  # a line ends with whoever has it
-    return said
+    channel = connected()
+    channel._timeout = 0.2
+    error = failure(lambda: channel.receive(1)) if rank == 0 else ""
+    dist.barrier()  # a connection ends with its ranks
+    return error
 
 
 def strangers() -> list[int]:
-    """Whose line is taken: rank 1's comes first, but from another user."""
-    users, lines = iter([12345, os.getuid()]), dict[int, Any]()
+    """Whose connection is accepted: rank 1's comes first, but from another user."""
+    users, sockets = iter([12345, os.getuid()]), dict[int, Any]()
     with patch.object(os, "getuid", lambda: next(users)):
-        listener = neighbours._listener()
+        listener = shared_memory._listener()
         for number in (1, 2):
-            line = neighbours._line()
-            line.connect(listener.getsockname())
-            line.send(number.to_bytes(4, "little"))
-        neighbours._answer(listener, lines, [0, 1, 2][::2])
-    return list(lines)
+            connection = shared_memory._socket()
+            connection.connect(listener.getsockname())
+            connection.send(number.to_bytes(4, "little"))
+        shared_memory._accept(listener, sockets, [0, 1, 2][::2])
+    return list(sockets)
 
 
 def failure(run: Callable[[], Any]) -> str:
@@ -115,17 +115,17 @@ def failure(run: Callable[[], Any]) -> str:
 
 
 def ended(rank: int) -> list[str]:
-    """Rank 2 ends; rank 0 waits for a message of it, waits for room, and hands it something."""
-    lines = met()
-    message = room(lines, 10)
+    """Rank 2 ends; rank 0 waits for a message of it, waits for a slot, and sends it something."""
+    channel = connected()
+    message = free_slot(channel, 10)
     if rank == 0:
-        for _ in range(ROOMS - 1):
-            lines.hand(2, room(lines, 10))
+        for _ in range(SLOTS - 1):
+            channel.send(2, free_slot(channel, 10))
     dist.barrier()
     if rank == 2:
         return []
     time.sleep(1.0)
-    waits = [lambda: lines.take(2), lines.wait_for_room, lambda: lines.hand(2, message)]
+    waits = [lambda: channel.receive(2), channel.wait_for_slot, lambda: channel.send(2, message)]
     return [failure(wait) for wait in waits] if rank == 0 else []
 
 

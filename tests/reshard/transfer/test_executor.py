@@ -12,9 +12,9 @@ from aligner.reshard.local import TensorWeights
 from aligner.reshard.message.storage import strided_view
 from aligner.reshard.plan.region import whole_tensor
 from aligner.reshard.plan.schedule import STAGED
-from aligner.reshard.plan.transfer_plan import make_plan
+from aligner.reshard.plan.transfer_plan import plan_transfer
 from aligner.reshard.transfer.executor import execute
-from aligner.reshard.transfer.shared_memory import ROOMS
+from aligner.reshard.transfer.shared_memory import SLOTS
 from aligner.reshard.transfer.sync_stats import SyncStats, total
 from tests.reshard.ranks import run_ranks
 
@@ -94,7 +94,7 @@ def test_random_transfers_are_exact_minimal_and_bounded(tmp_path: Path) -> None:
     found = [rank["transfers"] for rank in told]
     assert len(found[0]) == 30
     relayed = 0.0
-    assert {rank["rooms"] for rank in told} == {0}
+    assert {rank["slots"] for rank in told} == {0}
     for rows in zip(*found, strict=True):
         assert sum(row["reshard_moved_bytes"] for row in rows) == sum(row["reshard_minimum_bytes"] for row in rows)
         assert all(row["reshard_received_bytes"] == row["reshard_minimum_bytes"] for row in rows)
@@ -107,7 +107,7 @@ def test_random_transfers_are_exact_minimal_and_bounded(tmp_path: Path) -> None:
 def test_random_transfers_in_shared_memory(tmp_path: Path) -> None:
     """The same cases; what is passed on goes from rank to rank as well, and no rank has more than two rooms."""
     told = run_ranks(Path(__file__).with_name("executor_random.py"), 8, tmp_path, "shared")
-    assert {rank["rooms"] for rank in told} == {ROOMS}
+    assert {rank["slots"] for rank in told} == {SLOTS}
     relayed = 0.0
     for rows in zip(*(rank["transfers"] for rank in told), strict=True):
         assert sum(row["reshard_moved_bytes"] for row in rows) == sum(row["reshard_minimum_bytes"] for row in rows)
@@ -120,7 +120,7 @@ def test_one_process_needs_no_group() -> None:
     piece = whole_tensor("w", (30, 5), "float32")
     to = whole_tensor("w", (30, 5), "bfloat16")
     held, filled = {"w": torch.randn(30, 5)}, {"w": torch.zeros(30, 5, dtype=torch.bfloat16)}
-    plan = make_plan(0, {0: [piece]}, {0: [to]})
+    plan = plan_transfer(0, {0: [piece]}, {0: [to]})
     row = execute(
         plan, lambda p: strided_view(held["w"], p), TensorWeights(filled, [to]), None, torch.device("cpu"), 64
     )

@@ -15,8 +15,8 @@ from torch import Tensor
 from aligner.reshard.local import TensorWeights
 from aligner.reshard.message.storage import allocate, strided_view
 from aligner.reshard.plan.region import Layout, Piece, whole_tensor
-from aligner.reshard.plan.schedule import schedule_of
-from aligner.reshard.plan.transfer_plan import Item, make_plan
+from aligner.reshard.plan.schedule import make_schedule
+from aligner.reshard.plan.transfer_plan import Item, plan_transfer
 from aligner.reshard.transfer.executor import execute
 from aligner.reshard.transfer.wire import LastMessages
 from tests.reshard.layouts import Grid, Shapes, parts, scattered
@@ -77,10 +77,10 @@ class Transfers:
 
     def __init__(self, rank: int, sides: Sides, bucket_bytes: int, verify: bool) -> None:
         sources, destinations = sides
-        self.plan, self.bucket_bytes, self.verify = make_plan(rank, *sides), bucket_bytes, verify
+        self.plan, self.bucket_bytes, self.verify = plan_transfer(rank, *sides), bucket_bytes, verify
         self.mine, self.wanted = sources.get(rank, []), destinations.get(rank, [])
         self.held, self.filled = allocate(self.mine, CPU), allocate(self.wanted, CPU)
-        self.kept: LastMessages = {}
+        self.last_messages: LastMessages = {}
         draw = torch.Generator().manual_seed(3)
         self.values = {name: torch.randn(shape, generator=draw) for name, shape in SHAPES.items()}
         self.before: list[Tensor] = []
@@ -92,7 +92,7 @@ class Transfers:
             change(value, draw)
         for piece in self.mine:
             strided_view(self.held[piece.storage], piece).copy_(self.values[piece.name][inside(piece)])
-        row = execute(self.plan, self.source, self.destination(), dist.group.WORLD, CPU, self.bucket_bytes, self.verify, self.kept)  # fmt: skip
+        row = execute(self.plan, self.source, self.destination(), dist.group.WORLD, CPU, self.bucket_bytes, self.verify, self.last_messages)  # fmt: skip
         expected = [self.values[piece.name][inside(piece)].to(dtype(piece), copy=True) for piece in self.wanted]
         for piece, value in zip(self.wanted, expected, strict=True):
             assert same(strided_view(self.filled[piece.storage], piece), value), piece
@@ -104,7 +104,11 @@ class Transfers:
             changed = sum(int(((bits(now) != bits(old)) & new).sum()) * now.itemsize for now, old, new in each)
         assert (row.minimum_bytes, row.changed_bytes) == (least, changed), (row, least, changed)
         self.before = expected
-        return {**row.metrics(), "kept": sum(kept.nbytes for kept in self.kept.values()), "passing": self.passing()}
+        return {
+            **row.metrics(),
+            "kept": sum(last.nbytes for last in self.last_messages.values()),
+            "passing": self.passing(),
+        }
 
     def source(self, piece: Piece) -> Tensor:
         return strided_view(self.held[piece.storage], piece)
@@ -114,7 +118,7 @@ class Transfers:
 
     def passing(self) -> int:
         """Bytes of all that this rank packs for others and of all that enters it, in whole words."""
-        schedule = schedule_of(self.plan, 2 * self.bucket_bytes)
+        schedule = make_schedule(self.plan, 2 * self.bucket_bytes)
         found: dict[object, tuple[Item, ...]] = {}
         for step in schedule.steps:
             for message in step:
@@ -132,7 +136,7 @@ class Transfers:
 
     def error(self) -> str:
         try:
-            execute(self.plan, self.source, self.destination(), dist.group.WORLD, CPU, self.bucket_bytes, True, self.kept)  # fmt: skip
+            execute(self.plan, self.source, self.destination(), dist.group.WORLD, CPU, self.bucket_bytes, True, self.last_messages)  # fmt: skip
         except Exception as error:
             return f"{type(error).__name__}: {error}"
         return ""
@@ -197,7 +201,7 @@ def damaged(rank: int, sides: Sides) -> dict[str, Any]:
     transfers = Transfers(rank, sides, LARGE, True)
     transfers.run(CHANGES["first"], 0)
     if rank == 2:
-        next(iter(transfers.kept.values()))[0] ^= 1
+        next(iter(transfers.last_messages.values()))[0] ^= 1
     return {"error": transfers.error()}
 
 
