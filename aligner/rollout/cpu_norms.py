@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 PROVIDER = "cpu_kernel"
+WIDTH = 16
+"""The kernel works on whole vectors of this many numbers at most."""
 
 
 def priority() -> Any:
@@ -45,7 +47,8 @@ def fused_add_rms_norm(
 
 
 def _fits(x: Tensor, weight: Tensor | None, epsilon: float, variance_size: int | None = None) -> bool:
-    return variance_size is None and weight is not None and weight.dtype == x.dtype == torch.float32
+    whole = variance_size is None and weight is not None and x.shape[-1] % WIDTH == 0
+    return whole and weight.dtype == x.dtype == torch.float32  # type: ignore[union-attr]
 
 
 def _fits_add(

@@ -23,7 +23,7 @@ def exact(x: Tensor, weight: Tensor) -> Tensor:
     return wide / (wide.square().mean(-1, keepdim=True) + EPSILON).sqrt() * weight.double()
 
 
-@pytest.mark.parametrize("hidden", [32, 64, 128, 384, 576, 100])
+@pytest.mark.parametrize("hidden", [16, 32, 64, 128, 384, 576])
 @pytest.mark.parametrize("rows", [1, 7, 40])
 def test_it_is_the_norm(hidden: int, rows: int) -> None:
     torch.manual_seed(hidden + rows)
@@ -45,7 +45,7 @@ def test_heads_that_are_columns_of_a_wider_tensor() -> None:
     assert torch.equal(qkv, before)
 
 
-def test_the_engine_prefers_it_in_float32_alone(loaded: tuple[Any, Any, Any]) -> None:
+def test_the_engine_prefers_it_where_it_fits(loaded: tuple[Any, Any, Any]) -> None:
     from vllm import ir
 
     x, weight = torch.randn(3, 64), torch.randn(64)
@@ -54,3 +54,4 @@ def test_the_engine_prefers_it_in_float32_alone(loaded: tuple[Any, Any, Any]) ->
     assert ir.ops.fused_add_rms_norm.dispatch(x.T, x.T, torch.randn(3), EPSILON).provider == "native"
     assert ir.ops.rms_norm.dispatch(x.bfloat16(), weight.bfloat16(), EPSILON).provider == "native"
     assert ir.ops.rms_norm.dispatch(x, None, EPSILON).provider == "native"
+    assert ir.ops.rms_norm.dispatch(torch.randn(3, 100), torch.randn(100), EPSILON).provider == "native"
