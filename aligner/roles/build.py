@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from aligner.data.end_tokens import find_ends
 from aligner.data.tokenizer import load_tokenizer
+from aligner.health.startup import Startup
 from aligner.models.read_spec import read_spec
 from aligner.models.spec import with_scalar_head
 from aligner.spmd.placement import role_layout
@@ -171,23 +172,27 @@ def build_roles(
     meshes: Mapping[str, Mesh],
     spec: ModelSpec,
     tokenizer: PreTrainedTokenizerBase,
+    startup: Startup | None = None,
 ) -> Roles:
     """Every rank calls this; each role builds its engine on its own ranks only.
 
     Args:
         wanted: names of roles.
         spec: the model of model.path, with the tokens that end a turn in this job.
+        startup: told of the time of each role.
     """
+    startup = startup or Startup()
     world.residency.config = config.residency
     described = [role for role in config.roles.values() if role.name in wanted]
     built: dict[str, Role] = {}
     for role in sorted(described, key=lambda role: ORDER.index(role.kind.runs_on)):
-        if role.kind.on_trainer:
-            built[role.name] = _trainer_role(config, role, described, world, meshes[role.name], spec)
-        elif role.kind.runs_on == "engine":
-            built[role.name] = _engine_role(config, role, world, meshes[role.name], spec)
-        else:
-            built[role.name] = _reward_role(config, role, world, meshes[role.name], tokenizer, built)
+        with startup.phase(role.name):
+            if role.kind.on_trainer:
+                built[role.name] = _trainer_role(config, role, described, world, meshes[role.name], spec)
+            elif role.kind.runs_on == "engine":
+                built[role.name] = _engine_role(config, role, world, meshes[role.name], spec)
+            else:
+                built[role.name] = _reward_role(config, role, world, meshes[role.name], tokenizer, built)
     return Roles(built)
 
 

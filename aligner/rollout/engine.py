@@ -17,6 +17,7 @@ from aligner.bounds import check_settings
 from aligner.models.agreement import check_agreement
 from aligner.models.families import FAMILIES
 from aligner.models.read_spec import read_spec
+from aligner.rollout import cpu_norms
 from aligner.rollout.config import BLOCK_TOKENS, RolloutConfig, Sampling
 from aligner.rollout.experts import mend_cpu_expert_parallel
 from aligner.rollout.loaded import LoadedWeights
@@ -246,6 +247,7 @@ def _build(
     from vllm.usage.usage_lib import UsageContext
     from vllm.v1.engine.llm_engine import LLMEngine
 
+    cpu = subworld.device.type == "cpu"
     arguments = EngineArgs(
         model=str(model_path),
         config_format="hf",  # a params.json beside it says the same of other files
@@ -264,7 +266,8 @@ def _build(
         block_size=BLOCK_TOKENS,  # type: ignore[arg-type]
         gpu_memory_utilization=config.gpu_memory_utilization,
         enable_prefix_caching=config.prefix_caching,
-        enforce_eager=config.enforce_eager or subworld.device.type == "cpu",
+        enforce_eager=config.enforce_eager or cpu,
+        **({"ir_op_priority": cpu_norms.priority()} if cpu else {}),
         # The default reports log-probabilities before temperature, top-k and top-p.
         logprobs_mode="processed_logprobs",
         disable_log_stats=True,

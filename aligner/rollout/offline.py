@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from aligner.rollout.config import CPU_KV_CACHE_LIMIT_MIB, Sampling
+from aligner.rollout.draws import seed_params
 from aligner.rollout.requests import Sample, request_params
 
 DECIDES = (
@@ -58,7 +59,7 @@ class OfflineEngine:
         kv_cache_mib: of each rank; None: on CUDA what `gpu_memory_utilization` leaves, on a CPU 1024.
         """
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # batches that depend on nothing but what is asked
-        os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")  # as in training: each request draws from its own stream
+        os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")  # each request draws from its own stream
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
         logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"].upper())  # it speaks before it reads that
@@ -87,7 +88,7 @@ class OfflineEngine:
         ]
         outputs = self._llm.generate(
             [{"prompt_token_ids": one.prompt} for one in asked],
-            [request_params(sampling, one.seed, sampling.max_tokens, self._stop) for one in asked],
+            [request_params(sampling, sampling.max_tokens, self._stop, **seed_params(one.seed)) for one in asked],
             use_tqdm=False,
         )
         self._llm.reset_prefix_cache()

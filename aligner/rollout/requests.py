@@ -6,10 +6,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from aligner.rollout.config import Sampling
+from aligner.rollout.draws import draws_of
 from aligner.rollout.loaded import LoadedWeights
 
 
@@ -30,7 +30,7 @@ class Sample:
     truncated: bool = False
     """max_tokens was reached without a stop token."""
     draws: Tensor | None = field(default=None, repr=False, compare=False)
-    """State of the sample's random stream where it was interrupted."""
+    """State of the sample's random stream where it was interrupted, if it has one."""
 
 
 class Requests:
@@ -42,7 +42,7 @@ class Requests:
 
     def __init__(self, llm: Any, runner: Any, stop: Sequence[int], loaded: LoadedWeights) -> None:
         self._llm, self._stop, self._loaded = llm, stop, loaded
-        self._draws = _Draws(runner)
+        self._draws = draws_of(runner)
         self._live: dict[str, _Live] = {}
         self._tickets: dict[int, list[_Live]] = {}
         self._started = 0
@@ -74,12 +74,11 @@ class Requests:
             left = sampling.max_tokens - len(so_far.tokens)
             most = left if step_tokens is None else min(left, step_tokens)
             one.may_go_on = most < left
-            params = request_params(sampling, so_far.seed, most, self._stop)
+            params = request_params(sampling, most, self._stop, **self._draws.params(so_far.seed))
             one.inside = self._llm.add_request(one.name, tokens_input([*so_far.prompt, *so_far.tokens]), params)
             one.marks = [(0, self._loaded.version)]
             self._live[one.name] = one
-            if so_far.draws is not None:
-                self._draws.resume(one.inside, so_far.draws)
+            self._draws.begin(one.inside, so_far.seed, so_far.draws)
         return self._started
 
     def advance(self) -> None:
@@ -117,7 +116,9 @@ class Requests:
 
     def abort(self) -> None:
         """Give up everything that is under way."""
-        self._llm.abort_request([one.inside for one in self._live.values()], internal=True)
+        inside = [one.inside for one in self._live.values()]
+        self._llm.abort_request(inside, internal=True)
+        self._draws.forget(inside)
         self._live.clear()
         self._tickets.clear()
 
@@ -132,7 +133,7 @@ class Requests:
             one.marks.append((drawn, version))
 
     def _grown(self, one: _Live, output: Any) -> Sample:
-        tokens, logp = list(output.token_ids), list(output.logprobs.logprobs)
+        tokens, logp = list(output.token_ids), self._draws.end(one.inside, output)
         assert len(tokens) == len(logp), f"{len(tokens)} tokens but {len(logp)} log-probabilities"
         if output.finish_reason not in ("stop", "length"):
             raise RuntimeError(f"the rollout engine ended a response with {output.finish_reason!r}.")
@@ -152,27 +153,26 @@ class Requests:
         )
 
 
-def request_params(sampling: Sampling, seed: int, max_tokens: int, stop: Sequence[int]) -> Any:
+def request_params(sampling: Sampling, max_tokens: int, stop: Sequence[int], **more: Any) -> Any:
     """vLLM's parameters of one sample.
 
     Args:
         stop: tokens that end it where `sampling` names none.
+        more: further ones, such as its seed.
     """
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
     return SamplingParams(
-        seed=seed,
         temperature=sampling.temperature,
         top_p=sampling.top_p,
         top_k=sampling.top_k,
         max_tokens=max_tokens,
         stop_token_ids=list(stop if sampling.stop_token_ids is None else sampling.stop_token_ids),
         ignore_eos=True,  # the list above is the whole truth
-        logprobs=0,  # of the sampled token only
-        flat_logprobs=True,
         detokenize=False,
         output_kind=RequestOutputKind.FINAL_ONLY,
+        **more,
     )
 
 
@@ -188,42 +188,3 @@ class _Live:
     """Its token limit is an interruption, not the response's end."""
     marks: list[tuple[int, int]] = field(default_factory=list)
     """(tokens of this request drawn before, version of the weights from there on)."""
-
-
-class _Draws:
-    """The random stream of each request.
-
-    A prompt that is read in several engine steps draws a token at each, which is thrown away. vLLM turns the stream
-    back after it, which only CUDA's can; so here such a request has no stream of its own until its prompt has been read.
-    """
-
-    def __init__(self, runner: Any) -> None:
-        self._runner = runner
-        self._resumed: dict[str, Tensor] = {}
-        self._sample: Callable[[Any], Any] = runner.sample_tokens
-        runner.sample_tokens = self._sample_tokens
-
-    def resume(self, request: str, state: Tensor) -> None:
-        """Let a request that was just added go on from `state`."""
-        self._resumed[request] = state
-
-    def state(self, request: str) -> Tensor | None:
-        """Where the stream of a request that has just ended is; None where it has none (greedy)."""
-        generator = self._runner.requests[request].generator
-        return None if generator is None else generator.get_state()
-
-    def _sample_tokens(self, grammar: Any) -> Any:
-        runner = self._runner
-        for request in [name for name in self._resumed if name in runner.requests]:
-            state, generator = self._resumed.pop(request), runner.requests[request].generator
-            if generator is not None:
-                generator.set_state(state)
-        if runner.device.type != "cpu":
-            return self._sample(grammar)
-        generators = runner.input_batch.generators
-        reading = torch.from_numpy(runner.discard_request_mask.np[: runner.input_batch.num_reqs]).nonzero().flatten()
-        kept = {row: generators.pop(row) for row in reading.tolist() if row in generators}
-        try:
-            return self._sample(grammar)
-        finally:
-            generators.update(kept)

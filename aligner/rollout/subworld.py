@@ -24,7 +24,7 @@ from torch.distributed import distributed_c10d as c10d
 _QUIET = {
     "VLLM_LOGGING_LEVEL": "ERROR",  # read once, when vllm is first imported
     "VLLM_NO_USAGE_STATS": "1",
-    # The older model runner is the one that runs on CPUs as well, and draws each request from its own generator.
+    # The older model runner is the one that runs on CPUs as well, and can draw each request from its own generator.
     "VLLM_USE_V2_MODEL_RUNNER": "0",
 }
 _FORCED = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
@@ -150,18 +150,23 @@ class SubWorld:
 
     @contextmanager
     def _own_environment(self) -> Iterator[None]:
-        before = dict(os.environ)
+        # The bytes below os.environ: to decode all variables takes longer than all else that an entry does.
+        raw: Any = os.environ._data  # type: ignore[attr-defined]
+        before = dict(raw)
         os.environ.update(self._environment)
         for name in _IGNORED:
             os.environ.pop(name, None)
         try:
             yield
         finally:
+            changed = [name for name, value in raw.items() if before.get(name) != value]
             # What vLLM has set is there again at the next entry; it reads its variables late.
-            self._environment.update({name: value for name, value in os.environ.items() if before.get(name) != value})
-            for name in set(os.environ) - set(before):
-                del os.environ[name]
-            os.environ.update(before)
+            self._environment.update({os.fsdecode(name): os.environ[os.fsdecode(name)] for name in changed})
+            for name in (name for name in changed if name not in before):
+                del os.environ[os.fsdecode(name)]
+            for name, value in before.items():
+                if raw.get(name) != value:
+                    os.environ[os.fsdecode(name)] = os.fsdecode(value)
 
     @contextmanager
     def _own_threads(self) -> Iterator[None]:

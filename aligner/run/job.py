@@ -10,6 +10,7 @@ from aligner.check.job import Checked
 from aligner.checkpoint.lease import Lease
 from aligner.config.schema import Config
 from aligner.config.secrets import Mask
+from aligner.health.startup import Startup
 
 
 @dataclass(frozen=True)
@@ -28,3 +29,5 @@ class Job:
     """The first rank's hold of run_dir."""
     mask: Mask = field(default_factory=Mask)
     """The secrets that must not be shown or saved."""
+    startup: Startup = field(default_factory=Startup)
+    """What this process has done since it began."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -42,6 +43,7 @@ def run_job(job: Job) -> NoReturn:
     """Start the world, drive the loop on this rank, leave. The process ends here."""
     start_tracker()  # before a library does, whose would die of Slurm's SIGUSR1
     world = World(job.config.timeout_seconds, job.config.hang, job.config.run_dir)
+    job.startup.mark("process groups")
     world.watch.hide = job.mask.text
     if job.lease:
         world.on_leave(job.lease.release)
@@ -55,7 +57,9 @@ def run_job(job: Job) -> NoReturn:
 def drive(job: Job, world: World) -> None:
     """Build the roles and drive the loop to its end."""
     seed_all(job.config.seed)
-    roles = build_roles(job.config, job.roles, world, job.checked.meshes, job.checked.spec, job.checked.tokenizer)
+    roles = build_roles(
+        job.config, job.roles, world, job.checked.meshes, job.checked.spec, job.checked.tokenizer, job.startup
+    )
     driver = Driver(job, world, roles)
     try:
         driver.run()
@@ -104,7 +108,10 @@ class Driver:
         train = self.config.train
         evaluation = Evaluation(self.roles, self.job.checked, self.config)
         evaluates = bool(train.eval_every and evaluation.able)
+        gc.enable()  # `aligner.main` has turned it off for the start
         self._greet()
+        if self.writer:
+            self.writer.note(self.job.startup.text())
         if evaluates and not self.before:
             row = evaluation.run()
             self._log(0, row)

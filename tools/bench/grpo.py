@@ -1,0 +1,259 @@
+"""A GRPO step of the product beside TRL's and beside bare vLLM with a bare training step: equal work, in turn.
+
+python tools/bench/grpo.py --quick                                     0.66M parameters, one round: two minutes
+python tools/bench/grpo.py --cases 0.66M/fixed 9.8M/long --rounds 3 --json runs/grpo.json --write docs/performance.md
+python tools/bench/grpo.py --cases --json runs/grpo.json --write docs/performance.md     write what was measured before
+
+The machine's two cores are used alike by every side: model, prompts, lengths, precision and the number of threads are the
+same, the learning rate is so small that the weights, and with them the lengths, stay.
+
+  aligner       torchrun -m aligner.main, 2 ranks x 1 thread
+  trl           GRPOTrainer, generation by transformers, 1 process x 2 threads
+  trl-2         the same on 2 processes x 1 thread
+  trl-vllm      GRPOTrainer with use_vllm, colocated, 1 process x 2 threads; vLLM's packing of weights is turned off,
+                since TRL's weight sync fails on packed ones
+  bare          grpo_bare.py, 2 processes x 1 thread: LLM.generate, a step of transformers and torch, a copy of the weights
+  bare-1        the same, 1 process x 2 threads
+  bare-compiled like bare, with vLLM's torch.compile
+
+A case is SIZE/LENGTHS or SIZE/LENGTHS/PRECISION. fixed, natural: prompts of 13 tokens, 64 tokens exactly, or ended by the
+model after 26 on average; long: prompts of 96 to 224 tokens, ended by the model, 256 at most. fp32, or bf16: ours with
+bfloat16 models and engine, TRL's and the bare one's under autocast; mixed: ours with a bfloat16 engine alone.
+
+Threads of one process wait for each other at every operation, so `trl` and `bare-1` need a machine without other work; the
+sides of two processes suffer no more from it than ours. Seconds are medians over the steps of all rounds, without the first two of a run; "aligner is" compares tokens a second.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import socket
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(Path(__file__).resolve().parent)]
+
+import alternation  # noqa: E402
+import workloads  # noqa: E402
+
+WARMUP = 2
+"""Steps of each run that are not counted."""
+LR = 1e-9
+PROMPTS, GROUP = 8, 8
+LIMIT = 900.0
+"""Seconds of one run, at most."""
+SIDES = ("aligner", "trl", "trl-2", "trl-vllm", "bare", "bare-1", "bare-compiled")
+PHASES = ("generate", "update", "sync", "other")
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Of prompts and responses, in tokens."""
+
+    shortest: int
+    longest: int
+    max_tokens: int
+    mean: float | None = None
+    """Of a response that nothing cuts; None: all have max_tokens."""
+
+    @property
+    def whole(self) -> int:
+        """max_model_len, in whole blocks of the KV cache."""
+        return -(-(self.longest + self.max_tokens) // 32) * 32
+
+
+LENGTHS = {
+    "fixed": Lengths(13, 13, 64),
+    "natural": Lengths(13, 13, 64, mean=30.0),
+    "long": Lengths(96, 224, 256, mean=128.0),
+}
+PRECISIONS = ("fp32", "bf16", "mixed")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One piece of work."""
+
+    size: str
+    lengths: str
+    precision: str = "fp32"
+
+    @property
+    def name(self) -> str:
+        """As it is given."""
+        return f"{self.size}/{self.lengths}/{self.precision}"
+
+    @property
+    def dtypes(self) -> tuple[str, str]:
+        """Of the policy and the engine."""
+        return {
+            "fp32": ("float32", "float32"),
+            "bf16": ("bfloat16", "bfloat16"),
+            "mixed": ("float32", "bfloat16"),
+        }[self.precision]
+
+
+def case_of(text: str) -> Case:
+    """SIZE/LENGTHS[/PRECISION]."""
+    parts = text.split("/")
+    works = (workloads.SIZES, LENGTHS, PRECISIONS)
+    if not 2 <= len(parts) <= 3 or any(part not in names for part, names in zip(parts, works, strict=False)):
+        raise argparse.ArgumentTypeError(
+            f"{text} is no case; write SIZE/LENGTHS or SIZE/LENGTHS/PRECISION of {', '.join(workloads.SIZES)}; "
+            f"{', '.join(LENGTHS)}; {', '.join(PRECISIONS)}"
+        )
+    return Case(*parts)
+
+
+class Bench:
+    """One case in a folder: its model, its prompts, and the sides that run on them."""
+
+    def __init__(self, case: Case, steps: int, work: Path, extra: Sequence[str]) -> None:
+        self.case, self.steps, self.work, self.extra = case, steps, work, extra
+        self.lengths, self.runs = LENGTHS[case.lengths], 0
+        workloads.write_model(work / "model", workloads.SIZES[case.size], self.lengths.mean)
+        rows = workloads.prompt_rows(PROMPTS * (steps + WARMUP + 1), self.lengths.shortest, self.lengths.longest)
+        workloads.write_rows(work / "prompts.jsonl", rows)
+
+    def sides(self, names: Sequence[str]) -> dict[str, Callable[[], alternation.Run]]:
+        """What runs each side once."""
+        peer: dict[str, Callable[[], alternation.Run]] = {
+            "aligner": self.aligner,
+            "trl": partial(self.trl, 1, 2, "transformers"),
+            "trl-2": partial(self.trl, 2, 1, "transformers"),
+            "trl-vllm": partial(self.trl, 1, 2, "vllm"),
+            "bare": partial(self.bare, 2, 1, True),
+            "bare-1": partial(self.bare, 1, 2, True),
+            "bare-compiled": partial(self.bare, 2, 1, False),
+        }
+        return {name: peer[name] for name in names}
+
+    def aligner(self) -> alternation.Run:
+        """A real job; its phases are the metrics that it logs, the slower rank's."""
+        run_dir = self._folder("aligner")
+        lengths, (dtype, rollout_dtype) = self.lengths, self.case.dtypes
+        command = alternation.torchrun(2, [
+            "-m", "aligner.main", "algorithm=grpo", "algorithm.roles=[policy,rollout,reward]", f"algorithm.group_size={GROUP}",
+            f"model.path={self.work / 'model'}", f"data.path={self.work / 'prompts.jsonl'}", "data.shuffle=false",
+            f"data.prompts_per_step={PROMPTS}", f"data.max_prompt_tokens={lengths.longest}",
+            f"sampling.max_tokens={lengths.max_tokens}", *([] if lengths.mean else ["sampling.stop_token_ids=[]"]),
+            f"rollout.max_model_len={lengths.whole}", f"rollout.max_num_seqs={PROMPTS * GROUP}",
+            f"rollout.dtype={rollout_dtype}", f"policy.dtype={dtype}", f"policy.optimizer.lr={LR}",
+            f"reward.rule={Path(workloads.__file__)}:response_score", f"run_dir={run_dir}",
+            f"train.steps={self.steps + WARMUP}", "train.eval_every=0", "train.save=false", "train.report=false",
+            "logging.console=false", "logging.samples_every=0", *self.extra,
+        ])  # fmt: skip
+        alternation.run_all([command], 1, LIMIT, run_dir.with_suffix(".log"))
+        rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+        measured = [row for row in rows if row["step"] >= WARMUP]
+        # From row to row: `seconds` leaves out what is logged.
+        return {"steps": [step_of(row, row["time"] - before["time"]) for before, row in pairwise(measured)]}
+
+    def trl(self, processes: int, threads: int, mode: str) -> alternation.Run:
+        """TRL's trainer."""
+        program = Path(__file__).with_name("grpo_trl.py")
+        spec = self._spec("trl", mode=mode)
+        command = [str(program), str(spec)]
+        whole = [sys.executable, *command] if processes == 1 else alternation.torchrun(processes, command)
+        return self._peer([whole], threads, spec)
+
+    def bare(self, processes: int, threads: int, eager: bool) -> alternation.Run:
+        """vLLM and a training step, without a framework."""
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        spec = self._spec("bare", processes=processes, port=port, eager=eager)
+        program = str(Path(__file__).with_name("grpo_bare.py"))
+        commands = [[sys.executable, program, str(spec), str(rank)] for rank in range(processes)]
+        return self._peer(commands, threads, spec)
+
+    def _folder(self, name: str) -> Path:
+        self.runs += 1
+        return self.work / f"{name}{self.runs}"
+
+    def _spec(self, name: str, **more: Any) -> Path:
+        folder = self._folder(name)
+        dtype, rollout_dtype = self.case.dtypes
+        spec = {
+            "model": str(self.work / "model"), "rows": str(self.work / "prompts.jsonl"), "folder": str(folder),
+            "out": f"{folder}_out.json", "prompts": PROMPTS, "group": GROUP, "max_tokens": self.lengths.max_tokens,
+            "max_model_len": self.lengths.whole, "fixed": self.lengths.mean is None, "steps": self.steps,
+            "warmup": WARMUP, "lr": LR, "dtype": dtype, "rollout_dtype": rollout_dtype, "kv_cache_mib": 512, **more,
+        }  # fmt: skip
+        if name == "trl":  # master weights are float32, as ours are
+            spec |= {"autocast": dtype == "bfloat16", "dtype": "float32"}
+        path = folder.with_suffix(".json")
+        path.write_text(json.dumps(spec))
+        return path
+
+    def _peer(self, commands: Sequence[Sequence[str]], threads: int, spec: Path) -> alternation.Run:
+        alternation.run_all(commands, threads, LIMIT, spec.with_suffix(".log"))
+        made: alternation.Run = json.loads(Path(json.loads(spec.read_text())["out"]).read_text())
+        return made
+
+
+def step_of(row: dict[str, float], whole: float) -> dict[str, float]:
+    """A row of our metrics as the phases of a step of `whole` seconds."""
+    named = {name: row[f"seconds_{phase}"] for name, phase in (("generate", "generate"), ("update", "update"))}
+    named["sync"] = row["seconds_reshard"]
+    other = whole - sum(named.values())
+    rows = PROMPTS * GROUP
+    return {**named, "other": other, "step": whole, "tokens": row["length"] * rows, "length": row["length"]}
+
+
+def report(results: alternation.Results) -> str:
+    """The table, with the mean length of our responses in each case's name."""
+    named = {
+        f"{case}, mean length {length(sides):.0f}" if sides else case: sides for case, sides in results.items() if sides
+    }
+    return alternation.table(named, PHASES, "tokens")
+
+
+def length(sides: dict[str, list[alternation.Run]]) -> float:
+    """Mean tokens of a response, of the first side."""
+    steps = [step for run in next(iter(sides.values())) for step in run["steps"]]
+    return sum(step["length"] for step in steps) / len(steps)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Measure, and print or write the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", nargs="*", type=case_of, default=[Case("0.66M", "fixed"), Case("9.8M", "fixed")])
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=["aligner", "trl", "trl-2", "bare"])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=6, help="of each run, after two that are not counted")
+    parser.add_argument("--quick", action="store_true", help="0.66M/fixed, one round of aligner, trl-2 and bare")
+    parser.add_argument("--json", type=Path, help="add to what this file holds")
+    parser.add_argument("--write", type=Path, help="replace the table in this file, between its markers")
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="settings of our jobs")
+    given = parser.parse_args(arguments)
+    alternation.end_on_sigterm()
+    if given.quick:
+        given.cases, given.sides, given.rounds = [Case("0.66M", "fixed")], ["aligner", "trl-2", "bare"], 1
+    results = alternation.read_results(given.json)
+
+    def keep() -> None:
+        if given.json:
+            given.json.write_text(json.dumps(results))
+
+    for case in given.cases:
+        with tempfile.TemporaryDirectory() as folder:
+            bench = Bench(case, given.steps, Path(folder), given.set)
+            alternation.alternate(results, case.name, bench.sides(given.sides), given.rounds, keep)
+    text = report(results)
+    print(text)
+    if given.write:
+        alternation.write_between(given.write, "tools/bench/grpo.py", text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
