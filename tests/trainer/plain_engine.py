@@ -23,6 +23,7 @@ from aligner.trainer.engine import MOMENTS, MicrobatchLoss, OptimizerSlice, Trai
 from aligner.trainer.engines import Backend
 from aligner.trainer.offload import Offloaded, Scratch
 from aligner.trainer.packing import Packed, pack
+from aligner.trainer.prefix_tree import Segment
 from aligner.trainer.readout import Readout
 from aligner.trainer.vocab_parallel import Logits
 
@@ -91,7 +92,8 @@ class PlainEngine(TrainEngine):
     def weights(self) -> PlainWeights:
         return self.held
 
-    def pack(self, tokens_BT: Tensor, length_B: Tensor) -> Packed:
+    def pack(self, tokens_BT: Tensor, length_B: Tensor, segments: Sequence[Segment] = ()) -> Packed:
+        assert not segments, "transformers computes each row by itself"
         return pack(tokens_BT, length_B, 1, torch.device("cpu"))
 
     def microbatch_count(self, needed: int) -> int | None:
