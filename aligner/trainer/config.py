@@ -11,7 +11,7 @@ from aligner.bounds import AtLeast, Between, LessThan, OneOf
 ENGINES = ("megatron",)
 """The training backends, the keys of `aligner.trainer.engines.BACKENDS`."""
 
-MIN_SHARED_TOKENS: Mapping[str, int | None] = {"auto": 16, "on": 1, "off": None}
+MIN_SHARED_TOKENS: Mapping[str, int | None] = {"auto": 8, "on": 1, "off": None}
 """By the value of `share_prefix`: minimum length in tokens of a prefix that is computed once; None: no prefix is."""
 
 
@@ -62,7 +62,7 @@ class TrainingConfig:
     """Activation recompute in backward: none, selective (attention only) or full."""
     share_prefix: Annotated[str, OneOf(*MIN_SHARED_TOKENS)] = "auto"
     """Compute common prefixes of a microbatch's rows (samples of one prompt, pairs) once: auto, on or off. Exact up to
-    rounding. auto: prefixes of at least 16 tokens; on: prefixes of any length; off: every row by itself."""
+    rounding. auto: prefixes of at least 8 tokens, from which on it pays; on: prefixes of any length; off: every row by itself."""
     reduction: Annotated[str, OneOf("token_mean", "sequence_mean", "fixed")] = "token_mean"
     """How a per-token loss is averaged over the global batch: token_mean, sequence_mean or fixed (see fixed_length)."""
     fixed_length: Annotated[int, AtLeast(0)] = 0

@@ -9,13 +9,19 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from transformers import AutoModelForSequenceClassification
 
 from aligner.data.samples import Samples, pad_rows
+from aligner.models.spec import with_scalar_head
 from aligner.spmd.mesh import Mesh
 from aligner.spmd.world import World
-from aligner.trainer.config import OptimizerConfig, PolicyConfig
+from aligner.trainer.config import CriticConfig, OptimizerConfig, PolicyConfig, RewardModelConfig
+from aligner.trainer.critic import Critic
 from aligner.trainer.policy import Policy
-from tests.trainer.parity_on_ranks import VOCAB, Case, gradients_off
+from aligner.trainer.reward_model import RewardModel
+from tests.trainer.heads_on_ranks import Reference as HeadReference
+from tests.trainer.heads_on_ranks import norms_in_float64
+from tests.trainer.parity_on_ranks import VOCAB, Case, checkpoint_form, gradients_off
 from tests.trainer.short_rows_on_ranks import likelihood, reference
 
 FREE = OptimizerConfig(lr=0.0, clip_grad=0.0, distributed=False)
@@ -76,3 +82,42 @@ def check_shared(world: World, folder: Path, text: str) -> None:
     assert of_gradients < 1e-5, (text, of_gradients)
     norm = torch.cat([grad.flatten() for grad in expected.gradients.values()]).double().norm().item()
     assert abs(row["grad_norm"] - norm) < 1e-5 * norm, (text, row["grad_norm"], norm)
+
+
+def squared(value: torch.Tensor, *, mask_BT: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Of values per token and of scores per row."""
+    return (torch.where(mask_BT, value, 0.0) if value.dim() == 2 else value).square(), {}
+
+
+def check_heads(world: World, folder: Path, text: str) -> None:
+    """Values at shared tokens belong to each row; a score is read at a row's own last token."""
+    case, samples = Case(text, folder), batch()
+    model = AutoModelForSequenceClassification.from_pretrained(case.folder, dtype=torch.float64).eval()
+    norms_in_float64(model)
+    count_B = samples.length_B.tolist()
+    numbers = [
+        model.score(model.model(row[None, :length]).last_hidden_state)[0, :, 0]
+        for row, length in zip(samples.tokens_BT, count_B, strict=True)
+    ]
+    values = torch.cat([number[:-1] for number in numbers])
+    scores = torch.stack([number[-1] for number in numbers])
+    trained_B = samples.mask_BT.any(1)
+    mesh = Mesh(tuple(range(world.size)), name="critic", **case.sizes)
+    settings = {"micro_tokens": case.micro_tokens, "share_prefix": case.share_prefix, "optimizer": FREE}
+    for role, config, method, loss in (
+        (Critic, CriticConfig(**settings), "values", values.square().mean()),
+        (RewardModel, RewardModelConfig(**settings), "scores", scores[trained_B].square().mean()),
+    ):
+        made = role(f"{text} {method}", world, mesh, with_scalar_head(case.spec), config)
+        ref = made.scatter(samples)
+        got = getattr(made, method)(ref).gather()
+        expected = values if got.dim() == 2 else scores
+        off = ((got[samples.mask_BT] if got.dim() == 2 else got) - expected.detach()).abs().max().item()
+        assert off < 1e-5, (text, method, off)
+        row = made.update(squared, ref).gather()
+        assert row["shared_prefix"] > 0.2
+        model.zero_grad()
+        loss.backward(retain_graph=True)
+        reference_of = HeadReference(model, dict(checkpoint_form(case.spec, model, "grad")))
+        of_gradients = gradients_off(made, reference_of)
+        assert of_gradients < 1e-5, (text, method, of_gradients)

@@ -57,6 +57,12 @@ def test_defaults_and_overrides(folder: Path) -> None:
     assert found.critic.path == "a" and found.critic.optimizer.lr == 1e-5
     assert found.reward_model == RewardModelConfig(micro_tokens=7)
     assert config(folder).critic == CriticConfig()
+    shared = config(folder, "policy.share_prefix=off", "critic.share_prefix=on")
+    assert (shared.policy.share_prefix, shared.critic.share_prefix, shared.reward_model.share_prefix) == (
+        "off",
+        "on",
+        "auto",
+    )
     assert found.model_path("critic") == ("critic.path", "a")
     assert found.model_path("reward_model") == ("model.path", f"{folder}/model")
 
@@ -154,6 +160,7 @@ def test_the_reference_has_sizes_of_its_own(folder: Path) -> None:
     for override, said in (
         ("reference.micro_tokens=0", "reference.micro_tokens=0 must be at least 1, or null."),
         ("reference.dtype=float16", "reference.dtype=float16 is unknown; use float32, bfloat16, or null."),
+        ("policy.share_prefix=always", "policy.share_prefix=always is unknown; use auto, on, or off."),
         ("critic.forward_micro_tokens=0", "critic.forward_micro_tokens=0 must be at least 1, or null."),
     ):
         wrong = config(folder, override)

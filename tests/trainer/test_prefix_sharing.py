@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import Ranks
+from tests.trainer.test_heads import classifiers  # noqa: F401
 from tests.trainer.test_parity import checkpoints, each  # noqa: F401
 
 CASES = {
@@ -26,3 +27,13 @@ CASES = {
 @pytest.mark.parametrize(("size", "case"), each(CASES))
 def test_a_step_equals_that_of_separate_rows(ranks: Ranks, checkpoints: Path, size: int, case: str) -> None:  # noqa: F811
     ranks(size).run("tests.trainer.prefix_on_ranks:check_shared", checkpoints, case)
+
+
+@pytest.mark.parametrize(("size", "case"), each({1: ["llama:share=on,micro=60"], 2: ["qwen3:share=on,context=2"]}))
+def test_values_and_scores_equal_those_of_separate_rows(
+    ranks: Ranks,
+    classifiers: Path,  # noqa: F811
+    size: int,
+    case: str,
+) -> None:
+    ranks(size).run("tests.trainer.prefix_on_ranks:check_heads", classifiers, case)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import random
 import subprocess
 import sys
 import tempfile
@@ -39,17 +40,17 @@ Measures = dict[str, dict[str, float]]
 """By value of `share_prefix`: seconds of logprobs and update, MiB of each."""
 
 
-def batch(rows: int, group: int, prompt: int, response: int, vocab: int, seed: int) -> Samples:
-    """Rows of one length; the responses are trained."""
+def batch(rows: int, group: int, prompt: int, responses: list[int], vocab: int, seed: int) -> Samples:
+    """Rows of `prompt` tokens and a response of as many as `responses` says, which is trained."""
     generator = torch.Generator().manual_seed(seed)
 
     def tokens(count: int) -> list[int]:
         return torch.randint(3, vocab, (count,), generator=generator).tolist()
 
     prompts = [tokens(prompt) for _ in range(-(-rows // group))]
-    tokens_BT = pad_rows([prompts[row // group] + tokens(response) for row in range(rows)], torch.long)
-    length_B, place_T = torch.full((rows,), prompt + response), torch.arange(prompt + response)
-    mask_BT = (place_T >= prompt).expand(rows, -1)
+    tokens_BT = pad_rows([prompts[row // group] + tokens(responses[row]) for row in range(rows)], torch.long)
+    length_B, place_T = prompt + torch.tensor(responses), torch.arange(prompt + max(responses))
+    mask_BT = (place_T >= prompt) & (length_B[:, None] > place_T)
     return Samples(tokens_BT, torch.full((rows,), prompt), length_B, mask_BT, torch.arange(rows), [{}] * rows)
 
 
@@ -103,7 +104,10 @@ def measure_all(arguments: argparse.Namespace) -> None:
     lines = []
     for prompt in arguments.prompts:
         for group in arguments.groups:
-            samples = batch(arguments.rows, group, prompt, arguments.response, spec.vocab, prompt)
+            draw = random.Random(0)
+            most = arguments.response
+            responses = [draw.randint(1, 2 * most) if arguments.ragged else most for _ in range(arguments.rows)]
+            samples = batch(arguments.rows, group, prompt, responses, spec.vocab, prompt)
             by_share = measure(policies, policies["off"].scatter(samples, group), arguments.rounds)
             print(json.dumps({"prompt": prompt, "group": group, **by_share}), flush=True)
             lines.append(line(prompt, group, by_share))
@@ -129,6 +133,7 @@ def main() -> int:
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--rows", type=int, default=32)
     parser.add_argument("--response", type=int, default=64, help="tokens of each response")
+    parser.add_argument("--ragged", action="store_true", help="responses of 1 to twice as many tokens")
     parser.add_argument("--groups", type=int, nargs="+", default=[1, 2, 4, 8, 16])
     parser.add_argument("--prompts", type=int, nargs="+", default=[16, 64, 256, 1024])
     parser.add_argument("--micro-tokens", type=int, default=4096)
