@@ -7,11 +7,12 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from aligner.models.spec import ModelSpec
+from aligner.models.spec import Head, ModelSpec
 from aligner.models.tensors import parameter_count
 from aligner.reshard.plan.region import ELEMENT_BYTES
 from aligner.spmd.mesh import Mesh
 from aligner.trainer.engines import backend
+from aligner.trainer.output_blocks import output_layer_bytes
 
 if TYPE_CHECKING:
     from aligner.config.schema import Config
@@ -35,6 +36,24 @@ def role_bytes(config: Config, role: str, roles: Collection[str], spec: ModelSpe
         cache = settings.kv_cache_bytes(spec, mesh.tensor, cpu, mesh.pipeline) or 0
         return float(weights * ELEMENT_BYTES[settings.dtype] + cache)
     return backend(settings.engine).bytes_per_rank(spec, mesh, settings, config.learns(role, roles))
+
+
+def output_bytes(
+    config: Config, role: str, roles: Collection[str], spec: ModelSpec, mesh: Mesh, cpu: bool
+) -> float | None:
+    """Bytes that a role call takes for the output layer beside what the role holds, at most; None: it makes no logits of its own.
+
+    Those of one microbatch whose tokens are all predictions, on a rank that has the output layer.
+    """
+    if config.role(role).kind.runs_on == "engine" or spec.head is Head.SCALAR:
+        return None
+    settings = config.settings(role)
+    budget = settings.forward_micro_tokens or settings.micro_tokens
+    tokens = max(budget, settings.micro_tokens) if config.learns(role, roles) else budget
+    width = ELEMENT_BYTES[settings.dtype]
+    return output_layer_bytes(
+        -(-tokens // mesh.context), -(-spec.vocab // mesh.tensor), spec.hidden, width, "cpu" if cpu else "cuda"
+    )
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from aligner.check.disk import bytes_needed, gib, nearest_folder
-from aligner.check.memory import bytes_of_rank, bytes_of_roles, machine_of, roles_of_ranks
+from aligner.check.memory import bytes_of_rank, bytes_of_roles, machine_of, output_bytes, roles_of_ranks
 from aligner.check.rollout import shown_ends
 from aligner.data.preferences import LeftOut, left_out_text
 from aligner.models.tensors import parameter_count
@@ -83,6 +83,9 @@ def _roles(config: Config, roles: Sequence[str], checked: Checked, world_size: i
         parts = [f"rank{'s' * (mesh.size > 1)} {shown(mesh.ranks)}: {sizes}"]
         parts += ["learns"] * config.learns(role, roles)
         parts += [f"{gib(held[role])} a rank"] if role in held else []
+        if role in held:
+            beside = output_bytes(config, role, roles, checked.specs[role], mesh, machine.cpu)
+            parts += [] if beside is None else [f"output layer at most {gib(beside)}"]
         parts += [f"{kind.name} from {config.model_path(role)[1]}"] if role in config.models else []
         lines.append((role, ", ".join(parts)))
     return lines

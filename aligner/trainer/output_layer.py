@@ -16,8 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-BLOCK_LOGITS = {"cpu": 1 << 24, "cuda": 1 << 26}
-"""Logits of one block, at most, by type of device: a pass needs a few buffers of as many float32 (64 MiB, 256 MiB)."""
+from aligner.trainer.output_blocks import BLOCK_LOGITS
 
 
 @dataclass(frozen=True)
