@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterable, Iterator
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -11,8 +13,8 @@ import torch
 
 GIB = 1 << 30
 REMEDIES = (
-    "What helps: residency.mode=auto (or an emptier residency.keep), a smaller policy.micro_tokens, "
-    "policy.recompute=full, a smaller rollout.kv_cache_mib or rollout.max_num_seqs, a placement with more ranks for a role "
+    "What helps: residency.mode=auto, a smaller residency.budget_gib (or an emptier residency.keep), a smaller "
+    "policy.micro_tokens, policy.recompute=full, a smaller rollout.kv_cache_mib or rollout.max_num_seqs, a placement with more ranks for a role "
     "(placement.policy.tensor, placement.policy.pipeline), or roles on ranks of their own (placement=split)."
 )
 
@@ -39,12 +41,17 @@ class Meter:
         """Bytes that CUDA's allocator counts although they are unmapped: a sleeping engine's."""
 
     @contextmanager
-    def measured(self, method: str, member: bool) -> Iterator[None]:
-        """Around a role call; it counts where this rank is a `member` of a role that takes part."""
+    def measured(self, method: str, member: bool) -> Iterator[Callable[[], float]]:
+        """Around a role call; it counts where this rank is a `member` of a role that takes part.
+
+        Yields:
+            What gives the call's largest memory in bytes, once it has ended.
+        """
         self._boundary()
         self._open.append(0.0)
+        largest = 0.0
         try:
-            yield
+            yield lambda: largest * GIB
         finally:
             self._boundary()
             largest = self._open.pop()
@@ -85,6 +92,29 @@ def resident() -> tuple[float, float]:
         return 0.0, 0.0
     sizes = [1024.0 * int(status.partition(name)[2].split(None, 1)[0]) for name in (b"VmHWM:", b"VmRSS:")]
     return sizes[0], sizes[1]
+
+
+def available(device: torch.device, ranks_on_host: int) -> float:
+    """Bytes that this rank can take in all: what is free on its device, or its share of what the host has available, with
+    what the process holds already. A cgroup's limit counts where there is one."""
+    if device.type == "cuda":
+        return float(torch.cuda.mem_get_info(device)[0])
+    physical = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    free = min(physical, _number(Path("/proc/meminfo"), "MemAvailable:") * 1024)
+    limit = _number(Path("/sys/fs/cgroup/memory.max"))
+    if math.isfinite(limit):
+        stat = Path("/sys/fs/cgroup/memory.stat")
+        free = min(free, limit - _number(Path("/sys/fs/cgroup/memory.current")) + _number(stat, "inactive_file"))
+    return free / ranks_on_host + resident()[1]
+
+
+def _number(file: Path, name: str = "") -> float:
+    """The number after `name`, the first one of a line of text; infinite where there is none, such as "max"."""
+    try:
+        words = file.read_text().split()
+        return float(words[words.index(name) + 1 if name else 0])
+    except (OSError, ValueError, IndexError):
+        return math.inf
 
 
 def trim() -> None:
