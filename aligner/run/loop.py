@@ -243,8 +243,7 @@ class Driver:
         self.world.journal.enter("the first rank's verdict")
         with self.world.timeline.span("call", STEP_END):
             verdict = broadcast(self.world, verdict, (0,), range(self.world.size))
-        if self.world.residency.account:
-            self.world.residency.account.learn(verdict.memory)
+        self.world.residency.learn(verdict.memory)
         return verdict
 
     def _forget(self) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from aligner.spmd.memory import available
+from aligner.spmd.memory import available, keep_freed
 from aligner.spmd.memory_account import MemoryAccount
 from aligner.spmd.messages import all_gather
 from aligner.spmd.residency_config import ResidencyConfig
@@ -12,7 +12,12 @@ from aligner.spmd.world import World
 
 
 def open_account(world: World, config: ResidencyConfig) -> None:
-    """Give `world.residency` its budget: the smallest of any rank. A collective of the world, before roles are built."""
+    """Give `world.residency` its budget: the smallest of any rank. A collective of the world, before roles are built.
+
+    Where nothing ever moves, freed memory is not given back either.
+    """
+    if config.mode == "off" and world.device.type == "cpu":
+        keep_freed(True)
     if config.mode != "auto":
         return
     free = available(world.device, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))

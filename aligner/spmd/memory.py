@@ -12,6 +12,8 @@ from pathlib import Path
 import torch
 
 GIB = 1 << 30
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4
+"""Of glibc's mallopt."""
 REMEDIES = (
     "What helps: residency.mode=auto, a smaller residency.budget_gib (or an emptier residency.keep), a smaller "
     "policy.micro_tokens, policy.recompute=full, a smaller rollout.kv_cache_mib or rollout.max_num_seqs, a placement with more ranks for a role "
@@ -122,6 +124,17 @@ def trim() -> None:
     release = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if release is not None:
         release(0)
+
+
+def keep_freed(keep: bool) -> None:
+    """Whether glibc keeps what is freed for what is allocated next. By itself it gives each block of more than 32 MiB back
+    when it is freed, and the kernel zeroes its pages anew, one by one, for every activation of that size."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None:
+        return
+    mallopt(M_MMAP_MAX, 0 if keep else 65536)
+    mallopt(M_TRIM_THRESHOLD, -1 if keep else 64 << 20)
+    mallopt(M_MMAP_THRESHOLD, 32 << 20)  # with 64 MiB above, what glibc's own thresholds come to
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -41,6 +41,14 @@ class MemoryAccount:
         """Take in what the ranks have measured, merged over all of them. Calls vary: the largest so far counts."""
         self._known = MemoryFigures({**self._known.parts, **figures.parts}, _larger(self._known.beyond, figures.beyond))
 
+    def forget_calls(self) -> None:
+        """Calls will take less from now on: each has all the room until it has been measured again."""
+        self._known = MemoryFigures(self._known.parts)
+
+    def measured(self, call: str) -> bool:
+        """Whether it is known what the call takes."""
+        return call in self._known.beyond
+
     def must_leave(
         self, call: str, staying: Set[Key], candidates: Sequence[Key], sharing: Collection[Collection[str]]
     ) -> list[Key]:
@@ -51,7 +59,7 @@ class MemoryAccount:
             candidates: what is there and could leave, the first to go first.
             sharing: the roles on each rank that the call concerns; equal ones once.
         """
-        if call not in self._known.beyond:
+        if not self.measured(call):
             return list(candidates)
         leaving = [key for key in candidates if key not in self._known.parts]
         rest = [key for key in candidates if key in self._known.parts]

@@ -16,7 +16,7 @@ from typing import Protocol
 import torch
 
 from aligner.spmd.call_order import CallOrder, NeedingCall
-from aligner.spmd.memory import Meter, OutOfMemory, explain, is_out_of_memory, trim
+from aligner.spmd.memory import Meter, OutOfMemory, explain, is_out_of_memory, keep_freed, trim
 from aligner.spmd.memory_account import Key, MemoryAccount, MemoryFigures
 from aligner.spmd.mesh import Mesh
 from aligner.spmd.residency_config import ResidencyConfig
@@ -108,6 +108,11 @@ class Residency:
         self._open: list[frozenset[Key]] = []
         self._order = CallOrder()
         self._beyond: dict[str, float] = {}
+        self._roomy: bool | None = None
+        """CPU: every call of a step fits beside all parts, and freed memory is kept for the next allocation; None: not
+        known yet."""
+        self._moved = True
+        """Something has left since figures were learned."""
         self._most = 0
 
     def register(
@@ -181,6 +186,25 @@ class Residency:
         beyond, self._beyond = self._beyond, {}
         return MemoryFigures(parts, beyond)
 
+    def learn(self, figures: MemoryFigures) -> None:
+        """The figures of all ranks, merged, at the end of a step; the same on every rank."""
+        if self.account is None:
+            return
+        self.account.learn(figures)
+        if self._roomy is None and not self._moved and self.device.type == "cpu":
+            self._roomy = True
+            keep_freed(True)
+        self._moved = False
+
+    def _fell_short(self) -> None:
+        """A call does not fit beside all parts: from now on freed memory is given back, and what calls took before, with it
+        kept, says too much."""
+        if self._roomy and self.account:
+            keep_freed(False)
+            trim()
+            self.account.forget_calls()
+        self._roomy = False
+
     @contextmanager
     def _needed(self, what: str, roles: Sequence[Holder], method: str) -> Iterator[bool]:
         """Around a role call; yields whether it needs anything that could move."""
@@ -211,7 +235,9 @@ class Residency:
 
     def _leave(self, call: NeedingCall, prefetching: bool = False, arriving: bool = False) -> None:
         """What must leave for the call does; `arriving`: for a role that is built, which shares these ranks."""
-        leaving = self._leaving(call, prefetching, arriving)
+        leaving = self._leaving(call, arriving)
+        if prefetching:  # what only a role call can write again waits for the call itself
+            leaving = {(name, part) for name, part in leaving if not self._roles[name].kinds[part].lost}
         freed = False
         for name, holder in self._roles.items():
             mine = [part for part in holder.kinds if (name, part) in leaving]
@@ -228,7 +254,7 @@ class Residency:
         if freed and self.device.type == "cpu":
             trim()
 
-    def _leaving(self, call: NeedingCall, prefetching: bool, arriving: bool) -> set[Key]:
+    def _leaving(self, call: NeedingCall, arriving: bool) -> set[Key]:
         """What the call does not need, where its role has one of the call's ranks and shares ranks with another, and must
         leave. What is out already counts too: a wrong guess may have brought it."""
         movable = {
@@ -236,14 +262,19 @@ class Residency:
             for name, holder in self._roles.items()
             if holder.ranks & call.ranks and (arriving or self._shared(name))
             for part in holder.kinds
-            if (name, part) not in call.needed and self._movable(name, part, prefetching)
+            if (name, part) not in call.needed and self._movable(name, part)
         }
         if self.config.mode == "offload" or self.account is None:
             return movable
         here = movable - self._out
         held = {(name, part) for name, holder in self._roles.items() for part in holder.kinds} - self._out
         staying = (held - here) | call.needed
-        go = self.account.must_leave(call.what, staying, self._latest_needed_first(here), self._sharing(call.ranks))
+        candidates, sharing = self._latest_needed_first(here), self._sharing(call.ranks)
+        go = self.account.must_leave(call.what, staying, candidates, sharing)
+        if go and self.account.measured(call.what):
+            self._fell_short()
+            go = self.account.must_leave(call.what, staying, candidates, sharing)
+        self._moved = self._moved or bool(go)
         return (movable & self._out).union(go)
 
     def _latest_needed_first(self, keys: set[Key]) -> list[Key]:
@@ -306,9 +337,9 @@ class Residency:
         mine = self._roles[role].ranks
         return any(mine & other.ranks for name, other in self._roles.items() if name != role and other.kinds)
 
-    def _movable(self, role: str, part: str, prefetching: bool) -> bool:
+    def _movable(self, role: str, part: str) -> bool:
         kind, config = self._roles[role].kinds[part], self.config
-        if role in config.keep or f"{role}.{part}" in config.keep or (prefetching and kind.lost):
+        if role in config.keep or f"{role}.{part}" in config.keep:
             return False
         return not kind.copied or self.device.type == "cuda" or config.mode == "offload"
 

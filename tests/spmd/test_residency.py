@@ -228,6 +228,34 @@ def test_ranks_of_different_sizes_and_places_know_the_same_to_be_out() -> None:
         assert any(out[0]) is (budget < 12.0)
 
 
+def test_freed_memory_is_kept_after_a_step_in_which_nothing_left_until_room_is_short(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    kept: list[bool] = []
+    monkeypatch.setattr("aligner.spmd.residency.keep_freed", kept.append)
+    scene = Scene(ResidencyConfig("auto"))
+    scene.learn(10.0)  # parts only: no call has been measured
+    figures = MemoryFigures(beyond={f"{names.partition('+')[0]}.{m}": MEASURED[m] for names, m in STEP})
+
+    def step(figures: MemoryFigures = figures) -> None:
+        steps(scene, 1)
+        scene.residency.learn(figures)
+
+    step()
+    step()  # brings back what left in the first
+    assert kept == [True]
+    step(figures.merged(MemoryFigures(beyond={"policy.update": 5.0})))
+    assert kept == [True]
+    moved = steps(scene, 1)
+    assert kept == [True, False]
+    assert moved[2] == ["out rollout.cache", "out rollout.weights"], "all, until it is measured again"
+    scene.residency.learn(figures)
+    step()
+    step()
+    assert steps(scene, 1) == [[], [], [], []], "given back, it fits"
+    assert kept == [True, False], "it never starts again"
+
+
 def test_a_call_is_measured_beyond_the_parts_that_are_there() -> None:
     scene = Scene(ResidencyConfig("auto"))
     scene.residency.account = MemoryAccount(0.0)
@@ -410,6 +438,25 @@ def test_what_is_available_is_shared_by_the_ranks_of_a_host() -> None:
     assert ResidencyConfig().budget(10.0, cpu=True) == 8.0
     assert ResidencyConfig().budget(10.0, cpu=False) == 9.0
     assert ResidencyConfig(budget_gib=1.5).budget(10.0, cpu=True) == 1.5 * GIB
+
+
+def test_freed_memory_is_kept_where_it_is_asked_for() -> None:
+    memory.keep_freed(True)
+    try:
+        large = torch.ones(1 << 26)  # 256 MiB
+        last = torch.ones(16 << 10)
+        before = memory.resident()[1]
+        del large
+        assert memory.resident()[1] > before - (32 << 20)
+    finally:
+        memory.keep_freed(False)
+    memory.trim()
+    assert before - memory.resident()[1] > 200 << 20
+    large = torch.ones(1 << 26)
+    before = memory.resident()[1]
+    del large
+    assert before - memory.resident()[1] > 200 << 20, "at once"
+    assert last.sum() == 16 << 10
 
 
 def test_trimming_gives_pages_back() -> None:

@@ -181,7 +181,7 @@ def _child(given: argparse.Namespace) -> int:
             merged = MemoryFigures()
             for one in all_gather(world, world.residency.take_figures(), range(world.size)):
                 merged = merged.merged(one)
-            world.residency.account.learn(merged)
+            world.residency.learn(merged)
     found["peak"] = max(found["peak"], found["built"])
     found = {name: size for name, size in found.items() if "(" not in name}
     found |= {name: statistics.median(values[WARM_UP:]) for name, values in taken.items()}
