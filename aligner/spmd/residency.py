@@ -105,6 +105,7 @@ class Residency:
         """Copies to and from the host run here, beside the computation."""
         self._roles: dict[str, _Holding] = {}
         self._out: set[Key] = set()
+        self._of_ranks: dict[frozenset[int], set[frozenset[str]]] = {}
         self._open: list[frozenset[Key]] = []
         self._order = CallOrder()
         self._beyond: dict[str, float] = {}
@@ -131,6 +132,7 @@ class Residency:
             on_lost: called on every rank, member or not, when a part whose contents are lost has left.
         """
         self._out -= {key for key in self._out if key[0] == role}
+        self._of_ranks.clear()
         self._roles[role] = _Holding(frozenset(mesh.ranks), dict(kinds), dict(parts or {}), on_lost=on_lost)
 
     def before_evict(self, role: str, hook: Callable[[], None]) -> None:
@@ -290,7 +292,10 @@ class Residency:
 
     def _sharing(self, ranks: frozenset[int]) -> set[frozenset[str]]:
         """The roles on each of these ranks."""
-        return {frozenset(name for name, holder in self._roles.items() if rank in holder.ranks) for rank in ranks}
+        if ranks not in self._of_ranks:
+            roles = self._roles.items()
+            self._of_ranks[ranks] = {frozenset(name for name, holder in roles if r in holder.ranks) for r in ranks}
+        return self._of_ranks[ranks]
 
     def _come(self, needed: frozenset[Key]) -> None:
         for name, holder in self._roles.items():
