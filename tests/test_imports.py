@@ -37,7 +37,7 @@ BROKEN_BY = {
     ],
     "megatron": [("aligner.trainer.policy", "megatron"), ("aligner.rollout.role", "megatron")],
     "training-backends": [
-        ("aligner.trainer.update", "aligner.trainer.megatron.engine"),
+        ("aligner.trainer.minibatch_loss", "aligner.trainer.megatron.engine"),
         ("aligner.models.stored", "aligner.trainer.megatron.layout"),
     ],
     "vllm": [("aligner.trainer.policy", "vllm"), ("aligner.check.job", "vllm")],

@@ -22,7 +22,7 @@ from aligner.checkpoint.convert import convert
 from aligner.models.checkpoint import FILE_BYTES
 from aligner.paths import path_option
 from aligner.reshard.plan.region import ELEMENT_BYTES
-from aligner.trainer.megatron.sharding import MegatronSharding
+from aligner.trainer.megatron.layout import MegatronSharding
 
 SIZES = [field.name for field in fields(MegatronSharding)]
 

@@ -10,7 +10,8 @@ import argparse
 from pathlib import Path
 
 from aligner.models.families import FAMILIES
-from aligner.models.family import Family, QKNorm, Window
+from aligner.models.family import Family, Window
+from aligner.models.spec import QKNorm
 
 DOCS = Path(__file__).parents[1] / "docs" / "families.md"
 BEGIN, END = "<!-- families -->", "<!-- end of families -->"

@@ -36,7 +36,7 @@ from aligner.data.jsonl import LabelledRow, rows
 from aligner.data.lines import Line, ResumableOutput, check_same_rows, chunks
 from aligner.data.prompts import Prompt, tokenize_prompts
 from aligner.data.tokenizer import load_tokenizer
-from aligner.models.spec import read_config
+from aligner.models.read_spec import read_config
 from aligner.models.stored import SHARDS
 from aligner.paths import path_option
 from aligner.report.console import duration

@@ -15,7 +15,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from aligner.check.memory import role_bytes
 from aligner.check.roles import wanted_roles
 from aligner.config.schema import Config, compose_config, to_config
-from aligner.models.spec import ModelSpec, read_spec, with_scalar_head
+from aligner.models.read_spec import read_spec
+from aligner.models.spec import ModelSpec, with_scalar_head
 from aligner.spmd.mesh import EXPERT_AXES, Mesh, axes, shown
 from aligner.spmd.placement import make_meshes
 from aligner.trainer.megatron.sizes import check_sizes

@@ -18,8 +18,9 @@ from statistics import mean
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from aligner.models.spec import ModelSpec, read_spec
-from aligner.models.tensors import logical_tensors
+from aligner.models.read_spec import read_spec
+from aligner.models.spec import ModelSpec
+from aligner.models.tensors import logical_tensors, parameter_count
 from aligner.paths import path_option
 from aligner.reshard.config import ReshardConfig
 from aligner.reshard.plan.duration import duration
@@ -94,7 +95,8 @@ def check(parsed: argparse.Namespace, stack: ExitStack) -> None:
     sample = _sample(parsed.ranks, sorted({*train.ranks, *infer.ranks}))
     account = make_traffic_model(*sides(), logical_tensors(spec), 2 * BUCKET_BYTES, _progress)
     seconds = _plan_each(sides, sample)
-    print(f"model: {spec.family}, {spec.parameters:,} parameters, {_gb(_bytes(spec, parsed.dtype))} in {parsed.dtype}")
+    parameters, size = parameter_count(spec), _gb(_bytes(spec, parsed.dtype))
+    print(f"model: {spec.family}, {parameters:,} parameters, {size} in {parsed.dtype}")
     print(f"train: {_told(train, parsed.train)}\ninfer: {_told(infer, parsed.infer)}\n")
     print(_table(account, train, infer))
     print(_summary(account, train, infer, parsed.gbps))
@@ -229,7 +231,7 @@ def _gb(count: float) -> str:
 
 
 def _bytes(spec: ModelSpec, dtype: str) -> int:
-    return spec.parameters * ELEMENT_BYTES[dtype]
+    return parameter_count(spec) * ELEMENT_BYTES[dtype]
 
 
 def _told(mesh: Mesh, text: str) -> str:

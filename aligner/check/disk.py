@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from aligner.check.memory import STATE
 from aligner.models.spec import ModelSpec
+from aligner.models.tensors import parameter_count
 from aligner.reshard.plan.region import ELEMENT_BYTES
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ def bytes_needed(
     files = 2 + train.steps // logging.samples_every if logging.samples_every else 0
     tokens = config.data.max_prompt_tokens + config.sampling.max_tokens
     learned = [role for role in specs if config.learns(role, roles)]
-    models = {role: specs[role].parameters * ELEMENT_BYTES[config.settings(role).dtype] for role in learned}
+    models = {role: parameter_count(specs[role]) * ELEMENT_BYTES[config.settings(role).dtype] for role in learned}
     main = models[learned[0]] if learned else 0
     exports = train.steps // train.export_every if train.export_every else 0
     exports = min(exports, train.export_keep + 1) if train.export_keep else exports
@@ -44,7 +45,7 @@ def bytes_needed(
         "exported model": sum(models.values()) if train.save else 0,
         # the last one goes when the new one is complete
         "exports": main * (exports + (2 if train.keep_best else 0)),
-        "checkpoints": sum(specs[role].parameters for role in learned) * STATE * (config.checkpoint.keep + 1)
+        "checkpoints": sum(parameter_count(specs[role]) for role in learned) * STATE * (config.checkpoint.keep + 1)
         if config.checkpoint.every
         else 0,
     }

@@ -29,13 +29,14 @@ from aligner.checkpoint.claim import how_to_start, launch
 from aligner.checkpoint.lease import check_free
 from aligner.config.models import check_model_settings
 from aligner.config.schema import Config
-from aligner.data.answers import TokenizedAnswer
 from aligner.data.end_tokens import EndTokens, special_ids
 from aligner.data.prompts import Prompt
 from aligner.data.sets import DataSets
+from aligner.data.tokenized_answer import TokenizedAnswer
 from aligner.data.tokenizer import load_tokenizer
 from aligner.models.agreement import check_reading
-from aligner.models.spec import ModelSpec, read_spec
+from aligner.models.read_spec import read_spec
+from aligner.models.spec import ModelSpec
 from aligner.models.verify_checkpoint import check_weights
 from aligner.reward.components import ResolvedComponent, parts_of, shown_component
 from aligner.rollout.config import RolloutConfig

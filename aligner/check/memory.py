@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from aligner.models.spec import ModelSpec
+from aligner.models.tensors import parameter_count
 from aligner.reshard.plan.region import ELEMENT_BYTES
 from aligner.spmd.mesh import Mesh
 from aligner.trainer.engines import backend
@@ -29,7 +30,8 @@ def role_bytes(config: Config, role: str, roles: Collection[str], spec: ModelSpe
     """
     settings = config.settings(role)
     if config.role(role).kind.runs_on == "engine":
-        weights = spec.parameters / (mesh.tensor * mesh.pipeline)  # experts are cut, or whole ones: as many weights
+        # experts are cut, or whole ones: as many weights
+        weights = parameter_count(spec) / (mesh.tensor * mesh.pipeline)
         cache = settings.kv_cache_bytes(spec, mesh.tensor, cpu, mesh.pipeline) or 0
         return float(weights * ELEMENT_BYTES[settings.dtype] + cache)
     return backend(settings.engine).bytes_per_rank(spec, mesh, settings, config.learns(role, roles))
@@ -112,7 +114,7 @@ def check_memory(config: Config, specs: Mapping[str, ModelSpec], meshes: Mapping
         if config.checkpoint.every:  # a copy of what is being written
             learned = [role for role in specs if config.learns(role, specs)]
             shares = {role: min(machine.ranks, meshes[role].size) / meshes[role].size for role in learned}
-            need += sum(specs[role].parameters * STATE * shares[role] for role in learned)
+            need += sum(parameter_count(specs[role]) * STATE * shares[role] for role in learned)
         if need > machine.host_bytes:
             raise ValueError(
                 f"the roles on this host need about {need / 2**30:.1f} GiB, and it has {machine.host_bytes / 2**30:.1f} GiB. "

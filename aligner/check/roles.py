@@ -12,8 +12,8 @@ from aligner.config.models import errors_about
 from aligner.config.schema import Config
 from aligner.data.tokenizer import load_tokenizer
 from aligner.models.families import FAMILIES
-from aligner.models.family import Head
-from aligner.models.spec import ModelSpec, read_spec, with_scalar_head
+from aligner.models.read_spec import read_spec
+from aligner.models.spec import Head, ModelSpec, with_scalar_head
 from aligner.reward.components import ResolvedComponent, parts_of
 from aligner.spmd.mesh import Mesh
 from aligner.spmd.placement import RANKS_THAT_WORK, Placement

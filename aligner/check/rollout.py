@@ -7,10 +7,10 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from aligner.config.schema import Config
-from aligner.data.answers import TokenizedAnswer
 from aligner.data.end_tokens import EndTokens, find_ends, special_among
 from aligner.data.prompts import Prompt
 from aligner.data.sets import DataSets
+from aligner.data.tokenized_answer import TokenizedAnswer
 from aligner.models.spec import ModelSpec
 from aligner.rollout.config import UNSAID_LENGTH, RolloutConfig
 

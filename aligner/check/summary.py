@@ -10,6 +10,7 @@ from aligner.check.disk import bytes_needed, gib, nearest_folder
 from aligner.check.memory import bytes_of_rank, bytes_of_roles, machine_of, roles_of_ranks
 from aligner.check.rollout import shown_ends
 from aligner.data.preferences import LeftOut, left_out_text
+from aligner.models.tensors import parameter_count
 from aligner.reward.components import parts_of
 from aligner.spmd.mesh import axes, shown
 
@@ -25,8 +26,9 @@ def summary(config: Config, roles: Sequence[str], checked: Checked, world_size: 
         roles: those that the loop wants.
     """
     spec = checked.spec
+    parameters = _count(parameter_count(spec))
     lines = [
-        ("model", f"{config.model.path}: {spec.family}, {spec.layers} layers, {_count(spec.parameters)} parameters"),
+        ("model", f"{config.model.path}: {spec.family}, {spec.layers} layers, {parameters} parameters"),
         ("data", _data(config, checked)),
         *_ends(config, roles, checked),
         *_roles(config, roles, checked, world_size),

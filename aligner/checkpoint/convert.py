@@ -13,7 +13,8 @@ from aligner.checkpoint.lease import check_free
 from aligner.models.checkpoint import FILE_BYTES, files_of_writers
 from aligner.models.hf_folder import prepare, publish, write_rest, write_weights
 from aligner.models.ownership import mark
-from aligner.models.spec import ModelSpec, read_spec
+from aligner.models.read_spec import read_spec
+from aligner.models.spec import ModelSpec
 from aligner.models.stored import Sharding, Stored, open_stored, shard_file, write_shards_index
 from aligner.models.tensors import logical_tensors
 from aligner.models.verify_checkpoint import check_weights

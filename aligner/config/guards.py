@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Annotated
 
 from aligner.bounds import AtLeast, MoreThan, OneOf
-from aligner.trainer.skips import NotFinite
+from aligner.trainer.not_finite import NotFinite
 
 ACTIONS = ("off", "warn", "stop")
 

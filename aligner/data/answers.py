@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from aligner.data.chat import SWITCHES, Notes, conversation_of, message_text, template_options
 from aligner.data.end_tokens import closing_tokens
 from aligner.data.spans import Encoded, Spans
+from aligner.data.tokenized_answer import TokenizedAnswer
 from aligner.data.tokenizer import Message, checked_messages, encode_answered, encode_plain
 from aligner.data.turns import Turn, written_turn
 
@@ -21,24 +21,6 @@ STOP = "stop"
 """Synonym of data.too_long=error."""
 SPLIT = "conversations split into several rows, because the chat template renders earlier turns differently"
 UNCLEAN = "answers whose generation prompt tokenizes differently alone than before the answer"
-
-
-@dataclass(frozen=True)
-class TokenizedAnswer:
-    """One tokenized sequence of prompt and answer, possibly with several turns."""
-
-    tokens: tuple[int, ...]
-    """Token ids, special tokens included."""
-    mask: tuple[bool, ...]
-    """Loss mask per token: True for an answer and its end token. Never True for the first token, which nothing predicts."""
-    prompt_len: int
-    """Number of tokens before the first trained answer."""
-    fields: dict[str, Any]
-    """The JSON row, with this answer's own 'score' or 'label' where known."""
-    index: int = 0
-    """Position among the rows (or pairs) that were kept, from 0."""
-    asked: tuple[int, ...] | None = None
-    """Prompt token ids for generation, where they differ from tokens[:prompt_len]; None: they do not."""
 
 
 class Encoder:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # transformers takes seconds to import
     from transformers import PreTrainedTokenizerBase
 
-    from aligner.data.answers import TokenizedAnswer
+    from aligner.data.tokenized_answer import TokenizedAnswer
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
 TOKENIZER, TEMPLATE, ANSWERS = "the tokenizer", "the chat template", "the trained answers"

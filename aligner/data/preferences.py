@@ -8,9 +8,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from aligner.data.answers import Encoder, TokenizedAnswer, check_choices, fits
+from aligner.data.answers import Encoder, check_choices, fits
 from aligner.data.chat import Notes
 from aligner.data.jsonl import LabelledRow
+from aligner.data.tokenized_answer import TokenizedAnswer
 from aligner.data.tokenizer import checked_messages
 
 if TYPE_CHECKING:

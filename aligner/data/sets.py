@@ -7,13 +7,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from aligner.data.answers import TokenizedAnswer
 from aligner.data.chat import Notes, check_template_kwargs
 from aligner.data.config import DataConfig
 from aligner.data.demonstrations import tokenize_demonstrations
 from aligner.data.jsonl import LabelledRow, rows
 from aligner.data.preferences import LeftOut, Pair, tokenize_feedback, tokenize_preferences
 from aligner.data.prompts import Prompt, prompts_that_fit
+from aligner.data.tokenized_answer import TokenizedAnswer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

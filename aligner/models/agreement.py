@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from aligner.models.family import FULL, SLIDING, Head
-from aligner.models.spec import ModelSpec, read_config
+from aligner.models.family import FULL, SLIDING
+from aligner.models.read_spec import read_config
+from aligner.models.spec import Head, ModelSpec
 from aligner.models.tensors import family_of
 
 

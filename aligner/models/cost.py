@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 
-from aligner.models.family import Head
-from aligner.models.spec import ModelSpec
+from aligner.models.spec import Head, ModelSpec
 from aligner.models.tensors import EMBEDDING, end_shapes, expert_shapes, layer_shapes
 from aligner.spmd.cost import Cost
 

@@ -9,29 +9,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from aligner.models.config_json import ConfigJson
 from aligner.models.cuts import Block, Columns, Cut, GroupedQKV, Parameter, Replicated, Rows
 from aligner.models.rope import Rope, RopeDefaults, read_rope
-
-if TYPE_CHECKING:
-    from aligner.models.spec import ModelSpec
+from aligner.models.spec import LayerType, ModelSpec, QKNorm
 
 FULL, SLIDING, SPARSE = "full_attention", "sliding_attention", "sparse"
 """Usual names of layer types: causal attention and a dense MLP, the same within a window, a router over experts."""
-
-
-@dataclass(frozen=True)
-class LayerType:
-    """What differs between the layers of one model."""
-
-    window: int | None = None
-    """A query sees this many tokens, itself the last of them (transformers' sliding_window); None: all before it."""
-    sparse: bool = False
-    """The MLP is a router over experts."""
-    rope: Rope = field(default_factory=Rope)
-    """Rotary positions."""
 
 
 @dataclass(frozen=True)
@@ -45,15 +31,6 @@ class Norms:
     after_attention: str | None = None
     before_mlp: str | None = "post_attention_layernorm"
     after_mlp: str | None = None
-
-
-class QKNorm(StrEnum):
-    """What one RMSNorm of queries, and one of keys, is taken over."""
-
-    HEAD = "head"
-    """Each head for itself: weights [head_dim]."""
-    PROJECTION = "projection"
-    """All heads together, before they are told apart: weights [heads * head_dim]."""
 
 
 class Window(StrEnum):
@@ -328,12 +305,3 @@ def _kinds(bias: bool) -> tuple[str, ...]:
 
 def _replicated(storage: str, name: str, width: int) -> Parameter:
     return Parameter(storage, Replicated(Block(name, (width,))))
-
-
-class Head(StrEnum):
-    """What a model makes of the last hidden states."""
-
-    LANGUAGE = "language"
-    """Logits over the vocabulary: an output layer of its own, or the embedding again."""
-    SCALAR = "scalar"
-    """One number a token: the tensor `score.weight` [1, hidden], no bias."""

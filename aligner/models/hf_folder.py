@@ -15,9 +15,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from aligner.models.family import Head
 from aligner.models.ownership import check_replaceable
-from aligner.models.spec import ModelSpec, read_config
+from aligner.models.read_spec import read_config
+from aligner.models.spec import Head, ModelSpec
 from aligner.models.tensors import family_of, logical_tensors
 from aligner.reshard.plan.region import whole_tensor
 

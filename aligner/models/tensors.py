@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import math
 
 from aligner.models.cuts import Block, Parameter, Replicated, Vocabulary, tensor_shapes
 from aligner.models.families import FAMILIES
-from aligner.models.family import Family, Head
-
-if TYPE_CHECKING:
-    from aligner.models.spec import ModelSpec
+from aligner.models.family import Family
+from aligner.models.spec import Head, ModelSpec
 
 EMBEDDING = "model.embed_tokens.weight"
 FINAL_NORM = "model.norm.weight"
@@ -95,6 +93,11 @@ def logical_tensors(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     for number, layer_type in enumerate(spec.layer_types):
         tensors |= {layer_name(number, name): shape for name, shape in inside[layer_type].items()}
     return tensors | ends
+
+
+def parameter_count(spec: ModelSpec) -> int:
+    """Number of weights; a tied output layer counts once."""
+    return sum(math.prod(shape) for shape in logical_tensors(spec).values())
 
 
 def layer_name(number: int, name: str) -> str:

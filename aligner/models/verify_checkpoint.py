@@ -10,9 +10,8 @@ from torch import Tensor
 
 from aligner.models.agreement import check_reading
 from aligner.models.checkpoint import read_into
-from aligner.models.family import Head
 from aligner.models.hf_folder import files_of_tensors, opened
-from aligner.models.spec import ModelSpec
+from aligner.models.spec import Head, ModelSpec
 from aligner.models.stored import KINDS
 from aligner.models.tensors import EMBEDDING, OUTPUT, SCALAR_HEAD, family_of, layer_number, logical_tensors
 from aligner.reshard.plan.region import whole_tensor

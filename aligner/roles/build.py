@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 from aligner.data.end_tokens import find_ends
 from aligner.data.tokenizer import load_tokenizer
-from aligner.models.spec import read_spec, with_scalar_head
+from aligner.models.read_spec import read_spec
+from aligner.models.spec import with_scalar_head
 from aligner.spmd.placement import role_layout
 from aligner.spmd.role_table import USUAL, RoleSpec
 

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from aligner.bounds import check_settings
 from aligner.models.agreement import check_agreement
 from aligner.models.families import FAMILIES
-from aligner.models.spec import read_spec
+from aligner.models.read_spec import read_spec
 from aligner.rollout.config import BLOCK_TOKENS, RolloutConfig, Sampling
 from aligner.rollout.experts import mend_cpu_expert_parallel
 from aligner.rollout.loaded import LoadedWeights

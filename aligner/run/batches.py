@@ -9,10 +9,10 @@ import torch
 
 from aligner.check.job import Checked
 from aligner.config.schema import Config
-from aligner.data.answers import TokenizedAnswer
 from aligner.data.preferences import Pair
 from aligner.data.samples import Demonstrations, Feedback, Pairs, Samples, pad_rows
 from aligner.data.stream import RowStream
+from aligner.data.tokenized_answer import TokenizedAnswer
 
 
 def rows_of(config: Config, checked: Checked, known: str | None = None) -> RowStream[Any]:

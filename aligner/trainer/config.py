@@ -6,7 +6,9 @@ from dataclasses import dataclass, replace
 from typing import Annotated
 
 from aligner.bounds import AtLeast, Between, LessThan, OneOf
-from aligner.trainer.engines import BACKENDS
+
+ENGINES = ("megatron",)
+"""The training backends, the keys of `aligner.trainer.engines.BACKENDS`."""
 
 
 @dataclass(frozen=True)
@@ -20,7 +22,7 @@ class OptimizerConfig:
     schedule: Annotated[str, OneOf("constant", "linear", "cosine")] = "constant"
     """After warm-up: constant, linear or cosine decay to lr x min_lr_ratio at decay_steps."""
     warmup_steps: Annotated[int, AtLeast(0)] = 0
-    """Optimizer steps of linear warm-up from lr / warmup_steps."""
+    """Optimizer steps of linear warm-up from lr / warmup_steps to lr."""
     decay_steps: Annotated[int, AtLeast(0)] = 0
     """Optimizer steps until the decay ends; 0 means the whole run."""
     beta1: Annotated[float, AtLeast(0), LessThan(1)] = 0.9
@@ -30,7 +32,7 @@ class OptimizerConfig:
     eps: float = 1e-8
     """Adam's epsilon."""
     weight_decay: Annotated[float, AtLeast(0)] = 0.0
-    """Decoupled weight decay; norms and biases (one-dimensional parameters) are left out."""
+    """Decoupled weight decay; norms and biases (one-dimensional parameters) are excluded."""
     clip_grad: Annotated[float, AtLeast(0)] = 1.0
     """Global gradient norm above which gradients are scaled down; 0 turns clipping off."""
     distributed: bool = True
@@ -39,26 +41,27 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """A model on a training backend and how a batch passes through it."""
+    """A model on a training backend: precision, microbatches, minibatches, optimizer."""
 
-    engine: Annotated[str, OneOf(*BACKENDS)] = "megatron"
+    engine: Annotated[str, OneOf(*ENGINES)] = "megatron"
     """Training backend: megatron (Megatron-core)."""
     dtype: Annotated[str, OneOf("float32", "bfloat16")] = "float32"
-    """Parameters and activations: float32 or bfloat16 (bfloat16 keeps float32 gradients and master weights, which start from
-    the digits that the checkpoint has, not from those rounded to bfloat16)."""
+    """Parameters and activations: float32 or bfloat16 (bfloat16 keeps float32 gradients and master weights; these are read
+    from the checkpoint at its own precision, not from the weights rounded to bfloat16)."""
     micro_tokens: Annotated[int, AtLeast(1)] = 16384
-    """Tokens packed into one microbatch, at most (one longer row makes a microbatch of its own). Context ranks share
-    them."""
+    """Maximum tokens packed into one microbatch (a longer row becomes a microbatch of its own), summed over context-parallel
+    ranks."""
     forward_micro_tokens: Annotated[int | None, AtLeast(1)] = None
-    """The same where nothing is learned (logprobs, values, scores), which keeps no activations; null: micro_tokens."""
+    """The same for forward passes without gradients (logprobs, values, scores), which keep no activations; null:
+    micro_tokens."""
     recompute: Annotated[str, OneOf("none", "selective", "full")] = "none"
     """Activation recompute in backward: none, selective (attention only) or full."""
     reduction: Annotated[str, OneOf("token_mean", "sequence_mean", "fixed")] = "token_mean"
-    """Mean of a loss per token over the global batch: token_mean, sequence_mean or fixed (see fixed_length)."""
+    """How a per-token loss is averaged over the global batch: token_mean, sequence_mean or fixed (see fixed_length)."""
     fixed_length: Annotated[int, AtLeast(0)] = 0
-    """Tokens that reduction=fixed divides each row by (Dr. GRPO); 0 means sampling.max_tokens."""
+    """Number of tokens that reduction=fixed divides each row's sum by (Dr. GRPO); 0 means sampling.max_tokens."""
     minibatches: Annotated[int, AtLeast(1)] = 1
-    """Optimizer steps that one batch is cut into."""
+    """Minibatches, one optimizer step each, that a batch is split into."""
     epochs: Annotated[int, AtLeast(1)] = 1
     """Passes over each batch."""
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -67,23 +70,23 @@ class TrainingConfig:
 
 @dataclass(frozen=True)
 class PolicyConfig(TrainingConfig):
-    """The trained language model, which starts from model.path."""
+    """The trained language model, initialised from model.path."""
 
 
 @dataclass(frozen=True)
 class ReferenceConfig:
-    """The frozen copy of the starting model; what is null is as the policy's."""
+    """The frozen copy of the initial model; null settings are the policy's."""
 
-    engine: Annotated[str | None, OneOf(*BACKENDS)] = None
+    engine: Annotated[str | None, OneOf(*ENGINES)] = None
     """Training backend: megatron (Megatron-core). null: policy.engine."""
     dtype: Annotated[str | None, OneOf("float32", "bfloat16")] = None
-    """Parameters and activations: float32 or bfloat16. Another one than the policy's rounds otherwise, so that the KL
+    """Parameters and activations: float32 or bfloat16. With another type than the policy's, rounding differs and the KL
     to the reference does not start at 0. null: policy.dtype."""
     micro_tokens: Annotated[int | None, AtLeast(1)] = None
-    """Tokens packed into one microbatch, at most. null: policy.forward_micro_tokens, or policy.micro_tokens."""
+    """Maximum tokens packed into one microbatch. null: policy.forward_micro_tokens, or policy.micro_tokens."""
 
     def over(self, policy: PolicyConfig) -> PolicyConfig:
-        """The reference's settings: the policy's, but for what is said here."""
+        """The reference's complete settings: the policy's, overridden by those that are not null here."""
         return replace(
             policy,
             engine=self.engine or policy.engine,

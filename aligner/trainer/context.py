@@ -1,7 +1,7 @@
 """Context parallelism: how the rows of a microbatch are split over ranks (pure arithmetic, the same on every rank).
 
-Causal attention makes late tokens dearer than early ones, so a rank holds two spans of each row: one counted from its
-beginning, and the one as far from its end (zig-zag; rank r of C has chunks r and 2C-1-r).
+Causal attention makes late tokens more expensive than early ones, so a rank holds two spans of each row, at equal distances
+from its beginning and its end (zig-zag: rank r of C has chunks r and 2C-1-r).
 """
 
 from __future__ import annotations
@@ -25,42 +25,42 @@ class TokenSpan:
 
 @dataclass(frozen=True)
 class ContextSplit:
-    """Who holds which tokens of one microbatch."""
+    """Which rank holds which tokens of one microbatch."""
 
     spans: tuple[tuple[TokenSpan, ...], ...]
-    """Of each rank, in the order in which it holds them; none is empty."""
+    """The spans of each rank, in the order in which it holds them; none is empty."""
     starts: tuple[int, ...]
-    """Of each row: its first token's place among the tokens of all rows."""
+    """Index of each row's first token among the tokens of all rows, concatenated."""
 
     def token_indices(self, rank: int) -> Tensor:
-        """int64: which tokens of all rows, one row after the other, a rank holds, in its order."""
-        indices = [torch.arange(p.start, p.stop) + self.starts[p.row] for p in self.spans[rank]]
+        """int64 [tokens(rank)]: indices, among the tokens of all rows concatenated, of those that a rank holds, in its order."""
+        indices = [torch.arange(span.start, span.stop) + self.starts[span.row] for span in self.spans[rank]]
         return torch.cat(indices) if indices else torch.zeros(0, dtype=torch.long)
 
     def tokens(self, rank: int) -> int:
-        """How many it holds."""
-        return sum(p.stop - p.start for p in self.spans[rank])
+        """Number of tokens that a rank holds."""
+        return sum(span.stop - span.start for span in self.spans[rank])
 
 
 @lru_cache(maxsize=64)
 def split_rows(lengths: tuple[int, ...], ranks: int) -> ContextSplit:
-    """Split every row over `ranks` ranks, so that nothing is padded: the ranks' totals differ by one token at most.
+    """Split every row over `ranks` ranks without padding: the ranks' totals differ by at most one token.
 
     A rank's share of a row is 1 / ranks of it, rounded up on the ranks that have the fewest tokens so far; half of the
     share is taken from the row's beginning in the order of the ranks, the rest from its end in the opposite order.
     """
     spans: list[list[TokenSpan]] = [[] for _ in range(ranks)]
-    held = [0] * ranks
+    totals = [0] * ranks
     for row, length in enumerate(lengths):
-        least, more = divmod(length, ranks)
-        favoured = sorted(range(ranks), key=lambda rank: (held[rank], rank))[:more]
+        quotient, remainder = divmod(length, ranks)
+        favoured = sorted(range(ranks), key=lambda rank: (totals[rank], rank))[:remainder]
         begin, end = 0, length
         for rank in range(ranks):
-            share = least + (rank in favoured)
-            held[rank] += share
+            share = quotient + (rank in favoured)
+            totals[rank] += share
             head, tail = (begin, begin + share // 2), (end - (share - share // 2), end)
             begin, end = head[1], tail[0]
-            # in the row's middle the last rank's two spans are one
+            # the last rank's two spans meet in the row's middle: one span
             for start, stop in [(head[0], tail[1])] if head[1] == tail[0] else [head, tail]:
                 if stop > start:
                     spans[rank].append(TokenSpan(row, start, stop))
@@ -71,6 +71,6 @@ def split_rows(lengths: tuple[int, ...], ranks: int) -> ContextSplit:
 
 
 def tokens_per_rank(lengths: Sequence[int], ranks: int, multiple_of: int) -> int:
-    """Tokens that every rank has in the model, with the padding up to a multiple; at least one multiple."""
-    whole = multiple_of * ranks
-    return max(1, -(-sum(lengths) // whole)) * multiple_of
+    """Tokens per rank, padded so that each rank has the same multiple of `multiple_of`; at least `multiple_of`."""
+    multiple = multiple_of * ranks
+    return max(1, -(-sum(lengths) // multiple)) * multiple_of

@@ -1,4 +1,4 @@
-"""The training backends by name: what can be asked of one before it is imported, and how to import it (no torch)."""
+"""The training backends by name: checks, layout and memory estimate without importing them, and their engines (no torch)."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, cast
 
+from aligner.trainer.config import ENGINES, TrainingConfig
 from aligner.trainer.megatron.layout import MegatronLayout
 from aligner.trainer.megatron.sizes import bytes_per_rank, check_runs
 
@@ -16,14 +17,13 @@ if TYPE_CHECKING:
     from aligner.models.spec import ModelSpec
     from aligner.reshard.plan.layout import WeightLayout
     from aligner.spmd.mesh import Mesh
-    from aligner.trainer.config import TrainingConfig
     from aligner.trainer.engine import TrainEngine
 
 
 class Check(Protocol):
-    """ValueError, with the setting and the values that would work, where the backend cannot run a model as it is configured.
+    """Raises ValueError, naming the setting and the values that would work, if the backend cannot run a model as configured.
 
-    `mesh.name` is the role: its parallel sizes stand under `placement.<role>`.
+    `mesh.name` is the role: its parallel sizes are the settings `placement.<role>`.
     """
 
     def __call__(
@@ -39,14 +39,14 @@ class MemoryEstimate(Protocol):
 
 @dataclass(frozen=True)
 class Backend:
-    """One training backend, as far as rank arithmetic goes, and its engine."""
+    """One training backend: its rank arithmetic and the import path of its engine."""
 
     check: Check
     layout: Callable[[ModelSpec, Mesh, str], WeightLayout]
     """(model, mesh, data type) -> which region of which checkpoint tensor every rank of the mesh holds."""
     bytes_per_rank: MemoryEstimate
     engine: str
-    """Import path of the `TrainEngine`, which is imported only where a model is built: that takes seconds."""
+    """Import path of the `TrainEngine`, imported only where a model is built, since that takes seconds."""
 
     def engine_type(self) -> type[TrainEngine]:
         """Import the backend."""
@@ -55,7 +55,7 @@ class Backend:
 
 
 def _check_megatron(spec: ModelSpec, mesh: Mesh, config: TrainingConfig, sequence_parallel: bool, cpu: bool) -> None:
-    """Every combination of settings runs; sizes may not."""
+    """Megatron runs every combination of settings; only parallel sizes may not fit."""
     check_runs(spec, mesh, sequence_parallel, cpu)
 
 
@@ -64,14 +64,15 @@ BACKENDS: Mapping[str, Backend] = {
         _check_megatron, MegatronLayout, bytes_per_rank, "aligner.trainer.megatron.engine.MegatronEngine"
     ),
 }
-"""By the value of the `engine` settings."""
+"""Backends by the value of the `engine` settings."""
+assert tuple(BACKENDS) == ENGINES, "aligner.trainer.config names other training backends"
 
 
 def backend(name: str) -> Backend:
     """The backend of this name.
 
     Raises:
-        ValueError: there is none; the message lists those that there are.
+        ValueError: the name is unknown; the message lists the known ones.
     """
     if name not in BACKENDS:
         raise ValueError(f"engine={name} is unknown; use {', '.join(BACKENDS)}.")

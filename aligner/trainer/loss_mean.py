@@ -1,4 +1,4 @@
-"""The mean of a loss over the global batch, as parts that microbatches and data shards add up to."""
+"""Loss functions, and their mean over the global batch as a sum over microbatches and data-parallel ranks."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from aligner.objective.reduction import token_weights
 from aligner.trainer.config import TrainingConfig
 
 LossFunction = Callable[..., tuple[Tensor, dict[str, Tensor]]]
-"""(result, mask_BT=..., fields by name) -> (loss, metrics), each [B, T] per token or [B] per row."""
+"""(readout, mask_BT=..., fields by name) -> (loss, metrics), each [B, T] per token or [B] per row."""
 
 
 @dataclass(frozen=True)
 class Totals:
-    """Counts over the global batch of one optimizer step: every data shard, every microbatch."""
+    """Counts over the global batch of one optimizer step: all data-parallel ranks, all microbatches."""
 
     tokens: float
     """Trained tokens."""
@@ -29,44 +29,44 @@ class Totals:
 
 
 def takes_one_step(loss: LossFunction) -> bool:
-    """Whether a loss is right only at the weights that sampled: the attribute `one_step` of the function under a partial."""
+    """Whether a loss is valid only for samples of the current weights: the function's attribute `one_step`, false by default."""
     return bool(attribute_of(loss, "one_step", False))
 
 
 def rows_together(loss: LossFunction) -> int:
-    """How many consecutive rows the loss compares: the attribute of this name on the function, 1 where it has none."""
+    """Number of consecutive rows that the loss compares: the function's attribute `rows_together`, 1 by default."""
     return int(attribute_of(loss, "rows_together", 1))
 
 
 def counted(loss: LossFunction, mask_BT: Tensor, fields: Mapping[str, Any]) -> Tensor:
-    """[B, T] bool: `mask_BT` without the rows that the loss leaves out, which must not count in its mean either.
+    """[B, T] bool: `mask_BT` without the rows that the loss ignores, so that they do not count in its mean.
 
-    A function that leaves out rows with trained tokens (a pair's, whose other row has none) has the attribute
-    `counted_rows`: (mask_BT, <fields it names>) -> bool [B]. Without one every row with a trained token counts.
+    A loss that ignores rows with trained tokens (such as the row of a pair whose other row has none) has the attribute
+    `counted_rows`: (mask_BT, <fields it names>) -> bool [B]. By default every row with a trained token counts.
     """
-    rows = attribute_of(loss, "counted_rows", None)
-    if rows is None:
+    counted_rows = attribute_of(loss, "counted_rows", None)
+    if counted_rows is None:
         return mask_BT
-    wanted = inspect.signature(rows).parameters
-    kept_B: Tensor = rows(mask_BT, **{name: value for name, value in fields.items() if name in wanted})
+    parameters = inspect.signature(counted_rows).parameters
+    kept_B: Tensor = counted_rows(mask_BT, **{name: value for name, value in fields.items() if name in parameters})
     return mask_BT & kept_B[:, None]
 
 
 def attribute_of(loss: Any, name: str, default: Any) -> Any:
-    """An attribute of the function under any partials."""
+    """An attribute of the function inside any `functools.partial`s."""
     while isinstance(loss, functools.partial):
         loss = loss.func
     return getattr(loss, name, default)
 
 
 def global_mean(loss: Tensor, mask_BT: Tensor, totals: Totals, config: TrainingConfig, max_response: int) -> Tensor:
-    """This microbatch's part of the mean of the loss over the global batch.
+    """This microbatch's contribution to the mean of the loss over the global batch: a scalar.
 
     Args:
-        loss: [B, T], weighted by `config.reduction`; or [B], the mean over the rows with a trained token, whatever the
-            others hold.
-        mask_BT: [B, T] bool, the trained tokens.
-        max_response: tokens that reduction=fixed divides by where config.fixed_length is 0.
+        loss: [B, T], averaged by `config.reduction`; or [B], averaged over the rows with a trained token (values of other
+            rows are ignored).
+        mask_BT: [B, T] bool, true at trained tokens.
+        max_response: number of tokens that reduction=fixed divides by if config.fixed_length is 0.
     """
     if loss.dim() == 1:
         assert loss.shape == mask_BT.shape[:1], f"the loss is {tuple(loss.shape)} for {len(mask_BT)} rows"
@@ -78,5 +78,5 @@ def global_mean(loss: Tensor, mask_BT: Tensor, totals: Totals, config: TrainingC
         total_rows=totals.rows,
         fixed_length=config.fixed_length or max_response or None,
     )
-    # `where`, because a loss of one's own may leave anything outside the mask
+    # `where`: a user's loss may hold anything, NaN too, outside the mask
     return (torch.where(mask_BT, loss, 0.0) * weight_BT).sum()

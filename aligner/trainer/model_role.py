@@ -1,4 +1,4 @@
-"""`ModelRole`: a model on a training backend, loaded over its ranks, run over a batch, and exported."""
+"""`ModelRole`: a model on a training backend: loading, forward passes over a batch, export."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from aligner.trainer.readout import Readout
 
 
 class ModelRole(Role, ABC):
-    """A model of `config.engine` whose `readout` of a batch is a role call: log-probabilities, values or scores."""
+    """A model on the training backend `config.engine`; its role calls return its `readout`: log-probabilities, values or scores."""
 
     needs: ClassVar[Mapping[str, Sequence[str]]] = dict.fromkeys(
         ("logprobs", "values", "scores", "save_checkpoint", "reshard_to"), ("weights",)
@@ -54,7 +54,7 @@ class ModelRole(Role, ABC):
             sequence_parallel: split activations along the sequence between tensor-parallel ranks.
 
         Raises:
-            ValueError: the training backend cannot run the model, or a file of its folder is missing or broken.
+            ValueError: the training backend cannot run the model, or a file of its folder is missing or damaged.
         """
         super().__init__(name, world, mesh, row_cost(spec))
         self.spec, self.config = spec, config
@@ -70,7 +70,7 @@ class ModelRole(Role, ABC):
 
     @property
     def engine(self) -> TrainEngine:
-        """The model itself; on the role's ranks only."""
+        """The training engine; on the role's ranks only."""
         assert self._engine is not None, f"rank {self.world.rank} is not one of {self.name}'s"
         return self._engine
 
@@ -83,12 +83,12 @@ class ModelRole(Role, ABC):
 
     @abstractmethod
     def readout(self) -> Readout:
-        """What this kind of role makes of its head's output."""
+        """What this kind of role computes from its head's output."""
 
     def forward(self, samples: Samples) -> Tensor:
-        """The readout of this shard's rows, on every rank that holds them: [B] or [B, T] float32, on the host.
+        """The first readout of this data shard's rows, on every rank that holds them: [B] or [B, T] float32, on the host.
 
-        [B, T] is 0 at each row's first token and beyond its last; the caller applies the mask.
+        [B, T] is 0 at each row's first token and in its padding; the caller applies the mask.
         """
         batches = self.microbatches(samples, self.config.forward_micro_tokens or self.config.micro_tokens)
         results = self.engine.forward(self.packed(samples, batches))
@@ -99,12 +99,12 @@ class ModelRole(Role, ABC):
         return out.cpu()
 
     def microbatches(self, samples: Samples, budget: int, together: int = 1) -> list[list[int]]:
-        """This shard's rows of each microbatch; as many microbatches, and as even, as the engine needs.
+        """Row indices of each microbatch of this data shard; their number is the one that the engine needs.
 
-        Empty ones weigh nothing, and are there for the collectives of others.
+        Empty microbatches contribute nothing; they only take part in the collectives.
 
         Args:
-            budget: tokens of one microbatch, at most (a longer row is one of its own).
+            budget: maximum tokens of one microbatch (a longer row becomes a microbatch of its own).
             together: groups of this many consecutive rows are never split.
         """
         lengths = samples.length_B.tolist()
@@ -113,9 +113,9 @@ class ModelRole(Role, ABC):
         return packed if count is None else even_microbatches(lengths, budget, together, count, self.cost)
 
     def packed(self, samples: Samples, batches: list[list[int]]) -> list[Packed]:
-        """These microbatches as the engine runs them."""
-        nothing = self.engine.pack(torch.zeros(1, 2, dtype=torch.long), torch.tensor([2]))
-        return [self._pack(samples, rows) if rows else nothing for rows in batches]
+        """These microbatches, packed for the engine."""
+        empty = self.engine.pack(torch.zeros(1, 2, dtype=torch.long), torch.tensor([2]))
+        return [self._pack(samples, rows) if rows else empty for rows in batches]
 
     def _pack(self, samples: Samples, rows: list[int]) -> Packed:
         part = batch_ops.take(samples, rows)
@@ -125,8 +125,8 @@ class ModelRole(Role, ABC):
         """Write a Hugging Face checkpoint (config, safetensors, tokenizer) from the ranks that hold the weights.
 
         Args:
-            dtype: of the written weights; None: `config.dtype`.
-            run: whose the folder is (see `export_checkpoint`); None: no run's.
+            dtype: data type of the written weights; None: `config.dtype`.
+            run: the run that owns the folder (see `export_checkpoint`); None: no run.
         """
         with self.call("save_checkpoint"):
             if self.member:
@@ -142,11 +142,11 @@ class ModelRole(Role, ABC):
                 )
 
     def read(self, method: str, samples: Ref) -> Ref:
-        """The role call `method`: `forward` of the batch, 0 outside `samples.mask_BT` where it is [B, T]."""
+        """Implements the role call `method`: `forward` of the batch; a [B, T] result is 0 outside `samples.mask_BT`."""
         with self.call(method):
             local = self.localize((samples,), {})
             if not self.member:
                 return Ref(self, None, local.rows)
-            mine: Samples = local.args[0]
-            value = self.forward(mine)
-            return Ref(self, value if value.dim() == 1 else torch.where(mine.mask_BT, value, 0.0), local.rows)
+            local_samples: Samples = local.args[0]
+            value = self.forward(local_samples)
+            return Ref(self, value if value.dim() == 1 else torch.where(local_samples.mask_BT, value, 0.0), local.rows)

@@ -1,4 +1,4 @@
-"""A batch whose loss or gradient is not finite, on disk: every data shard writes its rows; they can be loaded and run again."""
+"""A batch whose loss or gradient is not finite, saved to disk: every data-parallel rank writes its rows; they can be reloaded."""
 
 from __future__ import annotations
 
@@ -22,25 +22,24 @@ from aligner.data.samples import Samples
 from aligner.data.tokenizer import load_tokenizer
 from aligner.spmd import batch_ops
 
-README = """# A batch that could not be trained on
+README = """# A batch whose loss or gradient was not finite
 
-`step_N/rank_R.json` says what was not finite and shows the rows of one data shard; `rank_R.safetensors` holds their tensors:
-the samples, `field.NAME` what the loss was given by name, `readout` what the model made of them (log-probabilities, values
-or scores) and `loss` before its reduction (where several microbatches were packed, as each gave it). All shards together,
-ready to be trained on again:
+`step_N/rank_R.json` says what was not finite and shows the rows of one data-parallel rank; `rank_R.safetensors` holds their
+tensors: the samples, `field.NAME` for each field passed to the loss, `readout` (the model's log-probabilities, values or
+scores) and `loss` before its reduction (of every microbatch). To load the rows of all ranks and train on them again:
 
     from aligner.trainer.offending_batch import load_offending
     samples, fields = load_offending("step_N")
     policy.update(loss, policy.scatter(samples, group_size=1), **fields)  # fields as Refs: policy.scatter_like(placed, value)
 """
-OF_SAMPLES = (
+SAMPLE_TENSORS = (
     "tokens_BT", "prompt_len_B", "length_B", "mask_BT", "prompt_index_B", "rollout_logp_BT", "truncated_B", "version_BT",
 )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class MicrobatchOutput:
-    """One microbatch: its rows, its readout and its loss before the reduction, each [rows, T] or [rows]."""
+    """One microbatch: its row indices, its readout and its loss before the reduction, each [rows, T] or [rows]."""
 
     rows: Sequence[int]
     readout: Tensor
@@ -48,7 +47,7 @@ class MicrobatchOutput:
 
 
 def begin_offending(folder: Path) -> None:
-    """Make the folder, without another run's rows; one rank calls it before others save. A failure goes to stderr only."""
+    """Make the folder empty; one rank calls it before the others save. An error is only written to stderr."""
     with _errors_on_stderr(folder):
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
@@ -61,23 +60,48 @@ def save_offending(
     samples: Samples,
     fields: Mapping[str, Any],
     outputs: Sequence[MicrobatchOutput],
-    about: Mapping[str, Any],
+    description: Mapping[str, Any],
     model: str | Path,
 ) -> None:
-    """Write this shard's rows as `folder`/rank_R.safetensors and .json. A failure (a full disk) goes to stderr only.
+    """Write this data shard's rows as `folder`/rank_R.safetensors and .json. An error (a full disk) is only written to stderr.
 
     Args:
-        fields: what the loss was given by name; tensors of as many rows as `samples`, or plain values.
-        about: what happened, for the JSON.
-        model: the folder whose tokenizer shows the rows as text.
+        fields: the fields passed to the loss: tensors with as many rows as `samples`, or plain values.
+        description: JSON values that describe the failure.
+        model: folder whose tokenizer decodes the rows.
     """
     with _errors_on_stderr(folder):
-        _save(folder, rank, samples, fields, outputs, about, _texts(samples, model))
+        row_fields = {name: value for name, value in fields.items() if isinstance(value, Tensor) and value.dim()}
+        tensors = _tensors(samples, row_fields, outputs)
+        save_file({name: value.contiguous() for name, value in tensors.items()}, folder / f"rank_{rank}.safetensors")
+        counts = {name: int((~value.isfinite()).sum()) for name, value in tensors.items() if value.is_floating_point()}
+        texts = _texts(samples, model)
+        report = {
+            **description,
+            "not_finite": {name: count for name, count in counts.items() if count},
+            "plain_fields": {name: value for name, value in fields.items() if name not in row_fields},
+            "rows": [_row(samples, row, tensors.get("loss"), texts) for row in range(samples.rows)],
+        }
+        text = json.dumps(_strict(report), indent=1, ensure_ascii=False, allow_nan=False, default=str)
+        (folder / f"rank_{rank}.json").write_text(text + "\n", encoding="utf-8")
+
+
+def _tensors(
+    samples: Samples, row_fields: Mapping[str, Tensor], outputs: Sequence[MicrobatchOutput]
+) -> dict[str, Tensor]:
+    """The tensors of rank_R.safetensors, on the host."""
+    tensors = {name: value for name in SAMPLE_TENSORS if (value := getattr(samples, name)) is not None}
+    tensors |= {f"field.{name}": value for name, value in row_fields.items()}
+    for name in ("readout", "loss"):
+        joined = _join_rows([(output.rows, getattr(output, name)) for output in outputs], samples.tokens_BT.shape)
+        if joined is not None:
+            tensors[name] = joined
+    return {name: value.detach().cpu() for name, value in tensors.items()}
 
 
 @contextlib.contextmanager
 def _errors_on_stderr(folder: Path) -> Iterator[None]:
-    """The job is ending for another reason, which must be heard."""
+    """Report an error without raising it: the job is about to end with the error that matters."""
     try:
         yield
     except (OSError, SafetensorError, ValueError, TypeError) as error:
@@ -93,56 +117,27 @@ def _texts(samples: Samples, model: str | Path) -> list[str] | None:
     return [decode(tokenizer, row, keep_special_tokens=True) for row in ids]
 
 
-def _save(
-    folder: Path,
-    rank: int,
-    samples: Samples,
-    fields: Mapping[str, Any],
-    outputs: Sequence[MicrobatchOutput],
-    about: Mapping[str, Any],
-    texts: Sequence[str] | None,
-) -> None:
-    tensors = {name: value for name in OF_SAMPLES if (value := getattr(samples, name)) is not None}
-    by_row = {name: value for name, value in fields.items() if isinstance(value, Tensor) and value.dim()}
-    tensors |= {f"field.{name}": value for name, value in by_row.items()}
-    for name in ("readout", "loss"):
-        whole = _whole([(one.rows, getattr(one, name)) for one in outputs], samples.tokens_BT.shape)
-        if whole is not None:
-            tensors[name] = whole
-    held = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-    save_file(held, folder / f"rank_{rank}.safetensors")
-    bad = {name: int((~value.isfinite()).sum()) for name, value in tensors.items() if value.is_floating_point()}
-    report = {
-        **about,
-        "not_finite": {name: count for name, count in bad.items() if count},
-        "plain_fields": {name: value for name, value in fields.items() if name not in by_row},
-        "rows": [_row(samples, row, tensors.get("loss"), texts) for row in range(samples.rows)],
-    }
-    text = json.dumps(_strict(report), indent=1, ensure_ascii=False, allow_nan=False, default=str)
-    (folder / f"rank_{rank}.json").write_text(text + "\n", encoding="utf-8")
-
-
 def load_offending(folder: str | Path) -> tuple[Samples, dict[str, Any]]:
-    """The rows of all shards, in the order of their ranks, and what the loss was given by name.
+    """The rows of all data shards, in the order of their ranks, and the fields passed to the loss.
 
     Raises:
-        ValueError: there are none.
+        ValueError: the folder has no saved rows.
     """
     files = sorted(Path(folder).glob("rank_*.safetensors"), key=lambda file: int(file.stem.removeprefix("rank_")))
     if not files:
         raise ValueError(f"{folder} holds no rank_*.safetensors; give a folder such as run_dir/offending/step_12.")
-    parts, given, plain = [], [], dict[str, Any]()
+    parts, row_fields, plain_fields = [], [], dict[str, Any]()
     for file in files:
         tensors, report = load_file(file), json.loads(file.with_suffix(".json").read_text(encoding="utf-8"))
         rows = [row["fields"] for row in report["rows"]]
-        parts.append(Samples(**{name: tensors.get(name) for name in OF_SAMPLES}, fields=rows))  # type: ignore[arg-type]
-        given.append({n.removeprefix("field."): value for n, value in tensors.items() if n.startswith("field.")})
-        plain |= report["plain_fields"]
-    return batch_ops.join(parts), {**plain, **batch_ops.join(given)}
+        parts.append(Samples(**{name: tensors.get(name) for name in SAMPLE_TENSORS}, fields=rows))  # type: ignore[arg-type]
+        row_fields.append({n.removeprefix("field."): value for n, value in tensors.items() if n.startswith("field.")})
+        plain_fields |= report["plain_fields"]
+    return batch_ops.join(parts), {**plain_fields, **batch_ops.join(row_fields)}
 
 
-def _whole(parts: Sequence[tuple[Sequence[int], Tensor]], shape: torch.Size) -> Tensor | None:
-    """Microbatches' [rows, T] or [rows] as one tensor of all rows, 0 where nothing was computed; None without any."""
+def _join_rows(parts: Sequence[tuple[Sequence[int], Tensor]], shape: torch.Size) -> Tensor | None:
+    """Microbatches' [rows, T] or [rows] joined into one tensor of all rows, 0 where nothing was computed; None if empty."""
     if not parts:
         return None
     first = parts[0][1]
@@ -155,7 +150,7 @@ def _whole(parts: Sequence[tuple[Sequence[int], Tensor]], shape: torch.Size) -> 
 
 def _row(samples: Samples, row: int, loss: Tensor | None, texts: Sequence[str] | None) -> dict[str, Any]:
     mask_T = samples.mask_BT[row]
-    shown: dict[str, Any] = {
+    entry: dict[str, Any] = {
         "prompt_index": int(samples.prompt_index_B[row]),
         "tokens": int(samples.length_B[row]),
         "prompt_tokens": int(samples.prompt_len_B[row]),
@@ -163,14 +158,14 @@ def _row(samples: Samples, row: int, loss: Tensor | None, texts: Sequence[str] |
         "fields": samples.fields[row],
     }
     if loss is not None:
-        shown["mean_loss"] = float(loss[row] if loss.dim() == 1 else loss[row][mask_T].mean())
+        entry["mean_loss"] = float(loss[row] if loss.dim() == 1 else loss[row][mask_T].mean())
     if texts is not None:
-        shown["text"] = texts[row]
-    return shown
+        entry["text"] = texts[row]
+    return entry
 
 
 def _strict(value: Any) -> Any:
-    """What strict JSON cannot hold, as text."""
+    """The value for strict JSON: NaN and infinities as strings, tensors as lists."""
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     if isinstance(value, Tensor):

@@ -26,37 +26,37 @@ if TYPE_CHECKING:
 
 
 class Source(Protocol):
-    """A checkpoint that is open."""
+    """An open checkpoint."""
 
     def entries(self, key: str) -> Iterable[tuple[int, Entry]]:
-        """(rank that wrote it, piece) of everything that was saved under `key`."""
+        """(rank that wrote it, piece) of all that was saved under `key`."""
 
     def tensor(self, rank: int, name: str) -> Tensor:
-        """A tensor of that rank's file, mapped."""
+        """A tensor of that rank's file, memory-mapped."""
 
 
 def save(name: str, engine: TrainEngine) -> tuple[dict[str, Tensor], dict[str, list[Entry]]]:
-    """What a checkpoint keeps of a role's engine, whatever its layout.
+    """Master weights and moments of a role's engine, by region, so that any layout can load them.
 
     Args:
-        name: of the role.
+        name: the role's name.
 
     Returns:
-        (this rank's tensors: float32, flat, as they are in memory; by key, which regions of them it is to write). The
-        tensors are copies on the host: training may go on while they are written.
+        (this rank's tensors: float32, flat, as in memory; by key, the regions of them that it writes). The tensors are
+        copies on the host: training may continue while they are written.
     """
     tensors: dict[str, Tensor] = {}
     entries: dict[str, list[Entry]] = {f"{name}/{kind}": [] for kind in (MASTER, *MOMENTS)}
     by_storage = _by_storage(engine.weights.pieces())
-    for part in engine.optimizer_slices():
+    for slice_ in engine.optimizer_slices():
         pieces = [
             clipped
-            for piece in by_storage.get(part.storage, ())
+            for piece in by_storage.get(slice_.storage, ())
             if engine.saves(piece)
-            for clipped in clip(piece, part.start, part.stop)
+            for clipped in clip(piece, slice_.start, slice_.stop)
         ]
-        for kind, tensor in ({MASTER: part.master} | part.moments).items() if pieces else ():
-            key = f"{name}/{kind}/{part.storage}"
+        for kind, tensor in ({MASTER: slice_.master} | slice_.moments).items() if pieces else ():
+            key = f"{name}/{kind}/{slice_.storage}"
             tensors[key] = tensor.detach().to("cpu", copy=True)
             entries[f"{name}/{kind}"] += [entry_of(replace(piece, storage=key)) for piece in pieces]
     return tensors, entries
@@ -68,34 +68,34 @@ def load(name: str, engine: TrainEngine, source: Source, steps: int) -> None:
     weights, slices = engine.weights, engine.optimizer_slices()
     pieces = weights.pieces()
     _read(source, f"{name}/{MASTER}", pieces, weights.view)
-    layout = _of_slices(slices, pieces)
+    layout = _slice_pieces(slices, pieces)
     for kind in (MASTER, *(MOMENTS if steps else ())):
-        if kind == MASTER and all(piece.dtype == "float32" for piece in pieces):  # their own masters
+        if kind == MASTER and all(piece.dtype == "float32" for piece in pieces):  # they are their own masters
             continue
-        flat = {part.storage: part.master if kind == MASTER else part.moments[kind] for part in slices}
+        flat = {slice_.storage: slice_.master if kind == MASTER else slice_.moments[kind] for slice_ in slices}
         _read(source, f"{name}/{kind}", layout, partial(_in_flat, flat))
 
 
 def read_masters(spec: ModelSpec, engine: TrainEngine) -> None:
-    """Fill float32 masters of bfloat16 weights from the model's folder, where that has more digits: an engine makes them
-    from the weights, and so from what rounding has left."""
+    """Read float32 masters of bfloat16 weights from the model's folder, if that is not bfloat16: an engine copies them from
+    the weights, which are rounded."""
     slices = engine.optimizer_slices()
-    layout = _of_slices(slices, engine.weights.pieces())
+    layout = _slice_pieces(slices, engine.weights.pieces())
     with open_stored(spec) as stored:
         new = new_tensors(spec)
         pieces = stored.layout(dict.fromkeys(piece.name for piece in layout if piece.name not in new))
     if any(piece.dtype != "bfloat16" for piece in pieces):
-        read_into(spec, layout, partial(_in_flat, {part.storage: part.master for part in slices}))
+        read_into(spec, layout, partial(_in_flat, {slice_.storage: slice_.master for slice_ in slices}))
 
 
-def _of_slices(slices: Sequence[OptimizerSlice], pieces: Layout) -> list[Piece]:
-    """Which region each of the optimizer's flat ranges holds, in float32."""
+def _slice_pieces(slices: Sequence[OptimizerSlice], pieces: Layout) -> list[Piece]:
+    """The regions that the optimizer's flat ranges hold, as float32 pieces."""
     by_storage = _by_storage(pieces)
     return [
         clipped
-        for part in slices
-        for piece in by_storage.get(part.storage, ())
-        for clipped in clip(_as_float32(piece), part.start, part.stop)
+        for slice_ in slices
+        for piece in by_storage.get(slice_.storage, ())
+        for clipped in clip(_as_float32(piece), slice_.start, slice_.stop)
     ]
 
 
@@ -116,11 +116,11 @@ def _as_float32(piece: Piece) -> Piece:
 
 @torch.no_grad()
 def _read(source: Source, key: str, layout: Layout, view: Callable[[Piece], Tensor]) -> None:
-    wanted = {piece.name for piece in layout}
-    held = [piece_of(entry, rank, "float32") for rank, entry in source.entries(key) if entry[0] in wanted]
+    names = {piece.name for piece in layout}
+    stored_pieces = [piece_of(entry, rank, "float32") for rank, entry in source.entries(key) if entry[0] in names]
 
     def stored_view(piece: Piece) -> Tensor:
         rank, _, name = piece.storage.partition(":")
         return strided_view(source.tensor(int(rank), name), piece)
 
-    copy_weights(LocalWeights(held, stored_view), WritableLocalWeights(layout, view), verify=False)
+    copy_weights(LocalWeights(stored_pieces, stored_view), WritableLocalWeights(layout, view), verify=False)

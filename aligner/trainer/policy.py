@@ -1,4 +1,4 @@
-"""The policy and the reference: language models that give log-probabilities; the policy also learns and is resharded."""
+"""The policy and the frozen reference: language models whose role call is `logprobs`; the policy is also trained and synced."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ if TYPE_CHECKING:
 
 
 class WeightSyncs(Protocol):
-    """What brings a policy's weights into rollout engines: `aligner.roles.weight_sync.WeightSyncs`."""
+    """Syncs a policy's weights into rollout engines: `aligner.roles.weight_sync.WeightSyncs`."""
 
     def run(self, policy: Policy, rollout: Rollout) -> None:
-        """Bring them in as they are now; a role call of every rank."""
+        """Sync the current weights; a role call of every rank."""
 
     def latest(self) -> Sequence[SyncStats]:
-        """What the last sync into each rollout moved on this rank."""
+        """Statistics of the last sync into each rollout, on this rank."""
 
 
 class Reference(ModelRole):
@@ -34,11 +34,11 @@ class Reference(ModelRole):
         super().__init__(*args, **kwargs)
 
     def readout(self) -> LogProbs:
-        """After the sampling temperature."""
+        """Log-probabilities of logits divided by the sampling temperature."""
         return LogProbs(self.temperature)
 
     def logprobs(self, samples: Ref) -> Ref:
-        """log p(token | tokens before it) under this model, after the sampling temperature.
+        """log p(token | preceding tokens) under this model, in nats, of logits divided by the sampling temperature.
 
         Returns:
             Ref to [B, T] float32, 0 outside `samples.mask_BT`.
@@ -47,7 +47,7 @@ class Reference(ModelRole):
 
 
 class Policy(TrainableRole, Reference):
-    """The trained language model. A loss's first argument is policy_logp_BT; it may also name entropy_BT."""
+    """The trained language model. A loss's first argument is policy_logp_BT; it may also take entropy_BT by name."""
 
     section = "policy"
     samples_itself = True
@@ -59,21 +59,21 @@ class Policy(TrainableRole, Reference):
         super().__init__(*args, **kwargs)
         self.syncs = syncs
         if self.member:
-            self.make_optimizer()  # it moves the parameters, whose places a sync remembers
+            self.make_optimizer()  # now, because it moves the parameters, whose addresses a weight sync caches
 
     def reshard_to(self, rollout: Rollout) -> None:
-        """Sync the weights as they are now into the rollout's engines, and prove it. Collective over the world.
+        """Sync the current weights into the rollout's engines, and verify them. Collective over the world.
 
-        Requests in flight are completed first, or with `stream.in_flight` meet the new weights.
+        Running requests are completed first; with `stream.in_flight` they continue with the new weights.
 
         Raises:
-            ValueError: the engines are of another model.
-            RuntimeError: a proof failed, naming tensor, region and ranks; the engines have no valid weights then.
+            ValueError: the engines run another model.
+            RuntimeError: verification failed; the message names tensor, region and ranks. The engines then have no valid weights.
         """
         assert self.syncs is not None, f"{self.name} was built without weight syncs"
         self.syncs.run(self, rollout)
 
     def sync(self, rollout: Rollout) -> None:
-        """`reshard_to`, unless the engines hold these weights already."""
+        """`reshard_to`, unless the engines already hold these weights."""
         if not rollout.loaded.current(self):
             self.reshard_to(rollout)

@@ -1,4 +1,4 @@
-"""The reward model: a scalar head read at each row's last token; frozen, or trained on preferences."""
+"""The reward model: a scalar head, read at each row's last token; frozen, or trained on preferences."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ from aligner.trainer.trainable_role import TrainableRole
 
 
 class RewardModel(TrainableRole):
-    """One score a row. A loss's first argument is score_B.
+    """One score per row. A loss's first argument is score_B.
 
-    A reward model that is only asked for scores holds no gradients and no optimizer state: they are made in the first
-    `update`, which every rank of the role enters together.
+    Gradients and optimizer state are allocated in the first `update`, so a frozen reward model has none.
     """
 
     section = "reward_model"

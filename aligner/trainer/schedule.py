@@ -10,8 +10,8 @@ from aligner.trainer.config import OptimizerConfig
 def learning_rate(config: OptimizerConfig, step: int, total_steps: int) -> float:
     """Learning rate of optimizer step `step` (0-based).
 
-    Warm-up: lr (step + 1) / warmup_steps. Then constant, or decay from lr to lr x min_lr_ratio over the steps that
-    are left until `decay_steps` (`total_steps` where 0): linear, or cosine (Loshchilov & Hutter 2016, equation 5
+    Warm-up: lr (step + 1) / warmup_steps. Then constant, or decay from lr to lr x min_lr_ratio over the remaining
+    steps until `decay_steps` (`total_steps` if 0): linear, or cosine (Loshchilov & Hutter 2016, equation 5
     without restarts).
     """
     if step < config.warmup_steps:
@@ -20,5 +20,5 @@ def learning_rate(config: OptimizerConfig, step: int, total_steps: int) -> float
         return config.lr
     end = config.decay_steps or total_steps
     progress = min(1.0, (step - config.warmup_steps) / max(1, end - config.warmup_steps))
-    left = 1 - progress if config.schedule == "linear" else (1 + math.cos(math.pi * progress)) / 2
-    return config.lr * (config.min_lr_ratio + (1 - config.min_lr_ratio) * left)
+    decay = 1 - progress if config.schedule == "linear" else (1 + math.cos(math.pi * progress)) / 2
+    return config.lr * (config.min_lr_ratio + (1 - config.min_lr_ratio) * decay)

@@ -23,21 +23,21 @@ from aligner.spmd.residency import Kind
 from aligner.spmd.rows import Rows
 from aligner.trainer import optimizer_checkpoint
 from aligner.trainer.loss_mean import LossFunction, Totals, counted, rows_together, takes_one_step
+from aligner.trainer.minibatch_loss import MinibatchLoss, rows_of
 from aligner.trainer.model_role import ModelRole
+from aligner.trainer.not_finite import EMPTY, SKIPPED, NotFinite, SkipCounter
 from aligner.trainer.offending_batch import MicrobatchOutput, begin_offending, save_offending
 from aligner.trainer.schedule import learning_rate
-from aligner.trainer.skips import EMPTY, SKIPPED, NotFinite, Skips
-from aligner.trainer.update import MinibatchLoss, reduce_sums, rows_of
-from aligner.trainer.update_metrics import StepReport, account_work, gather_advantages, over_steps
+from aligner.trainer.update_metrics import StepReport, add_work, gather_advantages, over_steps, reduce_sums
 
 
 class TrainableRole(ModelRole):
     """A `ModelRole` with an optimizer. `update(loss, samples)` takes `epochs` x `minibatches` optimizer steps."""
 
     section = "policy"
-    """Where its settings stand in the configuration."""
+    """Its section of the configuration."""
     samples_itself = False
-    """The rollout samples with its weights: `version_BT` of samples counts its updates."""
+    """Whether the rollout samples with its weights: `version_BT` of samples then counts its updates."""
     needs: ClassVar[Mapping[str, Sequence[str]]] = {
         **ModelRole.needs,
         "update": ("weights", "gradients", "optimizer"),
@@ -59,18 +59,18 @@ class TrainableRole(ModelRole):
     ) -> None:
         """
         Args:
-            skip_empty: no optimizer step on a minibatch without a trained token, which would move weights by momentum.
-            offending: folder for the batch that stops the job; None writes none.
+            skip_empty: skip the optimizer step on a minibatch without trained tokens, which would still move weights by momentum.
+            offending: folder for the batch that stops the job; None: it is not saved.
         """
         super().__init__(*args, **kwargs)
         self.optimizer_steps, self.total_steps, self.max_response = 0, total_steps, max_response
-        self.skips, self.skip_empty, self.offending = Skips(not_finite or NotFinite()), skip_empty, offending
+        self.skips, self.skip_empty, self.offending = SkipCounter(not_finite or NotFinite()), skip_empty, offending
         self.has_optimizer = False
         self.version = 0
-        """Calls of `update` so far; the same on every rank of the world."""
+        """Number of `update` calls so far; the same on every rank of the world."""
 
     def make_optimizer(self) -> None:
-        """Make gradient buffers and optimizer state, once; collective over the role's ranks."""
+        """Allocate gradient buffers and optimizer state, unless they exist; collective over the role's ranks."""
         if self.has_optimizer:
             return
         self.has_optimizer = True
@@ -80,36 +80,36 @@ class TrainableRole(ModelRole):
 
     @cached_property
     def description(self) -> dict[str, bytes]:
-        """Files, by name, that make a folder of a training checkpoint a model: configuration and tokenizer."""
+        """Configuration and tokenizer files, by name, that make a training checkpoint's folder a loadable model."""
         return describe_training(self.spec, self.name)
 
     def update(self, loss: LossFunction, samples: Ref, **fields: Any) -> Ref:
-        """Optimizer steps on one batch: `epochs` passes over `minibatches` minibatches.
+        """`epochs` x `minibatches` optimizer steps on one batch. A role call: every rank of the world makes it.
 
         Args:
-            loss: `loss(<the readout's result>, mask_BT=..., <fields it names>) -> (loss, metrics)`, not reduced: [B, T]
-                per token, weighted by `reduction`, or [B] per row, for the mean over the rows with a trained token. It
-                may also name rollout_logp_BT and the readout's further results (entropy_BT of a policy). Its attribute
-                `rows_together` = n says that n consecutive rows belong together; no microbatch splits them. `counted_rows`
-                says which rows it leaves out (see `counted`). `one_step` = True says that it is right only at the weights
-                that sampled.
-            fields: row-wise Refs (or plain values) handed to the loss by name.
+            loss: `loss(<readout>, mask_BT=..., <fields by name>) -> (loss, metrics)`, unreduced: [B, T] per token, averaged by
+                `reduction`, or [B] per row, averaged over the rows with a trained token. It may also take rollout_logp_BT
+                and the further readouts (a policy's entropy_BT) by name. Attributes of the function: `rows_together` = n: n
+                consecutive rows are compared and never split over microbatches; `counted_rows`: which rows count in the mean
+                (see `counted`); `one_step` = True: the loss is valid only for samples of the current weights.
+            fields: row-wise Refs (or plain values) passed to the loss by name.
 
         Returns:
-            Ref to {metric: float}: the loss, its metrics' means over the trained tokens, or over the rows with one,
-            (and `<name>_max`), grad_norm, lr, tokens; skipped_steps and empty_steps where some were left out; imbalance:
-            the share of their time in which data shards wait for the one with the dearest rows, by `cost`; padding: the
-            share of the computed tokens that are none of the rows'.
+            Ref to {metric: float}: the loss; its metrics, averaged over trained tokens or over the rows with one (and
+            `<name>_max`); grad_norm, lr, tokens; skipped_steps and empty_steps if there were any; imbalance: fraction of time
+            that data-parallel ranks wait for the one with the most expensive rows, by `cost`; padding: fraction of the
+            computed tokens that are padding.
 
         Raises:
-            ValueError: rows that belong together are not in one group of the batch; several steps by a loss for one.
-            ValueError: losses or gradients were not finite, beyond what `guards.not_finite` allows; on every rank of the role.
+            ValueError: the batch's groups do not hold the rows that the loss compares; several steps with a `one_step` loss.
+            ValueError: loss or gradients were not finite more often than `guards.not_finite` allows; on every rank of the role.
         """
         self.version += 1
         if takes_one_step(loss) and self.config.epochs * self.config.minibatches > 1:
             raise ValueError(
                 f"{self.section}.epochs={self.config.epochs} and {self.section}.minibatches={self.config.minibatches}: the "
-                "loss has no ratio, so it is right for one step on a batch only; set both to 1, or take clipped_surrogate."
+                "loss has no importance ratio, so it is valid for one optimizer step per batch only; set both to 1, or use "
+                "clipped_surrogate."
             )
         with self.call("update"):
             local = self.localize((samples,), fields, self.config.minibatches)
@@ -117,39 +117,45 @@ class TrainableRole(ModelRole):
                 return Ref(self)
             assert local.rows is not None and local.rows.lengths is not None
             self._check_versions(loss, local.args[0])
-            size = local.rows.group_size
+            group_size = local.rows.group_size
             together = rows_together(loss)
-            if size % together:
+            if group_size % together:
                 raise ValueError(
                     f"{self.name}.update: the loss needs groups of {together} consecutive rows, and the batch has groups "
-                    f"of {size}; make them with scatter(batch, group_size={together}) or num_samples={together}."
+                    f"of {group_size}; make them with scatter(batch, group_size={together}) or num_samples={together}."
                 )
-            ranges = minibatch_groups(len(local.rows.lengths) // size, self.config.minibatches)
+            minibatches = minibatch_groups(len(local.rows.lengths) // group_size, self.config.minibatches)
             steps = []
             for _ in range(self.config.epochs):
-                for members in ranges:
-                    mine = [i for i, row in enumerate(local.mine) if row // size in members]
-                    part = {name: rows_of(value, mine, len(local.mine)) for name, value in local.kwargs.items()}
-                    steps.append(self._step(loss, together, batch_ops.take(local.args[0], mine), part))
+                for groups in minibatches:
+                    rows = [i for i, row in enumerate(local.mine) if row // group_size in groups]
+                    step_fields = {name: rows_of(value, rows, len(local.mine)) for name, value in local.kwargs.items()}
+                    steps.append(self._step(loss, together, batch_ops.take(local.args[0], rows), step_fields))
             return Ref(self, {**over_steps(steps), "imbalance": self._imbalance(local.rows)})
 
     def save_state(self) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Any]]:
-        """(counts, complete on the first rank of the world; this rank's tensors; their regions). A role call."""
-        mine = {"version": self.version, "optimizer_steps": self.optimizer_steps, "skips": self.skips.state()}
-        known = broadcast(self.world, mine, self.mesh.ranks, (0,)) or mine  # only members count steps
-        if not self.version:  # never updated: it is what its folder has
-            return known, {}, {}
+        """The role's state for a checkpoint. A role call.
+
+        Returns:
+            (counters, valid on rank 0 of the world; this rank's tensors, by name; their regions, by key).
+        """
+        local_counters = {"version": self.version, "optimizer_steps": self.optimizer_steps, "skips": self.skips.state()}
+        counters = (
+            broadcast(self.world, local_counters, self.mesh.ranks, (0,)) or local_counters
+        )  # only members count steps
+        if not self.version:  # never updated: the weights are the folder's
+            return counters, {}, {}
         with self.call("save_state"):
             if not self.member:
-                return known, {}, {}
+                return counters, {}, {}
             self.make_optimizer()
             tensors, regions = optimizer_checkpoint.save(self.name, self.engine)
-        return known, tensors, regions
+        return counters, tensors, regions
 
-    def load_state(self, known: Mapping[str, Any], source: optimizer_checkpoint.Source) -> None:
-        """Go on from a `save_state`, whatever layout wrote it. A role call."""
-        self.version, self.optimizer_steps = known["version"], known["optimizer_steps"]
-        self.skips.restore(known["skips"])
+    def load_state(self, counters: Mapping[str, Any], source: optimizer_checkpoint.Source) -> None:
+        """Restore a `save_state`, written under any layout. A role call."""
+        self.version, self.optimizer_steps = counters["version"], counters["optimizer_steps"]
+        self.skips.restore(counters["skips"])
         if not self.version:
             return
         with self.call("load_state"):
@@ -158,16 +164,16 @@ class TrainableRole(ModelRole):
                 optimizer_checkpoint.load(self.name, self.engine, source, self.optimizer_steps)
 
     def _check_versions(self, loss: LossFunction, samples: Samples) -> None:
-        """ValueError for samples of earlier weights, with a loss that would silently take them for its own."""
+        """Raises ValueError for samples of earlier weights with a `one_step` loss, which would silently be wrong."""
         version_BT = samples.version_BT if self.samples_itself else None
         if version_BT is not None and takes_one_step(loss) and (version_BT[samples.mask_BT] != self.version - 1).any():
             raise ValueError(
-                "the samples were drawn by earlier weights (stream.lag, stream.step_tokens), and the loss is right for the "
-                "present ones only; set stream.lag=0 and stream.step_tokens=null, or take decoupled_surrogate."
+                "the samples were generated with earlier weights (stream.lag, stream.step_tokens), and the loss is valid for "
+                "samples of the current weights only; set stream.lag=0 and stream.step_tokens=null, or use decoupled_surrogate."
             )
 
     def _step(self, loss: LossFunction, together: int, samples: Samples, fields: dict[str, Any]) -> StepReport:
-        """One optimizer step over this shard's rows of one minibatch."""
+        """One optimizer step on this data shard's rows of a minibatch."""
         samples = replace(samples, mask_BT=counted(loss, samples.mask_BT, fields))
         totals = self._totals(samples)
         if self.skip_empty and not totals.tokens:
@@ -175,7 +181,7 @@ class TrainableRole(ModelRole):
         self.make_optimizer()
         batches = self.microbatches(samples, self.config.micro_tokens, together)
         packed = self.packed(samples, batches)
-        of_microbatch = MinibatchLoss(
+        minibatch_loss = MinibatchLoss(
             loss,
             samples,
             fields,
@@ -186,46 +192,47 @@ class TrainableRole(ModelRole):
             device=self.world.device,
             version=self.version - 1 if self.samples_itself else None,
         )
-        self.engine.backward(packed, of_microbatch)
-        sums = of_microbatch.sums
-        account_work(sums, int(samples.length_B.sum()), sum(map(self.engine.computed_tokens, packed)))
+        self.engine.backward(packed, minibatch_loss)
+        sums = minibatch_loss.sums
+        add_work(sums, int(samples.length_B.sum()), sum(map(self.engine.computed_tokens, packed)))
         gather_advantages(sums, fields, samples.mask_BT)
         reduced = reduce_sums(self.engine, self.world, self.mesh.ranks, sums)
         norm = self.engine.grad_norm()
-        wrong = self._wrong(reduced.get("sum/loss", 0.0), norm)
-        if wrong:
-            too_many = self.skips.left_out()
-            if too_many:
-                self._stop(wrong, too_many, samples, fields, of_microbatch.outputs)
+        failure = self._not_finite(reduced.get("sum/loss", 0.0), norm)
+        if failure:
+            stop_reason = self.skips.step_skipped()
+            if stop_reason:
+                self._stop(failure, stop_reason, samples, fields, minibatch_loss.outputs)
             return StepReport(reduced, totals, {"grad_norm": norm, SKIPPED: 1.0})
-        self.skips.taken()
-        return StepReport(reduced, totals, {"grad_norm": norm, "lr": self._descend(norm)})
+        self.skips.step_taken()
+        return StepReport(reduced, totals, {"grad_norm": norm, "lr": self._optimizer_step(norm)})
 
     def _imbalance(self, rows: Rows) -> float:
+        """The metric: fraction of time that data-parallel ranks wait for the most loaded one, 0 to 1."""
         assert rows.lengths is not None
         minibatches = self.config.minibatches
         shares = rows.shares(self.mesh.data, minibatches, self.cost)
         return idle(rows.lengths, shares, rows.group_size, minibatches, self.cost)
 
-    def _descend(self, norm: float) -> float:
-        """The gradients that are there, of this norm -> new weights. Returns the learning rate."""
+    def _optimizer_step(self, norm: float) -> float:
+        """Update the weights by the present gradients, whose norm is `norm`. Returns the learning rate."""
         lr = learning_rate(self.config.optimizer, self.optimizer_steps, self.total_steps)
         self.engine.step(lr, norm)
         self.optimizer_steps += 1
         return lr
 
-    def _wrong(self, loss: float, norm: float) -> str | None:
-        """What is not finite on any of the role's ranks; all of them say the same."""
+    def _not_finite(self, loss: float, norm: float) -> str | None:
+        """Which number is not finite on any of the role's ranks, as text, or None; collective over the role's ranks."""
         code = 2.0 if not math.isfinite(loss) else 1.0 if not math.isfinite(norm) else 0.0
-        worst = self._most(code)
+        worst = self._max_over_ranks(code)
         if not worst:
             return None
         if worst == code:
             return f"the loss is {loss}" if code == 2 else f"the gradient norm is {norm}"
         return f"the {'loss' if worst == 2 else 'gradient norm'} is not finite on another rank"
 
-    def _most(self, value: float) -> float:
-        """The largest over the role's ranks, on all of them."""
+    def _max_over_ranks(self, value: float) -> float:
+        """The maximum over the role's ranks, on all of them."""
         if self.mesh.size == 1:
             return value
         largest = torch.tensor(value, dtype=torch.float64)
@@ -233,27 +240,33 @@ class TrainableRole(ModelRole):
         return float(largest)
 
     def _stop(
-        self, wrong: str, too_many: str, samples: Samples, fields: dict[str, Any], outputs: Sequence[MicrobatchOutput]
+        self,
+        failure: str,
+        stop_reason: str,
+        samples: Samples,
+        fields: dict[str, Any],
+        outputs: Sequence[MicrobatchOutput],
     ) -> NoReturn:
-        """End the job on all of the role's ranks, once every shard has written its rows of the batch."""
-        step, setting = self.world.journal.step, f"{self.section}.optimizer"
-        what = f"{wrong} at optimizer step {self.optimizer_steps} of {self.name} (step {step} of the loop)"
-        where = ""
+        """Raise ValueError on all of the role's ranks, after every data shard has saved its rows of the batch."""
+        step, section = self.world.journal.step, f"{self.section}.optimizer"
+        failure = f"{failure} at optimizer step {self.optimizer_steps} of {self.name} (step {step} of the loop)"
+        location = ""
         if self.offending is not None:
-            folder, at = self.offending / f"step_{step}", self.mesh.coordinates(self.world.rank)
+            folder, coordinates = self.offending / f"step_{step}", self.mesh.coordinates(self.world.rank)
             if self.world.rank == self.mesh.ranks[0]:
                 begin_offending(folder)
-            self._most(0.0)
-            if at["pipeline"] == self.mesh.last_stage and at["tensor"] == at["context"] == 0:
-                about = {"role": self.name, "what": what, "why": too_many}
-                save_offending(folder, self.world.rank, samples, fields, outputs, about, self.spec.path)
-            self._most(0.0)  # the launcher ends every rank when one has left
-            where = f" The batch is in {folder} (README.md beside it says how to load it)."
+            self._max_over_ranks(0.0)
+            if coordinates["pipeline"] == self.mesh.last_stage and coordinates["tensor"] == coordinates["context"] == 0:
+                description = {"role": self.name, "what": failure, "why": stop_reason}
+                save_offending(folder, self.world.rank, samples, fields, outputs, description, self.spec.path)
+            self._max_over_ranks(0.0)  # wait for all: the launcher ends every rank as soon as one has failed
+            location = f" The batch is in {folder} (README.md beside it says how to load it)."
         raise ValueError(
-            f"{what}; {too_many}. The weights are as before it.{where} Lower {setting}.lr, set {setting}.clip_grad, or look at "
+            f"{failure}; {stop_reason}. The weights are those before it.{location} Lower {section}.lr, set {section}.clip_grad, or look at "
             "the batch's rewards."
         )
 
     def _totals(self, samples: Samples) -> Totals:
+        """Trained tokens, and rows with one, of the minibatch over all data shards."""
         counts = [samples.mask_BT.sum().item(), samples.mask_BT.any(1).sum().item()]
         return Totals(*self.engine.all_reduce_data(torch.tensor(counts, dtype=torch.float64)).tolist())

@@ -1,108 +1,136 @@
-"""What an update reports: sums over tokens, rows and microbatches, then one row over its optimizer steps."""
+"""Metrics of an update: sums over tokens, rows and microbatches, reduced over ranks, then one row over its optimizer steps."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from aligner.report.metric_registry import has_max, of_first_minibatch
 from aligner.spmd import batch_ops
+from aligner.spmd.messages import all_gather
+from aligner.spmd.world import World
+from aligner.trainer.engine import TrainEngine
 from aligner.trainer.loss_mean import Totals
-from aligner.trainer.skips import EMPTY, SKIPPED
+from aligner.trainer.not_finite import EMPTY, SKIPPED
 
 
 def add_to(sums: dict[str, Tensor], name: str, value: Tensor) -> None:
-    """Add to a running sum, in float64 on the host."""
+    """Add to a running sum; float64, on the host."""
     sums[name] = sums.get(name, torch.zeros((), dtype=torch.float64)) + value.detach().double().cpu()
 
 
 def gather_metrics(sums: dict[str, Tensor], metrics: dict[str, Tensor], mask_BT: Tensor) -> None:
-    """Add one microbatch's metrics to the running sums (`token/` of those that are [B, T], `row/` of those that are
-    [B]), and the largest of those that are declared with `also_max` to the running maxima."""
+    """Add one microbatch's metrics to the running sums (`token/NAME` for [B, T], `row/NAME` for [B]) and, for metrics declared
+    with `also_max`, to the running maxima (`max/NAME`)."""
     for name, value in metrics.items():
         per_row = value.dim() == 1
-        kept = value.detach()[mask_BT.any(1) if per_row else mask_BT].double().cpu()
-        add_to(sums, f"{'row' if per_row else 'token'}/{name}", kept.sum())
-        if kept.numel() and has_max(name):
-            top = sums.get(f"max/{name}", kept[0])
-            sums[f"max/{name}"] = torch.maximum(top, kept.max())
+        values = value.detach()[mask_BT.any(1) if per_row else mask_BT].double().cpu()
+        add_to(sums, f"{'row' if per_row else 'token'}/{name}", values.sum())
+        if values.numel() and has_max(name):
+            maximum = sums.get(f"max/{name}", values[0])
+            sums[f"max/{name}"] = torch.maximum(maximum, values.max())
 
 
 def gather_advantages(sums: dict[str, Tensor], fields: Mapping[str, Any], mask_BT: Tensor) -> None:
-    """The largest magnitude of an advantage of a trained token, where the loss is given any: `advantage_abs_max`."""
-    given = (fields.get(name) for name in ("advantage_B", "advantage_BT"))
-    for value in (value for value in given if isinstance(value, Tensor)):
-        one_BT = batch_ops.fit(value, mask_BT.shape[1]) if value.dim() == 2 else value[:, None].expand(mask_BT.shape)
-        kept = one_BT[mask_BT].abs()
-        sums["max/advantage_abs"] = kept.max().double().cpu() if kept.numel() else torch.zeros((), dtype=torch.float64)
+    """Metric `advantage_abs_max`: the largest absolute advantage of a trained token, if the loss has an advantage field."""
+    advantages = (fields.get(name) for name in ("advantage_B", "advantage_BT"))
+    for value in (value for value in advantages if isinstance(value, Tensor)):
+        advantage_BT = (
+            batch_ops.fit(value, mask_BT.shape[1]) if value.dim() == 2 else value[:, None].expand(mask_BT.shape)
+        )
+        magnitudes = advantage_BT[mask_BT].abs()
+        sums["max/advantage_abs"] = (
+            magnitudes.max().double().cpu() if magnitudes.numel() else torch.zeros((), dtype=torch.float64)
+        )
 
 
-def account_work(sums: dict[str, Tensor], tokens: int, computed: int) -> None:
-    """Add a shard's tokens, and those that its engine computed for them, for the metric `padding`.
+def add_work(sums: dict[str, Tensor], tokens: int, computed: int) -> None:
+    """Add a data shard's numbers of tokens in its rows and of tokens computed, for the metric `padding`.
 
     Args:
-        computed: with what pads attention calls, sequence-parallel ranks and microbatches that are there for other
-            shards' collectives.
+        computed: includes the padding of attention calls and for sequence parallelism, and empty microbatches.
     """
     add_to(sums, "work/rows", torch.tensor(tokens))
     add_to(sums, "work/computed", torch.tensor(computed))
 
 
+def reduce_sums(engine: TrainEngine, world: World, ranks: Sequence[int], sums: dict[str, Tensor]) -> dict[str, float]:
+    """All-reduce sums and maxima (`max/NAME`) over the data shards; the result is the same on every rank of the role.
+
+    float64, on the host. Collective over `ranks`, the role's. A name missing on a rank counts as 0 there, in a maximum as
+    minus infinity.
+    """
+    names = sorted({name for rank_names in all_gather(world, sorted(sums), ranks) for name in rank_names})
+    minus_infinity = torch.tensor(-math.inf, dtype=torch.float64)
+    zero = torch.zeros((), dtype=torch.float64)
+    sum_names = [name for name in names if not name.startswith("max/")]
+    max_names = [name for name in names if name.startswith("max/")]
+    totals = torch.stack([sums.get(name, zero) for name in sum_names] or [zero])
+    maxima = torch.stack([sums.get(name, minus_infinity) for name in max_names] or [zero])
+    engine.all_reduce_data(totals)
+    engine.all_reduce_data(maxima, dist.ReduceOp.MAX)
+    engine.broadcast_output(totals)
+    engine.broadcast_output(maxima)
+    return dict(zip(max_names, maxima.tolist(), strict=False)) | dict(zip(sum_names, totals.tolist(), strict=False))
+
+
 @dataclass(frozen=True)
 class StepReport:
-    """What one optimizer step has to say."""
+    """Metrics of one optimizer step."""
 
     sums: Mapping[str, float]
-    """Over its minibatch, by `kind/name`: token, row, max, work as above; `sum/loss`, which is the minibatch's mean already."""
+    """Over its minibatch, by `kind/name`: token, row, max, work as above; `sum/loss`, which is already the minibatch's mean."""
     totals: Totals
-    """What the minibatch's tokens and rows are to be divided by."""
-    own: Mapping[str, float] = field(default_factory=dict)
-    """Numbers of the step itself: grad_norm, lr; SKIPPED or EMPTY where no step was taken."""
+    """Denominators of the `token/` and `row/` sums."""
+    step: Mapping[str, float] = field(default_factory=dict)
+    """Metrics of the step itself: grad_norm, lr; SKIPPED or EMPTY if the step was skipped."""
 
     @property
     def taken(self) -> bool:
-        """Whether the weights have moved."""
-        return not {SKIPPED, EMPTY} & self.own.keys()
+        """Whether the weights were updated."""
+        return not {SKIPPED, EMPTY} & self.step.keys()
 
 
-def over_steps(steps: Sequence[StepReport]) -> dict[str, float]:
-    """One row for the batch of these steps.
+def over_steps(reports: Sequence[StepReport]) -> dict[str, float]:
+    """Metrics of an update from those of its optimizer steps.
 
-    What is one number a token (or a row) is the mean over every trained token (or row with one) that the steps saw, as if
-    they had been one: minibatches of more tokens weigh more. `*_max` is the largest, `padding` the share of all that was
-    computed, `tokens` a total; loss, grad_norm and lr are numbers of a step, and the mean is over steps.
+    Per-token (or per-row) metrics are averaged over all trained tokens (or rows with one) of all steps, so minibatches with
+    more tokens weigh more. `*_max` is the maximum, `padding` a fraction of all computed tokens, `tokens` a total; loss,
+    grad_norm and lr are averaged over steps.
 
-    `gap` is the first step's: there the policy still has the weights that the rollout sampled with. Steps that were left
-    out are counted, and their numbers show only where no step was taken.
+    `gap` is the first step's, when the policy still has the weights that the rollout sampled with. Skipped steps are
+    counted; their metrics are reported only if every step was skipped.
     """
     row = {
-        reason: sum(step.own.get(reason, 0.0) for step in steps)
+        reason: sum(report.step.get(reason, 0.0) for report in reports)
         for reason in (SKIPPED, EMPTY)
-        if any(reason in step.own for step in steps)
+        if any(reason in report.step for report in reports)
     }
-    shown = [s for s in steps if s.taken] or [s for s in steps if SKIPPED in s.own] or list(steps)
-    for key in dict.fromkeys(key for step in shown for key in step.sums):
+    shown = [r for r in reports if r.taken] or [r for r in reports if SKIPPED in r.step] or list(reports)
+    for key in dict.fromkeys(key for report in shown for key in report.sums):
         kind, _, name = key.partition("/")
-        having = [step for step in shown if key in step.sums]
+        reporting = [report for report in shown if key in report.sums]
         if of_first_minibatch(name):
-            having = having[:1]
-        values = [step.sums[key] for step in having]
+            reporting = reporting[:1]
+        values = [report.sums[key] for report in reporting]
         if kind == "max":
             row[f"{name}_max"] = max(values)
         elif kind == "sum":
             row[name] = sum(values) / len(values)
         elif kind in ("token", "row"):
-            count = sum(step.totals.tokens if kind == "token" else step.totals.rows for step in having)
+            count = sum(report.totals.tokens if kind == "token" else report.totals.rows for report in reporting)
             row[name] = sum(values) / max(count, 1.0)
-    computed = sum(step.sums.get("work/computed", 0.0) for step in shown)
+    computed = sum(report.sums.get("work/computed", 0.0) for report in shown)
     if computed:
-        row["padding"] = 1 - sum(step.sums.get("work/rows", 0.0) for step in shown) / computed
-    for name in dict.fromkeys(name for step in shown for name in step.own if name not in (SKIPPED, EMPTY)):
-        values = [step.own[name] for step in shown if name in step.own]
+        row["padding"] = 1 - sum(report.sums.get("work/rows", 0.0) for report in shown) / computed
+    for name in dict.fromkeys(name for report in shown for name in report.step if name not in (SKIPPED, EMPTY)):
+        values = [report.step[name] for report in shown if name in report.step]
         row[name] = sum(values) / len(values)
-    row["tokens"] = sum(step.totals.tokens for step in steps)
+    row["tokens"] = sum(report.totals.tokens for report in reports)
     return row

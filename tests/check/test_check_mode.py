@@ -24,7 +24,8 @@ from aligner.config.check import CheckConfig
 from aligner.config.schema import Config, compose_config, to_config
 from aligner.data.column_addition import ColumnAddition, ModelShape, write
 from aligner.main import main
-from aligner.models.spec import read_spec
+from aligner.models.read_spec import read_spec
+from aligner.models.tensors import parameter_count
 from aligner.run.prepare import prepare
 from aligner.spmd.placement import make_meshes
 from tests import fork_server
@@ -149,7 +150,7 @@ def test_machines(task: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_memory_by_hand(task: Path) -> None:
     """94,656 parameters and some: policy 4 + 4 + 12 bytes each (fp32, one shard), reference 4, engine 4 and its cache."""
     spec = read_spec(task / "model")
-    n = spec.parameters
+    n = parameter_count(spec)
     roles = ["policy", "rollout", "reference"]
     config = config_of(task, "residency.mode=off", "rollout.kv_cache_mib=1")
     meshes, specs = make_meshes(config.placement, 2), dict.fromkeys(roles, spec)
@@ -213,18 +214,18 @@ def test_disk_by_hand(task: Path) -> None:
     assert need["exported model"] == pytest.approx(file, rel=0.05)
     half = config_of(task, "policy.dtype=bfloat16", "train.report=false", "logging.samples_every=0")
     need = bytes_needed(half, ["policy", "rollout", "reference", "reward"], specs, 2)
-    assert need["exported model"] == 2 * spec.parameters
-    assert need["checkpoints"] == 3 * 12 * spec.parameters, "two that stay, and a new one beside them"
+    assert need["exported model"] == 2 * parameter_count(spec)
+    assert need["checkpoints"] == 3 * 12 * parameter_count(spec), "two that stay, and a new one beside them"
     assert need.keys() == {"exported model", "checkpoints", "metrics", "timeline"}
     assert "checkpoints" not in bytes_needed(config_of(task, "checkpoint.every=0"), ["policy"], {"policy": spec}, 2)
     kept = bytes_needed(
         config_of(task, "train.steps=9", "train.export_every=2", "train.export_keep=1"), ["policy"], specs, 1
     )
-    assert kept["exports"] == 2 * 4 * spec.parameters
+    assert kept["exports"] == 2 * 4 * parameter_count(spec)
     none = config_of(task, "train.save=false")
     assert "exported model" not in bytes_needed(none, ["policy"], {"policy": spec}, 2)
     both = bytes_needed(config_of(task), ["policy", "critic"], {"policy": spec, "critic": spec}, 1)
-    assert both["exported model"] == 8 * spec.parameters
+    assert both["exported model"] == 8 * parameter_count(spec)
 
 
 def test_too_little_room(task: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ import pytest
 from aligner.check.memory import role_bytes
 from aligner.config.models import PolicySettings, RewardModelSettings
 from aligner.config.schema import Config, compose_config, to_config
-from aligner.models.spec import read_spec
+from aligner.models.read_spec import read_spec
 from aligner.spmd.placement import make_meshes
 from tests.models.tiny import save_tiny, tiny_model
 

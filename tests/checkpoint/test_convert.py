@@ -19,13 +19,13 @@ from transformers import AutoModelForCausalLM
 from aligner.checkpoint.convert import convert
 from aligner.models.checkpoint import read_into
 from aligner.models.hf_folder import write_rest
-from aligner.models.spec import read_spec, with_scalar_head
+from aligner.models.read_spec import read_spec
+from aligner.models.spec import with_scalar_head
 from aligner.models.tensors import logical_tensors
 from aligner.reshard.local import TensorWeights
 from aligner.reshard.message.storage import allocate
 from aligner.spmd.mesh import Mesh
-from aligner.trainer.megatron.layout import MegatronLayout
-from aligner.trainer.megatron.sharding import MegatronSharding
+from aligner.trainer.megatron.layout import MegatronLayout, MegatronSharding
 from tests import fork_server
 from tests.models.tiny import save_tiny
 

@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from aligner.data.answers import SPLIT, TokenizedAnswer
+from aligner.data.answers import SPLIT
 from aligner.data.demonstrations import tokenize_demonstrations
+from aligner.data.tokenized_answer import TokenizedAnswer
 
 
 def one(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> TokenizedAnswer:

@@ -10,10 +10,10 @@ from dataclasses import replace
 
 import pytest
 
-from aligner.data.answers import TokenizedAnswer
 from aligner.data.digest import digest
 from aligner.data.preferences import Pair
 from aligner.data.prompts import Prompt
+from aligner.data.tokenized_answer import TokenizedAnswer
 
 PROMPT = Prompt((1, 2, 3), "1+2=", {"prompt": "1+2=", "answer": "3", "level": 1}, 0)
 ANSWER = TokenizedAnswer((1, 2, 3, 4), (False, False, True, True), 2, {"completion": "x"}, 0)

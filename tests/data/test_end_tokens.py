@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from aligner.data.answers import TokenizedAnswer
 from aligner.data.demonstrations import tokenize_demonstrations
 from aligner.data.end_tokens import (
     TemplateEnd,
@@ -23,6 +22,7 @@ from aligner.data.end_tokens import (
     trained_ends,
 )
 from aligner.data.preferences import tokenize_preferences
+from aligner.data.tokenized_answer import TokenizedAnswer
 from tests.data.byte_level import LETTERS, make_tokenizer
 
 SPECIAL = ("<eos>", "<start>", "<end>", "<s>", "<user>", "<assistant>", "<return>", "<sep>")

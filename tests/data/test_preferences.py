@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from aligner.data.answers import TokenizedAnswer
 from aligner.data.column_addition import write_tokenizer
 from aligner.data.preferences import Pair, tokenize_feedback, tokenize_preferences
 from aligner.data.prompts import tokenize_prompts
+from aligner.data.tokenized_answer import TokenizedAnswer
 from tests.data.tokenizer_kinds import KINDS, tokenizer_of
 
 CHAT = [

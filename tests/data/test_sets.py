@@ -9,12 +9,13 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from aligner.bounds import check_settings
-from aligner.data.answers import SPLIT, TokenizedAnswer
+from aligner.data.answers import SPLIT
 from aligner.data.column_addition import ColumnAddition
 from aligner.data.config import DataConfig
 from aligner.data.preferences import Pair, tokenize_preferences
 from aligner.data.prompts import Prompt
 from aligner.data.sets import DataSets, prompts_of, read_sets
+from aligner.data.tokenized_answer import TokenizedAnswer
 from tests.data.tokenizer_kinds import tokenizer_of
 
 TASK = ColumnAddition(demonstrations=50, prompts=40, heldout=9, preferences=30)

@@ -7,11 +7,12 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from aligner.data.answers import SPLIT, TokenizedAnswer
+from aligner.data.answers import SPLIT
 from aligner.data.demonstrations import tokenize_demonstrations
 from aligner.data.preferences import tokenize_preferences
 from aligner.data.prompts import tokenize_prompts
 from aligner.data.sets import prompts_of
+from aligner.data.tokenized_answer import TokenizedAnswer
 from aligner.data.turns import NOT_REASONED, REASONED
 from tests.data.tokenizer_kinds import KINDS, tokenizer_of
 

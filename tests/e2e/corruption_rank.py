@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from aligner.models.spec import read_spec
+from aligner.models.read_spec import read_spec
 from aligner.reshard.config import ReshardConfig
 from aligner.reshard.message.bucket import Bucket
 from aligner.reshard.plan.region import Piece

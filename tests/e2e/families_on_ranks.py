@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 import aligner.rollout.engine as engine_module
-from aligner.models.spec import read_spec
+from aligner.models.read_spec import read_spec
 from aligner.models.tensors import logical_tensors
 from aligner.roles.weight_sync import WeightSyncs
 from aligner.rollout.config import Sampling

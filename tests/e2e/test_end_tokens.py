@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer, GenerationConfig
 
-from aligner.models.spec import read_spec
+from aligner.models.read_spec import read_spec
 from tests.e2e.conftest import Task
 
 CLOSING = "~"

@@ -48,7 +48,7 @@ from pathlib import Path
 from transformers import AutoTokenizer
 from aligner.data.prompts import tokenize_prompts
 from aligner.data.samples import Samples
-from aligner.models.spec import read_spec
+from aligner.models.read_spec import read_spec
 from aligner.trainer import vocab_parallel
 from aligner.trainer.config import PolicyConfig
 from aligner.trainer.policy import Policy, Reference

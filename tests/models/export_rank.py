@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from aligner.models.checkpoint import export_checkpoint, read_into
-from aligner.models.spec import read_spec
+from aligner.models.read_spec import read_spec
 from aligner.reshard.local import TensorWeights
 from aligner.reshard.message.storage import allocate
 from aligner.spmd.mesh import Mesh

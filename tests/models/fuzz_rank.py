@@ -23,7 +23,8 @@ from transformers import AutoModelForCausalLM
 
 from aligner.models.agreement import check_agreement, check_reading
 from aligner.models.checkpoint import read_into
-from aligner.models.spec import ModelSpec, read_spec
+from aligner.models.read_spec import read_spec
+from aligner.models.spec import ModelSpec
 from aligner.models.verify_checkpoint import check_weights
 from aligner.spmd.mesh import Mesh
 from aligner.spmd.world import World

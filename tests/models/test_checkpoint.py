@@ -14,7 +14,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from aligner.models.checkpoint import export_checkpoint, read_into
-from aligner.models.spec import ModelSpec, read_spec
+from aligner.models.read_spec import read_spec
+from aligner.models.spec import ModelSpec
 from aligner.reshard.local import TensorWeights
 from aligner.reshard.message.storage import allocate, strided_view
 from aligner.reshard.plan.region import Layout

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from aligner.models.agreement import check_reading
-from aligner.models.spec import read_spec
+from aligner.models.read_spec import read_spec
 
 ENDS: dict[str, Any] = {"bos_token_id": 1, "eos_token_id": 2, "use_cache": True, "initializer_range": 0.02}
 LLAMA: dict[str, Any] = {

@@ -11,8 +11,8 @@ import pytest
 from transformers import AutoConfig
 
 from aligner.models.agreement import check_reading
+from aligner.models.read_spec import read_spec
 from aligner.models.rope import Rope
-from aligner.models.spec import read_spec
 from tests.models.test_spec import OLD, written
 
 LLAMA: dict[str, Any] = {**OLD, "architectures": ["LlamaForCausalLM"], "rope_theta": "absent"}

@@ -15,15 +15,14 @@ from aligner.checkpoint.convert import convert
 from aligner.data.column_addition import write_tokenizer
 from aligner.models.checkpoint import export_checkpoint, read_into
 from aligner.models.families import FAMILIES
-from aligner.models.family import Head
-from aligner.models.spec import ModelSpec, read_spec, with_scalar_head
+from aligner.models.read_spec import read_spec
+from aligner.models.spec import Head, ModelSpec, with_scalar_head
 from aligner.models.tensors import logical_tensors
 from aligner.models.verify_checkpoint import check_weights
 from aligner.reshard.local import TensorWeights
 from aligner.reshard.message.storage import allocate
 from aligner.spmd.mesh import Mesh
-from aligner.trainer.megatron.layout import MegatronLayout
-from aligner.trainer.megatron.sharding import MegatronSharding
+from aligner.trainer.megatron.layout import MegatronLayout, MegatronSharding
 from tests.models.tiny import KINDS, MODELS, SIZES, save_tiny, stored_tensors
 
 CPU = torch.device("cpu")

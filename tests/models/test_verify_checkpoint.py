@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import save_file
 
 from aligner.checkpoint.convert import convert
-from aligner.models.spec import ModelSpec, read_spec
+from aligner.models.read_spec import read_spec
+from aligner.models.spec import ModelSpec
 from aligner.models.tensors import logical_tensors
 from aligner.models.verify_checkpoint import check_names, check_weights
 from tests.models.tiny import MODELS, save_tiny, stored_tensors

@@ -10,7 +10,7 @@ import pytest
 import torch.distributed as dist
 
 from aligner.data.prompts import Prompt
-from aligner.models.spec import read_spec
+from aligner.models.read_spec import read_spec
 from aligner.reshard.plan.region import whole_tensor
 from aligner.reshard.sync import WeightSync
 from aligner.roles.weight_sync import WeightSyncs

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from aligner.models.checkpoint import read_weights
-from aligner.models.spec import read_spec
+from aligner.models.read_spec import read_spec
 from aligner.rollout.config import Sampling
 from aligner.rollout.engine import RolloutEngine
 from aligner.rollout.weights import EngineWeights

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from aligner.models.spec import ModelSpec, read_spec
+from aligner.models.read_spec import read_spec
+from aligner.models.spec import ModelSpec
 from aligner.models.tensors import logical_tensors
 from aligner.rollout.layout import EngineLayout
 from aligner.spmd.mesh import Mesh

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from aligner.data.answers import TokenizedAnswer
 from aligner.data.preferences import Pair
 from aligner.data.prompts import Prompt
 from aligner.data.samples import Samples
+from aligner.data.tokenized_answer import TokenizedAnswer
 from aligner.run.batches import as_pairs, as_samples, batches, rows_of
 
 

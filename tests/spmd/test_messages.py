@@ -1,88 +1,47 @@
-"""Messages by trees on real ranks, whose number is no power of two: every value arrives, and no rank sends many."""
+"""Messages by trees on 5 real ranks, no power of two: every value arrives, and no rank sends many."""
 
 from __future__ import annotations
 
-PROGRAM = """
-import torch
-import torch.distributed as dist
-from aligner.data.samples import Samples
-from aligner.spmd.mesh import Mesh
-from aligner.spmd.messages import all_gather, exchange, reduce_to_rank0, broadcast
-from aligner.spmd.serialization import pack, unpack
-from aligner.spmd.role import Role
-from aligner.spmd.transfer import read_at_first
-from aligner.spmd.world import World
+import pytest
 
-world = World(60)
-rank, sent = world.rank, [0]
-isend = dist.isend
-def counted(*args, **kwargs):
-    sent[0] += 1
-    return isend(*args, **kwargs)
-dist.isend = counted
+from tests.conftest import Ranks
 
-# payloads on both sides of what travels with its header, in both directions at once
-for size in (0, 1, 4031, 4032, 4033, 200_000):
-    peers = [p for p in range(5) if p != rank]
-    got = exchange(world, {p: pack((rank, b"x" * size)) for p in peers}, peers)
-    assert {p: unpack(data) for p, data in got.items()} == {p: (p, b"x" * size) for p in peers}, size
-
-for ranks in ([0, 1, 2, 3, 4], [1, 3, 4], [2], [0, 4]):
-    if rank in ranks:
-        sent[0] = 0
-        value = {"rank": rank, "tensor": torch.full((2,), rank), "same": "for all"}
-        found = all_gather(world, value, ranks)
-        assert [one["rank"] for one in found] == ranks
-        assert [one["tensor"].tolist() for one in found] == [[r, r] for r in ranks]
-        assert sent[0] == {5: 3, 3: 2, 2: 1, 1: 0}[len(ranks)], "log2 of the ranks, rounded up"
-    assert all_gather(world, "equal", ranks) == ["equal"] * len(ranks) if rank in ranks else True
-
-for holders, readers in (([3], range(5)), ([1, 2], [0, 3, 4]), ([0, 1, 2, 3, 4], [2]), ([4], [0])):
-    sent[0] = 0
-    got = broadcast(world, torch.tensor([7]) if rank in holders else None, holders, readers)
-    assert (got is not None) == (rank in holders or rank in readers), (holders, rank)
-    assert got is None or got.tolist() == [7]
-    assert sent[0] <= 3
-
-sent[0] = 0
-merged = reduce_to_rank0(world, [rank], lambda one, other: one + other)
-assert merged == ([0, 1, 2, 3, 4] if rank == 0 else None)
-assert sent[0] == (rank != 0)
-
-# rows of a role on ranks 1 to 4 (two shards of two) and a value of one on rank 3, read on rank 0 with one message each
-rows, number = Role("rows", world, Mesh((1, 2, 3, 4), tensor=2)), Role("number", world, Mesh((3,)))
-one = torch.tensor([3, 1, 2, 2])
-samples = Samples(torch.ones(4, 3, dtype=torch.long), one, one, torch.ones(4, 3) > 0, torch.arange(4), [{"row": i} for i in range(4)])
-ref = rows.scatter(samples)
-metrics = number.map(lambda: {"loss": 0.5})
-sent[0] = 0
-found = read_at_first(world, {"index": ref["prompt_index_B"], "fields": ref["fields"], "metrics": metrics}, rank, max)
-assert sent[0] == (rank != 0)
-if rank:
-    assert found is None
-else:
-    values, most = found
-    assert values["index"].tolist() == [0, 1, 2, 3] and values["fields"] == [{"row": i} for i in range(4)]
-    assert values["metrics"] == {"loss": 0.5} and most == 4
-found = read_at_first(world, {"index": ref["prompt_index_B"]}, 0, max, limit=3)
-assert found is None or found[0]["index"].tolist() == [0, 1, 2]
-
-# what was read once does not travel again, nor do its fields
-sent[0] = 0
-for _ in range(2):
-    assert number.map(lambda s: s.prompt_index_B, ref).rows is ref.rows
-    number.map(lambda index_B, fields: index_B, ref["prompt_index_B"], ref["fields"])
-total = torch.tensor(sent[0])
-dist.all_reduce(total)
-# rank 3 learns the rows of the other shard, in one message
-assert int(total) == 1, int(total)
-assert torch.equal(ref.gather().prompt_index_B, torch.arange(4))
-print("all ok\\n", end="", flush=True)
-world.leave()
-"""
+SIZE = 5
 
 
-def test_trees(torchrun) -> None:  # type: ignore[no-untyped-def]
-    done = torchrun(5, PROGRAM)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("all ok") == 5
+@pytest.mark.parametrize("payload", [0, 1, 4031, 4032, 4033, 200_000])
+def test_payloads_that_travel_with_their_header_and_after_it(ranks: Ranks, payload: int) -> None:
+    ranks(SIZE).run("tests.spmd.messages_on_ranks:check_exchange", payload)
+
+
+@pytest.mark.parametrize(
+    ("members", "messages"), [([0, 1, 2, 3, 4], 3), ([1, 3, 4], 2), ([0, 4], 1), ([2], 0)], ids=str
+)
+def test_all_gather_sends_log2_of_the_ranks(ranks: Ranks, members: list[int], messages: int) -> None:
+    """Rounded up."""
+    ranks(SIZE).run("tests.spmd.messages_on_ranks:check_all_gather", members, messages)
+
+
+@pytest.mark.parametrize(
+    ("holders", "readers"),
+    [([3], [0, 1, 2, 3, 4]), ([1, 2], [0, 3, 4]), ([0, 1, 2, 3, 4], [2]), ([4], [0])],
+    ids=str,
+)
+def test_broadcast(ranks: Ranks, holders: list[int], readers: list[int]) -> None:
+    ranks(SIZE).run("tests.spmd.messages_on_ranks:check_broadcast", holders, readers)
+
+
+def test_reduce(ranks: Ranks) -> None:
+    ranks(SIZE).run("tests.spmd.messages_on_ranks:check_reduce")
+
+
+def test_values_of_several_roles_are_read_with_one_message_of_each_rank(ranks: Ranks) -> None:
+    ranks(SIZE).run("tests.spmd.messages_on_ranks:check_read_at_first")
+
+
+def test_no_more_rows_are_read_than_wanted(ranks: Ranks) -> None:
+    ranks(SIZE).run("tests.spmd.messages_on_ranks:check_read_at_first_with_a_limit")
+
+
+def test_what_was_read_once_does_not_travel_again(ranks: Ranks) -> None:
+    ranks(SIZE).run("tests.spmd.messages_on_ranks:check_nothing_travels_twice")

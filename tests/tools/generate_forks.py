@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from aligner.models.spec import read_spec
+from aligner.models.read_spec import read_spec
 
 ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = ["--max-tokens", "16", "--batch", "3"]

@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from aligner.data.samples import Samples, pad_rows
-from aligner.models.spec import read_spec, with_scalar_head
+from aligner.models.read_spec import read_spec
+from aligner.models.spec import with_scalar_head
 from aligner.models.stored import Entry
 from aligner.objective.losses import clipped_surrogate, negative_log_likelihood
 from aligner.objective.values import clipped_value_loss

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from aligner.data.samples import Samples
@@ -94,6 +94,20 @@ class Reference:
     def preference_loss(self) -> Tensor:
         s = self.scores_B()
         return -(F.logsigmoid(s[0] - s[1]) + F.logsigmoid(s[3] - s[2]) + F.logsigmoid(s[6] - s[7])) / 3
+
+
+def norms_in_float64(model: PreTrainedModel) -> None:
+    """Transformers' RMSNorm computes in float32 in a model of float64 too."""
+    for module in model.modules():
+        kind = type(module).__name__
+        if kind.endswith("RMSNorm"):
+            eps = module.eps if hasattr(module, "eps") else module.variance_epsilon
+            module.forward = functools.partial(rms_norm, module, eps, float(kind.startswith("Gemma")))
+
+
+def rms_norm(module: nn.Module, eps: float, beside: float, x: Tensor) -> Tensor:
+    """Zhang & Sennrich 2019; Gemma's multiplies by 1 + weight."""
+    return x * (x.square().mean(-1, keepdim=True) + eps).rsqrt() * (beside + module.weight)
 
 
 def take_gradients(case: Case, expected: Reference, loss: Tensor) -> float:
@@ -200,6 +214,7 @@ def check_heads(world: World, folder: Path, out: Path, text: str) -> None:
     model = AutoModelForSequenceClassification.from_pretrained(
         case.folder, dtype=torch.float64, experts_implementation="eager"
     )
+    norms_in_float64(model)
     expected = Reference(model.eval())
     check_critic(case, world, expected)
     check_reward_model(case, world, expected)

@@ -13,14 +13,15 @@ import torch
 from torch import Tensor
 
 from aligner.data.samples import Samples, pad_rows
-from aligner.models.spec import read_spec, with_scalar_head
+from aligner.models.read_spec import read_spec
+from aligner.models.spec import with_scalar_head
 from aligner.spmd.mesh import Mesh
 from aligner.spmd.world import World
 from aligner.trainer.config import OptimizerConfig, PolicyConfig
+from aligner.trainer.not_finite import NotFinite
 from aligner.trainer.offending_batch import load_offending
 from aligner.trainer.policy import Policy
 from aligner.trainer.reward_model import RewardModel
-from aligner.trainer.skips import NotFinite
 
 BAD = 5
 LENGTHS = [9, 14, 12, 7, 11, 13]

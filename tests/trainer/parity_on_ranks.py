@@ -21,7 +21,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from aligner.data.samples import Samples, pad_rows
-from aligner.models.spec import ModelSpec, read_spec
+from aligner.models.read_spec import read_spec
+from aligner.models.spec import ModelSpec
 from aligner.models.tensors import expert_tensors
 from aligner.objective.advantages import group_advantages
 from aligner.objective.losses import clipped_surrogate

@@ -10,9 +10,8 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from aligner.models.family import Head
-from aligner.models.spec import ModelSpec
-from aligner.models.tensors import logical_tensors
+from aligner.models.spec import Head, ModelSpec
+from aligner.models.tensors import logical_tensors, parameter_count
 from aligner.reshard.message.storage import strided_view
 from aligner.reshard.plan.layout import ExplicitLayout
 from aligner.reshard.plan.region import Piece, whole_tensor
@@ -43,7 +42,7 @@ def check(spec: ModelSpec, mesh: Mesh, config: TrainingConfig, sequence_parallel
 
 def bytes_per_rank(spec: ModelSpec, mesh: Mesh, config: TrainingConfig, learns: bool) -> float:
     """Everything is float32."""
-    return spec.parameters * (16 if learns else 4)
+    return parameter_count(spec) * (16 if learns else 4)
 
 
 PLAIN = Backend(check, layout, bytes_per_rank, IMPORT_PATH)
@@ -95,7 +94,7 @@ class PlainEngine(TrainEngine):
     def pack(self, tokens_BT: Tensor, length_B: Tensor) -> Packed:
         return pack(tokens_BT, length_B, 1, torch.device("cpu"))
 
-    def microbatch_count(self, wanted: int) -> int | None:
+    def microbatch_count(self, needed: int) -> int | None:
         return None
 
     def computed_tokens(self, batch: Packed) -> int:

@@ -13,7 +13,8 @@ import pytest
 from aligner.bounds import check_settings
 from aligner.config.schema import Config, compose_config, to_config
 from aligner.data.column_addition import ModelShape, write_model
-from aligner.models.spec import read_spec, with_scalar_head
+from aligner.models.read_spec import read_spec
+from aligner.models.spec import with_scalar_head
 from aligner.spmd.mesh import Mesh
 from aligner.spmd.placement import RoleLayout, make_meshes, role_layout, usual_placement
 from aligner.spmd.role_table import USUAL

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from aligner.bounds import check_settings
 from aligner.data.column_addition import ModelShape, write_model
-from aligner.trainer.skips import NotFinite, Skips
+from aligner.trainer.not_finite import NotFinite, SkipCounter
 from tests.conftest import Ranks
 from tests.trainer.test_parity import each
 
@@ -65,19 +65,19 @@ def check_files(folder: Path, case: str, ranks: int) -> None:
 
 
 def test_counts() -> None:
-    skips = Skips(NotFinite(max_in_row=2, max_total=4))
-    assert [skips.left_out() for _ in range(2)] == [None, None]
-    skips.taken()
-    assert skips.left_out() is None
-    later = Skips(NotFinite(max_in_row=2, max_total=4))
+    skips = SkipCounter(NotFinite(max_in_row=2, max_total=4))
+    assert [skips.step_skipped() for _ in range(2)] == [None, None]
+    skips.step_taken()
+    assert skips.step_skipped() is None
+    later = SkipCounter(NotFinite(max_in_row=2, max_total=4))
     later.restore(json.loads(json.dumps(skips.state())))
-    assert later.left_out() is None
-    assert "3 such steps in a row are more than guards.not_finite.max_in_row=2" in str(later.left_out())
-    skips.taken()
-    assert skips.left_out() is None
-    skips.taken()
-    assert "5 such steps in this run are more than guards.not_finite.max_total=4" in str(skips.left_out())
-    assert "action=stop" in str(Skips(NotFinite(action="stop")).left_out())
+    assert later.step_skipped() is None
+    assert "3 such steps in a row are more than guards.not_finite.max_in_row=2" in str(later.step_skipped())
+    skips.step_taken()
+    assert skips.step_skipped() is None
+    skips.step_taken()
+    assert "5 such steps in this run are more than guards.not_finite.max_total=4" in str(skips.step_skipped())
+    assert "action=stop" in str(SkipCounter(NotFinite(action="stop")).step_skipped())
 
 
 @pytest.mark.parametrize("wrong", [{"action": "warn"}, {"max_in_row": -1}, {"max_total": -1}])

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from aligner.spmd.cost import Cost
 from aligner.trainer.config import OptimizerConfig
-from aligner.trainer.megatron.attention_calls import attended, shared_calls
+from aligner.trainer.megatron.packed_attention import attended, shared_calls
 from aligner.trainer.packing import even_microbatches, microbatches, pack
 from aligner.trainer.schedule import learning_rate
 

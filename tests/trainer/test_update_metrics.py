@@ -13,8 +13,8 @@ from aligner.objective.losses import clipped_surrogate, reinforce
 from aligner.objective.preference import dpo, kto
 from aligner.trainer.config import PolicyConfig
 from aligner.trainer.loss_mean import Totals, counted, global_mean, rows_together, takes_one_step
-from aligner.trainer.megatron.attention_calls import attended
-from aligner.trainer.update_metrics import StepReport, account_work, gather_metrics, over_steps
+from aligner.trainer.megatron.packed_attention import attended
+from aligner.trainer.update_metrics import StepReport, add_work, gather_metrics, over_steps
 
 MASK_BT = torch.tensor([[False, True, True], [False, False, False], [False, True, False]])
 TOTALS = Totals(tokens=6.0, rows=4.0)
@@ -54,10 +54,10 @@ def test_metrics_of_either_form() -> None:
 def test_padding_by_hand() -> None:
     sums: dict[str, Tensor] = {}
     # a row of 19 shares the call of four of 20, one of 5 not that of 10; sequence parallelism and empty microbatches
-    account_work(sums, 99, sum(map(attended, [(20, 20, 20, 20, 19), (1,), (2,)])))
-    account_work(sums, 15, attended((10, 5)))
+    add_work(sums, 99, sum(map(attended, [(20, 20, 20, 20, 19), (1,), (2,)])))
+    add_work(sums, 15, attended((10, 5)))
     more: dict[str, Tensor] = {}
-    account_work(more, 7, attended((9,)))
+    add_work(more, 7, attended((9,)))
     assert over_steps([report(sums)])["padding"] == pytest.approx(1 - (99 + 15) / (100 + 1 + 2 + 15))
     # of both steps together, not the mean of their shares
     assert over_steps([report(sums), report(more)])["padding"] == pytest.approx(1 - (99 + 15 + 7) / (118 + 9))

@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))  # also f
 
 from aligner.spmd.cost import TOKENS, Cost
 from aligner.spmd.partition import Shares, idle, of_groups, partition
-from aligner.trainer.megatron.attention_calls import attended
+from aligner.trainer.megatron.packed_attention import attended
 from aligner.trainer.packing import microbatches
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -98,12 +98,22 @@ def modelled(batches: int, prompts: int, group: int) -> dict[str, dict[str, floa
     return results
 
 
+def write_model(folder: Path) -> None:
+    """A small model with random weights."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 512, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    rest = {"max_position_embeddings": 2048, "tie_word_embeddings": False, "eos_token_id": 1}
+    LlamaForCausalLM(LlamaConfig(**sizes, **heads, **rest)).save_pretrained(folder)
+
+
 def updates(batches: int, seconds: float) -> dict[str, dict[str, float]]:
     """Method -> measurements on 2 ranks of this machine; see balance_rank.py."""
-    from tools.bench.balance_rank import write_model
-
     with tempfile.TemporaryDirectory() as folder:
-        write_model(Path(folder))
+        write_model(Path(folder) / "model")
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
         command += [str(Path(__file__).with_name("balance_rank.py")), str(batches), folder]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}

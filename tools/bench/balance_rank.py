@@ -15,10 +15,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from aligner.data.samples import Samples
-from aligner.models.spec import read_spec
+from aligner.models.read_spec import read_spec
 from aligner.objective.losses import negative_log_likelihood
 from aligner.spmd import batch_ops
 from aligner.spmd.mesh import Mesh
@@ -29,10 +28,6 @@ from aligner.trainer.policy import Policy
 from tools.bench.balance import DEALS, draw
 
 PROMPTS, GROUP, MIDDLE, BUDGET = 32, 4, 32, 2048
-SHAPE = LlamaConfig(
-    vocab_size=512, hidden_size=128, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4,
-    num_key_value_heads=2, max_position_embeddings=2048, tie_word_embeddings=False, eos_token_id=1,
-)  # fmt: skip
 
 
 def batch(seed: int) -> Samples:
@@ -44,12 +39,6 @@ def batch(seed: int) -> Samples:
     mask_BT = inside_BT & (torch.arange(width) > 0)
     ones_B = torch.ones(rows, dtype=torch.long)
     return Samples(tokens_BT, ones_B, length_B, mask_BT, torch.arange(rows), [{} for _ in range(rows)])
-
-
-def write_model(folder: Path) -> None:
-    """A small model with random weights, in folder/model."""
-    torch.manual_seed(0)
-    LlamaForCausalLM(SHAPE).save_pretrained(folder / "model")
 
 
 def step(policy: Policy, samples: Samples, deal: str) -> dict[str, float]:

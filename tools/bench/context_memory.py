@@ -28,7 +28,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from aligner.data.column_addition import ModelShape, write_model
 from aligner.data.samples import Samples
-from aligner.models.spec import read_spec
+from aligner.models.read_spec import read_spec
 from aligner.spmd.mesh import Mesh
 from aligner.spmd.world import World
 from aligner.trainer.config import OptimizerConfig, PolicyConfig

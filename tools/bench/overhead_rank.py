@@ -51,8 +51,7 @@ from aligner.trainer.config import PolicyConfig
 from aligner.trainer.megatron.engine import MegatronEngine
 from aligner.trainer.megatron.groups import make_groups
 from aligner.trainer.policy import Policy, Reference
-from aligner.trainer.update import reduce_sums
-from aligner.trainer.update_metrics import StepReport
+from aligner.trainer.update_metrics import StepReport, reduce_sums
 
 GROUP = 8
 """Samples of each prompt."""

@@ -21,8 +21,9 @@ import torch.distributed as dist
 from megatron.core.resharding import build_centralized_reshard_plan, execute_reshard_plan, get_or_create_service
 from torch import Tensor
 
-from aligner.models.spec import ModelSpec, read_spec
-from aligner.models.tensors import logical_tensors
+from aligner.models.read_spec import read_spec
+from aligner.models.spec import ModelSpec
+from aligner.models.tensors import logical_tensors, parameter_count
 from aligner.reshard.config import ReshardConfig
 from aligner.reshard.local import TensorWeights
 from aligner.reshard.message.bucket import Buffers
@@ -287,7 +288,7 @@ def main(name: str, folder: str, repeats: str, engine: str, out: str) -> None:
     if bench.rank == 0:
         moved, minimum, local = counts.tolist()
         figures = {
-            "parameters": bench.spec.parameters, "moved": moved, "minimum": minimum, "local": local,
+            "parameters": parameter_count(bench.spec), "moved": moved, "minimum": minimum, "local": local,
             "extra": int(most), "bucket": BUCKET_BYTES, "seconds": seconds,
         }  # fmt: skip
         Path(out).write_text(json.dumps(figures))

@@ -120,7 +120,7 @@ def write_model(folder: Path, size: str) -> None:
     import torch
     from safetensors.torch import save_file
 
-    from aligner.models.spec import read_spec
+    from aligner.models.read_spec import read_spec
     from aligner.models.tensors import logical_tensors
 
     (folder / "config.json").write_text(json.dumps({**COMMON, **dict(zip(WIDTHS, SIZES[size], strict=True))}))
@@ -198,7 +198,7 @@ def _steps(world: Any, given: argparse.Namespace) -> Any:
 
     from aligner.data.prompts import Prompt
     from aligner.data.samples import Samples
-    from aligner.models.spec import read_spec
+    from aligner.models.read_spec import read_spec
     from aligner.objective.losses import clipped_surrogate
     from aligner.roles.weight_sync import WeightSyncs
     from aligner.rollout.config import RolloutConfig, Sampling

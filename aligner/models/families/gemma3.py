@@ -6,17 +6,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from aligner.models.config_json import ConfigJson
-from aligner.models.family import (
-    FULL,
-    SLIDING,
-    Defaults,
-    EngineTraits,
-    Family,
-    LayerType,
-    Norms,
-    QKNorm,
-)
+from aligner.models.family import FULL, SLIDING, Defaults, EngineTraits, Family, Norms
 from aligner.models.rope import Rope, RopeDefaults, read_rope_by_layer_type
+from aligner.models.spec import LayerType, QKNorm
 
 
 @dataclass(frozen=True)

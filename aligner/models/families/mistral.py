@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from aligner.models.config_json import ConfigJson
-from aligner.models.family import Defaults, Family, LayerType, Window
+from aligner.models.family import Defaults, Family, Window
+from aligner.models.spec import LayerType
 
 
 @dataclass(frozen=True)

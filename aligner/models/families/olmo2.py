@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from aligner.models.family import Defaults, EngineTraits, Family, Norms, QKNorm
+from aligner.models.family import Defaults, EngineTraits, Family, Norms
+from aligner.models.spec import QKNorm
 
 FAMILY = Family(
     model_type="olmo2",

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 
 from aligner.models.config_json import ConfigJson
 from aligner.models.cuts import Block
-from aligner.models.family import Defaults, Family, LayerType, Window
+from aligner.models.family import Defaults, Family, Window
 from aligner.models.rope import Rope, RopeDefaults
+from aligner.models.spec import LayerType
 
 if TYPE_CHECKING:
     from aligner.models.spec import ModelSpec

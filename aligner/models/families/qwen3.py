@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from aligner.models.family import Defaults, Family, QKNorm, Window
+from aligner.models.family import Defaults, Family, Window
+from aligner.models.spec import QKNorm
 
 FAMILY = Family(
     model_type="qwen3",

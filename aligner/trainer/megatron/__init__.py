@@ -1,5 +1,5 @@
-"""Megatron-core as a `TrainEngine`: models, layers, attention, pipeline, optimizer, and which regions each rank holds.
+"""Megatron-core as a `TrainEngine`: models, layers, attention, pipeline, optimizer, weight layout.
 
-In: a `ModelSpec`, a mesh, microbatches. Out: readouts, gradients, optimizer steps, weights by region. Megatron's globals and
-what it needs on a CPU stay behind `cpu.py`.
+In: a `ModelSpec`, a mesh, microbatches. Out: readouts, gradients, optimizer steps, weights by region. All changes to Megatron's
+global state are in `cpu.py` and `groups.py`.
 """

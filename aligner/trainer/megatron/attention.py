@@ -1,110 +1,25 @@
-"""Attention that works without TransformerEngine: packed rows, and key/value heads that several tensor ranks share."""
+"""Attention modules for Megatron without TransformerEngine: packed rows, rotary tables by layer type, shared key/value heads."""
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from megatron.core.tensor_parallel.mappings import all_gather_last_dim_from_tensor_parallel_region
+from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
-from aligner.trainer.megatron.attention_calls import shared_calls
-from aligner.trainer.megatron.attention_mask import BLOCK, causal_bias
 from aligner.trainer.megatron.context_attention import context_attention
-from aligner.trainer.megatron.rotary import RotarySelfAttention
-
-
-@lru_cache(maxsize=64)
-def _calls(lengths: tuple[int, ...], device: torch.device) -> tuple[list[tuple[Tensor, int, int]], Tensor]:
-    """How packed rows are cut into padded attention calls.
-
-    Returns:
-        ([(flat index [rows x longest], rows, longest)], place of each packed token in the joined outputs).
-    """
-    length = torch.tensor(lengths)
-    start = torch.cumsum(length, 0) - length
-    calls, valid, base = [], [], 0
-    for members in shared_calls(lengths):
-        longest = lengths[members[0]]
-        rows = torch.tensor(members)
-        place = torch.arange(longest).expand(len(rows), longest)
-        # beyond a row's end its last token is read again: causal attention never lets a real query see it
-        index = start[rows][:, None] + torch.minimum(place, length[rows][:, None] - 1)
-        inside = place < length[rows][:, None]
-        valid.append(torch.stack([index[inside], base + torch.nonzero(inside.flatten())[:, 0]]))
-        calls.append((index.flatten().to(device), len(rows), longest))
-        base += index.numel()
-    packed, joined = torch.cat(valid, 1)
-    back = torch.empty_like(packed)
-    back[packed] = joined
-    return calls, back.to(device)
-
-
-def causal_attention(q_BNTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, scale: float, window: int | None) -> Tensor:
-    """Rows of one length, each query to the keys up to its own; with a window block by block, reading no keys before it.
-
-    Args:
-        q_BNTD: [rows, query heads, tokens, head_dim]; k_BKTD, v_BKTD: [rows, key/value heads, tokens, head_dim].
-        window: a query sees this many tokens, itself the last of them; None: all before it.
-
-    Returns:
-        Like q_BNTD.
-    """
-    grouped, length = q_BNTD.shape[1] != k_BKTD.shape[1], q_BNTD.shape[2]
-    if window is None or window >= length:
-        return F.scaled_dot_product_attention(q_BNTD, k_BKTD, v_BKTD, is_causal=True, scale=scale, enable_gqa=grouped)
-    outs = []
-    for start in range(0, length, BLOCK):
-        stop, low = min(start + BLOCK, length), max(0, start - window + 1)
-        query, key, value = q_BNTD[:, :, start:stop], k_BKTD[:, :, low:stop], v_BKTD[:, :, low:stop]
-        bias = causal_bias(stop - start, stop - low, min(length, window + BLOCK), window, query)
-        outs.append(F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scale, enable_gqa=grouped))
-    return torch.cat(outs, 2)
-
-
-def packed_attention(
-    q_TND: Tensor,
-    k_TKD: Tensor,
-    v_TKD: Tensor,
-    lengths: tuple[int, ...],
-    scale: float,
-    window: int | None = None,
-) -> Tensor:
-    """Causal attention inside each row of a packed sequence; rows of similar length share one SDPA call (`shared_calls`).
-
-    Args:
-        q_TND: [T, query heads, head_dim]; k_TKD, v_TKD: [T, key/value heads, head_dim].
-        lengths: tokens of each row, in order; their sum is T.
-        window: a query sees this many tokens, itself the last of them; None: all before it in its row.
-
-    Returns:
-        [T, query heads x head_dim].
-    """
-    if len(set(lengths)) == 1:  # nothing to pad: views suffice
-        q, k, v = (x.view(len(lengths), lengths[0], *x.shape[1:]).transpose(1, 2) for x in (q_TND, k_TKD, v_TKD))
-        out = causal_attention(q, k, v, scale, window)
-        return out.transpose(1, 2).reshape(q_TND.shape[0], -1)
-    calls, back = _calls(lengths, q_TND.device)
-    outs = []
-    for index, count, longest in calls:
-
-        def rows(x: Tensor, index: Tensor = index, shape: tuple[int, int] = (count, longest)) -> Tensor:
-            return x.index_select(0, index).view(*shape, *x.shape[1:]).transpose(1, 2)
-
-        out = causal_attention(rows(q_TND), rows(k_TKD), rows(v_TKD), scale, window)
-        outs.append(out.transpose(1, 2).reshape(count * longest, -1))
-    return torch.cat(outs).index_select(0, back)
+from aligner.trainer.megatron.packed_attention import packed_attention
+from aligner.trainer.megatron.rotary import RotarySlice
 
 
 class PackedAttention(MegatronModule):
-    """Megatron's core attention on torch SDPA. `attention_mask` carries the rows' lengths (int32, CPU): of the
-    tokens here, padding included, or with context parallelism of the whole rows.
+    """Megatron's core attention, on torch SDPA. `attention_mask` carries the rows' lengths (int32, CPU), padding included;
+    with context parallelism those of complete rows.
 
-    The lengths travel as an argument, not as state of the module: with pipeline parallelism and recompute, the
-    backward of one microbatch runs after the forward of a later one.
+    The lengths are an argument, not module state: with pipeline parallelism and recompute, the backward of one microbatch
+    runs after the forward of a later one.
     """
 
     def __init__(
@@ -134,12 +49,34 @@ class PackedAttention(MegatronModule):
         return out.unsqueeze(1)
 
 
-class SharedHeadAttention(RotarySelfAttention):
-    """Self-attention with more tensor ranks than key/value heads, each of which then serves several ranks.
+class RotarySelfAttention(SelfAttention):
+    """Megatron's self-attention with the rotary angles and the attention factor of its layer type.
 
-    The weight's rows are still cut evenly, so a rank computes a part of some head's projections: the ranks gather
-    them, and each takes its query heads and the key/value head that these share. Megatron's own does the same, but
-    asks the global state for its tensor group.
+    Megatron multiplies cosines and sines by one factor for all layers, for YaRN only. Here the rotated dimensions of the
+    queries are multiplied by the square of the factor, which gives the same attention scores.
+    """
+
+    def __init__(self, *args: Any, rotary: RotarySlice, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.rotary = rotary
+
+    def forward(self, *args: Any, rotary_pos_emb: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """[T, 1, hidden] -> the same; `rotary_pos_emb`: `PackedRotary`'s angles of all layer types."""
+        angles = rotary_pos_emb[..., self.rotary.start : self.rotary.stop]
+        return super().forward(*args, rotary_pos_emb=angles, **kwargs)  # type: ignore[no-any-return]
+
+    def get_query_key_value_tensors(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [T, 1, heads / tensor, head_dim], keys and values [T, 1, key/value heads / tensor, head_dim]."""
+        query, key, value = super().get_query_key_value_tensors(*args, **kwargs)
+        return self.rotary.scale_queries(query), key, value
+
+
+class SharedHeadAttention(RotarySelfAttention):
+    """Self-attention with more tensor-parallel ranks than key/value heads, so that several ranks share one.
+
+    The weight's rows are still split evenly, so a rank computes a part of a head's projections. The ranks all-gather them,
+    and each takes its query heads and their key/value head. Megatron's own implementation does the same, but takes its
+    tensor group from global state.
     """
 
     def get_query_key_value_tensors(
@@ -151,14 +88,17 @@ class SharedHeadAttention(RotarySelfAttention):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """[T / tensor or T, 1, hidden] -> queries [T, 1, heads / tensor, head_dim], key and value [T, 1, 1, head_dim]."""
         config, group = self.config, self.pg_collection.tp
-        part_T1R, _ = self.linear_qkv(hidden_states)
-        rows_T1R = all_gather_last_dim_from_tensor_parallel_region(part_T1R, group)
+        local_T1R, _ = self.linear_qkv(hidden_states)
+        rows_T1R = all_gather_last_dim_from_tensor_parallel_region(local_T1R, group)
         heads = config.num_attention_heads // config.num_query_groups
-        held, sharers = config.num_attention_heads // group.size(), group.size() // config.num_query_groups
-        shared, place = divmod(group.rank(), sharers)
-        mine = rows_T1R.view(*rows_T1R.shape[:2], config.num_query_groups, heads + 2, config.kv_channels)[:, :, shared]
-        query, key, value = mine.split([heads, 1, 1], dim=2)
-        query = query[:, :, place * held : (place + 1) * held]
+        local_heads, ranks_per_kv_head = (
+            config.num_attention_heads // group.size(),
+            group.size() // config.num_query_groups,
+        )
+        kv_head, index = divmod(group.rank(), ranks_per_kv_head)
+        qkv = rows_T1R.view(*rows_T1R.shape[:2], config.num_query_groups, heads + 2, config.kv_channels)[:, :, kv_head]
+        query, key, value = qkv.split([heads, 1, 1], dim=2)
+        query = query[:, :, index * local_heads : (index + 1) * local_heads]
         if self.q_layernorm is not None:
             query = self.q_layernorm(query)
         if self.k_layernorm is not None:

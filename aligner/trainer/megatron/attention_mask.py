@@ -1,4 +1,4 @@
-"""Masks of causal attention of some queries to the keys up to theirs, within a window where there is one."""
+"""Additive masks for causal attention of a block of queries, optionally with a sliding window."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ import torch
 from torch import Tensor
 
 BLOCK = 256
-"""Queries in one call where their mask is a tensor: [BLOCK, keys] at most, one for all layers of one window."""
+"""Maximum queries of an attention call with a mask tensor, which is at most [BLOCK, keys], one for all layers of a window."""
 
 
 def causal_bias(queries: int, keys: int, longest: int, window: int | None, like: Tensor) -> Tensor:
-    """[queries, keys] of `like`'s data type and device: 0 where a query may look, -inf elsewhere.
+    """[queries, keys] of `like`'s data type and device: 0 where a query attends, -inf elsewhere.
 
     Args:
-        queries: the last of `keys` tokens of a row, BLOCK at most.
-        longest: keys of the longest call: all smaller masks are views of one.
-        window: a query sees this many tokens, itself the last of them; None: all before it.
+        queries: number of queries, the last of the row's `keys` tokens; at most BLOCK.
+        longest: number of keys of the longest call: all smaller masks are views of one.
+        window: number of tokens that a query attends to, itself included; None: all before it.
     """
     width = -(-max(keys, longest) // BLOCK) * BLOCK
     return _mask(BLOCK, width, window, like.dtype, like.device)[BLOCK - queries :, width - keys :]
@@ -25,8 +25,7 @@ def causal_bias(queries: int, keys: int, longest: int, window: int | None, like:
 
 @lru_cache(maxsize=4)
 def _mask(block: int, longest: int, window: int | None, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """[block, longest]; the last query is the last key's. Smaller masks are its lower right corner, views that share
-    the memory."""
+    """[block, longest]; the last query belongs to the last key. Smaller masks are views of its lower right corner."""
     hidden = torch.ones(block, longest, dtype=torch.bool, device=device).triu(longest - block + 1)
     if window is not None:
         hidden |= torch.ones_like(hidden).tril(longest - block - window)

@@ -1,8 +1,7 @@
-"""Exact causal attention of a context-parallel rank's queries: keys and values of all ranks are gathered, layer by layer.
+"""Exact context-parallel causal attention: each layer all-gathers the keys and values of all ranks.
 
-What is gathered lives for one layer's forward and again for its backward: between them a layer keeps only its own
-tokens, so that activations fall with the number of ranks. The gradients of keys and values are summed where they came
-from. S counts the real tokens of all ranks, T those of this rank, with its padding.
+The gathered tensors exist only during a layer's forward and, gathered again, its backward; in between a layer keeps only this
+rank's tokens, so activation memory falls with the number of ranks. Gradients of keys and values are reduce-scattered. S: tokens of all ranks without padding; T: tokens of this rank with padding.
 """
 
 from __future__ import annotations
@@ -26,28 +25,29 @@ from aligner.trainer.megatron.attention_mask import BLOCK, causal_bias
 
 @dataclass(frozen=True)
 class Call:
-    """One SDPA call: `queries` tokens from each of `at`, each time after `keys - queries` earlier ones of their row."""
+    """One SDPA call on spans of equal shape: `queries` queries, the last of `keys` tokens of their row."""
 
     queries: int
     keys: int
-    at: tuple[int, ...]
-    """Among this rank's tokens: where the queries begin."""
-    first: tuple[int, ...]
-    """Among all ranks' rows: where the keys begin."""
+    query_starts: tuple[int, ...]
+    """First query of each span, as an index in [T]."""
+    key_starts: tuple[int, ...]
+    """First key of each span, as an index in [S]."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """One rank's calls, and where things are."""
+    """One rank's attention calls and index maps."""
 
     calls: tuple[Call, ...]
     order_S: Tensor
-    """Place of each row's tokens, in order, in what [ranks, T] are when gathered."""
+    """Index of each row's tokens, in order, in the gathered [ranks x T]."""
     back_T: Tensor
-    """Place of each of this rank's tokens in the calls' joined outputs; its padding reads one more token, of zeros."""
+    """Index of each of this rank's tokens in the calls' concatenated outputs; padding points to one extra token of zeros."""
     longest: int
+    """Tokens of the longest row."""
     window: int | None = None
-    """A query sees this many tokens, itself the last of them; None: all before it in its row."""
+    """Number of tokens that a query attends to, itself included; None: all before it in its row."""
 
 
 @lru_cache(maxsize=64)
@@ -55,61 +55,61 @@ def make_plan(
     lengths: tuple[int, ...],
     ranks: int,
     rank: int,
-    held: int,
+    tokens: int,
     block: int,
     device: torch.device,
     window: int | None = None,
 ) -> Plan:
-    """The calls of `rank`; spans of equal shape share one. With a window a call reads no keys before it.
+    """The attention calls of `rank`; spans of equal shape share a call. With a window a call reads only the keys in it.
 
     Args:
-        held: tokens of each rank, with its padding.
-        block: queries of one call at most; 0: no limit.
+        tokens: T, the tokens of each rank with padding.
+        block: maximum number of queries of a call; 0: no limit.
     """
     split = split_rows(lengths, ranks)
     shapes: dict[tuple[int, int], list[tuple[int, int]]] = {}
-    at = 0
+    query_start = 0
     for span in split.spans[rank]:
         step = block or span.stop
         for start in range(span.start, span.stop, step):
             stop = min(span.stop, start + step)
             low = max(0, start - window + 1) if window else 0
-            shapes.setdefault((stop - start, stop - low), []).append((at, split.starts[span.row] + low))
-            at += stop - start
-    calls = tuple(Call(n, m, *map(tuple, zip(*places, strict=True))) for (n, m), places in shapes.items())
+            shapes.setdefault((stop - start, stop - low), []).append((query_start, split.starts[span.row] + low))
+            query_start += stop - start
+    calls = tuple(Call(n, m, *map(tuple, zip(*starts, strict=True))) for (n, m), starts in shapes.items())
     order_S = torch.empty(sum(lengths), dtype=torch.long)
     for other in range(ranks):
-        order_S[split.token_indices(other)] = other * held + torch.arange(split.tokens(other))
-    joined = [torch.arange(place, place + call.queries) for call in calls for place in call.at]
-    back_T = torch.full((held,), at)
-    if joined:
-        back_T[torch.cat(joined)] = torch.arange(at)
+        order_S[split.token_indices(other)] = other * tokens + torch.arange(split.tokens(other))
+    output_order = [torch.arange(start, start + call.queries) for call in calls for start in call.query_starts]
+    back_T = torch.full((tokens,), query_start)
+    if output_order:
+        back_T[torch.cat(output_order)] = torch.arange(query_start)
     return Plan(calls, order_S.to(device), back_T.to(device), max(lengths), window)
 
 
 @dataclass
 class Gathered:
-    """Keys and values of all rows [S, heads, head_dim]: dropped after the forward, here again for the backward."""
+    """Keys and values of all rows [S, heads, head_dim]: dropped after the forward, gathered again for the backward."""
 
     group: dist.ProcessGroup
     order_S: Tensor
     rows: list[Tensor] = field(default_factory=list)
 
     def fill(self, k_TKD: Tensor, v_TKD: Tensor) -> None:
-        """One all-gather."""
-        own = torch.stack([k_TKD, v_TKD])
-        parts = own.new_empty(self.group.size(), *own.shape)
-        dist.all_gather_into_tensor(parts.flatten(0, 1), own, group=self.group)
-        self.rows = [parts[:, which].flatten(0, 1).index_select(0, self.order_S) for which in (0, 1)]
+        """All-gather them."""
+        local = torch.stack([k_TKD, v_TKD])
+        parts = local.new_empty(self.group.size(), *local.shape)
+        dist.all_gather_into_tensor(parts.flatten(0, 1), local, group=self.group)
+        self.rows = [parts[:, kv].flatten(0, 1).index_select(0, self.order_S) for kv in (0, 1)]
 
 
 class _Gather(torch.autograd.Function):
-    """Own keys and values -> all rows'. Backward: each rank gets the sum of the gradients of what it gave."""
+    """This rank's keys and values -> those of all rows. Backward: reduce-scatter of their gradients."""
 
     @staticmethod
     def forward(ctx: Any, k_TKD: Tensor, v_TKD: Tensor, gathered: Gathered) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         gathered.fill(k_TKD, v_TKD)
-        ctx.gathered, ctx.held = gathered, len(k_TKD)
+        ctx.gathered, ctx.tokens = gathered, len(k_TKD)
         key, value = gathered.rows
         return key, value
 
@@ -117,20 +117,19 @@ class _Gather(torch.autograd.Function):
     def backward(ctx: Any, grad_k_SKD: Tensor, grad_v_SKD: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
         gathered, ranks = ctx.gathered, ctx.gathered.group.size()
         gathered.rows = []
-        parts = grad_k_SKD.new_zeros(ranks, 2, ctx.held, *grad_k_SKD.shape[1:])
-        for which, grad in enumerate((grad_k_SKD, grad_v_SKD)):
-            part = parts.new_zeros(ranks * ctx.held, *grad.shape[1:]).index_copy_(0, gathered.order_S, grad)
-            parts[:, which] = part.view(ranks, ctx.held, *grad.shape[1:])
-        own = torch.empty_like(parts[0])
-        dist.reduce_scatter_tensor(own, parts.flatten(0, 1), group=gathered.group)
-        return own[0], own[1], None
+        parts = grad_k_SKD.new_zeros(ranks, 2, ctx.tokens, *grad_k_SKD.shape[1:])
+        for kv, grad in enumerate((grad_k_SKD, grad_v_SKD)):
+            part = parts.new_zeros(ranks * ctx.tokens, *grad.shape[1:]).index_copy_(0, gathered.order_S, grad)
+            parts[:, kv] = part.view(ranks, ctx.tokens, *grad.shape[1:])
+        local = torch.empty_like(parts[0])
+        dist.reduce_scatter_tensor(local, parts.flatten(0, 1), group=gathered.group)
+        return local[0], local[1], None
 
 
 class _GatherAgain(torch.autograd.Function):
-    """The output as it is; its backward begins by gathering what the forward has dropped.
+    """Identity on the output; its backward first gathers again the keys and values that the forward dropped.
 
-    Keys and values are arguments so that `_Gather`'s backward runs even on a rank that has no query among them:
-    both collectives are the whole group's.
+    `key` and `value` are arguments so that `_Gather`'s backward, a collective, also runs on a rank without queries.
     """
 
     @staticmethod
@@ -150,37 +149,38 @@ class _GatherAgain(torch.autograd.Function):
         return grad, None, None, None, None, None, None
 
 
-def _rows_of(call: Call, x: Tensor, first: Sequence[int], count: int) -> Tensor:
-    """[tokens, heads, head_dim] -> [rows, heads, count, head_dim]: a view where the call has one row."""
-    if len(first) == 1:
-        return x[first[0] : first[0] + count].transpose(0, 1)[None]
-    return torch.stack([x[at : at + count] for at in first]).transpose(1, 2)
+def _stack_spans(x: Tensor, starts: Sequence[int], count: int) -> Tensor:
+    """[tokens, heads, head_dim] -> [spans, heads, count, head_dim]; a view if there is one span."""
+    if len(starts) == 1:
+        return x[starts[0] : starts[0] + count].transpose(0, 1)[None]
+    return torch.stack([x[start : start + count] for start in starts]).transpose(1, 2)
 
 
-def _kept_out(gathered: Gathered, call: Call, key: Tensor, value: Tensor) -> AbstractContextManager[Any]:
-    """Inside, autograd keeps a note instead of a call's keys and values, and makes them again when it wants them."""
-    which_of = {key.untyped_storage().data_ptr(): 0, value.untyped_storage().data_ptr(): 1}
+def _saved_as_views(gathered: Gathered, call: Call, key: Tensor, value: Tensor) -> AbstractContextManager[Any]:
+    """Context in which autograd saves views (shape, stride, offset) of a call's keys and values instead of the tensors, and
+    rebuilds them from `gathered` in the backward."""
+    index_of = {key.untyped_storage().data_ptr(): 0, value.untyped_storage().data_ptr(): 1}
 
     def pack(x: Tensor) -> Any:
-        which = which_of.get(x.untyped_storage().data_ptr())
-        return x if which is None else (which, x.size(), x.stride(), x.storage_offset())
+        kv = index_of.get(x.untyped_storage().data_ptr())
+        return x if kv is None else (kv, x.size(), x.stride(), x.storage_offset())
 
-    def unpack(kept: Any) -> Tensor:
-        if isinstance(kept, Tensor):
-            return kept
-        which, *view = kept
-        return _rows_of(call, gathered.rows[which], call.first, call.keys).as_strided(*view)
+    def unpack(saved: Any) -> Tensor:
+        if isinstance(saved, Tensor):
+            return saved
+        kv, *view = saved
+        return _stack_spans(gathered.rows[kv], call.key_starts, call.keys).as_strided(*view)
 
     return saved_tensors_hooks(pack, unpack)
 
 
-def _block(query: Tensor) -> int:
-    """Only CUDA's flash kernel, which takes 16 bits, has causal attention of few queries to many keys without a mask."""
+def _max_queries(query: Tensor) -> int:
+    """`block` of `make_plan`: only CUDA's flash kernel (16 bits) runs lower-right causal attention without a mask tensor."""
     return 0 if query.device.type == "cuda" and query.element_size() == 2 else BLOCK
 
 
 def _bias(call: Call, plan: Plan, query: Tensor) -> Tensor:
-    if query.device.type != "cpu" and plan.window is None:  # CUDA's kernels know this mask by its name
+    if query.device.type != "cpu" and plan.window is None:  # CUDA's kernels implement this mask
         return causal_lower_right(call.queries, call.keys)
     longest = min(plan.longest, plan.window + BLOCK) if plan.window else plan.longest
     return causal_bias(call.queries, call.keys, longest, plan.window, query)
@@ -196,29 +196,30 @@ def context_attention(
     drop: bool = True,
     window: int | None = None,
 ) -> Tensor:
-    """Causal attention inside each row of this rank's queries to the keys and values of all ranks.
+    """Causal attention within each row, of this rank's queries to the keys and values of all ranks.
 
     Args:
         q_TND: [T, query heads, head_dim]; k_TKD, v_TKD: [T, key/value heads, head_dim]; T is the same on every rank.
-        lengths: tokens of each whole row, in order.
-        drop: gather keys and values again in the backward; false where the backward follows at once (recompute).
-        window: a query sees this many tokens, itself the last of them; None: all before it in its row.
+        lengths: tokens of each complete row, in order.
+        drop: drop the gathered keys and values and gather them again in the backward; false where the backward follows at
+            once (recompute).
+        window: number of tokens that a query attends to, itself included; None: all before it in its row.
 
     Returns:
-        [T, query heads x head_dim]; 0 at the padding.
+        [T, query heads x head_dim]; 0 at padding.
     """
-    block = BLOCK if window else _block(q_TND)
+    block = BLOCK if window else _max_queries(q_TND)
     plan = make_plan(lengths, group.size(), group.rank(), len(q_TND), block, q_TND.device, window)
     gathered = Gathered(group, plan.order_S)
     key, value = _Gather.apply(k_TKD, v_TKD, gathered)
-    grouped = q_TND.shape[1] != k_TKD.shape[1]
+    is_grouped = q_TND.shape[1] != k_TKD.shape[1]
     outs = []
     for call in plan.calls:
-        k, v = (_rows_of(call, x, call.first, call.keys) for x in (key, value))
-        q, bias = _rows_of(call, q_TND, call.at, call.queries), _bias(call, plan, q_TND)
-        with _kept_out(gathered, call, k, v) if drop else nullcontext():
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale, enable_gqa=grouped)
+        k, v = (_stack_spans(x, call.key_starts, call.keys) for x in (key, value))
+        q, bias = _stack_spans(q_TND, call.query_starts, call.queries), _bias(call, plan, q_TND)
+        with _saved_as_views(gathered, call, k, v) if drop else nullcontext():
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale, enable_gqa=is_grouped)
         outs.append(out.transpose(1, 2).reshape(-1, q_TND.shape[1] * q_TND.shape[2]))
     outs.append(q_TND.new_zeros(1, q_TND.shape[1] * q_TND.shape[2]))
-    joined = torch.cat(outs).index_select(0, plan.back_T)
-    return _GatherAgain.apply(joined, k_TKD, v_TKD, key, value, gathered, drop)  # type: ignore[no-any-return]
+    output = torch.cat(outs).index_select(0, plan.back_T)
+    return _GatherAgain.apply(output, k_TKD, v_TKD, key, value, gathered, drop)  # type: ignore[no-any-return]

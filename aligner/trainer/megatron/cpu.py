@@ -1,7 +1,7 @@
-"""Megatron-core without CUDA and without TransformerEngine: the one file that mends it.
+"""Patches that let Megatron-core run without CUDA and without TransformerEngine; the only file that patches its modules.
 
-On a CPU, `torch` and `torch.cuda` are replaced by a stand-in inside Megatron's own modules, and nowhere else; with
-CUDA that half does nothing. A global torch-function mode would be simpler, and costs a quarter of a small step.
+On a CPU, `torch` and `torch.cuda` are replaced by stand-ins inside Megatron's own modules only; with CUDA nothing is replaced.
+A global torch-function mode would be simpler, but costs a quarter of the time of a small step.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class _Stream:
 
 
 class _StandIn(types.ModuleType):
-    """A module with some attributes replaced; everything else is the real one's."""
+    """A module with some attributes replaced; all others are the real module's."""
 
     def __init__(self, real: types.ModuleType, replaced: dict[str, Any]) -> None:
         super().__init__(real.__name__)
@@ -82,7 +82,7 @@ def _is_cuda(device: Any) -> bool:
 
 
 def _on_cpu(factory: Any) -> Any:
-    """A tensor factory that makes CPU tensors where CUDA ones are asked for, and never pins."""
+    """A tensor factory that makes CPU tensors for device="cuda" and ignores pin_memory."""
 
     @functools.wraps(factory)
     def make(*args: Any, **kwargs: Any) -> Any:
@@ -121,18 +121,18 @@ def _stand_in_torch() -> _StandIn:
     return _StandIn(torch, {"cuda": cuda, **{name: _on_cpu(getattr(torch, name)) for name in _FACTORIES}})
 
 
-def _mend_tensor_methods() -> None:
-    """`.cuda()` and `.pin_memory()` return the tensor; Megatron's modules are told CUDA type names."""
+def _patch_tensor_methods() -> None:
+    """`.cuda()` and `.pin_memory()` return the tensor; `.type()` returns CUDA type names to Megatron's modules."""
     if hasattr(torch.Tensor.type, "_aligner"):
         return
-    plain_type = torch.Tensor.type
+    torch_type = torch.Tensor.type
 
     def type_(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        found = plain_type(self, *args, **kwargs)
+        result = torch_type(self, *args, **kwargs)
         caller = sys._getframe(1).f_globals.get("__name__", "")
         if not args and not kwargs and caller.startswith("megatron."):
-            return found.replace("torch.", "torch.cuda.")  # compared with 'torch.cuda.FloatTensor'
-        return found
+            return result.replace("torch.", "torch.cuda.")  # compared with 'torch.cuda.FloatTensor'
+        return result
 
     type_._aligner = True  # type: ignore[attr-defined]
     torch.Tensor.type = type_  # type: ignore[method-assign, assignment]
@@ -146,7 +146,7 @@ def _install_cpu() -> None:
     megatron.core.jit.disable_jit_fuser()
     for name in _MODULES:
         importlib.import_module(f"megatron.core.{name}")
-    _mend_tensor_methods()
+    _patch_tensor_methods()
     stand_in = _stand_in_torch()
     for name, module in list(sys.modules.items()):
         if name.startswith("megatron.") and vars(module).get("torch") is torch:
@@ -154,7 +154,7 @@ def _install_cpu() -> None:
     import megatron.core.tensor_parallel.random as rng
     import megatron.core.transformer.moe.token_dispatcher as dispatcher
 
-    # Megatron takes how many tokens go where to the host as numpy numbers, unless they are there: then tensors remain
+    # Megatron converts token counts to numpy when it moves them to the host; on the host already, it leaves them tensors
     dispatcher.maybe_move_tensor_to_cpu = lambda tensor, as_numpy=False, record_stream=False: (
         tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
     )
@@ -163,7 +163,7 @@ def _install_cpu() -> None:
 
 
 def _install_without_transformer_engine() -> None:
-    """Names that Megatron-core 0.16.1 uses without defining them when TransformerEngine is absent."""
+    """Define names that Megatron-core 0.16.1 uses but does not define without TransformerEngine."""
     import megatron.core.tensor_parallel.random as rng
     import megatron.core.transformer.moe.moe_utils as experts
 
@@ -177,9 +177,9 @@ def _install_without_transformer_engine() -> None:
 
 
 def install() -> None:
-    """Make Megatron-core usable here. Call once, after the world has started and before a model is built."""
+    """Patch Megatron-core for this machine. Call it after the world has started and before a model is built."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # notes on the absence of apex and TransformerEngine
+        warnings.simplefilter("ignore")  # warnings that apex and TransformerEngine are absent
         import megatron.core  # noqa: F401
 
         if not torch.cuda.is_available():

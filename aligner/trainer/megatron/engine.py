@@ -9,18 +9,18 @@ from typing import TYPE_CHECKING, Self
 
 import torch
 import torch.distributed as dist
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from torch import Tensor
 
 from aligner.reshard.plan.region import Piece
 from aligner.trainer.engine import MicrobatchLoss, OptimizerSlice, TrainEngine
-from aligner.trainer.megatron.attention_calls import attended
 from aligner.trainer.megatron.cpu import install
 from aligner.trainer.megatron.groups import make_groups, prepare_megatron
 from aligner.trainer.megatron.model import ShardedModel, build_model
 from aligner.trainer.megatron.optimizer import Optimizer
 from aligner.trainer.megatron.optimizer_state import make_moments, optimizer_tensors, saved_pieces, slices
+from aligner.trainer.megatron.packed_attention import attended
 from aligner.trainer.megatron.pipeline import Pipeline
-from aligner.trainer.megatron.random_states import random_states, set_random_states
 from aligner.trainer.offload import Offloaded, Scratch
 from aligner.trainer.packing import Packed, pack
 from aligner.trainer.readout import Readout
@@ -67,7 +67,7 @@ class MegatronEngine(TrainEngine):
         *,
         sequence_parallel: bool = False,
     ) -> Self | None:
-        """Make Megatron's groups for the mesh, and on its ranks the model, with weights of zero."""
+        """Make Megatron's process groups for the mesh and, on its ranks, the model with zero weights."""
         install()
         prepare_megatron()
         groups = make_groups(world, mesh)
@@ -75,20 +75,20 @@ class MegatronEngine(TrainEngine):
 
     @property
     def weights(self) -> ShardedModel:
-        """Megatron's parameters by the regions that `MegatronLayout` says they hold."""
+        """Megatron's parameters, by the regions of `MegatronLayout`."""
         return self.model
 
     def pack(self, tokens_BT: Tensor, length_B: Tensor) -> Packed:
-        """Padded to a multiple of the tensor ranks under sequence parallelism, cut over context ranks."""
-        context = self.mesh.coordinates(self.world.rank)["context"]
-        return pack(tokens_BT, length_B, self.multiple_of, self.world.device, self.mesh.context, context)
+        """Padded to a multiple of the tensor-parallel size under sequence parallelism, split over context-parallel ranks."""
+        context_rank = self.mesh.coordinates(self.world.rank)["context"]
+        return pack(tokens_BT, length_B, self.multiple_of, self.world.device, self.mesh.context, context_rank)
 
-    def microbatch_count(self, wanted: int) -> int | None:
-        """As many on every data shard where these exchange tokens with each other's experts; a multiple of the stages for a
-        virtual pipeline, whose schedule works in groups of as many."""
+    def microbatch_count(self, needed: int) -> int | None:
+        """Equal on all data shards under expert parallelism, which exchanges tokens between them; a multiple of the pipeline
+        stages for a virtual pipeline, as its schedule requires."""
         if self.mesh.expert == 1 and self.mesh.pipeline == 1:
             return None
-        count = wanted
+        count = needed
         if self.mesh.expert > 1:
             count = int(self.all_reduce_data(torch.tensor(count), dist.ReduceOp.MAX))
         if self.mesh.virtual_pipeline > 1:
@@ -96,11 +96,11 @@ class MegatronEngine(TrainEngine):
         return count
 
     def computed_tokens(self, batch: Packed) -> int:
-        """With the padding of attention calls that rows of similar length share."""
+        """Includes the padding of attention calls that rows of similar length share."""
         return attended(tuple(batch.lengths.tolist()))
 
     def forward(self, batches: Sequence[Packed]) -> list[Tensor]:
-        """Through the pipeline; one broadcast brings the results from its last stage to the others."""
+        """Runs the pipeline; one broadcast copies the results from its last stage to the others."""
         self.model.train(False)
         results = self.pipeline.forward(batches)
         if self.mesh.pipeline == 1:
@@ -123,42 +123,42 @@ class MegatronEngine(TrainEngine):
         self.pipeline.backward(self.optimizer.chunks, batches, loss)
 
     def grad_norm(self) -> float:
-        """Megatron's, over all ranks of the role."""
+        """Megatron's norm, over all ranks of the role."""
         return self.optimizer.norm()
 
     def step(self, lr: float, norm: float) -> None:
-        """Clip, AdamW, and the new parameters to the ranks that hold copies."""
+        """Clip, take an AdamW step, and all-gather the new parameters over data-parallel ranks."""
         self.optimizer.step(lr, norm)
 
     def all_reduce_data(self, value: Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
-        """Over Megatron's data-parallel group."""
+        """All-reduce over Megatron's data-parallel group."""
         dist.all_reduce(value, op=op, group=self.groups.dp)
         return value
 
     def broadcast_output(self, value: Tensor) -> Tensor:
-        """From the last pipeline stage."""
+        """Broadcast from the last pipeline stage."""
         if self.mesh.pipeline > 1:
             source = dist.get_global_rank(self.groups.pp, self.mesh.last_stage)
             dist.broadcast(value, source, group=self.groups.pp)
         return value
 
     def make_optimizer(self) -> None:
-        """Wrap the model for data parallelism, which moves its parameters into flat buffers, and make AdamW."""
+        """Make the data-parallel wrapper, which moves the parameters into flat buffers, and AdamW."""
         if self._optimizer is None:
             self._optimizer = Optimizer(self.model, self.config.optimizer, self.groups)
 
     @property
     def optimizer(self) -> Optimizer:
-        """Megatron's optimizer; there must be one."""
+        """Megatron's optimizer; requires `make_optimizer`."""
         assert self._optimizer is not None, "make_optimizer has not been called"
         return self._optimizer
 
     def optimizer_slices(self) -> Sequence[OptimizerSlice]:
-        """With a distributed optimizer each data rank has a part of each parameter."""
+        """With a distributed optimizer each data-parallel rank has a part of each parameter."""
         return slices(self.optimizer, self.model)
 
     def saves(self, piece: Piece) -> bool:
-        """The lowest of the ranks that hold the same range."""
+        """The lowest of the ranks that hold the same range saves it."""
         return (piece.name, piece.storage) in self._saved
 
     @cached_property
@@ -167,11 +167,11 @@ class MegatronEngine(TrainEngine):
         return saved_pieces(self.world.rank, self.model.layout, self.spec, self.mesh, distributed)
 
     def reset_moments(self, steps: int) -> None:
-        """Of each optimizer in Megatron's chain."""
+        """Resets each optimizer in Megatron's chain."""
         make_moments(self.optimizer, steps)
 
     def parts(self) -> Mapping[str, Part]:
-        """Parameters; Megatron's gradient buffers; masters and moments, as far as there are any yet."""
+        """Parameters; Megatron's gradient buffers; masters and moments, as far as they exist."""
         stream = self.world.residency.stream
 
         def weights() -> list[Tensor]:
@@ -181,8 +181,7 @@ class MegatronEngine(TrainEngine):
             return self._optimizer.gradient_buffers() if self._optimizer else []
 
         def state() -> list[Tensor]:
-            others = [*weights(), *gradients()]
-            return optimizer_tensors(self._optimizer, others) if self._optimizer else []
+            return optimizer_tensors(self._optimizer, [*weights(), *gradients()]) if self._optimizer else []
 
         return {
             "weights": Offloaded(weights, stream),
@@ -192,10 +191,12 @@ class MegatronEngine(TrainEngine):
 
     @classmethod
     def random_states(cls) -> dict[str, Tensor]:
-        """Of Megatron's tracker, which has one for each kind of parallel region."""
-        return random_states()
+        """Those of Megatron's tracker, which has one generator for each kind of parallel region."""
+        states = get_cuda_rng_tracker().get_states()
+        return {name: state for name, state in states.items() if isinstance(state, Tensor)}
 
     @classmethod
     def set_random_states(cls, states: Mapping[str, Tensor]) -> None:
-        """Of Megatron's tracker."""
-        set_random_states(states)
+        """Restores those of Megatron's tracker."""
+        tracker = get_cuda_rng_tracker()
+        tracker.set_states({**tracker.get_states(), **states})

@@ -1,4 +1,4 @@
-"""A role's mesh as Megatron's process groups, handed over explicitly; `parallel_state` stays uninitialised."""
+"""A role's mesh as Megatron's process groups, passed explicitly; `parallel_state` stays uninitialised."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from aligner.spmd.world import World
 
 
 def make_groups(world: World, mesh: Mesh) -> ProcessGroupCollection | None:
-    """Every group that Megatron asks for. A collective: every rank of the world calls it, members or not.
+    """All process groups that Megatron uses. Collective over the world: ranks outside the mesh call it too.
 
     Returns:
-        The collection on member ranks, None elsewhere.
+        The collection on the mesh's ranks, None elsewhere.
     """
     pipelines = mesh.groups("pipeline")
-    ends = [tuple(dict.fromkeys((ranks[0], ranks[-1]))) for ranks in pipelines]
+    first_and_last = [tuple(dict.fromkeys((ranks[0], ranks[-1]))) for ranks in pipelines]
     lists: dict[str, Any] = {
         "tp": mesh.groups("tensor"),
         "pp": pipelines,
@@ -36,28 +36,28 @@ def make_groups(world: World, mesh: Mesh) -> ProcessGroupCollection | None:
         "tp_ep": mesh.groups("expert_tensor", "expert"),
         "tp_ep_pp": mesh.groups("expert_tensor", "expert", "pipeline"),
         "expt_dp": mesh.groups("expert_data"),
-        "embd": ends,
+        "embd": first_and_last,
         "pos_embd": [ranks[:1] for ranks in pipelines],
-        # left out, the gradient norm would be reduced over the whole world
+        # without it, Megatron reduces the gradient norm over the world
         "intra_dist_opt": [mesh.ranks],
     }
-    made = {name: world.my_group(groups) for name, groups in lists.items()}
+    groups = {name: world.my_group(rank_lists) for name, rank_lists in lists.items()}
     if world.rank not in mesh.ranks:
         return None
     return ProcessGroupCollection(
-        **made, intra_dp_cp=made["dp_cp"], intra_expt_dp=made["expt_dp"], inter_dist_opt=None, hcp=None
+        **groups, intra_dp_cp=groups["dp_cp"], intra_expt_dp=groups["expt_dp"], inter_dist_opt=None, hcp=None
     )
 
 
 def prepare_megatron() -> None:
-    """The one global that is not a group: a buffer that tensor-parallel layers gather into."""
+    """Set the one global of Megatron's that is no process group: a buffer that tensor-parallel layers gather into."""
     if parallel_state._GLOBAL_MEMORY_BUFFER is None:
         parallel_state._set_global_memory_buffer()
 
 
 @contextmanager
 def optimizer_world(group: dist.ProcessGroup) -> Iterator[None]:
-    """Megatron's optimizer constructor gathers objects over the whole world; inside, it means the role's ranks."""
+    """Context in which Megatron's optimizer constructor gathers objects over the role's ranks instead of the world."""
     gather, size = dist.all_gather_object, dist.get_world_size
 
     def gather_in_role(objects: list[Any], obj: Any, group: Any = group) -> None:

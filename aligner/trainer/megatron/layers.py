@@ -1,4 +1,4 @@
-"""Megatron's layers as a model has them: norms, biases, dense MLP or experts, own attention, the scalar head."""
+"""Megatron layer specs of a model: norms, biases, dense MLP or experts, attention, the scalar head."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, nn
 
-from aligner.models.family import LayerType, Norms, QKNorm
-from aligner.models.spec import ModelSpec
+from aligner.models.family import Norms
+from aligner.models.spec import LayerType, ModelSpec, QKNorm
 from aligner.models.tensors import family_of
-from aligner.trainer.megatron.attention import PackedAttention, SharedHeadAttention
-from aligner.trainer.megatron.rotary import RotarySelfAttention, rotary_slice
+from aligner.trainer.megatron.attention import PackedAttention, RotarySelfAttention, SharedHeadAttention
+from aligner.trainer.megatron.rotary import rotary_slice
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight (Zhang & Sennrich 2019); marked so that its gradient is summed under
-    sequence parallelism."""
+    """x / sqrt(mean(x^2) + eps) * weight (Zhang & Sennrich 2019); marked so that Megatron sums its gradient
+    under sequence parallelism."""
 
     def __init__(self, config: Any, hidden_size: int, eps: float = 1e-6, **_: Any) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ class RMSNorm(nn.Module):
 
 
 class RMSNormPlusOne(RMSNorm):
-    """Gemma's: times 1 + weight, all in float32."""
+    """Gemma's RMSNorm: multiplies by 1 + weight, in float32."""
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., hidden] -> the same."""
@@ -54,10 +54,10 @@ class RMSNormPlusOne(RMSNorm):
 
 
 class ProjectionNorm(RMSNorm):
-    """Of queries or keys over all heads together, which tensor ranks share: OLMo 2's.
+    """OLMo 2's RMSNorm of queries or keys over all heads, which are split over tensor-parallel ranks.
 
-    Every rank has the whole weight and uses its own heads' part, so that Megatron, which sums the gradients of query and
-    key norms over the tensor ranks, has the whole gradient on each.
+    Every rank holds the complete weight and uses its heads' part; Megatron sums the gradients of query and key norms over
+    the tensor-parallel ranks, so each rank gets the complete gradient.
     """
 
     def __init__(self, config: Any, hidden_size: int, eps: float, heads: int, group: Any) -> None:
@@ -65,36 +65,36 @@ class ProjectionNorm(RMSNorm):
         self.heads, self.group = heads, group
 
     def forward(self, x: Tensor) -> Tensor:
-        """[T, 1, heads here, head_dim] -> the same. Beyond the key/value heads several ranks have the same one."""
-        here = x.shape[2]
-        copies = here * self.group.size() // self.heads
+        """[T, 1, local heads, head_dim] -> the same. With more ranks than key/value heads, several ranks hold the same one."""
+        local_heads = x.shape[2]
+        copies = local_heads * self.group.size() // self.heads
         square = x.float().pow(2).sum((-2, -1), keepdim=True)
-        if self.group.size() > 1:  # summed forward and backward: each rank's sum reaches every rank's heads
+        if self.group.size() > 1:  # all-reduced forward and backward: each rank's sum enters every rank's output
             square = copy_to_tensor_model_parallel_region(
                 reduce_from_tensor_model_parallel_region(square, self.group), self.group
             )
-        first = self.group.rank() // copies * here
-        weight = self.weight.view(self.heads, -1)[first : first + here].float()
+        first = self.group.rank() // copies * local_heads
+        weight = self.weight.view(self.heads, -1)[first : first + local_heads].float()
         scaled = x.float() * torch.rsqrt(square / copies / self.weight.numel() + self.eps)
         return (scaled * weight).type_as(x)
 
 
 class NormedOutputLayer(TransformerLayer):
-    """A layer that normalises what attention or MLP give, before the residual is added."""
+    """A layer that normalises the outputs of attention or MLP before adding the residual."""
 
-    def __init__(self, *args: Any, norm: type[RMSNorm], after: Norms, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, norm: type[RMSNorm], norms: Norms, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         config = self.config
-        if after.after_attention:
+        if norms.after_attention:
             self.post_attention_norm = norm(config, config.hidden_size, config.layernorm_epsilon)
             self.self_attn_bda = partial(_add_normed, self.post_attention_norm)
-        if after.after_mlp:
+        if norms.after_mlp:
             self.post_mlp_norm = norm(config, config.hidden_size, config.layernorm_epsilon)
             self.mlp_bda = partial(_add_normed, self.post_mlp_norm)
 
 
 def _add_normed(norm: RMSNorm, *_: Any) -> Callable[[tuple[Tensor, Tensor | None], Tensor, float], Tensor]:
-    """In place of Megatron's sum of output, bias and residual (there is no dropout)."""
+    """Replaces Megatron's bias-dropout-add (dropout is 0)."""
 
     def add(output: tuple[Tensor, Tensor | None], residual: Tensor, dropout: float) -> Tensor:
         out, bias = output
@@ -104,25 +104,24 @@ def _add_normed(norm: RMSNorm, *_: Any) -> Callable[[tuple[Tensor, Tensor | None
 
 
 class BiasedColumns(ColumnParallelLinear):
-    """A projection with a bias, whatever the configuration says of all linear layers together."""
+    """A projection with a bias, whatever `TransformerConfig.add_bias_linear` says."""
 
     def __init__(self, *args: Any, bias: bool, **kwargs: Any) -> None:
         super().__init__(*args, bias=True, **kwargs)
 
 
 class BiasedRows(RowParallelLinear):
-    """A projection with a bias, whatever the configuration says of all linear layers together."""
+    """A projection with a bias, whatever `TransformerConfig.add_bias_linear` says."""
 
     def __init__(self, *args: Any, bias: bool, **kwargs: Any) -> None:
         super().__init__(*args, bias=True, **kwargs)
 
 
 class ScalarHead(nn.Module):
-    """One number a token in place of the output layer; computed in float32, since bfloat16 resolves a value of 10 to
-    0.06.
+    """One number per token instead of logits; computed in float32, since the spacing of bfloat16 numbers near 10 is 0.06.
 
-    Whole on every tensor rank, each of which computes the same loss. Under sequence parallelism a rank multiplies its
-    own tokens and gathers the numbers, not the hidden states; its weight's gradient is then of its tokens alone, and is
+    Replicated on the tensor-parallel ranks, which all compute the same loss. Under sequence parallelism each rank computes
+    its own tokens' outputs and all-gathers these, not the hidden states; its weight gradient covers its tokens only and is
     summed like a norm's.
     """
 
@@ -136,21 +135,21 @@ class ScalarHead(nn.Module):
     def forward(self, hidden_states: Tensor, weight: None = None, runtime_gather_output: bool | None = None) -> Any:
         """[T / tensor or T, 1, hidden] -> ([T, 1, 1] float32, None), as Megatron calls its output layer."""
         out = F.linear(hidden_states.float(), self.weight.float())
-        if self.sequence_parallel:  # not reduced in backward: every rank has the whole gradient of the numbers
+        if self.sequence_parallel:  # not reduced in backward: every rank has the complete gradient of the outputs
             out = gather_from_sequence_parallel_region(out, tensor_parallel_output_grad=False, group=self.group)
         return out, None
 
 
 def scale_embedding(factor: Tensor, _: nn.Module, __: Any, embedded: Tensor) -> Tensor:
-    """A forward hook of the embedding, once `factor` (in the weights' data type, as in transformers) is bound."""
+    """A forward hook of the embedding, with `factor` bound (in the weights' data type, as in transformers)."""
     return embedded * factor
 
 
 def block_spec(spec: ModelSpec, layers: Sequence[int], group: Any) -> TransformerBlockSubmodules:
-    """What Megatron builds these layers (counted over the whole model) of, for the tensor ranks of `group`."""
+    """Megatron's specs of these layers (numbered over the whole model), for the tensor-parallel group `group`."""
     names = [spec.layer_types[number] for number in layers]
-    made = {name: _layer_spec(spec, spec.types[name], group) for name in set(names)}
-    return TransformerBlockSubmodules(layer_specs=[made[name] for name in names], layer_norm=_norm(spec))
+    specs = {name: _layer_spec(spec, spec.types[name], group) for name in set(names)}
+    return TransformerBlockSubmodules(layer_specs=[specs[name] for name in names], layer_norm=_norm(spec))
 
 
 def _norm(spec: ModelSpec) -> type[RMSNorm]:
@@ -158,18 +157,18 @@ def _norm(spec: ModelSpec) -> type[RMSNorm]:
 
 
 def _layer_spec(spec: ModelSpec, layer_type: LayerType, group: Any) -> ModuleSpec:
-    found = copy.deepcopy(
+    layer = copy.deepcopy(
         get_gpt_layer_local_spec(
             normalization="RMSNorm",
             qk_layernorm=spec.qk_norm is not None,
             num_experts=spec.experts if layer_type.sparse else None,
         )
     )
-    parts, norm, norms = found.submodules, _norm(spec), family_of(spec).norms
+    parts, norm, norms = layer.submodules, _norm(spec), family_of(spec).norms
     parts.input_layernorm = norm if norms.before_attention else IdentityOp
     parts.pre_mlp_layernorm = norm if norms.before_mlp else IdentityOp
     if norms.after_attention or norms.after_mlp:
-        found.module, found.params = NormedOutputLayer, {"norm": norm, "after": norms}
+        layer.module, layer.params = NormedOutputLayer, {"norm": norm, "norms": norms}
     parts.self_attention.module = SharedHeadAttention if group.size() > spec.kv_heads else RotarySelfAttention
     parts.self_attention.params["rotary"] = rotary_slice(spec, layer_type.rope)
     attention = parts.self_attention.submodules
@@ -184,4 +183,4 @@ def _layer_spec(spec: ModelSpec, layer_type: LayerType, group: Any) -> ModuleSpe
         attention.linear_proj = BiasedRows
     if spec.mlp_bias and not layer_type.sparse:
         parts.mlp.submodules.linear_fc1, parts.mlp.submodules.linear_fc2 = BiasedColumns, BiasedRows
-    return found
+    return layer

@@ -1,8 +1,9 @@
-"""Which regions of which logical tensors Megatron's ranks hold, by rank and by tensor (pure arithmetic, no torch)."""
+"""Which regions of which checkpoint tensors Megatron's ranks hold, by rank and by tensor (pure arithmetic, no torch)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from functools import cached_property
 
 from aligner.models.cuts import CutParameters, Held, Parameter, Vocabulary
@@ -24,22 +25,21 @@ from aligner.trainer.megatron.sizes import check_sizes, make_stages
 
 
 def padded_vocab_size(spec: ModelSpec, tensor: int) -> int:
-    """Fewest rows of the embedding that the tensor ranks share equally."""
+    """Rows of the embedding, padded to a multiple of the tensor-parallel size."""
     cut = embedding(spec).cut
     assert isinstance(cut, Vocabulary)
     return cut.padded(tensor)
 
 
 class MegatronLayout:
-    """What every rank of a role on Megatron holds; for any mesh, whether or not such a world exists.
+    """The weight layout of a role on Megatron: which regions every rank holds, for any mesh, without process groups.
 
-    Storages are the GPTModel's own parameter names, with layers counted from the chunk's first and experts from the
-    rank's first; with virtual_pipeline > 1 they begin with "chunk<number>.". Rows that pad the vocabulary belong to no
-    piece. A tied model has an output layer of its own only in a last chunk that is not also the first; it then holds
-    the embedding's rows again.
+    Storages are the GPTModel's parameter names, with layers numbered from the chunk's first and experts from the rank's
+    first; with virtual_pipeline > 1 they begin with "chunk<number>.". Padding rows of the vocabulary belong to no piece.
+    A tied model has a separate output layer only if its last chunk is not also the first; it is a copy of the embedding.
 
     Raises:
-        ValueError: the model cannot be cut over this mesh.
+        ValueError: the model cannot be split over this mesh.
     """
 
     def __init__(self, spec: ModelSpec, mesh: Mesh, dtype: str) -> None:
@@ -54,7 +54,7 @@ class MegatronLayout:
         }
         if spec.experts:
             self._expert = CutParameters(expert_parameters(spec), mesh.expert_tensor)
-        self._place = {
+        self._stage_and_storage = {
             number: (stage, self._layer_storage(chunk, local))
             for stage in range(mesh.pipeline)
             for chunk, layers in enumerate(self.stages.chunks(stage))
@@ -68,60 +68,60 @@ class MegatronLayout:
         return self._mesh.ranks
 
     def layout(self, rank: int) -> Sequence[Piece]:
-        """Everything one rank holds; nothing where it is not of the role."""
+        """All pieces that one rank holds; none if the rank is not one of the role's."""
         return list(self._pieces(rank)) if self._mesh.shard_of(rank) is not None else []
 
     def holders(self, name: str) -> Sequence[tuple[Piece, tuple[int, ...]]]:
-        """Every distinct piece of one logical tensor with the ranks that hold it in that very form, ascending."""
+        """The distinct pieces of a checkpoint tensor, each with the ranks that hold it, ascending."""
         if not name.startswith(LAYER):
             return [
                 (self._piece(held, "", self._chunk(chunk)), self._ranks_of(stage, tensors))
                 for (stage, chunk), cut in self._ends.items()
                 for held, tensors in cut.by_name.get(name, ())
             ]
-        text, _, inside = name[len(LAYER) :].partition(".")
-        number = int(text) if text.isdecimal() else -1
-        if number not in self._place:
+        layer, _, suffix = name[len(LAYER) :].partition(".")
+        number = int(layer) if layer.isdecimal() else -1
+        if number not in self._stage_and_storage:
             return []
-        stage, storage = self._place[number]
-        expert = split_expert(self._spec, inside) if number in self._sparse else None
+        stage, storage = self._stage_and_storage[number]
+        expert = split_expert(self._spec, suffix) if number in self._sparse else None
         if expert is None:
-            cut, part, names = self._layers[self._spec.layer_types[number]], None, layer_name(number, "")
+            cut, shard, prefix = self._layers[self._spec.layer_types[number]], None, layer_name(number, "")
         elif expert[0] < self._spec.experts:
-            cut, (part, slot) = self._expert, divmod(expert[0], self._held_experts)
-            names, storage = self._of_expert(number, expert[0], slot, storage)
-            inside = expert[1]
+            cut, (shard, slot) = self._expert, divmod(expert[0], self._experts_per_rank)
+            prefix, storage = self._expert_prefixes(number, expert[0], slot, storage)
+            suffix = expert[1]
         else:
             return []
         return [
-            (self._piece(held, names, storage), self._ranks_of(stage, tensors, part))
-            for held, tensors in cut.by_name.get(inside, ())
+            (self._piece(held, prefix, storage), self._ranks_of(stage, tensors, shard))
+            for held, tensors in cut.by_name.get(suffix, ())
         ]
 
     def _pieces(self, rank: int) -> Iterator[Piece]:
-        at = self._mesh.coordinates(rank)
-        stage, tensor = at["pipeline"], at["tensor"]
-        experts = self._mesh.coordinates(rank, EXPERT_AXES)
+        dense_coordinates = self._mesh.coordinates(rank)
+        stage, tensor = dense_coordinates["pipeline"], dense_coordinates["tensor"]
+        expert_coordinates = self._mesh.coordinates(rank, EXPERT_AXES)
         for chunk, layers in enumerate(self.stages.chunks(stage)):
             end = self._ends.get((stage, chunk))
             for held in end.of_part[tensor] if end else ():
                 yield self._piece(held, "", self._chunk(chunk))
             for number in layers:
-                storage = self._place[number][1]
+                storage = self._stage_and_storage[number][1]
                 for held in self._layers[self._spec.layer_types[number]].of_part[tensor]:
                     yield self._piece(held, layer_name(number, ""), storage)
-                for slot in range(self._held_experts if number in self._sparse else 0):
-                    expert = experts["expert"] * self._held_experts + slot
-                    at_expert = self._of_expert(number, expert, slot, storage)
-                    for held in self._expert.of_part[experts["expert_tensor"]]:
-                        yield self._piece(held, *at_expert)
+                for slot in range(self._experts_per_rank if number in self._sparse else 0):
+                    expert = expert_coordinates["expert"] * self._experts_per_rank + slot
+                    prefixes = self._expert_prefixes(number, expert, slot, storage)
+                    for held in self._expert.of_part[expert_coordinates["expert_tensor"]]:
+                        yield self._piece(held, *prefixes)
 
     @property
-    def _held_experts(self) -> int:
+    def _experts_per_rank(self) -> int:
         return self._spec.experts // self._mesh.expert
 
-    def _of_expert(self, number: int, expert: int, slot: int, storage: str) -> tuple[str, str]:
-        """What the names of an expert's tensors and storages begin with."""
+    def _expert_prefixes(self, number: int, expert: int, slot: int, storage: str) -> tuple[str, str]:
+        """Prefixes of the names of an expert's tensors and of its storages."""
         return layer_name(number, expert_prefix(self._spec, expert)), f"{storage}mlp.experts.local_experts.{slot}."
 
     def _chunk(self, chunk: int) -> str:
@@ -131,21 +131,23 @@ class MegatronLayout:
         return f"{self._chunk(chunk)}decoder.layers.{local}."
 
     def _end_parameters(self, stage: int, chunk: int) -> list[Parameter]:
-        """Parameters outside the layers, of the chunks that have them."""
+        """Parameters outside the layers, for the first and the last chunk of the model."""
         first, last = self.stages.is_first(stage, chunk), self.stages.is_last(stage, chunk)
-        own_output = [] if self._spec.tied and first else [output_layer(self._spec)]
-        return [*([embedding(self._spec)] if first else ()), *([final_norm(self._spec), *own_output] if last else ())]
+        output = [] if self._spec.tied and first else [output_layer(self._spec)]
+        return [*([embedding(self._spec)] if first else ()), *([final_norm(self._spec), *output] if last else ())]
 
-    def _piece(self, held: Held, names: str, storages: str) -> Piece:
+    def _piece(self, held: Held, name_prefix: str, storage_prefix: str) -> Piece:
         name, lo, size, offset, stride = held.region
-        return Piece(names + name, lo, size, storages + held.storage, offset, stride, self._dtype)
+        return Piece(name_prefix + name, lo, size, storage_prefix + held.storage, offset, stride, self._dtype)
 
     def _ranks_of(self, stage: int, tensors: tuple[int, ...], expert: int | None = None) -> tuple[int, ...]:
-        """The ranks of a stage with these tensor coordinates, or with these expert-tensor ones of an expert shard."""
+        """The ranks of a stage with these tensor coordinates; for an expert shard, with these expert-tensor coordinates."""
         key = (stage, tensors, expert)
         if key not in self._members:
-            at = self._ranks_at[stage]
-            self._members[key] = tuple(sorted(rank for tensor in tensors for rank in at.get((expert, tensor), ())))
+            ranks_at = self._ranks_at[stage]
+            self._members[key] = tuple(
+                sorted(rank for tensor in tensors for rank in ranks_at.get((expert, tensor), ()))
+            )
         return self._members[key]
 
     @cached_property
@@ -154,7 +156,28 @@ class MegatronLayout:
         stages: list[dict[tuple[int | None, int], list[int]]] = [{} for _ in range(self._mesh.pipeline)]
         for rank in self._mesh.ranks:
             dense, of_experts = self._mesh.coordinates(rank), self._mesh.coordinates(rank, EXPERT_AXES)
-            found = stages[dense["pipeline"]]
-            found.setdefault((None, dense["tensor"]), []).append(rank)
-            found.setdefault((of_experts["expert"], of_experts["expert_tensor"]), []).append(rank)
+            ranks_at = stages[dense["pipeline"]]
+            ranks_at.setdefault((None, dense["tensor"]), []).append(rank)
+            ranks_at.setdefault((of_experts["expert"], of_experts["expert_tensor"]), []).append(rank)
         return stages
+
+
+@dataclass(frozen=True)
+class MegatronSharding:
+    """A checkpoint as one file for each rank of a Megatron layout without data parallelism, for tools/convert.py
+    (an `aligner.models.stored.Sharding`). Parallel sizes as in placement.policy."""
+
+    tensor: int = 1
+    pipeline: int = 1
+    expert: int = 1
+    expert_tensor: int = 1
+
+    @property
+    def sizes(self) -> Mapping[str, int]:
+        """Parallel sizes by name."""
+        return asdict(self)
+
+    def layout(self, spec: ModelSpec, dtype: str) -> MegatronLayout:
+        """The pieces in each of the folder's files. Raises ValueError if the model cannot be split so."""
+        ranks = self.pipeline * max(self.tensor, self.expert * self.expert_tensor)
+        return MegatronLayout(spec, Mesh(tuple(range(ranks)), **asdict(self), name="layout"), dtype)

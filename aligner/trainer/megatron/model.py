@@ -1,4 +1,4 @@
-"""Build the Megatron GPT model of a checkpoint for one rank of a role, and say which regions it holds."""
+"""The Megatron GPTModel of a checkpoint on one rank of a role, with the regions that its parameters hold."""
 
 from __future__ import annotations
 
@@ -16,8 +16,7 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from aligner.models.family import Head
-from aligner.models.spec import ModelSpec
+from aligner.models.spec import Head, ModelSpec
 from aligner.models.tensors import EMBEDDING_PARAMETER, OUTPUT_PARAMETER
 from aligner.reshard.message.storage import strided_view
 from aligner.reshard.plan.region import Piece
@@ -36,17 +35,17 @@ class ShardedModel:
     """This rank's part of the model."""
 
     chunks: list[GPTModel]
-    """One, or this stage's chunks of a virtual pipeline, in the model's order."""
+    """One chunk, or this stage's chunks of a virtual pipeline, in the model's order."""
     rotary: PackedRotary
-    """Of all chunks."""
+    """Shared by all chunks."""
     config: TransformerConfig
     layout: MegatronLayout
-    """Which region of which checkpoint tensor the parameters of every rank hold."""
+    """Which regions of which checkpoint tensors every rank's parameters hold."""
     rank: int
-    """This rank, in the world."""
+    """World rank."""
 
     def pieces(self) -> Sequence[Piece]:
-        """What the parameters of this rank hold."""
+        """The regions that this rank's parameters hold."""
         return self._pieces
 
     @cached_property
@@ -54,7 +53,7 @@ class ShardedModel:
         return self.layout.layout(self.rank)
 
     def view(self, piece: Piece) -> Tensor:
-        """The strided view of a parameter that holds `piece`; writable."""
+        """A writable strided view of the parameter that holds `piece`."""
         return strided_view(self.parameters[piece.storage].data, piece)
 
     @cached_property
@@ -68,14 +67,14 @@ class ShardedModel:
         }
 
     def train(self, training: bool = True) -> None:
-        """Into training mode, or out of it."""
+        """Set training or evaluation mode."""
         for chunk in self.chunks:
             chunk.train(training)
 
 
 def keep_values(weight: Tensor) -> Tensor:
-    """Initialisation that does nothing: weights come from a checkpoint. Skipping initialisation altogether
-    (`perform_initialization=False`) would leave the tensor-parallel marks unset and the gradient norm wrong."""
+    """An initialiser that does nothing: weights come from a checkpoint. `perform_initialization=False` would also skip setting
+    the parameters' tensor-parallel attributes, and the gradient norm would be wrong."""
     return weight
 
 
@@ -116,11 +115,11 @@ def transformer_config(
         context_parallel_size=mesh.context,
         virtual_pipeline_model_parallel_size=mesh.virtual_pipeline if mesh.virtual_pipeline > 1 else None,
         sequence_parallel=sequence_parallel,
-        # a row-wise mean over the global batch is in the loss's own weights: gradients are summed, never averaged
+        # the loss is already divided by the global batch's denominators: gradients are summed, not averaged
         calculate_per_token_loss=True,
         variable_seq_lengths=mesh.pipeline > 1,
-        moe_token_dispatcher_type="alltoall",  # variable_seq_lengths asks for it, in dense models too
-        # batched messages between the chunks of a virtual pipeline give wrong numbers without an error
+        moe_token_dispatcher_type="alltoall",  # variable_seq_lengths requires it, for dense models too
+        # batched p2p between the chunks of a virtual pipeline silently gives wrong numbers
         batch_p2p_comm=mesh.virtual_pipeline == 1,
         overlap_p2p_comm=mesh.virtual_pipeline > 1,
         bias_activation_fusion=False,
@@ -135,14 +134,14 @@ def transformer_config(
 
 
 def _expert_settings(spec: ModelSpec, mesh: Mesh) -> dict[str, Any]:
-    """The router works as in transformers: float32, the chosen experts' share of the softmax over all of them."""
+    """MoE settings; the router as in transformers: float32, probabilities from the softmax over all experts."""
     if not spec.experts:
         return {}
     return {
         "num_moe_experts": spec.experts,
         "moe_router_topk": spec.experts_per_token,
         "moe_ffn_hidden_size": spec.expert_ffn,
-        # divided by their sum, the chosen probabilities are a softmax over the chosen alone
+        # renormalised top-k probabilities equal a softmax over the top-k logits
         "moe_router_pre_softmax": not spec.norm_topk,
         "moe_router_load_balancing_type": "none",
         "moe_router_dtype": "fp32",
@@ -161,37 +160,41 @@ def build_model(
     sequence_parallel: bool,
     recompute: str = "none",
 ) -> ShardedModel:
-    """The part of the model that `rank` holds, with zeroed weights.
+    """This rank's part of the model, with zero weights.
 
     Raises:
-        ValueError: Megatron cannot run this model so.
+        ValueError: Megatron cannot run this model under this mesh.
     """
     check_runs(spec, mesh, sequence_parallel, cpu=device.type == "cpu")
-    side, at = MegatronLayout(spec, mesh, dtype), mesh.coordinates(rank)
-    experts, stage = mesh.coordinates(rank, EXPERT_AXES), at["pipeline"]
+    layout, coordinates = MegatronLayout(spec, mesh, dtype), mesh.coordinates(rank)
+    expert_coordinates, stage = mesh.coordinates(rank, EXPERT_AXES), coordinates["pipeline"]
     rotary = PackedRotary(spec, device)
     chunks = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         config = transformer_config(spec, mesh, DTYPES[dtype], sequence_parallel, recompute)
         model_parallel_cuda_manual_seed(
-            1, tp_rank=at["tensor"], ep_rank=experts["expert"], etp_rank=experts["expert_tensor"], force_reset_rng=True
+            1,
+            tp_rank=coordinates["tensor"],
+            ep_rank=expert_coordinates["expert"],
+            etp_rank=expert_coordinates["expert_tensor"],
+            force_reset_rng=True,
         )
-        for number, layers in enumerate(side.stages.chunks(stage)):
+        for number, layers in enumerate(layout.stages.chunks(stage)):
             gpt = GPTModel(
                 config,
                 block_spec(spec, layers, groups.tp),
                 vocab_size=padded_vocab_size(spec, mesh.tensor),
                 max_sequence_length=spec.max_positions,
-                pre_process=side.stages.is_first(stage, number),
-                post_process=side.stages.is_last(stage, number),
+                pre_process=layout.stages.is_first(stage, number),
+                post_process=layout.stages.is_last(stage, number),
                 position_embedding_type="rope",
                 share_embeddings_and_output_weights=spec.tied,
                 pg_collection=groups,
                 vp_stage=number if mesh.virtual_pipeline > 1 else None,
             )
             gpt.rotary_pos_emb = rotary
-            if gpt.post_process and spec.head is Head.SCALAR:  # Megatron's own, just made, goes unused
+            if gpt.post_process and spec.head is Head.SCALAR:  # replaces Megatron's output layer
                 gpt.output_layer = ScalarHead(config, groups.tp)
             if gpt.pre_process and spec.embedding_scale != 1.0:
                 factor = torch.tensor(spec.embedding_scale, dtype=DTYPES[dtype], device=device)
@@ -200,19 +203,19 @@ def build_model(
     with torch.no_grad():
         for gpt in chunks:
             for parameter in gpt.parameters():
-                parameter.zero_()  # rows that pad the vocabulary stay zero
-    model = ShardedModel(chunks, rotary, config, side, rank)
+                parameter.zero_()  # padding rows of the vocabulary stay zero
+    model = ShardedModel(chunks, rotary, config, layout, rank)
     _check_layout(model)
     return model
 
 
 def _check_layout(model: ShardedModel) -> None:
-    """Megatron's parameters are those of the layout, and have as many elements; rows that pad the vocabulary aside."""
-    held = dict.fromkeys(model.parameters, 0)
+    """Assert that Megatron's parameters have the layout's names and numbers of elements, apart from padding of the vocabulary."""
+    elements = dict.fromkeys(model.parameters, 0)
     for piece in model.pieces():
-        assert piece.storage in held, f"{piece.storage} is in the layout, not in the model"
-        held[piece.storage] += piece.elements
+        assert piece.storage in elements, f"{piece.storage} is in the layout, not in the model"
+        elements[piece.storage] += piece.elements
     for name, parameter in model.parameters.items():
         padded = name.endswith((EMBEDDING_PARAMETER, OUTPUT_PARAMETER))
-        fits = held[name] == parameter.numel() or (padded and held[name] < parameter.numel())
-        assert fits, f"{name} has {parameter.numel()} elements, its layout {held[name]}"
+        fits = elements[name] == parameter.numel() or (padded and elements[name] < parameter.numel())
+        assert fits, f"{name} has {parameter.numel()} elements, its layout {elements[name]}"

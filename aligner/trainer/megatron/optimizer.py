@@ -19,7 +19,7 @@ from aligner.trainer.megatron.model import ShardedModel
 
 
 class Optimizer:
-    """Gradient buffers, fp32 master weights where parameters are bf16, AdamW, clipping by the global norm."""
+    """Gradient buffers, float32 master weights for bfloat16 parameters, AdamW, clipping by the global norm."""
 
     def __init__(self, model: ShardedModel, config: OptimizerConfig, groups: ProcessGroupCollection) -> None:
         self.config = config
@@ -52,13 +52,13 @@ class Optimizer:
                 )
 
         def finish_gradients(models: list[Any], num_tokens: Any = None, **kwargs: Any) -> None:
-            # the loss's own weights hold the global denominator; a second division would be silent
+            # the loss is already divided by the global denominator; dividing again would be a silent error
             finalize_model_grads(models, None, pg_collection=groups)
 
         model.config.finalize_model_grads_func = finish_gradients
 
     def zero_grad(self) -> None:
-        """Forget the last step's gradients."""
+        """Zero the gradients."""
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.inner.zero_grad()
@@ -71,22 +71,22 @@ class Optimizer:
 
     @torch.no_grad()
     def norm(self) -> float:
-        """The norm of the gradients over the role's ranks, before clipping; nothing has changed yet."""
+        """L2 norm of the gradients over the role's ranks, before clipping; changes no weights."""
         self.inner.prepare_grads()
         return float(self.inner.get_grad_norm())
 
     @torch.no_grad()
     def step(self, lr: float, norm: float) -> None:
-        """One AdamW step at learning rate `lr`, after `norm()`, whose result it is given.
+        """One AdamW step at learning rate `lr`; `norm` is the result of `norm()`, called before.
 
-        Megatron's own `step` asks for the norm and goes on whatever it is; so its parts are called here.
+        Megatron's own `step` computes the norm and steps whatever it is, so its parts are called here instead.
         """
         for group in self.inner.param_groups:
             group["lr"] = lr * group.get("lr_mult", 1.0)
-            # Megatron leaves this to its own scheduler: norms and biases carry wd_mult=0
+            # normally set by Megatron's scheduler: norms and biases have wd_mult=0
             group["weight_decay"] = self.config.weight_decay * group.get("wd_mult", 1.0)
-        for one in self.inner.chained_optimizers:
-            parameters = [] if getattr(one, "is_stub_optimizer", False) else one.get_parameters()
+        for chained in self.inner.chained_optimizers:
+            parameters = [] if getattr(chained, "is_stub_optimizer", False) else chained.get_parameters()
             if parameters and self.config.clip_grad > 0:
                 clip_grad_by_total_norm_fp32(parameters, max_norm=self.config.clip_grad, total_norm=norm)
         self.inner.step_with_ready_grads()

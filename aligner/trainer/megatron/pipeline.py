@@ -1,4 +1,4 @@
-"""Run microbatches through pipeline stages with Megatron's schedules: the last stage's readouts, or gradients."""
+"""Microbatches through Megatron's pipeline schedules: readouts on the last stage, or gradients."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from aligner.trainer.vocab_parallel import Logits
 
 
 class Pipeline:
-    """One role's model and groups, ready to run packed microbatches."""
+    """Runs packed microbatches through one role's model."""
 
     def __init__(
         self,
@@ -32,13 +32,13 @@ class Pipeline:
     ) -> None:
         """
         Args:
-            vocab: true size of the vocabulary.
+            vocab: unpadded vocabulary size.
             progress: called at each microbatch.
         """
         self.model, self.groups, self.readout, self.vocab, self.progress = model, groups, readout, vocab, progress
 
     def forward(self, packed: Sequence[Packed]) -> list[Tensor]:
-        """Forward only. The readout's result for each microbatch on the last stage; [] on the others."""
+        """Forward only. Returns the first readout of each microbatch on the last stage; [] on the others."""
         results: dict[int, Tensor] = {}
 
         def collect(number: int, readouts: dict[str, Tensor]) -> Tensor:
@@ -50,7 +50,7 @@ class Pipeline:
         return [results[number] for number in sorted(results)]
 
     def backward(self, wrapped: list[Any], packed: Sequence[Packed], loss: MicrobatchLoss) -> None:
-        """Forward and backward of every microbatch, then the reduction of gradients over the role's ranks."""
+        """Forward and backward of every microbatch, then the gradient reduction over the role's ranks."""
         self._run(wrapped, packed, loss, forward_only=False)
 
     def _run(self, chunks: Sequence[Any], packed: Sequence[Packed], loss: MicrobatchLoss, forward_only: bool) -> None:
@@ -63,19 +63,19 @@ class Pipeline:
             def loss_of(output_1TX: Tensor) -> Any:
                 self.progress()
                 head = Logits(output_1TX[0], self.groups.tp, self.vocab)
-                value = loss(number, self._whole(self.readout(head, batch)))
-                # three values: Megatron then neither averages over microbatches nor scales by data shards
+                value = loss(number, self._joined(self.readout(head, batch)))
+                # with three values Megatron neither averages over microbatches nor scales by data-parallel ranks
                 return value, torch.zeros((), dtype=torch.int, device=value.device), {}
 
             return output, loss_of
 
-        stages, many = self.groups.pp.size(), len(chunks) > 1
+        stages, is_virtual = self.groups.pp.size(), len(chunks) > 1
         extra = {"p2p_communicator": P2PCommunicator(self.groups.pp, self.model.config)} if stages > 1 else {}
         iterators = [iter(enumerate(packed)) for _ in chunks]
-        get_forward_backward_func(pp_size=stages, vp_size=len(chunks) if many else None)(
+        get_forward_backward_func(pp_size=stages, vp_size=len(chunks) if is_virtual else None)(
             forward_step_func=forward_step,
-            data_iterator=iterators if many else iterators[0],
-            model=list(chunks) if many else chunks[0],
+            data_iterator=iterators if is_virtual else iterators[0],
+            model=list(chunks) if is_virtual else chunks[0],
             num_microbatches=len(packed),
             seq_length=packed[0].tokens_T.numel(),
             micro_batch_size=1,
@@ -84,11 +84,11 @@ class Pipeline:
             **extra,
         )
 
-    def _whole(self, readouts: dict[str, Tensor]) -> dict[str, Tensor]:
-        """What the context ranks read out, each of its own tokens, added up: the same on all of them.
+    def _joined(self, readouts: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Sum the readouts over context-parallel ranks, each of which has its own tokens and 0 elsewhere.
 
-        Each then computes the same loss, and its gradient goes back to its own tokens alone: summed over the context
-        ranks as over data shards, it is counted once.
+        Every rank then computes the same loss, and its gradient reaches its own tokens only: summed over context-parallel
+        ranks as over data shards, each token counts once.
         """
         if self.groups.cp.size() == 1:
             return readouts

@@ -1,4 +1,4 @@
-"""Rotary positions of packed rows: inverse frequencies of each layer type, angles, and the attention that uses its own."""
+"""Rotary position embeddings of packed rows: inverse frequencies and angles, for each layer type of a model."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from megatron.core.transformer.attention import SelfAttention
 from torch import Tensor, nn
 
 from aligner.models.rope import ORIGINAL, Rope
@@ -16,14 +15,14 @@ from aligner.models.spec import ModelSpec
 
 
 def inverse_frequencies(rope: Rope, head_dim: int) -> Tensor:
-    """[rotary_dim / 2] float32, on the CPU: radians by which a position turns each pair of dimensions."""
+    """[rotary_dim / 2] float32, on the CPU: angle in radians per position, for each pair of dimensions."""
     dim = rope.rotary_dim(head_dim)
     exponent = torch.arange(0, dim, 2, dtype=torch.float32) / dim
     return SCALED[rope.rope_type](1.0 / rope.theta**exponent, rope)
 
 
 def _unscaled(frequency: Tensor, rope: Rope) -> Tensor:
-    """As it is. So with "dynamic" too, whose base grows only beyond max_position_embeddings (see `Rope.longest`)."""
+    """Unchanged; also for "dynamic", whose base grows only beyond max_position_embeddings (see `Rope.longest`)."""
     return frequency
 
 
@@ -33,7 +32,7 @@ def _linear_scaled(frequency: Tensor, rope: Rope) -> Tensor:
 
 
 def _llama3_scaled(frequency: Tensor, rope: Rope) -> Tensor:
-    """Llama 3.1's long-context frequencies: long wavelengths are stretched by `factor`, medium ones blended."""
+    """Llama 3.1: long wavelengths are multiplied by `factor`, medium ones interpolated."""
     factor, low, high = (rope.parameters[key] for key in ("factor", "low_freq_factor", "high_freq_factor"))
     turns = rope.parameters[ORIGINAL] * frequency / (2 * torch.pi)
     blend = ((turns - low) / (high - low)).clamp(0.0, 1.0)
@@ -41,26 +40,26 @@ def _llama3_scaled(frequency: Tensor, rope: Rope) -> Tensor:
 
 
 def _yarn_scaled(frequency: Tensor, rope: Rope) -> Tensor:
-    """YaRN, Peng et al. 2023, section 3.2: pairs that turn more than `beta_fast` times in the original context keep their
-    frequency, those that turn less than `beta_slow` times are interpolated by `factor`, a linear ramp between."""
+    """YaRN, Peng et al. 2023, section 3.2: pairs with more than `beta_fast` rotations over the original context keep their
+    frequency, those with fewer than `beta_slow` are interpolated by `factor`, with a linear ramp in between."""
     pairs = len(frequency)
 
-    def pair_that_turns(times: float) -> float:
-        return pairs * math.log(rope.parameters[ORIGINAL] / (times * 2 * math.pi)) / math.log(rope.theta)
+    def pair_with_rotations(rotations: float) -> float:
+        return pairs * math.log(rope.parameters[ORIGINAL] / (rotations * 2 * math.pi)) / math.log(rope.theta)
 
-    low = pair_that_turns(rope.parameters.get("beta_fast", 32))
-    high = pair_that_turns(rope.parameters.get("beta_slow", 1))
+    low = pair_with_rotations(rope.parameters.get("beta_fast", 32))
+    high = pair_with_rotations(rope.parameters.get("beta_slow", 1))
     if rope.parameters.get("truncate", True):
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, 2 * pairs - 1)
     if low == high:
-        high += 0.001  # a step, where there is no room for a ramp
+        high += 0.001  # avoid dividing by 0: a step instead of a ramp
     ramp = ((torch.arange(pairs, dtype=torch.float32) - low) / (high - low)).clamp(0.0, 1.0)
     return frequency / rope.parameters["factor"] * ramp + frequency * (1 - ramp)
 
 
 def _longrope_scaled(frequency: Tensor, rope: Rope) -> Tensor:
-    """LongRoPE, Ding et al. 2024, up to the original context: a factor of its own for each pair."""
+    """LongRoPE, Ding et al. 2024, up to the original context: one factor per pair."""
     return frequency / torch.tensor(rope.parameters["short_factor"], dtype=torch.float32)
 
 
@@ -72,12 +71,12 @@ SCALED: Mapping[str, Callable[[Tensor, Rope], Tensor]] = {
     "yarn": _yarn_scaled,
     "longrope": _longrope_scaled,
 }
-"""By rope_type."""
+"""Scaling functions by rope_type."""
 
 
 @dataclass(frozen=True)
 class RotarySlice:
-    """A layer type's part of the angles that `PackedRotary` makes for all layer types at once."""
+    """A layer type's slice of the angles that `PackedRotary` computes for all layer types."""
 
     start: int
     stop: int
@@ -85,7 +84,7 @@ class RotarySlice:
     """See `Rope.attention_factor`."""
 
     def scale_queries(self, query: Tensor) -> Tensor:
-        """[..., head_dim] with the square of the attention factor on the dimensions that are rotated."""
+        """Multiply the rotated dimensions of [..., head_dim] by the square of the attention factor."""
         if self.attention_factor == 1.0:
             return query
         rotated, rest = query.tensor_split([self.stop - self.start], -1)
@@ -93,7 +92,7 @@ class RotarySlice:
 
 
 def rotary_slices(spec: ModelSpec) -> list[tuple[Rope, RotarySlice]]:
-    """Each table once, in the order of the angles; layer types with the same rotary positions share one."""
+    """The distinct rotary embeddings with their slices, in order; layer types with equal ones share a slice."""
     slices: list[tuple[Rope, RotarySlice]] = []
     stop = 0
     for rope in spec.rope.values():
@@ -104,51 +103,29 @@ def rotary_slices(spec: ModelSpec) -> list[tuple[Rope, RotarySlice]]:
 
 
 def rotary_slice(spec: ModelSpec, rope: Rope) -> RotarySlice:
-    """Where the angles of one of the model's layer types are."""
-    return next(own for other, own in rotary_slices(spec) if other == rope)
+    """The slice of a layer type's angles."""
+    return next(slice_ for other, slice_ in rotary_slices(spec) if other == rope)
 
 
 class PackedRotary(nn.Module):
-    """Rotary angles at the packed tokens' own positions, in place of Megatron's table of 0..T-1.
+    """Rotary angles at the packed tokens' positions, instead of Megatron's table for positions 0..T-1.
 
-    The angles of all layer types are computed at the start of each forward from `positions_T`, in which each row begins
-    at 0, and passed on as one tensor, so that recompute and pipelining see the right ones.
+    Each forward computes the angles of all layer types from `positions_T`, in which each row begins at 0, and passes them on
+    as one tensor, so that recompute and pipelining use the right ones.
     """
 
     def __init__(self, spec: ModelSpec, device: torch.device) -> None:
         super().__init__()
-        halves = [inverse_frequencies(rope, spec.head_dim) for rope, _ in rotary_slices(spec)]
-        # each frequency turns dimension i and dimension i + rotary_dim / 2
-        self.frequency = torch.cat([half for one in halves for half in (one, one)]).to(device)
+        frequencies = [inverse_frequencies(rope, spec.head_dim) for rope, _ in rotary_slices(spec)]
+        # each frequency rotates dimensions i and i + rotary_dim / 2
+        self.frequency = torch.cat([repeated for half in frequencies for repeated in (half, half)]).to(device)
         self.positions_T: Tensor | None = None
 
     def get_rotary_seq_len(self, *args: Any) -> int:
-        """Megatron asks for a table length; the positions say it all."""
+        """Megatron asks for the table's length, which is not used."""
         return 0
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """[T, 1, 1, sum of the tables' rotary dimensions] angles, float32."""
         assert self.positions_T is not None
         return torch.outer(self.positions_T.float(), self.frequency)[:, None, None, :]
-
-
-class RotarySelfAttention(SelfAttention):
-    """Megatron's self-attention, with the rotary angles and the attention factor of its layer type.
-
-    Megatron multiplies cosines and sines by one factor for all layers, of YaRN's form alone. Here the square of the
-    factor is on the rotated dimensions of the queries, which makes the same scores.
-    """
-
-    def __init__(self, *args: Any, rotary: RotarySlice, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.rotary = rotary
-
-    def forward(self, *args: Any, rotary_pos_emb: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """[T, 1, hidden] -> the same; `rotary_pos_emb` [T, 1, 1, all layer types'] from `PackedRotary`."""
-        own = rotary_pos_emb[..., self.rotary.start : self.rotary.stop]
-        return super().forward(*args, rotary_pos_emb=own, **kwargs)  # type: ignore[no-any-return]
-
-    def get_query_key_value_tensors(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries [T, 1, heads / tensor, head_dim], keys and values [T, 1, key/value heads / tensor, head_dim]."""
-        query, key, value = super().get_query_key_value_tensors(*args, **kwargs)
-        return self.rotary.scale_queries(query), key, value

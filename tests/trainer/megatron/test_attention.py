@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from aligner.trainer.megatron.attention import packed_attention
+from aligner.trainer.megatron.packed_attention import packed_attention
 from tests.trainer.context_on_ranks import SCALE, dense
 
 

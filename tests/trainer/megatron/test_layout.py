@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from aligner.models.spec import ModelSpec, read_spec
+from aligner.models.read_spec import read_spec
+from aligner.models.spec import ModelSpec
 from aligner.models.tensors import expert_tensors, logical_tensors, router_tensor
 from aligner.reshard.local import TensorWeights
 from aligner.reshard.plan.region import Piece

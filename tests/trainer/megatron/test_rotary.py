@@ -16,9 +16,9 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.models.phi3.modeling_phi3 import apply_rotary_pos_emb
 
-from aligner.models.family import LayerType
+from aligner.models.read_spec import read_spec
 from aligner.models.rope import Rope
-from aligner.models.spec import ModelSpec, read_spec
+from aligner.models.spec import LayerType, ModelSpec
 from aligner.trainer.megatron.rotary import PackedRotary, RotarySlice, inverse_frequencies, rotary_slice, rotary_slices
 from tests.models.test_spec import OLD, written
 

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from aligner.models.spec import ModelSpec, read_spec
+from aligner.models.read_spec import read_spec
+from aligner.models.spec import ModelSpec
 from aligner.spmd.mesh import Mesh
 from aligner.trainer.megatron.sizes import check_runs, check_sizes, make_stages, valid_tensor_sizes
 from tests.models.tiny import save_tiny

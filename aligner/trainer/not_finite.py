@@ -1,4 +1,5 @@
-"""Optimizer steps that are left out because a number is not finite: how many there were, and how many may be (no torch)."""
+"""`guards.not_finite`: optimizer steps that are skipped because loss or gradients are NaN or infinite, and their limits (no
+torch)."""
 
 from __future__ import annotations
 
@@ -9,37 +10,37 @@ from typing import Annotated
 from aligner.bounds import AtLeast, OneOf
 
 SKIPPED = "skipped_steps"
-"""The metric: optimizer steps of an update that were left out for NaN or infinity; absent where there were none."""
+"""Metric: optimizer steps of an update that were skipped for NaN or infinity; absent if none were."""
 EMPTY = "empty_steps"
-"""The metric: those that were left out for want of a trained token; absent where there were none."""
+"""Metric: optimizer steps that were skipped because their minibatch had no trained token; absent if none were."""
 
 
 @dataclass(frozen=True)
 class NotFinite:
-    """What happens where the loss or the norm of the gradients is NaN or infinite."""
+    """What to do when the loss or the gradient norm is NaN or infinite."""
 
     action: Annotated[str, OneOf("skip", "stop")] = "skip"
-    """skip: leave that optimizer step out, so that weights, moments and schedule stay as they were. stop: end the job. The
-    batch that ends it is saved in run_dir/offending."""
+    """skip: skip the optimizer step; weights, moments and schedule do not change. stop: end the job. The batch that ends it
+    is saved in run_dir/offending."""
     max_in_row: Annotated[int, AtLeast(0)] = 3
-    """skip: optimizer steps of one role that may be left out one after the other; one more stops the job."""
+    """With action=skip: consecutive steps of one role that may be skipped; one more stops the job."""
     max_total: Annotated[int, AtLeast(0)] = 100
-    """skip: optimizer steps of one role that may be left out in a run; one more stops the job."""
+    """With action=skip: steps of one role that may be skipped in a run; one more stops the job."""
 
 
-class Skips:
-    """The count of one role, the same on each of its ranks."""
+class SkipCounter:
+    """Counts one role's skipped steps; the same on each of its ranks."""
 
     def __init__(self, config: NotFinite) -> None:
         self.config = config
         self.in_row = self.total = 0
 
-    def taken(self) -> None:
-        """A step was made."""
+    def step_taken(self) -> None:
+        """Record an optimizer step; ends a sequence of skipped ones."""
         self.in_row = 0
 
-    def left_out(self) -> str | None:
-        """A step could not be made: why the job must stop for it, or None."""
+    def step_skipped(self) -> str | None:
+        """Record a skipped step. Returns why the job must stop, or None."""
         self.in_row += 1
         self.total += 1
         config, name = self.config, "guards.not_finite"
@@ -52,9 +53,9 @@ class Skips:
         return None
 
     def state(self) -> dict[str, int]:
-        """What a checkpoint keeps."""
+        """The counts, for a checkpoint."""
         return {"in_row": self.in_row, "total": self.total}
 
     def restore(self, state: Mapping[str, int]) -> None:
-        """Go on where `state` was taken."""
+        """Restore the counts that `state` returned."""
         self.in_row, self.total = state["in_row"], state["total"]
