@@ -9,6 +9,8 @@ from typing import TypeVar
 Key = tuple[str, str]
 """(role, part)."""
 K = TypeVar("K")
+SPARE = 0.1
+"""Of the budget."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,12 @@ class MemoryAccount:
     def size(self, key: Key) -> float:
         """Of a part, in bytes; 0 where nobody has measured it."""
         return self._known.parts.get(key, 0.0)
+
+    def has_room(self, call: str, held: Iterable[Key], sharing: Collection[Collection[str]]) -> bool:
+        """Whether the call fits on every rank with a tenth of the budget to spare, which is more than scattered blocks of freed
+        memory take."""
+        held = tuple(held)
+        return all(self.needed(call, roles, held) <= (1 - SPARE) * self.budget for roles in sharing)
 
     def needed(self, call: str, roles: Collection[str], held: Iterable[Key]) -> float:
         """Bytes on a rank with these roles, while the call runs and `held` is there; what nobody has measured counts 0."""

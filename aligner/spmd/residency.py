@@ -109,11 +109,10 @@ class Residency:
         self._open: list[frozenset[Key]] = []
         self._order = CallOrder()
         self._beyond: dict[str, float] = {}
-        self._roomy: bool | None = None
-        """CPU: every call of a step fits beside all parts, and freed memory is kept for the next allocation; None: not
-        known yet."""
-        self._moved = True
-        """Something has left since figures were learned."""
+        self._keeps_freed: bool | None = None
+        """CPU: freed memory is kept for the next allocation. None: it was given back so far; False: it is for good."""
+        self._tight = True
+        """Since figures were learned, something had to leave, or a call came close to the budget."""
         self._most = 0
 
     def register(
@@ -193,19 +192,17 @@ class Residency:
         if self.account is None:
             return
         self.account.learn(figures)
-        if self._roomy is None and not self._moved and self.device.type == "cpu":
-            self._roomy = True
+        if self._keeps_freed is None and not self._tight and self.device.type == "cpu":
+            self._keeps_freed = True
             keep_freed(True)
-        self._moved = False
+        self._tight = False
 
-    def _fell_short(self) -> None:
-        """A call does not fit beside all parts: from now on freed memory is given back, and what calls took before, with it
-        kept, says too much."""
-        if self._roomy and self.account:
-            keep_freed(False)
-            trim()
-            self.account.forget_calls()
-        self._roomy = False
+    def _give_back(self) -> None:
+        """A call does not fit beside all parts with what is kept of freed memory; without it, calls take less."""
+        assert self.account is not None
+        self._keeps_freed = False
+        keep_freed(False)
+        self.account.forget_calls()
 
     @contextmanager
     def _needed(self, what: str, roles: Sequence[Holder], method: str) -> Iterator[bool]:
@@ -253,7 +250,8 @@ class Residency:
             if holder.on_lost and any(holder.kinds[part].lost for part in gone):
                 holder.on_lost()
             freed = freed or bool(here)
-        if freed and self.device.type == "cpu":
+        # also where nothing leaves: what earlier calls have freed would count as the next one's
+        if self.device.type == "cpu" and (freed or self.account) and not self._keeps_freed:
             trim()
 
     def _leaving(self, call: NeedingCall, arriving: bool) -> set[Key]:
@@ -273,10 +271,10 @@ class Residency:
         staying = (held - here) | call.needed
         candidates, sharing = self._latest_needed_first(here), self._sharing(call.ranks)
         go = self.account.must_leave(call.what, staying, candidates, sharing)
-        if go and self.account.measured(call.what):
-            self._fell_short()
-            go = self.account.must_leave(call.what, staying, candidates, sharing)
-        self._moved = self._moved or bool(go)
+        if go and self._keeps_freed and self.account.measured(call.what):
+            self._give_back()
+            go = candidates
+        self._tight = self._tight or bool(go) or not self.account.has_room(call.what, staying | here, sharing)
         return (movable & self._out).union(go)
 
     def _latest_needed_first(self, keys: set[Key]) -> list[Key]:

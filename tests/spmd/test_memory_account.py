@@ -73,3 +73,8 @@ def test_ranks_with_different_figures_decide_the_same_on_what_they_share() -> No
         made.learn(figures)
         decided.add(tuple(made.must_leave("policy.update", {WEIGHTS, STATE}, [REFERENCE, CACHE, ENGINE], [ALL])))
     assert decided == {(REFERENCE,)}  # 6 + 7 + 7 is 20
+
+
+@pytest.mark.parametrize(("budget", "room"), [(20.1, True), (19.9, False)])
+def test_room_is_a_tenth_of_the_budget(budget: float, room: bool) -> None:
+    assert account(budget).has_room("policy.update", PARTS, [ALL]) is room  # 13 of parts and 5

@@ -228,25 +228,33 @@ def test_ranks_of_different_sizes_and_places_know_the_same_to_be_out() -> None:
         assert any(out[0]) is (budget < 12.0)
 
 
-def test_freed_memory_is_kept_after_a_step_in_which_nothing_left_until_room_is_short(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize(("budget", "keeps"), [(12.0, True), (11.0, False)])
+def test_freed_memory_is_kept_after_a_step_with_room_until_a_call_falls_short(
+    budget: float, keeps: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Parts and the largest call take 10: with a tenth to spare of 12, of 11 not."""
     kept: list[bool] = []
+    trimmed: list[None] = []
     monkeypatch.setattr("aligner.spmd.residency.keep_freed", kept.append)
+    monkeypatch.setattr("aligner.spmd.residency.trim", lambda: trimmed.append(None))
     scene = Scene(ResidencyConfig("auto"))
-    scene.learn(10.0)  # parts only: no call has been measured
+    scene.learn(budget)  # parts only: no call has been measured
     figures = MemoryFigures(beyond={f"{names.partition('+')[0]}.{m}": MEASURED[m] for names, m in STEP})
 
-    def step(figures: MemoryFigures = figures) -> None:
-        steps(scene, 1)
+    def step(figures: MemoryFigures = figures) -> list[list[str]]:
+        moved = steps(scene, 1)
         scene.residency.learn(figures)
+        return moved
 
     step()
     step()  # brings back what left in the first
-    assert kept == [True]
-    step(figures.merged(MemoryFigures(beyond={"policy.update": 5.0})))
-    assert kept == [True]
+    assert kept == [True] * keeps and len(trimmed) == 8, "before each call"
+    assert step(figures.merged(MemoryFigures(beyond={"policy.update": 7.0}))) == [[], [], [], []]
+    assert len(trimmed) == (8 if keeps else 12)
     moved = steps(scene, 1)
+    if not keeps:
+        assert moved[2] == ["out rollout.cache", "out rollout.weights"] and kept == []
+        return
     assert kept == [True, False]
     assert moved[2] == ["out rollout.cache", "out rollout.weights"], "all, until it is measured again"
     scene.residency.learn(figures)

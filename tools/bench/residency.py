@@ -10,10 +10,11 @@ processes of its own that have imported both engines, `--rounds` times, the case
   generate     the engine alone
   off          a GRPO step of policy and engine (--reference: and a reference), nothing ever leaves
   auto         the same with residency.mode=auto and its own budget
+  alternate    auto and off in the same processes, step by step: the ratio where a step is too short to compare runs
   NUMBER       the same with residency.budget_gib=NUMBER; 0: all leaves that a call does not need
 
 The memory of `off`, `auto` and the like is printed over that of the larger role alone plus one message of the resharding (32 MiB), the
-time over that of `off` in the same round. Steps before a case's last `--steps` are warm-up: two.
+time over that of `off` in the same round. Steps before a case's last `--steps` are warm-up: three.
 """
 
 from __future__ import annotations
@@ -28,6 +29,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +58,7 @@ SIZES = {
 }
 SHAPES = {"110M": (4, 4, 64)}
 """Prompts, samples of each and tokens of a prompt; of other sizes 8, 8 and 13."""
-RESPONSE, WARM_UP = 64, 2
+RESPONSE, WARM_UP = 64, 3
 BUCKET = 32 / 1024
 """GiB."""
 Result = dict[str, float]
@@ -154,42 +158,58 @@ def _child(given: argparse.Namespace) -> int:
 
     import aligner.roles.build  # noqa: F401
     from aligner.run.memory import open_account
-    from aligner.spmd.memory_account import MemoryFigures
     from aligner.spmd.messages import all_gather
     from aligner.spmd.residency_config import ResidencyConfig
     from aligner.spmd.world import World
 
     world = World(600)
-    budget = None if given.case in ("train", "generate", "off", "auto") else float(given.case)
-    mode = "auto" if given.case == "auto" or budget is not None else "off"
+    budget = None if given.case in ("train", "generate", "off", "auto", "alternate") else float(given.case)
+    mode = "off" if given.case in ("train", "generate", "off") else "auto"
     world.residency.config = ResidencyConfig(mode=mode, budget_gib=budget)
     open_account(world, world.residency.config)
     found = {"imported": world.residency.meter.take()["peak"]}
     step = _steps(world, given)
     found |= {"built": world.residency.meter.take()["peak"]}
-    taken: dict[str, list[float]] = {"seconds": [], "cpu": [], "faults": []}
-    for _ in range(WARM_UP + given.steps):
-        start, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF)
-        step()
-        after = resource.getrusage(resource.RUSAGE_SELF)
-        taken["seconds"].append(time.perf_counter() - start)
-        taken["cpu"].append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
-        taken["faults"].append(float(after.ru_minflt - before.ru_minflt))
-        for name, size in world.residency.meter.take().items():
-            found[name] = max(found.get(name, 0.0), size)
-        if world.residency.account:  # as a job does at the end of each step
-            merged = MemoryFigures()
-            for one in all_gather(world, world.residency.take_figures(), range(world.size)):
-                merged = merged.merged(one)
-            world.residency.learn(merged)
+    found |= _measured(world, step, given.steps, given.case == "alternate")
     found["peak"] = max(found["peak"], found["built"])
     found = {name: size for name, size in found.items() if "(" not in name}
-    found |= {name: statistics.median(values[WARM_UP:]) for name, values in taken.items()}
     everyone = all_gather(world, found, range(world.size))
     if world.rank == 0:
         most = {name: max(one[name] for one in everyone) for name in found}
         (given.folder / f"{given.case}.json").write_text(json.dumps(most))
     world.leave()
+
+
+def _measured(world: Any, step: Callable[[], None], count: int, alternate: bool) -> Result:
+    """Steps, the first ones warm-up; `alternate`: each is done twice then, the second time with residency off."""
+    from aligner.spmd.memory_account import MemoryFigures
+    from aligner.spmd.messages import all_gather
+
+    found: Result = {}
+    taken: dict[str, list[float]] = defaultdict(list)
+    config = world.residency.config
+    modes = {"": config, "_off": replace(config, mode="off")} if alternate else {"": config}
+    for number in range(WARM_UP + count):
+        for suffix, world.residency.config in modes.items():
+            if suffix and number < WARM_UP:
+                continue  # what has left must come back first
+            start, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF)
+            step()
+            after = resource.getrusage(resource.RUSAGE_SELF)
+            taken["seconds" + suffix].append(time.perf_counter() - start)
+            taken["cpu" + suffix].append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+            taken["faults" + suffix].append(float(after.ru_minflt - before.ru_minflt))
+            for name, size in world.residency.meter.take().items():
+                found[name] = max(found.get(name, 0.0), size)
+            if world.residency.account:  # as a job does at the end of each step
+                merged = MemoryFigures()
+                for one in all_gather(world, world.residency.take_figures(), range(world.size)):
+                    merged = merged.merged(one)
+                world.residency.learn(merged)
+    for what in ("seconds", "cpu") if alternate else ():
+        pairs = zip(taken[what][-count:], taken[what + "_off"], strict=True)
+        found[what + "_ratio"] = statistics.median(one / off for one, off in pairs)
+    return found | {name: statistics.median(values[-count:]) for name, values in taken.items()}
 
 
 def _steps(world: Any, given: argparse.Namespace) -> Any:
