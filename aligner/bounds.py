@@ -117,8 +117,8 @@ class NotEmpty:
 
     example: str
     """A value that would work."""
-    what: str = "one"
-    """What it is, such as "a folder"."""
+    kind: str = "one"
+    """Kind of value, such as "a folder"."""
 
     @property
     def text(self) -> str:
@@ -199,7 +199,7 @@ def _check_value(setting: str, value: Any, hint: Any) -> None:
         if all(bound.allows(item) for item in items):
             continue
         if isinstance(bound, NotEmpty):
-            raise ValueError(f"{setting} has no value; give {bound.what}, such as {setting}={bound.example}.")
+            raise ValueError(f"{setting} has no value; give {bound.kind}, such as {setting}={bound.example}.")
         or_null = ", or null" * nullable(hint)
         if isinstance(bound, OneOf):
             # YAML reads a bare off as the boolean false, which arrives here as False or 'False'.

@@ -81,9 +81,9 @@ def _main(arguments: list[str]) -> None:
         ranks = config.check.ranks if checking and config.check.ranks else int(os.environ.get("WORLD_SIZE", "1"))
         job = dataclasses.replace(prepare(config, ranks), mask=mask)
         if checking:
-            from aligner.check.summary import summary
+            from aligner.check.summary import job_summary
 
-            return _print_once(rank, mask.text(summary(job.config, job.roles, job.checked, ranks)))
+            return _print_once(rank, mask.text(job_summary(job.config, job.roles, job.checked, ranks)))
         if rank == 0:
             job = dataclasses.replace(job, lease=acquire_lease(Path(config.run_dir), launch()))
     except ValueError as error:

@@ -37,11 +37,11 @@ def expanded(path: str, setting: str) -> str:
             f"{setting}={path}: the environment variable {unset[0]} has no value; set it, or write it out."
         )
     text = VARIABLE.sub(lambda match: os.environ[match[1] or match[2]], path)
-    found = os.path.expanduser(text) if text.startswith("~") else text
-    if found.startswith("~"):
-        user = found.split("/")[0]
+    expansion = os.path.expanduser(text) if text.startswith("~") else text
+    if expansion.startswith("~"):
+        user = expansion.split("/")[0]
         raise ValueError(f"{setting}={path}: there is no home folder for {user}; write it out, or ./{user} for a file.")
-    return found
+    return expansion
 
 
 def expanded_rule(rule: str, setting: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from copy import deepcopy
+from graphlib import CycleError, TopologicalSorter
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -108,6 +109,15 @@ def test_a_contract_fails_when_it_is_broken(
     assert check(contract, broken)
     broken.add_import(importer=importer, imported=imported, line_number=1, line_contents=f"import {imported}")
     assert not check(contract, broken)
+
+
+def test_no_circle_of_modules_even_for_types() -> None:
+    """Imports under TYPE_CHECKING count here, as they do for a reader."""
+    graph = grimp.build_graph("aligner", exclude_type_checking_imports=False, cache_dir=None)
+    imports = {module: graph.find_modules_directly_imported_by(module) for module in graph.modules}
+    TopologicalSorter(imports).prepare()  # CycleError names the circle
+    with pytest.raises(CycleError, match="nodes are in a cycle"):
+        TopologicalSorter({**imports, "aligner.bounds": {"aligner.config.schema"}}).prepare()
 
 
 def test_abstract_methods_are_declared_abstract() -> None:

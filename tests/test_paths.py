@@ -15,7 +15,7 @@ import pytest
 from aligner.bounds import check_settings
 from aligner.config.schema import Config, compose_config, to_config
 from aligner.paths import SETTINGS, expanded, path_option, quoted_tilde
-from aligner.reward.components import parts_of
+from aligner.reward.components import reward_components
 from tools.generate import options
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -74,11 +74,14 @@ def test_every_path_setting(written: str, found: str) -> None:
 
 def test_rules_in_files() -> None:
     one = config("reward.rule=~/rules.py:score")
-    assert parts_of(one.reward)[0].component.rule == "/home/me/rules.py:score"
+    assert reward_components(one.reward)[0].component.rule == "/home/me/rules.py:score"
     several = config(
         "reward.rule=''", "+reward.components.a.rule=${SCRATCH}/r.py:f", "+reward.components.b.rule=x.y.$Z"
     )
-    assert [part.component.rule for part in parts_of(several.reward)] == ["/scratch/it's mine/r.py:f", "x.y.$Z"]
+    assert [part.component.rule for part in reward_components(several.reward)] == [
+        "/scratch/it's mine/r.py:f",
+        "x.y.$Z",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
-"""The table of model families in docs/families.md, from their declarations.
+"""Generate the table of model families in docs/families.md from their declarations.
 
-python tools/families.py            # prints it
-python tools/families.py --write    # into docs/families.md, in place of the one that is there
+python tools/families.py            # print it
+python tools/families.py --write    # update docs/families.md
 """
 
 from __future__ import annotations
@@ -15,17 +15,25 @@ from aligner.models.spec import QKNorm
 
 DOCS = Path(__file__).parents[1] / "docs" / "families.md"
 BEGIN, END = "<!-- families -->", "<!-- end of families -->"
-COLUMNS = ("`model_type`", "Models", "Attention", "Norms", "MLP", "Embeddings", "Rollout engine (vLLM 0.32.0)")
+COLUMNS = (
+    "`model_type`",
+    "Models (architecture)",
+    "Attention (all causal, grouped-query)",
+    "RMSNorms",
+    "MLP",
+    "Embeddings",
+    "Rollout engine (vLLM 0.32.0)",
+)
 _WINDOWS = {
     Window.REFUSED: "",
     Window.SWITCHED: "",
-    Window.EVERY_LAYER: "`sliding_window` in every layer",
+    Window.EVERY_LAYER: "sliding window (`sliding_window`) in every layer",
 }
 _QK_NORMS = {QKNorm.HEAD: "query/key norm per head", QKNorm.PROJECTION: "query/key norm over all heads"}
 
 
 def table() -> str:
-    """Markdown, one row for each family, by model_type."""
+    """The table as Markdown, one row for each family, ordered by model_type."""
     rows = [COLUMNS, ("---",) * len(COLUMNS), *(_row(family) for family in FAMILIES.values())]
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
@@ -39,11 +47,11 @@ def _row(family: Family) -> tuple[str, ...]:
             _QK_NORMS[family.qk_norm] if family.qk_norm else "",
             family.attention_note or _WINDOWS[family.window],
         )
-        or "causal",
+        or "full",
         _norms(family),
         _mlp(family),
         _list(
-            "scaled" if family.scaled_embedding else "",
+            "scaled by sqrt(hidden size)" if family.scaled_embedding else "",
             "tied unless `tie_word_embeddings=false`"
             if family.defaults.tied
             else "untied unless `tie_word_embeddings=true`",
@@ -55,30 +63,31 @@ def _row(family: Family) -> tuple[str, ...]:
 def _biases(family: Family) -> str:
     if family.qkv_bias:
         return "query, key and value biases"
-    return "`attention_bias`" if "attention_bias" in family.optional_biases else ""
+    return "optional biases (`attention_bias`)" if "attention_bias" in family.optional_biases else ""
 
 
 def _norms(family: Family) -> str:
     norms = family.norms
-    places = {"before": norms.before_attention, "after": norms.after_attention}
+    positions = {"before": norms.before_attention, "after": norms.after_attention}
     return _list(
-        " and ".join(place for place, name in places.items() if name), "1 + weight" if family.norm_plus_one else ""
+        " and ".join(position for position, name in positions.items() if name) + " attention and MLP",
+        "scale 1 + weight" if family.norm_plus_one else "",
     )
 
 
 def _mlp(family: Family) -> str:
-    gate = "GELU (tanh)" if "gelu_pytorch_tanh" in family.activations else "SiLU"
+    activation = "GeGLU (tanh)" if "gelu_pytorch_tanh" in family.activations else "SwiGLU"
     if family.experts is None:
-        return _list(f"{gate} gate", "`mlp_bias`" if "mlp_bias" in family.optional_biases else "")
-    return f"{gate} gate, experts in {'some or all' if family.experts.some_dense else 'all'} layers"
+        return _list(activation, "optional biases (`mlp_bias`)" if "mlp_bias" in family.optional_biases else "")
+    return f"{activation}, mixture of experts in {'some or all' if family.experts.some_dense else 'all'} layers"
 
 
 def _engine(family: Family) -> str:
-    drops = "attention_bias" in family.optional_biases and not family.engine.output_bias
+    drops_bias = "attention_bias" in family.optional_biases and not family.engine.output_bias
     return _list(
-        family.engine.note or "native",
-        "refused with `attention_bias=true`: it would drop the output's bias" if drops else "",
-        "" if family.engine.shared_kv_heads else "no more tensor ranks than key/value heads",
+        family.engine.note or "vLLM's own model",
+        "`attention_bias=true` is refused: vLLM would drop the output projection's bias" if drops_bias else "",
+        "" if family.engine.shared_kv_heads else "tensor-parallel size at most the number of key/value heads",
         "`head_dim` must be hidden size / heads" if family.engine.fixed_head_dim else "",
     )
 
@@ -87,17 +96,17 @@ def _list(*words: str) -> str:
     return ", ".join(filter(None, words))
 
 
-def written(text: str) -> str:
-    """`text` of the page with the present table."""
+def updated(text: str) -> str:
+    """The page `text` with the current table."""
     before, _, rest = text.partition(BEGIN)
     return f"{before}{BEGIN}\n{table()}\n{END}{rest.partition(END)[2]}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", action="store_true", help="write it into docs/families.md")
+    parser.add_argument("--write", action="store_true", help="update docs/families.md")
     if parser.parse_args().write:
-        DOCS.write_text(written(DOCS.read_text(encoding="utf-8")), encoding="utf-8")
+        DOCS.write_text(updated(DOCS.read_text(encoding="utf-8")), encoding="utf-8")
     else:
         print(table())
 

@@ -39,7 +39,7 @@ from aligner.data.tokenizer import load_tokenizer
 from aligner.models.read_spec import read_config
 from aligner.models.stored import SHARDS
 from aligner.paths import path_option
-from aligner.report.console import duration
+from aligner.report.console import format_duration
 from aligner.reshard.plan.region import ELEMENT_BYTES
 from aligner.rollout.config import Sampling
 from aligner.rollout.offline import OfflineEngine, fingerprint, take_devices
@@ -279,7 +279,7 @@ class Progress:
         self.left, self.tokens, self.seconds = self.left - rows, self.tokens + tokens, self.seconds + seconds
         self.answered += rows
         done, speed = self.rows - self.left, self.tokens / self.seconds
-        left = f", {duration(self.seconds / self.answered * self.left)} left" if self.left else ""
+        left = f", {format_duration(self.seconds / self.answered * self.left)} left" if self.left else ""
         self._say(f"{done:,} of {self.rows:,} rows, {done / self.rows:.0%}; {speed:,.0f} tokens/s{left}")
 
     def _say(self, text: str) -> None:

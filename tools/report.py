@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # also from a c
 
 from aligner.paths import path_option
 from aligner.report.metrics import read_metrics
-from aligner.report.statistics import summary
+from aligner.report.statistics import run_summary
 from aligner.report.write import compare_report, write_report, write_timeline
 
 
@@ -44,7 +44,7 @@ def main() -> int:
     try:
         if arguments.summary:
             for run_dir in arguments.run_dirs:
-                print(f"{Path(run_dir).name}: {summary(read_metrics(run_dir))}")
+                print(f"{Path(run_dir).name}: {run_summary(read_metrics(run_dir))}")
             return 0
         if arguments.timeline is not None:
             if len(arguments.run_dirs) > 1:

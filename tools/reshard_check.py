@@ -23,11 +23,11 @@ from aligner.models.spec import ModelSpec
 from aligner.models.tensors import logical_tensors, parameter_count
 from aligner.paths import path_option
 from aligner.reshard.config import ReshardConfig
-from aligner.reshard.plan.duration import duration
+from aligner.reshard.plan.duration import schedule_seconds
 from aligner.reshard.plan.region import ELEMENT_BYTES
 from aligner.reshard.plan.schedule import make_schedule
 from aligner.reshard.plan.traffic_model import Load, TrafficModel, make_traffic_model
-from aligner.reshard.plan.transfer_plan import make_plan
+from aligner.reshard.plan.transfer_plan import plan_transfer
 from aligner.rollout.config import RolloutConfig
 from aligner.rollout.layout import EngineLayout
 from aligner.spmd.mesh import Mesh
@@ -89,19 +89,19 @@ def check(parsed: argparse.Namespace, stack: ExitStack) -> None:
         )
     RolloutConfig().check_model(spec, infer.tensor, False, infer.expert > 1, infer.pipeline)
 
-    def sides() -> tuple[MegatronLayout, EngineLayout]:
+    def layouts() -> tuple[MegatronLayout, EngineLayout]:
         return MegatronLayout(spec, train, parsed.dtype), EngineLayout(spec, infer, parsed.dtype, infer.expert > 1)
 
     sample = _sample(parsed.ranks, sorted({*train.ranks, *infer.ranks}))
-    account = make_traffic_model(*sides(), logical_tensors(spec), 2 * BUCKET_BYTES, _progress)
-    seconds = _plan_each(sides, sample)
+    model = make_traffic_model(*layouts(), logical_tensors(spec), 2 * BUCKET_BYTES, _progress)
+    seconds = _plan_each(layouts, sample)
     parameters, size = parameter_count(spec), _gb(_bytes(spec, parsed.dtype))
     print(f"model: {spec.family}, {parameters:,} parameters, {size} in {parsed.dtype}")
-    print(f"train: {_told(train, parsed.train)}\ninfer: {_told(infer, parsed.infer)}\n")
-    print(_table(account, train, infer))
-    print(_summary(account, train, infer, parsed.gbps))
-    if len(account.loads) <= SIMULATED_RANKS:
-        print(_simulated(*sides(), parsed.gbps))
+    print(f"train: {_ranks_text(train, parsed.train)}\ninfer: {_ranks_text(infer, parsed.infer)}\n")
+    print(_table(model, train, infer))
+    print(_summary(model, train, infer, parsed.gbps))
+    if len(model.loads) <= SIMULATED_RANKS:
+        print(_simulated(*layouts(), parsed.gbps))
     print(
         f"planning:       {max(seconds.values()):.2f} s at most on a rank, of {len(seconds)} ranks planned one by one"
     )
@@ -110,8 +110,8 @@ def check(parsed: argparse.Namespace, stack: ExitStack) -> None:
 def _simulated(source: MegatronLayout, destination: EngineLayout, speed: float) -> str:
     """The messages in their order, each waiting for its turn at both of its ends."""
     ranks = sorted({*source.ranks, *destination.ranks})
-    schedules = {rank: make_schedule(make_plan(rank, source, destination), 2 * BUCKET_BYTES) for rank in ranks}
-    seconds = duration(schedules, speed * 1e9, LATENCY)
+    schedules = {rank: make_schedule(plan_transfer(rank, source, destination), 2 * BUCKET_BYTES) for rank in ranks}
+    seconds = schedule_seconds(schedules, speed * 1e9, LATENCY)
     return (
         f"in turn:        {seconds:.3f} s with every message waiting for its turn, {LATENCY * 1e6:.0f} us each to start"
     )
@@ -128,7 +128,7 @@ def _folder(model: Path, stack: ExitStack) -> Path:
 
 def _mesh(role: str, text: str, keys: Mapping[str, str], first: int) -> Mesh:
     """The role's ranks from `first` on."""
-    found: dict[str, int] = dict.fromkeys(("tensor", "pipeline", "context", "data"), 1)
+    sizes: dict[str, int] = dict.fromkeys(("tensor", "pipeline", "context", "data"), 1)
     stages: tuple[int, ...] = ()
     for part in text.split(","):
         key, _, value = part.strip().partition("=")
@@ -140,9 +140,9 @@ def _mesh(role: str, text: str, keys: Mapping[str, str], first: int) -> Mesh:
         if key == "stages":
             stages = tuple(map(int, numbers))
         else:
-            found[keys[key]] = int(value)
-    ranks = found["tensor"] * found["pipeline"] * found["context"] * found.pop("data")
-    return Mesh(tuple(range(first, first + ranks)), name=role, stage_layers=stages, **found)  # type: ignore[arg-type]
+            sizes[keys[key]] = int(value)
+    ranks = sizes["tensor"] * sizes["pipeline"] * sizes["context"] * sizes.pop("data")
+    return Mesh(tuple(range(first, first + ranks)), name=role, stage_layers=stages, **sizes)  # type: ignore[arg-type]
 
 
 def _sample(text: str, ranks: list[int]) -> list[int]:
@@ -155,13 +155,13 @@ def _sample(text: str, ranks: list[int]) -> list[int]:
     return sorted({ranks[number * (len(ranks) - 1) // max(1, count - 1)] for number in range(count)})
 
 
-def _plan_each(sides: Callable[[], tuple[MegatronLayout, EngineLayout]], ranks: list[int]) -> dict[int, float]:
+def _plan_each(layouts: Callable[[], tuple[MegatronLayout, EngineLayout]], ranks: list[int]) -> dict[int, float]:
     """Seconds of each rank that starts with nothing, as in a job."""
     seconds = {}
     for number, rank in enumerate(ranks):
         _progress(number, len(ranks))
         started = time.perf_counter()
-        make_plan(rank, *sides())
+        plan_transfer(rank, *layouts())
         seconds[rank] = time.perf_counter() - started
     return seconds
 
@@ -171,10 +171,10 @@ def _progress(done: int, of: int) -> None:
         sys.stderr.write(f"\rplanning {done + 1} of {of} ranks ...\x1b[K" + ("\r\x1b[K" if done + 1 == of else ""))
 
 
-def _table(account: TrafficModel, train: Mesh, infer: Mesh) -> str:
+def _table(model: TrafficModel, train: Mesh, infer: Mesh) -> str:
     """All ranks where there are few, else the least, mean and most of each role."""
     rows = [["rank", "sends", "passes on", "receives", "copies"]]
-    loads = account.loads
+    loads = model.loads
     if len(loads) <= SHOWN:
         rows += [[str(rank), *_cells(load)] for rank, load in loads.items()]
     else:
@@ -192,15 +192,15 @@ def _table(account: TrafficModel, train: Mesh, infer: Mesh) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _summary(account: TrafficModel, train: Mesh, infer: Mesh, speed: float) -> str:
-    loads = account.loads
+def _summary(model: TrafficModel, train: Mesh, infer: Mesh, speed: float) -> str:
+    loads = model.loads
     moved, least = sum(load.out for load in loads.values()), sum(load.received for load in loads.values())
     seconds = max(max(load.out, load.received) for load in loads.values()) / speed / 1e9
-    bound = max(max(load.received for load in loads.values()), account.least_heaviest) / speed / 1e9
+    bound = max(max(load.received for load in loads.values()), model.heaviest_lower_bound) / speed / 1e9
     return "\n".join(
         [
             f"moved:          {_gb(moved)}, the least possible {_gb(least)}",
-            f"heaviest train: {_heaviest({rank: loads[rank].sent for rank in train.ranks}, account.least_heaviest)}",
+            f"heaviest train: {_heaviest({rank: loads[rank].sent for rank in train.ranks}, model.heaviest_lower_bound)}",
             f"heaviest infer: {_heaviest({rank: loads[rank].relayed for rank in infer.ranks}, 0)}",
             f"time:           {seconds:.3f} s at {speed:g} GB/s each way (no plan takes less than {bound:.3f} s)",
         ]
@@ -213,8 +213,8 @@ def _heaviest(sent: Mapping[int, int], least: float) -> str:
         return "nothing to send"
     rank = max(sent, key=lambda rank: sent[rank])
     average = mean(busy)
-    told = f"rank {rank} sends {_gb(sent[rank])}, {sent[rank] / average:.3f} x the mean of the {len(busy)} that send"
-    return told + (f" (the layout allows no less than {max(1.0, least / average):.3f})" if least else "")
+    text = f"rank {rank} sends {_gb(sent[rank])}, {sent[rank] / average:.3f} x the mean of the {len(busy)} that send"
+    return text + (f" (the layout allows no less than {max(1.0, least / average):.3f})" if least else "")
 
 
 def _numbers(load: Load) -> tuple[int, ...]:
@@ -234,7 +234,7 @@ def _bytes(spec: ModelSpec, dtype: str) -> int:
     return parameter_count(spec) * ELEMENT_BYTES[dtype]
 
 
-def _told(mesh: Mesh, text: str) -> str:
+def _ranks_text(mesh: Mesh, text: str) -> str:
     return f"{mesh.size} ranks ({mesh.ranks[0]}-{mesh.ranks[-1]}), {text}"
 
 

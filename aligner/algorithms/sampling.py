@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from aligner.data.prompts import Prompt
 from aligner.data.samples import Samples
 from aligner.objective.advantages import has_signal
-from aligner.reward.role import Scores
+from aligner.reward.role import Rewards
 from aligner.roles.build import Roles
 from aligner.spmd import batch_ops
 from aligner.spmd.ref import Ref
@@ -21,7 +21,7 @@ class ScoredBatch:
     samples: Ref
     """`Samples`: complete groups, in order."""
     scores: Ref
-    """`Scores`, aligned with the samples."""
+    """`Rewards`, aligned with the samples."""
     metrics: dict[str, float] = field(default_factory=dict)
     """Statistics of dynamic sampling; empty without it."""
 
@@ -59,7 +59,7 @@ class _SignalGroups:
     def __init__(self, group_size: int) -> None:
         self.group_size, self.batches, self.groups = group_size, 0, 0
         self._samples: list[Samples] = []
-        self._scores: list[Scores] = []
+        self._scores: list[Rewards] = []
 
     @property
     def rows(self) -> int:

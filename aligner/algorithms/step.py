@@ -19,7 +19,7 @@ class Step:
     samples: Ref | None = None
     """Ref to the `Samples` of this iteration."""
     scores: Ref | None = None
-    """Ref to their `Scores`."""
+    """Ref to their `Rewards`."""
     extra_metrics: Mapping[str, Ref | float] = field(default_factory=dict)
     """Further metrics: a number is logged as `name`, a Ref to {metric: float} as `name_metric`."""
 

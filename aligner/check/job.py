@@ -38,7 +38,7 @@ from aligner.models.agreement import check_reading
 from aligner.models.read_spec import read_spec
 from aligner.models.spec import ModelSpec
 from aligner.models.verify_checkpoint import check_weights
-from aligner.reward.components import ResolvedComponent, parts_of, shown_component
+from aligner.reward.components import ResolvedComponent, reward_components, shown_component
 from aligner.rollout.config import RolloutConfig
 from aligner.spmd.mesh import Mesh
 from aligner.spmd.placement import make_meshes, role_layout
@@ -207,9 +207,9 @@ def _check_positions(config: Config, role: str, longest: int, specs: Mapping[str
             f"which reads whole samples; use {spec.max_positions} or less."
         )
     if longest > spec.max_positions:
-        what = "a demonstration" if config.data.kind == "demonstrations" else "an answer with its prompt"
+        row_kind = "a demonstration" if config.data.kind == "demonstrations" else "an answer with its prompt"
         raise ValueError(
-            f"{what} has {longest} tokens, beyond the {spec.positions_text}; "
+            f"{row_kind} has {longest} tokens, beyond the {spec.positions_text}; "
             f"set data.max_tokens={spec.max_positions} with data.too_long=drop, or shorten it."
         )
 
@@ -242,7 +242,7 @@ def _check_places(config: Config, roles: Collection[str]) -> None:
     sources: dict[str, str | None] = dict(config.model_path(role) for role in roles if config.role(role).kind.head)
     sources |= {"data.path": config.data.path, "data.eval_path": config.data.eval_path}
     if "reward" in roles:
-        rules = {f"{part.where}.rule": part.component.rule or "" for part in parts_of(config.reward)}
+        rules = {f"{part.where}.rule": part.component.rule or "" for part in reward_components(config.reward)}
         sources |= {setting: rule.rpartition(":")[0] for setting, rule in rules.items() if ".py:" in rule}
     learning = [role for role in config.roles if role in roles and config.learns(role, roles)]
     check_sources(config, sources, learning)
@@ -252,7 +252,7 @@ def _check_places(config: Config, roles: Collection[str]) -> None:
 
 def _check_reward(config: Config, roles: list[str], data: DataSets) -> None:
     """Rules in a worker process, as they will run: only their import tells whether they can be called."""
-    parts, named = parts_of(config.reward), config.train.eval_reward
+    parts, named = reward_components(config.reward), config.train.eval_reward
     names = [part.name for part in parts]
     if named is not None and named not in names:
         raise ValueError(f"train.eval_reward={named} is no component of the reward; use {', '.join(names)}, or null.")

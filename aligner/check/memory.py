@@ -78,32 +78,32 @@ def bytes_of_roles(
     config: Config, specs: Mapping[str, ModelSpec], meshes: Mapping[str, Mesh], machine: Machine
 ) -> dict[str, float]:
     """`role_bytes` of each role; on CUDA an engine with kv_cache_mib=null takes gpu_memory_utilization of the device."""
-    found = {
+    sizes = {
         role: role_bytes(config, role, specs.keys(), spec, meshes[role], machine.cpu) for role, spec in specs.items()
     }
     engines = [role for role in specs if config.role(role).kind.runs_on == "engine"]
     for role in engines if machine.device_bytes is not None else ():
         settings = config.settings(role)
         if settings.kv_cache_mib is None:
-            found[role] = max(found[role], settings.gpu_memory_utilization * machine.device_bytes)
-    return found
+            sizes[role] = max(sizes[role], settings.gpu_memory_utilization * machine.device_bytes)
+    return sizes
 
 
-def bytes_of_rank(config: Config, held: Mapping[str, float], roles: Collection[str], machine: Machine) -> float:
+def bytes_of_rank(config: Config, sizes: Mapping[str, float], roles: Collection[str], machine: Machine) -> float:
     """What a rank with these roles holds at the same time, at least: where roles give way, the largest of them."""
-    alone = machine.cpu or config.residency.mode == "off"
-    staying = [held[role] for role in roles if alone or role in config.residency.keep]
-    others = [held[role] for role in roles if not alone and role not in config.residency.keep]
+    all_resident = machine.cpu or config.residency.mode == "off"
+    staying = [sizes[role] for role in roles if all_resident or role in config.residency.keep]
+    others = [sizes[role] for role in roles if not all_resident and role not in config.residency.keep]
     return sum(staying) + max(others, default=0.0)
 
 
 def roles_of_ranks(meshes: Mapping[str, Mesh], roles: Collection[str]) -> dict[tuple[str, ...], int]:
     """Roles that share a rank -> the first such rank."""
     of_role = {role: frozenset(meshes[role].ranks) for role in roles}
-    found: dict[tuple[str, ...], int] = {}
+    first_ranks: dict[tuple[str, ...], int] = {}
     for rank in sorted(frozenset[int]().union(*of_role.values())):
-        found.setdefault(tuple(role for role in roles if rank in of_role[role]), rank)
-    return found
+        first_ranks.setdefault(tuple(role for role in roles if rank in of_role[role]), rank)
+    return first_ranks
 
 
 def check_memory(config: Config, specs: Mapping[str, ModelSpec], meshes: Mapping[str, Mesh], machine: Machine) -> None:

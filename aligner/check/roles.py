@@ -14,7 +14,7 @@ from aligner.data.tokenizer import load_tokenizer
 from aligner.models.families import FAMILIES
 from aligner.models.read_spec import read_spec
 from aligner.models.spec import Head, ModelSpec, with_scalar_head
-from aligner.reward.components import ResolvedComponent, parts_of
+from aligner.reward.components import ResolvedComponent, reward_components
 from aligner.spmd.mesh import Mesh
 from aligner.spmd.placement import RANKS_THAT_WORK, Placement
 from aligner.spmd.role_table import REWARD_MODEL
@@ -27,7 +27,7 @@ def wanted_roles(config: Config, listed: Sequence[str]) -> list[str]:
     """The roles of a job: those of algorithm.roles, and the further models that components of the reward name."""
     if "reward" not in listed or not config.models:
         return list(listed)
-    named = [part.model for part in parts_of(config.reward) if part.model in config.models]
+    named = [part.model for part in reward_components(config.reward) if part.model in config.models]
     return list(dict.fromkeys([*listed, *(name for name in named if name is not None)]))
 
 
@@ -128,7 +128,11 @@ def check_scorer(config: Config, part: ResolvedComponent, roles: Sequence[str]) 
     if name is None:
         return
     if name not in able:
-        given = f"a {config.role(name).kind.name}, {config.role(name).kind.what}" if name in config.roles else "no role"
+        given = (
+            f"a {config.role(name).kind.name}, {config.role(name).kind.description}"
+            if name in config.roles
+            else "no role"
+        )
         raise ValueError(
             f"{part.source} is {given}; use one of the reward models {', '.join(able)}, or define models.{name}="
             "{kind: reward_model, path: ...}."

@@ -124,8 +124,8 @@ def with_ends(spec: ModelSpec, config: Config, ends: EndTokens, tokenizer: PreTr
     """The model as it will be trained: responses end at these, and its exports name them. What sampling.stop_token_ids
     adds is trained on as well, and is exported where it is a special token."""
     chosen: Sequence[int] = config.sampling.stop_token_ids or ()
-    found = dict.fromkeys([*spec.eos_token_ids, *ends.ids, *special_among(tokenizer, chosen)])
-    return replace(spec, eos_token_ids=tuple(found))
+    end_tokens = dict.fromkeys([*spec.eos_token_ids, *ends.ids, *special_among(tokenizer, chosen)])
+    return replace(spec, eos_token_ids=tuple(end_tokens))
 
 
 def shown_ends(config: Config, ends: EndTokens) -> str:

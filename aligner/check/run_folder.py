@@ -54,22 +54,22 @@ def check_places(config: Config, learns: Iterable[str]) -> None:
     try:
         if run != "":  # a run of an earlier version left no marks: what lies there is taken for its own
             for role, folder in models_of(run_dir, learns).items() if train.save else ():
-                what = f"the {role}'s model (train.save=true)"
+                contents = f"the {role}'s model (train.save=true)"
                 check_replaceable(folder, run or "no run yet")
-            what = "exports of this run"
+            contents = "exports of this run"
             for folder in run_dir.glob(f"{EXPORTS}/step_*") if train.export_every or train.keep_best else ():
                 check_replaceable(folder, run or "no run yet")
-        link, what = run_dir / BEST, "the link to the best export (train.keep_best=true)"
+        link, contents = run_dir / BEST, "the link to the best export (train.keep_best=true)"
         if train.keep_best and (link.is_symlink() or link.exists()) and pointed(link) is None:
             raise ValueError(f"{link} is not a link to an export of this run; move it away.")
-        what = "files of this run"
+        contents = "files of this run"
         if run is None and not config.overwrite:
             for file in (run_dir / name for name in FILES):
                 if file.exists():
                     raise ValueError(f"{file} is not of a run, and would be replaced; move it away.")
     except ValueError as error:
         raise ValueError(
-            f"run_dir={config.run_dir} is where {what} will be written. {error} Or choose another run_dir."
+            f"run_dir={config.run_dir} is where {contents} will be written. {error} Or choose another run_dir."
         ) from None
 
 
@@ -87,16 +87,16 @@ def check_sources(config: Config, sources: Mapping[str, str | None], learns: Ite
     if config.train.save:
         replaced |= {folder: f"the {role}'s model" for role, folder in models_of(run_dir, learns).items()}
     for setting, path in sources.items():
-        for folder, what in replaced.items() if path else ():
+        for folder, contents in replaced.items() if path else ():
             if not _inside(Path(path or ""), folder):
                 continue
-            if what == EXPORTS:
+            if contents == EXPORTS:
                 raise ValueError(
                     f"{setting}={path} is an export of the run in run_dir={config.run_dir}, which is overwritten; "
                     "choose another run_dir."
                 )
             raise ValueError(
-                f"{setting}={path} lies in {folder}, where the run in run_dir={config.run_dir} writes {what} and replaces "
+                f"{setting}={path} lies in {folder}, where the run in run_dir={config.run_dir} writes {contents} and replaces "
                 "what is there; choose another run_dir, or move it."
             )
 

@@ -11,7 +11,7 @@ from aligner.check.memory import bytes_of_rank, bytes_of_roles, machine_of, role
 from aligner.check.rollout import shown_ends
 from aligner.data.preferences import LeftOut, left_out_text
 from aligner.models.tensors import parameter_count
-from aligner.reward.components import parts_of
+from aligner.reward.components import reward_components
 from aligner.spmd.mesh import axes, shown
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from aligner.config.schema import Config
 
 
-def summary(config: Config, roles: Sequence[str], checked: Checked, world_size: int) -> str:
+def job_summary(config: Config, roles: Sequence[str], checked: Checked, world_size: int) -> str:
     """Some lines for people.
 
     Args:
@@ -37,7 +37,7 @@ def summary(config: Config, roles: Sequence[str], checked: Checked, world_size: 
         ("run", f"{config.train.steps} steps, written to {config.run_dir}"),
     ]
     if "reward" in roles:
-        lines.insert(2, ("reward", ", ".join(part.source for part in parts_of(config.reward))))
+        lines.insert(2, ("reward", ", ".join(part.source for part in reward_components(config.reward))))
     width = max(len(name) for name, _ in lines)
     on = f"{world_size} rank{'s' * (world_size > 1)}"
     other = "" if config.check.ranks else " (check.ranks=N asks for another number)"

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from aligner.checkpoint.config import CheckpointConfig
-from aligner.checkpoint.folder import complete, remove, remove_leftovers, write_json
+from aligner.checkpoint.folder import complete, remove, remove_leftovers, write_checksummed_json
 
 FOLDER = "checkpoints"
 CLAIM_FILE = ".launch"
@@ -113,5 +113,7 @@ def _read_claim(run_dir: Path) -> dict[str, Any]:
 
 def _write_claim(run_dir: Path, finished: int | None, run: str) -> None:
     file = run_dir / CLAIM_FILE
-    write_json(file.with_name(f"{CLAIM_FILE}.partial"), {"launch": launch(), "finished": finished, "run": run})
+    write_checksummed_json(
+        file.with_name(f"{CLAIM_FILE}.partial"), {"launch": launch(), "finished": finished, "run": run}
+    )
     os.replace(file.with_name(f"{CLAIM_FILE}.partial"), file)

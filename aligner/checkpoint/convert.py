@@ -11,7 +11,7 @@ from torch import Tensor
 
 from aligner.checkpoint.lease import check_free
 from aligner.models.checkpoint import FILE_BYTES, files_of_writers
-from aligner.models.hf_folder import prepare, publish, write_rest, write_weights
+from aligner.models.hf_folder import prepare_partial, publish, write_rest, write_weights
 from aligner.models.ownership import mark
 from aligner.models.read_spec import read_spec
 from aligner.models.spec import ModelSpec
@@ -62,7 +62,7 @@ def convert(
     partial = final.with_name(f".{final.name}.partial")
     for folder in final.parents[:3]:  # run_dir/model, run_dir/exports/step_50, run_dir/checkpoints/...
         check_free(folder)
-    prepare(final, partial, spec)
+    prepare_partial(final, partial, spec)
     try:
         with open_stored(spec) as stored:
             rows = [_write(stored, partial / name, layout, flat=sharding is not None) for name, layout in files]

@@ -66,7 +66,7 @@ def write_bytes(file: Path, content: bytes) -> Checksum:
     return _write(file, [content])
 
 
-def write_json(file: Path, value: object) -> Checksum:
+def write_checksummed_json(file: Path, value: object) -> Checksum:
     """Write a JSON file and fsync."""
     return write_bytes(file, json.dumps(value).encode())
 
@@ -120,7 +120,7 @@ def publish_checkpoint(
     """
     partial, final = partial_folder(root, step), step_folder(root, step)
     manifest = {"format": FORMAT, "step": step, "world": world, **(more or {}), "files": dict(files)}
-    write_json(partial / MANIFEST, manifest)
+    write_checksummed_json(partial / MANIFEST, manifest)
     replace(partial, final)
     for old in complete(root)[keep:]:
         remove(old)

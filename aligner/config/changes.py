@@ -33,16 +33,16 @@ ENGINE_LENGTH = re.compile(r"models\.\w+\.max_model_len")
 """The same setting as rollout.max_model_len, of further engines."""
 
 
-def changes(before: Mapping[str, Any], after: Mapping[str, Any], at: str = "") -> list[tuple[str, Any, Any]]:
+def changes(before: Mapping[str, Any], after: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:
     """(setting, its value before, its value now) of every leaf that differs; a missing one is None."""
-    found = []
+    changed = []
     for name in sorted({*before, *after}):
-        one, other, key = before.get(name), after.get(name), f"{at}{name}"
-        if isinstance(one, Mapping) and isinstance(other, Mapping):
-            found += changes(one, other, f"{key}.")
-        elif one != other:
-            found.append((key, one, other))
-    return found
+        old, new, key = before.get(name), after.get(name), f"{prefix}{name}"
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            changed += changes(old, new, f"{key}.")
+        elif old != new:
+            changed.append((key, old, new))
+    return changed
 
 
 def check_changes(
@@ -61,22 +61,24 @@ def check_changes(
     Raises:
         ValueError: there are changes that nobody has accepted; it lists them.
     """
-    found = [
-        (key, one, other)
-        for key, one, other in changes(before, after)
+    changed = [
+        (key, old, new)
+        for key, old, new in changes(before, after)
         if not any(key == free or key.startswith(f"{free}.") for free in FREE) and not ENGINE_LENGTH.fullmatch(key)
     ]
-    found += [
-        (what, f"digest {one}", inputs[1][what]) for what, one in inputs[0].items() if inputs[1].get(what, one) != one
+    changed += [
+        (source, f"digest {old}", inputs[1][source])
+        for source, old in inputs[0].items()
+        if inputs[1].get(source, old) != old
     ]
-    if not found:
+    if not changed:
         return
-    told = "\n".join(f"  {key}: {one} -> {other}" for key, one, other in found)
+    listing = "\n".join(f"  {key}: {old} -> {new}" for key, old, new in changed)
     if not accepted:
         raise ValueError(
-            f"run_dir has a checkpoint of a run with other settings or contents:\n{told}\nSet them back, accept them with "
+            f"run_dir has a checkpoint of a run with other settings or contents:\n{listing}\nSet them back, accept them with "
             "checkpoint.accept_changes=true, choose another run_dir, or start anew with overwrite=true."
         )
     if say:
-        sys.stderr.write(f"aligner: going on with changed settings or contents:\n{told}\n")
+        sys.stderr.write(f"aligner: going on with changed settings or contents:\n{listing}\n")
         sys.stderr.flush()

@@ -52,7 +52,7 @@ def masked(value: Any, key: str = "", whole: bool = False) -> Any:
 def without_patterns(text: str) -> str:
     """Text without what is known for a secret by its form: in URLs, and after Bearer."""
     text = USER_IN_URL.sub(rf"\1{HIDDEN}@", text)
-    text = FIELD_IN_URL.sub(lambda found: found[1] + (HIDDEN if _names_secret(found[2]) else found[3]), text)
+    text = FIELD_IN_URL.sub(lambda match: match[1] + (HIDDEN if _names_secret(match[2]) else match[3]), text)
     return BEARER.sub(rf"\1\2{HIDDEN}", text)
 
 

@@ -189,11 +189,11 @@ class Encoder:
         return self.tokenizer.eos_token_id
 
 
-def fits(sequence: TokenizedAnswer, what: str, label: str, max_tokens: int, too_long: str) -> bool:
+def fits(sequence: TokenizedAnswer, row_kind: str, label: str, max_tokens: int, too_long: str) -> bool:
     """Whether the sequence has at most `max_tokens` tokens.
 
     Args:
-        what: what the row is called in the error.
+        row_kind: what the row is called in the error.
 
     Raises:
         ValueError: it has more, and `too_long` (data.too_long) is not "drop".
@@ -201,7 +201,7 @@ def fits(sequence: TokenizedAnswer, what: str, label: str, max_tokens: int, too_
     length = len(sequence.tokens)
     if length > max_tokens and too_long != "drop":
         raise ValueError(
-            f"{label}: {what} has {length} tokens, more than data.max_tokens={max_tokens}; "
+            f"{label}: {row_kind} has {length} tokens, more than data.max_tokens={max_tokens}; "
             f"raise it to {length} or more, or set data.too_long=drop."
         )
     return length <= max_tokens

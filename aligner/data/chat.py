@@ -167,14 +167,14 @@ def _cleaned(message: Message, place: str) -> Message:
     return cleaned
 
 
-def _parsed(value: Any, what: str) -> Any:
+def _parsed(value: Any, name: str) -> Any:
     """JSON text -> its value; other types unchanged."""
     if not isinstance(value, str):
         return value
     try:
         return json.loads(value) if value.strip() else None
     except ValueError as error:
-        raise ValueError(f"{what} is not valid JSON: {error}.") from None
+        raise ValueError(f"{name} is not valid JSON: {error}.") from None
 
 
 def _first_accepted_form(

@@ -250,7 +250,7 @@ def write_rows(path: Path, rows: Iterable[LabelledRow]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for _, row in rows))
 
 
-def write(out: Path, task: ColumnAddition, shape: ModelShape) -> list[str]:
+def write_task(out: Path, task: ColumnAddition, shape: ModelShape) -> list[str]:
     """Write the model folder and the data files; returns their names."""
     write_model(out / "model", shape, task.seed)
     files = {
@@ -281,7 +281,7 @@ def main(arguments: list[str] | None = None) -> None:
         shape = ModelShape(**{name: options[name] for name in vars(shape)})
     except ValueError as error:
         parser.error(str(error))
-    print(f"wrote {options['out']}/: {', '.join(write(options['out'], task, shape))}")
+    print(f"wrote {options['out']}/: {', '.join(write_task(options['out'], task, shape))}")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ HEAD_BYTES = 1024
 class FileFormat:
     """A file format that is not supported directly."""
 
-    what: str
+    description: str
     """Description; completes "the file is ..."."""
     command: str
     """Command that converts {file} to {out}, both shell-quoted; {python} is {file} as a Python literal inside "..."."""
@@ -104,7 +104,7 @@ def conversion_hint(file: Path, head: bytes) -> str | None:
         "{pythonout}": _python(target),
     }.items():
         command = command.replace(key, value)
-    return f"is {form.what}, and rows are read from JSONL, one JSON object a line; first run: {command}"
+    return f"is {form.description}, and rows are read from JSONL, one JSON object a line; first run: {command}"
 
 
 def missing_hint(path: str) -> str:

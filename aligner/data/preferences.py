@@ -204,13 +204,13 @@ def _scored_pairs(
     return pairs, len(answers) * (len(answers) - 1) // 2 - len(pairs)
 
 
-def _number(value: Any, what: str) -> float:
+def _number(value: Any, name: str) -> float:
     try:
         if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
             return float(value)
     except OverflowError:  # an integer beyond the range of floats
         value = math.inf
-    raise ValueError(f"{what} must be a finite number, not {value!r}.")
+    raise ValueError(f"{name} must be a finite number, not {value!r}.")
 
 
 def left_out_text(left_out: LeftOut) -> str:

@@ -1,4 +1,5 @@
-"""What a model family must declare, and Hugging Face checkpoints in and out of any layout.
+"""Model families and Hugging Face checkpoints, read and written under any parallel layout.
 
-In: a Hugging Face folder. Out: a `ModelSpec`, the parameters that its tensors make and their cuts, and a Hugging Face folder again.
+In: a Hugging Face folder. Out: a `ModelSpec`, the engines' parameters with the checkpoint regions they hold, and a Hugging Face
+folder again.
 """

@@ -1,4 +1,4 @@
-"""Whether transformers, and the engine that reads through it, take config.json for the model that is trained."""
+"""Checks that transformers (and vLLM, which reads through it) interprets config.json as the model that is trained."""
 
 from __future__ import annotations
 
@@ -13,32 +13,32 @@ from aligner.models.tensors import family_of
 
 
 def check_reading(spec: ModelSpec) -> None:
-    """Have transformers read the model's configuration, and compare.
+    """Load the model's configuration with transformers and compare it with `spec`.
 
     Raises:
-        ValueError: transformers refuses it, or reads another model; the message names the field.
+        ValueError: transformers refuses it or interprets a field otherwise; the message names the field.
     """
-    from transformers import AutoConfig  # a second, where nothing has needed it before
+    from transformers import AutoConfig  # imported here: it takes a second
 
     try:
         config = AutoConfig.from_pretrained(spec.path, local_files_only=True)
-    except Exception as error:  # of its own kinds, which differ between releases
+    except Exception as error:  # the exception types differ between releases
         reason = " ".join(str(error).split())
         raise ValueError(f"{spec.path}/config.json: transformers cannot read {_culprit(spec)}: {reason}") from error
     check_agreement(spec, config, "transformers")
 
 
 def _culprit(spec: ModelSpec) -> str:
-    """The one field without which transformers could read the file, since its own errors may not name it."""
+    """The field without which transformers could read the file, since its own errors may not name it."""
     from transformers import AutoConfig
 
-    found = read_config(Path(spec.path))
-    if found.pop("model_type", None) is None:
+    fields = read_config(Path(spec.path))
+    if fields.pop("model_type", None) is None:
         return "it without a model_type"
-    for key, value in {"": None, **found}.items():
-        rest = {other: kept for other, kept in found.items() if other != key}
+    for key, value in {"": None, **fields}.items():
+        others = {name: field for name, field in fields.items() if name != key}
         try:
-            AutoConfig.for_model(spec.family, **rest)
+            AutoConfig.for_model(spec.family, **others)
         except Exception:
             continue
         return f"{key}={value!r}" if key else "it"
@@ -46,13 +46,13 @@ def _culprit(spec: ModelSpec) -> str:
 
 
 def check_agreement(spec: ModelSpec, config: Any, reader: str) -> None:
-    """ValueError naming the first field that `config` (of transformers' classes) has otherwise than `spec`.
+    """Raises ValueError naming the first field in which `config` (a transformers configuration) differs from `spec`.
 
     Args:
-        reader: whose configuration it is.
+        reader: the library that loaded `config`, for the message.
     """
-    found = _found(config, spec)
-    fields = [(key, found(key), value) for key, value in _wanted(spec).items()]
+    field_of = _field_reader(config, spec)
+    fields = [(key, field_of(key), value) for key, value in _expected(spec).items()]
     for key, theirs, ours in [*fields, *_rope_fields(config, spec)]:
         if theirs != ours:
             raise ValueError(
@@ -61,31 +61,31 @@ def check_agreement(spec: ModelSpec, config: Any, reader: str) -> None:
             )
 
 
-def _found(config: Any, spec: ModelSpec) -> Callable[[str], Any]:
-    """What the configuration says of a field, in the words of `_wanted`."""
+def _field_reader(config: Any, spec: ModelSpec) -> Callable[[str], Any]:
+    """A function that returns a field of the configuration by its name in `_expected`."""
 
-    def of(key: str) -> Any:
+    def field_of(key: str) -> Any:
         value = getattr(config, key, None)
         match key:
             case "head_dim":
                 return value or config.hidden_size // config.num_attention_heads
-            case "layer_types":  # of a class that has none, the window is that of every layer
+            case "layer_types":  # a class without layer_types applies the window to every layer
                 return value or [SLIDING if getattr(config, "sliding_window", None) else FULL] * spec.layers
             case "attention_bias" | "mlp_bias":
                 return bool(value)
-            case "sliding_window":  # of no layer, it is the width of nothing
+            case "sliding_window":  # no layer uses it
                 return value if SLIDING in (getattr(config, "layer_types", None) or [SLIDING]) else None
             case "hidden_act" | "hidden_activation":
                 names = family_of(spec).activations
                 return names[0] if value in names else value
         return value
 
-    return of
+    return field_of
 
 
-def _wanted(spec: ModelSpec) -> dict[str, Any]:
-    """By the names that transformers gives them."""
-    found = {
+def _expected(spec: ModelSpec) -> dict[str, Any]:
+    """The model's values of the fields to compare, by transformers' names."""
+    expected = {
         "model_type": spec.family,
         "hidden_size": spec.hidden,
         "num_hidden_layers": spec.layers,
@@ -102,22 +102,22 @@ def _wanted(spec: ModelSpec) -> dict[str, Any]:
     }
     scalar = family_of(spec).score_scalar
     if scalar:
-        found[scalar] = round(spec.attention_scale**-2)
+        expected[scalar] = round(spec.attention_scale**-2)
     if spec.head is Head.LANGUAGE:
-        found["tie_word_embeddings"] = spec.tied
+        expected["tie_word_embeddings"] = spec.tied
     names = family_of(spec).experts
     if names is not None and spec.experts:
-        found |= {"num_local_experts": spec.experts, "num_experts_per_tok": spec.experts_per_token}
-        found[names.width] = spec.expert_ffn
+        expected |= {"num_local_experts": spec.experts, "num_experts_per_tok": spec.experts_per_token}
+        expected[names.width] = spec.expert_ffn
         if names.norm_topk is None:
-            found["norm_topk_prob"] = spec.norm_topk
+            expected["norm_topk_prob"] = spec.norm_topk
     if len(spec.sparse_layers) < spec.layers:
-        found["intermediate_size"] = spec.ffn
-    return found
+        expected["intermediate_size"] = spec.ffn
+    return expected
 
 
 def _rope_fields(config: Any, spec: ModelSpec) -> Iterator[tuple[str, Any, Any]]:
-    """(name, the configuration's, ours) of each parameter of rotary positions, for each layer type where they differ."""
+    """(name, the configuration's value, ours) of each rotary parameter of each layer type."""
     entry = getattr(config, "rope_parameters", None) or {}
     nested = any(isinstance(value, dict) for value in entry.values())
     for name, rope in spec.rope.items():

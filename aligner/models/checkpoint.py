@@ -1,4 +1,4 @@
-"""Hugging Face safetensors in and out: read by region into any layout, written from layouts spread over ranks."""
+"""Hugging Face safetensors: read by region into any layout, written from weights sharded over ranks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from aligner.models.hf_folder import SINGLE, prepare, publish, write_rest, write_weights
+from aligner.models.hf_folder import SINGLE, prepare_partial, publish, write_rest, write_weights
 from aligner.models.ownership import mark
 from aligner.models.spec import ModelSpec
 from aligner.models.stored import open_stored
@@ -20,30 +20,30 @@ from aligner.reshard.local import BUCKET_BYTES, LocalWeights, TensorWeights, Wri
 from aligner.reshard.message.storage import allocate
 from aligner.reshard.plan.layout import WeightLayout, as_layout
 from aligner.reshard.plan.region import Layout, Piece, whole_tensor
-from aligner.reshard.plan.transfer_plan import make_plan
+from aligner.reshard.plan.transfer_plan import plan_transfer
 from aligner.reshard.transfer.executor import execute
 from aligner.reshard.transfer.sync_stats import SyncStats
 from aligner.reshard.weights import WritableWeights
 
 FILE_BYTES = 5 << 30
-"""Files of weights are split beyond this size."""
+"""Maximum bytes of a weight file."""
 
 
 @torch.no_grad()
 def read_into(spec: ModelSpec, layout: Layout, view: Callable[[Piece], Tensor]) -> int:
     """Fill `layout` from the model's folder, reading only the regions it holds; values are cast to the storages' dtype.
 
-    A head that the folder does not have (see `new_tensors`) becomes zero.
+    A head that the folder does not have (see `new_tensors`) is set to zero.
 
     Args:
-        layout: what to fill.
-        view: a writable view of one of the layout's pieces.
+        layout: the pieces to fill.
+        view: returns a writable view of a piece.
 
     Returns:
         Bytes of weights read from the files.
 
     Raises:
-        ValueError: no safetensors, a missing or misshapen tensor, or a broken file; the message names it.
+        ValueError: no safetensors, a missing or misshapen tensor, or a damaged file; the message names it.
     """
     new = new_tensors(spec)
     for piece in (piece for piece in layout if piece.name in new):
@@ -54,7 +54,7 @@ def read_into(spec: ModelSpec, layout: Layout, view: Callable[[Piece], Tensor]) 
 
 @torch.no_grad()
 def read_weights(spec: ModelSpec, destination: WritableWeights) -> int:
-    """Fill what this rank holds of `destination` from the model's folder, which has all of it.
+    """Fill this rank's part of `destination` from the model's folder, which has every tensor.
 
     Returns and raises as `read_into`.
     """
@@ -78,31 +78,31 @@ def export_checkpoint(
     file_bytes: int = FILE_BYTES,
     run: str | None = None,
 ) -> SyncStats:
-    """Write a role's weights as a Hugging Face folder; collective over the role's ranks, who share the writing.
+    """Write a role's weights as a Hugging Face folder; collective over the role's ranks, each of which writes a share.
 
     Each rank receives its share of the tensors (about 1 / ranks of the bytes, held in host memory) and writes it to
-    files of its own. The folder appears under its name only when it is complete; one that stood there is replaced.
+    files of its own. The folder gets its name only when it is complete, and replaces an earlier one.
     Configuration and tokenizer are copied from `spec.path`; a model with a scalar head becomes a
     `*ForSequenceClassification` of one label.
 
     Args:
         rank: this rank; `layouts` and `group` are in world ranks.
-        layouts: what every rank of the role holds.
-        source: reads a piece that this rank holds.
-        group: exactly the role's ranks; None where there is one.
-        out_dir: the folder to write, seen by every rank (a shared file system where they are on several hosts).
-        dtype: of the written weights.
-        device: where buffers live if the group is not gloo's; None: the CPU.
-        bucket_bytes: bound on the messages.
-        file_bytes: files are split beyond this size.
-        run: whose the folder is, noted in it: a folder that stood there must be the same run's. None: no run's.
+        layouts: the pieces that every rank of the role holds.
+        source: returns a view of a piece that this rank holds.
+        group: process group of exactly the role's ranks; None if there is one rank.
+        out_dir: the folder to write, visible to every rank (on a shared file system if there are several hosts).
+        dtype: data type of the written weights.
+        device: device of the message buffers if the group is not gloo's; None: the CPU.
+        bucket_bytes: maximum bytes of a message.
+        file_bytes: maximum bytes of a weight file.
+        run: the run that owns the folder, recorded in it; an existing folder must belong to the same run. None: no run.
 
     Returns:
-        The transfer's account on this rank.
+        The transfer's statistics on this rank.
 
     Raises:
-        ValueError: `out_dir` is the model's own folder, or holds something that is not a checkpoint, or another's.
-        PeerFailedError: another rank failed; one error or the other is raised on every rank, none is left waiting.
+        ValueError: `out_dir` is the model's own folder, is not a checkpoint, or belongs to another run.
+        PeerFailedError: another rank failed. If any rank fails, every rank raises; none waits forever.
     """
     device = device or torch.device("cpu")
     layout = as_layout(layouts)
@@ -111,20 +111,20 @@ def export_checkpoint(
     shapes = logical_tensors(spec)
     files = files_of_writers(spec, ranks, dtype, file_bytes)
     written = {writer: [whole_tensor(name, shapes[name], dtype) for name in _names(files, writer)] for writer in ranks}
-    together = _Together(rank, ranks, group, device, f"writing {final}")
+    steps = _CollectiveSteps(rank, ranks, group, device, f"writing {final}")
     try:
-        with together.step():
+        with steps.step():
             if rank == ranks[0]:
-                prepare(final, partial, spec, run)
-        with together.step():
-            plan = make_plan(rank, layout, written)
+                prepare_partial(final, partial, spec, run)
+        with steps.step():
+            plan = plan_transfer(rank, layout, written)
             tensors = allocate(written[rank], torch.device("cpu"))
-        with together.step():
-            row = execute(plan, source, TensorWeights(tensors, written[rank]), group, device, bucket_bytes)
+        with steps.step():
+            stats = execute(plan, source, TensorWeights(tensors, written[rank]), group, device, bucket_bytes)
             for file, (writer, names) in files.items():
                 if writer == rank:
                     write_weights(partial / file, {name: tensors[name].view(shapes[name]) for name in names})
-        with together.step():
+        with steps.step():
             if rank == ranks[0]:
                 write_rest(partial, spec, dtype, {name: file for file, (_, names) in files.items() for name in names})
                 mark(partial, run)
@@ -133,13 +133,13 @@ def export_checkpoint(
         if rank == ranks[0]:
             shutil.rmtree(partial, ignore_errors=True)
         raise
-    return row
+    return stats
 
 
 def files_of_writers(
     spec: ModelSpec, ranks: Sequence[int], dtype: str, file_bytes: int
 ) -> dict[str, tuple[int, list[str]]]:
-    """File name -> (its writer, its tensors): tensors by falling size to the writer with the fewest bytes so far."""
+    """File name -> (rank that writes it, its tensors). Largest tensor first, to the writer with the fewest bytes so far."""
     pieces = {name: whole_tensor(name, shape, dtype) for name, shape in logical_tensors(spec).items()}
     load = dict.fromkeys(ranks, 0)
     owner: dict[str, int] = {}
@@ -167,16 +167,16 @@ def _names(files: Mapping[str, tuple[int, list[str]]], rank: int) -> list[str]:
 
 
 class PeerFailedError(RuntimeError):
-    """This rank did its part; another one failed."""
+    """Another rank failed; this one did not."""
 
 
-class _Together:
+class _CollectiveSteps:
     """Steps that succeed on all ranks or raise on all of them."""
 
     def __init__(
-        self, rank: int, ranks: Sequence[int], group: dist.ProcessGroup | None, device: torch.device, what: str
+        self, rank: int, ranks: Sequence[int], group: dist.ProcessGroup | None, device: torch.device, action: str
     ) -> None:
-        self._rank, self._ranks, self._group, self._what = rank, ranks, group, what
+        self._rank, self._ranks, self._group, self._action = rank, ranks, group, action
         self._device = torch.device("cpu") if group is None or dist.get_backend(group) == "gloo" else device
 
     @contextmanager
@@ -193,5 +193,7 @@ class _Together:
         if failure is not None:
             raise failure
         if failed.any():
-            culprits = ", ".join(str(rank) for rank, bad in zip(self._ranks, failed.tolist(), strict=True) if bad)
-            raise PeerFailedError(f"{self._what} failed on rank {culprits}; its own error says why")
+            culprits = ", ".join(
+                str(rank) for rank, has_failed in zip(self._ranks, failed.tolist(), strict=True) if has_failed
+            )
+            raise PeerFailedError(f"{self._action} failed on rank {culprits}; its own error says why")

@@ -1,7 +1,7 @@
-"""What a model family declares: how config.json is read, its layer types, its parameters and their cuts (no torch).
+"""What a model family declares: how config.json is read, layer types, parameters and their sharding (no torch).
 
-One instance for each family, in a file of its own under `aligner/models/families/`; most are values alone, and what no
-value here says is a method that the family's file overrides.
+One instance for each family, in its own file under `aligner/models/families/`. Most families only set values; what no value
+expresses is a method that the family's file overrides.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from aligner.models.rope import Rope, RopeDefaults, read_rope
 from aligner.models.spec import LayerType, ModelSpec, QKNorm
 
 FULL, SLIDING, SPARSE = "full_attention", "sliding_attention", "sparse"
-"""Usual names of layer types: causal attention and a dense MLP, the same within a window, a router over experts."""
+"""Usual names of layer types: causal attention with a dense MLP, sliding-window attention with one, a mixture of experts."""
 
 
 @dataclass(frozen=True)
 class Norms:
-    """The RMSNorms of a layer, by where they stand: the checkpoint's names, None where there is none.
+    """The checkpoint's names of a layer's RMSNorms, by position; None: no norm there.
 
-    What stands after is computed before the residual is added.
+    The norms after attention and MLP are applied before the residual is added.
     """
 
     before_attention: str | None = "input_layernorm"
@@ -34,14 +34,14 @@ class Norms:
 
 
 class Window(StrEnum):
-    """Where config.json's sliding_window counts."""
+    """How config.json's sliding_window applies."""
 
     REFUSED = "refused"
-    """It must be null or absent: the engine would take it, whatever transformers' class does."""
+    """It must be null or absent: vLLM would apply it, whatever transformers' class does."""
     SWITCHED = "switched"
-    """use_sliding_window says whether, and must be false; without it the width is that of nothing."""
+    """Only with use_sliding_window, which must be false; otherwise it is ignored."""
     EVERY_LAYER = "every layer"
-    """In all layers; null: none."""
+    """In all layers; null: in none."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Experts:
     """How a family names and chooses its experts: keys of config.json, and tensors inside a layer of the checkpoint."""
 
     count: tuple[str, ...]
-    """Keys of the number of experts (releases of transformers differ); where both are there they must agree."""
+    """Keys of the number of experts (they differ between releases of transformers); if several are present they must agree."""
     width: str
     """Key of the width of one expert."""
     module: str
@@ -57,14 +57,14 @@ class Experts:
     projections: tuple[str, str, str]
     """Gate, up and down projection inside `<module>.experts.<number>`."""
     norm_topk: bool | None = None
-    """Whether the chosen experts' probabilities are divided by their sum; None: config.json's norm_topk_prob says."""
+    """Whether the chosen experts' probabilities are divided by their sum; None: as config.json's norm_topk_prob says."""
     some_dense: bool = False
     """decoder_sparse_step and mlp_only_layers say which layers have experts; else all have."""
 
 
 @dataclass(frozen=True)
 class Defaults:
-    """What transformers' configuration class takes where config.json leaves a field out."""
+    """Defaults of transformers' configuration class for fields that config.json omits."""
 
     kv_heads: int | None = None
     """num_key_value_heads; None: as many as query heads."""
@@ -81,18 +81,18 @@ class Defaults:
 
 @dataclass(frozen=True)
 class EngineTraits:
-    """What vLLM's model of the family does otherwise than most."""
+    """Peculiarities of vLLM's model of the family."""
 
     ends_everywhere: bool = False
-    """It makes the embedding, the last norm and the output layer in every pipeline stage, used or not."""
+    """Every pipeline stage has the embedding, the final norm and the output layer, used or not."""
     output_bias: bool = False
-    """The attention output may have a bias; in others the engine would drop it silently."""
+    """The attention output may have a bias; vLLM would silently drop it in other families."""
     shared_kv_heads: bool = True
-    """Beyond the key/value heads each tensor rank gets a copy of one; False: more ranks than these it refuses."""
+    """With more tensor-parallel ranks than key/value heads, ranks hold copies; False: vLLM refuses that."""
     fixed_head_dim: bool = False
-    """It takes hidden size / heads, whatever head_dim says."""
+    """It uses hidden size / heads and ignores head_dim."""
     note: str = ""
-    """For the table of families: by which model the engine runs it, and what its CPU build cannot, with the error."""
+    """For docs/families.md: the vLLM model that runs it, and limits of its CPU build, with the error."""
 
 
 _PROJECTIONS = {
@@ -103,46 +103,46 @@ _PROJECTIONS = {
 
 @dataclass(frozen=True)
 class Family:
-    """What the decoders of one architecture have in common and their config.json does not say."""
+    """The properties of an architecture's decoders that config.json does not state."""
 
     model_type: str
     """config.json's "model_type"."""
     architecture: str
     """Class name in config.json's "architectures"."""
     title: str
-    """For the table of families: models that are of this family."""
+    """For docs/families.md: well-known models of the family."""
     defaults: Defaults = Defaults()
     nullable: frozenset[str] = frozenset()
-    """Of num_key_value_heads, head_dim and attention_dropout, those that may be null, which means the usual value."""
+    """Those of num_key_value_heads, head_dim and attention_dropout that may be null, which means the default."""
     only: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
-    """Fields of this family alone that would change the computation, with the values that are implemented."""
+    """Fields of this family only that change the computation, with the implemented values."""
     inert: frozenset[str] = frozenset()
-    """Fields of this family alone that change nothing, whatever their value."""
+    """Fields of this family only that have no effect, whatever their value."""
     qkv_bias: bool = False
-    """Query, key and value projections have a bias whatever config.json says."""
+    """Query, key and value projections always have a bias."""
     optional_biases: tuple[str, ...] = ()
-    """Of "attention_bias" (query, key, value, output) and "mlp_bias" (gate, up, down), those that config.json may set."""
+    """Those of "attention_bias" (query, key, value, output) and "mlp_bias" (gate, up, down) that config.json may set."""
     divided_hidden: bool = False
-    """transformers wants a hidden size that the heads divide, even where head_dim is another."""
+    """transformers requires the number of heads to divide the hidden size, even with another head_dim."""
     partial_rotary: bool = False
-    """partial_rotary_factor says how much of each head is rotated; transformers' class and the engine's both read it."""
+    """transformers and vLLM both read partial_rotary_factor, the fraction of each head that is rotated."""
     keeps_null_head_dim: bool = False
-    """transformers leaves a null head_dim as it is, which its "dynamic", "yarn" and "longrope" rotary positions cannot read."""
+    """transformers keeps a null head_dim, with which its "dynamic", "yarn" and "longrope" rotary embeddings fail."""
     window: Window = Window.REFUSED
     norms: Norms = Norms()
     norm_plus_one: bool = False
     """RMSNorm multiplies by 1 + weight."""
     qk_norm: QKNorm | None = None
     score_scalar: str | None = None
-    """Field of config.json that scores are divided by the square root of; None: head_dim is."""
+    """Field of config.json by whose square root attention scores are divided; None: head_dim."""
     score_scalar_default: int | None = None
-    """Where config.json leaves it out."""
+    """Its value if config.json omits it."""
     activation_field: str = "hidden_act"
-    """Where transformers' class has the activation of the gate."""
+    """Name of the gate's activation in transformers' configuration class."""
     activations: tuple[str, ...] = ("silu",)
-    """Names in config.json of the activation of the gate; all of one family mean the same function."""
+    """Accepted names of the gate's activation; within a family all mean the same function."""
     attention_note: str = ""
-    """For the table of families, where the window is none of `Window`: which layers see what."""
+    """For docs/families.md, if `Window` does not describe the attention: which layers attend to what."""
     scaled_embedding: bool = False
     """Embeddings are multiplied by the square root of the hidden size."""
     experts: Experts | None = None
@@ -151,26 +151,26 @@ class Family:
 
     @property
     def classifier(self) -> str:
-        """The architecture with a scalar head in place of the output layer."""
+        """The architecture with a scalar head instead of the output layer."""
         return self.architecture.replace("ForCausalLM", "ForSequenceClassification")
 
     def read_layers(self, config: ConfigJson, layers: int) -> tuple[tuple[str, ...], dict[str, LayerType]]:
         """The name of each layer's type, and the types by name.
 
         Raises:
-            ValueError: a window or layer types that are not those of the family.
+            ValueError: a window or layer types that the family does not have.
         """
         window = self._read_window(config)
-        usual = SLIDING if window else FULL
-        types = {usual: LayerType(window)}
-        self._check_layer_types(config, layers, usual)
+        layer_type = SLIDING if window else FULL
+        types = {layer_type: LayerType(window)}
+        self._check_layer_types(config, layers, layer_type)
         sparse = self._sparse_layers(config, layers)
         if sparse:
             types[SPARSE] = LayerType(window, sparse=True)
-        return tuple(SPARSE if number in sparse else usual for number in range(layers)), types
+        return tuple(SPARSE if number in sparse else layer_type for number in range(layers)), types
 
     def read_ropes(self, config: ConfigJson, defaults: RopeDefaults, names: Iterable[str]) -> dict[str, Rope]:
-        """The rotary positions of each of the named layer types; here all have the same.
+        """The rotary embedding of each of the named layer types; by default all have the same.
 
         Raises:
             ValueError: see `read_rope`.
@@ -179,11 +179,11 @@ class Family:
         return dict.fromkeys(names, read_rope(config, defaults))
 
     def longest(self, ropes: Sequence[Rope], max_positions: int) -> int:
-        """The longest sequence, in tokens, for these rotary positions and config.json's positions."""
+        """Maximum sequence length in tokens, from the rotary embeddings and max_position_embeddings."""
         return min(rope.longest(max_positions) for rope in ropes)
 
     def read_attention_scale(self, config: ConfigJson, head_dim: int) -> float:
-        """Factor on the scores of attention."""
+        """Factor on the attention scores."""
         scalar = config.size(self.score_scalar, self.score_scalar_default) if self.score_scalar else head_dim
         return float(scalar**-0.5)
 
@@ -199,17 +199,17 @@ class Family:
             config.only("sliding_window", (None,))
         return None
 
-    def _check_layer_types(self, config: ConfigJson, layers: int, usual: str) -> None:
-        """One entry for each layer, in transformers' words; all layers are of one kind of attention."""
+    def _check_layer_types(self, config: ConfigJson, layers: int, expected: str) -> None:
+        """Raises ValueError unless layer_types has `expected` (or its alias) for every layer."""
         types = config.get("layer_types")
         if types is None:
             return
         if not isinstance(types, list) or len(types) != layers:
             raise config.error(f"layer_types must be null or a list of as many entries as num_hidden_layers={layers}.")
-        allowed = (FULL, "attention") if usual == FULL else (usual,)
-        other = [one for one in types if one not in allowed]
+        allowed = (FULL, "attention") if expected == FULL else (expected,)
+        other = [name for name in types if name not in allowed]
         if other:
-            raise config.error(f"layer_types has {other[0]!r}, which is not supported; only {usual!r} is.")
+            raise config.error(f"layer_types has {other[0]!r}, which is not supported; only {expected!r} is.")
 
     def _sparse_layers(self, config: ConfigJson, layers: int) -> frozenset[int]:
         if self.experts is None:
@@ -221,23 +221,23 @@ class Family:
             raise config.error(f"mlp_only_layers={skipped!r} must be a list of layer numbers.")
         return frozenset(layer for layer in range(layers) if (layer + 1) % step == 0 and layer not in skipped)
 
-    def block(self, spec: ModelSpec, part: str, what: str = "weight") -> Block:
-        """Where the checkpoint keeps a projection, inside a layer.
+    def block(self, spec: ModelSpec, part: str, kind: str = "weight") -> Block:
+        """The block of the checkpoint that holds a projection, relative to its layer.
 
         Args:
             part: "q", "k", "v", "o", "gate", "up" or "down".
-            what: "weight" or "bias".
+            kind: "weight" or "bias".
         """
         queries, keys = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
         rows = {"q": queries, "k": keys, "v": keys, "o": spec.hidden, "gate": spec.ffn, "up": spec.ffn}
         columns = {"o": queries, "down": spec.ffn}
         shape = rows.get(part, spec.hidden), columns.get(part, spec.hidden)
-        return Block(f"{_PROJECTIONS[part]}.{what}", shape if what == "weight" else shape[:1])
+        return Block(f"{_PROJECTIONS[part]}.{kind}", shape if kind == "weight" else shape[:1])
 
     def parameters(self, spec: ModelSpec, layer_type: LayerType) -> list[Parameter]:
-        """A layer's parameters but for its experts', by the names of Megatron's layer, in the order of their use.
+        """A layer's parameters except its experts', by Megatron's names, in the order of their use.
 
-        Of a GPTModel of local (not TransformerEngine) layers, with the norms after attention and MLP of
+        The names are those of a GPTModel of local (not TransformerEngine) layers, with the norms after attention and MLP of
         `aligner.trainer.megatron.layers`.
         """
 
@@ -254,47 +254,49 @@ class Family:
         ]
 
     def _attention(self, spec: ModelSpec) -> list[Parameter]:
-        at = "self_attention"
+        module = "self_attention"
         parameters = []
-        for what in _kinds(spec.qkv_bias):
-            query, key, value = (self.block(spec, part, what) for part in "qkv")
-            parameters.append(Parameter(f"{at}.linear_qkv.{what}", GroupedQKV(query, key, value, spec.kv_heads)))
+        for kind in _kinds(spec.qkv_bias):
+            query, key, value = (self.block(spec, part, kind) for part in "qkv")
+            parameters.append(Parameter(f"{module}.linear_qkv.{kind}", GroupedQKV(query, key, value, spec.kv_heads)))
         if spec.qk_norm:
             for part, heads in (("q", spec.heads), ("k", spec.kv_heads)):
                 width = spec.head_dim * (heads if spec.qk_norm is QKNorm.PROJECTION else 1)
-                parameters.append(_replicated(f"{at}.{part}_layernorm.weight", f"self_attn.{part}_norm.weight", width))
-        return parameters + self._row_parallel(spec, f"{at}.linear_proj", "o", spec.o_bias)
+                parameters.append(
+                    _replicated(f"{module}.{part}_layernorm.weight", f"self_attn.{part}_norm.weight", width)
+                )
+        return parameters + self._row_parallel(spec, f"{module}.linear_proj", "o", spec.o_bias)
 
     def _mlp(self, spec: ModelSpec) -> list[Parameter]:
         fused = [
-            Parameter(f"mlp.linear_fc1.{what}", Rows(tuple(self.block(spec, part, what) for part in ("gate", "up"))))
-            for what in _kinds(spec.mlp_bias)
+            Parameter(f"mlp.linear_fc1.{kind}", Rows(tuple(self.block(spec, part, kind) for part in ("gate", "up"))))
+            for kind in _kinds(spec.mlp_bias)
         ]
         return fused + self._row_parallel(spec, "mlp.linear_fc2", "down", spec.mlp_bias)
 
     def _row_parallel(self, spec: ModelSpec, storage: str, part: str, bias: bool) -> list[Parameter]:
-        """A linear layer cut along its input; its bias is whole on every rank."""
+        """A row-parallel linear layer; its bias is replicated."""
         cuts: dict[str, Cut] = {"weight": Columns(self.block(spec, part))}
         if bias:
             cuts["bias"] = Replicated(self.block(spec, part, "bias"))
-        return [Parameter(f"{storage}.{what}", cut) for what, cut in cuts.items()]
+        return [Parameter(f"{storage}.{kind}", cut) for kind, cut in cuts.items()]
 
     def _router(self, spec: ModelSpec) -> list[Parameter]:
         name = f"{self.named_experts.module}.gate.weight"
         return [Parameter("mlp.router.weight", Replicated(Block(name, (spec.experts, spec.hidden))))]
 
     def expert_parameters(self, spec: ModelSpec) -> list[Parameter]:
-        """An expert's parameters, with names inside the expert."""
+        """An expert's parameters, with names relative to the expert."""
         gate, up, down = (f"{part}.weight" for part in self.named_experts.projections)
-        wide, back = (spec.expert_ffn, spec.hidden), (spec.hidden, spec.expert_ffn)
+        up_shape, down_shape = (spec.expert_ffn, spec.hidden), (spec.hidden, spec.expert_ffn)
         return [
-            Parameter("linear_fc1.weight", Rows((Block(gate, wide), Block(up, wide)))),
-            Parameter("linear_fc2.weight", Columns(Block(down, back))),
+            Parameter("linear_fc1.weight", Rows((Block(gate, up_shape), Block(up, up_shape)))),
+            Parameter("linear_fc2.weight", Columns(Block(down, down_shape))),
         ]
 
     @property
     def named_experts(self) -> Experts:
-        """Of a family that has experts."""
+        """`experts`, for families that have them."""
         assert self.experts is not None, f"{self.model_type} has no experts"
         return self.experts
 

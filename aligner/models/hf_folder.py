@@ -1,4 +1,4 @@
-"""A Hugging Face folder on disk: where its tensors are, and how a new one is written so that it is never half there."""
+"""A Hugging Face folder on disk: which file holds a tensor, and writing a new folder atomically."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ _COPIED = (
 )
 
 
-def prepare(final: Path, partial: Path, spec: ModelSpec, run: str | None = None) -> None:
-    """An empty folder `partial`, beside one that `publish` may replace (see `check_replaceable`)."""
+def prepare_partial(final: Path, partial: Path, spec: ModelSpec, run: str | None = None) -> None:
+    """Make an empty folder `partial`, and check that `publish` may replace `final` (see `check_replaceable`)."""
     if final.resolve() == Path(spec.path).resolve():
         raise ValueError(
             f"{final} is the model.path that configuration and tokenizer come from; write to another folder."
@@ -52,15 +52,16 @@ def prepare(final: Path, partial: Path, spec: ModelSpec, run: str | None = None)
 
 
 def write_weights(file: Path, tensors: dict[str, Tensor]) -> None:
+    """Write a safetensors file through to the disk, with the permissions of any new file."""
     file.touch()
     mode = file.stat().st_mode
     save_file(tensors, file, metadata={"format": "pt"})
-    file.chmod(mode)  # safetensors lets nobody else read it, a server under another account for one
+    file.chmod(mode)  # safetensors makes it readable by the owner only, and not by a server under another account
     flush(file)
 
 
 def write_rest(partial: Path, spec: ModelSpec, dtype: str, weight_map: dict[str, str]) -> None:
-    """Everything but the weights: the index, the configuration with its new dtype and head, the source's other files."""
+    """Write all but the weights: the index, config.json with its new dtype and head, the source's other files."""
     folder = Path(spec.path)
     if len(set(weight_map.values())) > 1:
         size = sum(whole_tensor(name, shape, dtype).bytes for name, shape in logical_tensors(spec).items())
@@ -83,25 +84,25 @@ def write_rest(partial: Path, spec: ModelSpec, dtype: str, weight_map: dict[str,
 
 
 def _write_end_tokens(file: Path, spec: ModelSpec, config: dict[str, Any]) -> None:
-    """Name in generation_config.json every token that ends a turn; what it names already stays, and stays first.
+    """Add every end token to eos_token_id of generation_config.json, after those that it already has.
 
-    Servers stop at what this file names, and read config.json only where there is no such file.
+    Servers take end tokens from this file, and from config.json only if there is no such file.
     """
-    found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    ids = found.get("eos_token_id") if file.is_file() else config.get("eos_token_id")
-    named = ids if isinstance(ids, list) else [] if ids is None else [ids]
-    missing = [token for token in spec.eos_token_ids if token not in named]
+    generation = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    ids = generation.get("eos_token_id") if file.is_file() else config.get("eos_token_id")
+    present = ids if isinstance(ids, list) else [] if ids is None else [ids]
+    missing = [token for token in spec.eos_token_ids if token not in present]
     if missing:
         if not file.is_file():
-            found = {key: config[key] for key in ("bos_token_id", "pad_token_id") if config.get(key) is not None}
-        write_json(file, found | {"eos_token_id": [*named, *missing]})
+            generation = {key: config[key] for key in ("bos_token_id", "pad_token_id") if config.get(key) is not None}
+        write_json(file, generation | {"eos_token_id": [*present, *missing]})
 
 
 def _pad_token_id(config: dict[str, Any], spec: ModelSpec) -> int | None:
-    """What the tokenizer pads with, as config.json says where there is no tokenizer.
+    """The tokenizer's pad token; config.json's if there is no tokenizer.
 
-    Transformers reads a score at the last token that is not this one. Where the end token is also the pad token, rows
-    that end with it are scored one token earlier there than here.
+    Transformers reads a score at the last token that is not padding. If the end token is also the pad token, transformers
+    scores rows that end with it one token earlier than aligner does.
     """
     tokenizer = _tokenizer(Path(spec.path))
     pad = tokenizer.pad_token_id if tokenizer else None
@@ -109,19 +110,19 @@ def _pad_token_id(config: dict[str, Any], spec: ModelSpec) -> int | None:
 
 
 def _tokenizer(folder: Path) -> Any:
-    """The folder's tokenizer; None where it has none."""
+    """The folder's tokenizer; None if it has none."""
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         return None
-    from transformers import AutoTokenizer  # seconds, which no other export needs
+    from transformers import AutoTokenizer  # imported here: it takes seconds, and only this export needs it
 
     return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
 
 
 def publish(partial: Path, final: Path) -> None:
-    """Rename the complete folder into place; at no moment does a half-written one stand under the name.
+    """Rename the complete folder to its final name, which never shows an incomplete folder.
 
-    Where one stood there before, the two change places in one step; on a file system that cannot do that, there is none
-    under the name for the moment between two renames.
+    An existing folder is exchanged with it atomically; on a file system that cannot do that, there is no folder of this
+    name for the moment between two renames.
     """
     flush(partial)
     previous = final.with_name(f".{final.name}.previous")
@@ -137,10 +138,10 @@ def publish(partial: Path, final: Path) -> None:
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Let two folders change names (Linux); whether that was possible."""
+    """Exchange the names of two folders atomically (Linux). Returns whether that was possible."""
     rename = getattr(ctypes.CDLL(None), "renameat2", None)
-    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
-    return rename is not None and rename(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0
+    cwd, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return rename is not None and rename(cwd, os.fsencode(one), cwd, os.fsencode(other), exchange) == 0
 
 
 def write_json(file: Path, value: object) -> None:
@@ -150,7 +151,7 @@ def write_json(file: Path, value: object) -> None:
 
 
 def flush(path: Path) -> None:
-    """To the disk: a rename may otherwise survive a power cut that the contents do not."""
+    """fsync a file or folder: otherwise a rename may survive a power cut, and the contents not."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -163,20 +164,20 @@ def files_of_tensors(folder: Path) -> dict[str, Path]:
     if (folder / _INDEX).is_file():
         try:
             weight_map = json.loads((folder / _INDEX).read_text(encoding="utf-8"))["weight_map"]
-            found = {name: folder / file for name, file in weight_map.items()}
+            files = {name: folder / file for name, file in weight_map.items()}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{folder / _INDEX} is not a valid index: {error!r}") from error
-        if (folder / SINGLE).is_file() and folder / SINGLE not in found.values():
+        if (folder / SINGLE).is_file() and folder / SINGLE not in files.values():
             raise ValueError(
                 f"{folder} holds two checkpoints: {SINGLE}, which transformers reads, and the files that {_INDEX} names; "
                 "remove one of them."
             )
-        for file in set(found.values()):
+        for file in set(files.values()):
             if not file.is_file():
                 raise ValueError(
                     f"{folder / _INDEX} names {file.name}, which is not there; the download is incomplete."
                 )
-        return found
+        return files
     single = folder / SINGLE
     if not single.is_file():
         raise ValueError(
@@ -189,6 +190,7 @@ def files_of_tensors(folder: Path) -> dict[str, Path]:
 
 @contextmanager
 def opened(file: Path) -> Iterator[safe_open]:
+    """An open safetensors file. Raises ValueError naming the file if it cannot be read."""
     try:
         with safe_open(file, framework="pt", device="cpu") as tensors:
             yield tensors

@@ -1,6 +1,6 @@
-"""Who wrote a folder of a model: a small file in it says which run, and which files were written with it (no torch).
+"""Ownership of a model folder: a small file in it records the run that wrote it and the files that it wrote (no torch).
 
-A folder is replaced as a whole. So before it is, nothing may lie in it that somebody else has put there.
+An export replaces its folder as a whole, so the folder must not hold files of anyone else.
 """
 
 from __future__ import annotations
@@ -13,46 +13,46 @@ from typing import Any
 MARK = ".aligner"
 """The file: {"run": the run's id or null, "files": names}."""
 _ADDED = (MARK, "best.json", ".best.json")
-"""What a run puts beside the files of an export afterwards."""
+"""Files that a run later adds to an export."""
 _USUAL = (
     "*.safetensors", "model.safetensors.index.json", "config.json", "generation_config.json", "tokenizer*", "spiece.model",
     "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template.*", "additional_chat_templates",
     "shards.json", "training.json",
 )  # fmt: skip
-"""Files of a model as this program and transformers write it: what a folder without a mark may hold and be replaced."""
+"""Files that aligner and transformers write; a folder without a mark may be replaced if it holds no others."""
 
 
 def mark(folder: Path, run: str | None, *, adopted: bool = False) -> None:
-    """Say that everything in `folder` was written together, by `run` (None: by no run).
+    """Record that the files in `folder` were written by `run` (None: by no run).
 
     Args:
-        adopted: of an earlier version, which left no mark: only files with usual names are taken for its own.
+        adopted: the folder is an earlier version's, which wrote no mark: only files with usual names count as its own.
     """
     names = [path.name for path in folder.iterdir() if not adopted or _usual(path.name)]
     (folder / MARK).write_text(json.dumps({"run": run, "files": sorted({*names} - {*_ADDED})}) + "\n", encoding="utf-8")
 
 
 def run_of(folder: Path) -> str | None:
-    """The run that wrote it; None where that is not known."""
-    found = _read(folder).get("run")
-    return found if isinstance(found, str) else None
+    """The id of the run that wrote the folder; None if unknown."""
+    run = _read(folder).get("run")
+    return run if isinstance(run, str) else None
 
 
 def others_files(folder: Path) -> list[str]:
-    """Names in the folder that were not written with it."""
-    found = _read(folder)
-    known = {*found.get("files", ()), *_ADDED} if found else None
+    """Names of files in the folder that its writer did not write."""
+    mark_content = _read(folder)
+    known = {*mark_content.get("files", ()), *_ADDED} if mark_content else None
     return sorted(p.name for p in folder.iterdir() if not (_usual(p.name) if known is None else p.name in known))
 
 
 def check_replaceable(folder: Path, run: str | None = None) -> None:
-    """Before `folder` is replaced by a new one.
+    """Check that `folder` may be replaced by a new export.
 
     Args:
-        run: who wants to; None: no run, which may replace any folder that holds nothing but a model.
+        run: the run that replaces it; None: no run, which may replace any folder that holds only a model.
 
     Raises:
-        ValueError: it is a link, no folder, no model, another's model, or has files that are not the model's.
+        ValueError: it is a link, not a folder, not a model, another run's model, or has other files.
     """
     if folder.is_symlink():
         raise ValueError(
@@ -79,7 +79,7 @@ def _usual(name: str) -> bool:
 
 def _read(folder: Path) -> dict[str, Any]:
     try:
-        found = json.loads((folder / MARK).read_text(encoding="utf-8"))
+        content = json.loads((folder / MARK).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return content if isinstance(content, dict) else {}

@@ -26,8 +26,8 @@ def read_spec(path: str | Path) -> ModelSpec:
             do not fit together; the message says which and what would work.
     """
     folder = Path(path)
-    found = read_config(folder)
-    config = ConfigJson(folder, found)
+    fields = read_config(folder)
+    config = ConfigJson(folder, fields)
     family_name, family, head = _family(config)
     _check_supported(config, family)
     heads, hidden = config.size("num_attention_heads"), config.size("hidden_size")
@@ -35,7 +35,7 @@ def read_spec(path: str | Path) -> ModelSpec:
     layer_types, types = family.read_layers(config, layers)
     attention_bias = config.flag("attention_bias")
     qkv_bias = family.qkv_bias or attention_bias
-    if not same(config.get("qkv_bias", qkv_bias), qkv_bias):  # the engine takes it over attention_bias
+    if not same(config.get("qkv_bias", qkv_bias), qkv_bias):  # vLLM prefers it to attention_bias
         raise config.error(
             f"qkv_bias={config.get('qkv_bias')!r} is not supported; leave it out, which means {qkv_bias}."
         )
@@ -68,7 +68,7 @@ def read_spec(path: str | Path) -> ModelSpec:
         layer_types=layer_types,
         types=types,
         max_positions=_max_positions(config, family, most, [layer_type.rope for layer_type in types.values()]),
-        eos_token_ids=end_tokens(found, folder),
+        eos_token_ids=end_tokens(fields, folder),
         dtype=_dtype(config),
         path=str(folder),
     )
@@ -77,7 +77,7 @@ def read_spec(path: str | Path) -> ModelSpec:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """config.json of a Hugging Face folder; ValueError where there is none."""
+    """config.json of a Hugging Face folder. Raises ValueError if there is none."""
     if not folder.is_dir():
         raise ValueError(f"model.path={folder} is not a folder; give the folder of a Hugging Face checkpoint.")
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
@@ -92,18 +92,18 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 def _json_object(file: Path) -> dict[str, Any]:
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:  # malformed JSON or not UTF-8
         raise ValueError(f"{file} is not valid JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{file} must hold a JSON object, found {type(found).__name__}.")
-    return found
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} must hold a JSON object, found {type(content).__name__}.")
+    return content
 
 
 def _family(config: ConfigJson) -> tuple[str, Family, Head]:
-    """By architecture; by model_type, as a language model, where a config names no architecture.
+    """By architecture or, if config.json has none, by model_type, as a language model.
 
-    The engine goes by the architecture, transformers by model_type: they must mean the same.
+    vLLM uses the architecture, transformers model_type: they must agree.
     """
     named, model_type = config.get("architectures"), config.get("model_type")
     if named is not None and not (isinstance(named, list) and all(type(name) is str for name in named)):
@@ -131,7 +131,7 @@ def _family(config: ConfigJson) -> tuple[str, Family, Head]:
 
 
 def _check_one_score(config: ConfigJson) -> None:
-    """Transformers writes the number of labels as `id2label`, and takes two where nothing is said."""
+    """Raises ValueError unless there is one label: transformers derives the number from `id2label`, 2 by default."""
     names = config.get("id2label") or (0, 1)
     labels = config.get("num_labels", len(names))
     if labels != 1 or (len(names) != 1 and "id2label" in config):
@@ -185,18 +185,18 @@ def _head_dim(config: ConfigJson, family: Family, hidden: int, heads: int) -> in
 
 
 def _max_positions(config: ConfigJson, family: Family, most: int, ropes: Sequence[Rope]) -> int:
-    """The engine's limit: the least of what the file says, as far as one table of rotary positions reaches."""
+    """Maximum sequence length: the least of config.json's limits and of those of the rotary embeddings, as in vLLM."""
     limits = [config.size(key, most, null=True) for key in LENGTHS]
     return family.longest(ropes, min(most, *limits))
 
 
 def _dtype(config: ConfigJson) -> str:
-    """`dtype`, or as it was called before, `torch_dtype`."""
+    """`dtype`, or its older name `torch_dtype`."""
     dtype, older = config.get("dtype"), config.get("torch_dtype")
-    found = dtype or older or "float32"
-    if found not in ELEMENT_BYTES:
-        raise config.error(f"dtype={found!r} is not supported; use {', '.join(ELEMENT_BYTES)}.")
-    return str(found)
+    name = dtype or older or "float32"
+    if name not in ELEMENT_BYTES:
+        raise config.error(f"dtype={name!r} is not supported; use {', '.join(ELEMENT_BYTES)}.")
+    return str(name)
 
 
 def _experts(config: ConfigJson, family: Family, sparse: bool) -> dict[str, Any]:
@@ -219,10 +219,10 @@ def _experts(config: ConfigJson, family: Family, sparse: bool) -> dict[str, Any]
 
 
 def end_tokens(config: Mapping[str, Any], folder: Path) -> tuple[int, ...]:
-    """Both files' end tokens: chat models often end turns with one that only generation_config.json names."""
+    """End tokens of config.json and generation_config.json: chat models often name their turn's end token only in the latter."""
     generation = folder / "generation_config.json"
-    found: list[int] = []
+    tokens: list[int] = []
     for source in (config, _json_object(generation) if generation.is_file() else {}):
         ids = source.get("eos_token_id")
-        found += ids if isinstance(ids, list) else [] if ids is None else [ids]
-    return tuple(dict.fromkeys(found))
+        tokens += ids if isinstance(ids, list) else [] if ids is None else [ids]
+    return tuple(dict.fromkeys(tokens))

@@ -13,22 +13,22 @@ ORIGINAL = "original_max_position_embeddings"
 
 
 @dataclass(frozen=True)
-class Kind:
+class RopeType:
     """The parameters of one rope_type."""
 
     required: tuple[str, ...] = ()
     optional: tuple[str, ...] = ()
 
 
-KINDS: Mapping[str, Kind] = {
-    "default": Kind(),
-    "linear": Kind(("factor",)),
-    "dynamic": Kind(("factor",)),
-    "llama3": Kind(("factor", "low_freq_factor", "high_freq_factor", ORIGINAL)),
-    "yarn": Kind(
+ROPE_TYPES: Mapping[str, RopeType] = {
+    "default": RopeType(),
+    "linear": RopeType(("factor",)),
+    "dynamic": RopeType(("factor",)),
+    "llama3": RopeType(("factor", "low_freq_factor", "high_freq_factor", ORIGINAL)),
+    "yarn": RopeType(
         ("factor", ORIGINAL), ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate")
     ),
-    "longrope": Kind(("short_factor", "long_factor", ORIGINAL), ("attention_factor", "factor")),
+    "longrope": RopeType(("short_factor", "long_factor", ORIGINAL), ("attention_factor", "factor")),
 }
 """By rope_type; the names are transformers'."""
 _NULL_IS_ABSENT = ("attention_factor", "mscale", "mscale_all_dim")
@@ -39,13 +39,13 @@ class Rope:
     """Rotary positions of one layer type (Su et al. 2021) and how they are scaled to a longer context."""
 
     rope_type: str = "default"
-    """Key of `KINDS`."""
+    """Key of `ROPE_TYPES`."""
     theta: float = 10000.0
     """Base of the frequencies."""
     partial_rotary_factor: float = 1.0
     """Share of each head's dimensions that is rotated, the first ones; the others carry no position."""
     parameters: Mapping[str, Any] = field(default_factory=dict)
-    """Those of `KINDS[rope_type]` that config.json gives, by their names there."""
+    """Those of `ROPE_TYPES[rope_type]` that config.json gives, by their names there."""
     attention_factor: float = 1.0
     """Factor on the cosines and sines, so that scores are multiplied by its square (of "yarn" and "longrope")."""
 
@@ -91,7 +91,7 @@ class RopeDefaults:
     max_positions: int = 2048
     """config.json's max_position_embeddings, which "llama3", "yarn" and "longrope" take for the length before scaling."""
     head_dim: int = 128
-    kinds: tuple[str, ...] = tuple(KINDS)
+    kinds: tuple[str, ...] = tuple(ROPE_TYPES)
     """The rope_types that both readers have for the family."""
     partial: bool = False
     """The family can rotate a part of each head."""
@@ -265,7 +265,7 @@ def _parameters(
     config: ConfigJson, name: str, kind: str, entry: dict[str, Any], defaults: RopeDefaults
 ) -> dict[str, Any]:
     """The numbers of `kind`; none of another, and none missing."""
-    allowed = KINDS[kind]
+    allowed = ROPE_TYPES[kind]
     if ORIGINAL in allowed.required:
         beside = config.get(ORIGINAL, defaults.original)
         entry.setdefault(ORIGINAL, defaults.max_positions if defaults.original is None else beside)

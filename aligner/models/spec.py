@@ -9,21 +9,21 @@ from aligner.models.rope import Rope
 
 
 class Head(StrEnum):
-    """What a model makes of the last hidden states."""
+    """What a model computes from the last hidden states."""
 
     LANGUAGE = "language"
-    """Logits over the vocabulary: an output layer of its own, or the embedding again."""
+    """Logits over the vocabulary: a separate or tied output layer."""
     SCALAR = "scalar"
-    """One number a token: the tensor `score.weight` [1, hidden], no bias."""
+    """One number per token: the tensor `score.weight` [1, hidden], no bias."""
 
 
 class QKNorm(StrEnum):
-    """What one RMSNorm of queries, and one of keys, is taken over."""
+    """Over what queries and keys are RMS-normalised."""
 
     HEAD = "head"
-    """Each head for itself: weights [head_dim]."""
+    """Over each head: weights [head_dim]."""
     PROJECTION = "projection"
-    """All heads together, before they are told apart: weights [heads * head_dim]."""
+    """Over all heads together: weights [heads * head_dim]."""
 
 
 @dataclass(frozen=True)
@@ -31,9 +31,9 @@ class LayerType:
     """What differs between the layers of one model."""
 
     window: int | None = None
-    """A query sees this many tokens, itself the last of them (transformers' sliding_window); None: all before it."""
+    """Number of tokens that a query attends to, itself included (transformers' sliding_window); None: all before it."""
     sparse: bool = False
-    """The MLP is a router over experts."""
+    """The MLP is a mixture of experts."""
     rope: Rope = field(default_factory=Rope)
     """Rotary positions."""
 
@@ -56,9 +56,9 @@ class ModelSpec:
     vocab: int
     """Rows of the embedding in the checkpoint."""
     head: Head
-    """What the model has on top."""
+    """The model's head."""
     stored_head: Head
-    """What the folder has; where the two differ, the head starts at zero (see `new_tensors`)."""
+    """The folder's head; if it differs, the model's head starts at zero (see `new_tensors`)."""
     tied: bool
     """The output layer is the embedding; never with a scalar head."""
     norm_eps: float
@@ -67,11 +67,11 @@ class ModelSpec:
     mlp_bias: bool
     """Gate, up and down projections of dense MLPs have a bias."""
     qk_norm: QKNorm | None
-    """What queries and keys are RMS-normalised over; None: they are not."""
+    """Over what queries and keys are RMS-normalised; None: they are not."""
     attention_scale: float
-    """Factor on the scores of attention."""
+    """Factor on the attention scores."""
     activation: str
-    """Of the gate: "silu", or "gelu_tanh" (the tanh approximation)."""
+    """The gate's: "silu", or "gelu_tanh" (the tanh approximation)."""
     norm_plus_one: bool
     """RMSNorm multiplies by 1 + weight."""
     embedding_scale: float
@@ -84,9 +84,9 @@ class ModelSpec:
     norm_topk: bool
     """The chosen experts' probabilities are divided by their sum."""
     layer_types: tuple[str, ...]
-    """Of each layer, the name of its type."""
+    """Name of each layer's type."""
     types: dict[str, LayerType]
-    """By name; only those that a layer has."""
+    """The layer types in use, by name."""
     max_positions: int
     """Longest sequence, in tokens."""
     eos_token_ids: tuple[int, ...]
@@ -108,12 +108,12 @@ class ModelSpec:
 
     @property
     def windows(self) -> tuple[int | None, ...]:
-        """Of each layer, how many tokens a query sees, itself the last of them; None: all before it."""
+        """For each layer the number of tokens that a query attends to, itself included; None: all before it."""
         return tuple(self.types[name].window for name in self.layer_types)
 
     @property
     def positions_text(self) -> str:
-        """How long a sequence may be and, where the scaling of rotary positions limits it, why; for errors."""
+        """The maximum sequence length and, if rotary scaling limits it, the reason; for errors."""
         reasons = [rope.limit_reason for rope in self.rope.values() if rope.limit_reason]
         why = f" ({reasons[0]})" if reasons else ""
         return f"{self.max_positions} positions of the model in {self.path}{why}"

@@ -1,4 +1,4 @@
-"""Checkpoints on disk as the source of a transfer: Hugging Face files, or one file for each rank of any parallel layout."""
+"""Reading checkpoints by region: Hugging Face files, or one file for each rank of any parallel layout."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from aligner.reshard.plan.layout import WeightLayout
 from aligner.reshard.plan.region import Box, Layout, Piece, whole_tensor
 
 SHARDS = "shards.json"
-"""The file that tells a folder of shards from a Hugging Face checkpoint."""
+"""The file that marks a folder of shards."""
 TRAINING = "training.json"
-"""The file that tells a role of a training checkpoint."""
+"""The file that marks a role's folder in a training checkpoint."""
 _DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
@@ -30,25 +30,25 @@ class Stored(Protocol):
     """An open checkpoint."""
 
     bytes_read: int
-    """Bytes of weights looked at so far."""
+    """Bytes of weights read so far."""
 
     def layout(self, names: Iterable[str]) -> list[Piece]:
-        """The pieces of these tensors; ValueError where one is missing, misshapen or of an unknown data type."""
+        """The pieces of these tensors. Raises ValueError if one is missing, misshapen or of an unknown data type."""
 
     def view(self, piece: Piece) -> Tensor:
-        """The elements of a piece, or of a crop of one, as they are on the disk."""
+        """The elements of a piece, or of a crop of one, in the stored data type."""
 
 
 @contextmanager
 def open_stored(spec: ModelSpec) -> Iterator[Stored]:
-    """The checkpoint in the model's folder: of the first kind in `KINDS` whose file is there, else Hugging Face files."""
-    found = next((kind for file, kind in KINDS.items() if (Path(spec.path) / file).is_file()), _HuggingFace)
+    """The checkpoint in the model's folder: of the first kind in `KINDS` whose file exists, else Hugging Face files."""
+    open_kind = next((kind for file, kind in KINDS.items() if (Path(spec.path) / file).is_file()), _HuggingFace)
     with ExitStack() as stack:
-        yield found(spec, stack)
+        yield open_kind(spec, stack)
 
 
 class _Files:
-    """Safetensors files, each opened when it is first asked for."""
+    """Safetensors files, opened on first use."""
 
     def __init__(self, stack: ExitStack) -> None:
         self._stack = stack
@@ -74,14 +74,14 @@ class _HuggingFace(_Files):
         file = self._files[piece.storage]
         try:
             if not piece.size:  # a slice of no dimensions is not a slice to safetensors
-                found = self[file].get_tensor(piece.storage)
+                value = self[file].get_tensor(piece.storage)
             else:
                 box = tuple(slice(low, low + extent) for low, extent in zip(piece.lo, piece.size, strict=True))
-                found = self[file].get_slice(piece.storage)[box]
+                value = self[file].get_slice(piece.storage)[box]
         except SafetensorError as error:
             raise ValueError(f"{file}: {piece.name}{piece.box} cannot be read: {error}") from error
         self.bytes_read += piece.bytes
-        return found
+        return value
 
     def _piece(self, name: str) -> Piece:
         if name not in self._files:
@@ -106,14 +106,14 @@ class _HuggingFace(_Files):
 
 
 class Sharding(Protocol):
-    """How weights are cut into one file for each rank."""
+    """How weights are split into one file for each rank."""
 
     @property
     def sizes(self) -> Mapping[str, int]:
-        """Parallel sizes by name, for people who look into the folder."""
+        """Parallel sizes by name, written to the folder for information."""
 
     def layout(self, spec: ModelSpec, dtype: str) -> WeightLayout:
-        """What each rank's file holds; ValueError where the model cannot be cut so."""
+        """The pieces in each rank's file. Raises ValueError if the model cannot be split so."""
 
 
 Entry = tuple[str, Sequence[int], Sequence[int], str, int, Sequence[int]]
@@ -132,24 +132,24 @@ def piece_of(entry: Entry, file: int, dtype: str) -> Piece:
 
 
 def shard_file(rank: int) -> str:
-    """The file of one rank: its storages, flat, under the names that the layout gives them."""
+    """Name of a rank's file, which holds its flat storages by the layout's names."""
     return f"rank-{rank:05d}.safetensors"
 
 
 def write_shards_index(folder: Path, layouts: Sequence[Layout], dtype: str, sizes: Mapping[str, int]) -> None:
-    """Mark `folder` as shards, and say what each rank's file holds: a reader needs no layout's arithmetic."""
+    """Write shards.json, which lists the pieces in each rank's file, so that a reader needs no layout arithmetic."""
     index = {"dtype": dtype, **sizes, "files": [[entry_of(piece) for piece in layout] for layout in layouts]}
     (folder / SHARDS).write_text(json.dumps(index) + "\n", encoding="utf-8")
 
 
 class _RankFiles(_Files):
-    """A file for each rank that wrote, and the pieces in it."""
+    """One file for each rank that wrote, with its pieces."""
 
     def __init__(self, stack: ExitStack, folder: Path, pieces: Iterable[Piece], remedy: str = "") -> None:
         """
         Args:
-            pieces: of all files; of a region that several hold the first is read.
-            remedy: ends the error about a broken file.
+            pieces: those of all files; if several hold a region, the first is read.
+            remedy: appended to errors about a damaged file.
         """
         super().__init__(stack)
         self._folder, self._remedy = folder, remedy
@@ -158,17 +158,17 @@ class _RankFiles(_Files):
             self._pieces.setdefault(piece.name, {}).setdefault(piece.box, piece)
 
     def layout(self, names: Iterable[str]) -> list[Piece]:
-        wanted = list(names)
-        missing = [name for name in wanted if name not in self._pieces]
+        names = list(names)
+        missing = [name for name in names if name not in self._pieces]
         if missing:
             raise ValueError(f"{self._folder} has no part of {missing[0]}{self._remedy}.")
-        return [piece for name in wanted for piece in self._pieces[name].values()]
+        return [piece for name in names for piece in self._pieces[name].values()]
 
     def view(self, piece: Piece) -> Tensor:
         rank, _, storage = piece.storage.partition(":")
         file = self._folder / shard_file(int(rank))
         try:
-            tensor = self[file].get_tensor(storage)  # mapped, not read
+            tensor = self[file].get_tensor(storage)  # memory-mapped, not read
         except SafetensorError as error:
             raise ValueError(f"{file} has no {storage}: {error}{self._remedy}.") from error
         self.bytes_read += piece.bytes
@@ -195,7 +195,7 @@ def _open_shards(spec: ModelSpec, stack: ExitStack) -> _RankFiles:
 
 
 def describe_training(spec: ModelSpec, role: str) -> dict[str, bytes]:
-    """The small files that make a role's folder inside a training checkpoint one to start from, and to convert."""
+    """Files, by name, that make a role's folder in a training checkpoint usable as model.path and by tools/convert.py."""
     with TemporaryDirectory() as folder:
         write_rest(Path(folder), spec, "float32", {})
         files = {file.name: file.read_bytes() for file in Path(folder).iterdir()}
@@ -203,7 +203,7 @@ def describe_training(spec: ModelSpec, role: str) -> dict[str, bytes]:
 
 
 def _open_training(spec: ModelSpec, stack: ExitStack) -> _RankFiles:
-    """A role of a training checkpoint: step-00000050/policy. Its fp32 weights are in the files of the ranks, above it."""
+    """A role of a training checkpoint, such as step-00000050/policy; its fp32 weights are in the rank files one folder above."""
     folder = Path(spec.path).resolve()
     try:
         key = f"{json.loads((folder / TRAINING).read_text())['role']}/param"
@@ -219,4 +219,4 @@ def _open_training(spec: ModelSpec, stack: ExitStack) -> _RankFiles:
 
 
 KINDS: Mapping[str, Callable[[ModelSpec, ExitStack], Stored]] = {SHARDS: _open_shards, TRAINING: _open_training}
-"""A file that tells a kind of checkpoint -> what opens it. Whatever is here, models start from and tools/convert.py reads."""
+"""Marking file of each kind of checkpoint -> the function that opens it, for model.path and tools/convert.py."""

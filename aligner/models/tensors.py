@@ -1,4 +1,4 @@
-"""The tensors of a model's checkpoint, by their Hugging Face names: which there are, and in which parameters (no torch)."""
+"""The tensors of a model's checkpoint, by Hugging Face name, and the engines' parameters made of them (no torch)."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from aligner.models.spec import Head, ModelSpec
 EMBEDDING = "model.embed_tokens.weight"
 FINAL_NORM = "model.norm.weight"
 OUTPUT = "lm_head.weight"
-"""An output layer of the model's own."""
+"""An untied output layer."""
 SCALAR_HEAD = "score.weight"
 LAYER = "model.layers."
-"""What every layer's tensors begin with."""
+"""Prefix of the layers' tensors."""
 EMBEDDING_PARAMETER = "embedding.word_embeddings.weight"
 OUTPUT_PARAMETER = "output_layer.weight"
-"""Their names in a GPTModel: those whose rows are padded."""
+"""Names in a GPTModel of embedding and output layer, whose rows are padded."""
 
 
 def family_of(spec: ModelSpec) -> Family:
@@ -27,7 +27,7 @@ def family_of(spec: ModelSpec) -> Family:
 
 
 def embedding(spec: ModelSpec) -> Parameter:
-    """The embedding of a first stage."""
+    """The first stage's embedding."""
     return Parameter(EMBEDDING_PARAMETER, Vocabulary(Block(EMBEDDING, (spec.vocab, spec.hidden))))
 
 
@@ -37,7 +37,7 @@ def final_norm(spec: ModelSpec) -> Parameter:
 
 
 def output_layer(spec: ModelSpec) -> Parameter:
-    """The head of a last stage that has its own; that of a tied model is a second copy of the embedding."""
+    """The last stage's head; for a tied model a second copy of the embedding."""
     if spec.head is Head.SCALAR:
         return Parameter(OUTPUT_PARAMETER, Replicated(Block(SCALAR_HEAD, (1, spec.hidden))))
     name = EMBEDDING if spec.tied else OUTPUT
@@ -47,29 +47,29 @@ def output_layer(spec: ModelSpec) -> Parameter:
 def new_tensors(spec: ModelSpec) -> frozenset[str]:
     """Tensors that the model's folder does not hold: a scalar head on a language model's weights.
 
-    They start at zero, which is the same under every layout; the head learns from the first step on, the layers under
-    it from the second.
+    They start at zero, the same under every layout: the head is trained from the first step, the layers below it from the
+    second.
     """
     return frozenset((SCALAR_HEAD,) if spec.head is not spec.stored_head else ())
 
 
 def layer_parameters(spec: ModelSpec, layer_type: str) -> list[Parameter]:
-    """Of a layer of this type, but for its experts', in the order of their use."""
+    """Parameters of a layer of this type, except its experts', in the order of their use."""
     return family_of(spec).parameters(spec, spec.types[layer_type])
 
 
 def expert_parameters(spec: ModelSpec) -> list[Parameter]:
-    """Of an expert, with names inside it."""
+    """Parameters of an expert, with names relative to it."""
     return family_of(spec).expert_parameters(spec)
 
 
 def layer_shapes(spec: ModelSpec, layer_type: str) -> dict[str, tuple[int, ...]]:
-    """Shapes of the tensors of a layer of this type but for its experts', by their name inside the layer."""
+    """Shapes of the tensors of a layer of this type, except its experts', by name relative to the layer."""
     return tensor_shapes(layer_parameters(spec, layer_type))
 
 
 def expert_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
-    """Shapes of an expert's gate, up and down projection, by their name inside the expert."""
+    """Shapes of an expert's gate, up and down projection, by name relative to the expert."""
     return tensor_shapes(expert_parameters(spec))
 
 
@@ -79,19 +79,19 @@ def end_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
 
 
 def logical_tensors(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
-    """Every tensor of the checkpoint, by its Hugging Face name, with its shape; a tied output layer is not one."""
+    """Every tensor of the checkpoint, by its Hugging Face name, with its shape; a tied output layer has none."""
     ends = end_shapes(spec)
-    inside = {name: layer_shapes(spec, name) for name in spec.types}
+    shapes = {name: layer_shapes(spec, name) for name in spec.types}
     for name in (name for name, layer_type in spec.types.items() if layer_type.sparse):
         experts = expert_shapes(spec).items()
-        inside[name] |= {
+        shapes[name] |= {
             f"{expert_prefix(spec, expert)}{tensor}": shape
             for expert in range(spec.experts)
             for tensor, shape in experts
         }
     tensors = {EMBEDDING: ends.pop(EMBEDDING)}
     for number, layer_type in enumerate(spec.layer_types):
-        tensors |= {layer_name(number, name): shape for name, shape in inside[layer_type].items()}
+        tensors |= {layer_name(number, name): shape for name, shape in shapes[layer_type].items()}
     return tensors | ends
 
 
@@ -112,15 +112,15 @@ def layer_number(name: str) -> int | None:
 
 
 def expert_prefix(spec: ModelSpec, expert: int) -> str:
-    """What an expert's tensors begin with inside their layer of the checkpoint."""
+    """Prefix of an expert's tensors, relative to their layer."""
     return f"{family_of(spec).named_experts.module}.experts.{expert}."
 
 
 def split_expert(spec: ModelSpec, name: str) -> tuple[int, str] | None:
-    """(expert, name inside it) of a tensor inside a layer; None where it is no expert's."""
+    """(expert, name relative to it) of a tensor named relative to its layer; None if it is not an expert's."""
     prefix = f"{family_of(spec).named_experts.module}.experts."
-    expert, _, inside = name[len(prefix) :].partition(".")
-    return (int(expert), inside) if name.startswith(prefix) and expert.isdecimal() else None
+    expert, _, suffix = name[len(prefix) :].partition(".")
+    return (int(expert), suffix) if name.startswith(prefix) and expert.isdecimal() else None
 
 
 def expert_tensors(spec: ModelSpec, layer: int, expert: int) -> tuple[str, str, str]:

@@ -1,4 +1,4 @@
-"""Whether a checkpoint's files are those that its config.json describes, before a model is built."""
+"""Checks, before a model is built, that a checkpoint's files match its config.json."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from aligner.models.tensors import EMBEDDING, OUTPUT, SCALAR_HEAD, family_of, la
 from aligner.reshard.plan.region import whole_tensor
 
 CHUNK_ELEMENTS = 16 << 20
-"""Read at once where two tensors are compared."""
+"""Elements compared at a time."""
 _OTHERS = {
     "adapter_config.json": "the adapter that it describes would be left out: merge it first, with peft's "
     "PeftModel.from_pretrained(...).merge_and_unload().save_pretrained(...), and use that folder",
     "hf_quant_config.json": "the engine would take the weights for quantized ones: use the model before quantization",
 }
-"""Files beside config.json that make another model of it for other readers."""
+"""Files beside config.json with which other readers would load another model, and why."""
 
 
 def check_weights(spec: ModelSpec) -> None:
-    """Transformers reads the same config.json alike, every tensor is there and no other, one element of each can be read,
-    and a tied output layer is the embedding.
+    """Check that transformers interprets config.json alike, that the files hold exactly the model's tensors, that one element of
+    each can be read, and that a tied output layer equals the embedding.
 
     Raises:
-        ValueError: a field that is read otherwise, a missing, misshapen or undeclared tensor, or a broken file; the message names it.
+        ValueError: names the field, tensor or file that is wrong.
     """
     check_reading(spec)
     shapes = logical_tensors(spec)
@@ -44,7 +44,7 @@ def check_weights(spec: ModelSpec) -> None:
 
 
 def check_names(spec: ModelSpec, known: Container[str]) -> None:
-    """ValueError where the checkpoint holds a tensor that the model, as config.json describes it, would not use."""
+    """Raises ValueError if the checkpoint holds a tensor that the model of config.json does not use."""
     if not _is_hugging_face(spec):
         return
     folder = Path(spec.path)
@@ -53,15 +53,15 @@ def check_names(spec: ModelSpec, known: Container[str]) -> None:
             raise ValueError(f"{folder} has an {other} beside its config.json, and {why}.")
     files = files_of_tensors(folder)
     _check_index(folder, files)
-    # copies of what is known anyway, and the output layer where a scalar head takes its place
+    # a copy of a tied embedding, or an output layer that a scalar head replaces
     replaced = spec.head is Head.SCALAR and spec.stored_head is Head.LANGUAGE
-    harmless = {OUTPUT} if spec.tied or replaced else set()
-    strange = sorted(n for n in files if n not in known and n not in harmless and not _is_table(n))
-    if strange:
+    ignored = {OUTPUT} if spec.tied or replaced else set()
+    undeclared = sorted(n for n in files if n not in known and n not in ignored and not _is_table(n))
+    if undeclared:
         raise ValueError(
-            f"{folder} has a tensor {strange[0]}"
-            + (f" and {len(strange) - 1} more" if len(strange) > 1 else "")
-            + f" which its config.json does not declare; {_remedy(spec, strange[0])}."
+            f"{folder} has a tensor {undeclared[0]}"
+            + (f" and {len(undeclared) - 1} more" if len(undeclared) > 1 else "")
+            + f" which its config.json does not declare; {_remedy(spec, undeclared[0])}."
         )
 
 
@@ -70,12 +70,12 @@ def _is_hugging_face(spec: ModelSpec) -> bool:
 
 
 def _is_table(name: str) -> bool:
-    """Rotary frequencies, which old releases of transformers stored and all of them compute."""
+    """Whether a tensor holds rotary frequencies, which old releases of transformers stored needlessly."""
     return name.endswith("rotary_emb.inv_freq")
 
 
 def _check_index(folder: Path, files: Mapping[str, Path]) -> None:
-    """Other readers load all that is in the files, whatever the index says."""
+    """Raises ValueError for tensors in the files that the index omits or misplaces: other readers would load them."""
     for file in sorted(set(files.values())):
         with opened(file) as tensors:
             names = tensors.keys()
@@ -99,7 +99,7 @@ def _remedy(spec: ModelSpec, name: str) -> str:
         return (
             f'for a model with a scalar head set architectures to ["{family.classifier}"], with one entry in id2label'
         )
-    if name == OUTPUT:  # of a model with a scalar head
+    if name == OUTPUT:  # in a model with a scalar head
         return f'for a language model set architectures to ["{family.architecture}"], else take it out of the files'
     return (
         "the files are another model's, or config.json lacks a setting (num_hidden_layers, attention_bias, "
@@ -108,7 +108,7 @@ def _remedy(spec: ModelSpec, name: str) -> str:
 
 
 def _check_tied(folder: Path) -> None:
-    """Transformers ties an output layer that is stored too only where it is the embedding, and so does the engine."""
+    """Raises ValueError if a tied output layer is stored and differs from the embedding: transformers and vLLM would use it."""
     files, embedding = files_of_tensors(folder), EMBEDDING
     if OUTPUT not in files:
         return
@@ -130,5 +130,5 @@ def _check_tied(folder: Path) -> None:
 
 
 def _equal(one: Tensor, other: Tensor) -> bool:
-    """To the bit, as float32: a value that is no number equals itself."""
+    """Bitwise equality as float32, with NaN equal to itself."""
     return torch.equal(one.float().view(torch.int32), other.float().view(torch.int32))

@@ -54,7 +54,7 @@ def _has_own_column(metric: Metric | None) -> bool:
     return metric is None or metric.own_column
 
 
-def fit(columns: tuple[TableColumn, ...], width: int) -> tuple[TableColumn, ...]:
+def columns_that_fit(columns: tuple[TableColumn, ...], width: int) -> tuple[TableColumn, ...]:
     """The columns that stand side by side in `width` characters, the highest `drop` dropped first."""
     kept = list(columns)
     while sum(column.width for column in kept) + 2 * (len(kept) - 1) > width:
@@ -90,7 +90,7 @@ def cell(metric: str, value: object) -> str:
     return f"{value:.1e}" if abs(value) < 0.001 else f"{value:.3g}"
 
 
-def duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """Seconds as 0:07, 12:34 or 3:04:05."""
     hours, rest = divmod(max(0, round(seconds)), 3600)
     minutes, second = divmod(rest, 60)
@@ -101,8 +101,8 @@ def progress(done: int, total: int, elapsed: float, steps_here: int, width: int)
     """The bar's line. `steps_here` of the `done` steps were taken in `elapsed` seconds (a resumed run took fewer)."""
     share = min(1.0, done / total)
     filled = round(share * BAR_WIDTH)
-    left = f", {duration(elapsed / steps_here * (total - done))} left" if steps_here > 0 and done < total else ""
-    text = f"[{'=' * filled}{' ' * (BAR_WIDTH - filled)}] step {done}/{total}  {share:4.0%}  {duration(elapsed)}{left}"
+    left = f", {format_duration(elapsed / steps_here * (total - done))} left" if steps_here > 0 and done < total else ""
+    text = f"[{'=' * filled}{' ' * (BAR_WIDTH - filled)}] step {done}/{total}  {share:4.0%}  {format_duration(elapsed)}{left}"
     return text[: width - 1]  # a full last column would wrap
 
 
@@ -120,7 +120,7 @@ class Console:
         self._seen: dict[str, None] = {}
         self._columns: tuple[TableColumn, ...] = ()
         self._rows = 0
-        self._hidden_said = False
+        self._hidden_reported = False
         self._lost = False
 
     def row(self, step: int, row: Mapping[str, object]) -> None:
@@ -137,7 +137,7 @@ class Console:
             return
 
         table = columns_for(self._seen)
-        columns = fit(table, self._width())
+        columns = columns_that_fit(table, self._width())
         lines = []
         if columns != self._columns or self._rows % HEADER_EVERY == 0:
             lines += self._header(table, columns)
@@ -161,8 +161,8 @@ class Console:
         titles = "  ".join(one.title.rjust(one.width) for one in columns)
         lines = ["", titles, "  ".join("-" * one.width for one in columns)]
         hidden = [one.title for one in table if one not in columns]
-        if hidden and not self._hidden_said:
-            self._hidden_said = True
+        if hidden and not self._hidden_reported:
+            self._hidden_reported = True
             lines.insert(0, f"(not shown at this width, but in metrics.jsonl: {', '.join(hidden)})")
         return lines
 

@@ -17,7 +17,7 @@ from aligner.report.gantt import MOST_RANKS, gantt
 from aligner.report.metric_registry import RESHARD
 from aligner.report.metrics import CONFIG_FILE, ENVIRONMENT_FILE, Row
 from aligner.report.samples import sample_files
-from aligner.report.statistics import facts, phase_seconds, summary, sync_rate
+from aligner.report.statistics import facts, phase_seconds, run_summary, sync_rate
 from aligner.report.traces import read_spans, whole_steps
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def page(run_dir: Path, rows: list[Row]) -> str:
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
         f"<title>{escape(run_dir.name)} \N{MIDDLE DOT} aligner</title><style>{STYLE}</style></head><body><main>"
-        f'<h1>{escape(run_dir.name)}</h1><p class="lead soft">{escape(summary(rows))}; last row {ended}</p>'
+        f'<h1>{escape(run_dir.name)}</h1><p class="lead soft">{escape(run_summary(rows))}; last row {ended}</p>'
         f'<dl class="facts">{shown}</dl>{"".join(parts)}</main></body></html>\n'
     )
 

@@ -136,9 +136,10 @@ SAMPLES = (
     Metric("reward_failed", "rows", Reduce.COUNT, "Rows whose rule or endpoint failed: left out of advantages and loss."),
     Metric("reward_timeout", "rows", Reduce.COUNT, "Rows that took too long to score: left out likewise."),
     Metric("reward_unparsable", "rows", Reduce.COUNT, "Rows whose response could not be read: left out likewise."),
-    Metric("reward/{component}_failed", "rows", Reduce.COUNT, "The same of one component of the reward."),
-    Metric("reward/{component}_timeout", "rows", Reduce.COUNT, "The same of one component of the reward."),
-    Metric("reward/{component}_unparsable", "rows", Reduce.COUNT, "The same of one component of the reward."),
+    *(
+        Metric(f"reward/{{component}}_{status}", "rows", Reduce.COUNT, "The same of one component of the reward.")
+        for status in ("failed", "timeout", "unparsable")
+    ),
     Metric("reward/{component}", "", Reduce.BATCH, "Raw value of one component, where the reward has several."),
     Metric("greedy_reward", "", Reduce.BATCH, "ReMax: reward of the greedy responses.", own_column=True),
     Metric("length", "tokens", Reduce.BATCH, "Length of the responses.", "tenths",
@@ -250,29 +251,30 @@ RESHARD = (
            rollout=Column(13, 4, 11, "GB/s")),
     Metric("reshard_moved_bytes", "bytes", Reduce.RANKS_TOTAL, "Sent between ranks."),
     Metric("reshard_minimum_bytes", "bytes", Reduce.RANKS_TOTAL, "Needed and not held where they were needed: the least possible."),
-    Metric("reshard_relayed_bytes", "bytes", Reduce.RANKS_TOTAL, "Of those moved: received and passed on."),
+    Metric("reshard_relayed_bytes", "bytes", Reduce.RANKS_TOTAL, "Of those moved: received and relayed to other ranks."),
     Metric("reshard_received_bytes", "bytes", Reduce.RANKS_TOTAL, "Received from other ranks."),
     Metric("reshard_local_bytes", "bytes", Reduce.RANKS_TOTAL, "Copied within a rank."),
-    Metric("reshard_changed_bytes", "bytes", Reduce.RANKS_TOTAL, "Other than after the sync before, where that is compared."),
-    Metric("reshard_checksummed", "regions", Reduce.RANKS_TOTAL, "Regions whose checksum was found equal after writing."),
+    Metric("reshard_changed_bytes", "bytes", Reduce.RANKS_TOTAL, "Changed since the last sync, where that is compared (reshard.deltas)."),
+    Metric("reshard_checksummed", "regions", Reduce.RANKS_TOTAL, "Regions whose checksum was verified after writing."),
     Metric("seconds_reshard_plan", "s", Reduce.RANKS_LARGEST, "Planning the transfer.", "seconds", title="plan (once)"),
     Metric("seconds_reshard_pack", "s", Reduce.RANKS_LARGEST, "Reading, casting and checksumming what is sent.", "seconds",
            title="pack: read, cast, checksum"),
     Metric("seconds_reshard_wire", "s", Reduce.RANKS_LARGEST, "Waiting for messages.", "seconds",
            title="wire: wait for messages"),
     Metric("seconds_reshard_apply", "s", Reduce.RANKS_LARGEST,
-           "Writing what came, local copies, the proof and the engine's re-layout.", "seconds",
+           "Writing received regions, local copies, the proof and the engine's re-layout.", "seconds",
            title="apply: check, write, compare, the engine's re-layout"),
 )  # fmt: skip
 
+_OWN_MEANING = "A user's loop's own; in metrics.jsonl, not on the console."
 OTHER = (
     Metric("guard/{guard}", "", Reduce.ONCE, "1 in a step in which this guard found something (docs/guards.md)."),
     Metric("data/left_out", "rows", Reduce.ONCE, "Training rows left out when they were read; in the first step's row only."),
     Metric("data/heldout_left_out", "rows", Reduce.ONCE, "The same of held-out rows."),
-    Metric(f"reshard_{{{OWN}}}", "", Reduce.ONCE, "A user's loop's own; in metrics.jsonl, not on the console."),
-    Metric(f"seconds_{{{OWN}}}", "s", Reduce.ONCE, "A user's loop's own; in metrics.jsonl, not on the console.", "seconds"),
-    Metric(f"memory_{{{OWN}}}", "", Reduce.ONCE, "A user's loop's own; in metrics.jsonl, not on the console."),
-    Metric(f"data/{{{OWN}}}", "", Reduce.ONCE, "A user's loop's own; in metrics.jsonl, not on the console."),
+    Metric(f"reshard_{{{OWN}}}", "", Reduce.ONCE, _OWN_MEANING),
+    Metric(f"seconds_{{{OWN}}}", "s", Reduce.ONCE, _OWN_MEANING, "seconds"),
+    Metric(f"memory_{{{OWN}}}", "", Reduce.ONCE, _OWN_MEANING),
+    Metric(f"data/{{{OWN}}}", "", Reduce.ONCE, _OWN_MEANING),
 )  # fmt: skip
 
 SECTIONS: dict[str, tuple[Metric, ...]] = {

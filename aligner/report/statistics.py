@@ -6,12 +6,12 @@ import math
 from collections.abc import Iterator, Sequence
 from statistics import fmean, median
 
-from aligner.report.console import cell, duration
+from aligner.report.console import cell, format_duration
 from aligner.report.metric_registry import HEADLINES, LEFT_OUT, PHASES, title_of
 from aligner.report.metrics import Row
 
 
-def summary(rows: Sequence[Row]) -> str:
+def run_summary(rows: Sequence[Row]) -> str:
     """One line: what was reached, in how many steps, how long, how fast."""
     values = dict(facts(rows))
     for name in HEADLINES:
@@ -41,7 +41,7 @@ def facts(rows: Sequence[Row]) -> Iterator[tuple[str, str]]:
         yield title_of(name), from_to(values)
     yield "steps", str(rows[-1]["step"])
     times = [row["time"] for row in rows if isinstance(row.get("time"), (int, float))]
-    yield "wall time", duration(times[-1] - times[0] + (rows[0].get("seconds") or 0) if times else 0)
+    yield "wall time", format_duration(times[-1] - times[0] + (rows[0].get("seconds") or 0) if times else 0)
     _, speed = series(rows, "tokens_per_second", keep_gaps=False)
     if speed:
         yield "tokens/s (median)", f"{median(speed):,.0f}"

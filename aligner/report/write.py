@@ -10,7 +10,7 @@ from aligner.report.figures import LIGHT, comparison, learning_curve, png, style
 from aligner.report.gantt import gantt, lines
 from aligner.report.html import page
 from aligner.report.metrics import read_metrics
-from aligner.report.statistics import series, summary
+from aligner.report.statistics import run_summary, series
 from aligner.report.traces import merge, read_spans, whole_steps
 
 PNG_FILE = "learning_curve.png"
@@ -28,7 +28,7 @@ def write_report(run_dir: str | Path, out_dir: str | Path | None = None) -> tupl
     out = run_dir if out_dir is None else Path(out_dir)
     out.mkdir(parents=True, exist_ok=True)
     with styled(LIGHT):
-        picture = png(learning_curve(rows, LIGHT, f"{run_dir.name}: {summary(rows)}"))
+        picture = png(learning_curve(rows, LIGHT, f"{run_dir.name}: {run_summary(rows)}"))
     return _write(out / PNG_FILE, picture), _write(out / HTML_FILE, page(run_dir, rows).encode())
 
 

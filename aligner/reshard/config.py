@@ -17,7 +17,7 @@ class ReshardConfig:
     verify: bool = True
     """Prove each transfer: what the engine holds is what the policy held, bit for bit."""
     shared_memory: bool = True
-    """On CPUs, ranks of one host hand messages over in memory that both see; false: over gloo, as between hosts."""
+    """On CPUs, ranks of one host exchange messages through shared memory; false: over gloo, as between hosts."""
     deltas: bool = False
     """Send only the elements that changed since the last transfer; keeps a copy of what was sent on both ends. Over gloo."""
 

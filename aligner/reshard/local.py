@@ -11,7 +11,7 @@ from aligner.reshard.message.proof import View
 from aligner.reshard.message.storage import check_disjoint, strided_view
 from aligner.reshard.plan.layout import ExplicitLayout
 from aligner.reshard.plan.region import Layout, Piece
-from aligner.reshard.plan.transfer_plan import make_plan
+from aligner.reshard.plan.transfer_plan import plan_transfer
 from aligner.reshard.transfer.executor import execute
 from aligner.reshard.transfer.sync_stats import SyncStats
 from aligner.reshard.weights import ShardedWeights, WritableWeights
@@ -56,8 +56,8 @@ class WritableLocalWeights(LocalWeights):
         wrong = {storage: count for storage, count in self._missing.items() if count}
         if wrong:
             storage, count = next(iter(wrong.items()))
-            what = f"{count} elements were not written" if count > 0 else f"{-count} elements were written twice"
-            raise RuntimeError(f"reshard: {storage} ({self._names[storage]}): {what}")
+            reason = f"{count} elements were not written" if count > 0 else f"{-count} elements were written twice"
+            raise RuntimeError(f"reshard: {storage} ({self._names[storage]}): {reason}")
 
     def discard(self) -> None:
         """Every element is to be written anew."""
@@ -88,5 +88,5 @@ def copy_weights(source: ShardedWeights, destination: WritableWeights, verify: b
         ValueError: the source lacks a region of the destination, or has it in another shape.
         RuntimeError: the destination does not hold what the source held.
     """
-    plan = make_plan(_RANK, {_RANK: source.pieces()}, {_RANK: destination.pieces()})
+    plan = plan_transfer(_RANK, {_RANK: source.pieces()}, {_RANK: destination.pieces()})
     return execute(plan, source.view, destination, None, torch.device("cpu"), BUCKET_BYTES, verify)

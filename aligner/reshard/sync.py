@@ -1,4 +1,4 @@
-"""Weight sync: brings sharded weights from one layout into another; planned once, run as often as they change."""
+"""Weight sync: copies sharded weights from one layout into another; planned once, run as often as they change."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from aligner.reshard.message.bucket import Buffers
 from aligner.reshard.message.storage import check_disjoint
 from aligner.reshard.plan.layout import ExplicitLayout, WeightLayout
 from aligner.reshard.plan.region import Layout
-from aligner.reshard.plan.transfer_plan import Plan, make_plan
-from aligner.reshard.transfer.executor import execute
+from aligner.reshard.plan.transfer_plan import TransferPlan, plan_transfer
+from aligner.reshard.transfer.executor import execute, schedule_for
 from aligner.reshard.transfer.shared_memory import connect
 from aligner.reshard.transfer.sync_stats import SyncStats
 from aligner.reshard.transfer.wire import LastMessages
@@ -46,7 +46,7 @@ class WeightSync:
         self, world: World, source: ShardedWeights, destination: WritableWeights, config: ReshardConfig
     ) -> None:
         self.source, self.destination, self.config = source, destination, config
-        self.kept: LastMessages | None = {} if config.deltas else None
+        self.last_messages: LastMessages | None = {} if config.deltas else None
         self.buffers: Buffers | None = None
         self.ranks = tuple(sorted({*source.layout.ranks, *destination.layout.ranks}))
         self.group = world.group(self.ranks)
@@ -66,6 +66,9 @@ class WeightSync:
         else:
             # NCCL makes a group's communicator in its first collective, all members together.
             dist.all_reduce(torch.zeros(1, device=world.device), group=self.group)
+        start = time.perf_counter()
+        self.schedule = schedule_for(self.plan, config.bucket_bytes, self.buffers)
+        self.planning_seconds += time.perf_counter() - start
 
     def run(self) -> None:
         """Copy the weights as they are now, and add its statistics to `stats`.
@@ -85,10 +88,11 @@ class WeightSync:
             world.device,
             self.config.bucket_bytes,
             self.config.verify,
-            self.kept,
+            self.last_messages,
             self.buffers,
             self._runs,
             lambda ranks: world.timeline.span("wait", "weights", ranks),
+            self.schedule,
         )
         self.stats.append(row if self.stats else replace(row, seconds_plan=self.planning_seconds))
 
@@ -102,34 +106,34 @@ def _agreed_layouts(
     nothing is exchanged: at a thousand ranks the layouts are gigabytes. Else every rank's pieces are.
     """
     held, wanted = source.pieces(), destination.pieces()
-    agree = set(held) == set(source.layout.layout(rank)) and set(wanted) == set(destination.layout.layout(rank))
+    agrees = set(held) == set(source.layout.layout(rank)) and set(wanted) == set(destination.layout.layout(rank))
     everywhere = [False] * len(ranks)
-    dist.all_gather_object(everywhere, agree, group=group)
+    dist.all_gather_object(everywhere, agrees, group=group)
     if all(everywhere):
         return source.layout, destination.layout
-    return exchanged(held, ranks, group), exchanged(wanted, ranks, group)
+    return exchange_layouts(held, ranks, group), exchange_layouts(wanted, ranks, group)
 
 
-def exchanged(mine: Layout, ranks: Sequence[int], group: dist.ProcessGroup) -> ExplicitLayout:
+def exchange_layouts(layout: Layout, ranks: Sequence[int], group: dist.ProcessGroup) -> ExplicitLayout:
     """Every rank's layout, of which each distinct one is sent once: replicas have the same."""
-    digest = blake2b("\n".join(map(repr, mine)).encode(), digest_size=16).digest() if mine else b""
+    digest = blake2b("\n".join(map(repr, layout)).encode(), digest_size=16).digest() if layout else b""
     digests: list[bytes] = [b""] * len(ranks)
     dist.all_gather_object(digests, digest, group=group)
     first = digests.index(digest) == dist.get_rank(group)
     sent: list[Any] = [None] * len(ranks)
-    dist.all_gather_object(sent, mine if mine and first else None, group=group)
-    layouts = {digest: layout for digest, layout in zip(digests, sent, strict=True) if layout is not None}
+    dist.all_gather_object(sent, layout if layout and first else None, group=group)
+    layouts = {digest: received for digest, received in zip(digests, sent, strict=True) if received is not None}
     return ExplicitLayout({rank: layouts[digest] for rank, digest in zip(ranks, digests, strict=True) if digest})
 
 
 def _plan_together(
     rank: int, source: WeightLayout, destination: WeightLayout, ranks: Sequence[int], group: dist.ProcessGroup
-) -> Plan:
+) -> TransferPlan:
     """This rank's plan; ValueError on every rank where one of them finds that the two ends do not match."""
     plan, failure = None, None
     try:
         _check_wanted(source.layout(rank), destination)
-        plan = make_plan(rank, source, destination)
+        plan = plan_transfer(rank, source, destination)
         check_disjoint(destination.layout(rank))
     except ValueError as error:
         failure = str(error)

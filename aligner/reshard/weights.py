@@ -22,7 +22,7 @@ class ShardedWeights(Protocol):
         """What each rank holds, by arithmetic; the same on every rank of the world."""
 
     def pieces(self) -> Sequence[Piece]:
-        """What this rank really holds, which should be `layout.layout(rank)` in any order. Empty on ranks that hold
+        """What this rank holds in fact, which should be `layout.layout(rank)` in any order. Empty on ranks that hold
         nothing. The first call may be collective over the ranks of `layout`."""
 
     def view(self, piece: Piece) -> Tensor:
@@ -32,8 +32,8 @@ class ShardedWeights(Protocol):
 class WritableWeights(ShardedWeights, Protocol):
     """Weights that a transfer overwrites, all of them in each transfer.
 
-    A transfer writes through `view`, says `written` once for each region, and ends with `finish`; where it failed the
-    owner says `discard` before the next one. From the first `view` until `finish` the weights are not valid.
+    A transfer writes through `view`, calls `written` once for each region, and ends with `finish`; after a failure the
+    owner calls `discard` before the next one. From the first `view` until `finish` the weights are not valid.
     """
 
     def written(self, piece: Piece, proof: bool = True) -> None:

@@ -84,7 +84,7 @@ class ResolvedComponent:
         return None
 
 
-def parts_of(reward: RewardConfig) -> list[ResolvedComponent]:
+def reward_components(reward: RewardConfig) -> list[ResolvedComponent]:
     """The components in order; a reward of a single rule is one component of weight 1, named after the function.
 
     Raises:
@@ -137,7 +137,7 @@ def shown_component(reward: RewardConfig, named: str | None) -> str | None:
     Raises:
         ValueError: there are several components, one of them normalised, and none is named.
     """
-    parts = parts_of(reward)
+    parts = reward_components(reward)
     if named is not None or all(part.component.normalize == "none" for part in parts):
         return named
     if len(parts) > 1:
@@ -156,8 +156,8 @@ def _check(part: ResolvedComponent, names: Sequence[str]) -> None:
     component, where = part.component, part.where
     given = _kinds(component)
     if len(given) != 1:
-        said = f"has {' and '.join(given)}" if given else "has none"
-        raise ValueError(f"{where} {said}; give exactly one of rule, url and model=true (or model=NAME).")
+        sources = f"has {' and '.join(given)}" if given else "has none"
+        raise ValueError(f"{where} {sources}; give exactly one of rule, url and model=true (or model=NAME).")
     check_settings(component, where)
     if component.clip is not None and not (len(component.clip) == 2 and component.clip[0] < component.clip[1]):
         raise ValueError(f"{where}.clip={list(component.clip)} must be [low, high] with low < high, such as [-5, 5].")
@@ -180,12 +180,12 @@ def _read(kind: Any, values: Any, where: str) -> Any:
     hints = typing.get_type_hints(kind)
     if not isinstance(values, Mapping):
         raise ValueError(f"{where}={values} is not possible; set one of its keys: {', '.join(hints)}.")
-    made = {}
+    settings = {}
     for key, value in values.items():
         if key not in hints:
             raise ValueError(f"there is no setting {where}.{key}; {where} has {', '.join(hints)}.")
-        made[key] = _typed(value, hints[key], f"{where}.{key}")
-    return kind(**made)
+        settings[key] = _typed(value, hints[key], f"{where}.{key}")
+    return kind(**settings)
 
 
 def _typed(value: Any, hint: Any, where: str) -> Any:

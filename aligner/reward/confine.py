@@ -67,9 +67,9 @@ def enter_namespaces() -> None:
     uid, gid = os.getuid(), os.getgid()
     if uid != 0:
         call("unshare", NAMESPACES)
-        write("/proc/self/setgroups", "deny")
-        write("/proc/self/uid_map", f"{NOBODY} {uid} 1")
-        write("/proc/self/gid_map", f"{NOBODY} {gid} 1")
+        write_proc("/proc/self/setgroups", "deny")
+        write_proc("/proc/self/uid_map", f"{NOBODY} {uid} 1")
+        write_proc("/proc/self/gid_map", f"{NOBODY} {gid} 1")
         return
     # Root stays root while it builds the root file system, and becomes nobody in it. A map of two users must be
     # written from outside the namespace.
@@ -81,7 +81,7 @@ def enter_namespaces() -> None:
         try:
             os.read(ready[0], 1)
             for name in ("uid_map", "gid_map"):
-                write(f"/proc/{me}/{name}", f"0 0 1\n{NOBODY} {NOBODY} 1")
+                write_proc(f"/proc/{me}/{name}", f"0 0 1\n{NOBODY} {NOBODY} 1")
             os.write(written[1], b"1")
         finally:
             os._exit(0)
@@ -96,7 +96,7 @@ def enter_namespaces() -> None:
         raise Setup("the user ids of the namespace could not be mapped")
 
 
-def write(path: str, text: str) -> None:
+def write_proc(path: str, text: str) -> None:
     """Write a file of /proc. Raises Setup."""
     try:
         with open(path, "w") as file:
@@ -140,9 +140,9 @@ def set_mount(path: str, flags: int, attributes: int) -> None:
 
 
 def try_write(path: str, text: str) -> None:
-    """As `write`, but ignores failures."""
+    """As `write_proc`, but ignores failures."""
     with contextlib.suppress(Setup):
-        write(path, text)
+        write_proc(path, text)
 
 
 def become_nobody() -> None:

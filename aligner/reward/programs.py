@@ -9,7 +9,7 @@ import socket
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -128,24 +128,46 @@ def code_tests(
     code = python_block(response, block)
     if code is None:
         return 0.0
-    end = time.monotonic() + seconds
+    deadline = _Deadline(Limits(seconds, memory_mb, processes, file_mb, output_kb))
+    return _share_passed(code, suite, prefix, partial, deadline, isolation)
 
-    def left() -> Limits:
-        return Limits(max(0.01, end - time.monotonic()), memory_mb, processes, file_mb, output_kb)
 
-    judged = len(suite.calls) + len(suite.scripts.tests)
-    passed = _passed(_completed(code, suite, prefix), suite, partial, left(), isolation) if judged else 0
+class _Deadline:
+    """Limits of all sandboxes of one row: they share its seconds."""
+
+    def __init__(self, limits: Limits) -> None:
+        self._limits, self._end = limits, time.monotonic() + limits.seconds
+
+    def passed(self) -> bool:
+        return time.monotonic() >= self._end
+
+    def remaining(self) -> Limits:
+        """The limits of a sandbox that starts now."""
+        return replace(self._limits, seconds=max(0.01, self._end - time.monotonic()))
+
+
+def _share_passed(code: str, suite: Suite, prefix: str, partial: bool, deadline: _Deadline, isolation: str) -> float:
+    """The fraction of tests passed, or without `partial` 1 if all of them are, else 0: then the first failure ends it."""
+    functions = len(suite.calls) + len(suite.scripts.tests)
+    passed = 0
+    if functions:
+        passed = _passed(_completed(code, suite, prefix), suite, partial, deadline.remaining(), isolation)
     for given_text, expected in suite.pairs:
-        if (passed < judged and not partial) or time.monotonic() >= end:
+        if (passed < functions and not partial) or deadline.passed():
             break
-        outcome = run_python(["response.py"], {"response.py": code}, given_text.encode(), left(), isolation)
-        printed = outcome.stdout.decode("utf-8", "replace")
-        correct = outcome.code == 0 and not outcome.stopped and same_output(printed, expected)
+        correct = _prints(code, given_text, expected, deadline.remaining(), isolation)
         if not correct and not partial:
             return 0.0
         passed += correct
-    total = judged + len(suite.pairs)
+    total = functions + len(suite.pairs)
     return passed / total if partial else float(passed == total)
+
+
+def _prints(code: str, given_text: str, expected: str, limits: Limits, isolation: str) -> bool:
+    """Whether the program, given this standard input, exits with code 0 and prints the expected output."""
+    outcome = run_python(["response.py"], {"response.py": code}, given_text.encode(), limits, isolation)
+    printed = outcome.stdout.decode("utf-8", "replace")
+    return outcome.code == 0 and not outcome.stopped and same_output(printed, expected)
 
 
 def same_output(printed: str, expected: str) -> bool:

@@ -200,12 +200,12 @@ class _Source:
                     yield self._test("method", owner=owner.name, name=node.name)
 
 
-def _parsed(text: str, what: str) -> ast.Module:
+def _parsed(text: str, name: str) -> ast.Module:
     try:
         tree = ast.parse(text)
         compile(tree, "tests.py", "exec")
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        raise ValueError(f"{what} is not Python: {error}: {text.strip()[:80]!r}") from None
+        raise ValueError(f"{name} is not Python: {error}: {text.strip()[:80]!r}") from None
     return tree
 
 

@@ -16,7 +16,7 @@ from aligner.data.decoding import decode
 from aligner.data.samples import Samples
 from aligner.health.rank_status import excerpt
 from aligner.reward.combine import combine, reward_row
-from aligner.reward.components import Scorer, parts_of
+from aligner.reward.components import Scorer, reward_components
 from aligner.reward.config import RewardConfig
 from aligner.reward.missing import MissingScores, check_missing, missing_of
 from aligner.reward.worker import Score, Status
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Scores:
+class Rewards:
     """Rewards of a batch, with the raw values and statuses of the components."""
 
     reward_B: Tensor
@@ -80,7 +80,7 @@ class Reward(Role):
         """
         super().__init__(name, world, mesh)
         self.config, self.tokenizer = config, tokenizer
-        self.parts = parts_of(config)
+        self.parts = reward_components(config)
         self.models: dict[str, RowScorer] = {}
         for part in self.parts:
             if part.model is not None:
@@ -100,7 +100,7 @@ class Reward(Role):
         """Score every row. Collective over the world.
 
         Returns:
-            Ref to `Scores`.
+            Ref to `Rewards`.
 
         Raises:
             ValueError: more rows without a score than reward.max_missing allows, or none has one; examples are shown.
@@ -111,7 +111,7 @@ class Reward(Role):
             value = self._score(local.args[0], local.kwargs, local.mine) if self.member else None
             return Ref(self, value, local.rows)
 
-    def _score(self, samples: Samples, from_models: Mapping[str, Tensor], rows: Sequence[int]) -> Scores:
+    def _score(self, samples: Samples, from_models: Mapping[str, Tensor], rows: Sequence[int]) -> Rewards:
         """Args:
         from_models: [B] of each reward model, by role name.
         """
@@ -130,7 +130,7 @@ class Reward(Role):
         raw = {name: _raw(of_part) for name, of_part in scores.items()}
         status = {name: torch.tensor([int(s.status) for s in of], dtype=torch.int8) for name, of in scores.items()}
         reward_B, status_B = self._combined(rows, raw, status, {name: missing_of(of) for name, of in scores.items()})
-        return Scores(reward_B, status_B, texts[self.config.keep_special_tokens], raw, status)
+        return Rewards(reward_B, status_B, texts[self.config.keep_special_tokens], raw, status)
 
     def _being_scored(self, items: Mapping[bool, Sequence[Mapping[str, Any]]], rows: Sequence[int]) -> list[str]:
         """For a report: rows that workers have, and endpoints have not answered."""

@@ -220,10 +220,10 @@ def _trainer_role(
         more["temperature"] = config.sampling.temperature if sampled else 1.0
     if issubclass(kind, Policy):
         more["syncs"] = WeightSyncs(config.reshard)
-    made = kind(role.name, world, mesh, _spec_of(config, role, spec), settings, **more)
-    if isinstance(made, TrainableRole):
-        made.section = role.section
-    return made
+    built = kind(role.name, world, mesh, _spec_of(config, role, spec), settings, **more)
+    if isinstance(built, TrainableRole):
+        built.section = role.section
+    return built
 
 
 def _engine_role(config: Config, role: RoleSpec, world: World, mesh: Mesh, spec: ModelSpec) -> Rollout:
@@ -234,10 +234,10 @@ def _engine_role(config: Config, role: RoleSpec, world: World, mesh: Mesh, spec:
     further = role.name in config.models
     seed = request_seed(config.seed, *role.name.encode()) if further else config.seed  # two engines draw differently
     own = _spec_of(config, role, spec)
-    made = Rollout(role.name, world, mesh, own, config.settings(role.name), config.sampling, seed, config.stream)
+    rollout = Rollout(role.name, world, mesh, own, config.settings(role.name), config.sampling, seed, config.stream)
     if further:
-        made.loaded.source = FolderWeights(own)  # until a policy sends its own
-    return made
+        rollout.loaded.source = FolderWeights(own)  # until a policy sends its own
+    return rollout
 
 
 def _reward_role(

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from aligner.data.prompts import Prompt
+from aligner.rollout.generation import GenerationRole, Started
 from aligner.spmd.ref import Ref
-
-if TYPE_CHECKING:
-    from aligner.rollout.role import Rollout, Started
 
 
 class Ahead(Iterator[Ref]):
@@ -18,7 +16,7 @@ class Ahead(Iterator[Ref]):
 
     def __init__(
         self,
-        rollout: Rollout,
+        rollout: GenerationRole,
         prompts: Iterable[Sequence[Prompt]],
         num_samples: int,
         lag: int,

@@ -212,10 +212,10 @@ def _divides(spec: ModelSpec, tensor: int, expert_parallel: bool) -> bool:
 
 
 def _widths(spec: ModelSpec, expert_parallel: bool) -> str:
-    found = [f"{spec.heads} attention heads", f"{spec.kv_heads} key-value heads"]
+    divided = [f"{spec.heads} attention heads", f"{spec.kv_heads} key-value heads"]
     if len(spec.sparse_layers) < spec.layers:
-        found.append(f"MLP width {spec.ffn}")
+        divided.append(f"MLP width {spec.ffn}")
     if spec.experts and not expert_parallel:
-        found.append(f"expert width {spec.expert_ffn}")
-    found.append(f"{padded_vocab(spec.vocab)} rows of the embedding")
-    return f"{', '.join(found[:-1])} and {found[-1]}"
+        divided.append(f"expert width {spec.expert_ffn}")
+    divided.append(f"{padded_vocab(spec.vocab)} rows of the embedding")
+    return f"{', '.join(divided[:-1])} and {divided[-1]}"

@@ -80,12 +80,12 @@ def _lives_elsewhere(name: str, experts: Mapping[str, set[int]], stages: tuple[s
 
 def _experts_held(model: Module) -> dict[str, set[int]]:
     """The experts of each layer on this rank, by the prefix of their tensors; only layers that hold a part of them."""
-    found = {}
+    local_experts = {}
     for path, module in model.named_modules():
         slots = getattr(module, "expert_map", None)  # expert -> local slot, or -1
         if isinstance(slots, Tensor):
-            found[path.removesuffix("routed_experts")] = set((slots >= 0).nonzero()[:, 0].tolist())
-    return found
+            local_experts[path.removesuffix("routed_experts")] = set((slots >= 0).nonzero()[:, 0].tolist())
+    return local_experts
 
 
 def _missing_modules(model: Module) -> tuple[str, ...]:

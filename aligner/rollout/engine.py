@@ -165,8 +165,8 @@ class RolloutEngine:
         Raises ValueError where a prompt is empty or does not fit, RuntimeError where the engine has no valid weights.
         """
         drawn = 1 if sampling.temperature == 0 else num_samples  # greedy samples are all the same
-        found = self.finish(self.start(prompts, seeds, sampling, drawn))
-        groups = [found[first : first + drawn] for first in range(0, len(found), drawn)]
+        samples = self.finish(self.start(prompts, seeds, sampling, drawn))
+        groups = [samples[first : first + drawn] for first in range(0, len(samples), drawn)]
         return [group * (num_samples // drawn) for group in groups]
 
     def gather(self, value: Any) -> list[Any]:

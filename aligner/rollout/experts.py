@@ -45,22 +45,22 @@ class PackedExperts:
         """Every expert, every time: its packed matrices, then all through the layer as it is called."""
         w13, w2 = (plain[storage] for storage in self.storages)
         gate_up, down = self._module.w13_weight, self._module.w2_weight
-        probes, found = self._prove_packed("gate and up projection", w13, self._pad_rows, gate_up, round_)
+        probes, products = self._prove_packed("gate and up projection", w13, self._pad_rows, gate_up, round_)
         self._prove_packed("down projection", w2, self._pad_columns, down, round_)
-        self._prove_layer(probes.vectors[-1], found[:, -1], w2)
+        self._prove_layer(probes.vectors[-1], products[:, -1], w2)
 
     def _prove_packed(
-        self, what: str, plain: Tensor, pad: Callable[[Tensor], Tensor], packed: Tensor, round_: int
+        self, matrix_name: str, plain: Tensor, pad: Callable[[Tensor], Tensor], packed: Tensor, round_: int
     ) -> tuple[Probes, Tensor]:
         """Of each expert the packed matrix; gives what was asked, and the answers (experts, probes, rows)."""
-        padded = [pad(one) for one in plain]
+        padded = [pad(matrix) for matrix in plain]
         rows, columns = padded[0].shape
         probes = probes_for(rows, columns, plain.dtype, round_, EXACT_PROBE_PRODUCTS // len(plain))
-        found = torch.cat([self._multiply(some, probes.vectors) for some in packed.split(_TOGETHER)])
+        products = torch.cat([self._multiply(experts, probes.vectors) for experts in packed.split(_TOGETHER)])
         for slot, number in enumerate(self._numbers):
-            if not probes.held(found[slot], padded[slot]):
-                raise not_held(f"{self._path}, expert {number}, {what}", plain[slot])
-        return probes, found
+            if not probes.held(products[slot], padded[slot]):
+                raise not_held(f"{self._path}, expert {number}, {matrix_name}", plain[slot])
+        return probes, products
 
     def _pad_rows(self, gate_up: Tensor) -> Tensor:
         """Rows of zeros after the gate and after the up projection, as the kernel has them."""
@@ -108,14 +108,14 @@ class PackedExperts:
         Of the token x (hidden) each expert's gate and up projection (experts, padded rows) has been proven already.
         """
         module, numbers = self._module, self._numbers
-        weight, chosen = torch.ones(len(numbers), 1), torch.tensor(numbers, dtype=torch.int32)[:, None]
-        found = module.quant_method.apply(module, x.repeat(len(numbers), 1), weight, chosen, None, None).float()
+        weight, expert_ids = torch.ones(len(numbers), 1), torch.tensor(numbers, dtype=torch.int32)[:, None]
+        output = module.quant_method.apply(module, x.repeat(len(numbers), 1), weight, expert_ids, None, None).float()
         gate, up = (half[:, : w2.shape[2]] for half in gate_up.float().chunk(2, dim=1))
         inner = F.silu(gate) * up
-        wide = 16 * torch.finfo(x.dtype).eps + (len(x) + w2.shape[2]) ** 0.5 * torch.finfo(torch.float32).eps
+        tolerance = 16 * torch.finfo(x.dtype).eps + (len(x) + w2.shape[2]) ** 0.5 * torch.finfo(torch.float32).eps
         for slot, number in enumerate(numbers):
             expected = F.linear(inner[slot], w2[slot].float())
-            if not bool((found[slot] - expected).norm() <= wide * expected.norm()):
+            if not bool((output[slot] - expected).norm() <= tolerance * expected.norm()):
                 raise not_held(f"{self._path}, expert {number}", w2[slot])
 
 

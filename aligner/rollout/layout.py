@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 
-from aligner.models.cuts import Columns, Cut, CutParameters, GroupedQKV, Held, Parameter, Rows, Vocabulary
+from aligner.models.cuts import Columns, Cut, CutParameters, GroupedQKV, Parameter, ParameterRegion, Rows, Vocabulary
 from aligner.models.spec import ModelSpec
 from aligner.models.tensors import (
     LAYER,
@@ -134,7 +134,7 @@ class EngineLayout:
                 for expert, slot in experts:
                     yield self._piece(held, layer + expert + held.region.name, layer, slot)
 
-    def _piece(self, held: Held, name: str, layer: str, slot: int = 0) -> Piece:
+    def _piece(self, held: ParameterRegion, name: str, layer: str, slot: int = 0) -> Piece:
         _, lo, size, offset, stride = held.region
         return Piece(name, lo, size, layer + held.storage, offset + slot * held.elements, stride, self._dtype)
 

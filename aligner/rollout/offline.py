@@ -85,13 +85,13 @@ class OfflineEngine:
             for prompt, seed in zip(prompts, seeds, strict=True)
             for i in range(num_samples)
         ]
-        found = self._llm.generate(
+        outputs = self._llm.generate(
             [{"prompt_token_ids": one.prompt} for one in asked],
             [request_params(sampling, one.seed, sampling.max_tokens, self._stop) for one in asked],
             use_tqdm=False,
         )
         self._llm.reset_prefix_cache()
-        answers = [_answer(one, output.outputs[0]) for one, output in zip(asked, found, strict=True)]
+        answers = [_answer(one, output.outputs[0]) for one, output in zip(asked, outputs, strict=True)]
         return [answers[first : first + num_samples] for first in range(0, len(answers), num_samples)]
 
 

@@ -18,7 +18,7 @@ _CACHED_ELEMENTS = 1 << 18
 """Weights that are multiplied at once: 1 MiB in fp32."""
 
 
-class Packed(Protocol):
+class PrepackedModule(Protocol):
     """A module whose kernel reads prepacked weights, not the ones that vLLM's weight loaders write."""
 
     storages: tuple[str, ...]
@@ -64,18 +64,18 @@ class Probes(NamedTuple):
     noise: Tensor
     """The random vectors, in fp32."""
 
-    def held(self, found: Tensor, plain: Tensor) -> bool:
-        """Whether `found` (probes, rows) is what W = `plain` gives, summed in fp32 and rounded to plain's data type.
+    def held(self, products: Tensor, plain: Tensor) -> bool:
+        """Whether `products` (probes, rows) is what W = `plain` gives, summed in fp32 and rounded to plain's data type.
 
         Unit vectors read columns back exactly, in any data type. The random vectors cover the rest to rounding.
         """
-        count, columns = len(found) - len(self.noise), plain.shape[1]
-        if not torch.equal(found[:count], plain[:, self.exact].t()):
+        count, columns = len(products) - len(self.noise), plain.shape[1]
+        if not torch.equal(products[:count], plain[:, self.exact].t()):
             return False
         expected, norms = _expected(self.noise, plain)
         rounding = 4 * torch.finfo(plain.dtype).eps * expected.abs()
         sums = (8 + columns**0.5) * torch.finfo(torch.float32).eps * self.noise.norm(dim=1)[:, None] * norms
-        return bool(((found[count:].float() - expected).abs() <= rounding + sums).all())
+        return bool(((products[count:].float() - expected).abs() <= rounding + sums).all())
 
 
 def probes_for(rows: int, columns: int, dtype: torch.dtype, round_: int, products: int) -> Probes:
@@ -102,12 +102,12 @@ def _expected(noise: Tensor, plain: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat(products, 1), torch.cat(norms)
 
 
-def not_held(what: str, plain: Tensor) -> RuntimeError:
+def not_held(matrix_name: str, plain: Tensor) -> RuntimeError:
     """The error for a kernel that holds other weights than `plain`."""
     finite = torch.isfinite(plain).all()
     cause = "what was written" if finite else "finite numbers: NaN or infinite weights were written"
     shape = " x ".join(map(str, plain.shape))
-    return RuntimeError(f"reshard: the rollout engine's packed kernel of {what} ({shape}) does not hold {cause}")
+    return RuntimeError(f"reshard: the rollout engine's packed kernel of {matrix_name} ({shape}) does not hold {cause}")
 
 
 def packed_linears(model: Module, storage: str, module: Module, parameter: str) -> list[PackedLinear]:

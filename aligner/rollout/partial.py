@@ -5,18 +5,16 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from aligner.data.prompts import Prompt
+from aligner.rollout.generation import GenerationRole
 from aligner.rollout.requests import Sample
-from aligner.rollout.rows import as_samples, prompt_from, prompt_to, request_seed, sample_from, sample_to
+from aligner.rollout.rows import completed_samples, prompt_from, prompt_to, request_seed, sample_from, sample_to
 from aligner.spmd.messages import all_gather, broadcast
 from aligner.spmd.partition import partition
 from aligner.spmd.ref import Ref
-from aligner.spmd.rows import Rows
-
-if TYPE_CHECKING:
-    from aligner.rollout.role import Rollout
+from aligner.spmd.rows import BatchRows
 
 
 class Partial(Iterator[Ref]):
@@ -35,7 +33,7 @@ class Partial(Iterator[Ref]):
 
     def __init__(
         self,
-        rollout: Rollout,
+        rollout: GenerationRole,
         prompts: Iterable[Sequence[Prompt]],
         num_samples: int,
         lag: int,
@@ -110,7 +108,7 @@ class _Group:
 class _Pool:
     """Unfinished and complete groups. Every rank knows each group's replica, whose ranks hold its samples."""
 
-    def __init__(self, rollout: Rollout, num_samples: int) -> None:
+    def __init__(self, rollout: GenerationRole, num_samples: int) -> None:
         self.rollout, self.num_samples = rollout, num_samples
         self.replica: dict[int, int] = {}
         """Group number (in the order of the prompts) -> replica."""
@@ -135,7 +133,7 @@ class _Pool:
             first, self._count = self._count, self._count + len(prompts)
             self._assign({first + place: prompt for place, prompt in enumerate(prompts)})
             numbers, self.carried = [*self.carried, *range(first, self._count)], []
-            for number in (n for n in range(first, self._count) if rollout.member and self._is_mine(n)):
+            for number in (n for n in range(first, self._count) if rollout.member and self._is_here(n)):
                 seed = request_seed(rollout.seed, rollout.calls, number - first)
                 prompt = prompts[number - first]
                 samples = [Sample(list(prompt.tokens), seed + i) for i in range(self.num_samples)]
@@ -154,12 +152,12 @@ class _Pool:
         """Submit groups to the engines, each for at most `stream.step_tokens` more tokens."""
         rollout, part = self.rollout, _Part(self._by_replica(numbers), None)
         if rollout.member:
-            mine = part.groups[rollout.shard or 0]
-            going_on = [one for number in mine for one in self._held[number].samples if not one.ended]
-            part.ticket = rollout.engine.resume(going_on, rollout.sampling, rollout.overlap.step_tokens)
+            numbers_here = part.groups[rollout.shard or 0]
+            unfinished = [one for number in numbers_here for one in self._held[number].samples if not one.ended]
+            part.ticket = rollout.engine.resume(unfinished, rollout.sampling, rollout.overlap.step_tokens)
         return part
 
-    def _is_mine(self, number: int) -> bool:
+    def _is_here(self, number: int) -> bool:
         return self.replica[number] == (self.rollout.shard or 0)
 
     def _assign(self, prompts: Mapping[int, Prompt]) -> None:
@@ -174,16 +172,16 @@ class _Pool:
     def _absorb(self, work: _Round) -> dict[int, _Group]:
         """This replica's groups of a round, by number, with the newly generated tokens."""
         rollout = self.rollout
-        found: dict[int, _Group] = {}
+        groups: dict[int, _Group] = {}
         for part in work.parts:
-            mine = {number: self._held[number] for number in part.groups[rollout.shard or 0]}
+            groups_here = {number: self._held[number] for number in part.groups[rollout.shard or 0]}
             if part.ticket is not None:
-                grown = iter(rollout.engine.finish(part.ticket))
+                continued = iter(rollout.engine.finish(part.ticket))
                 part.ticket = None
-                for group in mine.values():
-                    group.samples = [one if one.ended else next(grown) for one in group.samples]
-            found |= mine
-        return found
+                for group in groups_here.values():
+                    group.samples = [one if one.ended else next(continued) for one in group.samples]
+            groups |= groups_here
+        return groups
 
     def finish(self, work: _Round, following: _Round | None) -> None:
         """Wait for a round; every rank learns which of its groups are complete. The others join the `following` round."""
@@ -192,32 +190,34 @@ class _Pool:
         lengths: dict[int, list[int]] = {}
         with rollout.working():
             if rollout.member:
-                mine = self._absorb(work)
-                ended = {number: group.lengths for number, group in mine.items() if group.ended}
-                drawn = sum(sum(one.tokens) for group in mine.values() for one in group.samples)
-                for found in rollout.agreed(ended, drawn):
-                    lengths |= found
+                groups_here = self._absorb(work)
+                ended = {number: group.lengths for number, group in groups_here.items() if group.ended}
+                drawn = sum(sum(one.tokens) for group in groups_here.values() for one in group.samples)
+                for replica_lengths in rollout.agreed(ended, drawn):
+                    lengths |= replica_lengths
         lengths = Ref(rollout, lengths).gather()
         self._complete.extend((number, lengths[number]) for number in work.numbers if number in lengths)
-        left_over = [number for number in work.numbers if number not in lengths]
+        unfinished = [number for number in work.numbers if number not in lengths]
         if following is None:
-            self.carried += left_over
-        elif left_over:
-            self._join(following, left_over)
+            self.carried += unfinished
+        elif unfinished:
+            self._join(following, unfinished)
 
     def take(self, groups: int) -> Ref:
         """The oldest complete groups, as a batch: a Ref to Samples."""
         rollout, size = self.rollout, self.num_samples
         taken = [self._complete.popleft() for _ in range(groups)]
-        rows = Rows(size, set(range(rollout.world.size)), [tokens for _, lengths in taken for tokens in lengths])
+        rows = BatchRows(size, set(range(rollout.world.size)), [tokens for _, lengths in taken for tokens in lengths])
         shares: list[list[int]] = [[] for _ in range(rollout.mesh.data)]
         for place, (number, _) in enumerate(taken):
             shares[self.replica.pop(number)].extend(range(place * size, (place + 1) * size))
         fixed = tuple(map(tuple, shares))
         if not rollout.member:
             return Ref(rollout, None, rows, fixed)
-        mine = [self._held.pop(taken[row // size][0]) for row in shares[rollout.shard or 0][::size]]
-        samples = as_samples([g.prompt for g in mine for _ in g.samples], [one for g in mine for one in g.samples])
+        groups_here = [self._held.pop(taken[row // size][0]) for row in shares[rollout.shard or 0][::size]]
+        samples = completed_samples(
+            [g.prompt for g in groups_here for _ in g.samples], [one for g in groups_here for one in g.samples]
+        )
         return Ref(rollout, samples, rows, fixed)
 
     def state(self, rounds: Iterable[_Round]) -> dict[str, Any]:
@@ -227,12 +227,12 @@ class _Pool:
         if rollout.member:
             for work in rounds:
                 self._absorb(work)
-            mine = {
+            own_groups = {
                 n: {"prompt": prompt_to(group.prompt), "samples": [sample_to(one) for one in group.samples]}
                 for n, group in self._held.items()
             }
-            for found in all_gather(rollout.world, mine, rollout.mesh.ranks):
-                groups |= found
+            for gathered in all_gather(rollout.world, own_groups, rollout.mesh.ranks):
+                groups |= gathered
         groups = broadcast(rollout.world, groups, rollout.mesh.ranks, [0]) or {}
         return {
             "count": self._count,

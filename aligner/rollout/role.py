@@ -1,127 +1,24 @@
-"""The rollout role: vLLM replicas that turn prompts into samples; token ids in, token ids out."""
+"""The rollout role: generation, and streams of generated batches that are checkpointed with a run."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from functools import cached_property
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import Any
 
 from aligner.data.prompts import Prompt
-from aligner.data.tokenizer import load_tokenizer
-from aligner.models.spec import ModelSpec
-from aligner.reshard.weights import RemoteWeights, WritableWeights
 from aligner.rollout.ahead import Ahead
-from aligner.rollout.arrivals import Arrivals
-from aligner.rollout.config import RolloutConfig, Sampling, StreamConfig
-from aligner.rollout.engine import RolloutEngine
-from aligner.rollout.layout import EngineLayout
-from aligner.rollout.loaded import LoadedWeights
+from aligner.rollout.generation import GenerationRole
 from aligner.rollout.partial import Partial
-from aligner.rollout.rows import as_samples, prompt_from, prompt_to, request_seed, sample_from, sample_to
-from aligner.rollout.sleep import KINDS, parts_of
-from aligner.rollout.weights import EngineWeights
-from aligner.spmd.mesh import Mesh
-from aligner.spmd.messages import all_gather, broadcast
-from aligner.spmd.partition import Shares, partition
 from aligner.spmd.ref import Ref
-from aligner.spmd.role import Role
-from aligner.spmd.rows import Rows
-from aligner.spmd.world import World
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-T = TypeVar("T")
 
 
-@dataclass(eq=False)
-class Started:
-    """A generation that has been begun; the same on every rank, but for the ticket."""
+class Rollout(GenerationRole):
+    """vLLM on this role's ranks, with the streams of batches that a loop has asked for."""
 
-    prompts: Sequence[Prompt]
-    num_samples: int
-    shares: Shares
-    """Prompts of each replica."""
-    ticket: int | None
-    """The engine's, on this role's ranks."""
-
-
-class Rollout(Role):
-    """vLLM on this role's ranks: ranks / (tensor x pipeline) replicas, each generating for its share of the prompts."""
-
-    needs: ClassVar[Mapping[str, Sequence[str]]] = {
-        "generate": ("weights", "cache"),
-        "reshard_to": ("weights",),
-        "load_folder": ("weights",),
-    }
-
-    def __init__(
-        self,
-        name: str,
-        world: World,
-        mesh: Mesh,
-        spec: ModelSpec,
-        config: RolloutConfig,
-        sampling: Sampling,
-        seed: int,
-        overlap: StreamConfig | None = None,
-    ) -> None:
-        super().__init__(name, world, mesh)
-        self.spec, self.config, self.sampling, self.seed = spec, config, sampling, seed
-        self.overlap = overlap or StreamConfig()
-        self.calls = 0
-        self.loaded = LoadedWeights()
-        """Which weights the engines hold; the same on every rank of the world."""
-        self.under_way: list[Any] = []
-        """What was started and not finished; the same on every rank."""
+    def __init__(self, *arguments: Any, **settings: Any) -> None:  # as GenerationRole
+        super().__init__(*arguments, **settings)
         self._streams: list[Ahead | Partial] = []
         self._saved: list[Any] = []
-        self._arrivals = Arrivals(world, name) if self.overlap.in_flight else None
-        replica = world.my_group(mesh.groups("tensor", "pipeline"))
-        world.residency.make_room(name, mesh)
-        sleeps = world.device.type == "cpu" or world.residency.crowds(name, mesh)
-        world.residency.register(name, mesh, KINDS if sleeps else {}, on_lost=self.loaded.evict)
-        if replica is None:
-            self.weights: WritableWeights = RemoteWeights(self._layout(spec))
-            return
-        first = mesh.shards[self.shard or 0][0]
-        self.engine = RolloutEngine(
-            spec.path, replica, f"{name}{first}", config, world.device, mesh.expert > 1, mesh.pipeline, sleeps,
-            spec.eos_token_ids, self.loaded,
-        )  # fmt: skip
-        self.engine.requests.progress = world.activity.tick
-        self.weights = weights = EngineWeights(self.engine, self._layout(spec))
-        if sleeps:
-            parts = parts_of(self.engine, weights, world.residency.meter)
-            world.residency.register(name, mesh, KINDS, parts, on_lost=self.loaded.evict)
-            world.residency.before_evict(name, self._complete)
-        world.on_leave(self.engine.close)
-
-    def _layout(self, spec: ModelSpec) -> EngineLayout:
-        return EngineLayout(spec, self.mesh, self.config.dtype, self.mesh.expert > 1)
-
-    def generate(
-        self,
-        prompts: Sequence[Prompt],
-        num_samples: int = 1,
-        sampling: Sampling | None = None,
-        seed: int | None = None,
-    ) -> Ref:
-        """`num_samples` responses to each prompt.
-
-        Args:
-            prompts: the same on every rank.
-            sampling: how to sample; by default the configuration's `sampling`.
-            seed: by default a new one for every call; the same seed gives the same samples for the same weights.
-
-        Returns:
-            Ref to `Samples`: row p * num_samples + g is sample g of prompt p.
-        """
-        self.wake()
-        with self.call("generate"):
-            return self._finish(self._start(prompts, num_samples, sampling, seed))
 
     def stream(
         self, prompts: Iterable[Sequence[Prompt]], num_samples: int = 1, lag: int | None = None
@@ -138,67 +35,6 @@ class Rollout(Role):
         self._streams.append(kind(self, prompts, num_samples, self.overlap.lag if lag is None else lag, saved))
         return self._streams[-1]
 
-    def start(self, prompts: Sequence[Prompt], num_samples: int = 1, sampling: Sampling | None = None) -> Started:
-        """Begin what `generate` does; nothing is waited for. The engine works on it whenever it works."""
-        self.wake()
-        with self.call("start", on_host=True):
-            started = self._start(prompts, num_samples, sampling, None)
-            self.under_way.append(started)
-            return started
-
-    def finish(self, started: Started) -> Ref:
-        """What `generate` returns, of something started."""
-        self.under_way.remove(started)
-        with self.working():
-            return self._finish(started)
-
-    @cached_property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """That of the engine's own model."""
-        return load_tokenizer(self.spec.path)
-
-    def wake(self) -> None:
-        """Sync the engine's weights once more, if they were given up. A role call of every rank, if so.
-
-        Raises:
-            RuntimeError: their policy has been updated since.
-        """
-        source = self.loaded.source_to_reload(self.name)
-        if source is not None:
-            source.reshard_to(self)
-
-    @property
-    def asleep(self) -> bool:
-        """The engine's weights were given up; before they were, it completed what was under way."""
-        return self.loaded.evicted
-
-    def working(self) -> AbstractContextManager[None]:
-        """The role call in which what is under way is completed: it needs the engine, unless that is done."""
-        return self.call("collect", on_host=True) if self.asleep else self.call("generate")
-
-    def _complete(self) -> None:
-        if self.under_way:
-            self.engine.work_until(_never)
-
-    def drain_before_sync(self, policy: Mesh) -> None:
-        """Complete the requests in flight before a weight sync; with `stream.in_flight` only until the policy's ranks
-        are waiting with the new weights, which then meet what is left. Collective over the world.
-
-        Args:
-            policy: the mesh of the role whose weights come.
-        """
-        if not self.under_way or self.asleep:
-            return
-        arrived = self._arrivals.announce(policy.ranks) if self._arrivals else _never
-        with self.call("generate"):
-            if self.member:
-                self.engine.work_until(arrived)
-
-    def took_weights(self) -> None:
-        """A sync has finished: tokens drawn from here on are marked with the version of the new weights."""
-        if self.member:
-            self.engine.requests.new_weights()
-
     def save_state(self) -> dict[str, Any]:
         """What the rest of a run depends on, as JSON; what is under way is completed first. A role call of every rank.
 
@@ -206,87 +42,9 @@ class Rollout(Role):
         """
         with self.working():
             if self.member:
-                self._complete()
+                self.complete()
         return {"calls": self.calls, "streams": [stream.state() for stream in self._streams]}
 
     def load_state(self, saved: Mapping[str, Any]) -> None:
         """Go on from a `save_state`, whatever the layout: the next streams to be asked for take up what it has."""
         self.calls, self._saved = saved["calls"], list(saved["streams"])
-
-    def save_pending(self, started: Started) -> dict[str, Any]:
-        """Something started and completed, as JSON; its samples on the first rank of the world."""
-        mine = {}
-        if started.ticket is not None:
-            drawn, size = self.engine.requests.held(started.ticket), started.num_samples
-            for place, prompt in enumerate(started.shares[self.shard or 0]):
-                mine[prompt] = [sample_to(one) for one in drawn[place * size : (place + 1) * size]]
-            for other in all_gather(self.world, mine, self.mesh.ranks):
-                mine |= other
-        mine = broadcast(self.world, mine, self.mesh.ranks, [0]) or {}
-        samples = [mine[place] for place in sorted(mine)]
-        return {"prompts": [prompt_to(prompt) for prompt in started.prompts], "samples": samples}
-
-    def load_pending(self, saved: Mapping[str, Any], num_samples: int) -> Started:
-        """What `save_pending` wrote, dealt to the replicas there are."""
-        prompts = [prompt_from(one) for one in saved["prompts"]]
-        shares = partition([len(prompt.tokens) for prompt in prompts], self.mesh.data)
-        ticket = None
-        if self.member:
-            mine = [sample_from(one) for p in shares[self.shard or 0] for one in saved["samples"][p]]
-            ticket = self.engine.requests.hold(mine)
-        self.under_way.append(Started(prompts, num_samples, shares, ticket))
-        return self.under_way[-1]  # type: ignore[no-any-return]
-
-    def _start(
-        self, prompts: Sequence[Prompt], num_samples: int, sampling: Sampling | None, seed: int | None
-    ) -> Started:
-        self.calls += 1
-        shares = partition([len(prompt.tokens) for prompt in prompts], self.mesh.data)
-        ticket = None
-        if self.member:
-            mine = shares[self.shard or 0]
-            seeds = [request_seed(self.seed, self.calls if seed is None else -1 - seed, i) for i in mine]
-            tokens = [list(prompts[p].tokens) for p in mine]
-            ticket = self.engine.start(tokens, seeds, sampling or self.sampling, num_samples)
-        return Started(prompts, num_samples, shares, ticket)
-
-    def _finish(self, started: Started) -> Ref:
-        size = started.num_samples
-        row_shares = tuple(tuple(p * size + g for p in share for g in range(size)) for share in started.shares)
-        rows = Rows(size, set(self.mesh.ranks))
-        if started.ticket is None:
-            return Ref(self, None, rows, row_shares)
-        mine = started.shares[self.shard or 0]
-        drawn = self.engine.finish(started.ticket)
-        samples = as_samples([started.prompts[p] for p in mine for _ in range(size)], drawn)
-        lengths = self.agreed(samples.length_B.tolist(), int(samples.tokens_BT.sum()))
-        by_row = {
-            row: n
-            for share, found in zip(row_shares, lengths, strict=True)
-            for row, n in zip(share, found, strict=True)
-        }
-        rows.lengths = [by_row[row] for row in range(len(by_row))]
-        return Ref(self, samples, rows, row_shares)
-
-    def agreed(self, value: T, check: int) -> list[T]:
-        """What each replica found, on every rank of the role, after a comparison of its ranks; collective over the role.
-
-        Args:
-            check: a sum over what was sampled, equal on the ranks of a replica.
-        """
-        gathered = all_gather(self.world, (value, check), self.mesh.ranks)
-        found: list[Any] = [None] * self.mesh.data
-        for rank, said in zip(self.mesh.ranks, gathered, strict=True):
-            shard = self.mesh.shard_of(rank)
-            assert shard is not None
-            if (found[shard] or said) != said:
-                raise RuntimeError(
-                    f"rank {rank} sampled other tokens than its tensor-parallel neighbours of rollout replica {shard}; "
-                    "their weights or random states have diverged."
-                )
-            found[shard] = said
-        return [value for value, _ in found]
-
-
-def _never() -> bool:
-    return False

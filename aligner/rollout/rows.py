@@ -22,7 +22,7 @@ def request_seed(*parts: int) -> int:
     return int.from_bytes(digest, "big") >> 16
 
 
-def as_samples(prompts: Sequence[Prompt], samples: Sequence[Sample]) -> Samples:
+def completed_samples(prompts: Sequence[Prompt], samples: Sequence[Sample]) -> Samples:
     """One row for each sample; sample i answers prompt i."""
     tokens = [[*prompt.tokens, *sample.tokens] for prompt, sample in zip(prompts, samples, strict=True)]
     prompt_len_B = torch.tensor([len(prompt.tokens) for prompt in prompts], dtype=torch.long)

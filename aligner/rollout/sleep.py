@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 KINDS = {"weights": Kind(lost=True), "cache": Kind()}
 
 
-def parts_of(engine: RolloutEngine, weights: EngineWeights, meter: Meter) -> dict[str, Part]:
+def residency_parts(engine: RolloutEngine, weights: EngineWeights, meter: Meter) -> dict[str, Part]:
     """The engine's parts on this rank's device. CUDA: of an engine that was built to sleep."""
     if engine.device.type == "cpu":
         return {"weights": FreedWeights(engine, weights), "cache": FreedCache(engine)}

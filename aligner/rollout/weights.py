@@ -16,7 +16,7 @@ from aligner.reshard.plan.region import Box, Piece, intersect
 from aligner.rollout.dry_run import DryRun, Slot, dry_run
 from aligner.rollout.engine import RolloutEngine
 from aligner.rollout.experts import packed_experts
-from aligner.rollout.packing import Packed, forget_embedding_kernel, packed_linears
+from aligner.rollout.packing import PrepackedModule, forget_embedding_kernel, packed_linears
 
 
 class EngineWeights:
@@ -44,7 +44,7 @@ class EngineWeights:
         self._tensors = logical_tensors(engine.spec) if tensors is None else tensors
         self._pieces: list[Piece] | None = None
         self._slots: dict[str, Slot] = {}
-        self._packed: dict[str, tuple[Packed, ...]] = {}
+        self._packed: dict[str, tuple[PrepackedModule, ...]] = {}
         self._in_place: set[str] = set()
         self._sync = _Progress()
         self._syncs = 0
@@ -82,24 +82,26 @@ class EngineWeights:
 
     def _check_replica(self, mistake: str, elsewhere: Sequence[str]) -> None:
         """ValueError on all ranks where one found a mistake or a tensor is left by each of them to the others."""
-        found = self._engine.gather((mistake, elsewhere))
-        for one, _ in found:
-            if one:
-                raise ValueError(mistake or one)
-        nowhere = sorted(set(elsewhere).intersection(*(names for _, names in found)))
+        reports = self._engine.gather((mistake, elsewhere))
+        for reported, _ in reports:
+            if reported:
+                raise ValueError(mistake or reported)
+        nowhere = sorted(set(elsewhere).intersection(*(names for _, names in reports)))
         if nowhere:
             raise ValueError(f"no rank of the rollout replica holds tensor {nowhere[0]} (of {len(nowhere)} such).")
 
     def agrees(self, layout: Sequence[Piece]) -> str | None:
         """None where `layout` is what this rank holds, piece for piece; else the first parameter that differs, and how."""
         assert self._pieces is not None, "pieces() comes first"
-        mine, theirs = set(self._pieces), set(layout)
+        own_pieces, layout_pieces = set(self._pieces), set(layout)
         for piece in (*self._pieces, *layout):
-            if piece in mine and piece in theirs:
+            if piece in own_pieces and piece in layout_pieces:
                 continue
-            at = (piece.storage, piece.name)
-            found, said = ([str(p) for p in side if (p.storage, p.name) == at] for side in (self._pieces, layout))
-            return f"{piece.storage}: the engine holds {found or 'nothing'} of {piece.name}, the layout {said or 'nothing'}"
+            place = (piece.storage, piece.name)
+            held, described = (
+                [str(p) for p in side if (p.storage, p.name) == place] for side in (self._pieces, layout)
+            )
+            return f"{piece.storage}: the engine holds {held or 'nothing'} of {piece.name}, the layout {described or 'nothing'}"
         return None
 
     def bytes(self) -> int:
@@ -196,17 +198,17 @@ class _Progress:
         self.elements[piece.storage] = self.elements.get(piece.storage, 0) + piece.elements
 
 
-def _packed(model: Module, slots: Mapping[str, Slot]) -> dict[str, tuple[Packed, ...]]:
+def _packed(model: Module, slots: Mapping[str, Slot]) -> dict[str, tuple[PrepackedModule, ...]]:
     """What is packed from each storage; () where the engine's kernels read the plain one."""
-    found: dict[str, tuple[Packed, ...]] = {}
+    prepacked: dict[str, tuple[PrepackedModule, ...]] = {}
     for storage, slot in slots.items():
         experts = packed_experts(storage.rpartition(":")[0], slot.module)
         linears = packed_linears(model, storage, slot.module, slot.parameter)
-        found[storage] = (*experts, *linears)
-    return found
+        prepacked[storage] = (*experts, *linears)
+    return prepacked
 
 
-def _in_place(slots: Mapping[str, Slot], packed: Mapping[str, Sequence[Packed]]) -> set[str]:
+def _in_place(slots: Mapping[str, Slot], packed: Mapping[str, Sequence[PrepackedModule]]) -> set[str]:
     """The storages that the engine keeps plain: packed experts have the plain shape too, but not its order."""
     return {
         storage

@@ -15,7 +15,7 @@ from aligner.data.stream import RowStream
 from aligner.data.tokenized_answer import TokenizedAnswer
 
 
-def rows_of(config: Config, checked: Checked, known: str | None = None) -> RowStream[Any]:
+def training_rows(config: Config, checked: Checked, known: str | None = None) -> RowStream[Any]:
     """The training rows in the order of the run, with the position in them; `known` is their digest."""
     return RowStream(checked.data.training, config.seed, config.data.shuffle, known)
 
@@ -27,7 +27,7 @@ def batches(config: Config, rows: RowStream[Any]) -> Iterator[Any]:
         yield form(rows.take(config.data.prompts_per_step))
 
 
-def as_samples(answers: Sequence[TokenizedAnswer]) -> Samples:
+def answers_as_samples(answers: Sequence[TokenizedAnswer]) -> Samples:
     """Answers with their prompts as rows, trained on where their masks say."""
     return Samples(
         tokens_BT=pad_rows([a.tokens for a in answers], torch.long),
@@ -41,17 +41,17 @@ def as_samples(answers: Sequence[TokenizedAnswer]) -> Samples:
 
 def as_demonstrations(answers: Sequence[TokenizedAnswer]) -> Demonstrations:
     """One row for each demonstration."""
-    return Demonstrations(as_samples(answers))
+    return Demonstrations(answers_as_samples(answers))
 
 
 def as_pairs(pairs: Sequence[Pair]) -> Pairs:
     """Two rows for each pair: chosen, rejected."""
-    return Pairs(as_samples([side for pair in pairs for side in (pair.chosen, pair.rejected)]))
+    return Pairs(answers_as_samples([side for pair in pairs for side in (pair.chosen, pair.rejected)]))
 
 
 def as_feedback(answers: Sequence[TokenizedAnswer]) -> Feedback:
     """One row for each answer, with its 'label' in its fields."""
-    return Feedback(as_samples(answers))
+    return Feedback(answers_as_samples(answers))
 
 
 FORMS: dict[str, Callable[[list[Any]], Any]] = {

@@ -14,7 +14,7 @@ from aligner.checkpoint.folder import step_folder
 from aligner.checkpoint.loader import Checkpoint, find_checkpoint
 from aligner.checkpoint.saver import Saver
 from aligner.config.as_json import config_as_json
-from aligner.run.random_states import random_states, set_random_states
+from aligner.run.random_states import restore_random_states, save_random_states
 from aligner.run.resume import compare
 from aligner.spmd.messages import all_gather
 
@@ -53,16 +53,16 @@ class RunCheckpointer:
         config, first = self.job.config, self.world.rank == 0
         start = how_to_start(self.run_dir, config.checkpoint, config.overwrite, config.train.steps) if first else None
         start = all_gather(self.world, start, range(self.world.size))[0]
-        found = find_checkpoint(self.world, self.run_dir / FOLDER) if start is Start.RESUME else None
-        if start is Start.RESUME and found is None:
+        checkpoint = find_checkpoint(self.world, self.run_dir / FOLDER) if start is Start.RESUME else None
+        if start is Start.RESUME and checkpoint is None:
             raise ValueError(
                 f"none of the checkpoints in {self.run_dir / FOLDER} is whole (see above); bring one back, choose another "
                 "run_dir, or start anew with overwrite=true."
             )
         self.inputs = all_gather(self.world, self.job.inputs, range(self.world.size))[0]
-        if found is not None:
+        if checkpoint is not None:
             accepted = config.checkpoint.accept_changes
-            compare(found.state, config_as_json(config, self.job.mask), self.inputs, accepted, say=first)
+            compare(checkpoint.state, config_as_json(config, self.job.mask), self.inputs, accepted, say=first)
         run = None
         if first:
             earlier = run_id(self.run_dir) == ""
@@ -70,28 +70,28 @@ class RunCheckpointer:
             if earlier:
                 adopt(self.run_dir, run)
         self.run = all_gather(self.world, run, range(self.world.size))[0]
-        if found is None:
+        if checkpoint is None:
             return 0
-        self._load(found)
-        found.close()
-        self.saved = found.step
-        return found.step
+        self._load(checkpoint)
+        checkpoint.close()
+        self.saved = checkpoint.step
+        return checkpoint.step
 
-    def _load(self, found: Checkpoint) -> None:
-        state = found.state
+    def _load(self, checkpoint: Checkpoint) -> None:
+        state = checkpoint.state
         changes = self.job.config.checkpoint.accept_changes or "digest" in state["data"]  # looked at by now
         self.rows.load_state_dict(state["data"], changes)
         for role in self.roles.trainable:
             if role.name in state["roles"]:
-                role.load_state(state["roles"][role.name], found)
+                role.load_state(state["roles"][role.name], checkpoint)
         engines = state.get("engines", {"rollout": state.get("rollout")})  # a checkpoint of an earlier version had one
         for engine in self.roles.engines:
             if engines.get(engine.name):
                 engine.load_state(engines[engine.name])
         self.roles.restore_kept(state["kept"])
         self.driver = state["driver"]
-        if found.world == self.world.size:
-            set_random_states(found.ranks[self.world.rank]["random"], self._engines())
+        if checkpoint.world == self.world.size:
+            restore_random_states(checkpoint.ranks[self.world.rank]["random"], self._engines())
 
     def _engines(self) -> dict[str, type[TrainEngine]]:
         """The training backends that learn in this job, by name."""
@@ -122,13 +122,13 @@ class RunCheckpointer:
             "engines": {engine.name: engine.save_state() for engine in self.roles.engines},
         }
         for role in self.roles.trainable:
-            values, mine, regions = role.save_state()
+            values, values_here, regions = role.save_state()
             shared["roles"][role.name] = values
-            tensors |= mine
+            tensors |= values_here
             entries |= regions
             if self.world.rank == 0 and role.version:
                 files |= {f"{role.name}/{name}": content for name, content in role.description.items()}
-        own = {"tensors": entries, "random": random_states(self._engines())}
+        own = {"tensors": entries, "random": save_random_states(self._engines())}
         self.saver.save(step, shared, own, tensors, files)
 
     def wait(self) -> str:

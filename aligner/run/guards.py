@@ -29,7 +29,7 @@ class Guards:
     def __init__(self, config: GuardConfig) -> None:
         self.config = config
         self._in_row: dict[str, int] = {}
-        self._last_said: dict[str, int] = {}
+        self._last_report: dict[str, int] = {}
         self._reward: float | None = None
 
     def look(self, step: int, row: Mapping[str, float]) -> list[Finding]:
@@ -54,11 +54,11 @@ class Guards:
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps, as JSON can hold it."""
-        return {"in_row": dict(self._in_row), "said": dict(self._last_said), "reward": self._reward}
+        return {"in_row": dict(self._in_row), "said": dict(self._last_report), "reward": self._reward}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on where `state` was taken."""
-        self._in_row, self._last_said = dict(state["in_row"]), dict(state["said"])
+        self._in_row, self._last_report = dict(state["in_row"]), dict(state["said"])
         self._reward = state["reward"]
 
     def _same_reward(self, reward: float | None) -> bool | None:
@@ -67,11 +67,13 @@ class Guards:
         before, self._reward = self._reward, reward
         return reward == before
 
-    def _limit(self, name: str, step: int, value: float | None, what: str, unit: str) -> Finding | None:
+    def _limit(self, name: str, step: int, value: float | None, quantity: str, unit: str) -> Finding | None:
         guard: Limit = getattr(self.config, name)
         above = None if value is None else not value <= guard.limit  # a NaN is above every limit
         text = (
-            f"{what} of {value:.3g} {unit}" if name == "kl" and value is not None else f"{what} {value or 0:.3g} {unit}"
+            f"{quantity} of {value:.3g} {unit}"
+            if name == "kl" and value is not None
+            else f"{quantity} {value or 0:.3g} {unit}"
         )
         return self._judge(name, step, above, guard, f"{text}, beyond guards.{name}.limit={guard.limit:g}")
 
@@ -102,10 +104,10 @@ class Guards:
         return self._finding(name, step, guard.action == "stop", f"{text}{since}")
 
     def _finding(self, name: str, step: int, stop: bool, text: str) -> Finding:
-        last = self._last_said.get(name)
+        last = self._last_report.get(name)
         say = stop or last is None or step - last >= self.config.say_every
         if say:
-            self._last_said[name] = step
+            self._last_report[name] = step
         return Finding(name, stop, say, f"guards.{name}: {text} (step {step})")
 
 

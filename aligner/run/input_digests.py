@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import xxhash
 
 from aligner.data.digest import digest
-from aligner.reward.components import parts_of
+from aligner.reward.components import reward_components
 
 if TYPE_CHECKING:
     from aligner.config.schema import Config
@@ -29,22 +29,22 @@ def inputs_of(config: Config, roles: Iterable[str], data: DataSets) -> dict[str,
     Weights are known by their files' names, sizes, headers and two samples of each. What is part of aligner is left out:
     another version of it is told by environment.json.
     """
-    found = {ROWS: digest(data.training)}
+    digests = {ROWS: digest(data.training)}
     held = [data.heldout, data.heldout_pairs, data.heldout_answers]
     if any(held):
-        found["rows of data.eval_path"] = digest(held)
+        digests["rows of data.eval_path"] = digest(held)
     folders = dict(config.model_path(role) for role in roles if config.role(role).kind.head)
     for setting, folder in folders.items():
-        found[f"weights of {setting}"] = _weights(Path(folder))
-        found[f"configuration and tokenizer of {setting}"] = _files(
+        digests[f"weights of {setting}"] = _weights(Path(folder))
+        digests[f"configuration and tokenizer of {setting}"] = _files(
             file for file in Path(folder).iterdir() if file.suffix in (".json", ".jinja", ".model", ".txt")
         )
     sources = {"source of algorithm._target_": _source(str(config.algorithm.get("_target_", "")))}
     if "reward" in roles:
-        for part in parts_of(config.reward):
+        for part in reward_components(config.reward):
             if part.component.rule:
                 sources[f"source of {part.where}.rule"] = _source(part.component.rule)
-    return found | {what: _files([file]) for what, file in sources.items() if file is not None}
+    return digests | {source: _files([file]) for source, file in sources.items() if file is not None}
 
 
 def _source(name: str) -> Path | None:
@@ -62,21 +62,21 @@ def _source(name: str) -> Path | None:
 
 
 def _files(files: Iterable[Path]) -> str:
-    found = xxhash.xxh3_128()
+    hasher = xxhash.xxh3_128()
     for file in sorted(files):
-        found.update(json.dumps([file.name, xxhash.xxh3_128_hexdigest(file.read_bytes())]).encode())
-    return found.hexdigest()
+        hasher.update(json.dumps([file.name, xxhash.xxh3_128_hexdigest(file.read_bytes())]).encode())
+    return hasher.hexdigest()
 
 
 def _weights(folder: Path) -> str:
-    found = xxhash.xxh3_128()
+    hasher = xxhash.xxh3_128()
     for path in sorted(folder.glob("*.safetensors")):
         size = path.stat().st_size
-        found.update(json.dumps([path.name, size]).encode())
+        hasher.update(json.dumps([path.name, size]).encode())
         with path.open("rb") as file:
             header = min(int.from_bytes(file.read(8), "little"), size)
-            found.update(file.read(header))
+            hasher.update(file.read(header))
             for at in ((size + header) // 2, max(0, size - SAMPLE)):
                 file.seek(at)
-                found.update(file.read(SAMPLE))
-    return found.hexdigest()
+                hasher.update(file.read(SAMPLE))
+    return hasher.hexdigest()

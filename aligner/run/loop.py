@@ -23,7 +23,7 @@ from aligner.report.samples import write_samples
 from aligner.report.write import write_report
 from aligner.reward.signals import start_tracker
 from aligner.roles.build import Roles, build_roles
-from aligner.run.batches import batches, rows_of
+from aligner.run.batches import batches, training_rows
 from aligner.run.best import Best
 from aligner.run.checkpointing import RunCheckpointer
 from aligner.run.evaluate import Evaluation
@@ -89,7 +89,7 @@ class Driver:
         self.guards, self.signals = Guards(job.config.guards), Signals()
         metric = job.checked.best_metric
         best = Best(metric) if metric else None
-        self.rows = rows_of(job.config, job.checked, job.inputs.get(ROWS))
+        self.rows = training_rows(job.config, job.checked, job.inputs.get(ROWS))
         self.durable = RunCheckpointer(job, world, roles, self.rows)
         self.before = self.durable.restore()
         """Steps that an earlier start of this run has made."""

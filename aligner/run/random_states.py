@@ -23,7 +23,7 @@ def seed_all(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def random_states(engines: Mapping[str, type[TrainEngine]]) -> dict[str, Any]:
+def save_random_states(engines: Mapping[str, type[TrainEngine]]) -> dict[str, Any]:
     """Python's, numpy's, torch's and, by name, each training backend's, as JSON."""
     version, words, gauss = random.getstate()
     kind, keys, position, has_gauss, cached = cast(tuple[str, Any, int, int, float], np.random.get_state(legacy=True))
@@ -39,8 +39,8 @@ def random_states(engines: Mapping[str, type[TrainEngine]]) -> dict[str, Any]:
     return states
 
 
-def set_random_states(states: Mapping[str, Any], engines: Mapping[str, type[TrainEngine]]) -> None:
-    """Back to what `random_states` returned. A backend that the earlier run did not use starts with fresh states."""
+def restore_random_states(states: Mapping[str, Any], engines: Mapping[str, type[TrainEngine]]) -> None:
+    """Back to what `save_random_states` returned. A backend that the earlier run did not use starts with fresh states."""
     version, words, gauss = states["python"]
     random.setstate((version, tuple(words), gauss))
     kind, keys, *rest = states["numpy"]

@@ -6,16 +6,16 @@ from typing import Any
 
 from aligner.algorithms.step import Step
 from aligner.reward.pool import Status
-from aligner.reward.role import Scores
+from aligner.reward.role import Rewards
 from aligner.roles.build import Roles
 from aligner.run.step_stats import StepStats, merged, step_stats_of
 from aligner.spmd.ref import Ref
-from aligner.spmd.transfer import read_at_first
+from aligner.spmd.transfer import read_on_rank0
 from aligner.spmd.world import World
 from aligner.trainer.policy import Policy
 
 LOGGED_SCORES = ("reward_B", "status_B", "components", "component_status")
-"""Fields of `Scores` that the row is made of."""
+"""Fields of `Rewards` that the row is made of."""
 
 
 def step_row(
@@ -38,7 +38,7 @@ def step_row(
         world.residency.take_figures(),
         signal,
     )
-    collected = read_at_first(world, _logged(result), own_stats, merged)
+    collected = read_on_rank0(world, _logged(result), own_stats, merged)
     if collected is None:
         return {}, own_stats
     values, stats = collected
@@ -49,7 +49,7 @@ def step_row(
         else:
             row[name] = value
     if result.scores is not None:
-        row |= Scores(response=[], **{name: values[name] for name in LOGGED_SCORES}).row()
+        row |= Rewards(response=[], **{name: values[name] for name in LOGGED_SCORES}).row()
     if result.samples is not None:
         length_B = values["length_B"] - values["prompt_len_B"]
         row["length"] = length_B.float().mean().item()
@@ -69,7 +69,7 @@ def collect_samples(world: World, result: Step, count: int) -> list[dict[str, An
         return None
     refs = {"response": result.scores["response"], "reward_B": result.scores["reward_B"]}
     refs |= {"status_B": result.scores["status_B"], "fields": result.samples["fields"]}
-    collected = read_at_first(world, refs, None, lambda one, other: None, limit=count)
+    collected = read_on_rank0(world, refs, None, lambda one, other: None, limit=count)
     if collected is None:
         return None
     columns = (collected[0][name] for name in ("fields", "response", "reward_B", "status_B"))

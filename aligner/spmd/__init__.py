@@ -1,4 +1,4 @@
-"""The lockstep machine: every rank runs the same loop, values have homes, data moves when a role reads it.
+"""The SPMD runtime: every rank runs the same loop; a role's results stay on its ranks and move when another role reads them.
 
 In: a placement (role -> ranks and parallel sizes). Out: a `World`, one `Mesh` per role, `Role` calls that return `Ref`s.
 """

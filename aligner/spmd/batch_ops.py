@@ -43,14 +43,14 @@ def join(parts: Sequence[Any]) -> Any:
     return type(first)(**fields)
 
 
-def fit(value: Any, width: int) -> Any:
+def fit_width(value: Any, width: int) -> Any:
     """Cut or zero-pad every [B, T] tensor to T = `width`, so that values of the same rows have one shape."""
     if isinstance(value, Tensor):
         return value if value.dim() < 2 or value.shape[1] == width else _widen(value[:, :width], width)
     if isinstance(value, dict):
-        return {name: fit(part, width) for name, part in value.items()}
+        return {name: fit_width(part, width) for name, part in value.items()}
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return type(value)(**{f.name: fit(getattr(value, f.name), width) for f in dataclasses.fields(value)})
+        return type(value)(**{f.name: fit_width(getattr(value, f.name), width) for f in dataclasses.fields(value)})
     return value
 
 

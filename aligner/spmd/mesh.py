@@ -93,11 +93,11 @@ class Mesh:
         if rank not in self._index:
             raise ValueError(f"rank {rank} is none of placement.{self.name}.ranks")
         index = self._index[rank]
-        found = {}
+        coordinates = {}
         for axis, extent in zip(axes, self.sizes(axes), strict=True):
-            found[axis] = index % extent
+            coordinates[axis] = index % extent
             index //= extent
-        return found
+        return coordinates
 
     @cached_property
     def _index(self) -> dict[int, int]:
@@ -111,19 +111,19 @@ class Mesh:
         """
         axes = EXPERT_AXES if any(axis.startswith("expert") for axis in vary) else AXES
         assert all(axis in axes for axis in vary), f"{vary} mixes dense and expert axes"
-        found: dict[tuple[int, ...], list[int]] = {}
+        groups: dict[tuple[int, ...], list[int]] = {}
         for rank in self.ranks:
-            at = self.coordinates(rank, axes)
-            found.setdefault(tuple(at[a] for a in axes if a not in vary), []).append(rank)
-        return tuple(tuple(group) for group in found.values())
+            coordinates = self.coordinates(rank, axes)
+            groups.setdefault(tuple(coordinates[a] for a in axes if a not in vary), []).append(rank)
+        return tuple(tuple(group) for group in groups.values())
 
     @cached_property
     def shards(self) -> tuple[tuple[int, ...], ...]:
         """For each data-parallel index, the world ranks that hold its rows."""
-        found: list[list[int]] = [[] for _ in range(self.data)]
+        shards: list[list[int]] = [[] for _ in range(self.data)]
         for rank in self.ranks:
-            found[self.coordinates(rank)["data"]].append(rank)
-        return tuple(tuple(shard) for shard in found)
+            shards[self.coordinates(rank)["data"]].append(rank)
+        return tuple(tuple(shard) for shard in shards)
 
     def shard_of(self, rank: int) -> int | None:
         """The data-parallel shard whose rows `rank` holds; None for a non-member."""

@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from aligner.health.journal import Journal
 from aligner.health.timeline import STEP_END, Timeline
-from aligner.spmd.serialization import ALIGN, Bytes, frame, pack, unframe, unpack
+from aligner.spmd.serialization import ALIGN, Bytes, deserialize, frame, serialize, unframe
 
 T = TypeVar("T")
 INLINE = 4096 - ALIGN
@@ -45,26 +45,26 @@ class Channel(Protocol):
 
     @property
     def timeline(self) -> Timeline:
-        """Where the time that messages take is noted."""
+        """Records the time that messages take."""
         ...
 
 
 def exchange(
-    world: Channel, outgoing: Mapping[int, Bytes], incoming: Sequence[int], what: str = "values"
+    world: Channel, outgoing: Mapping[int, Bytes], incoming: Sequence[int], label: str = "values"
 ) -> dict[int, Bytes]:
     """Send `outgoing[peer]`, receive one message from each rank of `incoming`."""
     peers = sorted({*outgoing, *incoming})
     if not peers:
         return {}
-    with world.timeline.span("wait", what, peers):
+    with world.timeline.span("wait", label, peers):
         return _exchange(world, outgoing, incoming)
 
 
 def _exchange(world: Channel, outgoing: Mapping[int, Bytes], incoming: Sequence[int]) -> dict[int, Bytes]:
     stamp = world.journal.stamp()
     heads = {peer: np.empty(ALIGN + INLINE, np.uint8) for peer in incoming}
-    arriving: list[Any] = [dist.irecv(torch.from_numpy(head), peer) for peer, head in heads.items()]
-    leaving: list[Any] = []
+    receives: list[Any] = [dist.irecv(torch.from_numpy(head), peer) for peer, head in heads.items()]
+    pending: list[Any] = []
     kept = []
     for peer, payload in outgoing.items():
         head = np.empty(ALIGN + INLINE, np.uint8)
@@ -75,19 +75,19 @@ def _exchange(world: Channel, outgoing: Mapping[int, Bytes], incoming: Sequence[
         else:
             messages.append(torch.from_numpy(payload))
         kept += messages
-        leaving += [dist.isend(message, peer) for message in messages]
+        pending += [dist.isend(message, peer) for message in messages]
     bodies = {}
-    for (peer, head), work in zip(heads.items(), arriving, strict=True):
+    for (peer, head), work in zip(heads.items(), receives, strict=True):
         work.wait()
-        size, *theirs = head[:24].view(np.int64).tolist()
-        if tuple(theirs) != stamp:
-            world.journal.disagree(peer, theirs[0])
+        size, *peer_stamp = head[:24].view(np.int64).tolist()
+        if tuple(peer_stamp) != stamp:
+            world.journal.disagree(peer, peer_stamp[0])
         if size <= INLINE:
             bodies[peer] = head[ALIGN : ALIGN + size]
         else:
             bodies[peer] = torch.empty(size, dtype=torch.uint8).numpy()
-            leaving.append(dist.irecv(torch.from_numpy(bodies[peer]), peer))
-    for work in leaving:
+            pending.append(dist.irecv(torch.from_numpy(bodies[peer]), peer))
+    for work in pending:
         work.wait()
     return bodies
 
@@ -108,11 +108,11 @@ def broadcast(world: Channel, value: Any, holders: Sequence[int], readers: Seque
         next_ones, lack = lack[: len(have)], lack[len(have) :]
         for source, to in zip(have, next_ones, strict=False):
             if world.rank == source:
-                message = pack(value) if message is None else message
+                message = serialize(value) if message is None else message
                 exchange(world, {to: message}, ())
             elif world.rank == to:
                 message = exchange(world, {}, (source,))[source]
-                value = unpack(message)
+                value = deserialize(message)
         have += next_ones
     return value
 
@@ -121,25 +121,25 @@ def all_gather(world: Channel, value: Any, ranks: Sequence[int]) -> list[Any]:
     """Each rank's value on all of `ranks`, in their order; a collective of `ranks`, which hold the caller.
 
     In round k a rank passes all that it has to the rank 2^k before it (Bruck et al. 1997): log2(ranks) messages, and
-    what arrives is no more than what is wanted. Equal values of several ranks may be one object.
+    no rank receives a value twice. Equal values of several ranks may be one object.
     """
     size, place = len(ranks), ranks.index(world.rank)
-    blocks = [pack(value)]
+    blocks = [serialize(value)]
     while len(blocks) < size:
         reach = len(blocks)
         to, source = ranks[(place - reach) % size], ranks[(place + reach) % size]
-        got = exchange(world, {to: frame(blocks[: size - reach])}, (source,))
-        blocks += unframe(got[source])
-    made: dict[bytes, Any] = {}  # ranks often say the same
+        received = exchange(world, {to: frame(blocks[: size - reach])}, (source,))
+        blocks += unframe(received[source])
+    deserialized: dict[bytes, Any] = {}  # ranks often have equal values
     values = [value]
     for block in blocks[1:]:
         key = block.tobytes() if block.size <= INLINE else b""
-        if key in made:
-            values.append(made[key])
+        if key in deserialized:
+            values.append(deserialized[key])
             continue
-        values.append(unpack(block))
+        values.append(deserialize(block))
         if key:
-            made[key] = values[-1]
+            deserialized[key] = values[-1]
     return [values[(i - place) % size] for i in range(size)]
 
 
@@ -155,10 +155,10 @@ def reduce_to_rank0(world: Channel, value: T, merge: Callable[[T, T], T]) -> T |
     while not rank & reach and rank + reach < size:
         below.append(rank + reach)
         reach *= 2
-    got = exchange(world, {}, below, STEP_END)
+    received = exchange(world, {}, below, STEP_END)
     for child in below:
-        value = merge(value, unpack(got[child]))
+        value = merge(value, deserialize(received[child]))
     if rank == 0:
         return value
-    exchange(world, {rank & (rank - 1): pack(value)}, (), STEP_END)
+    exchange(world, {rank & (rank - 1): serialize(value)}, (), STEP_END)
     return None

@@ -37,14 +37,14 @@ def partition(
     assert len(lengths) % group_size == 0, f"{len(lengths)} rows are not whole groups of {group_size}"
     groups = len(lengths) // group_size
     tokens, costs = of_groups(lengths, group_size, TOKENS), of_groups(lengths, group_size, cost)
-    held: list[list[int]] = [[] for _ in range(shards)]
+    groups_of_shard: list[list[int]] = [[] for _ in range(shards)]
     for members in minibatch_groups(groups, minibatches):
         part = slice(members.start, members.stop)
-        for share, found in zip(held, deal(costs[part], shards, tokens[part]), strict=True):
-            share += [members.start + group for group in found]
+        for share, members_of_shard in zip(groups_of_shard, balance(costs[part], shards, tokens[part]), strict=True):
+            share += [members.start + group for group in members_of_shard]
     return tuple(
         tuple(row for group in sorted(share) for row in range(group * group_size, (group + 1) * group_size))
-        for share in held
+        for share in groups_of_shard
     )
 
 
@@ -54,15 +54,15 @@ def of_groups(lengths: Sequence[int], group_size: int, cost: Cost) -> list[int]:
     return [ends[at + group_size] - ends[at] for at in range(0, len(lengths), group_size)]
 
 
-def deal(costs: Sequence[int], shards: int, order: Sequence[int] | None = None) -> list[list[int]]:
+def balance(costs: Sequence[int], shards: int, order: Sequence[int] | None = None) -> list[list[int]]:
     """Assign items to shards so that the largest load is close to the mean.
 
     Greedy: the most expensive item first, to the least loaded shard (Graham 1969: at most 4/3 of the optimum), by `costs`
     and by `order` (such as tokens), whichever is better. Then, while it helps, the most loaded shard and one of the least
     loaded repartition their items by largest differencing (Karmarkar and Karp 1982). Ties go to lower numbers.
     """
-    found = min((_greedy(key, shards) for key in (costs, order or costs)), key=lambda dealt: _most(dealt, costs))
-    loads = [sum(costs[item] for item in share) for share in found]
+    shares = min((_greedy(key, shards) for key in (costs, order or costs)), key=lambda dealt: _most(dealt, costs))
+    loads = [sum(costs[item] for item in share) for share in shares]
     total = sum(loads)
     for _ in range(2 * shards):
         fullest = max(range(shards), key=lambda shard: (loads[shard], -shard))
@@ -70,15 +70,15 @@ def deal(costs: Sequence[int], shards: int, order: Sequence[int] | None = None) 
             break
         emptiest = heapq.nsmallest(PARTNERS, (shard for shard in range(shards) if shard != fullest), loads.__getitem__)
         for other in emptiest:
-            pair = _halves(sorted([*found[fullest], *found[other]]), costs)
+            pair = _halves(sorted([*shares[fullest], *shares[other]]), costs)
             sums = [sum(costs[item] for item in half) for half in pair]
             if max(sums) < loads[fullest]:
                 for shard, half, load in zip((fullest, other), pair, sums, strict=True):
-                    found[shard], loads[shard] = half, load
+                    shares[shard], loads[shard] = half, load
                 break
         else:
             break
-    return found
+    return shares
 
 
 def idle(lengths: Sequence[int], shares: Shares, group_size: int, minibatches: int, cost: Cost) -> float:
@@ -94,13 +94,13 @@ def idle(lengths: Sequence[int], shares: Shares, group_size: int, minibatches: i
 
 
 def _greedy(costs: Sequence[int], shards: int) -> list[list[int]]:
-    held: list[list[int]] = [[] for _ in range(shards)]
+    shares: list[list[int]] = [[] for _ in range(shards)]
     heap = [(0, 0, shard) for shard in range(shards)]
     for item in sorted(range(len(costs)), key=lambda item: (-costs[item], item)):
         load, count, shard = heap[0]
-        held[shard].append(item)
+        shares[shard].append(item)
         heapq.heapreplace(heap, (load + costs[item], count + 1, shard))
-    return held
+    return shares
 
 
 def _most(dealt: Sequence[Sequence[int]], costs: Sequence[int]) -> int:

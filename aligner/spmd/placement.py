@@ -92,10 +92,10 @@ def parse_ranks(value: Any, world_size: int, role: str) -> tuple[int, ...]:
 
 def _part(text: str, whole: str, world_size: int, name: str) -> range:
     """The ranks of one part of a `ranks` setting."""
-    found = PART.fullmatch(text)
-    if not found:
+    match = PART.fullmatch(text)
+    if not match:
         raise ValueError(f"{name}={whole!r} is not understood; use all, {RANKS_THAT_WORK}.")
-    first, last, low, high = found.groups()
+    first, last, low, high = match.groups()
     if first is not None:
         return range(int(first), int(last or first) + 1)
     if not Fraction(low) < Fraction(high) <= 100:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, NoReturn
 
 from aligner.spmd.partition import Shares
-from aligner.spmd.rows import Rows
+from aligner.spmd.rows import BatchRows
 from aligner.spmd.transfer import Home, read_everywhere
 
 
@@ -21,14 +21,14 @@ class Ref:
     home: Home
     value: Any = field(default=None, repr=False)
     """This rank's shard on home ranks, None elsewhere."""
-    rows: Rows | None = None
+    rows: BatchRows | None = None
     """None for a value that is not row-wise (metrics): every home rank holds all of it."""
     fixed_shares: Shares | None = field(default=None, repr=False)
     """Rows of each shard where they are not `partition(lengths)`: a rollout replica holds what it sampled."""
     minibatches: int = 1
-    kept: dict[Any, tuple[Any, tuple[int, ...]]] = field(default_factory=dict, repr=False)
-    """What roles have read of it, by (their shards, minibatches, cost): (value here, global rows). The keys are the same on
-    every rank."""
+    read_cache: dict[Any, tuple[Any, tuple[int, ...]]] = field(default_factory=dict, repr=False)
+    """What roles have read of it, by (their shards, minibatches, cost): (value on this rank, global rows). The keys are the
+    same on every rank."""
     _fields: dict[str, Ref] = field(default_factory=dict, repr=False)
 
     @property
@@ -46,25 +46,25 @@ class Ref:
             )
         if name not in self._fields:
             value = _field(self.value, name) if self.home.member else None
-            self._fields[name] = replace(self, value=value, kept={}, _fields={})
+            self._fields[name] = replace(self, value=value, read_cache={}, _fields={})
         field_ref = self._fields[name]
-        for key, (value, rows) in self.kept.items():
-            field_ref.kept.setdefault(key, (_field(value, name), rows))
+        for key, (value, rows) in self.read_cache.items():
+            field_ref.read_cache.setdefault(key, (_field(value, name), rows))
         return field_ref
 
     def gather(self) -> Any:
         """The whole value, rows in global order, on every rank. A collective: every rank must call it."""
         return read_everywhere(self)
 
-    def _refusal(self, what: str) -> TypeError:
+    def _refusal(self, operation: str) -> TypeError:
         return TypeError(
-            f"{what} of a Ref (home: {self.home.name}) would make ranks take different branches, since only its home "
+            f"{operation} of a Ref (home: {self.home.name}) would make ranks take different branches, since only its home "
             "ranks hold the value. Bring it to every rank first: ref.gather()."
         )
 
-    def _no_tensor(self, what: str) -> str:
+    def _no_tensor(self, operation: str) -> str:
         return (
-            f"a Ref (home: {self.home.name}) has no {what}: it is a value that only its home ranks hold. Bring the whole "
+            f"a Ref (home: {self.home.name}) has no {operation}: it is a value that only its home ranks hold. Bring the whole "
             f"value to every rank with ref.gather(), or compute on each shard where it is: "
             f"roles.{self.home.name}.map(function, ref)."
         )
@@ -136,9 +136,9 @@ def _field(value: Any, name: str) -> Any:
     """
     if value is None:
         return None
-    there = list(value) if isinstance(value, dict) else [f.name for f in fields(value)] if is_dataclass(value) else []
-    if name not in there:
-        raise LookupError(f"ref[{name!r}]: a {type(value).__name__} has {', '.join(map(str, there)) or 'no fields'}.")
+    names = list(value) if isinstance(value, dict) else [f.name for f in fields(value)] if is_dataclass(value) else []
+    if name not in names:
+        raise LookupError(f"ref[{name!r}]: a {type(value).__name__} has {', '.join(map(str, names)) or 'no fields'}.")
     return value[name] if isinstance(value, dict) else getattr(value, name)
 
 

@@ -13,7 +13,7 @@ from aligner.spmd import batch_ops
 from aligner.spmd.cost import TOKENS, Cost
 from aligner.spmd.mesh import Mesh
 from aligner.spmd.ref import Ref
-from aligner.spmd.rows import Rows
+from aligner.spmd.rows import BatchRows
 from aligner.spmd.transfer import learn_lengths, read
 from aligner.spmd.world import World
 
@@ -24,7 +24,7 @@ class Arguments:
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    rows: Rows | None
+    rows: BatchRows | None
     mine: tuple[int, ...]
     """Global row numbers of this rank's rows."""
 
@@ -58,10 +58,10 @@ class Role:
         """
         roles = (self, *also)
         takes_part = any(role.member for role in roles)
-        what = f"{self.name}.{method}"
-        self.world.journal.enter(what)
+        call_name = f"{self.name}.{method}"
+        self.world.journal.enter(call_name)
         start = time.perf_counter()
-        span = self.world.timeline.span("call", what) if takes_part else nullcontext()
+        span = self.world.timeline.span("call", call_name) if takes_part else nullcontext()
         with span, self.world.residency.call(roles, method, on_host):
             yield
         if self.member:
@@ -77,19 +77,19 @@ class Role:
         rows = refs[0].rows if refs else None
         if any(ref.rows is not rows for ref in refs):
             raise ValueError(f"{self.name} was given values of two different batches in one call; their rows differ.")
-        mine: tuple[int, ...] = ()
+        row_numbers: tuple[int, ...] = ()
 
-        def here(value: Any) -> Any:
-            nonlocal mine
+        def localized(value: Any) -> Any:
+            nonlocal row_numbers
             if not isinstance(value, Ref):
                 return value
-            got, share = read(value, self, minibatches)
-            mine = share or mine
-            return got
+            local, share = read(value, self, minibatches)
+            row_numbers = share or row_numbers
+            return local
 
-        local_args = tuple(here(value) for value in args)
-        local_kwargs = {name: here(value) for name, value in kwargs.items()}
-        return Arguments(local_args, local_kwargs, rows, mine)
+        local_args = tuple(localized(value) for value in args)
+        local_kwargs = {name: localized(value) for name, value in kwargs.items()}
+        return Arguments(local_args, local_kwargs, rows, row_numbers)
 
     def map(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Ref:
         """Apply a pure function to this role's rows; returns a Ref aligned with them.
@@ -114,11 +114,11 @@ class Role:
             minibatches: each of so many consecutive parts is balanced by itself.
         """
         lengths = samples.length_B.tolist()
-        rows = Rows(group_size, set(range(self.world.size)), lengths)
+        rows = BatchRows(group_size, set(range(self.world.size)), lengths)
         if not self.member:
             return Ref(self, None, rows, minibatches=minibatches)
         share = rows.shares(self.mesh.data, minibatches, self.cost)[self.shard or 0]
-        value = batch_ops.fit(batch_ops.take(samples, share), max((lengths[row] for row in share), default=0))
+        value = batch_ops.fit_width(batch_ops.take(samples, share), max((lengths[row] for row in share), default=0))
         return Ref(self, value, rows, minibatches=minibatches)
 
     def scatter_like(self, like: Ref, value: Any) -> Ref:

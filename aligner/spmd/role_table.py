@@ -20,7 +20,7 @@ class RoleKind:
     """What all roles of one kind have in common."""
 
     name: str
-    what: str
+    description: str
     """In words, for messages and --help."""
     runs_on: Literal["trainer", "engine", "host"]
     """A model of the training backend, a vLLM engine, or worker processes on host CPUs."""
@@ -117,7 +117,7 @@ def further_role(name: str, kind: str) -> RoleSpec:
     if name in OF_A_RUN or name == "all":
         raise ValueError(f"{setting}: run_dir/{name} is a run's own; choose another name than {name}.")
     if kind not in MODEL_KINDS:
-        works = "; ".join(f"{kind.name} ({kind.what})" for kind in MODEL_KINDS.values())
+        works = "; ".join(f"{kind.name} ({kind.description})" for kind in MODEL_KINDS.values())
         given = f"{setting} has no kind" if kind in ("", "???") else f"{setting}.kind={kind} is unknown"
         raise ValueError(f"{given}; use {works}.")
     return RoleSpec(name, MODEL_KINDS[kind], setting)

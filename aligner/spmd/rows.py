@@ -1,4 +1,4 @@
-"""`Rows`: the rows of one batch, and how they are shared out to data-parallel shards."""
+"""`BatchRows`: the rows of one batch, and how they are partitioned over data-parallel shards."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from aligner.spmd.partition import Shares, partition
 
 
 @dataclass
-class Rows:
+class BatchRows:
     """The rows of one batch: every value computed from it lines up by global row number.
 
     `known` is kept equal on all ranks (each sees every role call), so both ends of a transfer agree on who still
-    lacks the lengths.
+    needs the lengths.
     """
 
     group_size: int

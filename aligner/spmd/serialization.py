@@ -21,7 +21,7 @@ ALIGN = 64
 """Alignment of each part in its frame, in bytes: a received tensor is used in place."""
 
 
-def pack(value: Any) -> Bytes:
+def serialize(value: Any) -> Bytes:
     """Serialize into a frame: the pickle, then the memory of each tensor and array."""
     stream = io.BytesIO()
     beside: list[pickle.PickleBuffer] = []
@@ -29,7 +29,7 @@ def pack(value: Any) -> Bytes:
     return frame([stream.getbuffer(), *(part.raw() for part in beside)])
 
 
-def unpack(data: Bytes) -> Any:
+def deserialize(data: Bytes) -> Any:
     """Deserialize; tensors are views of `data`."""
     head, *beside = unframe(data)
     return pickle.loads(head.data, buffers=beside)

@@ -1,4 +1,4 @@
-"""Values move peer to peer from the ranks that hold rows to the ranks that read them; nothing passes a controller."""
+"""Row transfers between roles: sent peer to peer from the ranks that hold rows to those that read them, without a controller."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from aligner.spmd.cost import TOKENS, Cost
 from aligner.spmd.mesh import Mesh
 from aligner.spmd.messages import Channel, all_gather, broadcast, exchange, reduce_to_rank0
 from aligner.spmd.partition import Shares
-from aligner.spmd.rows import Rows
-from aligner.spmd.serialization import pack, unpack
+from aligner.spmd.rows import BatchRows
+from aligner.spmd.serialization import deserialize, serialize
 
 T = TypeVar("T")
 Moves = dict[int, list[int]]
@@ -54,7 +54,7 @@ class Home(Protocol):
         ...
 
 
-class Held(Protocol):
+class RefLike(Protocol):
     """A value with a home (`Ref`), as a transfer sees it."""
 
     @property
@@ -68,7 +68,7 @@ class Held(Protocol):
         ...
 
     @property
-    def rows(self) -> Rows | None:
+    def rows(self) -> BatchRows | None:
         """Its rows; None: it is not row-wise, and every home rank holds all of it."""
         ...
 
@@ -78,8 +78,8 @@ class Held(Protocol):
         ...
 
     @property
-    def kept(self) -> dict[Any, tuple[Any, tuple[int, ...]]]:
-        """What roles have read of it."""
+    def read_cache(self) -> dict[Any, tuple[Any, tuple[int, ...]]]:
+        """What roles have read of it; see `Ref`."""
         ...
 
 
@@ -140,17 +140,17 @@ def _turns(target_ranks: Sequence[Sequence[int]]) -> dict[int, int]:
     return {reader: turn for turn, reader in enumerate(readers)}
 
 
-def learn_lengths(world: Channel, rows: Rows, readers: Sequence[int]) -> None:
-    """Bring `rows.lengths` to every reader that has not got it. Every rank of the world calls it."""
-    lack = [rank for rank in readers if rank not in rows.known]
-    if lack:
-        lengths = broadcast(world, rows.lengths, sorted(rows.known), lack)
-        rows.known.update(lack)
+def learn_lengths(world: Channel, rows: BatchRows, readers: Sequence[int]) -> None:
+    """Bring `rows.lengths` to every reader that does not have it. Collective over the world."""
+    missing = [rank for rank in readers if rank not in rows.known]
+    if missing:
+        lengths = broadcast(world, rows.lengths, sorted(rows.known), missing)
+        rows.known.update(missing)
         rows.lengths = lengths if rows.lengths is None else rows.lengths
 
 
 def read_rows(
-    ref: Held, readers: Sequence[Sequence[int]], minibatches: int = 1, cost: Cost = TOKENS
+    ref: RefLike, readers: Sequence[Sequence[int]], minibatches: int = 1, cost: Cost = TOKENS
 ) -> tuple[Any, tuple[int, ...]]:
     """This rank's rows of `ref` under the partition over `readers` (ranks of each reading shard).
 
@@ -168,22 +168,32 @@ def read_rows(
     targets = rows.shares(len(readers), minibatches, cost)
     sources = ref.shares
     outgoing, incoming = plan_moves(world.rank, sources, home.mesh.shards, targets, readers)
-    held = {row: place for place, row in enumerate(sources[home.shard or 0])} if home.member else {}
+    position_of = {row: place for place, row in enumerate(sources[home.shard or 0])} if home.member else {}
 
-    def mine(wanted: Sequence[int]) -> Any:
+    def rows_here(row_numbers: Sequence[int]) -> Any:
         """These rows of what is here; all of them in order without a copy."""
-        return ref.value if len(wanted) == len(held) else batch_ops.take(ref.value, [held[row] for row in wanted])
+        return (
+            ref.value
+            if len(row_numbers) == len(position_of)
+            else batch_ops.take(ref.value, [position_of[row] for row in row_numbers])
+        )
 
     # replicas of a reading shard get the same message, packed once
-    packed = {wanted: pack(mine(wanted)) for wanted in {tuple(wanted) for wanted in outgoing.values()}}
-    messages = {to: packed[tuple(wanted)] for to, wanted in outgoing.items()}
+    packed = {
+        row_numbers: serialize(rows_here(row_numbers))
+        for row_numbers in {tuple(row_numbers) for row_numbers in outgoing.values()}
+    }
+    messages = {to: packed[tuple(row_numbers)] for to, row_numbers in outgoing.items()}
     received = exchange(world, messages, [source for source in incoming if source != world.rank])
     if not reads:
         return None, ()
-    parts = [mine(wanted) if source == world.rank else unpack(received[source]) for source, wanted in incoming.items()]
-    order = [row for wanted in incoming.values() for row in wanted]
+    parts = [
+        rows_here(row_numbers) if source == world.rank else deserialize(received[source])
+        for source, row_numbers in incoming.items()
+    ]
+    order = [row for row_numbers in incoming.values() for row in row_numbers]
     value = _in_order(parts, order)
-    return batch_ops.fit(value, max((rows.lengths[row] for row in order), default=0)), tuple(sorted(order))
+    return batch_ops.fit_width(value, max((rows.lengths[row] for row in order), default=0)), tuple(sorted(order))
 
 
 def _in_order(parts: Sequence[Any], order: Sequence[int]) -> Any:
@@ -193,19 +203,19 @@ def _in_order(parts: Sequence[Any], order: Sequence[int]) -> Any:
     return value if back == list(range(len(order))) else batch_ops.take(value, back)
 
 
-def read(ref: Held, reader: Home, minibatches: int = 1) -> tuple[Any, tuple[int, ...]]:
-    """`ref` as `reader` needs it on this rank: (value, global rows). What was read once is kept with the Ref."""
+def read(ref: RefLike, reader: Home, minibatches: int = 1) -> tuple[Any, tuple[int, ...]]:
+    """`ref` as `reader` needs it on this rank: (value, global rows). What was read once is cached in the Ref."""
     key, world = (reader.mesh.shards, minibatches, reader.cost), ref.home.world
-    if key not in ref.kept:
+    if key not in ref.read_cache:
         with world.timeline.span("call", TRANSFER):
             if ref.rows is None:
-                ref.kept[key] = (broadcast(world, ref.value, ref.home.mesh.ranks, reader.mesh.ranks), ())
+                ref.read_cache[key] = (broadcast(world, ref.value, ref.home.mesh.ranks, reader.mesh.ranks), ())
             else:
-                ref.kept[key] = read_rows(ref, reader.mesh.shards, minibatches, reader.cost)
-    return ref.kept[key]
+                ref.read_cache[key] = read_rows(ref, reader.mesh.shards, minibatches, reader.cost)
+    return ref.read_cache[key]
 
 
-def read_everywhere(ref: Held) -> Any:
+def read_everywhere(ref: RefLike) -> Any:
     """The whole value on every rank of the world."""
     home, world = ref.home, ref.home.world
     world.journal.enter(f"get() of a value from {home.name}")
@@ -219,7 +229,7 @@ Part = tuple[tuple[int, ...], int, Any]
 """A shard's global rows, the length of the longest, and its value."""
 
 
-def _own_part(ref: Held, limit: int | None = None) -> Part | None:
+def _own_part(ref: RefLike, limit: int | None = None) -> Part | None:
     """This rank's contribution of a row-wise value: its shard's rows (below `limit`), if it is the shard's first rank."""
     home = ref.home
     shard = home.shard
@@ -236,11 +246,11 @@ def _own_part(ref: Held, limit: int | None = None) -> Part | None:
 
 def _whole(parts: Sequence[Part]) -> Any:
     value = _in_order([value for *_, value in parts], [row for share, *_ in parts for row in share])
-    return batch_ops.fit(value, max(longest for _, longest, _ in parts))
+    return batch_ops.fit_width(value, max(longest for _, longest, _ in parts))
 
 
-def read_at_first(
-    world: Channel, refs: Mapping[str, Held], more: T, merge: Callable[[T, T], T], limit: int | None = None
+def read_on_rank0(
+    world: Channel, refs: Mapping[str, RefLike], more: T, merge: Callable[[T, T], T], limit: int | None = None
 ) -> tuple[dict[str, Any], T] | None:
     """Several values, and something of every rank, on rank 0, in one message up a tree; None on other ranks.
 
@@ -249,7 +259,7 @@ def read_at_first(
         more: this rank's; merged in rank order by `merge`.
         limit: of row-wise values only the rows with a lower global number.
     """
-    world.journal.enter(f"the first rank reads {', '.join(refs)}")
+    world.journal.enter(f"rank 0 reads {', '.join(refs)}")
     parts: dict[str, list[Any]] = {name: [] for name in refs}
     for name, ref in refs.items():
         if ref.rows is not None:

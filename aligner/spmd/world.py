@@ -74,8 +74,8 @@ class World:
 
     def my_group(self, groups: Sequence[Sequence[int]]) -> dist.ProcessGroup | None:
         """Create all `groups` (collective over the world); returns this rank's group, or None."""
-        found = [self.group(ranks) for ranks in groups]
-        return next((group for group in found if group is not None), None)
+        process_groups = [self.group(ranks) for ranks in groups]
+        return next((group for group in process_groups if group is not None), None)
 
     def on_leave(self, close: Callable[[], Any]) -> None:
         """Register `close` to run when the job ends without an error, last registered first."""

@@ -81,7 +81,7 @@ class MinibatchLoss:
         """Move a tensor to the model's device, cut to the microbatch's longest row; other values are returned as they are."""
         if not isinstance(value, Tensor):
             return value
-        return batch_ops.fit(value.to(self.device, non_blocking=True), int(length_B.max()))
+        return batch_ops.fit_width(value.to(self.device, non_blocking=True), int(length_B.max()))
 
 
 def rows_of(value: Any, rows: list[int], total: int) -> Any:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from aligner.spmd.cost import TOKENS, Cost
-from aligner.spmd.partition import deal, of_groups
+from aligner.spmd.partition import balance, of_groups
 from aligner.trainer.context import split_rows, tokens_per_rank
 
 
@@ -49,13 +49,13 @@ def even_microbatches(
         count: at least the number that `microbatches` returns.
     """
     tokens, costs = of_groups(lengths, together, TOKENS), of_groups(lengths, together, cost)
-    batches = deal(costs, count, tokens)
+    batches = balance(costs, count, tokens)
     if any(len(groups) > 1 and sum(tokens[group] for group in groups) > budget for groups in batches):
         batches = [[row // together for row in rows[::together]] for rows in microbatches(lengths, budget, together)]
         while len(batches) < count:  # split the most expensive one: both halves keep within the budget
             batches.sort(key=lambda groups: sum(costs[group] for group in groups) if len(groups) > 1 else -1)
             groups = batches.pop()
-            batches += [[groups[index] for index in half] for half in deal([costs[group] for group in groups], 2)]
+            batches += [[groups[index] for index in half] for half in balance([costs[group] for group in groups], 2)]
     batches.sort(key=lambda groups: -sum(costs[group] for group in groups))
     return [_rows(sorted(groups, key=lambda group: (-tokens[group], group)), together) for groups in batches]
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from aligner.rollout.role import Rollout
 
 
-class WeightSyncs(Protocol):
+class RolloutWeightSync(Protocol):
     """Syncs a policy's weights into rollout engines: `aligner.roles.weight_sync.WeightSyncs`."""
 
     def run(self, policy: Policy, rollout: Rollout) -> None:
@@ -52,7 +52,7 @@ class Policy(TrainableRole, Reference):
     section = "policy"
     samples_itself = True
 
-    def __init__(self, *args: Any, syncs: WeightSyncs | None = None, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, syncs: RolloutWeightSync | None = None, **kwargs: Any) -> None:
         """Args:
         syncs: this policy's weight syncs; None: it is never synced into a rollout.
         """

@@ -20,7 +20,7 @@ from aligner.spmd.messages import broadcast
 from aligner.spmd.partition import idle, minibatch_groups
 from aligner.spmd.ref import Ref
 from aligner.spmd.residency import Kind
-from aligner.spmd.rows import Rows
+from aligner.spmd.rows import BatchRows
 from aligner.trainer import optimizer_checkpoint
 from aligner.trainer.loss_mean import LossFunction, Totals, counted, rows_together, takes_one_step
 from aligner.trainer.minibatch_loss import MinibatchLoss, rows_of
@@ -207,7 +207,7 @@ class TrainableRole(ModelRole):
         self.skips.step_taken()
         return StepReport(reduced, totals, {"grad_norm": norm, "lr": self._optimizer_step(norm)})
 
-    def _imbalance(self, rows: Rows) -> float:
+    def _imbalance(self, rows: BatchRows) -> float:
         """The metric: fraction of time that data-parallel ranks wait for the most loaded one, 0 to 1."""
         assert rows.lengths is not None
         minibatches = self.config.minibatches

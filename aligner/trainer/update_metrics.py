@@ -42,7 +42,7 @@ def gather_advantages(sums: dict[str, Tensor], fields: Mapping[str, Any], mask_B
     advantages = (fields.get(name) for name in ("advantage_B", "advantage_BT"))
     for value in (value for value in advantages if isinstance(value, Tensor)):
         advantage_BT = (
-            batch_ops.fit(value, mask_BT.shape[1]) if value.dim() == 2 else value[:, None].expand(mask_BT.shape)
+            batch_ops.fit_width(value, mask_BT.shape[1]) if value.dim() == 2 else value[:, None].expand(mask_BT.shape)
         )
         magnitudes = advantage_BT[mask_BT].abs()
         sums["max/advantage_abs"] = (

@@ -12,7 +12,7 @@ from typing import Any
 from aligner.algorithms import Step
 from aligner.config.schema import Config, compose_config, to_config
 from aligner.roles.build import Roles, build_roles
-from aligner.run.batches import batches, rows_of
+from aligner.run.batches import batches, training_rows
 from aligner.run.job import Job
 from aligner.run.prepare import prepare
 from aligner.spmd.mesh import Mesh
@@ -71,7 +71,7 @@ def row_of(step: Step) -> Row:
 
 
 def steps_of(job: Job, roles: Roles, steps: int) -> list[Row]:
-    loop = job.loop(roles, batches(job.config, rows_of(job.config, job.checked)), job.settings)
+    loop = job.loop(roles, batches(job.config, training_rows(job.config, job.checked)), job.settings)
     rows = [row_of(step) for step in itertools.islice(loop, steps)]
     loop.close()  # type: ignore[attr-defined]
     if "rollout" in job.roles:

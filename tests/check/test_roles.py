@@ -11,7 +11,7 @@ import pytest
 from aligner.check.job import Checked
 from aligner.check.memory import Machine, bytes_of_roles
 from aligner.check.roles import check_engines, wanted_roles
-from aligner.check.summary import summary
+from aligner.check.summary import job_summary
 from aligner.config.schema import Config, compose_config, to_config
 from aligner.data.column_addition import ModelShape, write_model
 from aligner.models.read_spec import read_spec
@@ -145,7 +145,7 @@ def test_the_summary_names_them(folder: Path) -> None:
     given = [model(folder, name, kind) for name, kind in (("teacher", "frozen"), ("actor", "policy"))]
     found = config(folder, *given, "placement.teacher.ranks=[1]", "algorithm.roles=[policy,rollout,reward,teacher,actor]", "mode=check", "check.ranks=2", "reward.rule=aligner.reward.rules.exact_match")  # fmt: skip
     job = prepare(found, 2)
-    text = summary(job.config, job.roles, job.checked, 2)
+    text = job_summary(job.config, job.roles, job.checked, 2)
     line = next(line for line in text.splitlines() if line.strip().startswith("teacher"))
     assert "rank 1: whole" in line and line.endswith(f"frozen from {folder}/small")
     assert any(line.strip().startswith("actor") and ", learns, " in line for line in text.splitlines())

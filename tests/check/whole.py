@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from aligner.check.job import Checked, check_job, check_models
-from aligner.check.summary import summary
+from aligner.check.summary import job_summary
 from aligner.config.schema import Config
 from aligner.data.sets import read_sets
 from aligner.run.job import Job
@@ -17,4 +17,4 @@ def check(config: Config, roles: list[str], world_size: int) -> Checked:
 
 def said_of(job: Job, world_size: int) -> str:
     """What mode=check prints of a job."""
-    return summary(job.config, job.roles, job.checked, world_size)
+    return job_summary(job.config, job.roles, job.checked, world_size)

@@ -25,7 +25,7 @@ def written(root: Path, step: int, keep: int = 9) -> Path:
     partial = folder.partial_folder(root, step)
     partial.mkdir(parents=True)
     files: dict[str, Checksum] = {
-        "state.json": folder.write_json(partial / "state.json", {"step": step}),
+        "state.json": folder.write_checksummed_json(partial / "state.json", {"step": step}),
         "rank-00000.safetensors": folder.write_tensors(partial / "rank-00000.safetensors", TENSORS),
     }
     return folder.publish_checkpoint(root, step, 1, files, keep)

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from aligner.data.column_addition import ColumnAddition, ModelShape, write
+from aligner.data.column_addition import ColumnAddition, ModelShape, write_task
 from tests.report.metric_names import undeclared
 
 RULE = '''
@@ -78,7 +78,7 @@ def task(tmp_path_factory: pytest.TempPathFactory) -> Task:
     """The task with a model of 2 layers, 4 heads, 2 key/value heads."""
     folder = tmp_path_factory.mktemp("task")
     shape = ModelShape(hidden=64, layers=2, heads=4, kv_heads=2, head_dim=32, ffn=96)
-    write(folder, ColumnAddition(demonstrations=256, prompts=64, heldout=16, preferences=64), shape)
+    write_task(folder, ColumnAddition(demonstrations=256, prompts=64, heldout=16, preferences=64), shape)
     (folder / "rule.py").write_text(RULE)
     _sharpen(folder / "model")
     return Task(folder)

@@ -11,7 +11,7 @@ from fcntl import ioctl
 
 import pytest
 
-from aligner.report.console import HEADER_EVERY, Console, cell, columns_for, duration, fit
+from aligner.report.console import HEADER_EVERY, Console, cell, columns_for, columns_that_fit, format_duration
 
 END_OF_TEXT = "\x03"
 ROLLOUT_ROW = {
@@ -132,7 +132,7 @@ def test_a_narrow_terminal_is_never_overrun_and_what_is_hidden_is_named(width: i
 
 
 def test_step_and_outcome_are_kept_at_any_width() -> None:
-    assert [column.title for column in fit(columns_for(["reward"]), 10)] == ["step", "reward", "accuracy"]
+    assert [column.title for column in columns_that_fit(columns_for(["reward"]), 10)] == ["step", "reward", "accuracy"]
 
 
 def test_a_dumb_terminal_is_not_sent_control_characters(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -177,7 +177,7 @@ def test_a_value_is_written_as_its_metric_is_read(metric: str, value: float | No
 
 @pytest.mark.parametrize(("seconds", "text"), [(7.4, "0:07"), (754, "12:34"), (11045, "3:04:05"), (-1, "0:00")])
 def test_durations(seconds: float, text: str) -> None:
-    assert duration(seconds) == text
+    assert format_duration(seconds) == text
 
 
 def test_every_prints_some_rows_and_never_loses_an_evaluation() -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from aligner.report.metrics import MetricsWriter
 from aligner.report.samples import write_samples
-from aligner.report.statistics import facts, phase_seconds, summary
+from aligner.report.statistics import facts, phase_seconds, run_summary
 from aligner.report.write import compare_report, write_report
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -62,7 +62,7 @@ def test_the_summary_says_the_figures_worked_by_hand(tmp_path: Path) -> None:
     make_run(tmp_path / "run")
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     # 4 steps of 10 s after the first time stamp; median of 100, 200, 300, 400.
-    assert summary(rows) == "held-out accuracy 0.250 \u2192 0.750 (+50.0 points), 4 steps in 0:40, 250 tokens/s"
+    assert run_summary(rows) == "held-out accuracy 0.250 \u2192 0.750 (+50.0 points), 4 steps in 0:40, 250 tokens/s"
 
 
 def test_the_page_is_self_contained_well_formed_and_has_every_section(tmp_path: Path) -> None:

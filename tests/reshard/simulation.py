@@ -10,7 +10,7 @@ from numpy.lib.stride_tricks import as_strided
 
 from aligner.reshard.plan.region import Box, Layout, Piece
 from aligner.reshard.plan.schedule import STAGED, Message, Schedule, make_schedule
-from aligner.reshard.plan.transfer_plan import Item, Plan, StreamKey, make_plan
+from aligner.reshard.plan.transfer_plan import Item, StreamKey, TransferPlan, plan_transfer
 from tests.reshard.layouts import Shapes
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -30,11 +30,11 @@ class Simulation:
             for piece in layout:
                 _view(self.held[rank], piece)[...] = self.values[piece.name][inside(piece)]
         ranks = sorted({*sources, *destinations})
-        self.plans = {rank: make_plan(rank, sources, destinations) for rank in ranks}
+        self.plans = {rank: plan_transfer(rank, sources, destinations) for rank in ranks}
         self.schedules = {rank: make_schedule(plan, STAGED * limit) for rank, plan in self.plans.items()}
         self._transit: dict[int, dict[tuple[StreamKey, int], list[np.ndarray]]] = {rank: {} for rank in ranks}
 
-    def run(self) -> dict[int, Plan]:
+    def run(self) -> dict[int, TransferPlan]:
         for rank, plan in self.plans.items():
             self._check_messages(rank, self.schedules[rank])
             for item in (item for items in self.schedules[rank].local for item in items):
@@ -83,19 +83,19 @@ class Simulation:
             for rank in ready:
                 place[rank] += 1
         for (key, _), count in sent.items():
-            assert count == (1 if key.relayed else len(key.wanters))
+            assert count == (1 if key.relayed else len(key.receivers))
 
     def _carry(self, message: Message) -> None:
-        there, here = self.schedules[message.by].items(message), self.schedules[message.to].items(message)
+        there, here = self.schedules[message.sender].items(message), self.schedules[message.receiver].items(message)
         assert [_travels(item) for item in there] == [_travels(item) for item in here]
         if message.relay:
-            content = self._transit[message.by][message.content]
+            content = self._transit[message.sender][message.content]
         else:
-            content = [_view(self.held[message.by], item.source).copy() for item in there]
-        assert message.content not in self._transit[message.to]
-        self._transit[message.to][message.content] = content
+            content = [_view(self.held[message.sender], item.source).copy() for item in there]
+        assert message.content not in self._transit[message.receiver]
+        self._transit[message.receiver][message.content] = content
         for item, values in zip(here, content, strict=True):
-            self._write(message.to, item, values)
+            self._write(message.receiver, item, values)
 
     def _write(self, rank: int, item: Item, values: np.ndarray) -> None:
         assert item.source.box == item.destination.box == Box(item.lo, item.size)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from aligner.config.schema import CONF, compose_config, to_config
-from aligner.reward.components import parts_of
+from aligner.reward.components import reward_components
 from aligner.reward.config import JudgeConfig, RewardComponent, RewardConfig
 
 SHIPPED = sorted(file.stem for file in (CONF / "reward").glob("*.yaml"))
@@ -19,18 +19,18 @@ def shipped(name: str, *overrides: str) -> RewardConfig:
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_every_shipped_reward_is_whole(name: str) -> None:
-    assert parts_of(shipped(name))
+    assert reward_components(shipped(name))
 
 
 def test_what_the_shipped_ones_say() -> None:
     assert {"code", "http", "judge", "math", "model", "weighted"} <= set(SHIPPED)
-    answer, form = parts_of(shipped("weighted", "reward.workers=3"))
+    answer, form = reward_components(shipped("weighted", "reward.workers=3"))
     assert (answer.name, answer.component.weight, answer.timeout_s, answer.workers) == ("answer", 1.0, 10.0, 3)
     assert (form.component.gate, form.component.gate_above, form.timeout_s) == ("answer", 0.5, 5.0)
-    (model,) = parts_of(shipped("model"))
+    (model,) = reward_components(shipped("model"))
     assert model.component.model and model.component.clip == (-20.0, 20.0)
     assert model.scorer() is None and model.model == "reward_model"
-    helpful, safe = parts_of(shipped("two_models"))
+    helpful, safe = reward_components(shipped("two_models"))
     assert (helpful.model, helpful.component.gate, safe.model, safe.component.weight) == (
         "helpful",
         "safe",
@@ -39,19 +39,19 @@ def test_what_the_shipped_ones_say() -> None:
     )
     assert safe.scorer() is None and safe.source == "reward.components.safe.model=safe"
     assert model.source == "reward.components.model.model=true"
-    (judge,) = parts_of(shipped("judge"))
+    (judge,) = reward_components(shipped("judge"))
     assert isinstance(judge.component.judge, JudgeConfig)
 
 
 def test_components_from_the_command_line() -> None:
     overrides = ["reward.components.http.url=https://host/x", "+reward.components.http.weight=2", "reward.workers=7"]
-    (part,) = parts_of(shipped("http", *overrides))
+    (part,) = reward_components(shipped("http", *overrides))
     assert (part.component.url, part.component.weight, part.workers) == ("https://host/x", 2.0, 7)
 
 
 @pytest.mark.parametrize(("rule", "name"), [("a.b.exact", "exact"), ("my/rules.py:score", "score")])
 def test_a_reward_of_one_rule_is_one_component_called_after_it(rule: str, name: str) -> None:
-    (part,) = parts_of(RewardConfig(rule=rule, kwargs={"k": 1}, timeout_s=2.0))
+    (part,) = reward_components(RewardConfig(rule=rule, kwargs={"k": 1}, timeout_s=2.0))
     assert (part.name, part.where, part.source) == (name, "reward", f"reward.rule={rule}")
     assert part.component == RewardComponent(rule=rule, kwargs={"k": 1})
 
@@ -87,7 +87,7 @@ CASES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
 def test_a_mistake_names_the_setting(name: str) -> None:
     components, said = CASES[name]
     with pytest.raises(ValueError) as error:  # noqa: PT011
-        parts_of(RewardConfig(components=components))
+        reward_components(RewardConfig(components=components))
     for words in said:
         assert words in str(error.value)
 
@@ -95,23 +95,26 @@ def test_a_mistake_names_the_setting(name: str) -> None:
 @pytest.mark.parametrize("settings", [{"rule": "other.rule"}, {"kwargs": {"ignore_case": True}}])
 def test_one_rule_and_components_at_once_are_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"reward\.(rule|kwargs)=.* make it a component too"):
-        parts_of(RewardConfig(components={"a": RULE}, **settings))
+        reward_components(RewardConfig(components={"a": RULE}, **settings))
 
 
 def test_special_tokens_are_kept_where_that_is_asked_for() -> None:
-    (alone,) = parts_of(RewardConfig(rule="m.f", keep_special_tokens=True))
+    (alone,) = reward_components(RewardConfig(rule="m.f", keep_special_tokens=True))
     assert alone.keep_special_tokens
     components: dict[str, Any] = {name: {"rule": "m.f"} for name in "ab"}
     components["b"]["keep_special_tokens"] = True
-    assert [part.keep_special_tokens for part in parts_of(RewardConfig(components=components))] == [False, True]
+    assert [part.keep_special_tokens for part in reward_components(RewardConfig(components=components))] == [
+        False,
+        True,
+    ]
     components["b"]["keep_special_tokens"] = False
-    whole = parts_of(RewardConfig(components=components, keep_special_tokens=True))
+    whole = reward_components(RewardConfig(components=components, keep_special_tokens=True))
     assert [part.keep_special_tokens for part in whole] == [True, False]
     composed = shipped(
         "weighted", "reward.keep_special_tokens=true", "+reward.components.form.keep_special_tokens=false"
     )
-    assert [part.keep_special_tokens for part in parts_of(composed)] == [True, False]
+    assert [part.keep_special_tokens for part in reward_components(composed)] == [True, False]
     with pytest.raises(ValueError, match="keep_special_tokens: the reward model reads tokens, not text; leave it out"):
-        parts_of(shipped("model", "+reward.components.model.keep_special_tokens=true"))
+        reward_components(shipped("model", "+reward.components.model.keep_special_tokens=true"))
     with pytest.raises(ValueError, match="keep_special_tokens=1 is not possible; give true or false"):
-        parts_of(shipped("weighted", "+reward.components.form.keep_special_tokens=1"))
+        reward_components(shipped("weighted", "+reward.components.form.keep_special_tokens=1"))

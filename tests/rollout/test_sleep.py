@@ -11,7 +11,7 @@ import torch
 
 from aligner.rollout.config import Sampling
 from aligner.rollout.engine import RolloutEngine
-from aligner.rollout.sleep import parts_of
+from aligner.rollout.sleep import residency_parts
 from aligner.rollout.weights import EngineWeights
 from aligner.spmd.memory import Meter, resident, trim
 from tests.rollout import tiny
@@ -33,7 +33,7 @@ def test_gone_and_back(family: str, early: bool, start: Callable[..., RolloutEng
     model = models[family][0]
     engine = start(family)
     weights = EngineWeights(engine)
-    parts = parts_of(engine, weights, Meter(torch.device("cpu")))
+    parts = residency_parts(engine, weights, Meter(torch.device("cpu")))
     asked, seeds = tiny.prompts(6), list(range(0, 600, 100))
     if early:  # before the first transfer has found out what the engine holds
         parts["cache"].evict()
@@ -63,7 +63,7 @@ def test_the_cache_alone(start: Callable[..., RolloutEngine], models: Models) ->
     model = models["qwen2"][0]
     engine = start("qwen2")
     weights = EngineWeights(engine)
-    cache = parts_of(engine, weights, Meter(torch.device("cpu")))["cache"]
+    cache = residency_parts(engine, weights, Meter(torch.device("cpu")))["cache"]
     tiny.write(weights, model)
     asked = tiny.prompts(6)
     first = engine.generate(asked, [0] * 6, GREEDY)
@@ -78,7 +78,7 @@ def test_a_kernel_that_was_given_up_cannot_multiply(start: Callable[..., Rollout
     engine = start("qwen2")
     weights = EngineWeights(engine)
     tiny.write(weights, models["qwen2"][0])
-    parts_of(engine, weights, Meter(torch.device("cpu")))["weights"].evict()
+    residency_parts(engine, weights, Meter(torch.device("cpu")))["weights"].evict()
     layer: Any = engine.model.get_submodule("model.layers.0.mlp.down_proj")
     with pytest.raises(RuntimeError, match=r"mlp\.down_proj, whose weights were given up"):
         layer(torch.zeros(1, 192))
@@ -88,7 +88,7 @@ def test_packed_kernels_leave_memory(start: Callable[..., RolloutEngine], models
     """A packed kernel is no tensor, so its memory is asked of the system: one of 64 MiB in the place of the others."""
     engine = start("qwen2")
     layer: Any = engine.model.get_submodule("model.layers.0.mlp.down_proj")
-    parts = parts_of(engine, EngineWeights(engine), Meter(torch.device("cpu")))
+    parts = residency_parts(engine, EngineWeights(engine), Meter(torch.device("cpu")))
     layer.weight = torch.nn.Parameter(torch.ones(4096, 4096), requires_grad=False)
     with engine.inside():
         layer.quant_method.process_weights_after_loading(layer)

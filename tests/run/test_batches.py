@@ -10,7 +10,7 @@ from aligner.data.preferences import Pair
 from aligner.data.prompts import Prompt
 from aligner.data.samples import Samples
 from aligner.data.tokenized_answer import TokenizedAnswer
-from aligner.run.batches import as_pairs, as_samples, batches, rows_of
+from aligner.run.batches import answers_as_samples, as_pairs, batches, training_rows
 
 
 def answered(index: int, prompt: list[int], answer: list[int], **fields: Any) -> TokenizedAnswer:
@@ -39,7 +39,7 @@ def dealt(kind: str, training: list[Any], steps: int, per_step: int, shuffle: bo
     data = SimpleNamespace(kind=kind, shuffle=shuffle, prompts_per_step=per_step)
     config: Any = SimpleNamespace(seed=3, data=data)
     checked: Any = SimpleNamespace(data=SimpleNamespace(training=training))
-    return list(islice(batches(config, rows_of(config, checked)), steps))
+    return list(islice(batches(config, training_rows(config, checked)), steps))
 
 
 @pytest.mark.parametrize(("kind", "rows"), [("demonstrations", 3), ("feedback", 3), ("preferences", 6)])
@@ -66,4 +66,4 @@ def test_prompts_stay_a_list() -> None:
 
 def test_rows_of_demonstrations_keep_their_masks() -> None:
     turns = TokenizedAnswer((1, 2, 3, 4), (False, True, False, True), 1, {"id": 7}, 0)
-    assert as_samples([turns]).mask_BT.int().tolist() == [[0, 1, 0, 1]]
+    assert answers_as_samples([turns]).mask_BT.int().tolist() == [[0, 1, 0, 1]]

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from aligner.data.column_addition import ColumnAddition, ModelShape, write
+from aligner.data.column_addition import ColumnAddition, ModelShape, write_task
 
 ROOT = Path(__file__).resolve().parents[2]
 FILES = sorted(file for folder in ("aligner", "tools", "docs", "launch") for file in (ROOT / folder).rglob("*.py"))
@@ -160,7 +160,7 @@ CONFIGURED, ENVIRONMENT, URL = "configured-secret-value1", "environment-secret-v
 def job(torchrun: Callable[..., Any], tmp_path: Path) -> Callable[..., Any]:
     """job(*overrides): a job with secrets in its configuration and environment; its folder is tmp_path/run."""
     shape = ModelShape(hidden=64, layers=2, heads=4, kv_heads=2, head_dim=32, ffn=96)
-    write(tmp_path / "task", ColumnAddition(demonstrations=64, prompts=8, heldout=8, preferences=8), shape)
+    write_task(tmp_path / "task", ColumnAddition(demonstrations=64, prompts=8, heldout=8, preferences=8), shape)
     (tmp_path / "own.py").write_text(OWN)
     base = [
         "--config-name=quickstart_sft", f"model.path={tmp_path / 'task' / 'model'}", "algorithm._target_=own.scoring",

@@ -15,8 +15,8 @@ from aligner.spmd.mesh import Mesh
 from aligner.spmd.messages import all_gather, broadcast, exchange, reduce_to_rank0
 from aligner.spmd.ref import Ref
 from aligner.spmd.role import Role
-from aligner.spmd.serialization import pack, unpack
-from aligner.spmd.transfer import read_at_first
+from aligner.spmd.serialization import deserialize, serialize
+from aligner.spmd.transfer import read_on_rank0
 from aligner.spmd.world import World
 
 
@@ -37,9 +37,9 @@ def sent_messages() -> Iterator[list[int]]:
 def check_exchange(world: World, size: int) -> None:
     """A payload of `size` bytes between any two ranks, in both directions at once."""
     peers = [peer for peer in range(world.size) if peer != world.rank]
-    outgoing = {peer: pack((world.rank, b"x" * size)) for peer in peers}
+    outgoing = {peer: serialize((world.rank, b"x" * size)) for peer in peers}
     received = exchange(world, outgoing, peers)
-    assert {peer: unpack(data) for peer, data in received.items()} == {peer: (peer, b"x" * size) for peer in peers}
+    assert {peer: deserialize(data) for peer, data in received.items()} == {peer: (peer, b"x" * size) for peer in peers}
 
 
 def check_all_gather(world: World, ranks: Sequence[int], messages: int) -> None:
@@ -85,7 +85,7 @@ def check_read_at_first(world: World) -> None:
     metrics = number.map(lambda: {"loss": 0.5})
     values = {"index": ref["prompt_index_B"], "fields": ref["fields"], "metrics": metrics}
     with sent_messages() as sent:
-        read = read_at_first(world, values, world.rank, max)
+        read = read_on_rank0(world, values, world.rank, max)
     assert len(sent) == (world.rank != 0), sent
     if world.rank:
         assert read is None
@@ -97,7 +97,7 @@ def check_read_at_first(world: World) -> None:
 
 def check_read_at_first_with_a_limit(world: World) -> None:
     _, ref = rows_and_number(world)
-    read = read_at_first(world, {"index": ref["prompt_index_B"]}, 0, max, limit=3)
+    read = read_on_rank0(world, {"index": ref["prompt_index_B"]}, 0, max, limit=3)
     assert (read is None) == (world.rank != 0)
     assert read is None or read[0]["index"].tolist() == [0, 1, 2]
 

@@ -20,7 +20,7 @@ import time, torch, os
 from aligner.data.samples import Samples
 from aligner.spmd.mesh import Mesh
 from aligner.spmd.role import Role
-from aligner.spmd.transfer import read_at_first
+from aligner.spmd.transfer import read_on_rank0
 from aligner.spmd.world import World
 world = World(600)
 everyone = tuple(range(world.size))
@@ -61,7 +61,7 @@ def _program(body: str) -> str:
         # rank 1 has made one call more when the first rank reads what is logged; nothing but that reading has a message
         (
             "if step == 1 and world.rank == 1: a.map(update, ref)\n"
-            "        read_at_first(world, {'lengths': ref['length_B']}, 0, max)",
+            "        read_on_rank0(world, {'lengths': ref['length_B']}, 0, max)",
             ["call", "step 1"],
         ),
         # one rank ends its loop early

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aligner.spmd.cost import TOKENS, Cost
-from aligner.spmd.partition import Shares, deal, idle, minibatch_groups, partition
+from aligner.spmd.partition import Shares, balance, idle, minibatch_groups, partition
 from aligner.spmd.transfer import plan_moves
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -66,7 +66,7 @@ def test_near_the_best_deal_that_there_is(costs: list[int], shards: int) -> None
         max(sum(cost for cost, at in zip(costs, places, strict=True) if at == shard) for shard in range(shards))
         for places in product(range(shards), repeat=len(costs))
     )
-    found = deal(costs, shards)
+    found = balance(costs, shards)
     assert sorted(item for share in found for item in share) == list(range(len(costs)))
     # Graham's bound for largest first
     assert max(sum(costs[item] for item in share) for share in found) <= (4 / 3 - 1 / (3 * shards)) * best
@@ -74,7 +74,7 @@ def test_near_the_best_deal_that_there_is(costs: list[int], shards: int) -> None
 
 def test_better_than_largest_first() -> None:
     # largest first: 8 | 7, 6 and 5 -> 13 | 13, 4 -> 17 | 13. By differences: 8 - 7 = 1, 6 - 5 = 1, 4 - 1 = 3, 3 - 1 = 2
-    shares = deal([8, 7, 6, 5, 4], 2)
+    shares = balance([8, 7, 6, 5, 4], 2)
     assert sorted(sum((8, 7, 6, 5, 4)[item] for item in share) for share in shares) == [14, 16]
 
 

@@ -274,10 +274,10 @@ def test_a_call_is_measured_beyond_the_parts_that_are_there() -> None:
         before = memory.resident()[1]
         raised = torch.ones(1 << 26)  # 256 MiB, gone at the call's end
         del raised
-    found = scene.residency.take_figures()
+    figures = scene.residency.take_figures()
     there = 10 * len(scene.here())
-    assert found.beyond["policy.logprobs"] - before == pytest.approx((256 - there) << 20, abs=20 << 20)
-    assert found.parts[("policy", "weights")] == 10 << 20
+    assert figures.beyond["policy.logprobs"] - before == pytest.approx((256 - there) << 20, abs=20 << 20)
+    assert figures.parts[("policy", "weights")] == 10 << 20
     assert scene.residency.take_figures().beyond == {}, "what was taken is forgotten"
     scene.residency.account = None
     scene.call("policy", "logprobs")

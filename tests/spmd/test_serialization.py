@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from aligner.data.samples import Samples
-from aligner.spmd.serialization import ALIGN, frame, pack, unframe, unpack
+from aligner.spmd.serialization import ALIGN, deserialize, frame, serialize, unframe
 
 TENSORS = {
     "int64": torch.arange(7),
@@ -24,7 +24,7 @@ TENSORS = {
 
 @pytest.mark.parametrize("name", TENSORS)
 def test_tensors_come_back(name: str) -> None:
-    found = unpack(pack({"x": [TENSORS[name], name]}))["x"]
+    found = deserialize(serialize({"x": [TENSORS[name], name]}))["x"]
     assert found[1] == name and found[0].dtype == TENSORS[name].dtype and found[0].shape == TENSORS[name].shape
     torch.testing.assert_close(found[0], TENSORS[name].detach(), rtol=0, atol=0, equal_nan=True)
     assert not found[0].requires_grad
@@ -33,7 +33,7 @@ def test_tensors_come_back(name: str) -> None:
 def test_a_batch_comes_back() -> None:
     one = torch.arange(4)
     samples = Samples(torch.ones(4, 3, dtype=torch.long), one, one, torch.ones(4, 3) > 0, one, [{"row": 1}] * 4)
-    found = unpack(pack(samples))
+    found = deserialize(serialize(samples))
     assert found.fields == samples.fields and found.rollout_logp_BT is None
     for name in ("tokens_BT", "prompt_len_B", "length_B", "mask_BT", "prompt_index_B"):
         assert torch.equal(getattr(found, name), getattr(samples, name)), name
@@ -41,16 +41,16 @@ def test_a_batch_comes_back() -> None:
 
 def test_what_comes_back_can_be_written_to() -> None:
     """Each value has memory of its own: what is done to one does not show in the other."""
-    data = pack(torch.zeros(3))
-    unpack(data.copy()).add_(1)
-    assert unpack(data).tolist() == [0.0, 0.0, 0.0]
+    data = serialize(torch.zeros(3))
+    deserialize(data.copy()).add_(1)
+    assert deserialize(data).tolist() == [0.0, 0.0, 0.0]
 
 
 def test_arrays_and_parts_of_storages() -> None:
     """Of a view only its own elements travel: 3 of a million."""
-    data = pack((np.arange(5), torch.zeros(10**6)[3:6]))
+    data = serialize((np.arange(5), torch.zeros(10**6)[3:6]))
     assert data.size < 1000
-    array, view = unpack(data)
+    array, view = deserialize(data)
     assert array.tolist() == [0, 1, 2, 3, 4] and view.tolist() == [0.0] * 3
 
 

@@ -102,7 +102,7 @@ def check_rows(world: World, lengths: tuple[int, ...], multiple_of: int) -> None
     # as with CUDA: a piece is one call, its mask is known by its name
     with mock.patch.multiple(
         context_attention_file,
-        _block=lambda query: 0,
+        _max_queries=lambda query: 0,
         _bias=lambda call, plan, query: causal_lower_right(call.queries, call.keys),
     ):
         check(lengths, 1, (4, 2), drop=True)

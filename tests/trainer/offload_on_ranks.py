@@ -112,13 +112,13 @@ def check_copies(world: World, model: Path, tensor: int) -> None:
     role = policy(world, model, tensor, "copied", "bfloat16", False)
     role.update(imitate, role.scatter(batch())).gather()
     part = role.engine.parts()["weights"]
-    copies, pairs = [], part._pairs
+    copies, slices = [], part._matching_slices
 
     def counted() -> Any:
         copies.append(1)
-        return pairs()
+        return slices()
 
-    with patch.object(part, "_pairs", counted):
+    with patch.object(part, "_matching_slices", counted):
         for changes, expected in ((False, 2), (False, 3), (True, 5)):
             if changes:
                 part.changed()

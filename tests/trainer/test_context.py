@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch.nn.attention.bias import causal_lower_right
 
 from aligner.trainer.context import TokenSpan, split_rows, tokens_per_rank
-from aligner.trainer.megatron.context_attention import BLOCK, Call, Plan, _bias
+from aligner.trainer.megatron.context_attention import BLOCK, AttentionPlan, Call, _bias
 from aligner.trainer.packing import pack
 from tests import fork_server
 from tests.conftest import Ranks
@@ -75,7 +75,7 @@ def test_ranks_together_have_what_one_rank_has(lengths: list[int], multiple_of: 
 @given(st.integers(1, BLOCK), st.integers(0, 300))
 def test_the_mask_of_a_cpu_is_the_one_that_cuda_knows_by_name(queries: int, earlier: int) -> None:
     call = Call(queries, queries + earlier, (0,), (0,))
-    plan = Plan((call,), torch.empty(0), torch.empty(0), queries + earlier)
+    plan = AttentionPlan((call,), torch.empty(0), torch.empty(0), queries + earlier)
     bias = _bias(call, plan, torch.zeros(1))
     assert torch.equal(bias == 0, causal_lower_right(call.queries, call.keys)._materialize())
     assert bias.min() in (0, -torch.inf)

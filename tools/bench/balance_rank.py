@@ -46,7 +46,7 @@ def step(policy: Policy, samples: Samples, deal: str) -> dict[str, float]:
     lengths = samples.length_B.tolist()
     shares = DEALS[deal](lengths, policy.mesh.data, GROUP, policy.cost)
     own_rows = batch_ops.take(samples, shares[policy.shard or 0])
-    own_rows = batch_ops.fit(own_rows, int(own_rows.length_B.max()))
+    own_rows = batch_ops.fit_width(own_rows, int(own_rows.length_B.max()))
     dist.barrier()
     wall, busy = time.perf_counter(), time.process_time()
     row = policy._step(negative_log_likelihood, 1, own_rows, {})

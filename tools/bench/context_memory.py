@@ -37,7 +37,7 @@ from aligner.trainer.policy import Policy
 SHAPE: dict[str, int] = {"hidden": 256, "heads": 8, "head_dim": 32, "ffn": 768}
 
 
-class Held(TorchDispatchMode):
+class LiveTensorBytes(TorchDispatchMode):
     """Dispatch mode that counts the bytes of live tensors created under it."""
 
     def __init__(self) -> None:
@@ -46,18 +46,18 @@ class Held(TorchDispatchMode):
         self.known: Any = WeakIdKeyDictionary()
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        tree_map_only(torch.Tensor, partial(self.see, made=False), (args, kwargs))
-        found = function(*args, **(kwargs or {}))
-        tree_map_only(torch.Tensor, partial(self.see, made=True), found)
-        return found
+        tree_map_only(torch.Tensor, partial(self.track, created=False), (args, kwargs))
+        result = function(*args, **(kwargs or {}))
+        tree_map_only(torch.Tensor, partial(self.track, created=True), result)
+        return result
 
-    def see(self, tensor: torch.Tensor, made: bool) -> None:
-        """A tensor comes by; what is an argument before it is a result was there before."""
+    def track(self, tensor: torch.Tensor, created: bool) -> None:
+        """Count a new storage, unless it is first seen as an argument: then it existed before."""
         storage = tensor.untyped_storage()
         if storage in self.known:
             return
         self.known[storage] = True
-        if made:
+        if created:
             self.add(storage.nbytes())
             weakref.finalize(storage, self.add, -storage.nbytes())
 
@@ -73,17 +73,17 @@ def peak_bytes(work: Callable[[], Any], device: torch.device) -> int:
         before = torch.cuda.memory_allocated(device)
         work()
         return torch.cuda.max_memory_allocated(device) - before
-    with Held() as held:
+    with LiveTensorBytes() as live:
         work()
-    return held.peak
+    return live.peak
 
 
 def one_row(tokens: int, vocab: int) -> Samples:
-    """All of it but the first token is trained."""
-    one = torch.ones(1, dtype=torch.long)
+    """One row; all tokens but the first are trained."""
+    ones = torch.ones(1, dtype=torch.long)
     generator = torch.Generator().manual_seed(0)
     tokens_BT = torch.randint(3, vocab, (1, tokens), generator=generator)
-    return Samples(tokens_BT, one, one * tokens, torch.arange(tokens)[None] > 0, one, [{}])
+    return Samples(tokens_BT, ones, ones * tokens, torch.arange(tokens)[None] > 0, ones, [{}])
 
 
 def measure(world: World, arguments: argparse.Namespace, recompute: str) -> int:
@@ -114,10 +114,10 @@ def measure_all(arguments: argparse.Namespace) -> None:
 
 
 def world_values(world: World, value: torch.Tensor) -> list[torch.Tensor]:
-    """A number from every rank."""
-    found = [torch.zeros_like(value) for _ in range(world.size)]
-    torch.distributed.all_gather(found, value)
-    return found
+    """All-gather a number: every rank's."""
+    values = [torch.zeros_like(value) for _ in range(world.size)]
+    torch.distributed.all_gather(values, value)
+    return values
 
 
 def main() -> int:

@@ -26,7 +26,7 @@ from typing import IO
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))  # also from a checkout never installed
 
-from aligner.data.column_addition import ColumnAddition, ModelShape, write
+from aligner.data.column_addition import ColumnAddition, ModelShape, write_task
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 PROMISE = 60.0
@@ -148,7 +148,7 @@ def main(arguments: list[str] | None = None) -> int:
     source = out / "source"
     shutil.rmtree(source, ignore_errors=True)
     shape = ModelShape(hidden=64, layers=2, heads=4, kv_heads=2, head_dim=32, ffn=96)
-    write(source, ColumnAddition(demonstrations=8, prompts=64, heldout=16, preferences=8), shape)
+    write_task(source, ColumnAddition(demonstrations=8, prompts=64, heldout=16, preferences=8), shape)
     print("| fault | report after | all ended after | the report's first line |\n| --- | --- | --- | --- |", flush=True)
     bad = 0
     for name in args.faults:

@@ -46,9 +46,10 @@ class Run:
     folder: Path
     seconds: float = 0.0
     kills: list[str] = field(default_factory=list)
-    """Of each: which rank, how long after the start, and whether a checkpoint was being written."""
+    """Each kill: the rank, seconds after the start, and whether a checkpoint was being written."""
     status: int | None = None
-    said: str = ""
+    output: str = ""
+    """Of the launcher and all ranks."""
 
 
 def make_task(folder: Path) -> Path:
@@ -74,7 +75,7 @@ def command(task: Path, run_dir: Path, overrides: list[str]) -> list[str]:
 
 def run(task: Path, run_dir: Path, overrides: list[str], plan: list[tuple[float, bool]], chance: random.Random) -> Run:
     """Run the job to its end; after each (seconds, wait for a save) of `plan` kill a rank, if the job is still running."""
-    made = Run(run_dir)
+    disturbed_run = Run(run_dir)
     start = time.monotonic()
     with run_dir.with_suffix(".log").open("w+") as log:
         process = subprocess.Popen(
@@ -83,24 +84,24 @@ def run(task: Path, run_dir: Path, overrides: list[str], plan: list[tuple[float,
         )  # fmt: skip
         try:
             for seconds, in_save in plan:
-                _kill_one(process, made, seconds, in_save, chance, start)
-            made.status = process.wait(timeout=max(1.0, LIMIT - (time.monotonic() - start)))
+                _kill_one(process, disturbed_run, seconds, in_save, chance, start)
+            disturbed_run.status = process.wait(timeout=max(1.0, LIMIT - (time.monotonic() - start)))
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
         log.seek(0)
-        made.said = log.read()
-    made.seconds = time.monotonic() - start
-    return made
+        disturbed_run.output = log.read()
+    disturbed_run.seconds = time.monotonic() - start
+    return disturbed_run
 
 
 def _kill_one(
-    process: subprocess.Popen[Any], made: Run, after: float, in_save: bool, chance: random.Random, start: float
+    process: subprocess.Popen[Any], disturbed_run: Run, after: float, in_save: bool, chance: random.Random, start: float
 ) -> None:
     end = time.monotonic() + after
     while time.monotonic() < end and process.poll() is None:
         time.sleep(0.005)
-    while in_save and process.poll() is None and not _saving(made.folder) and time.monotonic() - start < LIMIT:
+    while in_save and process.poll() is None and not _saving(disturbed_run.folder) and time.monotonic() - start < LIMIT:
         time.sleep(0.0005)
     time.sleep(chance.uniform(0, 0.01) if in_save else 0)
     ranks = {}
@@ -109,12 +110,12 @@ def _kill_one(
         time.sleep(0 if ranks else 0.01)
     if ranks:
         rank = chance.choice(sorted(ranks))
-        saving = " in a save" if _saving(made.folder) else ""
+        saving = " in a save" if _saving(disturbed_run.folder) else ""
         try:
             os.kill(ranks[rank], signal.SIGKILL)
         except ProcessLookupError:
             return
-        made.kills.append(f"rank {rank} at {time.monotonic() - start:.1f} s{saving}")
+        disturbed_run.kills.append(f"rank {rank} at {time.monotonic() - start:.1f} s{saving}")
         while Path(f"/proc/{ranks[rank]}").exists():  # not the same one twice
             time.sleep(0.01)
 
@@ -172,33 +173,38 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--seed", type=int, default=0, help="decides when and whom")
     parser.add_argument("--out", type=Path, default=None, help="folder for the runs (default: a temporary one)")
     parser.add_argument("overrides", nargs="*", help="further settings of the job")
-    given = parser.parse_args(arguments)
-    out = (given.out or Path(tempfile.mkdtemp(prefix="kill-"))).resolve()
+    options = parser.parse_args(arguments)
+    out = (options.out or Path(tempfile.mkdtemp(prefix="kill-"))).resolve()
     task = make_task(out / "task")
-    calm = run(task, out / "calm", given.overrides, [], random.Random())
+    calm = run(task, out / "calm", options.overrides, [], random.Random())
     if calm.status:
-        raise SystemExit(f"the run that nothing disturbs ends with status {calm.status}:\n{calm.said[-4000:]}")
+        raise SystemExit(f"the run that nothing disturbs ends with status {calm.status}:\n{calm.output[-4000:]}")
     expected = outcome(calm.folder)
     print(f"undisturbed: {calm.seconds:.1f} s, {STEPS} steps; runs in {out}", flush=True)
     wrong, kills, saves, seconds = 0, 0, 0, []
-    for number in range(given.runs):
-        chance = random.Random(f"{given.seed}/{number}")
-        plan = [(chance.uniform(0, calm.seconds), chance.random() < 0.5) for _ in range(chance.randint(1, given.kills))]
-        made = run(task, out / f"run{number}", given.overrides, plan, chance)
-        if made.status:
-            verdict = f"ENDED WITH STATUS {made.status}: {made.said[-1500:]}"
-        elif made.status is None:
-            verdict = f"NO END WITHIN {LIMIT:.0f} s: {made.said[-1500:]}"
+    for number in range(options.runs):
+        chance = random.Random(f"{options.seed}/{number}")
+        plan = [
+            (chance.uniform(0, calm.seconds), chance.random() < 0.5) for _ in range(chance.randint(1, options.kills))
+        ]
+        disturbed_run = run(task, out / f"run{number}", options.overrides, plan, chance)
+        if disturbed_run.status:
+            verdict = f"ENDED WITH STATUS {disturbed_run.status}: {disturbed_run.output[-1500:]}"
+        elif disturbed_run.status is None:
+            verdict = f"NO END WITHIN {LIMIT:.0f} s: {disturbed_run.output[-1500:]}"
         else:
-            differs = difference(expected, outcome(made.folder))
+            differs = difference(expected, outcome(disturbed_run.folder))
             verdict = f"DIFFERS: {differs}" if differs else "the same to the last bit"
         wrong += verdict != "the same to the last bit"
-        kills += len(made.kills)
-        saves += sum("save" in kill for kill in made.kills)
-        seconds.append(made.seconds)
-        print(f"run {number:2}: {made.seconds:5.1f} s  {'; '.join(made.kills) or 'not hit'}: {verdict}", flush=True)
+        kills += len(disturbed_run.kills)
+        saves += sum("save" in kill for kill in disturbed_run.kills)
+        seconds.append(disturbed_run.seconds)
+        print(
+            f"run {number:2}: {disturbed_run.seconds:5.1f} s  {'; '.join(disturbed_run.kills) or 'not hit'}: {verdict}",
+            flush=True,
+        )
     print(
-        f"{given.runs - wrong} of {given.runs} runs are the same to the last bit, after {kills} kills, {saves} of them in a "
+        f"{options.runs - wrong} of {options.runs} runs are the same to the last bit, after {kills} kills, {saves} of them in a "
         f"save; median {median(seconds):.1f} s"
     )
     return 1 if wrong else 0

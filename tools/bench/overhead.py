@@ -153,8 +153,8 @@ def table(name: str, cases: Mapping[int, Mapping[str, Any]]) -> str:
         shown = "  ".join(f"{part} {case['parts'][part]:.2f}" for part in PARTS)
         lines.append(f"  {ranks:5d} {shown}  rest {rest:.2f}")
     if len(cases) >= 3:
-        for what, title in (("cpu", "cpu ms a rank"), ("cpu_first", "cpu ms of rank 0"), ("messages", "messages")):
-            parts = fit(list(cases), [case[what] for case in cases.values()])
+        for quantity, title in (("cpu", "cpu ms a rank"), ("cpu_first", "cpu ms of rank 0"), ("messages", "messages")):
+            parts = fit(list(cases), [case[quantity] for case in cases.values()])
             words = " + ".join(
                 f"{value:.3g}{'' if part == '/n' else ' '}{part}" for part, value in parts.items() if value
             )
@@ -204,23 +204,23 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--limit", type=float, default=300.0, help="seconds of one case, at most")
     parser.add_argument("--json", type=Path, help="write the figures there too")
     parser.add_argument("--job", nargs="+", metavar="RUN_DIR", help="runs with timelines (logging.timeline_steps)")
-    given = parser.parse_args(arguments)
-    if given.job:
-        print("\n".join(job(run_dir) for run_dir in given.job))
+    options = parser.parse_args(arguments)
+    if options.job:
+        print("\n".join(job(run_dir) for run_dir in options.job))
         return 0
     sys.path.insert(0, str(Path(__file__).resolve().parent))
-    every: dict[str, dict[int, dict[str, Any]]] = {}
-    for placement in given.placements:
-        for batch in given.batches:
+    cases_by_name: dict[str, dict[int, dict[str, Any]]] = {}
+    for placement in options.placements:
+        for batch in options.batches:
             name = f"{placement}, " + (f"{FIXED_ROWS} rows" if batch == "fixed" else f"{ROWS_A_RANK} rows a rank")
-            every[name] = {}
-            for ranks in given.ranks:
+            cases_by_name[name] = {}
+            for ranks in options.ranks:
                 rows = FIXED_ROWS if batch == "fixed" else ROWS_A_RANK * ranks
-                found = run_case(ranks, rows, placement == "split", given.steps, given.limit)
-                every[name][ranks] = figures(found)
-            print(table(name, every[name]), flush=True)
-            if given.json:
-                given.json.write_text(json.dumps(every, indent=2))
+                measurements = run_case(ranks, rows, placement == "split", options.steps, options.limit)
+                cases_by_name[name][ranks] = figures(measurements)
+            print(table(name, cases_by_name[name]), flush=True)
+            if options.json:
+                options.json.write_text(json.dumps(cases_by_name, indent=2))
     return 0
 
 

@@ -33,7 +33,7 @@ from aligner.objective.advantages import group_advantages
 from aligner.objective.losses import clipped_surrogate
 from aligner.report.config import LoggingConfig
 from aligner.reshard.transfer.sync_stats import SyncStats
-from aligner.reward.components import parts_of
+from aligner.reward.components import reward_components
 from aligner.reward.config import RewardConfig
 from aligner.reward.role import Reward
 from aligner.reward.worker import Score, Status
@@ -117,7 +117,7 @@ class NullReward(Reward):
         Role.__init__(self, "reward", world, mesh)
         self.config, self.models = RewardConfig(), {}
         self.tokenizer = SimpleNamespace(decode=lambda tokens, **_: "abcd" * len(tokens))  # type: ignore[assignment]
-        self.parts = parts_of(self.config)
+        self.parts = reward_components(self.config)
         self.scorers = {part.name: NullScorer() for part in self.parts}
 
 
@@ -285,8 +285,8 @@ def run_rank(ranks: int, rows: int, tokens: int, split: bool, steps: int, folder
         driver.meter, driver.marks = meter, []
         driver.run()
         start = {"world": started - begin, "groups": built - started}
-        found = {"start": start, "marks": driver.marks[WARM:], "memory": _memory()}
-        (folder / f"rank{world.rank}.json").write_text(json.dumps(found))
+        measurements = {"start": start, "marks": driver.marks[WARM:], "memory": _memory()}
+        (folder / f"rank{world.rank}.json").write_text(json.dumps(measurements))
     except BaseException as error:
         world.fail(error)
     world.leave()

@@ -19,7 +19,7 @@ from statistics import median
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))  # also from a checkout never installed
 
-from aligner.data.column_addition import ColumnAddition, ModelShape, write
+from aligner.data.column_addition import ColumnAddition, ModelShape, write_task
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 STEPS, FIRST = 12, 4
@@ -62,7 +62,7 @@ def main() -> None:
     task = out / "task"
     if not task.exists():
         shape = ModelShape(hidden=64, layers=2, heads=4, kv_heads=2, head_dim=32, ffn=96)
-        write(task, ColumnAddition(demonstrations=8, prompts=256, heldout=8, preferences=8), shape)
+        write_task(task, ColumnAddition(demonstrations=8, prompts=256, heldout=8, preferences=8), shape)
     print(f"generation sleeps {TOKENS * TOKEN_SECONDS:.2f} s a step, the update {UPDATE_SECONDS:.2f} s; runs in {out}")
     print(f"{'stream':18} {'step s':>7} {'ratio':>6} {'generate':>9} {'update':>7} {'reshard':>8} {'staleness':>10}")
     first = None

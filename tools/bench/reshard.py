@@ -101,18 +101,18 @@ def run_case(name: str, folder: str, repeats: int, engine: bool) -> dict[str, An
     return json.loads(out.read_text())
 
 
-def table(name: str, found: dict[str, Any]) -> str:
+def table(name: str, results: dict[str, Any]) -> str:
     """The case's lines: seconds, and their ratio to ours."""
     case = CASES[name]
-    ours = found["seconds"]["ours"]
+    ours = results["seconds"]["ours"]
     lines = [
-        f"{name}: {found['parameters'] / 1e6:.1f}M parameters on {case.ranks} ranks, {found['moved'] / 2**20:.1f} MiB "
-        f"moved ({found['moved'] / found['minimum']:.3f} of the minimum), {found['local'] / 2**20:.1f} MiB local, "
-        f"peak extra {found['extra'] / found['bucket']:.2f} buckets of {found['bucket'] / 2**20:.0f} MiB"
+        f"{name}: {results['parameters'] / 1e6:.1f}M parameters on {case.ranks} ranks, {results['moved'] / 2**20:.1f} MiB "
+        f"moved ({results['moved'] / results['minimum']:.3f} of the minimum), {results['local'] / 2**20:.1f} MiB local, "
+        f"peak extra {results['extra'] / results['bucket']:.2f} buckets of {results['bucket'] / 2**20:.0f} MiB"
     ]
     lines += [
-        f"  {what:<24}{seconds * 1e3:9.1f} ms   {seconds / ours:6.2f} x ours"
-        for what, seconds in found["seconds"].items()
+        f"  {method:<24}{seconds * 1e3:9.1f} ms   {seconds / ours:6.2f} x ours"
+        for method, seconds in results["seconds"].items()
     ]
     return "\n".join(lines)
 
@@ -135,7 +135,7 @@ def median_of_slowest(ways: dict[str, Callable[[], object]], repeats: int) -> di
             dist.all_reduce(taken, op=dist.ReduceOp.MAX)
             if number:
                 seconds[way].append(float(taken))
-    return {way: statistics.median(found) for way, found in seconds.items()}
+    return {way: statistics.median(results) for way, results in seconds.items()}
 
 
 if __name__ == "__main__":

@@ -22,8 +22,8 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[2]))  # from a checkout that is not installed too
 
 from aligner.reshard.message.bucket import Bucket, Buffers
-from aligner.reshard.message.chunked_copy import Scratch
-from aligner.reshard.message.delta import decode, encode
+from aligner.reshard.message.chunked_copy import ChunkBuffers
+from aligner.reshard.message.delta import apply, encode
 from aligner.reshard.message.storage import strided_view
 from aligner.reshard.plan.region import Piece
 from aligner.reshard.plan.transfer_plan import Item
@@ -82,10 +82,10 @@ class _Case:
         steps: dict[str, Callable[[], None]] = {
             "pack": lambda: bucket.pack(view, False),
             "pack + sums": lambda: bucket.pack(view, True),
-            "land": lambda: bucket.land(view, 0, 1, False),
-            "land + proof": lambda: bucket.land(view, 0, 1, True),
-            "local": lambda: copy_local(self.items, view, view, 0, False, Scratch()),
-            "local + proof": lambda: copy_local(self.items, view, view, 0, True, Scratch()),
+            "unpack": lambda: bucket.unpack(view, 0, 1, False),
+            "unpack + proof": lambda: bucket.unpack(view, 0, 1, True),
+            "local": lambda: copy_local(self.items, view, view, 0, False, ChunkBuffers()),
+            "local + proof": lambda: copy_local(self.items, view, view, 0, True, ChunkBuffers()),
         }
         times: dict[str, list[float]] = {step: [] for step in steps}
         for _ in range(repeats + 2):  # interleaved, so that what else the machine does meets all alike
@@ -97,7 +97,7 @@ class _Case:
             print(f"  {step:14} {1e3 * taken:8.2f} ms  {self.bytes / taken / 1e9:6.1f} GB/s of message")
         print(
             f"  with proof, times the bare copy: pack {seconds['pack + sums'] / seconds['pack']:.2f}, "
-            f"land {seconds['land + proof'] / seconds['land']:.2f}, "
+            f"unpack {seconds['unpack + proof'] / seconds['unpack']:.2f}, "
             f"local {seconds['local + proof'] / seconds['local']:.2f}"
         )
 
@@ -123,12 +123,12 @@ def report_deltas(mib: int, repeats: int, device: torch.device) -> None:
         assert delta is not None
         encoding = statistics.median(seconds_of(lambda now=now: encode(now, before), device) for _ in range(repeats))
         onto = before.clone()
-        decoding = statistics.median(
-            seconds_of(lambda delta=delta, onto=onto: decode(delta, onto), device) for _ in range(repeats)
+        applying = statistics.median(
+            seconds_of(lambda delta=delta, onto=onto: apply(delta, onto), device) for _ in range(repeats)
         )
         print(
             f"  {fraction:7.4f} changed: {delta.numel() / before.nbytes:.4f} of the bytes, encode "
-            f"{before.nbytes / encoding / 1e9:.1f} GB/s, decode {before.nbytes / decoding / 1e9:.1f} GB/s"
+            f"{before.nbytes / encoding / 1e9:.1f} GB/s, apply {before.nbytes / applying / 1e9:.1f} GB/s"
         )
 
 

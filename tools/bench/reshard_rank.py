@@ -29,16 +29,16 @@ from aligner.reshard.local import TensorWeights
 from aligner.reshard.message.bucket import Buffers
 from aligner.reshard.message.storage import allocate, strided_view
 from aligner.reshard.plan.region import Piece, contiguous_stride
-from aligner.reshard.plan.schedule import Message, schedule_of
-from aligner.reshard.plan.transfer_plan import make_plan
-from aligner.reshard.transfer.executor import execute
+from aligner.reshard.plan.schedule import Message
+from aligner.reshard.plan.transfer_plan import plan_transfer
+from aligner.reshard.transfer.executor import execute, schedule_for
 from aligner.reshard.transfer.shared_memory import connect
 from aligner.rollout.config import RolloutConfig
 from aligner.rollout.engine import RolloutEngine
 from aligner.rollout.layout import EngineLayout
 from aligner.rollout.weights import EngineWeights
 from aligner.spmd.mesh import Mesh
-from aligner.trainer.megatron import cpu as cpu_megatron
+from aligner.trainer.megatron.cpu import install as patch_megatron
 from aligner.trainer.megatron.groups import make_groups, prepare_megatron
 from aligner.trainer.megatron.layout import MegatronLayout
 from aligner.trainer.megatron.model import build_model
@@ -63,58 +63,65 @@ class Bench:
         self.source, self.out = allocate(self.source_layout, CPU), allocate(self.layout, CPU)
         for piece in self.source_layout:
             strided_view(self.source[piece.storage], piece).copy_(truth(piece, self.shapes[piece.name]))
-        self.plan = make_plan(self.rank, self.train, self.infer)
+        self.plan = plan_transfer(self.rank, self.train, self.infer)
         self.tensor_group = group_of(self.rank, self.train_mesh.groups("tensor"))
         self.everyone = dist.new_group(list(ranks))
-        self._raw = self._raw_buffers()
         self.channel = connect(self.everyone)
         self.buffers = Buffers(CPU, self.channel)  # kept, as a job keeps them
         self.messages = Buffers(CPU)
+        self.shared_schedule = schedule_for(self.plan, BUCKET_BYTES, self.buffers)
+        self.schedule = schedule_for(self.plan, BUCKET_BYTES, self.messages)
+        self._raw = self._raw_buffers()
 
     def view(self, piece: Piece) -> Tensor:
         return strided_view(self.source[piece.storage], piece)
 
     def ours(self, verify: bool, destination: Any = None, shared: bool = True) -> Any:
-        target, buffers = destination or TensorWeights(self.out, self.layout), self.buffers if shared else self.messages
-        return execute(self.plan, self.view, target, self.everyone, CPU, BUCKET_BYTES, verify, buffers=buffers)
+        target = destination or TensorWeights(self.out, self.layout)
+        buffers, schedule = (self.buffers, self.shared_schedule) if shared else (self.messages, self.schedule)
+        return execute(
+            self.plan, self.view, target, self.everyone, CPU, BUCKET_BYTES, verify, buffers=buffers, schedule=schedule
+        )
 
     def check(self) -> None:
-        """What arrived is what was sent; then it is wiped."""
+        """Assert that the received weights equal those sent, then zero them."""
         for piece in self.layout:
-            found = strided_view(self.out[piece.storage], piece)
-            assert torch.equal(found, truth(piece, self.shapes[piece.name])), f"{piece.name}{piece.box}"
+            received = strided_view(self.out[piece.storage], piece)
+            assert torch.equal(received, truth(piece, self.shapes[piece.name])), f"{piece.name}{piece.box}"
         for tensor in self.out.values():
             tensor.zero_()
 
     def full_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor of the checkpoint, whole, on every rank: gathered over its tensor ranks, then broadcast."""
+        """Every tensor of the checkpoint, complete, on every rank: gathered over its tensor ranks, then broadcast."""
         for name, shape in self.shapes.items():
             holders = self.train.holders(name)
             owners = sorted({rank for _, ranks in holders for rank in ranks})
-            whole = torch.empty(shape)
+            full = torch.empty(shape)
             if self.rank in owners:
-                mine = [piece for piece in self.source_layout if piece.name == name]
-                flat = torch.cat([self.view(piece).reshape(-1) for piece in mine])
+                own_pieces = [piece for piece in self.source_layout if piece.name == name]
+                flat = torch.cat([self.view(piece).reshape(-1) for piece in own_pieces])
                 peers = dist.get_process_group_ranks(self.tensor_group)
                 parts = [flat]
-                if flat.numel() < whole.numel():
+                if flat.numel() < full.numel():
                     parts = [torch.empty_like(flat) for _ in peers]
                     dist.all_gather(parts, flat, group=self.tensor_group)
                 for peer, part in zip(peers, parts, strict=False):
-                    theirs = [piece for piece in self.train.layout(peer) if piece.name == name]
-                    for piece, values in zip(theirs, part.split([piece.elements for piece in theirs]), strict=True):
-                        whole[box(piece)] = values.view(piece.size)
+                    peer_pieces = [piece for piece in self.train.layout(peer) if piece.name == name]
+                    for piece, values in zip(
+                        peer_pieces, part.split([piece.elements for piece in peer_pieces]), strict=True
+                    ):
+                        full[box(piece)] = values.view(piece.size)
             if len(owners) < self.world:
-                dist.broadcast(whole, owners[0], group=self.everyone)
-            yield name, whole
+                dist.broadcast(full, owners[0], group=self.everyone)
+            yield name, full
 
     def gather(self) -> None:
-        wanted: dict[str, list[Piece]] = {}
+        pieces_by_name: dict[str, list[Piece]] = {}
         for piece in self.layout:
-            wanted.setdefault(piece.name, []).append(piece)
-        for name, whole in self.full_tensors():
-            for piece in wanted.get(name, ()):
-                strided_view(self.out[piece.storage], piece).copy_(whole[box(piece)])
+            pieces_by_name.setdefault(piece.name, []).append(piece)
+        for name, full in self.full_tensors():
+            for piece in pieces_by_name.get(name, ()):
+                strided_view(self.out[piece.storage], piece).copy_(full[box(piece)])
 
     def limit(self, wire: bool = True) -> None:
         """The bytes of the plan, and nothing else: pack and unpack are plain copies of whole messages."""
@@ -130,7 +137,7 @@ class Bench:
         local_to.copy_(local_from)
 
     def _raw_buffers(self) -> tuple[Any, ...]:
-        schedule = schedule_of(self.plan, 2 * BUCKET_BYTES)
+        schedule = self.schedule
         sent: Counter[int] = Counter()
         received: Counter[int] = Counter()
 
@@ -139,9 +146,9 @@ class Bench:
 
         for step in schedule.steps:
             if step.send:
-                sent[step.send.to] += bytes_of(step.send)
+                sent[step.send.receiver] += bytes_of(step.send)
             if step.receive:
-                received[step.receive.by] += bytes_of(step.receive)
+                received[step.receive.sender] += bytes_of(step.receive)
 
         def bytes_(counts: dict[int, int]) -> dict[int, Tensor]:
             return {peer: torch.ones(count, dtype=torch.uint8) for peer, count in counts.items()}
@@ -169,8 +176,8 @@ def box(piece: Piece) -> tuple[slice, ...]:
 
 def group_of(rank: int, groups: Any) -> Any:
     """The group of `groups` that holds `rank`; collective."""
-    made = [(ranks, dist.new_group(list(ranks))) for ranks in groups]
-    return next(group for ranks, group in made if rank in ranks)
+    groups_by_ranks = [(ranks, dist.new_group(list(ranks))) for ranks in groups]
+    return next(group for ranks, group in groups_by_ranks if rank in ranks)
 
 
 def extra_bytes(run: Callable[[], object]) -> int:
@@ -218,12 +225,12 @@ def megatron_way(bench: Bench) -> Callable[[], object]:
 
 
 def group_of_any(rank: int, groups: Any) -> Any:
-    made = [(ranks, dist.new_group(list(ranks))) for ranks in groups]
-    return next((group for ranks, group in made if rank in ranks), None)
+    groups_by_ranks = [(ranks, dist.new_group(list(ranks))) for ranks in groups]
+    return next((group for ranks, group in groups_by_ranks if rank in ranks), None)
 
 
 class Unread:
-    """An engine whose storages are proven, but not the kernels that it packs from them."""
+    """An engine whose storages are verified, but not the kernels that it packs from them."""
 
     def __init__(self, weights: EngineWeights) -> None:
         self._weights, self.view, self.finish = weights, weights.view, weights.finish
@@ -256,7 +263,7 @@ def main(name: str, folder: str, repeats: str, engine: str, out: str) -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    cpu_megatron.install()
+    patch_megatron()
     prepare_megatron()
     bench = Bench(CASES[name], read_spec(folder))
     if int(engine):
@@ -279,9 +286,7 @@ def main(name: str, folder: str, repeats: str, engine: str, out: str) -> None:
     bench.buffers = Buffers(CPU, connect(bench.everyone))  # what they take is extra memory
     extra = extra_bytes(ways["ours"])
     seconds = median_of_slowest(ways, int(repeats))
-    counts = torch.tensor(
-        [schedule_of(bench.plan, 2 * BUCKET_BYTES).sent_bytes, bench.plan.minimum_bytes, bench.plan.local_bytes]
-    )
+    counts = torch.tensor([bench.schedule.sent_bytes, bench.plan.minimum_bytes, bench.plan.local_bytes])
     dist.all_reduce(counts)
     most = torch.tensor(extra)
     dist.all_reduce(most, op=dist.ReduceOp.MAX)

@@ -145,8 +145,8 @@ def _run(case: str, folder: str, arguments: list[str], ranks: int) -> Result:
     command = [*torchrun, __file__, *arguments, "--case", case, "--folder", folder]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     subprocess.run(command, check=True, env=environment)
-    found: Result = json.loads((Path(folder) / f"{case}.json").read_text())
-    return found
+    figures: Result = json.loads((Path(folder) / f"{case}.json").read_text())
+    return figures
 
 
 def _child(given: argparse.Namespace) -> int:
@@ -167,15 +167,15 @@ def _child(given: argparse.Namespace) -> int:
     mode = "off" if given.case in ("train", "generate", "off") else "auto"
     world.residency.config = ResidencyConfig(mode=mode, budget_gib=budget)
     open_account(world, world.residency.config)
-    found = {"imported": world.residency.meter.take()["peak"]}
+    figures = {"imported": world.residency.meter.take()["peak"]}
     step = _steps(world, given)
-    found |= {"built": world.residency.meter.take()["peak"]}
-    found |= _measured(world, step, given.steps, given.case == "alternate")
-    found["peak"] = max(found["peak"], found["built"])
-    found = {name: size for name, size in found.items() if "(" not in name}
-    everyone = all_gather(world, found, range(world.size))
+    figures |= {"built": world.residency.meter.take()["peak"]}
+    figures |= _measured(world, step, given.steps, given.case == "alternate")
+    figures["peak"] = max(figures["peak"], figures["built"])
+    figures = {name: size for name, size in figures.items() if "(" not in name}
+    everyone = all_gather(world, figures, range(world.size))
     if world.rank == 0:
-        most = {name: max(one[name] for one in everyone) for name in found}
+        most = {name: max(one[name] for one in everyone) for name in figures}
         (given.folder / f"{given.case}.json").write_text(json.dumps(most))
     world.leave()
 
@@ -185,7 +185,7 @@ def _measured(world: Any, step: Callable[[], None], count: int, alternate: bool)
     from aligner.spmd.memory_account import MemoryFigures
     from aligner.spmd.messages import all_gather
 
-    found: Result = {}
+    figures: Result = {}
     taken: dict[str, list[float]] = defaultdict(list)
     config = world.residency.config
     modes = {"": config, "_off": replace(config, mode="off")} if alternate else {"": config}
@@ -200,7 +200,7 @@ def _measured(world: Any, step: Callable[[], None], count: int, alternate: bool)
             taken["cpu" + suffix].append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
             taken["faults" + suffix].append(float(after.ru_minflt - before.ru_minflt))
             for name, size in world.residency.meter.take().items():
-                found[name] = max(found.get(name, 0.0), size)
+                figures[name] = max(figures.get(name, 0.0), size)
             if world.residency.account:  # as a job does at the end of each step
                 merged = MemoryFigures()
                 for one in all_gather(world, world.residency.take_figures(), range(world.size)):
@@ -208,8 +208,8 @@ def _measured(world: Any, step: Callable[[], None], count: int, alternate: bool)
                 world.residency.learn(merged)
     for what in ("seconds", "cpu") if alternate else ():
         pairs = zip(taken[what][-count:], taken[what + "_off"], strict=True)
-        found[what + "_ratio"] = statistics.median(one / off for one, off in pairs)
-    return found | {name: statistics.median(values[-count:]) for name, values in taken.items()}
+        figures[what + "_ratio"] = statistics.median(one / off for one, off in pairs)
+    return figures | {name: statistics.median(values[-count:]) for name, values in taken.items()}
 
 
 def _steps(world: Any, given: argparse.Namespace) -> Any:

@@ -143,9 +143,9 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="a folder that keeps trees and runs; by default a temporary one")
     arguments = parser.parse_args()
     jobs, ranks = arguments.jobs.split(","), [int(number) for number in arguments.ranks.split(",")]
-    for given, there in ((jobs, JOBS), (ranks, LAYOUTS)):
-        if unknown := [str(one) for one in given if one not in there]:
-            parser.error(f"{', '.join(unknown)} is not one of {', '.join(map(str, there))}")
+    for chosen, known in ((jobs, JOBS), (ranks, LAYOUTS)):
+        if unknown := [str(choice) for choice in chosen if choice not in known]:
+            parser.error(f"{', '.join(unknown)} is not one of {', '.join(map(str, known))}")
     with tempfile.TemporaryDirectory() as temporary:
         out = (arguments.out or Path(temporary)).resolve()
         before, after = (Revision(name, out) for name in arguments.revisions)
@@ -153,8 +153,8 @@ def main() -> int:
         failed = 0
         for name in jobs:
             for size in ranks:
-                own = FULL.get(name, []) if arguments.steps == "full" else [f"train.steps={arguments.steps}"] if arguments.steps else []  # fmt: skip
-                settings = [*JOBS[name], *own]
+                settings_of_length = FULL.get(name, []) if arguments.steps == "full" else [f"train.steps={arguments.steps}"] if arguments.steps else []  # fmt: skip
+                settings = [*JOBS[name], *settings_of_length]
                 rows = [revision.job(task, name, size, settings) for revision in (before, after)]
                 different = differences(*rows)
                 failed += bool(different)

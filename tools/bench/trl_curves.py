@@ -89,49 +89,51 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--again", type=int, default=0, help="TRL once more, with as many microbatches a step")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="changes ours alone, to see it found")
     parser.add_argument("--json", type=Path, help="write everything there too")
-    given = parser.parse_args(arguments)
-    layouts = [name for name in given.layouts if LAYOUTS[name][0] <= given.ranks]
-    found: dict[str, Any] = {}
+    options = parser.parse_args(arguments)
+    layouts = [name for name in options.layouts if LAYOUTS[name][0] <= options.ranks]
+    comparison: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         write_task(work)
-        theirs = run_trl(work, given)
-        for method in given.method:
-            check_inputs(work, method, theirs[method], given.steps)
-            curves = {layout: run_ours(work, method, layout, given.steps, given.set) for layout in layouts}
+        theirs = run_trl(work, options)
+        for method in options.method:
+            check_inputs(work, method, theirs[method], options.steps)
+            curves = {layout: run_ours(work, method, layout, options.steps, options.set) for layout in layouts}
             for layout in layouts:
-                check_steps(f"{method} on {layout}", RECIPES[method], curves[layout], theirs[method], bool(given.set))
-            if given.again:
+                check_steps(f"{method} on {layout}", RECIPES[method], curves[layout], theirs[method], bool(options.set))
+            if options.again:
                 curves[AGAIN] = theirs[f"{method}_again"]
-            found[method] = {name: compared(curve, theirs[method]) for name, curve in curves.items()}
-            print(table(method, theirs[method], found[method]), flush=True)
-    if given.json:
-        given.json.write_text(json.dumps(found, indent=2))
-    return 0 if all(agrees(found[method][name]) for method in found for name in layouts) else 1
+            comparison[method] = {name: compared(curve, theirs[method]) for name, curve in curves.items()}
+            print(table(method, theirs[method], comparison[method]), flush=True)
+    if options.json:
+        options.json.write_text(json.dumps(comparison, indent=2))
+    return 0 if all(agrees(comparison[method][name]) for method in comparison for name in layouts) else 1
 
 
 def write_task(work: Path) -> None:
     """work/model, and the rows of each method in the order of our stream's source."""
-    from aligner.data.column_addition import ColumnAddition, ModelShape, write
+    from aligner.data.column_addition import ColumnAddition, ModelShape, write_task
 
     task = ColumnAddition(demonstrations=ROWS, demonstrated=ROWS, preferences=ROWS, prompts=1, heldout=1)
-    write(work, task, ModelShape(hidden=128, layers=3, heads=4, kv_heads=2, head_dim=32, ffn=384))
+    write_task(work, task, ModelShape(hidden=128, layers=3, heads=4, kv_heads=2, head_dim=32, ffn=384))
 
 
-def run_trl(work: Path, given: argparse.Namespace) -> dict[str, Any]:
+def run_trl(work: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Run TRL in one process: {method: curves}, and {method_again: curves}."""
     runs = []
     for method in RECIPES:  # DPO starts from what SFT has saved
-        write_in_our_order(work, method, given.steps)
-        runs.append(peer_run(work, method, given.steps, 1))
-        if given.again:
-            runs.append({**peer_run(work, method, given.steps, given.again), "name": f"{method}_again", "save": None})
-    wanted = [run for run in runs if run["method"] in given.method or run["save"]]
+        write_in_our_order(work, method, options.steps)
+        runs.append(peer_run(work, method, options.steps, 1))
+        if options.again:
+            runs.append(
+                {**peer_run(work, method, options.steps, options.again), "name": f"{method}_again", "save": None}
+            )
+    selected_runs = [run for run in runs if run["method"] in options.method or run["save"]]
     spec = work / "peer.json"
-    spec.write_text(json.dumps({"out": str(work / "peer_out.json"), "runs": wanted}))
+    spec.write_text(json.dumps({"out": str(work / "peer_out.json"), "runs": selected_runs}))
     _run("TRL", [sys.executable, str(Path(__file__).with_name("trl_curves_peer.py")), str(spec)])
-    found: dict[str, Any] = json.loads((work / "peer_out.json").read_text())
-    return found
+    curves: dict[str, Any] = json.loads((work / "peer_out.json").read_text())
+    return curves
 
 
 def peer_run(work: Path, method: str, steps: int, accumulation: int) -> dict[str, Any]:
@@ -228,40 +230,42 @@ def check_steps(what: str, recipe: Recipe, ours: Curves, theirs: Curves, changed
 
 def compared(ours: Curves, theirs: Curves) -> dict[str, Any]:
     """Ours and TRL's with the differences (ours - TRL's) of every step, and the figures that they come to."""
-    found: dict[str, Any] = {}
+    comparison: dict[str, Any] = {}
     for name in ("loss", "grad_norm"):
-        difference = [mine - other for mine, other in zip(ours[name], theirs[name], strict=True)]
-        found[name] = {
+        difference = [our_value - trl_value for our_value, trl_value in zip(ours[name], theirs[name], strict=True)]
+        comparison[name] = {
             "first": difference[0],
             "max": max(map(abs, difference)),
-            "max_relative": max(abs(d) / abs(other) for d, other in zip(difference, theirs[name], strict=True)),
+            "max_relative": max(abs(d) / abs(trl_value) for d, trl_value in zip(difference, theirs[name], strict=True)),
             "mean": statistics.fmean(difference),
             "difference": difference,
             "ours": ours[name],
             "trl": theirs[name],
         }
-    return found
+    return comparison
 
 
-def agrees(found: dict[str, Any]) -> bool:
+def agrees(comparison: dict[str, Any]) -> bool:
     """Whether the curves are within the bounds."""
-    loss, norm = found["loss"], found["grad_norm"]
+    loss, norm = comparison["loss"], comparison["grad_norm"]
     close = loss["max"] < MAX_LOSS and abs(loss["mean"]) < MEAN_LOSS and abs(loss["first"]) < FIRST
     return close and norm["max_relative"] < MAX_NORM
 
 
-def table(method: str, theirs: Curves, found: dict[str, dict[str, Any]]) -> str:
+def table(method: str, theirs: Curves, comparison: dict[str, dict[str, Any]]) -> str:
     """A line a step with TRL's values and the differences; then the figures of each layout."""
-    head = f"{'step':>5}{'loss':>11}{'norm':>10}" + "".join(f"{f'{name}: loss, norm':>26}" for name in found)
+    head = f"{'step':>5}{'loss':>11}{'norm':>10}" + "".join(f"{f'{name}: loss, norm':>26}" for name in comparison)
     lines = [f"{method}: TRL's values, and differences from them", head]
     for i, (loss, norm) in enumerate(zip(theirs["loss"], theirs["grad_norm"], strict=True)):
-        each = [(layout["loss"]["difference"][i], layout["grad_norm"]["difference"][i]) for layout in found.values()]
+        each = [
+            (layout["loss"]["difference"][i], layout["grad_norm"]["difference"][i]) for layout in comparison.values()
+        ]
         lines.append(f"{i + 1:>5}{loss:>11.6f}{norm:>10.5f}" + "".join(f"{a:>14.1e}{b:>12.1e}" for a, b in each))
-    for name, layout in found.items():
+    for name, layout in comparison.items():
         lines += [
-            f"  {name:<12}{what:<10} max {figures['max']:.1e} ({figures['max_relative']:.1e} of it), "
+            f"  {name:<12}{quantity:<10} max {figures['max']:.1e} ({figures['max_relative']:.1e} of it), "
             f"mean {figures['mean']:+.1e}, first {figures['first']:+.1e}"
-            for what, figures in layout.items()
+            for quantity, figures in layout.items()
         ]
         lines[-1] += "" if name == AGAIN or agrees(layout) else "   OUT OF BOUNDS"
     return "\n".join(lines)

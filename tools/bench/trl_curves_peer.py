@@ -28,8 +28,8 @@ def main(spec: dict[str, Any]) -> None:
 
     datasets.disable_progress_bars()
     torch.set_num_threads(1)
-    found = {run["name"]: train(run) for run in spec["runs"]}
-    Path(spec["out"]).write_text(json.dumps(found))
+    curves = {run["name"]: train(run) for run in spec["runs"]}
+    Path(spec["out"]).write_text(json.dumps(curves))
 
 
 def train(run: dict[str, Any]) -> dict[str, Any]:
@@ -106,11 +106,11 @@ def recording_trainer(method: str, warmup_steps: int) -> Any:
 
     class Recording(base):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
-            self.seen: list[list[Any]] = []
+            self.batches: list[list[Any]] = []
             super().__init__(*args, **kwargs)
 
         def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-            self.seen.append(list(rows_of(inputs)))
+            self.batches.append(list(rows_of(inputs)))
             return super().training_step(model, inputs, *args, **kwargs)
 
         def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:

@@ -1,4 +1,4 @@
-"""Gemma 3, text alone: local and global attention in turn, with rotary positions of their own; four norms a layer."""
+"""Gemma 3, text only: local and global attention layers, each with its own rotary embedding; four norms per layer."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from aligner.models.spec import LayerType, QKNorm
 
 @dataclass(frozen=True)
 class Gemma3(Family):
-    """Layers of two types; transformers' own name of its classifier."""
+    """Two layer types; transformers' own name of the classifier."""
 
     @property
     def classifier(self) -> str:
-        """The one of text; Gemma3ForSequenceClassification is that of images and text."""
+        """The text model's; Gemma3ForSequenceClassification is multimodal."""
         return "Gemma3TextForSequenceClassification"
 
     def read_layers(self, config: ConfigJson, layers: int) -> tuple[tuple[str, ...], dict[str, LayerType]]:
-        """`layer_types`, or every `sliding_window_pattern`-th layer global, as files of transformers 4 say it."""
+        """`layer_types`, or every `sliding_window_pattern`-th layer global, as in files of transformers 4."""
         config.only("use_sliding_window", (False,))
         window = config.size("sliding_window", self.defaults.sliding_window)
         pattern, names = config.size("sliding_window_pattern", 6), config.get("layer_types")
@@ -35,19 +35,19 @@ class Gemma3(Family):
         return tuple(names), {FULL: LayerType(), SLIDING: LayerType(window)}
 
     def read_ropes(self, config: ConfigJson, defaults: RopeDefaults, names: Iterable[str]) -> dict[str, Rope]:
-        """A table for global attention and one for local."""
+        """One rotary embedding for global attention, one for local."""
         thetas = {FULL: ("rope_theta", 1e6), SLIDING: ("rope_local_base_freq", 1e4)}
         return read_rope_by_layer_type(config, defaults, thetas, scaled=FULL)
 
     def longest(self, ropes: Sequence[Rope], max_positions: int) -> int:
-        """config.json's positions are those after scaling, for the engine too."""
+        """max_position_embeddings is the length after scaling, for vLLM too."""
         return min(max_positions, super().longest(ropes, max_positions))
 
 
 FAMILY = Gemma3(
     model_type="gemma3_text",
     architecture="Gemma3ForCausalLM",
-    title="Gemma 3 270M, 1B, and the text of larger ones",
+    title="Gemma 3 270M, 1B, and the text models of larger ones",
     defaults=Defaults(kv_heads=4, head_dim=256, max_positions=131072, sliding_window=4096, tied=True),
     nullable=frozenset(("attention_dropout",)),
     only={"final_logit_softcapping": (None,), "attn_logit_softcapping": (None,)},
@@ -65,7 +65,7 @@ FAMILY = Gemma3(
     score_scalar_default=256,
     activations=("gelu_pytorch_tanh",),
     activation_field="hidden_activation",
-    attention_note="local (`sliding_window`) and global by `layer_types`, each with rotary positions of its own",
+    attention_note="local (`sliding_window`) and global layers by `layer_types`, each with its own rotary embedding",
     scaled_embedding=True,
     engine=EngineTraits(ends_everywhere=True, output_bias=True),
 )

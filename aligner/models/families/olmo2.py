@@ -22,7 +22,7 @@ FAMILY = Family(
     engine=EngineTraits(
         output_bias=True,
         shared_kv_heads=False,
-        note="through its transformers backend, which beyond the key/value heads says `Cannot gather norm of width 64: "
+        note="vLLM's transformers backend, which fails with more tensor ranks than key/value heads: `Cannot gather norm of width 64: "
         "a TP-sharded input of width 32 does not tile it evenly across 4 ranks`",
     ),
 )

@@ -26,15 +26,15 @@ _PADDING = 32000
 class Phi3(Family):
     """Fused projections, and rotary positions of two kinds."""
 
-    def block(self, spec: ModelSpec, part: str, what: str = "weight") -> Block:
+    def block(self, spec: ModelSpec, part: str, kind: str = "weight") -> Block:
         """Rows of a fused tensor, but for the output and down projections."""
         for tensor, parts in _FUSED.items():
             if part in parts:
-                blocks = [super(Phi3, self).block(spec, one, what) for one in parts]
+                blocks = [super(Phi3, self).block(spec, name, kind) for name in parts]
                 starts = [0, *accumulate(block.rows for block in blocks)]
                 at = parts.index(part)
-                return Block(f"{tensor}.{what}", blocks[at].shape, starts[at])
-        return super().block(spec, part, what)
+                return Block(f"{tensor}.{kind}", blocks[at].shape, starts[at])
+        return super().block(spec, part, kind)
 
     def read_layers(self, config: ConfigJson, layers: int) -> tuple[tuple[str, ...], dict[str, LayerType]]:
         """As of any family; transformers' class has a padding token, which must be one of the vocabulary."""

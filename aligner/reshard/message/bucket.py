@@ -1,4 +1,4 @@
-"""One message: a proof, and the items' elements in the destination's dtype."""
+"""One message: checksums, and the items' elements in the destination's dtype."""
 
 from __future__ import annotations
 
@@ -9,8 +9,17 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from aligner.reshard.message.checksum import Checksum, Hashes, Parts, Running, Sums, hash_of
-from aligner.reshard.message.chunked_copy import Done, Scratch, bytes_of, copy, copy_proven, copy_seen, ignore, on_cpu
+from aligner.reshard.message.checksum import Checksum, Hashes, RunningChecksums, StreamingHash, Sums, hash_of
+from aligner.reshard.message.chunked_copy import (
+    ChunkBuffers,
+    Progress,
+    bytes_of,
+    copy,
+    copy_and_read_back,
+    copy_verified,
+    no_progress,
+    on_cpu,
+)
 from aligner.reshard.message.kernels import kernels_of
 from aligner.reshard.message.message_layout import MessageLayout, message_layout, words
 from aligner.reshard.message.proof import STORAGE, View, differing_pairs, mismatch, views_of
@@ -20,8 +29,8 @@ if TYPE_CHECKING:
     from aligner.reshard.transfer.shared_memory import SharedMemoryChannel
 
 LARGE_BYTES = 128 << 10
-"""Items of at least this size are sent from and into their storages, without a copy; smaller ones are packed together, since a
-message of its own would cost more than a copy."""
+"""Items of at least this size are sent from and received into their storages, without a copy; smaller ones are packed together,
+since a message of its own would cost more than a copy."""
 
 SHARED_MESSAGE_BYTES = 4 << 20
 """Bound on a message in shared memory: it is still in the cache when its reader comes."""
@@ -31,9 +40,9 @@ _MESSAGE = "the message does not hold what {source} held"
 
 
 class Buffers:
-    """Message buffers, used again within a transfer, and between transfers by whoever keeps them.
+    """Message buffers, reused within a transfer, and between transfers where the caller keeps them.
 
-    Fresh memory costs a page fault every 4 KiB written. What is kept is at most what a transfer takes.
+    Fresh memory costs a page fault every 4 KiB written. Kept buffers are at most what one transfer needs.
     """
 
     def __init__(self, device: torch.device, channel: SharedMemoryChannel | None = None) -> None:
@@ -47,199 +56,204 @@ class Buffers:
         self.checksum: Checksum = Hashes() if device.type == "cpu" and self.kernels is None else Sums(device)
         self.large_bytes: float = LARGE_BYTES if isinstance(self.checksum, Hashes) else inf
         """Size from which on an item is large; the same on all ranks of a transfer."""
-        self.together = False
+        self.single_part = False
         """No item counts as large: deltas are made of messages in one part."""
-        self.most_bytes: float = SHARED_MESSAGE_BYTES if channel else inf
+        self.max_message_bytes: float = SHARED_MESSAGE_BYTES if channel else inf
         """Bound on a message; the same on all ranks of a transfer."""
-        self.scratch = Scratch()
-        self._forms: dict[tuple[int, float], tuple[Sequence[Item], MessageLayout]] = {}
-        self.transfer = 0
-        """Number of the transfer at hand, equal on all its ranks: a message of another one is refused."""
+        self.chunk_buffers = ChunkBuffers()
+        self._layouts: dict[tuple[int, float], tuple[Sequence[Item], MessageLayout]] = {}
+        self.transfer_number = 0
+        """Number of the current transfer, equal on all its ranks: a message of another one is refused."""
         self._spare: list[Tensor] = []
 
     def layout(self, items: Sequence[Item]) -> MessageLayout:
         """The layout of a message of these items, made once for as long as the buffers are kept."""
-        apart = inf if self.together else self.large_bytes
-        known = self._forms.get((id(items), apart))
-        if known is None or known[0] is not items:
-            known = self._forms[id(items), apart] = items, message_layout(items, apart, self.checksum.row_words)
-        return known[1]
+        large_bytes = inf if self.single_part else self.large_bytes
+        cached = self._layouts.get((id(items), large_bytes))
+        if cached is None or cached[0] is not items:
+            cached = self._layouts[id(items), large_bytes] = (
+                items,
+                message_layout(items, large_bytes, self.checksum.row_words),
+            )
+        return cached[1]
 
     def take(self, words: int) -> Tensor:
         """A buffer of at least `words` 64-bit words: the smallest spare one that is large enough, else a new one."""
-        fits = [place for place, spare in enumerate(self._spare) if spare.numel() >= words]
-        if fits:
-            return self._spare.pop(min(fits, key=lambda place: self._spare[place].numel()))
+        fitting = [number for number, spare in enumerate(self._spare) if spare.numel() >= words]
+        if fitting:
+            return self._spare.pop(min(fitting, key=lambda number: self._spare[number].numel()))
         if self._spare:
-            self._spare.pop()  # outgrown: the new one takes its place, so that the spares stay few
+            self._spare.pop()  # outgrown: the new one takes its place, so that the number of spares stays bounded
         return torch.empty(words, dtype=torch.int64, device=self.device)
 
     def give(self, bucket: Bucket) -> None:
-        """Take back the buffer of a bucket that was sent or applied; one in shared memory goes back to its writer."""
-        if self.channel is None or not self.channel.back(bucket.buffer):
+        """Take back the buffer of a bucket that was sent or applied; shared memory is released to its writer."""
+        if self.channel is None or not self.channel.release(bucket.buffer):
             self._spare.append(bucket.buffer)
 
 
 class Bucket:
-    """What goes from rank to rank at once: `parts`, the first of which are `words`, each other one a large item.
+    """One message between two ranks: `parts`, of which the first is `words` and each other one a large item.
 
     Words, of 64 bits, are laid out as [status, identity of transfer and items, checksums | payload]. The payload holds the
-    small items. A large item leaves from its storage and arrives in its storage, without a copy, where it lies in a row
-    there in the dtype that travels; elsewhere, and in memory that is shared, it has a place behind the payload. Parts may
-    be relayed, as they are, to ranks that want the same regions.
+    small items. A large item is sent from its storage and received in its storage, without a copy, where it is contiguous
+    there and of the dtype that is sent; otherwise, and in shared memory, it has a place behind the payload. Parts may be
+    relayed, as they are, to ranks that want the same regions.
     """
 
     def __init__(self, items: Sequence[Item], buffers: Buffers, buffer: Tensor | None = None) -> None:
         """`buffer`: shared memory to pack into or read from; None takes one of `buffers`."""
-        self._form = form = buffers.layout(items)
-        self.items, self.payload_bytes = form.items, form.payload_bytes
-        self._checksum, self._kernels, self._scratch = buffers.checksum, buffers.kernels, buffers.scratch
-        self._identity = form.identity(buffers.transfer)
+        self._layout = layout = buffers.layout(items)
+        self.items, self.payload_bytes = layout.items, layout.payload_bytes
+        self._checksum, self._kernels, self._chunk_buffers = buffers.checksum, buffers.kernels, buffers.chunk_buffers
+        self._identity = layout.identity(buffers.transfer_number)
         self._shared = buffers.channel is not None
-        self.buffer = buffers.take(form.words) if buffer is None else buffer
-        self.words = self.buffer[: form.header + form.bounds[-1]]
-        self.header, self.payload = self.words[: form.header], self.words[form.header :]
+        self.buffer = buffers.take(layout.words) if buffer is None else buffer
+        self.words = self.buffer[: layout.header + layout.bounds[-1]]
+        self.header, self.payload = self.words[: layout.header], self.words[layout.header :]
         self.delta: Tensor | None = None
-        """The bytes that stand for `words` on the wire, where they are fewer."""
-        self.whole = self.buffer[: form.words]
+        """What is sent instead of `words`, where it is shorter."""
+        self.whole = self.buffer[: layout.words]
         """Words, and room for the large items behind them."""
-        self._sums = self.buffer[2 : 2 + form.sums]
-        self._behind = self.buffer[form.header :]
-        self._payload = self._behind[: form.places[0]]
-        self._payload[form.bounds[-1] :] = 0  # the last row is summed as a whole on both sides
+        self._sums = self.buffer[2 : 2 + layout.sums]
+        self._body = self.buffer[layout.header :]
+        self._payload = self._body[: layout.places[0]]
+        self._payload[layout.bounds[-1] :] = 0  # the last row is summed as a whole on both sides
         self._storages: dict[int, Tensor] = {}
-        """Of the large items, those that leave from or arrive in their storage."""
-        self._opened: dict[int, Tensor] = {}
+        """Of the large items, those that are sent from or received in their storage."""
+        self._bound: dict[int, Tensor] = {}
+        """Of a message to receive: the large items' views of the destination."""
 
     @property
     def parts(self) -> list[Tensor]:
-        return [self.words, *(self._travelling(number) for number in self._form.large)]
+        return [self.words, *(self._wire_tensor(number) for number in self._layout.large)]
 
     def pack(self, source: View, proof: bool) -> None:
         """Read every item from the source and cast it; with `proof`, sum what was cast while it is in the cache."""
         views = views_of(source, self.items, from_source=True)
-        if self._kernels is not None and self._near(views):
-            self._kernels.pack(views, self._form.dtypes, self._payload, self._form.bounds, self._sums)
+        if self._kernels is not None and self._on_device(views):
+            self._kernels.pack(views, self._layout.dtypes, self._payload, self._layout.bounds, self._sums)
         else:
             self._pack(views, proof)
         self.words[0], self.words[1] = _OK, self._identity if proof else 0
 
     def _pack(self, views: Sequence[Tensor], proof: bool) -> None:
-        form, found = self._form, list[int]()
-        sums = self._checksum.start(self._payload) if proof else None
-        for number, item in enumerate(self.items[: form.small]):
+        layout, checksums = self._layout, list[int]()
+        running = self._checksum.start(self._payload) if proof else None
+        for number, item in enumerate(self.items[: layout.small]):
             if item.bytes % 8:
-                self._payload[form.bounds[number + 1] - 1] = 0  # padding takes part in the sums
-            copy(self._elements(number), views[number], self._scratch, _told(sums, form.bounds[number]))
-        if sums is not None:
-            found += sums.finish()
-        for number in form.large:
-            if self._use(number, views[number]):
-                found.append(hash_of(bytes_of(views[number])) if proof else 0)
+                self._payload[layout.bounds[number + 1] - 1] = 0  # padding takes part in the sums
+            copy(self._elements(number), views[number], self._chunk_buffers, _progress(running, layout.bounds[number]))
+        if running is not None:
+            checksums += running.finish()
+        for number in layout.large:
+            if self._bind(number, views[number]):
+                checksums.append(hash_of(bytes_of(views[number])) if proof else 0)
                 continue
-            place, seen = self._elements(number), Parts()
+            place, read_back = self._elements(number), StreamingHash()
             if proof:
-                copy_seen(place, place, views[number], self._scratch, seen.add)
+                copy_and_read_back(place, place, views[number], self._chunk_buffers, read_back.add)
             else:
-                copy(place, views[number], self._scratch)
-            found.append(seen.finish())
+                copy(place, views[number], self._chunk_buffers)
+            checksums.append(read_back.finish())
         if proof:
-            self._sums.copy_(torch.tensor(found, dtype=torch.int64))
+            self._sums.copy_(torch.tensor(checksums, dtype=torch.int64))
 
-    def open(self, view: View) -> None:
-        """Before the message is awaited: let large items arrive in the storages where they lie in a row there."""
-        large = self._form.large
-        for number, held in zip(large, views_of(view, self.items[large.start :]), strict=True):
-            self._opened[number] = held
-            self._use(number, held)
+    def bind_storages(self, view: View) -> None:
+        """Before the message is received: let large items be received in their storages, where they are contiguous there."""
+        large = self._layout.large
+        for number, storage in zip(large, views_of(view, self.items[large.start :]), strict=True):
+            self._bound[number] = storage
+            self._bind(number, storage)
 
-    def _use(self, number: int, storage: Tensor) -> bool:
-        """Let a large item travel from or to its storage itself, if it can."""
-        fits = (
+    def _bind(self, number: int, storage: Tensor) -> bool:
+        """Send or receive a large item in its storage itself, if that is possible."""
+        possible = (
             not self._shared
             and storage.is_contiguous()
-            and storage.dtype == self._form.dtypes[number]
+            and storage.dtype == self._layout.dtypes[number]
             and storage.device == self.words.device
         )
-        if fits:
+        if possible:
             self._storages[number] = storage
-        return fits
+        return possible
 
-    def land(self, view: View, by: int, to: int, proof: bool) -> None:
-        """Write what rank `by` packed into the storages of rank `to`; with `proof` nothing is believed.
+    def unpack(self, view: View, sender: int, receiver: int, proof: bool) -> None:
+        """Write what rank `sender` packed into the storages of rank `receiver`; with `proof` verify every step.
 
-        Then RuntimeError says which item first: where the message is not about these items (nothing is written but what
-        arrived in its place), is not word for word what was packed, or where the storages, looked up again, do not hold
-        it bit for bit (a NaN equals itself, -0.0 is not 0.0). On the CPU each chunk is written, summed and compared while
+        RuntimeError then names the first item that is wrong: where the message is not about these items (nothing is
+        written but what was received in its storage), is not word for word what was packed, or where the storages, looked
+        up again, do not hold it bit for bit (a NaN equals itself, -0.0 is not 0.0). On the CPU each chunk is written, summed and compared while
         it is in the cache, so nothing may overwrite it later: see `storage.check_disjoint`.
         """
         if proof and self.words[:2].tolist() != [_OK, self._identity]:
-            told = f"{len(self.items)} regions from {self.items[0]} on" if self.items else "no regions"
+            regions = f"{len(self.items)} regions from {self.items[0]} on" if self.items else "no regions"
             raise RuntimeError(
-                f"reshard: the message from rank {by} to rank {to} is not one of {told} in this transfer"
+                f"reshard: the message from rank {sender} to rank {receiver} is not one of {regions} in this transfer"
             )
-        unopened = [item for number, item in enumerate(self.items) if number not in self._opened]
-        held = [*views_of(view, unopened), *self._opened.values()]  # all large items are opened, or none
-        again = views_of(view, self.items) if proof else held
+        unbound = [item for number, item in enumerate(self.items) if number not in self._bound]
+        storages = [*views_of(view, unbound), *self._bound.values()]  # all large items are bound, or none
+        readbacks = views_of(view, self.items) if proof else storages
         if not proof:
-            self._write(held)
-        elif on_cpu([*held, *again, self.words]):
-            sums, differing = self._land_chunks(held, again)
-            self._settle(sums, differing, by, to)
+            self._write(storages)
+        elif on_cpu([*storages, *readbacks, self.words]):
+            checksums, differing = self._write_and_verify(storages, readbacks)
+            self._raise_mismatch(checksums, differing, sender, receiver)
         else:
-            sums = (self._kernels or self._checksum).rows(self._payload).tolist()
-            for number in self._form.large:
-                sums.append(hash_of(bytes_of(self._travelling(number))))
-            self._settle(sums, [], by, to)
-            self._write(held)
-            self._settle(sums, self._differing(again), by, to)
+            checksums = (self._kernels or self._checksum).rows(self._payload).tolist()
+            for number in self._layout.large:
+                checksums.append(hash_of(bytes_of(self._wire_tensor(number))))
+            self._raise_mismatch(checksums, [], sender, receiver)
+            self._write(storages)
+            self._raise_mismatch(checksums, self._differing(readbacks), sender, receiver)
 
-    def _land_chunks(self, held: Sequence[Tensor], again: Sequence[Tensor]) -> tuple[list[int], list[int]]:
-        """Writes; gives the sums of the message, and which items the storages do not hold."""
-        form, found, differing = self._form, list[int](), list[int]()
-        sums = self._checksum.start(self._payload)
-        for number in range(form.small):
-            done = _told(sums, form.bounds[number])
-            if not copy_proven(held[number], again[number], self._elements(number), self._scratch, done):
+    def _write_and_verify(self, storages: Sequence[Tensor], readbacks: Sequence[Tensor]) -> tuple[list[int], list[int]]:
+        """Writes on the CPU, chunk by chunk; returns the message's checksums, and the items that the storages do not hold."""
+        layout, checksums, differing = self._layout, list[int](), list[int]()
+        running = self._checksum.start(self._payload)
+        for number in range(layout.small):
+            progress, elements = _progress(running, layout.bounds[number]), self._elements(number)
+            if not copy_verified(storages[number], readbacks[number], elements, self._chunk_buffers, progress):
                 differing.append(number)
-        found += sums.finish()
-        for number, sent in zip(form.large, self._sums[form.rows :].tolist(), strict=True):
-            came = self._land_large(number, sent, held[number], again[number])
-            found.append(sent if came is None else came)
-            if came is not None:
+        checksums += running.finish()
+        for number, expected in zip(layout.large, self._sums[layout.rows :].tolist(), strict=True):
+            wrong = self._write_large(number, expected, storages[number], readbacks[number])
+            checksums.append(expected if wrong is None else wrong)
+            if wrong is not None:
                 differing.append(number)
-        return found, differing
+        return checksums, differing
 
-    def _land_large(self, number: int, sent: int, held: Tensor, again: Tensor) -> int | None:
-        """Writes a large item. None: the storage holds what was sent; else the sum of what came, if that is known."""
-        if number in self._storages:  # one look says that it came, and that it is there
-            return None if hash_of(bytes_of(again.contiguous())) == sent else sent
-        came, seen = self._elements(number), Parts()
-        copy_seen(held, again, came, self._scratch, seen.add)
-        return None if seen.finish() == sent else hash_of(bytes_of(came))
+    def _write_large(self, number: int, expected: int, storage: Tensor, readback: Tensor) -> int | None:
+        """Writes a large item. None: the storage holds what was sent; else the hash of what was received, if known."""
+        if number in self._storages:  # it was received there: one hash proves the message and the storage
+            return None if hash_of(bytes_of(readback.contiguous())) == expected else expected
+        received, read_back = self._elements(number), StreamingHash()
+        copy_and_read_back(storage, readback, received, self._chunk_buffers, read_back.add)
+        return None if read_back.finish() == expected else hash_of(bytes_of(received))
 
-    def _write(self, held: Sequence[Tensor]) -> None:
-        if self._kernels is not None and self._near(held):
-            self._kernels.unpack(held, self._payload, self._form.bounds)
+    def _write(self, storages: Sequence[Tensor]) -> None:
+        if self._kernels is not None and self._on_device(storages):
+            self._kernels.unpack(storages, self._payload, self._layout.bounds)
         else:
-            for number, written in enumerate(held):
+            for number, storage in enumerate(storages):
                 if number not in self._storages:
-                    written.copy_(self._elements(number))
+                    storage.copy_(self._elements(number))
 
-    def _differing(self, held: Sequence[Tensor]) -> list[int]:
-        if self._kernels is not None and self._near(held):
-            found = self._kernels.differs(held, self._payload, self._form.bounds)
-            return found.nonzero().view(-1).tolist()
-        return differing_pairs([(read, self._travelling(number)) for number, read in enumerate(held)])
+    def _differing(self, readbacks: Sequence[Tensor]) -> list[int]:
+        if self._kernels is not None and self._on_device(readbacks):
+            differs = self._kernels.differs(readbacks, self._payload, self._layout.bounds)
+            return differs.nonzero().view(-1).tolist()
+        return differing_pairs([(read, self._wire_tensor(number)) for number, read in enumerate(readbacks)])
 
-    def _settle(self, sums: Sequence[int], differing: Sequence[int], by: int, to: int) -> None:
+    def _raise_mismatch(self, checksums: Sequence[int], differing: Sequence[int], sender: int, receiver: int) -> None:
         """RuntimeError where the message is wrong, or else where the storages are."""
-        wrong = [row for row, pair in enumerate(zip(sums, self._sums.tolist(), strict=True)) if pair[0] != pair[1]]
+        pairs = zip(checksums, self._sums.tolist(), strict=True)
+        wrong = [number for number, (received, sent) in enumerate(pairs) if received != sent]
         if wrong:
-            touched = self._form.touched(wrong, self._checksum.row_words)
-            raise mismatch(self.items, touched, by, to, _MESSAGE)
+            covered = self._layout.covered_items(wrong, self._checksum.row_words)
+            raise mismatch(self.items, covered, sender, receiver, _MESSAGE)
         if differing:
-            raise mismatch(self.items, differing, by, to, STORAGE)
+            raise mismatch(self.items, differing, sender, receiver, STORAGE)
 
     def mark_failed(self) -> None:
         """Tell the receiver not to use this bucket."""
@@ -248,21 +262,21 @@ class Bucket:
     def failed(self) -> bool:
         return int(self.words[0]) != _OK
 
-    def _near(self, views: Sequence[Tensor]) -> bool:
+    def _on_device(self, views: Sequence[Tensor]) -> bool:
         return all(view.device == self.words.device for view in views)
 
-    def _travelling(self, number: int) -> Tensor:
-        """What is sent or received of an item."""
+    def _wire_tensor(self, number: int) -> Tensor:
+        """What is sent or received of a large item."""
         return self._storages[number] if number in self._storages else self._elements(number)
 
     def _elements(self, number: int) -> Tensor:
         """An item's place in the payload or behind it, in the destination's dtype."""
-        form, item = self._form, self.items[number]
-        start = form.bounds[number] if number < form.small else form.places[number - form.small]
-        room = self._behind[start : start + words(item.bytes)].view(form.dtypes[number])
-        return room[: item.destination.elements].view(item.size)
+        layout, item = self._layout, self.items[number]
+        start = layout.bounds[number] if number < layout.small else layout.places[number - layout.small]
+        place = self._body[start : start + words(item.bytes)].view(layout.dtypes[number])
+        return place[: item.destination.elements].view(item.size)
 
 
-def _told(sums: Running | None, start: int) -> Done:
-    """Tells `sums` of an item's bytes as they are written, `start` words into what is summed."""
-    return ignore if sums is None else lambda size: sums.written(start + size // 8)
+def _progress(checksums: RunningChecksums | None, start: int) -> Progress:
+    """Updates `checksums` as an item's bytes are written, from word `start` of the payload on."""
+    return no_progress if checksums is None else lambda size: checksums.written(start + size // 8)

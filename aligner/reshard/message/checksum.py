@@ -23,15 +23,15 @@ class Checksum(Protocol):
 
     row_words: int
 
-    def start(self, words: Tensor) -> Running:
+    def start(self, words: Tensor) -> RunningChecksums:
         """The checksums of whole rows (rows * row_words contiguous int64) that are about to be written."""
 
     def rows(self, words: Tensor) -> Tensor:
         """The checksums (rows,) int64 of rows that are there already."""
 
 
-class Running(Protocol):
-    """Checksums made while a message is being written, of each row as long as it is in the cache."""
+class RunningChecksums(Protocol):
+    """Checksums computed while a message is being written, of each row while it is in the cache."""
 
     def written(self, words: int) -> None:
         """The first `words` words are final."""
@@ -49,7 +49,7 @@ class Hashes:
 
     row_words = _HASHED_WORDS
 
-    def start(self, words: Tensor) -> Running:
+    def start(self, words: Tensor) -> RunningChecksums:
         return _RunningHashes(words)
 
     def rows(self, words: Tensor) -> Tensor:
@@ -60,17 +60,17 @@ class _RunningHashes:
     def __init__(self, words: Tensor) -> None:
         _check_rows(words, _HASHED_WORDS)
         self._rows = words.view(-1, _HASHED_WORDS).numpy()
-        self._found: list[int] = []
+        self._hashes: list[int] = []
 
     def written(self, words: int) -> None:
-        done = len(self._found)
+        done = len(self._hashes)
         if words >= (done + 1) * _HASHED_WORDS:
             rows = self._rows[done : words // _HASHED_WORDS]
-            self._found += [hash_of(row.data) for row in rows]
+            self._hashes += [hash_of(row.data) for row in rows]
 
     def finish(self) -> list[int]:
         self.written(self._rows.size)
-        return self._found
+        return self._hashes
 
 
 def hash_of(data: memoryview) -> int:
@@ -78,8 +78,8 @@ def hash_of(data: memoryview) -> int:
     return _signed(xxhash.xxh3_64_intdigest(data))
 
 
-class Parts:
-    """The same as `hash_of`, of bytes that are given part by part."""
+class StreamingHash:
+    """`hash_of` of bytes that are given part by part."""
 
     def __init__(self) -> None:
         self._hash = xxhash.xxh3_64()
@@ -107,7 +107,7 @@ class Sums:
         byte, self._cell = weights(device)
         self._byte = byte.to(torch.float32)
 
-    def start(self, words: Tensor) -> Running:
+    def start(self, words: Tensor) -> RunningChecksums:
         return _AllSums(self, words)
 
     def rows(self, words: Tensor) -> Tensor:
@@ -118,7 +118,7 @@ class Sums:
 
 
 class _AllSums:
-    """Nothing is summed before all is written: on CUDA a launch for each part would cost more than its bytes."""
+    """Sums everything at the end: on CUDA a launch for each part would cost more than its bytes."""
 
     def __init__(self, checksum: Sums, words: Tensor) -> None:
         self._checksum, self._words = checksum, words

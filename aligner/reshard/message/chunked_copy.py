@@ -1,4 +1,4 @@
-"""Copies on the CPU that are proven in the same pass: each chunk is compared while it is in the cache."""
+"""Copies on the CPU that are verified in the same pass: each chunk is compared while it is in the cache."""
 
 from __future__ import annotations
 
@@ -10,99 +10,109 @@ import torch
 from torch import Tensor
 
 CHUNK_BYTES = 256 << 10
-"""Source, copy and scratch of a chunk fit into an L2 of 1 MiB together."""
+"""Source, copy and buffers of a chunk fit into an L2 cache of 1 MiB together."""
 
 _libc = CDLL(None)
 _libc.memcmp.argtypes = _libc.memcpy.argtypes = [c_void_p, c_void_p, c_size_t]
 _libc.memcpy.restype = c_void_p
 
+Progress = Callable[[int], None]
+"""Called with the number of bytes written so far."""
 
-Done = Callable[[int], None]
 
-
-def ignore(_: int) -> None:
+def no_progress(_: int) -> None:
     """The progress callback that does nothing."""
 
 
-class Scratch:
-    """Memory for a chunk, used over and over: memory from the allocator would cost a page fault for every 4 KiB."""
+class ChunkBuffers:
+    """Memory for the chunks of a copy, reused: fresh memory would cost a page fault for every 4 KiB."""
 
     def __init__(self) -> None:
-        self._rooms = [torch.empty(CHUNK_BYTES, dtype=torch.uint8) for _ in range(3)]
-        # A model has few shapes, and to cut a view takes as long as to fill 64 KiB.
+        self._buffers = [torch.empty(CHUNK_BYTES, dtype=torch.uint8) for _ in range(3)]
+        # A model has few shapes, and making a view takes as long as filling 64 KiB.
         self._views: dict[tuple[int, torch.Size, torch.dtype], Tensor] = {}
 
-    def gathered(self, chunk: Tensor) -> Tensor:
-        """The chunk's elements in a row; the chunk itself where they are."""
+    def contiguous(self, chunk: Tensor) -> Tensor:
+        """The chunk, contiguous; itself where it is."""
         return chunk if chunk.is_contiguous() else self._into(0, chunk, chunk.dtype)
 
     def cast(self, chunk: Tensor, dtype: torch.dtype) -> Tensor:
-        """The chunk in a row and in another dtype. A cast of strided elements is not vectorised: they are gathered first."""
-        chunk = self.gathered(chunk)
+        """The chunk, contiguous and in another dtype. Casts of strided elements are not vectorised, so they are copied first."""
+        chunk = self.contiguous(chunk)
         return chunk if chunk.dtype == dtype else self._into(1, chunk, dtype)
 
-    def held(self, chunk: Tensor) -> Tensor:
-        """The chunk's elements in a row, elsewhere than what `gathered` and `cast` gave."""
+    def readback(self, chunk: Tensor) -> Tensor:
+        """The chunk, contiguous, in other memory than what `contiguous` and `cast` returned."""
         return chunk if chunk.is_contiguous() else self._into(2, chunk, chunk.dtype)
 
-    def _into(self, room: int, chunk: Tensor, dtype: torch.dtype) -> Tensor:
-        key = (room, chunk.shape, dtype)
+    def _into(self, buffer: int, chunk: Tensor, dtype: torch.dtype) -> Tensor:
+        key = (buffer, chunk.shape, dtype)
         view = self._views.get(key)
         if view is None:
-            bytes_ = self._rooms[room][: chunk.numel() * dtype.itemsize]
+            bytes_ = self._buffers[buffer][: chunk.numel() * dtype.itemsize]
             view = self._views[key] = bytes_.view(dtype).view(chunk.shape)
         return view.copy_(chunk)
 
 
-def copy(to: Tensor, read: Tensor, scratch: Scratch, done: Done = ignore) -> None:
-    """Copy and cast a chunk at a time; `done` is told how many bytes of `to` are written so far."""
-    if _plain(to, read):
-        place, given, size = to.data_ptr(), read.data_ptr(), to.nbytes
-        for start, count in _spans(size):
-            _libc.memcpy(place + start, given + start, count)
-            done(start + count)
+def copy(target: Tensor, source: Tensor, chunk_buffers: ChunkBuffers, progress: Progress = no_progress) -> None:
+    """Copy and cast a chunk at a time; `progress` gets the number of bytes of `target` written so far."""
+    if _plain(target, source):
+        to, origin = target.data_ptr(), source.data_ptr()
+        for start, count in _spans(target.nbytes):
+            _libc.memcpy(to + start, origin + start, count)
+            progress(start + count)
         return
     written = 0
-    for one, other in chunks(to, read):
-        one.copy_(other if one.dtype == other.dtype else scratch.gathered(other))
-        written += one.nbytes
-        done(written)
+    for target_chunk, source_chunk in chunk_views(target, source):
+        same_dtype = target_chunk.dtype == source_chunk.dtype
+        target_chunk.copy_(source_chunk if same_dtype else chunk_buffers.contiguous(source_chunk))
+        written += target_chunk.nbytes
+        progress(written)
 
 
-def copy_proven(to: Tensor, again: Tensor, read: Tensor, scratch: Scratch, done: Done = ignore) -> bool:
-    """Copy and cast as `copy` does; False where `again` does not hold what was written, to the last bit."""
+def copy_verified(
+    target: Tensor, readback: Tensor, source: Tensor, chunk_buffers: ChunkBuffers, progress: Progress = no_progress
+) -> bool:
+    """Copy and cast as `copy` does; False where `readback` does not hold what was written, to the last bit."""
     same, written = True, 0
-    if _plain(to, again, read):
-        place, look, given, size = to.data_ptr(), again.data_ptr(), read.data_ptr(), to.nbytes
-        for start, count in _spans(size):
-            _libc.memcpy(place + start, given + start, count)
-            same = _libc.memcmp(look + start, given + start, count) == 0 and same
-            done(start + count)
+    if _plain(target, readback, source):
+        to, back, origin = target.data_ptr(), readback.data_ptr(), source.data_ptr()
+        for start, count in _spans(target.nbytes):
+            _libc.memcpy(to + start, origin + start, count)
+            same = _libc.memcmp(back + start, origin + start, count) == 0 and same
+            progress(start + count)
         return same
-    for one, back, other in chunks(to, again, read):
-        cast = scratch.cast(other, one.dtype)
-        one.copy_(cast)
-        same = _libc.memcmp(scratch.held(back).data_ptr(), cast.data_ptr(), cast.nbytes) == 0 and same
-        written += one.nbytes
-        done(written)
+    for target_chunk, readback_chunk, source_chunk in chunk_views(target, readback, source):
+        cast = chunk_buffers.cast(source_chunk, target_chunk.dtype)
+        target_chunk.copy_(cast)
+        read_again = chunk_buffers.readback(readback_chunk)
+        same = _libc.memcmp(read_again.data_ptr(), cast.data_ptr(), cast.nbytes) == 0 and same
+        written += target_chunk.nbytes
+        progress(written)
     return same
 
 
-def copy_seen(to: Tensor, again: Tensor, read: Tensor, scratch: Scratch, see: Callable[[memoryview], None]) -> None:
-    """Copy and cast as `copy` does; `see` is given the bytes that `again` then holds, in order, a chunk at a time."""
-    if _plain(to, again, read):
-        place, given, held = to.data_ptr(), read.data_ptr(), bytes_of(again)
-        for start, count in _spans(len(held)):
-            _libc.memcpy(place + start, given + start, count)
-            see(held[start : start + count])
+def copy_and_read_back(
+    target: Tensor,
+    readback: Tensor,
+    source: Tensor,
+    chunk_buffers: ChunkBuffers,
+    read: Callable[[memoryview], None],
+) -> None:
+    """Copy and cast as `copy` does; `read` gets the bytes that `readback` then holds, in order, a chunk at a time."""
+    if _plain(target, readback, source):
+        to, origin, stored = target.data_ptr(), source.data_ptr(), bytes_of(readback)
+        for start, count in _spans(len(stored)):
+            _libc.memcpy(to + start, origin + start, count)
+            read(stored[start : start + count])
         return
-    if not on_cpu((to, again, read)):
-        copy(to, read, scratch)
-        see(bytes_of(again.contiguous().cpu()))
+    if not on_cpu((target, readback, source)):
+        copy(target, source, chunk_buffers)
+        read(bytes_of(readback.contiguous().cpu()))
         return
-    for one, back, other in chunks(to, again, read):
-        one.copy_(scratch.cast(other, one.dtype))
-        see(bytes_of(scratch.held(back)))
+    for target_chunk, readback_chunk, source_chunk in chunk_views(target, readback, source):
+        target_chunk.copy_(chunk_buffers.cast(source_chunk, target_chunk.dtype))
+        read(bytes_of(chunk_buffers.readback(readback_chunk)))
 
 
 def bytes_of(tensor: Tensor) -> memoryview:
@@ -114,20 +124,20 @@ def bytes_of(tensor: Tensor) -> memoryview:
 
 
 def _spans(size: int) -> Iterator[tuple[int, int]]:
-    """Where each chunk of so many bytes in a row begins, and its bytes."""
+    """Start and number of bytes of each chunk of `size` contiguous bytes."""
     for start in range(0, size, CHUNK_BYTES):
         yield start, min(CHUNK_BYTES, size - start)
 
 
 def _plain(first: Tensor, *others: Tensor) -> bool:
-    """Bytes in a row on the CPU: the C library copies them. To cut and copy a chunk takes torch some 8 us more."""
+    """Contiguous on the CPU and of one dtype: the C library copies them; torch takes some 8 us more for each chunk."""
     return all(
         tensor.is_contiguous() and tensor.dtype == first.dtype and tensor.device.type == "cpu"
         for tensor in (first, *others)
     )
 
 
-def chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+def chunk_views(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Tensors of one shape as views of at most 128 KiB of the widest, in row-major order; whole on CUDA."""
     first = tensors[0]
     most = CHUNK_BYTES // max(tensor.element_size() for tensor in tensors)
@@ -137,7 +147,7 @@ def chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
         yield from zip(*(tensor.view(-1).split(most) for tensor in tensors), strict=True)
     elif first.numel() // first.shape[0] > most:
         for rows in zip(*tensors, strict=True):
-            yield from chunks(*rows)
+            yield from chunk_views(*rows)
     else:
         count = most // (first.numel() // first.shape[0])
         yield from zip(*(tensor.split(count) for tensor in tensors), strict=True)

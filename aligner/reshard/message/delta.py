@@ -1,6 +1,6 @@
-"""Deltas: what changed since the last transfer, in fewer bytes than everything; exact.
+"""Deltas: the elements that changed since the last transfer, in fewer bytes than all of them; exact.
 
-A delta is a line of bytes: four 64-bit numbers (form, elements, bytes of an element, changed elements), then sections,
+A delta is a sequence of bytes: four 64-bit numbers (form, elements, bytes of an element, changed elements), then sections,
 each padded to whole words:
 
     MASK      a bit per element (element i at bit i % 8 of byte i // 8), the changed elements
@@ -23,7 +23,7 @@ _GATHER_BITS = 0x0102040810204080  # times eight bytes of 0 or 1: their bits, fi
 
 def size(form: int, elements: int, changed: int, itemsize: int) -> int:
     """Bytes of a delta of this form."""
-    return _HEADER_BYTES + sum(_whole(length) for length in _sections(form, elements, changed, itemsize))
+    return _HEADER_BYTES + sum(_whole_words(length) for length in _sections(form, elements, changed, itemsize))
 
 
 def encode(now: Tensor, before: Tensor) -> Tensor | None:
@@ -41,22 +41,22 @@ def encode(now: Tensor, before: Tensor) -> Tensor | None:
         return None
     data = torch.zeros(length, dtype=torch.uint8, device=now.device)
     data[:_HEADER_BYTES].view(torch.int64).copy_(torch.tensor([form, elements, itemsize, changed]))
-    parts = _parts(data, form, elements, changed, now.dtype)
+    sections = _section_views(data, form, elements, changed, now.dtype)
     if form == MASK:
-        parts[0].copy_(differ.view(torch.int64) * _GATHER_BITS >> 56)
-        _select(now, differ, parts[1])
+        sections[0].copy_(differ.view(torch.int64) * _GATHER_BITS >> 56)
+        _select(now, differ, sections[1])
     else:
         place = differ.nonzero().view(-1)
-        parts[0].copy_(torch.bincount(place >> 16, minlength=len(parts[0])))
-        parts[1].copy_(place)  # its lowest 16 bits
-        torch.index_select(now, 0, place, out=parts[2])
+        sections[0].copy_(torch.bincount(place >> 16, minlength=len(sections[0])))
+        sections[1].copy_(place)  # its lowest 16 bits
+        torch.index_select(now, 0, place, out=sections[2])
     return data
 
 
-def decode(data: Tensor, onto: Tensor) -> int:
-    """Turn the last transfer's elements into those that were encoded, in place; how many changed.
+def apply(data: Tensor, onto: Tensor) -> int:
+    """Turn the last transfer's elements into those that were encoded, in place. Returns how many changed.
 
-    `data` may be longer than the delta, as a buffer is. RuntimeError where it is no delta of such elements.
+    `data` may be longer than the delta, as a buffer is. RuntimeError where it is not a delta of such elements.
     """
     form, elements, itemsize, changed = data[:_HEADER_BYTES].view(torch.int64).tolist()
     if (
@@ -69,21 +69,21 @@ def decode(data: Tensor, onto: Tensor) -> int:
             f"reshard: not a delta of {onto.numel()} elements of {onto.element_size()} bytes: its header says form "
             f"{form}, {elements} elements of {itemsize} bytes, {changed} of them changed, in {data.numel()} bytes"
         )
-    parts = _parts(data, form, elements, changed, onto.dtype)
+    sections = _section_views(data, form, elements, changed, onto.dtype)
     if form == MASK:
         spread = _spread_bits(onto.device)
-        differ = torch.index_select(spread, 0, parts[0].to(torch.int32)).view(torch.bool)[:elements]
-        onto.masked_scatter_(differ, parts[1])
+        differ = torch.index_select(spread, 0, sections[0].to(torch.int32)).view(torch.bool)[:elements]
+        onto.masked_scatter_(differ, sections[1])
     else:
-        blocks = torch.arange(len(parts[0]), device=onto.device) * _BLOCK
-        place = torch.repeat_interleave(blocks, parts[0].to(torch.int64), output_size=changed)
-        onto.index_copy_(0, place + (parts[1].to(torch.int64) & (_BLOCK - 1)), parts[2])
+        blocks = torch.arange(len(sections[0]), device=onto.device) * _BLOCK
+        place = torch.repeat_interleave(blocks, sections[0].to(torch.int64), output_size=changed)
+        onto.index_copy_(0, place + (sections[1].to(torch.int64) & (_BLOCK - 1)), sections[2])
     return changed
 
 
 def _differing(now: Tensor, before: Tensor) -> Tensor:
     """Which elements differ: bool, padded with False to a multiple of eight."""
-    differ = torch.zeros(_whole(now.numel()), dtype=torch.bool, device=now.device)
+    differ = torch.zeros(_whole_words(now.numel()), dtype=torch.bool, device=now.device)
     torch.ne(now, before, out=differ[: now.numel()])
     return differ
 
@@ -113,15 +113,15 @@ def _sections(form: int, elements: int, changed: int, itemsize: int) -> Sequence
     return -(-elements // _BLOCK) * 4, changed * 2, changed * itemsize
 
 
-def _parts(data: Tensor, form: int, elements: int, changed: int, dtype: torch.dtype) -> list[Tensor]:
+def _section_views(data: Tensor, form: int, elements: int, changed: int, dtype: torch.dtype) -> list[Tensor]:
     """Views of a delta's sections."""
     dtypes = {MASK: (torch.uint8, dtype), OFFSETS: (torch.int32, torch.int16, dtype)}[form]
-    found, start = [], _HEADER_BYTES
-    for length, kind in zip(_sections(form, elements, changed, dtype.itemsize), dtypes, strict=True):
-        found.append(data[start : start + length].view(kind))
-        start += _whole(length)
-    return found
+    sections, start = [], _HEADER_BYTES
+    for length, section_dtype in zip(_sections(form, elements, changed, dtype.itemsize), dtypes, strict=True):
+        sections.append(data[start : start + length].view(section_dtype))
+        start += _whole_words(length)
+    return sections
 
 
-def _whole(length: int) -> int:
+def _whole_words(length: int) -> int:
     return -(-length // 8) * 8

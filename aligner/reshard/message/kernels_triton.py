@@ -2,7 +2,7 @@
 
 A launch handles all items of a bucket that share their two dtypes. A bucket may hold a thousand biases, and a launch
 for each would cost more than their bytes; so the host writes a table of segments, the parts of items that lie in one
-row of 16 KiB, and one program takes one segment. A sum is linear in its bytes: segments add what they find to their
+row of 16 KiB, and one program takes one segment. A sum is linear in its bytes: segments add theirs to their
 row's sum atomically, and since integers wrap, the order does not matter.
 """
 
@@ -51,9 +51,9 @@ class Kernels:
 
     def differs(self, views: Sequence[Tensor], payload: Tensor, bounds: Sequence[int]) -> Tensor:
         """Which views (items,) int32 do not hold the payload's bits; nothing waits for the device."""
-        found = torch.zeros(len(views), dtype=torch.int32, device=payload.device)
-        self._run(_COMPARE, views, [view.dtype for view in views], payload, bounds, found)
-        return found
+        differs = torch.zeros(len(views), dtype=torch.int32, device=payload.device)
+        self._run(_COMPARE, views, [view.dtype for view in views], payload, bounds, differs)
+        return differs
 
     def rows(self, payload: Tensor) -> Tensor:
         """The sums (rows,) int64 of whole rows."""
@@ -64,12 +64,12 @@ class Kernels:
 
     def _run(
         self,
-        what: int,
+        operation: int,
         views: Sequence[Tensor],
         dtypes: Sequence[torch.dtype],
         payload: Tensor,
         bounds: Sequence[int],
-        found: Tensor,
+        result: Tensor,
     ) -> None:
         order = sorted(range(len(views)), key=lambda n: (_KIND[views[n].dtype], _KIND[dtypes[n]]))
         for (held, packed), numbers in groupby(order, key=lambda n: (views[n].dtype, dtypes[n])):
@@ -84,9 +84,9 @@ class Kernels:
                 table = torch.tensor(blocks, dtype=torch.int64)
                 segments = _segments(table, ROW_WORDS * 8 // packed.itemsize)
                 _move[(len(segments),)](
-                    table.to(payload.device), segments.to(payload.device), payload.view(_BITS[packed.itemsize]), found,
+                    table.to(payload.device), segments.to(payload.device), payload.view(_BITS[packed.itemsize]), result,
                     self._byte, self._cell,
-                    WHAT=what, HELD=_KIND[held], PACKED=_KIND[packed], FIELDS=table.shape[1], TILE=_TILE,
+                    OPERATION=operation, HELD=_KIND[held], PACKED=_KIND[packed], FIELDS=table.shape[1], TILE=_TILE,
                 )  # fmt: skip
 
 
@@ -157,10 +157,10 @@ def _cast(bits: tl.tensor, HELD: tl.constexpr, PACKED: tl.constexpr) -> tl.tenso
 
 @triton.jit
 def _move(
-    table: tl.tensor, segments: tl.tensor, payload: tl.tensor, found: tl.tensor, byte_weight: tl.tensor, cell_weight: tl.tensor,
-    WHAT: tl.constexpr, HELD: tl.constexpr, PACKED: tl.constexpr, FIELDS: tl.constexpr, TILE: tl.constexpr,
+    table: tl.tensor, segments: tl.tensor, payload: tl.tensor, result: tl.tensor, byte_weight: tl.tensor, cell_weight: tl.tensor,
+    OPERATION: tl.constexpr, HELD: tl.constexpr, PACKED: tl.constexpr, FIELDS: tl.constexpr, TILE: tl.constexpr,
 ) -> None:  # fmt: skip
-    """One segment: WHAT is 0 to pack and sum, 1 to unpack, 2 to compare."""
+    """One segment: OPERATION is 0 to pack and sum, 1 to unpack, 2 to compare."""
     segment = segments + tl.program_id(0).to(tl.int64) * 2
     entry, row = table + tl.load(segment) * FIELDS, tl.load(segment + 1)
     number, address = tl.load(entry), tl.load(entry + 1)
@@ -181,20 +181,20 @@ def _move(
         outer = element // size2
         at = storage + (outer // size1 * stride0 + outer % size1 * stride1 + element % size2 * stride2)
         packed = payload + there
-        if WHAT == 0:
+        if OPERATION == 0:
             bits = _cast(tl.load(at, mask=real, other=0), HELD, PACKED)
             tl.store(packed, bits.to(payload.dtype.element_ty), mask=inside)
             place = (there * BYTES % _ROW_BYTES).to(tl.int32)
             total += _weighted(tl.where(inside, bits, 0), place, byte_weight, cell_weight, BYTES)
-        if WHAT == 1:
+        if OPERATION == 1:
             tl.store(at, tl.load(packed, mask=real, other=0), mask=real)
-        if WHAT == 2:
+        if OPERATION == 2:
             held, sent = tl.load(at, mask=real, other=0), tl.load(packed, mask=real, other=0)
             total += (held != sent).to(tl.int64)
-    if WHAT == 0:
-        tl.atomic_add(found + row, tl.sum(total))
-    if WHAT == 2:
-        tl.atomic_max(found + number, (tl.sum(total) > 0).to(tl.int32))
+    if OPERATION == 0:
+        tl.atomic_add(result + row, tl.sum(total))
+    if OPERATION == 2:
+        tl.atomic_max(result + number, (tl.sum(total) > 0).to(tl.int32))
 
 
 @triton.jit

@@ -15,7 +15,7 @@ _ALIGN_WORDS = 8  # what is behind the header starts on a cache line
 
 @dataclass(frozen=True)
 class MessageLayout:
-    """Small items first, one after the other, each padded to whole 64-bit words; then room for each large one."""
+    """Small items first, one after the other, each padded to whole 64-bit words; then a place for each large one."""
 
     items: tuple[Item, ...]
     small: int
@@ -54,7 +54,7 @@ class MessageLayout:
         """Number of checksums."""
         return self.rows + len(self.large)
 
-    def touched(self, rows: Sequence[int], row_words: int) -> list[int]:
+    def covered_items(self, rows: Sequence[int], row_words: int) -> list[int]:
         """Numbers of the items that these checksums cover, wholly or in part."""
         covered = [number - self.rows + self.small for number in rows if number >= self.rows]
         for number in range(self.small):

@@ -19,9 +19,9 @@ View = Callable[[Piece], Tensor]
 
 def differing_pairs(pairs: Sequence[tuple[Tensor, Tensor]]) -> list[int]:
     """Which of the pairs (held, expected) differ in any bit, once `expected` is cast to the dtype of what is held."""
-    # One look at all: each would wait for the device.
-    found = [_bits(held) != _bits(expected.to(held.device, held.dtype)) for held, expected in pairs]
-    return torch.stack([differ.any() for differ in found]).nonzero().view(-1).tolist() if found else []
+    # One read for all: each read waits for the device.
+    differing = [_bits(held) != _bits(expected.to(held.device, held.dtype)) for held, expected in pairs]
+    return torch.stack([bits.any() for bits in differing]).nonzero().view(-1).tolist() if differing else []
 
 
 def _bits(tensor: Tensor) -> Tensor:
@@ -30,17 +30,17 @@ def _bits(tensor: Tensor) -> Tensor:
 
 def views_of(view: View, items: Sequence[Item], from_source: bool = False) -> list[Tensor]:
     """The destination pieces of these items, or their source pieces, each of shape `item.size`."""
-    found = [view(item.source if from_source else item.destination) for item in items]
-    for item, tensor in zip(items, found, strict=True):
+    views = [view(item.source if from_source else item.destination) for item in items]
+    for item, tensor in zip(items, views, strict=True):
         assert tensor.shape == item.size, f"{item}: got a view of shape {tuple(tensor.shape)}"
-    return found
+    return views
 
 
-def mismatch(items: Sequence[Item], wrong: Sequence[int], by: int, to: int, what: str) -> RuntimeError:
-    """The error that names the first of the `wrong` items, sent by rank `by` to rank `to`; `what` may name both storages."""
+def mismatch(items: Sequence[Item], wrong: Sequence[int], sender: int, receiver: int, reason: str) -> RuntimeError:
+    """The error that names the first of the `wrong` items, sent by rank `sender` to rank `receiver`; `reason` may name both storages."""
     item = items[wrong[0]]
-    told = what.format(source=item.source.storage, destination=item.destination.storage)
+    reason = reason.format(source=item.source.storage, destination=item.destination.storage)
     return RuntimeError(
-        f"reshard: checksum mismatch in {item} from rank {by} to rank {to}: {told} "
+        f"reshard: checksum mismatch in {item} from rank {sender} to rank {receiver}: {reason} "
         f"({len(wrong)} of {len(items)} regions in this bucket differ)"
     )

@@ -74,15 +74,15 @@ def _check_marks(pieces: Sequence[Piece], device: torch.device | None) -> None:
         view.fill_(True)
         if not hit and int(marks.count_nonzero()) == before + piece.elements:
             continue
-        other = next((one for one in pieces[:number] if hit and _share(one, piece, marks, start)), piece)
+        other = next((former for former in pieces[:number] if hit and _share(former, piece, marks, start)), piece)
         raise ValueError(
             f"reshard: {piece.storage} holds {other.name}{other.box} and {piece.name}{piece.box} in the same elements"
         )
 
 
-def _share(one: Piece, other: Piece, marks: Tensor, start: int) -> bool:
+def _share(former: Piece, other: Piece, marks: Tensor, start: int) -> bool:
     marks.zero_()
-    marks.as_strided(one.size, one.stride, one.offset - start).fill_(True)
+    marks.as_strided(former.size, former.stride, former.offset - start).fill_(True)
     return bool(marks.as_strided(other.size, other.stride, other.offset - start).any())
 
 

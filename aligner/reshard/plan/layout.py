@@ -80,12 +80,12 @@ def _index(layouts: Mapping[int, Layout]) -> dict[str, list[tuple[Piece, tuple[i
     sharers: dict[int, list[int]] = {}
     for rank, layout in layouts.items():
         sharers.setdefault(id(layout), []).append(rank)
-    found: dict[str, dict[Piece, set[int]]] = {}
+    holders: dict[str, dict[Piece, set[int]]] = {}
     for ranks in sharers.values():
         for piece in layouts[ranks[0]]:
-            found.setdefault(piece.name, {}).setdefault(piece, set()).update(ranks)
+            holders.setdefault(piece.name, {}).setdefault(piece, set()).update(ranks)
     tuples: dict[frozenset[int], tuple[int, ...]] = {}
     return {
         name: [(piece, tuples.setdefault(frozenset(ranks), tuple(sorted(ranks)))) for piece, ranks in pieces.items()]
-        for name, pieces in found.items()
+        for name, pieces in holders.items()
     }

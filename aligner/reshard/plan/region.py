@@ -83,9 +83,11 @@ class Piece:
         if lo == self.lo and size == self.size:
             return self
         offset = self.offset
-        for mine, extent, low, want, step in zip(self.lo, self.size, lo, size, self.stride, strict=True):
-            assert mine <= low and low + want <= mine + extent, f"{self.name}: {Box(lo, size)} is not in {self.box}"
-            offset += (low - mine) * step
+        for own_lo, own_extent, low, extent, step in zip(self.lo, self.size, lo, size, self.stride, strict=True):
+            assert own_lo <= low and low + extent <= own_lo + own_extent, (
+                f"{self.name}: {Box(lo, size)} is not in {self.box}"
+            )
+            offset += (low - own_lo) * step
         return Piece(self.name, lo, size, self.storage, offset, self.stride, self.dtype)
 
 

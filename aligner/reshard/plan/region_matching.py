@@ -11,22 +11,23 @@ from aligner.reshard.plan.region import Box, intersect, subtract
 Ranks = tuple[int, ...]
 
 
-class Held(NamedTuple):
-    """A box that some ranks hold in one form; `entry` is its number in the source's `holders`."""
+class HeldBox(NamedTuple):
+    """A box that some ranks hold in one form; `entry` is its index in the source's `holders`."""
 
     box: Box
     ranks: Ranks
     entry: int
 
 
-class Wanted(NamedTuple):
-    """A box that some ranks want in one data type; `entries` gives every rank the form in which it wants it."""
+class WantedBox(NamedTuple):
+    """A box that some ranks want in one data type."""
 
     box: Box
     dtype: str
     copy: int
     """Counts where one rank wants the same box several times."""
     entries: dict[int, int]
+    """Rank -> index in the destination's `holders` of the form in which it wants the box."""
 
 
 @dataclass(frozen=True)
@@ -37,66 +38,69 @@ class Flow:
     dtype: str
     copy: int
     holders: Ranks
-    """Every rank that could send the region; where it is `kept`, meaningless."""
-    forms: tuple[Held, ...]
+    """Every rank that could send the region; meaningless where it is `local`."""
+    held_boxes: tuple[HeldBox, ...]
     """The boxes that contain the region."""
-    wanters: Ranks
+    receivers: Ranks
+    """The ranks that want it."""
     entries: dict[int, int]
-    kept: bool
-    """The wanters hold the region themselves."""
+    """Of `WantedBox`, for the receivers."""
+    local: bool
+    """The receivers hold the region themselves."""
 
-    def form(self, rank: int) -> int:
+    def source_entry(self, rank: int) -> int:
         """The source's entry in which `rank` holds the region, the first one for a rank that does not."""
-        return next((held.entry for held in self.forms if rank in held.ranks), self.forms[0].entry)
+        return next((held.entry for held in self.held_boxes if rank in held.ranks), self.held_boxes[0].entry)
 
 
-class Missing(NamedTuple):
-    """A region that nobody holds and a rank that wants it."""
+class MissingRegion(NamedTuple):
+    """A region that nobody holds, and a rank that wants it."""
 
     region: Box
     rank: int
     entry: int
 
 
-def wanted(entries: Sequence[tuple[Box, str, Ranks]], boxes: Container[Box]) -> list[Wanted]:
+def wanted_boxes(entries: Sequence[tuple[Box, str, Ranks]], boxes: Container[Box]) -> list[WantedBox]:
     """The distinct (box, dtype) of a tensor with the ranks that want them, for these boxes; equal on every rank."""
-    found: dict[tuple[Box, str], list[int]] = {}
+    numbers: dict[tuple[Box, str], list[int]] = {}
     for entry, (box, dtype, _) in enumerate(entries):
         if box in boxes:
-            found.setdefault((box, dtype), []).append(entry)
-    classes = []
-    for (box, dtype), numbers in sorted(found.items()):
+            numbers.setdefault((box, dtype), []).append(entry)
+    wanted: list[WantedBox] = []
+    for (box, dtype), same in sorted(numbers.items()):
         copies: list[dict[int, int]] = []
-        for entry in numbers:
+        for entry in same:
             for rank in entries[entry][2]:
-                place = next((copy for copy in copies if rank not in copy), None)
-                if place is None:
-                    place = {}
-                    copies.append(place)
-                place[rank] = entry
-        classes += [Wanted(box, dtype, copy, forms) for copy, forms in enumerate(copies)]
-    return classes
+                of_rank = next((copy for copy in copies if rank not in copy), None)
+                if of_rank is None:
+                    of_rank = {}
+                    copies.append(of_rank)
+                of_rank[rank] = entry
+        wanted += [WantedBox(box, dtype, number, of_rank) for number, of_rank in enumerate(copies)]
+    return wanted
 
 
-def flows(want: Wanted, held: Sequence[Held]) -> Iterator[Flow | Missing]:
-    """`want` as regions, each with all ranks that want just it and do not hold it.
+def flows(wanted: WantedBox, held: Sequence[HeldBox]) -> Iterator[Flow | MissingRegion]:
+    """`wanted` as regions, each with all ranks that want just it and do not hold it.
 
-    For ranks that hold the same boxes they are disjoint and make up the box; what ranks hold comes from themselves.
+    For ranks that hold the same boxes the regions are disjoint and make up the box; what a rank holds it copies locally.
     """
-    near = [one for one in held if intersect(one.box, want.box)]
-    wanters: dict[tuple[Box, bool], list[int]] = {}
-    for ranks, own in _alike(want, near):
-        boxes = sorted({one.box for one in near}, key=lambda box: (box not in own, box))
-        for region, box in _cover(want.box, boxes, own):
+    overlapping = [candidate for candidate in held if intersect(candidate.box, wanted.box)]
+    receivers: dict[tuple[Box, bool], list[int]] = {}
+    for ranks, own in _ranks_by_own_boxes(wanted, overlapping):
+        boxes = sorted({candidate.box for candidate in overlapping}, key=lambda box: (box not in own, box))
+        for region, box in _cover(wanted.box, boxes, own):
             if box is None:
-                yield Missing(region, ranks[0], want.entries[ranks[0]])
+                yield MissingRegion(region, ranks[0], wanted.entries[ranks[0]])
             else:
-                wanters.setdefault((region, box in own), []).extend(ranks)
-    for (region, kept), found in wanters.items():
-        forms = tuple(one for one in near if contains(one.box, region))
-        entries = want.entries if len(found) == len(want.entries) else {rank: want.entries[rank] for rank in found}
-        holders = union(one.ranks for one in forms)
-        yield Flow(region, want.dtype, want.copy, holders, forms, tuple(sorted(found)), entries, kept)
+                receivers.setdefault((region, box in own), []).extend(ranks)
+    for (region, local), members in receivers.items():
+        containing = tuple(candidate for candidate in overlapping if contains(candidate.box, region))
+        everyone = len(members) == len(wanted.entries)
+        entries = wanted.entries if everyone else {rank: wanted.entries[rank] for rank in members}
+        holders = union(candidate.ranks for candidate in containing)
+        yield Flow(region, wanted.dtype, wanted.copy, holders, containing, tuple(sorted(members)), entries, local)
 
 
 def union(sets: Iterable[Ranks]) -> Ranks:
@@ -112,23 +116,23 @@ def contains(box: Box, part: Box) -> bool:
     )
 
 
-def _alike(want: Wanted, near: Sequence[Held]) -> list[tuple[Ranks, set[Box]]]:
-    """The wanting ranks by the set of near boxes that they hold themselves."""
-    own: dict[int, set[Box]] = {rank: set() for rank in want.entries}
-    for one in near:
-        for rank in own.keys() & set(one.ranks):
-            own[rank].add(one.box)
-    alike: dict[frozenset[Box], list[int]] = {}
-    for rank in sorted(own):
-        alike.setdefault(frozenset(own[rank]), []).append(rank)
-    return [(tuple(ranks), set(boxes)) for boxes, ranks in alike.items()]
+def _ranks_by_own_boxes(wanted: WantedBox, overlapping: Sequence[HeldBox]) -> list[tuple[Ranks, set[Box]]]:
+    """The ranks that want a box, by the set of overlapping boxes that they hold themselves."""
+    own_boxes: dict[int, set[Box]] = {rank: set() for rank in wanted.entries}
+    for held_box in overlapping:
+        for rank in own_boxes.keys() & set(held_box.ranks):
+            own_boxes[rank].add(held_box.box)
+    ranks_by_boxes: dict[frozenset[Box], list[int]] = {}
+    for rank in sorted(own_boxes):
+        ranks_by_boxes.setdefault(frozenset(own_boxes[rank]), []).append(rank)
+    return [(tuple(ranks), set(boxes)) for boxes, ranks in ranks_by_boxes.items()]
 
 
-def _cover(whole: Box, boxes: Sequence[Box], own: set[Box]) -> Iterator[tuple[Box, Box | None]]:
-    """Disjoint regions of `whole`, each with the box it is taken from: own ones first, then the largest overlap."""
-    left = [whole] if whole.elements else []
-    while left:
-        part = left.pop()
+def _cover(target: Box, boxes: Sequence[Box], own: set[Box]) -> Iterator[tuple[Box, Box | None]]:
+    """Disjoint regions of `target`, each with the box it is taken from: own ones first, then the largest overlap."""
+    remaining = [target] if target.elements else []
+    while remaining:
+        part = remaining.pop()
         best: tuple[bool, int] = (False, 0)
         region, source = part, None
         for box in boxes:
@@ -138,4 +142,4 @@ def _cover(whole: Box, boxes: Sequence[Box], own: set[Box]) -> Iterator[tuple[Bo
                 region, source = common, box
         yield region, source
         if source is not None:
-            left += subtract(part, region)
+            remaining += subtract(part, region)

@@ -10,10 +10,10 @@ from itertools import groupby
 from math import lcm
 from typing import NamedTuple
 
-from aligner.reshard.plan.transfer_plan import Item, Plan, Stream, StreamKey
+from aligner.reshard.plan.transfer_plan import Item, Stream, StreamKey, TransferPlan
 
 STAGED = 4
-"""Bound on the messages a rank holds at once: one that is sent and one that comes in, of this step and of the next."""
+"""Bound on the messages a rank holds at once: one sent and one received, of this step and of the next."""
 
 _SMALL = 64 << 10
 """Bytes below which a message is not cut only to spread the load: its start would cost more than its bytes."""
@@ -36,15 +36,15 @@ class Label(NamedTuple):
     stream: StreamKey | tuple[()]
     """Of a relayed message."""
     tick: int
-    by: int
+    sender: int
 
 
 class Message(NamedTuple):
-    """One bucket, sent from rank `by` to rank `to`."""
+    """One bucket, sent from rank `sender` to rank `receiver`."""
 
     label: Label
-    by: int
-    to: int
+    sender: int
+    receiver: int
     key: StreamKey
     bucket: int
     """Number of the bucket within the stream."""
@@ -57,8 +57,8 @@ class Message(NamedTuple):
         return self.key, self.bucket
 
 
-class Step(NamedTuple):
-    """What a rank sends and receives at the same time."""
+class ScheduleStep(NamedTuple):
+    """The messages that a rank sends and receives at the same time."""
 
     send: Message | None
     receive: Message | None
@@ -66,11 +66,13 @@ class Step(NamedTuple):
 
 @dataclass(frozen=True)
 class Schedule:
-    """One rank's messages in order, and what they hold."""
+    """One rank's messages in order, and their items."""
 
-    steps: tuple[Step, ...]
+    steps: tuple[ScheduleStep, ...]
     buckets: dict[StreamKey, list[tuple[Item, ...]]]
+    """The items of each bucket of a stream."""
     local: tuple[tuple[Item, ...], ...]
+    """Items to copy within the rank, in portions that are spread over the steps."""
 
     def items(self, message: Message) -> tuple[Item, ...]:
         """What the message holds, in order."""
@@ -78,7 +80,7 @@ class Schedule:
 
     @cached_property
     def sent_bytes(self) -> int:
-        """Bytes this rank sends, relays included; over all ranks as many as their minimum."""
+        """Bytes this rank sends, relays included; summed over all ranks, the sum of their `minimum_bytes`."""
         return self._bytes(step.send for step in self.steps)
 
     @cached_property
@@ -92,23 +94,16 @@ class Schedule:
         return self._bytes(step.receive for step in self.steps)
 
     def _bytes(self, messages: Iterable[Message | None]) -> int:
-        sizes = {key: [sum(item.bytes for item in items) for items in cut] for key, cut in self.buckets.items()}
+        sizes = {key: [sum(item.bytes for item in items) for items in buckets] for key, buckets in self.buckets.items()}
         return sum(sizes[message.key][message.bucket] for message in messages if message)
 
 
-def packed_by(message: Message) -> int:
+def origin_rank(message: Message) -> int:
     """The rank that packed a message, which relays do not change."""
-    return deal(*message.content)[0][0] if message.relay else message.by
+    return first_hops(*message.content)[0][0] if message.relay else message.sender
 
 
-def schedule_of(plan: Plan, staging_bytes: int) -> Schedule:
-    """`make_schedule`, cached on the plan."""
-    if staging_bytes not in plan.schedules:
-        plan.schedules[staging_bytes] = make_schedule(plan, staging_bytes)
-    return plan.schedules[staging_bytes]
-
-
-def make_schedule(plan: Plan, staging_bytes: int) -> Schedule:
+def make_schedule(plan: TransferPlan, staging_bytes: int) -> Schedule:
     """The steps of `plan.rank`, with messages so small that all it holds at once stays within `staging_bytes`.
 
     Every message has a label, and each rank works through its own messages in the order of the labels, at most one
@@ -116,64 +111,64 @@ def make_schedule(plan: Plan, staging_bytes: int) -> Schedule:
     of its ends with anything lower, so both reach it: there is always one that can go, and no ring of ranks waits.
     """
     limit = max(1, staging_bytes // STAGED)
-    buckets = {stream.key: cut(stream, limit) for stream in plan.streams}
-    place = {rank: number for number, rank in enumerate(plan.ranks)}
+    buckets = {stream.key: cut_into_buckets(stream, limit) for stream in plan.streams}
+    position = {rank: number for number, rank in enumerate(plan.ranks)}
     counts = {key: len(filled) for key, filled in buckets.items()}
-    found = list(_direct(plan.rank, {key: count for key, count in counts.items() if not key.relayed}, place))
+    messages = list(_direct(plan.rank, {key: count for key, count in counts.items() if not key.relayed}, position))
     for key, count in counts.items():
         if key.relayed:
-            found += _relayed(plan.rank, key, count, _distance(place, key.holders[0], key.wanters[0]))
-    found.sort()
+            messages += _relayed(plan.rank, key, count, _distance(position, key.holders[0], key.receivers[0]))
+    messages.sort()
     total = plan.local_bytes
-    count = max(1, _fewest(total, limit))
-    local = _filled(plan.local, [total * (number + 1) // count for number in range(count)], limit)
-    return Schedule(tuple(_steps(plan.rank, found)), buckets, tuple(local))
+    count = max(1, _min_buckets(total, limit))
+    local = _fill_buckets(plan.local, [total * (number + 1) // count for number in range(count)], limit)
+    return Schedule(tuple(_steps(plan.rank, messages)), buckets, tuple(local))
 
 
-def _distance(place: Mapping[int, int], by: int, to: int) -> int:
-    return (place[to] - place[by]) % len(place)
+def _distance(position: Mapping[int, int], sender: int, receiver: int) -> int:
+    return (position[receiver] - position[sender]) % len(position)
 
 
-def cut(stream: Stream, limit: int) -> list[tuple[Item, ...]]:
+def cut_into_buckets(stream: Stream, limit: int) -> list[tuple[Item, ...]]:
     """A stream's items, in order, in buckets of about equal size and at most `limit` bytes; equal at both ends.
 
-    There are as many as deal out evenly among holders and wanting ranks, unless they would become too small. Only a
+    Their number is a multiple of the number of holders and of receivers, unless they would become too small. Only a
     single element larger than `limit` makes a larger bucket.
     """
-    total, holders, wanters = stream.bytes, len(stream.key.holders), len(stream.key.wanters)
+    total, holders, receivers = stream.bytes, len(stream.key.holders), len(stream.key.receivers)
     small = max(1, min(limit // 2, _SMALL))
-    fewest = _fewest(total, limit)
+    fewest = _min_buckets(total, limit)
     count = max(fewest, total // small)
-    for unit in (lcm(holders, wanters) if stream.key.relayed else holders, max(holders, wanters)):
+    for unit in (lcm(holders, receivers) if stream.key.relayed else holders, max(holders, receivers)):
         even = -(-fewest // unit) * unit
         if total >= even * small:
             count = even
             break
-    return _filled(stream.items, [total * (number + 1) // count for number in range(count)], limit)
+    return _fill_buckets(stream.items, [total * (number + 1) // count for number in range(count)], limit)
 
 
-def _fewest(total: int, limit: int) -> int:
+def _min_buckets(total: int, limit: int) -> int:
     """Buckets into which so many bytes are cut at least."""
     return max(-(-total // limit), min(_OVERLAPPING, total // _WORTHWHILE))
 
 
-def _filled(items: Sequence[Item], ends: Sequence[int], limit: int) -> list[tuple[Item, ...]]:
+def _fill_buckets(items: Sequence[Item], ends: Sequence[int], limit: int) -> list[tuple[Item, ...]]:
     """Buckets that end at about the given positions in the stream of bytes, where slices of a tensor end."""
     filled: list[tuple[Item, ...]] = []
-    left = list(reversed(items))
+    remaining = list(reversed(items))
     done, sliver = 0, ends[-1] // len(ends) // 2
-    while left:
+    while remaining:
         end = ends[min(bisect_right(ends, done + sliver), len(ends) - 1)]
         room = min(limit, end - done)
         bucket: list[Item] = []
-        while left and room > 0:
-            item = left.pop()
+        while remaining and room > 0:
+            item = remaining.pop()
             if item.bytes > room:
-                if bucket and _slice_bytes(item) > room:
-                    left.append(item)
+                if bucket and _slab_bytes(item) > room:
+                    remaining.append(item)
                     break
                 item, *rest = _split(item, room)
-                left += reversed(rest)
+                remaining += reversed(rest)
             bucket.append(item)
             room -= item.bytes
             done += item.bytes
@@ -192,7 +187,7 @@ def _split(item: Item, room: int) -> list[Item]:
     return [*(_split(first, room) if first.bytes > room else [first]), rest]
 
 
-def _slice_bytes(item: Item) -> int:
+def _slab_bytes(item: Item) -> int:
     """Bytes of the thinnest slab that keeps the later dimensions whole."""
     return item.bytes // next((extent for extent in item.size if extent > 1), 1)
 
@@ -202,69 +197,75 @@ def _slab(item: Item, dim: int, start: int, count: int) -> Item:
     return item.crop(lo, (*item.size[:dim], count, *item.size[dim + 1 :]))
 
 
-def deal(key: StreamKey, bucket: int) -> list[tuple[int, int]]:
-    """Who sends a bucket, from its own storages, to whom.
+def first_hops(key: StreamKey, bucket: int) -> list[tuple[int, int]]:
+    """(sender, receiver) of each message of a bucket that a holder sends from its own storages.
 
-    In a stream that is relayed, one holder to one of those who want it, in turn. Else each holder in turn to the next of them.
+    In a stream that is relayed, one holder to one receiver, both round-robin. Else one to each receiver, the holders
+    round-robin.
     """
-    holders, wanters = key.holders, key.wanters
-    by = bucket + _turn(wanters[0], len(holders))
+    holders, receivers = key.holders, key.receivers
+    first = bucket + _offset(receivers[0], len(holders))
     if key.relayed:
-        return [(holders[by % len(holders)], wanters[(bucket + _turn(holders[0], len(wanters))) % len(wanters)])]
-    return [(holders[(by + number) % len(holders)], to) for number, to in enumerate(wanters)]
+        relay = receivers[(bucket + _offset(holders[0], len(receivers))) % len(receivers)]
+        return [(holders[first % len(holders)], relay)]
+    return [(holders[(first + number) % len(holders)], receiver) for number, receiver in enumerate(receivers)]
 
 
-def _direct(rank: int, counts: Mapping[StreamKey, int], place: Mapping[int, int]) -> Iterator[Message]:
+def _direct(rank: int, counts: Mapping[StreamKey, int], position: Mapping[int, int]) -> Iterator[Message]:
     """All buckets that go between two ranks, those of several streams in turn, one in each round."""
     pairs: dict[tuple[int, int], list[tuple[float, StreamKey, int]]] = {}
     for key, count in counts.items():
         for bucket in range(count):
-            for by, to in deal(key, bucket):
-                if rank in (by, to):
-                    pairs.setdefault((by, to), []).append(((bucket + 0.5) / count, key, bucket))
-    for (by, to), found in pairs.items():
-        for round_, (_, key, bucket) in enumerate(sorted(found)):
-            yield Message(Label(round_, _distance(place, by, to), False, (), 0, by), by, to, key, bucket, False)
+            for ends in first_hops(key, bucket):
+                if rank in ends:
+                    pairs.setdefault(ends, []).append(((bucket + 0.5) / count, key, bucket))
+    for (sender, receiver), buckets in pairs.items():
+        distance = _distance(position, sender, receiver)
+        for round_, (_, key, bucket) in enumerate(sorted(buckets)):
+            yield Message(Label(round_, distance, False, (), 0, sender), sender, receiver, key, bucket, False)
 
 
 def _relayed(rank: int, key: StreamKey, count: int, distance: int) -> Iterator[Message]:
-    """In a round each wanting rank gets one bucket from a holder and passes it on to all the others.
+    """In a round each receiver gets one bucket from a holder and relays it to all the others.
 
-    Rank i of them gets its bucket in tick i and exchanges with rank j, both ways, in tick i + j + 1. So the holder
-    feeds one rank after the other while those before are exchanging already, each rank is busy for as many ticks as
-    there are wanting ranks, from its own first tick on, and the next round or stream follows without a gap.
+    Receiver i gets its bucket in tick i and exchanges with receiver j, both ways, in tick i + j + 1. So the holder
+    feeds one receiver after the other while those before are exchanging already, each receiver is busy for as many
+    ticks as there are receivers, from its own first tick on, and the next round or stream follows without a gap.
     """
-    wanters, sends = key.wanters, rank in key.holders
-    mine = None if sends else wanters.index(rank)
+    receivers, sends = key.receivers, rank in key.holders
+    own = None if sends else receivers.index(rank)
     for bucket in range(count):
-        round_ = bucket // len(wanters)
-        ((holder, relay),) = deal(key, bucket)
-        first = wanters.index(relay)
+        round_ = bucket // len(receivers)
+        ((holder, relay),) = first_hops(key, bucket)
+        first = receivers.index(relay)
         if rank in (holder, relay):
             yield Message(Label(round_, distance, True, key, first, holder), holder, relay, key, bucket, False)
-        for other in range(len(wanters)) if rank == relay else () if mine is None else (mine,):
+        for other in range(len(receivers)) if rank == relay else () if own is None else (own,):
             if other != first:
                 label = Label(round_, distance, True, key, first + other + 1, relay)
-                yield Message(label, relay, wanters[other], key, bucket, True)
+                yield Message(label, relay, receivers[other], key, bucket, True)
 
 
-def _turn(first: int, count: int) -> int:
-    """Where to start dealing among `count`: differs for neighbours and for ranks that are a multiple apart."""
+def _offset(first: int, count: int) -> int:
+    """Where round-robin among `count` starts: differs for neighbours and for ranks that are a multiple apart."""
     return (first + first // count) % count
 
 
-def _steps(rank: int, messages: Sequence[Message]) -> Iterator[Step]:
-    """Neighbours in order, at most one each way; an exchange (one tick) stays together, a relay follows its receipt."""
-    step = Step(None, None)
-    for _, tick in groupby(messages, key=lambda message: message.label[:-1]):
-        both = list(tick)
-        send = next((message for message in both if message.by == rank), None)
-        receive = next((message for message in both if message.to == rank), None)
-        assert len(both) == (send is not None) + (receive is not None), f"rank {rank} has {both} in one tick"
-        follows = send and send.relay and step.receive and step.receive.content == send.content
-        if (send and step.send) or (receive and step.receive) or follows:
+def _steps(rank: int, messages: Sequence[Message]) -> Iterator[ScheduleStep]:
+    """Messages in order, two neighbours in one step where one is sent and one received.
+
+    An exchange (one tick) stays together; a relayed bucket is sent in a later step than it was received in.
+    """
+    step = ScheduleStep(None, None)
+    for _, of_tick in groupby(messages, key=lambda message: message.label[:-1]):
+        tick = list(of_tick)
+        send = next((message for message in tick if message.sender == rank), None)
+        receive = next((message for message in tick if message.receiver == rank), None)
+        assert len(tick) == (send is not None) + (receive is not None), f"rank {rank} has {tick} in one tick"
+        relays = send and send.relay and step.receive and step.receive.content == send.content
+        if (send and step.send) or (receive and step.receive) or relays:
             yield step
-            step = Step(None, None)
-        step = Step(send or step.send, receive or step.receive)
+            step = ScheduleStep(None, None)
+        step = ScheduleStep(send or step.send, receive or step.receive)
     if step.send or step.receive:
         yield step

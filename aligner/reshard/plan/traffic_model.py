@@ -1,4 +1,4 @@
-"""What every rank of a transfer would send and receive, for worlds of any size, without planning each rank."""
+"""Traffic of a transfer: what every rank would send and receive, in worlds of any size, without planning each rank."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from aligner.reshard.plan.layout import WeightLayout
-from aligner.reshard.plan.schedule import STAGED, cut, deal
-from aligner.reshard.plan.transfer_plan import Plan, Stream, StreamKey, make_plan
+from aligner.reshard.plan.schedule import STAGED, cut_into_buckets, first_hops
+from aligner.reshard.plan.transfer_plan import Stream, StreamKey, TransferPlan, plan_transfer
 
 
 @dataclass
@@ -18,15 +18,15 @@ class Load:
     sent: int = 0
     """Sent from its own source storages."""
     relayed: int = 0
-    """Received and passed on."""
+    """Received and relayed."""
     received: int = 0
-    """Received, what it passes on included."""
+    """Received, what it relays included."""
     local: int = 0
     """Copied within the rank."""
 
     @property
     def out(self) -> int:
-        """All that it sends."""
+        """All that it sends, relays included."""
         return self.sent + self.relayed
 
 
@@ -35,18 +35,18 @@ class TrafficModel:
     """Bytes that each rank of a transfer sends and receives, and lower bounds on them."""
 
     loads: dict[int, Load]
-    planned: dict[int, float] = field(default_factory=dict)
+    planning_seconds: dict[int, float] = field(default_factory=dict)
     """Planning seconds of each rank that was planned."""
-    by_holders: dict[tuple[int, ...], int] = field(default_factory=dict)
+    bytes_by_holders: dict[tuple[int, ...], int] = field(default_factory=dict)
     """Bytes that some rank of each set must send, whatever the plan: only these hold them."""
 
     @property
-    def least_heaviest(self) -> float:
+    def heaviest_lower_bound(self) -> float:
         """Lower bound, in bytes, on what the busiest source rank sends under any plan: some set of ranks alone holds as much."""
-        sets = {holders: set(holders) for holders in self.by_holders}
+        sets = {holders: set(holders) for holders in self.bytes_by_holders}
         return max(
             (
-                sum(amount for other, amount in self.by_holders.items() if sets[other] <= whole) / len(whole)
+                sum(amount for other, amount in self.bytes_by_holders.items() if sets[other] <= whole) / len(whole)
                 for whole in sets.values()
             ),
             default=0.0,
@@ -62,57 +62,59 @@ def make_traffic_model(
 ) -> TrafficModel:
     """Plan one rank of each set of ranks that hold and want the same, and add up what its streams ask of all ranks.
 
-    Every stream is seen so: who wants it is decided by what ranks hold and want, so it has one of the planned ranks.
+    That covers every stream: its receivers are whole sets of ranks that hold and want the same, so one is planned.
 
     Args:
         names: all logical tensors.
-        staging_bytes: as for `make_schedule`; it decides how streams are cut, and so how evenly they are dealt.
+        staging_bytes: as for `make_schedule`; it decides how streams are cut, and so how evenly holders share the sending.
         progress: called with the number of ranks planned and to plan.
     """
-    account = TrafficModel({rank: Load() for rank in sorted({*source.ranks, *destination.ranks})})
+    model = TrafficModel({rank: Load() for rank in sorted({*source.ranks, *destination.ranks})})
     streams: dict[StreamKey, Stream] = {}
-    alike = _alike(source, destination, names)
-    for number, ranks in enumerate(alike):
-        progress(number, len(alike))
+    classes = _interchangeable_ranks(source, destination, names)
+    for number, ranks in enumerate(classes):
+        progress(number, len(classes))
         started = time.perf_counter()
-        plan = make_plan(ranks[0], source, destination)
-        account.planned[ranks[0]] = time.perf_counter() - started
-        streams |= {stream.key: stream for stream in plan.streams if ranks[0] in stream.key.wanters}
-        _add_own(account, plan, ranks)
+        plan = plan_transfer(ranks[0], source, destination)
+        model.planning_seconds[ranks[0]] = time.perf_counter() - started
+        streams |= {stream.key: stream for stream in plan.streams if ranks[0] in stream.key.receivers}
+        _add_receipts(model, plan, ranks)
     for stream in streams.values():
-        _add_stream(account, stream, staging_bytes // STAGED)
-    return account
+        _add_stream(model, stream, staging_bytes // STAGED)
+    return model
 
 
-def _alike(source: WeightLayout, destination: WeightLayout, names: Iterable[str]) -> list[tuple[int, ...]]:
-    """The destination's ranks in sets that appear in the same pieces of both sides."""
+def _interchangeable_ranks(
+    source: WeightLayout, destination: WeightLayout, names: Iterable[str]
+) -> list[tuple[int, ...]]:
+    """The destination's ranks in classes that hold and want the same pieces."""
     members: dict[int, tuple[int, ...]] = {}
     for name in names:
-        for side in (source, destination):
-            members |= {id(ranks): ranks for _, ranks in side.holders(name)}
+        for layout in (source, destination):
+            members |= {id(ranks): ranks for _, ranks in layout.holders(name)}
     sets: dict[int, list[int]] = {rank: [] for rank in destination.ranks}
     for number, ranks in enumerate(dict.fromkeys(members.values())):
         for rank in sets.keys() & set(ranks):
             sets[rank].append(number)
-    found: dict[tuple[int, ...], list[int]] = {}
+    classes: dict[tuple[int, ...], list[int]] = {}
     for rank, numbers in sets.items():
-        found.setdefault(tuple(numbers), []).append(rank)
-    return [tuple(ranks) for ranks in found.values()]
+        classes.setdefault(tuple(numbers), []).append(rank)
+    return [tuple(ranks) for ranks in classes.values()]
 
 
-def _add_own(account: TrafficModel, plan: Plan, ranks: Iterable[int]) -> None:
+def _add_receipts(model: TrafficModel, plan: TransferPlan, ranks: Iterable[int]) -> None:
     minimum, local = plan.minimum_bytes, plan.local_bytes
     for rank in ranks:
-        account.loads[rank].received, account.loads[rank].local = minimum, local
+        model.loads[rank].received, model.loads[rank].local = minimum, local
 
 
-def _add_stream(account: TrafficModel, stream: Stream, limit: int) -> None:
-    key, loads = stream.key, account.loads
-    for bucket, items in enumerate(cut(stream, limit)):
+def _add_stream(model: TrafficModel, stream: Stream, limit: int) -> None:
+    key, loads = stream.key, model.loads
+    for bucket, items in enumerate(cut_into_buckets(stream, limit)):
         size = sum(item.bytes for item in items)
-        for by, to in deal(key, bucket):
-            loads[by].sent += size
+        for sender, receiver in first_hops(key, bucket):
+            loads[sender].sent += size
             if key.relayed:
-                loads[to].relayed += size * (len(key.wanters) - 1)
-    times = 1 if key.relayed else len(key.wanters)
-    account.by_holders[key.holders] = account.by_holders.get(key.holders, 0) + times * stream.bytes
+                loads[receiver].relayed += size * (len(key.receivers) - 1)
+    copies = 1 if key.relayed else len(key.receivers)
+    model.bytes_by_holders[key.holders] = model.bytes_by_holders.get(key.holders, 0) + copies * stream.bytes

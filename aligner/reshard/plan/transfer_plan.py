@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from dataclasses import dataclass
+from typing import NamedTuple
 
 from aligner.reshard.plan.layout import LazyHolders, WeightLayout, as_layout
 from aligner.reshard.plan.region import Box, Layout, Piece, intersect
-from aligner.reshard.plan.region_matching import Flow, Held, Missing, Ranks, flows, wanted
-
-if TYPE_CHECKING:
-    from aligner.reshard.plan.schedule import Schedule
+from aligner.reshard.plan.region_matching import Flow, HeldBox, MissingRegion, Ranks, flows, wanted_boxes
 
 
 class Item(NamedTuple):
@@ -39,14 +36,14 @@ class Item(NamedTuple):
 
 
 class StreamKey(NamedTuple):
-    """What goes from the same holders to the same wanting ranks in one data type; both ends have the same items."""
+    """What goes from the same holders to the same receivers in one data type; both ends have the same items."""
 
     holders: Ranks
-    wanters: Ranks
+    receivers: Ranks
     dtype: str
     copy: int
     relayed: bool
-    """Each byte is sent once, to one of the wanting ranks, and passed on among them."""
+    """Each byte is sent once, to one of the receivers, and relayed among them."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +59,7 @@ class Stream:
 
 
 @dataclass(frozen=True)
-class Plan:
+class TransferPlan:
     """One rank's part of a transfer."""
 
     rank: int
@@ -71,14 +68,12 @@ class Plan:
     local: tuple[Item, ...]
     """Regions this rank needs and already holds."""
     streams: tuple[Stream, ...]
-    """What this rank helps to send, or receives: it is a holder or a wanting rank of each, never both."""
-    schedules: dict[int, Schedule] = field(default_factory=dict, compare=False, repr=False)
-    """Schedules made so far, by bytes of staging memory."""
+    """What this rank helps to send, or receives: it is a holder or a receiver of each, never both."""
 
     @property
     def minimum_bytes(self) -> int:
         """Bytes of this rank's destination regions that it does not hold itself at the source: the least that it can receive."""
-        return sum(stream.bytes for stream in self.streams if self.rank in stream.key.wanters)
+        return sum(stream.bytes for stream in self.streams if self.rank in stream.key.receivers)
 
     @property
     def local_bytes(self) -> int:
@@ -86,15 +81,15 @@ class Plan:
         return sum(item.bytes for item in self.local)
 
 
-def make_plan(
+def plan_transfer(
     rank: int, source: WeightLayout | Mapping[int, Layout], destination: WeightLayout | Mapping[int, Layout]
-) -> Plan:
+) -> TransferPlan:
     """`rank`'s part of the plan that fills every destination piece exactly once.
 
     A region that its own rank holds is copied there; what is missing enters each rank once. Where more ranks want a
-    region than hold it, they pass it on to each other if the destination has more ranks than the source, whose links
-    would else be the bottleneck; if not, each holder sends to several, which needs no waiting for a relay. Time is proportional to the
-    pieces of `rank` itself: tensors are looked at one by one, and those with equal layouts are matched once.
+    region than hold it, they relay it to each other if the destination has more ranks than the source, whose links
+    would else be the bottleneck; if not, each holder sends to several, which needs no waiting for a relay. Time is
+    proportional to the pieces of `rank` itself: each tensor is matched by itself, those with equal layouts only once.
 
     Raises:
         ValueError: a region that no source rank holds, or that has other dimensions there; on the ranks that want it or could
@@ -106,13 +101,13 @@ def make_plan(
     local: list[Item] = []
     streams: dict[StreamKey, list[Item]] = {}
     for name in sorted(names, key=natural):
-        held, want = source.holders(name), destination.holders(name)
-        for match in matcher.matches(name, held, want):
+        held, wanted = source.holders(name), destination.holders(name)
+        for match in matcher.matches(name, held, wanted):
             lo, size = match.region
-            taken, given = held[match.held][0], want[match.want][0]
-            item = Item(name, lo, size, taken.crop(lo, size), given.crop(lo, size))
+            read, written = held[match.held][0], wanted[match.wanted][0]
+            item = Item(name, lo, size, read.crop(lo, size), written.crop(lo, size))
             (local if match.key is None else streams.setdefault(match.key, [])).append(item)
-    return Plan(
+    return TransferPlan(
         rank,
         tuple(sorted({*source.ranks, *destination.ranks})),
         tuple(local),
@@ -134,7 +129,7 @@ class _Match(NamedTuple):
 
     region: Box
     held: int
-    want: int
+    wanted: int
     key: StreamKey | None
 
 
@@ -143,63 +138,63 @@ class _Matcher:
 
     def __init__(self, rank: int, few_sources: bool) -> None:
         self._rank, self._few_sources = rank, few_sources
-        self._known: dict[object, list[_Match]] = {}
+        self._matches: dict[object, list[_Match]] = {}
         self._numbers: dict[Ranks, int] = {}
-        self._by_id: dict[int, int] = {}
-        self._kept: list[Ranks] = []
+        self._number_by_id: dict[int, int] = {}
+        self._numbered: list[Ranks] = []
 
-    def matches(self, name: str, held: _Entries, want: _Entries) -> list[_Match]:
+    def matches(self, name: str, held: _Entries, wanted: _Entries) -> list[_Match]:
         """The regions of tensor `name` that concern this rank, in order of their place."""
-        form = self._form(held), self._form(want)
-        found = self._known.get(form)
-        if found is None:
-            found = self._known[form] = sorted(self._match(name, held, want), key=lambda match: match.region)
-        return found
+        form = self._form(held), self._form(wanted)
+        matches = self._matches.get(form)
+        if matches is None:
+            matches = self._matches[form] = sorted(self._match(name, held, wanted), key=lambda match: match.region)
+        return matches
 
     def _form(self, entries: _Entries) -> object:
         """Equal for tensors of one layout that have the same boxes, dtypes and ranks."""
         if isinstance(entries, LazyHolders):
             return entries.form
-        known, number = self._by_id.get, self._number
+        cached, number = self._number_by_id.get, self._number
         return tuple(
-            [(piece.lo, piece.size, piece.dtype, known(id(ranks)) or number(ranks)) for piece, ranks in entries]
+            [(piece.lo, piece.size, piece.dtype, cached(id(ranks)) or number(ranks)) for piece, ranks in entries]
         )
 
     def _number(self, ranks: Ranks) -> int:
         """Positive, equal for equal tuples; found by identity, since to hash hundreds of ranks for each piece is slow."""
         number = self._numbers.setdefault(ranks, len(self._numbers) + 1)
-        self._by_id[id(ranks)] = number
-        self._kept.append(ranks)  # so its id stays its own
+        self._number_by_id[id(ranks)] = number
+        self._numbered.append(ranks)  # so its id stays its own
         return number
 
-    def _match(self, name: str, held: _Entries, want: _Entries) -> Iterator[_Match]:
-        sources = [Held(piece.box, ranks, entry) for entry, (piece, ranks) in enumerate(held)]
-        own = [one.box for one in sources if self._rank in one.ranks]
-        for piece, ranks in want:
+    def _match(self, name: str, held: _Entries, wanted: _Entries) -> Iterator[_Match]:
+        sources = [HeldBox(piece.box, ranks, entry) for entry, (piece, ranks) in enumerate(held)]
+        own = [held_box.box for held_box in sources if self._rank in held_box.ranks]
+        for piece, ranks in wanted:
             _check_dimensions(piece, ranks[0], sources)
-        boxes = {piece.box for piece, ranks in want if self._rank in ranks}
-        boxes |= {piece.box for piece, _ in want if any(intersect(box, piece) for box in own)}
-        for one in wanted([(piece.box, piece.dtype, ranks) for piece, ranks in want], boxes):
-            for flow in flows(one, sources):
-                if isinstance(flow, Missing):
-                    raise _unheld(name, flow, want[flow.entry][0])
-                match = self._mine(flow)
+        boxes = {piece.box for piece, ranks in wanted if self._rank in ranks}
+        boxes |= {piece.box for piece, _ in wanted if any(intersect(box, piece) for box in own)}
+        for wanted_box in wanted_boxes([(piece.box, piece.dtype, ranks) for piece, ranks in wanted], boxes):
+            for flow in flows(wanted_box, sources):
+                if isinstance(flow, MissingRegion):
+                    raise _missing(name, flow, wanted[flow.entry][0])
+                match = self._of_rank(flow)
                 if match:
                     yield match
 
-    def _mine(self, flow: Flow) -> _Match | None:
+    def _of_rank(self, flow: Flow) -> _Match | None:
         wants = self._rank in flow.entries
-        if flow.kept:
-            return _Match(flow.region, flow.form(self._rank), flow.entries[self._rank], None) if wants else None
+        if flow.local:
+            return _Match(flow.region, flow.source_entry(self._rank), flow.entries[self._rank], None) if wants else None
         if not wants and self._rank not in flow.holders:
             return None
-        relayed = self._few_sources and len(flow.wanters) > len(flow.holders)
-        key = StreamKey(flow.holders, flow.wanters, flow.dtype, flow.copy, relayed)
-        entry = flow.entries[self._rank if wants else flow.wanters[0]]
-        return _Match(flow.region, flow.form(self._rank), entry, key)
+        relayed = self._few_sources and len(flow.receivers) > len(flow.holders)
+        key = StreamKey(flow.holders, flow.receivers, flow.dtype, flow.copy, relayed)
+        entry = flow.entries[self._rank if wants else flow.receivers[0]]
+        return _Match(flow.region, flow.source_entry(self._rank), entry, key)
 
 
-def _check_dimensions(piece: Piece, rank: int, sources: Sequence[Held]) -> None:
+def _check_dimensions(piece: Piece, rank: int, sources: Sequence[HeldBox]) -> None:
     if not sources:
         raise ValueError(
             f"reshard: tensor {piece.name}, wanted by rank {rank} for {piece.storage}, is held by no source rank; "
@@ -213,7 +208,7 @@ def _check_dimensions(piece: Piece, rank: int, sources: Sequence[Held]) -> None:
         )
 
 
-def _unheld(name: str, missing: Missing, piece: Piece) -> ValueError:
+def _missing(name: str, missing: MissingRegion, piece: Piece) -> ValueError:
     return ValueError(
         f"reshard: region {missing.region} of tensor {name}, wanted by rank {missing.rank} for {piece.storage}, is "
         "held by no source rank; build both sides from the same model.path"

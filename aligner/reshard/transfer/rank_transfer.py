@@ -1,4 +1,4 @@
-"""What one rank does to the messages of a transfer: read, write, prove, and keep the first error."""
+"""One rank's part of a transfer: packs, unpacks and proves messages, and keeps the first error."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from aligner.reshard.weights import WritableWeights
 
 
 class RankTransfer:
-    """What this rank does to buckets: it keeps the first error and goes on exchanging, so that no peer hangs."""
+    """Packs and unpacks this rank's buckets; after its first error it goes on exchanging messages, so that no peer hangs."""
 
     def __init__(
         self, rank: int, source: View | None, destination: WritableWeights | None, buffers: Buffers, verify: bool
@@ -38,9 +38,9 @@ class RankTransfer:
         finally:
             self.seconds[phase] += time.perf_counter() - started
 
-    def pack(self, items: Sequence[Item], room: Tensor | None) -> Bucket:
+    def pack(self, items: Sequence[Item], buffer: Tensor | None) -> Bucket:
         """A bucket of these items, read, cast and checksummed; marked as failed after this rank's first error."""
-        bucket = Bucket(items, self.buffers, room)
+        bucket = Bucket(items, self.buffers, buffer)
         with self.clock("pack"), self._keep_failure():
             if self._failure is None:
                 assert self._source is not None, f"rank {self._rank} sends {items[0]} but has no source"
@@ -49,33 +49,33 @@ class RankTransfer:
         bucket.mark_failed()
         return bucket
 
-    def open(self, bucket: Bucket) -> None:
-        """Let what comes in arrive where it belongs, as far as it can."""
+    def bind_storages(self, bucket: Bucket) -> None:
+        """Let large items be received in the destination's storages, where they can be."""
         with self.clock("apply"), self._keep_failure():
             if self._failure is None and self._destination is not None:
-                bucket.open(self._destination.view)
+                bucket.bind_storages(self._destination.view)
 
-    def land(self, wire: Wire, message: Message, bucket: Bucket) -> None:
-        """Let the wire make a whole bucket of what came in."""
+    def finish_receive(self, wire: Wire, message: Message, bucket: Bucket) -> None:
+        """Let the wire restore the whole bucket from what was received."""
         with self.clock("apply"), self._keep_failure():
-            wire.landed(message, bucket)
+            wire.finish_receive(message, bucket)
             return
         bucket.mark_failed()
 
-    def apply(self, by: int, bucket: Bucket) -> None:
-        """Write what came from rank `by`, prove it, and tell the destination."""
+    def apply(self, sender: int, bucket: Bucket) -> None:
+        """Write what rank `sender` packed, prove it, and tell the destination."""
         with self._keep_failure():
             if self._failure is not None:
                 return
             if bucket.failed():
                 raise RuntimeError(
-                    f"reshard: rank {by} failed while it sent {bucket.items[0]} to rank {self._rank}; "
+                    f"reshard: rank {sender} failed while it sent {bucket.items[0]} to rank {self._rank}; "
                     "its own error says why"
                 )
             destination = self._destination
             assert destination is not None, f"rank {self._rank} receives {bucket.items[0]} but has no destination"
             with self.clock("apply"):
-                bucket.land(destination.view, by, self._rank, self._verify)
+                bucket.unpack(destination.view, sender, self._rank, self._verify)
                 for item in bucket.items:
                     destination.written(item.destination, self._verify)
             self.checksummed += len(bucket.items) if self._verify else 0
@@ -88,7 +88,7 @@ class RankTransfer:
             source, destination = self._source, self._destination
             assert source and destination, f"rank {self._rank} copies {items[0]} but lacks a source or a destination"
             with self.clock("apply"):
-                copy_local(items, source, destination.view, self._rank, self._verify, self.buffers.scratch)
+                copy_local(items, source, destination.view, self._rank, self._verify, self.buffers.chunk_buffers)
                 for item in items:
                     destination.written(item.destination, self._verify)
             self.checksummed += len(items) if self._verify else 0

@@ -1,4 +1,4 @@
-"""Ranks of one host hand messages over in memory that both see, instead of through the network stack.
+"""Messages between ranks of one host in memory that both map, instead of through the network stack.
 
 Over loopback a byte is copied four times, twice by the kernel, a packet at a time; here twice: into the message and out.
 """
@@ -23,134 +23,135 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-ROOMS = 2
-"""Messages that a rank has handed over, or is writing, at once."""
+SLOTS = 2
+"""Messages that a rank has sent, or is writing, and that their readers have not released."""
 
-_HANDED, _BACK = 0, 1
+_SENT, _RELEASED = 0, 1
 _NOTE = struct.Struct("=iiq")
-"""What travels on a line: kind, number of the sender's room (of the reader's, when given back), words in it."""
+"""A note on a socket: kind, number of the slot (the sender's; of a release, the reader's), words in it."""
 
 _BOOT = Path("/proc/sys/kernel/random/boot_id")
-_MEETING_SECONDS = 60.0
+_CONNECT_SECONDS = 60.0
 
 log = logging.getLogger(__name__)
 
 
 class SharedMemoryChannel:
-    """Shared memory between this rank and others of its host: it writes its messages into rooms of its own, and readers map them.
+    """Shared memory between this rank and others of its host: it writes its messages into slots of its own; readers map them.
 
-    A line (a socket) to each peer says which room holds a message for it. A reader gives a room back when it has read it, and only then is it written again. Rooms are anonymous memory whose
-    descriptor goes over the line: nothing has a name, and nothing stays when a rank is killed. Notes on a line come in
-    the order in which they were sent, so the n-th message from a rank is the n-th that is taken from it.
+    A note on the socket to a peer says which slot holds a message for it. The reader releases the slot when it has read
+    it, and only then is it written again. Slots are anonymous memory whose descriptors are sent over the socket: nothing
+    has a name, and nothing stays when a rank is killed. Notes on a socket come in the order in
+    which they were sent, so the n-th message from a rank is the n-th that is received.
     """
 
-    def __init__(self, rank: int, lines: dict[int, socket.socket], timeout_seconds: float) -> None:
+    def __init__(self, rank: int, sockets: dict[int, socket.socket], timeout_seconds: float) -> None:
         """
         Args:
-            lines: peer rank -> a connected SOCK_SEQPACKET socket, whose other end it has.
+            sockets: peer rank -> a connected SOCK_SEQPACKET socket, whose other end it has.
             timeout_seconds: limit of one wait.
         """
-        self._rank, self._lines, self._timeout = rank, lines, timeout_seconds
-        self._rooms: list[_Room] = []
-        self._waiting: dict[int, deque[tuple[int, int]]] = {peer: deque() for peer in lines}
-        """Messages that have been handed to this rank: (room, words)."""
-        self._theirs: dict[tuple[int, int], _Theirs] = {}
+        self._rank, self._sockets, self._timeout = rank, sockets, timeout_seconds
+        self._slots: list[_Slot] = []
+        self._received: dict[int, deque[tuple[int, int]]] = {peer: deque() for peer in sockets}
+        """Messages sent to this rank and not yet read: (slot, words)."""
+        self._peer_memory: dict[tuple[int, int], _MappedMemory] = {}
         self._reading: dict[int, tuple[int, int]] = {}
-        """Address of a peer's room that is being read -> (peer, room)."""
+        """Address of a peer's slot that is being read -> (peer, slot)."""
 
     @property
     def readers(self) -> list[int]:
-        """Who has messages of this rank that are not given back."""
-        return sorted({room.reader for room in self._rooms if room.reader is not None})
+        """Ranks that have messages of this rank and have not released them."""
+        return sorted({slot.reader for slot in self._slots if slot.reader is not None})
 
-    def room(self, words: int) -> Tensor | None:
-        """Memory for a message of so many 64-bit words; None while readers have all rooms."""
+    def slot(self, words: int) -> Tensor | None:
+        """Memory for a message of so many 64-bit words; None while readers have all slots."""
         self._listen(self.readers, 0.0)
-        spare = next((room for room in self._rooms if room.spare), None)
-        if spare is None:
-            if len(self._rooms) == ROOMS:
+        slot = next((slot for slot in self._slots if slot.free), None)
+        if slot is None:
+            if len(self._slots) == SLOTS:
                 return None
-            spare = _Room(len(self._rooms))
-            self._rooms.append(spare)
-        spare.spare = False
-        return spare.fit(words)[:words]
+            slot = _Slot(len(self._slots))
+            self._slots.append(slot)
+        slot.free = False
+        return slot.fit(words)[:words]
 
-    def wait_for_room(self) -> None:
-        """Until a reader gives a room back."""
-        self._await(self.readers, "which has not read its message")
+    def wait_for_slot(self) -> None:
+        """Wait until a reader releases a slot."""
+        self._wait_for(self.readers, "which has not read its message")
 
-    def hand(self, to: int, message: Tensor) -> None:
-        """Hand a written message, in memory that `room` gave, to a peer."""
-        room = next(room for room in self._rooms if room.words.data_ptr() == message.data_ptr())
-        room.reader = to
-        note, line = _NOTE.pack(_HANDED, room.number, message.numel()), self._lines[to]
+    def send(self, receiver: int, message: Tensor) -> None:
+        """Tell a peer of a written message, in memory that `slot` gave."""
+        slot = next(slot for slot in self._slots if slot.words.data_ptr() == message.data_ptr())
+        slot.reader = receiver
+        note, connection = _NOTE.pack(_SENT, slot.number, message.numel()), self._sockets[receiver]
         try:
-            if to in room.known:
-                line.send(note)
+            if receiver in slot.mapped_by:
+                connection.send(note)
             else:
-                socket.send_fds(line, [note], [room.file])
-                room.known.add(to)
+                socket.send_fds(connection, [note], [slot.file])
+                slot.mapped_by.add(receiver)
         except ConnectionError as error:
-            raise self._gone(to) from error
+            raise self._lost(receiver) from error
 
-    def take(self, by: int) -> Tensor:
+    def receive(self, sender: int) -> Tensor:
         """Wait for the next message of a peer: a view of the peer's memory, [words] int64."""
-        while not self._waiting[by]:
-            self._await([by], "which sent nothing")
-        number, words = self._waiting[by].popleft()
-        found = self._theirs[by, number].fit(words)[:words]
-        self._reading[found.data_ptr()] = by, number
-        return found
+        while not self._received[sender]:
+            self._wait_for([sender], "which sent nothing")
+        number, words = self._received[sender].popleft()
+        message = self._peer_memory[sender, number].fit(words)[:words]
+        self._reading[message.data_ptr()] = sender, number
+        return message
 
-    def back(self, message: Tensor) -> bool:
-        """Give back what `take` returned, once it is read. False where it is not a peer's memory."""
-        found = self._reading.pop(message.data_ptr(), None)
-        if found is None:
+    def release(self, message: Tensor) -> bool:
+        """Give back what `receive` returned, once it is read. False where it is not a peer's memory."""
+        slot = self._reading.pop(message.data_ptr(), None)
+        if slot is None:
             return False
-        by, number = found
-        with suppress(ConnectionError):  # who is gone needs no room
-            self._lines[by].send(_NOTE.pack(_BACK, number, 0))
+        sender, number = slot
+        with suppress(ConnectionError):  # a peer that is gone needs no slot
+            self._sockets[sender].send(_NOTE.pack(_RELEASED, number, 0))
         return True
 
-    def _await(self, peers: Collection[int], missing: str) -> None:
-        assert peers, "all rooms are taken and none is handed over"
+    def _wait_for(self, peers: Collection[int], missing: str) -> None:
+        assert peers, "all slots are taken and none was sent"
         if not self._listen(peers, self._timeout):
             raise RuntimeError(
                 f"reshard: rank {self._rank} waited {self._timeout:g} s (timeout_seconds) for rank {min(peers)}, {missing}"
             )
 
     def _listen(self, peers: Collection[int], seconds: float) -> bool:
-        """Take one note from each of these lines that has one, waiting at most so long for the first."""
+        """Take one note from each of these peers that has sent one, waiting at most so long for the first."""
         poll = select.poll()
-        of = {self._lines[peer].fileno(): peer for peer in peers}
-        for file in of:
+        peer_of = {self._sockets[peer].fileno(): peer for peer in peers}
+        for file in peer_of:
             poll.register(file, select.POLLIN)
-        ready = poll.poll(1000 * seconds) if of else []
+        ready = poll.poll(1000 * seconds) if peer_of else []
         for file, _ in ready:
-            self._heard(of[file])
+            self._receive_note(peer_of[file])
         return bool(ready)
 
-    def _heard(self, peer: int) -> None:
+    def _receive_note(self, peer: int) -> None:
         try:
-            note, files, _, _ = socket.recv_fds(self._lines[peer], _NOTE.size, 1, socket.MSG_CMSG_CLOEXEC)
+            note, files, _, _ = socket.recv_fds(self._sockets[peer], _NOTE.size, 1, socket.MSG_CMSG_CLOEXEC)
         except ConnectionError as error:
-            raise self._gone(peer) from error
+            raise self._lost(peer) from error
         if not note:
-            raise self._gone(peer)
+            raise self._lost(peer)
         kind, number, words = _NOTE.unpack(note)
-        if kind == _BACK:
-            self._rooms[number].reader, self._rooms[number].spare = None, True
+        if kind == _RELEASED:
+            self._slots[number].reader, self._slots[number].free = None, True
             return
         if files:
-            self._theirs[peer, number] = _Theirs(files[0])
-        self._waiting[peer].append((number, words))
+            self._peer_memory[peer, number] = _MappedMemory(files[0])
+        self._received[peer].append((number, words))
 
-    def _gone(self, peer: int) -> RuntimeError:
+    def _lost(self, peer: int) -> RuntimeError:
         return RuntimeError(f"reshard: connection closed by peer: rank {peer} is gone, rank {self._rank} needs it")
 
 
-class _Theirs:
-    """Memory that a peer writes."""
+class _MappedMemory:
+    """Anonymous shared memory, of a peer."""
 
     def __init__(self, file: int) -> None:
         self.file = file
@@ -163,16 +164,16 @@ class _Theirs:
         return self.words
 
 
-class _Room(_Theirs):
-    """Memory of this rank that one peer at a time reads."""
+class _Slot(_MappedMemory):
+    """Shared memory of this rank, which one peer at a time reads."""
 
     def __init__(self, number: int) -> None:
         super().__init__(os.memfd_create("aligner-reshard"))
         self.number = number
-        self.spare = True
+        self.free = True
         self.reader: int | None = None
-        self.known: set[int] = set()
-        """Who has its descriptor."""
+        self.mapped_by: set[int] = set()
+        """Peers that have its descriptor."""
 
     def fit(self, words: int) -> Tensor:
         if self.words.numel() < words:
@@ -187,62 +188,64 @@ def connect(group: dist.ProcessGroup) -> SharedMemoryChannel | None:
     containers without a common network): then the first rank logs why.
     """
     ranks, rank = dist.get_process_group_ranks(group), dist.get_rank()
-    listener, problem, lines = None, "", dict[int, socket.socket]()
+    listener, problem, sockets = None, "", dict[int, socket.socket]()
     try:
         listener = _listener()
     except OSError as error:
         problem = str(error)
     host = _BOOT.read_text() if _BOOT.exists() else ""
-    told = _told((host, listener.getsockname() if listener else b""), ranks, group)
-    if len(ranks) == 1 or len({host for host, _ in told}) > 1:
+    peers = _all_gather((host, listener.getsockname() if listener else b""), ranks, group)
+    if len(ranks) == 1 or len({host for host, _ in peers}) > 1:
         return None
     try:
-        for peer, (_, address) in list(zip(ranks, told, strict=True))[: ranks.index(rank)]:
-            lines[peer] = _line()
-            lines[peer].connect(address)  # waits for nobody: all listen since before they told their addresses
-            lines[peer].send(rank.to_bytes(4, "little"))
+        for peer, (_, address) in list(zip(ranks, peers, strict=True))[: ranks.index(rank)]:
+            sockets[peer] = _socket()
+            sockets[peer].connect(address)  # at once: all listen since before they gave their addresses
+            sockets[peer].send(rank.to_bytes(4, "little"))
     except OSError as error:
         problem = problem or str(error)
-    problems = [f"rank {peer}: {text}" for peer, text in zip(ranks, _told(problem, ranks, group), strict=True) if text]
+    problems = [
+        f"rank {peer}: {text}" for peer, text in zip(ranks, _all_gather(problem, ranks, group), strict=True) if text
+    ]
     if problems or listener is None:
         if rank == ranks[0]:
             log.warning("weights go over gloo, not through memory that the ranks share: %s", problems[0])
         return None
-    _answer(listener, lines, ranks)
+    _accept(listener, sockets, ranks)
     listener.close()
     timeout = group._get_backend(torch.device("cpu")).options._timeout
-    return SharedMemoryChannel(rank, lines, timeout.total_seconds())
+    return SharedMemoryChannel(rank, sockets, timeout.total_seconds())
 
 
-def _told(mine: Any, ranks: Sequence[int], group: dist.ProcessGroup) -> list[Any]:
-    """What each rank tells all others."""
-    told: list[Any] = [None] * len(ranks)
-    dist.all_gather_object(told, mine, group=group)
-    return told
+def _all_gather(value: Any, ranks: Sequence[int], group: dist.ProcessGroup) -> list[Any]:
+    """The values of all ranks of the group, on each of them."""
+    values: list[Any] = [None] * len(ranks)
+    dist.all_gather_object(values, value, group=group)
+    return values
 
 
-def _line() -> socket.socket:
+def _socket() -> socket.socket:
     if sys.platform != "linux":
         raise OSError(f"{sys.platform} has no descriptors of anonymous memory")
-    made = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    made.settimeout(_MEETING_SECONDS)
-    return made
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    connection.settimeout(_CONNECT_SECONDS)
+    return connection
 
 
 def _listener() -> socket.socket:
-    """An address of no file: it ends with the process."""
-    made = _line()
-    made.bind("\0aligner-" + secrets.token_hex(16))
-    made.listen(1024)
-    return made
+    """Listens at an abstract address, not a file: it ends with the process."""
+    listener = _socket()
+    listener.bind("\0aligner-" + secrets.token_hex(16))
+    listener.listen(1024)
+    return listener
 
 
-def _answer(listener: socket.socket, lines: dict[int, socket.socket], ranks: Sequence[int]) -> None:
-    """Take the lines of all ranks that have not got one; only this job's user may have one."""
-    while len(lines) < len(ranks) - 1:
-        line, _ = listener.accept()
-        _, user, _ = struct.unpack("3i", line.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
-        line.settimeout(_MEETING_SECONDS)
-        peer = int.from_bytes(line.recv(4), "little") if user == os.getuid() else -1
+def _accept(listener: socket.socket, sockets: dict[int, socket.socket], ranks: Sequence[int]) -> None:
+    """Accept connections until all ranks have one; only from processes of this job's user."""
+    while len(sockets) < len(ranks) - 1:
+        connection, _ = listener.accept()
+        _, user, _ = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+        connection.settimeout(_CONNECT_SECONDS)
+        peer = int.from_bytes(connection.recv(4), "little") if user == os.getuid() else -1
         if peer in ranks:
-            lines[peer] = line
+            sockets[peer] = connection

@@ -14,7 +14,7 @@ class SyncStats:
     moved_bytes: int = 0
     """Bytes this rank sent."""
     relayed_bytes: int = 0
-    """Of these, bytes it had received and passed on to others that wanted them too."""
+    """Of these, bytes that it had received and relayed to other receivers."""
     received_bytes: int = 0
     """Bytes this rank received."""
     minimum_bytes: int = 0
@@ -24,7 +24,7 @@ class SyncStats:
     changed_bytes: int = 0
     """Bytes of received elements that differ from the last transfer's; with reshard.deltas, else all received bytes."""
     checksummed: int = 0
-    """Regions whose checksum this rank, as destination, found equal to the source's after writing."""
+    """Regions whose checksum this rank, as destination, verified against the source's after writing."""
     seconds: float = 0.0
     """Wall seconds of the whole transfer on this rank."""
     seconds_plan: float = 0.0
@@ -34,7 +34,7 @@ class SyncStats:
     seconds_wire: float = 0.0
     """Seconds waiting for sends and receives."""
     seconds_apply: float = 0.0
-    """Seconds writing what came and copying what was there, the proof, the engine's re-layout and its finish included."""
+    """Seconds writing received regions and copying local ones, the proof, the engine's re-layout and its finish included."""
 
     @property
     def gigabytes_per_second(self) -> float:

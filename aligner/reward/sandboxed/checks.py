@@ -41,17 +41,17 @@ def _runs_others(node: ast.AST) -> bool:
     return ast.unparse(node.value.func) in RUNNERS
 
 
-def same(result: Any, expected: Any) -> bool:
+def equal_results(result: Any, expected: Any) -> bool:
     """Compare a function's result with the expected value from JSON: tuples equal lists, keys may be numbers, floats are
     compared with tolerance."""
     if isinstance(expected, list | tuple):
         alike = isinstance(result, list | tuple) and len(result) == len(expected)
-        return alike and all(same(a, b) for a, b in zip(result, expected, strict=True))
+        return alike and all(equal_results(a, b) for a, b in zip(result, expected, strict=True))
     if isinstance(expected, dict):
         if not isinstance(result, dict) or len(result) != len(expected):
             return False
         keyed = result if all(key in result for key in expected) else {str(key): value for key, value in result.items()}
-        return all(key in keyed and same(keyed[key], value) for key, value in expected.items())
+        return all(key in keyed and equal_results(keyed[key], value) for key, value in expected.items())
     if isinstance(expected, int | float):
         if not isinstance(result, int | float):
             return False

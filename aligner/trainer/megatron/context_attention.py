@@ -36,7 +36,7 @@ class Call:
 
 
 @dataclass(frozen=True)
-class Plan:
+class AttentionPlan:
     """One rank's attention calls and index maps."""
 
     calls: tuple[Call, ...]
@@ -51,7 +51,7 @@ class Plan:
 
 
 @lru_cache(maxsize=64)
-def make_plan(
+def plan_attention(
     lengths: tuple[int, ...],
     ranks: int,
     rank: int,
@@ -59,7 +59,7 @@ def make_plan(
     block: int,
     device: torch.device,
     window: int | None = None,
-) -> Plan:
+) -> AttentionPlan:
     """The attention calls of `rank`; spans of equal shape share a call. With a window a call reads only the keys in it.
 
     Args:
@@ -84,7 +84,7 @@ def make_plan(
     back_T = torch.full((tokens,), query_start)
     if output_order:
         back_T[torch.cat(output_order)] = torch.arange(query_start)
-    return Plan(calls, order_S.to(device), back_T.to(device), max(lengths), window)
+    return AttentionPlan(calls, order_S.to(device), back_T.to(device), max(lengths), window)
 
 
 @dataclass
@@ -175,11 +175,11 @@ def _saved_as_views(gathered: Gathered, call: Call, key: Tensor, value: Tensor) 
 
 
 def _max_queries(query: Tensor) -> int:
-    """`block` of `make_plan`: only CUDA's flash kernel (16 bits) runs lower-right causal attention without a mask tensor."""
+    """`block` of `plan_attention`: only CUDA's flash kernel (16 bits) runs lower-right causal attention without a mask tensor."""
     return 0 if query.device.type == "cuda" and query.element_size() == 2 else BLOCK
 
 
-def _bias(call: Call, plan: Plan, query: Tensor) -> Tensor:
+def _bias(call: Call, plan: AttentionPlan, query: Tensor) -> Tensor:
     if query.device.type != "cpu" and plan.window is None:  # CUDA's kernels implement this mask
         return causal_lower_right(call.queries, call.keys)
     longest = min(plan.longest, plan.window + BLOCK) if plan.window else plan.longest
@@ -209,7 +209,7 @@ def context_attention(
         [T, query heads x head_dim]; 0 at padding.
     """
     block = BLOCK if window else _max_queries(q_TND)
-    plan = make_plan(lengths, group.size(), group.rank(), len(q_TND), block, q_TND.device, window)
+    plan = plan_attention(lengths, group.size(), group.rank(), len(q_TND), block, q_TND.device, window)
     gathered = Gathered(group, plan.order_S)
     key, value = _Gather.apply(k_TKD, v_TKD, gathered)
     is_grouped = q_TND.shape[1] != k_TKD.shape[1]

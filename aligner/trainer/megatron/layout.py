@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 
-from aligner.models.cuts import CutParameters, Held, Parameter, Vocabulary
+from aligner.models.cuts import CutParameters, Parameter, ParameterRegion, Vocabulary
 from aligner.models.spec import ModelSpec
 from aligner.models.tensors import (
     LAYER,
@@ -136,7 +136,7 @@ class MegatronLayout:
         output = [] if self._spec.tied and first else [output_layer(self._spec)]
         return [*([embedding(self._spec)] if first else ()), *([final_norm(self._spec), *output] if last else ())]
 
-    def _piece(self, held: Held, name_prefix: str, storage_prefix: str) -> Piece:
+    def _piece(self, held: ParameterRegion, name_prefix: str, storage_prefix: str) -> Piece:
         name, lo, size, offset, stride = held.region
         return Piece(name_prefix + name, lo, size, storage_prefix + held.storage, offset, stride, self._dtype)
 

@@ -23,8 +23,8 @@ def main() -> None:
     for capability in (80, 90):
         for what, held, packed in moves if capability == 90 else moves[1:2]:
             types = {"table": "*i64", "segments": "*i64", "payload": PAYLOAD[packed]}
-            types |= {"found": "*i32" if what == 2 else PAYLOAD[packed] if what == 1 else "*i64"} | WEIGHTS
-            constants = {"WHAT": what, "HELD": held, "PACKED": packed, "FIELDS": 10, "TILE": 1024}
+            types |= {"result": "*i32" if what == 2 else PAYLOAD[packed] if what == 1 else "*i64"} | WEIGHTS
+            constants = {"OPERATION": what, "HELD": held, "PACKED": packed, "FIELDS": 10, "TILE": 1024}
             build(kernels._move, types, constants, capability)
         build(kernels._row_sums, {"payload": "*i32", "sums": "*i64"} | WEIGHTS, {"TILE": 1024}, capability)
     print("compiled")

@@ -97,13 +97,13 @@ def buckets(device: torch.device) -> None:
         bucket.pack(pair.source, True)
     assert torch.equal(fused._payload, plain._payload) and torch.equal(fused._sums, plain._sums)
     for bucket in (fused, plain):
-        bucket.land(pair.view, 0, 1, proof=True)
+        bucket.unpack(pair.view, 0, 1, proof=True)
         pair.assert_exact()
         with pytest.raises(RuntimeError, match=r"mismatch in deep\[.* from rank 0 to rank 1: after the write"):
-            bucket.land(Harmed(pair, flipped, "deep"), 0, 1, proof=True)
+            bucket.unpack(Harmed(pair, flipped, "deep"), 0, 1, proof=True)
         bucket.words[-1] ^= 1
         with pytest.raises(RuntimeError, match="the message does not hold"):
-            bucket.land(pair.view, 0, 1, proof=True)
+            bucket.unpack(pair.view, 0, 1, proof=True)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from aligner.reshard.message.bucket import LARGE_BYTES, Bucket, Buffers
 from aligner.reshard.message.checksum import Hashes
-from aligner.reshard.message.chunked_copy import Scratch
+from aligner.reshard.message.chunked_copy import ChunkBuffers
 from aligner.reshard.message.proof import View
 from aligner.reshard.message.storage import allocate, strided_view
 from aligner.reshard.plan.region import Piece, whole_tensor
@@ -23,7 +23,7 @@ from aligner.reshard.transfer.local_copy import copy_local
 from tests.reshard.layouts import Grid, Shapes
 
 CPU = torch.device("cpu")
-SCRATCH = Scratch()
+SCRATCH = ChunkBuffers()
 ROW_WORDS = Hashes.row_words
 BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
 SHAPES: Shapes = {
@@ -63,7 +63,7 @@ class Pair:
         apart = self.buffers.large_bytes
         packed, arrived = Bucket(self.items, self.buffers), Bucket(self.items, self._buffers(apart))
         packed.buffer.random_()
-        arrived.open(view or self.view)
+        arrived.bind_storages(view or self.view)
         packed = Bucket(self.items, self.reused(packed))
         packed.pack(self.source, proof)
         for here, there in zip(arrived.parts, packed.parts, strict=True):
@@ -89,7 +89,7 @@ def test_round_trip(apart: float, from_dtype: str, to_dtype: str) -> None:
         pair = Pair(SHAPES, from_dtype, to_dtype, seed, apart)
         bucket = pair.sent()
         assert not bucket.failed()
-        bucket.land(pair.view, 0, 1, proof=True)
+        bucket.unpack(pair.view, 0, 1, proof=True)
         pair.assert_exact()
 
 
@@ -104,10 +104,10 @@ def test_local_copy(to_dtype: str) -> None:
 def test_no_items_and_no_proof() -> None:
     pair = Pair({}, "float32", "float32")
     bucket = pair.sent()
-    bucket.land(pair.view, 0, 1, proof=True)
+    bucket.unpack(pair.view, 0, 1, proof=True)
     copy_local([], pair.source, pair.view, 0, True, SCRATCH)
     plain = Pair(SHAPES, "float32", "bfloat16")
-    plain.sent(proof=False).land(plain.view, 0, 1, proof=False)
+    plain.sent(proof=False).unpack(plain.view, 0, 1, proof=False)
     plain.assert_exact()
 
 
@@ -124,13 +124,13 @@ def test_nan_and_negative_zero_are_compared_as_bits(dtype: str) -> None:
     pair = Pair(shapes, dtype, dtype)
     storage = next(iter(pair.held.values()))
     storage[::3], storage[1::3] = float("nan"), -0.0
-    pair.sent().land(pair.view, 0, 1, proof=True)
+    pair.sent().unpack(pair.view, 0, 1, proof=True)
     pair.assert_exact()
     copy_local(pair.items, pair.source, pair.view, 0, True, SCRATCH)
     pair.assert_exact()
     harmed = Harmed(pair, positive, "w")
     with pytest.raises(RuntimeError, match="mismatch in w"):
-        pair.sent(view=harmed).land(harmed, 0, 1, proof=True)
+        pair.sent(view=harmed).unpack(harmed, 0, 1, proof=True)
 
 
 def contents(bucket: Bucket) -> Iterator[tuple[Item, Tensor]]:
@@ -157,14 +157,14 @@ def test_a_flipped_bit_in_the_message_is_named(to_dtype: str, apart: float) -> N
             data[byte] ^= 1 << (number % 8)
             said = r"from rank 4 to rank 5: (the message|after the write \S+) does"
             with pytest.raises(RuntimeError, match=said) as error:
-                bucket.land(pair.view, 4, 5, proof=True)
+                bucket.unpack(pair.view, 4, 5, proof=True)
             together = [one for one in bucket.items if one.bytes < apart]
             row = (data.data_ptr() + byte - bucket.payload.data_ptr()) // 8 // ROW_WORDS
             named = touching(together, row) if item in together else [item]
             assert any(str(one) in str(error.value) for one in named)
             seen.add("the message does not" in str(error.value))
     assert seen == ({True} if apart == inf else {True, False}), "storages are strided, and lie in a row"
-    pair.sent().land(pair.view, 4, 5, proof=True)
+    pair.sent().unpack(pair.view, 4, 5, proof=True)
     pair.assert_exact()
 
 
@@ -189,7 +189,7 @@ def test_a_flipped_bit_in_the_header_is_seen(apart: float) -> None:
             flip = -(1 << 63) if bit == 63 else 1 << bit
             bucket.words[word] ^= flip
             with pytest.raises(RuntimeError, match="from rank 0 to rank 1"):
-                bucket.land(pair.view, 0, 1, proof=True)
+                bucket.unpack(pair.view, 0, 1, proof=True)
             bucket.words[word] ^= flip
 
 
@@ -201,7 +201,7 @@ def test_a_message_of_other_regions_is_seen() -> None:
     other = Bucket(pair.items[::-1], pair.buffers)
     other.words.copy_(bucket.words)
     with pytest.raises(RuntimeError, match=r"is not one of 2 regions from expert1\[0:8, 0:8\] on"):
-        other.land(pair.view, 0, 1, proof=True)
+        other.unpack(pair.view, 0, 1, proof=True)
     assert not any(storage.any() for storage in pair.filled.values())
 
 
@@ -255,7 +255,7 @@ def test_a_wrong_storage_is_named(to_dtype: str, rows: int, harm: Callable[..., 
     pair = Pair(shapes, "float32", to_dtype)
     harmed = Harmed(pair, harm, "expert1", "expert2")
     with pytest.raises(RuntimeError, match=told.format(2)):
-        pair.sent(view=harmed).land(harmed, 2, 3, proof=True)
+        pair.sent(view=harmed).unpack(harmed, 2, 3, proof=True)
     with pytest.raises(RuntimeError, match=told.format(3)):
         copy_local(pair.items, pair.source, Harmed(pair, harm, "expert1", "expert2"), 3, True, SCRATCH)
 
@@ -265,7 +265,7 @@ def test_a_wrong_message_is_told_before_a_wrong_storage() -> None:
     bucket = pair.sent()
     bucket.words[-1] ^= 1
     with pytest.raises(RuntimeError, match="the message does not hold"):
-        bucket.land(Harmed(pair, flipped, "w"), 0, 1, proof=True)
+        bucket.unpack(Harmed(pair, flipped, "w"), 0, 1, proof=True)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -282,7 +282,7 @@ def test_every_single_bit_of_a_write_matters(seed: int) -> None:
 
         harmed = Harmed(pair, harm, item.name)
         with pytest.raises(RuntimeError, match=re.escape(f"mismatch in {item} from rank 0 to rank 1: after the write")):
-            pair.sent(view=harmed).land(harmed, 0, 1, proof=True)
+            pair.sent(view=harmed).unpack(harmed, 0, 1, proof=True)
 
 
 @pytest.mark.parametrize(

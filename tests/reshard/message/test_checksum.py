@@ -16,7 +16,7 @@ from aligner.reshard.message.checksum import (
     ROW_WORDS,
     Checksum,
     Hashes,
-    Parts,
+    StreamingHash,
     Sums,
     hash_of,
     weights,
@@ -121,7 +121,7 @@ def test_one_hash_of_an_item_is_the_same_part_by_part(size: int) -> None:
     """XXH3's own values, whatever the dtype."""
     drawn = torch.randn(size, generator=torch.Generator().manual_seed(size)).bfloat16()
     data = drawn.view(torch.int16).numpy().tobytes()
-    parts = Parts()
+    parts = StreamingHash()
     for start in range(0, len(data), 1417):
         parts.add(memoryview(data)[start : start + 1417])
     expected = xxhash.xxh3_64_intdigest(data)

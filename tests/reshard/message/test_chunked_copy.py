@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from aligner.reshard.message.chunked_copy import CHUNK_BYTES, Scratch, copy, copy_proven, copy_seen
+from aligner.reshard.message.chunked_copy import CHUNK_BYTES, ChunkBuffers, copy, copy_and_read_back, copy_verified
 
-SCRATCH = Scratch()
+SCRATCH = ChunkBuffers()
 WIDE = CHUNK_BYTES // 4 + 5
 
 
@@ -35,7 +35,7 @@ def test_copies_are_torchs(
         written: list[int] = []
         to = strided(target, *shape, dtypes[1])
         if proven:
-            assert copy_proven(to, to, read, SCRATCH, written.append)
+            assert copy_verified(to, to, read, SCRATCH, written.append)
         else:
             copy(to, read, SCRATCH, written.append)
         assert torch.equal(to, expected)
@@ -53,9 +53,9 @@ def test_a_storage_that_does_not_hold_what_was_written_is_noticed(
     for kind in ("row", "columns"):
         to, again = (strided(kind, 300, 1001, dtype) for _ in range(2))
         again.copy_(read)
-        assert copy_proven(to, again, read, SCRATCH)
+        assert copy_verified(to, again, read, SCRATCH)
         again.view(torch.int16 if dtype == torch.bfloat16 else torch.int32)[place] ^= 1
-        assert not copy_proven(to, again, read, SCRATCH)
+        assert not copy_verified(to, again, read, SCRATCH)
 
 
 @pytest.mark.parametrize("source", ["row", "columns", "transposed"])
@@ -68,12 +68,12 @@ def test_what_is_seen_is_what_the_storage_holds(source: str, dtype: torch.dtype,
         to, other = (strided(kind, *shape, dtype) for _ in range(2))
         for again in (to, other.fill_(2.0)):
             seen = bytearray()
-            copy_seen(to, again, read, SCRATCH, seen.extend)
+            copy_and_read_back(to, again, read, SCRATCH, seen.extend)
             assert torch.equal(to, read.to(dtype))
             assert seen == again.contiguous().view(-1).view(torch.int16).numpy().tobytes()
 
 
 def test_a_zero_of_the_other_sign_differs_and_a_nan_is_itself() -> None:
     read, to = torch.tensor([[0.0, float("nan")]]), torch.empty(1, 2)
-    assert copy_proven(to, to, read, SCRATCH)
-    assert not copy_proven(to, torch.tensor([[-0.0, float("nan")]]), read, SCRATCH)
+    assert copy_verified(to, to, read, SCRATCH)
+    assert not copy_verified(to, torch.tensor([[-0.0, float("nan")]]), read, SCRATCH)

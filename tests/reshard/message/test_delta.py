@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from aligner.reshard.message.delta import MASK, OFFSETS, decode, encode, size
+from aligner.reshard.message.delta import MASK, OFFSETS, apply, encode, size
 
 BITS = {2: torch.int16, 4: torch.int32}
 
@@ -41,7 +41,7 @@ def test_round_trip(elements: int, itemsize: int) -> None:
             continue
         assert delta is not None and delta.numel() == shortest
         onto = before.clone()
-        assert decode(delta, onto) == changed == int((now != before).sum())
+        assert apply(delta, onto) == changed == int((now != before).sum())
         assert torch.equal(onto, now)
 
 
@@ -79,7 +79,7 @@ def test_nan_equals_itself_and_negative_zero_is_not_zero() -> None:
     now[1] = -0.0
     delta = encode(now.view(torch.int32), before.view(torch.int32))
     assert delta is not None
-    assert decode(delta, before.view(torch.int32)) == 1
+    assert apply(delta, before.view(torch.int32)) == 1
     assert torch.equal(before.view(torch.int32), now.view(torch.int32))
 
 
@@ -89,14 +89,14 @@ def test_a_longer_buffer_is_read_and_damage_refused() -> None:
     delta = encode(now, before)
     assert delta is not None
     onto = before.clone()
-    decode(torch.cat((delta, delta.new_full((64,), 255))), onto)
+    apply(torch.cat((delta, delta.new_full((64,), 255))), onto)
     assert torch.equal(onto, now)
     with pytest.raises(RuntimeError, match="not a delta of 999 elements of 4 bytes"):
-        decode(delta, onto[:999])
+        apply(delta, onto[:999])
     with pytest.raises(RuntimeError, match="1000 elements of 4 bytes, 50 of them changed, in 100 bytes"):
-        decode(delta[:100], onto)
+        apply(delta[:100], onto)
     for place, wrong in ((0, 7), (24, 200)):
         harmed = delta.clone()
         harmed[place] = wrong
         with pytest.raises(RuntimeError, match="not a delta"):
-            decode(harmed, onto)
+            apply(harmed, onto)

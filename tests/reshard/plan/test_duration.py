@@ -6,10 +6,10 @@ import random
 
 import pytest
 
-from aligner.reshard.plan.duration import duration
+from aligner.reshard.plan.duration import schedule_seconds
 from aligner.reshard.plan.region import Layout, whole_tensor
 from aligner.reshard.plan.schedule import Schedule, make_schedule
-from aligner.reshard.plan.transfer_plan import make_plan
+from aligner.reshard.plan.transfer_plan import plan_transfer
 from tests.reshard.layouts import Grid
 
 SIZE = 3 << 20
@@ -17,22 +17,22 @@ SIZE = 3 << 20
 
 def schedules(source: dict[int, Layout], destination: dict[int, Layout], staging: int) -> dict[int, Schedule]:
     ranks = sorted({*source, *destination})
-    return {rank: make_schedule(make_plan(rank, source, destination), staging) for rank in ranks}
+    return {rank: make_schedule(plan_transfer(rank, source, destination), staging) for rank in ranks}
 
 
 def test_one_message_takes_its_latency_and_its_bytes() -> None:
     layout = [whole_tensor("w", (SIZE // 4,), "float32")]
     found = schedules({0: layout}, {1: layout}, 30 << 20)
     messages = len(found[0].steps)
-    assert duration(found, SIZE, 0.25) == pytest.approx(1.0 + 0.25 * messages)
-    assert duration(found, 2 * SIZE, 0.0) == pytest.approx(0.5)
-    assert duration({0: found[0], 1: found[1], 2: Schedule((), {}, ())}, SIZE, 0.0) == pytest.approx(1.0)
+    assert schedule_seconds(found, SIZE, 0.25) == pytest.approx(1.0 + 0.25 * messages)
+    assert schedule_seconds(found, 2 * SIZE, 0.0) == pytest.approx(0.5)
+    assert schedule_seconds({0: found[0], 1: found[1], 2: Schedule((), {}, ())}, SIZE, 0.0) == pytest.approx(1.0)
 
 
 def test_two_that_exchange_do_it_at_once_and_two_senders_to_one_take_turns() -> None:
     a, b = ([whole_tensor(name, (SIZE // 4,), "float32")] for name in "ab")
-    assert duration(schedules({0: a, 1: b}, {0: b, 1: a}, 30 << 20), SIZE, 0.0) == pytest.approx(1.0)
-    assert duration(schedules({0: a, 1: b}, {2: [*a, *b]}, 30 << 20), SIZE, 0.0) == pytest.approx(2.0)
+    assert schedule_seconds(schedules({0: a, 1: b}, {0: b, 1: a}, 30 << 20), SIZE, 0.0) == pytest.approx(1.0)
+    assert schedule_seconds(schedules({0: a, 1: b}, {2: [*a, *b]}, 30 << 20), SIZE, 0.0) == pytest.approx(2.0)
 
 
 @pytest.mark.parametrize(
@@ -46,4 +46,4 @@ def test_the_links_are_busy(tensor: int, pipeline: int, to_tensor: int, first: i
     destination = Grid(range(first, first + 8), to_tensor, 1).layouts(shapes, draw)
     found = schedules(source, destination, 512 << 10)
     least = max(max(one.sent_bytes, one.received_bytes) for one in found.values())
-    assert duration(found, 1.0, 0.0) <= least / 0.75
+    assert schedule_seconds(found, 1.0, 0.0) <= least / 0.75

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from aligner.reshard.plan.layout import ExplicitLayout
 from aligner.reshard.plan.region import Box, Layout, Piece, contiguous_stride, intersect, subtract, whole_tensor
 from aligner.reshard.plan.schedule import make_schedule
-from aligner.reshard.plan.transfer_plan import Plan, make_plan, natural
+from aligner.reshard.plan.transfer_plan import TransferPlan, natural, plan_transfer
 from tests.reshard.layouts import Grid, Shapes, parts, scattered
 from tests.reshard.simulation import Simulation
 
@@ -25,7 +25,7 @@ LIMITS = [4, 16, 64, 10_000]
 
 def check(
     shapes: Shapes, sources: Mapping[int, Layout], destinations: Mapping[int, Layout], limit: int = 1 << 20
-) -> dict[int, Plan]:
+) -> dict[int, TransferPlan]:
     return Simulation(shapes, sources, destinations, limit).run()
 
 
@@ -125,7 +125,7 @@ def test_two_stages_that_hold_a_tied_embedding_share_its_sending() -> None:
 def test_modules_complete_in_natural_order() -> None:
     names = [f"layers.{number}.{part}" for number in (2, 10, 9) for part in ("w", "b")]
     layout = [whole_tensor(name, (4,), "float32") for name in names]
-    (stream,) = make_plan(1, {0: layout}, {1: layout[::-1]}).streams
+    (stream,) = plan_transfer(1, {0: layout}, {1: layout[::-1]}).streams
     assert [item.name for item in stream.items] == [f"layers.{n}.{part}" for n in (2, 9, 10) for part in ("b", "w")]
     assert natural("layers.9.w") < natural("layers.10.b")
 
@@ -137,25 +137,25 @@ def test_scalars_travel() -> None:
 def test_unknown_tensor_is_named() -> None:
     have, want = [whole_tensor("a", (2,), "float32")], [whole_tensor("lm_head.weight", (2,), "float32")]
     with pytest.raises(ValueError, match=r"lm_head\.weight, wanted by rank 1 .* held by no source rank.*model\.path"):
-        make_plan(1, {0: have}, {1: want})
+        plan_transfer(1, {0: have}, {1: want})
 
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_uncovered_region_is_named_at_both_ends(rank: int) -> None:
     held = Piece("a", (0, 0), (3, 2), "a", 0, (2, 1), "float32")
     with pytest.raises(ValueError, match=r"region \[3:4, 0:2\] of tensor a, wanted by rank 1"):
-        make_plan(rank, {0: [held]}, {1: [whole_tensor("a", (4, 2), "float32")]})
+        plan_transfer(rank, {0: [held]}, {1: [whole_tensor("a", (4, 2), "float32")]})
 
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_dimensions_must_agree(rank: int) -> None:
     with pytest.raises(ValueError, match="tensor a has 1 dimensions at the source and 2"):
-        make_plan(rank, {0: [whole_tensor("a", (4,), "float32")]}, {1: [whole_tensor("a", (2, 2), "float32")]})
+        plan_transfer(rank, {0: [whole_tensor("a", (4,), "float32")]}, {1: [whole_tensor("a", (2, 2), "float32")]})
 
 
 def test_ranks_without_a_part_have_an_empty_plan() -> None:
     piece = whole_tensor("a", (4,), "float32")
-    plan = make_plan(7, {0: [piece]}, {1: [piece]})
+    plan = plan_transfer(7, {0: [piece]}, {1: [piece]})
     assert not (plan.local or plan.streams or plan.minimum_bytes or make_schedule(plan, 1 << 20).steps)
 
 
@@ -170,7 +170,7 @@ def test_a_plan_asks_only_for_its_own_tensors() -> None:
             return super().holders(name)
 
     layers = {rank: [whole_tensor(f"layer{rank}", (8,), "float32")] for rank in range(8)}
-    make_plan(3, Counting(layers), Counting({8: [piece for layout in layers.values() for piece in layout]}))
+    plan_transfer(3, Counting(layers), Counting({8: [piece for layout in layers.values() for piece in layout]}))
     assert Counting.asked == {"layer3"}
 
 
@@ -206,7 +206,7 @@ def test_planning_time_grows_with_the_number_of_pieces() -> None:
         best = float("inf")
         for _ in range(3):
             started = time.process_time()
-            make_plan(0, sources, destinations)
+            plan_transfer(0, sources, destinations)
             best = min(best, time.process_time() - started)
         return best
 

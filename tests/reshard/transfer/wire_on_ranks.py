@@ -1,12 +1,9 @@
-"""One rank of the deltas' tests: transfers in a row that keep what they sent, each compared with tensors made by hand."""
+"""What ranks do in the tests of deltas: transfers in a row that keep what they sent, each compared with tensors made by hand."""
 
 from __future__ import annotations
 
 import random
-import sys
-from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -15,12 +12,12 @@ from torch import Tensor
 from aligner.reshard.local import TensorWeights
 from aligner.reshard.message.storage import allocate, strided_view
 from aligner.reshard.plan.region import Layout, Piece, whole_tensor
-from aligner.reshard.plan.schedule import schedule_of
-from aligner.reshard.plan.transfer_plan import Item, make_plan
+from aligner.reshard.plan.schedule import make_schedule
+from aligner.reshard.plan.transfer_plan import Item, plan_transfer
 from aligner.reshard.transfer.executor import execute
 from aligner.reshard.transfer.wire import LastMessages
+from aligner.spmd.world import World
 from tests.reshard.layouts import Grid, Shapes, parts, scattered
-from tests.reshard.ranks import report, start_rank
 
 CPU = torch.device("cpu")
 SHAPES: Shapes = {
@@ -31,7 +28,7 @@ SHAPES: Shapes = {
     "scale": (),
     "odd": (7,),
 }
-LARGE, SMALL = 1 << 20, 6000
+LARGE = 1 << 20
 Change = Callable[[Tensor, torch.Generator], None]
 Sides = tuple[dict[int, Layout], dict[int, Layout]]
 
@@ -77,10 +74,10 @@ class Transfers:
 
     def __init__(self, rank: int, sides: Sides, bucket_bytes: int, verify: bool) -> None:
         sources, destinations = sides
-        self.plan, self.bucket_bytes, self.verify = make_plan(rank, *sides), bucket_bytes, verify
+        self.plan, self.bucket_bytes, self.verify = plan_transfer(rank, *sides), bucket_bytes, verify
         self.mine, self.wanted = sources.get(rank, []), destinations.get(rank, [])
         self.held, self.filled = allocate(self.mine, CPU), allocate(self.wanted, CPU)
-        self.kept: LastMessages = {}
+        self.last_messages: LastMessages = {}
         draw = torch.Generator().manual_seed(3)
         self.values = {name: torch.randn(shape, generator=draw) for name, shape in SHAPES.items()}
         self.before: list[Tensor] = []
@@ -92,7 +89,7 @@ class Transfers:
             change(value, draw)
         for piece in self.mine:
             strided_view(self.held[piece.storage], piece).copy_(self.values[piece.name][inside(piece)])
-        row = execute(self.plan, self.source, self.destination(), dist.group.WORLD, CPU, self.bucket_bytes, self.verify, self.kept)  # fmt: skip
+        row = execute(self.plan, self.source, self.destination(), dist.group.WORLD, CPU, self.bucket_bytes, self.verify, self.last_messages)  # fmt: skip
         expected = [self.values[piece.name][inside(piece)].to(dtype(piece), copy=True) for piece in self.wanted]
         for piece, value in zip(self.wanted, expected, strict=True):
             assert same(strided_view(self.filled[piece.storage], piece), value), piece
@@ -104,7 +101,11 @@ class Transfers:
             changed = sum(int(((bits(now) != bits(old)) & new).sum()) * now.itemsize for now, old, new in each)
         assert (row.minimum_bytes, row.changed_bytes) == (least, changed), (row, least, changed)
         self.before = expected
-        return {**row.metrics(), "kept": sum(kept.nbytes for kept in self.kept.values()), "passing": self.passing()}
+        return {
+            **row.metrics(),
+            "kept": sum(kept.nbytes for kept in self.last_messages.values()),
+            "passing": self.passing(),
+        }
 
     def source(self, piece: Piece) -> Tensor:
         return strided_view(self.held[piece.storage], piece)
@@ -114,7 +115,7 @@ class Transfers:
 
     def passing(self) -> int:
         """Bytes of all that this rank packs for others and of all that enters it, in whole words."""
-        schedule = schedule_of(self.plan, 2 * self.bucket_bytes)
+        schedule = make_schedule(self.plan, 2 * self.bucket_bytes)
         found: dict[object, tuple[Item, ...]] = {}
         for step in schedule.steps:
             for message in step:
@@ -132,7 +133,7 @@ class Transfers:
 
     def error(self) -> str:
         try:
-            execute(self.plan, self.source, self.destination(), dist.group.WORLD, CPU, self.bucket_bytes, True, self.kept)  # fmt: skip
+            execute(self.plan, self.source, self.destination(), dist.group.WORLD, CPU, self.bucket_bytes, True, self.last_messages)  # fmt: skip
         except Exception as error:
             return f"{type(error).__name__}: {error}"
         return ""
@@ -183,37 +184,25 @@ def layouts() -> dict[str, Sides]:
     }
 
 
-def failing(rank: int, sides: Sides) -> dict[str, Any]:
+def transfers(world: World, layout: str, bucket_bytes: int, verify: bool) -> dict[str, dict[str, float]]:
+    """One after the other, after each of CHANGES: its statistics, and the bytes that are kept for the next."""
+    transfers = Transfers(world.rank, layouts()[layout], bucket_bytes, verify)
+    return {name: transfers.run(change, seed) for seed, (name, change) in enumerate(CHANGES.items())}
+
+
+def unreadable(world: World) -> str:
     """The first transfer succeeds; in the second, rank 0 cannot read a tensor."""
-    transfers = Transfers(rank, sides, LARGE, True)
+    transfers = Transfers(world.rank, layouts()["relays"], LARGE, True)
     transfers.run(CHANGES["first"], 0)
-    if rank == 0:
+    if world.rank == 0:
         transfers.held = {name: value for name, value in transfers.held.items() if name != "mlp.w"}
-    return {"error": transfers.error()}
+    return transfers.error()
 
 
-def damaged(rank: int, sides: Sides) -> dict[str, Any]:
+def damaged(world: World) -> str:
     """One bit of what rank 2 kept changes between two transfers: what a delta makes of it is not what was sent."""
-    transfers = Transfers(rank, sides, LARGE, True)
+    transfers = Transfers(world.rank, layouts()["relays"], LARGE, True)
     transfers.run(CHANGES["first"], 0)
-    if rank == 2:
-        next(iter(transfers.kept.values()))[0] ^= 1
-    return {"error": transfers.error()}
-
-
-def main() -> None:
-    folder = Path(sys.argv[1])
-    rank, _ = start_rank(folder)
-    found: dict[str, Any] = {}
-    sides: Mapping[str, Sides] = layouts()
-    for name, two in sides.items():
-        for size, verify in ((LARGE, True), (SMALL, name != "anything")):
-            transfers = Transfers(rank, two, size, verify)
-            rows = {change: transfers.run(how, seed) for seed, (change, how) in enumerate(CHANGES.items())}
-            found[f"{name}, {size}"] = rows
-    failures = {"source": failing(rank, sides["relays"]), "kept": damaged(rank, sides["relays"])}
-    report(folder, {"rows": found, "failures": failures})
-
-
-if __name__ == "__main__":
-    main()
+    if world.rank == 2:
+        next(iter(transfers.last_messages.values()))[0] ^= 1
+    return transfers.error()

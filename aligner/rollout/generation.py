@@ -1,0 +1,259 @@
+"""Generation by vLLM replicas, at once or begun and finished later; token ids in, token ids out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+
+from aligner.data.prompts import Prompt
+from aligner.data.tokenizer import load_tokenizer
+from aligner.models.spec import ModelSpec
+from aligner.reshard.weights import RemoteWeights, WritableWeights
+from aligner.rollout.arrivals import Arrivals
+from aligner.rollout.config import RolloutConfig, Sampling, StreamConfig
+from aligner.rollout.engine import RolloutEngine
+from aligner.rollout.layout import EngineLayout
+from aligner.rollout.loaded import LoadedWeights
+from aligner.rollout.rows import completed_samples, prompt_from, prompt_to, request_seed, sample_from, sample_to
+from aligner.rollout.sleep import KINDS, residency_parts
+from aligner.rollout.weights import EngineWeights
+from aligner.spmd.mesh import Mesh
+from aligner.spmd.messages import all_gather, broadcast
+from aligner.spmd.partition import Shares, partition
+from aligner.spmd.ref import Ref
+from aligner.spmd.role import Role
+from aligner.spmd.rows import BatchRows
+from aligner.spmd.world import World
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+T = TypeVar("T")
+
+
+@dataclass(eq=False)
+class Started:
+    """A generation that has been begun; the same on every rank, but for the ticket."""
+
+    prompts: Sequence[Prompt]
+    num_samples: int
+    shares: Shares
+    """Prompts of each replica."""
+    ticket: int | None
+    """The engine's, on this role's ranks."""
+
+
+class GenerationRole(Role):
+    """vLLM on this role's ranks: ranks / (tensor x pipeline) replicas, each generating for its share of the prompts."""
+
+    needs: ClassVar[Mapping[str, Sequence[str]]] = {
+        "generate": ("weights", "cache"),
+        "reshard_to": ("weights",),
+        "load_folder": ("weights",),
+    }
+
+    def __init__(
+        self,
+        name: str,
+        world: World,
+        mesh: Mesh,
+        spec: ModelSpec,
+        config: RolloutConfig,
+        sampling: Sampling,
+        seed: int,
+        overlap: StreamConfig | None = None,
+    ) -> None:
+        super().__init__(name, world, mesh)
+        self.spec, self.config, self.sampling, self.seed = spec, config, sampling, seed
+        self.overlap = overlap or StreamConfig()
+        self.calls = 0
+        self.loaded = LoadedWeights()
+        """Which weights the engines hold; the same on every rank of the world."""
+        self.under_way: list[Any] = []
+        """What was started and not finished; the same on every rank."""
+        self._arrivals = Arrivals(world, name) if self.overlap.in_flight else None
+        replica = world.my_group(mesh.groups("tensor", "pipeline"))
+        world.residency.make_room(name, mesh)
+        sleeps = world.device.type == "cpu" or world.residency.crowds(name, mesh)
+        world.residency.register(name, mesh, KINDS if sleeps else {}, on_lost=self.loaded.evict)
+        if replica is None:
+            self.weights: WritableWeights = RemoteWeights(self._layout(spec))
+            return
+        first = mesh.shards[self.shard or 0][0]
+        self.engine = RolloutEngine(
+            spec.path, replica, f"{name}{first}", config, world.device, mesh.expert > 1, mesh.pipeline, sleeps,
+            spec.eos_token_ids, self.loaded,
+        )  # fmt: skip
+        self.engine.requests.progress = world.activity.tick
+        self.weights = weights = EngineWeights(self.engine, self._layout(spec))
+        if sleeps:
+            parts = residency_parts(self.engine, weights, world.residency.meter)
+            world.residency.register(name, mesh, KINDS, parts, on_lost=self.loaded.evict)
+            world.residency.before_evict(name, self.complete)
+        world.on_leave(self.engine.close)
+
+    def _layout(self, spec: ModelSpec) -> EngineLayout:
+        return EngineLayout(spec, self.mesh, self.config.dtype, self.mesh.expert > 1)
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        num_samples: int = 1,
+        sampling: Sampling | None = None,
+        seed: int | None = None,
+    ) -> Ref:
+        """`num_samples` responses to each prompt.
+
+        Args:
+            prompts: the same on every rank.
+            sampling: how to sample; by default the configuration's `sampling`.
+            seed: by default a new one for every call; the same seed gives the same samples for the same weights.
+
+        Returns:
+            Ref to `Samples`: row p * num_samples + g is sample g of prompt p.
+        """
+        self.wake()
+        with self.call("generate"):
+            return self._finish(self._start(prompts, num_samples, sampling, seed))
+
+    def start(self, prompts: Sequence[Prompt], num_samples: int = 1, sampling: Sampling | None = None) -> Started:
+        """Begin what `generate` does; nothing is waited for. The engine works on it whenever it works."""
+        self.wake()
+        with self.call("start", on_host=True):
+            started = self._start(prompts, num_samples, sampling, None)
+            self.under_way.append(started)
+            return started
+
+    def finish(self, started: Started) -> Ref:
+        """What `generate` returns, of something started."""
+        self.under_way.remove(started)
+        with self.working():
+            return self._finish(started)
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """That of the engine's own model."""
+        return load_tokenizer(self.spec.path)
+
+    def wake(self) -> None:
+        """Sync the engine's weights once more, if they were given up. A role call of every rank, if so.
+
+        Raises:
+            RuntimeError: their policy has been updated since.
+        """
+        source = self.loaded.source_to_reload(self.name)
+        if source is not None:
+            source.reshard_to(self)
+
+    @property
+    def asleep(self) -> bool:
+        """The engine's weights were given up; before they were, it completed what was under way."""
+        return self.loaded.evicted
+
+    def working(self) -> AbstractContextManager[None]:
+        """The role call in which what is under way is completed: it needs the engine, unless that is done."""
+        return self.call("collect", on_host=True) if self.asleep else self.call("generate")
+
+    def complete(self) -> None:
+        if self.under_way:
+            self.engine.work_until(_never)
+
+    def drain_before_sync(self, policy: Mesh) -> None:
+        """Complete the requests in flight before a weight sync; with `stream.in_flight` only until the policy's ranks
+        are waiting with the new weights, which then meet what is left. Collective over the world.
+
+        Args:
+            policy: the mesh of the role whose weights come.
+        """
+        if not self.under_way or self.asleep:
+            return
+        arrived = self._arrivals.announce(policy.ranks) if self._arrivals else _never
+        with self.call("generate"):
+            if self.member:
+                self.engine.work_until(arrived)
+
+    def took_weights(self) -> None:
+        """A sync has finished: tokens drawn from here on are marked with the version of the new weights."""
+        if self.member:
+            self.engine.requests.new_weights()
+
+    def save_pending(self, started: Started) -> dict[str, Any]:
+        """Something started and completed, as JSON; its samples on the first rank of the world."""
+        samples_of_prompt = {}
+        if started.ticket is not None:
+            drawn, size = self.engine.requests.held(started.ticket), started.num_samples
+            for position, prompt in enumerate(started.shares[self.shard or 0]):
+                samples_of_prompt[prompt] = [sample_to(one) for one in drawn[position * size : (position + 1) * size]]
+            for other in all_gather(self.world, samples_of_prompt, self.mesh.ranks):
+                samples_of_prompt |= other
+        samples_of_prompt = broadcast(self.world, samples_of_prompt, self.mesh.ranks, [0]) or {}
+        samples = [samples_of_prompt[position] for position in sorted(samples_of_prompt)]
+        return {"prompts": [prompt_to(prompt) for prompt in started.prompts], "samples": samples}
+
+    def load_pending(self, saved: Mapping[str, Any], num_samples: int) -> Started:
+        """What `save_pending` wrote, dealt to the replicas there are."""
+        prompts = [prompt_from(one) for one in saved["prompts"]]
+        shares = partition([len(prompt.tokens) for prompt in prompts], self.mesh.data)
+        ticket = None
+        if self.member:
+            samples = [sample_from(one) for p in shares[self.shard or 0] for one in saved["samples"][p]]
+            ticket = self.engine.requests.hold(samples)
+        self.under_way.append(Started(prompts, num_samples, shares, ticket))
+        return self.under_way[-1]  # type: ignore[no-any-return]
+
+    def _start(
+        self, prompts: Sequence[Prompt], num_samples: int, sampling: Sampling | None, seed: int | None
+    ) -> Started:
+        self.calls += 1
+        shares = partition([len(prompt.tokens) for prompt in prompts], self.mesh.data)
+        ticket = None
+        if self.member:
+            prompts_here = shares[self.shard or 0]
+            seeds = [request_seed(self.seed, self.calls if seed is None else -1 - seed, i) for i in prompts_here]
+            tokens = [list(prompts[p].tokens) for p in prompts_here]
+            ticket = self.engine.start(tokens, seeds, sampling or self.sampling, num_samples)
+        return Started(prompts, num_samples, shares, ticket)
+
+    def _finish(self, started: Started) -> Ref:
+        size = started.num_samples
+        row_shares = tuple(tuple(p * size + g for p in share for g in range(size)) for share in started.shares)
+        rows = BatchRows(size, set(self.mesh.ranks))
+        if started.ticket is None:
+            return Ref(self, None, rows, row_shares)
+        prompts_here = started.shares[self.shard or 0]
+        drawn = self.engine.finish(started.ticket)
+        samples = completed_samples([started.prompts[p] for p in prompts_here for _ in range(size)], drawn)
+        lengths = self.agreed(samples.length_B.tolist(), int(samples.tokens_BT.sum()))
+        by_row = {
+            row: n
+            for share, share_lengths in zip(row_shares, lengths, strict=True)
+            for row, n in zip(share, share_lengths, strict=True)
+        }
+        rows.lengths = [by_row[row] for row in range(len(by_row))]
+        return Ref(self, samples, rows, row_shares)
+
+    def agreed(self, value: T, check: int) -> list[T]:
+        """What each replica found, on every rank of the role, after a comparison of its ranks; collective over the role.
+
+        Args:
+            check: a sum over what was sampled, equal on the ranks of a replica.
+        """
+        gathered = all_gather(self.world, (value, check), self.mesh.ranks)
+        replica_values: list[Any] = [None] * self.mesh.data
+        for rank, rank_value in zip(self.mesh.ranks, gathered, strict=True):
+            shard = self.mesh.shard_of(rank)
+            assert shard is not None
+            if (replica_values[shard] or rank_value) != rank_value:
+                raise RuntimeError(
+                    f"rank {rank} sampled other tokens than its tensor-parallel neighbours of rollout replica {shard}; "
+                    "their weights or random states have diverged."
+                )
+            replica_values[shard] = rank_value
+        return [value for value, _ in replica_values]
+
+
+def _never() -> bool:
+    return False
