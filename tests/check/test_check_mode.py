@@ -22,7 +22,7 @@ from aligner.check.memory import Machine, bytes_of_rank, check_memory, machine_o
 from aligner.checkpoint.config import CheckpointConfig
 from aligner.config.check import CheckConfig
 from aligner.config.schema import Config, compose_config, to_config
-from aligner.data.column_addition import ColumnAddition, ModelShape, write
+from aligner.data.column_addition import ColumnAddition, ModelShape, write_task
 from aligner.main import main
 from aligner.models.read_spec import read_spec
 from aligner.models.tensors import parameter_count
@@ -39,7 +39,7 @@ ON_CPU = not torch.cuda.is_available()
 def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("task")
     shape = ModelShape(hidden=64, layers=2, heads=4, kv_heads=2, head_dim=32, ffn=96)
-    write(folder, ColumnAddition(demonstrations=64, prompts=64, heldout=16, preferences=16), shape)
+    write_task(folder, ColumnAddition(demonstrations=64, prompts=64, heldout=16, preferences=16), shape)
     return folder
 
 
