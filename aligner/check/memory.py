@@ -68,6 +68,11 @@ class Machine:
     """Memory of each rank's GPU; None: ranks compute on the CPU."""
 
     @property
+    def rank_bytes(self) -> float:
+        """Memory of a rank: its GPU's, or its share of the host's."""
+        return self.host_bytes / self.ranks if self.device_bytes is None else self.device_bytes
+
+    @property
     def cpu(self) -> bool:
         """Ranks compute on the CPU."""
         return self.device_bytes is None

@@ -103,7 +103,21 @@ def _memory(config: Config, checked: Checked, world_size: int) -> list[tuple[str
     else:
         there = f"its GPU has {gib(machine.device_bytes)}"
     what = "" if machine.cpu or config.residency.mode == "off" else "at least "
-    return [("memory", f"{what}{gib(needs[rank])} on rank {rank}, the fullest, without activations; {there}")]
+    lines = [("memory", f"{what}{gib(needs[rank])} on rank {rank}, the fullest, without activations; {there}")]
+    if config.residency.mode == "auto":
+        most = max(sum(held[role] for role in roles) for roles in ranks)
+        lines.append(("", _room(most, config.residency.budget(machine.rank_bytes, machine.cpu))))
+    return lines
+
+
+def _room(held: float, budget: float) -> str:
+    """What residency.mode=auto makes of a rank whose roles hold so much."""
+    if held > budget:
+        return f"residency.mode=auto: roles hold {gib(held)}, more than a rank's {gib(budget)}: some leave while others compute"
+    return (
+        f"residency.mode=auto: roles hold {gib(held)} of a rank's {gib(budget)}, and stay where activations take no more than "
+        f"the other {gib(budget - held)}"
+    )
 
 
 def _disk(config: Config, roles: Sequence[str], checked: Checked, world_size: int) -> str:

@@ -126,7 +126,7 @@ class SleepingWeights:
     def bring(self) -> None:
         """Map the memory again, for a sync to write."""
         self._meter.phantom -= self._bytes
-        torch.cuda.synchronize(self._engine.device)  # copies to the host still hold what is to be mapped here
+        _release_cached(self._engine.device)
         with self._engine.inside():
             self._engine.executor.wake_up(["weights"])
             for buffer, saved in self._buffers:
@@ -162,9 +162,15 @@ class SleepingCache:
     def bring(self) -> None:
         """Empty."""
         self._meter.phantom -= self._bytes
-        torch.cuda.synchronize(self._engine.device)
+        _release_cached(self._engine.device)
         with self._engine.inside():
             self._engine.executor.wake_up(["kv_cache"])
             for cache in self._engine.caches:
                 cache.zero_()
         self.resident = True
+
+
+def _release_cached(device: torch.device) -> None:
+    """vLLM maps memory past torch's allocator, which would not give up for it what has been freed."""
+    torch.cuda.synchronize(device)  # copies to the host still hold what is to be mapped
+    torch.cuda.empty_cache()

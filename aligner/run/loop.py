@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -32,9 +32,12 @@ from aligner.run.exports import Exports, line_of
 from aligner.run.guards import Guards
 from aligner.run.input_digests import ROWS
 from aligner.run.job import Job
+from aligner.run.memory import open_account
 from aligner.run.random_states import seed_all
 from aligner.run.signals import Signals
 from aligner.run.step_row import collect_samples, step_row
+from aligner.run.step_stats import StepStats
+from aligner.spmd.memory_account import MemoryFigures
 from aligner.spmd.messages import all_gather, broadcast
 from aligner.spmd.world import World
 
@@ -57,6 +60,7 @@ def run_job(job: Job) -> NoReturn:
 def drive(job: Job, world: World) -> None:
     """Build the roles and drive the loop to its end."""
     seed_all(job.config.seed)
+    open_account(world, job.config.residency)
     roles = build_roles(
         job.config, job.roles, world, job.checked.meshes, job.checked.spec, job.checked.tokenizer, job.startup
     )
@@ -76,6 +80,8 @@ class Verdict:
     """Why the job ends."""
     leave: str = ""
     """The signal that asks it to save and leave."""
+    memory: MemoryFigures = field(default_factory=MemoryFigures)
+    """The most that any rank has measured in the step."""
 
 
 class Driver:
@@ -84,7 +90,7 @@ class Driver:
     def __init__(self, job: Job, world: World, roles: Roles) -> None:
         self.job, self.config, self.world, self.roles = job, job.config, world, roles
         self.run_dir = Path(job.config.run_dir)
-        self.guards, self.signals, self._asked = Guards(job.config.guards), Signals(), ""
+        self.guards, self.signals = Guards(job.config.guards), Signals()
         metric = job.checked.best_metric
         best = Best(metric) if metric else None
         self.rows = training_rows(job.config, job.checked, job.inputs.get(ROWS))
@@ -126,7 +132,8 @@ class Driver:
         self.world.activity.in_loop = True
         for step, yielded in enumerate(self._steps(stream), start=self.before + 1):
             result = checked_step(yielded, self._loop_name)
-            row, self._asked = step_row(self.world, self.roles, result, time.perf_counter() - start, self.signals.asked)
+            seconds = time.perf_counter() - start
+            row, stats = step_row(self.world, self.roles, result, seconds, self.signals.asked)
             if step == self.before + 1:
                 row |= self.job.checked.data.metrics()
             if held_up:
@@ -134,7 +141,7 @@ class Driver:
             evaluated = evaluates and (step % train.eval_every == 0 or step == train.steps)
             if evaluated:
                 row |= evaluation.run()
-            verdict = self._agree(step, row)
+            verdict = self._agree(step, row, stats)
             self._log(step, row)
             self.exports.after(step, row, evaluated)
             self._write_samples(step, result)
@@ -227,7 +234,7 @@ class Driver:
         self.world.journal.step = step
         self.world.timeline.at(step)
 
-    def _agree(self, step: int, row: dict[str, float]) -> Verdict:
+    def _agree(self, step: int, row: dict[str, float], stats: StepStats) -> Verdict:
         """What rank 0 makes of its row, and what it says, known to every rank; it adds guard/NAME to the row."""
         verdict = Verdict()
         if self.writer:
@@ -239,10 +246,12 @@ class Driver:
             taken = self.job.lease.lost if self.job.lease else ""
             if taken:
                 stop = f"run_dir={self.run_dir} has been taken over by {taken}, while this job stood still."
-            verdict = Verdict(stop, self._asked)
+            verdict = Verdict(stop, stats.asked, stats.figures)
         self.world.journal.enter("the first rank's verdict")
         with self.world.timeline.span("call", STEP_END):
-            return broadcast(self.world, verdict, (0,), range(self.world.size))
+            verdict = broadcast(self.world, verdict, (0,), range(self.world.size))
+        self.world.residency.learn(verdict.memory)
+        return verdict
 
     def _forget(self) -> None:
         """What was measured so far is no part of the next row."""

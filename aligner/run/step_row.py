@@ -8,7 +8,7 @@ from aligner.algorithms.step import Step
 from aligner.reward.pool import Status
 from aligner.reward.role import Rewards
 from aligner.roles.build import Roles
-from aligner.run.step_stats import merged, step_stats_of
+from aligner.run.step_stats import StepStats, merged, step_stats_of
 from aligner.spmd.ref import Ref
 from aligner.spmd.transfer import read_on_rank0
 from aligner.spmd.world import World
@@ -18,7 +18,9 @@ LOGGED_SCORES = ("reward_B", "status_B", "components", "component_status")
 """Fields of `Rewards` that the row is made of."""
 
 
-def step_row(world: World, roles: Roles, result: Step, seconds: float, signal: str) -> tuple[dict[str, float], str]:
+def step_row(
+    world: World, roles: Roles, result: Step, seconds: float, signal: str
+) -> tuple[dict[str, float], StepStats]:
     """Everything known of one iteration, on rank 0. A collective of the world: one message from each rank, up a tree.
 
     Args:
@@ -26,18 +28,19 @@ def step_row(world: World, roles: Roles, result: Step, seconds: float, signal: s
         signal: what asks this rank to save and leave; "": nothing.
 
     Returns:
-        (metrics, the first signal of any rank) on rank 0; ({}, "") elsewhere.
+        (metrics, what all ranks have said) on rank 0; ({}, this rank's own) elsewhere.
     """
     policies = (role for role in roles.trainable if isinstance(role, Policy))
     own_stats = step_stats_of(
         roles.built,
         [row for policy in policies if policy.syncs for row in policy.syncs.latest()],
         world.residency.meter.take(),
+        world.residency.take_figures(),
         signal,
     )
     collected = read_on_rank0(world, _logged(result), own_stats, merged)
     if collected is None:
-        return {}, ""
+        return {}, own_stats
     values, stats = collected
     row: dict[str, float] = dict(values.get("metrics", {}))
     for name, value in result.extra_metrics.items():
@@ -56,7 +59,7 @@ def step_row(world: World, roles: Roles, result: Step, seconds: float, signal: s
     row["seconds"] = seconds
     if "tokens" in row:
         row["tokens_per_second"] = row["tokens"] / seconds
-    return row, stats.asked
+    return row, stats
 
 
 def collect_samples(world: World, result: Step, count: int) -> list[dict[str, Any]] | None:

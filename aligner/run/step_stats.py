@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from aligner.report.metric_registry import TIMED_CALLS
 from aligner.reshard.transfer.sync_stats import SyncStats, total
+from aligner.spmd.memory_account import MemoryFigures
 from aligner.spmd.role import Role
 
 
@@ -20,6 +21,8 @@ class StepStats:
     """The last transfer of weights."""
     asked: str = ""
     """The signal that asks the job to leave."""
+    figures: MemoryFigures = field(default_factory=MemoryFigures)
+    """What residency decides by."""
 
     def row(self) -> dict[str, float]:
         """The metrics."""
@@ -27,7 +30,11 @@ class StepStats:
 
 
 def step_stats_of(
-    roles: Sequence[Role], syncs: Sequence[SyncStats], memory: Mapping[str, float], asked: str = ""
+    roles: Sequence[Role],
+    syncs: Sequence[SyncStats],
+    memory: Mapping[str, float],
+    figures: MemoryFigures,
+    asked: str = "",
 ) -> StepStats:
     """This rank's since the last time; `memory` in GiB by role call."""
     seconds: dict[str, float] = {}
@@ -38,7 +45,7 @@ def step_stats_of(
     most = {f"seconds_{phase}": seconds[call] for call, phase in TIMED_CALLS.items() if call in seconds}
     most |= {f"memory_{phase}": memory[call] for call, phase in TIMED_CALLS.items() if call in memory}
     most |= {"memory_peak": memory["peak"]} if "peak" in memory else {}
-    return StepStats(most, (total(syncs),) if syncs else (), asked)
+    return StepStats(most, (total(syncs),) if syncs else (), asked, figures)
 
 
 def merged(one: StepStats, other: StepStats) -> StepStats:
@@ -46,4 +53,5 @@ def merged(one: StepStats, other: StepStats) -> StepStats:
     names = [*one.most, *(name for name in other.most if name not in one.most)]
     most = {name: max(most[name] for most in (one.most, other.most) if name in most) for name in names}
     syncs = one.syncs + other.syncs
-    return StepStats(most, (total(syncs),) if syncs else (), one.asked or other.asked)
+    figures = one.figures.merged(other.figures)
+    return StepStats(most, (total(syncs),) if syncs else (), one.asked or other.asked, figures)

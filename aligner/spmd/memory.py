@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterable, Iterator
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
 GIB = 1 << 30
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4
+"""Of glibc's mallopt."""
 REMEDIES = (
-    "What helps: residency.mode=auto (or an emptier residency.keep), a smaller policy.micro_tokens, "
-    "policy.recompute=full, a smaller rollout.kv_cache_mib or rollout.max_num_seqs, a placement with more ranks for a role "
+    "What helps: residency.mode=auto, a smaller residency.budget_gib (or an emptier residency.keep), a smaller "
+    "policy.micro_tokens, policy.recompute=full, a smaller rollout.kv_cache_mib or rollout.max_num_seqs, a placement with more ranks for a role "
     "(placement.policy.tensor, placement.policy.pipeline), or roles on ranks of their own (placement=split)."
 )
 
@@ -39,12 +43,17 @@ class Meter:
         """Bytes that CUDA's allocator counts although they are unmapped: a sleeping engine's."""
 
     @contextmanager
-    def measured(self, method: str, member: bool) -> Iterator[None]:
-        """Around a role call; it counts where this rank is a `member` of a role that takes part."""
+    def measured(self, method: str, member: bool) -> Iterator[Callable[[], float]]:
+        """Around a role call; it counts where this rank is a `member` of a role that takes part.
+
+        Yields:
+            What gives the call's largest memory in bytes, once it has ended.
+        """
         self._boundary()
         self._open.append(0.0)
+        largest = 0.0
         try:
-            yield
+            yield lambda: largest * GIB
         finally:
             self._boundary()
             largest = self._open.pop()
@@ -87,11 +96,45 @@ def resident() -> tuple[float, float]:
     return sizes[0], sizes[1]
 
 
+def available(device: torch.device, ranks_on_host: int) -> float:
+    """Bytes that this rank can take in all: what is free on its device, or its share of what the host has available, with
+    what the process holds already. A cgroup's limit counts where there is one."""
+    if device.type == "cuda":
+        return float(torch.cuda.mem_get_info(device)[0])
+    physical = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    free = min(physical, _number(Path("/proc/meminfo"), "MemAvailable:") * 1024)
+    limit = _number(Path("/sys/fs/cgroup/memory.max"))
+    if math.isfinite(limit):
+        stat = Path("/sys/fs/cgroup/memory.stat")
+        free = min(free, limit - _number(Path("/sys/fs/cgroup/memory.current")) + _number(stat, "inactive_file"))
+    return free / ranks_on_host + resident()[1]
+
+
+def _number(file: Path, name: str = "") -> float:
+    """The number after `name`, the first one of a line of text; infinite where there is none, such as "max"."""
+    try:
+        words = file.read_text().split()
+        return float(words[words.index(name) + 1 if name else 0])
+    except (OSError, ValueError, IndexError):
+        return math.inf
+
+
 def trim() -> None:
     """Give freed memory back to the system (glibc keeps blocks below its threshold)."""
     release = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if release is not None:
         release(0)
+
+
+def keep_freed(keep: bool) -> None:
+    """Whether glibc keeps what is freed for what is allocated next. By itself it gives each block of more than 32 MiB back
+    when it is freed, and the kernel zeroes its pages anew, one by one, for every activation of that size."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None:
+        return
+    mallopt(M_MMAP_MAX, 0 if keep else 65536)
+    mallopt(M_TRIM_THRESHOLD, -1 if keep else 64 << 20)
+    mallopt(M_MMAP_THRESHOLD, 32 << 20)  # with 64 MiB above, what glibc's own thresholds come to
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from aligner.check.memory import Machine, bytes_of_rank, check_memory, machine_o
 from aligner.checkpoint.config import CheckpointConfig
 from aligner.config.check import CheckConfig
 from aligner.config.schema import Config, compose_config, to_config
-from aligner.data.column_addition import ColumnAddition, ModelShape, write
+from aligner.data.column_addition import ColumnAddition, ModelShape, write_task
 from aligner.main import main
 from aligner.models.read_spec import read_spec
 from aligner.models.tensors import parameter_count
@@ -38,7 +39,7 @@ ON_CPU = not torch.cuda.is_available()
 def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("task")
     shape = ModelShape(hidden=64, layers=2, heads=4, kv_heads=2, head_dim=32, ffn=96)
-    write(folder, ColumnAddition(demonstrations=64, prompts=64, heldout=16, preferences=16), shape)
+    write_task(folder, ColumnAddition(demonstrations=64, prompts=64, heldout=16, preferences=16), shape)
     return folder
 
 
@@ -173,6 +174,28 @@ def test_memory_by_hand(task: Path) -> None:
     greedy = config_of(task, "residency.mode=off", "rollout.kv_cache_mib=null", "rollout.gpu_memory_utilization=0.9")
     with pytest.raises(ValueError, match=r"rollout\.gpu_memory_utilization"):
         check_memory(greedy, specs, meshes, Machine(2, 1, 10.0 * n))
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (
+            ["residency.budget_gib=1"],
+            r"residency\.mode=auto: roles hold .* of a rank's 1\.00 GiB, and stay where activations take",
+        ),
+        (
+            ["residency.budget_gib=0.001"],
+            r"residency\.mode=auto: roles hold .*, more than a rank's .*: some leave while others",
+        ),
+        (["residency.budget_gib=null"], r"residency\.mode=auto: roles hold .* and stay where activations take no more"),
+    ],
+)
+def test_what_is_said_of_residency(task: Path, more: list[str], said: str) -> None:
+    assert re.search(said, said_of(prepare(config_of(task, "mode=check", "rollout.kv_cache_mib=1", *more), 1), 1))
+
+
+def test_no_budget_is_spoken_of_where_none_counts(task: Path) -> None:
+    assert "residency" not in said_of(prepare(config_of(task, "mode=check", "residency.mode=off"), 1), 1)
 
 
 def test_who_shares_a_rank(task: Path) -> None:

@@ -80,7 +80,8 @@ def test_values_arrive_with_their_types() -> None:
 def test_residency_composes() -> None:
     config = to_config(compose_config([*NEEDED, "residency.mode=offload", "residency.keep=[policy,rollout.weights]"]))
     assert (config.residency.mode, config.residency.keep) == ("offload", ("policy", "rollout.weights"))
-    assert config.residency.prefetch
+    assert config.residency.prefetch and config.residency.budget_gib is None
+    assert to_config(compose_config([*NEEDED, "residency.budget_gib=1.5"])).residency.budget_gib == 1.5
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -18,6 +18,7 @@ Rows = list[dict[str, Any]]
 MODES: dict[str, list[str]] = {
     "off": ["residency.mode=off"],
     "auto": ["residency.mode=auto"],
+    "no room": ["residency.mode=auto", "residency.budget_gib=0"],
     "offload": ["residency.mode=offload"],
 }
 COMMON = ["train.steps=3", "train.eval_every=2", "train.save=true", "policy.optimizer.lr=1e-3"]
@@ -70,7 +71,7 @@ def test_a_job_is_the_same_to_the_last_bit(
     assert [row["step"] for row in plain] == [0, 1, 2, 3]
     weights = stored_tensors(found["off"] / "model")
     assert any(row.get("sampled_groups", 0) > 4 for row in plain) or "grpo" not in case, "no group was sampled again"
-    for mode in ("auto", "offload"):
+    for mode in ("auto", "no room", "offload"):
         for row, want in zip(rows_of(found[mode]), plain, strict=True):
             assert numbers(row) == numbers(want), f"{mode}, step {row['step']}"
         got = stored_tensors(found[mode] / "model")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +14,7 @@ import torch
 from aligner.bounds import check_settings
 from aligner.spmd import memory
 from aligner.spmd.memory import GIB, Meter, OutOfMemory
+from aligner.spmd.memory_account import MemoryAccount, MemoryFigures
 from aligner.spmd.mesh import Mesh
 from aligner.spmd.residency import Kind, Residency
 from aligner.spmd.residency_config import ResidencyConfig
@@ -85,6 +87,14 @@ class Scene:
             moved = [line for line in self.log if not line.startswith("changed")]
         return moved
 
+    def learn(self, budget: float, **beyond: float) -> None:
+        """Give it a budget, with what calls take beyond the parts: update of the policy, generate of the rollout, ..."""
+        names = {"generate": "rollout", "logprobs": "reference", "update": "policy", "reshard_to": "policy"}
+        parts = {(role, kind): float(self.parts[name].size) for name in self.parts for role, kind in [name.split(".")]}
+        self.residency.account = MemoryAccount(budget)
+        calls = {f"{names[method]}.{method}": value for method, value in beyond.items()}
+        self.residency.account.learn(MemoryFigures(parts, calls))
+
     def here(self) -> set[str]:
         return {name for name, part in self.parts.items() if part.resident}
 
@@ -125,6 +135,153 @@ def test_on_a_cpu_auto_frees_only_what_can_be_remade() -> None:
     assert scene.call("reference", "logprobs") == ["out rollout.cache", "out rollout.weights"]
     assert scene.call("policy", "update") == ["in policy.gradients"]
     assert {"policy.weights", "policy.optimizer", "reference.weights"} <= scene.here()
+
+
+MEASURED = {"reshard_to": 1.0, "generate": 1.0, "logprobs": 2.0, "update": 4.0}
+
+
+def steps(scene: Scene, count: int = 3) -> list[list[str]]:
+    """What each call of the last step moved."""
+    for _ in range(count):
+        moved = [scene.call(names, method) for names, method in STEP]
+    return moved
+
+
+def test_where_all_fits_nothing_moves() -> None:
+    """Six parts of 1 byte, and an update that takes 4 beside them."""
+    scene = Scene(ResidencyConfig("auto"))
+    scene.learn(10.0, **MEASURED)
+    assert steps(scene, 1) == [[], [], [], []]
+    assert steps(scene) == [[], [], [], []]
+    assert len(scene.here()) == 6 and scene.lost == []
+
+
+def test_just_short_of_room_one_part_leaves_for_the_call_that_lacks_it() -> None:
+    """Of the KV cache and the engine's weights the cache goes: the sync, which comes first, writes the weights."""
+    scene = Scene(ResidencyConfig("auto"))
+    scene.learn(9.5, **MEASURED)
+    assert steps(scene) == [["in rollout.cache"], [], ["out rollout.cache"], []]
+    assert scene.lost == []
+
+
+def test_without_room_all_leaves_that_can_be_remade() -> None:
+    scene = Scene(ResidencyConfig("auto"))
+    scene.learn(0.0, **MEASURED)
+    plain = Scene(ResidencyConfig("auto"))
+    assert steps(scene) == steps(plain), "as without an account"
+    assert steps(scene)[2] == ["in policy.gradients"]
+
+
+def test_where_models_can_leave_the_one_that_is_needed_last_does() -> None:
+    """On CUDA copies on the host make room. The update is followed by the sync, by generate, and then by the reference."""
+    scene = Scene(ResidencyConfig("auto", prefetch=False))
+    scene.residency.device = torch.device("cuda")  # of which only the rules are asked
+    scene.learn(9.0, **MEASURED)
+    assert steps(scene) == [[], ["in reference.weights"], ["out reference.weights"], []]
+    scene.learn(8.0, **MEASURED)
+    moved = steps(scene)
+    assert moved[2] == ["out reference.weights", "out rollout.cache"]
+    scene.learn(8.0, **{**MEASURED, "generate": 5.0})
+    moved = steps(scene)
+    assert moved[0] == ["out policy.optimizer", "out policy.gradients", "in rollout.cache"], "the update's"
+    assert moved[1] == ["in reference.weights"]
+
+
+def test_what_was_not_measured_has_all_the_room() -> None:
+    scene = Scene(ResidencyConfig("auto"))
+    scene.learn(1000.0, **{name: value for name, value in MEASURED.items() if name != "update"})
+    assert steps(scene)[2] == ["out rollout.cache", "out rollout.weights"]
+    scene.learn(1000.0, **MEASURED)
+    steps(scene, 1)  # brings back what was out
+    assert steps(scene) == [[], [], [], []]
+
+
+def test_what_is_kept_stays_where_there_is_no_room() -> None:
+    scene = Scene(ResidencyConfig("auto", keep=("rollout",)))
+    scene.learn(0.0, **MEASURED)
+    assert steps(scene) == [[], [], ["in policy.gradients"], ["out policy.gradients"]]
+
+
+def test_ranks_of_different_sizes_and_places_know_the_same_to_be_out() -> None:
+    """An engine on ranks 0 and 1; rank 0 holds the models too, rank 2 nothing. Rank 1's cache is larger than rank 0's."""
+    scenes = [Scene(ResidencyConfig("auto"), (0, 1), rank) for rank in (0, 1, 2)]
+    scenes[1].parts["rollout.cache"].size = 3
+    figures = MemoryFigures(beyond={f"{names.partition('+')[0]}.{m}": MEASURED[m] for names, m in STEP})
+    for scene in scenes:
+        scene.residency.account = MemoryAccount(100.0)
+        figures = figures.merged(scene.residency.take_figures())
+    assert figures.parts[("rollout", "cache")] == 3
+    for budget in (12.0, 11.0, 8.0, 0.0):
+        for scene in scenes:
+            scene.residency.account = MemoryAccount(budget)
+            scene.residency.account.learn(figures)
+        out = []
+        for scene in scenes:
+            steps(scene, 2)
+            for names, method in STEP[:3]:
+                scene.call(names, method)
+            out.append([scene.residency.is_out(*name.split(".")) for name in sorted(scenes[0].parts)])
+            assert scene.parts == {} or {f"rollout.{p}" for p in ENGINE if scene.residency.is_out("rollout", p)} == {
+                name for name in scene.parts if name not in scene.here() and "rollout" in name
+            }
+        assert out[0] == out[1] == out[2]
+        assert any(out[0]) is (budget < 12.0)
+
+
+@pytest.mark.parametrize(("budget", "keeps"), [(12.0, True), (11.0, False)])
+def test_freed_memory_is_kept_after_a_step_with_room_until_a_call_falls_short(
+    budget: float, keeps: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Parts and the largest call take 10: with a tenth to spare of 12, of 11 not."""
+    kept: list[bool] = []
+    trimmed: list[None] = []
+    monkeypatch.setattr("aligner.spmd.residency.keep_freed", kept.append)
+    monkeypatch.setattr("aligner.spmd.residency.trim", lambda: trimmed.append(None))
+    scene = Scene(ResidencyConfig("auto"))
+    scene.learn(budget)  # parts only: no call has been measured
+    figures = MemoryFigures(beyond={f"{names.partition('+')[0]}.{m}": MEASURED[m] for names, m in STEP})
+
+    def step(figures: MemoryFigures = figures) -> list[list[str]]:
+        moved = steps(scene, 1)
+        scene.residency.learn(figures)
+        return moved
+
+    step()
+    step()  # brings back what left in the first
+    assert kept == [True] * keeps and len(trimmed) == 8, "before each call"
+    assert step(figures.merged(MemoryFigures(beyond={"policy.update": 7.0}))) == [[], [], [], []]
+    assert len(trimmed) == (8 if keeps else 12)
+    moved = steps(scene, 1)
+    if not keeps:
+        assert moved[2] == ["out rollout.cache", "out rollout.weights"] and kept == []
+        return
+    assert kept == [True, False]
+    assert moved[2] == ["out rollout.cache", "out rollout.weights"], "all, until it is measured again"
+    scene.residency.learn(figures)
+    step()
+    step()
+    assert steps(scene, 1) == [[], [], [], []], "given back, it fits"
+    assert kept == [True, False], "it never starts again"
+
+
+def test_a_call_is_measured_beyond_the_parts_that_are_there() -> None:
+    scene = Scene(ResidencyConfig("auto"))
+    scene.residency.account = MemoryAccount(0.0)
+    for part in scene.parts.values():
+        part.size = 10 << 20
+    Path("/proc/self/clear_refs").write_text("5")
+    with scene.residency.call(scene.roles("policy"), "logprobs"):
+        before = memory.resident()[1]
+        raised = torch.ones(1 << 26)  # 256 MiB, gone at the call's end
+        del raised
+    figures = scene.residency.take_figures()
+    there = 10 * len(scene.here())
+    assert figures.beyond["policy.logprobs"] - before == pytest.approx((256 - there) << 20, abs=20 << 20)
+    assert figures.parts[("policy", "weights")] == 10 << 20
+    assert scene.residency.take_figures().beyond == {}, "what was taken is forgotten"
+    scene.residency.account = None
+    scene.call("policy", "logprobs")
+    assert scene.residency.take_figures() == MemoryFigures()
 
 
 def test_off_moves_nothing() -> None:
@@ -281,6 +438,35 @@ def refused() -> None:
     raise PermissionError
 
 
+def test_what_is_available_is_shared_by_the_ranks_of_a_host() -> None:
+    own = memory.resident()[1]
+    one, four = (memory.available(CPU, ranks) for ranks in (1, 4))
+    assert (one - own) / (four - own) == pytest.approx(4, rel=0.2), "other processes come and go"
+    assert one <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") + own
+    assert ResidencyConfig().budget(10.0, cpu=True) == 8.0
+    assert ResidencyConfig().budget(10.0, cpu=False) == 9.0
+    assert ResidencyConfig(budget_gib=1.5).budget(10.0, cpu=True) == 1.5 * GIB
+
+
+def test_freed_memory_is_kept_where_it_is_asked_for() -> None:
+    memory.keep_freed(True)
+    try:
+        large = torch.ones(1 << 26)  # 256 MiB
+        last = torch.ones(16 << 10)
+        before = memory.resident()[1]
+        del large
+        assert memory.resident()[1] > before - (32 << 20)
+    finally:
+        memory.keep_freed(False)
+    memory.trim()
+    assert before - memory.resident()[1] > 200 << 20
+    large = torch.ones(1 << 26)
+    before = memory.resident()[1]
+    del large
+    assert before - memory.resident()[1] > 200 << 20, "at once"
+    assert last.sum() == 16 << 10
+
+
 def test_trimming_gives_pages_back() -> None:
     small = [torch.ones(16 << 10) for _ in range(1 << 11)]  # 64 KiB each: below the allocator's threshold
     last = torch.ones(16 << 10)  # keeps the top of the heap where it is
@@ -299,6 +485,11 @@ def test_trimming_gives_pages_back() -> None:
         (ResidencyConfig(keep=("rollout.gradients",)), "rollout.weights, rollout.cache."),
         (ResidencyConfig(keep=("critic",)), "residency.keep has 'critic', which this job does not hold"),
         (ResidencyConfig("off", keep=("policy",)), "with residency.mode=off everything does"),
+        (ResidencyConfig(budget_gib=-1.0), "residency.budget_gib=-1.0 must be at least 0 (0: everything leaves"),
+        (
+            ResidencyConfig("offload", budget_gib=1.0),
+            "the mode is offload; use residency.mode=auto, or budget_gib=null.",
+        ),
     ],
 )
 def test_what_cannot_work_is_refused(config: ResidencyConfig, said: str) -> None:
