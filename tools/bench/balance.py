@@ -27,8 +27,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))  # also f
 
 from aligner.spmd.cost import TOKENS, Cost
 from aligner.spmd.partition import Shares, idle, of_groups, partition
-from aligner.trainer.megatron.packed_attention import attended
-from aligner.trainer.packing import microbatches
+from aligner.trainer.megatron.prefix_attention import attended
+from aligner.trainer.packing import microbatches, row_units
+from aligner.trainer.prefix_tree import separate_rows
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 LARGE = Cost(2 * 7_500_000_000, 2 * 32 * 32 * 128)
@@ -79,8 +80,12 @@ DEALS: dict[str, Deal] = {"contiguous": contiguous, "tokens": by_tokens, "cost":
 def padding(lengths: list[int], shares: Shares, budget: int) -> float:
     """Fraction of padding in the tokens computed by attention, in microbatches of `budget` tokens."""
     lengths_of = [[lengths[row] for row in share] for share in shares]
-    packed = [tuple(rows[i] for i in batch) for rows in lengths_of for batch in microbatches(rows, budget)]
-    return 1 - sum(lengths) / sum(map(attended, packed))
+    packed = [
+        tuple(rows[i] for i in batch)
+        for rows in lengths_of
+        for batch in microbatches(row_units(separate_rows(rows), budget), budget)
+    ]
+    return 1 - sum(lengths) / sum(attended(rows, (-1,) * len(rows)) for rows in packed)
 
 
 def modelled(batches: int, prompts: int, group: int) -> dict[str, dict[str, float]]:
