@@ -43,8 +43,9 @@ OPTIMIZER = OptimizerConfig(lr=3e-3, eps=1e-2, weight_decay=0.1, clip_grad=0.5, 
 COMMON: dict[str, Any] = {"micro_tokens": 40, "minibatches": 2, "optimizer": OPTIMIZER}
 
 
-def to_one(score_B: Tensor) -> Any:
-    return (score_B - 1).square(), {"score": score_B}
+def to_five(score_B: Tensor) -> Any:
+    """A target that no update comes near: the gradient is not a difference of equal numbers."""
+    return (score_B - 5).square(), {"score": score_B}
 
 
 def fields(role: TrainableRole, samples: Ref, **values: Tensor) -> dict[str, Ref]:
@@ -59,7 +60,7 @@ CASES: dict[str, tuple[type[TrainableRole], Any, str, Any, dict[str, Tensor]]] =
     "sft": (Policy, PolicyConfig(**COMMON), "logprobs", negative_log_likelihood, {}),
     "grpo": (Policy, PolicyConfig(**COMMON, reduction="sequence_mean", epochs=2), "logprobs", GRPO, GRPO_FIELDS),
     "critic": (Critic, CriticConfig(**COMMON), "values", VALUE, VALUE_FIELDS),
-    "reward_model": (RewardModel, RewardModelConfig(**COMMON), "scores", to_one, {}),
+    "reward_model": (RewardModel, RewardModelConfig(**COMMON), "scores", to_five, {}),
 }
 
 
