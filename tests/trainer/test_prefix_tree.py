@@ -87,7 +87,7 @@ def test_a_shared_pack_has_the_predictions_of_separate_rows(
     tokens_BT, length_B = tensors(rows)
     segments = tree_of(rows).segments(range(len(rows)))
     separate = pack(tokens_BT, length_B, 1, CPU)
-    parts = [pack(tokens_BT, length_B, multiple_of, CPU, context, rank, segments) for rank in range(context)]
+    parts = [pack(tokens_BT, length_B, multiple_of, CPU, context, rank, segments=segments) for rank in range(context)]
     for name in ("tokens_T", "positions_T", "targets_T"):
         added = sum(part.to_rows(getattr(part, name)) for part in parts)
         assert torch.equal(added, separate.to_rows(getattr(separate, name))), name
