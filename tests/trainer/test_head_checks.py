@@ -160,7 +160,7 @@ def test_the_reference_has_sizes_of_its_own(folder: Path) -> None:
     for override, said in (
         ("reference.micro_tokens=0", "reference.micro_tokens=0 must be at least 1, or null."),
         ("reference.dtype=float16", "reference.dtype=float16 is unknown; use float32, bfloat16, or null."),
-        ("policy.share_prefix=always", "policy.share_prefix=always is unknown; use auto, on, or off."),
+        ("policy.share_prefix=always", "policy.share_prefix=always is unknown; use auto, on, off."),
         ("critic.forward_micro_tokens=0", "critic.forward_micro_tokens=0 must be at least 1, or null."),
     ):
         wrong = config(folder, override)
