@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-PROGRAM = Path(__file__).with_name("corruption_rank.py")
+from tests.conftest import Ranks, Torchrun
+
+WAYS = ["whole", "gloo", "deltas"]
 MOE = "model.layers.1.mlp.experts"
 MISMATCH = "reshard: checksum mismatch in {} from rank 0 to rank 1: {}"
 KERNEL = "reshard: the rollout engine's packed kernel of {} does not hold what was written"
@@ -31,25 +32,21 @@ NAMED = {
 }
 
 
+Meet = Callable[[str, str], list[dict[str, Any]]]
+
+
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("corruption")
+def meet(ranks: Ranks, tmp_path_factory: pytest.TempPathFactory) -> Meet:
+    """meet(fault, how): what both ranks saw."""
+    folder = tmp_path_factory.mktemp("corruption") / "model"
+    return lambda fault, how: ranks(2).run("tests.e2e.corruption_on_ranks:meet", folder, fault, how)
 
 
-@pytest.fixture
-def ranks(folder: Path, torchrun: Callable[..., Any]) -> list[dict[str, Any]]:
-    """What both ranks saw of every fault, one after the other in one start."""
-    if not (folder / "1.json").exists():
-        done = torchrun(2, [str(PROGRAM), str(folder), "none"], seconds=120)
-        assert done.returncode == 0, done.stdout[-1500:] + done.stderr[-4000:]
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
-
-
-@pytest.mark.parametrize("how", ["whole", "gloo", "deltas"])
+@pytest.mark.parametrize("how", WAYS)
 @pytest.mark.parametrize("fault", NAMED)
-def test_what_goes_wrong_is_named_and_nobody_hangs(ranks: list[dict[str, Any]], fault: str, how: str) -> None:
+def test_what_goes_wrong_is_named_and_nobody_hangs(meet: Meet, fault: str, how: str) -> None:
     """The rank that finds it says what; its engine refuses to generate until a later transfer succeeds."""
-    sender, receiver = (rank[f"{fault}, {how}"] for rank in ranks)
+    sender, receiver = meet(fault, how)
     assert receiver["error"].startswith(f"RuntimeError: {NAMED[fault]}")
     assert not sender["error"] and not receiver["ready"]
     assert max(sender["seconds"], receiver["seconds"]) < 20
@@ -57,15 +54,15 @@ def test_what_goes_wrong_is_named_and_nobody_hangs(ranks: list[dict[str, Any]], 
     assert receiver["answers"], "after the next transfer the engine answers otherwise than transformers"
 
 
-@pytest.mark.parametrize("how", ["whole", "gloo", "deltas"])
-def test_a_message_of_the_transfer_before_is_refused(ranks: list[dict[str, Any]], how: str) -> None:
-    assert "from rank 0 to rank 1" in ranks[1][f"replayed message, {how}"]["error"]
+@pytest.mark.parametrize("how", WAYS)
+def test_a_message_of_the_transfer_before_is_refused(meet: Meet, how: str) -> None:
+    assert "from rank 0 to rank 1" in meet("replayed message", how)[1]["error"]
 
 
 @pytest.mark.parametrize("fault", ["swapped experts", "stale kernel"])
-def test_the_whole_job_ends(fault: str, torchrun: Callable[..., Any], tmp_path: Path) -> None:
+def test_the_whole_job_ends(fault: str, torchrun: Torchrun, tmp_path: Path) -> None:
     """The sender had no error: it hears of it and leaves too."""
-    done = torchrun(2, [str(PROGRAM), str(tmp_path), fault], seconds=90)
+    done = torchrun(2, ["-m", "tests.e2e.corrupted_job", str(tmp_path), fault], seconds=90)
     assert done.returncode != 0
     assert f"aligner: error on rank 1: RuntimeError: {NAMED[fault]}" in done.stderr
     assert done.stderr.count("aligner: error on rank") == 1

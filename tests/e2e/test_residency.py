@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.conftest import Ranks
 from tests.e2e.conftest import Task
 from tests.models.tiny import stored_tensors
 
@@ -25,55 +26,6 @@ GRPO = ["algorithm=grpo", "algorithm.group_size=4", "algorithm.loss.kl_coef=0.05
 PPO = ["algorithm=ppo", "algorithm.kl_control.initial=0.1", "critic.optimizer.lr=1e-3", "critic.minibatches=2"]
 TENSOR = ["placement.policy.tensor=2", "placement.rollout.tensor=2"]
 PART = ["placement.rollout.ranks=[1]"]
-AGAIN = """
-import sys
-from aligner.config.schema import compose_config, to_config
-from aligner.run.prepare import prepare
-from aligner.roles.build import build_roles
-from aligner.spmd.world import World
-
-world = World(100)
-job = prepare(to_config(compose_config(sys.argv[1:], "quickstart")), world.size)
-roles = build_roles(job.config, job.roles, world, job.checked.meshes, job.checked.spec, job.checked.tokenizer)
-policy, rollout, reference = roles.policy, roles.rollout, roles.reference
-prompts = list(job.checked.data.training[:4])
-
-def tokens():
-    return rollout.generate(prompts, num_samples=2, seed=5).gather().tokens_BT.tolist()
-
-def imitate(policy_logp_BT, *, mask_BT):
-    return -policy_logp_BT.where(mask_BT, 0.0), {}
-
-def syncs():
-    return [call.what for call in world.journal.calls].count("policy.reshard_to")
-
-policy.reshard_to(rollout)
-first = tokens()
-samples = rollout.generate(prompts, num_samples=2, seed=5)
-reference.logprobs(samples)
-kept = world.residency.config.keep == ("rollout.weights",)
-assert world.residency.is_out("rollout", "weights") is not kept
-assert tokens() == first and syncs() == (1 if kept else 2), "the same weights, sent once more where they were given up"
-policy.sync(rollout)
-assert syncs() == (1 if kept else 2)
-reference.logprobs(samples)
-policy.sync(rollout)
-assert syncs() == (1 if kept else 3) and not world.residency.is_out("rollout", "weights")
-policy.update(imitate, samples).gather()
-if kept:
-    assert tokens() == first, "the weights that were sent before the update"
-else:
-    try:
-        tokens()
-    except RuntimeError as error:
-        assert "residency.keep=[rollout.weights]" in str(error) and "policy.reshard_to(rollout)" in str(error), error
-    else:
-        raise AssertionError("it generated with weights that nobody has sent")
-policy.reshard_to(rollout)
-assert tokens() != first
-print("sent again\\n", end="", flush=True)
-world.leave()
-"""
 TIMED = ("seconds", "memory_", "time", "tokens_per_second", "reshard_gigabytes")
 
 
@@ -82,7 +34,7 @@ def run_modes(torchrun: Callable[..., Any], task: Task, folder: Path, ranks: int
     runs = {mode: [*task.overrides(folder / mode), *COMMON, *more, *setting] for mode, setting in MODES.items()}
     plan = folder / "plan.json"
     plan.write_text(json.dumps([[o for o in run if not o.startswith("--")] for run in runs.values()]))
-    done = torchrun(ranks, [str(Path(__file__).with_name("jobs_rank.py")), str(plan)], seconds=280)
+    done = torchrun(ranks, ["-m", "tests.e2e.jobs", str(plan)], seconds=280)
     assert done.returncode == 0, done.stdout[-1500:] + done.stderr[-5000:]
     return {mode: folder / mode for mode in runs}
 
@@ -132,11 +84,8 @@ def test_a_job_is_the_same_to_the_last_bit(
 @pytest.mark.matrix
 @pytest.mark.parametrize("keep", ["", "rollout.weights"])
 def test_weights_that_were_given_up_are_sent_again_or_missed(
-    keep: str, torchrun: Callable[..., Any], task: Task, tmp_path: Path
+    keep: str, ranks: Ranks, task: Task, tmp_path: Path
 ) -> None:
-    (tmp_path / "again.py").write_text(AGAIN)
     overrides = [o for o in task.overrides(tmp_path / "run") if not o.startswith("--")]
     more = [*TENSOR, "policy.optimizer.lr=1e-2", f"residency.keep=[{keep}]"]
-    done = torchrun(2, [str(tmp_path / "again.py"), *overrides, *more], seconds=280)
-    assert done.returncode == 0, done.stdout[-1500:] + done.stderr[-5000:]
-    assert done.stdout.count("sent again") == 2
+    ranks(2).run("tests.e2e.residency_on_ranks:check_weights", [*overrides, *more], bool(keep), seconds=280)

@@ -86,7 +86,7 @@ def jobs(folder: Path, task: Task, torchrun: Callable[..., Any]) -> Jobs:
         ]
         file = folder / "jobs.json"
         file.write_text(json.dumps(lists))
-        done = torchrun(ranks, [str(Path(__file__).with_name("jobs_rank.py")), str(file)], seconds=400)
+        done = torchrun(ranks, ["-m", "tests.e2e.jobs", str(file)], seconds=400)
         assert done.returncode == 0, done.stdout[-1500:] + done.stderr[-4000:]
 
     return run

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -21,8 +20,8 @@ from aligner.reshard.message.storage import allocate, strided_view
 from aligner.reshard.plan.region import Layout
 from aligner.spmd.mesh import Mesh
 from aligner.trainer.megatron.layout import MegatronLayout
+from tests.conftest import Ranks
 from tests.models.tiny import MODELS, save_tiny, stored_tensors
-from tests.reshard.ranks import run_ranks
 
 CPU = torch.device("cpu")
 
@@ -69,24 +68,27 @@ def test_values_are_cast_to_the_storage(tmp_path: Path) -> None:
     assert read_bytes == 2 * sum(piece.bytes for piece in layout)  # the file is fp32
 
 
+EXPORT = "tests.models.export_on_ranks"
+DTYPES = ["float32", "bfloat16"]
+
+
 @pytest.fixture(scope="module")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, list[Any]]:
-    """Every model through four real ranks, TP2 x PP2."""
-    root = tmp_path_factory.mktemp("export")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Small models, by name."""
+    folder = tmp_path_factory.mktemp("export") / "models"
     for name in MODELS:
-        save_tiny(name, root / "models" / name)
-        (root / "models" / name / "tokenizer.json").write_text('{"stands": "for a tokenizer"}')
-    (root / "out").mkdir()
-    script = Path(__file__).with_name("export_rank.py")
-    found = run_ranks(script, 4, root / "ranks", str(root / "models"), str(root / "out"))
-    return root / "models", root / "out", found
+        save_tiny(name, folder / name)
+        (folder / name / "tokenizer.json").write_text('{"stands": "for a tokenizer"}')
+    return folder
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_round_trip_is_bit_exact_and_loads(exported: tuple[Path, Path, list[Any]], name: str, dtype: str) -> None:
-    models, out, ranks = exported
-    folder = out / f"{name}-{dtype}"
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_round_trip_is_bit_exact_and_loads(ranks: Ranks, models: Path, tmp_path: Path, name: str, dtype: str) -> None:
+    """Through four real ranks, TP2 x PP2."""
+    folder = tmp_path / f"{name}-{dtype}"
+    rows = ranks(4).run(f"{EXPORT}:export", models / name, dtype, folder)
+    assert list(tmp_path.iterdir()) == [folder], "nothing but the checkpoint is left"
     original = load_file(models / name / "model.safetensors")
     files = sorted(folder.glob("*.safetensors"))
     written = {key: value for file in files for key, value in load_file(file).items()}
@@ -96,7 +98,6 @@ def test_round_trip_is_bit_exact_and_loads(exported: tuple[Path, Path, list[Any]
     assert {file.name for file in files} == set(index["weight_map"].values())
     assert index["metadata"]["total_size"] == sum(value.numel() * value.element_size() for value in written.values())
     assert len(files) == 4 if dtype == "bfloat16" else len(files) >= 4
-    rows = [rank["rows"][folder.name] for rank in ranks]
     assert sum(row["reshard_moved_bytes"] for row in rows) == sum(row["reshard_minimum_bytes"] for row in rows)
     shares = [row["reshard_received_bytes"] + row["reshard_local_bytes"] for row in rows]
     assert sum(shares) == index["metadata"]["total_size"]
@@ -114,26 +115,35 @@ def test_round_trip_is_bit_exact_and_loads(exported: tuple[Path, Path, list[Any]
     assert read_spec(folder).dtype == dtype
 
 
-def test_nothing_but_the_checkpoints_is_left(exported: tuple[Path, Path, list[Any]]) -> None:
-    _, out, _ = exported
-    expected = {f"{name}-{dtype}" for name in MODELS for dtype in ("float32", "bfloat16")} | {"occupied"}
-    assert {path.name for path in out.iterdir()} == expected
-    assert (out / "occupied" / "notes.txt").read_text() == "keep me"
+def failed(ranks: Ranks, models: Path, target: Path, unreadable_on: int | None = None) -> list[str]:
+    """What each rank is told."""
+    errors: list[str] = ranks(4).run(f"{EXPORT}:failed_export", models / "qwen2-tied", target, unreadable_on)
+    return errors
 
 
-def test_an_error_on_one_rank_is_an_error_on_all(exported: tuple[Path, Path, list[Any]]) -> None:
-    ranks = exported[2]
-    assert "is the model.path" in ranks[0]["errors"]["own folder"]
-    assert "is not a checkpoint that could be replaced" in ranks[0]["errors"]["occupied"]
-    for rank in ranks[1:]:
-        assert "failed on rank 0; its own error says why" in rank["errors"]["own folder"]
-        assert "failed on rank 0" in rank["errors"]["occupied"]
-    assert ranks[1]["errors"]["unreadable"].startswith("KeyError")
+def test_a_model_is_not_exported_over_itself(ranks: Ranks, models: Path) -> None:
+    first, *others = failed(ranks, models, models / "qwen2-tied")
+    assert "is the model.path" in first
+    assert all("failed on rank 0; its own error says why" in error for error in others)
+
+
+def test_a_folder_of_other_things_is_not_replaced(ranks: Ranks, models: Path, tmp_path: Path) -> None:
+    (tmp_path / "occupied").mkdir()
+    (tmp_path / "occupied" / "notes.txt").write_text("keep me")
+    first, *others = failed(ranks, models, tmp_path / "occupied")
+    assert "is not a checkpoint that could be replaced" in first
+    assert all("failed on rank 0" in error for error in others)
+    assert [path.name for path in tmp_path.iterdir()] == ["occupied"]
+    assert (tmp_path / "occupied" / "notes.txt").read_text() == "keep me"
+
+
+def test_an_error_on_one_rank_is_an_error_on_all(ranks: Ranks, models: Path, tmp_path: Path) -> None:
+    errors = failed(ranks, models, tmp_path / "never", unreadable_on=1)
+    assert errors[1].startswith("KeyError")
     # Who was to hear from rank 1 names it itself; who was not is told that the step failed.
     for rank in (0, 2, 3):
-        assert (
-            "rank 1" in ranks[rank]["errors"]["unreadable"] or "failed on rank" in ranks[rank]["errors"]["unreadable"]
-        )
+        assert "rank 1" in errors[rank] or "failed on rank" in errors[rank]
+    assert not list(tmp_path.iterdir()), "nothing is left of it"
 
 
 def test_one_rank_writes_one_file_without_a_group(tmp_path: Path) -> None:

@@ -6,13 +6,14 @@ run by default.
 
 from __future__ import annotations
 
-import json
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.conftest import Ranks
 from tests.models.mutations import ABSENT, FAMILIES, LLAMA3, LONG, YARN, fields_of
 
 IMPLEMENTED: list[dict[str, Any]] = [{"rms_norm_eps": 2.0}, {"architectures": None}]
@@ -57,40 +58,47 @@ OF_ONE |= {
 }
 
 
-def run(torchrun: Any, folder: Path, which: str) -> list[dict[str, Any]]:
-    script = Path(__file__).with_name("fuzz_rank.py")
-    done = torchrun(1, [str(script), str(folder), which, *FAMILIES], seconds=400 if which == "sample" else 6000)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    faults = [one for one in found if one["outcome"] not in ("refused", "equal")]
+SAMPLED = 16
+"""Every so many of the mutations are the sample."""
+Rows = list[dict[str, Any]]
+
+
+def run(ranks: Ranks, folder: Path, family: str, start: int, step: int, seconds: float) -> Rows:
+    (rows,) = ranks(1).run("tests.models.fuzz_on_ranks:outcomes", folder, family, start, step, seconds=seconds)
+    faults = [row for row in rows if row["outcome"] not in ("refused", "equal")]
     assert not faults, "\n".join(map(str, faults[:20]))
-    return found
+    return rows  # type: ignore[no-any-return]
 
 
-def test_a_sample_of_mutations(torchrun, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    found = run(torchrun, tmp_path, "sample")
-    for family in FAMILIES:
-        counts = Counter(one["outcome"] for one in found if one["family"] == family)
-        assert counts["refused"] > 10 and counts["equal"] > 5, (family, counts)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_sample_of_mutations(ranks: Ranks, tmp_path: Path, family: str) -> None:
+    rows = run(ranks, tmp_path, family, list(FAMILIES).index(family), SAMPLED, 300)
+    counts = Counter(row["outcome"] for row in rows)
+    assert counts["refused"] > 10 and counts["equal"] > 5, counts
+
+
+@pytest.fixture(scope="module")
+def table() -> Iterator[list[str]]:
+    """Its rows are printed when all are there."""
+    rows: list[str] = []
+    yield rows
+    print("\n\n| family | fields | mutations | refused | equal | logits off by at most |\n" + "| --- " * 6 + "|")
+    print("\n".join(rows))
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(6100)
-def test_every_mutation(torchrun, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    found = run(torchrun, tmp_path, "all")
-    print(
-        "\n| family | fields | mutations | refused | equal | logits off by at most |\n| --- | --- | --- | --- | --- | --- |"
+@pytest.mark.timeout(1300)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_mutation(ranks: Ranks, tmp_path: Path, table: list[str], family: str) -> None:
+    rows = run(ranks, tmp_path, family, list(FAMILIES).index(family), 1, 1200)
+    counts = Counter(row["outcome"] for row in rows)
+    fields = {key for row in rows for key in row["change"]}
+    assert fields.issuperset(fields_of(family))
+    equal = [row for row in rows if row["outcome"] == "equal"]
+    for change in (*IMPLEMENTED, *OF_ONE.get(family, ())):
+        assert change in [row["change"] for row in equal], change
+    worst = max(float(row["why"]) for row in equal)
+    table.append(
+        f"| {family} | {len(fields)}, {len(fields_of(family))} of its class | {len(rows)} | {counts['refused']} | "
+        f"{counts['equal']} | {worst:.0e} |"
     )
-    for family in FAMILIES:
-        mine = [one for one in found if one["family"] == family]
-        counts = Counter(one["outcome"] for one in mine)
-        fields = {key for one in mine for key in one["change"]}
-        assert fields.issuperset(fields_of(family))
-        equal = [one for one in mine if one["outcome"] == "equal"]
-        for change in (*IMPLEMENTED, *OF_ONE.get(family, ())):
-            assert change in [one["change"] for one in equal], (family, change)
-        worst = max(float(one["why"]) for one in equal)
-        print(
-            f"| {family} | {len(fields)}, {len(fields_of(family))} of its class | {len(mine)} | {counts['refused']} | "
-            f"{counts['equal']} | {worst:.0e} |"
-        )

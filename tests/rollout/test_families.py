@@ -2,45 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from aligner.models.families import FAMILIES as DECLARED
+from tests.conftest import Ranks
 from tests.families import ROWS
 
 FAMILIES = ("llama", "qwen2", "qwen3_tied", "qwen3_moe", "mixtral", "gemma", "llama_bias", *ROWS)
 DTYPES = ("float32", "bfloat16")
 EXPERTS = [f"{family}:{dtype}:experts" for family in ("qwen3_moe", "mixtral") for dtype in DTYPES]
-
-
-@pytest.fixture
-def answers_agree(torchrun: Callable[..., Any], tmp_path: Path) -> Callable[..., None]:
-    def check(ranks: int, cases: list[str], seconds: float) -> None:
-        done = torchrun(ranks, ["-m", "tests.rollout.families", str(tmp_path), *cases], seconds=seconds)
-        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-5000:]
-        assert all(done.stdout.count(f"{case}: ok") == ranks for case in cases), done.stdout
-
-    return check
-
-
-@pytest.mark.matrix
-def test_one_rank(answers_agree: Callable[..., None]) -> None:
-    answers_agree(1, ["qwen3_moe:float32", "mixtral:bfloat16", "gemma:float32", "llama_bias:float32"], 200)
+STAGES = [f"{family}:float32:stages" for family in FAMILIES if family != "qwen3_moe"]  # whose first has no experts
+FEW_KV_HEADS = [name for name, row in ROWS.items() if not DECLARED[row.config.model_type].engine.shared_kv_heads]
+"""Families whose engine gives each rank key-value heads of its own; 4 ranks are more than there are."""
+CASES = {
+    1: [f"{family}:{dtype}" for family in FAMILIES for dtype in DTYPES],
+    2: [f"{family}:{dtype}" for family in FAMILIES for dtype in DTYPES] + EXPERTS + STAGES,
+    4: [f"{family}:{dtype}" for family in FAMILIES if family not in FEW_KV_HEADS for dtype in DTYPES]
+    + EXPERTS
+    + STAGES,
+}
 
 
 @pytest.mark.matrix
-def test_two_ranks(answers_agree: Callable[..., None]) -> None:
-    answers_agree(2, ["qwen3_moe:bfloat16", "gemma:bfloat16", "mixtral:float32:experts", "llama:float32:stages"], 200)
-
-
-@pytest.mark.matrix
-@pytest.mark.timeout(1800)
-@pytest.mark.parametrize("ranks", [1, 2, 4])  # 4 ranks are more than the 2 key-value heads
-def test_every_family(ranks: int, answers_agree: Callable[..., None]) -> None:
-    few = [name for name, row in ROWS.items() if not DECLARED[row.config.model_type].engine.shared_kv_heads]
-    plain = [f"{name}:{dtype}" for name in FAMILIES if ranks < 4 or name not in few for dtype in DTYPES]
-    stages = [f"{family}:float32:stages" for family in FAMILIES if family != "qwen3_moe"]  # whose first has no experts
-    answers_agree(ranks, plain + (EXPERTS + stages if ranks > 1 else []), 1700)
+@pytest.mark.parametrize(("size", "case"), [(size, case) for size, cases in CASES.items() for case in cases])
+def test_every_family(size: int, case: str, ranks: Ranks, tmp_path: Path) -> None:
+    ranks(size).run("tests.rollout.families_on_ranks:check", tmp_path, case, seconds=300)

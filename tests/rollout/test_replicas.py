@@ -1,31 +1,36 @@
-"""Replicas on part of a world, in real processes: TP2 beside a rank that only trains, then two TP1 replicas."""
+"""Replicas on part of a world, in real processes: TP2 beside a rank that only trains, and two TP1 replicas."""
 
 from __future__ import annotations
 
-import os
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests import fork_server
+from tests.conftest import Ranks
 
-ROOT = Path(__file__).parents[2]
+Tokens = list[list[list[int]]]
+REPLICAS = {"TP2": [[1, 2]], "two of TP1": [[1], [2]]}
+
+
+def sampled(ranks: Ranks, folder: str, replicas: list[list[int]]) -> Tokens:
+    """What ranks 1 and 2 sampled; rank 0 has no engine."""
+    none, first, second = ranks(3).run("tests.rollout.replicas_on_ranks:sample", folder, replicas, seconds=200)
+    assert none is None and first == second, "ranks of a replica disagree, or replicas with equal seeds"
+    return first  # type: ignore[no-any-return]
+
+
+@pytest.fixture(scope="module")
+def untied(ranks: Ranks, models: dict[str, tuple[Any, str]]) -> dict[str, Tokens]:
+    """What replicas of each layout sample, started one after the other in the same processes."""
+    return {name: sampled(ranks, models["qwen2"][1], layout) for name, layout in REPLICAS.items()}
 
 
 @pytest.mark.matrix
-def test_replicas_on_part_of_the_world(models: dict[str, tuple[Any, str]]) -> None:
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3", "-m", "tests.rollout.replicas"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
-    done = fork_server.run(
-        [sys.executable, *command, models["qwen2"][1], models["qwen3_tied"][1]],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=150,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("replicas: ok") == 3, done.stdout + done.stderr
+@pytest.mark.parametrize("name", REPLICAS)
+def test_replicas_on_part_of_the_world(untied: dict[str, Tokens], name: str) -> None:
+    assert untied[name] == untied["TP2"], "samples depend on the layout of the replicas"
+
+
+@pytest.mark.matrix
+def test_a_tied_model(ranks: Ranks, models: dict[str, tuple[Any, str]]) -> None:
+    assert sampled(ranks, models["qwen3_tied"][1], REPLICAS["TP2"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,25 +12,21 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tests.conftest import Ranks
 from tests.e2e.conftest import Task, task
+from tests.pool import RankError
 
 __all__ = ["task"]
 
-SCRIPT = Path(__file__).with_name("exports_rank.py")
-Scene = Callable[..., Any]
+Scene = Callable[..., list[dict[str, Any]]]
 
 
 @pytest.fixture
-def scene(torchrun: Callable[..., Any], task: Task, tmp_path: Path) -> Scene:
+def scene(ranks: Ranks, task: Task, tmp_path: Path) -> Scene:
     """scene(name, *overrides): what both ranks have seen."""
 
-    def run(name: str, *overrides: str, ends_well: bool = True) -> list[dict[str, Any]]:
-        done = torchrun(2, [str(SCRIPT), str(task.folder), str(tmp_path), name, *overrides], seconds=120)
-        if not ends_well:
-            assert done.returncode != 0
-            return []
-        assert done.returncode == 0, done.stdout[-1500:] + done.stderr[-4000:]
-        return [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)]
+    def run(name: str, *overrides: str) -> list[dict[str, Any]]:
+        return ranks(2).run("tests.run.exports_on_ranks:play", task.folder, tmp_path, name, list(overrides))
 
     return run
 
@@ -79,7 +76,7 @@ def test_which_stand_after_each_step(scene: Scene, task: Task, tmp_path: Path) -
     )
     doubled(tmp_path / "exports" / "step_4", task, 4)
     doubled(tmp_path / "exports" / "step_6", task, 6)
-    assert first["told"][1] == f"best:    {tmp_path / 'best'} (step 7, heldout_loss -0.9)"
+    assert first["summary"][1] == f"best:    {tmp_path / 'best'} (step 7, heldout_loss -0.9)"
 
 
 def test_a_full_disk_is_a_warning(scene: Scene, task: Task, tmp_path: Path) -> None:
@@ -93,14 +90,15 @@ def test_a_full_disk_is_a_warning(scene: Scene, task: Task, tmp_path: Path) -> N
     for step, note in zip((1, 4), first["notes"], strict=True):
         assert note.startswith(f"WARNING: the export of step {step} failed on rank 1: ")
         assert "File too large" in note and note.endswith("the training goes on.")
-    assert "WARNING: 2 export(s) could not be written" in first["told"][-1]
+    assert "WARNING: 2 export(s) could not be written" in first["summary"][-1]
     assert not first["misses"]
     doubled(tmp_path / "best", task, 2, torch.bfloat16)
 
 
 @pytest.mark.matrix
 def test_a_kill_in_the_middle_leaves_the_best_whole(scene: Scene, task: Task, tmp_path: Path) -> None:
-    scene("killed", ends_well=False)
+    with pytest.raises(RankError, match=f"ended with status -{signal.SIGXFSZ.value}"):
+        scene("killed")
     doubled(tmp_path / "best", task, 0)
     assert json.loads((tmp_path / "best" / "best.json").read_text())["value"] == -0.5
     half = list((tmp_path / "exports" / ".step_1.partial").iterdir())

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -16,104 +17,151 @@ from aligner.reshard.plan.transfer_plan import plan_transfer
 from aligner.reshard.transfer.executor import execute
 from aligner.reshard.transfer.shared_memory import SLOTS
 from aligner.reshard.transfer.sync_stats import SyncStats, total
-from tests.reshard.ranks import run_ranks
+from tests.conftest import Ranks
+
+MODULE = "tests.reshard.transfer.executor_on_ranks"
+SIZES = [2, 4]
+WAYS = ["gloo", "shared memory"]
+Run = Callable[..., list[Any]]
 
 
-@pytest.fixture(scope="module", params=[2, 4])
-def told(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
-    folder = tmp_path_factory.mktemp(f"world{request.param}")
-    return run_ranks(Path(__file__).with_name("executor_rank.py"), request.param, folder)
+@pytest.fixture(params=[(size, way) for size in SIZES for way in WAYS], ids=lambda case: f"{case[0]}-{case[1]}")
+def world(request: pytest.FixtureRequest) -> tuple[int, str]:
+    """How many ranks there are, and which way messages go."""
+    return request.param  # type: ignore[no-any-return]
 
 
-@pytest.fixture(params=["gloo", "shared memory"])
-def ranks(request: pytest.FixtureRequest, told: list[Any]) -> list[Any]:
-    """What each rank saw when messages went that way."""
-    return [rank[request.param] for rank in told]
+@pytest.fixture
+def run(world: tuple[int, str], ranks: Ranks) -> Run:
+    """run(function, *arguments): what it returns on each rank."""
+    size, way = world
+    return lambda function, *arguments: ranks(size).run(f"{MODULE}:{function}", way, *arguments)
 
 
-def test_every_case_is_exact_and_minimal(ranks: list[Any]) -> None:
+def check_minimal(rows: list[dict[str, float]]) -> None:
     """Values were compared bit by bit on the ranks; here the statistics add up."""
-    for name in ranks[0]["good"]:
-        rows = [rank["good"][name] for rank in ranks]
-        moved = sum(row["reshard_moved_bytes"] for row in rows)
-        assert (
-            moved
-            == sum(row["reshard_minimum_bytes"] for row in rows)
-            == sum(row["reshard_received_bytes"] for row in rows)
-        )
-        if "disjoint" in name or ("others idle" in name and "itself" not in name):
-            assert moved > 0
-            assert sum(row["reshard_local_bytes"] for row in rows) == 0
-        checked = sum(row["reshard_checksummed"] for row in rows)
-        assert (checked == 0) == ("unverified" in name)
+    moved, least, received = (
+        sum(row[f"reshard_{name}_bytes"] for row in rows) for name in ("moved", "minimum", "received")
+    )
+    assert moved == least == received
 
 
-def test_idle_ranks_fall_through(ranks: list[Any]) -> None:
-    for rank, found in enumerate(ranks):
-        if rank > 1:
-            assert set(found["good"]["rank 0 to rank 1, others idle"].values()) == {0.0}
-        if rank > 0:
-            assert set(found["good"]["rank 0 to itself, others idle"].values()) == {0.0}
+@pytest.mark.parametrize("verify", [True, False], ids=["verified", "unverified"])
+@pytest.mark.parametrize("bucket_bytes", [100, 1 << 20])
+@pytest.mark.parametrize("layout", ["disjoint", "colocated", "anything"])
+def test_a_transfer_is_exact_and_minimal(run: Run, layout: str, bucket_bytes: int, verify: bool) -> None:
+    rows = run("transfer", layout, bucket_bytes, verify)
+    check_minimal(rows)
+    if layout == "disjoint":
+        assert sum(row["reshard_moved_bytes"] for row in rows) > 0
+        assert sum(row["reshard_local_bytes"] for row in rows) == 0
+    assert (sum(row["reshard_checksummed"] for row in rows) > 0) == verify
 
 
+@pytest.mark.parametrize("layout", ["rank 0 to rank 1", "rank 0 to itself", "rank 0 to rank 1, wider"])
+def test_idle_ranks_fall_through(run: Run, layout: str) -> None:
+    rows = run("transfer", layout, 500)
+    check_minimal(rows)
+    busy = 1 if layout == "rank 0 to itself" else 2
+    assert all(set(row.values()) == {0.0} for row in rows[busy:])
+    if busy == 2:
+        assert sum(row["reshard_moved_bytes"] for row in rows) > 0
+        assert sum(row["reshard_local_bytes"] for row in rows) == 0
+    assert sum(row["reshard_checksummed"] for row in rows) > 0
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_transfer_in_a_group_of_its_own(ranks: Ranks, way: str) -> None:
+    rows = ranks(4).run(f"{MODULE}:transfer_in_a_group", way)
+    check_minimal(rows)
+    assert sum(row["reshard_moved_bytes"] for row in rows) > 0
+    assert sum(row["reshard_local_bytes"] for row in rows) == 0
+    assert sum(row["reshard_checksummed"] for row in rows) > 0
+
+
+@pytest.mark.parametrize("to", [1, 0], ids=["to another rank", "to itself"])
 @pytest.mark.parametrize("harm", ["stale", "flipped", "swapped"])
-def test_a_wrong_write_names_tensor_region_and_ranks(ranks: list[Any], harm: str) -> None:
-    expected = "checksum mismatch in b.weight[0:6, 0:8] from rank 0 to rank {}: after the write engine.b"
-    assert ranks[1]["failures"][harm].startswith("RuntimeError: reshard: " + expected.format(1))
-    assert ranks[0]["failures"][f"local {harm}"].startswith("RuntimeError: reshard: " + expected.format(0))
-    assert not ranks[0]["failures"][harm] and not ranks[1]["failures"][f"local {harm}"]
+def test_a_wrong_write_names_tensor_region_and_ranks(run: Run, harm: str, to: int) -> None:
+    errors = run("harmed", harm, to)
+    said = f"checksum mismatch in b.weight[0:6, 0:8] from rank 0 to rank {to}: after the write engine.b"
+    assert errors[to].startswith(f"RuntimeError: reshard: {said}")
+    assert not errors[1 - to]
 
 
-def test_exchanged_tensors_are_seen(ranks: list[Any]) -> None:
-    assert "checksum mismatch in a.weight[0:6, 0:8] from rank 0 to rank 1" in ranks[1]["failures"]["items exchanged"]
-    assert "2 of 3 regions" in ranks[1]["failures"]["items exchanged"]
+def test_exchanged_tensors_are_seen(run: Run) -> None:
+    errors = run("exchanged")
+    assert "checksum mismatch in a.weight[0:6, 0:8] from rank 0 to rank 1" in errors[1]
+    assert "2 of 3 regions" in errors[1]
 
 
-def test_a_failing_source_raises_on_both_sides(ranks: list[Any]) -> None:
-    assert ranks[0]["failures"]["source fails"] == "KeyError: 'b.weight'"
-    assert "rank 0 failed while it sent" in ranks[1]["failures"]["source fails"]
+def test_a_failing_source_raises_on_both_sides(run: Run) -> None:
+    errors = run("unreadable", [1])
+    assert errors[0] == "KeyError: 'b.weight'"
+    assert "rank 0 failed while it sent" in errors[1]
 
 
-def test_a_failing_source_is_passed_on_by_relays(ranks: list[Any]) -> None:
-    assert ranks[0]["failures"]["source of many fails"] == "KeyError: 'b.weight'"
-    for rank in range(1, len(ranks)):
-        assert (
-            f"rank 0 failed while it sent a.weight[0:6, 0:8] to rank {rank}"
-            in ranks[rank]["failures"]["source of many fails"]
-        )
+def test_a_failing_source_is_passed_on_by_relays(world: tuple[int, str], run: Run) -> None:
+    readers = list(range(1, world[0]))
+    errors = run("unreadable", readers)
+    assert errors[0] == "KeyError: 'b.weight'"
+    for rank in readers:
+        assert f"rank 0 failed while it sent a.weight[0:6, 0:8] to rank {rank}" in errors[rank]
 
 
-def test_an_incomplete_destination_is_named(ranks: list[Any]) -> None:
-    assert "engine.more (a.weight): 48 elements were not written" in ranks[1]["failures"]["not all written"]
+def test_an_incomplete_destination_is_named(run: Run) -> None:
+    assert "engine.more (a.weight): 48 elements were not written" in run("incomplete")[1]
 
 
-def test_random_transfers_are_exact_minimal_and_bounded(tmp_path: Path) -> None:
-    """30 random cases on 8 processes: values were compared on the ranks; statistics add up, and staging is bounded."""
-    told = run_ranks(Path(__file__).with_name("executor_random.py"), 8, tmp_path)
-    assert [rank["exchange"] for rank in told] == [[True, True, True]] * 8
-    found = [rank["transfers"] for rank in told]
-    assert len(found[0]) == 30
-    relayed = 0.0
-    assert {rank["slots"] for rank in told} == {0}
-    for rows in zip(*found, strict=True):
-        assert sum(row["reshard_moved_bytes"] for row in rows) == sum(row["reshard_minimum_bytes"] for row in rows)
-        assert all(row["reshard_received_bytes"] == row["reshard_minimum_bytes"] for row in rows)
-        assert all(row["messages"] <= STAGED and row["staged"] <= row["limit"] for row in rows)
-        relayed += sum(row["reshard_relayed_bytes"] for row in rows)
-    assert relayed > 0
-    assert max(row["messages"] for rows in found for row in rows) == STAGED
+RANDOM = "tests.reshard.transfer.random_transfers_on_ranks"
+RANDOM_CASES = range(30)
+Transferred = Callable[[int], list[dict[str, float]]]
 
 
-def test_random_transfers_in_shared_memory(tmp_path: Path) -> None:
-    """The same cases; what is passed on goes from rank to rank as well, and no rank has more than two rooms."""
-    told = run_ranks(Path(__file__).with_name("executor_random.py"), 8, tmp_path, "shared")
-    assert {rank["slots"] for rank in told} == {SLOTS}
-    relayed = 0.0
-    for rows in zip(*(rank["transfers"] for rank in told), strict=True):
-        assert sum(row["reshard_moved_bytes"] for row in rows) == sum(row["reshard_minimum_bytes"] for row in rows)
-        assert all(row["reshard_received_bytes"] == row["reshard_minimum_bytes"] for row in rows)
-        relayed += sum(row["reshard_relayed_bytes"] for row in rows)
-    assert relayed > 0
+@pytest.fixture(scope="module")
+def transferred(ranks: Ranks) -> Transferred:
+    """The statistics of a random transfer's 8 ranks, over gloo, and how much each had in its buffers."""
+    return functools.cache(lambda number: ranks(8).run(f"{RANDOM}:watched_transfer", number))
+
+
+@pytest.fixture(scope="module")
+def transferred_in_memory(ranks: Ranks) -> Transferred:
+    """The same transfers in shared memory, and how many slots each rank has by now."""
+    return functools.cache(lambda number: ranks(8).run(f"{RANDOM}:transfer_in_shared_memory", number))
+
+
+@pytest.mark.parametrize("number", RANDOM_CASES)
+def test_a_random_transfer_is_exact_minimal_and_bounded(transferred: Transferred, number: int) -> None:
+    """Among 2 to 8 ranks. Values were compared on the ranks; statistics add up, and staging is bounded."""
+    rows = transferred(number)
+    assert sum(row["reshard_moved_bytes"] for row in rows) == sum(row["reshard_minimum_bytes"] for row in rows)
+    assert all(row["reshard_received_bytes"] == row["reshard_minimum_bytes"] for row in rows)
+    assert all(row["messages"] <= STAGED and row["staged"] <= row["limit"] for row in rows)
+
+
+def test_random_transfers_have_relays_and_fill_the_buffers(transferred: Transferred) -> None:
+    rows = [row for number in RANDOM_CASES for row in transferred(number)]
+    assert sum(row["reshard_relayed_bytes"] for row in rows) > 0
+    assert max(row["messages"] for row in rows) == STAGED
+
+
+@pytest.mark.parametrize("number", RANDOM_CASES)
+def test_a_random_transfer_in_shared_memory(transferred_in_memory: Transferred, number: int) -> None:
+    """What is passed on goes from rank to rank as well, and no rank has more than two slots."""
+    rows = transferred_in_memory(number)
+    assert sum(row["reshard_moved_bytes"] for row in rows) == sum(row["reshard_minimum_bytes"] for row in rows)
+    assert all(row["reshard_received_bytes"] == row["reshard_minimum_bytes"] for row in rows)
+    assert all(row["slots"] <= SLOTS for row in rows)
+
+
+def test_random_transfers_in_shared_memory_have_relays_and_use_both_slots(transferred_in_memory: Transferred) -> None:
+    rows = [transferred_in_memory(number) for number in RANDOM_CASES]
+    assert sum(row["reshard_relayed_bytes"] for of_ranks in rows for row in of_ranks) > 0
+    assert [max(row["slots"] for row in of_rank) for of_rank in zip(*rows, strict=True)] == [SLOTS] * 8
+
+
+def test_layouts_are_told_to_all(ranks: Ranks) -> None:
+    """Those of replicas are one and the same list; a rank that holds nothing has none."""
+    assert ranks(8).run(f"{RANDOM}:exchange") == [[True, True, True]] * 8
 
 
 def test_one_process_needs_no_group() -> None:

@@ -1,6 +1,7 @@
-"""One rank of tests with several whole jobs one after the other in the same processes.
+"""Several whole jobs, one after the other in the same processes; each leaves its metrics and checkpoints in its own run_dir.
 
-Argument: a JSON file, a list of lists of overrides.
+Argument: a JSON file, a list of lists of overrides. The first job that fails ends the program, and its overrides are told. A
+program of its own, since a run that goes on must find everything in its checkpoint: no rank may remember what trained it.
 """
 
 from __future__ import annotations

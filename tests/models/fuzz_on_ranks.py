@@ -1,22 +1,16 @@
-"""Each mutated config.json either refused by name, or a model whose logits are transformers', read alike by vLLM.
-
-Arguments: a folder to work in, "sample" or "all", and the families. A line of JSON for each mutation.
-"""
+"""What a rank does in the tests of config.json: each mutation is refused by name, or trains as transformers' model and is read
+alike by vLLM."""
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import logging
-import os
-import sys
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-
 import torch
-import torch.distributed as dist
 import transformers
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -28,7 +22,7 @@ from aligner.models.spec import ModelSpec
 from aligner.models.verify_checkpoint import check_weights
 from aligner.spmd.mesh import Mesh
 from aligner.spmd.world import World
-from aligner.trainer.megatron import cpu as cpu_megatron
+from aligner.trainer.megatron.cpu import install
 from aligner.trainer.megatron.groups import make_groups, prepare_megatron
 from aligner.trainer.megatron.model import build_model
 from aligner.trainer.megatron.sizes import check_runs
@@ -38,14 +32,17 @@ from tests.models.mutations import ABSENT, Change, changes, save
 TOKENS_BT = torch.randint(3, 61, (2, 48), generator=torch.Generator().manual_seed(3))
 LIMIT = 1e-4
 """Of logits up to about 30."""
-SAMPLED = 16
-"""Every so many of the mutations are the sample."""
 
 
 class Fuzz:
+    """One rank that trains, and vLLM's reader."""
+
     def __init__(self, world: World) -> None:
+        transformers.logging.set_verbosity(logging.CRITICAL)
+        transformers.logging.disable_progress_bar()
+        logging.disable(logging.WARNING)
         self.mesh = Mesh((0,), name="policy")
-        cpu_megatron.install()
+        install()
         prepare_megatron()
         self.groups = make_groups(world, self.mesh)
         from vllm.transformers_utils.config import get_config
@@ -71,9 +68,12 @@ class Fuzz:
             check_runs(spec, self.mesh, False, cpu=True)
             check_weights(spec)
         except ValueError as error:
-            said = [*change, *(str(*value) for value in change.values() if isinstance(value, list) and len(value) == 1)]
-            said += ["config.json says", "has no tensor", "does not declare"]  # of the files' tensors
-            by_name = any(words in str(error) for words in said)
+            names = [
+                *change,
+                *(str(*value) for value in change.values() if isinstance(value, list) and len(value) == 1),
+            ]
+            names += ["config.json says", "has no tensor", "does not declare"]  # of the files' tensors
+            by_name = any(words in str(error) for words in names)
             return ("refused" if by_name else "fault", str(error))
         except Exception as error:
             return "fault", f"reading: {error!r}"
@@ -101,25 +101,24 @@ def write(base: Path, folder: Path, change: Change) -> None:
         (folder / file.name).symlink_to(file)
 
 
-def main() -> None:
-    work, which, *families = sys.argv[1:]
-    transformers.logging.set_verbosity(logging.CRITICAL)
-    transformers.logging.disable_progress_bar()
-    logging.disable(logging.WARNING)
-    world = World(100)
-    fuzz = Fuzz(world)
-    for shift, family in enumerate(families):
-        base = Path(work).resolve() / family
-        save(family, base)
-        wanted = changes(family, json.loads((base / "config.json").read_text()))
-        for number, change in enumerate(itertools.islice(wanted, shift, None, SAMPLED if which == "sample" else 1)):
-            folder = Path(work).resolve() / f"{family}-{number}"
-            write(base, folder, change)
-            found, why = fuzz.outcome(folder, change)
-            print(json.dumps({"family": family, "change": change, "outcome": found, "why": why}), flush=True)
-    assert dist.is_initialized()
-    world.leave()
+@functools.cache
+def fuzz_of(world: World) -> Fuzz:
+    return Fuzz(world)
 
 
-if __name__ == "__main__":
-    main()
+def outcomes(world: World, work: Path, family: str, start: int, step: int) -> list[dict[str, Any]]:
+    """Of every `step`-th mutation from `start` on: the change, and "refused", "equal" or "fault" with why.
+
+    Args:
+        work: a folder for the configurations.
+    """
+    base = work / family
+    save(family, base)
+    wanted = changes(family, json.loads((base / "config.json").read_text()))
+    rows = []
+    for number, change in enumerate(itertools.islice(wanted, start, None, step)):
+        folder = work / f"{family}-{number}"
+        write(base, folder, change)
+        outcome, why = fuzz_of(world).outcome(folder, change)
+        rows.append({"change": change, "outcome": outcome, "why": why})
+    return rows

@@ -1,6 +1,6 @@
-"""One rank of the export tests: a policy over 2 tensor ranks, whose weights double before each step.
+"""What ranks do in the export tests: a policy over 2 tensor ranks, whose weights double before each step.
 
-Arguments: the tests' small task, a folder to write to, a scene. Rank 1 writes half of every model.
+Rank 1 writes half of every model.
 """
 
 from __future__ import annotations
@@ -9,11 +9,15 @@ import json
 import math
 import resource
 import signal
-import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
+
+from aligner.checkpoint.claim import Start, claim
 from aligner.config.schema import Config, compose_config, to_config
 from aligner.roles.build import build_roles
 from aligner.run.best import Best
@@ -48,22 +52,29 @@ class Reader(threading.Thread):
         self.best, self.looks, self.misses, self.done = best, 0, 0, threading.Event()
 
     def run(self) -> None:
-        while not (self.best / "config.json").exists():
+        while not (self.best / "config.json").exists() and not self.done.is_set():
             pass
         while not self.done.is_set():
             self.looks += 1
             self.misses += not all((self.best / name).exists() for name in ("config.json", "best.json"))
 
 
-def main() -> None:
-    task, out, scene = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
-    world = World(60)
-    job = prepare(configured(task, out, sys.argv[4:]), world.size)
+def play(world: World, task: Path, out: Path, scene: str, overrides: list[str]) -> dict[str, Any]:
+    """What this rank sees of a scene.
+
+    Args:
+        task: the tests' small task.
+        out: the folder of the run.
+        scene: one of SCENES; "none": no step; "again": no step of a run that goes on.
+    """
+    job = prepare(configured(task, out, overrides), world.size)
     checked = job.checked
     roles = build_roles(job.config, ["policy"], world, checked.meshes, checked.spec, checked.tokenizer)
     notes: list[str] = []
     best = Best(checked.best_metric) if checked.best_metric else None
-    exports = Exports(roles.main, out, job.config.train, best, notes.append)
+    run = [claim(out, Start.RESUME if scene == "again" else Start.NEW) if world.rank == 0 else ""]
+    dist.broadcast_object_list(run)
+    exports = Exports(roles.main, out, job.config.train, best, notes.append, run[0])
     if scene != "again":
         exports.clear()
     reader = Reader(out / "best")
@@ -73,18 +84,19 @@ def main() -> None:
     for step, (value, room) in enumerate(SCENES.get(scene, [])):
         if step:
             double(roles.main)
-        limited = room is not None and (world.rank == 1 or room < 0)
-        if room is not None and limited:
-            limit(room)
         row = {"heldout_loss": -value} if world.rank == 0 and value is not None else {}
-        wrote = exports.after(step, row, value is not None)
-        if limited:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        with limited(room if room is not None and (world.rank == 1 or room < 0) else None):
+            wrote = exports.after(step, row, value is not None)
         seen.append({"wrote": wrote, "step": best.step if best else None, **listing(out)})
     reader.done.set()
-    found = {"seen": seen, "notes": notes, "failed": exports.failed, "told": exports.summary_lines()}
-    (out / f"rank{world.rank}.json").write_text(json.dumps(found | {"looks": reader.looks, "misses": reader.misses}))
-    world.leave()
+    return {
+        "seen": seen,
+        "notes": notes,
+        "failed": exports.failed,
+        "summary": exports.summary_lines(),
+        "looks": reader.looks,
+        "misses": reader.misses,
+    }
 
 
 def configured(task: Path, out: Path, overrides: list[str]) -> Config:
@@ -97,10 +109,17 @@ def configured(task: Path, out: Path, overrides: list[str]) -> Config:
     return to_config(compose_config(settings, "quickstart"))
 
 
-def limit(room: int) -> None:
-    """A file that grows beyond this is what a full disk is: the kernel says no, or ends the process."""
-    signal.signal(signal.SIGXFSZ, signal.SIG_DFL if room < 0 else signal.SIG_IGN)
+@contextmanager
+def limited(room: int | None) -> Iterator[None]:
+    """A file that grows beyond this is what a full disk is: the kernel says no, or ends the process (room < 0)."""
+    if room is None:
+        yield
+        return
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_DFL if room < 0 else signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (abs(room), resource.RLIM_INFINITY))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    signal.signal(signal.SIGXFSZ, before)
 
 
 def double(role: ModelRole) -> None:
@@ -117,7 +136,3 @@ def listing(out: Path) -> dict[str, Any]:
         "best": str(link.readlink()) if link.is_symlink() else None,
         "figures": json.loads((link / "best.json").read_text()) if link.exists() else None,
     }
-
-
-if __name__ == "__main__":
-    main()

@@ -1,12 +1,9 @@
-"""One rank of the deltas' tests: transfers in a row that keep what they sent, each compared with tensors made by hand."""
+"""What ranks do in the tests of deltas: transfers in a row that keep what they sent, each compared with tensors made by hand."""
 
 from __future__ import annotations
 
 import random
-import sys
-from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -19,8 +16,8 @@ from aligner.reshard.plan.schedule import make_schedule
 from aligner.reshard.plan.transfer_plan import Item, plan_transfer
 from aligner.reshard.transfer.executor import execute
 from aligner.reshard.transfer.wire import LastMessages
+from aligner.spmd.world import World
 from tests.reshard.layouts import Grid, Shapes, parts, scattered
-from tests.reshard.ranks import report, start_rank
 
 CPU = torch.device("cpu")
 SHAPES: Shapes = {
@@ -31,7 +28,7 @@ SHAPES: Shapes = {
     "scale": (),
     "odd": (7,),
 }
-LARGE, SMALL = 1 << 20, 6000
+LARGE = 1 << 20
 Change = Callable[[Tensor, torch.Generator], None]
 Sides = tuple[dict[int, Layout], dict[int, Layout]]
 
@@ -106,7 +103,7 @@ class Transfers:
         self.before = expected
         return {
             **row.metrics(),
-            "kept": sum(last.nbytes for last in self.last_messages.values()),
+            "kept": sum(kept.nbytes for kept in self.last_messages.values()),
             "passing": self.passing(),
         }
 
@@ -187,37 +184,25 @@ def layouts() -> dict[str, Sides]:
     }
 
 
-def failing(rank: int, sides: Sides) -> dict[str, Any]:
+def transfers(world: World, layout: str, bucket_bytes: int, verify: bool) -> dict[str, dict[str, float]]:
+    """One after the other, after each of CHANGES: its statistics, and the bytes that are kept for the next."""
+    transfers = Transfers(world.rank, layouts()[layout], bucket_bytes, verify)
+    return {name: transfers.run(change, seed) for seed, (name, change) in enumerate(CHANGES.items())}
+
+
+def unreadable(world: World) -> str:
     """The first transfer succeeds; in the second, rank 0 cannot read a tensor."""
-    transfers = Transfers(rank, sides, LARGE, True)
+    transfers = Transfers(world.rank, layouts()["relays"], LARGE, True)
     transfers.run(CHANGES["first"], 0)
-    if rank == 0:
+    if world.rank == 0:
         transfers.held = {name: value for name, value in transfers.held.items() if name != "mlp.w"}
-    return {"error": transfers.error()}
+    return transfers.error()
 
 
-def damaged(rank: int, sides: Sides) -> dict[str, Any]:
+def damaged(world: World) -> str:
     """One bit of what rank 2 kept changes between two transfers: what a delta makes of it is not what was sent."""
-    transfers = Transfers(rank, sides, LARGE, True)
+    transfers = Transfers(world.rank, layouts()["relays"], LARGE, True)
     transfers.run(CHANGES["first"], 0)
-    if rank == 2:
+    if world.rank == 2:
         next(iter(transfers.last_messages.values()))[0] ^= 1
-    return {"error": transfers.error()}
-
-
-def main() -> None:
-    folder = Path(sys.argv[1])
-    rank, _ = start_rank(folder)
-    found: dict[str, Any] = {}
-    sides: Mapping[str, Sides] = layouts()
-    for name, two in sides.items():
-        for size, verify in ((LARGE, True), (SMALL, name != "anything")):
-            transfers = Transfers(rank, two, size, verify)
-            rows = {change: transfers.run(how, seed) for seed, (change, how) in enumerate(CHANGES.items())}
-            found[f"{name}, {size}"] = rows
-    failures = {"source": failing(rank, sides["relays"]), "kept": damaged(rank, sides["relays"])}
-    report(folder, {"rows": found, "failures": failures})
-
-
-if __name__ == "__main__":
-    main()
+    return transfers.error()

@@ -1,12 +1,9 @@
-"""One rank of the tests of shared memory: messages in order, rooms that grow, a host that is another's, a peer that ends."""
+"""What ranks do in the tests of shared memory: messages in order, slots that grow, a host that is another's, nobody who sends."""
 
 from __future__ import annotations
 
-import json
 import logging
 import os
-import sys
-import time
 from collections.abc import Callable
 from itertools import count
 from pathlib import Path
@@ -19,9 +16,7 @@ from torch import Tensor
 from aligner.health.fault_report import is_lost_connection
 from aligner.reshard.transfer import shared_memory
 from aligner.reshard.transfer.shared_memory import SLOTS, SharedMemoryChannel, connect
-from tests.reshard.ranks import report, start_rank
-
-WORLD = 3
+from aligner.spmd.world import World
 
 
 def connected() -> SharedMemoryChannel:
@@ -36,10 +31,10 @@ def free_slot(channel: SharedMemoryChannel, words: int) -> Tensor:
     return slot
 
 
-def around(rank: int) -> list[list[int]]:
+def around(world: World) -> list[list[int]]:
     """60 messages of 1 to 5,000 words to the next rank, from the one before: [sum, words] of each, read late."""
     channel, sums = connected(), []
-    to, by = (rank + 1) % WORLD, (rank - 1) % WORLD
+    to, by = (world.rank + 1) % world.size, (world.rank - 1) % world.size
     held: list[Tensor] = []
     for number in range(60):
         message = free_slot(channel, 1 + (number * 997) % 5000)
@@ -57,14 +52,20 @@ def around(rank: int) -> list[list[int]]:
     return sums
 
 
-def elsewhere(rank: int, folder: Path) -> bool:
+def alone(world: World) -> bool:
+    """A group of one rank has no channel."""
+    group = world.group((0,))
+    return group is None or connect(group) is None
+
+
+def elsewhere(world: World, folder: Path) -> bool:
     """The last rank is on another host, to all appearances."""
-    (folder / f"boot{rank}").write_text("another" if rank == WORLD - 1 else "the same")
-    with patch.object(shared_memory, "_BOOT", folder / f"boot{rank}"):
+    (folder / f"boot{world.rank}").write_text("another" if world.rank == world.size - 1 else "the same")
+    with patch.object(shared_memory, "_BOOT", folder / f"boot{world.rank}"):
         return connect(dist.group.WORLD) is None
 
 
-def without(rank: int, sockets: int) -> list[Any]:
+def without(world: World, sockets: int) -> tuple[bool, list[str]]:
     """The last rank can have only so many sockets; gives whether there is no channel here, and what was logged."""
     logged: list[str] = []
     handler = logging.Handler()
@@ -73,26 +74,26 @@ def without(rank: int, sockets: int) -> list[Any]:
     made, make_socket = count(1), shared_memory._socket
 
     def limited() -> Any:
-        if rank == WORLD - 1 and next(made) > sockets:
+        if world.rank == world.size - 1 and next(made) > sockets:
             raise OSError("no more sockets in this container")
         return make_socket()
 
     with patch.object(shared_memory, "_socket", limited):
         none = connect(dist.group.WORLD) is None
     shared_memory.log.removeHandler(handler)
-    return [none, logged]
+    return none, logged
 
 
-def silent(rank: int) -> str:
+def silent(world: World) -> str:
     """Nobody sends anything to rank 0."""
     channel = connected()
     channel._timeout = 0.2
-    error = failure(lambda: channel.receive(1)) if rank == 0 else ""
+    why = failure(lambda: channel.receive(1)) if world.rank == 0 else ""
     dist.barrier()  # a connection ends with its ranks
-    return error
+    return why
 
 
-def strangers() -> list[int]:
+def strangers(world: World) -> list[int]:
     """Whose connection is accepted: rank 1's comes first, but from another user."""
     users, sockets = iter([12345, os.getuid()]), dict[int, Any]()
     with patch.object(os, "getuid", lambda: next(users)):
@@ -112,43 +113,3 @@ def failure(run: Callable[[], Any]) -> str:
     except RuntimeError as error:
         return f"{is_lost_connection(error)}: {error}"
     return ""
-
-
-def ended(rank: int) -> list[str]:
-    """Rank 2 ends; rank 0 waits for a message of it, waits for a slot, and sends it something."""
-    channel = connected()
-    message = free_slot(channel, 10)
-    if rank == 0:
-        for _ in range(SLOTS - 1):
-            channel.send(2, free_slot(channel, 10))
-    dist.barrier()
-    if rank == 2:
-        return []
-    time.sleep(1.0)
-    waits = [lambda: channel.receive(2), channel.wait_for_slot, lambda: channel.send(2, message)]
-    return [failure(wait) for wait in waits] if rank == 0 else []
-
-
-def main() -> None:
-    folder = Path(sys.argv[1])
-    rank, _ = start_rank(folder)
-    if "ended" in sys.argv:
-        (folder / f"{rank}.json").write_text(json.dumps(ended(rank)))
-        os._exit(0)  # nobody waits for those that are gone
-    alone = dist.new_group([0])
-    report(
-        folder,
-        {
-            "around": around(rank),
-            "alone": rank > 0 or connect(alone) is None,
-            "elsewhere": elsewhere(rank, folder),
-            "no listener": without(rank, 0),
-            "no connection": without(rank, 1),
-            "silent": silent(rank),
-            "strangers": strangers(),
-        },
-    )
-
-
-if __name__ == "__main__":
-    main()

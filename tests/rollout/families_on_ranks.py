@@ -1,17 +1,13 @@
-"""The job of test_families.py: engines of many families, written three times, against engines that loaded the same.
-
-Arguments: a folder for checkpoints, then one case each: family:dtype, and :experts for expert parallelism or
-:stages for two pipeline stages. The world is one replica.
-"""
+"""What ranks do in test_families.py: engines written three times, against engines that loaded the same. The world is one replica."""
 
 from __future__ import annotations
 
 import os
 import re
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -25,6 +21,7 @@ from aligner.rollout.layout import EngineLayout
 from aligner.rollout.requests import Sample
 from aligner.rollout.weights import EngineWeights
 from aligner.spmd.mesh import Mesh
+from aligner.spmd.world import World
 from tests.rollout import tiny
 
 GREEDY = Sampling(temperature=0.0, max_tokens=8, stop_token_ids=())
@@ -32,23 +29,17 @@ DRAWN = Sampling(temperature=1.0, max_tokens=8, stop_token_ids=())
 SYNCS = 3
 
 
-def main() -> None:
-    dist.init_process_group("gloo")
-    root = Path(sys.argv[1])
-    for case in sys.argv[2:]:
-        family, dtype, *cut = case.split(":")
-        check(family, dtype, "experts" in cut, 1 + ("stages" in cut), root / case.replace(":", "-"))
-        sys.stdout.write(f"{case}: ok\n")  # in one piece: ranks share the output
-    dist.barrier()
-    dist.destroy_process_group()
-    sys.stdout.flush()
-    os._exit(0)
+def check(world: World, folder: Path, case: str) -> None:
+    """Tokens and log-probabilities equal those of an engine that loaded the last weights from a checkpoint.
 
-
-def check(family: str, dtype: str, expert_parallel: bool, stages: int, folder: Path) -> None:
-    """Tokens and log-probabilities equal those of an engine that loaded the last weights from a checkpoint."""
+    Args:
+        folder: for the checkpoint.
+        case: family:dtype, and :experts for expert parallelism or :stages for two pipeline stages.
+    """
+    family, dtype, *cut = case.split(":")
+    expert_parallel, stages = "experts" in cut, 2 if "stages" in cut else 1
     model = tiny.make_model(family, 3)
-    if dist.get_rank() == 0:
+    if world.rank == 0:
         tiny.save(model, folder)
     dist.barrier()
     engine = start(folder, dtype, expert_parallel, stages)
@@ -60,9 +51,8 @@ def check(family: str, dtype: str, expert_parallel: bool, stages: int, folder: P
         check_refused(engine, wanted, name)
     weights = EngineWeights(engine)
     weights.pieces()
-    world = dist.get_world_size()
-    mesh = Mesh(tuple(range(world)), tensor=world // stages, pipeline=stages)
-    differs = weights.agrees(EngineLayout(engine.spec, mesh, dtype, expert_parallel).layout(dist.get_rank()))
+    mesh = Mesh(tuple(range(world.size)), tensor=world.size // stages, pipeline=stages)
+    differs = weights.agrees(EngineLayout(engine.spec, mesh, dtype, expert_parallel).layout(world.rank))
     assert differs is None, f"{family}: {differs}"
     answers = []
     for sync in range(SYNCS):
@@ -74,12 +64,11 @@ def check(family: str, dtype: str, expert_parallel: bool, stages: int, folder: P
             assert gap(model, answers[-1]) < 1e-4, f"{family}: {gap(model, answers[-1])}"
     assert answers[0] != answers[1] != answers[2]
     engine.close()
-    if dist.get_rank() == 0:
+    if world.rank == 0:
         tiny.save(model, folder)
     dist.barrier()
-    engine_module.LOAD_FORMAT = "auto"
-    stock = start(folder, dtype, expert_parallel, stages)
-    engine_module.LOAD_FORMAT = "dummy"
+    with patch.object(engine_module, "LOAD_FORMAT", "auto"):
+        stock = start(folder, dtype, expert_parallel, stages)
     stock.loaded.finish()
     assert ask(stock) == answers[-1], f"{family}: differs from an engine that loaded the same weights"
     stock.close()
@@ -105,7 +94,3 @@ def ask(engine: RolloutEngine) -> list[list[Sample]]:
 def gap(model: Any, answers: list[list[Sample]]) -> float:
     asked = tiny.prompts(4) * 2
     return max(tiny.gap(model, prompt, one) for prompt, (one,) in zip(asked, answers, strict=True))
-
-
-if __name__ == "__main__":
-    main()

@@ -1,14 +1,13 @@
-"""One rank of the random transfers: 30 of them among 2 to 8 real gloo ranks, and what each had in its buffers."""
+"""What ranks do in the tests of random transfers: one among 2 to 8 of them, over gloo or in shared memory."""
 
 from __future__ import annotations
 
+import functools
 import math
 import random
-import sys
 from dataclasses import replace
-from functools import partial
-from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -21,12 +20,11 @@ from aligner.reshard.plan.region import Layout, Piece
 from aligner.reshard.plan.transfer_plan import plan_transfer
 from aligner.reshard.sync import exchange_layouts
 from aligner.reshard.transfer import executor, rank_transfer
-from aligner.reshard.transfer.shared_memory import connect
+from aligner.reshard.transfer.shared_memory import SharedMemoryChannel, connect
+from aligner.spmd.world import World
 from tests.reshard.layouts import Grid, Shapes, parts, scattered
-from tests.reshard.ranks import report, start_rank
 
 CPU = torch.device("cpu")
-CASES = 30
 
 
 class Watched(Buffers):
@@ -79,11 +77,15 @@ def layouts(draw: random.Random, world: int, shapes: Shapes) -> tuple[dict[int, 
     )
 
 
-def transfer(rank: int, number: int, world: int) -> dict[str, Any]:
-    """Run one case, compare every element, and report statistics and staging."""
-    draw = random.Random(number)
+def inside(values: dict[str, Tensor], piece: Piece) -> Tensor:
+    return values[piece.name][tuple(slice(low, low + n) for low, n in zip(piece.lo, piece.size, strict=True))]
+
+
+def transfer(world: World, number: int) -> dict[str, float]:
+    """Run one case among the first few ranks, and compare every element."""
+    rank, draw = world.rank, random.Random(number)
     shapes = {f"layer{n}.w": tuple(draw.randrange(1, 25) for _ in range(draw.randrange(1, 4))) for n in range(1, 6)}
-    sources, destinations = layouts(draw, world, shapes)
+    sources, destinations = layouts(draw, 2 + number % (world.size - 1), shapes)
     # Small whole numbers are the same in every data type, so any of the holders may be asked.
     values = {name: torch.arange(torch.Size(shape).numel()).view(shape) % 251 for name, shape in shapes.items()}
     bucket_bytes = draw.choice([24, 150, 1500, 1 << 20])
@@ -92,8 +94,6 @@ def transfer(rank: int, number: int, world: int) -> dict[str, Any]:
     for piece in sources.get(rank, []):
         strided_view(held[piece.storage], piece).copy_(inside(values, piece))
     plan = plan_transfer(rank, sources, destinations)
-    Watched.most = Watched.most_bytes = 0
-    Watched.apart = random.Random(-number).choice([0, 100, math.inf])
     row = executor.execute(
         plan,
         lambda piece: strided_view(held[piece.storage], piece),
@@ -104,38 +104,42 @@ def transfer(rank: int, number: int, world: int) -> dict[str, Any]:
     )
     for piece in wanted:
         assert torch.equal(strided_view(filled[piece.storage], piece).long(), inside(values, piece)), piece
-    return {**row.metrics(), "messages": Watched.most, "staged": Watched.most_bytes, "limit": 2 * bucket_bytes}
+    return {**row.metrics(), "limit": 2 * bucket_bytes}
 
 
-def exchange(rank: int, world: int) -> list[bool]:
+def watched_transfer(world: World, number: int) -> dict[str, float]:
+    """Over gloo, with large messages in buffers of their own or not; and the most that was staged."""
+    Watched.most = Watched.most_bytes = 0
+    Watched.apart = random.Random(-number).choice([0, 100, math.inf])
+    with (
+        patch.object(executor, "Buffers", Watched),
+        patch.object(executor, "Bucket", WatchedBucket),
+        patch.object(rank_transfer, "Bucket", WatchedBucket),
+    ):
+        row = transfer(world, number)
+    return {**row, "messages": Watched.most, "staged": Watched.most_bytes}
+
+
+@functools.cache
+def channel_of(world: World) -> SharedMemoryChannel:
+    channel = connect(dist.group.WORLD)
+    assert channel, "these ranks are on one host"
+    return channel
+
+
+def transfer_in_shared_memory(world: World, number: int) -> dict[str, float]:
+    """One channel for all of them; and how many slots this rank has in it."""
+    channel = channel_of(world)
+    with patch.object(executor, "Buffers", functools.partial(Buffers, channel=channel)):
+        row = transfer(world, number)
+    return {**row, "slots": len(channel._slots)}
+
+
+def exchange(world: World) -> list[bool]:
     """Layouts are told to all; those of replicas are one and the same list. The last rank holds nothing."""
-    layouts = Grid(range(world - 1), 2, 1).layouts({"w": (8, 4), "b": (6,)}, random.Random(1))
+    layouts = Grid(range(world.size - 1), 2, 1).layouts({"w": (8, 4), "b": (6,)}, random.Random(1))
     same = {number: [replace(piece) for piece in layouts[number % 2]] for number in layouts}
-    exchanged = exchange_layouts(same.get(rank, []), range(world), dist.group.WORLD)
-    equal = all(list(exchanged.layout(number)) == list(same.get(number, [])) for number in range(world))
+    exchanged = exchange_layouts(same.get(world.rank, []), range(world.size), dist.group.WORLD)
+    equal = all(list(exchanged.layout(number)) == list(same.get(number, [])) for number in range(world.size))
     shared = len({id(exchanged.layout(number)) for number in exchanged.ranks}) == 2
-    return [exchanged.ranks == tuple(range(world - 1)), equal, shared]
-
-
-def inside(values: dict[str, Tensor], piece: Piece) -> Tensor:
-    return values[piece.name][tuple(slice(low, low + n) for low, n in zip(piece.lo, piece.size, strict=True))]
-
-
-def main() -> None:
-    folder = Path(sys.argv[1])
-    rank, world = start_rank(folder)
-    slots: list[Any] = []
-    if "shared" in sys.argv:
-        channel = connect(dist.group.WORLD)
-        assert channel, "these ranks are on one host"
-        executor.Buffers = partial(Buffers, channel=channel)  # type: ignore[misc,assignment]
-        slots = channel._slots
-    else:
-        executor.Buffers = Watched  # type: ignore[misc]
-        executor.Bucket = rank_transfer.Bucket = WatchedBucket  # type: ignore[misc]
-    transfers = [transfer(rank, number, 2 + number % (world - 1)) for number in range(CASES)]
-    report(folder, {"transfers": transfers, "exchange": exchange(rank, world), "slots": len(slots)})
-
-
-if __name__ == "__main__":
-    main()
+    return [exchanged.ranks == tuple(range(world.size - 1)), equal, shared]

@@ -1,12 +1,8 @@
-"""The job of test_corruption.py: rank 0 trains, rank 1 generates, and one thing at a time goes wrong in a transfer.
-
-Arguments: a folder for the checkpoint and the reports, and a fault that is to end the job, or "none".
-"""
+"""What ranks do in test_corruption.py: rank 0 trains, rank 1 generates, and one thing at a time goes wrong in a transfer."""
 
 from __future__ import annotations
 
-import json
-import sys
+import functools
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -207,34 +203,25 @@ FAULTS: dict[str, Callable[[Job, str], AbstractContextManager[Any]]] = {
 }
 
 
-def main() -> None:
-    world = World(timeout_seconds=120)
-    try:
-        folder, last = Path(sys.argv[1]), sys.argv[2]
-        job = Job(world, folder / "model")
-        if last != "none":
-            job.step()
-            job.syncs["whole"].run()
-            job.step()
-            with FAULTS[last](job, "whole"):
-                job.syncs["whole"].run()
-            dist.barrier()  # the peers' next step, whatever it is
-        found = {}
-        for how in job.syncs:
-            for name, fault in FAULTS.items():
-                found[f"{name}, {how}"] = case(job, fault, how)
-        (folder / f"{world.rank}.json").write_text(json.dumps(found))
-    except BaseException as error:
-        world.fail(error)
-    world.leave()
+@functools.cache
+def job_of(world: World, folder: Path) -> Job:
+    """One engine for all faults."""
+    return Job(world, folder)
 
 
-def case(job: Job, fault: Callable[[Job, str], AbstractContextManager[Any]], how: str) -> dict[str, Any]:
-    """A transfer that succeeds, one with the fault, and one that makes good."""
+def meet(world: World, folder: Path, fault: str, how: str) -> dict[str, Any]:
+    """A transfer that succeeds, one with the fault, and one that makes good: what this rank sees.
+
+    Args:
+        folder: for the model's checkpoint.
+        fault: one of FAULTS.
+        how: "whole", "gloo" or "deltas".
+    """
+    job = job_of(world, folder)
     job.step()
     assert job.transfer(how) == ""
     job.step()
-    broken = fault(job, how)
+    broken = FAULTS[fault](job, how)
     start = time.perf_counter()
     with broken:
         error = job.transfer(how)
@@ -247,7 +234,3 @@ def case(job: Job, fault: Callable[[Job, str], AbstractContextManager[Any]], how
         "afterwards": job.transfer(how),
         "answers": job.answers(),
     }
-
-
-if __name__ == "__main__":
-    main()
