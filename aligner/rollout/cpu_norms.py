@@ -32,7 +32,8 @@ def priority() -> Any:
 
 def rms_norm(x: Tensor, weight: Tensor | None, epsilon: float, variance_size: int | None = None) -> Tensor:
     """x / sqrt(mean(x^2) + epsilon) * weight over the last dimension; x may be a view of several heads' columns."""
-    rows = x.reshape(-1, x.shape[-1])
+    # The kernel takes rows to stand one after the other, and a single head's columns can be reshaped without a copy.
+    rows = x.reshape(-1, x.shape[-1]).contiguous()
     out = torch.empty(rows.shape, dtype=x.dtype)
     torch.ops._C.rms_norm(out, rows, weight, epsilon)
     return out.view(x.shape)

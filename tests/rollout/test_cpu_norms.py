@@ -35,13 +35,14 @@ def test_it_is_the_norm(hidden: int, rows: int) -> None:
     assert (normed - exact(whole, weight)).abs().max() < 1e-5
 
 
-def test_heads_that_are_columns_of_a_wider_tensor() -> None:
+@pytest.mark.parametrize("heads", [1, 2])
+def test_heads_that_are_columns_of_a_wider_tensor(heads: int) -> None:
     """Query and key norms see a view of the fused projection: [tokens, heads, head_dim] of rows that are further apart."""
     qkv = torch.randn(5, 4 * 32)
-    heads, weight = qkv[:, 32:96].view(5, 2, 32), torch.randn(32)
+    columns, weight = qkv[:, 32 : 32 + 32 * heads].view(5, heads, 32), torch.randn(32)
     before = qkv.clone()
-    found = cpu_norms.rms_norm(heads, weight, EPSILON)
-    assert found.shape == (5, 2, 32) and (found - exact(heads, weight)).abs().max() < 1e-5
+    found = cpu_norms.rms_norm(columns, weight, EPSILON)
+    assert found.shape == (5, heads, 32) and (found - exact(columns, weight)).abs().max() < 1e-5
     assert torch.equal(qkv, before)
 
 
