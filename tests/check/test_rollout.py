@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from aligner.config.schema import compose_config, to_config
-from aligner.data.column_addition import ColumnAddition, ModelShape, write
+from aligner.data.column_addition import ColumnAddition, ModelShape, write_task
 from aligner.run.job import Job
 from aligner.run.prepare import prepare
 from tests.check.whole import said_of
@@ -24,7 +24,7 @@ def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model with 512 positions; prompts of at most 9 tokens: <bos>, two numbers of 3 digits, + and =."""
     folder = tmp_path_factory.mktemp("task")
     shape = ModelShape(hidden=64, layers=2, heads=4, kv_heads=2, head_dim=32, ffn=96)
-    write(folder, ColumnAddition(demonstrations=64, prompts=64, heldout=16, preferences=40), shape)
+    write_task(folder, ColumnAddition(demonstrations=64, prompts=64, heldout=16, preferences=40), shape)
     return folder
 
 

@@ -26,7 +26,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))  # also from a checkout never installed
 
 from aligner.checkpoint.folder import complete
-from aligner.data.column_addition import ColumnAddition, ModelShape, write
+from aligner.data.column_addition import ColumnAddition, ModelShape, write_task
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 RANKS, STEPS, KILLS = 2, 6, 3
@@ -56,7 +56,7 @@ def make_task(folder: Path) -> Path:
     """Write a task, a two-layer model and a rule."""
     if not folder.exists():
         shape = ModelShape(hidden=64, layers=2, heads=4, kv_heads=2, head_dim=32, ffn=96)
-        write(folder, ColumnAddition(demonstrations=8, prompts=64, heldout=8, preferences=8), shape)
+        write_task(folder, ColumnAddition(demonstrations=8, prompts=64, heldout=8, preferences=8), shape)
         (folder / "rule.py").write_text(RULE)
     return folder
 

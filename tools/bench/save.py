@@ -22,7 +22,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))  # also from a checkout never installed
 
 from aligner.checkpoint.folder import complete
-from aligner.data.column_addition import ColumnAddition, ModelShape, write
+from aligner.data.column_addition import ColumnAddition, ModelShape, write_task
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SHAPE = ModelShape(hidden=512, layers=8, heads=8, kv_heads=8, head_dim=64, ffn=1792)
@@ -82,7 +82,7 @@ def main() -> None:
     out = (args.out or Path(tempfile.mkdtemp(prefix="save-"))).resolve()
     task = out / "task"
     if not task.exists():
-        write(task, ColumnAddition(demonstrations=2048, prompts=8, heldout=8, preferences=8), SHAPE)
+        write_task(task, ColumnAddition(demonstrations=2048, prompts=8, heldout=8, preferences=8), SHAPE)
     plain = None
     for name, overrides in CASES.items():
         run_dir = out / name.replace(" ", "_")
