@@ -54,6 +54,9 @@ def test_the_table_compares_tokens_a_second() -> None:
         "|  | trl | 1.00 | - | **4.00** | 4.00 to 4.00 | 12 | 4.00x as fast |",
         "| other | bare | 0.250 | - | **1.00** | 1.00 to 1.00 | 100 |  |",
     ]
+    assert table({"other": {"bare": [run(1.0)]}}, (), "tokens").endswith(
+        "| other | bare | **1.00** | 1.00 to 1.00 | 100 |  |"
+    )
 
 
 def test_the_table_stands_between_its_markers(tmp_path: Path) -> None:

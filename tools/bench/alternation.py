@@ -139,12 +139,15 @@ def table(results: Results, phases: Sequence[str], count: str) -> str:
                 if name == OURS or OURS not in sides
                 else f"{rate(sides[OURS], count) / rate(runs, count):.2f}x as fast"
             )
-            lines.append(
-                f"| {case if name == OURS or OURS not in sides else ''} | {name} | "
-                + " | ".join(figure(median(runs, phase)) if phase in runs[0]["steps"][0] else "-" for phase in phases)
-                + f" | **{figure(median(runs, 'step'))}** | {figure(low)} to {figure(high)} | "
-                f"{rate(runs, count):,.0f} | {ratio} |"
-            )
+            shown = [figure(median(runs, phase)) if phase in runs[0]["steps"][0] else "-" for phase in phases]
+            cells = [
+                case if name == OURS or OURS not in sides else "",
+                name,
+                *shown,
+                f"**{figure(median(runs, 'step'))}**",
+            ]
+            cells += [f"{figure(low)} to {figure(high)}", f"{rate(runs, count):,.0f}", ratio]
+            lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
