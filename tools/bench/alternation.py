@@ -9,11 +9,13 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +78,56 @@ def run_all(commands: Sequence[Sequence[str]], threads: int, limit: float, log: 
     if any(codes) or None in codes:
         what = "failed" if any(codes) else f"took more than {limit:.0f} s"
         raise RuntimeError(f"{' '.join(map(str, commands[0][:8]))} ... {what}:\n{log.read_text()[-4000:]}")
+
+
+class PeerRuns:
+    """Runs of peers' programs in one folder: `NAME_PROGRAM.py SPEC.json` beside the benchmark, which writes its `Run` where the
+    spec's "out" says."""
+
+    def __init__(self, work: Path, benchmark: str, limit: float) -> None:
+        self.work, self.benchmark, self.limit, self.runs = work, benchmark, limit, 0
+
+    def folder(self, name: str) -> Path:
+        """A path for the next run, with nothing there."""
+        self.runs += 1
+        return self.work / f"{name}{self.runs}"
+
+    def trl(self, spec: Mapping[str, Any], processes: int, threads: int) -> Run:
+        """TRL's trainer, under torchrun where it has several processes."""
+        path = self._written("trl", spec)
+        command = [self._program("trl"), str(path)]
+        whole = [sys.executable, *command] if processes == 1 else torchrun(processes, command)
+        return self._run([whole], threads, path)
+
+    def bare(self, spec: Mapping[str, Any], processes: int, threads: int) -> Run:
+        """No framework: processes that meet at a port."""
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        path = self._written("bare", {**spec, "processes": processes, "port": port})
+        commands = [[sys.executable, self._program("bare"), str(path), str(rank)] for rank in range(processes)]
+        return self._run(commands, threads, path)
+
+    def _program(self, peer: str) -> str:
+        return str(Path(__file__).with_name(f"{self.benchmark}_{peer}.py"))
+
+    def _written(self, name: str, spec: Mapping[str, Any]) -> Path:
+        folder = self.folder(name)
+        path = folder.with_suffix(".json")
+        path.write_text(json.dumps({**spec, "folder": str(folder), "out": f"{folder}_out.json"}))
+        return path
+
+    def _run(self, commands: Sequence[Sequence[str]], threads: int, spec: Path) -> Run:
+        run_all(commands, threads, self.limit, spec.with_suffix(".log"))
+        run: Run = json.loads(Path(json.loads(spec.read_text())["out"]).read_text())
+        return run
+
+
+def rows_of_steps(run_dir: Path, first: int) -> list[tuple[dict[str, Any], float]]:
+    """(metrics, seconds since the row before) of a job's steps after `first`. `seconds` of a row leaves out what is logged."""
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    measured = [row for row in rows if row["step"] >= first]
+    return [(row, row["time"] - before["time"]) for before, row in pairwise(measured)]
 
 
 def alternate(

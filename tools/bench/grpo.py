@@ -28,13 +28,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import socket
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +116,7 @@ class Bench:
 
     def __init__(self, case: Case, steps: int, work: Path, extra: Sequence[str]) -> None:
         self.case, self.steps, self.work, self.extra = case, steps, work, extra
-        self.lengths, self.runs = LENGTHS[case.lengths], 0
+        self.lengths, self.peers = LENGTHS[case.lengths], alternation.PeerRuns(work, "grpo", LIMIT)
         workloads.write_model(work / "model", workloads.SIZES[case.size], self.lengths.mean)
         rows = workloads.prompt_rows(PROMPTS * (steps + WARMUP + 1), self.lengths.shortest, self.lengths.longest)
         workloads.write_rows(work / "prompts.jsonl", rows)
@@ -138,7 +136,7 @@ class Bench:
 
     def aligner(self) -> alternation.Run:
         """A real job; its phases are the metrics that it logs, the slower rank's."""
-        run_dir = self._folder("aligner")
+        run_dir = self.peers.folder("aligner")
         lengths, (dtype, rollout_dtype) = self.lengths, self.case.dtypes
         command = alternation.torchrun(2, [
             "-m", "aligner.main", "algorithm=grpo", "algorithm.roles=[policy,rollout,reward]", f"algorithm.group_size={GROUP}",
@@ -152,52 +150,25 @@ class Bench:
             "logging.console=false", "logging.samples_every=0", *self.extra,
         ])  # fmt: skip
         alternation.run_all([command], 1, LIMIT, run_dir.with_suffix(".log"))
-        rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-        measured = [row for row in rows if row["step"] >= WARMUP]
-        # From row to row: `seconds` leaves out what is logged.
-        return {"steps": [step_of(row, row["time"] - before["time"]) for before, row in pairwise(measured)]}
+        return {"steps": [step_of(row, seconds) for row, seconds in alternation.rows_of_steps(run_dir, WARMUP)]}
 
     def trl(self, processes: int, threads: int, mode: str) -> alternation.Run:
-        """TRL's trainer."""
-        program = Path(__file__).with_name("grpo_trl.py")
-        spec = self._spec("trl", mode=mode)
-        command = [str(program), str(spec)]
-        whole = [sys.executable, *command] if processes == 1 else alternation.torchrun(processes, command)
-        return self._peer([whole], threads, spec)
+        """TRL's trainer. Its master weights are float32, as ours are."""
+        spec = {**self._spec(), "mode": mode, "autocast": self.case.dtypes[0] == "bfloat16", "dtype": "float32"}
+        return self.peers.trl(spec, processes, threads)
 
     def bare(self, processes: int, threads: int, eager: bool) -> alternation.Run:
         """vLLM and a training step, without a framework."""
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        spec = self._spec("bare", processes=processes, port=port, eager=eager)
-        program = str(Path(__file__).with_name("grpo_bare.py"))
-        commands = [[sys.executable, program, str(spec), str(rank)] for rank in range(processes)]
-        return self._peer(commands, threads, spec)
+        return self.peers.bare({**self._spec(), "eager": eager}, processes, threads)
 
-    def _folder(self, name: str) -> Path:
-        self.runs += 1
-        return self.work / f"{name}{self.runs}"
-
-    def _spec(self, name: str, **more: Any) -> Path:
-        folder = self._folder(name)
+    def _spec(self) -> dict[str, Any]:
         dtype, rollout_dtype = self.case.dtypes
-        spec = {
-            "model": str(self.work / "model"), "rows": str(self.work / "prompts.jsonl"), "folder": str(folder),
-            "out": f"{folder}_out.json", "prompts": PROMPTS, "group": GROUP, "max_tokens": self.lengths.max_tokens,
-            "max_model_len": self.lengths.whole, "fixed": self.lengths.mean is None, "steps": self.steps,
-            "warmup": WARMUP, "lr": LR, "dtype": dtype, "rollout_dtype": rollout_dtype, "kv_cache_mib": 512, **more,
+        return {
+            "model": str(self.work / "model"), "rows": str(self.work / "prompts.jsonl"), "prompts": PROMPTS, "group": GROUP,
+            "max_tokens": self.lengths.max_tokens, "max_model_len": self.lengths.whole, "fixed": self.lengths.mean is None,
+            "steps": self.steps, "warmup": WARMUP, "lr": LR, "dtype": dtype, "rollout_dtype": rollout_dtype,
+            "kv_cache_mib": 512,
         }  # fmt: skip
-        if name == "trl":  # master weights are float32, as ours are
-            spec |= {"autocast": dtype == "bfloat16", "dtype": "float32"}
-        path = folder.with_suffix(".json")
-        path.write_text(json.dumps(spec))
-        return path
-
-    def _peer(self, commands: Sequence[Sequence[str]], threads: int, spec: Path) -> alternation.Run:
-        alternation.run_all(commands, threads, LIMIT, spec.with_suffix(".log"))
-        made: alternation.Run = json.loads(Path(json.loads(spec.read_text())["out"]).read_text())
-        return made
 
 
 def step_of(row: dict[str, float], whole: float) -> dict[str, float]:

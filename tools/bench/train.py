@@ -24,13 +24,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import socket
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +81,8 @@ class Bench:
     """One case in a folder: its model, its rows, and the sides that run on them."""
 
     def __init__(self, case: Case, steps: int, work: Path, extra: Sequence[str]) -> None:
-        self.case, self.steps, self.work, self.extra, self.runs = case, steps, work, extra, 0
+        self.case, self.steps, self.work, self.extra = case, steps, work, extra
+        self.peers = alternation.PeerRuns(work, "train", LIMIT)
         self.batch, self.max_tokens = BATCH[case.method], LENGTHS[case.lengths]
         workloads.write_model(work / "model", workloads.SIZES[case.size])
         self.rows = workloads.answered_rows(
@@ -104,7 +103,7 @@ class Bench:
 
     def aligner(self) -> alternation.Run:
         """A real job, from row to row of its metrics."""
-        run_dir, method = self._folder("aligner"), self.case.method
+        run_dir, method = self.peers.folder("aligner"), self.case.method
         model = "reward_model" if method == "reward_model" else "policy"
         command = alternation.torchrun(2, [
             "-m", "aligner.main", f"algorithm={method}", f"data={'demonstrations' if method == 'sft' else 'preferences'}",
@@ -115,46 +114,23 @@ class Bench:
             "logging.console=false", *self.extra,
         ])  # fmt: skip
         alternation.run_all([command], 1, LIMIT, run_dir.with_suffix(".log"))
-        rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-        measured = [row for row in rows if row["step"] >= WARMUP]
-        return self._counted({"steps": [{"step": row["time"] - before["time"]} for before, row in pairwise(measured)]})
+        steps = [{"step": seconds} for _, seconds in alternation.rows_of_steps(run_dir, WARMUP)]
+        return self._counted({"steps": steps})
 
     def trl(self, processes: int, threads: int) -> alternation.Run:
         """TRL's trainer."""
-        spec = self._spec("trl")
-        command = [str(Path(__file__).with_name("train_trl.py")), str(spec)]
-        whole = [sys.executable, *command] if processes == 1 else alternation.torchrun(processes, command)
-        return self._peer([whole], threads, spec)
+        return self._counted(self.peers.trl(self._spec(), processes, threads))
 
     def bare(self, processes: int, threads: int) -> alternation.Run:
         """Transformers and torch alone."""
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        spec = self._spec("bare", processes=processes, port=port)
-        program = str(Path(__file__).with_name("train_bare.py"))
-        commands = [[sys.executable, program, str(spec), str(rank)] for rank in range(processes)]
-        return self._peer(commands, threads, spec)
+        return self._counted(self.peers.bare(self._spec(), processes, threads))
 
-    def _folder(self, name: str) -> Path:
-        self.runs += 1
-        return self.work / f"{name}{self.runs}"
-
-    def _spec(self, name: str, **more: Any) -> Path:
-        folder = self._folder(name)
-        spec = {
+    def _spec(self) -> dict[str, Any]:
+        return {
             "method": self.case.method, "model": str(self.work / "model"), "rows": str(self.work / "rows.jsonl"),
-            "folder": str(folder), "out": f"{folder}_out.json", "batch": self.batch, "max_tokens": self.max_tokens,
-            "steps": self.steps, "warmup": WARMUP, "lr": LR, "dtype": PRECISIONS[self.case.precision], **more,
+            "batch": self.batch, "max_tokens": self.max_tokens, "steps": self.steps, "warmup": WARMUP, "lr": LR,
+            "dtype": PRECISIONS[self.case.precision],
         }  # fmt: skip
-        path = folder.with_suffix(".json")
-        path.write_text(json.dumps(spec))
-        return path
-
-    def _peer(self, commands: Sequence[Sequence[str]], threads: int, spec: Path) -> alternation.Run:
-        alternation.run_all(commands, threads, LIMIT, spec.with_suffix(".log"))
-        made: alternation.Run = json.loads(Path(json.loads(spec.read_text())["out"]).read_text())
-        return self._counted(made)
 
     def _counted(self, run: alternation.Run) -> alternation.Run:
         """With each step's tokens: all sides take the rows in their order."""
