@@ -17,7 +17,13 @@ SMALL = ["data.prompts_per_step=4", "algorithm.group_size=4"]
 TWICE = ["policy.minibatches=2", "policy.epochs=2"]
 ONLINE: dict[str, list[str]] = {
     "grpo": [*SMALL, ENTROPY.lstrip("+"), "algorithm.loss.kl_coef=0.05"],
-    "dapo": [*SMALL, ENTROPY.lstrip("+"), "reward.rule='{task}/rule.py:brief'", "algorithm.length_penalty.buffer=8"],
+    "dapo": [
+        *SMALL,
+        ENTROPY.lstrip("+"),
+        "reward.rule='{task}/rule.py:brief'",
+        "algorithm.length_penalty.buffer=8",
+        "algorithm.more_batches=8",
+    ],
     "dr_grpo": [*SMALL, ENTROPY.lstrip("+")],
     "grpo_decoupled": [*SMALL, ENTROPY.lstrip("+"), "stream.lag=0", "stream.step_tokens=8"],
     "gspo": [*SMALL, ENTROPY],
@@ -65,7 +71,7 @@ MORE: dict[str, list[str]] = {
         "policy.micro_tokens=64",
         "algorithm.scale_rewards=true",
         "algorithm.kl_control._target_=aligner.objective.kl_control.AdaptiveKL",
-        "+algorithm.kl_control.target=0.02",
+        "+algorithm.kl_control.target=2",
     ],
     "dpo, several steps a batch": ["algorithm=dpo", *OFFLINE["dpo"], *TWICE, "policy.micro_tokens=64"],
 }

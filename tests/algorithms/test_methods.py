@@ -146,7 +146,7 @@ def test_it_learns_from_something(case: str, alone: Callable[[str], list[Row]]) 
         assert rows[0]["loss"] == pytest.approx(FIRST_LOSS[case], rel=1e-6)
         assert abs(rows[2]["loss"] - rows[0]["loss"]) > 1e-4, "the model does not move"
     if "kl" in rows[0] and case != "kto" and "several" not in case:
-        assert rows[0]["kl"] < 1e-9 < 1e-4 < rows[1]["kl"] < rows[2]["kl"], "the policy does not leave the reference"
+        assert rows[0]["kl"] < 1e-9 and min(rows[1]["kl"], rows[2]["kl"]) > 1e-4, "the policy stays at the reference"
 
 
 def test_every_metric_of_every_method_is_declared(alone: Callable[[str], list[Row]]) -> None:
@@ -159,7 +159,7 @@ def test_what_each_method_is_named_for_happens(alone: Callable[[str], list[Row]]
     assert all(row["batch_filled"] == 1 for row in alone("dapo"))
     assert all(row["critic_grad_norm"] > 0.05 for row in alone("ppo"))
     assert [row["kl_coef"] for row in alone("ppo")] == [0.1] * 3
-    # a KL below its target of 0.02: each step lowers the price by rate x max_error = 2%
+    # a KL far below its target of 2: each step lowers the price by rate x max_error = 2%
     assert [row["kl_coef"] for row in alone("ppo, several steps a batch")] == pytest.approx([0.1, 0.098, 0.09604])
     assert alone("kto")[0]["kl"] == 0 < alone("kto")[1]["kl"]
     ahead = alone("grpo_decoupled, ahead, several steps a batch")

@@ -57,8 +57,9 @@ class Fuzz:
         made.train(False)
         packed = pack(TOKENS_BT, torch.tensor([TOKENS_BT.shape[1]] * len(TOKENS_BT)), 1, torch.device("cpu"))
         made.rotary.positions_T = packed.positions_T
-        out = made.chunks[0](packed.tokens_T[None], packed.positions_T[None], packed.lengths)
-        return out[0][:, : spec.vocab].view(*TOKENS_BT.shape, -1)
+        hidden_TH = made.chunks[0](packed.tokens_T[None], packed.positions_T[None], packed.segments_S2)[0]
+        logits_TV = hidden_TH @ made.output_weight[: spec.vocab].T
+        return logits_TV.view(*TOKENS_BT.shape, -1)
 
     def outcome(self, folder: Path, change: Change) -> tuple[str, str]:
         """("refused", why), ("equal", how nearly) or ("fault", what)."""

@@ -29,6 +29,7 @@ from aligner.data.end_tokens import EndTokens
 from aligner.data.prompts import Prompt
 from aligner.data.samples import Samples
 from aligner.data.sets import DataSets
+from aligner.health.startup import Startup
 from aligner.objective.advantages import group_advantages
 from aligner.objective.losses import clipped_surrogate
 from aligner.report.config import LoggingConfig
@@ -310,7 +311,7 @@ def _job(prompts: int, steps: int, folder: Path) -> Any:
         "checked": SimpleNamespace(data=DataSets(data), heldout=[], ends=EndTokens({}), best_metric=None),
         "mask": Mask(),
     }
-    more |= {"inputs": {}, "lease": None}
+    more |= {"inputs": {}, "lease": None, "startup": Startup()}
     return SimpleNamespace(config=config, loop=grpo, settings=settings, roles=settings.roles, **more)
 
 

@@ -50,12 +50,12 @@ def train(run: dict[str, Any]) -> dict[str, Any]:
         trainer.save_model(run["save"])
     logged = [row for row in trainer.state.log_history if "grad_norm" in row]
     assert len(logged) == run["steps"], f"{len(logged)} steps are logged, not {run['steps']}"
-    per_step = len(trainer.seen) // run["steps"]
+    per_step = len(trainer.batches) // run["steps"]
     return {
         "loss": [row["loss"] for row in logged],
         "grad_norm": [row["grad_norm"] for row in logged],
         "lr": [row["learning_rate"] for row in logged],
-        "rows": [[*chain(*trainer.seen[i : i + per_step])] for i in range(0, len(trainer.seen), per_step)],
+        "rows": [[*chain(*trainer.batches[i : i + per_step])] for i in range(0, len(trainer.batches), per_step)],
         "decayed": decayed(trainer),
     }
 

@@ -169,7 +169,7 @@ class Tests:
             raise
         except BaseException:
             return False
-        return checks.equal_results(result, expected) or (test["unwrap"] and checks.same(result, expected[0]))
+        return checks.equal_results(result, expected) or (test["unwrap"] and checks.equal_results(result, expected[0]))
 
     def _each(self, function: Any, *first: Any) -> None:
         """Call a test once, or once per set of parameters."""
