@@ -134,7 +134,7 @@ def report_alone(
     """Report without the store: each rank writes its own status, and one per host prints it.
 
     Args:
-        mine: this rank's status.
+        status: this rank's.
         error: how the store was lost.
         gone: ranks on this host whose processes have ended.
         speaker: the rank of this host that prints.

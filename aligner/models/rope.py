@@ -244,8 +244,8 @@ def _kind(config: ConfigJson, name: str, entry: Mapping[str, Any], kinds: tuple[
 def _partial(config: ConfigJson, name: str, entry: Mapping[str, Any], defaults: RopeDefaults) -> float:
     """The share of a head that is rotated: `partial_rotary_factor` of the entry, or else the one beside it."""
     inside, beside = entry.get("partial_rotary_factor", 1), config.get("partial_rotary_factor")
-    found = [(f"{name}: ", inside), *([("", beside)] if beside is not None else [])]
-    for where, value in found:
+    values = [(f"{name}: ", inside), *([("", beside)] if beside is not None else [])]
+    for where, value in values:
         if not defaults.partial and not same(value, 1):
             raise config.error(f"{where}partial_rotary_factor={value!r} is not supported; use 1.0, or leave it out.")
         dim = int(defaults.head_dim * value) if is_number(value) else 0

@@ -108,7 +108,7 @@ class Reward(Role):
         from_models = {name: model.scores(samples) for name, model in self.models.items()}  # role calls: every rank's
         with self.call("score"):
             local = self.localize((samples,), from_models)
-            value = self._score(local.args[0], local.kwargs, local.mine) if self.member else None
+            value = self._score(local.args[0], local.kwargs, local.row_numbers) if self.member else None
             return Ref(self, value, local.rows)
 
     def _score(self, samples: Samples, from_models: Mapping[str, Tensor], rows: Sequence[int]) -> Rewards:

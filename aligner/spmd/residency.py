@@ -239,13 +239,13 @@ class Residency:
             leaving = {(name, part) for name, part in leaving if not self._roles[name].kinds[part].lost}
         freed = False
         for name, holder in self._roles.items():
-            mine = [part for part in holder.kinds if (name, part) in leaving]
-            here = [holder.parts[p] for p in reversed(mine) if p in holder.parts and holder.parts[p].resident]
+            kinds = [part for part in holder.kinds if (name, part) in leaving]
+            here = [holder.parts[p] for p in reversed(kinds) if p in holder.parts and holder.parts[p].resident]
             if holder.before_evict and here:
                 holder.before_evict()
             for part in here:
                 part.evict()
-            gone = [part for part in mine if (name, part) not in self._out]
+            gone = [part for part in kinds if (name, part) not in self._out]
             self._out |= {(name, part) for part in gone}
             if holder.on_lost and any(holder.kinds[part].lost for part in gone):
                 holder.on_lost()
@@ -337,8 +337,8 @@ class Residency:
                 part.changed()
 
     def _shared(self, role: str) -> bool:
-        mine = self._roles[role].ranks
-        return any(mine & other.ranks for name, other in self._roles.items() if name != role and other.kinds)
+        own_ranks = self._roles[role].ranks
+        return any(own_ranks & other.ranks for name, other in self._roles.items() if name != role and other.kinds)
 
     def _movable(self, role: str, part: str) -> bool:
         kind, config = self._roles[role].kinds[part], self.config

@@ -25,8 +25,8 @@ class Arguments:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     rows: BatchRows | None
-    mine: tuple[int, ...]
-    """Global row numbers of this rank's rows."""
+    row_numbers: tuple[int, ...]
+    """Of this rank's rows, in the whole batch."""
 
 
 class Role:

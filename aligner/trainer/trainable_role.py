@@ -129,8 +129,10 @@ class TrainableRole(ModelRole):
             steps = []
             for _ in range(self.config.epochs):
                 for groups in minibatches:
-                    rows = [i for i, row in enumerate(local.mine) if row // group_size in groups]
-                    step_fields = {name: rows_of(value, rows, len(local.mine)) for name, value in local.kwargs.items()}
+                    rows = [i for i, row in enumerate(local.row_numbers) if row // group_size in groups]
+                    step_fields = {
+                        name: rows_of(value, rows, len(local.row_numbers)) for name, value in local.kwargs.items()
+                    }
                     steps.append(self._step(loss, together, batch_ops.take(local.args[0], rows), step_fields))
             return Ref(self, {**over_steps(steps), "imbalance": self._imbalance(local.rows)})
 
