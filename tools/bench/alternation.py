@@ -6,6 +6,7 @@ What disturbs the machine for a while disturbs every side. Measurements accumula
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import signal
@@ -13,6 +14,7 @@ import socket
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
@@ -227,3 +229,54 @@ def write_between(path: Path, name: str, text: str) -> None:
         raise ValueError(f"{path} has no lines {begin.strip()} and {end}; write them where the results are to stand.")
     before, rest = whole.split(begin, 1)
     path.write_text(f"{before}{begin}{text}\n{end}{rest.split(end, 1)[1]}")
+
+
+def benchmark(
+    arguments: Sequence[str],
+    *,
+    name: str,
+    description: str | None,
+    case_of: Callable[[str], Any],
+    cases: Sequence[Any],
+    quick: Any,
+    sides: Sequence[str],
+    bench: Callable[[Any, int, Path, Sequence[str]], Any],
+    report: Callable[[Results], str],
+) -> int:
+    """The command of a benchmark: measure its cases, and print or write the table.
+
+    Args:
+        name: of the file, as the table's markers have it.
+        case_of: reads one of --cases; a case has a `name`.
+        cases: by default.
+        quick: the case of --quick.
+        bench: (case, steps, folder, settings of our jobs) -> what has `sides(names)`, the run of each side.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", nargs="*", type=case_of, default=cases)
+    parser.add_argument("--sides", nargs="+", choices=sides, default=["aligner", "trl", "trl-2", "bare"])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=6, help="of each run, after two that are not counted")
+    parser.add_argument("--quick", action="store_true", help=f"{quick.name}, one round of aligner, trl-2 and bare")
+    parser.add_argument("--json", type=Path, help="add to what this file holds")
+    parser.add_argument("--write", type=Path, help="replace the table in this file, between its markers")
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="settings of our jobs")
+    options = parser.parse_args(arguments)
+    end_on_sigterm()
+    if options.quick:
+        options.cases, options.sides, options.rounds = [quick], ["aligner", "trl-2", "bare"], 1
+    results = read_results(options.json)
+
+    def keep() -> None:
+        if options.json:
+            options.json.write_text(json.dumps(results))
+
+    for case in options.cases:
+        with tempfile.TemporaryDirectory() as folder:
+            runs = bench(case, options.steps, Path(folder), options.set).sides(options.sides)
+            alternate(results, case.name, runs, options.rounds, keep)
+    text = report(results)
+    print(text)
+    if options.write:
+        write_between(options.write, name, text)
+    return 0

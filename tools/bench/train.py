@@ -23,9 +23,7 @@ prompts included.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -142,34 +140,17 @@ class Bench:
 
 def main(arguments: Sequence[str]) -> int:
     """Measure, and print or write the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", nargs="*", type=case_of, default=[Case(method, "9.8M", "fixed") for method in BATCH])
-    parser.add_argument("--sides", nargs="+", choices=SIDES, default=["aligner", "trl", "trl-2", "bare"])
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=6, help="of each run, after two that are not counted")
-    parser.add_argument("--quick", action="store_true", help="sft/0.66M/fixed, one round of aligner, trl-2 and bare")
-    parser.add_argument("--json", type=Path, help="add to what this file holds")
-    parser.add_argument("--write", type=Path, help="replace the table in this file, between its markers")
-    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="settings of our jobs")
-    given = parser.parse_args(arguments)
-    alternation.end_on_sigterm()
-    if given.quick:
-        given.cases, given.sides, given.rounds = [Case("sft", "0.66M", "fixed")], ["aligner", "trl-2", "bare"], 1
-    results = alternation.read_results(given.json)
-
-    def keep() -> None:
-        if given.json:
-            given.json.write_text(json.dumps(results))
-
-    for case in given.cases:
-        with tempfile.TemporaryDirectory() as folder:
-            bench = Bench(case, given.steps, Path(folder), given.set)
-            alternation.alternate(results, case.name, bench.sides(given.sides), given.rounds, keep)
-    text = alternation.table(results, (), "tokens")
-    print(text)
-    if given.write:
-        alternation.write_between(given.write, "tools/bench/train.py", text)
-    return 0
+    return alternation.benchmark(
+        arguments,
+        name="tools/bench/train.py",
+        description=__doc__,
+        case_of=case_of,
+        cases=[Case(method, "9.8M", "fixed") for method in BATCH],
+        quick=Case("sft", "0.66M", "fixed"),
+        sides=SIDES,
+        bench=Bench,
+        report=lambda results: alternation.table(results, (), "tokens"),
+    )
 
 
 if __name__ == "__main__":
