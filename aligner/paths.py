@@ -11,7 +11,10 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-SETTINGS = ("model.path", "data.path", "data.eval_path", "critic.path", "reward_model.path", "algorithm.out", "run_dir")
+SETTINGS = (
+    "model.path", "data.path", "data.eval_path", "data.chat_template", "critic.path", "reward_model.path", "algorithm.out",
+    "run_dir",
+)  # fmt: skip
 """Settings that are paths; the files of rules are too."""
 VARIABLE = re.compile(r"\$(?:\{([A-Za-z_]\w*)\}|([A-Za-z_]\w*))")
 IN_BRACES = re.compile(r"\$\{([A-Za-z_]\w*)\}")

@@ -29,13 +29,13 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from aligner.bounds import check_settings
-from aligner.data.chat import TEMPLATE_FIELDS, Notes, check_template_kwargs
+from aligner.data.chat import TEMPLATE_FIELDS, ChatOptions, Notes, check_template_kwargs
 from aligner.data.decoding import decode
 from aligner.data.end_tokens import find_ends
 from aligner.data.jsonl import LabelledRow, rows
 from aligner.data.lines import Line, ResumableOutput, check_same_rows, chunks
 from aligner.data.prompts import Prompt, tokenize_prompts
-from aligner.data.tokenizer import load_tokenizer
+from aligner.data.tokenizer import load_tokenizer, use_chat_template
 from aligner.models.read_spec import read_config
 from aligner.models.stored import SHARDS
 from aligner.paths import path_option
@@ -84,7 +84,8 @@ def options() -> argparse.ArgumentParser:
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--chat", action="store_true", help="treat a text as a user message, for the chat template")
     form.add_argument("--raw", action="store_true", help="use texts as they are; rows with messages are an error")
-    add("--system", help="a system message before every conversation")
+    add("--system", help="system prompt of every conversation, in place of the row's own ('' for none)")
+    add("--chat-template", type=path_option, help="file of a chat template (jinja), in place of the tokenizer's")
     add("--chat-template-kwargs", type=json_object, help="JSON object: variables of the chat template for every row")
     add("--prompt-field", help='field of the text or the messages (default: "prompt" or "messages")')
     add("--logprobs", action="store_true", help="write token_ids, and log p of each (after temperature, top-k, top-p)")
@@ -158,12 +159,8 @@ def to_prompt_row(row: dict[str, Any], label: str, args: argparse.Namespace) -> 
         row = {**template_fields, "messages": [{"role": "user", "content": row["prompt"]}]}
     if args.raw and "messages" in row:
         raise ValueError(f"{label}: the row has messages, but --raw accepts only texts; remove --raw.")
-    if args.system is not None:
-        if not isinstance(row.get("messages"), list):
-            raise ValueError(f"{label}: --system needs a conversation; add --chat, or give messages.")
-        if any(isinstance(message, dict) and message.get("role") == "system" for message in row["messages"]):
-            raise ValueError(f"{label}: the row has a system message already; remove --system.")
-        row = {**template_fields, "messages": [{"role": "system", "content": args.system}, *row["messages"]]}
+    if args.system is not None and not isinstance(row.get("messages"), list):
+        raise ValueError(f"{label}: --system needs a conversation; add --chat, or give messages.")
     return row
 
 
@@ -177,7 +174,7 @@ def read_prompts(source: Sequence[LabelledRow], tokenizer: Any, args: argparse.N
         ((label, to_prompt_row(row, label, args)) for label, row in source),
         tokenizer,
         1 << 62,
-        template_kwargs=args.chat_template_kwargs,
+        chat=ChatOptions(args.chat_template_kwargs or {}, args.system),
         notes=notes,
     )
     for note, count in notes.items():
@@ -225,12 +222,16 @@ def generate(args: argparse.Namespace, rank: int, count: int) -> None:
     # vLLM would choose half precision for float32 weights
     args.dtype = args.dtype or config.get("dtype") or config.get("torch_dtype") or "auto"
     tokenizer = load_tokenizer(args.model, "--model")
+    if args.chat_template is not None:
+        use_chat_template(tokenizer, args.chat_template, "--chat-template")
     ends = find_ends(args.model, tokenizer)
     if ends.disagreement and rank == 0 and sampling.stop_token_ids is None:
         print(ends.disagreement, file=sys.stderr, flush=True)
     source = list(rows(args.input, "--input"))
     prompts, length = read_prompts(source, tokenizer, args)
     settings = {"the model": fingerprint(args.model), **{option(name): getattr(args, name) for name in OUTPUT_OPTIONS}}
+    if args.chat_template is not None:
+        settings["--chat-template"] = hashlib.blake2b(args.chat_template.read_bytes(), digest_size=8).hexdigest()
     settings_json = json.dumps(settings, sort_keys=True)
     keys = [hashlib.blake2b(f"{settings_json}{p.tokens}".encode(), digest_size=8).hexdigest() for p in prompts]
     with ResumableOutput(args.output, settings, rank) as lines:

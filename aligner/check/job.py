@@ -33,7 +33,7 @@ from aligner.data.end_tokens import EndTokens, special_ids
 from aligner.data.prompts import Prompt
 from aligner.data.sets import DataSets
 from aligner.data.tokenized_answer import TokenizedAnswer
-from aligner.data.tokenizer import load_tokenizer
+from aligner.data.tokenizer import load_tokenizer, use_chat_template
 from aligner.models.agreement import check_reading
 from aligner.models.read_spec import read_spec
 from aligner.models.spec import ModelSpec
@@ -118,6 +118,8 @@ def check_models(config: Config, roles: list[str], world_size: int) -> Models:
     for model in {spec.path: spec for spec in specs.values()}.values():
         check_reading(model)
     tokenizer = load_tokenizer(config.model.path)
+    if config.data.chat_template is not None:
+        use_chat_template(tokenizer, config.data.chat_template)
     check_tokenizers(config, roles, tokenizer)
     for path in dict.fromkeys(one.path for one in (spec, *specs.values())):
         special_ids(path)
@@ -240,7 +242,7 @@ def _check_run_dir(config: Config) -> None:
 def _check_places(config: Config, roles: Collection[str]) -> None:
     """What the run replaces is its own, and none of what it reads."""
     sources: dict[str, str | None] = dict(config.model_path(role) for role in roles if config.role(role).kind.head)
-    sources |= {"data.path": config.data.path, "data.eval_path": config.data.eval_path}
+    sources |= {f"data.{name}": getattr(config.data, name) for name in ("path", "eval_path", "chat_template")}
     if "reward" in roles:
         rules = {f"{part.where}.rule": part.component.rule or "" for part in reward_components(config.reward)}
         sources |= {setting: rule.rpartition(":")[0] for setting, rule in rules.items() if ".py:" in rule}

@@ -121,11 +121,13 @@ def ends_of(config: Config, tokenizer: PreTrainedTokenizerBase, data: DataSets) 
 
 
 def with_ends(spec: ModelSpec, config: Config, ends: EndTokens, tokenizer: PreTrainedTokenizerBase) -> ModelSpec:
-    """The model as it will be trained: responses end at these, and its exports name them. What sampling.stop_token_ids
+    """The model as it will be trained: responses end at these, and its exports name them, with the chat template of
+    data.chat_template. What sampling.stop_token_ids
     adds is trained on as well, and is exported where it is a special token."""
     chosen: Sequence[int] = config.sampling.stop_token_ids or ()
     end_tokens = dict.fromkeys([*spec.eos_token_ids, *ends.ids, *special_among(tokenizer, chosen)])
-    return replace(spec, eos_token_ids=tuple(end_tokens))
+    template = tokenizer.chat_template if config.data.chat_template is not None else None
+    return replace(spec, eos_token_ids=tuple(end_tokens), chat_template=template)
 
 
 def shown_ends(config: Config, ends: EndTokens) -> str:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from aligner.data.chat import SWITCHES, Notes, conversation_of, message_text, template_options
+from aligner.data.chat import PLAIN, SWITCHES, ChatOptions, Notes, conversation_of, message_text, template_options
 from aligner.data.end_tokens import closing_tokens
 from aligner.data.spans import Encoded, Spans
 from aligner.data.tokenized_answer import TokenizedAnswer
@@ -30,16 +30,16 @@ class Encoder:
         self,
         tokenizer: PreTrainedTokenizerBase,
         train_on: str = "responses",
-        template_kwargs: Mapping[str, Any] | None = None,
+        chat: ChatOptions = PLAIN,
         notes: Notes | None = None,
     ) -> None:
         """Args:
         train_on: "responses" (the answer's assistant turns) or "all" (every token but the first).
-        template_kwargs: variables of the chat template for all rows (data.chat_template_kwargs).
+        chat: how conversations are rendered.
         notes: counter of things to report about how rows were tokenized.
         """
         self.tokenizer, self.train_all, self.notes = tokenizer, train_on == "all", notes
-        self._train_on, self._template_kwargs = train_on, template_kwargs
+        self._train_on, self._chat = train_on, chat
         self._spans = Spans(tokenizer)
         self._closers = closing_tokens(
             tokenizer
@@ -87,6 +87,7 @@ class Encoder:
                 raise ValueError(f"{label}: {key!r} must be text, not {type(row[key]).__name__}{hint}.")
             if not row[key].strip():
                 raise ValueError(f"{label}: {key!r} is empty.")
+        self._chat.check_text(keys[0], label)
         prompt_tokens, answer_tokens = encode_answered(self.tokenizer, prompt, answer)
         if not self._closers.intersection(answer_tokens[-1:]):
             answer_tokens = [*answer_tokens, self._end()]
@@ -112,6 +113,8 @@ class Encoder:
             ValueError: no answer or an empty one, a "train" or "weight" that cannot be followed, or turns that the
                 template does not render as a continuation of the generation prompt.
         """
+        messages, places, moved = self._chat.with_system_prompt(messages, places, label)
+        first = max(0, first + moved)
         trainable = [_switch(m, f"{label}: {place}", self._train_on) for m, place in zip(messages, places, strict=True)]
         assistant_turns = [turn for turn, message in enumerate(messages) if message["role"] == "assistant"]
         answers = [turn for turn in assistant_turns if turn >= first and trainable[turn]]
@@ -120,7 +123,7 @@ class Encoder:
                 f'{label}: no turn is trained on; remove "train" or "weight" from at least one assistant turn (role '
                 f'"assistant").'
             )
-        options = template_options(row, label, self._template_kwargs)
+        options = template_options(row, label, self._chat.template_kwargs)
         conversation = conversation_of(messages, places, options, label, self.tokenizer, False, self.notes)
         for turn in answers:
             if (

@@ -30,6 +30,53 @@ NO_TOOLS = "rows with 'tools' that the chat template does not render"
 
 Notes = Counter[str]
 """Remark on how rows were tokenized -> number of rows."""
+SYSTEM_ROLES = ("system", "developer")
+"""Roles of a first message that a system prompt for all rows replaces."""
+
+
+@dataclass(frozen=True)
+class ChatOptions:
+    """How conversations are rendered, for all rows of a data set."""
+
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    """Further variables of the chat template (data.chat_template_kwargs); a row's own take precedence."""
+    system_prompt: str | None = None
+    """System prompt in place of the rows' own (data.system_prompt); "" for none, None: as each row has it."""
+
+    def with_system_prompt(
+        self, messages: Sequence[Message], places: Sequence[str], label: str
+    ) -> tuple[list[Message], list[str], int]:
+        """The messages with this system prompt in front.
+
+        Args:
+            places: where each message is in the row, for errors.
+
+        Returns:
+            (messages, their places, by how many messages the others have moved: -1, 0 or 1).
+
+        Raises:
+            ValueError: there is nothing but a system prompt.
+        """
+        if self.system_prompt is None:
+            return list(messages), list(places), 0
+        replaced = int(messages[0]["role"] in SYSTEM_ROLES)
+        if replaced == len(messages):
+            raise ValueError(f"{label}: 'messages' has nothing but the system prompt; give the user's message too.")
+        added = [{"role": "system", "content": self.system_prompt}] if self.system_prompt else []
+        kept = list(messages)[replaced:]
+        return [*added, *kept], [*["data.system_prompt"] * len(added), *list(places)[replaced:]], len(added) - replaced
+
+    def check_text(self, key: str, label: str) -> None:
+        """Raises ValueError for a row whose `key` is plain text, which has no system prompt to replace."""
+        if self.system_prompt is not None:
+            raise ValueError(
+                f"{label}: data.system_prompt is for conversations, and {key!r} of this row is plain text; give lists of "
+                "messages, or set data.system_prompt=null."
+            )
+
+
+PLAIN = ChatOptions()
+"""Everything as the rows have it."""
 
 
 @dataclass(frozen=True)

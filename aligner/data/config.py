@@ -36,6 +36,10 @@ class DataConfig:
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
     """Further variables of the chat template for all conversations, such as enable_thinking; a row's own
     'chat_template_kwargs' take precedence."""
+    system_prompt: str | None = None
+    """System prompt of every conversation, in place of the row's own; '' for none, null: as each row has it."""
+    chat_template: str | None = None
+    """File of a chat template (jinja) to use in place of the tokenizer's; exports carry it."""
     max_prompt_tokens: Annotated[int, AtLeast(1)] = 512
     """Longest prompt allowed for generation, in tokens."""
     max_tokens: Annotated[int, AtLeast(2)] = 1024

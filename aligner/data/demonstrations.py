@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from aligner.data.answers import Encoder, check_choices, fits
-from aligner.data.chat import Notes
+from aligner.data.chat import PLAIN, ChatOptions, Notes
 from aligner.data.jsonl import LabelledRow
 from aligner.data.tokenized_answer import TokenizedAnswer
 from aligner.data.tokenizer import checked_messages
@@ -24,7 +24,7 @@ def tokenize_demonstrations(
     max_tokens: int,
     too_long: str = "error",
     train_on: str = "responses",
-    template_kwargs: Mapping[str, Any] | None = None,
+    chat: ChatOptions = PLAIN,
     notes: Notes | None = None,
 ) -> tuple[list[TokenizedAnswer], int]:
     """Rows {'prompt', 'completion'}, {'query', 'response'} (texts or lists of messages) or {'messages'} ->
@@ -35,7 +35,7 @@ def tokenize_demonstrations(
         too_long: "error", or "drop" to drop and count longer ones.
         train_on: "responses", or "all" for every token but the first. An assistant turn with "train": false or
             "weight": 0 is masked in both.
-        template_kwargs: variables of the chat template for all rows (data.chat_template_kwargs).
+        chat: how conversations are rendered.
         notes: counter of things to report about how rows were tokenized.
 
     A conversation whose earlier turns the chat template rewrites gives several demonstrations (see `Encoder.turns`),
@@ -47,7 +47,7 @@ def tokenize_demonstrations(
     check_choices(too_long, train_on)
     demonstrations: list[TokenizedAnswer] = []
     dropped = 0
-    encoder = Encoder(tokenizer, train_on, template_kwargs, notes)
+    encoder = Encoder(tokenizer, train_on, chat, notes)
     for label, row in rows:
         for demonstration in _encode(row, label, encoder):
             if fits(demonstration, "the demonstration", label, max_tokens, too_long):

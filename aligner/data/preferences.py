@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from aligner.data.answers import Encoder, check_choices, fits
-from aligner.data.chat import Notes
+from aligner.data.chat import PLAIN, ChatOptions, Notes
 from aligner.data.jsonl import LabelledRow
 from aligner.data.tokenized_answer import TokenizedAnswer
 from aligner.data.tokenizer import checked_messages
@@ -37,7 +37,7 @@ def tokenize_preferences(
     tokenizer: PreTrainedTokenizerBase,
     max_tokens: int,
     too_long: str = "error",
-    template_kwargs: Mapping[str, Any] | None = None,
+    chat: ChatOptions = PLAIN,
     notes: Notes | None = None,
 ) -> tuple[list[Pair], LeftOut]:
     """Preference rows -> (pairs, counts of what was left out).
@@ -50,14 +50,14 @@ def tokenize_preferences(
     Args:
         max_tokens: longest prompt plus answer allowed, in tokens (data.max_tokens).
         too_long: "error", or "drop" to drop pairs with a longer side and count them as "too long".
-        template_kwargs: variables of the chat template for all rows (data.chat_template_kwargs).
+        chat: how conversations are rendered.
         notes: counter of things to report about how rows were tokenized.
 
     Raises:
         ValueError: unknown form, wrong types, an empty part, equal answers, too long, or no pair left; names the row.
     """
     check_choices(too_long)
-    encoder = Encoder(tokenizer, template_kwargs=template_kwargs, notes=notes)
+    encoder = Encoder(tokenizer, chat=chat, notes=notes)
     pairs: list[Pair] = []
     left_out: LeftOut = Counter()
     for label, row in rows:
@@ -88,7 +88,7 @@ def tokenize_feedback(
     tokenizer: PreTrainedTokenizerBase,
     max_tokens: int,
     too_long: str = "error",
-    template_kwargs: Mapping[str, Any] | None = None,
+    chat: ChatOptions = PLAIN,
     notes: Notes | None = None,
 ) -> tuple[list[TokenizedAnswer], LeftOut]:
     """Feedback rows -> (answers with 'label' in their fields, counts of what was left out).
@@ -97,13 +97,13 @@ def tokenize_feedback(
     good and one bad answer).
 
     Args:
-        max_tokens, too_long, template_kwargs, notes: as for `tokenize_preferences`; each answer counts by itself.
+        max_tokens, too_long, chat, notes: as for `tokenize_preferences`; each answer counts by itself.
 
     Raises:
         ValueError: as for `tokenize_preferences`; also for rows with scores, which define no threshold for "good".
     """
     check_choices(too_long)
-    encoder = Encoder(tokenizer, template_kwargs=template_kwargs, notes=notes)
+    encoder = Encoder(tokenizer, chat=chat, notes=notes)
     answers: list[TokenizedAnswer] = []
     left_out: LeftOut = Counter()
     for label, row in rows:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from aligner.data.answers import check_choices
-from aligner.data.chat import Notes, conversation_of, template_options
+from aligner.data.chat import PLAIN, ChatOptions, Notes, conversation_of, template_options
 from aligner.data.jsonl import LabelledRow
 from aligner.data.tokenizer import checked_messages, encode_plain, encode_text
 
@@ -34,11 +34,11 @@ def tokenize_prompts(
     tokenizer: PreTrainedTokenizerBase,
     max_tokens: int,
     setting: str = "data.max_prompt_tokens",
-    template_kwargs: Mapping[str, Any] | None = None,
+    chat: ChatOptions = PLAIN,
     notes: Notes | None = None,
 ) -> list[Prompt]:
     """As `prompts_that_fit` with too_long="error": raises ValueError for a prompt that is too long."""
-    return prompts_that_fit(rows, tokenizer, max_tokens, "error", setting, template_kwargs, notes)[0]
+    return prompts_that_fit(rows, tokenizer, max_tokens, "error", setting, chat, notes)[0]
 
 
 def prompts_that_fit(
@@ -47,7 +47,7 @@ def prompts_that_fit(
     max_tokens: int,
     too_long: str,
     setting: str = "data.max_prompt_tokens",
-    template_kwargs: Mapping[str, Any] | None = None,
+    chat: ChatOptions = PLAIN,
     notes: Notes | None = None,
 ) -> tuple[list[Prompt], int]:
     """Rows with 'prompt' (text) or 'messages' (not ending with an assistant turn) -> (prompts, number of rows dropped).
@@ -56,7 +56,7 @@ def prompts_that_fit(
         max_tokens: longest prompt allowed, in tokens.
         too_long: "error", or "drop" to drop and count longer ones.
         setting: the setting that holds `max_tokens`, for errors.
-        template_kwargs: variables of the chat template for all rows (data.chat_template_kwargs).
+        chat: how conversations are rendered.
         notes: counter of things to report about how rows were tokenized.
 
     Raises:
@@ -66,7 +66,7 @@ def prompts_that_fit(
     prompts: list[Prompt] = []
     dropped = 0
     for label, row in rows:
-        text, tokens = _encode(row, label, tokenizer, template_kwargs, notes)
+        text, tokens = _encode(row, label, tokenizer, chat, notes)
         if not tokens:
             raise ValueError(f"{label}: the prompt has no tokens.")
         if len(tokens) <= max_tokens:
@@ -87,7 +87,7 @@ def _encode(
     row: dict[str, Any],
     label: str,
     tokenizer: PreTrainedTokenizerBase,
-    template_kwargs: Mapping[str, Any] | None,
+    chat: ChatOptions,
     notes: Notes | None,
 ) -> tuple[str, list[int]]:
     if ("prompt" in row) == ("messages" in row):
@@ -96,8 +96,9 @@ def _encode(
         messages = checked_messages(row["messages"], label)
         if messages[-1]["role"] == "assistant":
             raise ValueError(f"{label}: 'messages' ends with an assistant turn; remove it, the model generates it.")
-        options = template_options(row, label, template_kwargs)
+        options = template_options(row, label, chat.template_kwargs)
         places = [f"messages[{turn}]" for turn in range(len(messages))]
+        messages, places, _ = chat.with_system_prompt(messages, places, label)
         conversation = conversation_of(messages, places, options, label, tokenizer, awaits=True, notes=notes)
         text = conversation.text(len(messages), awaits=True)
         return text, encode_plain(tokenizer, text)  # the template has already added the begin token, if there is one
@@ -106,4 +107,5 @@ def _encode(
         raise ValueError(f"{label}: 'prompt' must be text, not {type(text).__name__} (conversations: 'messages').")
     if not text.strip():
         raise ValueError(f"{label}: 'prompt' is empty.")
+    chat.check_text("prompt", label)
     return text, encode_text(tokenizer, text)

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from aligner.data.chat import Notes, check_template_kwargs
+from aligner.data.chat import ChatOptions, Notes, check_template_kwargs
 from aligner.data.config import DataConfig
 from aligner.data.demonstrations import tokenize_demonstrations
 from aligner.data.jsonl import LabelledRow, rows
@@ -89,18 +89,16 @@ def read_sets(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> DataSets:
     if not (data.task or data.eval_path):
         return sets
     heldout_rows = _task_rows(data, HELDOUT_METHODS) if data.task else rows(data.eval_path or "", "data.eval_path")
-    template_kwargs = data.chat_template_kwargs
+    chat = _chat(data)
     if data.kind == "prompts":
-        prompts, dropped = prompts_that_fit(
-            heldout_rows, tokenizer, data.max_prompt_tokens, data.too_long, template_kwargs=template_kwargs
-        )
+        prompts, dropped = prompts_that_fit(heldout_rows, tokenizer, data.max_prompt_tokens, data.too_long, chat=chat)
         return replace(sets, heldout=prompts[: data.eval_prompts], heldout_left_out=_too_long(dropped))
     if data.kind == "demonstrations":
         answers, dropped = tokenize_demonstrations(
-            heldout_rows, tokenizer, data.max_tokens, data.too_long, data.train_on, template_kwargs
+            heldout_rows, tokenizer, data.max_tokens, data.too_long, data.train_on, chat
         )
         return replace(sets, heldout_answers=answers[: data.eval_prompts], heldout_left_out=_too_long(dropped))
-    pairs, left_out = tokenize_preferences(heldout_rows, tokenizer, data.max_tokens, data.too_long, template_kwargs)
+    pairs, left_out = tokenize_preferences(heldout_rows, tokenizer, data.max_tokens, data.too_long, chat)
     pairs = pairs[: data.eval_prompts]
     return replace(sets, heldout=prompts_of(pairs, tokenizer), heldout_pairs=pairs, heldout_left_out=left_out)
 
@@ -123,7 +121,7 @@ def prompts_of(pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerBase) -> lis
 
 def _training(data: DataConfig, source: Iterable[LabelledRow], tokenizer: PreTrainedTokenizerBase) -> DataSets:
     notes: Notes = Counter()
-    options: dict[str, Any] = {"template_kwargs": data.chat_template_kwargs, "notes": notes}
+    options: dict[str, Any] = {"chat": _chat(data), "notes": notes}
     if data.kind == "prompts":
         prompts, dropped = prompts_that_fit(source, tokenizer, data.max_prompt_tokens, data.too_long, **options)
         return DataSets(prompts, left_out=_too_long(dropped), notes=notes)
@@ -135,6 +133,10 @@ def _training(data: DataConfig, source: Iterable[LabelledRow], tokenizer: PreTra
     tokenize = tokenize_preferences if data.kind == "preferences" else tokenize_feedback
     examples, left_out = tokenize(source, tokenizer, data.max_tokens, data.too_long, **options)
     return DataSets(examples, left_out=left_out, notes=notes)
+
+
+def _chat(data: DataConfig) -> ChatOptions:
+    return ChatOptions(data.chat_template_kwargs, data.system_prompt)
 
 
 def _too_long(dropped: int) -> LeftOut:

@@ -41,6 +41,34 @@ def load_tokenizer(path: str | Path, setting: str = "model.path") -> PreTrainedT
     return tokenizer
 
 
+def use_chat_template(
+    tokenizer: PreTrainedTokenizerBase, file: str | Path, setting: str = "data.chat_template"
+) -> None:
+    """Give the tokenizer the chat template in a file, in place of its own.
+
+    Raises:
+        ValueError: a file that cannot be read, or is not a template; the message has the line.
+    """
+    path = Path(file)
+    if not path.is_file():
+        raise ValueError(f"{setting}={file} is not a file; give a chat template (jinja), or null for the tokenizer's.")
+    try:
+        template = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{setting}={file} cannot be read: {error}.") from None
+    if not template.strip():
+        raise ValueError(f"{setting}={file} is empty; give a chat template (jinja), or null for the tokenizer's.")
+    tokenizer.chat_template = template
+    from jinja2 import TemplateSyntaxError
+
+    try:
+        tokenizer.apply_chat_template([{"role": "user", "content": "-"}], tokenize=False)
+    except TemplateSyntaxError as error:
+        raise ValueError(f"{setting}={file}: line {error.lineno} of the template is wrong: {error.message}") from None
+    except Exception:  # a template may refuse this conversation; what it makes of the rows shows when they are read
+        pass
+
+
 def _check(tokenizer: PreTrainedTokenizerBase, folder: Path, setting: str) -> None:
     where = folder / "tokenizer_config.json"
     if tokenizer.eos_token_id is None:

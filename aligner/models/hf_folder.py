@@ -79,8 +79,21 @@ def write_rest(partial: Path, spec: ModelSpec, dtype: str, weight_map: dict[str,
         if (folder / name).is_file():
             shutil.copyfile(folder / name, partial / name)
             flush(partial / name)
+    if spec.chat_template is not None:
+        _write_chat_template(partial, spec.chat_template)
     if spec.head is Head.LANGUAGE:
         _write_end_tokens(partial / GENERATION, spec, config)
+
+
+def _write_chat_template(partial: Path, template: str) -> None:
+    """As the only one: in the file that has precedence over tokenizer_config.json, which loses its own."""
+    file = partial / "chat_template.jinja"
+    file.write_text(template, encoding="utf-8")
+    flush(file)
+    config = partial / "tokenizer_config.json"
+    settings = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+    if settings.pop("chat_template", None) is not None:
+        write_json(config, settings)
 
 
 def _write_end_tokens(file: Path, spec: ModelSpec, config: dict[str, Any]) -> None:

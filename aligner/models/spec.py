@@ -95,6 +95,8 @@ class ModelSpec:
     """Data type of the checkpoint's weights as config.json has it: "float32", "bfloat16" or "float16"."""
     path: str
     """The Hugging Face folder."""
+    chat_template: str | None = None
+    """The chat template that exports carry in place of the folder's; None: the folder's."""
 
     @property
     def rope(self) -> dict[str, Rope]:

@@ -39,6 +39,8 @@ def inputs_of(config: Config, roles: Iterable[str], data: DataSets) -> dict[str,
         digests[f"configuration and tokenizer of {setting}"] = _files(
             file for file in Path(folder).iterdir() if file.suffix in (".json", ".jinja", ".model", ".txt")
         )
+    if config.data.chat_template is not None:
+        digests["template of data.chat_template"] = _files([Path(config.data.chat_template)])
     sources = {"source of algorithm._target_": _source(str(config.algorithm.get("_target_", "")))}
     if "reward" in roles:
         for part in reward_components(config.reward):

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from aligner.check.disk import bytes_needed, check_disk, nearest_folder
 from aligner.check.memory import Machine, bytes_of_rank, check_memory, machine_of, roles_of_ranks
@@ -23,8 +24,10 @@ from aligner.checkpoint.config import CheckpointConfig
 from aligner.config.check import CheckConfig
 from aligner.config.schema import Config, compose_config, to_config
 from aligner.data.column_addition import ColumnAddition, ModelShape, write_task
+from aligner.data.prompts import Prompt
 from aligner.main import main
 from aligner.models.read_spec import read_spec
+from aligner.models.stored import describe_training
 from aligner.models.tensors import parameter_count
 from aligner.run.prepare import prepare
 from aligner.spmd.placement import make_meshes
@@ -132,6 +135,21 @@ def test_what_a_chat_template_does_not_write_is_said(task: Path, tmp_path: Path)
     (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n" + json.dumps(row) + "\n")
     config = config_of(task, "mode=check", f"data.path={tmp_path / 'rows.jsonl'}", "data.prompts_per_step=2")
     assert "; rows with 'tools' that the chat template does not render: 2\n" in said_of(prepare(config, 1), 1)
+
+
+def test_a_template_file_is_used_for_the_rows_and_exported(task: Path, tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": [{"role": "user", "content": "1+2="}], "answer": "3"}))
+    template = tmp_path / "template.jinja"
+    template.write_text("{% for m in messages %}<bos>{{ m.content }}{% endfor %}")
+    rows = [f"data.path={tmp_path / 'rows.jsonl'}", "data.prompts_per_step=1", "policy.minibatches=1"]
+    job = prepare(config_of(task, *rows, f"data.chat_template={template}"), 1)
+    (prompt,) = job.checked.data.training
+    assert isinstance(prompt, Prompt) and prompt.text == "<bos>1+2="
+    assert "template of data.chat_template" in job.inputs
+    for name, content in describe_training(job.checked.spec, "policy").items():
+        (tmp_path / name).write_bytes(content)
+    assert AutoTokenizer.from_pretrained(tmp_path).chat_template == template.read_text()
+    assert "chat_template" not in json.loads((tmp_path / "tokenizer_config.json").read_text())
 
 
 @pytest.mark.skipif(not ON_CPU, reason="the machine's own GPU counts where none is said")

@@ -103,6 +103,14 @@ def test_variables_of_the_chat_template_compose() -> None:
         assert found == {"enable_thinking": False, "documents": [{"title": "a"}]}
 
 
+def test_a_system_prompt_and_a_template_file_compose(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TEMPLATES", "/templates")
+    given = ["data.system_prompt='Be brief, {please}.'", "data.chat_template=$TEMPLATES/chatml.jinja"]
+    data = to_config(compose_config([*NEEDED, *given])).data
+    assert (data.system_prompt, data.chat_template) == ("Be brief, {please}.", "/templates/chatml.jinja")
+    assert to_config(compose_config([*NEEDED, "data.system_prompt=''"])).data.system_prompt == ""
+
+
 @pytest.mark.parametrize(
     ("override", "said"),
     [

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from aligner.data.chat import NO_TOOLS, check_template_kwargs
+from aligner.data.chat import NO_TOOLS, PLAIN, ChatOptions, check_template_kwargs
 from aligner.data.demonstrations import tokenize_demonstrations
 from aligner.data.preferences import tokenize_feedback, tokenize_preferences
 from aligner.data.prompts import tokenize_prompts
@@ -189,11 +189,11 @@ def test_variables_of_the_template() -> None:
     assert wanted.endswith("<think>\n\n</think>\n\n")
     assert prompt_of({"messages": [ASK], "chat_template_kwargs": off}, tokenizer) == wanted
     assert prompt_of({"messages": [ASK], "chat_template_kwargs": json.dumps(off)}, tokenizer) == wanted
-    assert prompt_of({"messages": [ASK]}, tokenizer, template_kwargs=off) == wanted
+    assert prompt_of({"messages": [ASK]}, tokenizer, chat=ChatOptions(off)) == wanted
     own = {"messages": [ASK], "chat_template_kwargs": {"enable_thinking": True}}
-    assert prompt_of(own, tokenizer, template_kwargs=off) != wanted
+    assert prompt_of(own, tokenizer, chat=ChatOptions(off)) != wanted
     assert trained({"messages": [ASK, NO]}, tokenizer) == "<think>\n\n</think>\n\nNo.<|im_end|>"
-    assert trained({"messages": [ASK, NO]}, tokenizer, template_kwargs=off) == "No.<|im_end|>"
+    assert trained({"messages": [ASK, NO]}, tokenizer, chat=ChatOptions(off)) == "No.<|im_end|>"
     assert trained({"prompt": [ASK], "completion": [NO], "chat_template_kwargs": off}, tokenizer) == "No.<|im_end|>"
     documents = tokenizer_of("byte_level", "chatml")
     documents.chat_template = "{% for d in documents %}{{ d.title }}\n{% endfor %}" + str(documents.chat_template)
@@ -226,3 +226,65 @@ def test_a_variable_for_all_rows_must_be_the_templates() -> None:
         check_template_kwargs(tokenizer, {"enable_thinkin": False})
     with pytest.raises(ValueError, match=r"data\.chat_template_kwargs\.tools cannot be set"):
         check_template_kwargs(tokenizer, {"tools": []})
+
+
+SYSTEM = {"role": "system", "content": "Rhyme."}
+BRIEF = {"role": "system", "content": "Be brief."}
+
+
+@pytest.mark.parametrize("own", [[], [SYSTEM], [{**SYSTEM, "role": "developer"}]], ids=["none", "system", "developer"])
+@pytest.mark.parametrize(("prompt", "wanted"), [(None, None), ("Be brief.", [BRIEF]), ("", [])])
+def test_a_system_prompt_for_all_rows_on_every_path(
+    own: list[dict[str, Any]], prompt: str | None, wanted: list[dict[str, Any]] | None
+) -> None:
+    tokenizer, chat = tokenizer_of("byte_level", "tools"), ChatOptions(system_prompt=prompt)
+    before = own if wanted is None else wanted
+    yes = {"role": "assistant", "content": "Yes."}
+    asked = tokenizer.apply_chat_template([*before, ASK], tokenize=False, add_generation_prompt=True)
+    assert prompt_of({"messages": [*own, ASK]}, tokenizer, chat=chat) == asked
+    whole = tokenizer.apply_chat_template([*before, ASK, NO], return_dict=False)
+    begin = tokenizer(asked, add_special_tokens=False)["input_ids"]
+    pair = {"prompt": [*own, ASK], "chosen": [NO], "rejected": [yes]}
+    conversations = {"chosen": [*own, ASK, NO], "rejected": [*own, ASK, yes]}
+    labelled = {"prompt": [*own, ASK], "completion": [NO], "label": True}
+    tokenized = [
+        tokenize_demonstrations([("d:1", {"messages": [*own, ASK, NO]})], tokenizer, 1000, chat=chat)[0][0],
+        *(
+            tokenize_preferences([("p:1", row)], tokenizer, 1000, chat=chat)[0][0].chosen
+            for row in (pair, conversations)
+        ),
+        tokenize_feedback([("f:1", labelled)], tokenizer, 1000, chat=chat)[0][0],
+    ]
+    for answered in tokenized:
+        assert (list(answered.tokens), answered.prompt_len) == (whole, len(begin))
+        assert answered.mask == (False,) * len(begin) + (True,) * (len(whole) - len(begin) - 1) + (False,)
+
+
+def test_errors_name_messages_by_their_place_in_the_row() -> None:
+    tokenizer, chat = tokenizer_of("byte_level", "tools"), ChatOptions(system_prompt="Be brief.")
+    row = {"messages": [ASK, NO, ASK, {"role": "assistant", "content": " "}]}
+    for options in (PLAIN, chat):
+        with pytest.raises(ValueError, match=r"^d:1: messages\[3\] is an assistant turn with an empty 'content'"):
+            trained(row, tokenizer, chat=options)
+    no_system = tokenizer_of("byte_level", "gemma")
+    with pytest.raises(ValueError, match=r"^p:1: the chat template rejects these messages: no system role"):
+        prompt_of({"messages": [ASK]}, no_system, chat=chat)
+    leaves_out = tokenizer_of("byte_level", "zephyr")
+    leaves_out.chat_template = KNOWS_TWO
+    with pytest.raises(ValueError, match=r"^p:1: data\.system_prompt: the chat template drops .* role 'system'"):
+        prompt_of({"messages": [ASK]}, leaves_out, chat=chat)
+
+
+@pytest.mark.parametrize("prompt", ["Be brief.", ""])
+def test_plain_text_has_no_system_prompt(prompt: str) -> None:
+    tokenizer, chat = tokenizer_of("byte_level", "chatml"), ChatOptions(system_prompt=prompt)
+    reason = r"^d:1: data\.system_prompt is for conversations, and 'prompt' of this row is plain text"
+    with pytest.raises(ValueError, match=reason):
+        tokenize_prompts([("d:1", {"prompt": "a"})], tokenizer, 99, chat=chat)
+    with pytest.raises(ValueError, match=reason):
+        tokenize_demonstrations([("d:1", {"prompt": "a", "completion": "b"})], tokenizer, 99, chat=chat)
+
+
+def test_a_system_message_alone_is_no_conversation_without_it() -> None:
+    with pytest.raises(ValueError, match=r"^p:1: 'messages' has nothing but the system prompt"):
+        prompt_of({"messages": [SYSTEM]}, tokenizer_of("byte_level", "chatml"), chat=ChatOptions(system_prompt=""))

@@ -1,6 +1,7 @@
 """Loading a tokenizer, its refusals, and encoding without doubled special tokens."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from aligner.data.demonstrations import tokenize_demonstrations
 from aligner.data.preferences import tokenize_preferences
 from aligner.data.prompts import tokenize_prompts
-from aligner.data.tokenizer import encode_continuation, encode_text, load_tokenizer, render_chat
+from aligner.data.tokenizer import encode_continuation, encode_text, load_tokenizer, render_chat, use_chat_template
 
 
 def change(folder: Path, **settings: object) -> None:
@@ -122,3 +123,35 @@ def test_a_missing_or_refusing_chat_template_is_named(chat: PreTrainedTokenizerB
     chat.chat_template = None
     with pytest.raises(ValueError, match=r"row:3: 'messages' needs a chat template.*tokenizer_config\.json"):
         render_chat(chat, messages, "row:3", add_generation_prompt=True)
+
+
+def test_a_template_file_replaces_the_tokenizers(chat: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    file = tmp_path / "plain.jinja"
+    file.write_text("{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}", encoding="utf-8")
+    use_chat_template(chat, file)
+    assert render_chat(chat, [{"role": "user", "content": "é"}], "r:1", False) == "[user] é\n"
+    chat.chat_template = {"default": "a", "tool_use": "b"}  # type: ignore[assignment]
+    use_chat_template(chat, file)
+    assert render_chat(chat, [{"role": "user", "content": "é"}], "r:1", False, {"tools": [{}]}) == "[user] é\n"
+    file.write_text("{{ raise_exception('this conversation not') }}")
+    use_chat_template(chat, file)  # what it refuses shows with the rows
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (None, "is not a file; give a chat template"),
+        (b" \n", "is empty; give a chat template"),
+        (b"\xff", "cannot be read: 'utf-8' codec"),
+        (b"{% for m in messages %}\n{{ m.content }", "line 2 of the template is wrong: unexpected '}'"),
+        (b"\n\n{{ 1 | no_such_filter }}", "line 3 of the template is wrong: No filter named 'no_such_filter'"),
+    ],
+)
+def test_a_template_file_that_is_none_is_named(
+    chat: PreTrainedTokenizerBase, tmp_path: Path, content: bytes | None, reason: str
+) -> None:
+    file = tmp_path / "template.jinja"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"^data\.chat_template={re.escape(str(file))}:? {re.escape(reason)}"):
+        use_chat_template(chat, file)

@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from aligner.data.chat import ChatOptions
 from aligner.data.prompts import tokenize_prompts
 from aligner.rollout.offline import fingerprint, take_devices
 from aligner.rollout.requests import Sample
@@ -197,11 +198,7 @@ GOOD = '{"prompt": "1+1="}\n'
             ["--raw"],
             "rows.jsonl:1: the row has messages, but --raw",
         ),
-        (
-            '{"messages": [{"role": "system", "content": "1"}, {"role": "user", "content": "1"}]}\n',
-            ["--system", "Hi"],
-            "rows.jsonl:1: the row has a system message already; remove --system",
-        ),
+        (GOOD, ["--chat-template", "{tmp}/none.jinja"], "--chat-template={tmp}/none.jinja is not a file; give a chat"),
         (
             GOOD,
             ["--max-tokens", "4000"],
@@ -248,6 +245,7 @@ ASK = {"role": "user", "content": "Rain?"}
     [
         ({"messages": [ASK]}, []),
         ({"messages": [ASK]}, ["--system", "Be brief."]),
+        ({"messages": [{"role": "system", "content": "Rhyme."}, ASK]}, ["--system", "Be brief."]),
         ({"prompt": "Rain?"}, ["--chat"]),
         ({"question": "Rain?", "prompt": "no"}, ["--chat", "--prompt-field", "question"]),
         ({"talk": [ASK], "messages": 3}, ["--prompt-field", "talk", "--system", "Be brief."]),
@@ -265,7 +263,8 @@ def test_tools_and_variables_reach_the_template(row: dict[str, Any], more: list[
         [*system, ASK], tools=TOOLS, think=bool(thinks), tokenize=False, add_generation_prompt=True
     )
     asked = tool().to_prompt_row({**row, "tools": TOOLS, **own}, "r:1", given)
-    (prompt,) = tokenize_prompts([("r:1", asked)], tokenizer, 999, template_kwargs=given.chat_template_kwargs)
+    chat = ChatOptions(given.chat_template_kwargs, given.system)
+    (prompt,) = tokenize_prompts([("r:1", asked)], tokenizer, 999, chat=chat)
     assert prompt.text == wanted and "weather" in wanted and wanted.startswith("NO") == (thinks is None)
 
 
