@@ -160,5 +160,5 @@ def test_an_empty_file_is_refused() -> None:
     from aligner.data.sets import read_sets
 
     tokenizer: Any = None
-    with pytest.raises(ValueError, match=r"data\.path is not set; give a JSONL file"):
+    with pytest.raises(ValueError, match=r"data\.path is not set; give a file"):
         read_sets(replace(config().data, path=""), tokenizer)

@@ -271,7 +271,7 @@ def _check_fields(part: ResolvedComponent, needed: frozenset[str], config: Confi
     """Rows without a field that the reward needs would all fail, batch after batch."""
     task = f"data.task={type(config.data.task).__name__}" if config.data.task else None
     sources: list[tuple[str, Sequence[Any]]] = [
-        (task or f"data.path={config.data.path}", data.training),
+        (task or f"data.path={config.data.path}", data.known),
         (task or f"data.eval_path={config.data.eval_path}", data.heldout),
     ]
     for source, rows in sources:

@@ -78,7 +78,7 @@ def check_lengths(config: Config, data: DataSets, specs: Mapping[str, ModelSpec]
             f"data.max_prompt_tokens={asked} + sampling.max_tokens={drawn} is more than rollout.max_model_len={given}; "
             f"raise it to {asked + drawn}, or lower one of them."
         )
-    longest = max([longest, *(len(prompt.tokens) for prompt in data.training if isinstance(prompt, Prompt))])
+    longest = max([longest, *(len(prompt.tokens) for prompt in data.known if isinstance(prompt, Prompt))])
     if longest + drawn > length:
         least = min(specs.values(), key=lambda spec: spec.max_positions)
         shorter = [f"sampling.max_tokens={length - longest} or less"] if longest < length else []
@@ -112,7 +112,7 @@ def check_end(config: Config, spec: ModelSpec, tokenizer: PreTrainedTokenizerBas
 def ends_of(config: Config, tokenizer: PreTrainedTokenizerBase, data: DataSets) -> EndTokens:
     """What ends a turn of the model that is trained, with what its training data say."""
     answers: list[TokenizedAnswer] = []
-    for row in data.training:
+    for row in data.known:
         if isinstance(row, TokenizedAnswer):
             answers.append(row)
         elif not isinstance(row, Prompt):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from aligner.check.disk import bytes_needed, gib, nearest_folder
 from aligner.check.memory import bytes_of_rank, bytes_of_roles, machine_of, output_bytes, roles_of_ranks
 from aligner.check.rollout import shown_ends
-from aligner.data.preferences import LeftOut, left_out_text
+from aligner.data.left_out import LeftOut, left_out_text
 from aligner.models.tensors import parameter_count
 from aligner.reward.components import reward_components
 from aligner.spmd.mesh import axes, shown

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from aligner.data.chat import PLAIN, SWITCHES, ChatOptions, Notes, conversation_of, message_text, template_options
 from aligner.data.end_tokens import closing_tokens
+from aligner.data.row_tokenizer import RowTooLongError
 from aligner.data.spans import Encoded, Spans
 from aligner.data.tokenized_answer import TokenizedAnswer
 from aligner.data.tokenizer import Message, checked_messages, encode_answered, encode_plain
@@ -199,11 +200,11 @@ def fits(sequence: TokenizedAnswer, row_kind: str, label: str, max_tokens: int, 
         row_kind: what the row is called in the error.
 
     Raises:
-        ValueError: it has more, and `too_long` (data.too_long) is not "drop".
+        RowTooLongError: it has more, and `too_long` (data.too_long) is not "drop".
     """
     length = len(sequence.tokens)
     if length > max_tokens and too_long != "drop":
-        raise ValueError(
+        raise RowTooLongError(
             f"{label}: {row_kind} has {length} tokens, more than data.max_tokens={max_tokens}; "
             f"raise it to {length} or more, or set data.too_long=drop."
         )

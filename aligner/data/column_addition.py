@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from aligner.data.column_answers import column_answer, direct_answer, malformed, wrong_columns, wrong_number
-from aligner.data.jsonl import LabelledRow
+from aligner.data.sources.source import LabelledRow
 from aligner.paths import path_option
 
 PAD, BOS, EOS, UNKNOWN = "<pad>", "<bos>", "<eos>", "<unk>"

@@ -47,6 +47,12 @@ class DataConfig:
     too_long: Annotated[str, OneOf("error", "drop", "stop")] = "error"
     """What to do with prompts longer than max_prompt_tokens and with demonstrations, pairs and answers longer than max_tokens
     (also held-out ones): error (or its synonym stop), or drop, which logs their number."""
+    on_error: Annotated[str, OneOf("stop", "skip")] = "stop"
+    """What to do with a row that cannot be read or used (broken JSON, a missing column, an empty answer): stop with its file,
+    line and column, or skip it, which counts it (data/left_out) and shows the first ones."""
+    streaming: bool | None = None
+    """Read and tokenize rows when their turn comes, ahead of the step, instead of all before the job starts; null: for sets
+    of more than 200,000 rows."""
     shuffle: bool = True
     """Reshuffle in each epoch."""
     eval_prompts: Annotated[int, AtLeast(1)] = 256

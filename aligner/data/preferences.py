@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from aligner.data.answers import Encoder, check_choices, fits
 from aligner.data.chat import PLAIN, ChatOptions, Notes
-from aligner.data.jsonl import LabelledRow
+from aligner.data.left_out import TOO_LONG, LeftOut, left_out_text
+from aligner.data.row_tokenizer import numbered, tokenize_rows
+from aligner.data.sources.source import LabelledRow
 from aligner.data.tokenized_answer import TokenizedAnswer
 from aligner.data.tokenizer import checked_messages
 
@@ -20,8 +22,7 @@ if TYPE_CHECKING:
 PAIR_FORMS = "{'prompt', 'chosen', 'rejected'} or {'query', 'response': [...], 'score': [...]}"
 FEEDBACK_FORMS = "{'prompt', 'completion', 'label'} or {'prompt', 'chosen', 'rejected'}"
 SCORES = {"chosen": "score_chosen", "rejected": "score_rejected"}
-LeftOut = Counter[str]
-"""Reason why pairs or rows were left out -> number."""
+EQUAL_SCORES = "equal scores"
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,103 @@ class Pair:
     rejected: TokenizedAnswer
 
 
+class PreferenceTokenizer:
+    """Preference rows -> pairs (a `RowTokenizer`).
+
+    A row is {'prompt', 'chosen', 'rejected'} with texts or lists of messages; {'chosen', 'rejected'} with two whole
+    conversations that diverge at an assistant turn; or {'query', 'response', 'score'} with lists of answers and scores,
+    which gives all pairs of unequal scores (pairs of equal ones are counted as "equal scores"). If scores are known
+    ('score', or 'score_chosen' and 'score_rejected'), each answer's fields have its own as 'score'.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        max_tokens: int,
+        too_long: str = "error",
+        chat: ChatOptions = PLAIN,
+        notes: Notes | None = None,
+    ) -> None:
+        """Args:
+        max_tokens: longest prompt plus answer allowed, in tokens (data.max_tokens).
+        too_long: "error", or "drop" to drop pairs with a longer side and count them as "too long".
+        chat: how conversations are rendered.
+        notes: counter of things to report about how rows were tokenized.
+        """
+        check_choices(too_long)
+        self._encoder = Encoder(tokenizer, chat=chat, notes=notes)
+        self._max_tokens, self._too_long = max_tokens, too_long
+        self.left_out: LeftOut = Counter()
+
+    def __call__(self, label: str, row: dict[str, Any], index: int) -> list[Pair]:
+        """The pairs of one row.
+
+        Raises:
+            ValueError: unknown form, wrong types, an empty part, equal answers or too long; names the row.
+        """
+        if _is_scored(row, label, PAIR_FORMS):
+            row_pairs, ties = _scored_pairs(row, label, self._encoder)
+        else:
+            row_pairs, ties = [_two_answers(row, label, self._encoder)], 0
+        pairs: list[Pair] = []
+        for sides in row_pairs:
+            if sides[0].tokens == sides[1].tokens:
+                raise ValueError(
+                    f"{label}: chosen and rejected are the same {len(sides[0].tokens)} tokens; drop the row."
+                )
+            if all(fits(side, "an answer with its prompt", label, self._max_tokens, self._too_long) for side in sides):
+                chosen, rejected = (replace(side, index=index + len(pairs)) for side in sides)
+                pairs.append(Pair(chosen, rejected))
+        self.left_out[EQUAL_SCORES] += ties
+        self.left_out[TOO_LONG] += len(row_pairs) - len(pairs)
+        return pairs
+
+    def none_left(self) -> str:
+        """The error of a set without a pair that can be used."""
+        return f"no pair is left ({left_out_text(self.left_out)}); raise data.max_tokens={self._max_tokens}, or give other rows."
+
+
+class FeedbackTokenizer:
+    """Feedback rows -> answers with 'label' in their fields (a `RowTokenizer`).
+
+    A row is {'prompt', 'completion', 'label': true or false} with texts or lists of messages, or a preference row (one
+    good and one bad answer). Each answer counts by itself.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        max_tokens: int,
+        too_long: str = "error",
+        chat: ChatOptions = PLAIN,
+        notes: Notes | None = None,
+    ) -> None:
+        """Args: as for `PreferenceTokenizer`."""
+        check_choices(too_long)
+        self._encoder = Encoder(tokenizer, chat=chat, notes=notes)
+        self._max_tokens, self._too_long = max_tokens, too_long
+        self.left_out: LeftOut = Counter()
+
+    def __call__(self, label: str, row: dict[str, Any], index: int) -> list[TokenizedAnswer]:
+        """The answers of one row.
+
+        Raises:
+            ValueError: as for `PreferenceTokenizer`; also for rows with scores, which define no threshold for "good".
+        """
+        answers = _labelled(row, label, self._encoder)
+        kept = [
+            answered
+            for answered in answers
+            if fits(answered, "an answer with its prompt", label, self._max_tokens, self._too_long)
+        ]
+        self.left_out[TOO_LONG] += len(answers) - len(kept)
+        return numbered(kept, index)
+
+    def none_left(self) -> str:
+        """The error of a set without an answer that can be used."""
+        return f"no answer is left ({left_out_text(self.left_out)}); raise data.max_tokens={self._max_tokens}."
+
+
 def tokenize_preferences(
     rows: Iterable[LabelledRow],
     tokenizer: PreTrainedTokenizerBase,
@@ -40,47 +138,9 @@ def tokenize_preferences(
     chat: ChatOptions = PLAIN,
     notes: Notes | None = None,
 ) -> tuple[list[Pair], LeftOut]:
-    """Preference rows -> (pairs, counts of what was left out).
-
-    A row is {'prompt', 'chosen', 'rejected'} with texts or lists of messages; {'chosen', 'rejected'} with two whole
-    conversations that diverge at an assistant turn; or {'query', 'response', 'score'} with lists of answers and scores,
-    which gives all pairs of unequal scores (pairs of equal ones are counted as "equal scores"). If scores are known
-    ('score', or 'score_chosen' and 'score_rejected'), each answer's fields have its own as 'score'.
-
-    Args:
-        max_tokens: longest prompt plus answer allowed, in tokens (data.max_tokens).
-        too_long: "error", or "drop" to drop pairs with a longer side and count them as "too long".
-        chat: how conversations are rendered.
-        notes: counter of things to report about how rows were tokenized.
-
-    Raises:
-        ValueError: unknown form, wrong types, an empty part, equal answers, too long, or no pair left; names the row.
-    """
-    check_choices(too_long)
-    encoder = Encoder(tokenizer, chat=chat, notes=notes)
-    pairs: list[Pair] = []
-    left_out: LeftOut = Counter()
-    for label, row in rows:
-        if _is_scored(row, label, PAIR_FORMS):
-            row_pairs, ties = _scored_pairs(row, label, encoder)
-            left_out["equal scores"] += ties
-        else:
-            row_pairs = [_two_answers(row, label, encoder)]
-        for sides in row_pairs:
-            if sides[0].tokens == sides[1].tokens:
-                raise ValueError(
-                    f"{label}: chosen and rejected are the same {len(sides[0].tokens)} tokens; drop the row."
-                )
-            if all(fits(side, "an answer with its prompt", label, max_tokens, too_long) for side in sides):
-                chosen, rejected = (replace(side, index=len(pairs)) for side in sides)
-                pairs.append(Pair(chosen, rejected))
-            else:
-                left_out["too long"] += 1
-    if not pairs:
-        raise ValueError(
-            f"no pair is left ({left_out_text(left_out)}); raise data.max_tokens={max_tokens}, or give other rows."
-        )
-    return pairs, left_out
+    """(pairs, counts of what was left out) of all rows; see `PreferenceTokenizer`."""
+    tokenize = PreferenceTokenizer(tokenizer, max_tokens, too_long, chat, notes)
+    return tokenize_rows(rows, tokenize), +tokenize.left_out
 
 
 def tokenize_feedback(
@@ -91,30 +151,9 @@ def tokenize_feedback(
     chat: ChatOptions = PLAIN,
     notes: Notes | None = None,
 ) -> tuple[list[TokenizedAnswer], LeftOut]:
-    """Feedback rows -> (answers with 'label' in their fields, counts of what was left out).
-
-    A row is {'prompt', 'completion', 'label': true or false} with texts or lists of messages, or a preference row (one
-    good and one bad answer).
-
-    Args:
-        max_tokens, too_long, chat, notes: as for `tokenize_preferences`; each answer counts by itself.
-
-    Raises:
-        ValueError: as for `tokenize_preferences`; also for rows with scores, which define no threshold for "good".
-    """
-    check_choices(too_long)
-    encoder = Encoder(tokenizer, chat=chat, notes=notes)
-    answers: list[TokenizedAnswer] = []
-    left_out: LeftOut = Counter()
-    for label, row in rows:
-        for answered in _labelled(row, label, encoder):
-            if fits(answered, "an answer with its prompt", label, max_tokens, too_long):
-                answers.append(replace(answered, index=len(answers)))
-            else:
-                left_out["too long"] += 1
-    if not answers:
-        raise ValueError(f"no answer is left ({left_out_text(left_out)}); raise data.max_tokens={max_tokens}.")
-    return answers, left_out
+    """(answers, counts of what was left out) of all rows; see `FeedbackTokenizer`."""
+    tokenize = FeedbackTokenizer(tokenizer, max_tokens, too_long, chat, notes)
+    return tokenize_rows(rows, tokenize), +tokenize.left_out
 
 
 def _labelled(row: dict[str, Any], label: str, encoder: Encoder) -> list[TokenizedAnswer]:
@@ -211,8 +250,3 @@ def _number(value: Any, name: str) -> float:
     except OverflowError:  # an integer beyond the range of floats
         value = math.inf
     raise ValueError(f"{name} must be a finite number, not {value!r}.")
-
-
-def left_out_text(left_out: LeftOut) -> str:
-    """Each reason with its number, for messages."""
-    return ", ".join(f"{reason}: {count}" for reason, count in left_out.items() if count) or "no rows"

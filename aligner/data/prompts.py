@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from aligner.data.answers import check_choices
 from aligner.data.chat import PLAIN, ChatOptions, Notes, conversation_of, template_options
-from aligner.data.jsonl import LabelledRow
+from aligner.data.left_out import TOO_LONG, LeftOut, left_out_text
+from aligner.data.row_tokenizer import RowTooLongError, tokenize_rows
+from aligner.data.sources.source import LabelledRow
 from aligner.data.tokenizer import checked_messages, encode_plain, encode_text
 
 if TYPE_CHECKING:
@@ -29,6 +32,54 @@ class Prompt:
     """Position among the prompts that were kept, from 0; the row's prompt_index in `Samples`."""
 
 
+class PromptTokenizer:
+    """Rows with 'prompt' (text) or 'messages' (not ending with an assistant turn) -> prompts (a `RowTokenizer`)."""
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        max_tokens: int,
+        too_long: str = "error",
+        setting: str = "data.max_prompt_tokens",
+        chat: ChatOptions = PLAIN,
+        notes: Notes | None = None,
+    ) -> None:
+        """Args:
+        max_tokens: longest prompt allowed, in tokens.
+        too_long: "error", or "drop" to drop and count longer ones.
+        setting: the setting that holds `max_tokens`, for errors.
+        chat: how conversations are rendered.
+        notes: counter of things to report about how rows were tokenized.
+        """
+        check_choices(too_long)
+        self._tokenizer, self._chat, self._notes = tokenizer, chat, notes
+        self._max_tokens, self._too_long, self._setting = max_tokens, too_long, setting
+        self.left_out: LeftOut = Counter()
+
+    def __call__(self, label: str, row: dict[str, Any], index: int) -> list[Prompt]:
+        """The prompt of one row; none if it is too long and to be dropped.
+
+        Raises:
+            ValueError: neither or both keys, wrong type, empty or too long; names the row.
+        """
+        text, tokens = _encode(row, label, self._tokenizer, self._chat, self._notes)
+        if not tokens:
+            raise ValueError(f"{label}: the prompt has no tokens.")
+        if len(tokens) <= self._max_tokens:
+            return [Prompt(tuple(tokens), text, row, index)]
+        if self._too_long != "drop":
+            raise RowTooLongError(
+                f"{label}: the prompt has {len(tokens)} tokens, more than {self._setting}={self._max_tokens}; "
+                f"raise it to {len(tokens)} or more, shorten the prompt, or drop such rows: data.too_long=drop."
+            )
+        self.left_out[TOO_LONG] += 1
+        return []
+
+    def none_left(self) -> str:
+        """The error of a set without a prompt that can be used."""
+        return f"no prompt is left ({left_out_text(self.left_out)}); raise {self._setting}={self._max_tokens}, or give other rows."
+
+
 def tokenize_prompts(
     rows: Iterable[LabelledRow],
     tokenizer: PreTrainedTokenizerBase,
@@ -37,50 +88,8 @@ def tokenize_prompts(
     chat: ChatOptions = PLAIN,
     notes: Notes | None = None,
 ) -> list[Prompt]:
-    """As `prompts_that_fit` with too_long="error": raises ValueError for a prompt that is too long."""
-    return prompts_that_fit(rows, tokenizer, max_tokens, "error", setting, chat, notes)[0]
-
-
-def prompts_that_fit(
-    rows: Iterable[LabelledRow],
-    tokenizer: PreTrainedTokenizerBase,
-    max_tokens: int,
-    too_long: str,
-    setting: str = "data.max_prompt_tokens",
-    chat: ChatOptions = PLAIN,
-    notes: Notes | None = None,
-) -> tuple[list[Prompt], int]:
-    """Rows with 'prompt' (text) or 'messages' (not ending with an assistant turn) -> (prompts, number of rows dropped).
-
-    Args:
-        max_tokens: longest prompt allowed, in tokens.
-        too_long: "error", or "drop" to drop and count longer ones.
-        setting: the setting that holds `max_tokens`, for errors.
-        chat: how conversations are rendered.
-        notes: counter of things to report about how rows were tokenized.
-
-    Raises:
-        ValueError: neither or both keys, wrong type, empty, too long, or nothing left; names the row.
-    """
-    check_choices(too_long)
-    prompts: list[Prompt] = []
-    dropped = 0
-    for label, row in rows:
-        text, tokens = _encode(row, label, tokenizer, chat, notes)
-        if not tokens:
-            raise ValueError(f"{label}: the prompt has no tokens.")
-        if len(tokens) <= max_tokens:
-            prompts.append(Prompt(tuple(tokens), text, row, len(prompts)))
-            continue
-        if too_long != "drop":
-            raise ValueError(
-                f"{label}: the prompt has {len(tokens)} tokens, more than {setting}={max_tokens}; "
-                f"raise it to {len(tokens)} or more, shorten the prompt, or drop such rows: data.too_long=drop."
-            )
-        dropped += 1
-    if dropped and not prompts:
-        raise ValueError(f"all {dropped} prompts are longer than {setting}={max_tokens}; raise it.")
-    return prompts, dropped
+    """The prompts of all rows; raises ValueError for one that is too long (see `PromptTokenizer`)."""
+    return tokenize_rows(rows, PromptTokenizer(tokenizer, max_tokens, "error", setting, chat, notes))
 
 
 def _encode(

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from aligner.data.chat import ChatOptions, Notes, check_template_kwargs
 from aligner.data.config import DataConfig
-from aligner.data.demonstrations import tokenize_demonstrations
-from aligner.data.jsonl import LabelledRow, rows
-from aligner.data.preferences import LeftOut, Pair, tokenize_feedback, tokenize_preferences
-from aligner.data.prompts import Prompt, prompts_that_fit
+from aligner.data.demonstrations import DemonstrationTokenizer
+from aligner.data.digest import digest
+from aligner.data.left_out import LeftOut
+from aligner.data.preferences import FeedbackTokenizer, Pair, PreferenceTokenizer
+from aligner.data.prompts import Prompt, PromptTokenizer
+from aligner.data.row_tokenizer import RowErrors, RowTokenizer, tokenize_source
+from aligner.data.sources.open import open_source
+from aligner.data.sources.source import RowList, RowSource
+from aligner.data.streamed import StreamedExamples
 from aligner.data.tokenized_answer import TokenizedAnswer
 
 if TYPE_CHECKING:
@@ -32,6 +38,8 @@ HELDOUT_METHODS = {
     "feedback": "heldout_preference_rows",
 }
 
+STREAMED_ROWS = 200_000
+"""Sets of more rows are streamed, unless data.streaming says otherwise."""
 ANSWER_FIELDS = ("chosen", "rejected", "response", "score", "score_chosen", "score_rejected", "margin")
 """Keys of a preference row that belong to its answers, not to its prompt."""
 
@@ -40,8 +48,8 @@ ANSWER_FIELDS = ("chosen", "rejected", "response", "score", "score_chosen", "sco
 class DataSets:
     """The tokenized rows of a job, in file order."""
 
-    training: Sequence[Prompt] | Sequence[TokenizedAnswer] | Sequence[Pair]
-    """Prompts, answers (demonstrations or feedback), or pairs, by data.kind."""
+    training: Sequence[Prompt] | Sequence[TokenizedAnswer] | Sequence[Pair] | StreamedExamples[Any]
+    """Prompts, answers (demonstrations or feedback), or pairs, by data.kind; or where they come from, if they are streamed."""
     heldout: list[Prompt] = field(default_factory=list)
     """Evaluation prompts to generate from; for preferences and feedback the distinct prompts of `heldout_pairs`."""
     heldout_pairs: list[Pair] = field(default_factory=list)
@@ -54,53 +62,107 @@ class DataSets:
     """The same for the evaluation rows."""
     notes: Notes = field(default_factory=Counter)
     """Remark on how training rows were tokenized -> number."""
+    wrong: list[str] = field(default_factory=list)
+    """The errors of the first rows that data.on_error=skip left out."""
+
+    @property
+    def known(self) -> Sequence[Prompt] | Sequence[TokenizedAnswer] | Sequence[Pair]:
+        """The training rows that are tokenized before the job starts: all, or the first of a set that is streamed."""
+        return self.training.sample if isinstance(self.training, StreamedExamples) else self.training
 
     def metrics(self) -> dict[str, float]:
         """Numbers of rows left out, if any; logged once, with the first step."""
         counts = {"data/left_out": self.left_out, "data/heldout_left_out": self.heldout_left_out}
         return {name: float(reasons.total()) for name, reasons in counts.items() if reasons.total()}
 
+    def training_digest(self) -> str:
+        """Identity of the training rows: of their tokens and fields, or of the files of a streamed set."""
+        return self.training.source.digest() if isinstance(self.training, StreamedExamples) else digest(self.training)
+
     @property
     def longest(self) -> int:
-        """Tokens of the longest prompt plus answer; 0 if there are no answers."""
-        pairs = [row for row in (*self.training, *self.heldout_pairs) if isinstance(row, Pair)]
-        answers = [row for row in (*self.training, *self.heldout_answers) if isinstance(row, TokenizedAnswer)]
+        """Tokens of the longest prompt plus answer; 0 if there are no answers. Of a streamed set what is allowed."""
+        pairs = [row for row in (*self.known, *self.heldout_pairs) if isinstance(row, Pair)]
+        answers = [row for row in (*self.known, *self.heldout_answers) if isinstance(row, TokenizedAnswer)]
         answers += [side for pair in pairs for side in (pair.chosen, pair.rejected)]
-        return max((len(answered.tokens) for answered in answers), default=0)
+        lengths = [len(answered.tokens) for answered in answers]
+        if isinstance(self.training, StreamedExamples) and lengths:
+            lengths.append(self.training.longest)
+        return max(lengths, default=0)
 
 
 def read_sets(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> DataSets:
-    """Read and tokenize all rows that `data` configures.
+    """Read and tokenize what `data` configures: all rows, or the first ones of a set that is streamed.
 
     Raises:
         ValueError: a missing setting, an unusable file or row, or fewer rows than one batch.
     """
     if data.task is None and not data.path:
-        raise ValueError("data.path is not set; give a JSONL file, or choose a generated task: data=column_addition.")
+        raise ValueError(
+            "data.path is not set; give a file, a folder or a glob of them, or choose a generated task: data=column_addition."
+        )
     check_template_kwargs(tokenizer, data.chat_template_kwargs)
-    source = _task_rows(data, METHODS) if data.task else rows(data.path or "")
+    source = _task_rows(data, METHODS) if data.task else open_source(data.path or "")
     sets = _training(data, source, tokenizer)
     count = len(sets.training)
     if data.prompts_per_step > count:
         raise ValueError(
             f"data.prompts_per_step={data.prompts_per_step} is more than the {count} rows of "
-            f"{'data.task' if data.task else f'data.path={data.path}'}; use {count} or less, or give more rows."
+            f"{source.name}; use {count} or less, or give more rows."
         )
     if not (data.task or data.eval_path):
         return sets
-    heldout_rows = _task_rows(data, HELDOUT_METHODS) if data.task else rows(data.eval_path or "", "data.eval_path")
-    chat = _chat(data)
+    heldout = _task_rows(data, HELDOUT_METHODS) if data.task else open_source(data.eval_path or "", "data.eval_path")
+    return _with_heldout(sets, data, heldout, tokenizer)
+
+
+def _training(data: DataConfig, source: RowSource, tokenizer: PreTrainedTokenizerBase) -> DataSets:
+    notes: Notes = Counter()
+    tokenize, errors = row_tokenizer(data, tokenizer, notes), RowErrors(data.on_error)
+    if is_streamed(data, source):
+        # The stream's thread has a tokenizer of its own: a fast one does not serve two threads at once.
+        own = row_tokenizer(data, copy.deepcopy(tokenizer), Counter())
+        bound = data.max_prompt_tokens if data.kind == "prompts" else data.max_tokens
+        streamed: StreamedExamples[Any] = StreamedExamples(source, own, errors, bound)
+        streamed.read_sample()
+        return DataSets(streamed)
+    examples = tokenize_source(source, tokenize, errors)
+    return DataSets(examples, left_out=+tokenize.left_out, notes=notes, wrong=errors.first)
+
+
+def _with_heldout(sets: DataSets, data: DataConfig, source: RowSource, tokenizer: PreTrainedTokenizerBase) -> DataSets:
+    tokenize = row_tokenizer(data, tokenizer, heldout=True)
+    errors = RowErrors(data.on_error)
+    examples = tokenize_source(source, tokenize, errors)[: data.eval_prompts]
+    sets = replace(sets, heldout_left_out=+tokenize.left_out, wrong=[*sets.wrong, *errors.first])
     if data.kind == "prompts":
-        prompts, dropped = prompts_that_fit(heldout_rows, tokenizer, data.max_prompt_tokens, data.too_long, chat=chat)
-        return replace(sets, heldout=prompts[: data.eval_prompts], heldout_left_out=_too_long(dropped))
+        return replace(sets, heldout=examples)
     if data.kind == "demonstrations":
-        answers, dropped = tokenize_demonstrations(
-            heldout_rows, tokenizer, data.max_tokens, data.too_long, data.train_on, chat
-        )
-        return replace(sets, heldout_answers=answers[: data.eval_prompts], heldout_left_out=_too_long(dropped))
-    pairs, left_out = tokenize_preferences(heldout_rows, tokenizer, data.max_tokens, data.too_long, chat)
-    pairs = pairs[: data.eval_prompts]
-    return replace(sets, heldout=prompts_of(pairs, tokenizer), heldout_pairs=pairs, heldout_left_out=left_out)
+        return replace(sets, heldout_answers=examples)
+    return replace(sets, heldout=prompts_of(examples, tokenizer), heldout_pairs=examples)
+
+
+def is_streamed(data: DataConfig, source: RowSource) -> bool:
+    """Whether rows are tokenized when their turn comes (data.streaming; null: sets of more than STREAMED_ROWS rows)."""
+    return len(source) > STREAMED_ROWS if data.streaming is None else data.streaming
+
+
+def row_tokenizer(
+    data: DataConfig, tokenizer: PreTrainedTokenizerBase, notes: Notes | None = None, heldout: bool = False
+) -> RowTokenizer[Any]:
+    """The tokenizer of rows of data.kind.
+
+    Args:
+        notes: counter of things to report about how rows were tokenized.
+        heldout: of data.eval_path: preferences, where training rows are feedback.
+    """
+    options: dict[str, Any] = {"chat": ChatOptions(data.chat_template_kwargs, data.system_prompt), "notes": notes}
+    if data.kind == "prompts":
+        return PromptTokenizer(tokenizer, data.max_prompt_tokens, data.too_long, **options)
+    if data.kind == "demonstrations":
+        return DemonstrationTokenizer(tokenizer, data.max_tokens, data.too_long, data.train_on, **options)
+    kind = FeedbackTokenizer if data.kind == "feedback" and not heldout else PreferenceTokenizer
+    return kind(tokenizer, data.max_tokens, data.too_long, **options)
 
 
 def prompts_of(pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
@@ -119,31 +181,7 @@ def prompts_of(pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerBase) -> lis
     return list(prompts.values())
 
 
-def _training(data: DataConfig, source: Iterable[LabelledRow], tokenizer: PreTrainedTokenizerBase) -> DataSets:
-    notes: Notes = Counter()
-    options: dict[str, Any] = {"chat": _chat(data), "notes": notes}
-    if data.kind == "prompts":
-        prompts, dropped = prompts_that_fit(source, tokenizer, data.max_prompt_tokens, data.too_long, **options)
-        return DataSets(prompts, left_out=_too_long(dropped), notes=notes)
-    if data.kind == "demonstrations":
-        demonstrations, dropped = tokenize_demonstrations(
-            source, tokenizer, data.max_tokens, data.too_long, data.train_on, **options
-        )
-        return DataSets(demonstrations, left_out=_too_long(dropped), notes=notes)
-    tokenize = tokenize_preferences if data.kind == "preferences" else tokenize_feedback
-    examples, left_out = tokenize(source, tokenizer, data.max_tokens, data.too_long, **options)
-    return DataSets(examples, left_out=left_out, notes=notes)
-
-
-def _chat(data: DataConfig) -> ChatOptions:
-    return ChatOptions(data.chat_template_kwargs, data.system_prompt)
-
-
-def _too_long(dropped: int) -> LeftOut:
-    return Counter({"too long": dropped})
-
-
-def _task_rows(data: DataConfig, methods: dict[str, str]) -> Iterable[LabelledRow]:
+def _task_rows(data: DataConfig, methods: dict[str, str]) -> RowSource:
     method = getattr(data.task, methods[data.kind], None)
     if method is None:
         available = [kind for kind, name in methods.items() if hasattr(data.task, name)]
@@ -151,5 +189,4 @@ def _task_rows(data: DataConfig, methods: dict[str, str]) -> Iterable[LabelledRo
             f"data.kind={data.kind} needs data.task to have {methods[data.kind]}(), and {type(data.task).__name__} has "
             f"none; use data.kind={' or '.join(available) or '...'} or data.path."
         )
-    task_rows: Iterable[LabelledRow] = method()
-    return task_rows
+    return RowList("data.task", method())

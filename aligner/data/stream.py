@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, Generic, TypeVar
 
@@ -29,7 +29,7 @@ class RowStream(Generic[Row]):
             rows: all rows, at least one.
             seed: 0 or more; determines every epoch's permutation.
             shuffle: False keeps the file order in each epoch.
-            known: the rows' digest, if already computed.
+            digest: the rows' digest, if already computed.
         """
         if seed < 0:
             raise ValueError(f"seed={seed} must be 0 or more.")
@@ -56,6 +56,10 @@ class RowStream(Generic[Row]):
         epoch, offset = divmod(place, len(self._rows))
         return epoch_order(len(self._rows), self._seed, epoch)[offset] if self._shuffle else offset
 
+    def metrics(self) -> dict[str, float]:
+        """Of the step since the last call: nothing, because all rows are in memory."""
+        return {}
+
     def state_dict(self) -> dict[str, Any]:
         """The position, and the identity of the data set and its order; see `load_state_dict`."""
         return {**self._kind(), "position": self.position, "digest": self.digest}
@@ -80,21 +84,31 @@ class RowStream(Generic[Row]):
         Raises:
             ValueError: the rows, the seed or the shuffling differ, so that the position would mean other rows.
         """
-        own = self._kind()
-        differs = [name for name in own if state[name] != own[name]]
-        if accept_changes:
-            passes = math.ceil(int(state["position"]) / int(state["rows"]))
-            self.position = passes * len(self._rows) if differs else int(state["position"])
-            return
-        for name in differs:
-            raise ValueError(
-                f"the checkpoint's data stream has {name}={state[name]} but this run has {name}={own[name]}; "
-                "resume with the same data file, seed and shuffling, or start a new run."
-            )
-        if state.get("digest", self.digest) != self.digest:  # checkpoints of earlier versions have none
-            raise ValueError(
-                f"the checkpoint's data stream has other rows (digest {state['digest']}) than this run ({self.digest}), but "
-                "as many; resume with the same data file, accept the change with checkpoint.accept_changes=true, or start "
-                "a new run."
-            )
-        self.position = int(state["position"])
+        self.position = resumed_position(state, self._kind(), lambda: self.digest, accept_changes)
+
+
+def resumed_position(
+    state: Mapping[str, Any], own: Mapping[str, Any], digest: Callable[[], str], accept_changes: bool
+) -> int:
+    """The position at which a stream goes on from a checkpoint's `state`; see `RowStream.load_state_dict`.
+
+    Args:
+        own: this run's 'rows', 'seed' and 'shuffle'.
+        digest: gives the digest of this run's rows.
+    """
+    differs = [name for name in own if state[name] != own[name]]
+    if accept_changes:
+        passes = math.ceil(int(state["position"]) / int(state["rows"]))
+        return passes * int(own["rows"]) if differs else int(state["position"])
+    for name in differs:
+        raise ValueError(
+            f"the checkpoint's data stream has {name}={state[name]} but this run has {name}={own[name]}; "
+            "resume with the same data file, seed and shuffling, or start a new run."
+        )
+    if "digest" in state and state["digest"] != digest():  # checkpoints of earlier versions have none
+        raise ValueError(
+            f"the checkpoint's data stream has other rows (digest {state['digest']}) than this run ({digest()}), but "
+            "as many; resume with the same data file, accept the change with checkpoint.accept_changes=true, or start "
+            "a new run."
+        )
+    return int(state["position"])

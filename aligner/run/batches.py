@@ -12,15 +12,22 @@ from aligner.config.schema import Config
 from aligner.data.preferences import Pair
 from aligner.data.samples import Demonstrations, Feedback, Pairs, Samples, pad_rows
 from aligner.data.stream import RowStream
+from aligner.data.streamed import ExampleStream, StreamedExamples
 from aligner.data.tokenized_answer import TokenizedAnswer
 
-
-def training_rows(config: Config, checked: Checked, known: str | None = None) -> RowStream[Any]:
-    """The training rows in the order of the run, with the position in them; `known` is their digest."""
-    return RowStream(checked.data.training, config.seed, config.data.shuffle, known)
+TrainingRows = RowStream[Any] | ExampleStream[Any]
+"""Training rows in the order of the run, with the position in them: from memory, or as they are read."""
 
 
-def batches(config: Config, rows: RowStream[Any]) -> Iterator[Any]:
+def training_rows(config: Config, checked: Checked, known: str | None = None) -> TrainingRows:
+    """The job's stream; `known` is the rows' digest."""
+    rows, data = checked.data.training, config.data
+    if isinstance(rows, StreamedExamples):
+        return ExampleStream(rows, config.seed, data.shuffle, data.prompts_per_step, known)
+    return RowStream(rows, config.seed, data.shuffle, known)
+
+
+def batches(config: Config, rows: TrainingRows) -> Iterator[Any]:
     """Batches in the form of data.kind, without end: how many a step takes is the loop's choice."""
     form = FORMS[config.data.kind]
     while True:

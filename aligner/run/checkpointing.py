@@ -19,8 +19,8 @@ from aligner.run.resume import compare
 from aligner.spmd.messages import all_gather
 
 if TYPE_CHECKING:
-    from aligner.data.stream import RowStream
     from aligner.roles.build import Roles
+    from aligner.run.batches import TrainingRows
     from aligner.run.job import Job
     from aligner.spmd.world import World
     from aligner.trainer.engine import TrainEngine
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 class RunCheckpointer:
     """One rank's part: the same calls on every rank."""
 
-    def __init__(self, job: Job, world: World, roles: Roles, rows: RowStream[Any]) -> None:
+    def __init__(self, job: Job, world: World, roles: Roles, rows: TrainingRows) -> None:
         self.job, self.world, self.roles, self.rows = job, world, roles, rows
         self.run_dir = Path(job.config.run_dir)
         config = job.config.checkpoint

@@ -29,7 +29,7 @@ def inputs_of(config: Config, roles: Iterable[str], data: DataSets) -> dict[str,
     Weights are known by their files' names, sizes, headers and two samples of each. What is part of aligner is left out:
     another version of it is told by environment.json.
     """
-    digests = {ROWS: digest(data.training)}
+    digests = {ROWS: data.training_digest()}
     held = [data.heldout, data.heldout_pairs, data.heldout_answers]
     if any(held):
         digests["rows of data.eval_path"] = digest(held)

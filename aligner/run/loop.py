@@ -16,7 +16,7 @@ from aligner.algorithms.step import Step, checked_step
 from aligner.check.rollout import shown_ends
 from aligner.check.run_folder import models_of
 from aligner.config.as_json import config_as_json
-from aligner.data.preferences import left_out_text
+from aligner.data.left_out import left_out_text
 from aligner.health.timeline import FOLDER, STEP_END
 from aligner.models.checkpoint import PeerFailedError
 from aligner.report.metrics import CONFIG_FILE, MetricsWriter
@@ -134,6 +134,7 @@ class Driver:
             result = checked_step(yielded, self._loop_name)
             seconds = time.perf_counter() - start
             row, stats = step_row(self.world, self.roles, result, seconds, self.signals.asked)
+            row |= self.rows.metrics()
             if step == self.before + 1:
                 row |= self.job.checked.data.metrics()
             if held_up:

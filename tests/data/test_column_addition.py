@@ -12,7 +12,8 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from aligner.data.column_addition import ColumnAddition, ModelShape, main, write_model
-from aligner.data.jsonl import rows
+from aligner.data.sources.open import open_source
+from aligner.data.sources.source import all_rows
 
 SMALL = ColumnAddition(demonstrations=400, prompts=300, heldout=100)
 
@@ -161,7 +162,7 @@ def test_the_command_writes_the_model_and_the_rows(tmp_path: Path, capsys: pytes
         ("feedback", task.feedback_rows()),
     ):
         assert f"{name}.jsonl" in said
-        assert [row for _, row in rows(tmp_path / f"{name}.jsonl")] == [row for _, row in wanted]
+        assert [row for _, row in all_rows(open_source(tmp_path / f"{name}.jsonl"))] == [row for _, row in wanted]
     assert AutoModelForCausalLM.from_pretrained(str(tmp_path / "model")).config.hidden_size == 64
     with pytest.raises(SystemExit):
         main(["--out", str(tmp_path), "--digits", "1"])

@@ -242,7 +242,7 @@ def test_longer_rows_can_be_dropped_and_are_counted(characters: PreTrainedTokeni
         [(1, 0), (2, 1)],
         2,
     )
-    with pytest.raises(ValueError, match=r"all 4 demonstrations are longer than data\.max_tokens=2"):
+    with pytest.raises(ValueError, match=r"no demonstration is left .too long: 4.; raise data\.max_tokens=2"):
         tokenize_demonstrations(rows, characters, 2, too_long="drop")
     with pytest.raises(ValueError, match=r"data\.train_on=prompts is unknown; use responses or all"):
         tokenize_demonstrations(rows, characters, 7, train_on="prompts")

@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from aligner.data.prompts import prompts_that_fit, tokenize_prompts
+from aligner.data.prompts import PromptTokenizer, tokenize_prompts
+from aligner.data.row_tokenizer import RowTooLongError, tokenize_rows
 
 
 def test_text_prompts(characters: PreTrainedTokenizerBase) -> None:
@@ -49,12 +50,14 @@ def test_a_bad_row_is_named(characters: PreTrainedTokenizerBase, row: dict[str, 
 
 def test_prompts_that_are_too_long_are_dropped_and_counted(characters: PreTrainedTokenizerBase) -> None:
     rows: list[tuple[str, dict[str, Any]]] = [(f"p:{n}", {"prompt": "a" * n}) for n in (3, 9, 8, 12)]
-    kept, dropped = prompts_that_fit(rows, characters, 8, "drop")
-    assert ([len(prompt.tokens) for prompt in kept], [prompt.index for prompt in kept], dropped) == ([3, 8], [0, 1], 2)
-    with pytest.raises(ValueError, match=r"^all 4 prompts are longer than data\.max_prompt_tokens=2; raise it"):
-        prompts_that_fit(rows, characters, 2, "drop")
+    tokenize = PromptTokenizer(characters, 8, "drop")
+    kept = tokenize_rows(rows, tokenize)
+    assert ([len(prompt.tokens) for prompt in kept], [prompt.index for prompt in kept]) == ([3, 8], [0, 1])
+    assert tokenize.left_out == {"too long": 2}
+    with pytest.raises(ValueError, match=r"^no prompt is left .too long: 4.; raise data\.max_prompt_tokens=2, or"):
+        tokenize_rows(rows, PromptTokenizer(characters, 2, "drop"))
     for stop in ("error", "stop"):
-        with pytest.raises(ValueError, match=r"^p:9: the prompt has 9 tokens, .* data\.too_long=drop"):
-            prompts_that_fit(rows, characters, 8, stop)
+        with pytest.raises(RowTooLongError, match=r"^p:9: the prompt has 9 tokens, .* data\.too_long=drop"):
+            tokenize_rows(rows, PromptTokenizer(characters, 8, stop))
     with pytest.raises(ValueError, match=r"data\.too_long=cut is unknown; use error or drop"):
-        prompts_that_fit(rows, characters, 8, "cut")
+        PromptTokenizer(characters, 8, "cut")

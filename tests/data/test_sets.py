@@ -168,7 +168,7 @@ def test_a_task_without_the_rows_is_told(characters: PreTrainedTokenizerBase) ->
         ValueError, match=r"needs data\.task to have preference_rows\(\), and Prompts .* data\.kind=prompts"
     ):
         read_sets(DataConfig(kind="preferences", task=Prompts()), characters)
-    with pytest.raises(ValueError, match=r"data\.path is not set; give a JSONL file"):
+    with pytest.raises(ValueError, match=r"data\.path is not set; give a file"):
         read_sets(DataConfig(kind="preferences"), characters)
 
 

@@ -6,7 +6,6 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +14,7 @@ from aligner.checkpoint.claim import Start, claim
 from aligner.config.as_json import config_as_json
 from aligner.config.changes import check_changes
 from aligner.config.schema import Config, compose_config, to_config
-from aligner.data.sets import read_sets
+from aligner.data.sets import DataSets, read_sets
 from aligner.data.tokenizer import load_tokenizer
 from aligner.run.input_digests import inputs_of
 from aligner.run.prepare import prepare
@@ -91,7 +90,7 @@ def test_a_loop_of_ones_own_is_an_input_and_ours_is_not(
     monkeypatch.syspath_prepend(str(tmp_path))
     (tmp_path / "a_loop_of_mine.py").write_text("def loop(roles, batches, cfg):\n    yield\n")
     mine = config(own, "algorithm._target_=a_loop_of_mine.loop")
-    data: Any = SimpleNamespace(training=[], heldout=[], heldout_pairs=[], heldout_answers=[])
+    data = DataSets([])
     before = inputs_of(mine, ["policy"], data)
     assert "source of algorithm._target_" in before
     assert "source of algorithm._target_" not in inputs_of(config(own), ["policy"], data)

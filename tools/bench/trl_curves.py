@@ -187,13 +187,14 @@ def run_ours(work: Path, method: str, layout: str, steps: int, extra: list[str])
 def our_rows(work: Path, method: str, steps: int) -> Iterator[list[list[list[int]]]]:
     """[token ids, 0 or 1: trained] of every row of each step, by aligner's tokenization."""
     from aligner.data.demonstrations import tokenize_demonstrations
-    from aligner.data.jsonl import rows
     from aligner.data.preferences import tokenize_preferences
+    from aligner.data.sources.open import open_source
+    from aligner.data.sources.source import all_rows
     from aligner.data.stream import RowStream
     from aligner.data.tokenizer import load_tokenizer
 
     recipe = RECIPES[method]
-    source, tokenizer = rows(work / f"{recipe.data}.jsonl"), load_tokenizer(work / "model")
+    source, tokenizer = all_rows(open_source(work / f"{recipe.data}.jsonl")), load_tokenizer(work / "model")
     stream: RowStream[Any]
     if method == "sft":
         stream = RowStream([(row,) for row in tokenize_demonstrations(source, tokenizer, recipe.max_tokens)[0]], SEED)

@@ -18,7 +18,8 @@ from pathlib import Path
 
 import pytest
 
-from aligner.data.jsonl import rows
+from aligner.data.sources.open import open_source
+from aligner.data.sources.source import all_rows
 
 ROWS = [{"prompt": "a \"b\" 'c' $HOME\n", "answer": "1,5"}, {"prompt": "ü", "answer": "2"}]
 TEXT = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
@@ -68,7 +69,7 @@ def test_the_command_in_the_message_makes_the_rows(tmp_path: Path, name: str, co
     file = tmp_path / name
     file.write_bytes(content)
     with pytest.raises(ValueError, match=r"^--input=") as error:
-        list(rows(file, "--input"))
+        list(all_rows(open_source(file, "--input")))
     said = str(error.value)
     assert said.startswith(f"--input={file} is {what}")
     command = said.partition("first run: ")[2].partition(" (with")[0]
@@ -78,7 +79,7 @@ def test_the_command_in_the_message_makes_the_rows(tmp_path: Path, name: str, co
     subprocess.run(["bash", "-c", command], check=True, timeout=60, env={**os.environ, "PATH": path})
     (made,) = [one for one in tmp_path.iterdir() if one != file]
     assert made.suffix == ".jsonl"
-    assert [row for _, row in rows(made)] == ROWS
+    assert [row for _, row in all_rows(open_source(made))] == ROWS
 
 
 @pytest.mark.parametrize(
@@ -96,13 +97,13 @@ def test_the_command_in_the_message_makes_the_rows(tmp_path: Path, name: str, co
 def test_what_only_other_programs_read(tmp_path: Path, name: str, content: bytes, said: str) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=said.replace("(", "[(]").replace(")", "[)]").replace("\\[", "[")):
-        list(rows(tmp_path / name))
+        list(all_rows(open_source(tmp_path / name)))
 
 
 @pytest.mark.parametrize("name", ["rows.csv", "rows.json", "rows.parquet", "rows"])
 def test_jsonl_is_read_whatever_its_name(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(TEXT)
-    assert [row for _, row in rows(tmp_path / name)] == ROWS
+    assert [row for _, row in all_rows(open_source(tmp_path / name))] == ROWS
 
 
 @pytest.mark.parametrize(
@@ -120,7 +121,7 @@ def test_what_a_missing_file_may_have_been_meant_as(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=said):
-        list(rows(path))
+        list(all_rows(open_source(path)))
 
 
 @pytest.mark.parametrize(
@@ -134,4 +135,4 @@ def test_what_a_missing_file_may_have_been_meant_as(
 def test_a_folder_says_what_is_in_it(tmp_path: Path, make: Callable[[Path], object], said: str) -> None:
     make(tmp_path)
     with pytest.raises(ValueError, match=f"is a folder; .*{said}"):
-        list(rows(tmp_path))
+        list(all_rows(open_source(tmp_path)))

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from aligner.data.jsonl import rows
+from aligner.data.sources.open import open_source
+from aligner.data.sources.source import all_rows
 
 
 def write(tmp_path: Path, content: bytes) -> Path:
@@ -15,7 +16,7 @@ def write(tmp_path: Path, content: bytes) -> Path:
 
 def test_rows_are_labelled_by_their_line_and_blank_lines_are_skipped(tmp_path: Path) -> None:
     path = write(tmp_path, b'\xef\xbb\xbf{"prompt": "a"}\n\n  \n{"prompt": "\xc3\xa9", "n": 2}')
-    assert list(rows(path)) == [(f"{path}:1", {"prompt": "a"}), (f"{path}:4", {"prompt": "é", "n": 2})]
+    assert list(all_rows(open_source(path))) == [(f"{path}:1", {"prompt": "a"}), (f"{path}:4", {"prompt": "é", "n": 2})]
 
 
 @pytest.mark.parametrize(
@@ -37,17 +38,17 @@ def test_rows_are_labelled_by_their_line_and_blank_lines_are_skipped(tmp_path: P
 )
 def test_a_bad_line_is_named(tmp_path: Path, line: bytes, reason: str) -> None:
     path = write(tmp_path, b'{"prompt": "a"}\n' * 16 + line + b"\n")
-    found = rows(path)
-    for _ in range(16):
-        next(found)
+    source = open_source(path)
+    for row in range(16):
+        assert source.row(row)[1] == {"prompt": "a"}
     with pytest.raises(ValueError, match=r"prompts\.jsonl:17 ") as error:
-        next(found)
+        source.row(16)
     assert reason in str(error.value)
 
 
 def test_whole_pairs_and_long_numbers_are_read(tmp_path: Path) -> None:
     path = write(tmp_path, b'{"a": "\\ud83d\\ude00 \\\\ud83d", "n": ' + b"7" * 4300 + b"}")
-    ((_, row),) = rows(path)
+    ((_, row),) = all_rows(open_source(path))
     assert row["a"] == "\N{GRINNING FACE} \\ud83d"
     assert row["n"] == int("7" * 4300)
 
@@ -55,11 +56,11 @@ def test_whole_pairs_and_long_numbers_are_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", [b"", b"\n \n"])
 def test_an_empty_file_is_refused(tmp_path: Path, content: bytes) -> None:
     with pytest.raises(ValueError, match=r"data\.heldout=.*prompts\.jsonl has no rows"):
-        list(rows(write(tmp_path, content), setting="data.heldout"))
+        list(all_rows(open_source(write(tmp_path, content), setting="data.heldout")))
 
 
 def test_a_missing_file_and_a_folder_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"data\.path=.*absent\.jsonl does not exist"):
-        list(rows(tmp_path / "absent.jsonl"))
+        list(all_rows(open_source(tmp_path / "absent.jsonl")))
     with pytest.raises(ValueError, match=r"data\.path=.* is a folder"):
-        list(rows(tmp_path))
+        list(all_rows(open_source(tmp_path)))
