@@ -16,6 +16,8 @@ SETTINGS = (
     "run_dir",
 )  # fmt: skip
 """Settings that are paths; the files of rules are too."""
+NAMED = ("reward.components", "models", "data.sources")
+"""Sections of names of the user's own, whose entries have paths."""
 VARIABLE = re.compile(r"\$(?:\{([A-Za-z_]\w*)\}|([A-Za-z_]\w*))")
 IN_BRACES = re.compile(r"\$\{([A-Za-z_]\w*)\}")
 TILDE = re.compile(r"(\+{0,2}[\w./@]+)=(~.*)", re.DOTALL)
@@ -77,7 +79,7 @@ def expand_composed(config: DictConfig) -> None:
     Raises:
         ValueError: as `expanded`.
     """
-    for key, by in _paths(_child(config, "reward.components"), _child(config, "models")):
+    for key, by in _paths(*(_child(config, name) for name in NAMED)):
         value = _child(config, key)
         if not isinstance(value, str) or value == "???":
             continue
@@ -88,7 +90,7 @@ def expand_composed(config: DictConfig) -> None:
 
 def expand_values(values: dict[str, Any]) -> None:
     """The same in plain nested dicts, after everything was resolved."""
-    for key, by in _paths(values.get("reward", {}).get("components"), values.get("models")):
+    for key, by in _paths(*(_value(values, name) for name in NAMED)):
         *parents, name = key.split(".")
         node: Any = values
         for part in parents:
@@ -97,7 +99,14 @@ def expand_values(values: dict[str, Any]) -> None:
             node[name] = by(node[name], key)
 
 
-def _paths(components: Any, models: Any) -> Iterator[tuple[str, Callable[[str, str], str]]]:
+def _value(values: Any, key: str) -> Any:
+    """The value of a dotted key in nested dicts; None where there is none."""
+    for part in key.split("."):
+        values = values.get(part) if isinstance(values, dict) else None
+    return values
+
+
+def _paths(components: Any, models: Any, sources: Any) -> Iterator[tuple[str, Callable[[str, str], str]]]:
     """(setting, what expands it)."""
     yield from ((key, expanded) for key in SETTINGS)
     yield "reward.rule", expanded_rule
@@ -105,6 +114,8 @@ def _paths(components: Any, models: Any) -> Iterator[tuple[str, Callable[[str, s
         yield from ((f"reward.components.{name}.rule", expanded_rule) for name in components)
     if isinstance(models, Mapping | DictConfig):
         yield from ((f"models.{name}.path", expanded) for name in models)
+    if isinstance(sources, Mapping | DictConfig):
+        yield from ((f"data.sources.{name}.path", expanded) for name in sources)
 
 
 def _child(config: DictConfig, key: str) -> Any:

@@ -62,6 +62,7 @@ def test_every_path_setting(written: str, found: str) -> None:
         "model.path",
         "data.path",
         "data.eval_path",
+        "data.chat_template",
         "run_dir",
         "critic.path",
         "reward_model.path",

@@ -30,8 +30,9 @@ from aligner.checkpoint.lease import check_free
 from aligner.config.models import check_model_settings
 from aligner.config.schema import Config
 from aligner.data.end_tokens import EndTokens, special_ids
+from aligner.data.named_sources import named_sources
 from aligner.data.prompts import Prompt
-from aligner.data.sets import DataSets
+from aligner.data.sets import DataSets, known_rows, training_sources
 from aligner.data.tokenized_answer import TokenizedAnswer
 from aligner.data.tokenizer import load_tokenizer, use_chat_template
 from aligner.models.agreement import check_reading
@@ -242,7 +243,9 @@ def _check_run_dir(config: Config) -> None:
 def _check_places(config: Config, roles: Collection[str]) -> None:
     """What the run replaces is its own, and none of what it reads."""
     sources: dict[str, str | None] = dict(config.model_path(role) for role in roles if config.role(role).kind.head)
-    sources |= {f"data.{name}": getattr(config.data, name) for name in ("path", "eval_path", "chat_template")}
+    sources |= {f"data.{name}": getattr(config.data, name) for name in ("eval_path", "chat_template")}
+    if config.data.task is None:
+        sources |= {source.setting: source.data.path for source in named_sources(config.data)}
     if "reward" in roles:
         rules = {f"{part.where}.rule": part.component.rule or "" for part in reward_components(config.reward)}
         sources |= {setting: rule.rpartition(":")[0] for setting, rule in rules.items() if ".py:" in rule}
@@ -270,8 +273,9 @@ def _check_reward(config: Config, roles: list[str], data: DataSets) -> None:
 def _check_fields(part: ResolvedComponent, needed: frozenset[str], config: Config, data: DataSets) -> None:
     """Rows without a field that the reward needs would all fail, batch after batch."""
     task = f"data.task={type(config.data.task).__name__}" if config.data.task else None
+    training = zip(training_sources(config.data), data.parts.values(), strict=True)
     sources: list[tuple[str, Sequence[Any]]] = [
-        (task or f"data.path={config.data.path}", data.known),
+        *((task or source, known_rows(part)) for source, part in training),
         (task or f"data.eval_path={config.data.eval_path}", data.heldout),
     ]
     for source, rows in sources:

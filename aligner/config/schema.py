@@ -186,7 +186,9 @@ def _writable(kind: Any) -> Any:
         factory = (
             entry.default_factory if entry.default_factory is not dataclasses.MISSING else partial(_same, entry.default)
         )
-        if kind is Config and entry.name in OPEN:
+        if kind is DataConfig and entry.name == "sources":
+            hint, factory = Any, partial(OmegaConf.create, {}, flags={"struct": False})
+        elif kind is Config and entry.name in OPEN:
             hint, factory = Any, partial(_open, factory)
         elif inner is not None:
             hint = _writable(inner)

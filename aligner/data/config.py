@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 from aligner.bounds import AtLeast, OneOf
+from aligner.data.mixture_config import CurriculumConfig, MixtureConfig
 
 KINDS = ("prompts", "demonstrations", "preferences", "feedback")
 
@@ -19,6 +20,13 @@ class DataConfig:
     Demonstrations: {"prompt", "completion"}, {"query", "response"} or {"messages"}. Preferences: {"prompt", "chosen",
     "rejected"} or {"query", "response": [...], "score": [...]}. Feedback: {"prompt", "completion", "label"} or
     preferences."""
+    sources: dict[str, Any] = field(default_factory=dict)
+    """Several training sources in place of data.path, by name: {path, weight, ...} (`SourceConfig` in
+    aligner/data/mixture_config.py explains every setting; conf/data/mixture.yaml is an example)."""
+    mixture: MixtureConfig = field(default_factory=MixtureConfig)
+    """How rows are drawn from data.sources."""
+    curriculum: CurriculumConfig = field(default_factory=CurriculumConfig)
+    """In which order a source's rows come in an epoch."""
     eval_path: str | None = None
     """JSONL file of held-out prompts (kind=prompts), demonstrations (evaluated by their loss) or preferences
     (kind=preferences or feedback; responses to their prompts are also generated and scored if the roles allow it); null:
@@ -62,3 +70,13 @@ class DataConfig:
         """Raises ValueError naming the setting and the values that would work."""
         if self.train_on == "all" and self.kind != "demonstrations":
             raise ValueError(f"data.train_on=all is for data.kind=demonstrations, not {self.kind}; use responses.")
+        if self.curriculum.by == "success" and self.kind != "prompts":
+            raise ValueError(
+                f"data.curriculum.by=success measures how often prompts are solved, and data.kind={self.kind} has no samples to "
+                "measure; use by=column, or none."
+            )
+        if self.curriculum.by != "none" and self.mixture.replacement:
+            raise ValueError(
+                "data.mixture.replacement=true draws rows at random, so data.curriculum.by="
+                f"{self.curriculum.by} has no order to follow; use by=none, or replacement=false."
+            )

@@ -75,9 +75,9 @@ class RowErrors:
 
 
 def tokenize_source(
-    source: RowSource, tokenize: RowTokenizer[Example], errors: RowErrors | None = None
+    source: RowSource, tokenize: RowTokenizer[Example], errors: RowErrors | None = None, first: int = 0
 ) -> list[Example]:
-    """The examples of all rows; their `index` counts those that were kept.
+    """The examples of all rows; their `index` counts those that were kept, from `first` on.
 
     Raises:
         ValueError: a row that cannot be used (unless `errors` skips it), or no example is left.
@@ -85,9 +85,9 @@ def tokenize_source(
     errors = errors or RowErrors()
     examples: list[Example] = []
     for row in range(len(source)):
-        examples += errors.examples(source, row, tokenize, len(examples))
+        examples += errors.examples(source, row, tokenize, first + len(examples))
     if not examples:
-        raise ValueError(f"{tokenize.none_left()}{first_errors(errors)}")
+        raise ValueError(f"{source.name}: {tokenize.none_left()}{first_errors(errors)}")
     return examples
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ from aligner.data.config import DataConfig
 from aligner.data.demonstrations import DemonstrationTokenizer
 from aligner.data.digest import digest
 from aligner.data.left_out import LeftOut
+from aligner.data.named_sources import ALONE, NamedSource, named_sources
 from aligner.data.preferences import FeedbackTokenizer, Pair, PreferenceTokenizer
 from aligner.data.prompts import Prompt, PromptTokenizer
 from aligner.data.row_tokenizer import RowErrors, RowTokenizer, tokenize_source
@@ -44,12 +45,30 @@ ANSWER_FIELDS = ("chosen", "rejected", "response", "score", "score_chosen", "sco
 """Keys of a preference row that belong to its answers, not to its prompt."""
 
 
+Examples = Sequence[Prompt] | Sequence[TokenizedAnswer] | Sequence[Pair] | StreamedExamples[Any]
+"""Prompts, answers (demonstrations or feedback), or pairs, by data.kind; or where they come from, if they are streamed."""
+
+
+@dataclass(frozen=True)
+class MixedExamples:
+    """The rows of several sources (data.sources); their `index` counts on from one source to the next."""
+
+    parts: Mapping[str, Examples]
+    """By the name of the source."""
+    weights: Mapping[str, float]
+    """The weight of each source."""
+
+    def __len__(self) -> int:
+        """Rows of all sources."""
+        return sum(len(part) for part in self.parts.values())
+
+
 @dataclass(frozen=True)
 class DataSets:
     """The tokenized rows of a job, in file order."""
 
-    training: Sequence[Prompt] | Sequence[TokenizedAnswer] | Sequence[Pair] | StreamedExamples[Any]
-    """Prompts, answers (demonstrations or feedback), or pairs, by data.kind; or where they come from, if they are streamed."""
+    training: Examples | MixedExamples
+    """Of data.path or data.task, or of several sources."""
     heldout: list[Prompt] = field(default_factory=list)
     """Evaluation prompts to generate from; for preferences and feedback the distinct prompts of `heldout_pairs`."""
     heldout_pairs: list[Pair] = field(default_factory=list)
@@ -66,18 +85,26 @@ class DataSets:
     """The errors of the first rows that data.on_error=skip left out."""
 
     @property
-    def known(self) -> Sequence[Prompt] | Sequence[TokenizedAnswer] | Sequence[Pair]:
+    def parts(self) -> Mapping[str, Examples]:
+        """The training rows by the name of their source; that of a job with one is ALONE."""
+        return self.training.parts if isinstance(self.training, MixedExamples) else {ALONE: self.training}
+
+    @property
+    def known(self) -> Sequence[Any]:
         """The training rows that are tokenized before the job starts: all, or the first of a set that is streamed."""
-        return self.training.sample if isinstance(self.training, StreamedExamples) else self.training
+        return [row for part in self.parts.values() for row in known_rows(part)]
 
     def metrics(self) -> dict[str, float]:
         """Numbers of rows left out, if any; logged once, with the first step."""
         counts = {"data/left_out": self.left_out, "data/heldout_left_out": self.heldout_left_out}
         return {name: float(reasons.total()) for name, reasons in counts.items() if reasons.total()}
 
-    def training_digest(self) -> str:
-        """Identity of the training rows: of their tokens and fields, or of the files of a streamed set."""
-        return self.training.source.digest() if isinstance(self.training, StreamedExamples) else digest(self.training)
+    def training_digests(self) -> dict[str, str]:
+        """Source -> identity of its rows: of their tokens and fields, or of the files of a streamed set."""
+        return {
+            name: part.source.digest() if isinstance(part, StreamedExamples) else digest(part)
+            for name, part in self.parts.items()
+        }
 
     @property
     def longest(self) -> int:
@@ -86,8 +113,8 @@ class DataSets:
         answers = [row for row in (*self.known, *self.heldout_answers) if isinstance(row, TokenizedAnswer)]
         answers += [side for pair in pairs for side in (pair.chosen, pair.rejected)]
         lengths = [len(answered.tokens) for answered in answers]
-        if isinstance(self.training, StreamedExamples) and lengths:
-            lengths.append(self.training.longest)
+        if lengths:
+            lengths += [part.longest for part in self.parts.values() if isinstance(part, StreamedExamples)]
         return max(lengths, default=0)
 
 
@@ -97,18 +124,12 @@ def read_sets(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> DataSets:
     Raises:
         ValueError: a missing setting, an unusable file or row, or fewer rows than one batch.
     """
-    if data.task is None and not data.path:
-        raise ValueError(
-            "data.path is not set; give a file, a folder or a glob of them, or choose a generated task: data=column_addition."
-        )
-    check_template_kwargs(tokenizer, data.chat_template_kwargs)
-    source = _task_rows(data, METHODS) if data.task else open_source(data.path or "")
-    sets = _training(data, source, tokenizer)
+    sets = _all_training(data, tokenizer)
     count = len(sets.training)
     if data.prompts_per_step > count:
         raise ValueError(
             f"data.prompts_per_step={data.prompts_per_step} is more than the {count} rows of "
-            f"{source.name}; use {count} or less, or give more rows."
+            f"{', '.join(training_sources(data))}; use {count} or less, or give more rows."
         )
     if not (data.task or data.eval_path):
         return sets
@@ -116,17 +137,82 @@ def read_sets(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> DataSets:
     return _with_heldout(sets, data, heldout, tokenizer)
 
 
-def _training(data: DataConfig, source: RowSource, tokenizer: PreTrainedTokenizerBase) -> DataSets:
+def training_sources(data: DataConfig) -> dict[str, NamedSource]:
+    """What errors call a training source -> the source.
+
+    Raises:
+        ValueError: see `named_sources`.
+    """
+    return {
+        "data.task" if source.data.task else f"{source.setting}={source.data.path}": source
+        for source in named_sources(data)
+    }
+
+
+def open_training(source: NamedSource) -> RowSource:
+    """The rows of a training source. Raises ValueError: they cannot be read, or there are none."""
+    if source.data.task:
+        return _task_rows(source.data, METHODS)
+    return open_source(source.data.path or "", source.setting)
+
+
+def _all_training(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> DataSets:
+    """The training rows of every source, and what is to be said of them."""
+    named = list(training_sources(data).values())
+    read: dict[str, DataSets] = {}
+    first = 0
+    for source in named:
+        where = "data" if source.name == ALONE else f"data.sources.{source.name}"
+        check_template_kwargs(tokenizer, source.data.chat_template_kwargs, f"{where}.chat_template_kwargs.")
+        read[source.name] = _training(source.data, open_training(source), tokenizer, first)
+        first += len(read[source.name].training)
+        _check_order(source, read[source.name])
+    if not data.sources:
+        return read[ALONE]
+    parts: dict[str, Any] = {name: sets.training for name, sets in read.items()}
+    return DataSets(
+        MixedExamples(parts, {source.name: source.weight for source in named}),
+        left_out=sum((sets.left_out for sets in read.values()), Counter()),
+        notes=sum((sets.notes for sets in read.values()), Counter()),
+        wrong=[error for sets in read.values() for error in sets.wrong],
+    )
+
+
+def _check_order(source: NamedSource, sets: DataSets) -> None:
+    """Raises ValueError for an order that a streamed set does not have."""
+    mixture, curriculum = source.data.mixture, source.data.curriculum
+    settings = {
+        f"data.curriculum.by={curriculum.by}": curriculum.by != "none",
+        f"data.mixture.exhausted={mixture.exhausted}": mixture.exhausted != "repeat",
+        "data.mixture.replacement=true": mixture.replacement,
+    }
+    given = next((setting for setting, set_here in settings.items() if set_here), None)
+    if given and isinstance(sets.training, StreamedExamples):
+        raise ValueError(
+            f"{given} needs all rows in memory, and {source.setting}={source.data.path} ({len(sets.training)} rows) is streamed; "
+            "set data.streaming=false, or leave the other setting as it is by default."
+        )
+
+
+def known_rows(part: Examples) -> Sequence[Any]:
+    """The rows of one source that are tokenized before the job starts."""
+    return part.sample if isinstance(part, StreamedExamples) else part
+
+
+def _training(data: DataConfig, source: RowSource, tokenizer: PreTrainedTokenizerBase, first: int) -> DataSets:
+    """Args:
+    first: `index` of the first row.
+    """
     notes: Notes = Counter()
     tokenize, errors = row_tokenizer(data, tokenizer, notes), RowErrors(data.on_error)
     if is_streamed(data, source):
         # The stream's thread has a tokenizer of its own: a fast one does not serve two threads at once.
         own = row_tokenizer(data, copy.deepcopy(tokenizer), Counter())
         bound = data.max_prompt_tokens if data.kind == "prompts" else data.max_tokens
-        streamed: StreamedExamples[Any] = StreamedExamples(source, own, errors, bound)
+        streamed: StreamedExamples[Any] = StreamedExamples(source, own, errors, bound, first)
         streamed.read_sample()
         return DataSets(streamed)
-    examples = tokenize_source(source, tokenize, errors)
+    examples = tokenize_source(source, tokenize, errors, first)
     return DataSets(examples, left_out=+tokenize.left_out, notes=notes, wrong=errors.first)
 
 

@@ -20,16 +20,25 @@ def epoch_order(rows: int, seed: int, epoch: int) -> tuple[int, ...]:
     return tuple(np.random.default_rng([seed, epoch]).permutation(rows).tolist())
 
 
+@lru_cache(maxsize=8)
+def epoch_draws(rows: int, seed: int, epoch: int) -> tuple[int, ...]:
+    """As many draws from range(rows) with replacement; deterministic, so all ranks agree."""
+    return tuple(np.random.default_rng([seed, epoch, rows]).integers(rows, size=rows).tolist())
+
+
 class RowStream(Generic[Row]):
     """Rows in epoch order, endlessly; a batch at the end of an epoch continues into the next."""
 
-    def __init__(self, rows: Sequence[Row], seed: int, shuffle: bool = True, digest: str | None = None) -> None:
+    def __init__(
+        self, rows: Sequence[Row], seed: int, shuffle: bool = True, digest: str | None = None, replacement: bool = False
+    ) -> None:
         """
         Args:
             rows: all rows, at least one.
             seed: 0 or more; determines every epoch's permutation.
             shuffle: False keeps the file order in each epoch.
             digest: the rows' digest, if already computed.
+            replacement: draw rows with replacement; an epoch is as many draws as there are rows.
         """
         if seed < 0:
             raise ValueError(f"seed={seed} must be 0 or more.")
@@ -38,6 +47,7 @@ class RowStream(Generic[Row]):
         self._seed = seed
         self._shuffle = shuffle
         self._digest = digest
+        self._replacement = replacement
         self.position = 0
         """Number of rows taken since the start, over all epochs."""
 
@@ -45,6 +55,15 @@ class RowStream(Generic[Row]):
     def epoch(self) -> int:
         """Number of complete epochs so far."""
         return self.position // len(self._rows)
+
+    @property
+    def idle(self) -> bool:
+        """Whether the coming epoch has no rows: never."""
+        return False
+
+    def next_epoch(self) -> None:
+        """Go to the beginning of the next epoch."""
+        self.position = (self.epoch + 1) * len(self._rows)
 
     def take(self, count: int) -> list[Row]:
         """The next `count` rows."""
@@ -54,6 +73,8 @@ class RowStream(Generic[Row]):
 
     def _index(self, place: int) -> int:
         epoch, offset = divmod(place, len(self._rows))
+        if self._replacement:
+            return epoch_draws(len(self._rows), self._seed, epoch)[offset]
         return epoch_order(len(self._rows), self._seed, epoch)[offset] if self._shuffle else offset
 
     def metrics(self) -> dict[str, float]:

@@ -33,6 +33,8 @@ class StreamedExamples(Generic[Example]):
     errors: RowErrors
     longest: int
     """Upper bound of an example's tokens."""
+    first: int = 0
+    """`index` of the first row."""
     sample: list[Example] = field(default_factory=list)
     """Examples of the first SAMPLED rows."""
 
@@ -41,8 +43,9 @@ class StreamedExamples(Generic[Example]):
         return len(self.source)
 
     def examples(self, row: int) -> list[Example]:
-        """The examples of one row: one mostly; none if it is left out. Their `index` is the row's number."""
-        return self.errors.examples(self.source, row, self.tokenize, row)
+        """The examples of one row: one mostly; none if it is left out. Their `index` is the row's number, counted
+        from `first`."""
+        return self.errors.examples(self.source, row, self.tokenize, self.first + row)
 
     def read_sample(self) -> None:
         """Fill `sample`. What is left out of it is not counted: these rows come again.
@@ -98,6 +101,16 @@ class ExampleStream(Generic[Example]):
     def epoch(self) -> int:
         """Number of complete epochs so far."""
         return self.position // len(self._set)
+
+    @property
+    def idle(self) -> bool:
+        """Whether the coming epoch has no rows: never."""
+        return False
+
+    def next_epoch(self) -> None:
+        """Go to the beginning of the next epoch."""
+        self.position, self._offset = (self.epoch + 1) * len(self._set), 0
+        self._queue = self._current = None
 
     def take(self, count: int) -> list[Example]:
         """The next `count` examples.

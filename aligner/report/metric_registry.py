@@ -270,6 +270,13 @@ RESHARD = (
 _OWN_MEANING = "A user's loop's own; in metrics.jsonl, not on the console."
 OTHER = (
     Metric("guard/{guard}", "", Reduce.ONCE, "1 in a step in which this guard found something (docs/guards.md)."),
+    Metric("source/{source}_share", "fraction", Reduce.ONCE, "Rows drawn from this source of data.sources, of all drawn in the step."),
+    Metric("source/{source}_reward", "", Reduce.BATCH, "Reward of the samples of this source's prompts."),
+    Metric("source/{source}_success", "fraction", Reduce.BATCH,
+           "Samples of this source's prompts with a reward of data.curriculum.success_reward or more."),
+    Metric("curriculum/measured", "prompts", Reduce.ONCE, "Curriculum by success: prompts that were sampled so far."),
+    Metric("curriculum/retired", "prompts", Reduce.ONCE,
+           "Curriculum by success: prompts that are solved and left out (data.curriculum.retire_at)."),
     Metric("data/left_out", "rows", Reduce.ONCE, "Training rows left out when they were read; in the first step's row only."),
     Metric("data/heldout_left_out", "rows", Reduce.ONCE, "The same of held-out rows."),
     Metric(f"reshard_{{{OWN}}}", "", Reduce.ONCE, _OWN_MEANING),

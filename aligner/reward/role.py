@@ -88,6 +88,10 @@ class Reward(Role):
                     raise ValueError(f"{part.source} needs the role {part.model}; add {part.model} to algorithm.roles.")
                 self.models[part.model] = (models or {})[part.model]
         self.scorers: dict[str, Scorer] = {}
+        self.keeps_scored = False
+        """Whether `take_scored` is wanted."""
+        self._calls = 0
+        self._scored: dict[tuple[int, int], tuple[int, float]] = {}
         if self.member:
             for part in self.parts:
                 scorer = part.scorer()
@@ -109,7 +113,21 @@ class Reward(Role):
         with self.call("score"):
             local = self.localize((samples,), from_models)
             value = self._score(local.args[0], local.kwargs, local.row_numbers) if self.member else None
+            self._calls += 1
+            if self.keeps_scored and value is not None:
+                self._keep_scored(local.args[0], value.reward_B, local.row_numbers)
             return Ref(self, value, local.rows)
+
+    def take_scored(self) -> dict[tuple[int, int], tuple[int, float]]:
+        """What this rank has scored since the last time: (number of the call, row of its batch) -> (the prompt's index, its
+        reward), without rows that have no reward. Ranks that share rows have the same entries."""
+        scored, self._scored = self._scored, {}
+        return scored
+
+    def _keep_scored(self, samples: Samples, reward_B: Tensor, rows: Sequence[int]) -> None:
+        for row, index, reward in zip(rows, samples.prompt_index_B.tolist(), reward_B.tolist(), strict=True):
+            if not math.isnan(reward):
+                self._scored[self._calls, row] = (index, reward)
 
     def _score(self, samples: Samples, from_models: Mapping[str, Tensor], rows: Sequence[int]) -> Rewards:
         """Args:

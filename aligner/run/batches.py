@@ -2,32 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from aligner.check.job import Checked
 from aligner.config.schema import Config
+from aligner.data.curriculum import CurriculumStream
+from aligner.data.mixture import MixedSource, Mixture, SourceStream, source_seed
 from aligner.data.preferences import Pair
 from aligner.data.samples import Demonstrations, Feedback, Pairs, Samples, pad_rows
+from aligner.data.sets import Examples, MixedExamples
 from aligner.data.stream import RowStream
 from aligner.data.streamed import ExampleStream, StreamedExamples
 from aligner.data.tokenized_answer import TokenizedAnswer
 
-TrainingRows = RowStream[Any] | ExampleStream[Any]
-"""Training rows in the order of the run, with the position in them: from memory, or as they are read."""
+
+def training_rows(config: Config, checked: Checked, digests: Mapping[str, str] | None = None) -> Mixture:
+    """The job's training rows in the order of the run, with the position in them.
+
+    Args:
+        digests: of each source's rows, by its name, if already computed.
+    """
+    data = checked.data
+    weights = data.training.weights if isinstance(data.training, MixedExamples) else {}
+    sources: list[MixedSource] = []
+    first = 0
+    for name, rows in data.parts.items():
+        stream = _stream(config, name, rows, len(data.parts) > 1, (digests or {}).get(name))
+        sources.append(MixedSource(name, stream, first, len(rows), weights.get(name, 1.0)))
+        first += len(rows)
+    return Mixture(sources, config.data.mixture, config.seed, config.data.curriculum.success_reward)
 
 
-def training_rows(config: Config, checked: Checked, known: str | None = None) -> TrainingRows:
-    """The job's stream; `known` is the rows' digest."""
-    rows, data = checked.data.training, config.data
+def _stream(config: Config, name: str, rows: Examples, mixed: bool, digest: str | None) -> SourceStream:
+    """One source's rows: as they are read, in the order of a curriculum, or in epochs."""
+    data, seed = config.data, source_seed(config.seed, name, mixed)
     if isinstance(rows, StreamedExamples):
-        return ExampleStream(rows, config.seed, data.shuffle, data.prompts_per_step, known)
-    return RowStream(rows, config.seed, data.shuffle, known)
+        return ExampleStream(rows, seed, data.shuffle, data.prompts_per_step, digest)
+    if data.curriculum.by != "none":
+        where = f"data.sources.{name}" if mixed else "data.path"
+        return CurriculumStream(rows, data.curriculum, seed, data.shuffle, digest, where)
+    return RowStream(rows, seed, data.shuffle, digest, data.mixture.replacement)
 
 
-def batches(config: Config, rows: TrainingRows) -> Iterator[Any]:
+def batches(config: Config, rows: Mixture) -> Iterator[Any]:
     """Batches in the form of data.kind, without end: how many a step takes is the loop's choice."""
     form = FORMS[config.data.kind]
     while True:

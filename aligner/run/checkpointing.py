@@ -19,8 +19,8 @@ from aligner.run.resume import compare
 from aligner.spmd.messages import all_gather
 
 if TYPE_CHECKING:
+    from aligner.data.mixture import Mixture
     from aligner.roles.build import Roles
-    from aligner.run.batches import TrainingRows
     from aligner.run.job import Job
     from aligner.spmd.world import World
     from aligner.trainer.engine import TrainEngine
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 class RunCheckpointer:
     """One rank's part: the same calls on every rank."""
 
-    def __init__(self, job: Job, world: World, roles: Roles, rows: TrainingRows) -> None:
+    def __init__(self, job: Job, world: World, roles: Roles, rows: Mixture) -> None:
         self.job, self.world, self.roles, self.rows = job, world, roles, rows
         self.run_dir = Path(job.config.run_dir)
         config = job.config.checkpoint
@@ -79,8 +79,7 @@ class RunCheckpointer:
 
     def _load(self, checkpoint: Checkpoint) -> None:
         state = checkpoint.state
-        changes = self.job.config.checkpoint.accept_changes or "digest" in state["data"]  # looked at by now
-        self.rows.load_state_dict(state["data"], changes)
+        self.rows.load_state_dict(state["data"], accept_changes=True)  # `compare` has looked at the digests by now
         for role in self.roles.trainable:
             if role.name in state["roles"]:
                 role.load_state(state["roles"][role.name], checkpoint)

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING
 import xxhash
 
 from aligner.data.digest import digest
+from aligner.data.named_sources import ALONE
 from aligner.reward.components import reward_components
 
 if TYPE_CHECKING:
     from aligner.config.schema import Config
     from aligner.data.sets import DataSets
 
-ROWS = "rows of data.path"
 SAMPLE = 1 << 16
 """Bytes that are looked at in the middle and at the end of a file of weights, which is too large to be read for this."""
 OURS = Path(__file__).resolve().parent.parent
@@ -29,7 +29,7 @@ def inputs_of(config: Config, roles: Iterable[str], data: DataSets) -> dict[str,
     Weights are known by their files' names, sizes, headers and two samples of each. What is part of aligner is left out:
     another version of it is told by environment.json.
     """
-    digests = {ROWS: data.training_digest()}
+    digests = {rows_of(name): value for name, value in data.training_digests().items()}
     held = [data.heldout, data.heldout_pairs, data.heldout_answers]
     if any(held):
         digests["rows of data.eval_path"] = digest(held)
@@ -47,6 +47,11 @@ def inputs_of(config: Config, roles: Iterable[str], data: DataSets) -> dict[str,
             if part.component.rule:
                 sources[f"source of {part.where}.rule"] = _source(part.component.rule)
     return digests | {source: _files([file]) for source, file in sources.items() if file is not None}
+
+
+def rows_of(source: str) -> str:
+    """What the rows of a training source are called."""
+    return "rows of data.path" if source == ALONE else f"rows of data.sources.{source}.path"
 
 
 def _source(name: str) -> Path | None:

@@ -22,6 +22,7 @@ from aligner.models.checkpoint import PeerFailedError
 from aligner.report.metrics import CONFIG_FILE, MetricsWriter
 from aligner.report.samples import write_samples
 from aligner.report.write import write_report
+from aligner.reward.role import Reward
 from aligner.reward.signals import start_tracker
 from aligner.roles.build import Roles, build_roles
 from aligner.run.batches import batches, training_rows
@@ -30,7 +31,7 @@ from aligner.run.checkpointing import RunCheckpointer
 from aligner.run.evaluate import Evaluation
 from aligner.run.exports import Exports, line_of
 from aligner.run.guards import Guards
-from aligner.run.input_digests import ROWS
+from aligner.run.input_digests import rows_of
 from aligner.run.job import Job
 from aligner.run.memory import open_account
 from aligner.run.random_states import seed_all
@@ -82,6 +83,8 @@ class Verdict:
     """The signal that asks it to save and leave."""
     memory: MemoryFigures = field(default_factory=MemoryFigures)
     """The most that any rank has measured in the step."""
+    rewards: Mapping[int, list[float]] = field(default_factory=dict)
+    """Of a curriculum by success: a prompt's index -> rewards of its samples."""
 
 
 class Driver:
@@ -93,7 +96,11 @@ class Driver:
         self.guards, self.signals = Guards(job.config.guards), Signals()
         metric = job.checked.best_metric
         best = Best(metric) if metric else None
-        self.rows = training_rows(job.config, job.checked, job.inputs.get(ROWS))
+        digests = {name: job.inputs[rows_of(name)] for name in job.checked.data.parts if rows_of(name) in job.inputs}
+        self.rows = training_rows(job.config, job.checked, digests)
+        for role in roles.built:
+            if isinstance(role, Reward):
+                role.keeps_scored = self.rows.mixed or self.rows.measures
         self.durable = RunCheckpointer(job, world, roles, self.rows)
         self.before = self.durable.restore()
         """Steps that an earlier start of this run has made."""
@@ -134,7 +141,8 @@ class Driver:
             result = checked_step(yielded, self._loop_name)
             seconds = time.perf_counter() - start
             row, stats = step_row(self.world, self.roles, result, seconds, self.signals.asked)
-            row |= self.rows.metrics()
+            rewards = stats.rewards()  # of all ranks on the first one, which tells the others
+            row |= self.rows.metrics() | self.rows.reward_metrics(rewards)
             if step == self.before + 1:
                 row |= self.job.checked.data.metrics()
             if held_up:
@@ -142,7 +150,8 @@ class Driver:
             evaluated = evaluates and (step % train.eval_every == 0 or step == train.steps)
             if evaluated:
                 row |= evaluation.run()
-            verdict = self._agree(step, row, stats)
+            verdict = self._agree(step, row, stats, rewards)
+            self.rows.record(verdict.rewards)
             self._log(step, row)
             self.exports.after(step, row, evaluated)
             self._write_samples(step, result)
@@ -235,7 +244,7 @@ class Driver:
         self.world.journal.step = step
         self.world.timeline.at(step)
 
-    def _agree(self, step: int, row: dict[str, float], stats: StepStats) -> Verdict:
+    def _agree(self, step: int, row: dict[str, float], stats: StepStats, rewards: Mapping[int, list[float]]) -> Verdict:
         """What rank 0 makes of its row, and what it says, known to every rank; it adds guard/NAME to the row."""
         verdict = Verdict()
         if self.writer:
@@ -247,7 +256,7 @@ class Driver:
             taken = self.job.lease.lost if self.job.lease else ""
             if taken:
                 stop = f"run_dir={self.run_dir} has been taken over by {taken}, while this job stood still."
-            verdict = Verdict(stop, stats.asked, stats.figures)
+            verdict = Verdict(stop, stats.asked, stats.figures, rewards if self.rows.measures else {})
         self.world.journal.enter("the first rank's verdict")
         with self.world.timeline.span("call", STEP_END):
             verdict = broadcast(self.world, verdict, (0,), range(self.world.size))
@@ -258,6 +267,8 @@ class Driver:
         """What was measured so far is no part of the next row."""
         for role in self.roles.built:
             role.seconds.clear()
+            if isinstance(role, Reward):
+                role.take_scored()
         self.world.residency.meter.take()
 
     def _note(self, text: str) -> None:

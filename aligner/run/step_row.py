@@ -6,7 +6,7 @@ from typing import Any
 
 from aligner.algorithms.step import Step
 from aligner.reward.pool import Status
-from aligner.reward.role import Rewards
+from aligner.reward.role import Reward, Rewards
 from aligner.roles.build import Roles
 from aligner.run.step_stats import StepStats, merged, step_stats_of
 from aligner.spmd.ref import Ref
@@ -37,6 +37,7 @@ def step_row(
         world.residency.meter.take(),
         world.residency.take_figures(),
         signal,
+        {key: one for role in roles.built if isinstance(role, Reward) for key, one in role.take_scored().items()},
     )
     collected = read_on_rank0(world, _logged(result), own_stats, merged)
     if collected is None:

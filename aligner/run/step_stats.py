@@ -23,10 +23,19 @@ class StepStats:
     """The signal that asks the job to leave."""
     figures: MemoryFigures = field(default_factory=MemoryFigures)
     """What residency decides by."""
+    scored: Mapping[tuple[int, int], tuple[int, float]] = field(default_factory=dict)
+    """(call of the reward, row of its batch) -> (the prompt's index, the reward); see `Reward.take_scored`."""
 
     def row(self) -> dict[str, float]:
         """The metrics."""
         return {**(self.syncs[0].metrics() if self.syncs else {}), **self.most}
+
+    def rewards(self) -> dict[int, list[float]]:
+        """The prompt's index -> rewards of its samples, whichever ranks scored them."""
+        by_prompt: dict[int, list[float]] = {}
+        for _, (index, reward) in sorted(self.scored.items()):
+            by_prompt.setdefault(index, []).append(reward)
+        return by_prompt
 
 
 def step_stats_of(
@@ -35,6 +44,7 @@ def step_stats_of(
     memory: Mapping[str, float],
     figures: MemoryFigures,
     asked: str = "",
+    scored: Mapping[tuple[int, int], tuple[int, float]] | None = None,
 ) -> StepStats:
     """This rank's since the last time; `memory` in GiB by role call."""
     seconds: dict[str, float] = {}
@@ -45,7 +55,7 @@ def step_stats_of(
     most = {f"seconds_{phase}": seconds[call] for call, phase in TIMED_CALLS.items() if call in seconds}
     most |= {f"memory_{phase}": memory[call] for call, phase in TIMED_CALLS.items() if call in memory}
     most |= {"memory_peak": memory["peak"]} if "peak" in memory else {}
-    return StepStats(most, (total(syncs),) if syncs else (), asked, figures)
+    return StepStats(most, (total(syncs),) if syncs else (), asked, figures, scored or {})
 
 
 def merged(one: StepStats, other: StepStats) -> StepStats:
@@ -54,4 +64,6 @@ def merged(one: StepStats, other: StepStats) -> StepStats:
     most = {name: max(most[name] for most in (one.most, other.most) if name in most) for name in names}
     syncs = one.syncs + other.syncs
     figures = one.figures.merged(other.figures)
-    return StepStats(most, (total(syncs),) if syncs else (), one.asked or other.asked, figures)
+    return StepStats(
+        most, (total(syncs),) if syncs else (), one.asked or other.asked, figures, {**one.scored, **other.scored}
+    )

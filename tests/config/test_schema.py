@@ -14,6 +14,8 @@ from aligner.config.help import field_docs, help_text
 from aligner.config.schema import CONF, Config, compose_config, to_config
 from aligner.data.column_addition import ColumnAddition
 from aligner.data.config import KINDS
+from aligner.data.mixture_config import CurriculumConfig
+from aligner.data.named_sources import named_sources
 from aligner.data.sets import METHODS
 from aligner.trainer.config import CriticConfig
 
@@ -101,6 +103,24 @@ def test_variables_of_the_chat_template_compose() -> None:
     for form in (given, ["+data.chat_template_kwargs={enable_thinking: false, documents: [{title: a}]}"]):
         found = to_config(compose_config([*NEEDED, *form])).data.chat_template_kwargs
         assert found == {"enable_thinking": False, "documents": [{"title": "a"}]}
+
+
+def test_sources_of_rows_compose(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SETS", "/sets")
+    whole = ["data.sources={math: {path: $SETS/math.jsonl, weight: 2}, chat: {path: chat.jsonl}}"]
+    singly = ["data.sources.math={path: $SETS/math.jsonl, weight: 2}", "data.sources.chat.path=chat.jsonl"]
+    for given in (whole, singly, [f"+{override}" for override in singly]):
+        data = to_config(compose_config([*NEEDED, *given])).data
+        assert data.sources == {"math": {"path": "/sets/math.jsonl", "weight": 2}, "chat": {"path": "chat.jsonl"}}
+        math, chat = named_sources(data)
+        assert (math.data.path, math.weight, chat.weight) == ("/sets/math.jsonl", 2.0, 1.0)
+    data = to_config(compose_config([*NEEDED, "data=mixture", "data.sources.math.path=~/m.jsonl"])).data
+    check_settings(data, "data")
+    assert data.sources["math"] == {"path": str(Path("~/m.jsonl").expanduser()), "weight": 2}
+    assert [source.weight for source in named_sources(data)] == [2.0, 1.0]
+    data = to_config(compose_config([*NEEDED, "data=curriculum", "data.path=rows.jsonl"])).data
+    check_settings(data, "data")
+    assert data.curriculum == CurriculumConfig(by="success", order="uncertain", fraction=0.5, retire_at=1.0)
 
 
 def test_a_system_prompt_and_a_template_file_compose(monkeypatch: pytest.MonkeyPatch) -> None:

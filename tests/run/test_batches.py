@@ -6,9 +6,11 @@ from typing import Any
 
 import pytest
 
+from aligner.data.config import DataConfig
 from aligner.data.preferences import Pair
 from aligner.data.prompts import Prompt
 from aligner.data.samples import Samples
+from aligner.data.sets import DataSets
 from aligner.data.tokenized_answer import TokenizedAnswer
 from aligner.run.batches import answers_as_samples, as_pairs, batches, training_rows
 
@@ -36,9 +38,8 @@ def test_a_pair_is_two_rows_the_chosen_one_first() -> None:
 
 
 def dealt(kind: str, training: list[Any], steps: int, per_step: int, shuffle: bool = True) -> list[Any]:
-    data = SimpleNamespace(kind=kind, shuffle=shuffle, prompts_per_step=per_step)
-    config: Any = SimpleNamespace(seed=3, data=data)
-    checked: Any = SimpleNamespace(data=SimpleNamespace(training=training))
+    config: Any = SimpleNamespace(seed=3, data=DataConfig(kind=kind, shuffle=shuffle, prompts_per_step=per_step))
+    checked: Any = SimpleNamespace(data=DataSets(training))
     return list(islice(batches(config, training_rows(config, checked)), steps))
 
 
