@@ -240,7 +240,9 @@ def _check_run_dir(config: Config) -> None:
 def _check_places(config: Config, roles: Collection[str]) -> None:
     """What the run replaces is its own, and none of what it reads."""
     sources: dict[str, str | None] = dict(config.model_path(role) for role in roles if config.role(role).kind.head)
-    sources |= {"data.path": config.data.path, "data.eval_path": config.data.eval_path}
+    for setting, given in (("data.path", config.data.path), ("data.eval_path", config.data.eval_path)):
+        several = [] if isinstance(given, str) else enumerate(given or ())
+        sources |= {f"{setting}[{number}]": path for number, path in several} or {setting: given or None}
     if "reward" in roles:
         rules = {f"{part.where}.rule": part.component.rule or "" for part in reward_components(config.reward)}
         sources |= {setting: rule.rpartition(":")[0] for setting, rule in rules.items() if ".py:" in rule}

@@ -13,6 +13,7 @@ from aligner.data.config import DataConfig
 from aligner.data.demonstrations import DemonstrationTokenizer
 from aligner.data.digest import digest
 from aligner.data.left_out import LeftOut
+from aligner.data.mapped import MappedRows
 from aligner.data.preferences import FeedbackTokenizer, Pair, PreferenceTokenizer
 from aligner.data.prompts import Prompt, PromptTokenizer
 from aligner.data.row_tokenizer import RowErrors, RowTokenizer, tokenize_source
@@ -102,7 +103,7 @@ def read_sets(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> DataSets:
             "data.path is not set; give a file, a folder or a glob of them, or choose a generated task: data=column_addition."
         )
     check_template_kwargs(tokenizer, data.chat_template_kwargs)
-    source = _task_rows(data, METHODS) if data.task else open_source(data.path or "")
+    source = _task_rows(data, METHODS) if data.task else _file_rows(data, tokenizer, "path")
     sets = _training(data, source, tokenizer)
     count = len(sets.training)
     if data.prompts_per_step > count:
@@ -112,7 +113,7 @@ def read_sets(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> DataSets:
         )
     if not (data.task or data.eval_path):
         return sets
-    heldout = _task_rows(data, HELDOUT_METHODS) if data.task else open_source(data.eval_path or "", "data.eval_path")
+    heldout = _task_rows(data, HELDOUT_METHODS) if data.task else _file_rows(data, tokenizer, "eval_path")
     return _with_heldout(sets, data, heldout, tokenizer)
 
 
@@ -179,6 +180,18 @@ def prompts_of(pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerBase) -> lis
             fields = {name: value for name, value in row.items() if name not in ANSWER_FIELDS}
             prompts[tokens] = Prompt(tokens, text, fields, len(prompts))
     return list(prompts.values())
+
+
+def _file_rows(data: DataConfig, tokenizer: PreTrainedTokenizerBase, field: str) -> RowSource:
+    """The rows of data.path or data.eval_path, with the keys that data.kind wants."""
+    held = field == "eval_path"
+    split, split_setting = (data.eval_split, "data.eval_split") if held else (data.split, "data.split")
+    source = open_source(getattr(data, field), f"data.{field}", split, split_setting)
+    chat = data.chat if data.chat is not None else data.format is not None and bool(tokenizer.chat_template)
+    if not (data.columns or data.format or chat):
+        return source
+    kind = "preferences" if held and data.kind == "feedback" else data.kind
+    return MappedRows(source, data.columns, data.format, kind, chat)
 
 
 def _task_rows(data: DataConfig, methods: dict[str, str]) -> RowSource:
