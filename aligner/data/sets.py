@@ -126,7 +126,7 @@ def _training(data: DataConfig, source: RowSource, tokenizer: PreTrainedTokenize
         bound = data.max_prompt_tokens if data.kind == "prompts" else data.max_tokens
         streamed: StreamedExamples[Any] = StreamedExamples(source, own, errors, bound)
         streamed.read_sample()
-        return DataSets(streamed)
+        return DataSets(streamed, wrong=errors.first)
     examples = tokenize_source(source, tokenize, errors)
     return DataSets(examples, left_out=+tokenize.left_out, notes=notes, wrong=errors.first)
 

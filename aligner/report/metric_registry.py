@@ -270,7 +270,9 @@ RESHARD = (
 _OWN_MEANING = "A user's loop's own; in metrics.jsonl, not on the console."
 OTHER = (
     Metric("guard/{guard}", "", Reduce.ONCE, "1 in a step in which this guard found something (docs/guards.md)."),
-    Metric("data/left_out", "rows", Reduce.ONCE, "Training rows left out when they were read; in the first step's row only."),
+    Metric("data/left_out", "rows", Reduce.ONCE, "Training rows left out when they were read: in the first step's row; of a streamed set in every row, so far."),
+    Metric("data/wait_seconds", "s", Reduce.ONCE, "What a step waited for rows of a streamed set to be read and tokenized (first rank).",
+           "seconds"),
     Metric("data/heldout_left_out", "rows", Reduce.ONCE, "The same of held-out rows."),
     Metric(f"reshard_{{{OWN}}}", "", Reduce.ONCE, _OWN_MEANING),
     Metric(f"seconds_{{{OWN}}}", "s", Reduce.ONCE, _OWN_MEANING, "seconds"),

@@ -97,10 +97,9 @@ def _file_rows(name: str, file: Path) -> RowSource:
                     f"is compressed, and holds another file ({kind}) as it is; decompress it first."
                 )
         return _rows_of_kind(name, file, kind, content)
-    except OSError as error:
-        raise ValueError(f"{name}: {file} cannot be read: {error.strerror}.") from None
-    except UnreadableFileError as error:
-        raise ValueError(f"{name}{f': {file}' if not name.endswith(f'={file}') else ''} {error}") from None
+    except (OSError, UnreadableFileError) as error:
+        problem = f"cannot be read: {error.strerror}." if isinstance(error, OSError) else str(error)
+        raise ValueError(f"{name}{f': {file}' if not name.endswith(f'={file}') else ''} {problem}") from None
 
 
 def _rows_of_kind(name: str, file: Path, kind: str, content: bytes | None) -> RowSource:

@@ -16,13 +16,11 @@ SPLITS = {
 }
 """Split -> words for it in names of files and folders."""
 NOT_ROWS = (
-    "dataset_info.json",
-    "dataset_infos.json",
-    "dataset_dict.json",
-    "state.json",
-    "config.json",
-    "metadata.json",
-)
+    "dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "config.json", "metadata.json",
+    "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "model.safetensors.index.json",
+)  # fmt: skip
+"""JSON files of data sets and models that are no rows."""
 
 
 def files_of_split(folder: Path, split: str, setting: str, split_setting: str) -> list[Path]:
