@@ -97,6 +97,8 @@ def expand_values(values: dict[str, Any]) -> None:
             node = node.get(part) if isinstance(node, dict) else None
         if isinstance(node, dict) and isinstance(node.get(name), str):
             node[name] = by(node[name], key)
+        elif isinstance(node, dict) and isinstance(node.get(name), list):  # several files
+            node[name] = [by(path, key) if isinstance(path, str) else path for path in node[name]]
 
 
 def _value(values: Any, key: str) -> Any:

@@ -243,9 +243,12 @@ def _check_run_dir(config: Config) -> None:
 def _check_places(config: Config, roles: Collection[str]) -> None:
     """What the run replaces is its own, and none of what it reads."""
     sources: dict[str, str | None] = dict(config.model_path(role) for role in roles if config.role(role).kind.head)
-    sources |= {f"data.{name}": getattr(config.data, name) for name in ("eval_path", "chat_template")}
+    given: dict[str, Any] = {"data.eval_path": config.data.eval_path, "data.chat_template": config.data.chat_template}
     if config.data.task is None:
-        sources |= {source.setting: source.data.path for source in named_sources(config.data)}
+        given |= {source.setting: source.data.path for source in named_sources(config.data)}
+    for setting, path in given.items():
+        several = [] if isinstance(path, str) else enumerate(path or ())
+        sources |= {f"{setting}[{number}]": one for number, one in several} or {setting: path or None}
     if "reward" in roles:
         rules = {f"{part.where}.rule": part.component.rule or "" for part in reward_components(config.reward)}
         sources |= {setting: rule.rpartition(":")[0] for setting, rule in rules.items() if ".py:" in rule}

@@ -6,6 +6,9 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 from aligner.bounds import AtLeast, OneOf
+from aligner.data.columns import Columns
+from aligner.data.formats import FORMATS
+from aligner.data.mapped import check_format
 from aligner.data.mixture_config import CurriculumConfig, MixtureConfig
 
 KINDS = ("prompts", "demonstrations", "preferences", "feedback")
@@ -13,13 +16,14 @@ KINDS = ("prompts", "demonstrations", "preferences", "feedback")
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Training and evaluation data: JSONL files or a generated task."""
+    """Training and evaluation data: files or a generated task."""
 
-    path: str | None = None
-    """JSONL training file; rows may have further fields. By `kind`: prompts: {"prompt"} or {"messages"}.
-    Demonstrations: {"prompt", "completion"}, {"query", "response"} or {"messages"}. Preferences: {"prompt", "chosen",
-    "rejected"} or {"query", "response": [...], "score": [...]}. Feedback: {"prompt", "completion", "label"} or
-    preferences."""
+    path: Any = None
+    """Training files: a file (.jsonl, .json, .csv, .tsv, those compressed; .parquet, .arrow), a folder of `save_to_disk` or of
+    shards, a glob, a data set's name on a hub (HF_HUB_OFFLINE=0), or a list of these. Rows may have further fields. By
+    `kind`: prompts: {"prompt"} or {"messages"}. Demonstrations: {"prompt", "completion"}, {"query", "response"} or
+    {"messages"}. Preferences: {"prompt", "chosen", "rejected"} or {"query", "response": [...], "score": [...]}. Feedback:
+    {"prompt", "completion", "label"} or preferences. Other columns: `columns`, `format`."""
     sources: dict[str, Any] = field(default_factory=dict)
     """Several training sources in place of data.path, by name: {path, weight, ...} (`SourceConfig` in
     aligner/data/mixture_config.py explains every setting; conf/data/mixture.yaml is an example)."""
@@ -27,10 +31,22 @@ class DataConfig:
     """How rows are drawn from data.sources."""
     curriculum: CurriculumConfig = field(default_factory=CurriculumConfig)
     """In which order a source's rows come in an epoch."""
-    eval_path: str | None = None
-    """JSONL file of held-out prompts (kind=prompts), demonstrations (evaluated by their loss) or preferences
+    eval_path: Any = None
+    """Files, likewise, of held-out prompts (kind=prompts), demonstrations (evaluated by their loss) or preferences
     (kind=preferences or feedback; responses to their prompts are also generated and scored if the roles allow it); null:
     no evaluation."""
+    split: str = "train"
+    """Split of data.path, where it has several (a DatasetDict, shards such as train_sft-00000-of-00003.parquet, a hub)."""
+    eval_split: str = "test"
+    """Split of data.eval_path, likewise."""
+    columns: Any = None
+    """Columns by our keys, {prompt: question, answer: final.answer}, also nested (a.b, messages[0].content); columns that are
+    not named stay as they are."""
+    format: Annotated[str | None, OneOf(*FORMATS)] = None
+    """Schema of a well-known data set, from which rows of `kind` are made (docs/data.md); null: rows have our keys."""
+    chat: bool | None = None
+    """Turn texts of prompts and answers into a user's and an assistant's turn, for the chat template; null: of a named
+    `format`, if the tokenizer has a chat template."""
     task: Any = None
     """A generated task instead of files, as a `_target_` (see data=column_addition)."""
     kind: Annotated[str, OneOf(*KINDS)] = "prompts"
@@ -80,3 +96,10 @@ class DataConfig:
                 "data.mixture.replacement=true draws rows at random, so data.curriculum.by="
                 f"{self.curriculum.by} has no order to follow; use by=none, or replacement=false."
             )
+        check_format(self.format, self.kind)
+        if self.columns is not None:
+            Columns(self.columns)
+        for setting, path in (("path", self.path), ("eval_path", self.eval_path)):
+            parts = path if isinstance(path, (list, tuple)) else [path]
+            if not all(part is None or isinstance(part, str) for part in parts):
+                raise ValueError(f"data.{setting}={path} must be a path, or a list of paths.")

@@ -19,6 +19,14 @@ class SourceConfig:
     """Its rows, as data.path."""
     weight: float = 1.0
     """Its share of the rows (or, with data.mixture.batches=single, of the batches), relative to the others'."""
+    split: str | None = None
+    """Its split; null: data.split."""
+    columns: Any = None
+    """Its columns by our keys; null: data.columns."""
+    format: str | None = None
+    """Its schema (docs/data.md); null: data.format."""
+    chat: bool | None = None
+    """Whether its texts become turns of a conversation; null: data.chat."""
     system_prompt: str | None = None
     """System prompt of its conversations; null: data.system_prompt."""
     chat_template_kwargs: dict[str, Any] | None = None

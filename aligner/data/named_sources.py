@@ -71,7 +71,13 @@ def _named(name: str, values: Any, data: DataConfig) -> NamedSource:
         if entry.name != "weight" and getattr(source, entry.name) is not None
     }
     own["chat_template_kwargs"] = {**data.chat_template_kwargs, **own.get("chat_template_kwargs", {})}
-    return NamedSource(name, replace(data, sources={}, **own), f"{where}.path", source.weight)
+    try:
+        merged = replace(data, sources={}, **own)
+        merged.check()
+    except ValueError as error:
+        names = "|".join(own)
+        raise ValueError(re.sub(rf"\bdata\.({names})\b", rf"{where}.\1", str(error))) from None
+    return NamedSource(name, merged, f"{where}.path", source.weight)
 
 
 def _read(values: Any, where: str) -> SourceConfig:

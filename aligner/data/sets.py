@@ -13,6 +13,7 @@ from aligner.data.config import DataConfig
 from aligner.data.demonstrations import DemonstrationTokenizer
 from aligner.data.digest import digest
 from aligner.data.left_out import LeftOut
+from aligner.data.mapped import MappedRows
 from aligner.data.named_sources import ALONE, NamedSource, named_sources
 from aligner.data.preferences import FeedbackTokenizer, Pair, PreferenceTokenizer
 from aligner.data.prompts import Prompt, PromptTokenizer
@@ -131,10 +132,8 @@ def read_sets(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> DataSets:
             f"data.prompts_per_step={data.prompts_per_step} is more than the {count} rows of "
             f"{', '.join(training_sources(data))}; use {count} or less, or give more rows."
         )
-    if not (data.task or data.eval_path):
-        return sets
-    heldout = _task_rows(data, HELDOUT_METHODS) if data.task else open_source(data.eval_path or "", "data.eval_path")
-    return _with_heldout(sets, data, heldout, tokenizer)
+    heldout = open_heldout(data, tokenizer)
+    return sets if heldout is None else _with_heldout(sets, data, heldout, tokenizer)
 
 
 def training_sources(data: DataConfig) -> dict[str, NamedSource]:
@@ -149,11 +148,18 @@ def training_sources(data: DataConfig) -> dict[str, NamedSource]:
     }
 
 
-def open_training(source: NamedSource) -> RowSource:
+def open_training(source: NamedSource, tokenizer: PreTrainedTokenizerBase) -> RowSource:
     """The rows of a training source. Raises ValueError: they cannot be read, or there are none."""
     if source.data.task:
         return _task_rows(source.data, METHODS)
-    return open_source(source.data.path or "", source.setting)
+    return _file_rows(source.data, tokenizer, source.setting)
+
+
+def open_heldout(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> RowSource | None:
+    """The held-out rows; None if there are none. Raises ValueError: they cannot be read."""
+    if data.task:
+        return _task_rows(data, HELDOUT_METHODS)
+    return _file_rows(data, tokenizer, "data.eval_path") if data.eval_path else None
 
 
 def _all_training(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> DataSets:
@@ -164,7 +170,7 @@ def _all_training(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> DataS
     for source in named:
         where = "data" if source.name == ALONE else f"data.sources.{source.name}"
         check_template_kwargs(tokenizer, source.data.chat_template_kwargs, f"{where}.chat_template_kwargs.")
-        read[source.name] = _training(source.data, open_training(source), tokenizer, first)
+        read[source.name] = _training(source.data, open_training(source, tokenizer), tokenizer, first)
         first += len(read[source.name].training)
         _check_order(source, read[source.name])
     if not data.sources:
@@ -211,7 +217,7 @@ def _training(data: DataConfig, source: RowSource, tokenizer: PreTrainedTokenize
         bound = data.max_prompt_tokens if data.kind == "prompts" else data.max_tokens
         streamed: StreamedExamples[Any] = StreamedExamples(source, own, errors, bound, first)
         streamed.read_sample()
-        return DataSets(streamed)
+        return DataSets(streamed, wrong=errors.first)
     examples = tokenize_source(source, tokenize, errors, first)
     return DataSets(examples, left_out=+tokenize.left_out, notes=notes, wrong=errors.first)
 
@@ -265,6 +271,18 @@ def prompts_of(pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerBase) -> lis
             fields = {name: value for name, value in row.items() if name not in ANSWER_FIELDS}
             prompts[tokens] = Prompt(tokens, text, fields, len(prompts))
     return list(prompts.values())
+
+
+def _file_rows(data: DataConfig, tokenizer: PreTrainedTokenizerBase, setting: str) -> RowSource:
+    """The rows of data.path, of a source's path or of data.eval_path (`setting`), with the keys that data.kind wants."""
+    held, section = setting == "data.eval_path", setting.rpartition(".")[0]
+    split, split_setting = (data.eval_split, "data.eval_split") if held else (data.split, f"{section}.split")
+    source = open_source(data.eval_path if held else data.path, setting, split, split_setting)
+    chat = data.chat if data.chat is not None else data.format is not None and bool(tokenizer.chat_template)
+    if not (data.columns or data.format or chat):
+        return source
+    kind = "preferences" if held and data.kind == "feedback" else data.kind
+    return MappedRows(source, data.columns, data.format, kind, chat)
 
 
 def _task_rows(data: DataConfig, methods: dict[str, str]) -> RowSource:

@@ -190,6 +190,8 @@ class Driver:
             self.writer.note(f"rows of data.path left out: {left_out_text(data.left_out)}")
         if self.writer and data.heldout_left_out.total():
             self.writer.note(f"held-out rows left out: {left_out_text(data.heldout_left_out)}")
+        for error in data.wrong if self.writer else ():
+            self._note(f"skipped (data.on_error=skip): {error}")
         if self.writer and data.notes:
             self.writer.note(f"data.path: {left_out_text(data.notes)}")
         if self.writer and checked.ends.disagreement:

@@ -21,6 +21,7 @@ import pytest
 import torch
 
 from tests import fork_server
+from tests.e2e.bad_data import BAD_DATA, write_bad_data
 
 ROOT = Path(__file__).resolve().parents[2]
 ON_CPU = not torch.cuda.is_available()
@@ -92,7 +93,11 @@ MODEL = [
 ]
 DATA = [
     Case("missing", "data.path={bad}/nowhere.jsonl", ("data.path={bad}/nowhere.jsonl does not exist",)),
-    Case("folder", "data.path={bad}", ("data.path={bad} is a folder", "JSON object a line")),
+    Case(
+        "folder",
+        "data.path={bad}/no_weights",
+        ("data.path={bad}/no_weights is a folder without data files", "give a file"),
+    ),
     Case("unreadable", "data.path=/proc/self/mem", ("data.path=/proc/self/mem cannot be read",)),
     Case("empty", "data.path={bad}/empty.jsonl", ("data.path={bad}/empty.jsonl has no rows",)),
     Case("malformed_line", "data.path={bad}/malformed.jsonl", ("{bad}/malformed.jsonl:3 is not valid JSON", "column")),
@@ -398,7 +403,15 @@ REWARD = [
     ),
     Case("workers", "reward.workers=0", ("reward.workers=0 must be at least 1",)),
 ]
-GROUPS = {"model": MODEL, "data": DATA, "settings": SETTINGS, "placement": PLACEMENT, "reward": REWARD}
+FORMATS = [Case(name, settings, said) for name, (settings, said) in BAD_DATA.items()]
+GROUPS = {
+    "model": MODEL,
+    "data": DATA,
+    "formats": FORMATS,
+    "settings": SETTINGS,
+    "placement": PLACEMENT,
+    "reward": REWARD,
+}
 EARLY = {f"{group}-{case.name}": case for group, cases in GROUPS.items() for case in cases}
 
 PROGRAM = """
@@ -458,6 +471,7 @@ FILES = {
 
 def _write_bad(bad: Path, good: Path) -> None:
     """Files and model folders, each of them good but for one thing."""
+    write_bad_data(bad / "data")
     for name, content in FILES.items():
         (bad / name).parent.mkdir(exist_ok=True)
         (bad / name).write_bytes(content)

@@ -1,148 +1,99 @@
-"""Detect data files that are not JSONL (Parquet, CSV, compressed, ...) and suggest the command that converts them."""
+"""What kind of data file a file is, by its first bytes, then by its name; and what to do about those that are not read."""
 
 from __future__ import annotations
 
-import re
+import json
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
 HEAD_BYTES = 1024
 """Bytes at the start of a file that are inspected."""
+JSON_LINES, JSON, CSV, TSV = "jsonl", "json", "csv", "tsv"
+PARQUET, ARROW_FILE, ARROW_STREAM = "parquet", "arrow", "arrow stream"
+COMPRESSED = {"gzip": b"\x1f\x8b", "zstd": b"\x28\xb5\x2f\xfd", "xz": b"\xfd7zXZ\x00", "bzip2": b"BZh", "lz4": b"\x04\x22\x4d\x18"}  # fmt: skip
+"""Compression -> first bytes."""
+PACKED_SUFFIXES = (".gz", ".zst", ".xz", ".bz2", ".lz4")
+SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".feather")
+"""Names of data files in folders; any of them may be followed by one of PACKED_SUFFIXES."""
+
+
+class UnreadableFileError(ValueError):
+    """A file that holds no rows as it is; the text continues "FILE "."""
 
 
 @dataclass(frozen=True)
-class FileFormat:
-    """A file format that is not supported directly."""
+class Refused:
+    """A kind of file that holds no rows as it is."""
 
     description: str
-    """Description; completes "the file is ..."."""
-    command: str
-    """Command that converts {file} to {out}, both shell-quoted; {python} is {file} as a Python literal inside "..."."""
-    beginnings: tuple[bytes, ...] = ()
-    suffixes: tuple[str, ...] = ()
+    """Completes "the file is ..."."""
+    advice: str
+    """What to do; {file} is the file, shell-quoted."""
+    beginnings: tuple[bytes, ...]
 
 
-CSV = (
-    "python -c \"import csv, json; [print(json.dumps(row)) for row in csv.DictReader(open({python}, newline='', encoding='utf-8-sig'){tab})]\" "
-    "> {out}"
-)
-LFS = FileFormat("a pointer of Git LFS, not the file itself", "git lfs pull", (b"version https://git-lfs",))
-FORMATS = (
-    LFS,
-    FileFormat("compressed (gzip)", "gzip -dc {file} > {out}", (b"\x1f\x8b",)),
-    FileFormat("compressed (zstd)", "zstd -dc {file} > {out}", (b"\x28\xb5\x2f\xfd",)),
-    FileFormat("compressed (xz)", "xz -dc {file} > {out}", (b"\xfd7zXZ\x00",)),
-    FileFormat("compressed (bzip2)", "bzip2 -dc {file} > {out}", (b"BZh",)),
-    FileFormat("compressed (lz4)", "lz4 -dc {file} > {out}", (b"\x04\x22\x4d\x18",)),
-    FileFormat("a zip archive", "unzip -p {file} > {out}", (b"PK\x03\x04",)),
-    FileFormat(
-        "a Parquet file",
-        'python -c "from datasets import Dataset; Dataset.from_parquet({python}).to_json({pythonout})" (pip install datasets)',
-        (b"PAR1",),
-    ),
-    FileFormat(
-        "an Arrow file",
-        "python -c \"import pandas; pandas.read_feather({python}).to_json({pythonout}, orient='records', lines=True)\" "
-        "(pip install pandas pyarrow)",
-        (b"ARROW1",),
-    ),
-    FileFormat(
-        "an Arrow stream, as datasets keeps them",
-        'python -c "from datasets import Dataset; Dataset.from_file({python}).to_json({pythonout})" (pip install datasets)',
-        (b"\xff\xff\xff\xff",),
-    ),
-    FileFormat("UTF-16 text", "iconv -f UTF-16 -t UTF-8 {file} > {out}", (b"\xff\xfe", b"\xfe\xff")),
-    FileFormat("a table of comma-separated values", CSV.replace("{tab}", ""), suffixes=(".csv",)),
-    FileFormat("a table of tab-separated values", CSV.replace("{tab}", ", delimiter='\\t'"), suffixes=(".tsv",)),
-    FileFormat(
-        "one JSON array",
-        'python -c "import json; [print(json.dumps(row)) for row in json.load(open({python}))]" > {out}',
-        (b"[",),
-    ),
-)
-TAR = FileFormat("a tar archive", "tar -xf {file}")
-MULTILINE = FileFormat(
-    "JSON with objects that span several lines",
-    "jq -c . {file} > {out} (with '.data[]' in place of . where the rows are a list under \"data\")",
-)
+REFUSED = (
+    Refused("a pointer of Git LFS, not the file itself", "run git lfs pull", (b"version https://git-lfs",)),
+    Refused("a zip archive", "run unzip {file}, and give what it holds", (b"PK\x03\x04",)),
+    Refused("UTF-16 text", "run iconv -f UTF-16 -t UTF-8 {file} > rows.jsonl", (b"\xff\xfe", b"\xfe\xff")),
+    Refused("an HTML page", "download the file itself (a hub's raw or resolve link)", (b"<!DOCTYPE", b"<!doctype", b"<html")),
+    Refused("a file of Python's pickle or torch", "write its rows as JSONL or parquet", (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")),
+    Refused("a database of SQLite", "write its rows as JSONL or parquet", (b"SQLite format 3",)),
+)  # fmt: skip
+TAR = Refused("a tar archive", "run tar -xf {file}, and give what it holds", ())
 
 
-def conversion_hint(file: Path, head: bytes) -> str | None:
-    """The end of an error message for a file that is not JSONL, with the command that converts it; None for JSONL.
+def kind_of(file: Path, head: bytes) -> str:
+    """JSON_LINES, JSON, CSV, TSV, PARQUET, ARROW_FILE, ARROW_STREAM or a key of COMPRESSED.
 
     Args:
-        head: the first HEAD_BYTES of the file.
+        head: the first HEAD_BYTES of the file, or of what it decompresses to.
+
+    Raises:
+        UnreadableFileError: none of them.
     """
-    form = _detect(file, head)
-    if form is None:
-        return None
-    name = file.name
-    for suffix in (
-        ".gz",
-        ".zst",
-        ".xz",
-        ".bz2",
-        ".lz4",
-        ".zip",
-        ".parquet",
-        ".arrow",
-        ".feather",
-        ".csv",
-        ".tsv",
-        ".json",
-    ):
+    for compression, beginning in COMPRESSED.items():
+        if head.startswith(beginning):
+            return compression
+    if head.startswith(b"PAR1"):
+        return PARQUET
+    if head.startswith(b"ARROW1"):
+        return ARROW_FILE
+    if head.startswith(b"\xff\xff\xff\xff"):
+        return ARROW_STREAM
+    for refused in REFUSED if head[257:262] != b"ustar" else (TAR,):
+        if refused is TAR or head.lstrip().startswith(refused.beginnings):
+            raise UnreadableFileError(
+                f"is {refused.description}; {refused.advice.replace('{file}', shlex.quote(str(file)))}."
+            )
+    name = file.name.lower()
+    for suffix in PACKED_SUFFIXES:
         name = name.removesuffix(suffix)
-    target = str(file.with_name(f"{Path(name).stem if name.endswith('.jsonl') else name}.jsonl"))
-    if target == str(file):
-        target = str(file.with_name(f"{file.stem}.rows.jsonl"))
-    command = form.command
-    for key, value in {
-        "{file}": shlex.quote(str(file)),
-        "{out}": shlex.quote(target),
-        "{python}": _python(str(file)),
-        "{pythonout}": _python(target),
-    }.items():
-        command = command.replace(key, value)
-    return f"is {form.description}, and rows are read from JSONL, one JSON object a line; first run: {command}"
-
-
-def missing_hint(path: str) -> str:
-    """A hint for a path that does not exist (URL, glob, hub data set), as a further sentence; "" if there is none."""
-    if "://" in path:
-        return " URLs are not opened: download the file first."
-    if any(letter in path for letter in "*?[,"):
-        return " Only one file is read: join several with cat FILES > rows.jsonl."
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", path) and not Path(path).suffix:
-        command = f"from datasets import load_dataset; load_dataset('{path}', split='train').to_json('rows.jsonl')"
-        return f' If it is a data set on a hub: python -c "{command}" (pip install datasets).'
-    return ""
-
-
-def folder_hint(folder: Path) -> str:
-    """A hint for a path that is a folder, as a further sentence; "" if there is none."""
-    if (folder / "dataset_info.json").is_file() or (folder / "dataset_dict.json").is_file():
-        command = f"from datasets import load_from_disk; load_from_disk({_python(str(folder))}).to_json('rows.jsonl')"
-        return f' It is a data set saved by datasets: python -c "{command}".'
-    names = sorted(file.name for file in folder.glob("*.jsonl"))[:3]
-    return f" It holds {', '.join(names)}." if names else ""
-
-
-def _detect(file: Path, head: bytes) -> FileFormat | None:
     text = head.removeprefix(b"\xef\xbb\xbf").lstrip()
-    if head[257:262] == b"ustar":
-        return TAR
+    if text.startswith(b"["):
+        return JSON
     if text.startswith(b"{"):
-        first = text.split(b"\n", 1)
-        return MULTILINE if len(first) > 1 and first[0].strip() == b"{" else None
-    for form in FORMATS:
-        if head.startswith(form.beginnings) or (text.startswith(b"[") and b"[" in form.beginnings):
-            return form
-        if file.name.lower().endswith(form.suffixes) and form.suffixes:
-            return form
-    return None
+        return JSON if name.endswith(".json") and not _is_object(text.split(b"\n", 1)[0]) else _lines_or_document(text)
+    if name.endswith(".parquet") and head:
+        raise UnreadableFileError(
+            "is not a parquet file, as its name says: it is damaged, or was not downloaded; fetch it again."
+        )
+    if name.endswith((".arrow", ".feather")) and head:
+        raise UnreadableFileError(
+            "is not an Arrow file, as its name says: it is damaged, or was not downloaded; fetch it again."
+        )
+    return {".csv": CSV, ".tsv": TSV}.get(name[-4:], JSON_LINES)
 
 
-def _python(text: str) -> str:
-    """A Python string literal, escaped for use inside double quotes of a shell."""
-    return re.sub(r'([\\"$`])', r"\\\1", repr(text))
+def _lines_or_document(text: bytes) -> str:
+    return JSON if text.split(b"\n", 1)[0].strip() == b"{" else JSON_LINES
+
+
+def _is_object(line: bytes) -> bool:
+    """Whether the line is a row: an object, and not the whole document with its rows in a list."""
+    try:
+        value = json.loads(line)
+    except ValueError:
+        return False
+    return isinstance(value, dict) and not (len(value) == 1 and isinstance(next(iter(value.values())), list))

@@ -1,0 +1,164 @@
+"""Conversations as ShareGPT, Anthropic's and OpenAI's interfaces write them -> messages of chat templates."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from aligner.data.checked_columns import FormatRow, Row
+from aligner.data.tokenizer import checked_messages, shortened
+
+SPEAKERS = {
+    "human": "user", "user": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant",
+    "assistant": "assistant", "model": "assistant", "system": "system", "tool": "tool", "observation": "tool",
+    "function_response": "tool", "function_call": "function_call",
+}  # fmt: skip
+"""ShareGPT's 'from' -> role; "function_call" is an assistant turn whose value is the call as JSON."""
+
+
+def sharegpt(row: FormatRow, chat: bool) -> Row:
+    """'conversations' of 'from' and 'value'; 'system' and 'tools' may stand beside them."""
+    messages: list[Row] = []
+    for number, value in enumerate(row.list("conversations")):
+        turn = row.within(value, f"conversations[{number}]")
+        role = SPEAKERS.get(turn.text("from"))
+        if role is None:
+            turn.fail(f"'from' is {turn.row['from']!r}, which is none of {', '.join(SPEAKERS)}")
+        weight = {key: turn.row[key] for key in ("weight", "train") if turn.row.get(key) is not None}
+        if role == "function_call":
+            call = _json_object(turn, turn.text("value"))
+            messages.append({"role": "assistant", "content": "", "tool_calls": [_call(call)], **weight})
+        else:
+            messages.append({"role": role, "content": turn.text("value"), **weight})
+    system = row.optional_text("system")
+    if system and messages[0]["role"] != "system":
+        messages.insert(0, {"role": "system", "content": system})
+    return {**row.rest("conversations", "system"), "messages": messages}
+
+
+def anthropic(row: FormatRow, chat: bool) -> Row:
+    """Contents are text or blocks: text, thinking, tool_use, tool_result; 'tools' have an 'input_schema'."""
+    messages: list[Row] = []
+    system = row.row.get("system")
+    if system:
+        parts = [{"type": "text", "text": system}] if isinstance(system, str) else system
+        if not isinstance(parts, list):
+            row.fail(f"column 'system' must be text or a list of text blocks, not {shortened(system)}")
+        messages.append({"role": "system", "content": _texts(row, parts, "system")})
+    for number, value in enumerate(row.list("messages")):
+        messages += _anthropic_turn(row.within(value, f"messages[{number}]"))
+    tools = [_anthropic_tool(row.within(tool, f"tools[{n}]")) for n, tool in enumerate(row.row.get("tools") or [])]
+    fields = row.rest("system", "messages", "tools")
+    return {**fields, "messages": messages, **({"tools": tools} if tools else {})}
+
+
+def openai(row: FormatRow, chat: bool) -> Row:
+    """'messages' with 'tool_calls' and 'tools' (or the older 'function_call' and 'functions'), or a pair of outputs."""
+    if "preferred_output" not in row.row:
+        fields = row.rest("messages", "tools", "functions", "parallel_tool_calls")
+        return {**fields, "messages": _openai_messages(row, row.list("messages"), "messages"), **_openai_tools(row)}
+    given = row.within(row.object("input"), "input")
+    prompt = _openai_messages(given, given.list("messages"), "messages")
+    sides = {
+        ours: _openai_messages(row, row.list(theirs), theirs)
+        for ours, theirs in (("chosen", "preferred_output"), ("rejected", "non_preferred_output"))
+    }
+    fields = row.rest("input", "preferred_output", "non_preferred_output")
+    return {**fields, "prompt": prompt, **sides, **_openai_tools(given)}
+
+
+def _anthropic_turn(turn: FormatRow) -> list[Row]:
+    """One turn: results of tools become turns of their own, before what the user says."""
+    role, content = turn.text("role"), turn.row.get("content")
+    if role not in ("user", "assistant"):
+        turn.fail(f"'role' is {role!r}, which is none of user, assistant (a system prompt is the column 'system')")
+    if isinstance(content, str):
+        return [{"role": role, "content": content}]
+    texts: list[Row] = []
+    thoughts: list[str] = []
+    calls: list[Row] = []
+    results: list[Row] = []
+    for number, value in enumerate(turn.list("content")):
+        block = turn.within(value, f"content[{number}]")
+        kind = block.text("type")
+        if kind == "text":
+            texts.append(value)
+        elif kind == "thinking" and role == "assistant":
+            thoughts.append(block.text("thinking"))
+        elif kind == "tool_use" and role == "assistant":
+            call = {"name": block.text("name"), "arguments": block.object("input")}
+            calls.append({**({"id": block.row["id"]} if block.row.get("id") else {}), **_call(call)})
+        elif kind == "tool_result" and role == "user":
+            results.append(_tool_result(block))
+        else:
+            block.fail(f"'type' is {kind!r}, which is no block of text in a turn of the {role}")
+    own: list[Row] = []
+    if texts or calls or thoughts:
+        own = [{"role": role, "content": _texts(turn, texts, "content")}]
+        own[0] |= ({"tool_calls": calls} if calls else {}) | (
+            {"reasoning_content": "\n".join(thoughts)} if thoughts else {}
+        )
+    return [*results, *own]
+
+
+def _tool_result(block: FormatRow) -> Row:
+    content = block.row.get("content")
+    text = content if isinstance(content, str) else _texts(block, content or [], "content")
+    call = {"tool_call_id": block.row["tool_use_id"]} if block.row.get("tool_use_id") else {}
+    return {"role": "tool", **call, "content": text}
+
+
+def _anthropic_tool(tool: FormatRow) -> Row:
+    function = {
+        "name": tool.text("name"),
+        "description": tool.optional_text("description"),
+        "parameters": tool.object("input_schema"),
+    }
+    return {"type": "function", "function": function}
+
+
+def _texts(row: FormatRow, blocks: list[Any], place: str) -> str:
+    texts = []
+    for number, value in enumerate(blocks):
+        block = row.within(value, f"{place}[{number}]")
+        if block.row.get("type") != "text":
+            block.fail(f"'type' is {block.row.get('type')!r}, and only text can be trained on")
+        texts.append(block.text("text"))
+    return "\n".join(texts)
+
+
+def _openai_messages(row: FormatRow, values: list[Any], column: str) -> list[Row]:
+    messages: list[Row] = []
+    for number, value in enumerate(values):
+        message = dict(row.within(value, f"{column}[{number}]").row)
+        if message.get("role") == "developer":
+            message["role"] = "system"
+        if message.get("role") == "function":
+            message["role"] = "tool"
+        call = message.pop("function_call", None)
+        if call is not None:
+            message["tool_calls"] = [_call(row.within(call, f"{column}[{number}].function_call").row)]
+        messages.append(message)
+    return checked_messages(messages, row.label, column)
+
+
+def _openai_tools(row: FormatRow) -> Row:
+    tools, functions = row.row.get("tools"), row.row.get("functions")
+    if functions and not tools:
+        tools = [{"type": "function", "function": function} for function in functions]
+    return {"tools": tools} if tools else {}
+
+
+def _call(call: Row) -> Row:
+    """{'name', 'arguments'} as one entry of 'tool_calls'."""
+    return {"type": "function", "function": {"name": call.get("name"), "arguments": call.get("arguments", {})}}
+
+
+def _json_object(turn: FormatRow, text: str) -> Row:
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = None
+    if not isinstance(value, dict) or not isinstance(value.get("name"), str):
+        turn.fail(f"'value' of a function_call must be JSON with 'name' and 'arguments', not {shortened(text)}")
+    return value

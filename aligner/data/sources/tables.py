@@ -1,0 +1,153 @@
+"""Parquet and Arrow files: any row at once, of sets larger than memory. A cell without a value (null) is no column of its row."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from aligner.data.order import WINDOW
+from aligner.data.sources.sampled_digest import digest_of_file
+from aligner.data.sources.source import LabelledRow
+
+BLOCK_ROWS = 16_384
+"""Most rows of a block."""
+BLOCK_BYTES = 1 << 24
+"""Bytes of a block, uncompressed, as far as the file's footer says."""
+KEPT_BLOCKS = WINDOW + 1
+"""Decoded blocks that are kept: those of one window of the order."""
+
+
+class ParquetRows:
+    """Rows of a parquet file. Row groups are decoded in blocks, a few of which are kept; a row of another block costs the
+    decoding of its row group up to it."""
+
+    def __init__(self, name: str, path: Path) -> None:
+        """Raises ValueError: no rows, or no parquet file."""
+        import pyarrow
+        import pyarrow.parquet
+
+        self.name, self._path = name, path
+        try:
+            self._file = pyarrow.parquet.ParquetFile(path, memory_map=True)
+        except (pyarrow.ArrowException, OSError) as error:
+            raise ValueError(f"{name}: {path} is a damaged parquet file ({_line(error)}); fetch it again.") from None
+        footer = self._file.metadata
+        self._rows = footer.num_rows
+        if not self._rows:
+            raise ValueError(f"{name} has no rows: {path}.")
+        self._blocks: list[range] = []
+        self._groups: list[tuple[int, int]] = []
+        """Per block: its row group, the block's number within it."""
+        self._sizes: list[int] = []
+        """Rows of each row group's blocks."""
+        start = 0
+        for group in range(footer.num_row_groups):
+            rows, content = footer.row_group(group).num_rows, footer.row_group(group).total_byte_size
+            size = max(1, min(BLOCK_ROWS, BLOCK_BYTES * rows // max(1, content)))
+            self._sizes.append(size)
+            for number, first in enumerate(range(0, rows, size)):
+                self._blocks.append(range(start + first, start + min(rows, first + size)))
+                self._groups.append((group, number))
+            start += rows
+        self._ends = np.array([block.stop for block in self._blocks])
+        self._kept: OrderedDict[int, Any] = OrderedDict()
+        self._open: tuple[int, int, Iterator[Any]] | None = None
+        """A row group that is being decoded: its number, the next block in it, its batches."""
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return self._rows
+
+    def row(self, index: int) -> LabelledRow:
+        """Row `index`, from 0.
+
+        Raises:
+            ValueError: its row group is damaged.
+        """
+        block = int(np.searchsorted(self._ends, index, side="right"))
+        label = f"{self._path}, row {index + 1}"
+        with self._lock:
+            batch = self._block(block, label)
+        return label, _row_of(batch, index - self._blocks[block].start)
+
+    def blocks(self) -> Sequence[range]:
+        """Parts of row groups."""
+        return self._blocks
+
+    def digest(self) -> str:
+        """Of the file's size and samples of it, among them its footer."""
+        return digest_of_file(self._path)
+
+    def _block(self, block: int, label: str) -> Any:
+        import pyarrow
+
+        if block in self._kept:
+            self._kept.move_to_end(block)
+            return self._kept[block]
+        group, number = self._groups[block]
+        if self._open is None or self._open[0] != group or self._open[1] > number:
+            self._open = (group, 0, self._file.iter_batches(self._sizes[group], row_groups=[group]))
+        try:
+            for skipped in range(self._open[1], number + 1):
+                batch = next(self._open[2])
+                self._open = (group, skipped + 1, self._open[2])
+        except (pyarrow.ArrowException, OSError) as error:
+            self._open = None
+            raise ValueError(f"{label}: row group {group} is damaged ({_line(error)}); fetch the file again.") from None
+        self._kept[block] = batch
+        if len(self._kept) > KEPT_BLOCKS:
+            self._kept.popitem(last=False)
+        return batch
+
+
+class ArrowRows:
+    """Rows of an Arrow file or stream (as `datasets` keeps them), mapped into memory: any row costs the same."""
+
+    def __init__(self, name: str, path: Path, stream: bool) -> None:
+        """Raises ValueError: no rows, or a damaged file."""
+        import pyarrow
+
+        self.name, self._path = name, path
+        try:
+            mapped = pyarrow.memory_map(str(path))
+            if stream:
+                self._batches = list(pyarrow.ipc.open_stream(mapped))
+            else:
+                opened = pyarrow.ipc.open_file(mapped)
+                self._batches = [opened.get_batch(number) for number in range(opened.num_record_batches)]
+        except (pyarrow.ArrowException, OSError) as error:
+            raise ValueError(f"{name}: {path} is a damaged Arrow file ({_line(error)}); fetch it again.") from None
+        self._ends = np.cumsum([batch.num_rows for batch in self._batches], dtype=np.int64)
+        if not len(self._ends) or not self._ends[-1]:
+            raise ValueError(f"{name} has no rows: {path}.")
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def row(self, index: int) -> LabelledRow:
+        """Row `index`, from 0."""
+        batch = int(np.searchsorted(self._ends, index, side="right"))
+        offset = index - (int(self._ends[batch - 1]) if batch else 0)
+        return f"{self._path}, row {index + 1}", _row_of(self._batches[batch], offset)
+
+    def blocks(self) -> None:
+        """Any row costs the same."""
+        return None
+
+    def digest(self) -> str:
+        """Of the file's size and samples of it."""
+        return digest_of_file(self._path)
+
+
+def _row_of(batch: Any, offset: int) -> dict[str, Any]:
+    row: dict[str, Any] = batch.slice(offset, 1).to_pylist()[0]
+    return {name: value for name, value in row.items() if value is not None}
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]

@@ -1,0 +1,213 @@
+"""Data as people have it: every kind of file gives the same rows, each with its place, any of them at once."""
+
+from __future__ import annotations
+
+import bz2
+import csv
+import gzip
+import json
+import lzma
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+import pyarrow.feather
+import pyarrow.parquet as pq
+import pytest
+
+from aligner.data.sources.open import open_source
+from aligner.data.sources.source import RowSource, all_rows
+
+ROWS: list[dict[str, Any]] = [
+    {"prompt": "a \"b\", 'c'\n$HOME", "answer": f"0{number}", "messages": [{"role": "user", "content": "ü\u2028"}]}
+    for number in range(7)
+]
+TEXT = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
+
+
+def compress(kind: str, content: bytes) -> bytes:
+    sink = pa.BufferOutputStream()
+    with pa.CompressedOutputStream(sink, kind) as stream:
+        stream.write(content)
+    return bytes(sink.getvalue())
+
+
+def table(path: Path, delimiter: str) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, delimiter=delimiter)
+        writer.writerow(ROWS[0])
+        writer.writerows([row["prompt"], row["answer"], json.dumps(row["messages"])] for row in ROWS)
+
+
+def arrow_stream(path: Path) -> None:
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, pa.Table.from_pylist(ROWS).schema) as writer:
+        writer.write_table(pa.Table.from_pylist(ROWS), max_chunksize=3)
+
+
+def shards(folder: Path) -> None:
+    for number, rows in enumerate((ROWS[:3], ROWS[3:])):
+        (folder / "data").mkdir(parents=True, exist_ok=True)
+        pq.write_table(pa.Table.from_pylist(rows), folder / "data" / f"train-0000{number}-of-00002.parquet")
+    pq.write_table(pa.Table.from_pylist(ROWS[:1]), folder / "data" / "test-00000-of-00001.parquet")
+    (folder / "README.md").write_text("---\nlicense: mit\n---\n")
+
+
+WRITERS: dict[str, Callable[[Path], object]] = {
+    "rows.jsonl": lambda path: path.write_bytes(TEXT),
+    "lines named.json": lambda path: path.write_bytes(TEXT),
+    "no_name": lambda path: path.write_bytes(b"\xef\xbb\xbf" + TEXT),
+    "rows.jsonl.gz": lambda path: path.write_bytes(gzip.compress(TEXT)),
+    "named_otherwise.jsonl": lambda path: path.write_bytes(gzip.compress(TEXT)),
+    "rows.jsonl.zst": lambda path: path.write_bytes(compress("zstd", TEXT)),
+    "rows.jsonl.lz4": lambda path: path.write_bytes(compress("lz4", TEXT)),
+    "rows.jsonl.xz": lambda path: path.write_bytes(lzma.compress(TEXT)),
+    "rows.jsonl.bz2": lambda path: path.write_bytes(bz2.compress(TEXT)),
+    "list.json": lambda path: path.write_text(json.dumps(ROWS)),
+    "list over lines.json": lambda path: path.write_text("\n " + json.dumps(ROWS, indent=2)),
+    "list.json.gz": lambda path: path.write_bytes(gzip.compress(json.dumps(ROWS).encode())),
+    "under_data.json": lambda path: path.write_text(json.dumps({"data": ROWS})),
+    "objects over lines.json": lambda path: path.write_text("\n".join(json.dumps(row, indent=1) for row in ROWS)),
+    "rows.parquet": lambda path: pq.write_table(pa.Table.from_pylist(ROWS), path, row_group_size=3),
+    "no_suffix_parquet": lambda path: pq.write_table(pa.Table.from_pylist(ROWS), path),
+    "file.arrow": lambda path: pyarrow.feather.write_feather(pa.Table.from_pylist(ROWS), str(path), chunksize=2),
+    "stream.arrow": arrow_stream,
+    "rows.csv": lambda path: table(path, ","),
+    "rows.TSV": lambda path: table(path, "\t"),
+    "saved": lambda path: datasets.Dataset.from_list(ROWS).save_to_disk(str(path), num_shards=2),
+    "saved_splits": lambda path: datasets.DatasetDict(
+        {"test": datasets.Dataset.from_list(ROWS[:1]), "train": datasets.Dataset.from_list(ROWS)}
+    ).save_to_disk(str(path)),
+    "checkout": shards,
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_every_kind_of_file_gives_the_same_rows(tmp_path: Path, name: str) -> None:
+    WRITERS[name](tmp_path / name)
+    source = open_source(tmp_path / name)
+    assert [row for _, row in all_rows(source)] == ROWS
+    labels = [label for label, _ in all_rows(source)]
+    assert len(set(labels)) == len(ROWS) and all(label.startswith(str(tmp_path / name)) for label in labels)
+    for index in (6, 0, 3, 3, 5, 1):
+        assert source.row(index) == (labels[index], ROWS[index])
+    if source.blocks() is not None:
+        assert [row for block in source.blocks() or () for row in block] == list(range(7))
+    assert source.digest() == open_source(tmp_path / name).digest()
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.parquet", "stream.arrow", "rows.csv", "saved", "rows.jsonl.gz"])
+def test_the_digest_is_of_the_rows(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    WRITERS[name](tmp_path / name)
+    before = open_source(tmp_path / name).digest()
+    (tmp_path / "elsewhere").mkdir()
+    WRITERS[name](tmp_path / "elsewhere" / name)
+    assert open_source(tmp_path / "elsewhere" / name).digest() == before
+    monkeypatch.setitem(ROWS[5], "answer", "XX")
+    monkeypatch.setattr("tests.data.sources.test_open.TEXT", TEXT.replace(b'"05"', b'"XX"'))
+    (tmp_path / "other").mkdir()
+    WRITERS[name](tmp_path / "other" / name)
+    assert open_source(tmp_path / "other" / name).digest() != before
+
+
+def test_several_files_are_read_one_after_the_other(tmp_path: Path) -> None:
+    first, second = tmp_path / "a.jsonl", tmp_path / "b.parquet"
+    WRITERS["rows.jsonl"](first)
+    WRITERS["rows.parquet"](second)
+    source = open_source([str(first), str(second)])
+    assert [row for _, row in all_rows(source)] == ROWS * 2
+    assert source.row(6)[0] == f"{first}:7" and source.row(7)[0] == f"{second}, row 1"
+    assert [(block.start, block.stop) for block in source.blocks() or ()] == [(0, 7), (7, 10), (10, 13), (13, 14)]
+    by_glob = open_source(f"{tmp_path}/*.*")
+    assert list(all_rows(by_glob)) == list(all_rows(source))
+    assert by_glob.digest() == source.digest() != open_source([str(second), str(first)]).digest()
+
+
+@pytest.mark.parametrize(
+    ("split", "rows"), [("train", 7), ("test", 1)],
+)  # fmt: skip
+@pytest.mark.parametrize("name", ["checkout", "saved_splits"])
+def test_a_split_is_chosen(tmp_path: Path, name: str, split: str, rows: int) -> None:
+    WRITERS[name](tmp_path / name)
+    assert len(open_source(tmp_path / name, split=split)) == rows
+    with pytest.raises(
+        ValueError, match=rf"data\.path={tmp_path / name} has no .*validation; use data\.split=test or train"
+    ):
+        open_source(tmp_path / name, split="validation")
+
+
+def test_splits_have_names_of_their_own(tmp_path: Path) -> None:
+    for split in ("train_prefs", "train_sft", "test_sft"):
+        pq.write_table(pa.Table.from_pylist(ROWS), tmp_path / f"{split}-00000-of-00001.parquet")
+    assert len(open_source(tmp_path, split="train_prefs")) == 7
+    with pytest.raises(
+        ValueError, match=r"has no files of the split train; use data\.split=test_sft or train_prefs or train_sft"
+    ):
+        open_source(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("names", "problem"),
+    [
+        (["main/train.jsonl", "socratic/train.jsonl"], r"holds 2 sets \(main, socratic\); give one of these folders"),
+        (["train.jsonl", "train.json"], r"holds files of several kinds \(.json, .jsonl\).*give one kind: data.path='.*/\*.jsonl'"),
+        (["README.md", ".hidden.jsonl"], "is a folder without data files"),
+    ],
+)  # fmt: skip
+def test_a_folder_must_be_one_set(tmp_path: Path, names: list[str], problem: str) -> None:
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(TEXT)
+    with pytest.raises(ValueError, match=rf"^data\.path={tmp_path} {problem}"):
+        open_source(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("path", "problem"),
+    [
+        ("openai/gsm8k", r"stay offline; .* HF_HUB_OFFLINE=0, or download it first: hf download --repo-type dataset openai/gsm8k"),
+        ("hf://datasets/x", "URLs are not opened; download the file first"),
+        ("part-*.jsonl", r"matches no file; \. holds train.jsonl"),
+        ("tain.jsonl", "does not exist; did you mean train.jsonl"),
+        ("rows/other.jsonl", "does not exist; there is no folder rows"),
+    ],
+)  # fmt: skip
+def test_a_missing_file(path: str, problem: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "train.jsonl").write_bytes(TEXT)
+    with pytest.raises(ValueError, match=rf"^data\.path={path.replace('*', '[*]')}:? .*{problem}"):
+        open_source(path)
+
+
+def test_csv_cells_are_text_but_for_the_columns_that_are_not(tmp_path: Path) -> None:
+    header = "prompt,completion,label,score,chosen"
+    (tmp_path / "r.csv").write_text(
+        f'{header}\n007,3.50,True,0.5,1\n"a\nb",x,false,-1,"[{{""a"": 1}}]"\n\nc,y,maybe,,[1\n'
+    )
+    found = list(all_rows(open_source(tmp_path / "r.csv")))
+    assert [row for _, row in found] == [
+        {"prompt": "007", "completion": "3.50", "label": True, "score": 0.5, "chosen": "1"},
+        {"prompt": "a\nb", "completion": "x", "label": False, "score": -1, "chosen": [{"a": 1}]},
+        {"prompt": "c", "completion": "y", "label": "maybe", "score": "", "chosen": "[1"},
+    ]
+    assert [label.rpartition(":")[2] for label, _ in found] == ["2", "3", "6"]
+
+
+def test_an_empty_cell_of_a_table_is_no_column(tmp_path: Path) -> None:
+    rows = [{"prompt": "a", "messages": None}, {"prompt": None, "messages": [{"role": "user", "content": None}]}]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "r.parquet")
+    assert [row for _, row in all_rows(open_source(tmp_path / "r.parquet"))] == [
+        {"prompt": "a"},
+        {"messages": [{"role": "user", "content": None}]},
+    ]
+
+
+def test_large_row_groups_are_decoded_in_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("aligner.data.sources.tables.BLOCK_ROWS", 10)
+    monkeypatch.setattr("aligner.data.sources.tables.KEPT_BLOCKS", 2)
+    pq.write_table(pa.table({"n": range(95)}), tmp_path / "r.parquet", row_group_size=40)
+    source: RowSource = open_source(tmp_path / "r.parquet")
+    assert [len(block) for block in source.blocks() or ()] == [10] * 8 + [10, 5]
+    for order in (range(95), range(94, -1, -1), [0, 94, 39, 40, 5, 12, 22, 3, 93, 1]):
+        assert [source.row(index)[1]["n"] for index in order] == list(order)
