@@ -43,7 +43,7 @@ def prepare(config: Config, world_size: int) -> Job:
         ValueError: a mistake in the configuration or the data, with the setting and what would work.
     """
     ignore_library_notes()  # before the loop's imports, Megatron among them
-    config = _with_task(config)
+    config = with_task(config)
     loop = _find_loop(config.algorithm)
     settings = settings_of(loop, {k: v for k, v in config.algorithm.items() if k != "_target_"})
     if hasattr(settings, "check_job"):  # what a loop asks of the settings beside its own
@@ -115,7 +115,7 @@ def _check_stream(config: Config, settings: Any, roles: list[str]) -> None:
         )
 
 
-def _with_task(config: Config) -> Config:
+def with_task(config: Config) -> Config:
     """`data.task` as the object that it names."""
     if config.data.task is None:
         return config

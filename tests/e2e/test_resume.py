@@ -43,6 +43,19 @@ RUNS: dict[str, list[str]] = {
     ],
     "two_ahead": ["algorithm=grpo_decoupled", "algorithm.group_size=4", "stream.lag=2"],
     "carried_over": ["algorithm=grpo_decoupled", "algorithm.group_size=4", "stream.lag=1", "stream.step_tokens=7"],
+    "mixture": [
+        *GRPO,
+        "train.eval_every=2",
+        "reward.rule='{task}/rule.py:brief'",
+        "data.path=null",
+        "data.sources.few.path={task}/few.jsonl",
+        "data.sources.few.weight=2",
+        "data.sources.more.path={task}/more.jsonl",
+        "data.sources.most.path={task}/prompts.jsonl",
+        "data.curriculum.by=success",
+        "data.curriculum.order=uncertain",
+        "data.curriculum.retire_at=1.0",
+    ],
     "dpo": [
         "algorithm=dpo",
         "data=preferences",
@@ -78,6 +91,10 @@ def jobs(folder: Path, task: Task, torchrun: Callable[..., Any]) -> Jobs:
     def task_of(run_dir: Path, overrides: Sequence[str]) -> list[str]:
         samples = "algorithm=dpo" not in overrides
         return [one for one in task.overrides(run_dir)[1:] if samples or "group_size" not in one]
+
+    for name, count in (("few", 4), ("more", 7)):
+        lines = (task.folder / "prompts.jsonl").read_text().splitlines(keepends=True)
+        (task.folder / f"{name}.jsonl").write_text("".join(lines[-count:]))
 
     def run(ranks: int, wanted: Mapping[str, Sequence[str]]) -> None:
         lists = [
@@ -119,6 +136,31 @@ def assert_close(run_dir: Path, whole: Path, tolerance: float = 1e-5) -> None:
             )
 
 
+def data_of(run_dir: Path) -> dict[str, Any]:
+    """The position in the data, and what was measured of prompts, after step 8."""
+    state: dict[str, Any] = json.loads((last_of(run_dir) / "state.json").read_text())["data"]
+    return state
+
+
+def assert_mixed(run_dir: Path) -> None:
+    """Rows came from all sources; prompts were measured by their samples of training alone, and some are solved."""
+    data, rows = data_of(run_dir), rows_of(run_dir)
+    assert data["draws"] == 32 and set(data["sources"]) == {"few", "more", "most"}
+    taken = {name: state["position"] for name, state in data["sources"].items()}
+    for name, count in taken.items():
+        shares = [row.get(f"source/{name}_share", 0.0) for row in rows.values()]
+        assert sum(shares) * 4 == pytest.approx(count)
+    assert sum(taken.values()) == 32 and taken["few"] > 4, "the smallest source is in another epoch"
+    measured = [counts for state in data["sources"].values() for counts in state["measured"].values()]
+    assert len(measured) == rows[8]["curriculum/measured"] and all(4 <= samples < 8 for _, samples in measured)
+    solved = sum(successes == samples for successes, samples in measured)
+    assert solved == rows[8]["curriculum/retired"] and 0 < solved < len(measured)
+    for step, row in rows.items():
+        if step:
+            shares = {name: row[f"source/{name}_share"] for name in taken if row[f"source/{name}_share"]}
+            assert row["reward"] == pytest.approx(sum(share * row[f"source/{n}_reward"] for n, share in shares.items()))
+
+
 @pytest.fixture(scope="module")
 def whole() -> set[str]:
     """The runs that were made in one go."""
@@ -132,7 +174,7 @@ def make(whole: set[str], jobs: Jobs, ranks: int, wanted: Mapping[str, Sequence[
         whole.update(missing)
 
 
-@pytest.mark.parametrize("names", [("grpo", "ppo", "dpo"), pytest.param(WIDER, marks=pytest.mark.matrix)])
+@pytest.mark.parametrize("names", [("grpo", "ppo", "dpo", "mixture"), pytest.param(WIDER, marks=pytest.mark.matrix)])
 def test_the_same_layout_goes_on_bit_for_bit(names: Sequence[str], folder: Path, jobs: Jobs, whole: set[str]) -> None:
     make(whole, jobs, 2, {name: RUNS[name] for name in names})
     jobs(2, {continued(folder, name, f"{name}_again"): RUNS[name] for name in names})
@@ -152,15 +194,20 @@ def test_the_same_layout_goes_on_bit_for_bit(names: Sequence[str], folder: Path,
                 assert a == b, (name, file.name)
     if "ppo" not in names:
         return
+    assert_mixed(folder / "mixture")
     critic = [key for key in load_file(last_of(folder / "ppo") / "rank-00000.safetensors") if key.startswith("critic/")]
     assert critic, "the critic is no part of it"
 
 
 def test_another_layout_goes_on_to_rounding(folder: Path, jobs: Jobs, whole: set[str]) -> None:
-    make(whole, jobs, 2, {"grpo": RUNS["grpo"]})
-    jobs(2, {continued(folder, "grpo", name): [*RUNS["grpo"], *layout] for name, layout in LAYOUTS.items()})
+    make(whole, jobs, 2, {"grpo": RUNS["grpo"], "mixture": RUNS["mixture"]})
+    wanted = {continued(folder, "grpo", name): [*RUNS["grpo"], *layout] for name, layout in LAYOUTS.items()}
+    wanted[continued(folder, "mixture", "mixture_tp2")] = [*RUNS["mixture"], *LAYOUTS["tp2"]]
+    jobs(2, wanted)
     for name in LAYOUTS:
         assert_close(folder / name, folder / "grpo")
+    assert_close(folder / "mixture_tp2", folder / "mixture")
+    assert data_of(folder / "mixture_tp2") == data_of(folder / "mixture"), "what was drawn and measured"
 
 
 @pytest.mark.matrix
