@@ -141,6 +141,12 @@ def test_every_format_has_samples() -> None:
     assert {sample.format for sample in SAMPLES} == set(FORMATS)
 
 
+def test_the_documentation_has_every_format() -> None:
+    page = (CONF.parent / "docs" / "data.md").read_text()
+    for name, known in FORMATS.items():
+        assert f"| `{name}` | {known.schema} | {', '.join(known.kinds)} | {known.of} |" in page
+
+
 @pytest.mark.parametrize("name", sorted(file.stem for file in (CONF / "data").glob("*.yaml")))
 def test_its_configuration_is_right(name: str) -> None:
     data = to_config(compose_config(["model.path=m", f"data={name}"])).data
