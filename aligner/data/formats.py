@@ -113,8 +113,9 @@ def hh_rlhf(row: FormatRow, chat: bool) -> Row:
         return {**row.rest(), **sides}
     texts = {side: row.text(side) for side in sides}
     start = len(_common_start(*texts.values()))
-    begin = texts["chosen"].rfind("\n\nAssistant:", 0, start)
-    begin += len("\n\nAssistant:")
+    begin = texts["chosen"].rfind("\n\nAssistant:", 0, start) + len("\n\nAssistant:")
+    if begin > start or "\n\nAssistant:" not in texts["chosen"][:start]:
+        row.fail("'chosen' and 'rejected' differ before the first answer")
     return {**row.rest(), "prompt": texts["chosen"][:begin], **{side: text[begin:] for side, text in texts.items()}}
 
 

@@ -9,12 +9,15 @@ import numpy as np
 
 WINDOW = 8
 """Blocks whose rows are shuffled together."""
+LARGEST = 1 << 20
+"""Rows that count as one block at most, so that a window's permutation stays small: sets of up to WINDOW times as many rows
+without blocks are shuffled as a whole."""
 
 
 class EpochOrder:
     """Which row comes at a place of an epoch. Rows in blocks (see `RowSource.blocks`) are shuffled in windows: the blocks of
     the whole set in random order, and the rows of each `WINDOW` blocks among each other, so that few blocks are in use at
-    a time. Rows without blocks are shuffled over the whole set."""
+    a time. Rows without blocks are shuffled over the whole set, as far as LARGEST allows."""
 
     def __init__(self, rows: int, blocks: Sequence[range] | None, seed: int, shuffle: bool) -> None:
         """
@@ -25,7 +28,11 @@ class EpochOrder:
             shuffle: False: the order of the file.
         """
         self._rows, self._seed, self._shuffle = rows, seed, shuffle
-        blocks = blocks or [range(rows)]
+        blocks = [
+            range(start, min(start + LARGEST, block.stop))
+            for block in blocks or [range(rows)]
+            for start in range(block.start, block.stop, LARGEST)
+        ]
         self._starts = np.array([block.start for block in blocks])
         self._sizes = np.array([len(block) for block in blocks])
         self._window = lru_cache(maxsize=2)(self._window_rows)

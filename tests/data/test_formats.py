@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +14,9 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 from trl import DPOTrainer, SFTTrainer
 
+from aligner.bounds import check_settings
+from aligner.config.schema import CONF, compose_config, to_config
+from aligner.data.columns import Columns
 from aligner.data.config import DataConfig
 from aligner.data.formats import FORMATS, last_boxed
 from aligner.data.preferences import Pair
@@ -20,7 +24,7 @@ from aligner.data.prompts import Prompt
 from aligner.data.sets import DataSets, read_sets
 from aligner.data.tokenized_answer import TokenizedAnswer
 from tests.data.chat_templates import TEMPLATES
-from tests.data.format_rows import ALPACA, GSM8K, HH, SAMPLES, Sample
+from tests.data.format_rows import ALPACA, GSM8K, HH, SAMPLES, Sample, said, user
 from tests.data.tokenizer_kinds import tokenizer_of
 
 CHOSEN = ("chatml", "mistral", "gemma", "forgets_thought", "tools")
@@ -137,6 +141,19 @@ def test_every_format_has_samples() -> None:
     assert {sample.format for sample in SAMPLES} == set(FORMATS)
 
 
+def test_the_documentation_has_every_format() -> None:
+    page = (CONF.parent / "docs" / "data.md").read_text()
+    for name, known in FORMATS.items():
+        assert f"| `{name}` | {known.schema} | {', '.join(known.kinds)} | {known.of} |" in page
+
+
+@pytest.mark.parametrize("name", sorted(file.stem for file in (CONF / "data").glob("*.yaml")))
+def test_its_configuration_is_right(name: str) -> None:
+    data = to_config(compose_config(["model.path=m", f"data={name}"])).data
+    check_settings(data, "data")
+    assert data.format is None or data.kind in FORMATS[data.format].kinds
+
+
 def test_a_format_without_this_kind_is_refused() -> None:
     with pytest.raises(
         ValueError, match=r"data\.format=gsm8k gives prompts, demonstrations, not data\.kind=preferences"
@@ -153,3 +170,58 @@ def test_a_format_without_this_kind_is_refused() -> None:
 )  # fmt: skip
 def test_the_last_box(text: str, answer: str | None) -> None:
     assert last_boxed(text) == answer
+
+
+def test_columns_of_ones_own(tmp_path: Path) -> None:
+    tokenizer = tokenizer_of("byte_level", "chatml")
+    path = tmp_path / "rows.jsonl"
+    row = {
+        "q": {"text": "What is it?"},
+        "turns": [{"content": "no"}, {"content": "Paris"}],
+        "final.answer": "42",
+        "id": 1,
+    }
+    path.write_text(json.dumps(row) + "\n")
+    columns = {
+        "prompt": "q.text",
+        "completion": "turns[-1].content",
+        "answer": "final.answer",
+        "first": "turns[0].content",
+    }
+    data = DataConfig(path=str(path), kind="demonstrations", columns=columns, prompts_per_step=1)
+    (plain,) = read_sets(data, tokenizer).training  # type: ignore[misc]
+    assert isinstance(plain, TokenizedAnswer)
+    assert (list(plain.tokens), list(plain.mask)) == trl_sft(
+        {"prompt": "What is it?", "completion": "Paris"}, tokenizer
+    )
+    assert {name: plain.fields[name] for name in ("answer", "first", "id")} == {"answer": "42", "first": "no", "id": 1}
+    (chat,) = read_sets(replace(data, chat=True), tokenizer_of("byte_level", "chatml", marked=True)).training  # type: ignore[misc]
+    wanted = {"prompt": [user("What is it?")], "completion": [said("Paris")]}
+    assert (list(chat.tokens), list(chat.mask)) == trl_sft(wanted, tokenizer_of("byte_level", "chatml", marked=True))
+
+
+@pytest.mark.parametrize(
+    ("columns", "row", "problem"),
+    [
+        (
+            {"prompt": "question"},
+            {"query": 1},
+            r"there is no 'question' .data.columns.prompt=question.: the row has query",
+        ),
+        ({"prompt": "a.b"}, {"a": "text"}, "there is no 'a.b' .*: 'a' is str, without keys"),
+        ({"prompt": "a[2]"}, {"a": [1, 2]}, "'a' is a list of 2"),
+        ({"prompt": "a[0].c"}, {"a": [{"b": 1}]}, r"'a\[0\]' has b"),
+        ({"prompt": "a["}, {}, r"data.columns.prompt=a\[ is no column"),
+        ({"prompt": ""}, {}, "data.columns.prompt= is no column"),
+        ("question", {}, "data.columns=question must name columns by our keys"),
+    ],
+)
+def test_a_wrong_column(columns: Any, row: dict[str, Any], problem: str) -> None:
+    with pytest.raises(ValueError, match=problem):
+        Columns(columns).renamed(row, "p:1")
+
+
+def test_renamed_columns_lose_their_names() -> None:
+    row = {"question": "a", "answer": "b", "extra": {"x": 1}}
+    renamed = Columns({"prompt": "question", "answer": "answer", "x": "extra.x"}).renamed(row, "p:1")
+    assert renamed == {"prompt": "a", "answer": "b", "x": 1, "extra": {"x": 1}}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,22 @@ KEPT_BLOCKS = WINDOW + 1
 """Decoded blocks that are kept: those of one window of the order."""
 
 
+@dataclass(frozen=True)
+class _Block:
+    """Rows that are decoded together."""
+
+    groups: list[int]
+    """Row groups, all of them as a whole; or the one of which it is a part."""
+    number: int | None
+    """Which part of the row group; None: whole ones."""
+    rows: int
+    size: int
+    """Rows of the row group's parts, but for the last."""
+
+
 class ParquetRows:
-    """Rows of a parquet file. Row groups are decoded in blocks, a few of which are kept; a row of another block costs the
-    decoding of its row group up to it."""
+    """Rows of a parquet file. Row groups are decoded in blocks, a few of which are kept; a row of a large row group
+    costs its decoding up to there."""
 
     def __init__(self, name: str, path: Path) -> None:
         """Raises ValueError: no rows, or no parquet file."""
@@ -40,24 +54,15 @@ class ParquetRows:
         self._rows = footer.num_rows
         if not self._rows:
             raise ValueError(f"{name} has no rows: {path}.")
-        self._blocks: list[range] = []
-        self._groups: list[tuple[int, int]] = []
-        """Per block: its row group, the block's number within it."""
-        self._sizes: list[int] = []
-        """Rows of each row group's blocks."""
-        start = 0
-        for group in range(footer.num_row_groups):
-            rows, content = footer.row_group(group).num_rows, footer.row_group(group).total_byte_size
-            size = max(1, min(BLOCK_ROWS, BLOCK_BYTES * rows // max(1, content)))
-            self._sizes.append(size)
-            for number, first in enumerate(range(0, rows, size)):
-                self._blocks.append(range(start + first, start + min(rows, first + size)))
-                self._groups.append((group, number))
-            start += rows
-        self._ends = np.array([block.stop for block in self._blocks])
+        self._parts = _blocks_of(
+            [(group.num_rows, group.total_byte_size) for group in map(footer.row_group, range(footer.num_row_groups))]
+        )
+        ends = np.cumsum([part.rows for part in self._parts]).tolist()
+        self._blocks = [range(end - part.rows, end) for part, end in zip(self._parts, ends, strict=True)]
+        self._ends = np.array(ends)
         self._kept: OrderedDict[int, Any] = OrderedDict()
         self._open: tuple[int, int, Iterator[Any]] | None = None
-        """A row group that is being decoded: its number, the next block in it, its batches."""
+        """A large row group that is being decoded: its number, the next block in it, its batches."""
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
@@ -76,7 +81,7 @@ class ParquetRows:
         return label, _row_of(batch, index - self._blocks[block].start)
 
     def blocks(self) -> Sequence[range]:
-        """Parts of row groups."""
+        """Row groups: several small ones, or parts of a large one."""
         return self._blocks
 
     def digest(self) -> str:
@@ -84,25 +89,63 @@ class ParquetRows:
         return digest_of_file(self._path)
 
     def _block(self, block: int, label: str) -> Any:
+        """The rows of one block, decoded."""
         import pyarrow
 
         if block in self._kept:
             self._kept.move_to_end(block)
             return self._kept[block]
-        group, number = self._groups[block]
-        if self._open is None or self._open[0] != group or self._open[1] > number:
-            self._open = (group, 0, self._file.iter_batches(self._sizes[group], row_groups=[group]))
+        part = self._parts[block]
         try:
-            for skipped in range(self._open[1], number + 1):
-                batch = next(self._open[2])
-                self._open = (group, skipped + 1, self._open[2])
+            table = self._file.read_row_groups(part.groups) if part.number is None else self._batch(part)
         except (pyarrow.ArrowException, OSError) as error:
             self._open = None
-            raise ValueError(f"{label}: row group {group} is damaged ({_line(error)}); fetch the file again.") from None
-        self._kept[block] = batch
+            raise ValueError(
+                f"{label}: row group {part.groups[0]} is damaged ({_line(error)}); fetch the file again."
+            ) from None
+        self._kept[block] = table
         if len(self._kept) > KEPT_BLOCKS:
             self._kept.popitem(last=False)
+        return table
+
+    def _batch(self, part: _Block) -> Any:
+        """A part of a large row group, which is decoded from where the last one ended, or from its beginning."""
+        (group,), number = part.groups, part.number or 0
+        if self._open is None or self._open[0] != group or self._open[1] > number:
+            self._open = (group, 0, self._file.iter_batches(part.size, row_groups=[group]))
+        for skipped in range(self._open[1], number + 1):
+            batch = next(self._open[2])
+            self._open = (group, skipped + 1, self._open[2])
+        assert batch.num_rows == part.rows, "batches are whole, but for the last of a row group"
         return batch
+
+
+def _blocks_of(groups: Sequence[tuple[int, int]]) -> list[_Block]:
+    """Blocks of about BLOCK_ROWS rows or BLOCK_BYTES bytes: several small row groups, or a part of a large one.
+
+    Args:
+        groups: (rows, bytes uncompressed) of each row group.
+    """
+    blocks: list[_Block] = []
+    small: list[int] = []
+    for group, (rows, content) in enumerate(groups):
+        fits = _fits(rows, content)
+        if small and not (fits and _fits(*(sum(groups[n][k] for n in [*small, group]) for k in (0, 1)))):
+            blocks.append(_Block(small, None, sum(groups[n][0] for n in small), 0))
+            small = []
+        if fits:
+            small.append(group)
+            continue
+        size = max(1, min(BLOCK_ROWS, BLOCK_BYTES * rows // max(1, content)))
+        for number, first in enumerate(range(0, rows, size)):
+            blocks.append(_Block([group], number, min(size, rows - first), size))
+    if small:
+        blocks.append(_Block(small, None, sum(groups[n][0] for n in small), 0))
+    return [block for block in blocks if block.rows]
+
+
+def _fits(rows: int, content: int) -> bool:
+    return rows <= BLOCK_ROWS and content <= BLOCK_BYTES
 
 
 class ArrowRows:

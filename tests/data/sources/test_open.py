@@ -118,7 +118,7 @@ def test_several_files_are_read_one_after_the_other(tmp_path: Path) -> None:
     source = open_source([str(first), str(second)])
     assert [row for _, row in all_rows(source)] == ROWS * 2
     assert source.row(6)[0] == f"{first}:7" and source.row(7)[0] == f"{second}, row 1"
-    assert [(block.start, block.stop) for block in source.blocks() or ()] == [(0, 7), (7, 10), (10, 13), (13, 14)]
+    assert [(block.start, block.stop) for block in source.blocks() or ()] == [(0, 7), (7, 14)]
     by_glob = open_source(f"{tmp_path}/*.*")
     assert list(all_rows(by_glob)) == list(all_rows(source))
     assert by_glob.digest() == source.digest() != open_source([str(second), str(first)]).digest()
@@ -203,11 +203,25 @@ def test_an_empty_cell_of_a_table_is_no_column(tmp_path: Path) -> None:
     ]
 
 
-def test_large_row_groups_are_decoded_in_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("group", "blocks"), [(40, [10] * 8 + [10, 5]), (4, [8] * 11 + [7]), (10, [10] * 9 + [5]), (95, [10] * 9 + [5])]
+)
+def test_row_groups_are_decoded_in_blocks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, group: int, blocks: list[int]
+) -> None:
     monkeypatch.setattr("aligner.data.sources.tables.BLOCK_ROWS", 10)
     monkeypatch.setattr("aligner.data.sources.tables.KEPT_BLOCKS", 2)
-    pq.write_table(pa.table({"n": range(95)}), tmp_path / "r.parquet", row_group_size=40)
+    pq.write_table(pa.table({"n": range(95)}), tmp_path / "r.parquet", row_group_size=group)
     source: RowSource = open_source(tmp_path / "r.parquet")
-    assert [len(block) for block in source.blocks() or ()] == [10] * 8 + [10, 5]
+    assert [len(block) for block in source.blocks() or ()] == blocks
     for order in (range(95), range(94, -1, -1), [0, 94, 39, 40, 5, 12, 22, 3, 93, 1]):
         assert [source.row(index)[1]["n"] for index in order] == list(order)
+
+
+def test_blocks_are_bounded_by_their_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("aligner.data.sources.tables.BLOCK_BYTES", 20_000)
+    texts = [f"{number}" + "x" * 1000 for number in range(95)]
+    pq.write_table(pa.table({"n": texts}), tmp_path / "r.parquet", row_group_size=60, use_dictionary=False)
+    source = open_source(tmp_path / "r.parquet")
+    assert max(len(block) for block in source.blocks() or ()) <= 20
+    assert [source.row(index)[1]["n"] for index in range(95)] == texts
