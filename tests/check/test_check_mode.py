@@ -137,6 +137,28 @@ def test_what_a_chat_template_does_not_write_is_said(task: Path, tmp_path: Path)
     assert "; rows with 'tools' that the chat template does not render: 2\n" in said_of(prepare(config, 1), 1)
 
 
+def test_sources_are_shown_with_their_shares_and_named_in_errors(task: Path, tmp_path: Path) -> None:
+    """Weights 2 and 1 with the square roots of 4 and 16 rows: 4 : 4."""
+    for name, count in (("a", 4), ("b", 16)):
+        rows = [json.dumps({"prompt": f"{number}+1=", "answer": str(number + 1)}) for number in range(count)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(rows))
+    a, b = (tmp_path / f"{name}.jsonl" for name in "ab")
+    sources = ["data.path=null", f"data.sources={{a: {{path: {a}, weight: 2}}, b: {{path: {b}}}}}"]
+    given = [*sources, "data.prompts_per_step=4", "data.mixture.temperature=2"]
+    job = prepare(config_of(task, *given), 1)
+    assert f"a 50.0% (4 rows of {a}), b 50.0% (16 rows of {b}): 20 rows (prompts); 4 a step" in said_of(job, 1)
+    assert {"rows of data.sources.a.path", "rows of data.sources.b.path"} <= set(job.inputs)
+    b.write_text(json.dumps({"prompt": "1+1="}))
+    with pytest.raises(
+        ValueError, match=rf"needs the field 'answer' .* 1 of the 1 rows of data\.sources\.b\.path={b} lack it"
+    ):
+        prepare(config_of(task, *given), 1)
+    with pytest.raises(
+        ValueError, match=r"data\.sources\.b\.format=gsm8k gives prompts, demonstrations, not data\.kind=feedback"
+    ):
+        prepare(config_of(task, *given, "data.sources.b.format=gsm8k", "data.kind=feedback", "algorithm=kto"), 1)
+
+
 def test_a_template_file_is_used_for_the_rows_and_exported(task: Path, tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": [{"role": "user", "content": "1+2="}], "answer": "3"}))
     template = tmp_path / "template.jinja"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,9 @@ from tokenizers import Tokenizer
 from aligner.data.samples import Samples, pad_rows
 from aligner.reward.config import RewardConfig
 from aligner.reward.role import Reward
+from aligner.run.step_stats import StepStats, merged
 from aligner.spmd.mesh import Mesh
+from aligner.spmd.messages import all_gather
 from aligner.spmd.ref import Ref
 from aligner.spmd.role import Role
 from aligner.spmd.world import World
@@ -55,11 +58,16 @@ def score(world: World, tokenizer_file: Path, name: str, case: dict[str, Any]) -
     mesh = Mesh(tuple(case["ranks"]))
     source = Role(f"source_{name}", world, mesh)
     reward = Reward(f"reward_{name}", world, mesh, RewardConfig(**case["reward"]), tokenizer, heads)
+    reward.keeps_scored = True
     try:
         scores = reward.score(source.scatter(batch(case["responses"], tokenizer), group_size=2)).gather()
     except ValueError as error:
         return str(error)
+    of_ranks = all_gather(world, StepStats(scored=reward.take_scored()), range(world.size))
+    rewards = reduce(merged, of_ranks).rewards()
+    assert not reward.take_scored(), "they are taken once"
     return {
+        "by_prompt": {prompt: [value.hex() for value in values] for prompt, values in rewards.items()},
         "reward": [value.hex() for value in scores.reward_B.tolist()],
         "status": scores.status_B.tolist(),
         "response": scores.response,

@@ -93,6 +93,11 @@ LAYOUTS = {"one": [0], "two": [0, 1], "three": [0, 1, 2], "other": [1]}
 def test_the_same_under_any_layout(layout: str, scored: Callable[..., Any], folder: Path) -> None:
     found = scored({"components": components(folder)}, RESPONSES, LAYOUTS[layout])
     check_rewards(found)
+    by_prompt: dict[int, list[str]] = {}
+    for row, value in enumerate(found["reward"]):  # rows 2i and 2i + 1 are samples of prompt i
+        if value != "nan":
+            by_prompt.setdefault(row // 2, []).append(value)
+    assert found["by_prompt"] == by_prompt, "of all ranks, each row once"
     assert json.dumps(found) == json.dumps(scored({"components": components(folder)}, RESPONSES, [0]))
 
 
