@@ -139,6 +139,10 @@ def test_variables_of_the_template_reach_every_set(tmp_path: Path) -> None:
             for one in (one.chosen if isinstance(one, Pair) else one for one in found):
                 prompt = one.tokens if isinstance(one, Prompt) else one.tokens[: one.prompt_len]
                 assert str(tokenizer.decode(prompt)).endswith(ends), kind
+        sets = read_sets(replace(data, system_prompt="Be."), tokenizer)
+        for one in (*sets.training, *sets.heldout, *sets.heldout_pairs, *sets.heldout_answers):  # type: ignore[misc]
+            tokens = (one.chosen if isinstance(one, Pair) else one).tokens
+            assert str(tokenizer.decode(tokens)).startswith("<|im_start|>system\nBe.<|im_end|>"), kind
     with pytest.raises(ValueError, match=r"data\.chat_template_kwargs\.enable_thoughts is not a variable"):
         read_sets(replace(data, chat_template_kwargs={"enable_thoughts": False}), tokenizer)
 
