@@ -15,6 +15,7 @@ from aligner.data.config import DataConfig
 from aligner.data.preferences import Pair, tokenize_preferences
 from aligner.data.prompts import Prompt
 from aligner.data.sets import DataSets, prompts_of, read_sets
+from aligner.data.streamed import ExampleStream, StreamedExamples
 from aligner.data.tokenized_answer import TokenizedAnswer
 from tests.data.tokenizer_kinds import tokenizer_of
 
@@ -221,3 +222,67 @@ def test_what_is_dropped_is_counted_of_both_files(
     only = file_of(tmp_path, long)
     with pytest.raises(ValueError, match=r"data\.max_\w*tokens=\d+"):
         read_sets(DataConfig(path=path, eval_path=only, kind=kind, too_long="drop", **limits), characters)
+
+
+def test_a_wrong_row_stops_or_is_skipped_and_counted(characters: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    row = {"prompt": "1+1=", "completion": "2"}
+    path = Path(file_of(tmp_path, row, {"prompt": "1+1="}, {**row, "completion": " "}, row))
+    path.write_text(path.read_text() + "{broken\n" + json.dumps({**row, "prompt": "1" * 70}) + "\n")
+    limits = {**LIMITS, "prompts_per_step": 2}
+    data = DataConfig(path=str(path), eval_path=str(path), kind="demonstrations", too_long="drop", **limits)
+    with pytest.raises(ValueError, match=rf"^{path}:2: a demonstration is one of"):
+        read_sets(data, characters)
+    sets = read_sets(replace(data, on_error="skip"), characters)
+    assert [answer.index for answer in sets.training] == [0, 1]  # type: ignore[union-attr]
+    assert sets.left_out == sets.heldout_left_out == {"wrong rows": 3, "too long": 1}
+    assert sets.metrics() == {"data/left_out": 4.0, "data/heldout_left_out": 4.0}
+    assert [error.split(" ")[0] for error in sets.wrong[:3]] == [f"{path}:2:", f"{path}:3:", f"{path}:5"]
+    with pytest.raises(ValueError, match=rf"^{path}:6: the demonstration has 72 tokens"):  # data.too_long's business
+        read_sets(replace(data, on_error="skip", too_long="error"), characters)
+    only = replace(data, path=file_of(tmp_path, {"a": 1}), on_error="skip")
+    with pytest.raises(
+        ValueError, match=r"no demonstration is left .wrong rows: 1.; .* Skipped: .*:1: a demonstration is one of"
+    ):
+        read_sets(only, characters)
+
+
+@pytest.mark.parametrize("kind", ["prompts", "demonstrations", "preferences", "feedback"])
+def test_a_streamed_set_gives_the_examples_of_one_in_memory(
+    characters: PreTrainedTokenizerBase, tmp_path: Path, kind: str
+) -> None:
+    rows = {
+        "prompts": {"prompt": "1+{}="},
+        "demonstrations": {"prompt": "1+{}=", "completion": "#3"},
+        "preferences": {"query": "1+{}=", "response": ["#3", "#4", "5"], "score": [1, 2, 3]},
+    }
+    row = json.dumps(rows.get(kind, PAIR | {"prompt": "1+{}="}))
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(row.replace("{}=", f"{n}=") + "\n" for n in range(300)))
+    data = DataConfig(path=str(path), kind=kind, shuffle=False, **LIMITS)
+    whole, streamed = (read_sets(replace(data, streaming=streaming), characters) for streaming in (False, True))
+    assert isinstance(streamed.training, StreamedExamples) and len(streamed.training) == 300
+    each = len(whole.training) // 300
+    assert len(streamed.known) == 256 * each
+    rows_of = ExampleStream(streamed.training, 0, shuffle=False, batch=4)
+    taken = rows_of.take(300 * each)
+    assert [tokens_of(row) for row in taken] == [tokens_of(row) for row in whole.training]  # type: ignore[union-attr]
+    assert streamed.longest == (0 if kind == "prompts" else LIMITS["max_tokens"])
+    assert streamed.training_digest() == read_sets(replace(data, streaming=True), characters).training_digest()
+    with pytest.raises(ValueError, match=r"data\.prompts_per_step=301 is more than the 300 rows"):
+        read_sets(replace(data, streaming=True, prompts_per_step=301), characters)
+
+
+def tokens_of(row: Any) -> Any:
+    return (
+        (row.chosen.tokens, row.rejected.tokens, row.chosen.fields)
+        if isinstance(row, Pair)
+        else (row.tokens, row.fields)
+    )
+
+
+def test_large_sets_are_streamed(characters: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("aligner.data.sets.STREAMED_ROWS", 39)
+    data = DataConfig(task=TASK, **LIMITS)  # 40 prompts
+    assert isinstance(read_sets(data, characters).training, StreamedExamples)
+    assert not isinstance(read_sets(replace(data, streaming=False), characters).training, StreamedExamples)
+    assert not isinstance(read_sets(replace(data, kind="preferences"), characters).training, StreamedExamples)

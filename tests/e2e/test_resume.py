@@ -61,6 +61,7 @@ RUNS: dict[str, list[str]] = {
         "data=preferences",
         "data.path={task}/preferences.jsonl",
         "data.eval_path=null",
+        "data.streaming=true",
         "data.prompts_per_step=24",  # the second epoch begins in the third step
         "policy.optimizer.lr=1e-3",
     ],
@@ -73,7 +74,7 @@ LAYOUTS: dict[str, list[str]] = {
     "split": ["placement=split"],
     "distributed": ["policy.optimizer.distributed=true", "checkpoint.accept_changes=true"],
 }
-TIMED = ("seconds", "memory_", "time", "tokens_per_second", "reshard_")
+TIMED = ("seconds", "memory_", "time", "tokens_per_second", "reshard_", "data/wait_seconds")
 NEAR_ZERO = ("gap", "gap_max", "imbalance", "padding", "idle")
 """Rounding itself, or the deal of the rows."""
 Jobs = Callable[[int, Mapping[str, Sequence[str]]], None]

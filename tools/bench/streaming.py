@@ -1,8 +1,8 @@
 """Measure a streamed set: python tools/bench/streaming.py --rows 5000000 --work DIR [--kind parquet|arrow|jsonl].
 
 Writes a set of chat rows once, then, each in a process of its own: the time from nothing to the first batch, and to the batch
-at a position late in the set (a resume); the memory while rows are taken; and what steps wait for rows, where a step computes
-for --step seconds. Prints one JSON object.
+at a position late in the set (a resume); the memory while rows are taken; and what steps of many small
+operations wait for rows, and are slowed down. Prints one JSON object.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import resource
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 WORDS = [
@@ -51,32 +52,43 @@ WORDS = [
 BATCH = 64
 
 
-def rows(count: int) -> Iterator[dict[str, Any]]:
-    """Conversations of some 300 characters; texts are drawn from a pool, so that writing takes no longer than it must."""
+def tables(count: int) -> Iterator[Any]:
+    """Arrow tables of conversations of some 300 characters, a million rows each. The texts are drawn from a pool."""
+    import numpy as np
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
     draw = random.Random(0)
-    texts = [" ".join(draw.choices(WORDS, k=draw.randint(20, 60))) for _ in range(10_000)]
-    for number in range(count):
-        question, answer = texts[number % 9_973], texts[number * 7 % 9_967]
-        turns = [{"role": "user", "content": f"{number}: {question}"}, {"role": "assistant", "content": answer}]
-        yield {"id": number, "messages": turns}
+    pool = pa.array([" ".join(draw.choices(WORDS, k=draw.randint(20, 60))) for _ in range(10_000)])
+    for start in range(0, count, 1_000_000):
+        number = np.arange(start, min(count, start + 1_000_000))
+        asked = pc.binary_join_element_wise(pc.cast(pa.array(number), pa.string()), pool.take(number % 9_973), ": ")
+        texts = pa.concat_arrays([asked, pool.take(number * 7 % 9_967)])
+        turn = np.stack([np.arange(len(number)), np.arange(len(number)) + len(number)], axis=1).ravel()
+        roles = pa.array(["user", "assistant"]).take(np.arange(len(turn)) % 2)
+        turns = pa.StructArray.from_arrays([roles, texts.take(turn)], ["role", "content"])
+        messages = pa.ListArray.from_arrays(np.arange(0, len(turn) + 1, 2, dtype=np.int32), turns)
+        yield pa.table({"id": number, "messages": messages})
 
 
 def write(path: Path, kind: str, count: int) -> None:
-    """The set, as one file of `kind`."""
+    """The set, as one file of `kind`; of parquet with the row groups that pyarrow makes by default."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    schema = next(tables(1)).schema
     if kind == "jsonl":
         with path.open("w") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows(count))
-        return
-    source, schema = rows(count), pa.Table.from_pylist(list(rows(1))).schema
-    with (
-        pq.ParquetWriter(path, schema) if kind == "parquet" else pa.OSFile(str(path), "wb") as opened,
-        opened if kind == "parquet" else pa.ipc.new_stream(opened, schema) as writer,
-    ):
-        while batch := [row for row, _ in zip(source, range(100_000), strict=False)]:
-            writer.write_table(pa.Table.from_pylist(batch, schema))
+            for table in tables(count):
+                file.writelines(json.dumps(row) + "\n" for row in table.to_pylist())
+    elif kind == "parquet":
+        with pq.ParquetWriter(path, schema) as writer:
+            for table in tables(count):
+                writer.write_table(table)
+    else:
+        with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, schema) as stream:
+            for table in tables(count):
+                stream.write_table(table, max_chunksize=1_000)
 
 
 def stream_of(path: Path, model: str) -> Any:
@@ -117,23 +129,35 @@ def memory_over(path: Path, model: str, batches: int) -> dict[str, Any]:
     return {"mib": seen, "rows_per_second": batches * BATCH / (time.perf_counter() - start)}
 
 
-def waits(path: Path, model: str, step: float, steps: int) -> dict[str, Any]:
-    """What steps of `step` seconds of matrix products wait for their rows."""
+def waits(path: Path, model: str, operations: int, steps: int) -> dict[str, Any]:
+    """What steps of `operations` small matrix products wait for their rows, and how long they take; and how long where no row
+    is tokenized meanwhile."""
     import torch
 
     torch.set_num_threads(1)
     stream = stream_of(path, model)
     stream.take(BATCH)
     stream.metrics()
-    matrix, found, lengths = torch.rand(600, 600), [], []
-    for _ in range(steps):
+    matrix = torch.rand(256, 256) / 256
+
+    def step() -> float:
         begin = time.perf_counter()
-        while time.perf_counter() - begin < step:
-            matrix = torch.tanh(matrix @ matrix)
+        value = matrix
+        for _ in range(operations):
+            value = torch.tanh(value @ matrix)
+        return time.perf_counter() - begin
+
+    waited, beside, alone = [], [], []
+    for _ in range(steps):
+        beside.append(step())
         stream.take(BATCH)
-        found.append(stream.metrics()["data/wait_seconds"])
-        lengths.append(time.perf_counter() - begin)
-    return {"median_ms": sorted(found)[steps // 2] * 1e3, "max_ms": max(found) * 1e3, "step_max": max(lengths)}
+        waited.append(stream.metrics()["data/wait_seconds"])
+        time.sleep(0.2)  # the thread has caught up
+        alone.append(step())
+    milliseconds = {"wait": waited, "step beside": beside, "step alone": alone}
+    return {
+        name: {"median_ms": median(values) * 1e3, "max_ms": max(values) * 1e3} for name, values in milliseconds.items()
+    }
 
 
 def peak_mib() -> float:
@@ -160,7 +184,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder for the set")
     parser.add_argument("--model", required=True, help="folder with a tokenizer that has a chat template")
     parser.add_argument("--batches", type=int, default=300, help="batches of 64 for the memory")
-    parser.add_argument("--step", type=float, default=0.5, help="seconds of a step's computation")
+    parser.add_argument("--operations", type=int, default=1000, help="small matrix products of a step")
     options = parser.parse_args()
     path = options.work / f"rows_{options.rows}.{options.kind}"
     if not path.exists():
@@ -170,7 +194,7 @@ def main() -> None:
         "first batch": apart(timed_start, path, options.model, 0),
         "resume at 80%": apart(timed_start, path, options.model, options.rows * 4 // 5),
         "memory": apart(memory_over, path, options.model, options.batches),
-        "waits": apart(waits, path, options.model, options.step, 20),
+        "waits": apart(waits, path, options.model, options.operations, 30),
     }
     print(json.dumps(found, indent=1))
 

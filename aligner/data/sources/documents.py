@@ -18,12 +18,15 @@ LISTS = ("messages", "conversations", "prompt", "chosen", "rejected", "response"
 """Columns of tables of text whose cells are read as JSON where they are lists."""
 
 
-def json_rows(content: bytes, path: Path) -> list[LabelledRow]:
+def json_rows(content: bytes, path: Path) -> list[LabelledRow | ValueError]:
     """The rows of a JSON document: one list of objects; an object whose only list holds them ("data"); or objects one after
     the other, each over several lines.
 
+    Returns:
+        The rows; an error in place of a wrong one.
+
     Raises:
-        ValueError: none of these; names the file, and line or row.
+        ValueError: none of these; names the file and line.
     """
     text = _text(content, path)
     documents: list[Any] = []
@@ -43,23 +46,33 @@ def json_rows(content: bytes, path: Path) -> list[LabelledRow]:
     if len(documents) == 1 and (rows := _rows_of(documents[0], path)) is not None:
         documents, labels = rows, [f"{path}, row {number}" for number in range(1, len(rows) + 1)]
     escaped = SURROGATE.search(content) is not None
-    for label, row in zip(labels, documents, strict=True):
-        if not isinstance(row, dict):
-            raise ValueError(f'{label} is a JSON {type(row).__name__}, not an object such as {{"prompt": "..."}}.')
+    return [_checked(row, label, escaped) for label, row in zip(labels, documents, strict=True)]
+
+
+def _checked(row: Any, label: str, escaped: bool) -> LabelledRow | ValueError:
+    """The row, or what is wrong with it."""
+    if not isinstance(row, dict):
+        return ValueError(f'{label} is a JSON {type(row).__name__}, not an object such as {{"prompt": "..."}}.')
+    try:
         if escaped:
             check_surrogates(row, label)
-    return list(zip(labels, documents, strict=True))
+    except ValueError as error:
+        return error
+    return label, row
 
 
-def table_rows(content: bytes, path: Path, delimiter: str) -> list[LabelledRow]:
+def table_rows(content: bytes, path: Path, delimiter: str) -> list[LabelledRow | ValueError]:
     """The rows of a table with a header: every cell is text, but for those of NUMBERS and LISTS.
 
+    Returns:
+        The rows; an error in place of one of another number of cells.
+
     Raises:
-        ValueError: no header, a name twice, or a row of another number of cells; names the file and line.
+        ValueError: no header, a name twice, or no table; names the file and line.
     """
     reader = csv.reader(io.StringIO(_text(content, path), newline=""), delimiter=delimiter, strict=True)
     csv.field_size_limit(sys.maxsize)
-    labelled: list[LabelledRow] = []
+    labelled: list[LabelledRow | ValueError] = []
     header: list[str] = []
     line = 1
     try:
@@ -68,9 +81,11 @@ def table_rows(content: bytes, path: Path, delimiter: str) -> list[LabelledRow]:
             if not header:
                 header = _header(cells, label)
             elif cells and len(cells) != len(header):
-                raise ValueError(
-                    f"{label} has {len(cells)} cells, and the header has {len(header)} columns ({', '.join(header)}); put cells "
-                    "with separators, quotes or line breaks in quotes."
+                labelled.append(
+                    ValueError(
+                        f"{label} has {len(cells)} cells, and the header has {len(header)} columns ({', '.join(header)}); put "
+                        "cells with separators, quotes or line breaks in quotes."
+                    )
                 )
             elif cells:
                 labelled.append((label, {name: _cell(name, text) for name, text in zip(header, cells, strict=True)}))

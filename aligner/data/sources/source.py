@@ -44,8 +44,14 @@ class RowSource(Protocol):
 class RowList:
     """Rows in memory: of a generated task, or of a file that can only be read as a whole."""
 
-    def __init__(self, name: str, rows: Iterable[LabelledRow]) -> None:
-        """Raises ValueError: there are none."""
+    def __init__(self, name: str, rows: Iterable[LabelledRow | ValueError]) -> None:
+        """
+        Args:
+            rows: the rows; an error stands for a wrong one, and is raised when that row is asked for.
+
+        Raises:
+            ValueError: there are none.
+        """
         self.name, self._rows = name, list(rows)
         if not self._rows:
             raise ValueError(f"{name} has no rows.")
@@ -54,8 +60,11 @@ class RowList:
         return len(self._rows)
 
     def row(self, index: int) -> LabelledRow:
-        """Row `index`, from 0."""
-        return self._rows[index]
+        """Row `index`, from 0. Raises ValueError: it is wrong."""
+        row = self._rows[index]
+        if isinstance(row, ValueError):
+            raise row
+        return row
 
     def blocks(self) -> None:
         """Any row costs the same."""
@@ -63,7 +72,7 @@ class RowList:
 
     def digest(self) -> str:
         """Of all rows."""
-        return digest(row for _, row in self._rows)
+        return digest(None if isinstance(row, ValueError) else row[1] for row in self._rows)
 
 
 class Joined:

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from aligner.data.sources.open import open_source
+from aligner.data.sources.source import all_rows
 
 TEXT = b'{"prompt": "a"}\n' * 40
 
@@ -84,7 +85,7 @@ def test_lines_are_read_whatever_the_file_s_name(tmp_path: Path, name: str) -> N
 def test_a_wrong_document(tmp_path: Path, content: str, problem: str) -> None:
     (tmp_path / "rows.json").write_text(content)
     with pytest.raises(ValueError, match=problem):
-        open_source(tmp_path / "rows.json")
+        list(all_rows(open_source(tmp_path / "rows.json")))
 
 
 @pytest.mark.parametrize(
@@ -101,7 +102,7 @@ def test_a_wrong_document(tmp_path: Path, content: str, problem: str) -> None:
 def test_a_wrong_table(tmp_path: Path, content: bytes, problem: str) -> None:
     (tmp_path / "rows.csv").write_bytes(content)
     with pytest.raises(ValueError, match=problem):
-        open_source(tmp_path / "rows.csv")
+        list(all_rows(open_source(tmp_path / "rows.csv")))
 
 
 def test_a_document_is_known_by_its_rows(tmp_path: Path) -> None:
@@ -109,3 +110,14 @@ def test_a_document_is_known_by_its_rows(tmp_path: Path) -> None:
     for text in (json.dumps(row), json.dumps(row, indent=2)):
         (tmp_path / "rows.json").write_text(text)
         assert open_source(tmp_path / "rows.json").row(0)[1] == row
+
+
+@pytest.mark.parametrize(
+    ("name", "content"), [("r.csv", "prompt\na\nb,c\nd\n"), ("r.json", '[{"prompt": "a"}, 3, {"prompt": "d"}]')]
+)
+def test_rows_beside_a_wrong_one_can_be_read(tmp_path: Path, name: str, content: str) -> None:
+    (tmp_path / name).write_text(content)
+    source = open_source(tmp_path / name)
+    assert (len(source), source.row(0)[1], source.row(2)[1]) == (3, {"prompt": "a"}, {"prompt": "d"})
+    with pytest.raises(ValueError, match=name):
+        source.row(1)
