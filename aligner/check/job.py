@@ -104,6 +104,11 @@ def check_models(config: Config, roles: list[str], world_size: int) -> Models:
     """
     _check_values(config)
     check_roles(config, roles)
+    if config.data.curriculum.by == "success" and "reward" not in roles:
+        raise ValueError(
+            f"data.curriculum.by=success measures prompts by the rewards of their samples; add reward to algorithm.roles={roles}, or "
+            "use data.curriculum.by=none."
+        )
     _check_places(config, roles)
     config.residency.check_roles([config.role(role) for role in roles])
     check_ranks(config.placement)

@@ -82,6 +82,10 @@ def test_the_command(task: Path) -> None:
         (["check.ranks=0"], "check.ranks=0 must be at least 1, or null"),
         (["placement=split"], "rank"),
         (["reward.rule=nowhere.rule"], "reward.rule='nowhere.rule': nowhere cannot be imported"),
+        (
+            ["data.curriculum.by=success", "algorithm.roles=[policy,rollout]", "train.eval_every=0"],
+            "data.curriculum.by=success measures prompts by the rewards of their samples; add reward to algorithm.roles",
+        ),
         (["guards.kl.action=panic"], "guards.kl.action=panic is unknown; use off, warn, stop"),
     ],
 )
