@@ -62,6 +62,7 @@ RUNS: dict[str, list[str]] = {
         "data.path={task}/preferences.jsonl",
         "data.eval_path=null",
         "data.streaming=true",
+        "data.max_tokens=128",  # of a streamed set the longest row is not known
         "data.prompts_per_step=24",  # the second epoch begins in the third step
         "policy.optimizer.lr=1e-3",
     ],
@@ -151,7 +152,7 @@ def assert_mixed(run_dir: Path) -> None:
     for name, count in taken.items():
         shares = [row.get(f"source/{name}_share", 0.0) for row in rows.values()]
         assert sum(shares) * 4 == pytest.approx(count)
-    assert sum(taken.values()) == 32 and taken["few"] > 4, "the smallest source is in another epoch"
+    assert sum(taken.values()) == 32 and data["sources"]["few"]["epoch"] > 0, "the smallest source is in another epoch"
     measured = [counts for state in data["sources"].values() for counts in state["measured"].values()]
     assert len(measured) == rows[8]["curriculum/measured"] and all(4 <= samples < 8 for _, samples in measured)
     solved = sum(successes == samples for successes, samples in measured)
