@@ -19,7 +19,12 @@ from tests.data.format_rows import SAMPLES, Sample
 LOOPS = {
     "preferences": ["algorithm=dpo", "data=preferences"],
     "demonstrations": ["algorithm=sft", "data=demonstrations"],
-    "prompts": ["algorithm=grpo", "algorithm.group_size=4", "algorithm.loss.entropy_coef=0.05"],
+    "prompts": [
+        "algorithm=grpo",
+        "algorithm.group_size=4",
+        "algorithm.loss.entropy_coef=0.05",
+        "rollout.max_model_len=440",
+    ],
 }
 """data.kind -> a loop for it, the cheapest of what a format has first."""
 STREAMED = ("tulu3_sft", "ultrafeedback", "dapo_17k")

@@ -11,7 +11,6 @@ import argparse
 import json
 import multiprocessing
 import random
-import resource
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -114,7 +113,7 @@ def timed_start(path: Path, model: str, position: int) -> dict[str, float]:
     stream.load_state_dict(state)
     first = stream.take(BATCH)
     assert len(first) == BATCH
-    return {"seconds": time.perf_counter() - start, "digest_seconds": digested, "peak_mib": peak_mib()}
+    return {"seconds": time.perf_counter() - start, "digest_seconds": digested, "mib": anonymous_mib()}
 
 
 def memory_over(path: Path, model: str, batches: int) -> dict[str, Any]:
@@ -158,11 +157,6 @@ def waits(path: Path, model: str, operations: int, steps: int) -> dict[str, Any]
     return {
         name: {"median_ms": median(values) * 1e3, "max_ms": max(values) * 1e3} for name, values in milliseconds.items()
     }
-
-
-def peak_mib() -> float:
-    """The process's resident memory at its highest."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def anonymous_mib() -> float:
