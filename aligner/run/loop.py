@@ -142,7 +142,7 @@ class Driver:
             seconds = time.perf_counter() - start
             row, stats = step_row(self.world, self.roles, result, seconds, self.signals.asked)
             rewards = stats.rewards()  # of all ranks on the first one, which tells the others
-            row |= self.rows.metrics() | self.rows.reward_metrics(rewards)
+            row |= self.rows.reward_metrics(rewards)
             if step == self.before + 1:
                 row |= self.job.checked.data.metrics()
             if held_up:
@@ -152,6 +152,7 @@ class Driver:
                 row |= evaluation.run()
             verdict = self._agree(step, row, stats, rewards)
             self.rows.record(verdict.rewards)
+            row |= self.rows.metrics()  # of the curriculum with this step's samples
             self._log(step, row)
             self.exports.after(step, row, evaluated)
             self._write_samples(step, result)
