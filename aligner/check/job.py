@@ -215,9 +215,10 @@ def _check_positions(config: Config, role: str, longest: int, specs: Mapping[str
             f"which reads whole samples; use {spec.max_positions} or less."
         )
     if longest > spec.max_positions:
+        has = "may have" if longest == config.data.max_tokens else "has"  # what rows of a streamed set are allowed
         row_kind = "a demonstration" if config.data.kind == "demonstrations" else "an answer with its prompt"
         raise ValueError(
-            f"{row_kind} has {longest} tokens, beyond the {spec.positions_text}; "
+            f"{row_kind} {has} {longest} tokens, beyond the {spec.positions_text}; "
             f"set data.max_tokens={spec.max_positions} with data.too_long=drop, or shorten it."
         )
 

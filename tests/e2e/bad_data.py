@@ -147,5 +147,10 @@ BAD_DATA: dict[str, Mistake] = {
     "hub_offline": ("data.path=openai/gsm8k", ("data.path=openai/gsm8k does not exist here", "HF_HUB_OFFLINE=0")),
     "format_unknown": ("data.format=gsm9k", ("data.format=gsm9k is unknown; use gsm8k, math",)),
     "format_kind": (f"{DPO}gsm8k_type.jsonl data.format=gsm8k", ("data.format=gsm8k gives prompts, demonstrations, not data.kind=preferences",)),
+    "streamed_positions": (
+        "algorithm=sft data=demonstrations data.eval_path=null ~algorithm.group_size data.path={task}/demonstrations.jsonl "
+        "data.streaming=true data.max_tokens=1024",
+        ("a demonstration may have 1024 tokens, beyond the 512 positions", "set data.max_tokens=512"),
+    ),
     "on_error": ("data.on_error=drop", ("data.on_error=drop is unknown; use stop, skip",)),
 }  # fmt: skip

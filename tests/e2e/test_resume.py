@@ -62,7 +62,7 @@ RUNS: dict[str, list[str]] = {
         "data.path={task}/preferences.jsonl",
         "data.eval_path=null",
         "data.streaming=true",
-        "data.max_tokens=128",  # of a streamed set the longest row is not known
+        "data.max_tokens=64",
         "data.prompts_per_step=24",  # the second epoch begins in the third step
         "policy.optimizer.lr=1e-3",
     ],
