@@ -24,8 +24,8 @@ STATE = 12
 def role_bytes(config: Config, role: str, roles: Collection[str], spec: ModelSpec, mesh: Mesh, cpu: bool) -> float:
     """Bytes on one of the role's ranks, the mean over pipeline stages; activations are not counted.
 
-    A frozen model: its weights. One that learns: its weights, float32 gradients, and float32 masters with two moments
-    over the data shards. An engine: its weights and its KV cache, where that is known (not on CUDA with
+    A frozen model: its weights. One that learns: its weights, float32 gradients, and two moments, with float32 masters of
+    16-bit weights, over the data shards. An engine: its weights and its KV cache, where that is known (not on CUDA with
     rollout.kv_cache_mib=null).
     """
     settings = config.settings(role)

@@ -15,6 +15,7 @@ from aligner.trainer.engines import backend
 if TYPE_CHECKING:
     from aligner.config.schema import Config
     from aligner.data.sets import DataSets
+    from aligner.data.tokenized_answer import TokenizedAnswer
     from aligner.models.spec import ModelSpec
 
 
@@ -32,9 +33,37 @@ def step_lengths(config: Config, data: DataSets) -> list[int]:
     count = config.data.prompts_per_step
     if config.data.kind == "prompts":
         return [longest_row(config, data)] * (count * int(config.algorithm.get("group_size", 1)))
-    sides = [(row.chosen, row.rejected) if isinstance(row, Pair) else (row,) for row in data.training]
-    groups = sorted(([len(one.tokens) for one in answers] for answers in sides), key=sum, reverse=True)  # type: ignore[union-attr]
+    groups = sorted(_answer_lengths(data), key=sum, reverse=True)
     return [length for group in groups[:count] for length in group]
+
+
+def _answers(data: DataSets) -> list[tuple[TokenizedAnswer, ...]]:
+    """Of each row: two of a pair."""
+    return [(row.chosen, row.rejected) if isinstance(row, Pair) else (row,) for row in data.training]  # type: ignore[misc]
+
+
+def _answer_lengths(data: DataSets) -> list[list[int]]:
+    """Tokens of the answers of each row, with their prompts."""
+    return [[len(one.tokens) for one in answers] for answers in _answers(data)]
+
+
+def _alike(config: Config, data: DataSets) -> bool:
+    """Whether all rows have one length; responses that are generated do not."""
+    return config.data.kind != "prompts" and len({length for row in _answer_lengths(data) for length in row}) == 1
+
+
+def _predicting(config: Config, data: DataSets) -> float:
+    """Fraction of a microbatch's tokens that come before a trained one, at most; what a prompt's answers share counts once."""
+    if config.data.kind == "prompts":
+        shortest = min((len(one.tokens) for one in data.training), default=1)  # type: ignore[union-attr]
+        drawn = config.sampling.max_tokens * int(config.algorithm.get("group_size", 1))
+        return drawn / (shortest + drawn)
+    rows = [(answers, min(one.prompt_len for one in answers) * (len(answers) - 1)) for answers in _answers(data)]
+    fractions = (
+        sum(sum(one.mask) for one in answers) / (sum(len(one.tokens) for one in answers) - shared)
+        for answers, shared in rows
+    )
+    return min(1.0, max(fractions, default=1.0))
 
 
 def microbatch(config: Config, role: str, data: DataSets, mesh: Mesh, forward: bool) -> tuple[Microbatch, int]:
@@ -49,8 +78,8 @@ def microbatch(config: Config, role: str, data: DataSets, mesh: Mesh, forward: b
     unit = 2 if data.training and isinstance(data.training[0], Pair) and not forward else 1  # rows that are never split
     shard = lengths[: max(unit, math.ceil(len(lengths) / steps))]
     tokens = min(sum(shard), max(budget, sum(lengths[:unit])))
-    rows_alike = len(set(shard)) == 1
-    return Microbatch(tokens, max(lengths), rows_alike), math.ceil(sum(shard) / tokens)
+    batch = Microbatch(tokens, max(lengths), _alike(config, data), _predicting(config, data))
+    return batch, math.ceil(sum(shard) / tokens)
 
 
 def role_activations(

@@ -145,6 +145,8 @@ def _peak(
         of_role = role_activations(config, role, roles, checked.data, spec, checked.meshes[role], machine.cpu)
         if of_role is not None:
             taken[role] = max(of_role.update, of_role.inference)
+    if not taken:
+        return []
     peaks = {rank: peak_of_rank(config, held, taken, of_rank, machine) for of_rank, rank in ranks.items()}
     rank = max(peaks, key=lambda rank: peaks[rank])
     lines = [("", f"at most {gib(peaks[rank])} on rank {rank} with the activations of its largest microbatch")]

@@ -17,6 +17,8 @@ class Microbatch:
     """Of its longest row."""
     alike: bool = False
     """All rows have one length: attention needs no padded copies."""
+    predicting: float = 1.0
+    """Fraction of the tokens that pass through the output layer, at most: those before a trained token."""
 
     def on_rank(self, mesh: Mesh, sequence_parallel: bool) -> int:
         """Tokens that the tensor-parallel ranks of one context-parallel rank share, padded."""

@@ -169,7 +169,7 @@ class _LogProbs(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         hidden_NH, weight_VH, *of_tokens = ctx.saved_tensors
         logits = _Logits(hidden_NH, weight_VH, *ctx.logits_settings)
-        kept, ctx.kept = ctx.kept, None
+        kept, ctx.kept = ctx.kept if grad_entropy_N is None else None, None
         grad_hidden_NH = torch.zeros_like(hidden_NH, dtype=logits.dtype)
         grad_weight_VH = ctx.weight_grad_VH
         if grad_weight_VH is None:
@@ -199,12 +199,13 @@ def _grad_of_block(
     """[N, V of the block]: the gradient of the logits.
 
     Args:
-        kept: (exp(x - top) of this block, top) as the forward has left them; overwritten.
+        kept: (exp(x - top) of this block, top) as the forward has left them, which will do without the entropy's gradient;
+            overwritten.
         of_tokens: target_N, the logarithm of the sum of exp, entropy_N.
     """
     target_N, log_sum_N, entropy_N = of_tokens
     log_p_NV = None
-    if kept is not None and grad_entropy_N is None:
+    if kept is not None:
         p_NV, top_N = kept
         p_NV.mul_((top_N - log_sum_N).exp_()[:, None])
     else:

@@ -45,7 +45,7 @@ def test_experts_and_masters_by_hand(folder: Path) -> None:
     )
     alone = _config(folder, "policy.optimizer.distributed=false")
     meshes = make_meshes(alone.placement, 2)
-    assert role_bytes(alone, "policy", roles, spec, meshes["policy"], cpu=True) == 20 * (dense + experts)
+    assert role_bytes(alone, "policy", roles, spec, meshes["policy"], cpu=True) == 16 * (dense + experts)
 
 
 def test_the_engine_s_cache(folder: Path) -> None:

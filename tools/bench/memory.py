@@ -77,6 +77,10 @@ class BenchJob:
         config = getattr(transformers, f"{self.model}Config")(**{**SHAPE, **self.shape})
         transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder / "model")
         write_tokenizer(folder / "model", config.vocab_size)
+        settings = folder / "model" / "tokenizer_config.json"
+        settings.write_text(
+            json.dumps(json.loads(settings.read_text()) | {"model_max_length": config.max_position_embeddings})
+        )
         rows = prompt_rows(self.rows, self.tokens, self.tokens)
         if self.loop != "grpo":
             rows = answered_rows(self.rows, self.tokens, self.natural, pairs=self.loop == "dpo")
@@ -87,7 +91,7 @@ LONG = ("data.train_on=all",)
 JOBS: dict[str, BenchJob] = {
     "sft-long": BenchJob("Llama", rows=1, tokens=8192, settings=LONG),
     "sft-recompute": BenchJob(
-        "Qwen3", {"vocab_size": 32000}, tokens=8192, rows=2, settings=("policy.recompute=full", *LONG)
+        "Qwen3", {"vocab_size": 32000}, rows=1, settings=("policy.recompute=full", *LONG)
     ),
     "sft-windows": BenchJob(
         "Gemma3Text", {"sliding_window": 512, "tie_word_embeddings": True}, settings=("policy.micro_tokens=8192",)
@@ -100,14 +104,14 @@ JOBS: dict[str, BenchJob] = {
         "Olmo2", ranks=2, rows=6, settings=("placement.policy.pipeline=2", "policy.micro_tokens=4096")
     ),
     "sft-context": BenchJob(
-        "Llama", ranks=2, rows=1, tokens=16384, settings=("placement.policy.context=2", *LONG)
+        "Llama", ranks=2, rows=1, tokens=8192, settings=("placement.policy.context=2", *LONG)
     ),
     "sft-experts": BenchJob(
         "Qwen3Moe", {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 384},
         settings=("policy.micro_tokens=4096",),
     ),
     "dpo-vocabulary": BenchJob(
-        "Qwen2", {"vocab_size": 151936, "hidden_size": 128}, loop="dpo", rows=4, tokens=1024, natural=True,
+        "Qwen2", {"vocab_size": 151936, "hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}, loop="dpo", rows=4, tokens=1024, natural=True,
         settings=("policy.micro_tokens=4096", "policy.dtype=bfloat16"),
     ),
     "grpo-prefix": BenchJob(
@@ -117,6 +121,23 @@ JOBS: dict[str, BenchJob] = {
     ),
 }  # fmt: skip
 """Families, recomputation, parallel axes, experts, long rows, vocabularies and loops, each at least once."""
+
+SMALL = {
+    "vocab_size": 32000, "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}  # fmt: skip
+LONG_JOBS: dict[str, BenchJob] = {
+    "sft-32k": BenchJob("Llama", SMALL, rows=1, tokens=32_768, settings=("policy.recompute=full", *LONG)),
+    "sft-32k-context": BenchJob(
+        "Llama", SMALL, ranks=2, rows=1, tokens=32_768,
+        settings=("policy.recompute=full", "placement.policy.context=2", *LONG),
+    ),
+    "grpo-32k": BenchJob(
+        "Qwen3", SMALL, loop="grpo", rows=1, tokens=32_704,
+        settings=("algorithm.group_size=2", "algorithm.roles=[policy,rollout,reward]", "policy.recompute=full"),
+    ),
+}  # fmt: skip
+"""Rows of 32,768 tokens; minutes each on a CPU, and only run where they are named."""
 
 
 def measured(job: BenchJob, folder: Path) -> list[dict[str, dict[str, float]]]:
@@ -156,7 +177,7 @@ def predicted(job: BenchJob, folder: Path) -> dict[str, float]:
 
 def compare(name: str, folder: Path) -> list[float]:
     """Print the rows of one job. Returns the relative errors of its calls."""
-    job = JOBS[name]
+    job = {**JOBS, **LONG_JOBS}[name]
     folder.mkdir()
     job.write(folder)
     ranks, guessed, errors = measured(job, folder), predicted(job, folder), []
@@ -174,7 +195,7 @@ def compare(name: str, folder: Path) -> list[float]:
 def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--jobs", nargs="+", choices=JOBS, default=list(JOBS))
+    parser.add_argument("--jobs", nargs="+", choices=[*JOBS, *LONG_JOBS], default=list(JOBS))
     parser.add_argument("--work", type=Path, help="keep the jobs' files here")
     arguments = parser.parse_args()
     print("MiB of the fullest rank\n")

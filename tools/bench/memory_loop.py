@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from aligner.algorithms.step import Step
 from aligner.data.prompts import Prompt
 from aligner.data.samples import Demonstrations, Pairs
 from aligner.roles.build import Roles
+from aligner.trainer.megatron import attention_mask
 from tools.bench.live_tensors import peak_bytes
 
 FOLDER = "MEMORY_BENCH"
@@ -47,10 +49,14 @@ def watched(loop: Iterator[Step], roles: Roles, names: list[str]) -> Iterator[St
     for step, result in enumerate(loop):
         if step == 0:
             for name, role in models.items():
-                for method in CALLS:
-                    if hasattr(role, method):
-                        setattr(role, method, _measured(getattr(role, method), f"{name}.{method}", peaks, role))
+                for method in filter(partial(hasattr, role), CALLS):
+                    setattr(role, method, _measured(getattr(role, method), f"{name}.{method}", peaks, role))
+        else:  # nobody comes back after the last step
+            _write(models, peaks)
         yield result
+
+
+def _write(models: Mapping[str, Any], peaks: Mapping[str, float]) -> None:
     held = {
         f"{name}.{part}": tensors.bytes()
         for name, role in models.items()
@@ -64,6 +70,7 @@ def watched(loop: Iterator[Step], roles: Roles, names: list[str]) -> Iterator[St
 def _measured(call: Callable[..., Any], name: str, peaks: dict[str, float], role: Any) -> Callable[..., Any]:
     def measured(*args: Any, **kwargs: Any) -> Any:
         results: list[Any] = []
+        attention_mask._mask.cache_clear()  # those of the step before would not be counted
         peak = peak_bytes(lambda: results.append(call(*args, **kwargs)), role.world.device)
         if role.member:
             peaks[name] = max(peaks.get(name, 0.0), peak)

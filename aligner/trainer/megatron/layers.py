@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -93,6 +94,8 @@ class NormedOutputLayer(TransformerLayer):
         if norms.after_mlp:
             self.post_mlp_norm = norm(config, config.hidden_size, config.layernorm_epsilon)
             self.mlp_bda = partial(_add_normed, self.post_mlp_norm)
+        # Megatron enables gradients here, for fused functions that it compiles; without them the norms would keep their inputs
+        self.bias_dropout_add_exec_handler = nullcontext
 
 
 def _add_normed(norm: RMSNorm, *_: Any) -> Callable[[tuple[Tensor, Tensor | None], Tensor, float], Tensor]:
