@@ -91,7 +91,7 @@ LONG = ("data.train_on=all",)
 JOBS: dict[str, BenchJob] = {
     "sft-long": BenchJob("Llama", rows=1, tokens=8192, settings=LONG),
     "sft-recompute": BenchJob(
-        "Qwen3", {"vocab_size": 32000}, rows=1, settings=("policy.recompute=full", *LONG)
+        "Qwen3", {"vocab_size": 32000}, tokens=8192, settings=("policy.recompute=full", *LONG)
     ),
     "sft-windows": BenchJob(
         "Gemma3Text", {"sliding_window": 512, "tie_word_embeddings": True}, settings=("policy.micro_tokens=8192",)
