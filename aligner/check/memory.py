@@ -7,12 +7,11 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from aligner.models.spec import Head, ModelSpec
+from aligner.models.spec import ModelSpec
 from aligner.models.tensors import parameter_count
 from aligner.reshard.plan.region import ELEMENT_BYTES
 from aligner.spmd.mesh import Mesh
 from aligner.trainer.engines import backend
-from aligner.trainer.output_blocks import output_layer_bytes
 
 if TYPE_CHECKING:
     from aligner.config.schema import Config
@@ -25,35 +24,24 @@ STATE = 12
 def role_bytes(config: Config, role: str, roles: Collection[str], spec: ModelSpec, mesh: Mesh, cpu: bool) -> float:
     """Bytes on one of the role's ranks, the mean over pipeline stages; activations are not counted.
 
-    A frozen model: its weights. One that learns: its weights, float32 gradients, and float32 masters with two moments
-    over the data shards. An engine: its weights and its KV cache, where that is known (not on CUDA with
+    A frozen model: its weights. One that learns: its weights, float32 gradients, and two moments, with float32 masters of
+    16-bit weights, over the data shards. An engine: its weights and its KV cache, where that is known (not on CUDA with
     rollout.kv_cache_mib=null).
     """
     settings = config.settings(role)
     if config.role(role).kind.runs_on == "engine":
-        # experts are cut, or whole ones: as many weights
-        weights = parameter_count(spec) / (mesh.tensor * mesh.pipeline)
         cache = settings.kv_cache_bytes(spec, mesh.tensor, cpu, mesh.pipeline) or 0
-        return float(weights * ELEMENT_BYTES[settings.dtype] + cache)
+        return weight_bytes(config, role, spec, mesh) + cache
     return backend(settings.engine).bytes_per_rank(spec, mesh, settings, config.learns(role, roles))
 
 
-def output_bytes(
-    config: Config, role: str, roles: Collection[str], spec: ModelSpec, mesh: Mesh, cpu: bool
-) -> float | None:
-    """Bytes that a role call takes for the output layer beside what the role holds, at most; None: it makes no logits of its own.
-
-    Those of one microbatch whose tokens are all predictions, on a rank that has the output layer.
-    """
-    if config.role(role).kind.runs_on == "engine" or spec.head is Head.SCALAR:
-        return None
+def weight_bytes(config: Config, role: str, spec: ModelSpec, mesh: Mesh) -> float:
+    """Of them, those of the weights that it computes with."""
     settings = config.settings(role)
-    budget = settings.forward_micro_tokens or settings.micro_tokens
-    tokens = max(budget, settings.micro_tokens) if config.learns(role, roles) else budget
-    width = ELEMENT_BYTES[settings.dtype]
-    return output_layer_bytes(
-        -(-tokens // mesh.context), -(-spec.vocab // mesh.tensor), spec.hidden, width, "cpu" if cpu else "cuda"
-    )
+    if config.role(role).kind.runs_on == "engine":
+        # experts are cut, or whole ones: as many weights
+        return parameter_count(spec) / (mesh.tensor * mesh.pipeline) * ELEMENT_BYTES[settings.dtype]
+    return backend(settings.engine).bytes_per_rank(spec, mesh, settings, False)
 
 
 @dataclass(frozen=True)
@@ -114,6 +102,21 @@ def bytes_of_rank(config: Config, sizes: Mapping[str, float], roles: Collection[
     staying = [sizes[role] for role in roles if all_resident or role in config.residency.keep]
     others = [sizes[role] for role in roles if not all_resident and role not in config.residency.keep]
     return sum(staying) + max(others, default=0.0)
+
+
+def peak_of_rank(
+    config: Config, sizes: Mapping[str, float], taken: Mapping[str, float], roles: Collection[str], machine: Machine
+) -> float:
+    """The same with what the most demanding role call takes beside it.
+
+    Args:
+        taken: activations of each role's calls, at most; a role without counts none.
+    """
+    peaks = []
+    for role in roles:
+        away = () if machine.cpu or config.residency.mode == "off" else set(roles) - {role, *config.residency.keep}
+        peaks.append(sum(sizes[other] for other in roles if other not in away) + taken.get(role, 0.0))
+    return max(peaks)
 
 
 def roles_of_ranks(meshes: Mapping[str, Mesh], roles: Collection[str]) -> dict[tuple[str, ...], int]:

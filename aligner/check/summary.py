@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from aligner.check.disk import bytes_needed, gib, nearest_folder
-from aligner.check.memory import bytes_of_rank, bytes_of_roles, machine_of, output_bytes, roles_of_ranks
+from aligner.check.memory import bytes_of_rank, bytes_of_roles, machine_of, peak_of_rank, roles_of_ranks, weight_bytes
+from aligner.check.microbatch import microbatch, role_activations
 from aligner.check.rollout import shown_ends
 from aligner.data.left_out import LeftOut, left_out_text
 from aligner.data.mixture import source_weight
@@ -19,6 +20,7 @@ from aligner.spmd.mesh import axes, shown
 
 if TYPE_CHECKING:
     from aligner.check.job import Checked
+    from aligner.check.memory import Machine
     from aligner.config.schema import Config
     from aligner.data.sets import DataSets
 
@@ -36,7 +38,7 @@ def job_summary(config: Config, roles: Sequence[str], checked: Checked, world_si
         ("data", _data(config, checked)),
         *_ends(config, roles, checked),
         *_roles(config, roles, checked, world_size),
-        *_memory(config, checked, world_size),
+        *_memory(config, roles, checked, world_size),
         ("disk", _disk(config, roles, checked, world_size)),
         ("run", f"{config.train.steps} steps, written to {config.run_dir}"),
     ]
@@ -103,21 +105,39 @@ def _roles(config: Config, roles: Sequence[str], checked: Checked, world_size: i
         sizes = " x ".join(f"{axis} {getattr(mesh, axis)}" for axis in axes(mesh)) or "whole"
         parts = [f"rank{'s' * (mesh.size > 1)} {shown(mesh.ranks)}: {sizes}"]
         parts += ["learns"] * config.learns(role, roles)
-        parts += [f"{gib(held[role])} a rank"] if role in held else []
         if role in held:
-            beside = output_bytes(config, role, roles, checked.specs[role], mesh, machine.cpu)
-            parts += [] if beside is None else [f"output layer at most {gib(beside)}"]
+            weights = weight_bytes(config, role, checked.specs[role], mesh)
+            rest = "KV cache" if kind.runs_on == "engine" else "gradients and optimizer state"
+            shares = f" (weights {gib(weights)}, {rest} {gib(held[role] - weights)})"
+            parts.append(f"{gib(held[role])} a rank{shares if held[role] > weights else ''}")
+        parts += _activations(config, role, roles, checked, machine)
         parts += [f"{kind.name} from {config.model_path(role)[1]}"] if role in config.models else []
         lines.append((role, ", ".join(parts)))
     return lines
 
 
-def _memory(config: Config, checked: Checked, world_size: int) -> list[tuple[str, str]]:
-    """The fullest rank, activations not counted."""
+def _activations(config: Config, role: str, roles: Sequence[str], checked: Checked, machine: Machine) -> list[str]:
+    """What the calls of a role take beside what it holds."""
+    if role not in checked.specs:
+        return []
+    mesh = checked.meshes[role]
+    taken = role_activations(config, role, roles, checked.data, checked.specs[role], mesh, machine.cpu)
+    if taken is None:
+        return []
+    said = []
+    for name, size, forward in (("an update", taken.update, False), ("a forward pass", taken.inference, True)):
+        if size:
+            batch, _ = microbatch(config, role, checked.data, mesh, forward)
+            said.append(f"{name} {gib(size)} more ({batch.tokens:,} tokens)")
+    return [f"at most: {', '.join(said)}"]
+
+
+def _memory(config: Config, roles: Sequence[str], checked: Checked, world_size: int) -> list[tuple[str, str]]:
+    """The fullest rank, without activations and with them."""
     machine = machine_of(config, world_size)
     held = bytes_of_roles(config, checked.specs, checked.meshes, machine)
     ranks = roles_of_ranks(checked.meshes, list(checked.specs))
-    needs = {rank: bytes_of_rank(config, held, roles, machine) for roles, rank in ranks.items()}
+    needs = {rank: bytes_of_rank(config, held, of_rank, machine) for of_rank, rank in ranks.items()}
     rank = max(needs, key=lambda rank: needs[rank])
     if machine.device_bytes is None:
         there = f"a host has {gib(machine.host_bytes)} and {machine.ranks} of the ranks"
@@ -125,9 +145,40 @@ def _memory(config: Config, checked: Checked, world_size: int) -> list[tuple[str
         there = f"its GPU has {gib(machine.device_bytes)}"
     what = "" if machine.cpu or config.residency.mode == "off" else "at least "
     lines = [("memory", f"{what}{gib(needs[rank])} on rank {rank}, the fullest, without activations; {there}")]
+    lines += _peak(config, roles, checked, machine, held, ranks)
     if config.residency.mode == "auto":
-        most = max(sum(held[role] for role in roles) for roles in ranks)
+        most = max(sum(held[role] for role in of_rank) for of_rank in ranks)
         lines.append(("", _room(most, config.residency.budget(machine.rank_bytes, machine.cpu))))
+    return lines
+
+
+def _peak(
+    config: Config,
+    roles: Sequence[str],
+    checked: Checked,
+    machine: Machine,
+    held: Mapping[str, float],
+    ranks: Mapping[tuple[str, ...], int],
+) -> list[tuple[str, str]]:
+    """With the activations of the fullest rank's most demanding call."""
+    taken = {}
+    for role, spec in checked.specs.items():
+        of_role = role_activations(config, role, roles, checked.data, spec, checked.meshes[role], machine.cpu)
+        if of_role is not None:
+            taken[role] = max(of_role.update, of_role.inference)
+    if not taken:
+        return []
+    peaks = {rank: peak_of_rank(config, held, taken, of_rank, machine) for of_rank, rank in ranks.items()}
+    rank = max(peaks, key=lambda rank: peaks[rank])
+    lines = [("", f"at most {gib(peaks[rank])} on rank {rank} with the activations of its largest microbatch")]
+    if peaks[rank] > machine.rank_bytes:
+        lines.append(
+            (
+                "",
+                f"note: a rank has {gib(machine.rank_bytes)}; lower policy.micro_tokens, use policy.recompute=full, or raise "
+                "placement.policy.context or tensor (with sequence_parallel=true)",
+            )
+        )
     return lines
 
 

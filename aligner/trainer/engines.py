@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, cast
 
 from aligner.trainer.config import ENGINES, TrainingConfig
+from aligner.trainer.megatron.activations import activation_bytes
 from aligner.trainer.megatron.layout import MegatronLayout
 from aligner.trainer.megatron.sizes import bytes_per_rank, check_runs
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from aligner.models.spec import ModelSpec
     from aligner.reshard.plan.layout import WeightLayout
     from aligner.spmd.mesh import Mesh
+    from aligner.trainer.activations import Activations, Microbatch
     from aligner.trainer.engine import TrainEngine
 
 
@@ -37,6 +39,29 @@ class MemoryEstimate(Protocol):
     def __call__(self, spec: ModelSpec, mesh: Mesh, config: TrainingConfig, learns: bool) -> float: ...
 
 
+class ActivationEstimate(Protocol):
+    """Bytes that a rank takes, beside what the role holds, for a microbatch: the rank with the most.
+
+    Args:
+        batch: the largest microbatch of an update.
+        forward_batch: that of a forward pass without gradients.
+        microbatches: of an optimizer step on a data shard.
+        device: cpu or cuda.
+    """
+
+    def __call__(
+        self,
+        spec: ModelSpec,
+        mesh: Mesh,
+        config: TrainingConfig,
+        sequence_parallel: bool,
+        batch: Microbatch,
+        forward_batch: Microbatch,
+        microbatches: int,
+        device: str,
+    ) -> Activations: ...
+
+
 @dataclass(frozen=True)
 class Backend:
     """One training backend: its rank arithmetic and the import path of its engine."""
@@ -47,6 +72,8 @@ class Backend:
     bytes_per_rank: MemoryEstimate
     engine: str
     """Import path of the `TrainEngine`, imported only where a model is built, since that takes seconds."""
+    activations: ActivationEstimate | None = None
+    """None: nobody has worked them out."""
 
     def engine_type(self) -> type[TrainEngine]:
         """Import the backend."""
@@ -61,7 +88,11 @@ def _check_megatron(spec: ModelSpec, mesh: Mesh, config: TrainingConfig, sequenc
 
 BACKENDS: Mapping[str, Backend] = {
     "megatron": Backend(
-        _check_megatron, MegatronLayout, bytes_per_rank, "aligner.trainer.megatron.engine.MegatronEngine"
+        _check_megatron,
+        MegatronLayout,
+        bytes_per_rank,
+        "aligner.trainer.megatron.engine.MegatronEngine",
+        activation_bytes,
     ),
 }
 """Backends by the value of the `engine` settings."""

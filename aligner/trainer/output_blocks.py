@@ -5,17 +5,24 @@ from __future__ import annotations
 BLOCK_LOGITS = {"cpu": 1 << 24, "cuda": 1 << 26}
 """Logits of one block, at most, by type of device: 64 and 256 MiB of float32."""
 
-BUFFERS = 3
-"""Float32 tensors of a block's size that are there at the same time, at most: logits, exponentials, and the block's before."""
+BUFFERS = 2
+"""Float32 tensors of a block's size that are there at the same time, at most: logits or their gradient, and exponentials."""
 
 
-def output_layer_bytes(tokens: int, vocab: int, hidden: int, element_bytes: int, device: str) -> float:
-    """Bytes beside weights and gradients that log-probabilities of `tokens` tokens and their gradients take, at most.
+def output_layer_bytes(
+    tokens: int, vocab: int, hidden: int, element_bytes: int, device: str, grad: bool = True
+) -> float:
+    """Bytes beside weights and gradients that log-probabilities of `tokens` tokens take, at most.
 
     Args:
         vocab: columns on this rank.
         hidden: width of the hidden states, which are taken once as they are and once as a float32 gradient.
         element_bytes: of a weight.
+        grad: with their gradients and the entropy. Without, the exponentials take the logits' place; with 16-bit weights
+            the product is there beside them.
     """
-    block = min(tokens * vocab, max(BLOCK_LOGITS[device], tokens))
-    return float(BUFFERS * 4 * block + tokens * hidden * (2 * element_bytes + 4))
+    blocks = -(-vocab // max(1, BLOCK_LOGITS[device] // max(1, tokens)))
+    block = tokens * -(-vocab // blocks)
+    product = element_bytes if element_bytes < 4 else 0
+    of_logit = BUFFERS * 4 if grad else 4 + product
+    return float(of_logit * block + tokens * hidden * (element_bytes + (4 + product) * grad))

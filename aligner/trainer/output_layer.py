@@ -8,6 +8,7 @@ gradient written once, whatever the number of tokens.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -151,8 +152,10 @@ class _LogProbs(torch.autograd.Function):
         over_all = _sums_over_ranks(sums, torch.zeros_like(target_N, dtype=logits.dtype), group)
         log_total_N = over_all.total_N.log()
         entropy_N = log_total_N - over_all.weighted_N / over_all.total_N
-        ctx.save_for_backward(target_N, over_all.top_N + log_total_N, entropy_N)
-        ctx.logits, ctx.kept, ctx.weight_grad_VH = logits, kept, weight_grad_VH
+        # hidden states among the saved tensors, which go after the backward; the context stays until all of it is through
+        ctx.save_for_backward(hidden_NH, weight_VH, target_N, over_all.top_N + log_total_N, entropy_N)
+        ctx.logits_settings = (logits.first, logits.vocab, logits.temperature, logits.softcap)
+        ctx.kept, ctx.weight_grad_VH = kept, weight_grad_VH
         ctx.group = group if reduce_grad else None
         ctx.set_materialize_grads(False)
         if not with_entropy:
@@ -164,19 +167,21 @@ class _LogProbs(torch.autograd.Function):
     def backward(  # type: ignore[override]
         ctx: Any, grad_logp_N: Tensor | None, grad_entropy_N: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        logits, kept, ctx.kept = ctx.logits, ctx.kept, None
-        hidden_NH, weight_VH = logits.hidden_NH, logits.weight_VH
+        hidden_NH, weight_VH, *of_tokens = ctx.saved_tensors
+        logits = _Logits(hidden_NH, weight_VH, *ctx.logits_settings)
+        kept, ctx.kept = ctx.kept if grad_entropy_N is None else None, None
         grad_hidden_NH = torch.zeros_like(hidden_NH, dtype=logits.dtype)
         grad_weight_VH = ctx.weight_grad_VH
         if grad_weight_VH is None:
             grad_weight_VH = torch.zeros_like(weight_VH)
         for block in reversed(logits.blocks()):
-            grad_NV = _grad_of_block(logits, block, kept, ctx.saved_tensors, grad_logp_N, grad_entropy_N)
+            grad_NV = _grad_of_block(logits, block, kept, of_tokens, grad_logp_N, grad_entropy_N)
             kept = None
             product_NV = logits.grad_of_product(grad_NV, block)
             del grad_NV
             add_product(grad_hidden_NH, product_NV, weight_VH[block])
             add_product(grad_weight_VH[block], product_NV.T, hidden_NH)
+            del product_NV  # before the next block's logits are made
         if ctx.group is not None:
             dist.all_reduce(grad_hidden_NH, group=ctx.group)
         given = ctx.weight_grad_VH is not None
@@ -187,19 +192,20 @@ def _grad_of_block(
     logits: _Logits,
     block: slice,
     kept: tuple[Tensor, Tensor] | None,
-    of_tokens: tuple[Tensor, ...],
+    of_tokens: Sequence[Tensor],
     grad_logp_N: Tensor | None,
     grad_entropy_N: Tensor | None,
 ) -> Tensor:
     """[N, V of the block]: the gradient of the logits.
 
     Args:
-        kept: (exp(x - top) of this block, top) as the forward has left them; overwritten.
+        kept: (exp(x - top) of this block, top) as the forward has left them, which will do without the entropy's gradient;
+            overwritten.
         of_tokens: target_N, the logarithm of the sum of exp, entropy_N.
     """
     target_N, log_sum_N, entropy_N = of_tokens
     log_p_NV = None
-    if kept is not None and grad_entropy_N is None:
+    if kept is not None:
         p_NV, top_N = kept
         p_NV.mul_((top_N - log_sum_N).exp_()[:, None])
     else:

@@ -192,21 +192,21 @@ def test_machines(task: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_memory_by_hand(task: Path) -> None:
-    """94,656 parameters and some: policy 4 + 4 + 12 bytes each (fp32, one shard), reference 4, engine 4 and its cache."""
+    """94,656 parameters and some: policy 4 + 4 + 8 bytes each (fp32, one shard), reference 4, engine 4 and its cache."""
     spec = read_spec(task / "model")
     n = parameter_count(spec)
     roles = ["policy", "rollout", "reference"]
     config = config_of(task, "residency.mode=off", "rollout.kv_cache_mib=1")
     meshes, specs = make_meshes(config.placement, 2), dict.fromkeys(roles, spec)
-    held = {"policy": 20.0 * n, "rollout": 4.0 * n + 2**20, "reference": 4.0 * n}
+    held = {"policy": 16.0 * n, "rollout": 4.0 * n + 2**20, "reference": 4.0 * n}
     cpu, gpu = Machine(2, 10**9, None), Machine(2, 10**9, 10**9)
-    assert bytes_of_rank(config, held, roles, cpu) == 28 * n + 2**20
-    assert bytes_of_rank(config, held, roles, gpu) == 28 * n + 2**20
+    assert bytes_of_rank(config, held, roles, cpu) == 24 * n + 2**20
+    assert bytes_of_rank(config, held, roles, gpu) == 24 * n + 2**20
     moving = config_of(task, "residency.mode=auto", "residency.keep=[reference]")
-    assert bytes_of_rank(moving, held, roles, gpu) == 4 * n + max(20 * n, 4 * n + 2**20)
-    assert bytes_of_rank(moving, held, roles, cpu) == 28 * n + 2**20
-    # two data shards: 4 + 4 + 12 / 2 bytes for the policy on each of two ranks
-    exact = int(2 * ((4 + 4 + 6 + 4 + 4) * n + 2**20))
+    assert bytes_of_rank(moving, held, roles, gpu) == 4 * n + max(16 * n, 4 * n + 2**20)
+    assert bytes_of_rank(moving, held, roles, cpu) == 24 * n + 2**20
+    # two data shards: 4 + 4 + 8 / 2 bytes for the policy on each of two ranks
+    exact = int(2 * ((4 + 4 + 4 + 4 + 4) * n + 2**20))
     copy = 12 * n  # of a checkpoint that is being written, over the ranks
     check_memory(config, specs, meshes, Machine(2, exact + copy, None))
     with pytest.raises(ValueError, match="the roles on this host need about"):

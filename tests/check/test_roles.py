@@ -113,7 +113,7 @@ def test_a_component_brings_its_model_along(folder: Path) -> None:
 
 
 def test_memory_counts_every_model(folder: Path) -> None:
-    """4 bytes a weight of a frozen model or an engine, 20 of one that is trained on one shard, by hand."""
+    """4 bytes a weight of a frozen model or an engine, 16 of one that is trained on one shard, by hand."""
     kinds = {"actor": "policy", "teacher": "frozen", "taste": "reward_model", "judge": "engine"}
     found = config(folder, *(model(folder, name, kind) for name, kind in kinds.items()), "models.judge.kv_cache_mib=3")
     language = read_spec(folder / "small")
@@ -123,7 +123,7 @@ def test_memory_counts_every_model(folder: Path) -> None:
         "taste": with_scalar_head(language),
     }
     held = bytes_of_roles(found, specs, make_meshes(found.placement, 1, found.roles), Machine(1, 1 << 30, None))
-    assert held["actor"] == 20 * parameter_count(language) and held["teacher"] == 4 * parameter_count(language)
+    assert held["actor"] == 16 * parameter_count(language) and held["teacher"] == 4 * parameter_count(language)
     assert held["taste"] == 4 * parameter_count(with_scalar_head(language))
     assert held["judge"] == 4 * parameter_count(language) + (3 << 20)
 

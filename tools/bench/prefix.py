@@ -33,7 +33,7 @@ from aligner.spmd.ref import Ref
 from aligner.spmd.world import World
 from aligner.trainer.config import OptimizerConfig, PolicyConfig
 from aligner.trainer.policy import Policy
-from tools.bench.context_memory import peak_bytes
+from tools.bench.live_tensors import peak_bytes
 
 SETTINGS = ("off", "on")
 Measures = dict[str, dict[str, float]]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from megatron.core.tensor_parallel.mappings import all_gather_last_dim_from_tensor_parallel_region
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.module import MegatronModule
@@ -102,7 +103,7 @@ class RotarySelfAttention(SelfAttention):
     def get_query_key_value_tensors(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
         """Queries [T, 1, heads / tensor, head_dim], keys and values [T, 1, key/value heads / tensor, head_dim]."""
         query, key, value = super().get_query_key_value_tensors(*args, **kwargs)
-        return self.rotate(query), self.rotate(key), value
+        return self.rotate(query), self.rotate(key), _own(value)
 
 
 class SharedHeadAttention(RotarySelfAttention):
@@ -137,4 +138,9 @@ class SharedHeadAttention(RotarySelfAttention):
             query = self.q_layernorm(query)
         if self.k_layernorm is not None:
             key = self.k_layernorm(key)
-        return self.rotate(query), self.rotate(key), value
+        return self.rotate(query), self.rotate(key), _own(value)
+
+
+def _own(value: Tensor) -> Tensor:
+    """A copy: as a view the values would keep the projections of queries and keys, whose rotated copies are saved, until the backward."""
+    return value.clone(memory_format=torch.contiguous_format)

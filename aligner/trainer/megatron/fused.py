@@ -60,7 +60,8 @@ class _RMSNorm(torch.autograd.Function):
 
 def rms_norm(x: Tensor, weight_H: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension (Zhang & Sennrich 2019), in float32 at least. CUDA has a kernel of
-    its own."""
+    its own. Heads beside others of a projection are copied, or the backward would keep all of it for them."""
+    x = x.contiguous()
     if x.device.type == "cuda":
         return F.rms_norm(x, weight_H.shape, weight_H, eps)
     return _RMSNorm.apply(x, weight_H, eps)  # type: ignore[no-any-return]

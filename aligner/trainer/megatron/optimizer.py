@@ -9,7 +9,6 @@ import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer import get_megatron_optimizer
-from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
@@ -91,10 +90,14 @@ class Optimizer:
             group["lr"] = lr * group.get("lr_mult", 1.0)
             # normally set by Megatron's scheduler: norms and biases have wd_mult=0
             group["weight_decay"] = self.config.weight_decay * group.get("wd_mult", 1.0)
-        for chained in self.inner.chained_optimizers:
-            parameters = [] if getattr(chained, "is_stub_optimizer", False) else chained.get_parameters()
-            if parameters and self.config.clip_grad > 0:
-                clip_grad_by_total_norm_fp32(parameters, max_norm=self.config.clip_grad, total_norm=norm)
+        scale = self.config.clip_grad / (norm + 1e-6)
+        if self.config.clip_grad > 0 and scale < 1:
+            for chained in self.inner.chained_optimizers:
+                parameters = [] if getattr(chained, "is_stub_optimizer", False) else chained.get_parameters()
+                # in place, where Megatron's function makes each gradient again
+                grads = [one.grad for one in parameters if one.grad is not None]
+                if grads:
+                    torch._foreach_mul_(grads, scale)
         self.inner.step_with_ready_grads()
 
 

@@ -106,5 +106,8 @@ class Pipeline:
         """
         if self.groups.cp.size() == 1:
             return readouts
-        joined = reduce_from_tensor_model_parallel_region(torch.stack(list(readouts.values())), self.groups.cp)
-        return dict(zip(readouts, joined, strict=True))
+        # each by itself: a readout that the loss leaves out then has no gradient, rather than one of zeros; in place, hence a copy
+        return {
+            name: reduce_from_tensor_model_parallel_region(value.clone(), self.groups.cp)
+            for name, value in readouts.items()
+        }

@@ -141,14 +141,16 @@ def check_runs(spec: ModelSpec, mesh: Mesh, sequence_parallel: bool, cpu: bool) 
 
 
 def bytes_per_rank(spec: ModelSpec, mesh: Mesh, config: TrainingConfig, learns: bool) -> float:
-    """Bytes on one rank, averaged over pipeline stages: weights, and with `learns` float32 gradients, masters and two moments
-    (divided by the data-parallel size with a distributed optimizer). Activations are not counted."""
+    """Bytes on one rank, averaged over pipeline stages: weights, and with `learns` float32 gradients, two moments and, of other
+    weights than float32, masters (these divided by the data-parallel size with a distributed optimizer). Activations are not
+    counted."""
     dense = (parameter_count(spec) - spec.parameters_of_experts) / (mesh.tensor * mesh.pipeline)
     experts = spec.parameters_of_experts / (mesh.expert_tensor * mesh.expert * mesh.pipeline)
     total = (dense + experts) * ELEMENT_BYTES[config.dtype]
     if learns:
         for weights, data_parallel in ((dense, mesh.data * mesh.context), (experts, mesh.expert_data)):
-            total += weights * (4 + 12 / (data_parallel if config.optimizer.distributed else 1))
+            state = 8 if config.dtype == "float32" else 12
+            total += weights * (4 + state / (data_parallel if config.optimizer.distributed else 1))
     return total
 
 
