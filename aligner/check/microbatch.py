@@ -23,7 +23,7 @@ def longest_row(config: Config, data: DataSets) -> int:
     """Tokens of the longest row that a role reads: an answer with its prompt, or a prompt with the longest response."""
     if config.data.kind != "prompts":
         return max(1, data.longest)
-    prompt = max((len(one.tokens) for one in data.training), default=config.data.max_prompt_tokens)  # type: ignore[union-attr]
+    prompt = max((len(one.tokens) for one in data.known), default=config.data.max_prompt_tokens)
     return min(prompt + config.sampling.max_tokens, config.rollout.max_model_len or math.inf)  # type: ignore[return-value]
 
 
@@ -39,7 +39,7 @@ def step_lengths(config: Config, data: DataSets) -> list[int]:
 
 def _answers(data: DataSets) -> list[tuple[TokenizedAnswer, ...]]:
     """Of each row: two of a pair."""
-    return [(row.chosen, row.rejected) if isinstance(row, Pair) else (row,) for row in data.training]  # type: ignore[misc]
+    return [(row.chosen, row.rejected) if isinstance(row, Pair) else (row,) for row in data.known]
 
 
 def _answer_lengths(data: DataSets) -> list[list[int]]:
@@ -55,7 +55,7 @@ def _alike(config: Config, data: DataSets) -> bool:
 def _predicting(config: Config, data: DataSets) -> float:
     """Fraction of a microbatch's tokens that come before a trained one, at most; what a prompt's answers share counts once."""
     if config.data.kind == "prompts":
-        shortest = min((len(one.tokens) for one in data.training), default=1)  # type: ignore[union-attr]
+        shortest = min((len(one.tokens) for one in data.known), default=1)
         drawn = config.sampling.max_tokens * int(config.algorithm.get("group_size", 1))
         return drawn / (shortest + drawn)
     rows = [(answers, min(one.prompt_len for one in answers) * (len(answers) - 1)) for answers in _answers(data)]
@@ -75,7 +75,7 @@ def microbatch(config: Config, role: str, data: DataSets, mesh: Mesh, forward: b
     settings, lengths = config.settings(role), step_lengths(config, data)
     steps = mesh.data * (1 if forward else settings.minibatches)
     budget = (settings.forward_micro_tokens if forward else None) or settings.micro_tokens
-    unit = 2 if data.training and isinstance(data.training[0], Pair) and not forward else 1  # rows that are never split
+    unit = 2 if data.known and isinstance(data.known[0], Pair) and not forward else 1  # rows that are never split
     shard = lengths[: max(unit, math.ceil(len(lengths) / steps))]
     tokens = min(sum(shard), max(budget, sum(lengths[:unit])))
     batch = Microbatch(tokens, max(lengths), _alike(config, data), _predicting(config, data))

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 FLOAT32 = 4
 BLOCK = 256
 """Queries of an attention call with a mask tensor (`attention_mask.BLOCK`)."""
+MAX_KEPT = 0.95
+"""Fraction of the tokens from which on the last layer computes all (`packing.MAX_KEPT`)."""
 CACHED = 1 << 18
 """Elements that a CPU's elementwise functions work on at a time (`fused.CACHED`)."""
 ROUTING = 4 + 4 + 4 + 1 + 1
@@ -41,6 +43,7 @@ def make_layer(
     sequence_parallel: bool,
     batch: Microbatch,
     cpu: bool,
+    last: bool,
 ) -> Layer:
     """The sizes of a layer's tensors on one rank; ranks are taken to get equal numbers of tokens for their experts."""
     element, tensor = ELEMENT_BYTES[config.dtype], mesh.tensor
@@ -83,6 +86,7 @@ def make_layer(
             qkv=weight * (queries + 2 * keys), proj=weight * queries, fc1=weight * 2 * ffn, fc2=weight * ffn
         ),
         part=FLOAT32 * CACHED if cpu else math.inf,
+        kept=batch.predicting if last and not sequence_parallel and batch.predicting <= MAX_KEPT else 1.0,
     )
 
 
@@ -126,7 +130,10 @@ class _Stage:
         """Of all its chunks."""
         spec, arguments = self.spec, (self.mesh, self.config, self.sequence_parallel, batch, self.device == "cpu")
         numbers = [one for chunk in make_stages(spec, self.mesh).chunks(self.number) for one in chunk]
-        return [make_layer(spec, spec.types[spec.layer_types[one]], *arguments) for one in numbers]
+        return [
+            make_layer(spec, spec.types[spec.layer_types[one]], *arguments, last=one == spec.layers - 1)
+            for one in numbers
+        ]
 
     @property
     def first(self) -> bool:
@@ -164,11 +171,11 @@ class _Stage:
         if not self.last:
             return layer.residual  # what goes to the next stage
         if self.spec.head is Head.SCALAR:
-            return layer.residual + layer.whole * FLOAT32 / ELEMENT_BYTES[self.config.dtype] * (1 + grad)
+            return layer.rest.residual + layer.rest.whole * FLOAT32 / ELEMENT_BYTES[self.config.dtype] * (1 + grad)
         tokens = math.ceil(batch.predicting * batch.on_rank(self.mesh, self.sequence_parallel))
         columns = -(-self.spec.vocab // self.mesh.tensor)
         width = ELEMENT_BYTES[self.config.dtype]
-        return layer.whole + output_layer_bytes(tokens, columns, self.spec.hidden, width, self.device, grad)
+        return layer.rest.whole + output_layer_bytes(tokens, columns, self.spec.hidden, width, self.device, grad)
 
     def update(self, batch: Microbatch, microbatches: int) -> float:
         """Bytes of a microbatch's forward and backward, with what earlier ones have left."""

@@ -7,7 +7,8 @@ them. Not counted: what a kernel takes for itself, and tensors with one number f
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 from aligner.models.family import Norms
 from aligner.models.spec import QKNorm
@@ -98,6 +99,14 @@ class Layer:
     gradients: Gradients
     part: float
     """The largest temporary of an elementwise function, which a CPU takes in parts."""
+    kept: float
+    """Fraction of the tokens that go on after attention (see `attention.KeptTokens`): below 1 in the last layer alone."""
+
+    @cached_property
+    def rest(self) -> Layer:
+        """What comes after attention, of the kept tokens."""
+        names = ("residual", "whole", "norm", "both", "dispatched", "routing")
+        return replace(self, **{name: getattr(self, name) * self.kept for name in names}, kept=1.0)
 
     def temporary(self, size: float) -> float:
         """Of a function whose tensors have this size."""
@@ -115,7 +124,7 @@ class Layer:
             training: else the residual is added in place, unless there is a norm between.
         """
         self._attention(t, grad, training or self.norms.after_attention is not None)
-        self._mlp(t, grad, training or self.norms.after_mlp is not None)
+        self.rest._mlp(t, grad, training or self.norms.after_mlp is not None)
         t.only(*(SAVED if grad else ()), "output")
 
     def _norm(self, t: Tensors, grad: bool, **result_and_saved: float) -> None:
@@ -158,10 +167,17 @@ class Layer:
         t.free("rows")
         if not grad or self.recompute == "selective":
             t.free("copies", "joined", "logsumexp")
-        t.make(projected=self.residual * adds)
+        if self.kept < 1:
+            t.make(kept_core=self.queries * self.kept)
+            if not grad or self.recompute == "selective":
+                t.free("core")
+        rest = self.rest
+        t.make(projected=rest.residual * adds)
         if self.norms.after_attention:
-            self._norm(t, grad, normed_projected=self.residual, norm2=self.norm)
-        t.make(sum=self.residual)
+            self._norm(t, grad, normed_projected=rest.residual, norm2=rest.norm)
+        t.make(sum=rest.residual)
+        if self.kept < 1:
+            t.during(kept_input=rest.residual)
         if not self.norms.after_attention:
             t.free("projected")
         t.free("normed_projected", *(["rotated"] if grad and self.copies and self.recompute != "selective" else []))
@@ -205,7 +221,7 @@ class Layer:
 
     def backward(self, t: Tensors) -> None:
         """What `forward` has left, and `grad` of the output, are there; the gradient of the input is left."""
-        self._mlp_backward(t)
+        self.rest._mlp_backward(t)
         self._attention_backward(t)
 
     def _mlp_backward(self, t: Tensors) -> None:
@@ -248,11 +264,16 @@ class Layer:
         t.free("grad_permuted", "routing", "normed_sum")
 
     def _attention_backward(self, t: Tensors) -> None:
+        if self.kept < 1:
+            t.make(grad_stream=self.residual)
         if self.norms.after_attention:
-            t.make(grad_projected=self.residual)
+            t.make(grad_projected=self.rest.residual)
             t.free("projected", "norm2")
-        t.make(grad_core=self.queries, grad_proj=self.gradients.proj)
-        t.free("grad_proj", "joined", "grad_projected")
+        t.make(grad_kept_core=self.queries * self.kept, grad_proj=self.gradients.proj)
+        t.free("grad_proj", "joined", "grad_projected", "kept_core")
+        if self.kept < 1:
+            t.make(grad_core=self.queries)
+            t.free("grad_sum", "grad_kept_core")
         if self.recompute == "selective":
             t.make(again=self.queries + self.logsumexp + self.qkv * self.copies)
         if self.gathered:
@@ -260,7 +281,18 @@ class Layer:
             t.free("gathered", "sent")
             t.make(grad_rows=self.gathered)
         t.make(grad_rotated=self.queries + self.keys, grad_values=self.keys)
-        t.free("rotated", "values", "core", "logsumexp", "again", "copies", "grad_core", "rows", "grad_rows")
+        t.free(
+            "rotated",
+            "values",
+            "core",
+            "logsumexp",
+            "again",
+            "copies",
+            "grad_core",
+            "grad_kept_core",
+            "rows",
+            "grad_rows",
+        )
         t.make(grad_normed_qk=self.queries + self.keys)
         t.free("grad_rotated")
         t.make(grad_qkv=self.qkv)
@@ -271,7 +303,7 @@ class Layer:
 
 
 SAVED = (
-    "normed", "norm1", "qkv", "grouped", "raw_queries", "raw_keys", "scaled", "rotated", "values", "copies", "joined", "core", "logsumexp", "projected",
+    "normed", "norm1", "qkv", "grouped", "raw_queries", "raw_keys", "scaled", "rotated", "values", "copies", "joined", "core", "kept_core", "logsumexp", "projected",
     "norm2", "sum", "normed_sum", "norm3", "routing", "dispatched", "both", "gated", "weighted", "mlp_output", "norm4",
 )  # fmt: skip
 """Names of what the backward needs of a layer, as far as `forward` has left them."""
@@ -300,13 +332,13 @@ def layer_most(layer: Layer) -> LayerMost:
     if layer.recompute != "full":
         # the next layer's input, which it holds, is this one's output
         forward = saving.most
-        saving.make(grad=layer.residual)
+        saving.make(grad=layer.rest.residual)
         saving.most = saving.now
         layer.backward(saving)
         return LayerMost(forward, kept, saving.most, inference.most)
-    saving.make(grad=layer.residual)
+    saving.make(grad=layer.rest.residual)
     layer.backward(saving)
     again = Tensors()
     layer.forward(again, grad=False)
     # the output of the layer that is computed again stays until its backward is through
-    return LayerMost(again.most, layer.residual, saving.most + layer.residual, inference.most)
+    return LayerMost(again.most, layer.rest.residual, saving.most + layer.rest.residual, inference.most)

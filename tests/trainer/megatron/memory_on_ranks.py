@@ -55,7 +55,8 @@ def peaks(
     policy.update(likelihood, policy.scatter(short))  # makes what stays
     batch = policy.scatter(samples)
     tokens = min(config.micro_tokens, sum(lengths) - prefix * (len(lengths) - 1))
-    microbatch = Microbatch(tokens, max(lengths), len(set(lengths)) == 1 and not prefix)
+    predicting = samples.mask_BT.sum().item() / (sum(lengths) - prefix * (len(lengths) - 1))
+    microbatch = Microbatch(tokens, max(lengths), len(set(lengths)) == 1 and not prefix, predicting)
     count = -(-sum(lengths) // tokens)
     said = activation_bytes(spec, placed, config, parallel, microbatch, microbatch, count, "cpu")
     attention_mask._mask.cache_clear()  # what is there already would not be counted

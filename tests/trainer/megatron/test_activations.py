@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 
+from aligner.trainer import packing
 from aligner.trainer.megatron import activations, attention_mask, fused
 from tests.conftest import Ranks
 from tests.trainer.test_parity import each
@@ -79,6 +80,7 @@ def measured(ranks: Ranks, models: Path, size: int, case: str, tokens: int) -> d
 
 def test_sizes_of_blocks_are_those_that_are_computed() -> None:
     assert (activations.BLOCK, activations.CACHED) == (attention_mask.BLOCK, fused.CACHED)
+    assert activations.MAX_KEPT == packing.MAX_KEPT
 
 
 @pytest.mark.parametrize(("size", "case"), each(CASES))
