@@ -86,7 +86,7 @@ def test_the_estimate_is_what_an_update_takes(ranks: Ranks, models: Path, size: 
     of_calls = measured(ranks, models, size, case, 2048)
     errors = {call: predicted / taken - 1 for call, (predicted, taken) in of_calls.items()}
     # the last layer's MLP leaves out tokens that predict nothing, which the estimate counts: here those of the prefix
-    assert -0.08 < errors["update"] < (0.25 if "prefix" in case else 0.1), of_calls
+    assert -0.08 < errors["update"] < (0.25 if "prefix" in case or "moe" in case else 0.1), of_calls
     # an untrained router sends a rank more than its share; branches of a prefix read copies of it, which nothing outweighs here
     lower = -0.35 if "expert" in case else -0.2 if "prefix" in case else -0.08
     assert lower < errors["logprobs"] < 0.25, of_calls
