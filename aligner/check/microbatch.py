@@ -10,6 +10,7 @@ from aligner.data.preferences import Pair
 from aligner.spmd.mesh import Mesh
 from aligner.spmd.placement import role_layout
 from aligner.trainer.activations import Activations, Microbatch
+from aligner.trainer.config import MIN_SHARED_TOKENS
 from aligner.trainer.engines import backend
 
 if TYPE_CHECKING:
@@ -27,14 +28,28 @@ def longest_row(config: Config, data: DataSets) -> int:
     return min(prompt + config.sampling.max_tokens, config.rollout.max_model_len or math.inf)  # type: ignore[return-value]
 
 
-def step_lengths(config: Config, data: DataSets) -> list[int]:
+def step_lengths(config: Config, data: DataSets, min_shared: int | None) -> list[int]:
     """Tokens of the rows of a training step over all data shards, at most; a loop without `algorithm.group_size` has one
-    response for each prompt."""
+    response for each prompt.
+
+    Args:
+        min_shared: a prompt of so many tokens or more counts with its first answer only (`share_prefix`); None: with each.
+    """
     count = config.data.prompts_per_step
     if config.data.kind == "prompts":
-        return [longest_row(config, data)] * (count * int(config.algorithm.get("group_size", 1)))
-    groups = sorted(_answer_lengths(data), key=sum, reverse=True)
-    return [length for group in groups[:count] for length in group]
+        longest, group = longest_row(config, data), int(config.algorithm.get("group_size", 1))
+        rest = longest - _shared(longest - config.sampling.max_tokens, min_shared)
+        return ([longest] + [rest] * (group - 1)) * count
+    groups = []
+    for first, *others in _answers(data):
+        shared = _shared(first.prompt_len, min_shared)
+        groups.append([len(first.tokens), *(len(other.tokens) - shared for other in others)])
+    return [length for group in sorted(groups, key=sum, reverse=True)[:count] for length in group]
+
+
+def _shared(prompt: int, min_shared: int | None) -> int:
+    """Tokens that the answers to a prompt share: each computes the last one for itself."""
+    return max(0, prompt - 1) if min_shared is not None and prompt - 1 >= min_shared else 0
 
 
 def _answers(data: DataSets) -> list[tuple[TokenizedAnswer, ...]]:
@@ -72,7 +87,8 @@ def microbatch(config: Config, role: str, data: DataSets, mesh: Mesh, forward: b
     Args:
         forward: of a pass without gradients over a whole step.
     """
-    settings, lengths = config.settings(role), step_lengths(config, data)
+    settings = config.settings(role)
+    lengths = step_lengths(config, data, MIN_SHARED_TOKENS[settings.share_prefix])
     steps = mesh.data * (1 if forward else settings.minibatches)
     budget = (settings.forward_micro_tokens if forward else None) or settings.micro_tokens
     unit = 2 if data.known and isinstance(data.known[0], Pair) and not forward else 1  # rows that are never split

@@ -53,7 +53,7 @@ def largest(job: Job, forward: bool = False, mesh: Mesh = ONE) -> tuple[Microbat
 def test_demonstrations(model: Path, tmp_path: Path) -> None:
     job = job_of(model, tmp_path, "demonstrations")
     assert longest_row(job.config, job.checked.data) == 40
-    assert step_lengths(job.config, job.checked.data) == [40, 40, 40], "the longest rows may come together"
+    assert step_lengths(job.config, job.checked.data, 8) == [40, 40, 40], "the longest rows may come together"
     assert largest(job) == (Microbatch(120, 40), 1)
     half = Mesh((0, 1), name="policy")
     assert half.data == 2 and largest(job, mesh=half) == (Microbatch(80, 40), 1)
@@ -73,15 +73,16 @@ def test_rows_of_one_length(model: Path, tmp_path: Path) -> None:
 
 def test_pairs_are_not_split(model: Path, tmp_path: Path) -> None:
     job = job_of(model, tmp_path, "preferences", "policy.micro_tokens=7")
-    assert step_lengths(job.config, job.checked.data) == [40] * 6
-    assert largest(job) == (Microbatch(80, 40), 3)
+    assert step_lengths(job.config, job.checked.data, None) == [40] * 6
+    assert step_lengths(job.config, job.checked.data, 8) == [40, 31] * 3, "9 of the prompt's 10 tokens are shared"
+    assert largest(job) == (Microbatch(71, 40), 3)
     assert largest(job, forward=True) == (Microbatch(40, 40), 6)
 
 
 def test_responses_may_all_be_the_longest(model: Path, tmp_path: Path) -> None:
     job = job_of(model, tmp_path, "prompts", "rollout.kv_cache_mib=1", "algorithm.group_size=4")
     assert longest_row(job.config, job.checked.data) == 10 + 16
-    assert largest(job) == (Microbatch(12 * 26, 26), 1)
+    assert largest(job) == (Microbatch(3 * (26 + 3 * 17), 26), 1), "9 tokens of each prompt are shared"
 
 
 @pytest.mark.parametrize(
