@@ -102,8 +102,9 @@ class DecoderLayer(TransformerLayer):
         if norms.after_mlp:
             self.post_mlp_norm = norm(config, config.hidden_size, config.layernorm_epsilon)
             self.mlp_bda = partial(_add_normed, self.post_mlp_norm)
-        # Megatron enables gradients here, for fused functions that it compiles; without them the norms would keep their inputs
-        self.bias_dropout_add_exec_handler = nullcontext
+        if norms.after_attention or norms.after_mlp:
+            # Megatron enables gradients here, for fused functions that it compiles; the norms would keep their inputs
+            self.bias_dropout_add_exec_handler = nullcontext
         self.last = last
         if last:
             self.self_attn_bda = partial(self._add_to_kept, self.self_attn_bda)
