@@ -87,11 +87,11 @@ def test_sizes_of_blocks_are_those_that_are_computed() -> None:
 def test_the_estimate_is_what_an_update_takes(ranks: Ranks, models: Path, size: int, case: str) -> None:
     of_calls = measured(ranks, models, size, case, 2048)
     errors = {call: predicted / taken - 1 for call, (predicted, taken) in of_calls.items()}
-    # the last layer's MLP leaves out tokens that predict nothing, which the estimate counts: here those of the prefix
-    assert -0.08 < errors["update"] < (0.25 if "prefix" in case or "moe" in case else 0.1), of_calls
+    # an untrained router spreads tokens over experts unevenly
+    assert -0.08 < errors["update"] < (0.15 if "moe" in case else 0.1), of_calls
     # an untrained router sends a rank more than its share; branches of a prefix read copies of it, which nothing outweighs here
     lower = -0.35 if "expert" in case else -0.2 if "prefix" in case else -0.08
-    assert lower < errors["logprobs"] < 0.25, of_calls
+    assert lower < errors["logprobs"] < 0.15, of_calls
 
 
 @pytest.mark.parametrize(("size", "case"), each(GROWING))
