@@ -15,6 +15,7 @@ from aligner.models.families import FAMILIES
 from aligner.models.read_spec import read_spec
 from aligner.models.spec import Head, ModelSpec, with_scalar_head
 from aligner.reward.components import ResolvedComponent, reward_components
+from aligner.rollout.engines import backend
 from aligner.spmd.mesh import Mesh
 from aligner.spmd.placement import RANKS_THAT_WORK, Placement
 from aligner.spmd.role_table import REWARD_MODEL
@@ -111,7 +112,7 @@ def check_engines(config: Config, specs: Mapping[str, ModelSpec], meshes: Mappin
         if not settings.own_tokenizer:  # else the loop says what ends its answers
             check_end(config, spec, load_tokenizer(settings.path))
         with errors_about(role, "rollout"):
-            settings.check_model(spec, mesh.tensor, machine.cpu, mesh.expert > 1, mesh.pipeline)
+            backend(settings.engine).check(spec, mesh, settings, machine.cpu)
     for one, other in itertools.combinations(engines, 2):
         shared = sorted({*meshes[one].ranks} & {*meshes[other].ranks})
         if shared and not machine.cpu and config.residency.mode != "off":

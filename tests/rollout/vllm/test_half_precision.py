@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from aligner.rollout.config import Sampling
-from aligner.rollout.engine import RolloutEngine
-from aligner.rollout.weights import EngineWeights
+from aligner.rollout.vllm.engine import VllmEngine
+from aligner.rollout.vllm.weights import EngineWeights
 from tests.rollout import tiny
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_agreement(start: Callable[..., RolloutEngine], models: dict[str, tuple[Any, str]], dtype: str) -> None:
+def test_agreement(start: Callable[..., VllmEngine], models: dict[str, tuple[Any, str]], dtype: str) -> None:
     model = models["qwen3_tied"][0]
     engine = start("qwen3_tied", dtype)
     weights = EngineWeights(engine)

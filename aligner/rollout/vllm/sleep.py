@@ -7,18 +7,16 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from aligner.rollout.packing import drop_kernels
-from aligner.spmd.residency import Kind, Part
+from aligner.rollout.vllm.packing import drop_kernels
 
 if TYPE_CHECKING:
-    from aligner.rollout.engine import RolloutEngine
-    from aligner.rollout.weights import EngineWeights
+    from aligner.rollout.vllm.internals import VllmInternals
+    from aligner.rollout.vllm.weights import EngineWeights
     from aligner.spmd.memory import Meter
+    from aligner.spmd.residency import Part
 
-KINDS = {"weights": Kind(lost=True), "cache": Kind()}
 
-
-def residency_parts(engine: RolloutEngine, weights: EngineWeights, meter: Meter) -> dict[str, Part]:
+def residency_parts(engine: VllmInternals, weights: EngineWeights, meter: Meter) -> dict[str, Part]:
     """The engine's parts on this rank's device. CUDA: of an engine that was built to sleep."""
     if engine.device.type == "cpu":
         return {"weights": FreedWeights(engine, weights), "cache": FreedCache(engine)}
@@ -31,7 +29,7 @@ def residency_parts(engine: RolloutEngine, weights: EngineWeights, meter: Meter)
 class FreedWeights:
     """Weights on a CPU: packed kernels are dropped, storages of parameters freed."""
 
-    def __init__(self, engine: RolloutEngine, weights: EngineWeights) -> None:
+    def __init__(self, engine: VllmInternals, weights: EngineWeights) -> None:
         self.resident = True
         self._engine, self._weights = engine, weights
         self._sizes: dict[int, int] = {}
@@ -67,7 +65,7 @@ class FreedWeights:
 class FreedCache:
     """The KV cache on a CPU."""
 
-    def __init__(self, engine: RolloutEngine) -> None:
+    def __init__(self, engine: VllmInternals) -> None:
         self.resident = True
         self._engine = engine
         self._storages = list({(s := cache.untyped_storage())._cdata: s for cache in engine.caches}.values())
@@ -101,7 +99,7 @@ class SleepingWeights:
     Its sleep of level 2 would do the same, and take a cache that is to stay along; like it, buffers are saved.
     """
 
-    def __init__(self, engine: RolloutEngine, weights: EngineWeights, meter: Meter) -> None:
+    def __init__(self, engine: VllmInternals, weights: EngineWeights, meter: Meter) -> None:
         self.resident = True
         self._engine, self._weights, self._meter = engine, weights, meter
         self._bytes = sum(parameter.nbytes for parameter in engine.model.parameters())
@@ -139,7 +137,7 @@ class SleepingWeights:
 class SleepingCache:
     """The KV cache on CUDA, unmapped and mapped by vLLM through its tag."""
 
-    def __init__(self, engine: RolloutEngine, meter: Meter) -> None:
+    def __init__(self, engine: VllmInternals, meter: Meter) -> None:
         self.resident = True
         self._engine, self._meter = engine, meter
         self._bytes = sum({(s := c.untyped_storage())._cdata: s.nbytes() for c in engine.caches}.values())

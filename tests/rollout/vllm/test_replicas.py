@@ -14,7 +14,7 @@ REPLICAS = {"TP2": [[1, 2]], "two of TP1": [[1], [2]]}
 
 def sampled(ranks: Ranks, folder: str, replicas: list[list[int]]) -> Tokens:
     """What ranks 1 and 2 sampled; rank 0 has no engine."""
-    none, first, second = ranks(3).run("tests.rollout.replicas_on_ranks:sample", folder, replicas, seconds=200)
+    none, first, second = ranks(3).run("tests.rollout.vllm.replicas_on_ranks:sample", folder, replicas, seconds=200)
     assert none is None and first == second, "ranks of a replica disagree, or replicas with equal seeds"
     return first  # type: ignore[no-any-return]
 

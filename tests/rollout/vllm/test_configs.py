@@ -12,8 +12,8 @@ import torch.distributed as dist
 from transformers import AutoModelForCausalLM
 
 from aligner.rollout.config import Sampling
-from aligner.rollout.engine import RolloutEngine
-from aligner.rollout.weights import EngineWeights
+from aligner.rollout.vllm.engine import VllmEngine
+from aligner.rollout.vllm.weights import EngineWeights
 from tests.rollout import tiny
 
 LLAMA3 = {
@@ -67,7 +67,7 @@ def test_the_engine_computes_what_the_file_says(
     (tmp_path / "model.safetensors").symlink_to(Path(source) / "model.safetensors")
     (tmp_path / "params.json").write_text('{"dim": 1}')  # the same model's, of another kind: not read
     model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, attn_implementation="eager").eval()
-    engine = RolloutEngine(tmp_path, group, "test", tiny.CONFIG, torch.device("cpu"))
+    engine = VllmEngine(tmp_path, group, "test", tiny.CONFIG, torch.device("cpu"))
     try:
         weights = EngineWeights(engine)
         tiny.write(weights, model)

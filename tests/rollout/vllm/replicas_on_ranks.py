@@ -16,8 +16,8 @@ from aligner.reshard.plan.region import Piece, whole_tensor
 from aligner.reshard.plan.transfer_plan import plan_transfer
 from aligner.reshard.transfer.executor import execute
 from aligner.rollout.config import Sampling
-from aligner.rollout.engine import RolloutEngine
-from aligner.rollout.weights import EngineWeights
+from aligner.rollout.vllm.engine import VllmEngine
+from aligner.rollout.vllm.weights import EngineWeights
 from aligner.spmd.world import World
 from tests.rollout import tiny
 
@@ -36,7 +36,7 @@ def sample(world: World, path: str, replicas: Sequence[Sequence[int]]) -> list[l
     group, ident = world.my_group(replicas), f"test-{os.getppid()}"
     engine = weights = None
     if group is not None:
-        engine = RolloutEngine(path, group, ident, tiny.CONFIG, torch.device("cpu"))
+        engine = VllmEngine(path, group, ident, tiny.CONFIG, torch.device("cpu"))
         weights = EngineWeights(engine)
     for seed in (5, 6):
         torch.manual_seed(seed)
@@ -64,7 +64,7 @@ def _move(world: World, model: Any, weights: EngineWeights | None) -> None:
     assert (row.checksummed > 0) == (weights is not None)
 
 
-def _check(engine: RolloutEngine, model: Any) -> list[list[list[int]]]:
+def _check(engine: VllmEngine, model: Any) -> list[list[list[int]]]:
     asked = tiny.prompts(5)
     tokens = []
     for sampling in SAMPLINGS:

@@ -10,15 +10,15 @@ import pytest
 from aligner.models.checkpoint import read_weights
 from aligner.models.read_spec import read_spec
 from aligner.rollout.config import Sampling
-from aligner.rollout.engine import RolloutEngine
-from aligner.rollout.weights import EngineWeights
+from aligner.rollout.vllm.engine import VllmEngine
+from aligner.rollout.vllm.weights import EngineWeights
 from tests.rollout import tiny
 
 GREEDY = Sampling(temperature=0.0, max_tokens=16, stop_token_ids=())
 
 
 @pytest.mark.parametrize("family", ["qwen3_tied", "mixtral"])
-def test_greedy_answers(start: Callable[..., RolloutEngine], models: dict[str, tuple[Any, str]], family: str) -> None:
+def test_greedy_answers(start: Callable[..., VllmEngine], models: dict[str, tuple[Any, str]], family: str) -> None:
     (model, folder), engine = models[family], start(family)
     asked = tiny.prompts(4)
     assert read_weights(read_spec(folder), EngineWeights(engine)) > 0

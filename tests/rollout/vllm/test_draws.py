@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from aligner.rollout.draws import gumbel_draw, place_seeds
+from aligner.rollout.vllm.draws import gumbel_draw, place_seeds
 
 P_V = torch.tensor([0.35, 0.25, 0.15, 0.1, 0.08, 0.04, 0.02, 0.01])
 

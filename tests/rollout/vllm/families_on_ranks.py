@@ -13,13 +13,13 @@ import pytest
 import torch
 import torch.distributed as dist
 
-import aligner.rollout.engine as engine_module
+import aligner.rollout.vllm.engine as engine_module
 from aligner.models.tensors import logical_tensors
 from aligner.rollout.config import Sampling
-from aligner.rollout.engine import RolloutEngine
-from aligner.rollout.layout import EngineLayout
 from aligner.rollout.requests import Sample
-from aligner.rollout.weights import EngineWeights
+from aligner.rollout.vllm.engine import VllmEngine
+from aligner.rollout.vllm.layout import EngineLayout
+from aligner.rollout.vllm.weights import EngineWeights
 from aligner.spmd.mesh import Mesh
 from aligner.spmd.world import World
 from tests.rollout import tiny
@@ -74,19 +74,19 @@ def check(world: World, folder: Path, case: str) -> None:
     stock.close()
 
 
-def check_refused(engine: RolloutEngine, wanted: dict[str, tuple[int, ...]], name: str) -> None:
+def check_refused(engine: VllmEngine, wanted: dict[str, tuple[int, ...]], name: str) -> None:
     """A tensor too many is an error on every rank, none of which waits for the others."""
     with pytest.raises(ValueError, match=re.escape(name)):
         EngineWeights(engine, tensors={**wanted, name: (tiny.VOCAB, 128)}).pieces()
 
 
-def start(folder: Path, dtype: str, expert_parallel: bool, stages: int) -> RolloutEngine:
+def start(folder: Path, dtype: str, expert_parallel: bool, stages: int) -> VllmEngine:
     config = replace(tiny.CONFIG, dtype=dtype)
     ident = f"families-{os.getppid()}"
-    return RolloutEngine(folder, dist.group.WORLD, ident, config, torch.device("cpu"), expert_parallel, stages)
+    return VllmEngine(folder, dist.group.WORLD, ident, config, torch.device("cpu"), expert_parallel, stages)
 
 
-def ask(engine: RolloutEngine) -> list[list[Sample]]:
+def ask(engine: VllmEngine) -> list[list[Sample]]:
     asked = tiny.prompts(4)
     return [group for how in (GREEDY, DRAWN) for group in engine.generate(asked, [7, 107, 207, 307], how)]
 

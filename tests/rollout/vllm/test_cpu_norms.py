@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from aligner.rollout import cpu_norms
+from aligner.rollout.vllm import cpu_norms
 
 EPSILON = 1e-6
 

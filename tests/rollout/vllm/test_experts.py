@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from aligner.rollout.engine import RolloutEngine
-from aligner.rollout.weights import EngineWeights
+from aligner.rollout.vllm.engine import VllmEngine
+from aligner.rollout.vllm.weights import EngineWeights
 from tests.rollout import tiny
 
 MOE = "model.layers.1.mlp.experts"
@@ -23,10 +23,10 @@ def model() -> Any:
 
 
 @pytest.fixture(scope="module")
-def engine(model: Any, tmp_path_factory: pytest.TempPathFactory, group: dist.ProcessGroup) -> Iterator[RolloutEngine]:
+def engine(model: Any, tmp_path_factory: pytest.TempPathFactory, group: dist.ProcessGroup) -> Iterator[VllmEngine]:
     """Shared: each test writes all weights anew."""
     folder = tiny.save(model, tmp_path_factory.mktemp("qwen3_moe"))
-    made = RolloutEngine(folder, group, "test", tiny.CONFIG, torch.device("cpu"))
+    made = VllmEngine(folder, group, "test", tiny.CONFIG, torch.device("cpu"))
     yield made
     made.close()
 
@@ -51,14 +51,14 @@ def repack(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[Any], None]],
     return install
 
 
-def expect(engine: RolloutEngine, model: Any, message: str) -> None:
+def expect(engine: VllmEngine, model: Any, message: str) -> None:
     weights = EngineWeights(engine)
     with pytest.raises(RuntimeError, match=message):
         tiny.write(weights, model)
     assert not engine.loaded.complete
 
 
-def test_pieces_of_fused_experts(engine: RolloutEngine, model: Any) -> None:
+def test_pieces_of_fused_experts(engine: VllmEngine, model: Any) -> None:
     weights = EngineWeights(engine)
     pieces = {p.name: p for p in weights.pieces()}
     # w13 is experts x 2 * 80 x 128, gate above up; w2 is experts x 128 x 80. Layer 0 is dense.
@@ -69,7 +69,7 @@ def test_pieces_of_fused_experts(engine: RolloutEngine, model: Any) -> None:
     assert pieces["model.layers.0.mlp.up_proj.weight"].storage == "model.layers.0.mlp.gate_up_proj:weight"
 
 
-def test_the_width_is_padded_with_zeros_that_stay_zero(engine: RolloutEngine, model: Any) -> None:
+def test_the_width_is_padded_with_zeros_that_stay_zero(engine: VllmEngine, model: Any) -> None:
     weights = EngineWeights(engine)
     layer: Any = dict(engine.model.named_modules())[f"{MOE}.routed_experts"]
     for seed in (1, 2):
@@ -82,7 +82,7 @@ def test_the_width_is_padded_with_zeros_that_stay_zero(engine: RolloutEngine, mo
         assert int((layer.w2_weight == 0).sum()) == 5 * 128 * 16
 
 
-def test_two_experts_that_are_swapped(engine: RolloutEngine, model: Any, repack: Callable[..., None]) -> None:
+def test_two_experts_that_are_swapped(engine: VllmEngine, model: Any, repack: Callable[..., None]) -> None:
     def swap(layer: Any) -> None:
         for weight in (layer.w13_weight.data, layer.w2_weight.data):
             weight[[1, 3]] = weight[[3, 1]]
@@ -91,7 +91,7 @@ def test_two_experts_that_are_swapped(engine: RolloutEngine, model: Any, repack:
     expect(engine, model, rf"packed kernel of {MOE}, expert 1, gate and up projection \(160 x 128\) does not hold what")
 
 
-def test_a_stale_expert(engine: RolloutEngine, model: Any, repack: Callable[..., None]) -> None:
+def test_a_stale_expert(engine: VllmEngine, model: Any, repack: Callable[..., None]) -> None:
     before = tiny.tensors(model)[f"{MOE}.4.down_proj.weight"].clone()
     model.model.layers[1].mlp.experts.down_proj.data[4] *= 1 + 2**-20  # as little as one small step
 
@@ -103,7 +103,7 @@ def test_a_stale_expert(engine: RolloutEngine, model: Any, repack: Callable[...,
 
 
 @pytest.mark.parametrize("round_", [0, 1])
-def test_one_wrong_row(engine: RolloutEngine, model: Any, repack: Callable[..., None], round_: int) -> None:
+def test_one_wrong_row(engine: VllmEngine, model: Any, repack: Callable[..., None], round_: int) -> None:
     weights = EngineWeights(engine)
     for _ in range(round_):
         tiny.write(weights, model)
@@ -116,7 +116,7 @@ def test_one_wrong_row(engine: RolloutEngine, model: Any, repack: Callable[..., 
         tiny.write(weights, model)
 
 
-def test_padding_that_is_not_zero(engine: RolloutEngine, model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_padding_that_is_not_zero(engine: VllmEngine, model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
 
     pad = CPUUnquantizedExperts._pad_moe_intermediate
@@ -129,7 +129,7 @@ def test_padding_that_is_not_zero(engine: RolloutEngine, model: Any, monkeypatch
     expect(engine, model, rf"{MOE}, expert 3, gate and up projection")
 
 
-def test_packing_that_was_skipped(engine: RolloutEngine, model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_packing_that_was_skipped(engine: VllmEngine, model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
 
     monkeypatch.setattr(
@@ -139,7 +139,7 @@ def test_packing_that_was_skipped(engine: RolloutEngine, model: Any, monkeypatch
 
 
 def test_a_layer_that_multiplies_by_other_experts(
-    engine: RolloutEngine, model: Any, monkeypatch: pytest.MonkeyPatch
+    engine: VllmEngine, model: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
 
@@ -152,13 +152,13 @@ def test_a_layer_that_multiplies_by_other_experts(
     expect(engine, model, rf"{MOE}, expert 3 ")
 
 
-def test_weights_that_are_no_numbers(engine: RolloutEngine) -> None:
+def test_weights_that_are_no_numbers(engine: VllmEngine) -> None:
     model = tiny.make_model("qwen3_moe", 41)
     model.model.layers[1].mlp.experts.gate_up_proj.data[2, 100, 3] = float("nan")
     expect(engine, model, rf"{MOE}, expert 2, gate and up projection .* NaN or infinite weights were written")
 
 
-def test_one_row_of_an_expert_that_was_not_written(engine: RolloutEngine, model: Any) -> None:
+def test_one_row_of_an_expert_that_was_not_written(engine: VllmEngine, model: Any) -> None:
     weights, name = EngineWeights(engine), f"{MOE}.1.up_proj.weight"
     found = tiny.tensors(model)
     for piece in weights.pieces():

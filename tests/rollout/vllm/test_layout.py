@@ -14,7 +14,7 @@ import pytest
 from aligner.models.read_spec import read_spec
 from aligner.models.spec import ModelSpec
 from aligner.models.tensors import logical_tensors
-from aligner.rollout.layout import EngineLayout
+from aligner.rollout.vllm.layout import EngineLayout
 from aligner.spmd.mesh import Mesh
 from tests.families import ROWS
 
@@ -142,6 +142,6 @@ def test_a_thousand_ranks_and_47000_tensors_take_a_moment(moe: ModelSpec) -> Non
 
 
 def test_the_layout_loads_neither_torch_nor_vllm() -> None:
-    code = "import sys, aligner.rollout.layout; sys.exit(bool({'torch', 'vllm'} & set(sys.modules)))"
+    code = "import sys, aligner.rollout.vllm.layout; sys.exit(bool({'torch', 'vllm'} & set(sys.modules)))"
     root = Path(__file__).parents[2]
     assert subprocess.run([sys.executable, "-c", code], check=False, timeout=30, cwd=root).returncode == 0

@@ -28,4 +28,4 @@ CASES = {
 @pytest.mark.matrix
 @pytest.mark.parametrize(("size", "case"), [(size, case) for size, cases in CASES.items() for case in cases])
 def test_every_family(size: int, case: str, ranks: Ranks, tmp_path: Path) -> None:
-    ranks(size).run("tests.rollout.families_on_ranks:check", tmp_path, case, seconds=300)
+    ranks(size).run("tests.rollout.vllm.families_on_ranks:check", tmp_path, case, seconds=300)

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from aligner.rollout.config import Sampling
-from aligner.rollout.engine import RolloutEngine
-from aligner.rollout.sleep import residency_parts
-from aligner.rollout.weights import EngineWeights
+from aligner.rollout.vllm.engine import VllmEngine
+from aligner.rollout.vllm.sleep import residency_parts
+from aligner.rollout.vllm.weights import EngineWeights
 from aligner.spmd.memory import Meter, resident, trim
 from tests.rollout import tiny
 
@@ -21,7 +21,7 @@ GREEDY = Sampling(temperature=0.0, max_tokens=24, stop_token_ids=())
 DRAWN = Sampling(temperature=1.0, max_tokens=24, stop_token_ids=())
 
 
-def storage_bytes(engine: RolloutEngine) -> tuple[int, int]:
+def storage_bytes(engine: VllmEngine) -> tuple[int, int]:
     """(parameters, KV cache)."""
     of_weights = sum(parameter.untyped_storage().nbytes() for parameter in engine.model.parameters())
     return of_weights, sum({(s := cache.untyped_storage())._cdata: s.nbytes() for cache in engine.caches}.values())
@@ -29,7 +29,7 @@ def storage_bytes(engine: RolloutEngine) -> tuple[int, int]:
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen3_tied", "qwen3_moe", "llama_bias"])
 @pytest.mark.parametrize("early", [False, True])
-def test_gone_and_back(family: str, early: bool, start: Callable[..., RolloutEngine], models: Models) -> None:
+def test_gone_and_back(family: str, early: bool, start: Callable[..., VllmEngine], models: Models) -> None:
     model = models[family][0]
     engine = start(family)
     weights = EngineWeights(engine)
@@ -58,7 +58,7 @@ def test_gone_and_back(family: str, early: bool, start: Callable[..., RolloutEng
         assert tiny.gap(model, prompt, completion) < 1e-4
 
 
-def test_the_cache_alone(start: Callable[..., RolloutEngine], models: Models) -> None:
+def test_the_cache_alone(start: Callable[..., VllmEngine], models: Models) -> None:
     """Its prefixes are forgotten, its weights stay; where garbage comes back instead of zeros, nothing may show."""
     model = models["qwen2"][0]
     engine = start("qwen2")
@@ -74,7 +74,7 @@ def test_the_cache_alone(start: Callable[..., RolloutEngine], models: Models) ->
     assert engine.generate(asked, [0] * 6, GREEDY) == first
 
 
-def test_a_kernel_that_was_given_up_cannot_multiply(start: Callable[..., RolloutEngine], models: Models) -> None:
+def test_a_kernel_that_was_given_up_cannot_multiply(start: Callable[..., VllmEngine], models: Models) -> None:
     engine = start("qwen2")
     weights = EngineWeights(engine)
     tiny.write(weights, models["qwen2"][0])
@@ -84,7 +84,7 @@ def test_a_kernel_that_was_given_up_cannot_multiply(start: Callable[..., Rollout
         layer(torch.zeros(1, 192))
 
 
-def test_packed_kernels_leave_memory(start: Callable[..., RolloutEngine], models: Models) -> None:
+def test_packed_kernels_leave_memory(start: Callable[..., VllmEngine], models: Models) -> None:
     """A packed kernel is no tensor, so its memory is asked of the system: one of 64 MiB in the place of the others."""
     engine = start("qwen2")
     layer: Any = engine.model.get_submodule("model.layers.0.mlp.down_proj")

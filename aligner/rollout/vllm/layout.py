@@ -21,7 +21,7 @@ from aligner.models.tensors import (
 )
 from aligner.reshard.plan.layout import LazyHolders
 from aligner.reshard.plan.region import Piece
-from aligner.rollout.config import VOCABULARY_BLOCK
+from aligner.rollout.vllm.sizes import VOCABULARY_BLOCK
 from aligner.spmd.mesh import Mesh
 
 W13, W2 = "routed_experts:w13_weight", "routed_experts:w2_weight"
@@ -32,7 +32,7 @@ class EngineLayout:
     """What every rank of a role on vLLM holds; for any mesh, whether or not such a world exists.
 
     Storages are named and laid out as vLLM's own loaders want them (`dry_run`): "module.path:parameter", without what a
-    CPU's kernels add when they pack. `RolloutConfig.check_model` says whether the engine can run the model so.
+    CPU's kernels add when they pack. `aligner.rollout.vllm.sizes.check_runs` says whether the engine can run the model so.
 
     Args:
         dtype: of the engine.
@@ -41,7 +41,7 @@ class EngineLayout:
     """
 
     def __init__(self, spec: ModelSpec, mesh: Mesh, dtype: str, expert_parallel: bool = False) -> None:
-        assert mesh.context == 1 and spec.layers % mesh.pipeline == 0, "see RolloutConfig.check_model"
+        assert mesh.context == 1 and spec.layers % mesh.pipeline == 0, "see aligner.rollout.vllm.sizes.check_runs"
         self._spec, self._mesh, self._dtype = spec, mesh, dtype
         self._sparse, self._expert_parallel = frozenset(spec.sparse_layers), expert_parallel
         self._stage_layers = spec.layers // mesh.pipeline

@@ -12,15 +12,16 @@ from torch.nn import Module
 from aligner.models.tensors import logical_tensors
 from aligner.reshard.message.storage import strided_view
 from aligner.reshard.plan.layout import WeightLayout
-from aligner.reshard.plan.region import Box, Piece, intersect
-from aligner.rollout.dry_run import DryRun, Slot, dry_run
-from aligner.rollout.engine import RolloutEngine
-from aligner.rollout.experts import packed_experts
-from aligner.rollout.packing import PrepackedModule, forget_embedding_kernel, packed_linears
+from aligner.reshard.plan.region import Piece
+from aligner.rollout.vllm.dry_run import DryRun, Slot, dry_run
+from aligner.rollout.vllm.experts import packed_experts
+from aligner.rollout.vllm.internals import VllmInternals
+from aligner.rollout.vllm.packing import PrepackedModule, forget_embedding_kernel, packed_linears
+from aligner.rollout.written_regions import WrittenRegions
 
 
 class EngineWeights:
-    """The parameters of a `RolloutEngine` as the destination of a weight sync (`aligner.reshard.weights.WritableWeights`).
+    """The parameters of a `VllmEngine` as the destination of a weight sync (`aligner.reshard.weights.WritableWeights`).
 
     On a CPU vLLM packs linear weights and experts for its kernels and drops the plain ones. So a packed weight's plain
     storage is made when its first region is written; when all are, vLLM packs it again, the packed kernel is proven
@@ -36,7 +37,7 @@ class EngineWeights:
 
     def __init__(
         self,
-        engine: RolloutEngine,
+        engine: VllmInternals,
         layout: WeightLayout | None = None,
         tensors: Mapping[str, Sequence[int]] | None = None,
     ) -> None:
@@ -133,9 +134,9 @@ class EngineWeights:
 
         Raises RuntimeError where a region comes twice or the engine's kernel does not hold what was written.
         """
-        self._sync.add(piece)
+        self._sync.regions.add(piece)
         slot = self._slots[piece.storage]
-        if self._sync.elements[piece.storage] < slot.plain.numel() - slot.padding:
+        if self._sync.regions.elements[piece.storage] < slot.plain.numel() - slot.padding:
             return
         self._sync.complete.add(piece.storage)
         ready = [one for one in self._packed[piece.storage] if self._sync.complete.issuperset(one.storages)]
@@ -155,14 +156,7 @@ class EngineWeights:
         """
         sync, self._sync = self._sync, _Progress()
         self._syncs += 1
-        for piece in self._pieces or ():
-            if piece.storage not in sync.complete:
-                done = sum(box.elements for box in sync.boxes.get((piece.storage, piece.name), ()))
-                total = sum(
-                    one.elements for one in self._pieces or () if (one.storage, one.name) == (piece.storage, piece.name)
-                )
-                if done < total:
-                    raise RuntimeError(f"reshard: {total - done} of {total} elements of {piece.name} were not written")
+        sync.regions.check_complete(self._pieces or ())
         self._engine.new_weights()
         self._engine.loaded.finish()
 
@@ -186,16 +180,8 @@ class _Progress:
     """What has been written in one transfer."""
 
     plain: dict[str, Tensor] = field(default_factory=dict)
-    boxes: dict[tuple[str, str], list[Box]] = field(default_factory=dict)
-    elements: dict[str, int] = field(default_factory=dict)
+    regions: WrittenRegions = field(default_factory=WrittenRegions)
     complete: set[str] = field(default_factory=set)
-
-    def add(self, piece: Piece) -> None:
-        boxes = self.boxes.setdefault((piece.storage, piece.name), [])
-        if any(intersect(piece.box, box) for box in boxes):
-            raise RuntimeError(f"reshard: {piece.name}{piece.box} was written twice into {piece.storage}")
-        boxes.append(piece.box)
-        self.elements[piece.storage] = self.elements.get(piece.storage, 0) + piece.elements
 
 
 def _packed(model: Module, slots: Mapping[str, Slot]) -> dict[str, tuple[PrepackedModule, ...]]:

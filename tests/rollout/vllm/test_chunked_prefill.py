@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 
 from aligner.rollout.config import Sampling
-from aligner.rollout.engine import RolloutEngine
-from aligner.rollout.weights import EngineWeights
+from aligner.rollout.vllm.engine import VllmEngine
+from aligner.rollout.vllm.weights import EngineWeights
 from tests.rollout import tiny
 
 
@@ -24,7 +24,7 @@ def test_a_prompt_read_in_pieces_draws_the_same(models: dict[str, tuple[Any, str
     found = []
     for step in (None, 32):
         config = replace(tiny.CONFIG, max_num_seqs=8, max_batched_tokens=step)
-        engine = RolloutEngine(folder, group, "pieces", config, torch.device("cpu"))
+        engine = VllmEngine(folder, group, "pieces", config, torch.device("cpu"))
         try:
             tiny.write(EngineWeights(engine), model)
             found.append([one.tokens for group in engine.generate(prompts, [0, 100, 200], sampling) for one in group])

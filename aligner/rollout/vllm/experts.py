@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 from torch.nn import functional as F
 
-from aligner.rollout.packing import EXACT_PROBE_PRODUCTS, Probes, not_held, probes_for
+from aligner.rollout.vllm.packing import EXACT_PROBE_PRODUCTS, Probes, not_held, probes_for
 
 _GATE = 32.0
 """silu(32) is 32 in every data type here."""

@@ -9,7 +9,7 @@ import torch
 import vllm._custom_ops as ops
 from torch import Tensor
 
-from aligner.rollout.packing import EXACT_PROBE_PRODUCTS, probes_for
+from aligner.rollout.vllm.packing import EXACT_PROBE_PRODUCTS, probes_for
 
 SMALL = (96, 64)
 """All of it is exact."""

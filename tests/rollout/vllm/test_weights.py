@@ -9,8 +9,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from aligner.rollout.engine import RolloutEngine
-from aligner.rollout.weights import EngineWeights
+from aligner.rollout.vllm.engine import VllmEngine
+from aligner.rollout.vllm.weights import EngineWeights
 from tests.rollout import tiny
 
 Models = dict[str, tuple[Any, str]]
@@ -19,9 +19,9 @@ TIED = pytest.mark.parametrize("engine", ["qwen3_tied"], indirect=True)
 
 
 @pytest.fixture(scope="module")
-def engine(request: pytest.FixtureRequest, models: Models, group: dist.ProcessGroup) -> Iterator[RolloutEngine]:
+def engine(request: pytest.FixtureRequest, models: Models, group: dist.ProcessGroup) -> Iterator[VllmEngine]:
     """Shared by the tests of one family: each test writes all weights anew."""
-    made = RolloutEngine(models[request.param][1], group, "test", tiny.CONFIG, torch.device("cpu"))
+    made = VllmEngine(models[request.param][1], group, "test", tiny.CONFIG, torch.device("cpu"))
     yield made
     made.close()
 
@@ -31,7 +31,7 @@ def shapes(model: Any) -> dict[str, tuple[int, ...]]:
 
 
 @QWEN2
-def test_pieces_cover_the_checkpoint_in_the_engines_order(engine: RolloutEngine, models: Models) -> None:
+def test_pieces_cover_the_checkpoint_in_the_engines_order(engine: VllmEngine, models: Models) -> None:
     model = models["qwen2"][0]
     weights = EngineWeights(engine)
     before = {name: id(value) for name, value in engine.model.named_parameters()}
@@ -51,7 +51,7 @@ def test_pieces_cover_the_checkpoint_in_the_engines_order(engine: RolloutEngine,
 
 
 @TIED
-def test_a_tensor_too_few_or_too_many_is_named(engine: RolloutEngine, models: Models) -> None:
+def test_a_tensor_too_few_or_too_many_is_named(engine: VllmEngine, models: Models) -> None:
     whole = shapes(models["qwen3_tied"][0])
     for missing, where in (
         ("model.norm.weight", "model.norm:weight"),
@@ -70,7 +70,7 @@ def test_a_tensor_too_few_or_too_many_is_named(engine: RolloutEngine, models: Mo
 
 @QWEN2
 def test_a_pack_that_was_skipped_is_detected(
-    engine: RolloutEngine, models: Models, monkeypatch: pytest.MonkeyPatch
+    engine: VllmEngine, models: Models, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 
@@ -88,7 +88,7 @@ def test_a_pack_that_was_skipped_is_detected(
 
 
 @TIED
-def test_a_tied_output_layer_is_packed_again_and_proven(engine: RolloutEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tied_output_layer_is_packed_again_and_proven(engine: VllmEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 
     weights = EngineWeights(engine)
@@ -99,7 +99,7 @@ def test_a_tied_output_layer_is_packed_again_and_proven(engine: RolloutEngine, m
 
 @QWEN2
 def test_one_wrong_element_in_a_pack_is_detected(
-    engine: RolloutEngine, models: Models, monkeypatch: pytest.MonkeyPatch
+    engine: VllmEngine, models: Models, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 
@@ -117,7 +117,7 @@ def test_one_wrong_element_in_a_pack_is_detected(
 
 
 @QWEN2
-def test_weights_that_are_no_numbers_are_refused(engine: RolloutEngine) -> None:
+def test_weights_that_are_no_numbers_are_refused(engine: VllmEngine) -> None:
     model = tiny.make_model("qwen2", 7)
     model.model.layers[1].mlp.down_proj.weight.data[0, 0] = float("nan")
     with pytest.raises(RuntimeError, match=r"model\.layers\.1\.mlp\.down_proj.*NaN"):
@@ -125,7 +125,7 @@ def test_weights_that_are_no_numbers_are_refused(engine: RolloutEngine) -> None:
 
 
 @QWEN2
-def test_every_region_exactly_once(engine: RolloutEngine, models: Models) -> None:
+def test_every_region_exactly_once(engine: VllmEngine, models: Models) -> None:
     model = models["qwen2"][0]
     weights = EngineWeights(engine)
     pieces = weights.pieces()
@@ -144,7 +144,7 @@ def test_every_region_exactly_once(engine: RolloutEngine, models: Models) -> Non
 
 
 @QWEN2
-def test_written_regions_can_be_read_back_and_the_plain_copy_goes(engine: RolloutEngine, models: Models) -> None:
+def test_written_regions_can_be_read_back_and_the_plain_copy_goes(engine: VllmEngine, models: Models) -> None:
     model = models["qwen2"][0]
     weights = EngineWeights(engine)
     found = tiny.tensors(model)

@@ -14,9 +14,9 @@ import torch
 import torch.distributed as dist
 
 from aligner.rollout.config import Sampling
-from aligner.rollout.engine import RolloutEngine
-from aligner.rollout.subworld import SubWorld
-from aligner.rollout.weights import EngineWeights
+from aligner.rollout.vllm.engine import VllmEngine
+from aligner.rollout.vllm.subworld import SubWorld
+from aligner.rollout.vllm.weights import EngineWeights
 from tests.rollout import tiny
 
 GREEDY = Sampling(temperature=0.0, max_tokens=24, stop_token_ids=())
@@ -24,7 +24,7 @@ DRAWN = Sampling(temperature=0.7, max_tokens=24, stop_token_ids=())
 
 
 def test_the_process_is_left_as_it_was(
-    start: Callable[..., RolloutEngine], models: dict[str, tuple[Any, str]], capfd: pytest.CaptureFixture[str]
+    start: Callable[..., VllmEngine], models: dict[str, tuple[Any, str]], capfd: pytest.CaptureFixture[str]
 ) -> None:
     def draw() -> list[float]:
         return [random.random(), float(np.random.rand()), float(torch.rand(())), float(torch.rand(()))]
@@ -57,14 +57,14 @@ def test_the_process_is_left_as_it_was(
     assert (said.out, said.err) == ("", "")
 
 
-def test_no_generation_before_the_first_weights(start: Callable[..., RolloutEngine]) -> None:
+def test_no_generation_before_the_first_weights(start: Callable[..., VllmEngine]) -> None:
     engine = start("qwen2")
     with pytest.raises(RuntimeError, match=r"call policy\.reshard_to\(rollout\) first"):
         engine.generate([[5]], [0], GREEDY)
 
 
 def test_two_engines_of_a_process_do_not_disturb_each_other(
-    start: Callable[..., RolloutEngine], models: dict[str, tuple[Any, str]]
+    start: Callable[..., VllmEngine], models: dict[str, tuple[Any, str]]
 ) -> None:
     asked, seeds = tiny.prompts(4), [1, 2, 3, 4]
     one = start("qwen2")
@@ -110,7 +110,7 @@ def test_the_way_out_of_an_error_restores_everything(group: dist.ProcessGroup) -
     subworld.close()
 
 
-def test_a_failed_start_can_be_repeated(start: Callable[..., RolloutEngine], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_start_can_be_repeated(start: Callable[..., VllmEngine], monkeypatch: pytest.MonkeyPatch) -> None:
     from vllm.v1.core.sched.scheduler import Scheduler
 
     def broken(*_: Any, **__: Any) -> None:
