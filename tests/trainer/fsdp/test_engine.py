@@ -1,0 +1,33 @@
+"""The two training backends agree: readouts, metrics, gradients, weights, and each goes on from what the other saved."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.conftest import Ranks
+from tests.models.tiny import tiny_model
+
+CASES = ("sft", "grpo", "critic", "reward_model")
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Small models, by name."""
+    folder = tmp_path_factory.mktemp("models")
+    for name in ("llama", "qwen2-tied", "qwen3-moe"):
+        model = tiny_model(name)
+        with torch.no_grad():
+            for key, parameter in model.named_parameters():
+                parameter.mul_(0.1).add_(float("norm" in key))
+        model.save_pretrained(folder / name)
+    return folder
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("model", ["llama", "qwen2-tied", "qwen3-moe"])
+def test_agrees_with_megatron_on_one_rank(ranks: Ranks, models: Path, tmp_path: Path, model: str, case: str) -> None:
+    (worst,) = ranks(1).run("tests.trainer.engines_on_ranks:compare", models / model, case, tmp_path, "fsdp")
+    assert max(worst.values()) < 1e-5, worst
