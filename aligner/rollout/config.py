@@ -97,6 +97,13 @@ class RolloutConfig:
                 f"rollout.max_model_len={self.max_model_len} is beyond the {spec.positions_text}; "
                 f"use {spec.max_positions} or less."
             )
+        if spec.tensors is not None:
+            _check_unlisted(spec, tensor, pipeline, expert_parallel)
+            if cpu:
+                _check_cpu(spec)
+            if self.kv_cache_mib is not None:
+                self._check_kv_cache(self.kv_cache_mib, spec, tensor, pipeline)
+            return
         if expert_parallel and not spec.experts:
             raise ValueError(f"placement.rollout.expert={tensor}: the model in {spec.path} has no experts; use 1.")
         fits = [size for size in range(1, spec.heads + 1) if _divides(spec, size, expert_parallel)]
@@ -170,6 +177,21 @@ class StreamConfig:
         if self.in_flight and not self.lag:
             raise ValueError(
                 "stream.in_flight=true changes weights under what is generated ahead; set stream.lag=1 or more."
+            )
+
+
+def _check_unlisted(spec: ModelSpec, tensor: int, pipeline: int, expert_parallel: bool) -> None:
+    """Of a family without a table of its own only the heads are known to be divided."""
+    fits = [size for size in range(1, spec.heads + 1) if spec.heads % size == 0]
+    if tensor not in fits:
+        raise ValueError(
+            f"placement.rollout.tensor={tensor} does not divide the model's {spec.heads} attention heads; use "
+            f"{', '.join(map(str, fits))}."
+        )
+    for name, given in (("pipeline", pipeline), ("expert", tensor if expert_parallel else 1)):
+        if given > 1:
+            raise ValueError(
+                f"placement.rollout.{name}={given}: the sizes of a {spec.family} model's parts are not known ({spec.path}); use 1."
             )
 
 

@@ -15,8 +15,8 @@ import torch.distributed as dist
 
 from aligner.bounds import check_settings
 from aligner.models.agreement import check_agreement
-from aligner.models.families import FAMILIES
 from aligner.models.read_spec import read_spec
+from aligner.models.tensors import architecture_of
 from aligner.rollout import cpu_norms
 from aligner.rollout.config import BLOCK_TOKENS, RolloutConfig, Sampling
 from aligner.rollout.experts import mend_cpu_expert_parallel
@@ -60,7 +60,7 @@ class RolloutEngine:
         Raises ValueError where the settings and the model do not go together.
         """
         self.spec, self.config, self.device = read_spec(str(model_path)), config, device
-        cpu, architecture = device.type == "cpu", FAMILIES[self.spec.family].architecture
+        cpu, architecture = device.type == "cpu", architecture_of(self.spec)
         tensor = dist.get_world_size(group) // pipeline
         config.check_model(self.spec, tensor, cpu, expert_parallel, pipeline)
         self.loaded = loaded or LoadedWeights()

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 from aligner.data.prompts import Prompt
 from aligner.data.tokenizer import load_tokenizer
 from aligner.models.spec import ModelSpec
+from aligner.reshard.plan.layout import UnknownLayout, WeightLayout
 from aligner.reshard.weights import RemoteWeights, WritableWeights
 from aligner.rollout.arrivals import Arrivals
 from aligner.rollout.config import RolloutConfig, Sampling, StreamConfig
@@ -95,7 +96,9 @@ class GenerationRole(Role):
             world.residency.before_evict(name, self.complete)
         world.on_leave(self.engine.close)
 
-    def _layout(self, spec: ModelSpec) -> EngineLayout:
+    def _layout(self, spec: ModelSpec) -> WeightLayout:
+        if spec.tensors is not None:  # nobody knows it by arithmetic: ranks exchange what the engine's loaders say
+            return UnknownLayout(self.mesh.ranks)
         return EngineLayout(spec, self.mesh, self.config.dtype, self.mesh.expert > 1)
 
     def generate(

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, cast
 
+from aligner.models.families import FAMILIES
+from aligner.models.tensors import architecture_of
 from aligner.trainer.config import ENGINES, TrainingConfig
 from aligner.trainer.fsdp import checks as fsdp
 from aligner.trainer.megatron.layout import MegatronLayout
@@ -56,7 +58,13 @@ class Backend:
 
 
 def _check_megatron(spec: ModelSpec, mesh: Mesh, config: TrainingConfig, sequence_parallel: bool, cpu: bool) -> None:
-    """Megatron runs every combination of settings; only parallel sizes may not fit."""
+    """Megatron runs every combination of settings; only the family or parallel sizes may not fit."""
+    if spec.tensors is not None:
+        supported = ", ".join(family.architecture for family in FAMILIES.values())
+        raise ValueError(
+            f"{mesh.name}.engine=megatron: architecture {architecture_of(spec)} ({spec.path}/config.json) is not supported; use "
+            f"{mesh.name}.engine=fsdp, which runs transformers' own class, or a model of {supported}."
+        )
     check_runs(spec, mesh, sequence_parallel, cpu)
 
 

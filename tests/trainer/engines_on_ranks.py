@@ -123,7 +123,7 @@ def exported_gap(one: TrainableRole, other: TrainableRole, folder: Path) -> floa
 
 
 def compare(
-    world: World, model: Path, case: str, out: Path, other: str = "plain", replicas: int = 1, **changes: Any
+    world: World, model: Path, case: str, out: Path, other: str = "plain", replicas: int = 1, changes: Any = None
 ) -> dict[str, float]:
     """The largest differences of Megatron and another backend, relative to the largest value where that is above 1.
 
@@ -136,7 +136,7 @@ def compare(
     """
     engines.BACKENDS["plain"] = PLAIN  # type: ignore[index]
     kind, config, method, loss, values = CASES[case]
-    config = replace(config, **changes)
+    config = replace(config, **(changes or {}))
     spec = read_spec(model) if kind is Policy else with_scalar_head(read_spec(model))
     samples = Samples(
         TOKENS_BT, torch.full((8,), PROMPT), LENGTH_B, MASK_BT, torch.arange(8) // 2, [{}] * 8, ROLLOUT_BT

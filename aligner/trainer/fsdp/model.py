@@ -166,6 +166,11 @@ def build_model(
     explicit = bool(getattr(model.config, "attn_logit_softcapping", None)) or any(
         name.endswith("sinks") for name, _ in model.named_parameters()
     )
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            module.padding_idx = (
+                None  # packed rows have no padding: where its token stands, it is a token, with a gradient
+            )
     rows = Rows(recompute == "selective", explicit)
     attention.use_rows(model, rows)
     layers = decoder_layers(model)
