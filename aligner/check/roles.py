@@ -11,9 +11,9 @@ from aligner.check.rollout import check_end
 from aligner.config.models import errors_about
 from aligner.config.schema import Config
 from aligner.data.tokenizer import load_tokenizer
-from aligner.models.families import FAMILIES
 from aligner.models.read_spec import read_spec
 from aligner.models.spec import Head, ModelSpec, with_scalar_head
+from aligner.models.tensors import architecture_of, classifier_of
 from aligner.reward.components import ResolvedComponent, reward_components
 from aligner.rollout.engines import backend
 from aligner.spmd.mesh import Mesh
@@ -63,8 +63,8 @@ def model_of(config: Config, role: str) -> ModelSpec:
         return with_scalar_head(spec)
     if spec.head is Head.SCALAR:
         raise ValueError(
-            f"{setting}={path} is a {FAMILIES[spec.family].classifier}, which has no output layer over the vocabulary; "
-            f"the role {role} needs a {FAMILIES[spec.family].architecture}."
+            f"{setting}={path} is a {classifier_of(spec)}, which has no output layer over the vocabulary; "
+            f"the role {role} needs a {architecture_of(spec)}."
         )
     return spec
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from aligner.models.spec import Head, ModelSpec
@@ -192,6 +192,13 @@ def _held_tensors(path: str, head: Head, changed_ns: int) -> tuple[tuple[HeldTen
     )
 
 
+def stored_name(model: PreTrainedModel, name: str) -> str:
+    """The checkpoint's name of a parameter that is a tensor of it, such as an embedding."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    return next(iter(revert_weight_conversion(model, {name: torch.empty(1, 1, device="meta")})))
+
+
 class _CopiesAreViews(TorchDispatchMode):
     """A copy of a tensor without memory is the tensor: only where its elements come from matters."""
 
@@ -207,13 +214,11 @@ def head_form(model: PreTrainedModel) -> HeadForm:
     Raises:
         ValueError: anything but a factor or a soft-capping, or an output layer with a bias.
     """
-    from transformers.modeling_outputs import MoeModelOutputWithPast
-
     name, output, base = type(model).__name__, model.get_output_embeddings(), model.base_model
     if not isinstance(output, nn.Linear) or output.bias is not None:
         raise ValueError(f"{name}: its output layer is no matrix alone, which is not supported by engine=fsdp.")
     hidden = torch.empty(1, 2, output.in_features, device="meta", dtype=output.weight.dtype)
-    base.forward = lambda *_, **__: MoeModelOutputWithPast(last_hidden_state=hidden)
+    base.forward = lambda *_, **__: _BaseOutput(hidden)
     operations = _Operations()
     hook = output.register_forward_hook(lambda *_: operations.begin())
     try:
@@ -235,6 +240,19 @@ def head_form(model: PreTrainedModel) -> HeadForm:
         f"{name} computes its logits by {', '.join(operation for operation, _ in operations.found)} after the output layer, "
         "which is not supported by engine=fsdp."
     )
+
+
+class _BaseOutput:
+    """What the layers return, of any class of model outputs: the final hidden states, and None for everything else."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        self.last_hidden_state = hidden
+
+    def __getattr__(self, name: str) -> None:
+        return None
+
+    def __getitem__(self, index: int) -> Tensor | None:
+        return self.last_hidden_state if index == 0 else None
 
 
 class _Operations(TorchDispatchMode):

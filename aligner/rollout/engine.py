@@ -24,6 +24,7 @@ from aligner.spmd.residency import Kind
 
 if TYPE_CHECKING:
     from aligner.models.spec import ModelSpec
+    from aligner.reshard.plan.layout import WeightLayout
     from aligner.reshard.weights import WritableWeights
     from aligner.rollout.loaded import LoadedWeights
     from aligner.spmd.memory import Meter
@@ -63,6 +64,7 @@ class RolloutEngine(ABC):
         config: RolloutConfig,
         device: torch.device,
         *,
+        layout: WeightLayout,
         sleeps: bool,
         loaded: LoadedWeights,
     ) -> Self:
@@ -71,6 +73,7 @@ class RolloutEngine(ABC):
         Args:
             group: this rank's replica.
             ident: names the replica among this host's.
+            layout: what every rank of the role holds.
             sleeps: weights and cache must be able to leave the device (`parts`).
             loaded: the role's record of which weights its engines hold.
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, cast
 
+from aligner.reshard.plan.layout import UnknownLayout, WeightLayout
 from aligner.rollout.config import ENGINES, RolloutConfig
 from aligner.rollout.transformers import sizes as transformers
 from aligner.rollout.vllm import sizes as vllm
@@ -14,7 +15,6 @@ from aligner.rollout.vllm.layout import EngineLayout
 
 if TYPE_CHECKING:
     from aligner.models.spec import ModelSpec
-    from aligner.reshard.plan.layout import WeightLayout
     from aligner.rollout.engine import RolloutEngine
     from aligner.rollout.offline import OfflineEngine
     from aligner.spmd.mesh import Mesh
@@ -63,6 +63,8 @@ def _imported(path: str) -> object:
 
 
 def _vllm_layout(spec: ModelSpec, mesh: Mesh, dtype: str) -> WeightLayout:
+    if spec.tensors is not None:  # nobody knows it by arithmetic: ranks exchange what the engine's loaders say
+        return UnknownLayout(mesh.ranks)
     return EngineLayout(spec, mesh, dtype, mesh.expert > 1)
 
 

@@ -77,12 +77,13 @@ class GenerationRole(Role):
         world.residency.make_room(name, mesh)
         sleeps = world.device.type == "cpu" or world.residency.crowds(name, mesh)
         world.residency.register(name, mesh, KINDS if sleeps else {}, on_lost=self.loaded.evict)
+        layout = engine.layout(spec, mesh, config.dtype)
         if group is None:
-            self.weights: WritableWeights = RemoteWeights(engine.layout(spec, mesh, config.dtype))
+            self.weights: WritableWeights = RemoteWeights(layout)
             return
         ident = f"{name}{mesh.shards[self.shard or 0][0]}"
         self.engine = engine.engine_type().build(
-            spec, mesh, group, ident, config, world.device, sleeps=sleeps, loaded=self.loaded
+            spec, mesh, group, ident, config, world.device, layout=layout, sleeps=sleeps, loaded=self.loaded
         )
         self.engine.requests.progress = world.activity.tick
         self.weights = self.engine.weights

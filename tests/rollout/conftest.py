@@ -62,8 +62,9 @@ def loaded(
     kind, family = request.param
     model, folder = models[family]
     spec, config, device = read_spec(folder), tiny.config(kind), torch.device("cpu")
-    build = backend(kind).engine_type().build
-    engine = build(spec, Mesh((0,), 1, 1), group, "test", config, device, sleeps=True, loaded=LoadedWeights())
+    build, mesh = backend(kind).engine_type().build, Mesh((0,), 1, 1)
+    layout, loaded = backend(kind).layout(spec, mesh, config.dtype), LoadedWeights()
+    engine = build(spec, mesh, group, "test", config, device, layout=layout, sleeps=True, loaded=loaded)
     tiny.write(engine.weights, model)
     yield model, engine, engine.weights
     engine.close()

@@ -15,7 +15,6 @@ from aligner.rollout.config import RolloutConfig, Sampling
 from aligner.rollout.engine import RolloutEngine
 from aligner.rollout.loaded import LoadedWeights
 from aligner.rollout.requests import Sample
-from aligner.rollout.transformers.layout import WholeLayout
 from aligner.rollout.transformers.requests import BatchedRequests
 from aligner.rollout.transformers.residency import DroppedCaches, FreedWeights
 from aligner.rollout.transformers.sizes import PREFILL_TOKENS
@@ -76,11 +75,12 @@ class TransformersEngine(RolloutEngine):
         config: RolloutConfig,
         device: torch.device,
         *,
+        layout: WeightLayout,
         sleeps: bool,
         loaded: LoadedWeights,
     ) -> Self:
         """Not collective: each rank is a replica."""
-        return cls(spec, config, device, None, loaded, WholeLayout(spec, mesh, config.dtype))
+        return cls(spec, config, device, None, loaded, layout)
 
     def close(self) -> None:
         """Free the model."""

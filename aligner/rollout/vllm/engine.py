@@ -14,15 +14,14 @@ import torch
 import torch.distributed as dist
 
 from aligner.models.agreement import check_agreement
-from aligner.models.families import FAMILIES
 from aligner.models.read_spec import read_spec
+from aligner.models.tensors import architecture_of
 from aligner.rollout.config import RolloutConfig, Sampling
 from aligner.rollout.engine import RolloutEngine
 from aligner.rollout.loaded import LoadedWeights
 from aligner.rollout.requests import Sample
 from aligner.rollout.vllm import cpu_norms
 from aligner.rollout.vllm.experts import mend_cpu_expert_parallel
-from aligner.rollout.vllm.layout import EngineLayout
 from aligner.rollout.vllm.requests import VllmRequests
 from aligner.rollout.vllm.sizes import BLOCK_TOKENS, check_runs, kv_cache_bytes
 from aligner.rollout.vllm.sleep import residency_parts
@@ -31,6 +30,7 @@ from aligner.rollout.vllm.weights import EngineWeights
 
 if TYPE_CHECKING:
     from aligner.models.spec import ModelSpec
+    from aligner.reshard.plan.layout import WeightLayout
     from aligner.spmd.memory import Meter
     from aligner.spmd.mesh import Mesh
     from aligner.spmd.residency import Part
@@ -70,7 +70,7 @@ class VllmEngine(RolloutEngine):
         Raises ValueError where the settings and the model do not go together.
         """
         self.spec, self.config, self.device = read_spec(str(model_path)), config, device
-        cpu, architecture = device.type == "cpu", FAMILIES[self.spec.family].architecture
+        cpu, architecture = device.type == "cpu", architecture_of(self.spec)
         tensor = dist.get_world_size(group) // pipeline
         check_runs(config, self.spec, tensor, cpu, expert_parallel, pipeline)
         self.loaded = loaded or LoadedWeights()
@@ -107,6 +107,7 @@ class VllmEngine(RolloutEngine):
         config: RolloutConfig,
         device: torch.device,
         *,
+        layout: WeightLayout,
         sleeps: bool,
         loaded: LoadedWeights,
     ) -> Self:
@@ -114,7 +115,7 @@ class VllmEngine(RolloutEngine):
         engine = cls(
             spec.path, group, ident, config, device, mesh.expert > 1, mesh.pipeline, sleeps, spec.eos_token_ids, loaded
         )
-        engine._weights = EngineWeights(engine, EngineLayout(spec, mesh, config.dtype, mesh.expert > 1))
+        engine._weights = EngineWeights(engine, layout)
         return engine
 
     @property

@@ -49,6 +49,18 @@ def check_runs(
 ) -> None:
     """Raises ValueError where vLLM could not run this model over `tensor` x `pipeline` ranks."""
     config.check_length(spec)
+    if spec.tensors is None:
+        _check_listed(spec, tensor, expert_parallel, pipeline)
+    else:
+        _check_unlisted(spec, tensor, expert_parallel, pipeline)
+    if cpu:
+        _check_cpu(spec)
+    if config.kv_cache_mib is not None:
+        _check_kv_cache(config, config.kv_cache_mib, spec, tensor, pipeline)
+
+
+def _check_listed(spec: ModelSpec, tensor: int, expert_parallel: bool, pipeline: int) -> None:
+    """Of a family of `FAMILIES`."""
     if expert_parallel and not spec.experts:
         raise ValueError(f"placement.rollout.expert={tensor}: the model in {spec.path} has no experts; use 1.")
     fits = [size for size in range(1, spec.heads + 1) if _divides(spec, size, expert_parallel)]
@@ -63,15 +75,26 @@ def check_runs(
             f"{spec.path}; use {', '.join(str(size) for size in fits if size <= spec.experts)}."
         )
     _check_stages(spec, pipeline)
-    if cpu:
-        _check_cpu(spec)
     if spec.o_bias and not FAMILIES[spec.family].engine.output_bias:
         raise ValueError(
             f"the rollout engine ignores the bias of a {spec.family} model's attention output; use a model with "
             f"attention_bias=false ({spec.path}/config.json)."
         )
-    if config.kv_cache_mib is not None:
-        _check_kv_cache(config, config.kv_cache_mib, spec, tensor, pipeline)
+
+
+def _check_unlisted(spec: ModelSpec, tensor: int, expert_parallel: bool, pipeline: int) -> None:
+    """Of any other family only the heads are known to be divided."""
+    fits = [size for size in range(1, spec.heads + 1) if spec.heads % size == 0]
+    if tensor not in fits:
+        raise ValueError(
+            f"placement.rollout.tensor={tensor} does not divide the model's {spec.heads} attention heads; use "
+            f"{', '.join(map(str, fits))}."
+        )
+    for name, given in (("pipeline", pipeline), ("expert", tensor if expert_parallel else 1)):
+        if given > 1:
+            raise ValueError(
+                f"placement.rollout.{name}={given}: the sizes of a {spec.family} model's parts are not known ({spec.path}); use 1."
+            )
 
 
 def kv_cache_bytes(config: RolloutConfig, spec: ModelSpec, tensor: int, cpu: bool, pipeline: int = 1) -> int | None:

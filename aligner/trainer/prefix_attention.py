@@ -10,9 +10,9 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from aligner.trainer.megatron.packed_attention import causal_attention, packed_attention, shared_calls
-from aligner.trainer.megatron.saved_views import saved_as_views
+from aligner.trainer.packed_attention import causal_attention, packed_attention, shared_calls
 from aligner.trainer.prefix_tree import segment_starts
+from aligner.trainer.saved_views import saved_as_views
 
 
 def _leading_roots(parents: Sequence[int]) -> int:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
-from aligner.trainer.megatron.attention_mask import BLOCK, causal_bias
+from aligner.trainer.attention_mask import BLOCK, causal_bias
 
 WASTE = 0.03
 """Maximum padding of all attention calls together, as a fraction of the rows' tokens."""
