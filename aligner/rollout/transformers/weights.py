@@ -59,9 +59,10 @@ class TransformersWeights:
         self._loaded.begin()
         return strided_view(self._storages[piece.storage], piece)
 
-    def written(self, piece: Piece, proof: bool = True) -> None:
-        """Count the region as written. RuntimeError where one comes twice."""
-        self._written.add(piece)
+    def written(self, pieces: Sequence[Piece], proof: bool = True) -> None:
+        """Count the regions as written. RuntimeError where one comes twice."""
+        for piece in pieces:
+            self._written.add(piece)
 
     def finish(self) -> None:
         """Every region was written once: forget the KV cache and let the engine generate.

@@ -102,9 +102,9 @@ def test_regions_are_counted(models: Models) -> None:
     with pytest.raises(RuntimeError, match="the last sync did not finish"):
         engine.generate([[5]], [0], GREEDY)
     piece = engine.weights.pieces()[0]
-    engine.weights.written(piece)
+    engine.weights.written([piece])
     with pytest.raises(RuntimeError, match="was written twice"):
-        engine.weights.written(piece)
+        engine.weights.written([piece])
     engine.weights.discard()
     tiny.write(engine.weights, model)
     assert engine.loaded.complete
