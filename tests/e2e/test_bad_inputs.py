@@ -326,6 +326,8 @@ PLACEMENT = [
     Case("ranks_undivided", "placement.policy.tensor=3", ("placement.policy.tensor=3 does not divide its 2 rank(s)", "use 1 or 2")),
     Case("size_of_0", "placement.rollout.tensor=0", ("placement.rollout.tensor=0 must be at least 1",)),
     Case("layers", "placement.policy.pipeline=4", ("placement.policy.pipeline=4 does not divide the 2 layers", "use 1 or 2"), FOUR),
+    Case("rollout_engine", "rollout.engine=sglang", ("rollout.engine=sglang is unknown; use vllm, transformers",)),
+    Case("transformers_tensor", "rollout.engine=transformers placement.rollout.tensor=2", ("placement.rollout.tensor=2", "holds the whole model", "use 1, or engine=vllm"), {"WORLD_SIZE": "2"}),
     Case("rollout_pipeline", "placement.rollout.pipeline=3", ("placement.rollout.pipeline=3", "2 layers"), {"WORLD_SIZE": "3"}),
     Case("reward_pipeline", "placement.reward.pipeline=2", ("placement.reward.pipeline=2", "use 1")),
     Case("outside", "placement.rollout.ranks=[1,2]", ("placement.rollout.ranks=[1, 2]", "rank(s) [2]", "use 0 to 1", "--nproc-per-node 3")),

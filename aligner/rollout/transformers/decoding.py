@@ -85,8 +85,9 @@ class DecodingBatch:
     def cache_bytes(self) -> int:
         """Size of the KV cache."""
         layers = self._cache.layers if self._cache is not None else ()
-        tensors = [value for layer in layers for value in vars(layer).values() if isinstance(value, Tensor)]
-        return sum(tensor.nbytes for tensor in tensors)
+        held = [value for layer in layers for value in vars(layer).values()]
+        states = [state for value in held for state in (value if isinstance(value, list) else [value])]
+        return sum(state.nbytes for state in states if isinstance(state, Tensor))
 
     def forget(self) -> None:
         """Drop the KV cache."""
@@ -95,9 +96,9 @@ class DecodingBatch:
     @torch.no_grad()
     def step(self) -> dict[int, Drawn]:
         """A token for each row. Returns the rows that have ended, by their place in the `rows` that the batch was made of."""
-        logits_BV = (
-            self._read() if self._cache is None else self._forward(self._tokens_BT, self._pad_B, self._length - 1)
-        )
+        last = self._length - 1
+        read = self._cache is None
+        logits_BV = self._read() if read else self._forward(self._tokens_BT, self._pad_B, last, self._length)
         token_B, logp_B = draw(logits_BV[:, : self._vocab], self._sampling, self._length - self._pad_B)
         self._tokens_BT[:, self._length] = token_B
         self._logp_BN[:, self.drawn] = logp_B
@@ -124,26 +125,27 @@ class DecodingBatch:
             setattr(self, name, getattr(self, name)[rows_B])
         self._sampling = self._sampling.select(rows_B)
         if self._cache is not None:
-            self._cache.batch_select_indices(rows_B)
+            self._cache.reorder_cache(rows_B)
 
     def _read(self) -> Tensor:
         """The logits after all tokens so far, and their cache; different rows are read once, some columns at a time."""
         from transformers import DynamicCache
+        from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
         keyed = torch.cat([self._pad_B[:, None], self._tokens_BT[:, : self._length]], 1)
         different, row_B = torch.unique(keyed, dim=0, return_inverse=True)
         pad_U, tokens_UT = different[:, 0], different[:, 1:].contiguous()
         self._cache = DynamicCache(config=self._model.config)
         columns = max(1, self._prefill_tokens // len(tokens_UT))
+        if any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in self._cache.layers):
+            columns = self._length  # several models' linear attention takes its state up for single tokens only
         for first in range(0, self._length, columns):
-            end = min(first + columns, self._length)
-            logits_UV = self._forward(tokens_UT[:, :end], pad_U, first)
-        self._cache.batch_select_indices(row_B)
+            logits_UV = self._forward(tokens_UT, pad_U, first, min(first + columns, self._length))
+        self._cache.reorder_cache(row_B)
         return logits_UV[row_B]
 
-    def _forward(self, tokens_BT: Tensor, pad_B: Tensor, first: int) -> Tensor:
-        """Logits [B, V] after the last token, of the tokens from column `first` on; what is before them is in the cache."""
-        end = self._length if tokens_BT is self._tokens_BT else tokens_BT.shape[1]
+    def _forward(self, tokens_BT: Tensor, pad_B: Tensor, first: int, end: int) -> Tensor:
+        """Logits [B, V] after column `end` - 1, of the columns from `first` on; what is before them is in the cache."""
         column_T = torch.arange(end, device=pad_B.device)
         outputs: Any = self._model(
             input_ids=tokens_BT[:, first:end],

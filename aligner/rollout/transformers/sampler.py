@@ -18,6 +18,8 @@ from aligner.rollout.config import Sampling
 _GAMMA = 0x9E3779B97F4A7C15 - (1 << 64)
 _MIX_1, _MIX_2 = 0xBF58476D1CE4E5B9 - (1 << 64), 0x94D049BB133111EB - (1 << 64)
 """SplitMix64's constants as the int64 of the same bits; int64 arithmetic wraps around as uint64's does."""
+_NOISE = 1 << 22
+"""Elements of noise that are made at once."""
 
 
 @dataclass(frozen=True)
@@ -64,8 +66,8 @@ def draw(logits_BV: Tensor, sampling: RowSampling, place_B: Tensor) -> tuple[Ten
     logits_BV = top_k_top_p(logits_BV.float() / sampling.temperature_B[:, None], sampling.top_k_B, sampling.top_p_B)
     token_B = logits_BV.argmax(1)
     if not bool(sampling.greedy_B.all()):
-        noisy_BV = logits_BV.double() + gumbel_noise(place_seeds(sampling.seed_B, place_B), logits_BV.shape[1])
-        token_B = torch.where(sampling.greedy_B, token_B, noisy_BV.argmax(1))
+        drawn_B = gumbel_draw(logits_BV, place_seeds(sampling.seed_B, place_B))
+        token_B = torch.where(sampling.greedy_B, token_B, drawn_B)
     return token_B, logits_BV.gather(1, token_B[:, None])[:, 0] - logits_BV.logsumexp(1)
 
 
@@ -92,6 +94,13 @@ def top_k_top_p(logits_BV: Tensor, top_k_B: Tensor, top_p_B: Tensor) -> Tensor:
 def place_seeds(seed_B: Tensor, place_B: Tensor) -> Tensor:
     """As `aligner.rollout.vllm.draws.place_seeds`: a 63-bit hash of (seed of the sample, place of the token), int64."""
     return _shift(_mix(_mix(seed_B) + place_B * _GAMMA), 1)
+
+
+def gumbel_draw(logits_BV: Tensor, seed_B: Tensor) -> Tensor:
+    """A token of each row, drawn with its softmax; some rows at a time, since float64 noise is twice the size of the logits."""
+    vocab = logits_BV.shape[1]
+    parts = zip(logits_BV.split(max(1, _NOISE // vocab)), seed_B.split(max(1, _NOISE // vocab)), strict=True)
+    return torch.cat([(part.double() + gumbel_noise(seed, vocab)).argmax(1) for part, seed in parts])
 
 
 def gumbel_noise(seed_B: Tensor, vocab: int) -> Tensor:

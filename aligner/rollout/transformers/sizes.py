@@ -25,9 +25,15 @@ def check_model(spec: ModelSpec, mesh: Mesh, config: RolloutConfig, cpu: bool) -
                 f"placement.{mesh.name}.{axis}={getattr(mesh, axis)}: rollout.engine=transformers holds the whole model on each "
                 "of its ranks; use 1, or engine=vllm."
             )
-    from aligner.models.transformers_model import held_tensors  # imported here: torch and transformers take seconds
+    from aligner.models import transformers_model  # imported here: torch and transformers take seconds
 
-    held_tensors(spec)
+    kind = transformers_model.model_class(transformers_model.read_config(spec.path, spec.head), spec.head, spec.path)
+    if not kind._supports_default_dynamic_cache():
+        raise ValueError(
+            f"rollout.engine=transformers: {kind.__name__} ({spec.path}) generates with a cache of its own kind, which is not "
+            "supported; use engine=vllm."
+        )
+    transformers_model.held_tensors(spec)
 
 
 def bytes_per_rank(spec: ModelSpec, mesh: Mesh, config: RolloutConfig, cpu: bool) -> float:

@@ -28,6 +28,11 @@ class Slot:
     padding: int
     """Elements at the end that no checkpoint fills: the rows that round the vocabulary up."""
 
+    @property
+    def named(self) -> str:
+        """The parameter, with the class of its module, for errors."""
+        return f"{self.storage} ({type(self.module).__name__})"
+
 
 @dataclass
 class DryRun:
@@ -154,13 +159,13 @@ class _Recorder(TorchDispatchMode):
         if slot is None or name is None or target.shape != source.shape:
             what = name or "a tensor computed from the checkpoint's"
             raise ValueError(
-                f"the rollout engine does not copy {what} as it is into {slot.storage if slot else 'a parameter'}; "
+                f"the rollout engine does not copy {what} as it is into {slot.named if slot else 'a parameter'}; "
                 "this kind of model is not supported."
             )
         self.used.add(name)
         if target.numel() == 0:
             return  # a rank beyond the end of a small vocabulary
-        lo, size, stride = _box(name, self.sources[name].shape, source, target)
+        lo, size, stride = _box(name, self.sources[name].shape, source, target, slot)
         dtype = str(slot.plain.dtype).removeprefix("torch.")
         if dtype not in ELEMENT_BYTES:
             raise ValueError(
@@ -174,7 +179,7 @@ def _storage_id(tensor: Tensor) -> int:
 
 
 def _box(
-    name: str, shape: Sequence[int], source: Tensor, target: Tensor
+    name: str, shape: Sequence[int], source: Tensor, target: Tensor, slot: Slot
 ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
     """The box (lo, size) of a tensor of this shape that the view `source` shows; the strides of `target` over it."""
     steps = contiguous_stride(shape)
@@ -184,9 +189,7 @@ def _box(
             # Steps of dimensions longer than 1 differ from each other, so at most one of them matches.
             dims = [dim for dim, length in enumerate(shape) if length > 1 and steps[dim] == step]
             if not dims:
-                raise ValueError(
-                    f"the rollout engine loads {name} in a form that is no box of it; this is not supported."
-                )
+                raise _no_box(name, slot)
             size[dims[0]], stride[dims[0]] = extent, target_step
     lo, rest = [], source.storage_offset()
     for step in steps:
@@ -194,8 +197,14 @@ def _box(
         rest %= step
     for dim, length in enumerate(shape):
         if lo[dim] + size[dim] > length:
-            raise ValueError(f"the rollout engine loads {name} in a form that is no box of it; this is not supported.")
+            raise _no_box(name, slot)
     return tuple(lo), tuple(size), tuple(stride)
+
+
+def _no_box(name: str, slot: Slot) -> ValueError:
+    return ValueError(
+        f"the rollout engine loads {name} into {slot.named} in a form that is no box of it; this is not supported."
+    )
 
 
 def _check_coverage(slots: Mapping[str, Slot], pieces: Sequence[Piece]) -> None:
@@ -207,12 +216,12 @@ def _check_coverage(slots: Mapping[str, Slot], pieces: Sequence[Piece]) -> None:
         if missing > 0:
             raise ValueError(
                 f"no tensor of the checkpoint fills {missing} of the {slot.plain.numel()} elements of the rollout "
-                f"engine's parameter {storage}; does the model's config.json describe this checkpoint?"
+                f"engine's parameter {slot.named}; does the model's config.json describe this checkpoint?"
             )
         if missing < 0:
             names = sorted({piece.name for piece in pieces if piece.storage == storage})
             raise ValueError(
-                f"{' and '.join(names)} both fill the rollout engine's parameter {storage}; "
+                f"{' and '.join(names)} both fill the rollout engine's parameter {slot.named}; "
                 "is tie_word_embeddings in the model's config.json right?"
             )
         _check_method(slot)

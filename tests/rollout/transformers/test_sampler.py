@@ -8,7 +8,7 @@ import torch
 
 from aligner.rollout.config import Sampling
 from aligner.rollout.transformers import sampler
-from aligner.rollout.transformers.sampler import RowSampling, draw, gumbel_noise, top_k_top_p
+from aligner.rollout.transformers.sampler import RowSampling, draw, top_k_top_p
 from aligner.rollout.vllm.draws import gumbel_draw, place_seeds
 
 VOCAB = 301
@@ -23,14 +23,14 @@ def logits(rows: int) -> torch.Tensor:
     return 3 * torch.randn(rows, VOCAB, generator=torch.Generator().manual_seed(3))
 
 
-def test_seeds_and_noise_are_vllms() -> None:
+def test_seeds_and_noise_are_vllms(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sampler, "_NOISE", 7 * VOCAB)  # seven rows at a time
     seed_B = torch.tensor([0, 7, 8, 1 << 47, (1 << 62) + 5]).repeat(200)
     place_B = torch.arange(1000)
     ours_B, theirs_B = sampler.place_seeds(seed_B, place_B), place_seeds(seed_B.numpy(), place_B.numpy())
     assert ours_B.numpy().tolist() == theirs_B.tolist()
     logits_BV = logits(1000)
-    token_B = (logits_BV.double() + gumbel_noise(ours_B, VOCAB)).argmax(1)
-    assert torch.equal(token_B, gumbel_draw(logits_BV, theirs_B))
+    assert torch.equal(sampler.gumbel_draw(logits_BV, ours_B), gumbel_draw(logits_BV, theirs_B))
 
 
 @pytest.mark.parametrize(("top_k", "top_p"), [(0, 1.0), (1, 1.0), (40, 1.0), (0, 0.9), (0, 1e-9), (25, 0.7)])
