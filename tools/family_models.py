@@ -40,16 +40,16 @@ _EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2}
 _MLA = {
     "num_key_value_heads": 4,
     "q_lora_rank": 64,
-    "kv_lora_rank": 64,
-    "qk_nope_head_dim": 32,
-    "qk_rope_head_dim": 32,
-    "v_head_dim": 32,
+    "kv_lora_rank": 512,  # with the 64 of positions the one size that vLLM's CPU kernel has
+    "qk_nope_head_dim": 64,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 64,
     "n_routed_experts": 4,
     "n_shared_experts": 1,
     "num_experts_per_tok": 2,
     "moe_intermediate_size": 64,
     "first_k_dense_replace": 1,
-    "head_dim": 32,
+    "head_dim": 64,
 }
 WINDOWED = ["sliding_attention", "full_attention"]
 MODELS: Mapping[str, FamilyModel] = {
@@ -127,11 +127,35 @@ MODELS: Mapping[str, FamilyModel] = {
             "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
         },
     ),
+    "qwen3_next": FamilyModel(
+        "Qwen3-Next (gated delta net)",
+        "Qwen3NextConfig",
+        {
+            "head_dim": 32,
+            "layer_types": ["linear_attention", "full_attention"],
+            "moe_intermediate_size": 64,
+            "shared_expert_intermediate_size": 64,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+            "linear_key_head_dim": 32,
+            "linear_value_head_dim": 32,
+            **_EXPERTS,
+        },
+    ),
     "deepseek_v2": FamilyModel(
-        "DeepSeek-V2", "DeepseekV2Config", {**_MLA, "topk_method": "greedy", "n_group": None, "topk_group": None}
+        "DeepSeek-V2", "DeepseekV2Config", {**_MLA, "topk_method": "greedy", "n_group": 1, "topk_group": 1}
     ),
     "deepseek_v3": FamilyModel(
-        "DeepSeek-V3, R1", "DeepseekV3Config", {**_MLA, "n_group": 2, "topk_group": 1, "topk_method": "noaux_tc"}
+        "DeepSeek-V3, R1",
+        "DeepseekV3Config",
+        {
+            **_MLA,
+            "n_group": 2,
+            "topk_group": 1,
+            "topk_method": "noaux_tc",
+            "scoring_func": "sigmoid",
+            "num_mtp_layers": 0,
+        },
     ),
 }
 """By model_type."""
