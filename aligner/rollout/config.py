@@ -99,7 +99,7 @@ class RolloutConfig:
             )
         if spec.tensors is not None:
             _check_unlisted(spec, tensor, pipeline, expert_parallel)
-            if cpu:
+            if cpu and not spec.tensors.latent:
                 _check_cpu(spec)
             if self.kv_cache_mib is not None:
                 self._check_kv_cache(self.kv_cache_mib, spec, tensor, pipeline)
