@@ -144,8 +144,9 @@ def _family(config: ConfigJson) -> tuple[str, Family | None, Head]:
     if model_type is None or model_type in FAMILIES:
         supported = ", ".join(family.architecture for family in FAMILIES.values())
         raise config.error(
-            f"architecture {named[0] if named else model_type} with model_type={model_type!r} is not supported; supported are "
-            f"{supported}, each as ...ForSequenceClassification with num_labels=1, and other model types of transformers."
+            f"architecture {named[0] if named else model_type} is not supported (model_type={model_type!r}); supported are "
+            f"{supported}, and each as ...ForSequenceClassification with num_labels=1; and with engine=fsdp the language models "
+            "of transformers that have another model_type."
         )
     return str(model_type), None, Head.LANGUAGE
 

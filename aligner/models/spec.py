@@ -55,6 +55,8 @@ class CheckpointTensors:
     """Name of the output layer, which files may hold although it is tied; None: the model has a scalar head."""
     architecture: str
     """transformers' class of the language model."""
+    latent: bool = False
+    """Attention keeps one latent vector of each token (MLA), of `head_dim` elements, in place of keys and values."""
 
 
 @dataclass(frozen=True)

@@ -44,14 +44,15 @@ def transformers_spec(
     tied = output is not None and output.weight is embedding.weight
     language = model_class(config, Head.LANGUAGE, folder)
     sizes: dict[str, Any] = {name: getattr(config, name) for name in _SIZES}
-    heads = sizes["num_attention_heads"]
+    heads, latent = sizes["num_attention_heads"], getattr(config, "kv_lora_rank", None)
+    head_dim = getattr(config, "head_dim", None) or sizes["hidden_size"] // heads
     return ModelSpec(
         family=config.model_type,
         layers=sizes["num_hidden_layers"],
         hidden=sizes["hidden_size"],
         heads=heads,
-        kv_heads=getattr(config, "num_key_value_heads", None) or heads,
-        head_dim=getattr(config, "head_dim", None) or sizes["hidden_size"] // heads,
+        kv_heads=1 if latent else getattr(config, "num_key_value_heads", None) or heads,
+        head_dim=latent + config.qk_rope_head_dim if latent else head_dim,
         ffn=getattr(config, "intermediate_size", None) or 4 * sizes["hidden_size"],
         vocab=sizes["vocab_size"],
         head=head,
@@ -81,5 +82,6 @@ def transformers_spec(
             stored_name(model, names[id(embedding)]),
             stored_name(model, names[id(output)]) if output is not None else None,
             language.__name__,
+            latent is not None,
         ),
     )

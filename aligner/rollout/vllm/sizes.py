@@ -53,7 +53,7 @@ def check_runs(
         _check_listed(spec, tensor, expert_parallel, pipeline)
     else:
         _check_unlisted(spec, tensor, expert_parallel, pipeline)
-    if cpu:
+    if cpu and (spec.tensors is None or not spec.tensors.latent):
         _check_cpu(spec)
     if config.kv_cache_mib is not None:
         _check_kv_cache(config, config.kv_cache_mib, spec, tensor, pipeline)

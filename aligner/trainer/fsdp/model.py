@@ -186,9 +186,10 @@ def build_model(
         )
         for module in (*layers, root):
             again = None if module is root else reshard_after_forward  # the root's come last and are needed first
-            fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=again).set_gradient_divide_factor(
-                1.0
-            )
+            sharded = fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=again)
+            # gradients are summed: the loss is already divided by the global batch's denominators
+            sharded.set_gradient_divide_factor(1.0)
+            sharded.set_force_sum_reduction_for_comms(True)
     _allocate(root, device)
     return ShardedModel(root, layout, rank)
 

@@ -27,9 +27,9 @@ from transformers import (
 
 ENDS: dict[str, Any] = {"bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0}
 SIZES: dict[str, Any] = {
-    "vocab_size": 67,
-    "hidden_size": 32,
-    "intermediate_size": 48,
+    "vocab_size": 101,
+    "hidden_size": 128,
+    "intermediate_size": 96,
     "num_hidden_layers": 3,  # which 2 ranks do not divide
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
@@ -41,26 +41,28 @@ WINDOW: dict[str, Any] = {
     "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
 }
 MLA: dict[str, Any] = {
-    **SIZES, "num_key_value_heads": 4, "moe_intermediate_size": 16, "n_routed_experts": 5, "num_experts_per_tok": 2,
+    **SIZES, "num_key_value_heads": 4, "moe_intermediate_size": 32, "n_routed_experts": 5, "num_experts_per_tok": 2,
     "n_shared_experts": 1, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 12,
     "v_head_dim": 10, "first_k_dense_replace": 1,
 }  # fmt: skip
 EXPERTS: dict[str, Any] = {"num_experts": 5, "num_experts_per_tok": 2}
 FAMILIES: dict[str, PreTrainedConfig] = {
     "granite": GraniteConfig(**SIZES, logits_scaling=4.0, residual_multiplier=0.3, embedding_multiplier=2.0),
-    "gemma2": Gemma2Config(**SIZES, **WINDOW, head_dim=8, attn_logit_softcapping=0.5, final_logit_softcapping=2.0),
-    "gpt_oss": GptOssConfig(**SIZES, **WINDOW, head_dim=8, num_local_experts=5, num_experts_per_tok=2),
+    "gemma2": Gemma2Config(**SIZES, **WINDOW, head_dim=32, attn_logit_softcapping=0.5, final_logit_softcapping=2.0),
+    "gpt_oss": GptOssConfig(**SIZES, **WINDOW, head_dim=32, num_local_experts=5, num_experts_per_tok=2),
     "deepseek_v2": DeepseekV2Config(**MLA, n_group=1, topk_group=1),
     "deepseek_v3": DeepseekV3Config(**{**MLA, "n_routed_experts": 6}, n_group=2, topk_group=1),
     "olmoe": OlmoeConfig(**SIZES, **EXPERTS),
-    "qwen2_moe": Qwen2MoeConfig(**SIZES, **EXPERTS, moe_intermediate_size=16, shared_expert_intermediate_size=24),
-    "glm4": Glm4Config(**SIZES, head_dim=8),
+    "qwen2_moe": Qwen2MoeConfig(**SIZES, **EXPERTS, moe_intermediate_size=32, shared_expert_intermediate_size=64),
+    "glm4": Glm4Config(**SIZES, head_dim=32),
     "smollm3": SmolLM3Config(**SIZES),
     "starcoder2": Starcoder2Config(**SIZES, sliding_window=6),
     "gpt_neox": GPTNeoXConfig(**{k: v for k, v in SIZES.items() if k != "num_key_value_heads"}),
     "exaone4": Exaone4Config(**SIZES, **WINDOW),
     "cohere2": Cohere2Config(**SIZES, **WINDOW, logit_scale=0.3),
-    "gpt2": GPT2Config(vocab_size=67, n_embd=32, n_layer=3, n_head=4, n_positions=128, eos_token_id=1, bos_token_id=1),
+    "gpt2": GPT2Config(
+        vocab_size=101, n_embd=128, n_layer=3, n_head=4, n_positions=128, eos_token_id=1, bos_token_id=1
+    ),
 }
 
 
@@ -71,7 +73,7 @@ def save_model(family: str, folder: Path) -> None:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() > 1:
-                parameter.normal_(std=0.2)
+                parameter.normal_(std=0.1)
             elif name.endswith(("bias", "sinks")):
                 parameter.normal_(std=0.3)
         for name, buffer in model.named_buffers():
