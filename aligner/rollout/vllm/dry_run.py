@@ -100,6 +100,15 @@ def _missing_modules(model: Module) -> tuple[str, ...]:
     return tuple(f"{path}." for path, module in model.named_modules() if isinstance(module, PPMissingLayer))
 
 
+def is_derived(module: Module, name: str) -> bool:
+    """Whether an attention layer has computed the parameter from another module's: the absorbed projections of latent
+    attention (MLA), which `process_weights_after_loading` makes anew."""
+    from vllm.model_executor.layers.attention import is_deferred_attention_layer
+    from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+
+    return is_deferred_attention_layer(module) and name not in get_layerwise_info(module).restore_metadata[0]
+
+
 @contextmanager
 def _plain_parameters(model: Module) -> Iterator[dict[str, Slot]]:
     """The model with every parameter as its loader expects it, without storage: packed ones have lost their shape."""
@@ -114,7 +123,7 @@ def _plain_parameters(model: Module) -> Iterator[dict[str, Slot]]:
         for path, module in model.named_modules():
             recorded = get_layerwise_info(module).restore_metadata[0]
             for name, parameter in module._parameters.items():
-                if parameter is None:
+                if parameter is None or is_derived(module, name):
                     continue
                 if id(parameter) in shared:  # a tied output layer
                     module._parameters[name] = shared[id(parameter)]  # type: ignore[assignment]

@@ -13,7 +13,7 @@ from aligner.models.tensors import logical_tensors
 from aligner.reshard.message.storage import strided_view
 from aligner.reshard.plan.layout import WeightLayout
 from aligner.reshard.plan.region import Piece
-from aligner.rollout.vllm.dry_run import DryRun, Slot, dry_run
+from aligner.rollout.vllm.dry_run import DryRun, Slot, dry_run, is_derived
 from aligner.rollout.vllm.experts import packed_experts
 from aligner.rollout.vllm.internals import VllmInternals
 from aligner.rollout.vllm.packing import PrepackedModule, forget_embedding_kernel, packed_linears
@@ -47,6 +47,8 @@ class EngineWeights:
         self._slots: dict[str, Slot] = {}
         self._packed: dict[str, tuple[PrepackedModule, ...]] = {}
         self._in_place: set[str] = set()
+        self._derived: list[Module] = []
+        """Attention layers that compute parameters of their own from those that are written."""
         self._sync = _Progress()
         self._syncs = 0
 
@@ -77,6 +79,7 @@ class EngineWeights:
                 self._packed = _packed(model, self._slots)
                 forget_embedding_kernel(model)
                 self._in_place = _in_place(self._slots, self._packed)
+                self._derived = [module for module in model.modules() if _derived(module)]
                 self.clear_padding()
             self._pieces = outcome.pieces
         return self._pieces
@@ -113,7 +116,8 @@ class EngineWeights:
         """The parameters that a transfer writes where they are; before `pieces` every one."""
         if self._pieces is None:
             return list(self._engine.model.parameters())
-        return [_live(self._slots[storage]) for storage in sorted(self._in_place)]
+        derived = [parameter for module in self._derived for parameter in _derived(module)]
+        return [*(_live(self._slots[storage]) for storage in sorted(self._in_place)), *derived]
 
     def clear_padding(self) -> None:
         """vLLM's placeholder weights fill the rows that round the vocabulary up, too; its loaders would zero them."""
@@ -164,6 +168,10 @@ class EngineWeights:
         sync, self._sync = self._sync, _Progress()
         self._syncs += 1
         sync.regions.check_complete(self._pieces or ())
+        if self._derived:
+            with self._engine.inside():
+                for module in self._derived:
+                    module.process_weights_after_loading(getattr(torch, self._engine.config.dtype))  # type: ignore[operator]
         self._engine.new_weights()
         self._engine.loaded.finish()
 
@@ -189,6 +197,11 @@ class _Progress:
     plain: dict[str, Tensor] = field(default_factory=dict)
     regions: WrittenRegions = field(default_factory=WrittenRegions)
     complete: set[str] = field(default_factory=set)
+
+
+def _derived(module: Module) -> list[Tensor]:
+    """The parameters that an attention layer computes from other modules'."""
+    return [value for name, value in module._parameters.items() if value is not None and is_derived(module, name)]
 
 
 def _packed(model: Module, slots: Mapping[str, Slot]) -> dict[str, tuple[PrepackedModule, ...]]:
