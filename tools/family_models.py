@@ -124,7 +124,15 @@ MODELS: Mapping[str, FamilyModel] = {
             "sliding_window": 8,
             "head_dim": 32,
             "layer_types": WINDOWED,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 10000.0,
+                "factor": 4.0,
+                "beta_fast": 32.0,
+                "beta_slow": 1.0,
+                "truncate": False,
+                "original_max_position_embeddings": 32,
+            },
         },
     ),
     "qwen3_next": FamilyModel(

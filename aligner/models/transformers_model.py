@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -88,7 +89,7 @@ def empty_model(
     config = read_config(path, head)
     kind = model_class(config, head, path)
     more: dict[str, Any] = {} if attention is None else {"attn_implementation": attention}
-    with _parameters_without_memory():
+    with _parameters_without_memory(), _own_constructors():
         model = kind._from_config(config, dtype=dtype, **more)
     model.tie_weights()
     return use_own_calls(model).eval()
@@ -109,6 +110,31 @@ def _parameters_without_memory() -> Iterator[None]:
         yield
     finally:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+@contextmanager
+def _own_constructors() -> Iterator[None]:
+    """transformers' classes with the constructors that they were defined with.
+
+    vLLM's transformers backend wraps the constructor of a class in the process, and then makes it inside its engine alone.
+    """
+    from transformers import PreTrainedModel
+
+    kinds: list[type] = [PreTrainedModel]
+    for kind in kinds:
+        kinds += kind.__subclasses__()
+    wrapped = {
+        kind: vars(kind)["__init__"]
+        for kind in kinds
+        if getattr(vars(kind).get("__init__"), "__module__", None) == "vllm.compilation.decorators"
+    }
+    try:
+        for kind, init in wrapped.items():
+            kind.__init__ = inspect.getclosurevars(init).nonlocals["old_init"]  # type: ignore[misc]
+        yield
+    finally:
+        for kind, init in wrapped.items():
+            kind.__init__ = init  # type: ignore[misc]
 
 
 def use_own_calls(model: PreTrainedModel) -> PreTrainedModel:
