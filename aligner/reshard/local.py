@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -49,8 +49,9 @@ class WritableLocalWeights(LocalWeights):
         self._names = {piece.storage: piece.name for piece in reversed(pieces)}
         self.discard()
 
-    def written(self, piece: Piece, proof: bool = True) -> None:
-        self._missing[piece.storage] -= piece.elements
+    def written(self, pieces: Sequence[Piece], proof: bool = True) -> None:
+        for piece in pieces:
+            self._missing[piece.storage] -= piece.elements
 
     def finish(self) -> None:
         wrong = {storage: count for storage, count in self._missing.items() if count}

@@ -32,12 +32,12 @@ class ShardedWeights(Protocol):
 class WritableWeights(ShardedWeights, Protocol):
     """Weights that a transfer overwrites, all of them in each transfer.
 
-    A transfer writes through `view`, calls `written` once for each region, and ends with `finish`; after a failure the
+    A transfer writes through `view`, tells `written` of each region once, and ends with `finish`; after a failure the
     owner calls `discard` before the next one. From the first `view` until `finish` the weights are not valid.
     """
 
-    def written(self, piece: Piece, proof: bool = True) -> None:
-        """The region `piece` has been written through its view.
+    def written(self, pieces: Sequence[Piece], proof: bool = True) -> None:
+        """The regions `pieces` have been written through their views.
 
         The last region of a module lets the destination derive what its kernels read (packed weights, for example).
 
@@ -45,7 +45,7 @@ class WritableWeights(ShardedWeights, Protocol):
             proof: prove that what was derived holds what was written.
 
         Raises:
-            RuntimeError: it was written before in this transfer, or the proof failed.
+            RuntimeError: one was written before in this transfer, or a proof failed.
         """
 
     def finish(self) -> None:
@@ -69,8 +69,8 @@ class RemoteWeights:
     def view(self, piece: Piece) -> Tensor:
         raise AssertionError(f"{piece.name}{piece.box} is held by other ranks ({self.layout.ranks})")
 
-    def written(self, piece: Piece, proof: bool = True) -> None:
-        raise AssertionError(f"{piece.name}{piece.box} is held by other ranks ({self.layout.ranks})")
+    def written(self, pieces: Sequence[Piece], proof: bool = True) -> None:
+        raise AssertionError(f"{pieces[0].name}{pieces[0].box} is held by other ranks ({self.layout.ranks})")
 
     def finish(self) -> None:
         """Nothing was written here."""

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, wait
 from concurrent.futures.process import BrokenProcessPool
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 from pebble import ProcessExpired, ProcessPool
 
@@ -23,7 +23,7 @@ from aligner.reward.worker import (
     enter_worker,
     needed_fields,
     rule_problem,
-    score_row,
+    score_rows,
 )
 
 __all__ = ["RulePool", "Score", "Status"]
@@ -34,6 +34,18 @@ SIGNAL_RETRIES = 3
 """Attempts for a row during which an external signal arrived (a rule may send itself one each time)."""
 GIVE_UP_S = 30.0
 """Seconds after which a call whose rows all timed out so far gives up on the rest."""
+
+CHUNK_S = 0.02
+"""Rows travel to a worker together where they take no longer than this in all: a message costs as much as a fast rule."""
+
+
+class _Task(NamedTuple):
+    """What a worker does for a row: the row alone, or a chunk of rows."""
+
+    future: Future[list[Score]]
+    place: int
+    """The row's, among those of the task."""
+    alone: bool
 
 
 class RulePool:
@@ -71,7 +83,9 @@ class RulePool:
         self._kwargs = dict(kwargs or {})
         self._workers = workers
         self._timeout_s, self._memory_bytes = timeout_s, memory_bytes
-        self._futures: dict[int, Future[Score]] = {}
+        self._tasks: dict[int, _Task] = {}
+        self._slowest_s = math.inf
+        """Seconds of the slowest row of the last call; the first call sends each row alone."""
         self.progress: Callable[[], None] = lambda: None
         """Called after each row."""
         self._pool = self._start()
@@ -88,6 +102,9 @@ class RulePool:
                 self.close()
                 self._pool = self._start()
             scores |= self._score_rows(rest)
+        if scores:
+            known = all(math.isfinite(score.seconds) for score in scores.values())
+            self._slowest_s = max(score.seconds for score in scores.values()) if known else math.inf
         lost = Score(math.nan, Status.FAILED, math.nan, f"the pool of workers broke {POOL_RESTARTS} times")
         return [scores.get(i, lost) for i in range(len(items))]
 
@@ -97,7 +114,7 @@ class RulePool:
 
     def under_way(self) -> list[int]:
         """Indices of the items that a worker is scoring now. Thread-safe."""
-        return [i for i, future in list(self._futures.items()) if future.running()]
+        return [i for i, task in list(self._tasks.items()) if task.future.running()]
 
     def close(self) -> None:
         """Kill the workers. Idempotent."""
@@ -139,55 +156,72 @@ class RulePool:
 
     def _score_rows(self, rows: Mapping[int, Mapping[str, Any]]) -> dict[int, Score]:
         """Scores by row; rows lost by a broken pool are missing."""
-        futures = self._futures = {}
+        self._tasks = {}
         try:
-            for i, row in rows.items():
-                futures[i] = self._schedule(row)
+            for chunk in self._chunks(list(rows)):
+                self._schedule(chunk, rows)
         except RuntimeError:  # the pool broke while rows were being submitted
             pass
         start, scores = time.monotonic(), {}
-        for i in futures:
-            score = self._score_of(i, rows[i])
+        for i in list(self._tasks):
+            score = self._score_of(i, rows)
             if score is not None:
                 scores[i] = score
             self.progress()
             all_timed_out = all(score.status is Status.TIMEOUT for score in scores.values())
             if all_timed_out and len(scores) >= 2 * self._workers and time.monotonic() - start > GIVE_UP_S:
-                return self._give_up(futures, scores)
+                return self._give_up(scores)
         return scores
 
-    def _schedule(self, row: Mapping[str, Any]) -> Future[Score]:
-        arguments = (self._rule, self._kwargs, row["prompt"], row["response"], row.get("fields", {}))
-        return self._pool.schedule(score_row, arguments, timeout=self._timeout_s)
+    def _chunks(self, indices: Sequence[int]) -> list[Sequence[int]]:
+        """Rows that go to a worker together, if the slowest so far was fast enough; two chunks a worker at least."""
+        fast = int(CHUNK_S / max(self._slowest_s, 1e-6))
+        size = max(1, min(fast, -(-len(indices) // (2 * self._workers))))
+        return [indices[start : start + size] for start in range(0, len(indices), size)]
 
-    def _score_of(self, i: int, row: Mapping[str, Any]) -> Score | None:
+    def _schedule(self, chunk: Sequence[int], rows: Mapping[int, Mapping[str, Any]]) -> None:
+        """Send rows to a worker. The time limit holds for all of them together: where it passes, or the worker dies, each
+        is sent again alone, and that counts."""
+        sent = [(rows[i]["prompt"], rows[i]["response"], rows[i].get("fields", {})) for i in chunk]
+        future = self._pool.schedule(score_rows, (self._rule, self._kwargs, sent), timeout=self._timeout_s)
+        self._tasks |= {i: _Task(future, place, len(chunk) == 1) for place, i in enumerate(chunk)}
+
+    def _send_alone(self, failed: Future[list[Score]], rows: Mapping[int, Mapping[str, Any]]) -> None:
+        for i in [i for i, task in self._tasks.items() if task.future is failed]:
+            self._schedule([i], rows)
+
+    def _score_of(self, i: int, rows: Mapping[int, Mapping[str, Any]]) -> Score | None:
         """The row's score, retried if an external signal arrived while it was computed. None: the pool broke."""
         score = None
         for _ in range(SIGNAL_RETRIES):
-            if not self._settled(self._futures[i]):
+            if not self._settled(self._tasks[i].future):
                 return None
-            score = self._outcome(self._futures[i])
-            if not score.disturbed:
-                break
             try:
-                self._futures[i] = self._schedule(row)
+                if self._tasks[i].future.exception() is not None and not self._tasks[i].alone:
+                    self._send_alone(self._tasks[i].future, rows)
+                    if not self._settled(self._tasks[i].future):
+                        return None
+                score = self._outcome(self._tasks[i])
+                if not score.disturbed:
+                    break
+                self._schedule([i], rows)
             except RuntimeError:
                 return None
         return score
 
-    def _give_up(self, futures: Mapping[int, Future[Score]], scores: Mapping[int, Score]) -> dict[int, Score]:
+    def _give_up(self, scores: Mapping[int, Score]) -> dict[int, Score]:
         """Mark the remaining rows as timed out: trying them would take rows / workers * timeout_s."""
-        rest = [i for i in futures if i not in scores]
+        rest = [i for i in self._tasks if i not in scores]
         for i in rest:
-            futures[i].cancel()
+            self._tasks[i].future.cancel()
         detail = (
             f"not tried: the first {len(scores)} rows all had no score within {self._where}.timeout_s={self._timeout_s}"
         )
         return {**scores, **dict.fromkeys(rest, Score(math.nan, Status.TIMEOUT, math.nan, detail))}
 
-    def _outcome(self, future: Future[Score]) -> Score:
+    def _outcome(self, task: _Task) -> Score:
         try:
-            score = future.result()
+            score = task.future.result()[task.place]
         except TimeoutError:
             return self._timed_out(self._timeout_s)
         except ProcessExpired as error:

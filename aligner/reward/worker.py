@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import lru_cache
@@ -172,6 +172,11 @@ def score_row(rule: str, kwargs: Mapping[str, Any], prompt: str, response: str, 
         detail = _error_text(error)
     seconds, disturbed = time.perf_counter() - start, _signal_counter().count > signals
     return Score(value, status, seconds, detail[:DETAIL_CHARACTERS], disturbed)
+
+
+def score_rows(rule: str, kwargs: Mapping[str, Any], rows: Sequence[tuple[str, str, Mapping[str, Any]]]) -> list[Score]:
+    """`score_row` of several rows: (prompt, response, fields)."""
+    return [score_row(rule, kwargs, *row) for row in rows]
 
 
 def _verdict(returned: Any) -> tuple[float, Status, str]:

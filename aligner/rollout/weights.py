@@ -128,25 +128,32 @@ class EngineWeights:
         self._engine.loaded.begin()
         return strided_view(self._plain(piece.storage), piece)
 
-    def written(self, piece: Piece, proof: bool = True) -> None:
-        """Count the region as written; the last one of a module makes the engine pack it, and `proof` proves that.
+    def written(self, pieces: Sequence[Piece], proof: bool = True) -> None:
+        """Count the regions as written; the last one of a module makes the engine pack it, and `proof` proves that.
 
         Raises RuntimeError where a region comes twice or the engine's kernel does not hold what was written.
         """
+        complete = [modules for piece in pieces if (modules := self._completed_by(piece))]
+        if not complete:
+            return
+        with self._engine.inside():
+            for modules in complete:
+                for packed in modules:
+                    plain = {storage: self._plain(storage) for storage in packed.storages}
+                    packed.pack(plain)
+                    if proof:
+                        packed.prove(plain, self._syncs)
+                for storage in {storage for packed in modules for storage in packed.storages}:
+                    self._sync.plain.pop(storage, None)
+
+    def _completed_by(self, piece: Piece) -> list[PrepackedModule]:
+        """The modules whose last region is `piece`, which has been written."""
         self._sync.add(piece)
         slot = self._slots[piece.storage]
         if self._sync.elements[piece.storage] < slot.plain.numel() - slot.padding:
-            return
+            return []
         self._sync.complete.add(piece.storage)
-        ready = [one for one in self._packed[piece.storage] if self._sync.complete.issuperset(one.storages)]
-        for packed in ready:
-            plain = {storage: self._plain(storage) for storage in packed.storages}
-            with self._engine.inside():
-                packed.pack(plain)
-                if proof:
-                    packed.prove(plain, self._syncs)
-        for storage in {storage for packed in ready for storage in packed.storages}:
-            self._sync.plain.pop(storage, None)
+        return [one for one in self._packed[piece.storage] if self._sync.complete.issuperset(one.storages)]
 
     def finish(self) -> None:
         """Every region was written once: forget cached prefixes and let the engine generate.

@@ -30,11 +30,11 @@ def test_what_the_source_lacks_is_named() -> None:
 
 def test_each_element_is_written_once() -> None:
     weights = TensorWeights({"halves": torch.zeros(24, dtype=torch.bfloat16)}, [TOP, BOTTOM])
-    weights.written(TOP)
+    weights.written([TOP])
     with pytest.raises(RuntimeError, match=r"halves \(w\): 12 elements were not written"):
         weights.finish()
     weights.discard()
     for piece in (TOP, BOTTOM, TOP):
-        weights.written(piece)
+        weights.written([piece])
     with pytest.raises(RuntimeError, match=r"halves \(w\): 12 elements were written twice"):
         weights.finish()

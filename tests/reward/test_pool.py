@@ -195,6 +195,19 @@ def test_a_row_that_cannot_be_sent_fails_alone(pool: RulePool) -> None:
     assert [score.status for score in scores] == [Status.OK, Status.FAILED, Status.OK]
 
 
+@pytest.mark.parametrize("bad", ["exit 3", "loop", "raise x", "unsendable"])
+def test_rows_that_travel_together_fail_alone(rule_file: Path, bad: str) -> None:
+    with RulePool(f"{rule_file}:act", workers=1, timeout_s=1.0) as pool:
+        pool.score(items(*["pid"] * 8))  # fast rows, so the next ones travel together
+        whole = items(*["pid"] * 8)
+        whole[2] = items("pid", unsendable=lambda: None)[0] if bad == "unsendable" else items(bad)[0]
+        tasks = {len(chunk) for chunk in pool._chunks(range(8))}
+        scores = pool.score(whole)
+    assert tasks == {4}
+    failed = Status.TIMEOUT if bad == "loop" else Status.FAILED
+    assert [score.status for score in scores] == [Status.OK] * 2 + [failed] + [Status.OK] * 5
+
+
 def test_no_rows_no_scores(pool: RulePool) -> None:
     assert pool.score([]) == []
 

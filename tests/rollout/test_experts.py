@@ -164,7 +164,7 @@ def test_one_row_of_an_expert_that_was_not_written(engine: RolloutEngine, model:
     for piece in weights.pieces():
         part = piece.crop((0, 0), (79, 128)) if piece.name == name else piece
         weights.view(part).copy_(tiny.cut(found, part))
-        weights.written(part)
+        weights.written([part])
     with pytest.raises(RuntimeError, match=rf"128 of 10240 elements of {name} were not written"):
         weights.finish()
     weights.discard()

@@ -135,9 +135,9 @@ def test_every_region_exactly_once(engine: RolloutEngine, models: Models) -> Non
     query = next(piece for piece in pieces if piece.name.endswith("q_proj.weight"))
     half = query.crop((0, 0), (64, 128))
     weights.view(half).zero_()
-    weights.written(half)
+    weights.written([half])
     with pytest.raises(RuntimeError, match=r"q_proj\.weight\[32:96, 0:128\] was written twice"):
-        weights.written(query.crop((32, 0), (64, 128)))
+        weights.written([query.crop((32, 0), (64, 128))])
     weights.discard()
     tiny.write(weights, model)
     assert engine.loaded.complete
@@ -153,7 +153,7 @@ def test_written_regions_can_be_read_back_and_the_plain_copy_goes(engine: Rollou
     for piece in weights.pieces():
         weights.view(piece).copy_(tiny.cut(found, piece))
         assert torch.equal(weights.view(piece), tiny.cut(found, piece))
-        weights.written(piece)
+        weights.written([piece])
     weights.finish()
     assert linear.weight.numel() == 0
     embedding: Any = dict(engine.model.named_modules())["model.embed_tokens"]

@@ -131,7 +131,7 @@ def write(weights: EngineWeights, model: Any, skip: str | None = None) -> None:
     for piece in weights.pieces():
         if piece.name != skip:
             weights.view(piece).copy_(cut(found, piece))
-            weights.written(piece)
+            weights.written([piece])
     weights.finish()
 
 

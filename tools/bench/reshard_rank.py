@@ -9,7 +9,7 @@ import threading
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -235,8 +235,8 @@ class Unread:
     def __init__(self, weights: EngineWeights) -> None:
         self._weights, self.view, self.finish = weights, weights.view, weights.finish
 
-    def written(self, piece: Piece, proof: bool) -> None:
-        self._weights.written(piece, proof=False)
+    def written(self, pieces: Sequence[Piece], proof: bool) -> None:
+        self._weights.written(pieces, proof=False)
 
 
 def engine_ways(bench: Bench, folder: str) -> dict[str, Callable[[], object]]:

@@ -76,8 +76,7 @@ class RankTransfer:
             assert destination is not None, f"rank {self._rank} receives {bucket.items[0]} but has no destination"
             with self.clock("apply"):
                 bucket.unpack(destination.view, sender, self._rank, self._verify)
-                for item in bucket.items:
-                    destination.written(item.destination, self._verify)
+                destination.written([item.destination for item in bucket.items], self._verify)
             self.checksummed += len(bucket.items) if self._verify else 0
 
     def copy(self, items: Sequence[Item]) -> None:
@@ -89,8 +88,7 @@ class RankTransfer:
             assert source and destination, f"rank {self._rank} copies {items[0]} but lacks a source or a destination"
             with self.clock("apply"):
                 copy_local(items, source, destination.view, self._rank, self._verify, self.buffers.chunk_buffers)
-                for item in items:
-                    destination.written(item.destination, self._verify)
+                destination.written([item.destination for item in items], self._verify)
             self.checksummed += len(items) if self._verify else 0
 
     def finish(self) -> None:
