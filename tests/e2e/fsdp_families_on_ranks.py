@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from transformers import AutoModelForCausalLM
 
+from aligner.data.samples import Samples
 from aligner.models.read_spec import read_spec
 from aligner.models.transformers_model import use_own_calls
 from aligner.reshard.config import ReshardConfig
@@ -21,6 +22,7 @@ from aligner.spmd.world import World
 from aligner.trainer.config import PolicyConfig
 from aligner.trainer.policy import Policy
 from tests.e2e.families_on_ranks import DRAWN, ask, stock
+from tests.trainer.engines_on_ranks import LENGTH_B, MASK_BT, PROMPT, TOKENS_BT
 from tests.trainer.fsdp.families import save_model
 
 CONFIG = RolloutConfig(dtype="float32", kv_cache_mib=16, max_model_len=64, max_num_seqs=8)
@@ -40,11 +42,15 @@ def check(world: World, family: str, root: Path, where: str, tensor: int = 1) ->
     policy = Policy(
         "policy", world, Mesh(half, name="policy"), spec, PolicyConfig(engine="fsdp"), total_steps=1, syncs=syncs
     )
+    samples = Samples(TOKENS_BT, torch.full((8,), PROMPT), LENGTH_B, MASK_BT, torch.arange(8), [{}] * 8, 0.0 * MASK_BT)
+    before = policy.logprobs(policy.scatter(samples)).gather()
     mesh = Mesh(others, tensor=tensor, name="rollout")
     rollout = Rollout("rollout", world, mesh, spec, CONFIG, DRAWN, seed=0)
     for _ in range(2):
         policy.reshard_to(rollout)
     answer = ask(rollout.engine) if rollout.member else None
+    after = policy.logprobs(policy.scatter(samples)).gather()
+    assert torch.equal(before, after), "an engine in the process changes what transformers' class computes"
     rows = syncs.by_rollout["rollout"].stats
     told: list[Any] = [None] * world.size
     dist.all_gather_object(told, [(row.moved_bytes, row.minimum_bytes) for row in rows])

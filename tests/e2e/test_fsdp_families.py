@@ -9,8 +9,10 @@ import pytest
 from tests.conftest import Ranks
 from tests.trainer.fsdp.families import FAMILIES
 
-CASES = [("granite", 2, "split"), ("gpt_oss", 1, "colocated")]
-"""By default; all others with -m matrix."""
+CASES = [("granite", 2, "split"), ("gpt_neox", 1, "colocated")]
+"""By default; all others with -m matrix. GPT-NeoX runs on vLLM's transformers backend, which wraps the class that FSDP trains."""
+GENERATED = [family for family in FAMILIES if family != "gpt_oss"]
+"""The experts' activation of gpt-oss has no proof on a CPU, and is refused by name."""
 
 
 @pytest.mark.parametrize(("family", "size", "where"), CASES)
@@ -21,7 +23,7 @@ def test_is_brought_to_the_engine(ranks: Ranks, tmp_path: Path, family: str, siz
 
 @pytest.mark.matrix
 @pytest.mark.parametrize(("size", "where"), [(1, "colocated"), (2, "colocated"), (2, "split")])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", GENERATED)
 def test_every_family_is_brought_to_the_engine(
     ranks: Ranks, tmp_path: Path, family: str, size: int, where: str
 ) -> None:

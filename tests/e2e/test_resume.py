@@ -61,7 +61,7 @@ LAYOUTS: dict[str, list[str]] = {
     "pp2": ["placement.policy.pipeline=2"],
     "split": ["placement=split"],
     "distributed": ["policy.optimizer.distributed=true", "checkpoint.accept_changes=true"],
-    "fsdp": ["policy.engine=fsdp", "checkpoint.accept_changes=true"],
+    "on_fsdp": ["policy.engine=fsdp", "checkpoint.accept_changes=true"],
 }
 TIMED = ("seconds", "memory_", "time", "tokens_per_second", "reshard_")
 NEAR_ZERO = ("gap", "gap_max", "imbalance", "padding", "idle")

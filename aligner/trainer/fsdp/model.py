@@ -26,7 +26,7 @@ from aligner.trainer.readout import Readout
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _ATTENTION_LAYERS = ("full_attention", "sliding_attention", "attention")
@@ -57,6 +57,8 @@ def check_model(spec: ModelSpec) -> HeadForm:
         problem = "takes no positions of its tokens"
     elif getattr(config, "use_bidirectional_attention", False) or not getattr(config, "is_causal", True):
         problem = "attends to later tokens"
+    elif spec.tensors is not None and (kind := _rope_of_lengths(config)):
+        problem = f"has rotary positions of type {kind!r}, which depend on the longest row"
     if problem:
         raise ValueError(
             f"{spec.path}: transformers' {name} {problem}, so rows that are packed into one sequence would run into each other; "
@@ -70,6 +72,13 @@ def check_model(spec: ModelSpec) -> HeadForm:
             f"{spec.path}: transformers' {name} has no scalar head `score`; engine=fsdp does not support it."
         )
     return HeadForm()
+
+
+def _rope_of_lengths(config: PreTrainedConfig) -> str | None:
+    """A rotary type whose frequencies depend on the length of what is computed together; tables of families bound the length."""
+    entry = getattr(config, "rope_parameters", None) or {}
+    entries = [entry, *(value for value in entry.values() if isinstance(value, dict))]
+    return next((kind for one in entries if (kind := one.get("rope_type")) in ("dynamic", "longrope")), None)
 
 
 class PackedModel(nn.Module):

@@ -131,22 +131,18 @@ class Gradients:
             optimizer: returns the optimizer, once there is one.
         """
         self.resident = True
-        self._optimizer, self._bytes = optimizer, 0
+        self._optimizer = optimizer
 
     def bytes(self) -> int:
-        """Bytes on the device while resident."""
-        if self.resident:
-            optimizer = self._optimizer()
-            gradients = optimizer.gradients().values() if optimizer else ()
-            self._bytes = max(self._bytes, sum(gradient.nbytes for gradient in gradients))
-        return self._bytes
+        """Bytes on the device once a backward has made them."""
+        optimizer = self._optimizer()
+        return sum(master.nbytes for master in optimizer.masters.values()) if optimizer else 0
 
     def changed(self) -> None:
         """Nothing to keep."""
 
     def evict(self) -> None:
         """Free them."""
-        self.bytes()
         optimizer = self._optimizer()
         if optimizer is not None:
             optimizer.drop_gradients()

@@ -28,6 +28,16 @@ def test_agrees_with_transformers_on_two_ranks(ranks: Ranks, tmp_path: Path, fam
         assert worst["logprobs"] < 1e-5 and worst["gradients"] < 1e-4, worst
 
 
+@pytest.mark.parametrize("size", [1, 2])
+def test_bfloat16_keeps_float32_masters(ranks: Ranks, tmp_path: Path, size: int) -> None:
+    save_model("qwen2_moe", tmp_path / "model")
+    more = {"dtype": "bfloat16"}
+    for worst in ranks(size).run("tests.trainer.fsdp.parity_on_ranks:check", tmp_path / "model", tmp_path, 1, more):
+        assert 1e-4 < worst["logprobs"] < 0.2, (
+            "computed in bfloat16; the export is that of the masters, to the last bit"
+        )
+
+
 @pytest.mark.matrix
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 @pytest.mark.parametrize("size", [1, 2, 4])
