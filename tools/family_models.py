@@ -104,7 +104,7 @@ MODELS: Mapping[str, FamilyModel] = {
     ),
     "smollm3": FamilyModel("SmolLM3", "SmolLM3Config", {"no_rope_layers": [1, 0]}),
     "starcoder2": FamilyModel("StarCoder2", "Starcoder2Config", {"sliding_window": None}),
-    "gpt_neox": FamilyModel("GPT-NeoX, Pythia", "GPTNeoXConfig", {"rotary_pct": 0.25}),
+    "gpt_neox": FamilyModel("GPT-NeoX, Pythia", "GPTNeoXConfig", {"rotary_pct": 0.25, "num_key_value_heads": 4}),
     "exaone4": FamilyModel(
         "EXAONE 4",
         "Exaone4Config",

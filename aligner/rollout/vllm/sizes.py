@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 BLOCK_TOKENS = 32
 """Tokens in one block of the KV cache; the CPU kernels want multiples of 32, CUDA's take it too."""
 CPU_LATENT_BLOCK_TOKENS = 16
-"""The same for latent attention (MLA): the CPU kernel reads blocks of any other size wrongly."""
+"""The same for latent attention (MLA), whose CPU kernel is made for this size alone."""
 CPU_HEAD_DIMS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 """Head sizes that the engine's CPU attention has kernels for."""
 CPU_EXPERT_BLOCK = 32

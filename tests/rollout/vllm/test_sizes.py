@@ -14,7 +14,7 @@ from aligner.rollout.vllm.sizes import check_runs, kv_cache_bytes
 # 4 layers, 8 heads, 2 key-value heads of 64: in float32 a token's cache is 2 * 4 * 2 * 64 * 4 = 4096 bytes.
 SPEC: Any = SimpleNamespace(
     family="qwen3", path="/models/x", layers=4, heads=8, kv_heads=2, head_dim=64, hidden=512, ffn=24, vocab=100,
-    max_positions=4096, o_bias=False, experts=0, expert_ffn=0, sparse_layers=(),
+    max_positions=4096, tensors=None, o_bias=False, experts=0, expert_ffn=0, sparse_layers=(),
     positions_text="4096 positions of the model in /models/x",
 )  # fmt: skip
 # 6 experts of width 20 in layers 1 and 3.
