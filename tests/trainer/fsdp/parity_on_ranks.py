@@ -20,7 +20,7 @@ from aligner.reshard.message.storage import strided_view
 from aligner.spmd.mesh import Mesh
 from aligner.spmd.world import World
 from aligner.trainer.config import OptimizerConfig, PolicyConfig
-from aligner.trainer.policy import Policy
+from aligner.trainer.policy import Policy, Reference
 from tests.trainer.engines_on_ranks import LENGTH_B, LENGTHS, MASK_BT, PROMPT, TOKENS_BT, Memory
 
 SETTINGS = PolicyConfig(engine="fsdp", micro_tokens=40, optimizer=OptimizerConfig(lr=0.0, clip_grad=0.0))
@@ -68,6 +68,19 @@ def check(world: World, model: Path, out: Path, replicas: int = 1, changes: Any 
     assert all(torch.equal(left[name], right[name]) for name in left)
     assert read_spec(out / "export") == replace(spec, path=str(out / "export"))
     return worst
+
+
+def check_frozen(world: World, model: Path) -> None:
+    """A frozen bfloat16 model, whose weights are bfloat16, computes what one that learns computes from its float32 masters."""
+    spec, mesh = read_spec(model), Mesh(tuple(range(world.size)), name="policy")
+    config = replace(SETTINGS, dtype="bfloat16")
+    frozen = Reference(f"{model.name} frozen", world, mesh, spec, config)
+    learns = Policy(f"{model.name} learns", world, mesh, spec, config, total_steps=20, max_response=20)
+    assert {piece.dtype for piece in frozen.weights.pieces()} == {"bfloat16"}
+    assert {piece.dtype for piece in learns.weights.pieces()} == {"float32"}
+    samples = Samples(TOKENS_BT, torch.full((8,), PROMPT), LENGTH_B, MASK_BT, torch.arange(8), [{}] * 8, 0.0 * MASK_BT)
+    one, other = (role.logprobs(role.scatter(samples)).gather() for role in (frozen, learns))
+    assert torch.equal(one, other), (one - other).abs().max()
 
 
 def check_state(world: World, role: Policy, resumed: Policy) -> None:
