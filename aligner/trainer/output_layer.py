@@ -270,10 +270,10 @@ def output_logprobs(
 
 @dataclass(frozen=True)
 class PackedOutput:
-    """A `HeadOutput` of a model whose hidden states for the T tokens are whole on this rank, or of its scalar head."""
+    """A `HeadOutput` of a model whose hidden states for the K kept tokens are whole on this rank, or of its scalar head."""
 
-    output_TX: Tensor
-    """[T, H] final hidden states; [T, 1] of a scalar head, which every tensor rank has."""
+    output_KX: Tensor
+    """[K, H] final hidden states; [K, 1] of a scalar head, which every tensor rank has."""
     vocab: int
     """True vocabulary size."""
     weight_VH: Tensor | None = None
@@ -293,7 +293,7 @@ class PackedOutput:
         """Each [N] float32."""
         assert self.weight_VH is not None, "the model has a scalar head"
         return output_logprobs(
-            self.output_TX.index_select(0, source_N),
+            self.output_KX.index_select(0, source_N),
             self.weight_VH,
             target_N,
             vocab=self.vocab,
@@ -306,5 +306,5 @@ class PackedOutput:
         )
 
     def scalar(self) -> Tensor:
-        """[T]."""
-        return self.output_TX[:, 0]
+        """[K]."""
+        return self.output_KX[:, 0]

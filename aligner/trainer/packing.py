@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import Enum
 
 import torch
 from torch import Tensor
@@ -16,6 +17,18 @@ from aligner.spmd.cost import TOKENS, Cost
 from aligner.spmd.partition import balance
 from aligner.trainer.context import split_rows, tokens_per_rank
 from aligner.trainer.prefix_tree import PrefixTree, Segment, separate_rows
+
+MAX_KEPT = 0.95
+"""Where more of the tokens than this are used, leaving out the rest is not worth the copies."""
+
+
+class Keep(Enum):
+    """Of which tokens a readout uses the final hidden states."""
+
+    PREDICTIONS = "predictions"
+    """Those that precede a token whose log-probability or value is wanted."""
+    ENDS = "ends"
+    """Rows' last tokens."""
 
 
 @dataclass(frozen=True)
@@ -140,14 +153,17 @@ class Packed:
     segments_S2: Tensor
     """int32, CPU: (number of tokens, index of the parent or -1) of each segment; padding counts as one more segment. With context
     parallelism, of each complete segment."""
+    kept_K: Tensor | None
+    """Indices in [T], ascending, of the tokens whose final hidden states the readout uses: the last layer need compute no others
+    after its attention. None: all T are computed (K = T)."""
     source_N: Tensor
-    """Indices in [T] of tokens whose prediction is used; a shared token's once for each of its rows."""
+    """Indices in [K] of tokens whose prediction is used; a shared token's once for each of its rows."""
     target_N: Tensor
     """Index of each predicted token in a flattened [B, width] array."""
     predicted_N: Tensor
     """int64: the predicted tokens."""
     last_N: Tensor
-    """Indices in [T] of rows' last tokens."""
+    """Indices in [K] of rows' last tokens."""
     row_N: Tensor
     """The rows of `last_N`: all but those that end on another context-parallel rank."""
     rows: int
@@ -161,9 +177,9 @@ class Packed:
         flat = value_N.new_zeros(self.rows * self.width)
         return flat.index_copy(0, self.target_N, value_N).view(self.rows, self.width)
 
-    def at_ends(self, value_T: Tensor) -> Tensor:
-        """Values [T] -> [B], at each row's last token; 0 if another context-parallel rank holds it. Differentiable."""
-        return value_T.new_zeros(self.rows).index_copy(0, self.row_N, value_T[self.last_N])
+    def at_ends(self, value_K: Tensor) -> Tensor:
+        """Values [K] -> [B], at each row's last token; 0 if another context-parallel rank holds it. Differentiable."""
+        return value_K.new_zeros(self.rows).index_copy(0, self.row_N, value_K[self.last_N])
 
 
 def pack(
@@ -175,6 +191,7 @@ def pack(
     context_rank: int = 0,
     wanted_BT: Tensor | None = None,
     segments: Sequence[Segment] = (),
+    keep: Keep | None = None,
 ) -> Packed:
     """Right-padded rows -> one packed microbatch, for one context-parallel rank.
 
@@ -185,6 +202,7 @@ def pack(
         context: number of ranks that the segments are split over.
         wanted_BT: bool, the tokens whose prediction is used; None: every token. (A row's first token is predicted by none.)
         segments: common prefixes and the rest of each row; empty: each row is a segment.
+        keep: what the readout uses, if the model's last layer can leave out the rest; the readout must use nothing else.
     """
     rows, width = tokens_BT.shape
     segments = segments or separate_rows(length_B.tolist()).segments(range(rows))
@@ -205,17 +223,39 @@ def pack(
     if wanted_BT is not None:
         wanted_N = wanted_BT.flatten()[target_N]
         source_N, target_N = source_N[wanted_N], target_N[wanted_N]
+    if keep is Keep.ENDS:
+        source_N, target_N = source_N[:0], target_N[:0]
+    elif keep is Keep.PREDICTIONS:
+        last_N = last_N[:0]
+    row_N, kept_K = row_T[last_N], None
+    if keep is not None:
+        used_K = torch.cat([source_N, last_N]).unique()
+        if len(used_K) <= MAX_KEPT * len(local_T):
+            kept_K = used_K if len(used_K) else torch.zeros(1, dtype=torch.long)  # modules need a token
+            source_N, last_N = torch.searchsorted(kept_K, source_N), torch.searchsorted(kept_K, last_N)
     missing = tokens_per_rank(lengths, context, multiple_of) - len(local_T)
     if missing:
         tokens_T = torch.cat([tokens_T, tokens_T.new_zeros(missing)])
         positions_T = torch.cat([positions_T, torch.arange(missing)])
         if context == 1:
             segments_S2 = torch.cat([segments_S2, torch.tensor([[missing, -1]], dtype=torch.int32)])
-    tensors = (tokens_T, positions_T, source_N, target_N, tokens_BT.flatten()[target_N], last_N, row_T[last_N])
+    tensors = (tokens_T, positions_T, source_N, target_N, tokens_BT.flatten()[target_N], last_N, row_N)
     tokens_T, positions_T, source_N, target_N, predicted_N, last_N, row_N = (
         x.to(device, non_blocking=True) for x in tensors
     )
-    return Packed(tokens_T, positions_T, segments_S2, source_N, target_N, predicted_N, last_N, row_N, rows, width)
+    return Packed(
+        tokens_T,
+        positions_T,
+        segments_S2,
+        None if kept_K is None else kept_K.to(device, non_blocking=True),
+        source_N,
+        target_N,
+        predicted_N,
+        last_N,
+        row_N,
+        rows,
+        width,
+    )
 
 
 def _each_row(segments: Sequence[Segment], segment_T: Tensor, index_N: Tensor) -> tuple[Tensor, Tensor]:

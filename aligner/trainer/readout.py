@@ -7,11 +7,11 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from aligner.trainer.packing import Packed
+from aligner.trainer.packing import Keep, Packed
 
 
 class HeadOutput(Protocol):
-    """The output of a model's head for the T tokens of a packed microbatch, however the training engine shards it."""
+    """The output of a model's head for the K kept tokens of a packed microbatch, however the training engine shards it."""
 
     def logprobs_and_entropy(
         self, source_N: Tensor, target_N: Tensor, temperature: float, with_entropy: bool
@@ -20,7 +20,7 @@ class HeadOutput(Protocol):
         that predict a target pass through the output layer.
 
         Args:
-            source_N: int64, the tokens that predict, of the T.
+            source_N: int64, the tokens that predict, of the K.
             target_N: int64 token ids.
 
         Returns:
@@ -29,7 +29,7 @@ class HeadOutput(Protocol):
         """
 
     def scalar(self) -> Tensor:
-        """[T] float32: the output of a scalar head; differentiable."""
+        """[K] float32: the output of a scalar head; differentiable."""
 
 
 class Readout(Protocol):
@@ -37,6 +37,8 @@ class Readout(Protocol):
 
     dims: Any
     """Number of dimensions of its tensors: 2 for [B, T], 1 for [B]."""
+    uses: Keep
+    """The tokens that it reads the head's output of."""
 
     def __call__(self, head: HeadOutput, packed: Packed, first_only: bool = False) -> dict[str, Tensor]:
         """Float32 tensors by name, 0 outside the used predictions and at tokens that another context-parallel rank holds. The
@@ -54,6 +56,7 @@ class LogProbs:
     temperature: float
     """Divides the logits."""
     dims = 2
+    uses = Keep.PREDICTIONS
 
     def __call__(self, head: HeadOutput, packed: Packed, first_only: bool = False) -> dict[str, Tensor]:
         """policy_logp_BT and entropy_BT [B, T], in nats."""
@@ -68,6 +71,7 @@ class Values:
     """The value of the state before each token: the head's output at the preceding token."""
 
     dims = 2
+    uses = Keep.PREDICTIONS
 
     def __call__(self, head: HeadOutput, packed: Packed, first_only: bool = False) -> dict[str, Tensor]:
         """value_BT [B, T]."""
@@ -78,6 +82,7 @@ class Scores:
     """A row's score: the head's output at its last token, as in transformers' sequence classification."""
 
     dims = 1
+    uses = Keep.ENDS
 
     def __call__(self, head: HeadOutput, packed: Packed, first_only: bool = False) -> dict[str, Tensor]:
         """score_B [B]."""

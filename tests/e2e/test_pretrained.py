@@ -69,7 +69,7 @@ samples = Samples(
 )
 inner, caught = PackedOutput.logprobs_and_entropy, []
 def catching(output, *rest, **named):
-    caught.append(output.output_TX @ output.weight_VH.T)
+    caught.append(output.output_KX @ output.weight_VH.T)
     return inner(output, *rest, **named)
 PackedOutput.logprobs_and_entropy = catching
 tp1 = Reference("tp1", world, Mesh((0,), 1, 1), spec, config)

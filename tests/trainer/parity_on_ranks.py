@@ -151,7 +151,7 @@ def check_logits(policy: Policy, ref: Any, expected: Reference) -> float:
     inner = PackedOutput.logprobs_and_entropy
 
     def catching(output: PackedOutput, *rest: Any, **named: Any) -> Any:
-        caught.append(output.output_TX @ output.weight_VH.T)
+        caught.append(output.output_KX @ output.weight_VH.T)
         return inner(output, *rest, **named)
 
     PackedOutput.logprobs_and_entropy = catching

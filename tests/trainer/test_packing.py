@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from aligner.spmd.cost import TOKENS, Cost
 from aligner.trainer.config import OptimizerConfig
 from aligner.trainer.packed_attention import shared_calls
-from aligner.trainer.packing import Unit, even_microbatches, microbatches, pack, row_units
+from aligner.trainer.packing import Keep, Unit, even_microbatches, microbatches, pack, row_units
 from aligner.trainer.prefix_attention import attended
 from aligner.trainer.prefix_tree import separate_rows
 from aligner.trainer.schedule import learning_rate
@@ -148,3 +148,28 @@ def test_targets_are_the_next_tokens(lengths: list[int], multiple_of: int) -> No
 )
 def test_learning_rate_by_hand(config: OptimizerConfig, step: int, expected: float) -> None:
     assert learning_rate(config, step, total_steps=100) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("keep", list(Keep))
+def test_the_last_layer_goes_on_with_what_the_readout_uses(keep: Keep) -> None:
+    tokens_BT = torch.tensor([[5, 6, 7, 8], [8, 9, 3, 0]])
+    wanted_BT = torch.tensor([[False, False, False, True], [False, False, True, True]])
+    packed = pack(tokens_BT, torch.tensor([4, 3]), 1, torch.device("cpu"), wanted_BT=wanted_BT, keep=keep)
+    everything = pack(tokens_BT, torch.tensor([4, 3]), 1, torch.device("cpu"), wanted_BT=wanted_BT)
+    hidden_T = torch.arange(7.0) + 10
+    assert packed.kept_K is not None and everything.kept_K is None
+    assert packed.kept_K.tolist() == ([2, 5] if keep is Keep.PREDICTIONS else [3, 6])
+    hidden_K = hidden_T[packed.kept_K]
+    if keep is Keep.PREDICTIONS:
+        rows_BT = packed.to_rows(hidden_K[packed.source_N])
+        assert rows_BT.tolist() == [[0, 0, 0, 12], [0, 0, 15, 0]]
+        assert torch.equal(rows_BT, everything.to_rows(hidden_T[everything.source_N]))
+    else:
+        assert packed.at_ends(hidden_K).tolist() == [13, 16] == everything.at_ends(hidden_T).tolist()
+
+
+def test_where_nothing_is_wanted_one_token_is_kept() -> None:
+    blank_BT = torch.zeros(1, 2, dtype=torch.long)
+    packed = pack(blank_BT, torch.tensor([2]), 1, torch.device("cpu"), wanted_BT=blank_BT.bool(), keep=Keep.PREDICTIONS)
+    assert packed.kept_K is not None and packed.kept_K.tolist() == [0]
+    assert packed.to_rows(torch.ones(1)[packed.source_N]).tolist() == [[0, 0]]

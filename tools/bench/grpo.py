@@ -112,8 +112,8 @@ def case_of(text: str) -> Case:
 class Bench:
     """One case in a folder: its model, its prompts, and the sides that run on them."""
 
-    def __init__(self, case: Case, steps: int, work: Path, extra: Sequence[str]) -> None:
-        self.case, self.steps, self.work, self.extra = case, steps, work, extra
+    def __init__(self, case: Case, steps: int, work: Path, extra: Sequence[str], ranks: int = 2) -> None:
+        self.case, self.steps, self.work, self.extra, self.ranks = case, steps, work, extra, ranks
         self.lengths, self.peers = LENGTHS[case.lengths], alternation.PeerRuns(work, "grpo", LIMIT)
         workloads.write_model(work / "model", workloads.SIZES[case.size], self.lengths.mean)
         rows = workloads.prompt_rows(PROMPTS * (steps + WARMUP + 1), self.lengths.shortest, self.lengths.longest)
@@ -136,7 +136,7 @@ class Bench:
         """A real job; its phases are the metrics that it logs, the slower rank's."""
         run_dir = self.peers.folder("aligner")
         lengths, (dtype, rollout_dtype) = self.lengths, self.case.dtypes
-        command = alternation.torchrun(2, [
+        command = alternation.torchrun(self.ranks, [
             "-m", "aligner.main", "algorithm=grpo", "algorithm.roles=[policy,rollout,reward]", f"algorithm.group_size={GROUP}",
             f"model.path={self.work / 'model'}", f"data.path={self.work / 'prompts.jsonl'}", "data.shuffle=false",
             f"data.prompts_per_step={PROMPTS}", f"data.max_prompt_tokens={lengths.longest}",

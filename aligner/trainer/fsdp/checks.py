@@ -12,7 +12,7 @@ from aligner.spmd.mesh import Mesh
 if TYPE_CHECKING:
     from aligner.trainer.config import TrainingConfig
 
-_ONLY_MEGATRON = ("tensor", "pipeline", "context", "expert", "virtual_pipeline")
+_ONLY_MEGATRON = ("tensor", "pipeline", "context", "expert", "expert_tensor", "virtual_pipeline")
 
 
 def check_runs(spec: ModelSpec, mesh: Mesh, config: TrainingConfig, sequence_parallel: bool, cpu: bool) -> None:

@@ -23,7 +23,7 @@ class FsdpLayout:
     """The weight layout of a role on FSDP: each parameter of transformers' model is cut along its first dimension.
 
     Storages have the names of transformers' model and hold a rank's rows of a parameter, or a whole buffer. They are float32
-    (the masters) in any model that learns, whatever the data type that it computes in.
+    (the masters) in any model that learns, whatever the data type that it computes in; buffers are float32 in every model.
 
     Raises:
         ValueError: see `held_tensors`.
@@ -70,8 +70,10 @@ class FsdpLayout:
         return self._of_shard[shard]
 
     def _in_shard(self, held: HeldTensor, shard: int) -> list[Piece]:
+        if not held.trained:
+            return list(held.pieces)
         whole = [replace_dtype(piece, self._dtype) for piece in held.pieces]
-        if not held.trained or not held.shape:
+        if not held.shape:
             return whole
         rows, width = shard_rows(held.shape[0], self.shards, shard), prod(held.shape[1:])
         return [part for piece in whole for part in clip(piece, rows.start * width, rows.stop * width)]

@@ -175,11 +175,9 @@ def build_model(
     explicit = bool(getattr(model.config, "attn_logit_softcapping", None)) or any(
         name.endswith("sinks") for name, _ in model.named_parameters()
     )
-    for module in model.modules():
-        if isinstance(module, nn.Embedding):
-            module.padding_idx = (
-                None  # packed rows have no padding: where its token stands, it is a token, with a gradient
-            )
+    # packed rows have no padding: where the pad token stands it is a token, and its row has a gradient
+    for embedding in (module for module in model.modules() if isinstance(module, nn.Embedding)):
+        embedding.padding_idx = None
     rows = Rows(recompute == "selective", explicit)
     attention.use_rows(model, rows)
     layers = decoder_layers(model)
@@ -187,7 +185,8 @@ def build_model(
         for layer in layers:
             layer.forward = partial(_computed_again, layer.forward)  # type: ignore[method-assign]
     if frozen:
-        model.requires_grad_(False).to(dtype)
+        for parameter in model.requires_grad_(False).parameters():
+            parameter.data = parameter.data.to(dtype)  # and no buffer: rotary frequencies stay float32
     root = PackedModel(model, spec, form, readout, rows).eval()
     if mesh is not None:
         policy = (

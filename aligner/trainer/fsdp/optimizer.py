@@ -25,7 +25,6 @@ class Optimizer:
         self.masters = {
             name: torch.nn.Parameter(local_part(parameter).detach()) for name, parameter in model.parameters.items()
         }
-        self._frozen_moments: dict[str, dict[str, Tensor]] = {}
         held = {name: master for name, master in self.masters.items() if master.numel()}
         decayed = [master for name, master in held.items() if model.parameters[name].dim() > 1]
         others = [master for name, master in held.items() if model.parameters[name].dim() <= 1]
@@ -90,10 +89,12 @@ class Optimizer:
         self.inner.step()
 
     def slices(self) -> list[OptimizerSlice]:
-        """The state of each parameter's rows that this rank has; buffers have none, and moments that stay zero."""
+        """The state of each parameter's rows that this rank has; moments of buffers, which are not trained, are always zero."""
         trained = [self._slice(name, master, self._moments(master)) for name, master in self.masters.items()]
+        kinds = MOMENTS if self.inner.state else ()
         return trained + [
-            self._slice(name, buffer, self._frozen_moments.get(name, {})) for name, buffer in self.model.buffers.items()
+            self._slice(name, buffer, {kind: torch.zeros_like(buffer) for kind in kinds})
+            for name, buffer in self.model.buffers.items()
         ]
 
     def _slice(self, name: str, master: Tensor, moments: Mapping[str, Tensor]) -> OptimizerSlice:
@@ -107,15 +108,11 @@ class Optimizer:
     def reset_moments(self, steps: int) -> None:
         """Set AdamW's step count to `steps` and its moments to zero; 0: there are none."""
         self.inner.state.clear()
-        self._frozen_moments = {}
         if not steps:
             return
         for master in self.masters.values():
             step = torch.tensor(float(steps), device=master.device)
             self.inner.state[master] = {"step": step, **{name: torch.zeros_like(master) for name in MOMENTS}}
-        self._frozen_moments = {
-            name: {kind: torch.zeros_like(buffer) for kind in MOMENTS} for name, buffer in self.model.buffers.items()
-        }
 
     def state_tensors(self) -> Sequence[Tensor]:
         """The moments, as far as they exist; masters are the weights."""

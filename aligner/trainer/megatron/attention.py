@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from megatron.core.tensor_parallel.mappings import all_gather_last_dim_from_tensor_parallel_region
@@ -15,11 +16,25 @@ from aligner.trainer.megatron.rotary import RotarySlice
 from aligner.trainer.prefix_attention import prefix_attention
 
 
+@dataclass(frozen=True)
+class KeptTokens:
+    """The tokens that the last layer goes on with after its attention. It takes the way of Megatron's `packed_seq_params`,
+    which has the attributes that Megatron reads."""
+
+    kept_K: Tensor
+    """See `Packed.kept_K`."""
+    qkv_format: str = "sbhd"
+    cp_group: None = None
+
+
 class PackedAttention(MegatronModule):
     """Megatron's core attention, on torch SDPA. `attention_mask` carries `Packed.segments_S2` (int32, CPU).
 
     The segments are an argument, not module state: with pipeline parallelism and recompute, the backward of one microbatch
     runs after the forward of a later one.
+
+    Args:
+        last: of the model's last layer, which returns the kept tokens alone.
     """
 
     def __init__(
@@ -29,16 +44,26 @@ class PackedAttention(MegatronModule):
         *args: Any,
         softmax_scale: float | None = None,
         window: int | None = None,
+        last: bool = False,
         pg_collection: Any,
         **kwargs: Any,
     ) -> None:
         super().__init__(config)
         self.scale = softmax_scale or config.kv_channels**-0.5
-        self.window = window
+        self.window, self.last = window, last
         self.context = pg_collection.cp
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor, *_: Any, **__: Any) -> Tensor:
-        """[T, 1, heads, head_dim] each -> [T, 1, heads x head_dim]."""
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor,
+        *_: Any,
+        packed_seq_params: KeptTokens | None = None,
+        **__: Any,
+    ) -> Tensor:
+        """[T, 1, heads, head_dim] each -> [T, 1, heads x head_dim], or [K, 1, heads x head_dim]."""
         lengths, parents = (tuple(column) for column in attention_mask.T.tolist())
         q_TND, k_TKD, v_TKD = query.squeeze(1), key.squeeze(1), value.squeeze(1)
         if self.context.size() > 1:
@@ -46,6 +71,8 @@ class PackedAttention(MegatronModule):
             out = context_attention(q_TND, k_TKD, v_TKD, lengths, parents, self.scale, self.context, drop, self.window)
         else:
             out = prefix_attention(q_TND, k_TKD, v_TKD, lengths, parents, self.scale, self.window)
+        if self.last and packed_seq_params is not None:
+            out = out.index_select(0, packed_seq_params.kept_K)
         return out.unsqueeze(1)
 
 

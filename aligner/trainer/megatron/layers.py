@@ -26,7 +26,12 @@ from torch import Tensor, nn
 from aligner.models.family import Norms
 from aligner.models.spec import LayerType, ModelSpec, QKNorm
 from aligner.models.tensors import family_of
-from aligner.trainer.megatron.attention import PackedAttention, RotarySelfAttention, SharedHeadAttention
+from aligner.trainer.megatron.attention import (
+    KeptTokens,
+    PackedAttention,
+    RotarySelfAttention,
+    SharedHeadAttention,
+)
 from aligner.trainer.megatron.fused import gated, rms_norm
 from aligner.trainer.megatron.rotary import rotary_slice
 
@@ -81,11 +86,14 @@ class ProjectionNorm(RMSNorm):
         return (scaled * weight).type_as(x)
 
 
-class NormedOutputLayer(TransformerLayer):
-    """A layer that normalises the outputs of attention or MLP before adding the residual."""
+class DecoderLayer(TransformerLayer):
+    """A layer that may normalise the outputs of attention or MLP before adding the residual. The model's last layer goes on with
+    the kept tokens alone after its attention (see `KeptTokens`): nobody uses the others' final hidden states."""
 
-    def __init__(self, *args: Any, norm: type[RMSNorm], norms: Norms, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, norm: type[RMSNorm], norms: Norms, last: bool, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.kept_K: Tensor | None = None
+        """During a forward of the last layer."""
         config = self.config
         if norms.after_attention:
             self.post_attention_norm = norm(config, config.hidden_size, config.layernorm_epsilon)
@@ -93,6 +101,29 @@ class NormedOutputLayer(TransformerLayer):
         if norms.after_mlp:
             self.post_mlp_norm = norm(config, config.hidden_size, config.layernorm_epsilon)
             self.mlp_bda = partial(_add_normed, self.post_mlp_norm)
+        self.last = last
+        if last:
+            self.self_attn_bda = partial(self._add_to_kept, self.self_attn_bda)
+
+    def forward(self, *args: Any, packed_seq_params: KeptTokens | None = None, **kwargs: Any) -> Any:
+        """[T, 1, hidden] -> the same, or [K, 1, hidden]."""
+        self.kept_K = packed_seq_params.kept_K if self.last and packed_seq_params else None
+        try:
+            return super().forward(*args, packed_seq_params=packed_seq_params, **kwargs)
+        finally:
+            self.kept_K = None
+
+    def _add_to_kept(self, bias_dropout_add: Any, *settings: Any) -> Any:
+        """Megatron's bias-dropout-add after attention, with the kept tokens' residual."""
+        add = bias_dropout_add(*settings)
+
+        def add_to_kept(output: tuple[Tensor, Tensor | None], residual: Tensor, dropout: float) -> Tensor:
+            if self.kept_K is not None:
+                residual = residual.index_select(0, self.kept_K)
+            added: Tensor = add(output, residual, dropout)
+            return added
+
+        return add_to_kept
 
 
 def _add_normed(norm: RMSNorm, *_: Any) -> Callable[[tuple[Tensor, Tensor | None], Tensor, float], Tensor]:
@@ -189,16 +220,16 @@ def scale_embedding(factor: Tensor, _: nn.Module, __: Any, embedded: Tensor) -> 
 
 def block_spec(spec: ModelSpec, layers: Sequence[int], group: Any) -> TransformerBlockSubmodules:
     """Megatron's specs of these layers (numbered over the whole model), for the tensor-parallel group `group`."""
-    names = [spec.layer_types[number] for number in layers]
-    specs = {name: _layer_spec(spec, spec.types[name], group) for name in set(names)}
-    return TransformerBlockSubmodules(layer_specs=[specs[name] for name in names], layer_norm=_norm(spec))
+    kinds = [(spec.layer_types[number], number == spec.layers - 1) for number in layers]
+    specs = {(name, last): _layer_spec(spec, spec.types[name], group, last) for name, last in set(kinds)}
+    return TransformerBlockSubmodules(layer_specs=[specs[kind] for kind in kinds], layer_norm=_norm(spec))
 
 
 def _norm(spec: ModelSpec) -> type[RMSNorm]:
     return RMSNormPlusOne if spec.norm_plus_one else RMSNorm
 
 
-def _layer_spec(spec: ModelSpec, layer_type: LayerType, group: Any) -> ModuleSpec:
+def _layer_spec(spec: ModelSpec, layer_type: LayerType, group: Any, last: bool) -> ModuleSpec:
     layer = copy.deepcopy(
         get_gpt_layer_local_spec(
             normalization="RMSNorm",
@@ -209,12 +240,11 @@ def _layer_spec(spec: ModelSpec, layer_type: LayerType, group: Any) -> ModuleSpe
     parts, norm, norms = layer.submodules, _norm(spec), family_of(spec).norms
     parts.input_layernorm = norm if norms.before_attention else IdentityOp
     parts.pre_mlp_layernorm = norm if norms.before_mlp else IdentityOp
-    if norms.after_attention or norms.after_mlp:
-        layer.module, layer.params = NormedOutputLayer, {"norm": norm, "norms": norms}
+    layer.module, layer.params = DecoderLayer, {"norm": norm, "norms": norms, "last": last}
     parts.self_attention.module = SharedHeadAttention if group.size() > spec.kv_heads else RotarySelfAttention
     parts.self_attention.params["rotary"] = rotary_slice(spec, layer_type.rope)
     attention = parts.self_attention.submodules
-    attention.core_attention = ModuleSpec(PackedAttention, params={"window": layer_type.window})
+    attention.core_attention = ModuleSpec(PackedAttention, params={"window": layer_type.window, "last": last})
     if spec.qk_norm is QKNorm.HEAD:
         attention.q_layernorm = attention.k_layernorm = norm
     elif spec.qk_norm is QKNorm.PROJECTION:

@@ -13,6 +13,7 @@ from megatron.core.tensor_parallel.mappings import reduce_from_tensor_model_para
 from torch import Tensor
 
 from aligner.trainer.engine import MicrobatchLoss
+from aligner.trainer.megatron.attention import KeptTokens
 from aligner.trainer.megatron.model import ShardedModel
 from aligner.trainer.output_layer import PackedOutput
 from aligner.trainer.packing import Packed
@@ -58,11 +59,12 @@ class Pipeline:
             self.progress()
             number, batch = next(iterator)
             self.model.rotary.positions_T = batch.positions_T
-            output = module(batch.tokens_T[None], batch.positions_T[None], batch.segments_S2)
+            kept = None if batch.kept_K is None else KeptTokens(batch.kept_K)
+            output = module(batch.tokens_T[None], batch.positions_T[None], batch.segments_S2, packed_seq_params=kept)
 
-            def loss_of(output_1TX: Tensor) -> Any:
+            def loss_of(output_1KX: Tensor) -> Any:
                 self.progress()
-                readouts = self.readout(self._head(output_1TX[0]), batch, first_only=forward_only)
+                readouts = self.readout(self._head(output_1KX[0]), batch, first_only=forward_only)
                 value = loss(number, self._joined(readouts))
                 # with three values Megatron neither averages over microbatches nor scales by data-parallel ranks
                 return value, torch.zeros((), dtype=torch.int, device=value.device), {}
@@ -84,11 +86,11 @@ class Pipeline:
             **extra,
         )
 
-    def _head(self, output_TX: Tensor) -> PackedOutput:
+    def _head(self, output_KX: Tensor) -> PackedOutput:
         """The last stage's output, with the output layer's weight and, once there is an optimizer, its float32 gradient."""
         weight_VH = self.model.output_weight
         return PackedOutput(
-            output_TX,
+            output_KX,
             self.vocab,
             weight_VH,
             self.groups.tp,

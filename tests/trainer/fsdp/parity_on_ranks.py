@@ -20,8 +20,8 @@ from aligner.reshard.message.storage import strided_view
 from aligner.spmd.mesh import Mesh
 from aligner.spmd.world import World
 from aligner.trainer.config import OptimizerConfig, PolicyConfig
-from aligner.trainer.policy import Policy
-from tests.trainer.engines_on_ranks import LENGTH_B, LENGTHS, MASK_BT, PROMPT, TOKENS_BT
+from aligner.trainer.policy import Policy, Reference
+from tests.trainer.engines_on_ranks import LENGTH_B, LENGTHS, MASK_BT, PROMPT, TOKENS_BT, Memory
 
 SETTINGS = PolicyConfig(engine="fsdp", micro_tokens=40, optimizer=OptimizerConfig(lr=0.0, clip_grad=0.0))
 
@@ -60,6 +60,7 @@ def check(world: World, model: Path, out: Path, replicas: int = 1, changes: Any 
         box = tuple(slice(low, low + extent) for low, extent in zip(piece.lo, piece.size, strict=True))
         off = (strided_view(found[piece.storage], piece) - want[box]).abs().max() / want.abs().max().clamp(min=1e-3)
         worst["gradients"] = max(worst["gradients"], off.item())
+    check_state(world, role, Policy(f"{role.name}, resumed", world, mesh, spec, config, total_steps=20))
     role.save_checkpoint(out / "export", "float32")
     dist.barrier()
     left, right = (_tensors(folder) for folder in (model, out / "export"))
@@ -67,6 +68,29 @@ def check(world: World, model: Path, out: Path, replicas: int = 1, changes: Any 
     assert all(torch.equal(left[name], right[name]) for name in left)
     assert read_spec(out / "export") == replace(spec, path=str(out / "export"))
     return worst
+
+
+def check_frozen(world: World, model: Path) -> None:
+    """A frozen bfloat16 model, whose weights are bfloat16, computes what one that learns computes from its float32 masters."""
+    spec, mesh = read_spec(model), Mesh(tuple(range(world.size)), name="policy")
+    config = replace(SETTINGS, dtype="bfloat16")
+    frozen = Reference(f"{model.name} frozen", world, mesh, spec, config)
+    learns = Policy(f"{model.name} learns", world, mesh, spec, config, total_steps=20, max_response=20)
+    assert {piece.dtype for piece in frozen.weights.pieces()} == {"bfloat16"}
+    assert {piece.dtype for piece in learns.weights.pieces()} == {"float32"}
+    samples = Samples(TOKENS_BT, torch.full((8,), PROMPT), LENGTH_B, MASK_BT, torch.arange(8), [{}] * 8, 0.0 * MASK_BT)
+    one, other = (role.logprobs(role.scatter(samples)).gather() for role in (frozen, learns))
+    assert torch.equal(one, other), (one - other).abs().max()
+
+
+def check_state(world: World, role: Policy, resumed: Policy) -> None:
+    """A role that goes on from a saved state has the same weights and moments, buffers among them, to the last bit."""
+    counters, *saved = role.save_state()
+    resumed.load_state(counters, Memory(world, *saved))
+    for one, other in zip(role.engine.optimizer_slices(), resumed.engine.optimizer_slices(), strict=True):
+        assert one.storage == other.storage and torch.equal(one.master, other.master), one.storage
+        for kind, moment in one.moments.items():
+            assert torch.equal(moment, other.moments[kind]), (one.storage, kind)
 
 
 def _tensors(folder: Path) -> dict[str, torch.Tensor]:

@@ -38,6 +38,12 @@ def test_bfloat16_keeps_float32_masters(ranks: Ranks, tmp_path: Path, size: int)
         )
 
 
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_frozen_model_in_bfloat16_computes_the_same(ranks: Ranks, tmp_path: Path, size: int) -> None:
+    save_model("qwen2_moe", tmp_path / "model")
+    ranks(size).run("tests.trainer.fsdp.parity_on_ranks:check_frozen", tmp_path / "model")
+
+
 @pytest.mark.matrix
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 @pytest.mark.parametrize("size", [1, 2, 4])
