@@ -23,7 +23,7 @@ from aligner.rollout.requests import Sample
 from aligner.rollout.vllm import cpu_norms
 from aligner.rollout.vllm.experts import mend_cpu_expert_parallel
 from aligner.rollout.vllm.requests import VllmRequests
-from aligner.rollout.vllm.sizes import block_tokens, check_runs, kv_cache_bytes
+from aligner.rollout.vllm.sizes import BLOCK_TOKENS, check_runs, kv_cache_bytes
 from aligner.rollout.vllm.sleep import residency_parts
 from aligner.rollout.vllm.subworld import SubWorld, executor_class
 from aligner.rollout.vllm.weights import EngineWeights
@@ -85,7 +85,6 @@ class VllmEngine(RolloutEngine):
                 "pipeline_parallel_size": pipeline,
                 "enable_expert_parallel": expert_parallel,
                 "kv_cache_memory_bytes": kv_cache_bytes(config, self.spec, tensor, cpu, pipeline),
-                "block_size": block_tokens(self.spec, cpu),
                 "enable_sleep_mode": sleeps and not cpu,
                 "max_model_len": config.length(self.spec),
             }
@@ -253,6 +252,7 @@ def _build(
         distributed_executor_backend=executor_class(subworld),
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_batched_tokens,
+        block_size=BLOCK_TOKENS,  # type: ignore[arg-type]
         gpu_memory_utilization=config.gpu_memory_utilization,
         enable_prefix_caching=config.prefix_caching,
         enforce_eager=config.enforce_eager or cpu,

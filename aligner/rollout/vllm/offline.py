@@ -9,13 +9,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from aligner.models.read_spec import read_config
 from aligner.rollout.config import Sampling
 from aligner.rollout.offline import OfflineEngine
 from aligner.rollout.requests import Sample
 from aligner.rollout.vllm.draws import seed_params
 from aligner.rollout.vllm.requests import request_params
-from aligner.rollout.vllm.sizes import CPU_KV_CACHE_LIMIT_MIB, CPU_LATENT_BLOCK_TOKENS
+from aligner.rollout.vllm.sizes import CPU_KV_CACHE_LIMIT_MIB
 
 
 class VllmOffline(OfflineEngine):
@@ -78,8 +77,6 @@ def _start(model: str | Path, dtype: str, sizes: dict[str, Any], kv_cache_mib: i
         if sizes["tensor_parallel_size"] > 1:  # else each worker wants a NUMA node of its own
             os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
         kv_cache_mib = CPU_KV_CACHE_LIMIT_MIB if kv_cache_mib is None else kv_cache_mib
-        if read_config(Path(model)).get("kv_lora_rank"):
-            sizes["block_size"] = CPU_LATENT_BLOCK_TOKENS
     if kv_cache_mib is not None:
         sizes["kv_cache_memory_bytes"] = kv_cache_mib << 20
     from vllm import LLM

@@ -15,9 +15,8 @@ if TYPE_CHECKING:
     from aligner.spmd.mesh import Mesh
 
 BLOCK_TOKENS = 32
-"""Tokens in one block of the KV cache; the CPU kernels want multiples of 32, CUDA's take it too."""
-CPU_LATENT_BLOCK_TOKENS = 16
-"""The same for latent attention (MLA), whose CPU kernel is made for this size alone."""
+"""Tokens in one block of the KV cache; the CPU kernels want multiples of 32, CUDA's take it too. For latent attention (MLA) without
+AMX vLLM takes 16 instead."""
 CPU_HEAD_DIMS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 """Head sizes that the engine's CPU attention has kernels for."""
 CPU_EXPERT_BLOCK = 32
@@ -31,12 +30,6 @@ CPU_KV_CACHE_LIMIT_MIB = 1024
 def padded_vocab(vocab: int) -> int:
     """Rows of the engine's embedding over all tensor ranks."""
     return -(-vocab // VOCABULARY_BLOCK) * VOCABULARY_BLOCK
-
-
-def block_tokens(spec: ModelSpec, cpu: bool) -> int | None:
-    """Tokens in a block of this model's KV cache; None: as vLLM's kernel for latent attention on CUDA wants."""
-    latent = spec.tensors is not None and spec.tensors.latent
-    return BLOCK_TOKENS if not latent else CPU_LATENT_BLOCK_TOKENS if cpu else None
 
 
 def check_model(spec: ModelSpec, mesh: Mesh, config: RolloutConfig, cpu: bool) -> None:
