@@ -50,8 +50,6 @@ REASON = 200
 NOTES: Mapping[str, str] = {
     "gemma2": "the gap is to transformers' eager attention, which engine=fsdp and rollout.engine=transformers use too: its SDPA attention "
     "leaves the soft-capping of scores out (7e-4).",
-    "gpt_neox": "seen with a config.json that names 2 key/value heads, which vLLM believes and the class, with as many as query heads, has not; "
-    "to be tried again with 4. Not claimed with `vllm` until then.",
     "cohere2": "vLLM's windows are `sliding_window` + 1 tokens, transformers' `sliding_window`: the gap is that of texts longer than a window "
     "(8 tokens here). Not claimed for longer texts.",
     "deepseek_v2": "vLLM computes something else here, on a CPU with its latent-attention kernel; why was not found. Not claimed with `vllm`.",
