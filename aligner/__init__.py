@@ -1,4 +1,4 @@
-"""Alignment training for language models as one torchrun job: vLLM generates, rewards score, Megatron-core trains.
+"""Alignment training for language models as one torchrun job: vLLM generates, rewards score, Megatron-core or FSDP trains.
 
 In: a Hugging Face model folder and a file of prompts or demonstrations, named by Hydra overrides.
 Out: a trained Hugging Face model folder, metrics, samples and a report under the run's directory.

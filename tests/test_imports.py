@@ -31,7 +31,7 @@ TYPES = {
 }
 BROKEN_BY = {
     "reshard-is-neutral": [
-        ("aligner.reshard.sync", "aligner.rollout.layout"),
+        ("aligner.reshard.sync", "aligner.rollout.vllm.layout"),
         ("aligner.reshard.plan.layout", "aligner.models.family"),
         ("aligner.reshard.transfer.executor", "aligner.trainer.policy"),
         ("aligner.reshard.weights", "aligner.roles.build"),
@@ -41,7 +41,11 @@ BROKEN_BY = {
         ("aligner.trainer.minibatch_loss", "aligner.trainer.megatron.engine"),
         ("aligner.models.stored", "aligner.trainer.megatron.layout"),
     ],
-    "vllm": [("aligner.trainer.policy", "vllm"), ("aligner.check.job", "vllm")],
+    "vllm": [("aligner.trainer.policy", "vllm"), ("aligner.rollout.generation", "vllm")],
+    "rollout-engines": [
+        ("aligner.rollout.generation", "aligner.rollout.vllm.engine"),
+        ("aligner.check.job", "aligner.rollout.transformers.sizes"),
+    ],
     "objective-is-pure": [
         ("aligner.objective.losses", "numpy"),
         ("aligner.objective.kl", "aligner.data.samples"),

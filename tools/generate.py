@@ -1,4 +1,4 @@
-"""Offline batch generation with vLLM for a file of prompts; a killed run resumes where it stopped.
+"""Offline batch generation for a file of prompts; a killed run resumes where it stopped.
 
 python tools/generate.py --model runs/first/model --input prompts.jsonl --output answers.jsonl
 python tools/generate.py --model DIR --input questions.jsonl --output out.jsonl --prompt-field question --chat \\
@@ -43,13 +43,14 @@ from aligner.paths import path_option
 from aligner.report.console import format_duration
 from aligner.reshard.plan.region import ELEMENT_BYTES
 from aligner.rollout.config import Sampling
+from aligner.rollout.engines import BACKENDS
 from aligner.rollout.offline import OfflineEngine, fingerprint, take_devices
 from aligner.rollout.requests import Sample
 from aligner.rollout.rows import request_seed
 
 OUTPUT_OPTIONS = (
-    "num_samples", "temperature", "top_p", "top_k", "max_tokens", "stop_token_ids", "seed", "batch", "tensor", "dtype",
-    "max_num_seqs", "prompt_field", "chat", "raw", "system", "chat_template_kwargs", "logprobs",
+    "num_samples", "temperature", "top_p", "top_k", "max_tokens", "stop_token_ids", "seed", "batch", "tensor", "engine",
+    "dtype", "max_num_seqs", "prompt_field", "chat", "raw", "system", "chat_template_kwargs", "logprobs",
 )  # fmt: skip
 """Options that determine the output."""
 AT_LEAST = {
@@ -96,6 +97,9 @@ def options() -> argparse.ArgumentParser:
         default=4096,
         help="rows generated and written together; a kill loses at most one batch (default %(default)s)",
     )
+    add(
+        "--engine", choices=list(BACKENDS), default="vllm", help="vllm, or transformers, which is slower (default vllm)"
+    )
     add("--tensor", type=int, default=1, help="tensor-parallel size of an engine (default %(default)s)")
     add(
         "--dtype",
@@ -104,7 +108,11 @@ def options() -> argparse.ArgumentParser:
     )
     add("--max-model-len", type=int, help="longest prompt plus response (default: what the rows need)")
     add("--max-num-seqs", type=int, default=256, help="maximum number of concurrent samples (default %(default)s)")
-    add("--kv-cache-mib", type=int, help="KV cache per device (default: the rest of a GPU's memory; 1024 on a CPU)")
+    add(
+        "--kv-cache-mib",
+        type=int,
+        help="vLLM's KV cache per device (default: the rest of a GPU's memory; 1024 on a CPU)",
+    )
     add("--gpu-memory-utilization", type=float, default=0.9, help="fraction of a GPU's memory (default %(default)s)")
     return parser
 
@@ -216,6 +224,15 @@ def line_of(
     }
 
 
+def make_engine(args: argparse.Namespace, stop: Sequence[int], length: int) -> OfflineEngine:
+    """The engine of --engine."""
+    return BACKENDS[args.engine].offline_type()(
+        args.model, stop=stop, tensor=args.tensor, dtype=args.dtype,
+        max_model_len=length, max_num_seqs=args.max_num_seqs, kv_cache_mib=args.kv_cache_mib,
+        gpu_memory_utilization=args.gpu_memory_utilization,
+    )  # fmt: skip
+
+
 def generate(args: argparse.Namespace, rank: int, count: int) -> None:
     """Generate the missing rows of this process's batches: batch k belongs to process k mod `count`."""
     sampling = sampling_of(args)
@@ -241,11 +258,7 @@ def generate(args: argparse.Namespace, rank: int, count: int) -> None:
         pending = [chunk for chunk in own_chunks if any(index not in lines.done for index in chunk)]
         progress = Progress(sum(len(chunk) for chunk in own_chunks), sum(len(chunk) for chunk in pending), rank, count)
         if pending:
-            engine = OfflineEngine(
-                args.model, stop=ends.ids, tensor=args.tensor, dtype=args.dtype,
-                max_model_len=length, max_num_seqs=args.max_num_seqs, kv_cache_mib=args.kv_cache_mib,
-                gpu_memory_utilization=args.gpu_memory_utilization,
-            )  # fmt: skip
+            engine = make_engine(args, ends.ids, length)
         for chunk in pending:
             start = time.perf_counter()
             # the whole batch, even if some of its lines exist: rounding depends on the batch's composition

@@ -29,7 +29,8 @@ from aligner.reshard.plan.schedule import make_schedule
 from aligner.reshard.plan.traffic_model import Load, TrafficModel, make_traffic_model
 from aligner.reshard.plan.transfer_plan import plan_transfer
 from aligner.rollout.config import RolloutConfig
-from aligner.rollout.layout import EngineLayout
+from aligner.rollout.vllm.layout import EngineLayout
+from aligner.rollout.vllm.sizes import check_runs
 from aligner.spmd.mesh import Mesh
 from aligner.trainer.megatron.layout import MegatronLayout
 
@@ -87,7 +88,7 @@ def check(parsed: argparse.Namespace, stack: ExitStack) -> None:
         raise ValueError(
             f"--infer ep={infer.expert}: the engine spreads experts over all tensor ranks or none; use 1 or {infer.tensor}."
         )
-    RolloutConfig().check_model(spec, infer.tensor, False, infer.expert > 1, infer.pipeline)
+    check_runs(RolloutConfig(), spec, infer.tensor, False, infer.expert > 1, infer.pipeline)
 
     def layouts() -> tuple[MegatronLayout, EngineLayout]:
         return MegatronLayout(spec, train, parsed.dtype), EngineLayout(spec, infer, parsed.dtype, infer.expert > 1)

@@ -40,6 +40,7 @@ from aligner.models.read_spec import read_spec
 from aligner.models.spec import ModelSpec
 from aligner.models.verify_checkpoint import check_weights
 from aligner.reward.components import ResolvedComponent, reward_components, shown_component
+from aligner.rollout import engines
 from aligner.rollout.config import RolloutConfig
 from aligner.spmd.mesh import Mesh
 from aligner.spmd.placement import make_meshes, role_layout
@@ -154,8 +155,7 @@ def check_job(config: Config, roles: list[str], models: Models, data: DataSets) 
         data = answered_prompts(config, data)
     best_metric = best_metric_of(config.train, roles, data)
     if "rollout" in roles:
-        rollout = meshes["rollout"]
-        config.rollout.check_model(spec, rollout.tensor, models.machine.cpu, rollout.expert > 1, rollout.pipeline)
+        engines.backend(config.rollout.engine).check(spec, meshes["rollout"], config.rollout, models.machine.cpu)
         check_lengths(config, data, specs, given)
         check_end(config, spec, tokenizer)
     check_engines(config, specs, meshes, models.machine)

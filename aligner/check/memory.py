@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from aligner.models.spec import ModelSpec
 from aligner.models.tensors import parameter_count
 from aligner.reshard.plan.region import ELEMENT_BYTES
+from aligner.rollout import engines
 from aligner.spmd.mesh import Mesh
 from aligner.trainer.engines import backend
 
@@ -30,8 +31,7 @@ def role_bytes(config: Config, role: str, roles: Collection[str], spec: ModelSpe
     """
     settings = config.settings(role)
     if config.role(role).kind.runs_on == "engine":
-        cache = settings.kv_cache_bytes(spec, mesh.tensor, cpu, mesh.pipeline) or 0
-        return weight_bytes(config, role, spec, mesh) + cache
+        return engines.backend(settings.engine).bytes_per_rank(spec, mesh, settings, cpu)
     return backend(settings.engine).bytes_per_rank(spec, mesh, settings, config.learns(role, roles))
 
 
@@ -84,14 +84,14 @@ def machine_of(config: Config, world_size: int) -> Machine:
 def bytes_of_roles(
     config: Config, specs: Mapping[str, ModelSpec], meshes: Mapping[str, Mesh], machine: Machine
 ) -> dict[str, float]:
-    """`role_bytes` of each role; on CUDA an engine with kv_cache_mib=null takes gpu_memory_utilization of the device."""
+    """`role_bytes` of each role; on CUDA vLLM with kv_cache_mib=null takes gpu_memory_utilization of the device."""
     sizes = {
         role: role_bytes(config, role, specs.keys(), spec, meshes[role], machine.cpu) for role, spec in specs.items()
     }
-    engines = [role for role in specs if config.role(role).kind.runs_on == "engine"]
-    for role in engines if machine.device_bytes is not None else ():
+    generating = [role for role in specs if config.role(role).kind.runs_on == "engine"]
+    for role in generating if machine.device_bytes is not None else ():
         settings = config.settings(role)
-        if settings.kv_cache_mib is None:
+        if engines.backend(settings.engine).fills_device and settings.kv_cache_mib is None:
             sizes[role] = max(sizes[role], settings.gpu_memory_utilization * machine.device_bytes)
     return sizes
 

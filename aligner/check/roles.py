@@ -11,10 +11,11 @@ from aligner.check.rollout import check_end
 from aligner.config.models import errors_about
 from aligner.config.schema import Config
 from aligner.data.tokenizer import load_tokenizer
-from aligner.models.families import FAMILIES
 from aligner.models.read_spec import read_spec
 from aligner.models.spec import Head, ModelSpec, with_scalar_head
+from aligner.models.tensors import architecture_of, classifier_of
 from aligner.reward.components import ResolvedComponent, reward_components
+from aligner.rollout.engines import backend
 from aligner.spmd.mesh import Mesh
 from aligner.spmd.placement import RANKS_THAT_WORK, Placement
 from aligner.spmd.role_table import REWARD_MODEL
@@ -62,8 +63,8 @@ def model_of(config: Config, role: str) -> ModelSpec:
         return with_scalar_head(spec)
     if spec.head is Head.SCALAR:
         raise ValueError(
-            f"{setting}={path} is a {FAMILIES[spec.family].classifier}, which has no output layer over the vocabulary; "
-            f"the role {role} needs a {FAMILIES[spec.family].architecture}."
+            f"{setting}={path} is a {classifier_of(spec)}, which has no output layer over the vocabulary; "
+            f"the role {role} needs a {architecture_of(spec)}."
         )
     return spec
 
@@ -111,7 +112,7 @@ def check_engines(config: Config, specs: Mapping[str, ModelSpec], meshes: Mappin
         if not settings.own_tokenizer:  # else the loop says what ends its answers
             check_end(config, spec, load_tokenizer(settings.path))
         with errors_about(role, "rollout"):
-            settings.check_model(spec, mesh.tensor, machine.cpu, mesh.expert > 1, mesh.pipeline)
+            backend(settings.engine).check(spec, mesh, settings, machine.cpu)
     for one, other in itertools.combinations(engines, 2):
         shared = sorted({*meshes[one].ranks} & {*meshes[other].ranks})
         if shared and not machine.cpu and config.residency.mode != "off":

@@ -68,7 +68,7 @@ class RewardModelSettings(RewardModelConfig):
 
 @dataclass(frozen=True)
 class EngineSettings(RolloutConfig):
-    """A further vLLM engine: `roles["NAME"].generate(prompts)`. It has the weights of its folder (a judge), until a policy
+    """A further rollout engine: `roles["NAME"].generate(prompts)`. It has the weights of its folder (a judge), until a policy
     sends its own: `roles["actor"].reshard_to(roles["NAME"])`."""
 
     kind: str = "engine"

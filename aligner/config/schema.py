@@ -67,7 +67,7 @@ class Config:
     reward_model: RewardModelConfig = field(default_factory=RewardModelConfig)
     """The model that scores responses (role reward_model)."""
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
-    """The vLLM engine."""
+    """The rollout engine."""
     sampling: Sampling = field(default_factory=Sampling)
     """How training responses are drawn."""
     stream: StreamConfig = field(default_factory=StreamConfig)

@@ -18,6 +18,8 @@ def check_reading(spec: ModelSpec) -> None:
     Raises:
         ValueError: transformers refuses it or interprets a field otherwise; the message names the field.
     """
+    if spec.tensors is not None:  # it is transformers' own reading
+        return
     from transformers import AutoConfig  # imported here: it takes a second
 
     try:
@@ -51,6 +53,8 @@ def check_agreement(spec: ModelSpec, config: Any, reader: str) -> None:
     Args:
         reader: the library that loaded `config`, for the message.
     """
+    if spec.tensors is not None:
+        return
     field_of = _field_reader(config, spec)
     fields = [(key, field_of(key), value) for key, value in _expected(spec).items()]
     for key, theirs, ours in [*fields, *_rope_fields(config, spec)]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from aligner.models.spec import Head, ModelSpec
-from aligner.models.tensors import EMBEDDING, end_shapes, expert_shapes, layer_shapes
+from aligner.models.tensors import EMBEDDING, embedding_tensor, end_shapes, expert_shapes, layer_shapes, logical_tensors
 from aligner.spmd.cost import Cost
 
 
@@ -16,6 +16,8 @@ def row_cost(spec: ModelSpec) -> Cost:
     looked up) unless it is the output layer too. Attention: 2 products (scores, values) of 2 FLOPs over the causal half of l^2
     pairs, for every query head's dimensions in every layer.
     """
+    if spec.tensors is not None:
+        return Cost(2 * _passed_weights(spec), 2 * spec.layers * spec.heads * spec.head_dim)
     passed = sum(spec.layer_types.count(name) * _weights(layer_shapes(spec, name)) for name in spec.types)
     if spec.experts:
         passed += len(spec.sparse_layers) * spec.experts_per_token * _weights(expert_shapes(spec))
@@ -23,6 +25,13 @@ def row_cost(spec: ModelSpec) -> Cost:
     embedding = ends.pop(EMBEDDING)
     passed += _weights(ends) + (math.prod(embedding) if spec.tied and spec.head is Head.LANGUAGE else 0)
     return Cost(2 * passed, 2 * spec.layers * spec.heads * spec.head_dim)
+
+
+def _passed_weights(spec: ModelSpec) -> int:
+    """Weights of matrices of a model whose layers are not known: of experts all, though a token passes a few."""
+    shapes = logical_tensors(spec)
+    looked_up = not (spec.tied and spec.head is Head.LANGUAGE)
+    return _weights(shapes) - (math.prod(shapes[embedding_tensor(spec)]) if looked_up else 0)
 
 
 def _weights(shapes: dict[str, tuple[int, ...]]) -> int:

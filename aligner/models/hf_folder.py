@@ -18,7 +18,7 @@ from torch import Tensor
 from aligner.models.ownership import check_replaceable
 from aligner.models.read_spec import read_config
 from aligner.models.spec import Head, ModelSpec
-from aligner.models.tensors import family_of, logical_tensors
+from aligner.models.tensors import architecture_of, classifier_of, logical_tensors
 from aligner.reshard.plan.region import whole_tensor
 
 _INDEX = "model.safetensors.index.json"
@@ -69,9 +69,9 @@ def write_rest(partial: Path, spec: ModelSpec, dtype: str, weight_map: dict[str,
         write_json(partial / _INDEX, index)
     config = read_config(folder)
     config |= {key: dtype for key in ("dtype", "torch_dtype") if config.get(key)} or {"dtype": dtype}
-    config["architectures"] = [family_of(spec).architecture]
+    config["architectures"] = [architecture_of(spec)]
     if spec.head is Head.SCALAR:
-        config["architectures"] = [family_of(spec).classifier]
+        config["architectures"] = [classifier_of(spec)]
         config |= {"num_labels": 1, "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
         config["pad_token_id"] = _pad_token_id(config, spec)
     write_json(partial / "config.json", config)

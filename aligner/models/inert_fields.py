@@ -116,7 +116,7 @@ def check_unread(config: ConfigJson, inert: frozenset[str] = frozenset()) -> Non
         if key in _NOTHING:
             config.only(key, _NOTHING[key])
         elif key == "auto_map":
-            _check_auto_map(config, value)
+            check_auto_map(config, value)
         elif _DROPOUT.search(key):
             config.only(key, (0.0,), ": training here, like the engine, drops nothing out")
         else:
@@ -126,8 +126,8 @@ def check_unread(config: ConfigJson, inert: frozenset[str] = frozenset()) -> Non
             )
 
 
-def _check_auto_map(config: ConfigJson, value: Any) -> None:
-    """Code of the checkpoint's own: never run, so it must not be what the weights were made for."""
+def check_auto_map(config: ConfigJson, value: Any) -> None:
+    """ValueError for code of the checkpoint's own: it is never run, so it must not be what the weights were made for."""
     if not isinstance(value, dict) or any(not name.startswith(("AutoTokenizer", "AutoProcessor")) for name in value):
         raise config.error(
             f"auto_map={value!r} names code of the checkpoint's own, which is never run. Remove auto_map from config.json "

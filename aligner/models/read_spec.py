@@ -12,7 +12,7 @@ from typing import Any
 from aligner.models.config_json import ConfigJson, same
 from aligner.models.families import FAMILIES
 from aligner.models.family import Family
-from aligner.models.inert_fields import LENGTHS, check_unread
+from aligner.models.inert_fields import LENGTHS, check_auto_map, check_unread
 from aligner.models.rope import Rope, RopeDefaults
 from aligner.models.spec import Head, ModelSpec
 from aligner.reshard.plan.region import ELEMENT_BYTES
@@ -29,6 +29,8 @@ def read_spec(path: str | Path) -> ModelSpec:
     fields = read_config(folder)
     config = ConfigJson(folder, fields)
     family_name, family, head = _family(config)
+    if family is None:
+        return _of_transformers(config, fields)
     _check_supported(config, family)
     heads, hidden = config.size("num_attention_heads"), config.size("hidden_size")
     layers = config.size("num_hidden_layers")
@@ -100,8 +102,24 @@ def _json_object(file: Path) -> dict[str, Any]:
     return content
 
 
-def _family(config: ConfigJson) -> tuple[str, Family, Head]:
-    """By architecture or, if config.json has none, by model_type, as a language model.
+def _of_transformers(config: ConfigJson, fields: dict[str, Any]) -> ModelSpec:
+    """The model of a family that `FAMILIES` does not have, as transformers reads it."""
+    from aligner.models.transformers_spec import transformers_spec  # imported here: torch takes seconds
+
+    if "auto_map" in config:
+        check_auto_map(config, config.get("auto_map"))
+    if config.get("quantization_config") is not None:
+        raise config.error("quantization_config is there; use the model before quantization.")
+    head = Head.LANGUAGE
+    named = config.get("architectures")
+    if named and named[0].endswith("ForSequenceClassification"):
+        head = Head.SCALAR
+        _check_one_score(config)
+    return transformers_spec(config.folder, head, named, _dtype(config), end_tokens(fields, config.folder))
+
+
+def _family(config: ConfigJson) -> tuple[str, Family | None, Head]:
+    """By architecture or, if config.json has none, by model_type, as a language model; None: a family of transformers alone.
 
     vLLM uses the architecture, transformers model_type: they must agree.
     """
@@ -123,11 +141,14 @@ def _family(config: ConfigJson) -> tuple[str, Family, Head]:
         if head is Head.SCALAR:
             _check_one_score(config)
         return name, family, head
-    supported = ", ".join(family.architecture for family in FAMILIES.values())
-    raise config.error(
-        f"architecture {named[0] if named else model_type} is not supported; supported are {supported}, and each as "
-        "...ForSequenceClassification with num_labels=1."
-    )
+    if model_type is None or model_type in FAMILIES:
+        supported = ", ".join(family.architecture for family in FAMILIES.values())
+        raise config.error(
+            f"architecture {named[0] if named else model_type} is not supported (model_type={model_type!r}); supported are "
+            f"{supported}, and each as ...ForSequenceClassification with num_labels=1; and with engine=fsdp the language models "
+            "of transformers that have another model_type."
+        )
+    return str(model_type), None, Head.LANGUAGE
 
 
 def _check_one_score(config: ConfigJson) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
@@ -38,12 +39,36 @@ class LayerType:
     """Rotary positions."""
 
 
+SCALAR_HEAD = "score.weight"
+"""A scalar head's tensor."""
+
+
+@dataclass(frozen=True)
+class CheckpointTensors:
+    """The tensors of a model whose family `FAMILIES` does not have, as transformers saves them."""
+
+    shapes: Mapping[str, tuple[int, ...]]
+    """Every tensor by name; a tied output layer has none."""
+    embedding: str
+    """Name of the embedding."""
+    output: str | None
+    """Name of the output layer, which files may hold although it is tied; None: the model has a scalar head."""
+    architecture: str
+    """transformers' class of the language model."""
+    latent: bool = False
+    """Attention keeps one latent vector of each token (MLA), of `head_dim` elements, in place of keys and values."""
+
+
 @dataclass(frozen=True)
 class ModelSpec:
-    """A decoder-only model of one of the supported families, with the head of a language model or a scalar one."""
+    """A decoder-only model, with the head of a language model or a scalar one.
+
+    Of a family that `FAMILIES` does not have, the fields about norms, biases, experts and layer types say nothing, and `tensors`
+    says what its checkpoint holds: such a model runs on transformers' own class.
+    """
 
     family: str
-    """Key of `FAMILIES`, such as "qwen3_moe"."""
+    """Key of `FAMILIES`, such as "qwen3_moe", or else config.json's model_type."""
     layers: int
     hidden: int
     heads: int
@@ -97,6 +122,8 @@ class ModelSpec:
     """The Hugging Face folder."""
     chat_template: str | None = None
     """The chat template that exports carry in place of the folder's; None: the folder's."""
+    tensors: CheckpointTensors | None = None
+    """None: the family is one of `FAMILIES`."""
 
     @property
     def rope(self) -> dict[str, Rope]:
@@ -128,4 +155,8 @@ class ModelSpec:
 
 def with_scalar_head(spec: ModelSpec) -> ModelSpec:
     """The same model with a scalar head: the folder's, or a new one on the layers of a language model."""
-    return replace(spec, head=Head.SCALAR, tied=False)
+    scalar = replace(spec, head=Head.SCALAR, tied=False)
+    if spec.tensors is None or spec.head is Head.SCALAR:
+        return scalar
+    shapes = {name: shape for name, shape in spec.tensors.shapes.items() if name != spec.tensors.output}
+    return replace(scalar, tensors=replace(spec.tensors, shapes={**shapes, SCALAR_HEAD: (1, spec.hidden)}, output=None))

@@ -7,13 +7,12 @@ import math
 from aligner.models.cuts import Block, Parameter, Replicated, Vocabulary, tensor_shapes
 from aligner.models.families import FAMILIES
 from aligner.models.family import Family
-from aligner.models.spec import Head, ModelSpec
+from aligner.models.spec import SCALAR_HEAD, Head, ModelSpec
 
 EMBEDDING = "model.embed_tokens.weight"
 FINAL_NORM = "model.norm.weight"
 OUTPUT = "lm_head.weight"
 """An untied output layer."""
-SCALAR_HEAD = "score.weight"
 LAYER = "model.layers."
 """Prefix of the layers' tensors."""
 EMBEDDING_PARAMETER = "embedding.word_embeddings.weight"
@@ -22,8 +21,28 @@ OUTPUT_PARAMETER = "output_layer.weight"
 
 
 def family_of(spec: ModelSpec) -> Family:
-    """The declaration of the model's family."""
+    """The declaration of the model's family; only of a model without `tensors` of its own."""
     return FAMILIES[spec.family]
+
+
+def architecture_of(spec: ModelSpec) -> str:
+    """Name of transformers' class of the language model of this family."""
+    return family_of(spec).architecture if spec.tensors is None else spec.tensors.architecture
+
+
+def classifier_of(spec: ModelSpec) -> str:
+    """Name of transformers' class with a scalar head in place of the output layer."""
+    return architecture_of(spec).replace("ForCausalLM", "ForSequenceClassification")
+
+
+def embedding_tensor(spec: ModelSpec) -> str:
+    """The checkpoint's name of the embedding."""
+    return EMBEDDING if spec.tensors is None else spec.tensors.embedding
+
+
+def output_tensor(spec: ModelSpec) -> str:
+    """The checkpoint's name of the output layer, which it need not have."""
+    return OUTPUT if spec.tensors is None else spec.tensors.output or OUTPUT
 
 
 def embedding(spec: ModelSpec) -> Parameter:
@@ -80,6 +99,8 @@ def end_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
 
 def logical_tensors(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     """Every tensor of the checkpoint, by its Hugging Face name, with its shape; a tied output layer has none."""
+    if spec.tensors is not None:
+        return dict(spec.tensors.shapes)
     ends = end_shapes(spec)
     shapes = {name: layer_shapes(spec, name) for name in spec.types}
     for name in (name for name, layer_type in spec.types.items() if layer_type.sparse):

@@ -13,7 +13,15 @@ from aligner.models.checkpoint import read_into
 from aligner.models.hf_folder import files_of_tensors, opened
 from aligner.models.spec import Head, ModelSpec
 from aligner.models.stored import KINDS
-from aligner.models.tensors import EMBEDDING, OUTPUT, SCALAR_HEAD, family_of, layer_number, logical_tensors
+from aligner.models.tensors import (
+    SCALAR_HEAD,
+    architecture_of,
+    classifier_of,
+    embedding_tensor,
+    layer_number,
+    logical_tensors,
+    output_tensor,
+)
 from aligner.reshard.plan.region import whole_tensor
 
 CHUNK_ELEMENTS = 16 << 20
@@ -40,7 +48,7 @@ def check_weights(spec: ModelSpec) -> None:
     corners = [piece.crop(piece.lo, (1,) * len(piece.size)) for piece in wholes]
     read_into(spec, corners, lambda piece: torch.empty(piece.size))
     if spec.tied and _is_hugging_face(spec):
-        _check_tied(Path(spec.path))
+        _check_tied(spec)
 
 
 def check_names(spec: ModelSpec, known: Container[str]) -> None:
@@ -55,7 +63,7 @@ def check_names(spec: ModelSpec, known: Container[str]) -> None:
     _check_index(folder, files)
     # a copy of a tied embedding, or an output layer that a scalar head replaces
     replaced = spec.head is Head.SCALAR and spec.stored_head is Head.LANGUAGE
-    ignored = {OUTPUT} if spec.tied or replaced else set()
+    ignored = {output_tensor(spec)} if spec.tied or replaced else set()
     undeclared = sorted(n for n in files if n not in known and n not in ignored and not _is_table(n))
     if undeclared:
         raise ValueError(
@@ -94,26 +102,26 @@ def _remedy(spec: ModelSpec, name: str) -> str:
         return f"it has more layers than num_hidden_layers={spec.layers}"
     if name.endswith(".bias"):
         return "config.json lacks a setting (attention_bias or mlp_bias), or the files are another model's"
-    family = family_of(spec)
     if name == SCALAR_HEAD:
         return (
-            f'for a model with a scalar head set architectures to ["{family.classifier}"], with one entry in id2label'
+            f'for a model with a scalar head set architectures to ["{classifier_of(spec)}"], with one entry in id2label'
         )
-    if name == OUTPUT:  # in a model with a scalar head
-        return f'for a language model set architectures to ["{family.architecture}"], else take it out of the files'
+    if name == output_tensor(spec):  # in a model with a scalar head
+        return f'for a language model set architectures to ["{architecture_of(spec)}"], else take it out of the files'
     return (
         "the files are another model's, or config.json lacks a setting (num_hidden_layers, attention_bias, "
         "tie_word_embeddings and the like)"
     )
 
 
-def _check_tied(folder: Path) -> None:
+def _check_tied(spec: ModelSpec) -> None:
     """Raises ValueError if a tied output layer is stored and differs from the embedding: transformers and vLLM would use it."""
-    files, embedding = files_of_tensors(folder), EMBEDDING
-    if OUTPUT not in files:
+    folder = Path(spec.path)
+    files, embedding, name = files_of_tensors(folder), embedding_tensor(spec), output_tensor(spec)
+    if name not in files:
         return
-    with opened(files[OUTPUT]) as outputs, opened(files[embedding]) as embeddings:
-        output, embedded = outputs.get_slice(OUTPUT), embeddings.get_slice(embedding)
+    with opened(files[name]) as outputs, opened(files[embedding]) as embeddings:
+        output, embedded = outputs.get_slice(name), embeddings.get_slice(embedding)
         shape = tuple(embedded.get_shape())
         differing = None if tuple(output.get_shape()) == shape else 0
         step = max(1, CHUNK_ELEMENTS // shape[1])
@@ -123,9 +131,9 @@ def _check_tied(folder: Path) -> None:
                 break
     if differing is not None:
         raise ValueError(
-            f"{folder} has tie_word_embeddings=true in its config.json, and an {OUTPUT} that is not {embedding} (as "
+            f"{folder} has tie_word_embeddings=true in its config.json, and an {name} that is not {embedding} (as "
             "merged adapters leave it): transformers would use it, and it would be lost here. Set "
-            f"tie_word_embeddings=false in config.json, or take {OUTPUT} out of the files."
+            f"tie_word_embeddings=false in config.json, or take {name} out of the files."
         )
 
 

@@ -92,7 +92,7 @@ class Roles:
 
     @property
     def rollout(self) -> Rollout:
-        """The vLLM replicas."""
+        """The rollout engine's replicas."""
         return cast("Rollout", self._present("rollout"))
 
     @property
@@ -127,7 +127,7 @@ class Roles:
 
     @property
     def engines(self) -> list[Rollout]:
-        """Every vLLM engine; the same on every rank."""
+        """Every rollout engine; the same on every rank."""
         from aligner.rollout.role import Rollout
 
         return [role for role in self._built.values() if isinstance(role, Rollout)]

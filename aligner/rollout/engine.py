@@ -1,132 +1,128 @@
-"""One replica's vLLM engine: token ids in, sampled token ids and their log-probabilities out."""
+"""`RolloutEngine`: the interface of a rollout engine. One engine is one replica of one role, on this rank.
+
+The role, streams, checkpoints of what is under way, the weight sync and residency are written against this class alone; an
+engine (vLLM in `rollout/vllm/`, the transformers library in `rollout/transformers/`) implements it and is entered in
+`rollout/engines.py`.
+
+Determinism: sample i of a prompt is drawn with seed `seeds[prompt] + i` and nothing else. The other prompts, their order, the
+replica and the process's random states have no part in it, but for rounding: logits of other batches differ in the last bits.
+"""
 
 from __future__ import annotations
 
-import gc
-import logging
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Self
 
 import torch
 import torch.distributed as dist
 
 from aligner.bounds import check_settings
-from aligner.models.agreement import check_agreement
-from aligner.models.families import FAMILIES
-from aligner.models.read_spec import read_spec
-from aligner.rollout import cpu_norms
-from aligner.rollout.config import BLOCK_TOKENS, RolloutConfig, Sampling
-from aligner.rollout.experts import mend_cpu_expert_parallel
-from aligner.rollout.loaded import LoadedWeights
+from aligner.rollout.config import RolloutConfig, Sampling
 from aligner.rollout.requests import Requests, Sample
-from aligner.rollout.subworld import SubWorld, executor_class
+from aligner.spmd.residency import Kind
 
-LOAD_FORMAT = "dummy"
-"""vLLM starts with placeholder weights: the policy's arrive by resharding."""
+if TYPE_CHECKING:
+    from aligner.models.spec import ModelSpec
+    from aligner.reshard.plan.layout import WeightLayout
+    from aligner.reshard.weights import WritableWeights
+    from aligner.rollout.loaded import LoadedWeights
+    from aligner.spmd.memory import Meter
+    from aligner.spmd.mesh import Mesh
+    from aligner.spmd.residency import Part
+
+KINDS = {"weights": Kind(lost=True), "cache": Kind()}
+"""What an engine holds that can leave the device: weights, which the next sync writes anew, and the KV cache."""
 
 
-class RolloutEngine:
-    """vLLM in this process, for the replica whose ranks are `group`.
+class RolloutEngine(ABC):
+    """Token ids in, sampled token ids and their log-probabilities out.
 
-    Every rank of the replica makes every call with equal arguments. The engine starts without weights: `EngineWeights`
-    writes them. A process may hold several engines; on CUDA one of those that `sleeps`.
+    Every rank of the replica makes every call with equal arguments. The engine starts without weights: a sync writes
+    `weights`, and `loaded` says whether it has. `requests.progress` is called after each decoding step: the watchdog takes a
+    rank without progress for hung.
     """
 
-    def __init__(
-        self,
-        model_path: str | Path,
+    spec: ModelSpec
+    config: RolloutConfig
+    device: torch.device
+    loaded: LoadedWeights
+    """Which weights the engine holds."""
+    requests: Requests
+    """What is being generated."""
+
+    # ---- construction
+
+    @classmethod
+    @abstractmethod
+    def build(
+        cls,
+        spec: ModelSpec,
+        mesh: Mesh,
         group: dist.ProcessGroup,
         ident: str,
         config: RolloutConfig,
         device: torch.device,
-        expert_parallel: bool = False,
-        pipeline: int = 1,
-        sleeps: bool = False,
-        stop: Sequence[int] | None = None,
-        loaded: LoadedWeights | None = None,
-    ) -> None:
-        """Collective over `group`, which must carry CPU tensors; `ident` names the replica among this host's.
+        *,
+        layout: WeightLayout,
+        sleeps: bool,
+        loaded: LoadedWeights,
+    ) -> Self:
+        """An engine without weights; collective over `group`.
 
         Args:
-            group: the replica's ranks, tensor neighbours adjacent; its size is tensor x pipeline.
-            expert_parallel: each rank of the replica holds whole experts, rather than a part of every expert.
-            sleeps: CUDA: weights and cache must be able to leave the device (`rollout.sleep`).
-            stop: tokens that end a response; None: those that the model's own files name.
-            loaded: the role's record of which weights its engines hold; None: one of this engine's own.
+            group: this rank's replica.
+            ident: names the replica among this host's.
+            layout: what every rank of the role holds.
+            sleeps: weights and cache must be able to leave the device (`parts`).
+            loaded: the role's record of which weights its engines hold.
 
-        Raises ValueError where the settings and the model do not go together.
+        Raises:
+            ValueError: settings and model do not go together.
         """
-        self.spec, self.config, self.device = read_spec(str(model_path)), config, device
-        cpu, architecture = device.type == "cpu", FAMILIES[self.spec.family].architecture
-        tensor = dist.get_world_size(group) // pipeline
-        config.check_model(self.spec, tensor, cpu, expert_parallel, pipeline)
-        self.loaded = loaded or LoadedWeights()
-        """Which weights the engine holds; `EngineWeights` says when they are written."""
-        self._subworld = SubWorld(group, ident, device)
-        with self._subworld.inside():
-            _platform(device)
-        with self._subworld.starting():
-            _register(architecture)
-            sizes = {
-                "tensor_parallel_size": tensor,
-                "pipeline_parallel_size": pipeline,
-                "enable_expert_parallel": expert_parallel,
-                "kv_cache_memory_bytes": config.kv_cache_bytes(self.spec, tensor, cpu, pipeline),
-                "enable_sleep_mode": sleeps and not cpu,
-                "max_model_len": config.length(self.spec),
-            }
-            self._llm = _build(model_path, architecture, self._subworld, config, sizes)
-            check_agreement(self.spec, self._llm.model_config.hf_text_config, "the rollout engine")
-        self._receive_buffer()
-        ends = self.spec.eos_token_ids if stop is None else stop
-        self.requests = Requests(self._llm, self._worker.model_runner, ends, self.loaded)
-        """What is being generated."""
-        gc.unfreeze()  # vLLM hides all objects of the process from the garbage collector, the training roles' too
+
+    @abstractmethod
+    def close(self) -> None:
+        """Free the engine; collective over the replica. The process can then make another one."""
+
+    # ---- weights
 
     @property
-    def model(self) -> torch.nn.Module:
-        """vLLM's model, this rank's shard."""
-        return self._worker.model_runner.model
+    @abstractmethod
+    def weights(self) -> WritableWeights:
+        """This rank's part of the weights, as the destination of a sync."""
 
-    @property
-    def caches(self) -> list[torch.Tensor]:
-        """The KV cache, a tensor for each layer."""
-        return list(self._worker.model_runner.kv_caches)
+    @abstractmethod
+    def new_weights(self) -> None:
+        """Forget every KV cache entry, all of which the weights before computed; what is under way is read anew."""
 
-    @property
-    def executor(self) -> Any:
-        """vLLM's executor, which puts the engine to sleep."""
-        return self._llm.model_executor
+    @abstractmethod
+    def parts(self, meter: Meter) -> Mapping[str, Part]:
+        """The `KINDS` on this rank's device; of an engine that was built to sleep."""
 
-    @property
-    def _worker(self) -> Any:
-        return self._llm.model_executor.driver_worker.worker
+    # ---- generation
 
-    def _receive_buffer(self) -> None:
-        """What a later pipeline stage receives into: vLLM makes it in a trial run, which a CPU's engine leaves out."""
-        runner = self._worker.model_runner
-        if runner.broadcast_pp_output and runner.intermediate_tensors is None:
-            runner.intermediate_tensors = runner.model.make_empty_intermediate_tensors(
-                batch_size=runner.max_num_tokens, dtype=runner.dtype, device=runner.device
-            )
+    @abstractmethod
+    def resume(self, samples: Sequence[Sample], sampling: Sampling, step_tokens: int | None = None) -> int:
+        """Take samples into work that may have been begun before; see `Requests.start`.
 
-    @contextmanager
-    def inside(self) -> Iterator[None]:
-        """The surroundings that vLLM's own code needs; the process is as before afterwards."""
-        from vllm.config import set_current_vllm_config
+        Returns:
+            What `finish` takes.
 
-        with self._subworld.inside(), set_current_vllm_config(self._worker.vllm_config), torch.no_grad():
-            yield
+        Raises:
+            RuntimeError: the engine has no valid weights.
+        """
+
+    @abstractmethod
+    def finish(self, ticket: int) -> list[Sample]:
+        """Generate until the samples of one `start` or `resume` are there, in its order."""
+
+    @abstractmethod
+    def work_until(self, enough: Callable[[], bool]) -> None:
+        """Generate until `enough()`, asked on the replica's first rank before each token, or until nothing is left."""
 
     def start(
-        self,
-        prompts: Sequence[list[int]],
-        seeds: Sequence[int],
-        sampling: Sampling,
-        num_samples: int = 1,
+        self, prompts: Sequence[list[int]], seeds: Sequence[int], sampling: Sampling, num_samples: int = 1
     ) -> int:
         """Take `num_samples` responses to each prompt into work; see `generate`. Returns what `finish` takes."""
         assert len(prompts) == len(seeds), f"{len(prompts)} prompts but {len(seeds)} seeds"
@@ -138,30 +134,12 @@ class RolloutEngine:
             sampling,
         )
 
-    def resume(self, samples: Sequence[Sample], sampling: Sampling, step_tokens: int | None = None) -> int:
-        """Take samples into work that may have been begun before; see `Requests.start`. Returns what `finish` takes."""
-        self.loaded.check()
-        with self.inside():
-            return self.requests.start(samples, sampling, step_tokens)
-
-    def finish(self, ticket: int) -> list[Sample]:
-        """Generate until the samples of one `start` or `resume` are there, in its order."""
-        with self.inside():
-            return self.requests.finish(ticket)
-
-    def work_until(self, enough: Callable[[], bool]) -> None:
-        """Generate until `enough()`, asked on the replica's first rank before each token, or until nothing is left."""
-        with self.inside():
-            while self.requests.under_way and not self._subworld.first_says(enough):
-                self.requests.advance()
-
     def generate(
         self, prompts: Sequence[list[int]], seeds: Sequence[int], sampling: Sampling, num_samples: int = 1
     ) -> list[list[Sample]]:
         """`num_samples` responses to each prompt, in the order of the prompts.
 
-        Sample i of a prompt is drawn with seed `seeds[prompt] + i` and nothing else: the other prompts, their order,
-        the replica and the process's own random states have no part in it. Space the seeds accordingly.
+        Sample i of a prompt is drawn with seed `seeds[prompt] + i`. Space the seeds accordingly.
 
         Raises ValueError where a prompt is empty or does not fit, RuntimeError where the engine has no valid weights.
         """
@@ -169,27 +147,6 @@ class RolloutEngine:
         samples = self.finish(self.start(prompts, seeds, sampling, drawn))
         groups = [samples[first : first + drawn] for first in range(0, len(samples), drawn)]
         return [group * (num_samples // drawn) for group in groups]
-
-    def gather(self, value: Any) -> list[Any]:
-        """The value that each rank of the replica gives; collective."""
-        return self._subworld.gather(value)
-
-    def new_weights(self) -> None:
-        """Forget every KV cache entry, all of which the weights before computed; what is under way is read anew."""
-        if not self._llm.reset_prefix_cache(reset_running_requests=self.requests.under_way > 0):
-            raise RuntimeError("the rollout engine could not empty its KV cache.")
-
-    def close(self) -> None:
-        """Free the engine; collective over the replica. The process can then make another one."""
-        core = self._llm.engine_core
-        core._finalizer.detach()  # would destroy the world's process group
-        with self._subworld.inside():
-            core.engine_core.structured_output_manager.clear_backend()
-            core.engine_core.model_executor.shutdown()
-            core.engine_core.scheduler.shutdown()
-        self.loaded.evict()
-        self._llm = None
-        self._subworld.close()
 
     def _check_prompts(self, prompts: Sequence[list[int]], sampling: Sampling) -> None:
         longest = max((len(prompt) for prompt in prompts), default=0)
@@ -212,64 +169,3 @@ class RolloutEngine:
                     f"prompt {index} holds token {strange}, outside the model's vocabulary of {self.spec.vocab}; "
                     f"use the tokenizer of {self.spec.path}."
                 )
-
-
-def _platform(device: torch.device) -> None:
-    """Import vLLM, whose platform must be the device's."""
-    # vLLM logs while it is imported, before it reads its own setting.
-    logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"].upper())
-    from vllm.platforms import current_platform
-
-    if current_platform.device_type != device.type:
-        raise ValueError(
-            f"the installed vLLM runs on {current_platform.device_type or 'no device'}, this rank on {device.type}; "
-            f"install the extra .[{'cpu' if device.type == 'cpu' else 'cuda'}]."
-        )
-    if device.type == "cpu":
-        # Compiling the sampler's small kernels takes 7 to 13 s and gains nothing on a CPU. Must precede other imports.
-        type(current_platform).simple_compile_backend = "eager"
-        mend_cpu_expert_parallel()
-
-
-def _register(architecture: str) -> None:
-    """Tell vLLM the model's class: it would start a second Python to look at the class, which takes 10 s."""
-    from vllm import ModelRegistry
-
-    known = ModelRegistry.models.get(architecture)
-    if known is not None:
-        ModelRegistry.register_model(architecture, known.load_model_cls())
-
-
-def _build(
-    model_path: str | Path, architecture: str, subworld: SubWorld, config: RolloutConfig, sizes: Mapping[str, Any]
-) -> Any:
-    from vllm.engine.arg_utils import EngineArgs
-    from vllm.usage.usage_lib import UsageContext
-    from vllm.v1.engine.llm_engine import LLMEngine
-
-    cpu = subworld.device.type == "cpu"
-    arguments = EngineArgs(
-        model=str(model_path),
-        config_format="hf",  # a params.json beside it says the same of other files
-        hf_overrides={"architectures": [architecture]},  # config.json may leave it out
-        skip_tokenizer_init=True,
-        load_format=LOAD_FORMAT,
-        generation_config="vllm",
-        dtype=config.dtype,  # type: ignore[arg-type]
-        seed=0,
-        **sizes,
-        # The kernel that reads experts as they are written; CUDA's others re-lay them out. A CPU has one only.
-        moe_backend="triton" if subworld.device.type == "cuda" else "auto",
-        distributed_executor_backend=executor_class(subworld),
-        max_num_seqs=config.max_num_seqs,
-        max_num_batched_tokens=config.max_batched_tokens,
-        block_size=BLOCK_TOKENS,  # type: ignore[arg-type]
-        gpu_memory_utilization=config.gpu_memory_utilization,
-        enable_prefix_caching=config.prefix_caching,
-        enforce_eager=config.enforce_eager or cpu,
-        **({"ir_op_priority": cpu_norms.priority()} if cpu else {}),
-        # The default reports log-probabilities before temperature, top-k and top-p.
-        logprobs_mode="processed_logprobs",
-        disable_log_stats=True,
-    )
-    return LLMEngine.from_engine_args(arguments, usage_context=UsageContext.LLM_CLASS)

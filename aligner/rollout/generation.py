@@ -1,4 +1,4 @@
-"""Generation by vLLM replicas, at once or begun and finished later; token ids in, token ids out."""
+"""Generation by the replicas of an engine, at once or begun and finished later; token ids in, token ids out."""
 
 from __future__ import annotations
 
@@ -14,12 +14,10 @@ from aligner.models.spec import ModelSpec
 from aligner.reshard.weights import RemoteWeights, WritableWeights
 from aligner.rollout.arrivals import Arrivals
 from aligner.rollout.config import RolloutConfig, Sampling, StreamConfig
-from aligner.rollout.engine import RolloutEngine
-from aligner.rollout.layout import EngineLayout
+from aligner.rollout.engine import KINDS
+from aligner.rollout.engines import backend
 from aligner.rollout.loaded import LoadedWeights
 from aligner.rollout.rows import completed_samples, prompt_from, prompt_to, request_seed, sample_from, sample_to
-from aligner.rollout.sleep import KINDS, residency_parts
-from aligner.rollout.weights import EngineWeights
 from aligner.spmd.mesh import Mesh
 from aligner.spmd.messages import all_gather, broadcast
 from aligner.spmd.partition import Shares, partition
@@ -47,7 +45,7 @@ class Started:
 
 
 class GenerationRole(Role):
-    """vLLM on this role's ranks: ranks / (tensor x pipeline) replicas, each generating for its share of the prompts."""
+    """An engine on this role's ranks: ranks / (tensor x pipeline) replicas, each generating for its share of the prompts."""
 
     needs: ClassVar[Mapping[str, Sequence[str]]] = {
         "generate": ("weights", "cache"),
@@ -75,28 +73,26 @@ class GenerationRole(Role):
         self.under_way: list[Any] = []
         """What was started and not finished; the same on every rank."""
         self._arrivals = Arrivals(world, name) if self.overlap.in_flight else None
-        replica = world.my_group(mesh.groups("tensor", "pipeline"))
+        group, engine = world.my_group(mesh.groups("tensor", "pipeline")), backend(config.engine)
         world.residency.make_room(name, mesh)
         sleeps = world.device.type == "cpu" or world.residency.crowds(name, mesh)
         world.residency.register(name, mesh, KINDS if sleeps else {}, on_lost=self.loaded.evict)
-        if replica is None:
-            self.weights: WritableWeights = RemoteWeights(self._layout(spec))
+        layout = engine.layout(spec, mesh, config.dtype)
+        if group is None:
+            self.weights: WritableWeights = RemoteWeights(layout)
             return
-        first = mesh.shards[self.shard or 0][0]
-        self.engine = RolloutEngine(
-            spec.path, replica, f"{name}{first}", config, world.device, mesh.expert > 1, mesh.pipeline, sleeps,
-            spec.eos_token_ids, self.loaded,
-        )  # fmt: skip
+        ident = f"{name}{mesh.shards[self.shard or 0][0]}"
+        self.engine = engine.engine_type().build(
+            spec, mesh, group, ident, config, world.device, layout=layout, sleeps=sleeps, loaded=self.loaded
+        )
         self.engine.requests.progress = world.activity.tick
-        self.weights = weights = EngineWeights(self.engine, self._layout(spec))
+        self.weights = self.engine.weights
         if sleeps:
-            parts = residency_parts(self.engine, weights, world.residency.meter)
-            world.residency.register(name, mesh, KINDS, parts, on_lost=self.loaded.evict)
+            world.residency.register(
+                name, mesh, KINDS, self.engine.parts(world.residency.meter), on_lost=self.loaded.evict
+            )
             world.residency.before_evict(name, self.complete)
         world.on_leave(self.engine.close)
-
-    def _layout(self, spec: ModelSpec) -> EngineLayout:
-        return EngineLayout(spec, self.mesh, self.config.dtype, self.mesh.expert > 1)
 
     def generate(
         self,

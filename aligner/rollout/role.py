@@ -13,7 +13,7 @@ from aligner.spmd.ref import Ref
 
 
 class Rollout(GenerationRole):
-    """vLLM on this role's ranks, with the streams of batches that a loop has asked for."""
+    """An engine on this role's ranks, with the streams of batches that a loop has asked for."""
 
     def __init__(self, *arguments: Any, **settings: Any) -> None:  # as GenerationRole
         super().__init__(*arguments, **settings)

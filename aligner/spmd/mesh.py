@@ -36,13 +36,15 @@ class Mesh:
     """Layers of each pipeline stage (of each chunk, in the model's order, with virtual_pipeline > 1); (): equal."""
     virtual_pipeline: int = 1
     """Chunks of layers that each pipeline stage has."""
+    replicas: int = 1
+    """Copies of fully sharded weights: each is spread over data / replicas ranks (hybrid sharding)."""
 
     def __post_init__(self) -> None:
         if not self.expert_tensor:
             object.__setattr__(self, "expert_tensor", 1 if self.expert > 1 else self.tensor)
         if not self.ranks or list(self.ranks) != sorted(set(self.ranks)) or self.ranks[0] < 0:
             raise ValueError(f"placement.{self.name}.ranks={list(self.ranks)} must be ascending, distinct and >= 0.")
-        for axis in ("tensor", "pipeline", "context", "expert", "expert_tensor", "virtual_pipeline"):
+        for axis in ("tensor", "pipeline", "context", "expert", "expert_tensor", "virtual_pipeline", "replicas"):
             if getattr(self, axis) < 1:
                 raise ValueError(f"placement.{self.name}.{axis}={getattr(self, axis)} must be at least 1.")
         whole = self.tensor * self.pipeline * self.context
@@ -54,6 +56,12 @@ class Mesh:
             raise ValueError(
                 f"placement.{self.name}.{axis}={getattr(self, axis)} does not divide its {self.size} rank(s) "
                 f"(tensor={self.tensor} x pipeline={self.pipeline} x context={self.context}); {advice}."
+            )
+        if self.data % self.replicas:
+            works = [n for n in range(1, self.data + 1) if self.data % n == 0]
+            raise ValueError(
+                f"placement.{self.name}.replicas={self.replicas} does not divide its {self.data} data-parallel rank(s); use "
+                f"{_any_of(works)}."
             )
         stage = self.size // self.pipeline
         for axis, other in (("expert", self.expert_tensor), ("expert_tensor", self.expert)):
@@ -124,6 +132,14 @@ class Mesh:
         for rank in self.ranks:
             shards[self.coordinates(rank)["data"]].append(rank)
         return tuple(tuple(shard) for shard in shards)
+
+    @property
+    def replica_ranks(self) -> tuple[tuple[int, ...], ...]:
+        """For each replica of fully sharded weights its ranks, in the order of the shards that they hold; without tensor,
+        context and pipeline parallelism."""
+        assert self.tensor == self.context == self.pipeline == 1, "weights that are not sharded over data ranks alone"
+        size = self.size // self.replicas
+        return tuple(self.ranks[first : first + size] for first in range(0, self.size, size))
 
     def shard_of(self, rank: int) -> int | None:
         """The data-parallel shard whose rows `rank` holds; None for a non-member."""

@@ -41,6 +41,8 @@ class RoleLayout:
     order. []: equal stages (models on Megatron only)."""
     virtual_pipeline: int = 1
     """Chunks of layers that each pipeline stage has, which keep it busier (models on Megatron only)."""
+    replicas: int = 1
+    """Copies of the weights, each fully sharded over as many ranks as the others (hybrid sharding; models on FSDP only)."""
     sequence_parallel: bool = False
     """Split activations between tensor-parallel ranks along the sequence (needs tensor > 1)."""
 
@@ -148,6 +150,7 @@ def _mesh(role: str, ranks: tuple[int, ...], layout: RoleLayout) -> Mesh:
         layout.expert_tensor or 0,
         tuple(layout.stage_layers),
         layout.virtual_pipeline,
+        layout.replicas,
     )
 
 
@@ -156,7 +159,14 @@ def _check_trained_only(role: RoleSpec, layout: RoleLayout) -> None:
     if role.kind.on_trainer:
         return
     name, engine, plain = role.name, role.kind.runs_on == "engine", RoleLayout()
-    for axis in ("context", "expert_tensor", "stage_layers", "virtual_pipeline", *(() if engine else ("pipeline",))):
+    for axis in (
+        "context",
+        "expert_tensor",
+        "stage_layers",
+        "virtual_pipeline",
+        "replicas",
+        *(() if engine else ("pipeline",)),
+    ):
         works = getattr(plain, axis)
         if getattr(layout, axis) != works:
             shown = "null" if works is None else list(works) if isinstance(works, tuple) else works

@@ -23,7 +23,7 @@ class RoleKind:
     description: str
     """In words, for messages and --help."""
     runs_on: Literal["trainer", "engine", "host"]
-    """A model of the training backend, a vLLM engine, or worker processes on host CPUs."""
+    """A model of a training backend, a rollout engine, or worker processes on host CPUs."""
     head: Literal["vocabulary", "scalar"] | None = None
     """The output layer that its checkpoint must have, or gets."""
     learns: Literal["always", "without a policy", "never"] = "never"
@@ -70,7 +70,7 @@ REWARD_MODEL = RoleKind(
     "reward_model", "a model with a scalar head at the last token", "trainer", "scalar", "without a policy",
     TRAINING_STATE, "policy",
 )  # fmt: skip
-ENGINE = RoleKind("engine", "a vLLM engine", "engine", "vocabulary", parts=("weights", "cache"), layout_of="rollout")
+ENGINE = RoleKind("engine", "a rollout engine", "engine", "vocabulary", parts=("weights", "cache"), layout_of="rollout")
 SCORER = RoleKind("scorer", "what scores responses: rules, endpoints, reward models", "host")
 
 MODEL_KINDS = {kind.name: kind for kind in (POLICY, FROZEN, CRITIC, REWARD_MODEL, ENGINE)}
@@ -80,7 +80,7 @@ USUAL = {
     role.name: role
     for role in (
         RoleSpec("policy", POLICY, "policy", "The trained model."),
-        RoleSpec("rollout", ENGINE, "rollout", "vLLM replicas: ranks / tensor of them."),
+        RoleSpec("rollout", ENGINE, "rollout", "Engine replicas: ranks / tensor of them."),
         RoleSpec(
             "reference", FROZEN, "reference",
             "The frozen copy of the starting model; ranks=policy: on the policy's ranks and with its sizes.",

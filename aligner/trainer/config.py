@@ -8,7 +8,7 @@ from typing import Annotated
 
 from aligner.bounds import AtLeast, Between, LessThan, OneOf
 
-ENGINES = ("megatron",)
+ENGINES = ("megatron", "fsdp")
 """The training backends, the keys of `aligner.trainer.engines.BACKENDS`."""
 
 MIN_SHARED_TOKENS: Mapping[str, int | None] = {"auto": 8, "on": 1, "off": None}
@@ -48,7 +48,8 @@ class TrainingConfig:
     """A model on a training backend: precision, microbatches, minibatches, optimizer."""
 
     engine: Annotated[str, OneOf(*ENGINES)] = "megatron"
-    """Training backend: megatron (Megatron-core)."""
+    """Training backend: megatron (Megatron-core: tensor, pipeline, context and expert parallelism, the families of
+    docs/families.md) or fsdp (torch FSDP2 over transformers' own model class: any language model that transformers has)."""
     dtype: Annotated[str, OneOf("float32", "bfloat16")] = "float32"
     """Parameters and activations: float32 or bfloat16 (bfloat16 keeps float32 gradients and master weights; these are read
     from the checkpoint at its own precision, not from the weights rounded to bfloat16)."""
@@ -60,6 +61,9 @@ class TrainingConfig:
     micro_tokens."""
     recompute: Annotated[str, OneOf("none", "selective", "full")] = "none"
     """Activation recompute in backward: none, selective (attention only) or full."""
+    reshard_after_forward: bool = True
+    """engine=fsdp: free a layer's gathered weights after its forward and gather them again in the backward (less memory, as
+    ZeRO-3); false keeps them from the first microbatch's forward to the last one's backward (less communication, as ZeRO-2)."""
     share_prefix: Annotated[str, OneOf(*MIN_SHARED_TOKENS)] = "auto"
     """Compute common prefixes of a microbatch's rows (samples of one prompt, pairs) once: auto, on or off. Exact up to
     rounding. auto: prefixes of at least 8 tokens, from which on it pays; on: prefixes of any length; off: every row by itself."""
@@ -85,7 +89,7 @@ class ReferenceConfig:
     """The frozen copy of the initial model; null settings are the policy's."""
 
     engine: Annotated[str | None, OneOf(*ENGINES)] = None
-    """Training backend: megatron (Megatron-core). null: policy.engine."""
+    """Training backend: megatron or fsdp. null: policy.engine."""
     dtype: Annotated[str | None, OneOf("float32", "bfloat16")] = None
     """Parameters and activations: float32 or bfloat16. With another type than the policy's, rounding differs and the KL
     to the reference does not start at 0. null: policy.dtype."""

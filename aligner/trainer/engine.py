@@ -82,6 +82,7 @@ class TrainEngine(ABC):
         readout: Readout,
         *,
         sequence_parallel: bool = False,
+        frozen: bool = False,
     ) -> Self | None:
         """Build this rank's shard of the model; the values of its weights are not defined yet.
 
@@ -91,6 +92,7 @@ class TrainEngine(ABC):
             mesh: the role's ranks and parallel sizes.
             readout: what output ranks compute from the head's output.
             sequence_parallel: split activations along the sequence between tensor-parallel ranks.
+            frozen: nobody will call `make_optimizer`.
 
         Returns:
             The engine, or None on ranks outside `mesh`.

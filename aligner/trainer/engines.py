@@ -7,7 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, cast
 
+from aligner.models.families import FAMILIES
+from aligner.models.tensors import architecture_of
 from aligner.trainer.config import ENGINES, TrainingConfig
+from aligner.trainer.fsdp import checks as fsdp
 from aligner.trainer.megatron.activations import activation_bytes
 from aligner.trainer.megatron.layout import MegatronLayout
 from aligner.trainer.megatron.sizes import bytes_per_rank, check_runs
@@ -82,8 +85,21 @@ class Backend:
 
 
 def _check_megatron(spec: ModelSpec, mesh: Mesh, config: TrainingConfig, sequence_parallel: bool, cpu: bool) -> None:
-    """Megatron runs every combination of settings; only parallel sizes may not fit."""
+    """Megatron runs every combination of settings; only the family or parallel sizes may not fit."""
+    if spec.tensors is not None:
+        supported = ", ".join(family.architecture for family in FAMILIES.values())
+        raise ValueError(
+            f"{mesh.name}.engine=megatron: architecture {architecture_of(spec)} ({spec.path}/config.json) is not supported; use "
+            f"{mesh.name}.engine=fsdp, which runs transformers' own class, or a model of {supported}."
+        )
     check_runs(spec, mesh, sequence_parallel, cpu)
+
+
+def _fsdp_layout(spec: ModelSpec, mesh: Mesh, dtype: str) -> WeightLayout:
+    """float32 in a model that learns, whatever it computes in; nobody else asks for a layout before the model is built."""
+    from aligner.trainer.fsdp.layout import FsdpLayout  # imported here: torch and transformers take seconds
+
+    return FsdpLayout(spec, mesh)
 
 
 BACKENDS: Mapping[str, Backend] = {
@@ -94,6 +110,7 @@ BACKENDS: Mapping[str, Backend] = {
         "aligner.trainer.megatron.engine.MegatronEngine",
         activation_bytes,
     ),
+    "fsdp": Backend(fsdp.check_runs, _fsdp_layout, fsdp.bytes_per_rank, "aligner.trainer.fsdp.engine.FsdpEngine"),
 }
 """Backends by the value of the `engine` settings."""
 assert tuple(BACKENDS) == ENGINES, "aligner.trainer.config names other training backends"

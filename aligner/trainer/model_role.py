@@ -38,6 +38,8 @@ class ModelRole(Role, ABC):
     )
     reads = frozenset(needs)
     kinds: ClassVar[Mapping[str, Kind]] = {"weights": Kind(copied=True)}
+    frozen: ClassVar[bool] = True
+    """Whether its weights never change."""
 
     def __init__(
         self,
@@ -62,7 +64,7 @@ class ModelRole(Role, ABC):
         self.engine_type = backend(config.engine).engine_type()
         world.residency.make_room(name, mesh)
         self._engine = self.engine_type.build(
-            world, mesh, spec, config, self.readout(), sequence_parallel=sequence_parallel
+            world, mesh, spec, config, self.readout(), sequence_parallel=sequence_parallel, frozen=self.frozen
         )
         parts = self._engine.parts() if self._engine else {}
         world.residency.register(name, mesh, self.kinds, {kind: parts[kind] for kind in self.kinds if kind in parts})

@@ -290,6 +290,8 @@ class PackedOutput:
     """See `output_logprobs`."""
     weight_grad_VH: Tensor | None = None
     """See `output_logprobs`."""
+    softcap: float | None = None
+    """See `output_logprobs`."""
 
     def logprobs_and_entropy(
         self, source_N: Tensor, target_N: Tensor, temperature: float, with_entropy: bool
@@ -303,6 +305,7 @@ class PackedOutput:
             vocab=self.vocab,
             group=self.group,
             temperature=temperature,
+            softcap=self.softcap,
             with_entropy=with_entropy,
             reduce_grad=self.reduce_grad,
             weight_grad_VH=self.weight_grad_VH,

@@ -45,6 +45,7 @@ class TrainableRole(ModelRole):
         "load_state": ("weights", "optimizer"),
     }
     reads = ModelRole.reads | {"save_state"}
+    frozen = False
     kinds: ClassVar[Mapping[str, Kind]] = {**ModelRole.kinds, "gradients": Kind(), "optimizer": Kind(copied=True)}
 
     def __init__(

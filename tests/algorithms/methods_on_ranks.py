@@ -31,10 +31,11 @@ class Bench:
         self.world, self.rollout = world, rollout
         self.shared: dict[str, Role] = {}
 
-    def roles(self, job: Job, placement: Placement) -> Roles:
-        """Fresh models under `placement`, and the shared roles that the loop wants."""
-        config = dataclasses.replace(job.config, placement=placement)
-        meshes = make_meshes(placement, self.world.size)
+    def roles(self, job: Job, layout: Config) -> Roles:
+        """Fresh models under the placement and with the settings of models of `layout`, and the shared roles that the loop wants."""
+        models = {name: getattr(layout, name) for name in ("policy", "reference", "critic", "reward_model")}
+        config = dataclasses.replace(job.config, placement=layout.placement, **models)
+        meshes = make_meshes(layout.placement, self.world.size)
         fresh = build(job, config, self.world, meshes, [r for r in job.roles if r not in ("rollout", "reward")])
         found = {role.name: role for role in fresh.built}
         if "rollout" in job.roles:
@@ -80,27 +81,27 @@ def steps_of(job: Job, roles: Roles, steps: int) -> list[Row]:
     return rows
 
 
-def placement_of(base: list[str], overrides: list[str]) -> Placement:
-    return to_config(compose_config([*base, *overrides], "quickstart")).placement
+def config_of(*overrides: str) -> Config:
+    return to_config(compose_config(list(overrides), "quickstart"))
 
 
 @functools.cache
 def bench_of(world: World, base: tuple[str, ...]) -> Bench:
-    return Bench(world, placement_of(list(base), []))
+    return Bench(world, config_of(*base).placement)
 
 
 def run_case(
     world: World, base: list[str], case: list[str], layouts: dict[str, list[str]], steps: int
 ) -> dict[str, list[Row]]:
-    """A row for each step, under each of `layouts` (overrides of the placement).
+    """A row for each step, under each of `layouts` (overrides of the placement, and of models' settings).
 
     Args:
         base: the overrides of every job; the engine stays for all jobs of one base.
         case: further overrides.
     """
-    job = prepare(to_config(compose_config([*base, *case], "quickstart")), world.size)
+    job = prepare(config_of(*base, *case), world.size)
     bench, found = bench_of(world, tuple(base)), {}
     for layout, overrides in layouts.items():
-        found[layout] = steps_of(job, bench.roles(job, placement_of(base, overrides)), steps)
+        found[layout] = steps_of(job, bench.roles(job, config_of(*base, *case, *overrides)), steps)
         gc.collect()
     return found

@@ -42,6 +42,26 @@ FOUR = {
     ],
 }  # fmt: skip
 
+FSDP = [f"{role}.engine=fsdp" for role in ("policy", "critic", "reward_model")]
+"""Every model; the reference is the policy's."""
+ENGINES: dict[int, dict[str, list[str]]] = {
+    1: {"FSDP": FSDP},
+    2: {
+        "FSDP on 2": FSDP,
+        "policy on FSDP": ["policy.engine=fsdp", "reference.engine=megatron"],
+        "others on FSDP": ["reference.engine=fsdp", "critic.engine=fsdp", "placement.reference.ranks=[1]"],
+        "FSDP, each on its own rank": [*FSDP, *MORE_TWO["each on its own rank"], "policy.recompute=full"],
+    },
+    4: {
+        "FSDP on 4": FSDP,
+        "FSDP, 2 replicas": [*FSDP, "placement.policy.replicas=2", "policy.reshard_after_forward=false"],
+        "FSDP 0-1, others 2-3": [
+            *FSDP, "placement.policy.ranks=0-1", "placement.critic.ranks=2-3", "placement.reference.ranks=2-3",
+            "placement.reward_model.ranks=2-3", "placement.reward.ranks=[3]",
+        ],
+    },
+}  # fmt: skip
+
 RELATIVE = 1e-5
 NEAR_ZERO: dict[str, float] = {
     # Differences of log-probabilities of 4 to 9 nats, each rounded to 5e-7: their own size says nothing of their error.
@@ -134,6 +154,13 @@ def test_every_method_is_the_same_under_any_layout(
     check_layouts(case, alone(case), found(2, case, TWO))
 
 
+@pytest.mark.parametrize("case", ["sft", "dpo", "grpo", "ppo"])
+def test_some_methods_are_the_same_on_fsdp(
+    case: str, found: Callable[..., Found], alone: Callable[[str], list[Row]]
+) -> None:
+    check_layouts(case, alone(case), found(1, case, ENGINES[1]))
+
+
 @pytest.mark.parametrize("case", cases())
 def test_it_learns_from_something(case: str, alone: Callable[[str], list[Row]]) -> None:
     rows = alone(case)
@@ -188,3 +215,12 @@ def test_every_method_under_more_layouts(
 ) -> None:
     check_layouts(case, alone(case), found(2, case, MORE_TWO))
     check_layouts(case, alone(case), found(4, case, FOUR))
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("size", ENGINES)
+@pytest.mark.parametrize("case", cases())
+def test_every_method_is_the_same_on_either_backend(
+    case: str, size: int, found: Callable[..., Found], alone: Callable[[str], list[Row]]
+) -> None:
+    check_layouts(case, alone(case), found(size, case, ENGINES[size]))

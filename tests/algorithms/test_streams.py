@@ -15,6 +15,7 @@ LAYOUTS = {
     "split": (2, SPLIT),
     # without residency: to make room, an engine completes what is under way
     "colocated, tensor 2": (2, ["placement.policy.tensor=2", "placement.rollout.tensor=2", "residency.mode=off"]),
+    "split, transformers engine": (2, [*SPLIT, "rollout.engine=transformers"]),
     "two replicas": (3, [*SPLIT, "placement.rollout.ranks=[1,2]"]),
 }
 Said = dict[str, Any]
@@ -28,7 +29,10 @@ def cache() -> dict[str, Said]:
 @pytest.fixture(
     params=[
         "split",
-        *(pytest.param(name, marks=pytest.mark.matrix) for name in ("colocated, tensor 2", "two replicas")),
+        *(
+            pytest.param(name, marks=pytest.mark.matrix)
+            for name in ("split, transformers engine", "colocated, tensor 2", "two replicas")
+        ),
     ]
 )
 def said(request: pytest.FixtureRequest, cache: dict[str, Said], task: Any, ranks: Ranks) -> Said:

@@ -80,7 +80,7 @@ def test_models_in_a_file(tmp_path: Path) -> None:
         (["models.j={kind: engin, path: x}"], "models.j.kind=engin is unknown; use policy"),
         (["models.j={kind: policy}"], "models.j.path has no value; give it on the command line: models.j.path=..."),
         (["models.j={kind: policy, pth: x}"], "there is no setting models.j.pth; did you mean models.j.path?"),
-        (["models.j={kind: engine, path: x, epochs: 2}"], "there is no setting models.j.epochs; models.j has dtype"),
+        (["models.j={kind: engine, path: x, epochs: 2}"], "there is no setting models.j.epochs; models.j has engine"),
         (["models.j={kind: policy, path: x, epochs: 1.5}"], "models.j.epochs: Value '1.5' of type 'float' could not"),
         (["models.j={kind: policy, path: x, optimizer: {lr: high}}"], "models.j.optimizer.lr: Value 'high'"),
         (["models.j={kind: policy, path: x, optimizer: {lrr: 1}}"], "there is no setting models.j.optimizer.lrr"),

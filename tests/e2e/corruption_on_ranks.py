@@ -22,10 +22,10 @@ from aligner.reshard.plan.region import Piece
 from aligner.reshard.sync import WeightSync
 from aligner.reshard.transfer.executor import schedule_for
 from aligner.rollout.config import Sampling
-from aligner.rollout.experts import PackedExperts
-from aligner.rollout.packing import PackedLinear
 from aligner.rollout.role import Rollout
-from aligner.rollout.weights import EngineWeights
+from aligner.rollout.vllm.experts import PackedExperts
+from aligner.rollout.vllm.packing import PackedLinear
+from aligner.rollout.vllm.weights import EngineWeights
 from aligner.spmd.mesh import Mesh
 from aligner.spmd.world import World
 from aligner.trainer.config import PolicyConfig

@@ -9,14 +9,14 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-import aligner.rollout.engine as engine_module
+import aligner.rollout.vllm.engine as engine_module
 from aligner.models.read_spec import read_spec
 from aligner.models.tensors import logical_tensors
 from aligner.roles.weight_sync import WeightSyncs
 from aligner.rollout.config import Sampling
-from aligner.rollout.engine import RolloutEngine
 from aligner.rollout.requests import Sample
 from aligner.rollout.role import Rollout
+from aligner.rollout.vllm.engine import VllmEngine
 from aligner.spmd.mesh import Mesh
 from aligner.spmd.world import World
 from aligner.trainer.config import PolicyConfig
@@ -104,7 +104,7 @@ def stock(folder: Path, group: dist.ProcessGroup | None, ident: str, config: obj
     """What an engine answers that has loaded the checkpoint by itself."""
     assert group is not None
     engine_module.LOAD_FORMAT = "auto"
-    engine = RolloutEngine(folder, group, f"{ident}-{os.getppid()}-{dist.get_rank()}", config, torch.device("cpu"))  # type: ignore[arg-type]
+    engine = VllmEngine(folder, group, f"{ident}-{os.getppid()}-{dist.get_rank()}", config, torch.device("cpu"))  # type: ignore[arg-type]
     engine_module.LOAD_FORMAT = "dummy"
     engine.loaded.finish()
     answer = ask(engine)
@@ -112,6 +112,6 @@ def stock(folder: Path, group: dist.ProcessGroup | None, ident: str, config: obj
     return answer
 
 
-def ask(engine: RolloutEngine) -> list[list[Sample]]:
+def ask(engine: VllmEngine) -> list[list[Sample]]:
     asked = tiny.prompts(4)
     return [group for how in (GREEDY, DRAWN) for group in engine.generate(asked, [7, 107, 207, 307], how)]

@@ -89,6 +89,26 @@ MODEL = [
     Case("no_end_token", "model.path={bad}/no_eos", ("no end token", '"eos_token"', "tokenizer_config.json")),
     Case("model_never_ends", "model.path={bad}/endless", ("no eos_token_id", "sampling.stop_token_ids=[2]")),
     Case("tokenizer_too_large", "model.path={bad}/small_vocab", ("token ids up to 127", "vocab_size", "is 100")),
+    Case(
+        "no_table",
+        "model.path={bad}/gpt2",
+        ("policy.engine=megatron: architecture GPT2LMHeadModel", "use policy.engine=fsdp", "LlamaForCausalLM"),
+    ),
+    Case(
+        "unknown_type",
+        "model.path={bad}/unknown_type policy.engine=fsdp",
+        ("{bad}/unknown_type/config.json: transformers cannot read it", "newmodel"),
+    ),
+    Case(
+        "own_code",
+        "model.path={bad}/own_code policy.engine=fsdp",
+        ("auto_map=", "code of the checkpoint's own, which is never run"),
+    ),
+    Case(
+        "not_packable",
+        "model.path={bad}/linear policy.engine=fsdp",
+        ("Qwen3NextForCausalLM has recurrent layers", "engine=fsdp does not support it"),
+    ),
     Case("no_path", "model.path=???", ("model.path has no value", "model.path=...")),
 ]
 DATA = [
@@ -326,11 +346,16 @@ SETTINGS = [
     Case("run_dir_not_writable", "run_dir=/proc/run", ("run_dir=/proc/run cannot be written", "another folder")),
 ]
 PLACEMENT = [
+    Case("fsdp_tensor", "policy.engine=fsdp placement.policy.tensor=2", ("placement.policy.tensor=2", "engine=fsdp", "use 1, or engine=megatron")),
+    Case("fsdp_replicas", "policy.engine=fsdp placement.policy.replicas=3", ("placement.policy.replicas=3 does not divide its 2", "use 1 or 2")),
+    Case("megatron_replicas", "placement.policy.replicas=2", ("placement.policy.replicas=2", "engine=megatron does not have", "use 1")),
     Case("heads", "placement.policy.tensor=3", ("placement.policy.tensor=3 does not divide the 4 heads", "use 1, 2 or 4"), {"WORLD_SIZE": "3"}),
     Case("rollout_heads", "placement.rollout.tensor=3", ("placement.rollout.tensor=3", "use 1, 2, 4"), {"WORLD_SIZE": "3"}),
     Case("ranks_undivided", "placement.policy.tensor=3", ("placement.policy.tensor=3 does not divide its 2 rank(s)", "use 1 or 2")),
     Case("size_of_0", "placement.rollout.tensor=0", ("placement.rollout.tensor=0 must be at least 1",)),
     Case("layers", "placement.policy.pipeline=4", ("placement.policy.pipeline=4 does not divide the 2 layers", "use 1 or 2"), FOUR),
+    Case("rollout_engine", "rollout.engine=sglang", ("rollout.engine=sglang is unknown; use vllm, transformers",)),
+    Case("transformers_tensor", "rollout.engine=transformers placement.rollout.tensor=2", ("placement.rollout.tensor=2", "holds the whole model", "use 1, or engine=vllm"), {"WORLD_SIZE": "2"}),
     Case("rollout_pipeline", "placement.rollout.pipeline=3", ("placement.rollout.pipeline=3", "2 layers"), {"WORLD_SIZE": "3"}),
     Case("reward_pipeline", "placement.reward.pipeline=2", ("placement.reward.pipeline=2", "use 1")),
     Case("outside", "placement.rollout.ranks=[1,2]", ("placement.rollout.ranks=[1, 2]", "rank(s) [2]", "use 0 to 1", "--nproc-per-node 3")),
@@ -493,6 +518,12 @@ def _write_bad(bad: Path, good: Path) -> None:
     (model("config_malformed") / "config.json").write_text('{"hidden_size": 64,')
     (model("config_list") / "config.json").write_text("[]")
     edit(model("architecture") / "config.json", architectures=["GPT2LMHeadModel"])
+    for name, kind, architecture in [
+        ("gpt2", "gpt2", "GPT2LMHeadModel"), ("unknown_type", "newmodel", "NewForCausalLM"),
+        ("own_code", "newmodel", "NewForCausalLM"), ("linear", "qwen3_next", "Qwen3NextForCausalLM"),
+    ]:  # fmt: skip
+        edit(model(name) / "config.json", architectures=[architecture], model_type=kind)
+    edit(bad / "own_code/config.json", auto_map={"AutoModelForCausalLM": "modeling.NewForCausalLM"})
     edit(model("small_vocab") / "config.json", vocab_size=100)
     edit(model("huge") / "config.json", hidden_size=1 << 20, intermediate_size=1 << 20)
     edit(model("no_pad") / "tokenizer_config.json", pad_token=None)

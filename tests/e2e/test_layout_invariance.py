@@ -1,4 +1,4 @@
-"""The same GRPO job under any placement and parallel sizes: same samples, rewards, losses and gradient norms.
+"""The same GRPO job under any placement, parallel sizes and rollout engine: same samples, rewards, losses and gradient norms.
 
 Every layout is compared with one rank, over 5 steps in fp32 from the same seed, with a reference and a KL term.
 """
@@ -15,6 +15,8 @@ Rows = list[dict[str, Any]]
 COMMON = ("algorithm.loss.kl_coef=0.05", "algorithm.loss.entropy_coef=0.05", "policy.optimizer.lr=1e-4")
 LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
     "dp2": (2, ()),
+    "transformers_engine": (1, ("rollout.engine=transformers",)),
+    "transformers_engine_split": (2, ("rollout.engine=transformers", "placement=split", "reshard.shared_memory=false")),
     "tp2": (2, ("placement.policy.tensor=2", "placement.rollout.tensor=2")),
     "pp2": (2, ("placement.policy.pipeline=2",)),
     "cp2": (2, ("placement.policy.context=2",)),
@@ -44,7 +46,17 @@ def _baseline(one_rank: dict[str, Rows], job: Callable[..., Rows]) -> Rows:
     return one_rank["rows"]
 
 
-WIDER = ("dp2", "tp2", "pp2", "cp2", "mixed", "tp2_rollout_2xtp1", "rules_on_a_rank_of_their_own", "split_2_2")
+WIDER = (
+    "dp2",
+    "transformers_engine_split",
+    "tp2",
+    "pp2",
+    "cp2",
+    "mixed",
+    "tp2_rollout_2xtp1",
+    "rules_on_a_rank_of_their_own",
+    "split_2_2",
+)
 """Run with -m matrix."""
 
 

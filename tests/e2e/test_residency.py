@@ -57,6 +57,7 @@ def numbers(row: dict[str, Any]) -> dict[str, Any]:
             [*GRPO, "stream.lag=1", "stream.step_tokens=8"],
             marks=pytest.mark.matrix,
         ),
+        pytest.param(1, "grpo, transformers engine", [*GRPO, "rollout.engine=transformers"], marks=pytest.mark.matrix),
         pytest.param(2, "grpo TP2", [*GRPO, *TENSOR], marks=pytest.mark.matrix),
         pytest.param(2, "ppo DP2", PPO, marks=pytest.mark.matrix),
         pytest.param(2, "grpo engine on one of two", [*GRPO, *PART], marks=pytest.mark.matrix),

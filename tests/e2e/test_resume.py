@@ -67,13 +67,16 @@ RUNS: dict[str, list[str]] = {
         "policy.optimizer.lr=1e-3",
     ],
 }
-WIDER = ("distributed_bf16", "two_ahead", "carried_over")
+RUNS["fsdp"] = [*RUNS["grpo"], "policy.engine=fsdp", "policy.minibatches=2", "policy.optimizer.schedule=cosine"]
+RUNS["fsdp_bf16"] = [*RUNS["fsdp"], "policy.dtype=bfloat16", "policy.recompute=full"]
+WIDER = ("distributed_bf16", "two_ahead", "carried_over", "fsdp_bf16")
 """Run with -m matrix."""
 LAYOUTS: dict[str, list[str]] = {
     "tp2": ["placement.policy.tensor=2", "placement.rollout.tensor=2", "placement.policy.sequence_parallel=true"],
     "pp2": ["placement.policy.pipeline=2"],
     "split": ["placement=split"],
     "distributed": ["policy.optimizer.distributed=true", "checkpoint.accept_changes=true"],
+    "on_fsdp": ["policy.engine=fsdp", "checkpoint.accept_changes=true"],
 }
 TIMED = ("seconds", "memory_", "time", "tokens_per_second", "reshard_", "data/wait_seconds")
 NEAR_ZERO = ("gap", "gap_max", "imbalance", "padding", "idle")
@@ -176,7 +179,9 @@ def make(whole: set[str], jobs: Jobs, ranks: int, wanted: Mapping[str, Sequence[
         whole.update(missing)
 
 
-@pytest.mark.parametrize("names", [("grpo", "ppo", "dpo", "mixture"), pytest.param(WIDER, marks=pytest.mark.matrix)])
+@pytest.mark.parametrize(
+    "names", [("grpo", "ppo", "dpo", "mixture"), ("fsdp",), pytest.param(WIDER, marks=pytest.mark.matrix)]
+)
 def test_the_same_layout_goes_on_bit_for_bit(names: Sequence[str], folder: Path, jobs: Jobs, whole: set[str]) -> None:
     make(whole, jobs, 2, {name: RUNS[name] for name in names})
     jobs(2, {continued(folder, name, f"{name}_again"): RUNS[name] for name in names})
@@ -226,6 +231,16 @@ def test_from_one_rank_to_four(folder: Path, jobs: Jobs) -> None:
     layout = ["placement.policy.tensor=2", "placement.policy.pipeline=2", "placement.rollout.tensor=2"]
     jobs(4, {continued(folder, "one", "four"): [*RUNS["grpo"], *layout]})
     assert_close(folder / "four", folder / "one")
+
+
+@pytest.mark.matrix
+def test_fsdp_from_two_ranks_to_one_and_to_four(folder: Path, jobs: Jobs, whole: set[str]) -> None:
+    make(whole, jobs, 2, {"fsdp": RUNS["fsdp"]})
+    jobs(1, {continued(folder, "fsdp", "fsdp_one"): RUNS["fsdp"]})
+    replicas = ["placement.policy.replicas=2", "policy.reshard_after_forward=false", "checkpoint.accept_changes=true"]
+    jobs(4, {continued(folder, "fsdp", "fsdp_four"): [*RUNS["fsdp"], *replicas]})
+    for name in ("fsdp_one", "fsdp_four"):
+        assert_close(folder / name, folder / "fsdp")
 
 
 @pytest.mark.matrix

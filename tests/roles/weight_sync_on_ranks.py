@@ -16,7 +16,7 @@ from aligner.reshard.sync import WeightSync
 from aligner.roles.weight_sync import WeightSyncs
 from aligner.rollout.config import Sampling
 from aligner.rollout.role import Rollout
-from aligner.rollout.weights import EngineWeights
+from aligner.rollout.vllm.weights import EngineWeights
 from aligner.spmd.mesh import Mesh
 from aligner.spmd.world import World
 from aligner.trainer.config import PolicyConfig

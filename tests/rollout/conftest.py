@@ -11,8 +11,14 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from aligner.models.read_spec import read_spec
+from aligner.reshard.weights import WritableWeights
+from aligner.rollout.config import ENGINES
 from aligner.rollout.engine import RolloutEngine
-from aligner.rollout.weights import EngineWeights
+from aligner.rollout.engines import backend
+from aligner.rollout.loaded import LoadedWeights
+from aligner.rollout.vllm.engine import VllmEngine
+from aligner.spmd.mesh import Mesh
 from tests.rollout import tiny
 
 
@@ -32,13 +38,13 @@ def group() -> Iterator[dist.ProcessGroup]:
 
 
 @pytest.fixture
-def start(models: dict[str, tuple[Any, str]], group: dist.ProcessGroup) -> Iterator[Callable[..., RolloutEngine]]:
+def start(models: dict[str, tuple[Any, str]], group: dist.ProcessGroup) -> Iterator[Callable[..., VllmEngine]]:
     """Starts an engine without weights; it is closed after the test."""
-    engines: list[RolloutEngine] = []
+    engines: list[VllmEngine] = []
 
-    def make(family: str, dtype: str = "float32") -> RolloutEngine:
+    def make(family: str, dtype: str = "float32") -> VllmEngine:
         config = replace(tiny.CONFIG, dtype=dtype)
-        engines.append(RolloutEngine(models[family][1], group, "test", config, torch.device("cpu")))
+        engines.append(VllmEngine(models[family][1], group, "test", config, torch.device("cpu")))
         return engines[-1]
 
     yield make
@@ -46,14 +52,19 @@ def start(models: dict[str, tuple[Any, str]], group: dist.ProcessGroup) -> Itera
         engine.close()
 
 
-@pytest.fixture(scope="module", params=tiny.FAMILIES)
+@pytest.fixture(
+    scope="module", params=[(engine, family) for engine in ENGINES for family in tiny.FAMILIES], ids="-".join
+)
 def loaded(
     request: pytest.FixtureRequest, models: dict[str, tuple[Any, str]], group: dist.ProcessGroup
-) -> Iterator[tuple[Any, RolloutEngine, EngineWeights]]:
-    """(transformers model, engine, its weights as last written)."""
-    model, folder = models[request.param]
-    engine = RolloutEngine(folder, group, "test", tiny.CONFIG, torch.device("cpu"))
-    weights = EngineWeights(engine)
-    tiny.write(weights, model)
-    yield model, engine, weights
+) -> Iterator[tuple[Any, RolloutEngine, WritableWeights]]:
+    """(transformers model, engine, its weights as last written), of every kind of engine."""
+    kind, family = request.param
+    model, folder = models[family]
+    spec, config, device = read_spec(folder), tiny.config(kind), torch.device("cpu")
+    build, mesh = backend(kind).engine_type().build, Mesh((0,), 1, 1)
+    layout, loaded = backend(kind).layout(spec, mesh, config.dtype), LoadedWeights()
+    engine = build(spec, mesh, group, "test", config, device, layout=layout, sleeps=True, loaded=loaded)
+    tiny.write(engine.weights, model)
+    yield model, engine, engine.weights
     engine.close()

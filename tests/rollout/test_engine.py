@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 
+from aligner.reshard.weights import WritableWeights
 from aligner.rollout.config import Sampling
 from aligner.rollout.engine import RolloutEngine
-from aligner.rollout.weights import EngineWeights
 from tests.rollout import tiny
 
-Loaded = tuple[Any, RolloutEngine, EngineWeights]
+Loaded = tuple[Any, RolloutEngine, WritableWeights]
 GREEDY = Sampling(temperature=0.0, max_tokens=24, stop_token_ids=())
 DRAWN = Sampling(temperature=0.7, max_tokens=24, stop_token_ids=())
 
@@ -67,24 +67,6 @@ def test_samples_depend_on_their_seed_only(loaded: Loaded) -> None:
     assert alone[0].tokens == one_order[3][1].tokens
     other_seeds = engine.generate(asked, [seed + 5 for seed in seeds], DRAWN, 2)
     assert all(a[0].tokens != b[0].tokens for a, b in zip(one_order, other_seeds, strict=True))
-
-
-def test_long_prompts_go_first_and_answers_come_in_the_prompts_order(
-    loaded: Loaded, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model, engine, _ = loaded
-    words, added = tiny.prompts(4)[0], []
-    asked = [[*words, *words][:length] for length in (3, 9, 5, 9)]
-    inner = engine._llm.add_request
-
-    def noting(name: str, *rest: Any) -> Any:
-        added.append(name.rpartition(".")[2])
-        return inner(name, *rest)
-
-    monkeypatch.setattr(engine._llm, "add_request", noting)
-    found = engine.generate(asked, [0] * 4, GREEDY)
-    assert added == ["1", "3", "2", "0"]
-    assert [one.tokens for (one,) in found] == [tiny.greedy(model, prompt, 24) for prompt in asked]
 
 
 def test_stop_token_is_included(loaded: Loaded) -> None:

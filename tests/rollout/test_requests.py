@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import torch
 
+from aligner.reshard.weights import WritableWeights
 from aligner.rollout.config import Sampling
 from aligner.rollout.engine import RolloutEngine
 from aligner.rollout.requests import Sample
-from aligner.rollout.weights import EngineWeights
 from tests.rollout import tiny
 
-Loaded = tuple[Any, RolloutEngine, EngineWeights]
+Loaded = tuple[Any, RolloutEngine, WritableWeights]
 GREEDY = Sampling(temperature=0.0, max_tokens=24, stop_token_ids=())
 DRAWN = Sampling(temperature=0.9, max_tokens=24, stop_token_ids=(3, 4, 5, 6, 7, 8))
 SEEDS = [0, 1000, 2000, 3000, 4000, 5000]
@@ -29,7 +29,7 @@ def same(ours: list[Sample], reference: list[Sample]) -> None:
     assert [one.tokens for one in ours] == [one.tokens for one in reference]
     assert [(one.ended, one.truncated) for one in ours] == [(one.ended, one.truncated) for one in reference]
     for one, other in zip(ours, reference, strict=True):
-        assert one.logp == pytest.approx(other.logp, abs=1e-5)
+        assert one.logp == pytest.approx(other.logp, abs=2e-5)
         assert len(one.versions) == len(one.tokens)
 
 
@@ -118,7 +118,7 @@ def test_a_failed_step_leaves_nothing_under_way(loaded: Loaded, monkeypatch: pyt
     reference = whole(engine, DRAWN)
     engine.start(tiny.prompts(6), SEEDS, DRAWN)
     with monkeypatch.context() as patch:
-        patch.setattr(engine._llm, "step", lambda: 1 / 0)
+        patch.setattr(engine.requests, "progress", lambda: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             engine.work_until(lambda: False)
     assert not engine.requests.under_way

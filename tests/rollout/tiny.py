@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,9 @@ from torch import Tensor
 from transformers import MODEL_MAPPING
 
 from aligner.reshard.plan.region import Piece
+from aligner.reshard.weights import WritableWeights
 from aligner.rollout.config import RolloutConfig
 from aligner.rollout.requests import Sample
-from aligner.rollout.weights import EngineWeights
 from tests.families import ROWS, Row
 
 CONFIG = RolloutConfig(max_model_len=96, max_num_seqs=32, kv_cache_mib=8)
@@ -39,6 +40,11 @@ def _as_imported(row: Row) -> Iterator[None]:
         yield
     finally:
         kind.__init__ = now
+
+
+def config(engine: str) -> RolloutConfig:
+    """`CONFIG` for an engine of this kind."""
+    return replace(CONFIG, engine=engine)
 
 
 def make_model(family: str, seed: int) -> Any:
@@ -125,7 +131,7 @@ def cut(found: dict[str, Tensor], piece: Piece) -> Tensor:
     return found[piece.name][tuple(slice(low, low + extent) for low, extent in zip(piece.lo, piece.size, strict=True))]
 
 
-def write(weights: EngineWeights, model: Any, skip: str | None = None) -> None:
+def write(weights: WritableWeights, model: Any, skip: str | None = None) -> None:
     """Write every region from the model's tensors, as a transfer would."""
     found = tensors(model)
     for piece in weights.pieces():

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from aligner.models.read_spec import read_spec
+from aligner.rollout.engines import BACKENDS
 
 ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = ["--max-tokens", "16", "--batch", "3"]
@@ -35,10 +36,9 @@ class Forks:
     def __init__(self, folder: Path) -> None:
         self.folder, self.module = folder, tool()
         stop = read_spec(folder / "model").eos_token_ids
-        engine = self.module.OfflineEngine(
-            folder / "model", stop=stop, dtype="float32", max_model_len=64, kv_cache_mib=16
-        )
-        self.module.OfflineEngine = lambda *_, **__: engine
+        settings = {"stop": stop, "dtype": "float32", "max_model_len": 64, "kv_cache_mib": 16}
+        engines = {name: one.offline_type()(folder / "model", **settings) for name, one in BACKENDS.items()}
+        self.module.make_engine = lambda args, *_: engines[args.engine]
         self.statuses: dict[str, int] = {}
 
     def start(self, name: str, *more: str) -> int:
@@ -107,6 +107,8 @@ def main() -> None:
     size = (folder / "whole.jsonl").stat().st_size
     kills = forks.killed("killed.jsonl", 8, size, seconds, "--num-samples", "2", "--logprobs")
     forks.run("greedy.jsonl", "--temperature", "0", "--logprobs")
+    forks.run("transformers.jsonl", "--num-samples", "2", "--logprobs", "--engine", "transformers")
+    forks.run("greedy_transformers.jsonl", "--temperature", "0", "--logprobs", "--engine", "transformers")
     forks.run("again.jsonl", "--num-samples", "2", "--logprobs", "--seed", "1")
     forks.run("chat.jsonl", "--chat", "--system", "Add: ", "--prompt-field", "question", "--temperature", "0.5")
     (folder / "report.json").write_text(json.dumps({"statuses": forks.statuses, "seconds": seconds, "kills": kills}))

@@ -98,7 +98,7 @@ def test_a_line_has_what_the_help_says(folder: Path) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["whole", "greedy"])
+@pytest.mark.parametrize("name", ["whole", "greedy", "transformers", "greedy_transformers"])
 def test_transformers_gives_the_same_log_probabilities(folder: Path, name: str) -> None:
     model = AutoModelForCausalLM.from_pretrained(folder / "model")
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
@@ -108,7 +108,7 @@ def test_transformers_gives_the_same_log_probabilities(folder: Path, name: str) 
             logits_TV = model(torch.tensor([[*prompt, *tokens]])).logits[0, len(prompt) - 1 : -1]
             expected_T = torch.log_softmax(logits_TV, -1).gather(1, torch.tensor(tokens)[:, None])[:, 0]
             assert torch.allclose(expected_T, torch.tensor(logp), atol=1e-4)
-            if name == "greedy":
+            if name.startswith("greedy"):
                 likeliest_T = torch.log_softmax(logits_TV, -1).max(-1).values
                 assert torch.allclose(likeliest_T, expected_T, atol=1e-4), "not the likeliest token"
 
@@ -159,7 +159,7 @@ class Company:
 def test_a_batch_keeps_its_company(task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """However many lines there were, and however many processes share the batches, which run one after the other here."""
     module = tool()
-    monkeypatch.setattr(module, "OfflineEngine", Company)
+    monkeypatch.setattr(module, "make_engine", Company)
     (tmp_path / "rows.jsonl").write_text("\n".join((task.folder / "prompts.jsonl").read_text().splitlines()[:11]))
 
     def run(name: str, processes: int = 1) -> bytes:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -18,6 +19,7 @@ from aligner.models.spec import with_scalar_head
 from aligner.models.stored import Entry
 from aligner.objective.losses import clipped_surrogate, negative_log_likelihood
 from aligner.objective.values import clipped_value_loss
+from aligner.reshard.message.storage import strided_view
 from aligner.spmd.mesh import Mesh
 from aligner.spmd.ref import Ref
 from aligner.spmd.world import World
@@ -27,7 +29,7 @@ from aligner.trainer.critic import Critic
 from aligner.trainer.policy import Policy
 from aligner.trainer.reward_model import RewardModel
 from aligner.trainer.trainable_role import TrainableRole
-from tests.trainer.plain_engine import PLAIN
+from tests.trainer.plain_engine import PLAIN, PlainEngine
 
 LENGTHS, PROMPT, UPDATES = [9, 17, 12, 5, 16, 16, 7, 21], 3, 3
 GENERATOR = torch.Generator().manual_seed(3)
@@ -65,18 +67,20 @@ CASES: dict[str, tuple[type[TrainableRole], Any, str, Any, dict[str, Tensor]]] =
 
 
 class Memory:
-    """What `save_state` of one role returned, as a checkpoint that is open for a role of any name."""
+    """What `save_state` of one role returned on every rank, as a checkpoint that is open for a role of any name."""
 
-    def __init__(self, tensors: dict[str, Tensor], entries: dict[str, Any]) -> None:
-        self.tensors, self.saved = tensors, entries
+    def __init__(self, world: World, tensors: dict[str, Tensor], entries: dict[str, Any]) -> None:
+        self.saved: list[Any] = [None] * world.size
+        dist.all_gather_object(self.saved, (tensors, entries))
 
     def entries(self, key: str) -> Iterator[tuple[int, Entry]]:
-        yield from (
-            (0, entry) for name in self.saved if name.endswith(key[key.rindex("/") :]) for entry in self.saved[name]
-        )
+        for rank, (_, entries) in enumerate(self.saved):
+            for name in entries:
+                if name.endswith(key[key.rindex("/") :]):
+                    yield from ((rank, entry) for entry in entries[name])
 
     def tensor(self, rank: int, name: str) -> Tensor:
-        return self.tensors[name]
+        return self.saved[rank][0][name]  # type: ignore[no-any-return]
 
 
 def gap(one: Any, other: Any) -> float:
@@ -84,40 +88,63 @@ def gap(one: Any, other: Any) -> float:
     return ((a - b).abs().max() / b.abs().max().clamp(min=1.0)).item()
 
 
+def gradient_of(role: Any, name: str) -> Tensor:
+    """The whole gradient of a checkpoint's tensor, on one rank."""
+    if isinstance(role.engine, PlainEngine):
+        return role.engine.parameters[name].grad
+    piece = next(piece for piece in role.weights.pieces() if piece.name == name)
+    return strided_view(role.engine.optimizer.gradients()[piece.storage], piece)
+
+
 def gradients_gap(megatron: Any, plain: Any) -> float:
-    """Relative to the largest gradient of each tensor."""
+    """Relative to the largest gradient of each tensor; on one rank."""
     worst = 0.0
+    if megatron.mesh.size > 1:
+        return worst
     for piece in megatron.weights.pieces():
         flat = megatron.engine.model.parameters[piece.storage].main_grad.view(-1)
         mine = flat.as_strided(piece.size, piece.stride, flat.storage_offset() + piece.offset)
-        whole = plain.engine.parameters[piece.name].grad
+        whole = gradient_of(plain, piece.name)
         box = tuple(slice(low, low + extent) for low, extent in zip(piece.lo, piece.size, strict=True))
         worst = max(worst, ((mine - whole[box]).abs().max() / whole.abs().max().clamp(min=1e-3)).item())
     return worst
 
 
 def exported_gap(one: TrainableRole, other: TrainableRole, folder: Path) -> float:
+    weights: list[dict[str, Tensor]] = []
     for role in (one, other):
         role.save_checkpoint(folder / role.name)
-    left, right = (load_file(folder / role.name / "model.safetensors") for role in (one, other))
+        files = sorted((folder / role.name).glob("*.safetensors"))
+        weights.append({name: tensor for file in files for name, tensor in load_file(file).items()})
+        dist.barrier()
+    left, right = weights
     assert left.keys() == right.keys()
     return max(gap(left[name], right[name]) for name in left)
 
 
-def compare(world: World, model: Path, case: str, out: Path) -> dict[str, float]:
-    """The largest differences, relative to the largest value where that is above 1.
+def compare(
+    world: World, model: Path, case: str, out: Path, other: str = "plain", replicas: int = 1, changes: Any = None
+) -> dict[str, float]:
+    """The largest differences of Megatron and another backend, relative to the largest value where that is above 1.
 
-    Three updates of two optimizer steps and more; then Megatron goes on from what the plain backend saved.
+    Three updates of two optimizer steps and more; then Megatron goes on from what the other backend saved, and the other from
+    what Megatron saved.
+
+    Args:
+        replicas: of the other backend's mesh.
+        changes: settings of both.
     """
     engines.BACKENDS["plain"] = PLAIN  # type: ignore[index]
     kind, config, method, loss, values = CASES[case]
+    config = replace(config, **(changes or {}))
     spec = read_spec(model) if kind is Policy else with_scalar_head(read_spec(model))
     samples = Samples(
         TOKENS_BT, torch.full((8,), PROMPT), LENGTH_B, MASK_BT, torch.arange(8) // 2, [{}] * 8, ROLLOUT_BT
     )
 
     def build(engine: str, name: str) -> TrainableRole:
-        mesh = Mesh((0,), name="policy")
+        copies = 1 if engine == "megatron" else replicas
+        mesh = Mesh(tuple(range(world.size)), name="policy", replicas=copies)
         return kind(name, world, mesh, spec, replace(config, engine=engine), total_steps=20, max_response=20)
 
     def update(role: TrainableRole) -> dict[str, float]:
@@ -127,7 +154,7 @@ def compare(world: World, model: Path, case: str, out: Path) -> dict[str, float]
     def read(role: TrainableRole) -> Tensor:
         return getattr(role, method)(role.scatter(samples)).gather()  # type: ignore[no-any-return]
 
-    megatron, plain = (build(engine, f"{model.name} {case} {engine}") for engine in ("megatron", "plain"))
+    megatron, plain = (build(engine, f"{model.name} {case} {engine}") for engine in ("megatron", other))
     if spec.stored_head is not spec.head:  # a new head is zero, and so are all gradients but its own
         start_head(megatron, plain)
     worst = {"readout": gap(read(megatron), read(plain)), "metrics": 0.0, "gradients": 0.0}
@@ -139,12 +166,14 @@ def compare(world: World, model: Path, case: str, out: Path) -> dict[str, float]
         worst["gradients"] = max(worst["gradients"], gradients_gap(megatron, plain))
     worst["weights"] = exported_gap(megatron, plain, out / case)
     leave_and_return(plain)
-    known, *saved = plain.save_state()
-    taken_over = build("megatron", f"{model.name} {case} taken over")
-    taken_over.load_state(known, Memory(*saved))
-    rows = [update(role) for role in (taken_over, plain)]
-    worst["taken over"] = max(gap(rows[0][name], rows[1][name]) for name in rows[0] if name != "padding")
-    worst["taken over, weights"] = exported_gap(taken_over, plain, out / f"{case}_taken_over")
+    pairs = [("megatron", plain), *([(other, megatron)] if other != "plain" else [])]
+    for heir, saving in pairs:
+        known, *saved = saving.save_state()
+        taken_over = build(heir, f"{model.name} {case} {heir} taken over")
+        taken_over.load_state(known, Memory(world, *saved))
+        rows = [update(role) for role in (taken_over, saving)]
+        worst[f"{heir} takes over"] = max(gap(rows[0][name], rows[1][name]) for name in rows[0] if name != "padding")
+        worst[f"{heir} takes over, weights"] = exported_gap(taken_over, saving, out / f"{case}_taken_over_{heir}")
     return worst
 
 

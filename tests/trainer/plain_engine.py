@@ -85,6 +85,7 @@ class PlainEngine(TrainEngine):
         readout: Readout,
         *,
         sequence_parallel: bool = False,
+        frozen: bool = False,
     ) -> Self | None:
         return cls(world, mesh, spec, config, readout) if world.rank in mesh.ranks else None
 

@@ -46,7 +46,7 @@ def test_the_table_knows_every_backend() -> None:
     for name, backend in engines.BACKENDS.items():
         kind = backend.engine_type()
         assert issubclass(kind, TrainEngine) and not inspect.isabstract(kind), name
-    with pytest.raises(ValueError, match=r"engine=deepspeed is unknown; use megatron\."):
+    with pytest.raises(ValueError, match=r"engine=deepspeed is unknown; use megatron, fsdp\."):
         engines.backend("deepspeed")
 
 

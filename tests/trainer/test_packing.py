@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from aligner.spmd.cost import TOKENS, Cost
 from aligner.trainer.config import OptimizerConfig
-from aligner.trainer.megatron.packed_attention import shared_calls
-from aligner.trainer.megatron.prefix_attention import attended
+from aligner.trainer.packed_attention import shared_calls
 from aligner.trainer.packing import Keep, Unit, even_microbatches, microbatches, pack, row_units
+from aligner.trainer.prefix_attention import attended
 from aligner.trainer.prefix_tree import separate_rows
 from aligner.trainer.schedule import learning_rate
 

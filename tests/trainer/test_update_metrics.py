@@ -13,7 +13,7 @@ from aligner.objective.losses import clipped_surrogate, reinforce
 from aligner.objective.preference import dpo, kto
 from aligner.trainer.config import PolicyConfig
 from aligner.trainer.loss_mean import Totals, counted, global_mean, rows_together, takes_one_step
-from aligner.trainer.megatron.prefix_attention import attended
+from aligner.trainer.prefix_attention import attended
 from aligner.trainer.update_metrics import StepReport, add_work, gather_metrics, over_steps
 
 MASK_BT = torch.tensor([[False, True, True], [False, False, False], [False, True, False]])

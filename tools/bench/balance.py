@@ -27,8 +27,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))  # also f
 
 from aligner.spmd.cost import TOKENS, Cost
 from aligner.spmd.partition import Shares, idle, of_groups, partition
-from aligner.trainer.megatron.prefix_attention import attended
 from aligner.trainer.packing import microbatches, row_units
+from aligner.trainer.prefix_attention import attended
 from aligner.trainer.prefix_tree import separate_rows
 
 ROOT = Path(__file__).resolve().parent.parent.parent

@@ -34,9 +34,9 @@ from aligner.reshard.plan.transfer_plan import plan_transfer
 from aligner.reshard.transfer.executor import execute, schedule_for
 from aligner.reshard.transfer.shared_memory import connect
 from aligner.rollout.config import RolloutConfig
-from aligner.rollout.engine import RolloutEngine
-from aligner.rollout.layout import EngineLayout
-from aligner.rollout.weights import EngineWeights
+from aligner.rollout.vllm.engine import VllmEngine
+from aligner.rollout.vllm.layout import EngineLayout
+from aligner.rollout.vllm.weights import EngineWeights
 from aligner.spmd.mesh import Mesh
 from aligner.trainer.megatron.cpu import install as patch_megatron
 from aligner.trainer.megatron.groups import make_groups, prepare_megatron
@@ -242,7 +242,7 @@ class Unread:
 def engine_ways(bench: Bench, folder: str) -> dict[str, Callable[[], object]]:
     """A real engine as the destination: ours, and full tensors through the engine's own loader."""
     group = group_of(bench.rank, bench.infer_mesh.groups("tensor"))
-    engine = RolloutEngine(folder, group, f"bench-{bench.rank}", RolloutConfig(max_model_len=256, kv_cache_mib=16), CPU)
+    engine = VllmEngine(folder, group, f"bench-{bench.rank}", RolloutConfig(max_model_len=256, kv_cache_mib=16), CPU)
     weights = EngineWeights(engine)
     weights.pieces()
     runner = engine._worker.model_runner

@@ -5,7 +5,9 @@ python tools/bench/train.py --cases sft/9.8M/fixed dpo/9.8M/natural --json runs/
 
 Model, rows, their order, precision and the number of threads are the same on every side.
 
-  aligner       torchrun -m aligner.main, 2 ranks x 1 thread
+  aligner       torchrun -m aligner.main, 2 ranks x 1 thread, on Megatron-core
+  aligner-1     the same on 1 rank x 1 thread
+  fsdp, fsdp-1  the same with engine=fsdp
   trl           SFTTrainer, DPOTrainer, RewardTrainer, 1 process x 2 threads, no packing
   trl-2         the same on 2 processes x 1 thread
   bare          train_bare.py, 2 processes x 1 thread: transformers, torch's fused AdamW, gradients summed by gloo
@@ -40,7 +42,7 @@ WARMUP = 2
 LR = 1e-9
 LIMIT = 900.0
 """Seconds of one run, at most."""
-SIDES = ("aligner", "trl", "trl-2", "bare", "bare-1")
+SIDES = ("aligner", "aligner-1", "fsdp", "fsdp-1", "trl", "trl-2", "bare", "bare-1")
 BATCH = {"sft": 32, "dpo": 16, "reward_model": 16}
 """Demonstrations or pairs of a step, by method."""
 LENGTHS = {"fixed": 128, "natural": 512}
@@ -92,6 +94,9 @@ class Bench:
         """What runs each side once."""
         peer: dict[str, Callable[[], alternation.Run]] = {
             "aligner": self.aligner,
+            "aligner-1": partial(self.aligner, ranks=1),
+            "fsdp": partial(self.aligner, "fsdp"),
+            "fsdp-1": partial(self.aligner, "fsdp", 1),
             "trl": partial(self.trl, 1, 2),
             "trl-2": partial(self.trl, 2, 1),
             "bare": partial(self.bare, 2, 1),
@@ -99,15 +104,16 @@ class Bench:
         }
         return {name: peer[name] for name in names}
 
-    def aligner(self) -> alternation.Run:
+    def aligner(self, engine: str = "megatron", ranks: int = 2) -> alternation.Run:
         """A real job, from row to row of its metrics."""
-        run_dir, method = self.peers.folder("aligner"), self.case.method
+        run_dir, method = self.peers.folder(f"aligner-{engine}-{ranks}"), self.case.method
         model = "reward_model" if method == "reward_model" else "policy"
-        command = alternation.torchrun(2, [
+        command = alternation.torchrun(ranks, [
             "-m", "aligner.main", f"algorithm={method}", f"data={'demonstrations' if method == 'sft' else 'preferences'}",
             f"model.path={self.work / 'model'}", f"data.path={self.work / 'rows.jsonl'}", "data.shuffle=false",
             f"data.prompts_per_step={self.batch}", f"data.max_tokens={self.max_tokens}",
             f"{model}.dtype={PRECISIONS[self.case.precision]}", f"{model}.optimizer.lr={LR}", f"run_dir={run_dir}",
+            f"policy.engine={engine}", f"{model}.engine={engine}",
             f"train.steps={self.steps + WARMUP}", "train.eval_every=0", "train.save=false", "train.report=false",
             "logging.console=false", *self.extra,
         ])  # fmt: skip

@@ -70,6 +70,21 @@ class ExplicitLayout:
         return self._holders.get(name, ())
 
 
+class UnknownLayout:
+    """The ranks of one end whose pieces nobody knows by arithmetic: a sync exchanges what ranks hold in fact."""
+
+    def __init__(self, ranks: tuple[int, ...]) -> None:
+        self.ranks = ranks
+
+    def layout(self, rank: int) -> Layout:
+        """Nothing that is known."""
+        return ()
+
+    def holders(self, name: str) -> Sequence[tuple[Piece, tuple[int, ...]]]:
+        """Nothing that is known."""
+        return ()
+
+
 def as_layout(given: WeightLayout | Mapping[int, Layout]) -> WeightLayout:
     """Every rank's pieces as a layout; a layout as it is."""
     return ExplicitLayout(given) if isinstance(given, Mapping) else given

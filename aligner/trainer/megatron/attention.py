@@ -13,8 +13,8 @@ from torch import Tensor
 
 from aligner.trainer.megatron.context_attention import context_attention
 from aligner.trainer.megatron.fused import rotate
-from aligner.trainer.megatron.prefix_attention import prefix_attention
 from aligner.trainer.megatron.rotary import RotarySlice
+from aligner.trainer.prefix_attention import prefix_attention
 
 
 @dataclass(frozen=True)

@@ -18,10 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
+from aligner.trainer.attention_mask import BLOCK, causal_bias
 from aligner.trainer.context import split_rows
-from aligner.trainer.megatron.attention_mask import BLOCK, causal_bias
-from aligner.trainer.megatron.saved_views import saved_as_views
 from aligner.trainer.prefix_tree import segment_starts
+from aligner.trainer.saved_views import saved_as_views
 
 Runs = tuple[tuple[int, int], ...]
 """Index ranges [start, stop), concatenated."""

@@ -20,9 +20,9 @@ from aligner.trainer.megatron.model import ShardedModel, build_model
 from aligner.trainer.megatron.optimizer import Optimizer
 from aligner.trainer.megatron.optimizer_state import make_moments, optimizer_tensors, saved_pieces, slices
 from aligner.trainer.megatron.pipeline import Pipeline
-from aligner.trainer.megatron.prefix_attention import attended
 from aligner.trainer.offload import Offloaded, Scratch
 from aligner.trainer.packing import Packed, pack
+from aligner.trainer.prefix_attention import attended
 from aligner.trainer.prefix_tree import Segment
 from aligner.trainer.readout import Readout
 
@@ -69,6 +69,7 @@ class MegatronEngine(TrainEngine):
         readout: Readout,
         *,
         sequence_parallel: bool = False,
+        frozen: bool = False,
     ) -> Self | None:
         """Make Megatron's process groups for the mesh and, on its ranks, the model with zero weights."""
         install()

@@ -87,6 +87,10 @@ def valid_tensor_sizes(spec: ModelSpec) -> list[int]:
 def check_sizes(spec: ModelSpec, mesh: Mesh) -> None:
     """Raises ValueError, naming the setting and the values that would work, if the model cannot be split over this mesh."""
     section = f"placement.{mesh.name}"
+    if mesh.replicas != 1:
+        raise ValueError(
+            f"{section}.replicas={mesh.replicas} is hybrid sharding, which engine=megatron does not have; use 1."
+        )
     if mesh.tensor not in valid_tensor_sizes(spec):
         raise ValueError(
             f"{section}.tensor={mesh.tensor} does not divide the {spec.heads} heads, {spec.kv_heads} key/value heads and "

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from aligner.trainer.megatron import packed_attention as packed
-from aligner.trainer.megatron.packed_attention import packed_attention
-from aligner.trainer.megatron.prefix_attention import prefix_attention
+from aligner.trainer import packed_attention as packed
+from aligner.trainer.packed_attention import packed_attention
+from aligner.trainer.prefix_attention import prefix_attention
 from tests.trainer.context_on_ranks import SCALE, dense
 
 

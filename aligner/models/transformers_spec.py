@@ -1,0 +1,87 @@
+"""`ModelSpec` of a model that only transformers knows: sizes from its configuration class, tensors from its model class."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from aligner.models.spec import CheckpointTensors, Head, LayerType, ModelSpec
+from aligner.models.transformers_model import checkpoint_shapes, empty_model, model_class, read_config, stored_name
+
+_LAYER = "attention"
+_SIZES = ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size", "max_position_embeddings")
+
+
+def transformers_spec(
+    folder: Path, head: Head, architectures: Sequence[str] | None, dtype: str, eos_token_ids: tuple[int, ...]
+) -> ModelSpec:
+    """Read the folder's model with transformers.
+
+    Args:
+        architectures: config.json's.
+        dtype: data type of the checkpoint's weights.
+
+    Raises:
+        ValueError: transformers does not know it, its class is not that of `architectures`, or its tensors cannot be traced.
+    """
+    config = read_config(folder, head)
+    lacking = [name for name in _SIZES if not isinstance(getattr(config, name, None), int)]
+    if lacking:
+        raise ValueError(
+            f"{folder}/config.json: a {config.model_type} model has no {lacking[0]}, so it is no language model of one "
+            "decoder, which alone are supported."
+        )
+    kind = model_class(config, head, folder)
+    if architectures and architectures[0] != kind.__name__:
+        raise ValueError(
+            f"{folder}/config.json: architectures={list(architectures)}, and transformers' class of "
+            f"model_type={config.model_type!r} is {kind.__name__}; set both to what the weights are of."
+        )
+    model = empty_model(folder, head)
+    embedding, output = model.get_input_embeddings(), model.get_output_embeddings()
+    names = {id(module): f"{name}.weight" for name, module in model.named_modules()}
+    tied = output is not None and output.weight is embedding.weight
+    language = model_class(config, Head.LANGUAGE, folder)
+    sizes: dict[str, Any] = {name: getattr(config, name) for name in _SIZES}
+    heads, latent = sizes["num_attention_heads"], getattr(config, "kv_lora_rank", None)
+    head_dim = getattr(config, "head_dim", None) or sizes["hidden_size"] // heads
+    return ModelSpec(
+        family=config.model_type,
+        layers=sizes["num_hidden_layers"],
+        hidden=sizes["hidden_size"],
+        heads=heads,
+        kv_heads=1 if latent else getattr(config, "num_key_value_heads", None) or heads,
+        head_dim=latent + config.qk_rope_head_dim if latent else head_dim,
+        ffn=getattr(config, "intermediate_size", None) or 4 * sizes["hidden_size"],
+        vocab=sizes["vocab_size"],
+        head=head,
+        stored_head=head,
+        tied=tied,
+        norm_eps=0.0,
+        qkv_bias=False,
+        o_bias=False,
+        mlp_bias=False,
+        qk_norm=None,
+        attention_scale=0.0,
+        activation="",
+        norm_plus_one=False,
+        embedding_scale=1.0,
+        experts=0,
+        experts_per_token=0,
+        expert_ffn=0,
+        norm_topk=False,
+        layer_types=(_LAYER,) * sizes["num_hidden_layers"],
+        types={_LAYER: LayerType()},
+        max_positions=sizes["max_position_embeddings"],
+        eos_token_ids=eos_token_ids,
+        dtype=dtype,
+        path=str(folder),
+        tensors=CheckpointTensors(
+            checkpoint_shapes(folder, head),
+            stored_name(model, names[id(embedding)]),
+            stored_name(model, names[id(output)]) if output is not None else None,
+            language.__name__,
+            latent is not None,
+        ),
+    )

@@ -1,0 +1,41 @@
+"""What the transformers engine can run, and its memory, by arithmetic (no torch, no transformers)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from aligner.models.tensors import parameter_count
+from aligner.reshard.plan.region import ELEMENT_BYTES
+
+if TYPE_CHECKING:
+    from aligner.models.spec import ModelSpec
+    from aligner.rollout.config import RolloutConfig
+    from aligner.spmd.mesh import Mesh
+
+PREFILL_TOKENS = 8192
+"""Tokens of prompts in one forward pass where rollout.max_batched_tokens is null."""
+
+
+def check_model(spec: ModelSpec, mesh: Mesh, config: RolloutConfig, cpu: bool) -> None:
+    """Raises ValueError for parallel sizes, of which there are none, and for a model that transformers cannot make."""
+    config.check_length(spec)
+    for axis in ("tensor", "pipeline", "expert"):
+        if getattr(mesh, axis) != 1:
+            raise ValueError(
+                f"placement.{mesh.name}.{axis}={getattr(mesh, axis)}: rollout.engine=transformers holds the whole model on each "
+                "of its ranks; use 1, or engine=vllm."
+            )
+    from aligner.models import transformers_model  # imported here: torch and transformers take seconds
+
+    kind = transformers_model.model_class(transformers_model.read_config(spec.path, spec.head), spec.head, spec.path)
+    if not kind._supports_default_dynamic_cache():
+        raise ValueError(
+            f"rollout.engine=transformers: {kind.__name__} ({spec.path}) generates with a cache of its own kind, which is not "
+            "supported; use engine=vllm."
+        )
+    transformers_model.held_tensors(spec)
+
+
+def bytes_per_rank(spec: ModelSpec, mesh: Mesh, config: RolloutConfig, cpu: bool) -> float:
+    """Weights of a rank in bytes; the KV cache grows with what is generated."""
+    return float(parameter_count(spec) * ELEMENT_BYTES[config.dtype])

@@ -1,0 +1,264 @@
+"""One replica's vLLM engine: token ids in, sampled token ids and their log-probabilities out."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+import torch.distributed as dist
+
+from aligner.models.agreement import check_agreement
+from aligner.models.read_spec import read_spec
+from aligner.models.tensors import architecture_of
+from aligner.rollout.config import RolloutConfig, Sampling
+from aligner.rollout.engine import RolloutEngine
+from aligner.rollout.loaded import LoadedWeights
+from aligner.rollout.requests import Sample
+from aligner.rollout.vllm import cpu_norms
+from aligner.rollout.vllm.experts import mend_cpu_expert_parallel
+from aligner.rollout.vllm.requests import VllmRequests
+from aligner.rollout.vllm.sizes import BLOCK_TOKENS, check_runs, kv_cache_bytes
+from aligner.rollout.vllm.sleep import residency_parts
+from aligner.rollout.vllm.subworld import SubWorld, executor_class
+from aligner.rollout.vllm.weights import EngineWeights
+
+if TYPE_CHECKING:
+    from aligner.models.spec import ModelSpec
+    from aligner.reshard.plan.layout import WeightLayout
+    from aligner.spmd.memory import Meter
+    from aligner.spmd.mesh import Mesh
+    from aligner.spmd.residency import Part
+
+LOAD_FORMAT = "dummy"
+"""vLLM starts with placeholder weights: the policy's arrive by resharding."""
+
+
+class VllmEngine(RolloutEngine):
+    """vLLM in this process, for the replica whose ranks are `group`.
+
+    A process may hold several engines; on CUDA one of those that `sleeps`.
+    """
+
+    def __init__(
+        self,
+        model_path: str | Path,
+        group: dist.ProcessGroup,
+        ident: str,
+        config: RolloutConfig,
+        device: torch.device,
+        expert_parallel: bool = False,
+        pipeline: int = 1,
+        sleeps: bool = False,
+        stop: Sequence[int] | None = None,
+        loaded: LoadedWeights | None = None,
+    ) -> None:
+        """Collective over `group`, which must carry CPU tensors; `ident` names the replica among this host's.
+
+        Args:
+            group: the replica's ranks, tensor neighbours adjacent; its size is tensor x pipeline.
+            expert_parallel: each rank of the replica holds whole experts, rather than a part of every expert.
+            sleeps: CUDA: weights and cache must be able to leave the device (`rollout.sleep`).
+            stop: tokens that end a response; None: those that the model's own files name.
+            loaded: the role's record of which weights its engines hold; None: one of this engine's own.
+
+        Raises ValueError where the settings and the model do not go together.
+        """
+        self.spec, self.config, self.device = read_spec(str(model_path)), config, device
+        cpu, architecture = device.type == "cpu", architecture_of(self.spec)
+        tensor = dist.get_world_size(group) // pipeline
+        check_runs(config, self.spec, tensor, cpu, expert_parallel, pipeline)
+        self.loaded = loaded or LoadedWeights()
+        """Which weights the engine holds; `EngineWeights` says when they are written."""
+        self._subworld = SubWorld(group, ident, device)
+        with self._subworld.inside():
+            _platform(device)
+        with self._subworld.starting():
+            _register(architecture)
+            sizes = {
+                "tensor_parallel_size": tensor,
+                "pipeline_parallel_size": pipeline,
+                "enable_expert_parallel": expert_parallel,
+                "kv_cache_memory_bytes": kv_cache_bytes(config, self.spec, tensor, cpu, pipeline),
+                "enable_sleep_mode": sleeps and not cpu,
+                "max_model_len": config.length(self.spec),
+            }
+            self._llm = _build(model_path, architecture, self._subworld, config, sizes)
+            check_agreement(self.spec, self._llm.model_config.hf_text_config, "the rollout engine")
+        self._receive_buffer()
+        self._weights: EngineWeights | None = None
+        ends = self.spec.eos_token_ids if stop is None else stop
+        self.requests: VllmRequests = VllmRequests(self._llm, self._worker.model_runner, ends, self.loaded)
+        """What is being generated."""
+        gc.unfreeze()  # vLLM hides all objects of the process from the garbage collector, the training roles' too
+
+    @classmethod
+    def build(
+        cls,
+        spec: ModelSpec,
+        mesh: Mesh,
+        group: dist.ProcessGroup,
+        ident: str,
+        config: RolloutConfig,
+        device: torch.device,
+        *,
+        layout: WeightLayout,
+        sleeps: bool,
+        loaded: LoadedWeights,
+    ) -> Self:
+        """Of a role's mesh."""
+        engine = cls(
+            spec.path, group, ident, config, device, mesh.expert > 1, mesh.pipeline, sleeps, spec.eos_token_ids, loaded
+        )
+        engine._weights = EngineWeights(engine, layout)
+        return engine
+
+    @property
+    def weights(self) -> EngineWeights:
+        """The parameters of vLLM's model, through its packed kernels."""
+        if self._weights is None:
+            self._weights = EngineWeights(self)
+        return self._weights
+
+    def parts(self, meter: Meter) -> Mapping[str, Part]:
+        """Freed storages on a CPU, unmapped memory on CUDA."""
+        return residency_parts(self, self.weights, meter)
+
+    @property
+    def model(self) -> torch.nn.Module:
+        """vLLM's model, this rank's shard."""
+        return self._worker.model_runner.model
+
+    @property
+    def caches(self) -> list[torch.Tensor]:
+        """The KV cache, a tensor for each layer."""
+        return list(self._worker.model_runner.kv_caches)
+
+    @property
+    def executor(self) -> Any:
+        """vLLM's executor, which puts the engine to sleep."""
+        return self._llm.model_executor
+
+    @property
+    def _worker(self) -> Any:
+        return self._llm.model_executor.driver_worker.worker
+
+    def _receive_buffer(self) -> None:
+        """What a later pipeline stage receives into: vLLM makes it in a trial run, which a CPU's engine leaves out."""
+        runner = self._worker.model_runner
+        if runner.broadcast_pp_output and runner.intermediate_tensors is None:
+            runner.intermediate_tensors = runner.model.make_empty_intermediate_tensors(
+                batch_size=runner.max_num_tokens, dtype=runner.dtype, device=runner.device
+            )
+
+    @contextmanager
+    def inside(self) -> Iterator[None]:
+        """The surroundings that vLLM's own code needs; the process is as before afterwards."""
+        from vllm.config import set_current_vllm_config
+
+        with self._subworld.inside(), set_current_vllm_config(self._worker.vllm_config), torch.no_grad():
+            yield
+
+    def resume(self, samples: Sequence[Sample], sampling: Sampling, step_tokens: int | None = None) -> int:
+        """Take samples into work that may have been begun before; see `Requests.start`. Returns what `finish` takes."""
+        self.loaded.check()
+        with self.inside():
+            return self.requests.start(samples, sampling, step_tokens)
+
+    def finish(self, ticket: int) -> list[Sample]:
+        """Generate until the samples of one `start` or `resume` are there, in its order."""
+        with self.inside():
+            return self.requests.finish(ticket)
+
+    def work_until(self, enough: Callable[[], bool]) -> None:
+        """Generate until `enough()`, asked on the replica's first rank before each token, or until nothing is left."""
+        with self.inside():
+            while self.requests.under_way and not self._subworld.first_says(enough):
+                self.requests.advance()
+
+    def gather(self, value: Any) -> list[Any]:
+        """The value that each rank of the replica gives; collective."""
+        return self._subworld.gather(value)
+
+    def new_weights(self) -> None:
+        """Forget every KV cache entry, all of which the weights before computed; what is under way is read anew."""
+        if not self._llm.reset_prefix_cache(reset_running_requests=self.requests.under_way > 0):
+            raise RuntimeError("the rollout engine could not empty its KV cache.")
+
+    def close(self) -> None:
+        """Free the engine; collective over the replica. The process can then make another one."""
+        core = self._llm.engine_core
+        core._finalizer.detach()  # would destroy the world's process group
+        with self._subworld.inside():
+            core.engine_core.structured_output_manager.clear_backend()
+            core.engine_core.model_executor.shutdown()
+            core.engine_core.scheduler.shutdown()
+        self.loaded.evict()
+        self._llm = None
+        self._subworld.close()
+
+
+def _platform(device: torch.device) -> None:
+    """Import vLLM, whose platform must be the device's."""
+    # vLLM logs while it is imported, before it reads its own setting.
+    logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"].upper())
+    from vllm.platforms import current_platform
+
+    if current_platform.device_type != device.type:
+        raise ValueError(
+            f"the installed vLLM runs on {current_platform.device_type or 'no device'}, this rank on {device.type}; "
+            f"install the extra .[{'cpu' if device.type == 'cpu' else 'cuda'}]."
+        )
+    if device.type == "cpu":
+        # Compiling the sampler's small kernels takes 7 to 13 s and gains nothing on a CPU. Must precede other imports.
+        type(current_platform).simple_compile_backend = "eager"
+        mend_cpu_expert_parallel()
+
+
+def _register(architecture: str) -> None:
+    """Tell vLLM the model's class: it would start a second Python to look at the class, which takes 10 s."""
+    from vllm import ModelRegistry
+
+    known = ModelRegistry.models.get(architecture)
+    if known is not None:
+        ModelRegistry.register_model(architecture, known.load_model_cls())
+
+
+def _build(
+    model_path: str | Path, architecture: str, subworld: SubWorld, config: RolloutConfig, sizes: Mapping[str, Any]
+) -> Any:
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.usage.usage_lib import UsageContext
+    from vllm.v1.engine.llm_engine import LLMEngine
+
+    cpu = subworld.device.type == "cpu"
+    arguments = EngineArgs(
+        model=str(model_path),
+        config_format="hf",  # a params.json beside it says the same of other files
+        hf_overrides={"architectures": [architecture]},  # config.json may leave it out
+        skip_tokenizer_init=True,
+        load_format=LOAD_FORMAT,
+        generation_config="vllm",
+        dtype=config.dtype,  # type: ignore[arg-type]
+        seed=0,
+        **sizes,
+        # The kernel that reads experts as they are written; CUDA's others re-lay them out. A CPU has one only.
+        moe_backend="triton" if subworld.device.type == "cuda" else "auto",
+        distributed_executor_backend=executor_class(subworld),
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.max_batched_tokens,
+        block_size=BLOCK_TOKENS,  # type: ignore[arg-type]
+        gpu_memory_utilization=config.gpu_memory_utilization,
+        enable_prefix_caching=config.prefix_caching,
+        enforce_eager=config.enforce_eager or cpu,
+        **({"ir_op_priority": cpu_norms.priority()} if cpu else {}),
+        # The default reports log-probabilities before temperature, top-k and top-p.
+        logprobs_mode="processed_logprobs",
+        disable_log_stats=True,
+    )
+    return LLMEngine.from_engine_args(arguments, usage_context=UsageContext.LLM_CLASS)

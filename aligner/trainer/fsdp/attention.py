@@ -1,0 +1,141 @@
+"""Attention of packed microbatches inside transformers' models: `implementation` is registered with transformers by name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from aligner.trainer.packing import Packed
+from aligner.trainer.prefix_attention import attended, prefix_attention
+
+NAME = "aligner_packed"
+"""The attention implementation's name in transformers."""
+
+
+@dataclass
+class Rows:
+    """The segments of the microbatch that a model is running, for its attention layers."""
+
+    recompute: bool
+    """Compute attention again in the backward instead of keeping its activations."""
+    explicit: bool
+    """The model's attention has soft-capping or sinks, which torch's kernels do not: scores are computed one row at a time."""
+    lengths: tuple[int, ...] = ()
+    parents: tuple[int, ...] = ()
+
+    def enter(self, batch: Packed) -> None:
+        """The model runs this microbatch next."""
+        self.lengths, self.parents = (tuple(column) for column in batch.segments_S2.T.tolist())
+
+    def computed(self, batch: Packed) -> int:
+        """Tokens that attention computes for a microbatch, with the padding of calls that rows share."""
+        lengths, parents = (tuple(column) for column in batch.segments_S2.T.tolist())
+        return sum(lengths) if self.explicit else attended(lengths, parents)
+
+
+def register() -> None:
+    """Make the implementation known to transformers."""
+    from transformers import AttentionInterface
+    from transformers.masking_utils import AttentionMaskInterface
+
+    AttentionInterface.register(NAME, implementation)
+    AttentionMaskInterface.register(NAME, window_mask)
+
+
+def use_rows(model: nn.Module, rows: Rows) -> None:
+    """Let the model's attention layers find the microbatch's rows."""
+    for module in model.modules():
+        module.packed_rows = rows  # type: ignore[assignment]
+
+
+def window_mask(*_: Any, local_size: int | None = None, **__: Any) -> Tensor:
+    """In place of an attention mask, [1, 1, 1, 1] int64 on the host: the sliding window in tokens, 0 for none."""
+    return torch.full((1, 1, 1, 1), local_size or 0, dtype=torch.long)
+
+
+def implementation(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention function: causal attention inside each row of the microbatch that `Rows` describes.
+
+    Args:
+        query: [1, query heads, T, head_dim]; key, value: [1, key/value heads, T, head_dim].
+        attention_mask: of `window_mask`.
+        sliding_window: number of tokens that a query attends to, itself included; None: what the mask says.
+        softcap: scores become softcap x tanh(scores / softcap) (Gemma 2).
+        s_aux: [query heads], logits of a sink that takes a share of each query's probability (gpt-oss).
+
+    Returns:
+        ([1, T, query heads, head_dim], None).
+    """
+    rows: Rows = module.packed_rows  # type: ignore[assignment]
+    window = sliding_window if attention_mask is None else int(attention_mask.flatten()[0]) or None
+    if sliding_window is not None and window is None:
+        window = sliding_window
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    q_TND, k_TKD, v_TKD = (x[0].transpose(0, 1) for x in (query, key, value))
+
+    def attend(q_TND: Tensor, k_TKD: Tensor, v_TKD: Tensor) -> Tensor:
+        if softcap is None and s_aux is None:
+            return prefix_attention(q_TND, k_TKD, v_TKD, rows.lengths, rows.parents, scale, window)
+        assert rows.explicit and max(rows.parents) < 0, "attention with soft-capping or sinks shares no prefixes"
+        return explicit_attention(q_TND, k_TKD, v_TKD, rows.lengths, scale, window, softcap, s_aux)
+
+    again = rows.recompute and torch.is_grad_enabled()
+    out = (
+        checkpoint(attend, q_TND, k_TKD, v_TKD, use_reentrant=False, preserve_rng_state=False)
+        if again
+        else attend(q_TND, k_TKD, v_TKD)
+    )
+    return out.view(1, len(q_TND), q_TND.shape[1], -1), None
+
+
+def explicit_attention(
+    q_TND: Tensor,
+    k_TKD: Tensor,
+    v_TKD: Tensor,
+    lengths: tuple[int, ...],
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    sink_N: Tensor | None,
+) -> Tensor:
+    """Causal attention by its formula, a row at a time: softmax of soft-capped scores, with a sink beside each query's keys.
+
+    Args:
+        q_TND: [T, query heads, head_dim]; k_TKD, v_TKD: [T, key/value heads, head_dim].
+        lengths: tokens of each row, in order; their sum is T.
+
+    Returns:
+        [T, query heads x head_dim].
+    """
+    groups = q_TND.shape[1] // k_TKD.shape[1]
+    outs = []
+    for q, k, v in zip(*(x.transpose(0, 1).split(lengths, 1) for x in (q_TND, k_TKD, v_TKD)), strict=True):
+        tokens = q.shape[1]
+        scores_NTS = q @ k.repeat_interleave(groups, 0).transpose(1, 2) * scale
+        if softcap is not None:
+            scores_NTS = softcap * torch.tanh(scores_NTS / softcap)
+        hidden = torch.ones(tokens, tokens, dtype=torch.bool, device=q.device).triu(1)
+        if window is not None:
+            hidden |= torch.ones_like(hidden).tril(-window)
+        scores_NTS = scores_NTS.float().masked_fill(hidden, -torch.inf)
+        if sink_N is not None:
+            sinks_NT1 = sink_N.float()[:, None, None].expand(-1, tokens, 1)
+            scores_NTS = torch.cat([scores_NTS, sinks_NT1], -1)
+        weights_NTS = scores_NTS.softmax(-1)[..., :tokens].to(q.dtype)
+        outs.append((weights_NTS @ v.repeat_interleave(groups, 0)).transpose(0, 1).flatten(1))
+    return torch.cat(outs)

@@ -1,0 +1,38 @@
+"""What a role on FSDP can run, and what it holds in memory."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from aligner.models.spec import ModelSpec
+from aligner.models.tensors import parameter_count
+from aligner.reshard.plan.region import ELEMENT_BYTES
+from aligner.spmd.mesh import Mesh
+
+if TYPE_CHECKING:
+    from aligner.trainer.config import TrainingConfig
+
+_ONLY_MEGATRON = ("tensor", "pipeline", "context", "expert", "expert_tensor", "virtual_pipeline")
+
+
+def check_runs(spec: ModelSpec, mesh: Mesh, config: TrainingConfig, sequence_parallel: bool, cpu: bool) -> None:
+    """Raises ValueError, naming the setting and what would work, for parallel sizes that FSDP does not have, and for a model that
+    transformers does not know or computes in ways that packed rows do not allow."""
+    for axis in _ONLY_MEGATRON:
+        if getattr(mesh, axis) != 1:
+            raise ValueError(
+                f"placement.{mesh.name}.{axis}={getattr(mesh, axis)}: engine=fsdp shards weights over all of a role's ranks, and "
+                f"has no {axis.replace('_', ' ')} parallelism; use 1, or engine=megatron."
+            )
+    if mesh.stage_layers:
+        raise ValueError(f"placement.{mesh.name}.stage_layers: engine=fsdp has no pipeline stages; leave it out.")
+    from aligner.trainer.fsdp.model import check_model  # imported here: torch and transformers take seconds
+
+    check_model(spec)
+
+
+def bytes_per_rank(spec: ModelSpec, mesh: Mesh, config: TrainingConfig, learns: bool) -> float:
+    """Bytes on one rank: its shard of the weights, and with `learns` of float32 masters (which are the weights), gradients and two
+    moments. Gathered layers and activations are not counted."""
+    shards = mesh.size // mesh.replicas
+    return parameter_count(spec) / shards * (16 if learns else ELEMENT_BYTES[config.dtype])

@@ -1,0 +1,227 @@
+"""transformers' model of a checkpoint on one rank of a role: packed rows, sharded by FSDP2, with the regions that it holds."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
+
+from aligner.models.spec import Head, ModelSpec
+from aligner.models.transformers_model import HeadForm, empty_model, head_form, held_tensors
+from aligner.reshard.message.storage import strided_view
+from aligner.reshard.plan.region import Piece
+from aligner.trainer.fsdp import attention
+from aligner.trainer.fsdp.attention import Rows
+from aligner.trainer.fsdp.layout import FsdpLayout
+from aligner.trainer.output_layer import PackedOutput
+from aligner.trainer.packing import Packed
+from aligner.trainer.readout import Readout
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_ATTENTION_LAYERS = ("full_attention", "sliding_attention", "attention")
+"""Names in a configuration's layer_types that mix tokens by causal attention alone."""
+
+
+def check_model(spec: ModelSpec) -> HeadForm:
+    """Build the model without memory.
+
+    Returns:
+        What it does with the product of hidden states and output layer.
+
+    Raises:
+        ValueError: transformers has no such model; it mixes tokens by other things than causal attention of
+            `AttentionInterface`, so that packed rows would run into each other; or its head is not supported.
+    """
+    attention.register()
+    held_tensors(spec)
+    model = empty_model(spec.path, spec.head)
+    name, config = type(model).__name__, model.config
+    others = sorted({*(getattr(config, "layer_types", None) or ())}.difference(_ATTENTION_LAYERS))
+    problem = None
+    if others or getattr(model, "_is_stateful", False):
+        problem = f"has {others[0] if others else 'recurrent'} layers"
+    elif not getattr(model, "_supports_attention_backend", False):
+        problem = "does not take its attention from transformers' AttentionInterface"
+    elif "position_ids" not in inspect.signature(type(model.base_model).forward).parameters:
+        problem = "takes no positions of its tokens"
+    elif getattr(config, "use_bidirectional_attention", False) or not getattr(config, "is_causal", True):
+        problem = "attends to later tokens"
+    elif spec.tensors is not None and (kind := _rope_of_lengths(config)):
+        problem = f"has rotary positions of type {kind!r}, which depend on the longest row"
+    if problem:
+        raise ValueError(
+            f"{spec.path}: transformers' {name} {problem}, so rows that are packed into one sequence would run into each other; "
+            "engine=fsdp does not support it."
+        )
+    if spec.head is Head.LANGUAGE:
+        return head_form(model)
+    score = getattr(model, "score", None)
+    if not isinstance(score, nn.Linear) or score.bias is not None or score.out_features != 1:
+        raise ValueError(
+            f"{spec.path}: transformers' {name} has no scalar head `score`; engine=fsdp does not support it."
+        )
+    return HeadForm()
+
+
+def _rope_of_lengths(config: PreTrainedConfig) -> str | None:
+    """A rotary type whose frequencies depend on the length of what is computed together; tables of families bound the length."""
+    entry = getattr(config, "rope_parameters", None) or {}
+    entries = [entry, *(value for value in entry.values() if isinstance(value, dict))]
+    return next((kind for one in entries if (kind := one.get("rope_type")) in ("dynamic", "longrope")), None)
+
+
+class PackedModel(nn.Module):
+    """A whole forward pass, from a packed microbatch to its readouts, as one module: FSDP gathers the output layer with it."""
+
+    def __init__(self, model: PreTrainedModel, spec: ModelSpec, form: HeadForm, readout: Readout, rows: Rows) -> None:
+        super().__init__()
+        self.model, self.spec, self.form, self.readout, self.rows = model, spec, form, readout, rows
+
+    def forward(self, batch: Packed, first_only: bool = False) -> dict[str, Tensor]:
+        """Readouts by name; see `Readout`."""
+        self.rows.enter(batch)
+        hidden_TH = self.model.base_model(
+            input_ids=batch.tokens_T[None], position_ids=batch.positions_T[None], use_cache=False
+        ).last_hidden_state[0]
+        return self.readout(self.head(hidden_TH), batch, first_only)
+
+    def head(self, hidden_TH: Tensor) -> PackedOutput:
+        """The head's output."""
+        if self.spec.head is Head.SCALAR:
+            return PackedOutput(self.model.score(hidden_TH).float(), self.spec.vocab)
+        weight = self.model.get_output_embeddings().weight
+        if self.form.scale != 1.0:
+            hidden_TH = hidden_TH * self.form.scale
+        # a gradient buffer that is not sharded takes the weight's gradient without a copy of it
+        given = weight.grad if torch.is_grad_enabled() and not isinstance(self, FSDPModule) else None
+        return PackedOutput(hidden_TH, self.spec.vocab, weight, weight_grad_VH=given, softcap=self.form.softcap)
+
+
+class ShardedModel:
+    """This rank's part of the model."""
+
+    def __init__(self, root: PackedModel, layout: FsdpLayout, rank: int) -> None:
+        self.root, self.layout, self._rank = root, layout, rank
+        trained = dict(root.model.named_parameters())
+        buffers = dict(root.model.named_buffers())
+        self.parameters: dict[str, nn.Parameter] = {
+            held.storage: trained[held.storage] for held in layout.held if held.trained
+        }
+        """By the layout's storage names, sharded: views alias them however the layers are gathered at the time."""
+        self.buffers: dict[str, Tensor] = {
+            held.storage: buffers[held.storage] for held in layout.held if not held.trained
+        }
+
+    @property
+    def is_sharded(self) -> bool:
+        """FSDP runs it."""
+        return isinstance(self.root, FSDPModule)
+
+    def pieces(self) -> Sequence[Piece]:
+        """The regions that this rank holds."""
+        return self.layout.layout(self._rank)
+
+    def view(self, piece: Piece) -> Tensor:
+        """A writable strided view of what holds `piece`."""
+        return strided_view(self.local(piece.storage), piece)
+
+    def local(self, storage: str) -> Tensor:
+        """This rank's rows of a parameter, without gradients."""
+        held = self.parameters[storage] if storage in self.parameters else self.buffers[storage]
+        return local_part(held).detach()
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """This rank's shard of a tensor, or the tensor."""
+    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+
+
+def build_model(
+    spec: ModelSpec,
+    layout: FsdpLayout,
+    rank: int,
+    device: torch.device,
+    mesh: DeviceMesh | None,
+    readout: Readout,
+    *,
+    dtype: torch.dtype,
+    frozen: bool,
+    recompute: str,
+    reshard_after_forward: bool,
+) -> ShardedModel:
+    """This rank's part of the model; its weights are undefined.
+
+    Args:
+        mesh: what weights are sharded over; None: they are whole here.
+        dtype: of activations, and of the weights of a frozen model; others have float32 weights.
+        recompute: none, selective (attention only) or full (each layer).
+
+    Raises:
+        ValueError: see `check_model`.
+    """
+    form = check_model(spec)
+    model: Any = empty_model(spec.path, spec.head, attention.NAME)
+    explicit = bool(getattr(model.config, "attn_logit_softcapping", None)) or any(
+        name.endswith("sinks") for name, _ in model.named_parameters()
+    )
+    # packed rows have no padding: where the pad token stands it is a token, and its row has a gradient
+    for embedding in (module for module in model.modules() if isinstance(module, nn.Embedding)):
+        embedding.padding_idx = None
+    rows = Rows(recompute == "selective", explicit)
+    attention.use_rows(model, rows)
+    layers = decoder_layers(model)
+    if recompute == "full":
+        for layer in layers:
+            layer.forward = partial(_computed_again, layer.forward)  # type: ignore[method-assign]
+    if frozen:
+        for parameter in model.requires_grad_(False).parameters():
+            parameter.data = parameter.data.to(dtype)  # and no buffer: rotary frequencies stay float32
+    root = PackedModel(model, spec, form, readout, rows).eval()
+    if mesh is not None:
+        policy = (
+            MixedPrecisionPolicy() if frozen or dtype is torch.float32 else MixedPrecisionPolicy(dtype, torch.float32)
+        )
+        for module in (*layers, root):
+            again = None if module is root else reshard_after_forward  # the root's come last and are needed first
+            sharded = fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=again)
+            # gradients are summed: the loss is already divided by the global batch's denominators
+            sharded.set_gradient_divide_factor(1.0)
+            sharded.set_force_sum_reduction_for_comms(True)
+    _allocate(root, device)
+    return ShardedModel(root, layout, rank)
+
+
+def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
+    """The modules that are gathered and recomputed one after the other."""
+    kinds = {*(model._no_split_modules or ())}
+    layers = [module for module in model.modules() if type(module).__name__ in kinds]
+    return layers or [*getattr(model.base_model, "layers", ())]
+
+
+def _computed_again(forward: Any, *args: Any, **kwargs: Any) -> Any:
+    """A layer's forward whose activations are computed again in the backward."""
+    if not torch.is_grad_enabled():
+        return forward(*args, **kwargs)
+    return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+
+
+def _allocate(root: PackedModel, device: torch.device) -> None:
+    """Give parameters memory and move buffers, whose values stay."""
+    values: Mapping[str, Tensor] = dict(root.named_buffers())
+    root.to_empty(device=device)
+    root.model.tie_weights()  # each module has got a parameter of its own
+    with torch.no_grad():
+        for name, buffer in root.named_buffers():
+            if not values[name].is_meta:
+                buffer.copy_(values[name])

@@ -1,0 +1,85 @@
+"""Models as only transformers knows them: where parameters hold the checkpoint's tensors, what follows the output layer, refusals."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+from transformers import FalconConfig, PhiConfig, PreTrainedConfig, Qwen3NextConfig
+
+from aligner.models.read_spec import read_spec
+from aligner.models.spec import Head, with_scalar_head
+from aligner.models.tensors import logical_tensors, new_tensors
+from aligner.models.transformers_model import HeadForm, empty_model, head_form, held_tensors
+from aligner.spmd.mesh import Mesh
+from aligner.trainer.config import PolicyConfig
+from aligner.trainer.engines import backend
+from aligner.trainer.fsdp.model import check_model
+from tests.trainer.fsdp.families import FAMILIES, SIZES, save_model
+
+FORMS = {"gemma2": HeadForm(softcap=2.0), "granite": HeadForm(scale=0.25), "cohere2": HeadForm(scale=0.3)}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_tensors_are_those_that_transformers_saves(family: str, tmp_path: Path) -> None:
+    save_model(family, tmp_path)
+    spec = read_spec(tmp_path)
+    stored = {name: tuple(tensor.shape) for name, tensor in load_file(tmp_path / "model.safetensors").items()}
+    assert logical_tensors(spec) == stored
+    pieces = [piece for held in held_tensors(spec) for piece in held.pieces]
+    assert {piece.name: piece.size for piece in pieces} == stored
+    assert head_form(empty_model(tmp_path, Head.LANGUAGE)) == FORMS.get(family, HeadForm())
+
+
+def test_a_scalar_head_takes_the_place_of_the_output_layer(tmp_path: Path) -> None:
+    save_model("gpt_neox", tmp_path)
+    language = read_spec(tmp_path)
+    scalar = with_scalar_head(language)
+    assert logical_tensors(language).keys() ^ logical_tensors(scalar).keys() == {"embed_out.weight", "score.weight"}
+    assert new_tensors(scalar) == {"score.weight"} and not new_tensors(language)
+    assert {piece.name for held in held_tensors(scalar) for piece in held.pieces} == logical_tensors(scalar).keys()
+
+
+def written(folder: Path, config: PreTrainedConfig, **changes: Any) -> Path:
+    config.save_pretrained(folder)
+    file = folder / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("config", "changes", "message"),
+    [
+        (PhiConfig(**SIZES), {}, "PhiForCausalLM: its output layer is no matrix alone"),
+        (FalconConfig(vocab_size=99, hidden_size=32, num_hidden_layers=1, num_attention_heads=2), {}, "AttentionInterface"),
+        (Qwen3NextConfig(**SIZES, num_experts=4), {}, "Qwen3NextForCausalLM has linear_attention layers"),
+        (FAMILIES["smollm3"], {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, "type 'dynamic'"),
+        (FAMILIES["smollm3"], {"architectures": ["LlamaForCausalLM"]}, "is not that of architecture LlamaForCausalLM"),
+        (FAMILIES["smollm3"], {"architectures": ["SmolForCausalLM"]}, "transformers' class .* is SmolLM3ForCausalLM"),
+        (FAMILIES["smollm3"], {"model_type": "newer"}, "transformers cannot read it: .*newer"),
+        (FAMILIES["smollm3"], {"auto_map": {"AutoModelForCausalLM": "a.B"}}, "code of the checkpoint's own"),
+        (FAMILIES["smollm3"], {"quantization_config": {"bits": 4}}, "use the model before quantization"),
+    ],
+)  # fmt: skip
+def test_what_packed_rows_do_not_allow_is_refused(
+    config: PreTrainedConfig, changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        check_model(read_spec(written(tmp_path, config, **changes)))
+
+
+def test_a_head_that_transformers_does_not_have_is_refused(tmp_path: Path) -> None:
+    save_model("granite", tmp_path)
+    with pytest.raises(ValueError, match="no class of model_type='granite' with a scalar head"):
+        check_model(with_scalar_head(read_spec(tmp_path)))
+
+
+def test_megatron_names_the_backend_that_runs_it(tmp_path: Path) -> None:
+    save_model("granite", tmp_path)
+    spec, mesh = read_spec(tmp_path), Mesh((0,), name="policy")
+    with pytest.raises(ValueError, match=r"GraniteForCausalLM .*is not supported; use policy\.engine=fsdp"):
+        backend("megatron").check(spec, mesh, PolicyConfig(), False, True)
+    backend("fsdp").check(spec, mesh, PolicyConfig(engine="fsdp"), False, True)

@@ -1,0 +1,63 @@
+"""The two training backends agree: readouts, metrics, gradients, weights, and each goes on from what the other saved."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.conftest import Ranks
+from tests.models.tiny import tiny_model
+
+MODELS = ("llama", "qwen2-tied", "qwen3-moe")
+CASES = ("sft", "grpo", "critic", "reward_model")
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Small models, by name."""
+    folder = tmp_path_factory.mktemp("models")
+    for name in MODELS:
+        model = tiny_model(name)
+        with torch.no_grad():
+            for key, parameter in model.named_parameters():
+                parameter.mul_(0.1).add_(float("norm" in key))
+        model.save_pretrained(folder / name)
+    return folder
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("model", MODELS)
+def test_agrees_with_megatron_on_one_rank(ranks: Ranks, models: Path, tmp_path: Path, model: str, case: str) -> None:
+    (worst,) = ranks(1).run("tests.trainer.engines_on_ranks:compare", models / model, case, tmp_path, "fsdp")
+    assert max(worst.values()) < 1e-5, worst
+
+
+@pytest.mark.parametrize(
+    ("model", "case", "more"),
+    [
+        ("llama", "sft", {}),
+        ("qwen2-tied", "grpo", {"reshard_after_forward": False}),
+        ("qwen3-moe", "grpo", {"recompute": "full"}),
+        ("llama", "critic", {"recompute": "selective"}),
+        ("qwen2-tied", "reward_model", {}),
+    ],
+)
+def test_agrees_with_megatron_on_two_ranks(
+    ranks: Ranks, models: Path, tmp_path: Path, model: str, case: str, more: dict[str, Any]
+) -> None:
+    results = ranks(2).run("tests.trainer.engines_on_ranks:compare", models / model, case, tmp_path, "fsdp", 1, more)
+    assert max(max(worst.values()) for worst in results) < 1e-5, results
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("replicas", [1, 2, 4])
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("model", MODELS)
+def test_agrees_with_megatron_on_four_ranks(
+    ranks: Ranks, models: Path, tmp_path: Path, model: str, case: str, replicas: int
+) -> None:
+    results = ranks(4).run("tests.trainer.engines_on_ranks:compare", models / model, case, tmp_path, "fsdp", replicas)
+    assert max(max(worst.values()) for worst in results) < 1e-5, results

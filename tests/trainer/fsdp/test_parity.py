@@ -1,0 +1,59 @@
+"""Families that only transformers knows, packed and sharded, against transformers itself row by row; exports are exact."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import Ranks
+from tests.trainer.fsdp.families import FAMILIES, save_model
+
+CHEAP = ("gemma2", "gpt_oss", "gpt_neox")
+"""Soft-capping and windows; sinks, fused experts, biases; other names, norms with a bias, parallel residuals."""
+
+
+@pytest.mark.parametrize("family", CHEAP)
+def test_agrees_with_transformers(ranks: Ranks, tmp_path: Path, family: str) -> None:
+    save_model(family, tmp_path / "model")
+    (worst,) = ranks(1).run("tests.trainer.fsdp.parity_on_ranks:check", tmp_path / "model", tmp_path)
+    assert worst["logprobs"] < 1e-5 and worst["gradients"] < 1e-4, worst
+
+
+@pytest.mark.parametrize(("family", "more"), [("gpt_oss", {}), ("deepseek_v3", {"recompute": "full"})])
+def test_agrees_with_transformers_on_two_ranks(ranks: Ranks, tmp_path: Path, family: str, more: dict[str, Any]) -> None:
+    save_model(family, tmp_path / "model")
+    for worst in ranks(2).run("tests.trainer.fsdp.parity_on_ranks:check", tmp_path / "model", tmp_path, 1, more):
+        assert worst["logprobs"] < 1e-5 and worst["gradients"] < 1e-4, worst
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_bfloat16_keeps_float32_masters(ranks: Ranks, tmp_path: Path, size: int) -> None:
+    save_model("qwen2_moe", tmp_path / "model")
+    more = {"dtype": "bfloat16"}
+    for worst in ranks(size).run("tests.trainer.fsdp.parity_on_ranks:check", tmp_path / "model", tmp_path, 1, more):
+        assert 1e-4 < worst["logprobs"] < 0.2, (
+            "computed in bfloat16; the export is that of the masters, to the last bit"
+        )
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_frozen_model_in_bfloat16_computes_the_same(ranks: Ranks, tmp_path: Path, size: int) -> None:
+    save_model("qwen2_moe", tmp_path / "model")
+    ranks(size).run("tests.trainer.fsdp.parity_on_ranks:check_frozen", tmp_path / "model")
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_agrees_with_transformers(
+    ranks: Ranks, tmp_path: Path, family: str, size: int, recompute: str
+) -> None:
+    save_model(family, tmp_path / "model")
+    replicas, more = (2 if size == 4 else 1), {"recompute": recompute}
+    for worst in ranks(size).run(
+        "tests.trainer.fsdp.parity_on_ranks:check", tmp_path / "model", tmp_path, replicas, more
+    ):
+        assert worst["logprobs"] < 1e-5 and worst["gradients"] < 1e-4, worst
