@@ -102,7 +102,7 @@ MODEL = [
     Case(
         "own_code",
         "model.path={bad}/own_code policy.engine=fsdp",
-        ("auto_map=", "code of the checkpoint's own, which is never run"),
+        ("auto_map=", "code of the checkpoint's own", "model.trust_remote_code=true"),
     ),
     Case(
         "not_packable",
