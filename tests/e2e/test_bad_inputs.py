@@ -107,7 +107,22 @@ MODEL = [
     Case(
         "not_packable",
         "model.path={bad}/linear policy.engine=fsdp",
-        ("Qwen3NextForCausalLM has recurrent layers", "engine=fsdp does not support it"),
+        (
+            "policy.engine=fsdp: ",
+            "Qwen3NextForCausalLM has recurrent layers",
+            "nor does policy.engine=megatron",
+            "kind: engine",
+        ),
+    ),
+    Case(
+        "trained_by_none",
+        "model.path={bad}/linear",
+        (
+            "policy.engine=fsdp: ",
+            "Qwen3NextForCausalLM has recurrent layers",
+            "nor does policy.engine=megatron",
+            "kind: engine",
+        ),
     ),
     Case("no_path", "model.path=???", ("model.path has no value", "model.path=...")),
 ]
