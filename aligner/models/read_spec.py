@@ -13,6 +13,7 @@ from aligner.models.config_json import ConfigJson, same
 from aligner.models.families import FAMILIES
 from aligner.models.family import Family
 from aligner.models.inert_fields import LENGTHS, check_auto_map, check_unread, names_model_code
+from aligner.models.remote_code import check_in_folder
 from aligner.models.rope import Rope, RopeDefaults
 from aligner.models.spec import Head, ModelSpec
 from aligner.reshard.plan.region import ELEMENT_BYTES
@@ -111,7 +112,9 @@ def _of_transformers(config: ConfigJson, fields: dict[str, Any], own_code: bool)
     """The model of a family that `FAMILIES` does not have, or of the folder's `own_code`, as transformers reads it."""
     from aligner.models.transformers_spec import transformers_spec  # imported here: torch takes seconds
 
-    if "auto_map" in config and not own_code:
+    if own_code:
+        check_in_folder(config.folder, fields["auto_map"])
+    elif "auto_map" in config:
         check_auto_map(config, config.get("auto_map"))
     if config.get("quantization_config") is not None:
         raise config.error("quantization_config is there; use the model before quantization.")

@@ -15,22 +15,31 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 
+def check_in_folder(folder: Path, auto_map: Any) -> None:
+    """Raises ValueError where an entry of a configuration or model is no FILE.CLASS of the folder: trust is in its files alone."""
+    if not isinstance(auto_map, dict):
+        raise ValueError(f"{folder}/config.json: auto_map={auto_map!r} must be an object of FILE.CLASS by auto class.")
+    for auto, named in auto_map.items():
+        if auto.startswith(("AutoTokenizer", "AutoProcessor")):
+            continue
+        if not isinstance(named, str) or "--" in named or named.count(".") != 1:
+            raise ValueError(
+                f"{folder}/config.json: auto_map.{auto}={named!r} is no FILE.CLASS of this folder; put the file into the folder, "
+                "and name it without its repository."
+            )
+
+
 def remote_class(config: PreTrainedConfig, auto: str, path: str | Path) -> type[PreTrainedModel] | None:
     """The folder's class for transformers' auto class of this name; None: its auto_map has no such entry.
 
     Raises:
-        ValueError: the class is that of another repository, or its file cannot be run.
+        ValueError: its file cannot be run, or has no such class.
     """
     from transformers.dynamic_module_utils import get_class_from_dynamic_module  # imported here: it takes a second
 
     named: Any = (getattr(config, "auto_map", None) or {}).get(auto)
     if named is None:
         return None
-    if not isinstance(named, str) or "--" in named:
-        raise ValueError(
-            f"{path}/config.json: auto_map.{auto}={named!r} is no FILE.CLASS of this folder; put the file into the folder, and "
-            "name it without its repository."
-        )
     try:
         with loading_code(path, True):
             kind: type[PreTrainedModel] = get_class_from_dynamic_module(named, str(path), local_files_only=True)

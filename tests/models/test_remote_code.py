@@ -35,16 +35,17 @@ def test_is_refused_unless_it_is_trusted(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("named", "message"),
+    ("auto", "named", "message"),
     [
-        ("other/repository--modeling_damped.DampedForCausalLM", "put the file into the folder"),
-        ("modeling_damped.Nothing", "modeling_damped.Nothing cannot be loaded: AttributeError"),
-        ("nowhere.DampedForCausalLM", "nowhere.DampedForCausalLM cannot be loaded: OSError"),
+        ("AutoConfig", "other/repository--file.Config", r"auto_map\.AutoConfig=.* put the file into the folder"),
+        ("AutoModelForCausalLM", "other/repository--modeling_damped.DampedForCausalLM", "put the file into the folder"),
+        ("AutoModelForCausalLM", "modeling_damped.Nothing", "modeling_damped.Nothing cannot be loaded: AttributeError"),
+        ("AutoModelForCausalLM", "nowhere.DampedForCausalLM", "nowhere.DampedForCausalLM cannot be loaded: OSError"),
     ],
 )
-def test_a_class_that_is_not_there_is_named(named: str, message: str, tmp_path: Path) -> None:
+def test_a_class_that_is_not_there_is_named(auto: str, named: str, message: str, tmp_path: Path) -> None:
     save_model(tmp_path)
-    auto_map = {**CONFIG["auto_map"], "AutoModelForCausalLM": named}
+    auto_map = {**CONFIG["auto_map"], auto: named}
     (tmp_path / "config.json").write_text(json.dumps({**CONFIG, "auto_map": auto_map}))
     with pytest.raises(ValueError, match=message):
         read_spec(tmp_path, True)
