@@ -267,7 +267,7 @@ def test_a_streamed_set_gives_the_examples_of_one_in_memory(
     taken = rows_of.take(300 * each)
     assert [tokens_of(row) for row in taken] == [tokens_of(row) for row in whole.training]  # type: ignore[union-attr]
     assert streamed.longest == (0 if kind == "prompts" else LIMITS["max_tokens"])
-    assert streamed.training_digest() == read_sets(replace(data, streaming=True), characters).training_digest()
+    assert streamed.training_digests() == read_sets(replace(data, streaming=True), characters).training_digests()
     with pytest.raises(ValueError, match=r"data\.prompts_per_step=301 is more than the 300 rows"):
         read_sets(replace(data, streaming=True, prompts_per_step=301), characters)
 

@@ -79,7 +79,7 @@ LAYOUTS: dict[str, list[str]] = {
     "on_fsdp": ["policy.engine=fsdp", "checkpoint.accept_changes=true"],
 }
 TIMED = ("seconds", "memory_", "time", "tokens_per_second", "reshard_", "data/wait_seconds")
-NEAR_ZERO = ("gap", "gap_max", "imbalance", "padding", "idle")
+NEAR_ZERO = ("gap", "gap_max", "imbalance", "padding", "shared_prefix", "idle")
 """Rounding itself, or the deal of the rows."""
 Jobs = Callable[[int, Mapping[str, Sequence[str]]], None]
 

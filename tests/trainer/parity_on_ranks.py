@@ -128,7 +128,8 @@ class Case:
 
 
 def logits_off(policy: Policy, samples: Samples, logits_BTV: Tensor, caught: list[Tensor]) -> float:
-    """The largest difference of any logit that this rank has of its shard's rows, on the last stage."""
+    """The largest difference of any logit that this rank has of its shard's rows, on the last stage: of all tokens, or of those
+    that precede a token in the mask where the last layer has left out the others."""
     worst, mine, lengths = 0.0, [field["row"] for field in samples.fields], samples.length_B.tolist()
     context = policy.mesh.coordinates(policy.world.rank)["context"]
     for batch, part in zip(
@@ -136,13 +137,15 @@ def logits_off(policy: Policy, samples: Samples, logits_BTV: Tensor, caught: lis
     ):
         parts = [torch.empty_like(part) for _ in range(policy.mesh.tensor)]
         dist.all_gather(parts, part, group=policy.engine.groups.tp)
-        flat, at = torch.cat(parts, -1)[:, :VOCAB], 0
+        flat = torch.cat(parts, -1)[:, :VOCAB]
         pieces = split_rows(tuple(lengths[row] for row in batch), policy.mesh.context).spans[context]
-        for piece in pieces:
-            expected = logits_BTV[mine[batch[piece.row]], piece.start : piece.stop]
-            count = piece.stop - piece.start
-            worst = max(worst, (flat[at : at + count] - expected).abs().max().item())
-            at += count
+        tokens = [(batch[piece.row], place) for piece in pieces for place in range(piece.start, piece.stop)]
+        if len(flat) < len(tokens):
+            width = samples.mask_BT.shape[1]
+            tokens = [(row, at) for row, at in tokens if at + 1 < width and samples.mask_BT[row, at + 1]]
+            assert len(flat) == max(1, len(tokens))
+        for logits_V, (row, place) in zip(flat, tokens, strict=False):
+            worst = max(worst, (logits_V - logits_BTV[mine[row], place]).abs().max().item())
     return worst
 
 

@@ -19,7 +19,7 @@ from aligner.algorithms.step import Step
 from aligner.data.prompts import Prompt
 from aligner.data.samples import Demonstrations, Pairs
 from aligner.roles.build import Roles
-from aligner.trainer.megatron import attention_mask
+from aligner.trainer import attention_mask
 from tools.bench.live_tensors import peak_bytes
 
 FOLDER = "MEMORY_BENCH"

@@ -120,6 +120,7 @@ class NullReward(Reward):
         self.tokenizer = SimpleNamespace(decode=lambda tokens, **_: "abcd" * len(tokens))  # type: ignore[assignment]
         self.parts = reward_components(self.config)
         self.scorers = {part.name: NullScorer() for part in self.parts}
+        self.keeps_scored, self._scored = False, {}
 
 
 class NullTrainEngine:

@@ -15,7 +15,7 @@ from aligner.spmd.mesh import Mesh
 from aligner.spmd.world import World
 from aligner.trainer.activations import Microbatch
 from aligner.trainer.config import OptimizerConfig, PolicyConfig
-from aligner.trainer.megatron import attention_mask
+from aligner.trainer import attention_mask
 from aligner.trainer.megatron.activations import activation_bytes
 from aligner.trainer.policy import Policy
 from tools.bench.live_tensors import peak_bytes
