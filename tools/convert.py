@@ -54,9 +54,12 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--layout", type=layout, default=None, help="huggingface (default), or sizes by comma")
     parser.add_argument("--dtype", choices=list(ELEMENT_BYTES), help="of the written weights (default: as they are)")
     parser.add_argument("--file-bytes", type=int, default=FILE_BYTES, help="split Hugging Face files beyond this size")
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="run the model class in the folder's Python files (auto_map)"
+    )
     args = parser.parse_args(arguments)
     try:
-        row = convert(args.source, args.out, args.layout, args.dtype, args.file_bytes)
+        row = convert(args.source, args.out, args.layout, args.dtype, args.file_bytes, args.trust_remote_code)
     except (ValueError, OSError, SafetensorError) as error:
         sys.stderr.write(f"error: {error}\n")
         return 2

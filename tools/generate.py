@@ -114,6 +114,7 @@ def options() -> argparse.ArgumentParser:
         help="vLLM's KV cache per device (default: the rest of a GPU's memory; 1024 on a CPU)",
     )
     add("--gpu-memory-utilization", type=float, default=0.9, help="fraction of a GPU's memory (default %(default)s)")
+    add("--trust-remote-code", action="store_true", help="run the model class in the folder's Python files (auto_map)")
     return parser
 
 
@@ -229,7 +230,7 @@ def make_engine(args: argparse.Namespace, stop: Sequence[int], length: int) -> O
     return BACKENDS[args.engine].offline_type()(
         args.model, stop=stop, tensor=args.tensor, dtype=args.dtype,
         max_model_len=length, max_num_seqs=args.max_num_seqs, kv_cache_mib=args.kv_cache_mib,
-        gpu_memory_utilization=args.gpu_memory_utilization,
+        gpu_memory_utilization=args.gpu_memory_utilization, trust_remote_code=args.trust_remote_code,
     )  # fmt: skip
 
 

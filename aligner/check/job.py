@@ -115,7 +115,7 @@ def check_models(config: Config, roles: list[str], world_size: int) -> Models:
     check_ranks(config.placement)
     meshes = make_meshes(config.placement, world_size, config.roles)
     machine = machine_of(config, world_size)
-    spec = read_spec(config.model.path)
+    spec = read_spec(config.model.path, config.model.trust_remote_code)
     specs = {role: model_of(config, role) for role in roles if config.role(role).kind.head}
     rollout = sized(config, specs)
     for role in (role for role in roles if config.role(role).kind.on_trainer):

@@ -58,7 +58,7 @@ def check_roles(config: Config, roles: Sequence[str]) -> None:
 def model_of(config: Config, role: str) -> ModelSpec:
     """The model of a role, with the head that the role needs."""
     setting, path = config.model_path(role)
-    spec = read_spec(path)
+    spec = read_spec(path, config.model.trust_remote_code)
     if config.role(role).kind.head == "scalar":
         return with_scalar_head(spec)
     if spec.head is Head.SCALAR:

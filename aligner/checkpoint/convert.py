@@ -32,6 +32,7 @@ def convert(
     sharding: Sharding | None,
     dtype: str | None = None,
     file_bytes: int = FILE_BYTES,
+    trust_remote_code: bool = False,
 ) -> SyncStats:
     """Write the checkpoint in folder `source` to folder `out`, a file at a time: memory holds one file's weights.
 
@@ -43,6 +44,7 @@ def convert(
         sharding: one file for each rank of its layout; None: a Hugging Face checkpoint.
         dtype: of the written weights, "float32", "bfloat16" or "float16"; None: as config.json says.
         file_bytes: Hugging Face files are split beyond this size.
+        trust_remote_code: Python files of the folder that its config.json names (auto_map) may be run.
 
     Returns:
         The transfer's account.
@@ -54,7 +56,7 @@ def convert(
     """
     if file_bytes < 1:
         raise ValueError(f"--file-bytes {file_bytes} leaves no room for a tensor; use 1 or more, such as {FILE_BYTES}.")
-    spec = read_spec(source)
+    spec = read_spec(source, trust_remote_code)
     check_weights(spec)
     dtype = dtype or spec.dtype
     files = _files(spec, sharding, dtype, file_bytes)

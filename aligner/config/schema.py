@@ -46,6 +46,9 @@ class ModelConfig:
 
     path: Annotated[str, NotEmpty("DIR", "a folder")] = "???"
     """A local Hugging Face folder: config.json, safetensors, tokenizer."""
+    trust_remote_code: bool = False
+    """Run the model class in the Python files of a folder whose config.json names it in auto_map, for every model of the job
+    (engine=fsdp, rollout.engine=transformers, and vLLM where it can run the class). Read the files first: they do what they like."""
 
 
 @dataclass(frozen=True)

@@ -332,7 +332,7 @@ def main(folder: str) -> None:
 
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "aligner" / "generation_config"
     try:
-        ends = find_ends(folder, AutoTokenizer.from_pretrained(folder, local_files_only=True))
+        ends = find_ends(folder, AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False))
         config_folder = generation_folder(folder, ends, cache)
     except Exception as error:  # tokenizers raises a bare Exception for a damaged file
         reason = " ".join(str(error).split())

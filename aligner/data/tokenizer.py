@@ -34,7 +34,7 @@ def load_tokenizer(path: str | Path, setting: str = "model.path") -> PreTrainedT
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # tokenizers raises a bare Exception for a damaged file
         raise ValueError(f"{setting}={path}: the tokenizer cannot be read: {type(error).__name__}: {error}") from error
     _check(tokenizer, folder, setting)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from aligner.models.ownership import check_replaceable
 from aligner.models.read_spec import read_config
+from aligner.models.remote_code import copy_code
 from aligner.models.spec import Head, ModelSpec
 from aligner.models.tensors import architecture_of, classifier_of, logical_tensors
 from aligner.reshard.plan.region import whole_tensor
@@ -79,6 +80,9 @@ def write_rest(partial: Path, spec: ModelSpec, dtype: str, weight_map: dict[str,
         if (folder / name).is_file():
             shutil.copyfile(folder / name, partial / name)
             flush(partial / name)
+    if spec.trust_remote_code:
+        for copy in copy_code(folder, partial, config["auto_map"]):
+            flush(copy)
     if spec.chat_template is not None:
         _write_chat_template(partial, spec.chat_template)
     if spec.head is Head.LANGUAGE:
@@ -128,7 +132,7 @@ def _tokenizer(folder: Path) -> Any:
         return None
     from transformers import AutoTokenizer  # imported here: it takes seconds, and only this export needs it
 
-    return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
 
 
 def publish(partial: Path, final: Path) -> None:

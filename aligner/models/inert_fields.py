@@ -127,9 +127,16 @@ def check_unread(config: ConfigJson, inert: frozenset[str] = frozenset()) -> Non
 
 
 def check_auto_map(config: ConfigJson, value: Any) -> None:
-    """ValueError for code of the checkpoint's own: it is never run, so it must not be what the weights were made for."""
-    if not isinstance(value, dict) or any(not name.startswith(("AutoTokenizer", "AutoProcessor")) for name in value):
+    """ValueError for code of the checkpoint's own where it may not be run: it could be what the weights were made for."""
+    if names_model_code(value):
         raise config.error(
-            f"auto_map={value!r} names code of the checkpoint's own, which is never run. Remove auto_map from config.json "
-            "if the model is that of its architecture."
+            f"auto_map={value!r} names code of the checkpoint's own, which is run only with model.trust_remote_code=true "
+            "(and engine=fsdp). Remove auto_map from config.json if the model is that of its architecture."
         )
+
+
+def names_model_code(auto_map: Any) -> bool:
+    """An auto_map names a configuration or a model, and not a tokenizer or processor alone."""
+    if not isinstance(auto_map, dict):
+        return auto_map is not None
+    return any(not name.startswith(("AutoTokenizer", "AutoProcessor")) for name in auto_map)

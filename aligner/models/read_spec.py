@@ -12,14 +12,18 @@ from typing import Any
 from aligner.models.config_json import ConfigJson, same
 from aligner.models.families import FAMILIES
 from aligner.models.family import Family
-from aligner.models.inert_fields import LENGTHS, check_auto_map, check_unread
+from aligner.models.inert_fields import LENGTHS, check_auto_map, check_unread, names_model_code
+from aligner.models.remote_code import check_in_folder
 from aligner.models.rope import Rope, RopeDefaults
 from aligner.models.spec import Head, ModelSpec
 from aligner.reshard.plan.region import ELEMENT_BYTES
 
 
-def read_spec(path: str | Path) -> ModelSpec:
+def read_spec(path: str | Path, trust_remote_code: bool = False) -> ModelSpec:
     """The model in folder `path`, a language model or one with a scalar head.
+
+    Args:
+        trust_remote_code: Python files of the folder that its config.json names (auto_map) may be run.
 
     Raises:
         ValueError: a missing folder or config.json, an architecture or a setting that is not supported, or sizes that
@@ -28,9 +32,11 @@ def read_spec(path: str | Path) -> ModelSpec:
     folder = Path(path)
     fields = read_config(folder)
     config = ConfigJson(folder, fields)
+    if trust_remote_code and names_model_code(fields.get("auto_map")):
+        return _of_transformers(config, fields, True)
     family_name, family, head = _family(config)
     if family is None:
-        return _of_transformers(config, fields)
+        return _of_transformers(config, fields, False)
     _check_supported(config, family)
     heads, hidden = config.size("num_attention_heads"), config.size("hidden_size")
     layers = config.size("num_hidden_layers")
@@ -102,11 +108,13 @@ def _json_object(file: Path) -> dict[str, Any]:
     return content
 
 
-def _of_transformers(config: ConfigJson, fields: dict[str, Any]) -> ModelSpec:
-    """The model of a family that `FAMILIES` does not have, as transformers reads it."""
+def _of_transformers(config: ConfigJson, fields: dict[str, Any], own_code: bool) -> ModelSpec:
+    """The model of a family that `FAMILIES` does not have, or of the folder's `own_code`, as transformers reads it."""
     from aligner.models.transformers_spec import transformers_spec  # imported here: torch takes seconds
 
-    if "auto_map" in config:
+    if own_code:
+        check_in_folder(config.folder, fields["auto_map"])
+    elif "auto_map" in config:
         check_auto_map(config, config.get("auto_map"))
     if config.get("quantization_config") is not None:
         raise config.error("quantization_config is there; use the model before quantization.")
@@ -115,7 +123,7 @@ def _of_transformers(config: ConfigJson, fields: dict[str, Any]) -> ModelSpec:
     if named and named[0].endswith("ForSequenceClassification"):
         head = Head.SCALAR
         _check_one_score(config)
-    return transformers_spec(config.folder, head, named, _dtype(config), end_tokens(fields, config.folder))
+    return transformers_spec(config.folder, head, named, _dtype(config), end_tokens(fields, config.folder), own_code)
 
 
 def _family(config: ConfigJson) -> tuple[str, Family | None, Head]:

@@ -124,6 +124,8 @@ class ModelSpec:
     """The chat template that exports carry in place of the folder's; None: the folder's."""
     tensors: CheckpointTensors | None = None
     """None: the family is one of `FAMILIES`."""
+    trust_remote_code: bool = False
+    """The model's class is in the folder's Python files, which may be run."""
 
     @property
     def rope(self) -> dict[str, Rope]:

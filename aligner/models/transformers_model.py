@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from aligner.models.remote_code import loading_code, remote_class
 from aligner.models.spec import Head, ModelSpec
 from aligner.models.tensors import logical_tensors
 from aligner.reshard.plan.region import Piece
@@ -45,8 +46,11 @@ class HeadForm:
     """Logits become softcap x tanh(logits / softcap)."""
 
 
-def read_config(path: str | Path, head: Head) -> PreTrainedConfig:
+def read_config(path: str | Path, head: Head, trust_remote_code: bool = False) -> PreTrainedConfig:
     """transformers' configuration of the folder's model, with one label for a scalar head.
+
+    Args:
+        trust_remote_code: its class may be in a Python file of the folder.
 
     Raises:
         ValueError: transformers does not know the model.
@@ -54,7 +58,8 @@ def read_config(path: str | Path, head: Head) -> PreTrainedConfig:
     from transformers import AutoConfig  # imported here: it takes a second
 
     try:
-        config = AutoConfig.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
+        with loading_code(path, trust_remote_code):
+            config = AutoConfig.from_pretrained(str(path), local_files_only=True, trust_remote_code=trust_remote_code)
     except Exception as error:  # the exception types differ between releases
         raise ValueError(f"{path}/config.json: transformers cannot read it: {' '.join(str(error).split())}") from error
     if head is Head.SCALAR:
@@ -62,32 +67,43 @@ def read_config(path: str | Path, head: Head) -> PreTrainedConfig:
     return config
 
 
-def model_class(config: PreTrainedConfig, head: Head, path: str | Path) -> type[PreTrainedModel]:
-    """transformers' class of this model with this head. ValueError where it has none."""
+def model_class(
+    config: PreTrainedConfig, head: Head, path: str | Path, trust_remote_code: bool = False
+) -> type[PreTrainedModel]:
+    """transformers' class of this model with this head, or the folder's own. ValueError where there is none."""
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     auto = AutoModelForSequenceClassification if head is Head.SCALAR else AutoModelForCausalLM
-    kind = auto._model_mapping.get(type(config), None)
+    own = remote_class(config, auto.__name__, path) if trust_remote_code else None
+    kind = own or auto._model_mapping.get(type(config), None)
     if kind is None:
         what = "with a scalar head" if head is Head.SCALAR else "that is a language model"
-        raise ValueError(f"{path}/config.json: transformers has no class of model_type={config.model_type!r} {what}.")
+        code = f", and its auto_map names no {auto.__name__}" if trust_remote_code else ""
+        raise ValueError(
+            f"{path}/config.json: transformers has no class of model_type={config.model_type!r} {what}{code}."
+        )
     return kind[0] if isinstance(kind, list | tuple) else kind  # type: ignore[no-any-return]
 
 
 def empty_model(
-    path: str | Path, head: Head, attention: str | None = None, dtype: torch.dtype = torch.float32
+    path: str | Path,
+    head: Head,
+    attention: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """The folder's model with parameters that have shapes and no memory; buffers are as transformers computes them.
 
     Args:
         attention: name of an attention implementation that is registered with transformers; None: its default.
         dtype: of the parameters, but for those that transformers keeps in float32.
+        trust_remote_code: its class may be in a Python file of the folder.
 
     Raises:
         ValueError: transformers does not know the model.
     """
-    config = read_config(path, head)
-    kind = model_class(config, head, path)
+    config = read_config(path, head, trust_remote_code)
+    kind = model_class(config, head, path, trust_remote_code)
     more: dict[str, Any] = {} if attention is None else {"attn_implementation": attention}
     with _parameters_without_memory(), _own_constructors():
         model = kind._from_config(config, dtype=dtype, **more)
@@ -160,7 +176,8 @@ def held_tensors(spec: ModelSpec) -> tuple[HeldTensor, ...]:
         ValueError: transformers does not know the model, or converts a tensor of the checkpoint in ways that are no region
             of a parameter; the message names tensor and class.
     """
-    held, shapes = _held_tensors(spec.path, spec.head, (Path(spec.path) / "config.json").stat().st_mtime_ns)
+    changed_ns = (Path(spec.path) / "config.json").stat().st_mtime_ns
+    held, shapes = _held_tensors(spec.path, spec.head, spec.trust_remote_code, changed_ns)
     expected = logical_tensors(spec)
     if shapes != expected:
         names = sorted(name for name in shapes.keys() | expected.keys() if shapes.get(name) != expected.get(name))
@@ -171,17 +188,19 @@ def held_tensors(spec: ModelSpec) -> tuple[HeldTensor, ...]:
     return held
 
 
-def checkpoint_shapes(path: str | Path, head: Head) -> Mapping[str, tuple[int, ...]]:
+def checkpoint_shapes(path: str | Path, head: Head, trust_remote_code: bool = False) -> Mapping[str, tuple[int, ...]]:
     """Every tensor of the checkpoint of the folder's model, by name, as transformers would save it, with its shape."""
-    return _held_tensors(str(path), head, (Path(path) / "config.json").stat().st_mtime_ns)[1]
+    return _held_tensors(str(path), head, trust_remote_code, (Path(path) / "config.json").stat().st_mtime_ns)[1]
 
 
 @lru_cache(maxsize=8)
-def _held_tensors(path: str, head: Head, changed_ns: int) -> tuple[tuple[HeldTensor, ...], dict[str, tuple[int, ...]]]:
+def _held_tensors(
+    path: str, head: Head, trust_remote_code: bool, changed_ns: int
+) -> tuple[tuple[HeldTensor, ...], dict[str, tuple[int, ...]]]:
     """(held, shapes by name); `changed_ns` tells versions of config.json apart."""
     from transformers.core_model_loading import revert_weight_conversion
 
-    model = empty_model(path, head)
+    model = empty_model(path, head, trust_remote_code=trust_remote_code)
     parameters = dict(model.named_parameters())
     saved = model.state_dict().keys()
     buffers = {name: value for name, value in model.named_buffers() if name in saved and value.is_floating_point()}

@@ -14,35 +14,41 @@ _SIZES = ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size
 
 
 def transformers_spec(
-    folder: Path, head: Head, architectures: Sequence[str] | None, dtype: str, eos_token_ids: tuple[int, ...]
+    folder: Path,
+    head: Head,
+    architectures: Sequence[str] | None,
+    dtype: str,
+    eos_token_ids: tuple[int, ...],
+    trust_remote_code: bool = False,
 ) -> ModelSpec:
     """Read the folder's model with transformers.
 
     Args:
         architectures: config.json's.
         dtype: data type of the checkpoint's weights.
+        trust_remote_code: the class is in the folder's Python files.
 
     Raises:
         ValueError: transformers does not know it, its class is not that of `architectures`, or its tensors cannot be traced.
     """
-    config = read_config(folder, head)
+    config = read_config(folder, head, trust_remote_code)
     lacking = [name for name in _SIZES if not isinstance(getattr(config, name, None), int)]
     if lacking:
         raise ValueError(
             f"{folder}/config.json: a {config.model_type} model has no {lacking[0]}, so it is no language model of one "
             "decoder, which alone are supported."
         )
-    kind = model_class(config, head, folder)
+    kind = model_class(config, head, folder, trust_remote_code)
     if architectures and architectures[0] != kind.__name__:
         raise ValueError(
             f"{folder}/config.json: architectures={list(architectures)}, and transformers' class of "
             f"model_type={config.model_type!r} is {kind.__name__}; set both to what the weights are of."
         )
-    model = empty_model(folder, head)
+    model = empty_model(folder, head, trust_remote_code=trust_remote_code)
     embedding, output = model.get_input_embeddings(), model.get_output_embeddings()
     names = {id(module): f"{name}.weight" for name, module in model.named_modules()}
     tied = output is not None and output.weight is embedding.weight
-    language = model_class(config, Head.LANGUAGE, folder)
+    language = model_class(config, Head.LANGUAGE, folder, trust_remote_code)
     sizes: dict[str, Any] = {name: getattr(config, name) for name in _SIZES}
     heads, latent = sizes["num_attention_heads"], getattr(config, "kv_lora_rank", None)
     head_dim = getattr(config, "head_dim", None) or sizes["hidden_size"] // heads
@@ -78,10 +84,11 @@ def transformers_spec(
         dtype=dtype,
         path=str(folder),
         tensors=CheckpointTensors(
-            checkpoint_shapes(folder, head),
+            checkpoint_shapes(folder, head, trust_remote_code),
             stored_name(model, names[id(embedding)]),
             stored_name(model, names[id(output)]) if output is not None else None,
             language.__name__,
             latent is not None,
         ),
+        trust_remote_code=trust_remote_code,
     )

@@ -264,10 +264,12 @@ def _spec_of(config: Config, role: RoleSpec, spec: ModelSpec) -> ModelSpec:
     """The model of a role, with its head, and the tokens that end a turn in this job where it reads the same ones."""
     setting, path = config.model_path(role.name)
     if role.kind.head == "scalar":
-        return replace(with_scalar_head(read_spec(path)), chat_template=spec.chat_template)
+        return replace(
+            with_scalar_head(read_spec(path, config.model.trust_remote_code)), chat_template=spec.chat_template
+        )
     if setting == "model.path":
         return spec
-    own = read_spec(path)
+    own = read_spec(path, config.model.trust_remote_code)
     if getattr(config.settings(role.name), "own_tokenizer", False):
         ends = find_ends(path, load_tokenizer(path, setting), [], False).ids
     else:

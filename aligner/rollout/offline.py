@@ -19,6 +19,7 @@ DECIDES = (
     "*.model",
     "vocab.*",
     "merges.txt",
+    "*.py",
 )
 """Files of a model's folder that determine its answers."""
 BLOCKS, BLOCK_BYTES = 64, 4096
@@ -50,9 +51,11 @@ class OfflineEngine(ABC):
         max_num_seqs: int = 256,
         kv_cache_mib: int | None = None,
         gpu_memory_utilization: float = 0.9,
+        trust_remote_code: bool = False,
     ) -> None:
         """Args:
             stop: tokens that end an answer.
+            trust_remote_code: Python files of the folder that its config.json names (auto_map) may be run.
             kv_cache_mib: vLLM's, of each rank; None: on CUDA what `gpu_memory_utilization` leaves, on a CPU 1024.
 
         Raises:

@@ -88,6 +88,7 @@ def _check_megatron(spec: ModelSpec, mesh: Mesh, config: TrainingConfig, sequenc
     """Megatron runs every combination of settings; only the family or parallel sizes may not fit."""
     if spec.tensors is not None:
         supported = ", ".join(family.architecture for family in FAMILIES.values())
+        fsdp.check_trains(spec, mesh.name)  # else advice to use it would be followed by the next error
         raise ValueError(
             f"{mesh.name}.engine=megatron: architecture {architecture_of(spec)} ({spec.path}/config.json) is not supported; use "
             f"{mesh.name}.engine=fsdp, which runs transformers' own class, or a model of {supported}."

@@ -81,7 +81,6 @@ BASE = [
     "reward.rule='{task}/rule.py:digits'",
     "reward.workers=1",
     "run_dir={task}/run",
-    "train.steps=3",
     "train.eval_every=0",
     "data.prompts_per_step=8",
     "data.max_tokens=64",
@@ -105,8 +104,12 @@ def cases() -> dict[str, list[str]]:
     return {name: [f"algorithm={name}", *more] for name, more in (ONLINE | OFFLINE).items()} | MORE
 
 
-def run_method(pool: Pool, task: Path, case: list[str], layouts: dict[str, list[str]], seconds: float = 280) -> Found:
+def run_method(
+    pool: Pool, task: Path, case: list[str], layouts: dict[str, list[str]], seconds: float = 280, steps: int = 3
+) -> Found:
     """A case (its overrides) under every layout, on the pool's ranks."""
-    base, case = ([text.format(task=task) for text in texts] for texts in (BASE, case))
-    found: Found = pool.run("tests.algorithms.methods_on_ranks:run_case", base, case, layouts, 3, seconds=seconds)[0]
+    base, case = ([text.format(task=task) for text in texts] for texts in (BASE, [*case, f"train.steps={steps}"]))
+    found: Found = pool.run("tests.algorithms.methods_on_ranks:run_case", base, case, layouts, steps, seconds=seconds)[
+        0
+    ]
     return found

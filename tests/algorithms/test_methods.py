@@ -59,8 +59,15 @@ ENGINES: dict[int, dict[str, list[str]]] = {
             *FSDP, "placement.policy.ranks=0-1", "placement.critic.ranks=2-3", "placement.reference.ranks=2-3",
             "placement.reward_model.ranks=2-3", "placement.reward.ranks=[3]",
         ],
+        "FSDP 0-1 in 2 replicas, others 2-3": [
+            *FSDP, "placement.policy.ranks=0-1", "placement.policy.replicas=2", "placement.critic.ranks=2-3",
+            "placement.critic.replicas=2", "placement.reference.ranks=2-3", "placement.reward_model.ranks=2-3",
+            "placement.reward.ranks=[3]",
+        ],
     },
 }  # fmt: skip
+STEPS_OF_ENGINES = 5
+"""Steps that the two training engines are compared over; layouts of one engine over 3."""
 
 RELATIVE = 1e-5
 NEAR_ZERO: dict[str, float] = {
@@ -107,11 +114,11 @@ def cache() -> dict[str, Found]:
 def found(cache: dict[str, Found], ranks: Ranks, task: Any) -> Callable[..., Found]:
     """found(size, case, layouts): the runs of a case in a world of that size, made once."""
 
-    def of(size: int, case: str, layouts: dict[str, list[str]], seconds: float = 280) -> Found:
-        key = f"{size} {case} {sorted(layouts)}"
+    def of(size: int, case: str, layouts: dict[str, list[str]], steps: int = 3) -> Found:
+        key = f"{size} {case} {sorted(layouts)} {steps}"
         if key not in cache:
             overrides = cases()[case] if case in cases() else [f"algorithm={case}", *PAPERS[case]]
-            cache[key] = run_method(ranks(size), task.folder, overrides, layouts, seconds)
+            cache[key] = run_method(ranks(size), task.folder, overrides, layouts, 280, steps)
         return cache[key]
 
     return of
@@ -147,6 +154,13 @@ def check_layouts(case: str, one: list[Row], others: Found) -> None:
     assert not off, "\n".join(off)
 
 
+def check_engines(case: str, size: int, found: Callable[..., Found]) -> None:
+    """FSDP on `size` ranks against Megatron-core on one."""
+    one = found(1, case, {"one rank": []}, STEPS_OF_ENGINES)["one rank"]
+    assert len(one) == STEPS_OF_ENGINES
+    check_layouts(case, one, found(size, case, ENGINES[size], STEPS_OF_ENGINES))
+
+
 def test_every_method_has_a_case() -> None:
     tried = {override.removeprefix("algorithm=") for more in cases().values() for override in more}
     assert set(methods()) - UNTRAINED - set(PAPERS) <= tried
@@ -160,10 +174,8 @@ def test_every_method_is_the_same_under_any_layout(
 
 
 @pytest.mark.parametrize("case", ["sft", "dpo", "grpo", "ppo"])
-def test_some_methods_are_the_same_on_fsdp(
-    case: str, found: Callable[..., Found], alone: Callable[[str], list[Row]]
-) -> None:
-    check_layouts(case, alone(case), found(1, case, ENGINES[1]))
+def test_some_methods_are_the_same_on_fsdp(case: str, found: Callable[..., Found]) -> None:
+    check_engines(case, 1, found)
 
 
 @pytest.mark.parametrize("case", cases())
@@ -225,7 +237,5 @@ def test_every_method_under_more_layouts(
 @pytest.mark.matrix
 @pytest.mark.parametrize("size", ENGINES)
 @pytest.mark.parametrize("case", cases())
-def test_every_method_is_the_same_on_either_backend(
-    case: str, size: int, found: Callable[..., Found], alone: Callable[[str], list[Row]]
-) -> None:
-    check_layouts(case, alone(case), found(size, case, ENGINES[size]))
+def test_every_method_is_the_same_on_either_backend(case: str, size: int, found: Callable[..., Found]) -> None:
+    check_engines(case, size, found)

@@ -102,12 +102,27 @@ MODEL = [
     Case(
         "own_code",
         "model.path={bad}/own_code policy.engine=fsdp",
-        ("auto_map=", "code of the checkpoint's own, which is never run"),
+        ("auto_map=", "code of the checkpoint's own", "model.trust_remote_code=true"),
     ),
     Case(
         "not_packable",
         "model.path={bad}/linear policy.engine=fsdp",
-        ("Qwen3NextForCausalLM has recurrent layers", "engine=fsdp does not support it"),
+        (
+            "policy.engine=fsdp: ",
+            "Qwen3NextForCausalLM has recurrent layers",
+            "nor does policy.engine=megatron",
+            "kind: engine",
+        ),
+    ),
+    Case(
+        "trained_by_none",
+        "model.path={bad}/linear",
+        (
+            "policy.engine=fsdp: ",
+            "Qwen3NextForCausalLM has recurrent layers",
+            "nor does policy.engine=megatron",
+            "kind: engine",
+        ),
     ),
     Case("no_path", "model.path=???", ("model.path has no value", "model.path=...")),
 ]

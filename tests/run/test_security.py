@@ -25,7 +25,14 @@ UNSAFE_YAML = {"yaml.unsafe_load", "yaml.full_load", "yaml.unsafe_load_all", "ya
 UNVERIFIED = {"ssl._create_unverified_context", "ssl.CERT_NONE", "tempfile.mktemp"}
 BOXED = {(f"aligner/reward/sandboxed/{name}.py", "exec") for name in ("harness", "served")}
 """Programs of sandboxes: what a model wrote and what tests it."""
-ALLOWED = {("aligner/spmd/serialization.py", "pickle.loads"), *BOXED}
+TRUSTED = {
+    (f"aligner/{file}.py", "trust_remote_code=True")
+    for file in (
+        "models/transformers_model", "models/transformers_spec", "rollout/transformers/engine", "trainer/fsdp/model",
+    )
+} | {("tools/generate.py", "trust_remote_code=True")}  # fmt: skip
+"""Pass model.trust_remote_code on, which is false unless a user sets it."""
+ALLOWED = {("aligner/spmd/serialization.py", "pickle.loads"), *BOXED, *TRUSTED}
 """Besides, messages between the ranks of one job (docs/security.md)."""
 
 

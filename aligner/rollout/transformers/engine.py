@@ -122,7 +122,7 @@ class TransformersEngine(RolloutEngine):
 
 def _allocated(spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
     """The model with memory for its parameters, whose contents are undefined."""
-    model = empty_model(spec.path, Head.LANGUAGE, dtype=dtype)
+    model = empty_model(spec.path, Head.LANGUAGE, dtype=dtype, trust_remote_code=spec.trust_remote_code)
     if getattr(model.config, "attn_logit_softcapping", None) is not None:
         model.set_attn_implementation("eager")  # torch's attention kernels would ignore it
     made: dict[int, nn.Parameter] = {}

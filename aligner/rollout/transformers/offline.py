@@ -29,10 +29,11 @@ class TransformersOffline(OfflineEngine):
         max_num_seqs: int = 256,
         kv_cache_mib: int | None = None,
         gpu_memory_utilization: float = 0.9,
+        trust_remote_code: bool = False,
     ) -> None:
         if tensor != 1:
             raise ValueError(f"--tensor {tensor}: --engine transformers holds the whole model on one device; use 1.")
-        spec = read_spec(model)
+        spec = read_spec(model, trust_remote_code)
         config = RolloutConfig("transformers", spec.dtype if dtype == "auto" else dtype, max_model_len, max_num_seqs)
         config.check_length(spec)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -27,7 +27,9 @@ def check_model(spec: ModelSpec, mesh: Mesh, config: RolloutConfig, cpu: bool) -
             )
     from aligner.models import transformers_model  # imported here: torch and transformers take seconds
 
-    kind = transformers_model.model_class(transformers_model.read_config(spec.path, spec.head), spec.head, spec.path)
+    trusted = spec.trust_remote_code
+    model_config = transformers_model.read_config(spec.path, spec.head, trusted)
+    kind = transformers_model.model_class(model_config, spec.head, spec.path, trusted)
     if not kind._supports_default_dynamic_cache():
         raise ValueError(
             f"rollout.engine=transformers: {kind.__name__} ({spec.path}) generates with a cache of its own kind, which is not "

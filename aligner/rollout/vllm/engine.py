@@ -57,6 +57,7 @@ class VllmEngine(RolloutEngine):
         sleeps: bool = False,
         stop: Sequence[int] | None = None,
         loaded: LoadedWeights | None = None,
+        trust_remote_code: bool = False,
     ) -> None:
         """Collective over `group`, which must carry CPU tensors; `ident` names the replica among this host's.
 
@@ -66,10 +67,11 @@ class VllmEngine(RolloutEngine):
             sleeps: CUDA: weights and cache must be able to leave the device (`rollout.sleep`).
             stop: tokens that end a response; None: those that the model's own files name.
             loaded: the role's record of which weights its engines hold; None: one of this engine's own.
+            trust_remote_code: Python files of the folder may be run.
 
         Raises ValueError where the settings and the model do not go together.
         """
-        self.spec, self.config, self.device = read_spec(str(model_path)), config, device
+        self.spec, self.config, self.device = read_spec(str(model_path), trust_remote_code), config, device
         cpu, architecture = device.type == "cpu", architecture_of(self.spec)
         tensor = dist.get_world_size(group) // pipeline
         check_runs(config, self.spec, tensor, cpu, expert_parallel, pipeline)
@@ -87,6 +89,7 @@ class VllmEngine(RolloutEngine):
                 "kv_cache_memory_bytes": kv_cache_bytes(config, self.spec, tensor, cpu, pipeline),
                 "enable_sleep_mode": sleeps and not cpu,
                 "max_model_len": config.length(self.spec),
+                "trust_remote_code": self.spec.trust_remote_code,
             }
             self._llm = _build(model_path, architecture, self._subworld, config, sizes)
             check_agreement(self.spec, self._llm.model_config.hf_text_config, "the rollout engine")
@@ -113,7 +116,17 @@ class VllmEngine(RolloutEngine):
     ) -> Self:
         """Of a role's mesh."""
         engine = cls(
-            spec.path, group, ident, config, device, mesh.expert > 1, mesh.pipeline, sleeps, spec.eos_token_ids, loaded
+            spec.path,
+            group,
+            ident,
+            config,
+            device,
+            mesh.expert > 1,
+            mesh.pipeline,
+            sleeps,
+            spec.eos_token_ids,
+            loaded,
+            spec.trust_remote_code,
         )
         engine._weights = EngineWeights(engine, layout)
         return engine

@@ -31,6 +31,7 @@ class VllmOffline(OfflineEngine):
         max_num_seqs: int = 256,
         kv_cache_mib: int | None = None,
         gpu_memory_utilization: float = 0.9,
+        trust_remote_code: bool = False,
     ) -> None:
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # batches that depend on nothing but what is asked
         os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")  # each request draws from its own stream
@@ -42,6 +43,7 @@ class VllmOffline(OfflineEngine):
             "max_model_len": max_model_len,
             "max_num_seqs": max_num_seqs,
             "gpu_memory_utilization": gpu_memory_utilization,
+            "trust_remote_code": trust_remote_code,
         }
         self._stop = stop
         with warnings.catch_warnings():

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from aligner.models.families import FAMILIES
 from aligner.models.tensors import parameter_count
 from aligner.reshard.plan.region import ELEMENT_BYTES
+from aligner.rollout.vllm.architectures import check_known
 
 if TYPE_CHECKING:
     from aligner.models.spec import ModelSpec
@@ -33,8 +34,10 @@ def padded_vocab(vocab: int) -> int:
 
 
 def check_model(spec: ModelSpec, mesh: Mesh, config: RolloutConfig, cpu: bool) -> None:
-    """`check_runs` for a role's mesh."""
+    """`check_runs` for a role's mesh, and that vLLM knows the model."""
     check_runs(config, spec, mesh.tensor, cpu, mesh.expert > 1, mesh.pipeline)
+    if spec.tensors is not None:
+        check_known(spec)
 
 
 def bytes_per_rank(spec: ModelSpec, mesh: Mesh, config: RolloutConfig, cpu: bool) -> float:

@@ -26,9 +26,22 @@ def check_runs(spec: ModelSpec, mesh: Mesh, config: TrainingConfig, sequence_par
             )
     if mesh.stage_layers:
         raise ValueError(f"placement.{mesh.name}.stage_layers: engine=fsdp has no pipeline stages; leave it out.")
+    check_trains(spec, mesh.name)
+
+
+def check_trains(spec: ModelSpec, role: str) -> None:
+    """Raises ValueError, naming the setting and what would work, where FSDP cannot train the model."""
     from aligner.trainer.fsdp.model import check_model  # imported here: torch and transformers take seconds
 
-    check_model(spec)
+    try:
+        check_model(spec)
+    except ValueError as error:
+        works = (
+            f"use {role}.engine=megatron"
+            if spec.tensors is None
+            else f"nor does {role}.engine=megatron. Train another model; a model that only generates is models.NAME={{kind: engine, path: ...}}"
+        )
+        raise ValueError(f"{role}.engine=fsdp: {str(error).rstrip('.')}; {works}.") from error
 
 
 def bytes_per_rank(spec: ModelSpec, mesh: Mesh, config: TrainingConfig, learns: bool) -> float:

@@ -45,7 +45,7 @@ def check_model(spec: ModelSpec) -> HeadForm:
     """
     attention.register()
     held_tensors(spec)
-    model = empty_model(spec.path, spec.head)
+    model = empty_model(spec.path, spec.head, trust_remote_code=spec.trust_remote_code)
     name, config = type(model).__name__, model.config
     others = sorted({*(getattr(config, "layer_types", None) or ())}.difference(_ATTENTION_LAYERS))
     problem = None
@@ -171,7 +171,7 @@ def build_model(
         ValueError: see `check_model`.
     """
     form = check_model(spec)
-    model: Any = empty_model(spec.path, spec.head, attention.NAME)
+    model: Any = empty_model(spec.path, spec.head, attention.NAME, trust_remote_code=spec.trust_remote_code)
     explicit = bool(getattr(model.config, "attn_logit_softcapping", None)) or any(
         name.endswith("sinks") for name, _ in model.named_parameters()
     )

@@ -26,9 +26,11 @@ from tests.trainer.engines_on_ranks import LENGTH_B, LENGTHS, MASK_BT, PROMPT, T
 SETTINGS = PolicyConfig(engine="fsdp", micro_tokens=40, optimizer=OptimizerConfig(lr=0.0, clip_grad=0.0))
 
 
-def check(world: World, model: Path, out: Path, replicas: int = 1, changes: Any = None) -> dict[str, float]:
+def check(
+    world: World, model: Path, out: Path, replicas: int = 1, changes: Any = None, own_code: bool = False
+) -> dict[str, float]:
     """Largest differences of log-probabilities, and of gradients relative to each tensor's largest; the export is exact."""
-    spec = read_spec(model)
+    spec = read_spec(model, own_code)
     check_weights(spec)
     mesh = Mesh(tuple(range(world.size)), name="policy", replicas=replicas)
     config = replace(SETTINGS, **(changes or {}))
@@ -37,7 +39,9 @@ def check(world: World, model: Path, out: Path, replicas: int = 1, changes: Any 
     placed = role.scatter(samples)
     logp_BT = role.logprobs(placed).gather()
     role.update(negative_log_likelihood, placed).gather()
-    whole: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, attn_implementation="eager").eval()
+    whole: Any = AutoModelForCausalLM.from_pretrained(
+        model, dtype=torch.float32, attn_implementation="eager", trust_remote_code=own_code
+    ).eval()
     worst = {"logprobs": 0.0, "gradients": 0.0}
     for row, length in enumerate(LENGTHS):
         tokens = TOKENS_BT[row, :length]
@@ -66,7 +70,7 @@ def check(world: World, model: Path, out: Path, replicas: int = 1, changes: Any 
     left, right = (_tensors(folder) for folder in (model, out / "export"))
     assert left.keys() == right.keys(), left.keys() ^ right.keys()
     assert all(torch.equal(left[name], right[name]) for name in left)
-    assert read_spec(out / "export") == replace(spec, path=str(out / "export"))
+    assert read_spec(out / "export", own_code) == replace(spec, path=str(out / "export"))
     return worst
 
 

@@ -13,9 +13,9 @@ from aligner.data.samples import Samples
 from aligner.models.read_spec import read_spec
 from aligner.spmd.mesh import Mesh
 from aligner.spmd.world import World
+from aligner.trainer import attention_mask
 from aligner.trainer.activations import Microbatch
 from aligner.trainer.config import OptimizerConfig, PolicyConfig
-from aligner.trainer import attention_mask
 from aligner.trainer.megatron.activations import activation_bytes
 from aligner.trainer.policy import Policy
 from tools.bench.live_tensors import peak_bytes
