@@ -128,6 +128,8 @@ def check_unread(config: ConfigJson, inert: frozenset[str] = frozenset()) -> Non
 
 def check_auto_map(config: ConfigJson, value: Any) -> None:
     """ValueError for code of the checkpoint's own where it may not be run: it could be what the weights were made for."""
+    if value is None:
+        raise config.error("auto_map=null cannot be read by transformers; remove auto_map from config.json.")
     if names_model_code(value):
         raise config.error(
             f"auto_map={value!r} names code of the checkpoint's own, which is run only with model.trust_remote_code=true "

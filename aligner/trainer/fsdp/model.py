@@ -94,7 +94,9 @@ class PackedModel(nn.Module):
         hidden_TH = self.model.base_model(
             input_ids=batch.tokens_T[None], position_ids=batch.positions_T[None], use_cache=False
         ).last_hidden_state[0]
-        return self.readout(self.head(hidden_TH), batch, first_only)
+        readouts = self.readout(self.head(hidden_TH), batch, first_only)
+        # FSDP hangs its hooks on what is returned, and a loss that changed a view in place would drop them
+        return {name: value.clone() for name, value in readouts.items()}
 
     def head(self, hidden_TH: Tensor) -> PackedOutput:
         """The head's output."""
