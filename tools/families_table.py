@@ -52,8 +52,8 @@ NOTES: Mapping[str, str] = {
     "leaves the soft-capping of scores out (7e-4).",
     "cohere2": "vLLM's windows are `sliding_window` + 1 tokens, transformers' `sliding_window`: the gap is that of texts longer than a window "
     "(8 tokens here). Not claimed for longer texts.",
-    "deepseek_v2": "vLLM's CPU build differs from the first token on, without experts and with VLLM_MLA_DISABLE=1 too, so neither they nor its kernel of "
-    "latent attention are the cause, which was not found. Not claimed with `vllm`.",
+    "deepseek_v2": "vLLM's CPU build differs from the first token on, without experts too, so they are not the cause, which was "
+    "not found. Not claimed with `vllm`.",
     "deepseek_v3": "as `deepseek_v2`. Not claimed with `vllm`.",
     "qwen3_next": "for this family `rollout.engine=transformers` generates where vLLM's CPU build cannot in float32.",
 }
