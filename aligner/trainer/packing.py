@@ -227,12 +227,10 @@ def pack(
         source_N, target_N = source_N[:0], target_N[:0]
     elif keep is Keep.PREDICTIONS:
         last_N = last_N[:0]
-    row_N, kept_K = row_T[last_N], None
-    if keep is not None:
-        used_K = torch.cat([source_N, last_N]).unique()
-        if len(used_K) <= MAX_KEPT * len(local_T):
-            kept_K = used_K if len(used_K) else torch.zeros(1, dtype=torch.long)  # modules need a token
-            source_N, last_N = torch.searchsorted(kept_K, source_N), torch.searchsorted(kept_K, last_N)
+    row_N = row_T[last_N]
+    kept_K = _kept_tokens(torch.cat([source_N, last_N]), len(local_T)) if keep is not None else None
+    if kept_K is not None:
+        source_N, last_N = torch.searchsorted(kept_K, source_N), torch.searchsorted(kept_K, last_N)
     missing = tokens_per_rank(lengths, context, multiple_of) - len(local_T)
     if missing:
         tokens_T = torch.cat([tokens_T, tokens_T.new_zeros(missing)])
@@ -256,6 +254,14 @@ def pack(
         rows,
         width,
     )
+
+
+def _kept_tokens(used_N: Tensor, tokens: int) -> Tensor | None:
+    """Distinct indices of the tokens that are used, one at least, since modules need one; None: not worth leaving out the rest."""
+    used_K = used_N.unique()
+    if len(used_K) > MAX_KEPT * tokens:
+        return None
+    return used_K if len(used_K) else torch.zeros(1, dtype=torch.long)
 
 
 def _each_row(segments: Sequence[Segment], segment_T: Tensor, index_N: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -84,3 +85,14 @@ def save_tiny(name: str, folder: Path, **arguments: Any) -> Path:
 def stored_tensors(folder: Path) -> dict[str, Tensor]:
     """Every tensor of a checkpoint: transformers fuses experts in memory, not in its files."""
     return {name: value for file in folder.glob("*.safetensors") for name, value in load_file(file).items()}
+
+
+def save_small_weights(folder: Path, names: Sequence[str]) -> Path:
+    """`folder` with a model of each name, of which two training engines agree to rounding: small weights, norms of about 1."""
+    for name in names:
+        model = tiny_model(name)
+        with torch.no_grad():
+            for key, parameter in model.named_parameters():
+                parameter.mul_(0.1).add_(float("norm" in key))
+        model.save_pretrained(folder / name)
+    return folder

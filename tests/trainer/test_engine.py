@@ -6,7 +6,6 @@ import inspect
 from pathlib import Path
 
 import pytest
-import torch
 
 from aligner.bounds import check_settings
 from aligner.config.schema import Config, compose_config, to_config
@@ -14,7 +13,7 @@ from aligner.trainer import engines
 from aligner.trainer.config import PolicyConfig, ReferenceConfig
 from aligner.trainer.engine import TrainEngine
 from tests.conftest import Ranks
-from tests.models.tiny import tiny_model
+from tests.models.tiny import save_small_weights
 
 MODELS = ("llama", "qwen2-tied")
 CASES = ("sft", "grpo", "critic", "reward_model")
@@ -23,14 +22,7 @@ CASES = ("sft", "grpo", "critic", "reward_model")
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Small models, by name."""
-    folder = tmp_path_factory.mktemp("models")
-    for name in MODELS:
-        model = tiny_model(name)
-        with torch.no_grad():
-            for key, parameter in model.named_parameters():
-                parameter.mul_(0.1).add_(float("norm" in key))
-        model.save_pretrained(folder / name)
-    return folder
+    return save_small_weights(tmp_path_factory.mktemp("models"), MODELS)
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from torch import Tensor
 
+from aligner.rollout.freed_storages import FreedStorages
 from aligner.rollout.loaded import LoadedWeights
 from aligner.rollout.transformers.requests import BatchedRequests
 
@@ -16,12 +17,11 @@ class FreedWeights:
     def __init__(self, tensors: Iterable[Tensor], loaded: LoadedWeights) -> None:
         self.resident = True
         self._loaded = loaded
-        self._storages = list({(s := tensor.untyped_storage())._cdata: s for tensor in tensors}.values())
-        self._sizes = [storage.nbytes() for storage in self._storages]
+        self._storages = FreedStorages(tensors)
 
     def bytes(self) -> int:
         """Its size."""
-        return sum(self._sizes)
+        return self._storages.bytes()
 
     def changed(self) -> None:
         """Nothing is kept."""
@@ -29,14 +29,12 @@ class FreedWeights:
     def evict(self) -> None:
         """Free the weights; the engine cannot generate until the next sync."""
         self._loaded.evict()
-        for storage in self._storages:
-            storage.resize_(0)
+        self._storages.free()
         self.resident = False
 
     def bring(self) -> None:
         """Allocate the storages, for a sync to write."""
-        for storage, size in zip(self._storages, self._sizes, strict=True):
-            storage.resize_(size)
+        self._storages.allocate()
         self.resident = True
 
 

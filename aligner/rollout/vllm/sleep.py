@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from aligner.rollout.freed_storages import FreedStorages
 from aligner.rollout.vllm.packing import drop_kernels
 
 if TYPE_CHECKING:
@@ -68,12 +69,11 @@ class FreedCache:
     def __init__(self, engine: VllmInternals) -> None:
         self.resident = True
         self._engine = engine
-        self._storages = list({(s := cache.untyped_storage())._cdata: s for cache in engine.caches}.values())
-        self._sizes = [storage.nbytes() for storage in self._storages]
+        self._storages = FreedStorages(engine.caches)
 
     def bytes(self) -> int:
         """Its size."""
-        return sum(self._sizes)
+        return self._storages.bytes()
 
     def changed(self) -> None:
         """Nothing is kept."""
@@ -81,15 +81,12 @@ class FreedCache:
     def evict(self) -> None:
         """Free the cache; cached prefixes are dropped."""
         self._engine.new_weights()
-        for storage in self._storages:
-            storage.resize_(0)
+        self._storages.free()
         self.resident = False
 
     def bring(self) -> None:
         """Allocate it, zeroed: kernels read beyond the written part and multiply that by 0."""
-        for storage, size in zip(self._storages, self._sizes, strict=True):
-            storage.resize_(size)
-            torch.empty(0, dtype=torch.uint8).set_(storage).zero_()
+        self._storages.allocate(zeroed=True)
         self.resident = True
 
 
