@@ -33,14 +33,8 @@ class Pair:
     rejected: TokenizedAnswer
 
 
-class PreferenceTokenizer:
-    """Preference rows -> pairs (a `RowTokenizer`).
-
-    A row is {'prompt', 'chosen', 'rejected'} with texts or lists of messages; {'chosen', 'rejected'} with two whole
-    conversations that diverge at an assistant turn; or {'query', 'response', 'score'} with lists of answers and scores,
-    which gives all pairs of unequal scores (pairs of equal ones are counted as "equal scores"). If scores are known
-    ('score', or 'score_chosen' and 'score_rejected'), each answer's fields have its own as 'score'.
-    """
+class _AnswersTokenizer:
+    """What tokenizers of rows with good and bad answers have in common."""
 
     def __init__(
         self,
@@ -60,6 +54,16 @@ class PreferenceTokenizer:
         self._encoder = Encoder(tokenizer, chat=chat, notes=notes)
         self._max_tokens, self._too_long = max_tokens, too_long
         self.left_out: LeftOut = Counter()
+
+
+class PreferenceTokenizer(_AnswersTokenizer):
+    """Preference rows -> pairs (a `RowTokenizer`).
+
+    A row is {'prompt', 'chosen', 'rejected'} with texts or lists of messages; {'chosen', 'rejected'} with two whole
+    conversations that diverge at an assistant turn; or {'query', 'response', 'score'} with lists of answers and scores,
+    which gives all pairs of unequal scores (pairs of equal ones are counted as "equal scores"). If scores are known
+    ('score', or 'score_chosen' and 'score_rejected'), each answer's fields have its own as 'score'.
+    """
 
     def __call__(self, label: str, row: dict[str, Any], index: int) -> list[Pair]:
         """The pairs of one row.
@@ -89,26 +93,12 @@ class PreferenceTokenizer:
         return f"no pair is left ({left_out_text(self.left_out)}); raise data.max_tokens={self._max_tokens}, or give other rows."
 
 
-class FeedbackTokenizer:
+class FeedbackTokenizer(_AnswersTokenizer):
     """Feedback rows -> answers with 'label' in their fields (a `RowTokenizer`).
 
     A row is {'prompt', 'completion', 'label': true or false} with texts or lists of messages, or a preference row (one
     good and one bad answer). Each answer counts by itself.
     """
-
-    def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        max_tokens: int,
-        too_long: str = "error",
-        chat: ChatOptions = PLAIN,
-        notes: Notes | None = None,
-    ) -> None:
-        """Args: as for `PreferenceTokenizer`."""
-        check_choices(too_long)
-        self._encoder = Encoder(tokenizer, chat=chat, notes=notes)
-        self._max_tokens, self._too_long = max_tokens, too_long
-        self.left_out: LeftOut = Counter()
 
     def __call__(self, label: str, row: dict[str, Any], index: int) -> list[TokenizedAnswer]:
         """The answers of one row.
