@@ -1,4 +1,4 @@
-"""Measure a streamed set: python tools/bench/streaming.py --rows 5000000 --work DIR [--kind parquet|arrow|jsonl].
+"""Measure a streamed set: python tools/bench/streaming.py --rows 5000000 --work DIR --model DIR [--kind parquet|arrow|jsonl].
 
 Writes a set of chat rows once, then, each in a process of its own: the time from nothing to the first batch, and to the batch
 at a position late in the set (a resume); the memory while rows are taken; and what steps of many small
