@@ -63,6 +63,11 @@ class Samples:
         """B."""
         return self.tokens_BT.shape[0]
 
+    @property
+    def response_len_B(self) -> Tensor:
+        """int64: number of tokens of the response; of an episode those that were sampled, in all of its turns."""
+        return self.length_B - self.prompt_len_B if self.turn_BT is None else (self.turn_BT > 0).sum(1)
+
     def response_tokens(self, row: int) -> list[int]:
         """The token ids after the prompt, including the stop token; of an episode those that were not sampled too."""
         return self.tokens_BT[row, self.prompt_len_B[row] : self.length_B[row]].tolist()

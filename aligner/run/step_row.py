@@ -1,11 +1,10 @@
-"""What rank 0 learns of one iteration: a row of metrics, and some samples. Values come from the roles that hold them."""
+"""What rank 0 learns of one iteration: a row of metrics. Values come from the roles that hold them."""
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
 
 from aligner.algorithms.step import Step
-from aligner.reward.pool import Status
 from aligner.reward.role import Reward, Rewards
 from aligner.roles.build import Roles
 from aligner.run.step_stats import StepStats, merged, step_stats_of
@@ -52,8 +51,7 @@ def step_row(
     if result.scores is not None:
         row |= Rewards(response=[], **{name: values[name] for name in LOGGED_SCORES}).row()
     if result.samples is not None:
-        length_B = values["length_B"] - values["prompt_len_B"]
-        row["length"] = length_B.float().mean().item()
+        row["length"] = values["response_len_B"].float().mean().item()
         if values["truncated_B"] is not None:
             row["truncated"] = values["truncated_B"].float().mean().item()
     row |= stats.row()
@@ -61,29 +59,6 @@ def step_row(
     if "tokens" in row:
         row["tokens_per_second"] = row["tokens"] / seconds
     return row, stats
-
-
-def collect_samples(world: World, result: Step, count: int) -> list[dict[str, Any]] | None:
-    """The first `count` samples of the batch as `write_samples` takes them, on rank 0; None elsewhere, and where the step
-    has no scored samples. A collective of the world."""
-    if result.scores is None or result.samples is None:
-        return None
-    refs = {"response": result.scores["response"], "reward_B": result.scores["reward_B"]}
-    refs |= {"status_B": result.scores["status_B"], "fields": result.samples["fields"]}
-    collected = read_on_rank0(world, refs, None, lambda one, other: None, limit=count)
-    if collected is None:
-        return None
-    columns = (collected[0][name] for name in ("fields", "response", "reward_B", "status_B"))
-    return [
-        {
-            "prompt": row.get("prompt", ""),
-            "response": text,
-            "reward": reward.item(),
-            "status": Status(int(status)),
-            "fields": {name: value for name, value in row.items() if name != "prompt"},
-        }
-        for row, text, reward, status in zip(*columns, strict=True)
-    ]
 
 
 def _logged(result: Step) -> dict[str, Ref]:
@@ -94,5 +69,12 @@ def _logged(result: Step) -> dict[str, Ref]:
     if result.scores is not None:
         refs |= {name: result.scores[name] for name in LOGGED_SCORES}
     if result.samples is not None:
-        refs |= {name: result.samples[name] for name in ("length_B", "prompt_len_B", "truncated_B")}
+        refs["truncated_B"] = result.samples["truncated_B"]
+        refs["response_len_B"] = _response_lengths(result.samples)
     return refs
+
+
+def _response_lengths(samples: Ref) -> Ref:
+    """Sampled tokens of each row; the same ranks hold it."""
+    value = None if samples.value is None else samples.value.response_len_B
+    return replace(samples, value=value, read_cache={}, _fields={})
