@@ -17,6 +17,7 @@ from aligner.rollout.config import RolloutConfig, Sampling, StreamConfig
 from aligner.rollout.engine import KINDS
 from aligner.rollout.engines import backend
 from aligner.rollout.episodes.driver import Episodes
+from aligner.rollout.episodes.figures import Figures
 from aligner.rollout.episodes.source import EpisodeSource
 from aligner.rollout.kind import Place, Responses, RolloutKind
 from aligner.rollout.loaded import LoadedWeights
@@ -180,6 +181,10 @@ class GenerationRole(Role):
         self.under_way.remove(started)
         with self.working():
             return self._finish(started)
+
+    def take_figures(self) -> Figures:
+        """What this rank's replica has spent its time on while it played, since the last time."""
+        return self.episodes.take_figures() if self.plays and self.member else Figures()
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:

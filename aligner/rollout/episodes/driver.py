@@ -162,6 +162,13 @@ class Episodes(RolloutKind[Episode]):
         """Inverse of `to_json`."""
         return episode_from(saved, prompt)
 
+    def take_figures(self) -> Figures:
+        """What the replica has spent its time on since the last time; on its first rank."""
+        taken, self.figures = self.figures, Figures()
+        if self._source is not None:
+            taken.source = self._source.metrics()
+        return taken
+
     def close(self) -> None:
         """End environments and programs."""
         if self._source is not None:

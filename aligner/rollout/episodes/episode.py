@@ -68,24 +68,17 @@ class Episode:
 
 
 def turn_sampling(run: Sampling, turn: Turn, stop: Sequence[int], room: int) -> Sampling:
-    """How a turn is sampled: by the run's settings, but for those that the agent asked for.
+    """How a turn is sampled: by the run's settings, with the agent's own limit and stop tokens.
 
     Args:
-        stop: tokens that end a response where neither names any; those that the agent asks for are added to them.
+        stop: tokens that end a response where the run names none.
         room: tokens that fit in the engine after the turn's context.
-
-    Raises:
-        ValueError: a setting that there is not.
     """
-    asked = dict(turn.sampling)
-    unknown = sorted(asked.keys() - {"temperature", "top_p", "top_k", "stop_token_ids"})
-    if unknown:
-        raise ValueError(f"an episode asks for {unknown[0]}, which a turn cannot have of its own.")
-    if "stop_token_ids" in asked:
-        usual = stop if run.stop_token_ids is None else run.stop_token_ids
-        asked["stop_token_ids"] = tuple(dict.fromkeys([*usual, *asked["stop_token_ids"]]))
     most = run.max_tokens if turn.max_tokens is None else min(run.max_tokens, turn.max_tokens)
-    return replace(run, **asked, max_tokens=min(most, room))
+    ends = run.stop_token_ids
+    if turn.sampling.get("stop_token_ids"):
+        ends = tuple(dict.fromkeys([*(stop if ends is None else ends), *turn.sampling["stop_token_ids"]]))
+    return replace(run, stop_token_ids=ends, max_tokens=min(most, room))
 
 
 def episode_to(episode: Episode) -> dict[str, Any]:

@@ -74,4 +74,12 @@ def _end(episode: Episode) -> Any:
 
 def _record(episode: Episode) -> dict[str, Any]:
     end = _end(episode)
-    return {"detail": "", "metrics": {}, "messages": [], **end.record, "ended": end.ended, "turns": len(episode.turns)}
+    return {
+        "detail": "",
+        "metrics": {},
+        "messages": [],
+        **end.record,
+        "ended": end.ended,
+        "turns": len(episode.turns),
+        "sampled_tokens": sum(len(turn.sample.tokens) for turn in episode.turns),
+    }
