@@ -28,8 +28,14 @@ class Place:
     sample: int
     """Number among the prompt's samples."""
 
-    def turn_seed(self, turn: int) -> int:
-        """Seed of a turn, from 1; the first has that of a response at this place."""
+    def turn_seed(self, turn: int, key: int | None = None) -> int:
+        """Seed of a turn, from 1; the first has that of a response at this place.
+
+        Args:
+            key: what makes the seed in place of the turn's number.
+        """
+        if key is not None:
+            return request_seed(self.seed, self.call, self.prompt, self.sample, 0, key)
         if turn == 1:
             return request_seed(self.seed, self.call, self.prompt) + self.sample
         return request_seed(self.seed, self.call, self.prompt, self.sample, turn)

@@ -235,7 +235,7 @@ class Episodes(RolloutKind[Episode]):
                 f"turn {number} of episode {event.episode} does not begin with the ids of its segment so far, and says that it does."
             )
         added = event.context if new else event.context[known:]
-        sample = Sample([], one.episode.place.turn_seed(number))
+        sample = Sample([], one.episode.place.turn_seed(number, event.seed_key))
         return _Asked(event.episode, number, Turn(added, new, sample, event.max_tokens, dict(event.sampling)))
 
     def _hears(self, event: _Asked | Ended) -> bool:
