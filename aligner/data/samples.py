@@ -56,7 +56,7 @@ class Samples:
     """float32: the episode's reward, by default the sum of its turn rewards and its final one; NaN where the episode failed."""
     episodes: list[dict[str, Any]] | None = None
     """JSON per row: how an episode "ended" ("done", "max_turns", "max_tokens" or the kind of its failure), "detail", "turns" (their
-    number), "metrics", "messages"."""
+    number), "metrics", "messages", "seed" (the environment's)."""
 
     @property
     def rows(self) -> int:
@@ -71,6 +71,13 @@ class Samples:
     def response_tokens(self, row: int) -> list[int]:
         """The token ids after the prompt, including the stop token; of an episode those that were not sampled too."""
         return self.tokens_BT[row, self.prompt_len_B[row] : self.length_B[row]].tolist()
+
+    def last_turn_tokens(self, row: int) -> list[int]:
+        """The token ids that an episode's last turn sampled (none where it failed before it had one), or the response's."""
+        if self.turn_BT is None:
+            return self.response_tokens(row)
+        turn_T = self.turn_BT[row]
+        return self.tokens_BT[row, (turn_T > 0) & (turn_T == turn_T.max())].tolist()
 
 
 Demonstrations = NewType("Demonstrations", Samples)

@@ -91,5 +91,5 @@ def _item(record: SampleRecord, scores: Rewards, tokenizer: PreTrainedTokenizerB
     if record.episode is None:
         return item
     said = decode(tokenizer, record.tokens[record.prompt_tokens :], keep_special_tokens=True)
-    ended = {name: record.episode[name] for name in ("ended", "detail") if record.episode.get(name)}
-    return {**item, "response": said, "turns": len(record.turns), **ended, **record.episode.get("metrics", {})}
+    shown = {name: record.episode[name] for name in ("ended", "detail", "metrics") if record.episode.get(name)}
+    return {**item, "response": said, "turns": len(record.turns), **shown}

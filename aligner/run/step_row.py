@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import reduce
 
 from aligner.algorithms.step import Step
 from aligner.reward.role import Reward, Rewards
 from aligner.roles.build import Roles
+from aligner.rollout.episodes.figures import Figures, episode_metrics
 from aligner.run.step_stats import StepStats, merged, step_stats_of
 from aligner.spmd.ref import Ref
 from aligner.spmd.transfer import read_on_rank0
@@ -37,6 +39,7 @@ def step_row(
         world.residency.take_figures(),
         signal,
         {key: one for role in roles.built if isinstance(role, Reward) for key, one in role.take_scored().items()},
+        reduce(Figures.merged, (engine.take_figures() for engine in roles.engines), Figures()),
     )
     collected = read_on_rank0(world, _logged(result), own_stats, merged)
     if collected is None:
@@ -54,6 +57,8 @@ def step_row(
         row["length"] = values["response_len_B"].float().mean().item()
         if values["truncated_B"] is not None:
             row["truncated"] = values["truncated_B"].float().mean().item()
+        if values["episodes"] is not None:
+            row |= episode_metrics(values["episodes"], values["length_B"].sum().item())
     row |= stats.row()
     row["seconds"] = seconds
     if "tokens" in row:
@@ -69,8 +74,9 @@ def _logged(result: Step) -> dict[str, Ref]:
     if result.scores is not None:
         refs |= {name: result.scores[name] for name in LOGGED_SCORES}
     if result.samples is not None:
-        refs["truncated_B"] = result.samples["truncated_B"]
+        refs |= {name: result.samples[name] for name in ("length_B", "truncated_B")}
         refs["response_len_B"] = _response_lengths(result.samples)
+        refs["episodes"] = _without_messages(result.samples["episodes"])
     return refs
 
 
@@ -78,3 +84,9 @@ def _response_lengths(samples: Ref) -> Ref:
     """Sampled tokens of each row; the same ranks hold it."""
     value = None if samples.value is None else samples.value.response_len_B
     return replace(samples, value=value, read_cache={}, _fields={})
+
+
+def _without_messages(episodes: Ref) -> Ref:
+    """What `episode_metrics` reads; the same ranks hold it."""
+    value = episodes.value and [{**record, "messages": []} for record in episodes.value]
+    return replace(episodes, value=value, read_cache={}, _fields={})
