@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 from torch import Tensor
@@ -24,6 +24,9 @@ from aligner.data.prompts import Prompt
 from aligner.data.samples import Samples, leave_out_unscored
 from aligner.objective.token_rewards import kl_penalized
 from aligner.roles.build import Roles
+
+if TYPE_CHECKING:
+    from aligner.config.schema import Config
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,17 @@ class GrpoConfig:
         if self.reward_kl_coef and "reference" not in self.roles:
             raise ValueError(
                 f"algorithm.reward_kl_coef={self.reward_kl_coef} needs the reference; add it to algorithm.roles, or use 0."
+            )
+
+    def check_job(self, config: Config) -> None:
+        """Raises ValueError for a length penalty that would punish every episode of several turns."""
+        longest = getattr(self.length_penalty, "keywords", {}).get("max_length")
+        turns, one = config.environment.max_turns, config.sampling.max_tokens
+        if config.environment.enabled and longest is not None and turns > 1 and longest <= one:
+            raise ValueError(
+                f"algorithm.length_penalty.max_length={longest} is the limit of one turn (sampling.max_tokens={one}), and an "
+                f"episode's length is that of all of its turns, up to environment.max_turns={turns}; give the number of sampled "
+                f"tokens from which an episode is too long, such as {turns * one}, or length_penalty=null."
             )
 
 

@@ -72,7 +72,7 @@ def test_it_is_shown_turn_by_turn(run: Path, capsys: pytest.CaptureFixture[str])
     assert main([str(run), "4", "1"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[:4] == [
-        "row 1: reward 3.000 (ok), 3 turns, 5 sampled of 15 tokens, 2 segments",
+        "row 1: reward 3.000 (ok), 3 turns, 5 sampled of 16 tokens, 2 segments",
         "ended: done (won\\x1b)", "game 3, moves 3", "--- segment 1",
     ]  # fmt: skip
     assert lines[4] == "<bos>12+3=" and lines[6] == "[+15+]"
