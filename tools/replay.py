@@ -18,7 +18,7 @@ import argparse
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from omegaconf import OmegaConf
 
 from aligner.config.schema import Config, to_config
+from aligner.data.end_tokens import find_ends
 from aligner.data.token_view import Part, pieces_of
 from aligner.data.tokenizer import load_tokenizer, use_chat_template
 from aligner.paths import path_option
@@ -215,8 +216,9 @@ def play_again(config: Config, record: SampleRecord, tokenizer: PreTrainedTokeni
     if not config.environment.enabled:
         raise ValueError("the run has no environment (environment.target).")
     spec = read_spec(config.model.path, config.model.trust_remote_code)
-    stop = {*(config.sampling.stop_token_ids or spec.eos_token_ids)}
-    source = make_source(config, tokenizer, spec)
+    ends = dict.fromkeys([*spec.eos_token_ids, *find_ends(config.model.path, tokenizer).ids])  # as the job has them
+    source = make_source(config, tokenizer, replace(spec, eos_token_ids=tuple(ends)))
+    stop = {*(config.sampling.stop_token_ids or ()), *ends}
 
     def in_words(difference: Difference) -> str:
         if difference.what != "the context":

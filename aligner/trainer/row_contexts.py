@@ -14,7 +14,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from aligner.data.samples import Samples, pad_rows
+from aligner.data.samples import Samples
 from aligner.spmd.cost import Cost
 from aligner.trainer.prefix_tree import PrefixTree, Segment, separate_rows
 
@@ -56,8 +56,9 @@ class RowContexts:
         """[C, T] int64: the tokens of each context, right-padded."""
         if len(self.row_C) == len(tokens_BT) and not self.start_C.any():
             return tokens_BT
-        spans = zip(self.row_C.tolist(), self.start_C.tolist(), self.length_C.tolist(), strict=True)
-        return pad_rows([tokens_BT[row, start : start + length].tolist() for row, start, length in spans], torch.long)
+        place_T = torch.arange(int(self.length_C.max()))
+        index_CT = (self.start_C[:, None] + place_T).clamp(max=tokens_BT.shape[1] - 1)
+        return torch.where(place_T < self.length_C[:, None], tokens_BT[self.row_C[:, None], index_CT], 0)
 
 
 @dataclass(frozen=True)
