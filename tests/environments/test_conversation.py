@@ -1,11 +1,13 @@
 """Contexts of episodes, built turn by turn, are those of the whole conversation encoded by transformers; what was sampled stays."""
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
 from transformers import PreTrainedTokenizerFast
 
 from aligner.data.chat import ChatOptions
+from aligner.data.tokenizer import encode_continuation
 from aligner.environments.conversation import Conversation, ConversationFormat, TemplateError, prompt_messages
 from tests.data import tokenizer_kinds
 from tests.environments.families import FAMILIES, Family, stop_ids, tokenizer_of
@@ -65,29 +67,42 @@ def turns_of(messages: list[dict[str, Any]]) -> list[tuple[list[dict[str, Any]],
     return turns
 
 
-def check_against_whole(form: ConversationFormat, messages: list[dict[str, Any]], tools: Any, opener: str = "") -> None:
-    """Each turn is the part of the whole conversation, as transformers encodes it, that follows the context."""
+def check_against_whole(form: ConversationFormat, messages: list[dict[str, Any]], tools: Any = None) -> int:
+    """Each context is what transformers encodes for the conversation so far, of which the answers are parts.
+
+    Where the tokenizer merges an answer's beginning with the generation prompt, which no model does that generates, only what
+    follows the answer is compared. Returns how often that was so.
+    """
     tokenizer = form.tokenizer
-    whole = list(tokenizer.apply_chat_template(messages, tools=tools, tokenize=True, return_dict=False))
     turns = turns_of(messages)
     conversation = Conversation(form)
     context = list(conversation.open(turns[0][0], tools))
-    for number, (_, assistant) in enumerate(turns):
-        assert whole[: len(context)] == context, number
-        if number + 1 == len(turns):
-            break
-        rest = whole[len(context) :]
-        end = next(place for place, token in enumerate(rest) if token in form.ends)
-        extension = conversation.extend(rest[: end + 1], assistant, turns[number + 1][0])
+    merged = 0
+    for (_, assistant), (after, _) in pairwise(turns):
+        so_far = [*conversation.messages, assistant, *after]
+        whole = tokenizer.apply_chat_template(
+            so_far, tools=tools, add_generation_prompt=True, tokenize=True, return_dict=False
+        )
+        known = len(context)
+        clean = whole[: len(context)] == context
+        rest = whole[len(context) :] if clean else [*plain(tokenizer, "Hi"), min(form.ends)]
+        sampled = rest[: next(place for place, token in enumerate(rest) if token in form.ends) + 1]
+        extension = conversation.extend(sampled, assistant, after)
         assert not extension.new_segment
-        assert list(extension.ids) == conversation.ids
         context = list(extension.ids)
+        if clean:
+            assert context == whole
+        else:
+            merged += 1
+            size = len(context) - known - len(sampled)
+            assert context[-size:] == whole[-size:]
+    return merged
 
 
 @pytest.mark.parametrize("kind", TOOL_KINDS)
 @pytest.mark.parametrize("name", KEEPING)
 def test_turn_by_turn_gives_the_ids_of_the_whole_conversation(name: str, kind: str) -> None:
-    check_against_whole(form_of(FAMILIES[name], kind), PLAIN, None)
+    assert check_against_whole(form_of(FAMILIES[name], kind), PLAIN) == 0
 
 
 @pytest.mark.parametrize("kind", TOOL_KINDS)
@@ -95,9 +110,10 @@ def test_turn_by_turn_gives_the_ids_of_the_whole_conversation(name: str, kind: s
 def test_tool_calls_give_the_ids_of_the_whole_conversation(name: str, kind: str) -> None:
     form = form_of(FAMILIES[name], kind)
     form.check_tools()
-    check_against_whole(form, CALLS, TOOLS)
+    merged = check_against_whole(form, CALLS, TOOLS)
     if name not in ONE_CALL:
-        check_against_whole(form, SEVERAL, TOOLS)
+        merged += check_against_whole(form, SEVERAL, TOOLS)
+    assert kind != "byte_level_split" or merged == 0
 
 
 @pytest.mark.parametrize("kind", list(tokenizer_kinds.KINDS))
@@ -105,7 +121,7 @@ def test_tool_calls_give_the_ids_of_the_whole_conversation(name: str, kind: str)
     "template", ["chatml", "headers", "gemma", "phi_ends_conversations", "zephyr", "vicuna", "dated"]
 )
 def test_other_templates_and_tokenizers(kind: str, template: str) -> None:
-    check_against_whole(ConversationFormat(tokenizer_kinds.tokenizer_of(kind, template)), PLAIN, None)
+    check_against_whole(ConversationFormat(tokenizer_kinds.tokenizer_of(kind, template)), PLAIN)
 
 
 def opened(form: ConversationFormat, *messages: dict[str, Any], tools: Any = None) -> tuple[Conversation, list[int]]:
@@ -265,26 +281,30 @@ def test_a_turn_cut_off_before_plain_text_is_proven_or_refused(kind: str) -> Non
     """The template goes on with "\\n\\n### Instruction:", which merges with some ends of a turn."""
     tokenizer = tokenizer_kinds.tokenizer_of(kind, "instruction")
     form = ConversationFormat(tokenizer)
+    goes_on = "\n\n### Instruction:\nOn.\n\n### Response:\n"
+    asked = str(tokenizer.apply_chat_template([user("Hello?")], add_generation_prompt=True, tokenize=False))
+    accepted = 0
     for text in ("Hi", "Hi\n", "Hi ", "Hi ###"):
         conversation, context = opened(form, user("Hello?"))
-        sampled = plain(tokenizer, text)
+        sampled = encode_continuation(tokenizer, text)
+        whole = plain(tokenizer, asked + text + goes_on)
         try:
             extension = conversation.extend(sampled, says(text), [user("On.")])
         except TemplateError as error:
             assert "cut off without a stop token" in str(error)  # noqa: PT017
+            assert whole[: len(context) + len(sampled)] != [*context, *sampled]
             continue
-        suffix = list(extension.ids)[len(context) + len(sampled) :]
+        accepted += 1
         assert list(extension.ids)[: len(context) + len(sampled)] == [*context, *sampled]
-        whole = str(tokenizer.decode(extension.ids))
-        assert (
-            whole
-            == str(tokenizer.decode([*context, *sampled]))
-            + str(tokenizer.decode([*sampled[-1:], *suffix]))[len(str(tokenizer.decode(sampled[-1:]))) :]
-        )
+        if kind == "unigram":  # several encodings are equally likely, and which is taken depends on the place
+            assert tokenizer.decode(extension.ids) == tokenizer.decode(whole)
+        else:
+            assert list(extension.ids) == whole
+    assert accepted
     ended = plain(tokenizer, "Hi</s>")
     conversation, context = opened(form, user("Hello?"))
     extension = conversation.extend(ended, says("Hi"), [user("On.")])
-    assert str(tokenizer.decode(extension.ids)).endswith("Hi</s>\n\n### Instruction:\nOn.\n\n### Response:\n")
+    assert list(extension.ids) == [*context, *plain(tokenizer, f"Hi</s>{goes_on}")]
 
 
 def test_a_template_without_tools_is_refused_by_name() -> None:

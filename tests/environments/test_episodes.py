@@ -85,7 +85,10 @@ def play(
     source.start(5, Prompt((1,), "", {"prompt": "Hello?"} if row is None else row, 0), 11)
     asked: list[Ask] = []
     while True:
-        (event,) = source.poll(0.0)
+        events = source.poll(0.0)
+        if not events:
+            continue
+        (event,) = events
         if isinstance(event, Ended):
             return asked, event
         asked.append(event)
@@ -130,7 +133,7 @@ def test_tool_calls_are_parsed_and_their_results_follow() -> None:
     pool = Scripted(
         Turn([], tools=TOOLS),
         answers(
-            said("3", "tool", tool_call_id="call00100", metrics={"tool_calls": 1.0, "depth": 4.0}),
+            said("3", "tool", metrics={"tool_calls": 1.0, "depth": 4.0}),
             Turn([], True, 1.0, metrics={"tool_calls": 0.0, "depth": 1.0}),
         ),
     )
