@@ -61,7 +61,8 @@ class EnvironmentConfig:
     max_turns: Annotated[int, AtLeast(1)] = 16
     """Most turns of an episode; it then ends as `max_turns`, with the reward that it has by then."""
     max_tokens: Annotated[int | None, AtLeast(2)] = None
-    """Most tokens of an episode's context; it then ends as `max_tokens`. null: what rollout.max_model_len allows."""
+    """Most tokens of an episode's context; it then ends as `max_tokens`. null: what rollout.max_model_len allows, and
+    with neither data.max_prompt_tokens + max_turns x sampling.max_tokens, as far as the model has positions."""
     rewritten: Annotated[str, OneOf("segment", "keep", "error")] = "segment"
     """Where the chat template renders earlier turns differently once later ones follow (drops reasoning): segment: begin a new
     segment with the new rendering; keep: earlier turns stay as they were sampled; error: stop the job."""

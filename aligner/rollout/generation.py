@@ -110,6 +110,7 @@ class GenerationRole(Role):
             first = world.rank == mesh.shards[self.shard or 0][0]
             self.episodes = Episodes(self.engine, source() if first else None, world.activity.tick)
             world.on_leave(self.episodes.close)
+            world.activity.details[name] = self.episodes.report
 
     def generate(
         self,
