@@ -262,10 +262,21 @@ def _read(
     reasoning = thought if apart else None
     for number, block in enumerate(blocks, start=1):
         try:
-            calls += read(block)
+            made = read(block)
+            for call in made:
+                _check_json(call)
+            calls += made
         except MalformedError as error:
             return ParsedTurn(content if apart else text, (), f"tool call {number} {error}", reasoning)
     return ParsedTurn(content.strip() if calls else content, tuple(calls), None, reasoning)
+
+
+def _check_json(call: ToolCall) -> None:
+    """Raises MalformedError for what JSON and UTF-8 do not have: NaN, infinity, halves of a surrogate pair."""
+    try:
+        json.dumps([call.name, call.arguments], allow_nan=False, ensure_ascii=False).encode()
+    except (ValueError, RecursionError):
+        raise MalformedError("must have finite numbers and valid text as arguments") from None
 
 
 def _json(text: str) -> Any:

@@ -4,6 +4,8 @@ import json
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from aligner.environments.tool_calls import PARSERS, ParsedTurn, ToolCall, call_message, format_of, named_parser
 from tests.environments.families import FAMILIES, tokenizer_of
@@ -71,6 +73,9 @@ def test_vllm_reads_the_same(parser: str, family: str, text: str) -> None:
         ("hermes", "<tool_call>[]</tool_call>", "must be an object"),
         ("hermes", "<tool_call>" + "[" * 100_000 + "</tool_call>", "is not valid JSON"),
         ("hermes", "<tool_call>", "is not valid JSON"),
+        ("hermes", '<tool_call>{"name": "weather", "arguments": {"days": NaN}}</tool_call>', "must have finite numbers"),
+        ("hermes", '<tool_call>{"name": "weather", "arguments": {"days": 1e999}}</tool_call>', "must have finite numbers"),
+        ("hermes", '<tool_call>{"name": "weather", "arguments": {"city": "\\ud800"}}</tool_call>', "valid text"),
         ("llama3_json", '{"name": "weather", "parameters": {', "is not valid JSON"),
         ("llama3_json", "<|python_tag|>weather.call()", "is not valid JSON"),
         ("mistral", "[TOOL_CALLS] nothing", "must be [{"),
@@ -127,6 +132,23 @@ def test_other_ways_to_write_a_call(parser: str, text: str, arguments: dict[str,
 def test_what_is_no_call(parser: str, text: str) -> None:
     parsed = PARSERS[parser](text, TOOLS)
     assert (parsed.calls, parsed.error) == ((), None)
+
+
+PIECES = (
+    "<tool_call>", "</tool_call>", "<function=", ">", "</function>", "<parameter=a>", "</parameter>", "<arg_key>", "</arg_key>",
+    "<arg_value>", "</arg_value>", "[TOOL_CALLS]", "[ARGS]", "[", "]", "(", ")", "{", "}", '"name"', '"arguments"', ":", ",", '"', "a", "1", "=",
+    "<|python_tag|>", "<think>", "</think>", "<|channel|>analysis", "<|channel|>commentary to=functions.a", "<|message|>", "<|end|>", "\n", " ", "\\",
+    CALL, "\u00e9", "\0", "'", "-", "1e999", "NaN",
+)  # fmt: skip
+
+
+@given(st.lists(st.sampled_from(PIECES), max_size=12).map("".join))
+@settings(max_examples=200)
+def test_no_text_makes_a_parser_raise(text: str) -> None:
+    for parse in PARSERS.values():
+        parsed = parse(text, TOOLS)
+        assert not (parsed.calls and parsed.error)
+        json.dumps(call_message(parsed, text, ["x"] * len(parsed.calls)))
 
 
 def test_channels_of_gpt_oss() -> None:
