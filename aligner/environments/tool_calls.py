@@ -15,8 +15,6 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
     from aligner.data.tokenizer import Message
 
 Tools = Sequence[Mapping[str, Any]]
@@ -167,30 +165,13 @@ def check_name(name: str) -> None:
         )
 
 
-def named_parser(name: str, tokenizer: PreTrainedTokenizerBase) -> ToolParser:
-    """The parser of environment.tool_parser.
+def turn_of(text: str, content: str, calls: Sequence[tuple[str, str]]) -> ParsedTurn:
+    """A turn with calls whose arguments are JSON text.
 
     Args:
-        name: a key of PARSERS, "auto", or "vllm:" and the name of one of vLLM's.
-
-    Raises:
-        ValueError: there is none of that name, or auto cannot tell.
+        calls: (name, arguments) of each.
     """
-    if name == "auto":
-        template = tokenizer.chat_template
-        name = format_of("".join(template.values()) if isinstance(template, dict) else str(template))
-    check_name(name)
-    if name in PARSERS:
-        return PARSERS[name]
-    from aligner.rollout.engines import vllm_tool_parser
-
-    extract = vllm_tool_parser(name.removeprefix(VLLM), tokenizer)
-
-    def read(text: str, tools: Tools) -> ParsedTurn:
-        content, calls = extract(text, tools)
-        return _read(text, None, content, calls, _named_call)
-
-    return read
+    return _read(text, None, content, calls, _named_call)
 
 
 def _named_call(call: tuple[str, str]) -> list[ToolCall]:

@@ -11,8 +11,8 @@ from aligner.data.prompts import Prompt
 from aligner.environments.config import EnvironmentConfig
 from aligner.environments.conversation import ConversationFormat
 from aligner.environments.episodes import EnvironmentEpisodes, joined
+from aligner.environments.parsers import named_parser
 from aligner.environments.pool import Action, EnvironmentPool, Failed, Finished, Opened, PoolEvent, Stepped, Turn
-from aligner.environments.tool_calls import named_parser
 from aligner.rollout.episodes.source import Ask, Ended
 from aligner.rollout.requests import Sample
 from tests.environments.families import FAMILIES, stop_ids, tokenizer_of
