@@ -128,8 +128,8 @@ class EnvironmentEpisodes:
         self._ready = deque(event for event in self._ready if event.episode not in gone)
 
     def metrics(self) -> dict[str, float]:
-        """Those of the pool."""
-        return self._pool.metrics()
+        """Those of the pool, as `episodes/environment_NAME`."""
+        return {f"episodes/environment_{name}": value for name, value in self._pool.metrics().items()}
 
     def close(self) -> None:
         """End the environment processes."""
