@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from aligner.data.chat import PLAIN, ChatOptions, Notes, conversation_of, message_text, template_options
+from aligner.data.chat import NO_TOOLS, PLAIN, ChatOptions, Notes, conversation_of, message_text, template_options
 from aligner.data.decoding import decode
 from aligner.data.end_tokens import PROBES, closing_tokens
 from aligner.data.tokenizer import Message, checked_messages, encode_plain, render_chat
@@ -74,8 +74,8 @@ class ConversationFormat:
                 "data.chat_template=FILE.jinja, or environment.target='' for prompts without an environment."
             )
         self.tokenizer, self.chat, self.rewritten = tokenizer, chat, rewritten
-        self.notes = Notes()
-        """Remarks about how conversations were rendered -> how often."""
+        self.tools_left_out = 0
+        """Conversations whose tools the template has not written."""
         self.added = {
             token: entry.content for token, entry in tokenizer.added_tokens_decoder.items() if entry.content.strip()
         }
@@ -173,7 +173,9 @@ class Conversation:
         self._options = template_options(kwargs, "the episode", self.format.chat.template_kwargs)
         places = [f"messages[{place}]" for place in range(len(messages))]
         self.messages, _, _ = self.format.chat.with_system_prompt(messages, places, "the episode")
-        _, self._rendered = self._form(self.messages)
+        notes = Notes()
+        _, self._rendered = self._form(self.messages, notes)
+        self.format.tools_left_out += notes[NO_TOOLS]
         self.ids = encode_plain(self.format.tokenizer, self._rendered)
         return tuple(self.ids)
 
@@ -215,7 +217,7 @@ class Conversation:
         self.messages, self._rendered = history, rendered
         return Extension(tuple(self.ids), reason is not None and self.format.rewritten == "segment")
 
-    def _form(self, messages: list[Message]) -> tuple[list[Message], str]:
+    def _form(self, messages: list[Message], notes: Notes | None = None) -> tuple[list[Message], str]:
         """(the messages in the form that the template accepts, the conversation with the generation prompt)."""
         places = [f"messages[{place}]" for place in range(len(messages))]
         try:
@@ -226,7 +228,7 @@ class Conversation:
                 "the episode",
                 self.format.tokenizer,
                 awaits=True,
-                notes=self.format.notes,
+                notes=notes,
             )
         except ValueError as error:
             raise TemplateError(str(error)) from error

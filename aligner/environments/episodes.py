@@ -128,8 +128,11 @@ class EnvironmentEpisodes:
         self._ready = deque(event for event in self._ready if event.episode not in gone)
 
     def metrics(self) -> dict[str, float]:
-        """Those of the pool, as `episodes/environment_NAME`."""
-        return {f"episodes/environment_{name}": value for name, value in self._pool.metrics().items()}
+        """Those of the pool, as `episodes/environment_NAME`, and `episodes/tools_left_out`: how many episodes have tools that the
+        chat template has not written."""
+        figures = {f"episodes/environment_{name}": value for name, value in self._pool.metrics().items()}
+        left_out, self._form.tools_left_out = self._form.tools_left_out, 0
+        return figures | ({"episodes/tools_left_out": float(left_out)} if left_out else {})
 
     def close(self) -> None:
         """End the environment processes."""

@@ -15,6 +15,7 @@ from aligner.environments.parsers import named_parser
 from aligner.environments.pool import Action, EnvironmentPool, Failed, Finished, Opened, PoolEvent, Stepped, Turn
 from aligner.rollout.episodes.source import Ask, Ended
 from aligner.rollout.requests import Sample
+from tests.data.chat_templates import TEMPLATES
 from tests.environments.families import FAMILIES, stop_ids, tokenizer_of
 
 ADD = {
@@ -55,6 +56,9 @@ class Scripted(EnvironmentPool):
         events = list(self.events)
         self.events.clear()
         return events
+
+    def metrics(self) -> dict[str, float]:
+        return {"calls": 3.0}
 
     def drop(self, episode: int) -> None:
         self.dropped.append(episode)
@@ -262,6 +266,19 @@ def test_abandoned_episodes_say_nothing_more() -> None:
     source.close()
     assert source.poll(0.0) == []
     assert (pool.dropped, pool.closed) == ([1, 2, 3], True)
+
+
+def test_tools_that_the_template_leaves_out_are_counted() -> None:
+    tokenizer = tokenizer_of(FAMILY)
+    tokenizer.chat_template = TEMPLATES["tools"].plain.split("{% endif %}", 1)[1]
+    form = ConversationFormat(tokenizer, stop_ids(tokenizer, FAMILY))
+    pool = Scripted(Turn([], tools=TOOLS), answers(Turn([], True)))
+    source = EnvironmentEpisodes(
+        EnvironmentConfig("scripted"), pool, form, lambda: named_parser("hermes", tokenizer), 4000
+    )
+    play(source, "It is 3.<|im_end|>")
+    assert source.metrics() == {"episodes/environment_calls": 3.0, "episodes/tools_left_out": 1.0}
+    assert source.metrics() == {"episodes/environment_calls": 3.0}
 
 
 def test_tools_need_a_template_that_takes_them() -> None:
