@@ -160,6 +160,7 @@ class EnvironmentEpisodes:
         play.took(turn.metrics)
         if turn.tools:
             play.tools, play.parse = turn.tools, self._tool_parser()
+            play.took({"malformed_calls": 0.0})
         given = [] if turn.replaces else prompt_messages(play.task.fields)
         try:
             play.conversation.open(joined(given, turn.messages), turn.tools, play.task.fields)

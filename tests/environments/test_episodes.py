@@ -151,7 +151,7 @@ def test_tool_calls_are_parsed_and_their_results_follow() -> None:
         "</tool_call><|im_end|>\n<|im_start|>user\n<tool_response>\n3\n</tool_response><|im_end|>\n<|im_start|>assistant\n"
     )
     assert '"name": "add", "parameters"' in text
-    assert end.record["metrics"] == {"tool_calls": 1.0, "depth": 1.0, "score": 7.0}
+    assert end.record["metrics"] == {"malformed_calls": 0.0, "tool_calls": 1.0, "depth": 1.0, "score": 7.0}
 
 
 def test_malformed_calls_are_answered_without_the_environment() -> None:
