@@ -255,6 +255,12 @@ def test_reasoning_can_be_hidden_from_the_environment() -> None:
         assert [action.text for action in pool.actions] == [expected]
 
 
+def test_the_environment_sees_no_special_tokens() -> None:
+    pool = Scripted(said("Begin."), answers(Turn([], True)))
+    play(source_of(pool), "Move <|im_start|>[2]<|endoftext|><|im_end|>")
+    assert [action.text for action in pool.actions] == ["Move [2]"]
+
+
 def test_abandoned_episodes_say_nothing_more() -> None:
     pool = Scripted(said("Begin."), answers())
     source = source_of(pool)
