@@ -1,7 +1,8 @@
 """What turns and environments cost the rollout: python tools/bench/episodes.py [--engine vllm|transformers] [--model DIR]
 
-turns     the same number of sampled tokens, as single responses and as episodes of several turns whose environment answers at
-          once: tokens/s of both and their ratio, by wall and by CPU time; medians of alternated repeats
+turns     the same tokens as single responses and as episodes of several turns whose environment answers at once, for several
+          lengths of a turn: sampled tokens/s of both and their ratio, by wall and by CPU time; medians of alternated repeats. (A
+          turn reads the last, unfilled block of the prefix cache again, so short turns cost more.)
 waiting   many episodes at once whose environments take 0.1 to 2 s a turn: the share of the time in which the engine was idle, over
           the whole play and over the part of it in which enough episodes were open
 
@@ -111,14 +112,16 @@ def timed(run: Callable[[], int]) -> tuple[float, float]:
     return tokens / (time.perf_counter() - began), tokens / (time.process_time() - cpu)
 
 
-def turns_case(engine: RolloutEngine, args: argparse.Namespace) -> dict[str, float]:
+def turns_case(engine: RolloutEngine, args: argparse.Namespace, length: int) -> dict[str, float]:
+    """Turns of `length` tokens; the prompt of a single response has what the environment adds in the episode."""
     asked = tasks(args.episodes, args.prompt, engine.spec.vocab)
+    longer = tasks(args.episodes, args.prompt + (args.turns - 1) * args.added, engine.spec.vocab)
     of_single, of_turns = [], []
     for repeat in range(args.repeats + 1):
         engine.new_weights()
-        one = timed(lambda: single(engine, asked, args.turns * args.tokens))
+        one = timed(lambda: single(engine, longer, args.turns * length))
         engine.new_weights()
-        other = timed(lambda: played(engine, asked, args.tokens, Clockwork(args.turns, args.added))[0])
+        other = timed(lambda: played(engine, asked, length, Clockwork(args.turns, args.added))[0])
         if repeat:  # the first warms up
             of_single.append(one)
             of_turns.append(other)
@@ -185,10 +188,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--model", type=Path)
     parser.add_argument("--engine", default="vllm")
     for name, default in {
-        "episodes": 64, "turns": 8, "tokens": 32, "added": 8, "prompt": 32, "repeats": 3,
+        "episodes": 64, "turns": 8, "added": 8, "prompt": 32, "repeats": 3,
         "waiting-episodes": 256, "waiting-turns": 8, "waiting-tokens": 32,
     }.items():  # fmt: skip
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[32, 64, 128], help="sampled in a turn")
     parser.add_argument("--fastest", type=float, default=0.1, help="shortest answer of an environment, in seconds")
     parser.add_argument("--slowest", type=float, default=2.0)
     parser.add_argument("--only", choices=["turns", "waiting"])
@@ -197,12 +201,16 @@ def main(arguments: list[str] | None = None) -> None:
         model = args.model or Path(folder) / "model"
         if args.model is None:
             write_model(model, SHAPE, 0)
+            written = json.loads((model / "config.json").read_text())
+            (model / "config.json").write_text(json.dumps({**written, "max_position_embeddings": 4096}))
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        config = RolloutConfig(engine=args.engine, max_model_len=512, max_num_seqs=256, kv_cache_mib=512)
+        turn, turns = max(*args.tokens, args.waiting_tokens), max(args.turns, args.waiting_turns)
+        length = args.prompt + turns * (turn + args.added)
+        config = RolloutConfig(engine=args.engine, max_model_len=length, max_num_seqs=256, kv_cache_mib=1024)
         with standalone_engine(model, config, device, ()) as engine:
             found: dict[str, Any] = {"engine": args.engine, "device": device.type}
             if args.only != "waiting":
-                found["turns"] = turns_case(engine, args)
+                found["turns"] = {length: turns_case(engine, args, length) for length in args.tokens}
             if args.only != "turns":
                 found["waiting"] = waiting_case(engine, args)
     print(json.dumps(found))
