@@ -95,6 +95,12 @@ class TextArena:
         """What a player has not seen yet, without its own moves."""
         if isinstance(observation, str):
             return observation
-        own = self._arena.ObservationType.PLAYER_ACTION
-        parts = [str(message) for sender, message, kind in observation if not (sender == player and kind == own)]
+        move = self._arena.ObservationType.PLAYER_ACTION
+        roles = self._game.state.role_mapping
+        parts = []
+        for sender, message, kind in observation:
+            if kind != move:
+                parts.append(str(message))
+            elif sender != player:
+                parts.append(f"[{roles.get(sender, f'Player {sender}')}] {message}")
         return "\n".join(parts)
