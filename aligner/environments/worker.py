@@ -404,7 +404,7 @@ def error_text(error: BaseException) -> str:
     """An exception with the last place of its traceback."""
     frames = traceback.extract_tb(error.__traceback__)
     place = f" at {os.path.basename(frames[-1].filename)}:{frames[-1].lineno}" if frames else ""
-    return f"{type(error).__name__}{place}: {error}"
+    return f"{type(error).__name__}{place}: {' '.join(str(error).split())[:DETAIL_CHARS]}"
 
 
 def restart_long_log() -> None:

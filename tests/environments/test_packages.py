@@ -148,6 +148,8 @@ def test_textarena_against_an_opponent() -> None:
         pool(**{**settings, "target": "TicTacToe"}),
     ):
         pass
+    with pytest.raises(ValueError, match=r"num_players=1: The number of players has to be 2"), pool(**settings):
+        pass
 
 
 CALLS = [

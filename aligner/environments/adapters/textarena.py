@@ -46,7 +46,12 @@ def make(host: Host) -> Callable[[], TextArena]:
             game = wrapper(game)
         return game
 
-    create({})  # so that wrong options are told now
+    try:  # so that wrong options are told now
+        create({}).reset(num_players=players, seed=0)
+    except (TypeError, AssertionError) as error:
+        raise host.Unusable(
+            f"environment.options do not fit the game {host.target} with num_players={players}: {error}"
+        ) from None
     return lambda: TextArena(host, arena, create, rival, players, player)
 
 
