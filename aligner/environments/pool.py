@@ -5,7 +5,7 @@ from __future__ import annotations
 import selectors
 import time
 from collections import defaultdict, deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from aligner.environments.answers import WrongAnswerError, final_of, same_as_before, turn_of
@@ -14,7 +14,7 @@ from aligner.environments.config import EnvironmentConfig
 from aligner.environments.process import EnvironmentProcess, ProtocolError, interpreter
 from aligner.environments.protocol import Action, Failed, Finished, Opened, PoolEvent, Stepped, Turn
 
-__all__ = ["Action", "EnvironmentPool", "Failed", "Finished", "Opened", "PoolEvent", "Stepped", "Turn"]
+__all__ = ["Action", "EnvironmentPool", "Failed", "Finished", "Opened", "PoolEvent", "Stepped", "Turn", "check_start"]
 
 MAX_LOSSES = 2
 """Processes that an episode may lose, without a fault of its own that is known, and still go on."""
@@ -466,6 +466,11 @@ class EnvironmentPool:
         limit = self._config.episodes_per_process
         room = [slot for slot in slots if slot.ready and not slot.extra and len(slot.episodes) < limit]
         return min(room, key=lambda slot: len(slot.episodes), default=None)
+
+
+def check_start(config: EnvironmentConfig) -> None:
+    """Start one process and end it again. Raises ValueError as `EnvironmentPool` does."""
+    EnvironmentPool(replace(config, processes=1)).close()
 
 
 def _begun(slot: _Slot) -> list[_Episode]:
