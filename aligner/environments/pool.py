@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import selectors
+import signal
 import time
 from collections import defaultdict, deque
 from dataclasses import dataclass, field, replace
@@ -319,7 +320,12 @@ class EnvironmentPool:
     def _died(self, slot: _Slot) -> None:
         """The process has ended by itself, or was killed from outside."""
         log, code = slot.process.log_tail(), slot.process.wait()
-        text = f"its process was ended by signal {-code}" if code < 0 else f"its process ended with exit code {code}"
+        memory = " (SIGKILL: perhaps the host ran out of memory)" if code == -signal.SIGKILL else ""
+        text = (
+            f"its process was ended by signal {-code}{memory}"
+            if code < 0
+            else f"its process ended with exit code {code}"
+        )
         detail = f"{text}; the end of its log: {log}" if log else text
         if not slot.ready:
             self._bad_starts += 1
@@ -331,16 +337,20 @@ class EnvironmentPool:
             self._start(extra=slot.extra)
             return
         calls = [episode.running for episode in slot.episodes.values() if episode.running]
-        suspects = crash_suspects(calls, code, log)
-        self._lose(slot, "crashed", detail, [slot.episodes[call.episode] for call in suspects])
+        suspects = [slot.episodes[call.episode] for call in crash_suspects(calls, log)]
+        self._lose(slot, "crashed", detail, suspects, from_outside=code == -signal.SIGKILL)
 
-    def _lose(self, slot: _Slot, kind: str, detail: str, suspects: list[_Episode]) -> None:
-        """End a process for the fault of one of the suspects; the others in it go on elsewhere."""
+    def _lose(self, slot: _Slot, kind: str, detail: str, suspects: list[_Episode], from_outside: bool = False) -> None:
+        """End a process for the fault of one of the suspects; the others in it go on elsewhere.
+
+        Args:
+            from_outside: it may be nobody's fault (SIGKILL): a suspect is sure only where it happens again to it alone.
+        """
         self._end(slot)
         self._counts["restarts"] += 1
         if not slot.extra:
             self._start()
-        sure = len(suspects) == 1
+        sure = len(suspects) == 1 and (suspects[0].alone or not from_outside)
         for episode in list(slot.episodes.values()):
             episode.running, episode.position, episode.process = None, 0, None
             if episode.dropped:
