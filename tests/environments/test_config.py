@@ -30,6 +30,13 @@ def test_settings_as_the_docs_write_them() -> None:
     assert settings.tool_options["http"]["parameters"]["required"] == ["query"]
 
 
+def test_paths_have_home_folders(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    settings = composed("environment.target=~/my.py:Tools", "environment.python=~/venv/bin/python")
+    assert (settings.target, settings.python) == ("/home/me/my.py:Tools", "/home/me/venv/bin/python")
+    assert composed("environment.target=TicTacToe-v0", "environment.python=python3.12").target == "TicTacToe-v0"
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
