@@ -9,11 +9,11 @@ from collections import defaultdict, deque
 from dataclasses import replace
 from typing import Any
 
-from aligner.environments.answers import WrongAnswerError, final_of, same_as_before, turn_of
+from aligner.environments.answers import WrongAnswerError, final_of, same_as_before, seconds_of, thread_of, turn_of
 from aligner.environments.blame import Call, crash_suspects, stall_suspects
 from aligner.environments.config import EnvironmentConfig
 from aligner.environments.process import EnvironmentProcess, ProtocolError, interpreter
-from aligner.environments.protocol import Action, Failed, Finished, Opened, PoolEvent, Stepped, Turn
+from aligner.environments.protocol import FAILURES, Action, Failed, Finished, Opened, PoolEvent, Stepped, Turn
 from aligner.environments.slots import OpenEpisode, Slot, lateness
 
 __all__ = ["Action", "EnvironmentPool", "Failed", "Finished", "Opened", "PoolEvent", "Stepped", "Turn", "check_start"]
@@ -189,9 +189,9 @@ class EnvironmentPool:
             self._died(slot)
 
     def _deal_with(self, slot: Slot, answer: dict[str, Any]) -> None:
-        if "unusable" in answer:
+        if "unusable" in answer and not slot.ready:
             raise ValueError(f"{answer['unusable']}.")
-        if "ready" in answer:
+        if "ready" in answer and not slot.ready:
             slot.ready, self._bad_starts = True, 0
         elif "pong" in answer:
             slot.silent = False
@@ -209,13 +209,14 @@ class EnvironmentPool:
         call = episode.running
         assert call is not None
         if "begun" in answer:
-            call.begun_at, call.thread = time.monotonic(), tuple(answer["begun"])
+            call.begun_at, call.thread = time.monotonic(), thread_of(answer)
             return
         episode.running = None
         new = episode.position == len(episode.answers)
         if new:
+            # By the process's own clock: the answer may have waited for this rank, which trains between two polls.
+            seconds = seconds_of(answer)
             self._counts["calls"] += 1
-            seconds = time.monotonic() - (call.begun_at or call.sent_at)
             self._counts["call_s"] += seconds
             episode.seconds += seconds
         if answer.get("failed") == "memory":
@@ -230,7 +231,8 @@ class EnvironmentPool:
     def _take(self, episode: OpenEpisode, answer: dict[str, Any], new: bool) -> None:
         """Note an answer, and tell it where it is new. Raises WrongAnswerError."""
         if "failed" in answer:
-            return self._fail(episode, str(answer["failed"]), str(answer.get("detail", "")))
+            kind = answer["failed"] if answer["failed"] in FAILURES else "protocol"
+            return self._fail(episode, kind, str(answer.get("detail", "")))
         event: PoolEvent
         call = episode.calls[episode.position]["call"]
         if call == "finish":

@@ -3,11 +3,11 @@
     python worker.py REQUESTS_FD ANSWERS_FD ADAPTERS_FOLDER
 
 Each message is JSON in UTF-8 after its length (4 bytes, big endian). The first request holds the settings; it is answered by
-{"ready": true} or {"unusable": why}. Then {"id", "episode", "call": "open", "step", "finish" or "close", ...}: first
-{"id", "begun": [ident, native id, nanoseconds of CPU time of the thread]} once the call runs (its time limit counts from there), then {"id", "turn"}, {"id", "final"},
-{"id", "closed": true} or {"id", "failed": kind, "detail"}. The calls of an episode run one after the other in a thread of
-its own; those of different episodes at the same time. {"ping": n} is answered by {"pong": n} unless a call keeps Python's
-global lock.
+{"ready": true} or {"unusable": why}. Each further one is {"id", "episode", "call": "open", "step", "finish" or "close", ...},
+answered twice: by {"id", "begun": [ident, native id, nanoseconds of CPU time of its thread]} once it runs, from where its time
+limit counts; and by {"id", "seconds", "turn" or "final"}, {"id", "closed": true} or {"id", "failed": kind, "detail"}. The calls of
+an episode run one after the other in a thread of its own; those of different episodes at the same time. {"ping": n} is
+answered by {"pong": n} unless a call keeps Python's global lock.
 
 What the environment prints goes to standard error, a file of limited size. An adapter (adapters/NAME.py) is a file with
 `make(host)`, which imports the environment and returns a factory of episodes with `open(row, seed)`, `step(text, tool_calls)`,
@@ -289,7 +289,11 @@ class Worker:
                 return environment[0].step(request["text"], request["tool_calls"])
             return environment[0].finish()
 
+        began = time.monotonic()
+
         def begun() -> None:
+            nonlocal began
+            began = time.monotonic()
             thread = [threading.get_ident(), threading.get_native_id(), time.thread_time_ns()]
             self._write({"id": request["id"], "begun": thread})
 
@@ -298,9 +302,8 @@ class Worker:
             answer = call()
         else:
             answer = self._random.call(states, request.get("seed"), begun, call)
-        if request["call"] == "finish":
-            return {"id": request["id"], "final": answer}
-        return {"id": request["id"], "turn": self._limited(answer)}
+        result = {"final": answer} if request["call"] == "finish" else {"turn": self._limited(answer)}
+        return {"id": request["id"], "seconds": time.monotonic() - began, **result}
 
     def _limited(self, turn: dict[str, Any]) -> dict[str, Any]:
         """The turn, its long messages cut. Raises WrongAnswer where they may not be."""
