@@ -76,16 +76,11 @@ class ConversationFormat:
         self.tokenizer, self.chat, self.rewritten = tokenizer, chat, rewritten
         self.tools_left_out = 0
         """Conversations whose tools the template has not written."""
-        self.added = {
-            token: entry.content for token, entry in tokenizer.added_tokens_decoder.items() if entry.content.strip()
-        }
+        entries = {token: entry for token, entry in tokenizer.added_tokens_decoder.items() if entry.content.strip()}
+        self.added = {token: entry.content for token, entry in entries.items()}
         """Special and other added tokens, which stand for themselves wherever their text occurs."""
-        self.special_texts = tuple(
-            entry.content
-            for token, entry in tokenizer.added_tokens_decoder.items()
-            if token in self.added and entry.special
-        )
-        """Texts of the special tokens among them."""
+        self.special = {token: entry.content for token, entry in entries.items() if entry.special}
+        """The special tokens among them."""
         self.ends = {token for token in (*stop, *closing_tokens(tokenizer)) if token in self.added}
         """Added tokens that end a turn; another stop token ends what is sampled, and the template's end of turn follows it."""
         self._learn_inner_end()

@@ -151,7 +151,7 @@ def test_tool_calls_are_parsed_and_their_results_follow() -> None:
         "</tool_call><|im_end|>\n<|im_start|>user\n<tool_response>\n3\n</tool_response><|im_end|>\n<|im_start|>assistant\n"
     )
     assert '"name": "add", "parameters"' in text
-    assert end.record["metrics"] == {"tool_calls": 1.0, "depth": 1.0, "score": 7.0}
+    assert end.record["metrics"] == {"malformed_calls": 0.0, "tool_calls": 1.0, "depth": 1.0, "score": 7.0}
 
 
 def test_malformed_calls_are_answered_without_the_environment() -> None:
@@ -253,6 +253,12 @@ def test_reasoning_can_be_hidden_from_the_environment() -> None:
         pool = Scripted(said("Begin."), answers(Turn([], True)))
         play(source_of(pool, hide_reasoning=hide), text)
         assert [action.text for action in pool.actions] == [expected]
+
+
+def test_the_environment_sees_no_special_tokens() -> None:
+    pool = Scripted(said("Begin."), answers(Turn([], True)))
+    play(source_of(pool), "Move <|im_start|>[2]<|endoftext|><|im_end|>")
+    assert [action.text for action in pool.actions] == ["Move [2]"]
 
 
 def test_abandoned_episodes_say_nothing_more() -> None:

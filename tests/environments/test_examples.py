@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,16 @@ from transformers import PreTrainedTokenizerBase
 
 from aligner.data.column_addition import write_tokenizer
 from aligner.data.demonstrations import tokenize_demonstrations
+from aligner.data.prompts import Prompt
 from aligner.data.tokenizer import load_tokenizer
+from aligner.environments.config import EnvironmentConfig
 from aligner.environments.conversation import Conversation, ConversationFormat
+from aligner.environments.episodes import EnvironmentEpisodes
+from aligner.environments.parsers import named_parser
+from aligner.environments.pool import EnvironmentPool
 from aligner.environments.tool_calls import call_message, pythonic
+from aligner.rollout.episodes.source import Ended
+from aligner.rollout.requests import Sample
 
 EXAMPLES = Path(__file__).resolve().parent.parent.parent / "docs" / "examples"
 
@@ -77,3 +85,48 @@ def test_the_search_ranks_documents_by_rare_words(tmp_path: Path) -> None:
     assert search("The capital of Norway?") == f"Oslo\n{texts['Oslo']}\n\nBergen\n{texts['Bergen']}"
     assert search("Paris") == f"Paris\n{texts['Paris']}"
     assert search("Lima") == "Nothing was found."
+
+
+def documented(tmp_path: Path, name: str) -> str:
+    """The target of a class of docs/agents.md, written to a file."""
+    blocks = re.findall(r"```python\n(.*?)```", (EXAMPLES.parent / "agents.md").read_text(), re.DOTALL)
+    (block,) = [block for block in blocks if f"class {name}:" in block]
+    (tmp_path / "my_tools.py").write_text(block)
+    return f"{tmp_path / 'my_tools.py'}:{name}"
+
+
+def played(target: str, turns: list[str], row: dict[str, Any], parser: str, tokenizer: Any) -> tuple[list[str], Ended]:
+    """An episode of these turns in environment processes: (the last message before each turn, how it ended)."""
+    config = EnvironmentConfig(target, processes=1, tool_parser=parser)
+    pool, form = EnvironmentPool(config), ConversationFormat(tokenizer, [tokenizer.eos_token_id])
+    source = EnvironmentEpisodes(config, pool, form, lambda: named_parser(parser, tokenizer), 2000)
+    heard: list[str] = []
+    try:
+        source.start(0, Prompt((1,), "", row, 0), seed=342)
+        while True:
+            for event in source.poll(10.0):
+                if isinstance(event, Ended):
+                    return heard, event
+                heard.append(str(tokenizer.decode(event.context)).rpartition("<eos>")[2])
+                sampled = tokenizer.encode(turns[event.turn - 1] + "<eos>", add_special_tokens=False)
+                source.answer(0, event.turn, Sample([], 0, sampled, ended=True))
+    finally:
+        source.close()
+
+
+def test_the_documented_tools_are_played(tmp_path: Path, tokenizer: Any) -> None:
+    row = {"prompt": "1+2+4?", "answer": 7}
+    turns = ["[add(a=1,b=2)]", "[add(a=3,b=x)]", "[sub(a=3,b=4)]", "[add(a=3,b=4)]", "7"]
+    heard, end = played(documented(tmp_path, "Tools"), turns, row, "pythonic", tokenizer)
+    assert heard[:3] == ["<bos>1+2+4?\n", "3\n", "Error: tool call 1 must have literals as arguments, not x\n"]
+    assert "there is no tool sub" in heard[3]
+    assert (heard[4], end.ended, end.reward, len(end.turn_rewards)) == ("7\n", "done", 1.0, 5)
+    assert {"malformed_calls": 1.0, "tool_calls": 3.0, "tool_errors": 1.0}.items() <= dict(
+        end.record["metrics"]
+    ).items()
+
+
+def test_the_documented_environment_is_played(tmp_path: Path, tokenizer: Any) -> None:
+    heard, end = played(documented(tmp_path, "Guess"), ["40", "50", "42"], {"prompt": "Guess."}, "pythonic", tokenizer)
+    assert heard == ["<bos>Guess.\n\nI think of a number below 100.\n", "Higher.\n", "Lower.\n"]
+    assert (end.ended, end.turn_rewards, end.reward) == ("done", (0.0, 0.0, 1.0), 1.0)

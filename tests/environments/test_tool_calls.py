@@ -1,6 +1,7 @@
 """Parsers of tool calls beside vLLM's own, on one list of turns; where they differ, and what the model is told of its mistakes."""
 
 import json
+import random
 from typing import Any
 
 import pytest
@@ -61,6 +62,57 @@ def test_vllm_reads_the_same(parser: str, family: str, text: str) -> None:
     assert ours.error is None
     assert ours.calls == theirs.calls
     assert ours.content.strip() == theirs.content.strip()
+
+
+def value(chance: random.Random, depth: int = 0) -> Any:
+    """A JSON value of any type."""
+    text = "".join(chance.choice("aB é\n\"'<{}]日\\0,:=/") for _ in range(chance.randint(0, 6)))
+    plain = [text, chance.randint(-99, 99), round(chance.uniform(-5, 5), 3), True, None]
+    nested = [[value(chance, depth + 1)], {text: value(chance, depth + 1)}] if depth < 2 else []
+    return chance.choice([*plain, *nested])
+
+
+def written(parser: str, calls: list[ToolCall]) -> str:
+    """Calls as a model of the family writes them."""
+    if parser == "pythonic":
+        made = (f"{call.name}({', '.join(f'{k}={v!r}' for k, v in call.arguments.items())})" for call in calls)
+        return f"[{', '.join(made)}]"
+    if parser in ("qwen3_xml", "glm"):
+        begin, pair, end = {
+            "qwen3_xml": (
+                "<tool_call>\n<function={}>\n",
+                "<parameter={}>\n{}\n</parameter>\n",
+                "</function>\n</tool_call>",
+            ),
+            "glm": ("<tool_call>{}\n", "<arg_key>{}</arg_key>\n<arg_value>{}</arg_value>\n", "</tool_call>"),
+        }[parser]
+        texts = ({k: v if isinstance(v, str) else json.dumps(v) for k, v in call.arguments.items()} for call in calls)
+        return "\n".join(
+            begin.format("weather") + "".join(pair.format(*one) for one in text.items()) + end for text in texts
+        )
+    key = "parameters" if parser == "llama3_json" else "arguments"
+    objects = [json.dumps({"name": call.name, key: call.arguments}) for call in calls]
+    if parser == "hermes":
+        return "\n".join(f"<tool_call>\n{one}\n</tool_call>" for one in objects)
+    return "; ".join(objects) if parser == "llama3_json" else f"[TOOL_CALLS] [{', '.join(objects)}]"
+
+
+@pytest.mark.parametrize(
+    ("parser", "family"),
+    [("hermes", "qwen3"), ("llama3_json", "llama3.1"), ("mistral", "mistral"), ("pythonic", "llama3.2"), ("qwen3_xml", "qwen3.5-think"), ("glm", "glm4.5")],
+)  # fmt: skip
+def test_any_call_is_read_as_it_was_written(parser: str, family: str) -> None:
+    chance = random.Random(0)
+    theirs = named_parser(f"vllm:{VLLM.get(parser, parser)}", tokenizer_of(FAMILIES[family]))
+    typed = {"city": "a\nb {", "days": -3, "exact": True, "near": [1, "a"], "at": {"q": None}, "share": 0.5}
+    for _ in range(40):
+        if parser in ("qwen3_xml", "glm"):  # values are text, whose types the schema says
+            made = [{k: v for k, v in typed.items() if chance.random() < 0.5} for _ in range(chance.randint(1, 2))]
+        else:
+            made = [{k: value(chance) for k in "xyz"[: chance.randint(0, 3)]} for _ in range(chance.randint(1, 2))]
+        calls = [ToolCall("weather", arguments) for arguments in made]
+        text = written(parser, calls)
+        assert PARSERS[parser](text, TOOLS).calls == theirs(text, TOOLS).calls == tuple(calls)
 
 
 @pytest.mark.parametrize(
