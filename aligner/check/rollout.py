@@ -24,6 +24,8 @@ def sized(config: Config, specs: Mapping[str, ModelSpec]) -> RolloutConfig:
     if "rollout" not in specs or config.rollout.max_model_len is not None:
         return config.rollout
     needed = config.data.max_prompt_tokens + config.sampling.max_tokens
+    if config.environment.enabled:  # the contexts of its turns grow
+        needed = config.environment.max_tokens or max(needed, *(spec.max_positions for spec in specs.values()))
     engines = [name for name in config.models if config.role(name).kind.runs_on == "engine"]  # read what a loop asks
     positions = [spec.max_positions for name, spec in specs.items() if name not in engines]
     return replace(config.rollout, max_model_len=min(needed, *positions))
@@ -64,6 +66,18 @@ def check_lengths(config: Config, data: DataSets, specs: Mapping[str, ModelSpec]
     """
     longest = max((len(prompt.tokens) for prompt in data.heldout), default=0)
     asked, drawn = config.data.max_prompt_tokens, config.sampling.max_tokens
+    most = config.environment.max_tokens if config.environment.enabled else None
+    if most is not None and config.rollout.max_model_len is not None and most > config.rollout.max_model_len:
+        raise ValueError(
+            f"environment.max_tokens={most} is more than rollout.max_model_len={config.rollout.max_model_len}, which holds the longest "
+            f"context of an episode with its turn; raise that to {most} (as far as the models have positions), or use "
+            f"environment.max_tokens={config.rollout.max_model_len} or less."
+        )
+    if most is not None and asked + drawn > most:
+        raise ValueError(
+            f"data.max_prompt_tokens={asked} + sampling.max_tokens={drawn}, a task with its first turn, is more than "
+            f"environment.max_tokens={most}; raise it to {asked + drawn} or more, or lower one of them."
+        )
     if longest > asked:  # of held-out pairs; other prompts were checked when they were read
         raise ValueError(
             f"a held-out pair's prompt has {longest} tokens, and the role rollout answers it in evaluations; raise "

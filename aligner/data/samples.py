@@ -67,6 +67,13 @@ class Samples:
         """The token ids after the prompt, including the stop token; of an episode those that were not sampled too."""
         return self.tokens_BT[row, self.prompt_len_B[row] : self.length_B[row]].tolist()
 
+    def last_turn_tokens(self, row: int) -> list[int]:
+        """The token ids that an episode's last turn sampled (none where it failed before it had one), or the response's."""
+        if self.turn_BT is None:
+            return self.response_tokens(row)
+        turn_T = self.turn_BT[row]
+        return self.tokens_BT[row, (turn_T > 0) & (turn_T == turn_T.max())].tolist()  # type: ignore[no-any-return]
+
 
 Demonstrations = NewType("Demonstrations", Samples)
 """A batch of demonstrations (SFT)."""

@@ -152,6 +152,21 @@ SAMPLES = (
     Metric("batch_filled", "fraction", Reduce.ONCE, "Dynamic sampling: rows found, of those wanted.", own_column=True),
     Metric("pairs", "pairs", Reduce.COUNT, "rank_samples: pairs written.", own_column=True),
 )  # fmt: skip
+EPISODES = (
+    Metric("episodes/turns", "turns", Reduce.BATCH, "Turns that the policy has sampled in an episode.", "tenths",
+           own_column=True, panel=Panel(13, "turns of an episode")),
+    Metric("episodes/ended_{kind}", "episodes", Reduce.COUNT,
+           "Episodes that ended so: done, max_turns, max_tokens, or the kind of a failure (timeout, crashed, replay, ...)."),
+    Metric("episodes/sampled_tokens", "tokens", Reduce.BATCH, "Sampled tokens of an episode.", "tenths"),
+    Metric("episodes/context_tokens", "tokens", Reduce.BATCH,
+           "Tokens of an episode that were not sampled: its first context, tool results, user turns.", "tenths"),
+    Metric("episodes/environment_seconds", "s", Reduce.RANKS_TOTAL,
+           "Mean time from a turn's end to what its environment asked for next, over all turns.", "seconds"),
+    Metric("episodes/engine_idle", "fraction", Reduce.RANKS_TOTAL,
+           "Share of the time of playing in which a replica had nothing to sample: every episode was with its environment."),
+    Metric("episodes/{name}", "", Reduce.RANKS_TOTAL, "What the environments or agent programs of a job count."),
+    Metric("environment/{name}", "", Reduce.BATCH, "A metric of the environment itself, over the episodes that have it."),
+)  # fmt: skip
 
 EVALUATION = (
     Metric("accuracy", "", Reduce.HELD_OUT,
@@ -290,6 +305,7 @@ OTHER = (
 SECTIONS: dict[str, tuple[Metric, ...]] = {
     "Every row": BASIC,
     "Samples and rewards": SAMPLES,
+    "Episodes": EPISODES,
     "Evaluation": EVALUATION,
     "Updates": UPDATE,
     "Time and memory": SPEED,

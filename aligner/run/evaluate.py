@@ -55,7 +55,7 @@ class Evaluation:
         roles, config = self.roles, self.config
         roles.policy.sync(roles.rollout)
         sampling = replace(config.sampling, temperature=config.train.eval_temperature)
-        samples = roles.rollout.generate(self.prompts, sampling=sampling, seed=config.seed)
+        samples = roles.rollout.sample(self.prompts, sampling=sampling, seed=config.seed)
         scores = roles.reward.score(samples)
         named = shown_component(config.reward, config.train.eval_reward)
         reward_B: Tensor = (scores["components"][named] if named else scores["reward_B"]).gather()

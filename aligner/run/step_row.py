@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import reduce
 from typing import Any
 
 from aligner.algorithms.step import Step
 from aligner.reward.pool import Status
 from aligner.reward.role import Reward, Rewards
 from aligner.roles.build import Roles
+from aligner.rollout.episodes.figures import Figures, episode_metrics
 from aligner.run.step_stats import StepStats, merged, step_stats_of
 from aligner.spmd.ref import Ref
 from aligner.spmd.transfer import read_on_rank0
@@ -38,6 +41,7 @@ def step_row(
         world.residency.take_figures(),
         signal,
         {key: one for role in roles.built if isinstance(role, Reward) for key, one in role.take_scored().items()},
+        reduce(Figures.merged, (engine.take_figures() for engine in roles.engines), Figures()),
     )
     collected = read_on_rank0(world, _logged(result), own_stats, merged)
     if collected is None:
@@ -56,6 +60,8 @@ def step_row(
         row["length"] = length_B.float().mean().item()
         if values["truncated_B"] is not None:
             row["truncated"] = values["truncated_B"].float().mean().item()
+        if values["episodes"] is not None:
+            row |= episode_metrics(values["episodes"], values["length_B"].sum().item())
     row |= stats.row()
     row["seconds"] = seconds
     if "tokens" in row:
@@ -95,4 +101,11 @@ def _logged(result: Step) -> dict[str, Ref]:
         refs |= {name: result.scores[name] for name in LOGGED_SCORES}
     if result.samples is not None:
         refs |= {name: result.samples[name] for name in ("length_B", "prompt_len_B", "truncated_B")}
+        refs["episodes"] = _without_messages(result.samples["episodes"])
     return refs
+
+
+def _without_messages(episodes: Ref) -> Ref:
+    """What `episode_metrics` reads; the same ranks hold it."""
+    value = episodes.value and [{**record, "messages": []} for record in episodes.value]
+    return replace(episodes, value=value, read_cache={}, _fields={})

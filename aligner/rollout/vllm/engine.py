@@ -6,9 +6,9 @@ import gc
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from aligner.spmd.mesh import Mesh
     from aligner.spmd.residency import Part
 
+T = TypeVar("T")
 LOAD_FORMAT = "dummy"
 """vLLM starts with placeholder weights: the policy's arrive by resharding."""
 
@@ -193,6 +194,14 @@ class VllmEngine(RolloutEngine):
         with self.inside():
             while self.requests.under_way and not self._subworld.first_says(enough):
                 self.requests.advance()
+
+    def working(self) -> AbstractContextManager[None]:
+        """As `inside`."""
+        return self.inside()
+
+    def from_first(self, value: T) -> T:
+        """What the replica's first rank gives, on all of its ranks; collective over the replica."""
+        return self._subworld.from_first(value)
 
     def gather(self, value: Any) -> list[Any]:
         """The value that each rank of the replica gives; collective."""
