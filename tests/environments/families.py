@@ -15,7 +15,14 @@ from tests.data.tokenizer_kinds import KINDS
 FOLDER = Path(trl.__file__).parent / "chat_templates"
 CHATML = ("<|im_start|>", "<|im_end|>", "<|endoftext|>")
 THINKS = ("<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>")
-HEADERS = ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|eom_id|>", "<|python_tag|>")
+HEADERS = (
+    "<|begin_of_text|>",
+    "<|start_header_id|>",
+    "<|end_header_id|>",
+    "<|eot_id|>",
+    "<|eom_id|>",
+    "<|python_tag|>",
+)
 HARMONY = ("<|start|>", "<|end|>", "<|message|>", "<|channel|>", "<|call|>", "<|return|>")
 DEEPSEEK = (
     "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>", "<｜tool▁calls▁begin｜>",
@@ -98,7 +105,11 @@ def tokenizer_of(family: Family, kind: str = "byte_level_split") -> PreTrainedTo
     made = Tokenizer.from_str(_trained(kind))
     made.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in family.special])
     return PreTrainedTokenizerFast(
-        tokenizer_object=made, bos_token=family.begin, eos_token=family.end, pad_token=family.end, chat_template=family.source
+        tokenizer_object=made,
+        bos_token=family.begin,
+        eos_token=family.end,
+        pad_token=family.end,
+        chat_template=family.source,
     )
 
 

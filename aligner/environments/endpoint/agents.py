@@ -7,16 +7,15 @@ import json
 import math
 import os
 from collections import Counter, deque
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any
-
-from aligner.environments.config import EnvironmentConfig
-from aligner.environments.conversation import ConversationFormat
 
 from aligner.data.decoding import decode
 from aligner.data.prompts import Prompt
 from aligner.data.tokenizer import encode_text
+from aligner.environments.config import EnvironmentConfig
+from aligner.environments.conversation import ConversationFormat
 from aligner.environments.endpoint.config import resolve_command
 from aligner.environments.endpoint.errors import ApiError, bad_request
 from aligner.environments.endpoint.exchange import Exchange, Pending, Session
@@ -29,11 +28,15 @@ from aligner.environments.endpoint.requests import (
     reward_report,
 )
 from aligner.environments.endpoint.responses import Reply
+from aligner.environments.endpoint.sampled_turn import read_turn
 from aligner.environments.endpoint.server import EndpointServer, ServedModel
 from aligner.environments.endpoint.transcript import ChatContext, Transcript
+from aligner.environments.tool_calls import ToolParser, no_tools
 from aligner.rollout.episodes.source import Ask, Ended
 from aligner.rollout.requests import Sample
 
+MODEL = "policy"
+"""The model's name in answers; requests may name any."""
 TASK_FILE = "task.json"
 PASSED_VARIABLES = ("PATH", "HOME", "LANG", "TMPDIR", "TZ", "SSL_CERT_FILE", "SSL_CERT_DIR")
 LONGEST_VARIABLE = 100_000
@@ -48,6 +51,8 @@ class _OpenTurn:
     request: ChatRequest | CompletionRequest | GenerateRequest
     chat: ChatContext | None
     digest: str
+    occurrence: int
+    """How often the episode has made the same request, with this one."""
     waiting: list[Pending]
     """The request, and what its client has sent again."""
 
@@ -82,23 +87,25 @@ class AgentEpisodes:
     def __init__(
         self,
         config: EnvironmentConfig,
-        chat: ConversationFormat,
-        *,
-        max_model_len: int,
+        form: ConversationFormat,
+        parser: Callable[[], ToolParser],
+        max_tokens: int,
         vocab_size: int,
-        model: str = "policy",
     ) -> None:
         """Args:
-            max_model_len: longest context of the engine with its answer, in tokens.
-            vocab_size: number of token ids that the model has.
-            model: the model's name in answers; requests may name any.
+        parser: gives what reads tool calls; called once, when a program first has tools, and raises ValueError where the
+            format is unknown.
+        max_tokens: most tokens of a context, sampled ones included (environment.max_tokens, or rollout.max_model_len).
+        vocab_size: number of token ids that the model has.
 
         Raises:
             ValueError: a command that cannot be run.
         """
-        self._config, self._agent, self._chat = config, config.agent, chat
-        self._limit = min(max_model_len, config.max_tokens or max_model_len)
-        self._served = ServedModel(model, self._limit, vocab_size)
+        self._config, self._agent, self._form = config, config.agent, form
+        self._parser = parser
+        self._read_calls: ToolParser | None = None
+        self._limit = max_tokens
+        self._served = ServedModel(MODEL, max_tokens, vocab_size)
         self._exchange = Exchange()
         memory = None if config.memory_mib is None else config.memory_mib << 20
         limits = ProgramLimits(
@@ -120,7 +127,7 @@ class AgentEpisodes:
     def start(self, episode: int, task: Prompt, seed: int) -> None:
         """Run the program for this task once one of agent.processes is free."""
         session = self._exchange.open(episode)
-        self._episodes[episode] = _Episode(task, seed, session, Transcript(self._chat, task.fields))
+        self._episodes[episode] = _Episode(task, seed, session, Transcript(self._form, task.fields))
         self._to_launch.append(episode)
         self._launch()
 
@@ -144,7 +151,7 @@ class AgentEpisodes:
         opened, one.open = one.open, None
         assert opened is not None and opened.ask.turn == turn
         one.segment = (*opened.ask.context, *sample.tokens)
-        reply = self._reply(one, opened, sample)
+        reply = self._answered(one, opened, sample)
         one.answered[opened.digest] = reply
         for pending in opened.waiting:
             pending.finish(reply)
@@ -251,7 +258,7 @@ class AgentEpisodes:
     def _raw_messages(self, one: _Episode) -> list[dict[str, Any]]:
         if not one.segment:
             return []
-        return [{"role": "text", "content": decode(self._chat.tokenizer, one.segment, keep_special_tokens=True)}]
+        return [{"role": "text", "content": decode(self._form.tokenizer, one.segment, keep_special_tokens=True)}]
 
     def _forget(self, key: int, why: str) -> None:
         one = self._episodes.pop(key)
@@ -266,7 +273,7 @@ class AgentEpisodes:
         if one is None:
             pending.finish(ApiError(410, "This episode has ended.", code="session_closed"))
             return
-        self._counts["agent_requests"] += 1
+        self._counts["episodes/requests"] += 1
         digest = pending.request.digest
         if pending.retry and one.open is not None and one.open.digest == digest:
             one.open.waiting.append(pending)
@@ -286,7 +293,7 @@ class AgentEpisodes:
             try:
                 return self._ask(key, one, pending)
             except ApiError as error:
-                self._counts["agent_refused"] += 1
+                self._counts["episodes/requests_refused"] += 1
                 pending.finish(error)
         return None
 
@@ -297,6 +304,8 @@ class AgentEpisodes:
             one.over_budget = "max_turns"
             limit = f"environment.max_turns={self._config.max_turns}"
             raise bad_request(f"The episode has had all its turns ({limit}).", code="max_turns")
+        if isinstance(request, ChatRequest):
+            self._tool_parser(request)  # before anything is sampled
         chat = one.transcript.context(request) if isinstance(request, ChatRequest) else None
         context = chat.ids if chat is not None else self._context(request)
         room = self._limit - len(context)
@@ -313,10 +322,10 @@ class AgentEpisodes:
             context=context,
             new_segment=not one.segment or context[: len(one.segment)] != one.segment,
             max_tokens=min(room, request.sampling.max_tokens or room),
-            sampling=self._sampling(request),
+            sampling={"stop_token_ids": list(stops)} if (stops := request.sampling.stop_token_ids) else {},
             seed_key=int(_hashed(request.digest, str(one.occurrences[request.digest]))[:12], 16),
         )
-        one.open = _OpenTurn(ask, request, chat, request.digest, [pending])
+        one.open = _OpenTurn(ask, request, chat, request.digest, one.occurrences[request.digest], [pending])
         return ask
 
     def _context(self, request: ChatRequest | CompletionRequest | GenerateRequest) -> tuple[int, ...]:
@@ -325,18 +334,43 @@ class AgentEpisodes:
         assert isinstance(request, CompletionRequest)
         if not isinstance(request.prompt, str):
             return request.prompt
-        try:
-            return tuple(encode_text(self._chat.tokenizer, request.prompt))
-        except (ValueError, TypeError) as error:  # surrogates
-            raise bad_request(f"prompt cannot be encoded: {error}", "prompt") from None
+        return tuple(encode_text(self._form.tokenizer, request.prompt))
 
-    def _sampling(self, request: ChatRequest | CompletionRequest | GenerateRequest) -> dict[str, Any]:
-        asked = request.sampling
-        settings = dict(asked.settings) if self._agent.sampling == "request" else {}
-        return {**settings, "stop_token_ids": list(asked.stop_token_ids)} if asked.stop_token_ids else settings
+    def _tool_parser(self, request: ChatRequest) -> ToolParser:
+        """Raises ValueError for a template that takes no tool calls, or writes them in an unknown format."""
+        if not request.parse_tool_calls:
+            return no_tools
+        if self._read_calls is None:
+            self._form.check_tools()
+            self._read_calls = self._parser()
+        return self._read_calls
 
-    def _reply(self, one: _Episode, opened: _OpenTurn, sample: Sample) -> Reply:
-        raise AssertionError
+    def _answered(self, one: _Episode, opened: _OpenTurn, sample: Sample) -> Reply:
+        """The answer to the request, which is recorded in the transcript."""
+        request, tokens = opened.request, tuple(sample.tokens)
+        stops = request.sampling.stop_token_ids or ()
+        place = _hashed(opened.digest, str(opened.occurrence))
+        tools = request.tools if isinstance(request, ChatRequest) else ()
+        parser = self._tool_parser(request) if isinstance(request, ChatRequest) else no_tools
+        turn = read_turn(self._form, tokens, stops, parser, tools, request.sampling.stop, place)
+        if isinstance(request, ChatRequest):
+            assert opened.chat is not None
+            one.transcript.record(request, opened.chat, tokens, turn)
+        texts = [decode(self._form.tokenizer, [token], keep_special_tokens=True) for token in tokens * request.logprobs]
+        return Reply(
+            id=f"{'chatcmpl' if opened.chat else 'cmpl'}-{place[:24]}",
+            model=MODEL,
+            prompt=opened.ask.context,
+            tokens=tokens,
+            logp=tuple(sample.logp),
+            versions=tuple(sample.versions),
+            token_texts=texts,
+            text=turn.returned["content"] if opened.chat else turn.text,
+            reasoning=turn.returned.get("reasoning_content"),
+            tool_calls=turn.returned.get("tool_calls", ()),
+            truncated=sample.truncated and not turn.cut,
+            stop_token=tokens[-1] if tokens and tokens[-1] in stops and not sample.truncated else None,
+        )
 
 
 def _hashed(*parts: str) -> str:

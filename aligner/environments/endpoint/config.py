@@ -8,7 +8,7 @@ import shutil
 from dataclasses import dataclass
 from typing import Annotated
 
-from aligner.bounds import AtLeast, OneOf
+from aligner.bounds import AtLeast
 
 
 @dataclass(frozen=True)
@@ -21,9 +21,6 @@ class AgentConfig:
     Empty: no agent program."""
     processes: Annotated[int, AtLeast(1)] = 16
     """Programs at once, of each rollout replica; more episodes wait."""
-    sampling: Annotated[str, OneOf("run", "request")] = "run"
-    """Who says temperature, top_p and top_k: run (the settings of `sampling`; what the program asks for is ignored, since the
-    policy is trained as it is sampled), or request (the program, where it says so)."""
     reports_reward: bool = True
     """The program reports its reward (POST /v1/reward, or {"reward": x} as the last line of its standard output), and an episode
     without one fails as `no_reward`. false: it may report one, and reward rules score the text."""

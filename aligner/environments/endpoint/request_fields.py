@@ -19,6 +19,11 @@ def parse_object(body: bytes) -> dict[str, Any]:
         value = json.loads(body.decode("utf-8"), parse_constant=refuse)
     except (ValueError, RecursionError) as error:  # a UnicodeDecodeError is a ValueError
         raise bad_request(f"The body is not valid JSON: {str(error) or type(error).__name__}.") from None
+    if b"\\ud" in body.lower():  # half of a surrogate pair is JSON, but no text
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise bad_request("The body has half of a surrogate pair (\\ud800 to \\udfff), which is no text.") from None
     if not isinstance(value, dict):
         raise bad_request(f"The body must be a JSON object, not {type(value).__name__}.")
     return value

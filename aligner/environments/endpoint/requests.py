@@ -287,7 +287,7 @@ def _list(value: Any, place: str) -> list[Any]:
 def _content(value: Any, place: str) -> str:
     if isinstance(value, str):
         return value
-    parts = value if isinstance(value, list) else [None]
+    parts: list[Any] = value if isinstance(value, list) else [None]
     if not all(
         isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str) for part in parts
     ):

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from aligner.environments.conversation import Conversation, ConversationFormat, TemplateError
-
 from aligner.environments.endpoint.errors import bad_request
 from aligner.environments.endpoint.requests import ChatRequest
+from aligner.environments.endpoint.sampled_turn import ReadTurn
 
 Message = dict[str, Any]
 
@@ -55,6 +55,7 @@ class Transcript:
     def __init__(self, chat: ConversationFormat, row: Mapping[str, Any]) -> None:
         self._chat, self._row = chat, row
         self._answered: list[_Answered] = []
+        self._last: list[Message] = []
 
     def context(self, request: ChatRequest) -> ChatContext:
         """The ids of a request's context: those of the longest answered request that it goes on from, and a rendered suffix; or,
@@ -77,18 +78,15 @@ class Transcript:
             raise bad_request(f"The chat template does not take these messages: {error}", "messages") from None
         return ChatContext(extension.ids, conversation)
 
-    def record(
-        self, request: ChatRequest, context: ChatContext, sampled: Sequence[int], returned: Message, rendered: Message
-    ) -> None:
+    def record(self, request: ChatRequest, context: ChatContext, sampled: Sequence[int], turn: ReadTurn) -> None:
         """A request was answered."""
-        self._answered.append(_Answered(request, context, sampled, returned, rendered))
+        self._last = [*request.messages, turn.returned]
+        if not turn.cut:
+            self._answered.append(_Answered(request, context, sampled, turn.returned, turn.rendered))
 
     def messages(self) -> list[Message]:
         """The conversation of the last answered request, with its answer."""
-        if not self._answered:
-            return []
-        last = self._answered[-1]
-        return [*last.request.messages, last.returned]
+        return self._last
 
     def _opened(self, request: ChatRequest) -> ChatContext:
         conversation = Conversation(self._chat)

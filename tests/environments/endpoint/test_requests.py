@@ -151,7 +151,7 @@ def test_completions() -> None:
     assert refused(completion_request, {"prompt": "a", "suffix": "b"}).param == "suffix"
 
 
-@pytest.mark.parametrize("body", [b"{", b"[1]", b"\xff{}", b'{"a": NaN}', b"[" * 100_000])
+@pytest.mark.parametrize("body", [b"{", b"[1]", b"\xff{}", b'{"a": NaN}', b"[" * 100_000, b'{"a": "\\ud800"}'])
 def test_a_body_that_is_no_json_object(body: bytes) -> None:
     with pytest.raises(ApiError, match="body"):
         parse_object(body)
