@@ -18,6 +18,7 @@ from aligner.check.roles import check_engines, check_ranks, check_roles, check_s
 from aligner.check.rollout import (
     answered_prompts,
     check_end,
+    check_environment,
     check_lengths,
     ends_of,
     sized,
@@ -154,6 +155,7 @@ def check_job(config: Config, roles: list[str], models: Models, data: DataSets) 
     if "rollout" in roles:
         data = answered_prompts(config, data)
     best_metric = best_metric_of(config.train, roles, data)
+    check_environment(config, roles)
     if "rollout" in roles:
         engines.backend(config.rollout.engine).check(spec, meshes["rollout"], config.rollout, models.machine.cpu)
         check_lengths(config, data, specs, given)
@@ -273,6 +275,10 @@ def _check_reward(config: Config, roles: list[str], data: DataSets) -> None:
     config.hang.check_scoring(max(part.timeout_s for part in parts))
     for part in parts:
         check_scorer(config, part, roles)
+        if part.component.environment and not config.environment.enabled:
+            raise ValueError(
+                f"{part.source} reads the rewards of episodes; set environment.target or environment.agent.command, or use another reward."
+            )
         scorer = replace(part, workers=1).scorer()
         if scorer is not None:
             with contextlib.closing(scorer):

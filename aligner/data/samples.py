@@ -72,7 +72,7 @@ class Samples:
         if self.turn_BT is None:
             return self.response_tokens(row)
         turn_T = self.turn_BT[row]
-        return self.tokens_BT[row, (turn_T > 0) & (turn_T == turn_T.max())].tolist()  # type: ignore[no-any-return]
+        return self.tokens_BT[row, (turn_T > 0) & (turn_T == turn_T.max())].tolist()
 
 
 Demonstrations = NewType("Demonstrations", Samples)

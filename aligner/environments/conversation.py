@@ -7,6 +7,7 @@ conversation twice, with two different ends of the assistant's turn: what both h
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from aligner.data.chat import PLAIN, ChatOptions, Notes, conversation_of, message_text, template_options
 from aligner.data.decoding import decode
 from aligner.data.end_tokens import PROBES, closing_tokens
-from aligner.data.tokenizer import Message, checked_messages, encode_plain, encode_text, render_chat
+from aligner.data.tokenizer import Message, checked_messages, encode_plain, render_chat
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -75,8 +76,18 @@ class ConversationFormat:
         self.tokenizer, self.chat, self.rewritten = tokenizer, chat, rewritten
         self.notes = Notes()
         """Remarks about how conversations were rendered -> how often."""
-        self.ends = {*stop, *closing_tokens(tokenizer)}
-        """Tokens that end an assistant's turn."""
+        self.added = {
+            token: entry.content for token, entry in tokenizer.added_tokens_decoder.items() if entry.content.strip()
+        }
+        """Special and other added tokens, which stand for themselves wherever their text occurs."""
+        self.special_texts = tuple(
+            entry.content
+            for token, entry in tokenizer.added_tokens_decoder.items()
+            if token in self.added and entry.special
+        )
+        """Texts of the special tokens among them."""
+        self.ends = {token for token in (*stop, *closing_tokens(tokenizer)) if token in self.added}
+        """Added tokens that end a turn; another stop token ends what is sampled, and the template's end of turn follows it."""
         self._learn_inner_end()
 
     def _learn_inner_end(self) -> None:
@@ -85,35 +96,27 @@ class ConversationFormat:
         try:
             inner, last = (
                 _common_suffix(
-                    *(self.render([asked, {"role": "assistant", "content": probe}, *after], {}, False) for probe in PROBES)
+                    *(
+                        self.render([asked, {"role": "assistant", "content": probe}, *after], {}, False)
+                        for probe in PROBES
+                    )
                 )
                 for after in ((more,), ())
             )
         except ValueError:
             return  # a template that refuses these; the real conversation will show what it takes
-        if self._first_end(last) is None:
+        if self.first_end(last) is None:
             return
-        special = {text: token for token, text in self._added()}
-        first = min((place, text) for text in special if (place := inner.find(text)) >= 0) if inner else None
-        if first is not None and first[0] == 0:
-            self.ends.add(special[first[1]])
-
-    def _added(self) -> list[tuple[int, str]]:
-        added = self.tokenizer.added_tokens_decoder
-        return [(token, entry.content) for token, entry in added.items() if entry.content.strip()]
+        self.ends.update(token for token, text in self.added.items() if inner.startswith(text))
 
     def render(self, messages: Sequence[Message], options: Mapping[str, Any], awaits: bool) -> str:
         """The messages as the template writes them; `awaits`: with the generation prompt."""
         return render_chat(self.tokenizer, messages, "the episode", awaits, options)
 
-    def end_text(self, token: int) -> str:
-        """A token as it stands in rendered text."""
-        return decode(self.tokenizer, [token], keep_special_tokens=True)
-
-    def _first_end(self, text: str) -> tuple[int, str] | None:
-        """(position, token text) of the first token that ends turns; None: there is none."""
-        texts = [self.end_text(token) for token in self.ends]
-        places = [(place, ended) for ended in texts if ended and (place := text.find(ended)) >= 0]
+    def first_end(self, text: str) -> tuple[int, str] | None:
+        """(position, text) of the first token in a rendered text that ends turns; None: there is none."""
+        texts = [self.added[token] for token in self.ends]
+        places = [(place, end) for end in texts if (place := text.find(end)) >= 0]
         return min(places, key=lambda one: (one[0], -len(one[1]))) if places else None
 
     def check_tools(self) -> None:
@@ -148,7 +151,10 @@ class Conversation:
     """The messages as rendered when the last turn was asked for, with the generation prompt."""
 
     def open(
-        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None = None, row: Mapping[str, Any] | None = None
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        row: Mapping[str, Any] | None = None,
     ) -> tuple[int, ...]:
         """The first context.
 
@@ -212,7 +218,13 @@ class Conversation:
         places = [f"messages[{place}]" for place in range(len(messages))]
         try:
             made = conversation_of(
-                messages, places, self._options, "the episode", self.format.tokenizer, awaits=True, notes=self.format.notes
+                messages,
+                places,
+                self._options,
+                "the episode",
+                self.format.tokenizer,
+                awaits=True,
+                notes=self.format.notes,
             )
         except ValueError as error:
             raise TemplateError(str(error)) from error
@@ -251,12 +263,9 @@ class Conversation:
         text, closing = self._suffix(after)
         if stop is None:
             return self._behind_turn(sampled, closing + text)
-        stop_text = form.end_text(stop)
-        if closing:
-            # Closed by a special token: the one that was sampled stands in its place.
+        if closing:  # the token that was sampled stands in its place
             return self._behind(stop, text)
-        # The next turn's opener ends this one (GLM), or nothing but text does.
-        return self._behind(stop, text.removeprefix(stop_text))
+        return self._behind(stop, text.removeprefix(form.added[stop]))  # the next turn's opener ends this one (GLM)
 
     def _suffix(self, after: _AfterTurn) -> tuple[str, str]:
         """(what follows the end of the turn, the token that ends it: "" if the template has none).
@@ -265,11 +274,11 @@ class Conversation:
             TemplateError: it cannot be found.
         """
         shared = _common_prefix(after.text, after.alone)
-        ended = self.format._first_end(shared) or (None if after.called else self._first_of(after))
+        ended = self.format.first_end(shared) or (None if after.called else self._first_of(after))
         if ended is not None:
             place, closing = ended
             return after.text[place + len(closing) :], closing
-        if self.format._first_end(after.alone) is None and after.text.startswith(after.alone):
+        if self.format.first_end(after.alone) is None and after.text.startswith(after.alone):
             # What closes a tool call is part of the turn; plain text after an answer is the template's.
             return (after.text[len(after.alone) :] if after.called else after.text), ""
         raise TemplateError(
@@ -279,14 +288,14 @@ class Conversation:
 
     def _first_of(self, after: _AfterTurn) -> tuple[int, str] | None:
         """The end of a turn that the template closes otherwise when it is the last one."""
-        return self.format._first_end(after.text) if self.format._first_end(after.alone) is not None else None
+        return self.format.first_end(after.text) if self.format.first_end(after.alone) is not None else None
 
     def _behind(self, token: int, text: str) -> list[int]:
         """Ids of text after a stop token, as they are in the conversation encoded as a whole."""
-        ids = encode_plain(self.format.tokenizer, self.format.end_text(token) + text)
+        ids = encode_plain(self.format.tokenizer, self.format.added[token] + text)
         if ids[:1] != [token]:
             raise TemplateError(
-                f"the tokenizer merges the stop token {self.format.end_text(token)!r} with what follows it; use a special token "
+                f"the tokenizer merges the stop token {self.format.added[token]!r} with what follows it; use a special token "
                 "as stop token: sampling.stop_token_ids=[...]."
             )
         return ids[1:]
@@ -295,11 +304,10 @@ class Conversation:
         """Ids of text after a turn that has no stop token."""
         tokenizer = self.format.tokenizer
         ids = encode_plain(tokenizer, text)
-        if ids and any(token == ids[0] and text.startswith(entry) for token, entry in self.format._added()):
-            return ids  # it begins with a special token: nothing merges across
-        # Proven on this turn: after the last special token of the context, turn and text encode to the turn's own ids first.
-        special = {token for token, _ in self.format._added()}
-        start = max((place for place, token in enumerate(self.ids) if token in special), default=0)
+        if ids and text.startswith(self.format.added.get(ids[0], "\0")):
+            return ids  # it begins with an added token: nothing merges across
+        # Proven on this turn: from the last added token of the context on, all encodes to the very same ids first.
+        start = max((place for place, token in enumerate(self.ids) if token in self.format.added), default=0)
         context = [*self.ids[start:], *sampled]
         joint = encode_plain(tokenizer, decode(tokenizer, context, keep_special_tokens=True) + text)
         if joint[: len(context)] == context:
@@ -340,7 +348,7 @@ def _ending_with(message: Message, probe: str) -> Message:
     inner = last.get("function") if isinstance(last.get("function"), dict) else None
     holder = dict(inner if inner is not None else last)
     arguments = holder.get("arguments")
-    holder["arguments"] = '{"probe": "%s"}' % probe if isinstance(arguments, str) else {"probe": probe}
+    holder["arguments"] = json.dumps({"probe": probe}) if isinstance(arguments, str) else {"probe": probe}
     return {**message, "tool_calls": [*calls, {**last, "function": holder} if inner is not None else holder]}
 
 

@@ -9,11 +9,14 @@ from __future__ import annotations
 import ast
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from aligner.data.tokenizer import Message
 
 Tools = Sequence[Mapping[str, Any]]
@@ -60,7 +63,7 @@ def hermes(text: str, tools: Tools = ()) -> ParsedTurn:
     """<tool_call>{"name": ..., "arguments": {...}}</tool_call>: Hermes, Qwen2.5, Qwen3. A last call may lack its end."""
     thought, rest = _without_reasoning(text)
     blocks = re.findall(r"<tool_call>(.*?)(?:</tool_call>|\Z)", rest, re.DOTALL)
-    return _read(text, thought, rest.partition("<tool_call>")[0], (lambda b=b: [_object_call(_json(b))] for b in blocks))
+    return _read(text, thought, rest.partition("<tool_call>")[0], blocks, _json_call)
 
 
 def qwen3_xml(text: str, tools: Tools = ()) -> ParsedTurn:
@@ -70,48 +73,48 @@ def qwen3_xml(text: str, tools: Tools = ()) -> ParsedTurn:
     blocks = re.findall(r"<function=(.*?)(?:</function>|\Z)", rest, re.DOTALL)
     if opener in rest and not blocks:
         blocks = [""]
-    return _read(text, thought, rest.partition(opener)[0], (lambda b=b: [_xml_call(b, tools)] for b in blocks))
+    return _read(text, thought, rest.partition(opener)[0], blocks, partial(_xml_call, tools=tools))
 
 
 def glm(text: str, tools: Tools = ()) -> ParsedTurn:
     """<tool_call>NAME<arg_key>KEY</arg_key><arg_value>VALUE</arg_value></tool_call>: GLM-4.5 and later."""
     thought, rest = _without_reasoning(text)
     blocks = re.findall(r"<tool_call>(.*?)(?:</tool_call>|\Z)", rest, re.DOTALL)
-    return _read(text, thought, rest.partition("<tool_call>")[0], (lambda b=b: [_glm_call(b, tools)] for b in blocks))
+    return _read(text, thought, rest.partition("<tool_call>")[0], blocks, partial(_glm_call, tools=tools))
 
 
 def llama3_json(text: str, tools: Tools = ()) -> ParsedTurn:
-    """{"name": ..., "parameters": {...}}, after <|python_tag|> or not, several separated by ";": Llama 3.1 and later."""
+    """{"name": ..., "parameters": {...}}, after <|python_tag|> or not, several separated by ";": Llama 3.1 and later.
+    Other JSON is content."""
     thought, rest = _without_reasoning(text)
-    body = rest.strip()
-    if not body.startswith(("<|python_tag|>", "{")):
+    begins = re.search(r'<\|python_tag\|>|\{\s*"(name|parameters|arguments)"', rest)
+    if begins is None:
         return ParsedTurn(rest)
-    body = body.removeprefix("<|python_tag|>").strip()
-    if not body.startswith("{"):
-        return _read(text, thought, "", iter([lambda: [_json_call(body)]]))
-    return _read(text, thought, "", iter([lambda: [_object_call(one) for one in _json_sequence(body)]]))
-
-
-def _json_call(body: str) -> ToolCall:
-    return _object_call(_json(body))
+    body = rest[begins.start() :].removeprefix("<|python_tag|>").strip()
+    return _read(text, thought, rest[: begins.start()], [body], _json_sequence)
 
 
 def mistral(text: str, tools: Tools = ()) -> ParsedTurn:
     """[TOOL_CALLS] [{"name": ..., "arguments": {...}}, ...], or [TOOL_CALLS]NAME{...} for each call (v11 and later): Mistral."""
     thought, rest = _without_reasoning(text)
     content, *blocks = rest.split("[TOOL_CALLS]")
-    return _read(text, thought, content, (lambda b=b: _mistral_calls(b) for b in blocks))
+    return _read(text, thought, content, blocks, _mistral_calls)
 
 
 def pythonic(text: str, tools: Tools = ()) -> ParsedTurn:
     """[name(key=value, ...), ...] in Python's syntax: Llama 3.2, Llama 4, Olmo 3, LFM2."""
     thought, rest = _without_reasoning(text)
-    body = rest.strip().removeprefix("<|python_start|>").removeprefix("<|tool_call_start|>").removeprefix("<function_calls>")
+    body = (
+        rest.strip()
+        .removeprefix("<|python_start|>")
+        .removeprefix("<|tool_call_start|>")
+        .removeprefix("<function_calls>")
+    )
     for closing in ("<|python_end|>", "<|tool_call_end|>", "</function_calls>"):
         body = body.removesuffix(closing)
     if not re.match(r"\[\s*[A-Za-z_][\w.]*\(", body.strip()):
         return ParsedTurn(rest)
-    return _read(text, thought, "", iter([lambda: _python_calls(body.strip())]))
+    return _read(text, thought, "", [body.strip()], _python_calls)
 
 
 def harmony(text: str, tools: Tools = ()) -> ParsedTurn:
@@ -126,12 +129,11 @@ def harmony(text: str, tools: Tools = ()) -> ParsedTurn:
             reasoning.append(body)
         else:
             content.append(body)
-    thought = "\n".join(reasoning) or None
     if not (reasoning or content or calls):
         return ParsedTurn(text)
-    return _read(
-        text, thought, "".join(content), (lambda n=n, b=b: [ToolCall(n, _arguments(_json(b)))] for n, b in calls), apart=True
-    )
+    if calls:  # what is said before a call is reasoning to the template
+        reasoning, content = [*reasoning, *content], []
+    return _read(text, "\n".join(reasoning), "".join(content), calls, _named_call, apart=True)
 
 
 PARSERS: dict[str, ToolParser] = {
@@ -157,6 +159,45 @@ SIGNS = (
 """(format, what a chat template has that writes calls so), the more special first."""
 
 
+def check_name(name: str) -> None:
+    """Raises ValueError for a name that environment.tool_parser cannot have."""
+    if name != "auto" and name not in PARSERS and not name.startswith(VLLM):
+        raise ValueError(
+            f"environment.tool_parser={name} is none of auto, {', '.join(PARSERS)}, or {VLLM}NAME for one of vLLM's own."
+        )
+
+
+def named_parser(name: str, tokenizer: PreTrainedTokenizerBase) -> ToolParser:
+    """The parser of environment.tool_parser.
+
+    Args:
+        name: a key of PARSERS, "auto", or "vllm:" and the name of one of vLLM's.
+
+    Raises:
+        ValueError: there is none of that name, or auto cannot tell.
+    """
+    if name == "auto":
+        template = tokenizer.chat_template
+        name = format_of("".join(template.values()) if isinstance(template, dict) else str(template))
+    check_name(name)
+    if name in PARSERS:
+        return PARSERS[name]
+    from aligner.rollout.engines import vllm_tool_parser
+
+    extract = vllm_tool_parser(name.removeprefix(VLLM), tokenizer)
+
+    def read(text: str, tools: Tools) -> ParsedTurn:
+        content, calls = extract(text, tools)
+        return _read(text, None, content, calls, _named_call)
+
+    return read
+
+
+def _named_call(call: tuple[str, str]) -> list[ToolCall]:
+    name, arguments = call
+    return [ToolCall(name, _arguments(_json(arguments)))]
+
+
 def format_of(template: str) -> str:
     """The format in which a chat template writes tool calls.
 
@@ -173,28 +214,24 @@ def format_of(template: str) -> str:
 
 
 def call_message(parsed: ParsedTurn, text: str, ids: Sequence[str]) -> Message:
-    """The assistant's message of a turn, for the chat template: content and reasoning as they were sampled, calls apart.
+    """The assistant's message of a turn, for the chat template: what it says as it was sampled, calls apart.
 
     Args:
         text: the turn's text.
         ids: an id for each call.
     """
-    apart = parsed.reasoning is not None
-    content = parsed.content if apart or parsed.calls else text
-    thought, _ = _without_reasoning(text)
-    message: Message = {"role": "assistant", "content": content if apart else _with_thought(thought, content, text, parsed)}
-    if apart:
-        message["thinking"] = parsed.reasoning
+    message: Message = {"role": "assistant", "content": text}
+    if parsed.reasoning is not None:
+        message["content"] = parsed.content
+        message |= {"thinking": parsed.reasoning} if parsed.reasoning else {}
+    elif parsed.calls:
+        message["content"] = (_without_reasoning(text)[0] + parsed.content).strip("\n")
     if parsed.calls:
         message["tool_calls"] = [
             {"type": "function", "id": name, "function": {"name": call.name, "arguments": call.arguments}}
             for name, call in zip(ids, parsed.calls, strict=True)
         ]
     return message
-
-
-def _with_thought(thought: str, content: str, text: str, parsed: ParsedTurn) -> str:
-    return (thought + content).strip("\n") if parsed.calls else text
 
 
 def _without_reasoning(text: str) -> tuple[str, str]:
@@ -205,17 +242,29 @@ def _without_reasoning(text: str) -> tuple[str, str]:
     return thought + closed, rest
 
 
+Block = TypeVar("Block")
+
+
 def _read(
-    text: str, thought: str | None, content: str, blocks: Iterator[Callable[[], list[ToolCall]]], apart: bool = False
+    text: str,
+    thought: str | None,
+    content: str,
+    blocks: Sequence[Block],
+    read: Callable[[Block], Sequence[ToolCall]],
+    apart: bool = False,
 ) -> ParsedTurn:
-    """The turn with the calls of its blocks, or with the error of the first that cannot be read."""
+    """The turn with the calls of its blocks, or with the error of the first that cannot be read.
+
+    Args:
+        apart: reasoning is a field of its own.
+    """
     calls: list[ToolCall] = []
     reasoning = thought if apart else None
     for number, block in enumerate(blocks, start=1):
         try:
-            calls += block()
+            calls += read(block)
         except MalformedError as error:
-            return ParsedTurn(text if not apart else content, (), f"tool call {number} {error}", reasoning)
+            return ParsedTurn(content if apart else text, (), f"tool call {number} {error}", reasoning)
     return ParsedTurn(content.strip() if calls else content, tuple(calls), None, reasoning)
 
 
@@ -226,17 +275,21 @@ def _json(text: str) -> Any:
         raise MalformedError(f"is not valid JSON: {error}") from None
 
 
-def _json_sequence(text: str) -> list[Any]:
-    """JSON values one after the other, separated by ";" or by whitespace."""
-    values, decoder = [], json.JSONDecoder()
+def _json_call(text: str) -> list[ToolCall]:
+    return [_object_call(_json(text))]
+
+
+def _json_sequence(text: str) -> list[ToolCall]:
+    """Calls one after the other, separated by ";" or by whitespace."""
+    calls, decoder = [], json.JSONDecoder()
     while text:
         try:
             value, end = decoder.raw_decode(text)
         except (ValueError, RecursionError) as error:
             raise MalformedError(f"is not valid JSON: {error}") from None
-        values.append(value)
+        calls.append(_object_call(value))
         text = text[end:].lstrip(" \t\r\n;,")
-    return values
+    return calls
 
 
 def _object_call(value: Any) -> ToolCall:
@@ -257,12 +310,13 @@ def _arguments(value: Any) -> dict[str, Any]:
     return value
 
 
-def _xml_call(block: str, tools: Tools) -> ToolCall:
+def _xml_call(block: str, tools: Tools) -> list[ToolCall]:
     name, closed, body = block.partition(">")
     if not closed or not name.strip():
         raise MalformedError("must be <function=NAME> with <parameter=KEY>VALUE</parameter> inside")
     pairs = re.findall(r"<parameter=([^>]*)>(.*?)(?:</parameter>|(?=<parameter=)|\Z)", body, re.DOTALL)
-    return ToolCall(name.strip(), _typed(name.strip(), {key.strip(): _unwrapped(value) for key, value in pairs}, tools))
+    values = {key.strip(): _unwrapped(value) for key, value in pairs}
+    return [ToolCall(name.strip(), _typed(name.strip(), values, tools))]
 
 
 def _unwrapped(value: str) -> str:
@@ -270,12 +324,12 @@ def _unwrapped(value: str) -> str:
     return value.removeprefix("\n").removesuffix("\n")
 
 
-def _glm_call(block: str, tools: Tools) -> ToolCall:
+def _glm_call(block: str, tools: Tools) -> list[ToolCall]:
     name = block.partition("<arg_key>")[0].strip()
     if not name or "\n" in name:
         raise MalformedError("must be NAME with <arg_key>KEY</arg_key><arg_value>VALUE</arg_value> after it")
     pairs = re.findall(r"<arg_key>(.*?)</arg_key>\s*<arg_value>(.*?)(?:</arg_value>|\Z)", block, re.DOTALL)
-    return ToolCall(name, _typed(name, {key.strip(): value for key, value in pairs}, tools))
+    return [ToolCall(name, _typed(name, {key.strip(): value for key, value in pairs}, tools))]
 
 
 def _typed(name: str, arguments: Mapping[str, str], tools: Tools) -> dict[str, Any]:
@@ -289,7 +343,10 @@ def _typed(name: str, arguments: Mapping[str, str], tools: Tools) -> dict[str, A
 def _typed_value(value: str, schema: Mapping[str, Any]) -> Any:
     kind = schema.get("type")
     options = schema.get("anyOf") or schema.get("oneOf") or []
-    kinds = {*(kind if isinstance(kind, list) else [kind]), *(one.get("type") for one in options if isinstance(one, Mapping))}
+    kinds = {
+        *(kind if isinstance(kind, list) else [kind]),
+        *(one.get("type") for one in options if isinstance(one, Mapping)),
+    }
     kinds.discard(None)
     if not kinds or kinds == {"string"}:
         return value
@@ -314,8 +371,7 @@ def _kinds(value: Any) -> set[str]:
 def _mistral_calls(block: str) -> list[ToolCall]:
     body = block.strip()
     if body.startswith("["):
-        values = _json(body)
-        return [_object_call(value) for value in values]
+        return [_object_call(value) for value in _json(body)]
     if body.startswith("{"):
         return [_object_call(_json(body))]
     name, brace, rest = body.partition("{")

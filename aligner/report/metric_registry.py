@@ -170,8 +170,10 @@ EPISODES = (
 
 EVALUATION = (
     Metric("accuracy", "", Reduce.HELD_OUT,
-           "Reward of one answer to each held-out prompt; without prompts, as heldout_pair_accuracy.",
+           "Reward of train.eval_samples answers (or episodes) to each held-out prompt; without prompts, as heldout_pair_accuracy.",
            rollout=Column(2, 8), supervised=Column(2, 8), title="held-out accuracy", higher_is_better=True),
+    Metric("pass@{k}", "fraction", Reduce.HELD_OUT,
+           "Probability that one of k answers (or episodes) to a held-out prompt has a reward of train.eval_success or more."),
     Metric("heldout_loss", "nats/token", Reduce.HELD_OUT, "-log p of held-out demonstrations, over their trained tokens.",
            supervised=Column(5, 13, 1, "held-out loss"), title="held-out loss", higher_is_better=False),
     Metric("heldout_pair_accuracy", "fraction", Reduce.HELD_OUT,

@@ -28,9 +28,26 @@ def source_factory(
 
 
 def make_source(config: Config, tokenizer: PreTrainedTokenizerBase, spec: ModelSpec) -> EpisodeSource:
-    """The source of environment.target.
+    """The source of environment.target or environment.agent.command.
 
     Raises:
-        ValueError: nothing can play it.
+        ValueError: the environment cannot be started, or the tokenizer has no chat template.
     """
-    raise ValueError(f"environment.target={config.environment.target}: this version has nothing that plays it.")
+    from aligner.data.chat import ChatOptions
+    from aligner.environments.conversation import ConversationFormat
+    from aligner.environments.endpoint.agents import AgentEpisodes
+    from aligner.environments.episodes import EnvironmentEpisodes
+    from aligner.environments.pool import EnvironmentPool
+    from aligner.environments.tool_calls import named_parser
+
+    settings, length = config.environment, config.rollout.length(spec)
+    form = ConversationFormat(
+        tokenizer,
+        stop=(*spec.eos_token_ids, *(config.sampling.stop_token_ids or ())),
+        chat=ChatOptions(config.data.chat_template_kwargs, config.data.system_prompt),
+        rewritten=settings.rewritten,
+    )
+    parser, most = lambda: named_parser(settings.tool_parser, tokenizer), min(settings.max_tokens or length, length)
+    if settings.agent.command:
+        return AgentEpisodes(settings, form, parser, most, spec.vocab)
+    return EnvironmentEpisodes(settings, EnvironmentPool(settings), form, parser, most)

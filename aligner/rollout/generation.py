@@ -110,6 +110,7 @@ class GenerationRole(Role):
             first = world.rank == mesh.shards[self.shard or 0][0]
             self.episodes = Episodes(self.engine, source() if first else None, world.activity.tick)
             world.on_leave(self.episodes.close)
+            world.activity.details[name] = self.episodes.report
 
     def generate(
         self,
@@ -153,7 +154,9 @@ class GenerationRole(Role):
             ValueError: the job has no environment.
         """
         if not self.plays:
-            raise ValueError("rollout.play needs an environment: set environment.target, or call rollout.generate.")
+            raise ValueError(
+                "rollout.play needs an environment: set environment.target or environment.agent.command, or call rollout.generate."
+            )
         self.wake()
         with self.call("generate"):
             return self._finish(self._start(tasks, num_samples, sampling, seed, plays=True))

@@ -76,10 +76,12 @@ def collect_samples(world: World, result: Step, count: int) -> list[dict[str, An
         return None
     refs = {"response": result.scores["response"], "reward_B": result.scores["reward_B"]}
     refs |= {"status_B": result.scores["status_B"], "fields": result.samples["fields"]}
+    refs["episodes"] = result.samples["episodes"]
     collected = read_on_rank0(world, refs, None, lambda one, other: None, limit=count)
     if collected is None:
         return None
-    columns = (collected[0][name] for name in ("fields", "response", "reward_B", "status_B"))
+    columns = [collected[0][name] for name in ("fields", "response", "reward_B", "status_B")]
+    episodes = collected[0]["episodes"] or [None] * len(columns[0])
     return [
         {
             "prompt": row.get("prompt", ""),
@@ -87,8 +89,9 @@ def collect_samples(world: World, result: Step, count: int) -> list[dict[str, An
             "reward": reward.item(),
             "status": Status(int(status)),
             "fields": {name: value for name, value in row.items() if name != "prompt"},
+            **({"episode": episode} if episode is not None else {}),
         }
-        for row, text, reward, status in zip(*columns, strict=True)
+        for row, text, reward, status, episode in zip(*columns, episodes, strict=True)
     ]
 
 

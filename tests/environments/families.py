@@ -85,7 +85,7 @@ FAMILIES = {
     "gemma": Family("gemma", ("<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>"), "<eos>", ("<end_of_turn>",), begin="<bos>"),
     "gemma3": Family("gemma3", ("<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>"), "<eos>", ("<end_of_turn>",), begin="<bos>"),
     "deepseek-r1": Family("deepseek_r1_distill", DEEPSEEK, DEEPSEEK[1], begin=DEEPSEEK[0], keeps=False),
-    "deepseek-v3": Family("deepseekv3", DEEPSEEK, DEEPSEEK[1], begin=DEEPSEEK[0]),
+    "deepseek-v3": Family("deepseekv3", DEEPSEEK, DEEPSEEK[1], begin=DEEPSEEK[0], keeps=False),
     "cohere": Family("cohere", ("<BOS_TOKEN>", *COHERE), "<|END_OF_TURN_TOKEN|>", begin="<BOS_TOKEN>"),
     "lfm2": Family("lfm2", (*CHATML, "<|tool_list_start|>", "<|tool_list_end|>"), "<|im_end|>", tools=True),
     "mistral": Family(

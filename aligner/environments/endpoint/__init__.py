@@ -2,6 +2,6 @@
 
 In: a command, and tasks. Out: `Ask`s for turns, and how each episode ended (an `EpisodeSource`).
 
-Read in this order: config -> requests, responses (the wire) -> server (threads) -> exchange (what threads hand over) ->
+Read in this order: ..agent_config -> requests, responses (the wire) -> server (threads) -> exchange (what threads hand over) ->
 programs (processes) -> agents (the episodes).
 """

@@ -14,9 +14,9 @@ from typing import Any
 from aligner.data.decoding import decode
 from aligner.data.prompts import Prompt
 from aligner.data.tokenizer import encode_text
+from aligner.environments.agent_config import resolve_command
 from aligner.environments.config import EnvironmentConfig
 from aligner.environments.conversation import ConversationFormat
-from aligner.environments.endpoint.config import resolve_command
 from aligner.environments.endpoint.errors import ApiError, bad_request
 from aligner.environments.endpoint.exchange import Exchange, Pending, Session
 from aligner.environments.endpoint.programs import Exited, Launch, ProgramLimits, Programs

@@ -169,6 +169,16 @@ class Episodes(RolloutKind[Episode]):
             taken.source = self._source.metrics()
         return taken
 
+    def report(self) -> list[str]:
+        """For a fault report: the episodes that have been with their environments the longest; asked by another thread."""
+        now = time.time() - time.monotonic()
+        waiting = [one for one in list(self._playing.values()) if one.turn is None and not one.settled]
+        return [
+            f"{len(waiting)} episodes are with their environments; number {one.episode.key}, of task {one.episode.task.index}, since "
+            f"{time.strftime('%H:%M:%S', time.localtime(now + one.since))}, after turn {len(one.episode.turns)}"
+            for one in sorted(waiting, key=lambda one: one.since)[:3]
+        ]
+
     def close(self) -> None:
         """End environments and programs."""
         if self._source is not None:

@@ -17,10 +17,10 @@ import trl
 
 from aligner.data.decoding import decode
 from aligner.data.prompts import Prompt
+from aligner.environments.agent_config import AgentConfig
 from aligner.environments.config import EnvironmentConfig
 from aligner.environments.conversation import ConversationFormat
 from aligner.environments.endpoint.agents import AgentEpisodes
-from aligner.environments.endpoint.config import AgentConfig
 from aligner.environments.tool_calls import hermes
 from aligner.rollout.episodes.source import Ask, Ended
 from aligner.rollout.requests import Sample

@@ -13,17 +13,17 @@ from aligner.data.prompts import Prompt
 from aligner.rollout.episodes.source import Ask, Ended
 from aligner.rollout.requests import Sample
 
-VOCAB = 100
+VOCAB = 96
 
 
 def digest(*parts: object) -> int:
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=6).digest(), "big")
 
 
-def reply(seed: int, turn: int, tokens: list[int]) -> list[int]:
+def reply(seed: int, turn: int, tokens: list[int], vocab: int = VOCAB) -> list[int]:
     """Ids that the environment says after a turn: 1 to 5 of them."""
     value = digest(seed, turn, tokens)
-    return [3 + digest(value, i) % (VOCAB - 3) for i in range(1 + value % 5)]
+    return [3 + digest(value, i) % (vocab - 3) for i in range(1 + value % 5)]
 
 
 @dataclass
@@ -50,10 +50,12 @@ class Scripted:
         delay_s: tuple[float, float] = (0.0, 0.0),
         segments: bool = False,
         max_tokens: int | None = None,
+        vocab: int = VOCAB,
     ) -> None:
         """Args:
         shuffle: what is ready comes in an order, and with waits, that this seed draws; None: at once, in order.
         """
+        self.vocab = vocab
         self.turns, self.segments, self.delay_s, self.max_tokens = turns, segments, delay_s, max_tokens
         self.order = None if shuffle is None else random.Random(shuffle)
         self.plays: dict[int, Play] = {}
@@ -108,7 +110,7 @@ class Scripted:
             self._say(episode, Ended(episode, reward, tuple(play.rewards), kind, {"detail": f"after {turn}"}))
             return
         play.turn += 1
-        said = reply(play.seed, turn, sample.tokens)
+        said = reply(play.seed, turn, sample.tokens, self.vocab)
         new = self.segments and play.turn % 3 == 0
         play.context = [*(sample.tokens[-2:] if new else [*play.context, *sample.tokens]), *said]
         self._say(episode, Ask(episode, play.turn, tuple(play.context), new, self.max_tokens))
