@@ -192,6 +192,8 @@ class AgentEpisodes:
         passed = [*PASSED_VARIABLES, *self._agent.pass_env, *(name for name in os.environ if name.startswith("LC_"))]
         variables = {name: os.environ[name] for name in passed if name in os.environ}
         return {
+            "CUDA_VISIBLE_DEVICES": "",
+            "OMP_NUM_THREADS": "1",
             **variables,
             "NO_PROXY": "127.0.0.1",
             "PYTHONUNBUFFERED": "1",
@@ -199,6 +201,7 @@ class AgentEpisodes:
             "OPENAI_API_KEY": one.session.key,
             "ALIGNER_URL": self._server.url,
             "ALIGNER_MODEL": self._served.name,
+            "ALIGNER_TOKENIZER": os.path.abspath(self._form.tokenizer.name_or_path),
             "ALIGNER_SEED": str(one.seed),
             "ALIGNER_TASK_FILE": TASK_FILE,
             **({"ALIGNER_TASK": task} if len(task) <= LONGEST_VARIABLE else {}),

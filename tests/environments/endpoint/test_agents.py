@@ -15,9 +15,10 @@ from typing import Any
 import pytest
 import trl
 
+from aligner.config.schema import compose_config, to_config
 from aligner.data.decoding import decode
 from aligner.data.prompts import Prompt
-from aligner.environments.agent_config import AgentConfig
+from aligner.environments.agent_config import AgentConfig, resolve_command
 from aligner.environments.config import EnvironmentConfig
 from aligner.environments.conversation import ConversationFormat
 from aligner.environments.endpoint.agents import AgentEpisodes
@@ -66,8 +67,8 @@ class Player:
         agent: Mapping[str, Any] | None = None,
         **settings: Any,
     ) -> Played:
-        command = f"{sys.executable} -S {PROGRAM} {what}"
-        config = EnvironmentConfig(agent=AgentConfig(command=command, **(agent or {})), **settings)
+        command = {"command": f"{sys.executable} -S {PROGRAM} {what}"}
+        config = EnvironmentConfig(agent=AgentConfig(**{**command, **(agent or {})}), **settings)
         source = AgentEpisodes(config, self.form, lambda: hermes, max_tokens, 259)
         played = Played()
         try:
@@ -232,6 +233,20 @@ def test_programs_get_no_more_of_the_jobs_environment_than_they_need(
     assert json.loads(kept["file"]) == TASK.fields and kept["ALIGNER_SEED"] == "100"
 
 
+@pytest.mark.environments
+def test_the_openai_sdk_streams_and_calls_tools(player: Player) -> None:
+    """An agent as its authors wrote it; the policy's words are given, so that it calls a tool."""
+    program = PROGRAM.with_name("sdk_program.py")
+    answers = [CALL, "<think>\nSo 3.\n</think>\n\n3", "Bye."]
+    played = player.play("", lambda ask, text: answers[ask.turn - 1], agent={"command": f"{sys.executable} {program}"})
+    end = played.ended[0]
+    assert (end.ended, end.reward) == ("done", 1.0), end
+    known = played.asks[0][0].context
+    for ask, ids in zip(played.asks[0][1:], played.sampled[0], strict=False):
+        assert ask.context[: len(known) + len(ids)] == (*known, *ids)
+        known = ask.context
+
+
 def test_an_abandoned_episode_says_nothing_more(form: ConversationFormat) -> None:
     config = EnvironmentConfig(agent=AgentConfig(command=f"{sys.executable} -S {PROGRAM} talk", processes=1))
     source = AgentEpisodes(config, form, lambda: hermes, 2000, 259)
@@ -269,6 +284,16 @@ def _events(source: AgentEpisodes) -> Iterator[Ask | Ended]:
 def test_settings_that_cannot_work(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         AgentConfig(**settings).check()
+
+
+def test_settings_by_name() -> None:
+    config = to_config(
+        compose_config(["environment=agent", "model.path=x", "data.path=y", "environment.agent.processes=3"])
+    )
+    environment = config.environment
+    assert environment.enabled and not environment.target and environment.max_turns == 3
+    assert environment.agent == AgentConfig("python docs/examples/agent.py", processes=3)
+    assert [Path(word).name for word in resolve_command(f"python {PROGRAM} talk")[1:]] == ["chat_program.py", "talk"]
 
 
 def test_a_program_and_an_environment_are_one_too_many() -> None:
