@@ -8,7 +8,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from aligner.environments.tool_calls import hermes
 from aligner.rollout.episodes.source import Ask, Ended
 from aligner.rollout.requests import Sample
 from tests.data.byte_level import make_tokenizer
+from tests.environments.endpoint.verifiers_package import verifiers_program, write_words
 
 PROGRAM = Path(__file__).with_name("chat_program.py")
 QWEN = Path(trl.__file__).parent / "chat_templates" / "qwen2_5.jinja"
@@ -65,6 +66,7 @@ class Player:
         episodes: int = 1,
         max_tokens: int = 2000,
         agent: Mapping[str, Any] | None = None,
+        task: Prompt = TASK,
         **settings: Any,
     ) -> Played:
         command = {"command": f"{sys.executable} -S {PROGRAM} {what}"}
@@ -73,7 +75,7 @@ class Player:
         played = Played()
         try:
             for episode in range(episodes):
-                source.start(episode, TASK, seed=100 + episode)
+                source.start(episode, task, seed=100 + episode)
             deadline = time.monotonic() + 120
             while len(played.ended) < episodes:
                 assert time.monotonic() < deadline, played
@@ -245,6 +247,26 @@ def test_the_openai_sdk_streams_and_calls_tools(player: Player) -> None:
     for ask, ids in zip(played.asks[0][1:], played.sampled[0], strict=False):
         assert ask.context[: len(known) + len(ids)] == (*known, *ids)
         known = ask.context
+
+
+@pytest.mark.environments
+def test_a_verifiers_environment_renders_by_itself(
+    player: Player, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TextArena's Hangman as verifiers ships it, with its harness and renderer: token ids both ways, one segment."""
+    monkeypatch.setenv("NLTK_DATA", str(write_words(tmp_path)))
+    command = " ".join(verifiers_program(tmp_path))
+    settings = {"max_turns": 30, "start_timeout_s": 300.0, "step_timeout_s": 100.0}
+    agent = {"command": command, "pass_env": ("NLTK_DATA",)}
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    policy = lambda ask, text: f"[{letters[ask.turn]}]"  # noqa: E731
+    task = replace(TASK, fields={"task": 1})
+    played = player.play("", policy, max_tokens=4096, agent=agent, task=task, **settings)
+    end = played.ended[0]
+    assert end.ended == "done" and end.record["metrics"] == {"verifiers_turns": float(len(end.turn_rewards))}, end
+    assert len(end.turn_rewards) > 3 and [ask.new_segment for ask in played.asks[0]] == [True] + [False] * (
+        len(end.turn_rewards) - 1
+    )
 
 
 def test_an_abandoned_episode_says_nothing_more(form: ConversationFormat) -> None:

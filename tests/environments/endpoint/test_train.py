@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -14,11 +13,9 @@ import pytest
 
 from tests.conftest import Torchrun
 from tests.environments.endpoint.policy_folder import overrides, write_policy
+from tests.environments.endpoint.verifiers_package import EXAMPLES, own_python, verifiers_program, write_words
 
-ROOT = Path(__file__).resolve().parents[3]
 PROGRAM = Path(__file__).with_name("chat_program.py")
-OWN_PYTHON = "ALIGNER_VERIFIERS_PYTHON"
-"""Variable with the interpreter of an environment in which verifiers, openai, textarena, nltk and uv are installed."""
 Job = Callable[..., list[dict[str, Any]]]
 
 
@@ -59,28 +56,16 @@ def test_a_program_is_trained(job: Job) -> None:
 @pytest.mark.environments
 def test_the_openai_sdk_as_the_example_uses_it(job: Job) -> None:
     rows = [{"prompt": f"{one} + 1", "answer": "?"} for one in range(8)]
-    command = f"{own_python()} {ROOT / 'docs' / 'examples' / 'agent.py'}"
+    command = f"{own_python()} {EXAMPLES / 'agent.py'}"
     metrics = job(command, rows, "data.max_prompt_tokens=40", "sampling.max_tokens=8", "environment.step_timeout_s=120")
     check(metrics, 1.0)
 
 
 @pytest.mark.environments
 def test_a_verifiers_environment_of_the_package(job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """TextArena's Hangman, as verifiers 0.4 ships it, through /inference/v1/generate. Its words are a file here, since the
-    corpus is a download."""
-    words = tmp_path / "nltk" / "corpora" / "words"
-    words.mkdir(parents=True)
-    for name in ("en", "en-basic"):
-        (words / name).write_text("apple\nbread\nchair\nhouse\n")
-    monkeypatch.setenv("NLTK_DATA", str(tmp_path / "nltk"))
-    settings = {
-        "taskset": {"id": "textarena", "game": "Hangman-v0"},
-        "harness": {"id": "null"},
-        "renderer": {"name": "default"},
-    }
-    file = tmp_path / "hangman.json"
-    file.write_text(json.dumps(settings))
-    program = [str(own_python()), str(ROOT / "docs" / "examples" / "verifiers_agent.py"), str(file)]
+    """Through /inference/v1/generate, with its own harness and renderer."""
+    monkeypatch.setenv("NLTK_DATA", str(write_words(tmp_path)))
+    program = verifiers_program(tmp_path)
     listed = subprocess.run([*program, "--rows", "4"], capture_output=True, text=True, check=True, timeout=120)
     rows = [json.loads(line) for line in listed.stdout.splitlines() if line.startswith("{")]
     more = ("data.max_prompt_tokens=2048", "sampling.max_tokens=12", "environment.start_timeout_s=300")
@@ -88,12 +73,3 @@ def test_a_verifiers_environment_of_the_package(job: Job, tmp_path: Path, monkey
     metrics = job(" ".join(program), rows, *more, pass_env, "environment.step_timeout_s=120")
     check(metrics, 1.0)
     assert all("environment/verifiers_turns" in row for row in metrics)
-
-
-def own_python() -> Path:
-    python = os.environ.get(OWN_PYTHON)
-    if not python:
-        pytest.skip(
-            f"set {OWN_PYTHON} to the interpreter of an environment with verifiers, openai, textarena, nltk, uv"
-        )
-    return Path(python)
