@@ -28,6 +28,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -224,7 +225,11 @@ def environment_config(args: argparse.Namespace, length: int) -> Config:
     check_settings(config.environment, "environment")
     if not config.environment.enabled:
         raise ValueError("--environment needs target=..., such as target=my_game.py:Game.")
-    return config
+    rendered = {
+        "system_prompt": args.system,
+        "chat_template_kwargs": args.chat_template_kwargs or {},
+    }  # as the prompts are
+    return replace(config, data=replace(config.data, **rendered))
 
 
 def line_of(

@@ -36,11 +36,13 @@ from aligner.data.prompts import Prompt
 from aligner.data.sets import DataSets, known_rows, training_sources
 from aligner.data.tokenized_answer import TokenizedAnswer
 from aligner.data.tokenizer import load_tokenizer, use_chat_template
+from aligner.environments.pool import check_start
 from aligner.models.agreement import check_reading
 from aligner.models.read_spec import read_spec
 from aligner.models.spec import ModelSpec
 from aligner.models.verify_checkpoint import check_weights
 from aligner.reward.components import ResolvedComponent, reward_components, shown_component
+from aligner.roles.episode_source import check_conversations
 from aligner.rollout import engines
 from aligner.rollout.config import RolloutConfig
 from aligner.spmd.mesh import Mesh
@@ -156,6 +158,9 @@ def check_job(config: Config, roles: list[str], models: Models, data: DataSets) 
         data = answered_prompts(config, data)
     best_metric = best_metric_of(config.train, roles, data)
     check_environment(config, roles)
+    check_conversations(config, tokenizer)
+    if config.environment.target and os.environ.get("LOCAL_RANK", "0") == "0":  # a process of each node can start
+        check_start(config.environment)
     if "rollout" in roles:
         engines.backend(config.rollout.engine).check(spec, meshes["rollout"], config.rollout, models.machine.cpu)
         check_lengths(config, data, specs, given)

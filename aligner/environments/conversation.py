@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from aligner.data.chat import PLAIN, ChatOptions, Notes, conversation_of, message_text, template_options
+from aligner.data.chat import NO_TOOLS, PLAIN, ChatOptions, Notes, conversation_of, message_text, template_options
 from aligner.data.decoding import decode
 from aligner.data.end_tokens import PROBES, closing_tokens
 from aligner.data.tokenizer import Message, checked_messages, encode_plain, render_chat
@@ -74,18 +74,13 @@ class ConversationFormat:
                 "data.chat_template=FILE.jinja, or environment.target='' for prompts without an environment."
             )
         self.tokenizer, self.chat, self.rewritten = tokenizer, chat, rewritten
-        self.notes = Notes()
-        """Remarks about how conversations were rendered -> how often."""
-        self.added = {
-            token: entry.content for token, entry in tokenizer.added_tokens_decoder.items() if entry.content.strip()
-        }
+        self.tools_left_out = 0
+        """Conversations whose tools the template has not written."""
+        entries = {token: entry for token, entry in tokenizer.added_tokens_decoder.items() if entry.content.strip()}
+        self.added = {token: entry.content for token, entry in entries.items()}
         """Special and other added tokens, which stand for themselves wherever their text occurs."""
-        self.special_texts = tuple(
-            entry.content
-            for token, entry in tokenizer.added_tokens_decoder.items()
-            if token in self.added and entry.special
-        )
-        """Texts of the special tokens among them."""
+        self.special = {token: entry.content for token, entry in entries.items() if entry.special}
+        """The special tokens among them."""
         self.ends = {token for token in (*stop, *closing_tokens(tokenizer)) if token in self.added}
         """Added tokens that end a turn; another stop token ends what is sampled, and the template's end of turn follows it."""
         self._learn_inner_end()
@@ -149,6 +144,8 @@ class Conversation:
     _options: dict[str, Any] = field(default_factory=dict)
     _rendered: str = ""
     """The messages as rendered when the last turn was asked for, with the generation prompt."""
+    _closed: set[bool] = field(default_factory=set)
+    """Kinds of turns (with tool calls or without) of which it is known that the template closes them with a token."""
 
     def open(
         self,
@@ -171,7 +168,9 @@ class Conversation:
         self._options = template_options(kwargs, "the episode", self.format.chat.template_kwargs)
         places = [f"messages[{place}]" for place in range(len(messages))]
         self.messages, _, _ = self.format.chat.with_system_prompt(messages, places, "the episode")
-        _, self._rendered = self._form(self.messages)
+        notes = Notes()
+        _, self._rendered = self._form(self.messages, notes)
+        self.format.tools_left_out += notes[NO_TOOLS]
         self.ids = encode_plain(self.format.tokenizer, self._rendered)
         return tuple(self.ids)
 
@@ -195,11 +194,11 @@ class Conversation:
             TemplateError: the template does not take these messages, or the suffix has no tokens of its own.
             ValueError: the history is rewritten, and rewritten=error.
         """
-        base = len(self.messages)
+        turn = len(self.messages)
         history = [*self.messages, assistant, *new]
         form, rendered = self._form(history)
-        suffix = self._after_turn(form, base)
-        reason = self._rewritten_reason(rendered, suffix, assistant)
+        after = self._shared_end(form, turn, form[turn + 1 :], awaits=True)
+        reason = self._rewritten_reason(rendered, after, assistant)
         if reason is not None and self.format.rewritten == "error":
             raise ValueError(
                 f"environment.rewritten=error: the chat template rewrites the conversation once it goes on ({reason}); use "
@@ -209,11 +208,11 @@ class Conversation:
         if reason is not None and self.format.rewritten == "segment":
             self.ids = encode_plain(self.format.tokenizer, rendered)
         else:
-            self.ids = [*self.ids, *sampled, *self._suffix_ids(sampled, suffix)]
+            self.ids = [*self.ids, *sampled, *self._suffix_ids(sampled, *self._ending(form, turn, after))]
         self.messages, self._rendered = history, rendered
         return Extension(tuple(self.ids), reason is not None and self.format.rewritten == "segment")
 
-    def _form(self, messages: list[Message]) -> tuple[list[Message], str]:
+    def _form(self, messages: list[Message], notes: Notes | None = None) -> tuple[list[Message], str]:
         """(the messages in the form that the template accepts, the conversation with the generation prompt)."""
         places = [f"messages[{place}]" for place in range(len(messages))]
         try:
@@ -224,71 +223,75 @@ class Conversation:
                 "the episode",
                 self.format.tokenizer,
                 awaits=True,
-                notes=self.format.notes,
+                notes=notes,
             )
         except ValueError as error:
             raise TemplateError(str(error)) from error
         return made.messages, made.text(len(messages), awaits=True)
 
-    def _after_turn(self, form: list[Message], turn: int) -> _AfterTurn:
-        """What the template writes after assistant message `turn` of the conversation."""
-        versions = [_ending_with(form[turn], probe) for probe in PROBES]
+    def _shared_end(self, form: list[Message], turn: int, more: list[Message], awaits: bool) -> str:
+        """What two renderings with different ends of assistant message `turn`, and with `more` after it, have in common at
+        their end."""
+        versions = [[*form[:turn], _ending_with(form[turn], probe), *more] for probe in PROBES]
         try:
-            after, alone = (
-                _common_suffix(
-                    *(self.format.render([*form[:turn], version, *more], self._options, awaits) for version in versions)
-                )
-                for more, awaits in ((form[turn + 1 :], True), ((), False))
-            )
+            return _common_suffix(*(self.format.render(version, self._options, awaits) for version in versions))
         except ValueError as error:
             raise TemplateError(str(error)) from error
-        return _AfterTurn(after, alone, bool(form[turn].get("tool_calls")))
 
-    def _rewritten_reason(self, rendered: str, after: _AfterTurn, assistant: Message) -> str | None:
+    def _rewritten_reason(self, rendered: str, after: str, assistant: Message) -> str | None:
         """How this rendering differs from the turns as they were read and sampled; None: it keeps them."""
         if not rendered.startswith(self._rendered):
             common = len(_common_prefix(rendered, self._rendered))
             was, now = self._rendered[common:][:40], rendered[common:][:40]
             return f"{was!r} has become {now!r}"
-        turn = rendered[len(self._rendered) : len(rendered) - len(after.text)]
+        turn = rendered[len(self._rendered) : len(rendered) - len(after)]
         for part in _parts(assistant):
             if part not in turn:
                 return f"the turn's {part[:40]!r} is left out"
         return None
 
-    def _suffix_ids(self, sampled: Sequence[int], after: _AfterTurn) -> list[int]:
-        """Ids of what follows the sampled turn."""
+    def _suffix_ids(self, sampled: Sequence[int], closing: str, text: str) -> list[int]:
+        """Ids of what follows the sampled turn; see `_ending`."""
         form = self.format
         stop = sampled[-1] if sampled and sampled[-1] in form.ends else None
-        text, closing = self._suffix(after)
         if stop is None:
             return self._behind_turn(sampled, closing + text)
         if closing:  # the token that was sampled stands in its place
             return self._behind(stop, text)
         return self._behind(stop, text.removeprefix(form.added[stop]))  # the next turn's opener ends this one (GLM)
 
-    def _suffix(self, after: _AfterTurn) -> tuple[str, str]:
-        """(what follows the end of the turn, the token that ends it: "" if the template has none).
+    def _ending(self, form: list[Message], turn: int, after: str) -> tuple[str, str]:
+        """How the template ends assistant message `turn`.
+
+        Args:
+            after: what it writes after what can vary in the turn.
+
+        Returns:
+            (the token that ends the turn, "" if the template has none; what follows it).
 
         Raises:
             TemplateError: it cannot be found.
         """
-        shared = _common_prefix(after.text, after.alone)
-        ended = self.format.first_end(shared) or (None if after.called else self._first_of(after))
-        if ended is not None:
-            place, closing = ended
-            return after.text[place + len(closing) :], closing
-        if self.format.first_end(after.alone) is None and after.text.startswith(after.alone):
-            # What closes a tool call is part of the turn; plain text after an answer is the template's.
-            return (after.text[len(after.alone) :] if after.called else after.text), ""
-        raise TemplateError(
-            f"the chat template closes the turn with {after.alone[:40]!r}, in which no stop token occurs; name the token that "
-            "ends such turns: sampling.stop_token_ids=[...]."
-        )
-
-    def _first_of(self, after: _AfterTurn) -> tuple[int, str] | None:
-        """The end of a turn that the template closes otherwise when it is the last one."""
-        return self.format.first_end(after.text) if self.format.first_end(after.alone) is not None else None
+        called, find = bool(form[turn].get("tool_calls")), self.format.first_end
+        if called in self._closed:
+            end = find(after)
+        else:
+            last = self._shared_end(form, turn, [], awaits=False)  # the turn as the last of the conversation
+            end = find(_common_prefix(after, last))
+            if end is None and not called and find(last) is not None:
+                end = find(after)  # the last turn is closed otherwise (gpt-oss)
+            if end is None and (find(last) is not None or not after.startswith(last)):
+                raise TemplateError(
+                    f"the chat template closes the turn with {last[:40]!r}, in which no stop token occurs; name the token "
+                    "that ends such turns: sampling.stop_token_ids=[...]."
+                )
+            if end is None:  # what closes a tool call is part of the turn; plain text after an answer is the template's
+                return "", after[len(last) :] if called else after
+            self._closed.add(called)
+        if end is None:
+            raise TemplateError("the chat template has closed turns with a stop token, and does not close this one.")
+        place, closing = end
+        return closing, after[place + len(closing) :]
 
     def _behind(self, token: int, text: str) -> list[int]:
         """Ids of text after a stop token, as they are in the conversation encoded as a whole."""
@@ -316,18 +319,6 @@ class Conversation:
             "the turn was cut off without a stop token, and the chat template goes on with plain text that the tokenizer merges "
             "with it; raise sampling.max_tokens, or use a data.chat_template that closes turns with a special token."
         )
-
-
-@dataclass(frozen=True)
-class _AfterTurn:
-    """What the template writes after what can vary in an assistant's turn."""
-
-    text: str
-    """If the conversation goes on, to the end of the generation prompt."""
-    alone: str
-    """If the turn is the last."""
-    called: bool
-    """The turn has tool calls: both begin with the end of the last one."""
 
 
 def prompt_messages(row: Mapping[str, Any]) -> list[Message]:

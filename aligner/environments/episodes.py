@@ -117,7 +117,7 @@ class EnvironmentEpisodes:
                 [{"role": "tool", "content": f"Error: {parsed.error}", "tool_call_id": f"call{turn:03d}00"}],
             )
         else:
-            self._pool.step(episode, self._action(parsed, text, call_ids))
+            self._pool.step(episode, self._action(parsed, text, call_ids, ids))
 
     def abandon(self, episodes: Collection[int]) -> None:
         """Close these episodes; nothing more comes from them."""
@@ -128,8 +128,11 @@ class EnvironmentEpisodes:
         self._ready = deque(event for event in self._ready if event.episode not in gone)
 
     def metrics(self) -> dict[str, float]:
-        """Those of the pool."""
-        return self._pool.metrics()
+        """Those of the pool, as `episodes/environment_NAME`, and `episodes/tools_left_out`: how many episodes have tools that the
+        chat template has not written."""
+        figures = {f"episodes/environment_{name}": value for name, value in self._pool.metrics().items()}
+        left_out, self._form.tools_left_out = self._form.tools_left_out, 0
+        return figures | ({"episodes/tools_left_out": float(left_out)} if left_out else {})
 
     def close(self) -> None:
         """End the environment processes."""
@@ -157,6 +160,7 @@ class EnvironmentEpisodes:
         play.took(turn.metrics)
         if turn.tools:
             play.tools, play.parse = turn.tools, self._tool_parser()
+            play.took({"malformed_calls": 0.0})
         given = [] if turn.replaces else prompt_messages(play.task.fields)
         try:
             play.conversation.open(joined(given, turn.messages), turn.tools, play.task.fields)
@@ -207,21 +211,22 @@ class EnvironmentEpisodes:
             return
         self._ready.append(Ask(episode, play.turns + 1, tuple(context), new_segment, room))
 
-    def _action(self, parsed: ParsedTurn, text: str, call_ids: Sequence[str]) -> Action:
+    def _action(self, parsed: ParsedTurn, text: str, call_ids: Sequence[str], ids: Sequence[int]) -> Action:
+        """What the environment is given.
+
+        Args:
+            ids: of the text.
+        """
         said = parsed.content if parsed.calls or parsed.reasoning is not None else text
         if self._config.hide_reasoning:
             said = said.rpartition("</think>")[2].strip()
-        plain = self._without_special(said)
+        for special in {self._form.special[token] for token in ids if token in self._form.special}:
+            said = said.replace(special, "")
         calls = [
             {"name": call.name, "arguments": call.arguments, "id": name}
             for call, name in zip(parsed.calls, call_ids, strict=True)
         ]
-        return Action(plain, calls)
-
-    def _without_special(self, text: str) -> str:
-        for special in self._form.special_texts:
-            text = text.replace(special, "")
-        return text
+        return Action(said, calls)
 
     # ---- how episodes end
 

@@ -15,8 +15,6 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
     from aligner.data.tokenizer import Message
 
 Tools = Sequence[Mapping[str, Any]]
@@ -167,30 +165,13 @@ def check_name(name: str) -> None:
         )
 
 
-def named_parser(name: str, tokenizer: PreTrainedTokenizerBase) -> ToolParser:
-    """The parser of environment.tool_parser.
+def turn_of(text: str, content: str, calls: Sequence[tuple[str, str]]) -> ParsedTurn:
+    """A turn with calls whose arguments are JSON text.
 
     Args:
-        name: a key of PARSERS, "auto", or "vllm:" and the name of one of vLLM's.
-
-    Raises:
-        ValueError: there is none of that name, or auto cannot tell.
+        calls: (name, arguments) of each.
     """
-    if name == "auto":
-        template = tokenizer.chat_template
-        name = format_of("".join(template.values()) if isinstance(template, dict) else str(template))
-    check_name(name)
-    if name in PARSERS:
-        return PARSERS[name]
-    from aligner.rollout.engines import vllm_tool_parser
-
-    extract = vllm_tool_parser(name.removeprefix(VLLM), tokenizer)
-
-    def read(text: str, tools: Tools) -> ParsedTurn:
-        content, calls = extract(text, tools)
-        return _read(text, None, content, calls, _named_call)
-
-    return read
+    return _read(text, None, content, calls, _named_call)
 
 
 def _named_call(call: tuple[str, str]) -> list[ToolCall]:
@@ -262,10 +243,21 @@ def _read(
     reasoning = thought if apart else None
     for number, block in enumerate(blocks, start=1):
         try:
-            calls += read(block)
+            made = read(block)
+            for call in made:
+                _check_json(call)
+            calls += made
         except MalformedError as error:
             return ParsedTurn(content if apart else text, (), f"tool call {number} {error}", reasoning)
     return ParsedTurn(content.strip() if calls else content, tuple(calls), None, reasoning)
+
+
+def _check_json(call: ToolCall) -> None:
+    """Raises MalformedError for what JSON and UTF-8 do not have: NaN, infinity, halves of a surrogate pair."""
+    try:
+        json.dumps([call.name, call.arguments], allow_nan=False, ensure_ascii=False).encode()
+    except (ValueError, RecursionError):
+        raise MalformedError("must have finite numbers and valid text as arguments") from None
 
 
 def _json(text: str) -> Any:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from aligner.config.schema import Config
+    from aligner.environments.conversation import ConversationFormat
     from aligner.models.spec import ModelSpec
+    from aligner.environments.tool_calls import ToolParser
     from aligner.rollout.episodes.source import EpisodeSource
 
 
@@ -31,23 +33,53 @@ def make_source(config: Config, tokenizer: PreTrainedTokenizerBase, spec: ModelS
     """The source of environment.target or environment.agent.command.
 
     Raises:
-        ValueError: the environment cannot be started, or the tokenizer has no chat template.
+        ValueError: it cannot be started, or the tokenizer has no chat template.
+    """
+    from aligner.environments.endpoint.agents import AgentEpisodes
+    from aligner.environments.episodes import EnvironmentEpisodes
+    from aligner.environments.parsers import named_parser
+    from aligner.environments.pool import EnvironmentPool
+
+    settings, length = config.environment, config.rollout.length(spec)
+    form = conversation_format(config, tokenizer, spec.eos_token_ids)
+    max_tokens = min(settings.max_tokens or length, length)
+
+    def parser() -> ToolParser:
+        return named_parser(settings.tool_parser, tokenizer)
+
+    if settings.agent.command:
+        return AgentEpisodes(settings, form, parser, max_tokens, spec.vocab)
+    return EnvironmentEpisodes(settings, EnvironmentPool(settings), form, parser=parser, max_tokens=max_tokens)
+
+
+def conversation_format(
+    config: Config, tokenizer: PreTrainedTokenizerBase, ends: Iterable[int] = ()
+) -> ConversationFormat:
+    """How the conversations of environment.target are rendered.
+
+    Args:
+        ends: tokens that end a turn by the model's own files.
+
+    Raises:
+        ValueError: the tokenizer has no chat template.
     """
     from aligner.data.chat import ChatOptions
     from aligner.environments.conversation import ConversationFormat
-    from aligner.environments.endpoint.agents import AgentEpisodes
-    from aligner.environments.episodes import EnvironmentEpisodes
-    from aligner.environments.pool import EnvironmentPool
-    from aligner.environments.tool_calls import named_parser
 
-    settings, length = config.environment, config.rollout.length(spec)
-    form = ConversationFormat(
+    return ConversationFormat(
         tokenizer,
-        stop=(*spec.eos_token_ids, *(config.sampling.stop_token_ids or ())),
+        stop=(*ends, *(config.sampling.stop_token_ids or ())),
         chat=ChatOptions(config.data.chat_template_kwargs, config.data.system_prompt),
-        rewritten=settings.rewritten,
+        rewritten=config.environment.rewritten,
     )
-    parser, most = lambda: named_parser(settings.tool_parser, tokenizer), min(settings.max_tokens or length, length)
-    if settings.agent.command:
-        return AgentEpisodes(settings, form, parser, most, spec.vocab)
-    return EnvironmentEpisodes(settings, EnvironmentPool(settings), form, parser, most)
+
+
+def check_conversations(config: Config, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises ValueError for an environment whose conversations this tokenizer cannot render, or whose calls cannot be read."""
+    from aligner.environments.parsers import named_parser
+
+    if not config.environment.enabled:
+        return
+    conversation_format(config, tokenizer)
+    if config.environment.tool_parser != "auto":  # auto asks the template once an environment has tools
+        named_parser(config.environment.tool_parser, tokenizer)

@@ -1,10 +1,14 @@
 """Contexts of episodes, built turn by turn, are those of the whole conversation encoded by transformers; what was sampled stays."""
 
+import json
+import shutil
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
+import mistral_common
 import pytest
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from aligner.data.chat import ChatOptions
 from aligner.data.tokenizer import encode_continuation
@@ -114,6 +118,20 @@ def test_tool_calls_give_the_ids_of_the_whole_conversation(name: str, kind: str)
     if name not in ONE_CALL:
         merged += check_against_whole(form, SEVERAL, TOOLS)
     assert kind != "byte_level_split" or merged == 0
+
+
+def test_mistrals_own_tokenizer(tmp_path: Path) -> None:
+    """A SentencePiece model of 32768 pieces, which comes with mistral_common."""
+    source = Path(mistral_common.__file__).parent / "data" / "mistral_instruct_tokenizer_240323.model.v3"
+    shutil.copy(source, tmp_path / "tokenizer.model")
+    names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "</s>"}
+    settings = {"tokenizer_class": "LlamaTokenizer", "legacy": True, **names}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    tokenizer.chat_template = FAMILIES["mistral"].source
+    form = ConversationFormat(tokenizer)
+    for messages, tools in ((PLAIN, None), (CALLS, TOOLS), (SEVERAL, TOOLS)):
+        assert check_against_whole(form, messages, tools) == 0
 
 
 @pytest.mark.parametrize("kind", list(tokenizer_kinds.KINDS))

@@ -11,10 +11,11 @@ from aligner.data.prompts import Prompt
 from aligner.environments.config import EnvironmentConfig
 from aligner.environments.conversation import ConversationFormat
 from aligner.environments.episodes import EnvironmentEpisodes, joined
+from aligner.environments.parsers import named_parser
 from aligner.environments.pool import Action, EnvironmentPool, Failed, Finished, Opened, PoolEvent, Stepped, Turn
-from aligner.environments.tool_calls import named_parser
 from aligner.rollout.episodes.source import Ask, Ended
 from aligner.rollout.requests import Sample
+from tests.data.chat_templates import TEMPLATES
 from tests.environments.families import FAMILIES, stop_ids, tokenizer_of
 
 ADD = {
@@ -55,6 +56,9 @@ class Scripted(EnvironmentPool):
         events = list(self.events)
         self.events.clear()
         return events
+
+    def metrics(self) -> dict[str, float]:
+        return {"calls": 3.0}
 
     def drop(self, episode: int) -> None:
         self.dropped.append(episode)
@@ -147,7 +151,7 @@ def test_tool_calls_are_parsed_and_their_results_follow() -> None:
         "</tool_call><|im_end|>\n<|im_start|>user\n<tool_response>\n3\n</tool_response><|im_end|>\n<|im_start|>assistant\n"
     )
     assert '"name": "add", "parameters"' in text
-    assert end.record["metrics"] == {"tool_calls": 1.0, "depth": 1.0, "score": 7.0}
+    assert end.record["metrics"] == {"malformed_calls": 0.0, "tool_calls": 1.0, "depth": 1.0, "score": 7.0}
 
 
 def test_malformed_calls_are_answered_without_the_environment() -> None:
@@ -251,6 +255,12 @@ def test_reasoning_can_be_hidden_from_the_environment() -> None:
         assert [action.text for action in pool.actions] == [expected]
 
 
+def test_the_environment_sees_no_special_tokens() -> None:
+    pool = Scripted(said("Begin."), answers(Turn([], True)))
+    play(source_of(pool), "Move <|im_start|>[2]<|endoftext|><|im_end|>")
+    assert [action.text for action in pool.actions] == ["Move [2]"]
+
+
 def test_abandoned_episodes_say_nothing_more() -> None:
     pool = Scripted(said("Begin."), answers())
     source = source_of(pool)
@@ -262,6 +272,19 @@ def test_abandoned_episodes_say_nothing_more() -> None:
     source.close()
     assert source.poll(0.0) == []
     assert (pool.dropped, pool.closed) == ([1, 2, 3], True)
+
+
+def test_tools_that_the_template_leaves_out_are_counted() -> None:
+    tokenizer = tokenizer_of(FAMILY)
+    tokenizer.chat_template = TEMPLATES["tools"].plain.split("{% endif %}", 1)[1]
+    form = ConversationFormat(tokenizer, stop_ids(tokenizer, FAMILY))
+    pool = Scripted(Turn([], tools=TOOLS), answers(Turn([], True)))
+    source = EnvironmentEpisodes(
+        EnvironmentConfig("scripted"), pool, form, lambda: named_parser("hermes", tokenizer), 4000
+    )
+    play(source, "It is 3.<|im_end|>")
+    assert source.metrics() == {"episodes/environment_calls": 3.0, "episodes/tools_left_out": 1.0}
+    assert source.metrics() == {"episodes/environment_calls": 3.0}
 
 
 def test_tools_need_a_template_that_takes_them() -> None:

@@ -1,11 +1,15 @@
 """Parsers of tool calls beside vLLM's own, on one list of turns; where they differ, and what the model is told of its mistakes."""
 
 import json
+import random
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from aligner.environments.tool_calls import PARSERS, ParsedTurn, ToolCall, call_message, format_of, named_parser
+from aligner.environments.parsers import named_parser
+from aligner.environments.tool_calls import PARSERS, ParsedTurn, ToolCall, call_message, format_of
 from tests.environments.families import FAMILIES, tokenizer_of
 
 PROPERTIES = {
@@ -60,6 +64,57 @@ def test_vllm_reads_the_same(parser: str, family: str, text: str) -> None:
     assert ours.content.strip() == theirs.content.strip()
 
 
+def value(chance: random.Random, depth: int = 0) -> Any:
+    """A JSON value of any type."""
+    text = "".join(chance.choice("aB é\n\"'<{}]日\\0,:=/") for _ in range(chance.randint(0, 6)))
+    plain = [text, chance.randint(-99, 99), round(chance.uniform(-5, 5), 3), True, None]
+    nested = [[value(chance, depth + 1)], {text: value(chance, depth + 1)}] if depth < 2 else []
+    return chance.choice([*plain, *nested])
+
+
+def written(parser: str, calls: list[ToolCall]) -> str:
+    """Calls as a model of the family writes them."""
+    if parser == "pythonic":
+        made = (f"{call.name}({', '.join(f'{k}={v!r}' for k, v in call.arguments.items())})" for call in calls)
+        return f"[{', '.join(made)}]"
+    if parser in ("qwen3_xml", "glm"):
+        begin, pair, end = {
+            "qwen3_xml": (
+                "<tool_call>\n<function={}>\n",
+                "<parameter={}>\n{}\n</parameter>\n",
+                "</function>\n</tool_call>",
+            ),
+            "glm": ("<tool_call>{}\n", "<arg_key>{}</arg_key>\n<arg_value>{}</arg_value>\n", "</tool_call>"),
+        }[parser]
+        texts = ({k: v if isinstance(v, str) else json.dumps(v) for k, v in call.arguments.items()} for call in calls)
+        return "\n".join(
+            begin.format("weather") + "".join(pair.format(*one) for one in text.items()) + end for text in texts
+        )
+    key = "parameters" if parser == "llama3_json" else "arguments"
+    objects = [json.dumps({"name": call.name, key: call.arguments}) for call in calls]
+    if parser == "hermes":
+        return "\n".join(f"<tool_call>\n{one}\n</tool_call>" for one in objects)
+    return "; ".join(objects) if parser == "llama3_json" else f"[TOOL_CALLS] [{', '.join(objects)}]"
+
+
+@pytest.mark.parametrize(
+    ("parser", "family"),
+    [("hermes", "qwen3"), ("llama3_json", "llama3.1"), ("mistral", "mistral"), ("pythonic", "llama3.2"), ("qwen3_xml", "qwen3.5-think"), ("glm", "glm4.5")],
+)  # fmt: skip
+def test_any_call_is_read_as_it_was_written(parser: str, family: str) -> None:
+    chance = random.Random(0)
+    theirs = named_parser(f"vllm:{VLLM.get(parser, parser)}", tokenizer_of(FAMILIES[family]))
+    typed = {"city": "a\nb {", "days": -3, "exact": True, "near": [1, "a"], "at": {"q": None}, "share": 0.5}
+    for _ in range(40):
+        if parser in ("qwen3_xml", "glm"):  # values are text, whose types the schema says
+            made = [{k: v for k, v in typed.items() if chance.random() < 0.5} for _ in range(chance.randint(1, 2))]
+        else:
+            made = [{k: value(chance) for k in "xyz"[: chance.randint(0, 3)]} for _ in range(chance.randint(1, 2))]
+        calls = [ToolCall("weather", arguments) for arguments in made]
+        text = written(parser, calls)
+        assert PARSERS[parser](text, TOOLS).calls == theirs(text, TOOLS).calls == tuple(calls)
+
+
 @pytest.mark.parametrize(
     ("parser", "text", "error"),
     [
@@ -71,6 +126,9 @@ def test_vllm_reads_the_same(parser: str, family: str, text: str) -> None:
         ("hermes", "<tool_call>[]</tool_call>", "must be an object"),
         ("hermes", "<tool_call>" + "[" * 100_000 + "</tool_call>", "is not valid JSON"),
         ("hermes", "<tool_call>", "is not valid JSON"),
+        ("hermes", '<tool_call>{"name": "weather", "arguments": {"days": NaN}}</tool_call>', "must have finite numbers"),
+        ("hermes", '<tool_call>{"name": "weather", "arguments": {"days": 1e999}}</tool_call>', "must have finite numbers"),
+        ("hermes", '<tool_call>{"name": "weather", "arguments": {"city": "\\ud800"}}</tool_call>', "valid text"),
         ("llama3_json", '{"name": "weather", "parameters": {', "is not valid JSON"),
         ("llama3_json", "<|python_tag|>weather.call()", "is not valid JSON"),
         ("mistral", "[TOOL_CALLS] nothing", "must be [{"),
@@ -129,6 +187,23 @@ def test_what_is_no_call(parser: str, text: str) -> None:
     assert (parsed.calls, parsed.error) == ((), None)
 
 
+PIECES = (
+    "<tool_call>", "</tool_call>", "<function=", ">", "</function>", "<parameter=a>", "</parameter>", "<arg_key>", "</arg_key>",
+    "<arg_value>", "</arg_value>", "[TOOL_CALLS]", "[ARGS]", "[", "]", "(", ")", "{", "}", '"name"', '"arguments"', ":", ",", '"', "a", "1", "=",
+    "<|python_tag|>", "<think>", "</think>", "<|channel|>analysis", "<|channel|>commentary to=functions.a", "<|message|>", "<|end|>", "\n", " ", "\\",
+    CALL, "\u00e9", "\0", "'", "-", "1e999", "NaN",
+)  # fmt: skip
+
+
+@given(st.lists(st.sampled_from(PIECES), max_size=12).map("".join))
+@settings(max_examples=200)
+def test_no_text_makes_a_parser_raise(text: str) -> None:
+    for parse in PARSERS.values():
+        parsed = parse(text, TOOLS)
+        assert not (parsed.calls and parsed.error)
+        json.dumps(call_message(parsed, text, ["x"] * len(parsed.calls)))
+
+
 def test_channels_of_gpt_oss() -> None:
     text = "<|channel|>analysis<|message|>hm<|end|><|start|>assistant<|channel|>final<|message|>Cold."
     parsed = PARSERS["harmony"](text, TOOLS)
@@ -166,5 +241,6 @@ def test_unknown_parsers_are_refused_by_name() -> None:
         named_parser("qwen", tokenizer)
     with pytest.raises(ValueError, match=r"environment\.tool_parser=vllm:qwen: vLLM has "):
         named_parser("vllm:qwen", tokenizer)
-    with pytest.raises(ValueError, match=r"environment\.tool_parser=vllm:llama3_json does not fit this tokenizer"):
-        named_parser("vllm:llama3_json", tokenizer)
+    for name in ("llama3_json", "openai"):  # it looks for a special token; it is not implemented outside the server
+        with pytest.raises(ValueError, match=rf"environment\.tool_parser=vllm:{name} does not fit this tokenizer"):
+            named_parser(f"vllm:{name}", tokenizer)
