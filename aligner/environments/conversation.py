@@ -85,6 +85,11 @@ class ConversationFormat:
         """Added tokens that end a turn; another stop token ends what is sampled, and the template's end of turn follows it."""
         self._learn_inner_end()
 
+    @property
+    def special_texts(self) -> tuple[str, ...]:
+        """Texts of the special tokens."""
+        return tuple(self.special.values())
+
     def _learn_inner_end(self) -> None:
         """Some templates (gpt-oss) close a turn with another token once more turns follow: it counts as an end too."""
         asked, more = {"role": "user", "content": "Which?"}, {"role": "user", "content": "And then?"}
