@@ -10,8 +10,8 @@ if TYPE_CHECKING:
 
     from aligner.config.schema import Config
     from aligner.environments.conversation import ConversationFormat
-    from aligner.models.spec import ModelSpec
     from aligner.environments.tool_calls import ToolParser
+    from aligner.models.spec import ModelSpec
     from aligner.rollout.episodes.source import EpisodeSource
 
 
