@@ -134,6 +134,7 @@ class AgentEpisodes:
     def poll(self, wait_s: float) -> list[Ask | Ended]:
         """Turns that programs ask for, and episodes whose program has ended."""
         ended = []
+        self._programs.check()
         for event in self._exchange.drain(0.0 if self._ready else wait_s):
             key = event.session.episode if isinstance(event, Pending) else event.episode
             episode = self._episodes.get(key)

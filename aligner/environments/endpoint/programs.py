@@ -137,6 +137,11 @@ class _Program:
         self.silent = False
         """Nobody waits for its end."""
 
+    @property
+    def silenced(self) -> bool:
+        """Its output has been closed, so that its end is near."""
+        return all(stream.closed for stream in self.logs)
+
     def kill(self, failure: str = "", detail: str = "") -> None:
         """End it with all that it has started: the supervisor does that when the program has ended."""
         if not self.failure:
@@ -166,7 +171,8 @@ class Programs:
         self._lock = threading.Lock()
         self._wake_read, self._wake_write = os.pipe()
         self._closing = False
-        self._thread = threading.Thread(target=self._run, name="agent programs", daemon=True)
+        self._failure: Exception | None = None
+        self._thread = threading.Thread(target=self._watched, name="agent programs", daemon=True)
         self._thread.start()
 
     def start(self, launch: Launch) -> None:
@@ -194,10 +200,22 @@ class Programs:
     def _wake(self) -> None:
         os.write(self._wake_write, b"w")
 
+    def check(self) -> None:
+        """Raises RuntimeError if the thread has failed: no program would ever end."""
+        if self._failure is not None:
+            raise RuntimeError("the thread that watches agent programs has failed") from self._failure
+
+    def _watched(self) -> None:
+        try:
+            self._run()
+        except Exception as error:
+            self._failure = error
+
     def _run(self) -> None:
         memory_look = 0.0
         while not self._closing or self._programs:
-            self._read(0.05 if self._closing else TICK_S if self._programs else None)
+            ending_now = self._closing or any(program.silenced for program in self._programs.values())
+            self._read(0.01 if ending_now else TICK_S if self._programs else None)
             with self._lock:
                 starting, self._to_start = self._to_start, []
                 ending, self._to_end = self._to_end, set()

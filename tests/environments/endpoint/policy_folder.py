@@ -39,5 +39,5 @@ def overrides(folder: Path, run_dir: Path, rows: Sequence[dict[str, Any]], comma
         "--config-name=train", f"model.path={folder}", f"data.path={data}", f"run_dir={run_dir}", "reward=environment",
         f"environment.agent.command='{command}'", "train.steps=2", "train.eval_every=0", "train.save=false",
         "train.report=false", "data.prompts_per_step=2", "algorithm.group_size=2", "rollout.kv_cache_mib=64",
-        "policy.optimizer.warmup_steps=0", "policy.optimizer.lr=1e-3",
+        "policy.optimizer.warmup_steps=0", "policy.optimizer.lr=1e-3", "rollout.max_model_len=2560",
     ]  # fmt: skip
