@@ -21,6 +21,7 @@ from aligner.rollout.engine import RolloutEngine
 from aligner.rollout.loaded import LoadedWeights
 from aligner.rollout.requests import Sample
 from aligner.rollout.vllm import cpu_norms
+from aligner.rollout.vllm.cpu_rotary import mend_cpu_rotary
 from aligner.rollout.vllm.experts import mend_cpu_expert_parallel
 from aligner.rollout.vllm.requests import VllmRequests
 from aligner.rollout.vllm.sizes import BLOCK_TOKENS, check_runs, kv_cache_bytes
@@ -231,6 +232,7 @@ def _platform(device: torch.device) -> None:
         # Compiling the sampler's small kernels takes 7 to 13 s and gains nothing on a CPU. Must precede other imports.
         type(current_platform).simple_compile_backend = "eager"
         mend_cpu_expert_parallel()
+        mend_cpu_rotary()
 
 
 def _register(architecture: str) -> None:
