@@ -22,7 +22,9 @@ if TYPE_CHECKING:  # the engines take seconds to import; loops name `Roles`, and
 
     from aligner.config.schema import Config
     from aligner.models.spec import ModelSpec
+    from aligner.reshard.weights import StoredWeights
     from aligner.reward.role import Reward
+    from aligner.rollout.generation import SharedWeights
     from aligner.rollout.role import Rollout
     from aligner.spmd.mesh import Mesh
     from aligner.spmd.role import Role
@@ -190,7 +192,7 @@ def build_roles(
             if role.kind.on_trainer:
                 built[role.name] = _trainer_role(config, role, described, world, meshes[role.name], spec)
             elif role.kind.runs_on == "engine":
-                built[role.name] = _engine_role(config, role, world, meshes[role.name], spec)
+                built[role.name] = _engine_role(config, role, world, meshes[role.name], spec, built)
             else:
                 built[role.name] = _reward_role(config, role, world, meshes[role.name], tokenizer, built)
     return Roles(built)
@@ -231,7 +233,9 @@ def _trainer_role(
     return built
 
 
-def _engine_role(config: Config, role: RoleSpec, world: World, mesh: Mesh, spec: ModelSpec) -> Rollout:
+def _engine_role(
+    config: Config, role: RoleSpec, world: World, mesh: Mesh, spec: ModelSpec, built: Mapping[str, Role]
+) -> Rollout:
     from aligner.rollout.folder_weights import FolderWeights
     from aligner.rollout.role import Rollout
     from aligner.rollout.rows import request_seed
@@ -239,10 +243,19 @@ def _engine_role(config: Config, role: RoleSpec, world: World, mesh: Mesh, spec:
     further = role.name in config.models
     seed = request_seed(config.seed, *role.name.encode()) if further else config.seed  # two engines draw differently
     own = _spec_of(config, role, spec)
-    rollout = Rollout(role.name, world, mesh, own, config.settings(role.name), config.sampling, seed, config.stream)
+    settings = config.settings(role.name)
+    shared = _shared_weights(cast("Policy", built["policy"])) if settings.share_policy_weights else None
+    rollout = Rollout(role.name, world, mesh, own, settings, config.sampling, seed, config.stream, shared)
     if further:
         rollout.loaded.source = FolderWeights(own)  # until a policy sends its own
     return rollout
+
+
+def _shared_weights(policy: Policy) -> SharedWeights:
+    """The policy's own tensors, which its ranks hold whole (`aligner.check.shared_weights`)."""
+    from aligner.rollout.generation import SharedWeights
+
+    return SharedWeights(policy, lambda name: cast("StoredWeights", policy.weights).local(name))
 
 
 def _reward_role(

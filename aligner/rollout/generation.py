@@ -14,9 +14,9 @@ from aligner.models.spec import ModelSpec
 from aligner.reshard.weights import RemoteWeights, WritableWeights
 from aligner.rollout.arrivals import Arrivals
 from aligner.rollout.config import RolloutConfig, Sampling, StreamConfig
-from aligner.rollout.engine import KINDS
+from aligner.rollout.engine import KINDS, SharedTensors
 from aligner.rollout.engines import backend
-from aligner.rollout.loaded import LoadedWeights
+from aligner.rollout.loaded import LoadedWeights, WeightSource
 from aligner.rollout.rows import completed_samples, prompt_from, prompt_to, request_seed, sample_from, sample_to
 from aligner.spmd.mesh import Mesh
 from aligner.spmd.messages import all_gather, broadcast
@@ -30,6 +30,16 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class SharedWeights:
+    """The policy that a rollout computes with the memory of."""
+
+    policy: Any
+    """Its role."""
+    tensors: SharedTensors
+    """On the policy's ranks."""
 
 
 @dataclass(eq=False)
@@ -63,8 +73,12 @@ class GenerationRole(Role):
         sampling: Sampling,
         seed: int,
         overlap: StreamConfig | None = None,
+        shared: SharedWeights | None = None,
     ) -> None:
         super().__init__(name, world, mesh)
+        self.shared = shared
+        """Whose weights the engines compute with; None: they have their own."""
+        self._with = () if shared is None else (shared.policy,)
         self.spec, self.config, self.sampling, self.seed = spec, config, sampling, seed
         self.overlap = overlap or StreamConfig()
         self.calls = 0
@@ -76,20 +90,30 @@ class GenerationRole(Role):
         group, engine = world.my_group(mesh.groups("tensor", "pipeline")), backend(config.engine)
         world.residency.make_room(name, mesh)
         sleeps = world.device.type == "cpu" or world.residency.crowds(name, mesh)
-        world.residency.register(name, mesh, KINDS if sleeps else {}, on_lost=self.loaded.evict)
+        kinds = {part: kind for part, kind in KINDS.items() if sleeps and (shared is None or part != "weights")}
+        world.residency.register(name, mesh, kinds, on_lost=self.loaded.evict)
         layout = engine.layout(spec, mesh, config.dtype)
         if group is None:
             self.weights: WritableWeights = RemoteWeights(layout)
             return
         ident = f"{name}{mesh.shards[self.shard or 0][0]}"
         self.engine = engine.engine_type().build(
-            spec, mesh, group, ident, config, world.device, layout=layout, sleeps=sleeps, loaded=self.loaded
+            spec,
+            mesh,
+            group,
+            ident,
+            config,
+            world.device,
+            layout=layout,
+            sleeps=sleeps,
+            loaded=self.loaded,
+            shared=None if shared is None else shared.tensors,
         )
         self.engine.requests.progress = world.activity.tick
         self.weights = self.engine.weights
         if sleeps:
             world.residency.register(
-                name, mesh, KINDS, self.engine.parts(world.residency.meter), on_lost=self.loaded.evict
+                name, mesh, kinds, self.engine.parts(world.residency.meter), on_lost=self.loaded.evict
             )
             world.residency.before_evict(name, self.complete)
         world.on_leave(self.engine.close)
@@ -112,7 +136,7 @@ class GenerationRole(Role):
             Ref to `Samples`: row p * num_samples + g is sample g of prompt p.
         """
         self.wake()
-        with self.call("generate"):
+        with self.call("generate", self._with):
             return self._finish(self._start(prompts, num_samples, sampling, seed))
 
     def start(self, prompts: Sequence[Prompt], num_samples: int = 1, sampling: Sampling | None = None) -> Started:
@@ -143,6 +167,23 @@ class GenerationRole(Role):
         source = self.loaded.source_to_reload(self.name)
         if source is not None:
             source.reshard_to(self)
+        self._check_unchanged()
+
+    def _check_unchanged(self) -> None:
+        """RuntimeError where weights that are shared have been updated since the policy gave them."""
+        if self.shared is not None:
+            self.loaded.check_unchanged(self.name)
+
+    def use_shared(self, policy: WeightSource) -> None:
+        """In place of a weight sync: the engines go on with the policy's present weights, and forget their caches."""
+        if self.shared is None or self.shared.policy is not policy:
+            raise ValueError(
+                f"{policy.name}.reshard_to({self.name}): {self.name} computes with the policy's own weights; set "
+                "rollout.share_policy_weights=false, or give the other policy an engine of its own, models.NAME={kind: engine, ...}."
+            )
+        with self.loaded.loading(policy):
+            if self.member:
+                self.engine.new_weights()
 
     @property
     def asleep(self) -> bool:
@@ -151,7 +192,8 @@ class GenerationRole(Role):
 
     def working(self) -> AbstractContextManager[None]:
         """The role call in which what is under way is completed: it needs the engine, unless that is done."""
-        return self.call("collect", on_host=True) if self.asleep else self.call("generate")
+        self._check_unchanged()
+        return self.call("collect", on_host=True) if self.asleep else self.call("generate", self._with)
 
     def complete(self) -> None:
         if self.under_way:
@@ -166,8 +208,9 @@ class GenerationRole(Role):
         """
         if not self.under_way or self.asleep:
             return
+        self._check_unchanged()
         arrived = self._arrivals.announce(policy.ranks) if self._arrivals else _never
-        with self.call("generate"):
+        with self.call("generate", self._with):
             if self.member:
                 self.engine.work_until(arrived)
 

@@ -17,7 +17,7 @@ from aligner.models.agreement import check_agreement
 from aligner.models.read_spec import read_spec
 from aligner.models.tensors import architecture_of
 from aligner.rollout.config import RolloutConfig, Sampling
-from aligner.rollout.engine import RolloutEngine
+from aligner.rollout.engine import RolloutEngine, SharedTensors
 from aligner.rollout.loaded import LoadedWeights
 from aligner.rollout.requests import Sample
 from aligner.rollout.vllm import cpu_norms
@@ -114,8 +114,10 @@ class VllmEngine(RolloutEngine):
         layout: WeightLayout,
         sleeps: bool,
         loaded: LoadedWeights,
+        shared: SharedTensors | None = None,
     ) -> Self:
         """Of a role's mesh."""
+        assert shared is None, "vLLM computes with weights in layouts of its own"
         engine = cls(
             spec.path,
             group,
