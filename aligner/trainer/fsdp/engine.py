@@ -100,8 +100,9 @@ class FsdpEngine(TrainEngine):
         return self.model
 
     def pack(self, tokens_BT: Tensor, length_B: Tensor, wanted_BT: Tensor, segments: Sequence[Segment] = ()) -> Packed:
-        """Without padding."""
-        return pack(tokens_BT, length_B, 1, self.world.device, wanted_BT=wanted_BT, segments=segments)
+        """Without padding; the head gets the tokens that the readout uses."""
+        keep = self.model.root.readout.uses
+        return pack(tokens_BT, length_B, 1, self.world.device, wanted_BT=wanted_BT, segments=segments, keep=keep)
 
     def microbatch_count(self, needed: int) -> int | None:
         """Equal on all ranks, which gather each layer's weights together."""
