@@ -49,8 +49,9 @@ class Bench:
         mask_BT = (torch.arange(TOKENS) >= prompt).expand(rows, TOKENS)
         lengths = torch.full((rows,), prompt), torch.full((rows,), TOKENS)
         self.samples = Samples(tokens_BT, *lengths, mask_BT, torch.arange(rows), [{}] * rows, 0.0 * mask_BT)
-        for backend in BACKENDS.values():
-            backend.engine_type()  # whatever is measured, the libraries of all are there
+        for name, backend in BACKENDS.items():  # whatever is measured, the libraries of all are there
+            backend.engine_type()
+            backend.check(self.spec, self.mesh, PolicyConfig(engine=name), False, self.world.device.type == "cpu")
         self.start_memory()
         self.policies = {name: self.policy(name) for name in job["engines"]}
 
