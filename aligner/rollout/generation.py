@@ -78,7 +78,7 @@ class GenerationRole(Role):
         super().__init__(name, world, mesh)
         self.shared = shared
         """Whose weights the engines compute with; None: they have their own."""
-        self._with = () if shared is None else (shared.policy,)
+        self._weight_owners = () if shared is None else (shared.policy,)
         self.spec, self.config, self.sampling, self.seed = spec, config, sampling, seed
         self.overlap = overlap or StreamConfig()
         self.calls = 0
@@ -136,7 +136,7 @@ class GenerationRole(Role):
             Ref to `Samples`: row p * num_samples + g is sample g of prompt p.
         """
         self.wake()
-        with self.call("generate", self._with):
+        with self.call("generate", self._weight_owners):
             return self._finish(self._start(prompts, num_samples, sampling, seed))
 
     def start(self, prompts: Sequence[Prompt], num_samples: int = 1, sampling: Sampling | None = None) -> Started:
@@ -149,6 +149,7 @@ class GenerationRole(Role):
 
     def finish(self, started: Started) -> Ref:
         """What `generate` returns, of something started."""
+        self._check_unchanged()
         self.under_way.remove(started)
         with self.working():
             return self._finish(started)
@@ -192,8 +193,9 @@ class GenerationRole(Role):
 
     def working(self) -> AbstractContextManager[None]:
         """The role call in which what is under way is completed: it needs the engine, unless that is done."""
-        self._check_unchanged()
-        return self.call("collect", on_host=True) if self.asleep else self.call("generate", self._with)
+        if self.under_way:
+            self._check_unchanged()
+        return self.call("collect", on_host=True) if self.asleep else self.call("generate", self._weight_owners)
 
     def complete(self) -> None:
         if self.under_way:
@@ -210,7 +212,7 @@ class GenerationRole(Role):
             return
         self._check_unchanged()
         arrived = self._arrivals.announce(policy.ranks) if self._arrivals else _never
-        with self.call("generate", self._with):
+        with self.call("generate", self._weight_owners):
             if self.member:
                 self.engine.work_until(arrived)
 

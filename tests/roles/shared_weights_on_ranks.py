@@ -64,6 +64,7 @@ def check(world: World, folder: Path, dtype: str) -> None:
             RuntimeError, match=r"own computes with the weights of a, which has been updated .* a\.resh"
         ):
             own.generate(PROMPTS)
+        own.save_state()  # at a checkpoint before the sync; nothing is under way
     assert all(not torch.equal(answers[0].tokens_BT, later.tokens_BT) for later in answers[1:]), "it does not move"
     assert list(policy.syncs.by_rollout) == ["copied"], "a sync into what is shared"  # type: ignore[union-attr]
     memory = {policy.weights.local(name).data_ptr() for name in storages(policy)}  # type: ignore[attr-defined]
@@ -76,6 +77,10 @@ def check(world: World, folder: Path, dtype: str) -> None:
     own.calls = copied.calls = 0  # the same seeds
     started = copied.start(PROMPTS), own.start(PROMPTS)
     assert torch.equal(copied.finish(started[0]).gather().tokens_BT, own.finish(started[1]).gather().tokens_BT)
+    started = own.start(PROMPTS)
+    policy.update(negative_log_likelihood, policy.scatter(answers[0]))
+    with pytest.raises(RuntimeError, match="own computes with the weights of a, which has been updated"):
+        own.finish(started)
 
 
 def storages(policy: Policy) -> list[str]:

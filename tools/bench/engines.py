@@ -4,7 +4,7 @@ python tools/bench/engines.py [--cases 9.8M/1 55M/2 ...] [--steps 4] [--json run
 
 A case is SIZE/RANKS. An update is one optimizer step of supervised fine-tuning in float32 on rows of 128 tokens, a quarter of them the
 prompt, one thread a rank. All engines of a case are in one process on each rank and take turns; seconds are medians of the slowest rank,
-without the first round. A sync brings the policy's weights into a vLLM engine on each rank, proof included. Memory is the peak
+without the first round, and beside them those of its processor, which say less of waiting and more on a busy machine. A sync brings the policy's weights into a vLLM engine on each rank, proof included. Memory is the peak
 of a process that has one engine alone, over its first two updates, beyond what it holds with all libraries imported: of the rank with the
 most. The ratio beside a figure is to the better engine's.
 """
@@ -26,13 +26,14 @@ import alternation  # noqa: E402
 import workloads  # noqa: E402
 
 ENGINES = ("megatron", "fsdp")
-ROWS = {"9.8M": 32, "55M": 8}
+ROWS = {"9.8M": 32, "55M": 16}
 """Of an update, by the model's size."""
 CASES = tuple(f"{size}/{ranks}" for size in ROWS for ranks in (1, 2))
 LIMIT = 600.0
 """Seconds of one program, at most."""
-FIGURES = {"update": "update, s", "memory": "memory, MiB", "sync": "sync into vLLM, ms"}
-"""What is measured, with the title of its columns."""
+MEASURED = ("update", "memory", "sync")
+FIGURES = {"update": "update, s", "cpu": "of the CPU, s", "memory": "memory, MiB", "sync": "sync into vLLM, ms"}
+"""The figures, with the titles of their columns; `cpu` comes with `update`."""
 Found = dict[str, dict[str, float]]
 """figure -> engine -> value."""
 
@@ -48,7 +49,7 @@ def measure(case: str, steps: int, what: Sequence[str]) -> Found:
         timed = [name for name in ("update", "sync") if name in what]
         if timed:
             run = _run(work, int(ranks), {**job, "engines": ENGINES, "what": timed})
-            found |= {name: run[name] for name in timed}
+            found |= run
         if "memory" in what:
             alone = [_run(work, int(ranks), {**job, "engines": [name], "what": ["memory"]}) for name in ENGINES]
             found["memory"] = {name: value for run in alone for name, value in run["memory"].items()}
@@ -81,7 +82,9 @@ def cell(values: Mapping[str, float], engine: str, figure: str) -> str:
     if engine not in values:
         return ""
     value, best = values[engine], min(values.values())
-    shown = alternation.figure(value) if figure == "update" else f"{value:.0f}" if value >= 10 else f"{value:.1f}"
+    shown = (
+        alternation.figure(value) if figure in ("update", "cpu") else f"{value:.0f}" if value >= 10 else f"{value:.1f}"
+    )
     return shown if value == best else f"{shown} ({value / best:.2f}x)"
 
 
@@ -90,7 +93,7 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", choices=CASES, default=CASES)
     parser.add_argument("--steps", type=int, default=4, help="updates, and syncs, that count")
-    parser.add_argument("--only", nargs="+", choices=FIGURES, default=list(FIGURES), metavar="FIGURE")
+    parser.add_argument("--only", nargs="+", choices=MEASURED, default=list(MEASURED), metavar="FIGURE")
     parser.add_argument("--json", type=Path, help="add to what this file holds")
     parser.add_argument("--write", type=Path, help="replace the table in this file, between its markers")
     options = parser.parse_args(arguments)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import re
@@ -27,6 +26,7 @@ from aligner.objective.losses import negative_log_likelihood  # noqa: E402
 from aligner.roles.weight_sync import WeightSyncs  # noqa: E402
 from aligner.rollout.config import RolloutConfig, Sampling  # noqa: E402
 from aligner.rollout.role import Rollout  # noqa: E402
+from aligner.spmd.memory import trim  # noqa: E402
 from aligner.spmd.mesh import Mesh  # noqa: E402
 from aligner.spmd.world import World  # noqa: E402
 from aligner.trainer.config import OptimizerConfig, PolicyConfig  # noqa: E402
@@ -65,46 +65,56 @@ class Bench:
         """One optimizer step."""
         policy.update(negative_log_likelihood, policy.scatter(self.samples)).gather()
 
-    def timed(self, call: Callable[[Policy], Any]) -> dict[str, float]:
-        """Engine -> median seconds of the slowest rank; the engines take turns, and begin them in turn."""
-        seconds: dict[str, list[float]] = {name: [] for name in self.policies}
+    def timed(self, call: Callable[[Policy], Any]) -> tuple[dict[str, float], dict[str, float]]:
+        """Engine -> median seconds of the slowest rank, and of the processor; the engines take turns, and begin them in turn."""
+        seconds: dict[str, list[list[float]]] = {name: [] for name in self.policies}
         for number in range(self.steps + 1):
             names = list(self.policies)
             for name in names if number % 2 else names[::-1]:
                 dist.barrier()
-                start = time.perf_counter()
+                start, used = time.perf_counter(), time.process_time()
                 call(self.policies[name])
-                taken = torch.tensor(time.perf_counter() - start, dtype=torch.float64)
+                taken = torch.tensor([time.perf_counter() - start, time.process_time() - used], dtype=torch.float64)
                 dist.all_reduce(taken, dist.ReduceOp.MAX)
                 if number:
-                    seconds[name].append(float(taken))
-        return {name: statistics.median(values) for name, values in seconds.items()}
+                    seconds[name].append(taken.tolist())
+        wall, processor = (
+            {name: statistics.median(row[column] for row in rows) for name, rows in seconds.items()}
+            for column in (0, 1)
+        )
+        return wall, processor
 
-    def synced(self) -> dict[str, float]:
+    def updated(self) -> Found:
+        """Seconds of an update."""
+        wall, processor = self.timed(self.update)
+        return {"update": wall, "cpu": processor}
+
+    def synced(self) -> Found:
         """Milliseconds of a sync into a vLLM engine on each rank."""
         config = RolloutConfig(max_model_len=64, max_num_seqs=4, kv_cache_mib=8)
         rollout = Rollout("rollout", self.world, self.mesh, self.spec, config, Sampling(max_tokens=8), 0)
-        seconds = self.timed(lambda policy: policy.reshard_to(rollout))
-        return {name: 1000 * value for name, value in seconds.items()}
+        wall, _ = self.timed(lambda policy: policy.reshard_to(rollout))
+        return {"sync": {name: 1000 * value for name, value in wall.items()}}
 
     def start_memory(self) -> None:
         """From here on memory counts."""
         if self.world.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
             return
-        ctypes.CDLL(None).malloc_trim(0)
+        trim()
         Path("/proc/self/clear_refs").write_text("5")  # the peak is what is resident now
         self.before = resident_peak()
 
-    def memory(self) -> dict[str, float]:
+    def memory(self) -> Found:
         """Engine -> MiB of the rank with the most, over two updates of the one engine that is there."""
         ((name, policy),) = self.policies.items()
         for _ in range(2):
+            trim()  # as a job does before each role call
             self.update(policy)
         cuda = self.world.device.type == "cuda"
         peak = torch.tensor(float(torch.cuda.max_memory_allocated() if cuda else resident_peak() - self.before))
         dist.all_reduce(peak, dist.ReduceOp.MAX)
-        return {name: float(peak) / MIB}
+        return {"memory": {name: float(peak) / MIB}}
 
 
 def resident_peak() -> int:
@@ -119,12 +129,10 @@ def main(arguments: Sequence[str]) -> None:
     job = json.loads(Path(arguments[0]).read_text())
     torch.set_num_threads(1)
     bench = Bench(job)
-    measured: dict[str, Callable[[], dict[str, float]]] = {
-        "update": lambda: bench.timed(bench.update),
-        "sync": bench.synced,
-        "memory": bench.memory,
-    }
-    found: Found = {name: measured[name]() for name in job["what"]}
+    measured = {"update": bench.updated, "sync": bench.synced, "memory": bench.memory}
+    found: Found = {}
+    for name in job["what"]:
+        found |= measured[name]()
     if bench.world.rank == 0:
         Path(job["out"]).write_text(json.dumps(found))
     dist.barrier()

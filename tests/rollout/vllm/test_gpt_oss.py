@@ -15,6 +15,7 @@ import aligner.rollout.vllm.engine as engine_module
 from aligner.rollout.config import Sampling
 from aligner.rollout.vllm.engine import VllmEngine
 from aligner.rollout.vllm.experts import PackedExperts
+from tests.conftest import Ranks
 from tests.rollout import tiny
 from tools.family_models import write_model
 
@@ -60,3 +61,8 @@ def test_a_synced_engine_is_a_fresh_one_and_a_wrong_bias_is_seen(
     with pytest.raises(RuntimeError, match=r"packed kernel of model.layers.0.mlp.experts, expert 1 \("):
         tiny.write(engine.weights, models[0])
     engine.close()
+
+
+def test_tensor_parallel_is_refused(ranks: Ranks, tmp_path: Path) -> None:
+    write_model("gpt_oss", tmp_path)
+    ranks(2).run("tests.rollout.vllm.gpt_oss_on_ranks:check_tensor_parallel", tmp_path, seconds=200)
