@@ -58,7 +58,8 @@ def test_gradients_by_finite_differences(softcap: float | None, with_entropy: bo
         return tuple(x for x in output_logprobs(hidden_NH, weight_VH, target, **settings) if x is not None)  # type: ignore[arg-type]
 
     with blocks_of(3 * 5):
-        assert torch.autograd.gradcheck(outputs, (hidden, weight))
+        # a second backward finds no exponentials kept, and makes the logits again: equal to rounding
+        assert torch.autograd.gradcheck(outputs, (hidden, weight), nondet_tol=1e-12)
 
 
 def test_only_the_entropy_in_the_loss() -> None:
