@@ -46,7 +46,7 @@ def check(world: World, folder: Path, dtype: str) -> None:
     settings = replace(tiny.config("transformers"), max_num_seqs=4)
     copied = Rollout("copied", world, Mesh(ranks, name="copied"), spec, settings, DRAWN, 7)
     settings, shared = replace(settings, share_policy_weights=True), _shared_weights(policy)
-    own = Rollout("own", world, Mesh(ranks, name="own"), spec, settings, DRAWN, 7, None, shared)
+    own = Rollout("own", world, Mesh(ranks, name="own"), spec, settings, DRAWN, 7, shared=shared)
     with pytest.raises(RuntimeError, match="has no weights yet"):
         own.generate(PROMPTS)
     answers: list[Samples] = []
