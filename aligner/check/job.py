@@ -26,6 +26,7 @@ from aligner.check.rollout import (
     with_ends,
 )
 from aligner.check.run_folder import check_places, check_sources
+from aligner.check.shared_weights import check_shared_weights
 from aligner.checkpoint.claim import how_to_start, launch
 from aligner.checkpoint.lease import check_free
 from aligner.config.models import check_model_settings
@@ -163,6 +164,7 @@ def check_job(config: Config, roles: list[str], models: Models, data: DataSets) 
         check_start(config.environment)
     if "rollout" in roles:
         engines.backend(config.rollout.engine).check(spec, meshes["rollout"], config.rollout, models.machine.cpu)
+        check_shared_weights(config, roles, meshes)
         check_lengths(config, data, specs, given)
         check_end(config, spec, tokenizer)
     check_engines(config, specs, meshes, models.machine)

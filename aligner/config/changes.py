@@ -21,6 +21,7 @@ FREE = (
     "check",
     "hang",
     "rollout.max_model_len",
+    "rollout.share_policy_weights",
     "train.save",
     "train.report",
     "train.export_every",

@@ -69,9 +69,17 @@ class RolloutConfig:
     shares it among samples that start together."""
     enforce_eager: bool = False
     """vLLM on CUDA: run without CUDA graphs (less memory, slower). A CPU always runs eagerly."""
+    share_policy_weights: bool = False
+    """engine=transformers: generate with the policy's own weights, without a copy of them and without weight syncs. For
+    policy.engine=fsdp where each rank of the rollout holds the whole policy: one rank, or one rank per replica."""
 
     def check(self) -> None:
         """Raises ValueError naming the setting and the values that would work."""
+        if self.share_policy_weights and self.engine != "transformers":
+            raise ValueError(
+                f"rollout.share_policy_weights=true: engine={self.engine} computes with weights in a layout of its own; use "
+                "rollout.engine=transformers, or share_policy_weights=false."
+            )
         if self.max_batched_tokens is not None and self.max_batched_tokens < self.max_num_seqs:
             raise ValueError(
                 f"rollout.max_batched_tokens={self.max_batched_tokens} is below rollout.max_num_seqs: samples take one "

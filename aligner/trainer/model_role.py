@@ -34,7 +34,7 @@ class ModelRole(Role, ABC):
     """A model on the training backend `config.engine`; its role calls return its `readout`: log-probabilities, values or scores."""
 
     needs: ClassVar[Mapping[str, Sequence[str]]] = dict.fromkeys(
-        ("logprobs", "values", "scores", "save_checkpoint", "reshard_to"), ("weights",)
+        ("logprobs", "values", "scores", "save_checkpoint", "reshard_to", "generate"), ("weights",)
     )
     reads = frozenset(needs)
     kinds: ClassVar[Mapping[str, Kind]] = {"weights": Kind(copied=True)}

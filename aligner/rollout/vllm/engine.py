@@ -17,10 +17,11 @@ from aligner.models.agreement import check_agreement
 from aligner.models.read_spec import read_spec
 from aligner.models.tensors import architecture_of
 from aligner.rollout.config import RolloutConfig, Sampling
-from aligner.rollout.engine import RolloutEngine
+from aligner.rollout.engine import RolloutEngine, SharedTensors
 from aligner.rollout.loaded import LoadedWeights
 from aligner.rollout.requests import Sample
 from aligner.rollout.vllm import cpu_norms
+from aligner.rollout.vllm.cpu_rotary import mend_cpu_rotary
 from aligner.rollout.vllm.cpu_single_rows import compute_single_rows_as_two
 from aligner.rollout.vllm.experts import mend_cpu_expert_parallel
 from aligner.rollout.vllm.requests import VllmRequests
@@ -115,8 +116,10 @@ class VllmEngine(RolloutEngine):
         layout: WeightLayout,
         sleeps: bool,
         loaded: LoadedWeights,
+        shared: SharedTensors | None = None,
     ) -> Self:
         """Of a role's mesh."""
+        assert shared is None, "vLLM computes with weights in layouts of its own"
         engine = cls(
             spec.path,
             group,
@@ -241,6 +244,7 @@ def _platform(device: torch.device) -> None:
         # Compiling the sampler's small kernels takes 7 to 13 s and gains nothing on a CPU. Must precede other imports.
         type(current_platform).simple_compile_backend = "eager"
         mend_cpu_expert_parallel()
+        mend_cpu_rotary()
         compute_single_rows_as_two()
 
 

@@ -11,8 +11,8 @@ from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
+from aligner.trainer.fused import rotate
 from aligner.trainer.megatron.context_attention import context_attention
-from aligner.trainer.megatron.fused import rotate
 from aligner.trainer.megatron.rotary import RotarySlice
 from aligner.trainer.prefix_attention import prefix_attention
 

@@ -27,13 +27,13 @@ from torch import Tensor, nn
 from aligner.models.family import Norms
 from aligner.models.spec import LayerType, ModelSpec, QKNorm
 from aligner.models.tensors import family_of
+from aligner.trainer.fused import gated, rms_norm
 from aligner.trainer.megatron.attention import (
     KeptTokens,
     PackedAttention,
     RotarySelfAttention,
     SharedHeadAttention,
 )
-from aligner.trainer.megatron.fused import gated, rms_norm
 from aligner.trainer.megatron.rotary import rotary_slice
 from aligner.trainer.megatron.versions import submodules_of
 

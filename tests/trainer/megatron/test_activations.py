@@ -9,8 +9,8 @@ import pytest
 import torch
 import transformers
 
-from aligner.trainer import attention_mask, packing
-from aligner.trainer.megatron import activations, fused
+from aligner.trainer import attention_mask, fused, packing
+from aligner.trainer.megatron import activations
 from tests.conftest import Ranks
 from tests.trainer.test_parity import each
 
