@@ -36,6 +36,7 @@ fi
 set -euo pipefail
 
 torch_version=2.13.0
+min_driver=580
 torch_cpu_index=https://download.pytorch.org/whl/cpu
 
 root="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)"
@@ -101,6 +102,15 @@ detect_device() {
         echo cuda
     else
         echo cpu
+    fi
+}
+
+# torch's CUDA 13 build sees no GPU through an older driver, and a job would find out only when it starts.
+warn_of_old_driver() {
+    local driver
+    driver="$(nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null | head -n 1)" || true
+    if [[ "$driver" =~ ^[0-9]+\. && "${driver%%.*}" -lt "$min_driver" ]]; then
+        say "WARNING: the NVIDIA driver here is $driver, and torch $torch_version (CUDA 13.0) needs $min_driver or newer: jobs would see no GPU."
     fi
 }
 
@@ -275,6 +285,7 @@ say "making $venv for $device with $("$python" --version 2>&1); log: $log"
 install_torch
 # Not --editable "$root[...]": a path with a space or a bracket in it would have to be quoted as a URL.
 cd -- "$root"
+[[ "$device" != cuda ]] || warn_of_old_driver
 step "installing the rest (vLLM, Megatron-core and what they need)" pip install --editable ".[$device,dev]"
 step "removing companions that do not import" remove_broken_companions
 step "checking the install" check_install

@@ -93,6 +93,11 @@ def _check_megatron(spec: ModelSpec, mesh: Mesh, config: TrainingConfig, sequenc
             f"{mesh.name}.engine=megatron: architecture {architecture_of(spec)} ({spec.path}/config.json) is not supported; use "
             f"{mesh.name}.engine=fsdp, which runs transformers' own class, or a model of {supported}."
         )
+    if spec.experts and config.experts == "grouped" and config.dtype != "bfloat16" and not cpu:
+        raise ValueError(
+            f"{mesh.name}.experts=grouped: the kernel of GPUs takes bfloat16, and {mesh.name}.dtype={config.dtype}; use "
+            f"{mesh.name}.experts=sequential, or dtype=bfloat16."
+        )
     check_runs(spec, mesh, sequence_parallel, cpu)
 
 

@@ -6,6 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from aligner.models.read_spec import read_spec
+from aligner.spmd.mesh import Mesh
+from aligner.trainer.config import PolicyConfig
+from aligner.trainer.engines import backend
 from tests.conftest import Ranks
 from tests.models.tiny import save_tiny
 
@@ -26,3 +30,11 @@ def test_equal_to_one_expert_after_the_other(counts: list[int], ranks: Ranks, fo
 
 def test_torch_takes_the_arguments(ranks: Ranks, folder: Path) -> None:
     assert ranks(1).run(f"{FUNCTIONS}:fake_forward", folder) == [((32, 96), "torch.bfloat16", "cuda")]
+
+
+def test_gpus_have_no_kernel_for_float32(folder: Path) -> None:
+    spec, mesh, check = read_spec(folder), Mesh((0,), name="policy"), backend("megatron").check
+    check(spec, mesh, PolicyConfig(experts="grouped"), False, True)
+    check(spec, mesh, PolicyConfig(experts="grouped", dtype="bfloat16"), False, False)
+    with pytest.raises(ValueError, match=r"policy\.dtype=float32; use policy\.experts=sequential, or dtype=bfloat16"):
+        check(spec, mesh, PolicyConfig(experts="grouped"), False, False)
