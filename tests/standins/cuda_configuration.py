@@ -61,24 +61,19 @@ def choices(case: dict[str, Any]) -> dict[str, Any]:
     """The VllmConfig of one engine, as far as we rely on it."""
     from vllm.v1.executor.uniproc_executor import ExecutorWithExternalLauncher
 
+    from aligner.models.read_spec import read_spec
     from aligner.rollout.config import RolloutConfig
-    from aligner.rollout.vllm.engine import engine_arguments
+    from aligner.rollout.vllm.engine import engine_arguments, engine_sizes
 
     class Executor(ExecutorWithExternalLauncher):  # as ours, whose sub-world exists on ranks only
         supports_pp = True
 
     os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "1" if case["pipeline"] == 1 else "0"
-    sizes = {
-        "tensor_parallel_size": case["tensor"],
-        "pipeline_parallel_size": case["pipeline"],
-        "enable_expert_parallel": case["expert_parallel"],
-        "kv_cache_memory_bytes": None,
-        "enable_sleep_mode": case["sleeps"],
-        "sleep_mode_offload_cudagraph": case["sleeps"],
-        "max_model_len": 64,
-        "trust_remote_code": False,
-    }
-    config = RolloutConfig(dtype=case["dtype"], gpu_memory_utilization=0.8, max_num_seqs=256)
+    config = RolloutConfig(dtype=case["dtype"], gpu_memory_utilization=0.8, max_num_seqs=256, max_model_len=64)
+    spec = read_spec(case["folder"])
+    sizes = engine_sizes(
+        spec, config, case["tensor"], case["pipeline"], case["expert_parallel"], case["sleeps"], cpu=False
+    )
     arguments = engine_arguments(case["folder"], case["architecture"], "cuda", config, sizes, Executor)
     made = arguments.create_engine_config()
     return {

@@ -84,16 +84,7 @@ class VllmEngine(RolloutEngine):
             _platform(device)
         with self._subworld.starting():
             _register(architecture)
-            sizes = {
-                "tensor_parallel_size": tensor,
-                "pipeline_parallel_size": pipeline,
-                "enable_expert_parallel": expert_parallel,
-                "kv_cache_memory_bytes": kv_cache_bytes(config, self.spec, tensor, cpu, pipeline),
-                "enable_sleep_mode": sleeps and not cpu,
-                "sleep_mode_offload_cudagraph": sleeps and not cpu,
-                "max_model_len": config.length(self.spec),
-                "trust_remote_code": self.spec.trust_remote_code,
-            }
+            sizes = engine_sizes(self.spec, config, tensor, pipeline, expert_parallel, sleeps, cpu)
             self._llm = _build(model_path, architecture, self._subworld, config, sizes)
             check_agreement(self.spec, self._llm.model_config.hf_text_config, "the rollout engine")
         if pipeline > 1:
@@ -257,6 +248,29 @@ def _build(
     return LLMEngine.from_engine_args(arguments, usage_context=UsageContext.LLM_CLASS)
 
 
+def engine_sizes(
+    spec: ModelSpec,
+    config: RolloutConfig,
+    tensor: int,
+    pipeline: int,
+    expert_parallel: bool,
+    sleeps: bool,
+    cpu: bool,
+) -> dict[str, Any]:
+    """What of vLLM's EngineArgs depends on the model and its placement."""
+    return {
+        "tensor_parallel_size": tensor,
+        "pipeline_parallel_size": pipeline,
+        "enable_expert_parallel": expert_parallel,
+        "kv_cache_memory_bytes": kv_cache_bytes(config, spec, tensor, cpu, pipeline),
+        "enable_sleep_mode": sleeps and not cpu,
+        # else they stay on the device while the engine sleeps
+        "sleep_mode_offload_cudagraph": sleeps and not cpu,
+        "max_model_len": config.length(spec),
+        "trust_remote_code": spec.trust_remote_code,
+    }
+
+
 def engine_arguments(
     model_path: str | Path,
     architecture: str,
@@ -269,7 +283,7 @@ def engine_arguments(
 
     Args:
         device: cpu or cuda.
-        sizes: parallel sizes, lengths and the KV cache.
+        sizes: `engine_sizes`.
         executor: vLLM's, in this process.
     """
     from vllm.engine.arg_utils import EngineArgs
