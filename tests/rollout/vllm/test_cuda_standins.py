@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import gc
+import importlib.util
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -177,3 +180,14 @@ def test_what_a_sleeping_engine_keeps(monkeypatch: pytest.MonkeyPatch) -> None:
         assert engine.executor.mapped == {"weights": False, "kv_cache": True, "workspace": False, "cudagraph": True}
         parts["weights"].bring()
     assert all(frozen) and gc.get_freeze_count() == 0, "vLLM's collections look through no object of ours"
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+def test_the_second_runner_draws_by_seed_and_position() -> None:
+    """So a sample that is interrupted goes on as it would have, with nothing carried; vLLM's kernel in Triton's interpreter."""
+    program = Path(__file__).with_name("gumbel_interpreted.py")
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run(
+        [sys.executable, str(program)], env=environment, capture_output=True, text=True, timeout=200, check=False
+    )
+    assert done.stdout == "equal\n", done.stderr[-2000:]
