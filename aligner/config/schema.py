@@ -27,6 +27,7 @@ from aligner.config.guards import GuardConfig
 from aligner.config.models import EXPECTED, complete_models, frozen_models, further_roles
 from aligner.config.run import TrainConfig
 from aligner.data.config import DataConfig
+from aligner.environments.config import EnvironmentConfig
 from aligner.health.config import HangConfig
 from aligner.paths import expand_composed, expand_values, quoted_tilde
 from aligner.report.config import LoggingConfig
@@ -79,6 +80,8 @@ class Config:
     """How far generation runs ahead of training."""
     reward: RewardConfig = field(default_factory=RewardConfig)
     """The rule and its worker processes."""
+    environment: EnvironmentConfig = field(default_factory=EnvironmentConfig)
+    """What the policy talks with for several turns, in processes of its own."""
     models: dict[str, Any] = field(default_factory=dict)
     """Further models by name, {kind, path, ...}: `roles["NAME"]` in a loop. See models.NAME below."""
     placement: dict[str, RoleLayout] = field(default_factory=usual_placement)

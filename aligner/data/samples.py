@@ -4,14 +4,16 @@ Shape suffixes:
     B   rows: one sample each         T   tokens, right-padded to the longest row
     P   prompts                       G   samples per prompt (a group)
     V   vocabulary                    H   hidden size
-`x_logp_BT[b, t]` is the log-probability of token t given the tokens before it, computed by x (policy, rollout, reference);
+Agents: an *episode* (one playthrough of one task) is one row. A *turn* is one generation by the policy inside an episode; a *segment*
+is a stretch of tokens that is one context: an episode has one, and a new one begins where its history was compacted or rewritten.
+`x_logp_BT[b, t]` is the log-probability of token t given the tokens of its segment before it, computed by x (policy, rollout, reference);
 it is 0 where `mask_BT` is False. No array is shifted by one position outside `trainer/`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NewType
 
 import torch
@@ -20,16 +22,17 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Samples:
-    """A batch of rows of prompt + response tokens (CPU tensors)."""
+    """A batch of rows (CPU tensors): prompt + response, or an episode's segments one after the other."""
 
     tokens_BT: Tensor
-    """int64: prompt, response, zero padding."""
+    """int64: prompt, response, zero padding. An episode's: its first context, then what the policy sampled and what it was
+    told (tool results, user turns) in turns."""
     prompt_len_B: Tensor
-    """int64: number of prompt tokens."""
+    """int64: number of prompt tokens; of an episode those of its first context."""
     length_B: Tensor
-    """int64: number of prompt and response tokens."""
+    """int64: number of tokens before the padding."""
     mask_BT: Tensor
-    """bool: the trained tokens (the response, including its stop token)."""
+    """bool: the trained tokens (the response, including its stop token; of an episode the sampled tokens only)."""
     prompt_index_B: Tensor
     """int64: index of the row's prompt, answer or pair in its data set."""
     fields: list[dict[str, Any]]
@@ -39,7 +42,21 @@ class Samples:
     truncated_B: Tensor | None = None
     """bool: the response reached its token limit."""
     version_BT: Tensor | None = None
-    """int32: version of the policy's weights (number of updates) that sampled the token; 0 outside the response."""
+    """int32: version of the policy's weights (number of updates) that sampled the token; 0 at tokens that were not sampled."""
+    turn_BT: Tensor | None = None
+    """int32: number (from 1) of the turn that sampled the token, ascending in a row; 0 at tokens that were not sampled. None:
+    single-turn generation."""
+    segment_BT: Tensor | None = field(default=None, metadata={"absent": 0})
+    """int32: segment of each token, from 0, ascending in a row by at most 1. A segment is a context of its own: the trainer starts
+    positions at 0 in each, and no token attends to another segment, so its first token, which nothing predicts, is never
+    sampled. None: every row is one segment."""
+    turn_reward_BT: Tensor | None = None
+    """float32: what the environment gave after a turn, at that turn's last sampled token; 0 elsewhere."""
+    episode_reward_B: Tensor | None = None
+    """float32: the episode's reward, by default the sum of its turn rewards and its final one; NaN where the episode failed."""
+    episodes: list[dict[str, Any]] | None = None
+    """JSON per row: how an episode "ended" ("done", "max_turns", "max_tokens" or the kind of its failure), "detail", "turns" (their
+    number), "metrics", "messages"."""
 
     @property
     def rows(self) -> int:
@@ -47,7 +64,7 @@ class Samples:
         return self.tokens_BT.shape[0]
 
     def response_tokens(self, row: int) -> list[int]:
-        """The response's token ids, including the stop token."""
+        """The token ids after the prompt, including the stop token; of an episode those that were not sampled too."""
         return self.tokens_BT[row, self.prompt_len_B[row] : self.length_B[row]].tolist()
 
 

@@ -26,9 +26,13 @@ def take(value: Any, positions: Sequence[int]) -> Any:
 
 
 def join(parts: Sequence[Any]) -> Any:
-    """Row-wise concatenation; [B, T] tensors are right-padded with 0 to the widest."""
+    """Row-wise concatenation; [B, T] tensors are right-padded with 0 to the widest.
+
+    A dataclass field whose metadata has "absent" may be None in some parts: its rows there have that value.
+    """
     first = parts[0]
     if first is None:
+        assert all(part is None for part in parts), "some parts hold a value that others lack"
         return None
     if isinstance(first, Tensor):
         if first.dim() >= 2:
@@ -39,8 +43,25 @@ def join(parts: Sequence[Any]) -> Any:
         return [item for part in parts for item in part]
     if isinstance(first, dict):
         return {name: join([part[name] for part in parts]) for name in first}
-    fields = {f.name: join([getattr(part, f.name) for part in parts]) for f in dataclasses.fields(first)}
-    return type(first)(**fields)
+    return type(first)(**{f.name: _join_field(parts, f) for f in dataclasses.fields(first)})
+
+
+def _join_field(parts: Sequence[Any], declared: dataclasses.Field[Any]) -> Any:
+    values = [getattr(part, declared.name) for part in parts]
+    present = next((value for value in values if isinstance(value, Tensor)), None)
+    if "absent" in declared.metadata and present is not None:
+        absent = declared.metadata["absent"]
+        values = [
+            present.new_full((_rows(part), *present.shape[1:]), absent) if value is None else value
+            for part, value in zip(parts, values, strict=True)
+        ]
+    return join(values)
+
+
+def _rows(part: Any) -> int:
+    """Number of rows of a dataclass: those of its first tensor."""
+    values = (getattr(part, f.name) for f in dataclasses.fields(part))
+    return len(next(value for value in values if isinstance(value, Tensor)))
 
 
 def fit_width(value: Any, width: int) -> Any:

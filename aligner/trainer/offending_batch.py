@@ -34,6 +34,7 @@ scores) and `loss` before its reduction (of every microbatch). To load the rows 
 """
 SAMPLE_TENSORS = (
     "tokens_BT", "prompt_len_B", "length_B", "mask_BT", "prompt_index_B", "rollout_logp_BT", "truncated_B", "version_BT",
+    "turn_BT", "segment_BT", "turn_reward_BT", "episode_reward_B",
 )  # fmt: skip
 
 
@@ -130,7 +131,8 @@ def load_offending(folder: str | Path) -> tuple[Samples, dict[str, Any]]:
     for file in files:
         tensors, report = load_file(file), json.loads(file.with_suffix(".json").read_text(encoding="utf-8"))
         rows = [row["fields"] for row in report["rows"]]
-        parts.append(Samples(**{name: tensors.get(name) for name in SAMPLE_TENSORS}, fields=rows))  # type: ignore[arg-type]
+        episodes = [row["episode"] for row in report["rows"] if "episode" in row] or None
+        parts.append(Samples(**{n: tensors.get(n) for n in SAMPLE_TENSORS}, fields=rows, episodes=episodes))  # type: ignore[arg-type]
         row_fields.append({n.removeprefix("field."): value for n, value in tensors.items() if n.startswith("field.")})
         plain_fields |= report["plain_fields"]
     return batch_ops.join(parts), {**plain_fields, **batch_ops.join(row_fields)}
@@ -157,6 +159,8 @@ def _row(samples: Samples, row: int, loss: Tensor | None, texts: Sequence[str] |
         "trained_tokens": int(mask_T.sum()),
         "fields": samples.fields[row],
     }
+    if samples.episodes is not None:
+        entry["episode"] = samples.episodes[row]
     if loss is not None:
         entry["mean_loss"] = float(loss[row] if loss.dim() == 1 else loss[row][mask_T].mean())
     if texts is not None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 BLOCK_LOGITS = {"cpu": 1 << 24, "cuda": 1 << 26}
 """Logits of one block, at most, by type of device: 64 and 256 MiB of float32."""
 
-BUFFERS = 2
-"""Float32 tensors of a block's size that are there at the same time, at most: logits or their gradient, and exponentials."""
+KEPT_BLOCKS = 4
+"""Blocks whose exponentials stay from the forward to the backward, which need not make their logits again: one matrix product
+out of four."""
 
 
 def output_layer_bytes(
@@ -24,5 +25,6 @@ def output_layer_bytes(
     blocks = -(-vocab // max(1, BLOCK_LOGITS[device] // max(1, tokens)))
     block = tokens * -(-vocab // blocks)
     product = element_bytes if element_bytes < 4 else 0
-    of_logit = BUFFERS * 4 if grad else 4 + product
+    # beside the exponentials that are kept, one block's logits
+    of_logit = (min(KEPT_BLOCKS, blocks) + 1) * 4 if grad else 4 + product
     return float(of_logit * block + tokens * hidden * (element_bytes + (4 + product) * grad))

@@ -2,7 +2,7 @@
 
 The vocabulary is taken in blocks of columns, as tensor-parallel ranks take it in shards: each block's logits give their
 maximum, sum of exponentials and so on, which are joined over blocks and then over ranks. The backward makes the logits again,
-all but the last block's, whose exponentials are kept. Columns rather than rows: so each row of the weight is read once, and its
+all but those of the last `KEPT_BLOCKS`, whose exponentials are kept. Columns rather than rows: so each row of the weight is read once, and its
 gradient written once, whatever the number of tokens.
 """
 
@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from aligner.trainer.output_blocks import BLOCK_LOGITS
+from aligner.trainer.output_blocks import BLOCK_LOGITS, KEPT_BLOCKS
 
 
 @dataclass(frozen=True)
@@ -141,12 +141,13 @@ class _LogProbs(torch.autograd.Function):
         weight_grad_VH: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         keep = any(ctx.needs_input_grad[:2]) and logits.softcap is None
-        sums, kept = None, None
-        for block in logits.blocks():
-            kept = None
+        sums = None
+        blocks = logits.blocks()
+        kept: list[tuple[Tensor, Tensor]] = []
+        for number, block in enumerate(blocks):
             of_block, exp_NV = _sums_of_block(logits, block, target_N, with_entropy)
-            if keep:
-                kept = exp_NV, of_block.top_N
+            if keep and number >= len(blocks) - KEPT_BLOCKS:
+                kept.append((exp_NV, of_block.top_N))
             del exp_NV
             sums = of_block if sums is None else sums.join(of_block)
         over_all = _sums_over_ranks(sums, torch.zeros_like(target_N, dtype=logits.dtype), group)
@@ -169,14 +170,15 @@ class _LogProbs(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         hidden_NH, weight_VH, *of_tokens = ctx.saved_tensors
         logits = _Logits(hidden_NH, weight_VH, *ctx.logits_settings)
-        kept, ctx.kept = ctx.kept if grad_entropy_N is None else None, None
+        kept, ctx.kept = ctx.kept if grad_entropy_N is None else [], []
         grad_hidden_NH = torch.zeros_like(hidden_NH, dtype=logits.dtype)
         grad_weight_VH = ctx.weight_grad_VH
         if grad_weight_VH is None:
             grad_weight_VH = torch.zeros_like(weight_VH)
         for block in reversed(logits.blocks()):
-            grad_NV = _grad_of_block(logits, block, kept, of_tokens, grad_logp_N, grad_entropy_N)
-            kept = None
+            of_block = kept.pop() if kept else None
+            grad_NV = _grad_of_block(logits, block, of_block, of_tokens, grad_logp_N, grad_entropy_N)
+            del of_block
             product_NV = logits.grad_of_product(grad_NV, block)
             del grad_NV
             add_product(grad_hidden_NH, product_NV, weight_VH[block])

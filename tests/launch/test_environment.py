@@ -149,15 +149,13 @@ def test_cuda_refuses_a_pip_that_offers_only_a_cpu_build(checkout: Checkout) -> 
     assert "ALIGNER_DEVICE=cpu" in done.stderr
 
 
-def test_a_second_run_installs_nothing_keeps_the_device_and_takes_less_than_a_second(checkout: Checkout) -> None:
+def test_a_second_run_installs_nothing_and_keeps_the_device(checkout: Checkout) -> None:
     checkout.run()
     checkout.pip()
     # the login node of a cluster must not turn the environment round
     checkout.put("nvidia-smi", "#!/bin/bash\necho 'GPU 0: NVIDIA H200 (UUID: GPU-1)'\n")
     before = (checkout.root / "pyproject.toml").stat()
-    begin = time.monotonic()
     assert checkout.run().returncode == 0
-    assert time.monotonic() - begin < 1
     assert checkout.pip() == []
     assert checkout.stamp()["device"] == "cpu"
     after = (checkout.root / "pyproject.toml").stat()

@@ -40,7 +40,7 @@ class Handler(BaseHTTPRequestHandler):
             self.send_response(200)
             self.send_header("Content-Length", "100")
             self.end_headers()
-            for _ in range(20):
+            for _ in range(100):
                 time.sleep(0.1)
                 self.wfile.write(b" ")
         elif what.startswith("twice"):  # 503, 429, then right
@@ -152,7 +152,7 @@ def test_scores_in_the_rows_order_over_several_requests(server: Server) -> None:
 def test_a_request_that_fails_loses_its_rows_by_kind(server: Server, path: str, status: Status, detail: str) -> None:
     start = time.monotonic()
     all_lost(scorer(server, path, timeout_s=0.4).score(items("a", "b")), status, detail)
-    assert time.monotonic() - start < 2
+    assert time.monotonic() - start < 9
 
 
 def test_single_values_that_are_no_scores(server: Server) -> None:

@@ -1,0 +1,93 @@
+"""`EpisodeSource`: what plays the episodes that a replica samples turns for (environments, agent programs), as the rollout sees it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from aligner.data.prompts import Prompt
+from aligner.rollout.requests import Sample
+
+
+@dataclass(frozen=True)
+class Ask:
+    """An episode wants a turn sampled."""
+
+    episode: int
+    """The episode's key: its row's number in this play."""
+    turn: int
+    """Number of the turn in its episode, from 1."""
+    context: tuple[int, ...]
+    """Token ids of the whole context that the turn continues."""
+    new_segment: bool
+    """False: the context is all ids of the current segment so far, the sampled ones exactly as they were sampled, and a suffix of
+    ids that were not sampled. True: the context begins a segment of its own (the first turn, or a history that was compacted,
+    branched or rewritten)."""
+    max_tokens: int | None = None
+    """Most tokens to sample in this turn; None: what sampling.max_tokens and the context length allow."""
+    sampling: Mapping[str, Any] = field(default_factory=dict)
+    """Settings of `Sampling` that the agent asked for (temperature, top_p, ...) and `stop_token_ids`; those that are not here are
+    the run's. Never a seed: that is made of (run seed, call, task, sample, turn)."""
+
+
+@dataclass(frozen=True)
+class Ended:
+    """An episode has come to its end, or has failed."""
+
+    episode: int
+    reward: float
+    """The episode's reward; NaN where the episode failed."""
+    turn_rewards: tuple[float, ...]
+    """What the environment gave after each turn; one for each turn that was sampled."""
+    ended: str
+    """"done", "max_turns", "max_tokens", or the failure's kind: "timeout", "crashed", "memory", "protocol", "episode_timeout", ..."""
+    record: Mapping[str, Any]
+    """{"detail": str, "metrics": {name: float}, "messages": [...]} as JSON, for reports, saved samples and replay."""
+
+
+class EpisodeSource(Protocol):
+    """Plays episodes; the rollout samples their turns.
+
+    Lives on the first rank of each replica only. No method blocks, except `poll`, for at most the time that it is given.
+    What fails inside one episode ends that episode (`Ended` with the failure's kind and a NaN reward); an exception ends the job.
+    """
+
+    def start(self, episode: int, task: Prompt, seed: int) -> None:
+        """Begin an episode; its first `Ask` or its `Ended` comes from a later `poll`.
+
+        Args:
+            episode: key of the episode in all that follows; used once only.
+            task: `fields` are the row, `tokens` the rendered first context.
+            seed: what the environment may draw its own randomness from: the same for the same place in the run.
+        """
+        ...
+
+    def poll(self, wait_s: float) -> list[Ask | Ended]:
+        """What has become ready since the last call. An episode has at most one `Ask` open: the next comes after `answer`.
+
+        Args:
+            wait_s: seconds to wait for the first of them; 0: return at once.
+        """
+        ...
+
+    def answer(self, episode: int, turn: int, sample: Sample) -> None:
+        """The turn that was asked for.
+
+        Args:
+            sample: its tokens, the stop token included where one was sampled, their log-probabilities and weight versions;
+                `truncated` where max_tokens ended it.
+        """
+        ...
+
+    def abandon(self, episodes: Collection[int]) -> None:
+        """Give these episodes up; nothing more comes from them."""
+        ...
+
+    def metrics(self) -> dict[str, float]:
+        """Figures since the last call, by the names of the metrics registry."""
+        ...
+
+    def close(self) -> None:
+        """Abandon all episodes and free processes and ports."""
+        ...
