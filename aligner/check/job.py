@@ -19,6 +19,7 @@ from aligner.check.roles import check_engines, check_ranks, check_roles, check_s
 from aligner.check.rollout import (
     answered_prompts,
     check_end,
+    check_environment,
     check_lengths,
     ends_of,
     sized,
@@ -36,11 +37,13 @@ from aligner.data.prompts import Prompt
 from aligner.data.sets import DataSets, known_rows, training_sources
 from aligner.data.tokenized_answer import TokenizedAnswer
 from aligner.data.tokenizer import load_tokenizer, use_chat_template
+from aligner.environments.pool import check_start
 from aligner.models.agreement import check_reading
 from aligner.models.read_spec import read_spec
 from aligner.models.spec import ModelSpec
 from aligner.models.verify_checkpoint import check_weights
 from aligner.reward.components import ResolvedComponent, reward_components, shown_component
+from aligner.roles.episode_source import check_conversations
 from aligner.rollout import engines
 from aligner.rollout.config import RolloutConfig
 from aligner.spmd.mesh import Mesh
@@ -155,6 +158,10 @@ def check_job(config: Config, roles: list[str], models: Models, data: DataSets) 
     if "rollout" in roles:
         data = answered_prompts(config, data)
     best_metric = best_metric_of(config.train, roles, data)
+    check_environment(config, roles)
+    check_conversations(config, tokenizer)
+    if config.environment.target and os.environ.get("LOCAL_RANK", "0") == "0":  # a process of each node can start
+        check_start(config.environment)
     if "rollout" in roles:
         engines.backend(config.rollout.engine).check(spec, meshes["rollout"], config.rollout, models.machine.cpu)
         check_lengths(config, data, specs, given)
@@ -275,6 +282,10 @@ def _check_reward(config: Config, roles: list[str], data: DataSets) -> None:
     config.hang.check_scoring(max(part.timeout_s for part in parts))
     for part in parts:
         check_scorer(config, part, roles)
+        if part.component.environment and not config.environment.enabled:
+            raise ValueError(
+                f"{part.source} reads the rewards of episodes; set environment.target or environment.agent.command, or use another reward."
+            )
         scorer = replace(part, workers=1).scorer()
         if scorer is not None:
             with contextlib.closing(scorer):

@@ -46,9 +46,16 @@ def sized(config: Config, specs: Mapping[str, ModelSpec], meshes: Mapping[str, M
     if rollout.max_model_len is not None:
         return rollout
     needed = config.data.max_prompt_tokens + config.sampling.max_tokens
+    if config.environment.enabled:
+        needed = config.environment.max_tokens or episode_tokens(config)
     engines = [name for name in config.models if config.role(name).kind.runs_on == "engine"]  # read what a loop asks
     positions = [spec.max_positions for name, spec in specs.items() if name not in engines]
     return replace(rollout, max_model_len=min(needed, *positions))
+
+
+def episode_tokens(config: Config) -> int:
+    """Tokens of a task with all turns at their limit: what an episode may have where nothing says how long it may become."""
+    return config.data.max_prompt_tokens + config.environment.max_turns * config.sampling.max_tokens
 
 
 def sized_engines(config: Config, specs: Mapping[str, ModelSpec], meshes: Mapping[str, Mesh]) -> dict[str, Any]:
@@ -108,6 +115,44 @@ def check_lengths(config: Config, data: DataSets, specs: Mapping[str, ModelSpec]
         raise ValueError(
             f"the longest prompt has {longest} tokens, which with sampling.max_tokens={drawn} is more than the "
             f"{least.positions_text}; use {' or '.join(shorter)}."
+        )
+
+
+def check_environment(config: Config, roles: Sequence[str]) -> None:
+    """An environment has somebody to play in it, and its episodes fit in the engine.
+
+    Args:
+        config: with the length that `sized` has found.
+
+    Raises:
+        ValueError: it has not, or they do not; the settings are named with what would work.
+    """
+    environment, length = config.environment, config.rollout.max_model_len
+    if not environment.enabled:
+        return
+    program = environment.agent.command
+    named = f"environment.agent.command={program!r}" if program else f"environment.target={environment.target}"
+    if "rollout" not in roles:
+        raise ValueError(
+            f"{named} is played by the role rollout; add it to algorithm.roles={list(roles)}, or leave it out."
+        )
+    if config.data.kind != "prompts":
+        raise ValueError(
+            f"{named} plays the rows of data.kind=prompts, and this job has {config.data.kind}; leave it out."
+        )
+    most = environment.max_tokens
+    if most is None:
+        return
+    if length is not None and most > length:
+        raise ValueError(
+            f"environment.max_tokens={most} is more than rollout.max_model_len={length}, which holds the longest context of an "
+            f"episode with its turn; use {length} or less, or raise that to {most}, as far as the models have positions."
+        )
+    asked, drawn = config.data.max_prompt_tokens, config.sampling.max_tokens
+    if asked + drawn > most:
+        raise ValueError(
+            f"data.max_prompt_tokens={asked} + sampling.max_tokens={drawn}, a task and its first turn, is more than "
+            f"environment.max_tokens={most}; raise it to {asked + drawn} or more, or lower one of them."
         )
 
 

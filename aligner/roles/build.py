@@ -190,7 +190,7 @@ def build_roles(
             if role.kind.on_trainer:
                 built[role.name] = _trainer_role(config, role, described, world, meshes[role.name], spec)
             elif role.kind.runs_on == "engine":
-                built[role.name] = _engine_role(config, role, world, meshes[role.name], spec)
+                built[role.name] = _engine_role(config, role, world, meshes[role.name], spec, tokenizer)
             else:
                 built[role.name] = _reward_role(config, role, world, meshes[role.name], tokenizer, built)
     return Roles(built)
@@ -215,7 +215,8 @@ def _trainer_role(
     more: dict[str, Any] = {"sequence_parallel": role_layout(config.placement, role).sequence_parallel}
     if issubclass(kind, TrainableRole):
         more["total_steps"] = config.train.steps * settings.minibatches * settings.epochs
-        more["max_response"] = config.sampling.max_tokens
+        turns = config.environment.max_turns if config.environment.enabled else 1
+        more["max_response"] = turns * config.sampling.max_tokens
         more["not_finite"] = config.guards.not_finite
         more["skip_empty"] = config.guards.empty_batch.action == "skip"
         more["offending"] = Path(config.run_dir) / "offending"
@@ -231,7 +232,10 @@ def _trainer_role(
     return built
 
 
-def _engine_role(config: Config, role: RoleSpec, world: World, mesh: Mesh, spec: ModelSpec) -> Rollout:
+def _engine_role(
+    config: Config, role: RoleSpec, world: World, mesh: Mesh, spec: ModelSpec, tokenizer: PreTrainedTokenizerBase
+) -> Rollout:
+    from aligner.roles import episode_source
     from aligner.rollout.folder_weights import FolderWeights
     from aligner.rollout.role import Rollout
     from aligner.rollout.rows import request_seed
@@ -239,7 +243,10 @@ def _engine_role(config: Config, role: RoleSpec, world: World, mesh: Mesh, spec:
     further = role.name in config.models
     seed = request_seed(config.seed, *role.name.encode()) if further else config.seed  # two engines draw differently
     own = _spec_of(config, role, spec)
-    rollout = Rollout(role.name, world, mesh, own, config.settings(role.name), config.sampling, seed, config.stream)
+    settings, source = config.settings(role.name), None
+    if not further:  # a further engine answers what a loop asks of it
+        source = episode_source.source_factory(config, tokenizer, own)
+    rollout = Rollout(role.name, world, mesh, own, settings, config.sampling, seed, config.stream, source)
     if further:
         rollout.loaded.source = FolderWeights(own)  # until a policy sends its own
     return rollout

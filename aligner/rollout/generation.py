@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,8 +16,12 @@ from aligner.rollout.arrivals import Arrivals
 from aligner.rollout.config import RolloutConfig, Sampling, StreamConfig
 from aligner.rollout.engine import KINDS
 from aligner.rollout.engines import backend
+from aligner.rollout.episodes.driver import Episodes
+from aligner.rollout.episodes.figures import Figures
+from aligner.rollout.episodes.source import EpisodeSource
+from aligner.rollout.kind import Place, Responses, RolloutKind
 from aligner.rollout.loaded import LoadedWeights
-from aligner.rollout.rows import completed_samples, prompt_from, prompt_to, request_seed, sample_from, sample_to
+from aligner.rollout.rows import prompt_from, prompt_to
 from aligner.spmd.mesh import Mesh
 from aligner.spmd.messages import all_gather, broadcast
 from aligner.spmd.partition import Shares, partition
@@ -40,8 +44,10 @@ class Started:
     num_samples: int
     shares: Shares
     """Prompts of each replica."""
+    plays: bool
+    """Rows are episodes."""
     ticket: int | None
-    """The engine's, on this role's ranks."""
+    """Of `RolloutKind.resume`, on this role's ranks."""
 
 
 class GenerationRole(Role):
@@ -63,8 +69,14 @@ class GenerationRole(Role):
         sampling: Sampling,
         seed: int,
         overlap: StreamConfig | None = None,
+        source: Callable[[], EpisodeSource] | None = None,
     ) -> None:
+        """Args:
+        source: makes what plays episodes, on the first rank of each replica; None: there is no environment.
+        """
         super().__init__(name, world, mesh)
+        self.plays = source is not None
+        """Whether there is an environment to play in."""
         self.spec, self.config, self.sampling, self.seed = spec, config, sampling, seed
         self.overlap = overlap or StreamConfig()
         self.calls = 0
@@ -86,6 +98,7 @@ class GenerationRole(Role):
             spec, mesh, group, ident, config, world.device, layout=layout, sleeps=sleeps, loaded=self.loaded
         )
         self.engine.requests.progress = world.activity.tick
+        self._responses: RolloutKind = Responses(self.engine)
         self.weights = self.engine.weights
         if sleeps:
             world.residency.register(
@@ -93,6 +106,11 @@ class GenerationRole(Role):
             )
             world.residency.before_evict(name, self.complete)
         world.on_leave(self.engine.close)
+        if source is not None:
+            first = world.rank == mesh.shards[self.shard or 0][0]
+            self.episodes = Episodes(self.engine, source() if first else None, world.activity.tick)
+            world.on_leave(self.episodes.close)
+            world.activity.details[name] = self.episodes.report
 
     def generate(
         self,
@@ -113,21 +131,63 @@ class GenerationRole(Role):
         """
         self.wake()
         with self.call("generate"):
-            return self._finish(self._start(prompts, num_samples, sampling, seed))
+            return self._finish(self._start(prompts, num_samples, sampling, seed, plays=False))
+
+    def play(
+        self,
+        tasks: Sequence[Prompt],
+        num_samples: int = 1,
+        sampling: Sampling | None = None,
+        seed: int | None = None,
+    ) -> Ref:
+        """`num_samples` episodes of each task, to their ends.
+
+        Args:
+            tasks: the same on every rank.
+            sampling: how turns are sampled; by default the configuration's `sampling`. max_tokens is a turn's.
+            seed: by default a new one for every call; the same seed gives the same episodes for the same weights.
+
+        Returns:
+            Ref to `Samples`: row p * num_samples + g is episode g of task p.
+
+        Raises:
+            ValueError: the job has no environment.
+        """
+        if not self.plays:
+            raise ValueError(
+                "rollout.play needs an environment: set environment.target or environment.agent.command, or call rollout.generate."
+            )
+        self.wake()
+        with self.call("generate"):
+            return self._finish(self._start(tasks, num_samples, sampling, seed, plays=True))
+
+    def sample(
+        self,
+        prompts: Sequence[Prompt],
+        num_samples: int = 1,
+        sampling: Sampling | None = None,
+        seed: int | None = None,
+    ) -> Ref:
+        """`play` where the job has an environment, else `generate`."""
+        return (self.play if self.plays else self.generate)(prompts, num_samples, sampling, seed)
 
     def start(self, prompts: Sequence[Prompt], num_samples: int = 1, sampling: Sampling | None = None) -> Started:
-        """Begin what `generate` does; nothing is waited for. The engine works on it whenever it works."""
+        """Begin what `sample` does; nothing is waited for. The engine works on it whenever it works."""
         self.wake()
         with self.call("start", on_host=True):
-            started = self._start(prompts, num_samples, sampling, None)
+            started = self._start(prompts, num_samples, sampling, None, self.plays)
             self.under_way.append(started)
             return started
 
     def finish(self, started: Started) -> Ref:
-        """What `generate` returns, of something started."""
+        """What `sample` returns, of something started."""
         self.under_way.remove(started)
         with self.working():
             return self._finish(started)
+
+    def take_figures(self) -> Figures:
+        """What this rank's replica has spent its time on while it played, since the last time."""
+        return self.episodes.take_figures() if self.plays and self.member else Figures()
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -154,8 +214,9 @@ class GenerationRole(Role):
         return self.call("collect", on_host=True) if self.asleep else self.call("generate")
 
     def complete(self) -> None:
+        """Finish what is under way, or play it until it is interrupted."""
         if self.under_way:
-            self.engine.work_until(_never)
+            self._work_until(_never)
 
     def drain_before_sync(self, policy: Mesh) -> None:
         """Complete the requests in flight before a weight sync; with `stream.in_flight` only until the policy's ranks
@@ -169,7 +230,14 @@ class GenerationRole(Role):
         arrived = self._arrivals.announce(policy.ranks) if self._arrivals else _never
         with self.call("generate"):
             if self.member:
-                self.engine.work_until(arrived)
+                self._work_until(arrived)
+
+    def kind(self, plays: bool) -> RolloutKind:
+        """What generates rows of this kind, on this role's ranks."""
+        return self.episodes if plays else self._responses
+
+    def _work_until(self, enough: Callable[[], bool]) -> None:
+        self.kind(self.plays).work_until(enough)  # episodes take along whatever else is in the engine
 
     def took_weights(self) -> None:
         """A sync has finished: tokens drawn from here on are marked with the version of the new weights."""
@@ -180,9 +248,11 @@ class GenerationRole(Role):
         """Something started and completed, as JSON; its samples on the first rank of the world."""
         samples_of_prompt = {}
         if started.ticket is not None:
-            drawn, size = self.engine.requests.held(started.ticket), started.num_samples
+            kind, size = self.kind(started.plays), started.num_samples
+            rollouts = kind.held(started.ticket)
             for position, prompt in enumerate(started.shares[self.shard or 0]):
-                samples_of_prompt[prompt] = [sample_to(one) for one in drawn[position * size : (position + 1) * size]]
+                own = rollouts[position * size : (position + 1) * size]
+                samples_of_prompt[prompt] = [kind.to_json(one) for one in own]
             for other in all_gather(self.world, samples_of_prompt, self.mesh.ranks):
                 samples_of_prompt |= other
         samples_of_prompt = broadcast(self.world, samples_of_prompt, self.mesh.ranks, [0]) or {}
@@ -195,23 +265,28 @@ class GenerationRole(Role):
         shares = partition([len(prompt.tokens) for prompt in prompts], self.mesh.data)
         ticket = None
         if self.member:
-            samples = [sample_from(one) for p in shares[self.shard or 0] for one in saved["samples"][p]]
-            ticket = self.engine.requests.hold(samples)
-        self.under_way.append(Started(prompts, num_samples, shares, ticket))
+            kind = self.kind(self.plays)
+            own = [kind.from_json(one, prompts[p]) for p in shares[self.shard or 0] for one in saved["samples"][p]]
+            ticket = kind.hold(own)
+        self.under_way.append(Started(prompts, num_samples, shares, self.plays, ticket))
         return self.under_way[-1]  # type: ignore[no-any-return]
 
     def _start(
-        self, prompts: Sequence[Prompt], num_samples: int, sampling: Sampling | None, seed: int | None
+        self, prompts: Sequence[Prompt], num_samples: int, sampling: Sampling | None, seed: int | None, plays: bool
     ) -> Started:
         self.calls += 1
         shares = partition([len(prompt.tokens) for prompt in prompts], self.mesh.data)
         ticket = None
         if self.member:
-            prompts_here = shares[self.shard or 0]
-            seeds = [request_seed(self.seed, self.calls if seed is None else -1 - seed, i) for i in prompts_here]
-            tokens = [list(prompts[p].tokens) for p in prompts_here]
-            ticket = self.engine.start(tokens, seeds, sampling or self.sampling, num_samples)
-        return Started(prompts, num_samples, shares, ticket)
+            kind, call = self.kind(plays), self.calls if seed is None else -1 - seed
+            rollouts = [
+                kind.begin(prompts[p], Place(self.seed, call, p, g))
+                for p in shares[self.shard or 0]
+                for g in range(num_samples)
+            ]
+            kind.check(rollouts, sampling or self.sampling)
+            ticket = kind.resume(rollouts, sampling or self.sampling)
+        return Started(prompts, num_samples, shares, plays, ticket)
 
     def _finish(self, started: Started) -> Ref:
         size = started.num_samples
@@ -220,8 +295,9 @@ class GenerationRole(Role):
         if started.ticket is None:
             return Ref(self, None, rows, row_shares)
         prompts_here = started.shares[self.shard or 0]
-        drawn = self.engine.finish(started.ticket)
-        samples = completed_samples([started.prompts[p] for p in prompts_here for _ in range(size)], drawn)
+        kind = self.kind(started.plays)
+        rollouts = kind.finish(started.ticket)
+        samples = kind.samples([started.prompts[p] for p in prompts_here for _ in range(size)], rollouts)
         lengths = self.agreed(samples.length_B.tolist(), int(samples.tokens_BT.sum()))
         by_row = {
             row: n

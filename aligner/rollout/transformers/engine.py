@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Self
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Self, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
     from aligner.spmd.memory import Meter
     from aligner.spmd.mesh import Mesh
     from aligner.spmd.residency import Part
+
+
+T = TypeVar("T")
 
 
 class TransformersEngine(RolloutEngine):
@@ -118,6 +122,14 @@ class TransformersEngine(RolloutEngine):
         """Decode until `enough()` or until nothing is left."""
         while self.requests.under_way and not enough():
             self.requests.advance()
+
+    def working(self) -> AbstractContextManager[None]:
+        """It needs none."""
+        return nullcontext()
+
+    def from_first(self, value: T) -> T:
+        """Each rank is a replica."""
+        return value
 
 
 def _allocated(spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:

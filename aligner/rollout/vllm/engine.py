@@ -6,9 +6,9 @@ import gc
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -21,6 +21,7 @@ from aligner.rollout.engine import RolloutEngine
 from aligner.rollout.loaded import LoadedWeights
 from aligner.rollout.requests import Sample
 from aligner.rollout.vllm import cpu_norms
+from aligner.rollout.vllm.cpu_single_rows import compute_single_rows_as_two
 from aligner.rollout.vllm.experts import mend_cpu_expert_parallel
 from aligner.rollout.vllm.requests import VllmRequests
 from aligner.rollout.vllm.sizes import BLOCK_TOKENS, check_runs, kv_cache_bytes
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from aligner.spmd.mesh import Mesh
     from aligner.spmd.residency import Part
 
+T = TypeVar("T")
 LOAD_FORMAT = "dummy"
 """vLLM starts with placeholder weights: the policy's arrive by resharding."""
 
@@ -189,6 +191,14 @@ class VllmEngine(RolloutEngine):
             while self.requests.under_way and not self._subworld.first_says(enough):
                 self.requests.advance()
 
+    def working(self) -> AbstractContextManager[None]:
+        """As `inside`."""
+        return self.inside()
+
+    def from_first(self, value: T) -> T:
+        """What the replica's first rank gives, on all of its ranks; collective over the replica."""
+        return self._subworld.from_first(value)
+
     def gather(self, value: Any) -> list[Any]:
         """The value that each rank of the replica gives; collective."""
         return self._subworld.gather(value)
@@ -226,6 +236,7 @@ def _platform(device: torch.device) -> None:
         # Compiling the sampler's small kernels takes 7 to 13 s and gains nothing on a CPU. Must precede other imports.
         type(current_platform).simple_compile_backend = "eager"
         mend_cpu_expert_parallel()
+        compute_single_rows_as_two()
 
 
 def _register(architecture: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import pickle
 import platform
 import random
 import re
@@ -15,13 +16,14 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 
+T = TypeVar("T")
 _QUIET = {"VLLM_NO_USAGE_STATS": "1"}
 _FORCED = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 _PARALLEL_STATE = (
@@ -84,6 +86,21 @@ class SubWorld:
         gathered: list[Any] = [None] * self.size
         dist.all_gather_object(gathered, value, group=self.group)
         return gathered
+
+    def from_first(self, value: T) -> T:
+        """The value of the replica's first rank, on all of its ranks; collective over the replica. None is one small message."""
+        if self.size == 1:
+            return value
+        payload = b"" if self.rank or value is None else pickle.dumps(value)
+        size = torch.tensor([len(payload)], dtype=torch.int64)
+        dist.broadcast(size, group=self.group, group_src=0)
+        if not int(size):
+            return value if self.rank == 0 else None  # type: ignore[return-value]
+        content = torch.empty(int(size), dtype=torch.uint8)
+        if self.rank == 0:
+            content.copy_(torch.frombuffer(bytearray(payload), dtype=torch.uint8))
+        dist.broadcast(content, group=self.group, group_src=0)
+        return value if self.rank == 0 else pickle.loads(content.numpy().tobytes())  # type: ignore[no-any-return]
 
     def first_says(self, question: Callable[[], bool]) -> bool:
         """The answer of the replica's first rank, on all of its ranks; collective over the replica."""

@@ -36,6 +36,7 @@ from aligner.trainer.megatron.attention import (
 from aligner.trainer.megatron.fused import gated, rms_norm
 from aligner.trainer.megatron.grouped_experts import GroupedExperts
 from aligner.trainer.megatron.rotary import rotary_slice
+from aligner.trainer.megatron.versions import submodules_of
 
 
 class RMSNorm(nn.Module):
@@ -262,5 +263,6 @@ def _layer_spec(spec: ModelSpec, layer_type: LayerType, group: Any, last: bool, 
     if grouped and layer_type.sparse:
         parts.mlp.submodules.experts = ModuleSpec(GroupedExperts, params={"activation": spec.activation})
     if spec.mlp_bias and not layer_type.sparse:
-        parts.mlp.submodules.linear_fc1, parts.mlp.submodules.linear_fc2 = BiasedColumns, BiasedRows
+        mlp = submodules_of(parts.mlp)
+        mlp.linear_fc1, mlp.linear_fc2 = BiasedColumns, BiasedRows
     return layer
