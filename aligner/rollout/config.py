@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 ENGINES = ("vllm", "transformers")
 """The rollout engines, the keys of `aligner.rollout.engines.BACKENDS`."""
+ALONE, WHILE_OTHERS_LEAVE, BESIDE_OTHERS = 0.9, 0.8, 0.4
+"""rollout.gpu_memory_utilization=null."""
 UNSAID_LENGTH = 1024
 """Tokens in a sample where neither rollout.max_model_len nor a job's lengths say how many."""
 
@@ -62,8 +64,10 @@ class RolloutConfig:
     kv_cache_mib: Annotated[int | None, AtLeast(1)] = None
     """vLLM's KV cache of each rank in MiB. null: on CUDA what gpu_memory_utilization leaves; on a CPU enough for
     max_num_seqs samples of max_model_len tokens, but no more than 1024."""
-    gpu_memory_utilization: Annotated[float, MoreThan(0), AtMost(1)] = 0.4
-    """vLLM on CUDA, with kv_cache_mib=null: fraction of the device's memory for the engine, weights and KV cache together."""
+    gpu_memory_utilization: Annotated[float | None, MoreThan(0), AtMost(1)] = None
+    """vLLM on CUDA, with kv_cache_mib=null: fraction of the device's memory for the engine, weights and KV cache together.
+    null: 0.9 on ranks of its own, 0.8 beside roles that leave the device while it generates (residency.mode=auto or offload),
+    0.4 beside roles that stay."""
     prefix_caching: bool = True
     """vLLM's prefix caching: samples of one prompt share its prefill; emptied at every weight sync. engine=transformers always
     shares it among samples that start together."""

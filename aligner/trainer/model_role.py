@@ -82,7 +82,7 @@ class ModelRole(Role, ABC):
         """The model's weights as the source of a weight sync or an export; on every rank of the world."""
         if self._engine is not None:
             return self._engine.weights
-        return RemoteWeights(backend(self.config.engine).layout(self.spec, self.mesh, self.config.dtype))
+        return RemoteWeights(backend(self.config.engine).layout(self.spec, self.mesh, self.config))
 
     @abstractmethod
     def readout(self) -> Readout:
