@@ -41,6 +41,8 @@ FRAME_LIMIT = 16 * 2**20
 LOG_BYTES = 2**20
 """Bytes of the log (standard error) beyond which it is begun anew."""
 LOG_CHECK_S = 0.5
+STACK_BYTES = 2 * 2**20
+"""Stack of an episode's thread, which counts as memory of the process."""
 WRITE_LIMIT = 2**30
 """Largest file that the environment may write, in bytes: a runaway log must not fill the disk."""
 DETAIL_CHARS = 2000
@@ -208,6 +210,7 @@ class Worker:
         self._write_lock = threading.Lock()
         self._episodes: dict[int, queue.Queue[dict[str, Any]]] = {}
         self._buffer = b""
+        self._log_checked = 0.0
         self._make: Callable[[], Any] = object
         self._random: GlobalRandom | None = None
         self.limits: tuple[int, bool] = (0, False)
@@ -358,8 +361,11 @@ class Worker:
     def _read(self) -> dict[str, Any] | None:
         """The next request; None at the end. Keeps the log short while it waits."""
         while len(self._buffer) < 4 or len(self._buffer) < 4 + LENGTH.unpack(self._buffer[:4])[0]:
-            if not select.select([self._requests], [], [], LOG_CHECK_S)[0]:
+            ready = select.select([self._requests], [], [], LOG_CHECK_S)[0]
+            if time.monotonic() > self._log_checked + LOG_CHECK_S:
+                self._log_checked = time.monotonic()
                 restart_long_log()
+            if not ready:
                 continue
             piece = os.read(self._requests, 1 << 16)
             if not piece:
@@ -439,6 +445,7 @@ def main() -> None:
     os.dup2(2, 1)
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     faulthandler.enable()
+    threading.stack_size(STACK_BYTES)
     sys.path[0] = os.getcwd()  # not this folder, whose names (mcp.py, textarena.py) are those of packages
     sys.argv = sys.argv[:1]
     try:

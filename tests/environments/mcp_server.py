@@ -1,5 +1,6 @@
 """An MCP server of two tools; `mcp_server.py PORT` serves over HTTP, without a port over standard input and output."""
 
+import os
 import sys
 
 from mcp.server import MCPServer
@@ -17,6 +18,12 @@ def add(a: int, b: int) -> int:
 def fail(why: str) -> str:
     """Fail."""
     raise ValueError(why)
+
+
+@server.tool()
+def leave() -> str:
+    """End the server."""
+    os._exit(0)
 
 
 if __name__ == "__main__":

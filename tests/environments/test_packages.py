@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from aligner.environments.pool import Action, EnvironmentPool, Failed, Finished, Opened, PoolEvent, Stepped
-from tests.environments.drive import contents, play, pool
+from tests.environments.drive import contents, failure, play, pool
 from tests.environments.packages import interpreter
 
 pytestmark = [pytest.mark.environments, pytest.mark.timeout(900)]
@@ -176,6 +176,7 @@ def test_mcp(transport: str) -> None:
             events = play_actions(made, CALLS)
     opened, first, second, last, finished = events
     assert isinstance(opened, Opened) and opened.turn.tools is not None
+    assert [tool["function"]["name"] for tool in opened.turn.tools] == ["add", "fail", "leave"]
     add = opened.turn.tools[0]["function"]
     assert (add["name"], add["description"]) == ("add", "Add two numbers.")
     assert set(add["parameters"]["properties"]) == {"a", "b"}
@@ -188,6 +189,13 @@ def test_mcp(transport: str) -> None:
     assert first.turn.metrics == {"tool_calls": 2.0, "tool_errors": 1.0} and not first.turn.done
     assert isinstance(second, Stepped) and second.turn.metrics["tool_errors"] == 2.0
     assert isinstance(last, Stepped) and last.turn.done and finished == Finished(0, None)
+
+
+def test_an_mcp_server_that_ends_is_a_failure() -> None:
+    python = interpreter("games")
+    with pool(target=f"{python} {HERE / 'mcp_server.py'}", kind="mcp", python=python) as made:
+        events = play_actions(made, [Action("", [{"name": "leave", "arguments": {}}]), Action("5")])
+    assert failure(events).kind == "error" and "Connection closed" in failure(events).detail
 
 
 def test_openenv() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import os
-import pickle
 import random
 import re
 import secrets
@@ -21,6 +20,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
+
+from aligner.spmd.serialization import deserialize, serialize
 
 T = TypeVar("T")
 _QUIET = {
@@ -83,16 +84,17 @@ class SubWorld:
         """The value of the replica's first rank, on all of its ranks; collective over the replica. None is one small message."""
         if self.size == 1:
             return value
-        payload = b"" if self.rank or value is None else pickle.dumps(value)
-        size = torch.tensor([len(payload)], dtype=torch.int64)
+        content = torch.empty(0, dtype=torch.uint8)
+        if self.rank == 0 and value is not None:
+            content = torch.from_numpy(serialize(value))
+        size = torch.tensor([len(content)], dtype=torch.int64)
         dist.broadcast(size, group=self.group, group_src=0)
         if not int(size):
             return value if self.rank == 0 else None  # type: ignore[return-value]
-        content = torch.empty(int(size), dtype=torch.uint8)
-        if self.rank == 0:
-            content.copy_(torch.frombuffer(bytearray(payload), dtype=torch.uint8))
+        if self.rank:
+            content = content.new_empty(int(size))
         dist.broadcast(content, group=self.group, group_src=0)
-        return value if self.rank == 0 else pickle.loads(content.numpy().tobytes())  # type: ignore[no-any-return]
+        return value if self.rank == 0 else deserialize(content.numpy())  # type: ignore[no-any-return]
 
     def first_says(self, question: Callable[[], bool]) -> bool:
         """The answer of the replica's first rank, on all of its ranks; collective over the replica."""
