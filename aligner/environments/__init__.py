@@ -4,5 +4,6 @@ In: rows of a data set, and what the policy said (text and tool calls). Out: mes
 
 Read in this order: config -> episodes (what plays an episode: asks for turns, gives them to its environment) -> conversation
 (messages as token ids) and tool_calls (text as calls) -> pool (many episodes at once, their limits and failures) -> worker (a
-process of them, one file of standard library) -> adapters/ (one file for each kind of environment).
+process of them, one file of standard library) -> adapters/ (one file for each kind of environment). Programs with a loop of
+their own are another way to play: endpoint/.
 """

@@ -15,6 +15,7 @@ from pathlib import Path
 PACKAGES = {
     "games": ("skyrl-gym==0.4.0", "reasoning-gym==0.1.25", "textarena==0.7.4", "mcp==2.3.0"),
     "openenv": ("openenv==0.10.0",),
+    "verifiers": ("verifiers==0.4.0", "openai==2.54.0", "textarena==0.7.4", "nltk", "uv"),
 }
 
 

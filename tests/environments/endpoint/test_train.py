@@ -13,7 +13,8 @@ import pytest
 
 from tests.conftest import Torchrun
 from tests.environments.endpoint.policy_folder import overrides, write_policy
-from tests.environments.endpoint.verifiers_package import EXAMPLES, own_python, verifiers_program, write_words
+from tests.environments.endpoint.verifiers_package import EXAMPLES, verifiers_program, write_words
+from tests.environments.packages import interpreter
 
 PROGRAM = Path(__file__).with_name("chat_program.py")
 Job = Callable[..., list[dict[str, Any]]]
@@ -56,7 +57,7 @@ def test_a_program_is_trained(job: Job) -> None:
 @pytest.mark.environments
 def test_the_openai_sdk_as_the_example_uses_it(job: Job) -> None:
     rows = [{"prompt": f"{one} + 1", "answer": "?"} for one in range(8)]
-    command = f"{own_python()} {EXAMPLES / 'agent.py'}"
+    command = f"{interpreter('verifiers')} {EXAMPLES / 'agent.py'}"
     metrics = job(command, rows, "data.max_prompt_tokens=40", "sampling.max_tokens=8", "environment.step_timeout_s=120")
     check(metrics, 1.0)
 

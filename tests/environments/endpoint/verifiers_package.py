@@ -1,29 +1,18 @@
-"""Where verifiers is installed, and the environment of it that is played: Hangman."""
+"""The environment of verifiers that is played, Hangman, in the virtual environment of that package (see packages.py)."""
 
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
-import pytest
+from tests.environments.packages import interpreter
 
 EXAMPLES = Path(__file__).resolve().parents[3] / "docs" / "examples"
-PYTHON = "ALIGNER_VERIFIERS_PYTHON"
-"""Variable with the interpreter of an environment in which verifiers, openai, textarena, nltk and uv are installed."""
 SETTINGS = {
     "taskset": {"id": "textarena", "game": "Hangman-v0"},
     "harness": {"id": "null"},
     "renderer": {"name": "default"},
 }
-
-
-def own_python() -> str:
-    """That interpreter; without one the test is skipped."""
-    python = os.environ.get(PYTHON)
-    if not python:
-        pytest.skip(f"set {PYTHON} to the interpreter of an environment with verifiers, openai, textarena, nltk and uv")
-    return python
 
 
 def write_words(folder: Path) -> Path:
@@ -39,4 +28,4 @@ def verifiers_program(folder: Path) -> list[str]:
     """The command of the example for `SETTINGS`."""
     file = folder / "hangman.json"
     file.write_text(json.dumps(SETTINGS))
-    return [own_python(), str(EXAMPLES / "verifiers_agent.py"), str(file)]
+    return [interpreter("verifiers"), str(EXAMPLES / "verifiers_agent.py"), str(file)]
