@@ -112,6 +112,7 @@ def _paths(components: Any, models: Any, sources: Any) -> Iterator[tuple[str, Ca
     """(setting, what expands it)."""
     yield from ((key, expanded) for key in SETTINGS)
     yield "environment.python", expanded
+    yield "environment.agent.command", expanded
     yield "reward.rule", expanded_rule
     yield "environment.target", expanded_rule
     if isinstance(components, Mapping | DictConfig):

@@ -282,7 +282,7 @@ def _check_reward(config: Config, roles: list[str], data: DataSets) -> None:
         check_scorer(config, part, roles)
         if part.component.environment and not config.environment.enabled:
             raise ValueError(
-                f"{part.source} reads the rewards of episodes; set environment.target, or use another reward."
+                f"{part.source} reads the rewards of episodes; set environment.target or environment.agent.command, or use another reward."
             )
         scorer = replace(part, workers=1).scorer()
         if scorer is not None:

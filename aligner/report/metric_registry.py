@@ -142,7 +142,7 @@ SAMPLES = (
     ),
     Metric("reward/{component}", "", Reduce.BATCH, "Raw value of one component, where the reward has several."),
     Metric("greedy_reward", "", Reduce.BATCH, "ReMax: reward of the greedy responses.", own_column=True),
-    Metric("length", "tokens", Reduce.BATCH, "Length of the responses.", "tenths",
+    Metric("length", "tokens", Reduce.BATCH, "Length of the responses; of episodes, sampled tokens of all turns.", "tenths",
            rollout=Column(5, 6, 5), panel=Panel(3, "response length (tokens)")),
     Metric("truncated", "fraction", Reduce.BATCH, "Responses that reached their limit without a stop token.",
            panel=Panel(12, "truncated share")),

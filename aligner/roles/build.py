@@ -215,7 +215,8 @@ def _trainer_role(
     more: dict[str, Any] = {"sequence_parallel": role_layout(config.placement, role).sequence_parallel}
     if issubclass(kind, TrainableRole):
         more["total_steps"] = config.train.steps * settings.minibatches * settings.epochs
-        more["max_response"] = config.sampling.max_tokens
+        turns = config.environment.max_turns if config.environment.enabled else 1
+        more["max_response"] = turns * config.sampling.max_tokens
         more["not_finite"] = config.guards.not_finite
         more["skip_empty"] = config.guards.empty_batch.action == "skip"
         more["offending"] = Path(config.run_dir) / "offending"

@@ -1,13 +1,11 @@
-"""What rank 0 learns of one iteration: a row of metrics, and some samples. Values come from the roles that hold them."""
+"""What rank 0 learns of one iteration: a row of metrics. Values come from the roles that hold them."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from functools import reduce
-from typing import Any
 
 from aligner.algorithms.step import Step
-from aligner.reward.pool import Status
 from aligner.reward.role import Reward, Rewards
 from aligner.roles.build import Roles
 from aligner.rollout.episodes.figures import Figures, episode_metrics
@@ -56,8 +54,7 @@ def step_row(
     if result.scores is not None:
         row |= Rewards(response=[], **{name: values[name] for name in LOGGED_SCORES}).row()
     if result.samples is not None:
-        length_B = values["length_B"] - values["prompt_len_B"]
-        row["length"] = length_B.float().mean().item()
+        row["length"] = values["response_len_B"].float().mean().item()
         if values["truncated_B"] is not None:
             row["truncated"] = values["truncated_B"].float().mean().item()
         if values["episodes"] is not None:
@@ -69,32 +66,6 @@ def step_row(
     return row, stats
 
 
-def collect_samples(world: World, result: Step, count: int) -> list[dict[str, Any]] | None:
-    """The first `count` samples of the batch as `write_samples` takes them, on rank 0; None elsewhere, and where the step
-    has no scored samples. A collective of the world."""
-    if result.scores is None or result.samples is None:
-        return None
-    refs = {"response": result.scores["response"], "reward_B": result.scores["reward_B"]}
-    refs |= {"status_B": result.scores["status_B"], "fields": result.samples["fields"]}
-    refs["episodes"] = result.samples["episodes"]
-    collected = read_on_rank0(world, refs, None, lambda one, other: None, limit=count)
-    if collected is None:
-        return None
-    columns = [collected[0][name] for name in ("fields", "response", "reward_B", "status_B")]
-    episodes = collected[0]["episodes"] or [None] * len(columns[0])
-    return [
-        {
-            "prompt": row.get("prompt", ""),
-            "response": text,
-            "reward": reward.item(),
-            "status": Status(int(status)),
-            "fields": {name: value for name, value in row.items() if name != "prompt"},
-            **({"episode": episode} if episode is not None else {}),
-        }
-        for row, text, reward, status, episode in zip(*columns, episodes, strict=True)
-    ]
-
-
 def _logged(result: Step) -> dict[str, Ref]:
     """The values that a row is made of, by name."""
     refs = {f"extra_metrics.{name}": value for name, value in result.extra_metrics.items() if isinstance(value, Ref)}
@@ -103,9 +74,16 @@ def _logged(result: Step) -> dict[str, Ref]:
     if result.scores is not None:
         refs |= {name: result.scores[name] for name in LOGGED_SCORES}
     if result.samples is not None:
-        refs |= {name: result.samples[name] for name in ("length_B", "prompt_len_B", "truncated_B")}
+        refs |= {name: result.samples[name] for name in ("length_B", "truncated_B")}
+        refs["response_len_B"] = _response_lengths(result.samples)
         refs["episodes"] = _without_messages(result.samples["episodes"])
     return refs
+
+
+def _response_lengths(samples: Ref) -> Ref:
+    """Sampled tokens of each row; the same ranks hold it."""
+    value = None if samples.value is None else samples.value.response_len_B
+    return replace(samples, value=value, read_cache={}, _fields={})
 
 
 def _without_messages(episodes: Ref) -> Ref:

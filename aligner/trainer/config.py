@@ -70,7 +70,8 @@ class TrainingConfig:
     reduction: Annotated[str, OneOf("token_mean", "sequence_mean", "fixed")] = "token_mean"
     """How a per-token loss is averaged over the global batch: token_mean, sequence_mean or fixed (see fixed_length)."""
     fixed_length: Annotated[int, AtLeast(0)] = 0
-    """Number of tokens that reduction=fixed divides each row's sum by (Dr. GRPO); 0 means sampling.max_tokens."""
+    """Number of tokens that reduction=fixed divides each row's sum by (Dr. GRPO); 0 means sampling.max_tokens, in episodes times
+    environment.max_turns."""
     minibatches: Annotated[int, AtLeast(1)] = 1
     """Minibatches, one optimizer step each, that a batch is split into."""
     epochs: Annotated[int, AtLeast(1)] = 1

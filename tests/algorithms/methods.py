@@ -32,6 +32,8 @@ ONLINE: dict[str, list[str]] = {
     "reinforce_pp": [ENTROPY],
     "remax": ["algorithm.reward_kl_coef=0.1"],
     "ppo": ["algorithm.kl_control.initial=0.1", ENTROPY],
+    "grpo_turns": [*SMALL, ENTROPY.lstrip("+"), "algorithm.loss.kl_coef=0.05"],
+    "ppo_turns": ["algorithm.kl_control.initial=0.1", ENTROPY],
     "online_dpo": [],
 }
 OFFLINE: dict[str, list[str]] = {

@@ -133,7 +133,7 @@ def logits_off(policy: Policy, samples: Samples, logits_BTV: Tensor, caught: lis
     worst, mine, lengths = 0.0, [field["row"] for field in samples.fields], samples.length_B.tolist()
     context = policy.mesh.coordinates(policy.world.rank)["context"]
     for batch, part in zip(
-        policy.microbatches(policy.prefix_tree(samples), policy.config.micro_tokens), caught, strict=False
+        policy.microbatches(policy.context_tree(samples), policy.config.micro_tokens), caught, strict=False
     ):
         parts = [torch.empty_like(part) for _ in range(policy.mesh.tensor)]
         dist.all_gather(parts, part, group=policy.engine.groups.tp)

@@ -81,5 +81,6 @@ def _record(episode: Episode) -> dict[str, Any]:
         **end.record,
         "ended": end.ended,
         "turns": len(episode.turns),
+        "seed": episode.place.environment_seed,
         "sampled_tokens": sum(len(turn.sample.tokens) for turn in episode.turns),
     }

@@ -25,6 +25,7 @@ from aligner.trainer.packing import Packed, pack
 from aligner.trainer.prefix_attention import attended
 from aligner.trainer.prefix_tree import Segment
 from aligner.trainer.readout import Readout
+from aligner.trainer.row_contexts import RowContexts
 
 if TYPE_CHECKING:
     from megatron.core.process_groups_config import ProcessGroupCollection
@@ -82,12 +83,14 @@ class MegatronEngine(TrainEngine):
         """Megatron's parameters, by the regions of `MegatronLayout`."""
         return self.model
 
-    def pack(self, tokens_BT: Tensor, length_B: Tensor, wanted_BT: Tensor, segments: Sequence[Segment] = ()) -> Packed:
+    def pack(
+        self, tokens_BT: Tensor, contexts: RowContexts, wanted_BT: Tensor, segments: Sequence[Segment] = ()
+    ) -> Packed:
         """Padded to a multiple of the tensor-parallel size under sequence parallelism, split over context-parallel ranks. Under
         sequence parallelism, where each tensor rank has its share of the tokens, the last layer computes all."""
         context, rank = self.mesh.context, self.mesh.coordinates(self.world.rank)["context"]
         keep = None if self.model.config.sequence_parallel else self.pipeline.readout.uses
-        return pack(tokens_BT, length_B, self.multiple_of, self.world.device, context, rank, wanted_BT, segments, keep)
+        return pack(tokens_BT, contexts, self.multiple_of, self.world.device, context, rank, wanted_BT, segments, keep)
 
     def microbatch_count(self, needed: int) -> int | None:
         """Equal on all data shards under expert parallelism, which exchanges tokens between them; a multiple of the pipeline
