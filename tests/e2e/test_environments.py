@@ -34,7 +34,7 @@ def test_a_job_plays_and_learns_by_text(job: Job, tmp_path: Path) -> None:
     template.write_text(example("calculator").CHAT_TEMPLATE)
     game.write_text(GAME)
     rows = job(
-        2, "reward=environment", f"environment.target='{game}:Digits'", f"data.chat_template='{template}'",
+        2, "reward=environment", "reward.rule=''", f"environment.target='{game}:Digits'", f"data.chat_template='{template}'",
         "sampling.max_tokens=8", "rollout.max_model_len=128", "policy.optimizer.lr=3e-3", "train.steps=12", "train.eval_every=0",
     )  # fmt: skip
     assert all(row["episodes/turns"] == 3 for row in rows)
@@ -98,7 +98,7 @@ def test_stuck_crashing_eating_and_lying_environments_are_counted_and_masked(job
     template.write_text(example("calculator").CHAT_TEMPLATE)
     rogue.write_text(ROGUE)
     rows = job(
-        2, "reward=environment", f"environment.target='{rogue}:Rogue'", f"data.chat_template='{template}'",
+        2, "reward=environment", "reward.rule=''", f"environment.target='{rogue}:Rogue'", f"data.chat_template='{template}'",
         "environment.step_timeout_s=1", "environment.memory_mib=512", "environment.long_output=fail", "reward.max_missing=1",
         "sampling.max_tokens=4", "rollout.max_model_len=128", "train.steps=4", "train.eval_every=0",
     )  # fmt: skip
