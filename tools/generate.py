@@ -219,7 +219,10 @@ def read_prompts(source: Sequence[LabelledRow], tokenizer: Any, args: argparse.N
 
 def environment_config(args: argparse.Namespace, length: int) -> Config:
     """The configuration of a job that plays in this environment. Raises ValueError naming an invalid setting."""
-    settings = [f"environment.{setting}" for setting in args.environment]
+    plain = [
+        setting.lstrip("+") for setting in args.environment
+    ]  # +options.size=3: a new key, as on a job's command line
+    settings = [f"{given[: -len(name)]}environment.{name}" for given, name in zip(args.environment, plain, strict=True)]
     rollout = [f"rollout.max_model_len={length}"] if length else []
     config = to_config(compose_config([f"model.path='{args.model}'", *settings, *rollout]))
     check_settings(config.environment, "environment")

@@ -36,6 +36,7 @@ from aligner.data.prompts import Prompt
 from aligner.data.sets import DataSets, known_rows, training_sources
 from aligner.data.tokenized_answer import TokenizedAnswer
 from aligner.data.tokenizer import load_tokenizer, use_chat_template
+from aligner.environments.pool import check_start
 from aligner.models.agreement import check_reading
 from aligner.models.read_spec import read_spec
 from aligner.models.spec import ModelSpec
@@ -158,6 +159,8 @@ def check_job(config: Config, roles: list[str], models: Models, data: DataSets) 
     best_metric = best_metric_of(config.train, roles, data)
     check_environment(config, roles)
     check_conversations(config, tokenizer)
+    if config.environment.target and os.environ.get("LOCAL_RANK", "0") == "0":  # a process of each node can start
+        check_start(config.environment)
     if "rollout" in roles:
         engines.backend(config.rollout.engine).check(spec, meshes["rollout"], config.rollout, models.machine.cpu)
         check_lengths(config, data, specs, given)
@@ -279,7 +282,7 @@ def _check_reward(config: Config, roles: list[str], data: DataSets) -> None:
         check_scorer(config, part, roles)
         if part.component.environment and not config.environment.enabled:
             raise ValueError(
-                f"{part.source} reads the rewards of episodes; set environment.target, or use another reward."
+                f"{part.source} reads the rewards of episodes; set environment.target or environment.agent.command, or use another reward."
             )
         scorer = replace(part, workers=1).scorer()
         if scorer is not None:

@@ -108,7 +108,8 @@ def check_environment(config: Config, roles: Sequence[str]) -> None:
     environment, length = config.environment, config.rollout.max_model_len
     if not environment.enabled:
         return
-    named = f"environment.target={environment.target}"
+    program = environment.agent.command
+    named = f"environment.agent.command={program!r}" if program else f"environment.target={environment.target}"
     if "rollout" not in roles:
         raise ValueError(
             f"{named} is played by the role rollout; add it to algorithm.roles={list(roles)}, or leave it out."

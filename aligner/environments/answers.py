@@ -45,6 +45,18 @@ def final_of(answer: Any) -> tuple[float | None, Mapping[str, float]]:
     return _reward(answer.get("reward")), _metrics(answer.get("metrics"))
 
 
+def seconds_of(answer: Mapping[str, Any]) -> float:
+    """The time that a call has taken; 0 where the answer does not say it."""
+    seconds = answer.get("seconds")
+    return seconds if isinstance(seconds, float) and 0 <= seconds < math.inf else 0.0
+
+
+def thread_of(answer: Mapping[str, Any]) -> tuple[int, ...]:
+    """What a call that has begun says of its thread; nothing where it is not of the agreed form."""
+    thread = answer.get("begun")
+    return tuple(thread) if isinstance(thread, list) and [type(one) for one in thread] == 3 * [int] else ()
+
+
 def same_as_before(turn: Turn) -> str:
     """What must be equal when an action is replayed: everything but the metrics (times, counts of retries)."""
     kept = [list(turn.messages), turn.done, turn.reward, turn.tools and list(turn.tools), turn.replaces]

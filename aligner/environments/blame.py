@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -29,19 +28,12 @@ class Call:
     """(Python's identifier, the system's, nanoseconds of CPU time before the call) of the thread that it runs in."""
 
 
-def crash_suspects(calls: Sequence[Call], exit_code: int, log: str) -> list[Call]:
-    """Calls one of which may have ended the process: one, where that is known.
-
-    Where Python's faulthandler has named the crashed thread, its call. Otherwise those that were running; but a process that
-    was killed with SIGKILL while one ran may have been killed from outside, so that this one too is tried again: no
-    suspect, whose process is lost as by another's fault.
-    """
+def crash_suspects(calls: Sequence[Call], log: str) -> list[Call]:
+    """Calls one of which may have ended the process: the one whose thread Python's faulthandler has named, else all that ran."""
     begun = [call for call in calls if call.begun_at is not None]
     crashed = [int(ident, 16) for ident in CRASHED_THREAD.findall(log)]
     named = [call for call in begun if call.thread and call.thread[0] in crashed]
-    if len(named) == 1:
-        return named
-    return [] if exit_code == -signal.SIGKILL and len(begun) == 1 else begun
+    return named if len(named) == 1 else begun
 
 
 def stall_suspects(calls: Sequence[Call], process: EnvironmentProcess) -> list[Call]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 from aligner.bounds import AtLeast, Finite, MoreThan, OneOf
+from aligner.environments.agent_config import AgentConfig
 from aligner.environments.tool_calls import check_name
 
 KINDS = ("steps", "tools", "skyrl_gym", "reasoning_gym", "textarena", "openenv", "mcp")
@@ -71,14 +72,23 @@ class EnvironmentConfig:
     mistral, pythonic, harmony (gpt-oss), or vllm:NAME for one of vLLM's own parsers; auto: by the chat template."""
     hide_reasoning: bool = False
     """Give the environment a response without its reasoning: what follows its last </think>. false: the whole response."""
+    agent: AgentConfig = field(default_factory=AgentConfig)
+    """A program with a loop of its own in place of `target`. Of the settings above it has start_timeout_s (until its first
+    request), step_timeout_s (from an answer to its next request or its end), episode_timeout_s (both together), memory_mib (of
+    each of its processes, and of all together), max_turns, max_tokens, rewritten and tool_parser."""
 
     @property
     def enabled(self) -> bool:
-        """Whether there is an environment."""
-        return bool(self.target)
+        """Whether there is an environment or an agent program."""
+        return bool(self.target or self.agent.command)
 
     def check(self) -> None:
         """Raises ValueError naming the setting and the values that would work."""
+        if self.agent.command and (self.target or self.python):
+            given = f"environment.target={self.target}" if self.target else f"environment.python={self.python}"
+            raise ValueError(
+                f"environment.agent.command runs a program by itself, and {given} is set too; remove one of them."
+            )
         if not self.target:
             if self.kind != "auto" or self.tools:
                 given = f"environment.kind={self.kind}" if self.kind != "auto" else "environment.tools"

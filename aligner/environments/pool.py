@@ -3,60 +3,25 @@
 from __future__ import annotations
 
 import selectors
+import signal
 import time
 from collections import defaultdict, deque
-from dataclasses import dataclass, field
+from dataclasses import replace
 from typing import Any
 
-from aligner.environments.answers import WrongAnswerError, final_of, same_as_before, turn_of
+from aligner.environments.answers import WrongAnswerError, final_of, same_as_before, seconds_of, thread_of, turn_of
 from aligner.environments.blame import Call, crash_suspects, stall_suspects
 from aligner.environments.config import EnvironmentConfig
 from aligner.environments.process import EnvironmentProcess, ProtocolError, interpreter
-from aligner.environments.protocol import Action, Failed, Finished, Opened, PoolEvent, Stepped, Turn
+from aligner.environments.protocol import FAILURES, Action, Failed, Finished, Opened, PoolEvent, Stepped, Turn
+from aligner.environments.slots import OpenEpisode, Slot, lateness
 
-__all__ = ["Action", "EnvironmentPool", "Failed", "Finished", "Opened", "PoolEvent", "Stepped", "Turn"]
+__all__ = ["Action", "EnvironmentPool", "Failed", "Finished", "Opened", "PoolEvent", "Stepped", "Turn", "check_start"]
 
 MAX_LOSSES = 2
 """Processes that an episode may lose, without a fault of its own that is known, and still go on."""
 MAX_BAD_STARTS = 3
 """Processes in a row that end while they start, before the job is ended."""
-
-
-@dataclass
-class _Episode:
-    """An open episode, wherever it is."""
-
-    number: int
-    calls: list[dict[str, Any]]
-    """Every call so far, in order: open, steps, finish."""
-    answers: list[str] = field(default_factory=list)
-    """What must be the same when it is replayed, for each call that was answered."""
-    position: int = 0
-    """Calls that its present process has answered."""
-    process: EnvironmentProcess | None = None
-    running: Call | None = None
-    alone: bool = False
-    """It gets a process for itself: it may have ended one that others were in."""
-    losses: int = 0
-    seconds: float = 0.0
-    """Time in its environment, without replays."""
-    dropped: bool = False
-    """Nobody waits for it any more, but its call still runs."""
-
-
-@dataclass
-class _Slot:
-    """A process and the episodes in it."""
-
-    process: EnvironmentProcess
-    ready: bool = False
-    episodes: dict[int, _Episode] = field(default_factory=dict)
-    extra: bool = False
-    """Started for an episode alone; ended with it."""
-    heard_at: float = 0.0
-    """When its last answer came; time.monotonic() seconds."""
-    silent: bool = False
-    """It was asked for a sign of life that has not come."""
 
 
 class EnvironmentPool:
@@ -79,9 +44,9 @@ class EnvironmentPool:
         interpreter(config)
         self._config = config
         self._selector = selectors.DefaultSelector()
-        self._slots: dict[EnvironmentProcess, _Slot] = {}
-        self._episodes: dict[int, _Episode] = {}
-        self._waiting: deque[_Episode] = deque()
+        self._slots: dict[EnvironmentProcess, Slot] = {}
+        self._episodes: dict[int, OpenEpisode] = {}
+        self._waiting: deque[OpenEpisode] = deque()
         self._events: list[PoolEvent] = []
         self._counts: dict[str, float] = defaultdict(float)
         self._call_id = 0
@@ -109,7 +74,7 @@ class EnvironmentPool:
             seed: of everything that the environment draws.
         """
         assert episode not in self._episodes, f"episode {episode} is open"
-        opened = _Episode(episode, [{"call": "open", "row": row, "seed": seed}])
+        opened = OpenEpisode(episode, [{"call": "open", "row": row, "seed": seed}])
         self._episodes[episode] = opened
         self._waiting.append(opened)
         self._place()
@@ -171,7 +136,7 @@ class EnvironmentPool:
         episode.calls.append(call)
         self._advance(episode)
 
-    def _advance(self, episode: _Episode) -> None:
+    def _advance(self, episode: OpenEpisode) -> None:
         """Send the episode's next call, if it has a process that is not at work on one."""
         if episode.process is None or episode.running is not None or episode.position == len(episode.calls):
             return
@@ -211,11 +176,11 @@ class EnvironmentPool:
         self._check_deadlines(since)
         self._place()
 
-    def _read(self, slot: _Slot) -> None:
+    def _read(self, slot: Slot) -> None:
         try:
             answers = slot.process.read()
         except ProtocolError as error:
-            return self._lose(slot, "protocol", f"its process broke the protocol: {error}", _begun(slot))
+            return self._lose(slot, "protocol", f"its process broke the protocol: {error}", slot.begun())
         slot.heard_at = time.monotonic()
         for answer in answers:
             if slot.process in self._slots:
@@ -223,10 +188,10 @@ class EnvironmentPool:
         if slot.process.ended and slot.process in self._slots:
             self._died(slot)
 
-    def _deal_with(self, slot: _Slot, answer: dict[str, Any]) -> None:
-        if "unusable" in answer:
+    def _deal_with(self, slot: Slot, answer: dict[str, Any]) -> None:
+        if "unusable" in answer and not slot.ready:
             raise ValueError(f"{answer['unusable']}.")
-        if "ready" in answer:
+        if "ready" in answer and not slot.ready:
             slot.ready, self._bad_starts = True, 0
         elif "pong" in answer:
             slot.silent = False
@@ -236,21 +201,22 @@ class EnvironmentPool:
             running = (one for one in slot.episodes.values() if one.running and one.running.id == answer.get("id"))
             episode = next(running, None)
             if episode is None:
-                return self._lose(slot, "protocol", "its process answered what was not asked", _begun(slot))
+                return self._lose(slot, "protocol", "its process answered what was not asked", slot.begun())
             self._answered(slot, episode, answer)
 
-    def _answered(self, slot: _Slot, episode: _Episode, answer: dict[str, Any]) -> None:
+    def _answered(self, slot: Slot, episode: OpenEpisode, answer: dict[str, Any]) -> None:
         """An answer to the call that the episode waits for."""
         call = episode.running
         assert call is not None
         if "begun" in answer:
-            call.begun_at, call.thread = time.monotonic(), tuple(answer["begun"])
+            call.begun_at, call.thread = time.monotonic(), thread_of(answer)
             return
         episode.running = None
         new = episode.position == len(episode.answers)
         if new:
+            # By the process's own clock: the answer may have waited for this rank, which trains between two polls.
+            seconds = seconds_of(answer)
             self._counts["calls"] += 1
-            seconds = time.monotonic() - (call.begun_at or call.sent_at)
             self._counts["call_s"] += seconds
             episode.seconds += seconds
         if answer.get("failed") == "memory":
@@ -262,10 +228,11 @@ class EnvironmentPool:
         except WrongAnswerError as error:
             self._fail(episode, "protocol", str(error))
 
-    def _take(self, episode: _Episode, answer: dict[str, Any], new: bool) -> None:
+    def _take(self, episode: OpenEpisode, answer: dict[str, Any], new: bool) -> None:
         """Note an answer, and tell it where it is new. Raises WrongAnswerError."""
         if "failed" in answer:
-            return self._fail(episode, str(answer["failed"]), str(answer.get("detail", "")))
+            kind = answer["failed"] if answer["failed"] in FAILURES else "protocol"
+            return self._fail(episode, kind, str(answer.get("detail", "")))
         event: PoolEvent
         call = episode.calls[episode.position]["call"]
         if call == "finish":
@@ -287,7 +254,7 @@ class EnvironmentPool:
 
     # Ends
 
-    def _fail(self, episode: _Episode, kind: str, detail: str) -> None:
+    def _fail(self, episode: OpenEpisode, kind: str, detail: str) -> None:
         """Close an episode whose process lives or is already gone, with an event."""
         self._counts[f"failed_{kind}"] += 1
         self._episodes.pop(episode.number, None)
@@ -296,7 +263,7 @@ class EnvironmentPool:
         self._events.append(Failed(episode.number, kind, detail))
         self._release(episode)
 
-    def _release(self, episode: _Episode, finished: bool = False) -> None:
+    def _release(self, episode: OpenEpisode, finished: bool = False) -> None:
         """Free the place of an episode without a running call. `finished`: the worker has closed it by itself."""
         slot = self._slots.get(episode.process) if episode.process else None
         episode.process = None
@@ -308,7 +275,7 @@ class EnvironmentPool:
         elif not finished:
             self._request(slot.process, {"id": 0, "episode": episode.number, "call": "close"})
 
-    def _end(self, slot: _Slot) -> int:
+    def _end(self, slot: Slot) -> int:
         """End a process; its exit code."""
         del self._slots[slot.process]
         for fd in (slot.process.answer_fd, slot.process.request_fd):
@@ -316,10 +283,15 @@ class EnvironmentPool:
                 self._selector.unregister(fd)
         return slot.process.close()
 
-    def _died(self, slot: _Slot) -> None:
+    def _died(self, slot: Slot) -> None:
         """The process has ended by itself, or was killed from outside."""
         log, code = slot.process.log_tail(), slot.process.wait()
-        text = f"its process was ended by signal {-code}" if code < 0 else f"its process ended with exit code {code}"
+        memory = " (SIGKILL: perhaps the host ran out of memory)" if code == -signal.SIGKILL else ""
+        text = (
+            f"its process was ended by signal {-code}{memory}"
+            if code < 0
+            else f"its process ended with exit code {code}"
+        )
         detail = f"{text}; the end of its log: {log}" if log else text
         if not slot.ready:
             self._bad_starts += 1
@@ -331,16 +303,22 @@ class EnvironmentPool:
             self._start(extra=slot.extra)
             return
         calls = [episode.running for episode in slot.episodes.values() if episode.running]
-        suspects = crash_suspects(calls, code, log)
-        self._lose(slot, "crashed", detail, [slot.episodes[call.episode] for call in suspects])
+        suspects = [slot.episodes[call.episode] for call in crash_suspects(calls, log)]
+        self._lose(slot, "crashed", detail, suspects, from_outside=code == -signal.SIGKILL)
 
-    def _lose(self, slot: _Slot, kind: str, detail: str, suspects: list[_Episode]) -> None:
-        """End a process for the fault of one of the suspects; the others in it go on elsewhere."""
+    def _lose(
+        self, slot: Slot, kind: str, detail: str, suspects: list[OpenEpisode], from_outside: bool = False
+    ) -> None:
+        """End a process for the fault of one of the suspects; the others in it go on elsewhere.
+
+        Args:
+            from_outside: it may be nobody's fault (SIGKILL): a suspect is sure only where it happens again to it alone.
+        """
         self._end(slot)
         self._counts["restarts"] += 1
         if not slot.extra:
             self._start()
-        sure = len(suspects) == 1
+        sure = len(suspects) == 1 and (suspects[0].alone or not from_outside)
         for episode in list(slot.episodes.values()):
             episode.running, episode.position, episode.process = None, 0, None
             if episode.dropped:
@@ -362,55 +340,31 @@ class EnvironmentPool:
     # Time limits
 
     def _next_deadline(self) -> float:
-        limits = [self._deadline(slot) for slot in self._slots.values()]
-        return min(limits, default=float("inf"))
-
-    def _deadline(self, slot: _Slot) -> float:
-        """When a process has to be looked at: a call has run for half its limit (a sign of life is due) or a whole one."""
-        if not slot.ready:
-            return slot.process.started_at + self._config.start_timeout_s
-        half = self._config.step_timeout_s / 2
-        due = (
-            self._limit(episode, slot) - (0.0 if episode.running.asked else half)
-            for episode in slot.episodes.values()
-            if episode.running
-        )
-        return min(due, default=float("inf"))
-
-    def _limit(self, episode: _Episode, slot: _Slot) -> float:
-        """When the running call of an episode has to be over."""
-        call = episode.running
-        assert call is not None
-        if call.begun_at is None and _begun(slot):  # it waits for another of its process
-            return float("inf")
-        limit = self._config.step_timeout_s
-        if self._config.episode_timeout_s is not None and episode.position == len(episode.answers):
-            limit = min(limit, max(0.0, self._config.episode_timeout_s - episode.seconds))
-        return (call.begun_at or max(call.sent_at, slot.heard_at)) + limit
+        return min((slot.deadline(self._config) for slot in self._slots.values()), default=float("inf"))
 
     def _check_deadlines(self, since: float) -> None:
         """Look at the processes whose time has come; not at those in the midst of an answer, heard since a time."""
         now = time.monotonic()
         for slot in list(self._slots.values()):
-            if now < self._deadline(slot) or (slot.process.reading and slot.heard_at >= since):
+            if now < slot.deadline(self._config) or (slot.process.reading and slot.heard_at >= since):
                 continue
             if not slot.ready:
                 raise RuntimeError(
                     f"environment.target={self._config.target} was not imported within environment.start_timeout_s="
                     f"{self._config.start_timeout_s:g}; raise it, or see its log: {slot.process.log_tail()}"
                 )
-            running = [one for one in slot.episodes.values() if one.running]
-            late = [one for one in running if now >= self._limit(one, slot)]
+            limits = slot.limits(self._config)
+            late = [episode for episode, limit in limits if now >= limit]
             if late:
                 self._late(slot, late)
                 continue
-            for episode in running:
+            for episode, limit in limits:
                 assert episode.running is not None
-                episode.running.asked |= now >= self._limit(episode, slot) - self._config.step_timeout_s / 2
+                episode.running.asked |= now >= limit - self._config.step_timeout_s / 2
             slot.silent = True
             self._request(slot.process, {"ping": self._call_id})
 
-    def _late(self, slot: _Slot, late: list[_Episode]) -> None:
+    def _late(self, slot: Slot, late: list[OpenEpisode]) -> None:
         """Calls have exceeded their limit: their process is killed, since a thread cannot be."""
         suspects = late[:1]
         if slot.silent:  # one of its calls keeps Python's global lock, and need not be one that is late
@@ -419,18 +373,10 @@ class EnvironmentPool:
         else:  # each of the others would only cost another process
             for episode in late[1:]:
                 if not episode.dropped:
-                    self._fail_in_lost(slot, episode, *self._lateness(episode))
-        self._lose(slot, *self._lateness(suspects[0]), suspects)
+                    self._fail_in_lost(slot, episode, *lateness(episode, self._config))
+        self._lose(slot, *lateness(suspects[0], self._config), suspects)
 
-    def _lateness(self, episode: _Episode) -> tuple[str, str]:
-        """(kind of failure, detail) of an episode that is late."""
-        kind, limit = "timeout", f"environment.step_timeout_s={self._config.step_timeout_s:g}"
-        whole = self._config.episode_timeout_s
-        if whole is not None and episode.seconds + self._config.step_timeout_s > whole:
-            kind, limit = "episode_timeout", f"environment.episode_timeout_s={whole:g}"
-        return kind, f"{episode.calls[episode.position]['call']} (turn {episode.position}) exceeded {limit}"
-
-    def _fail_in_lost(self, slot: _Slot, episode: _Episode, kind: str, detail: str) -> None:
+    def _fail_in_lost(self, slot: Slot, episode: OpenEpisode, kind: str, detail: str) -> None:
         del slot.episodes[episode.number]
         episode.process = episode.running = None
         self._fail(episode, kind, detail)
@@ -439,7 +385,7 @@ class EnvironmentPool:
 
     def _start(self, extra: bool = False) -> None:
         process = EnvironmentProcess(self._config)
-        self._slots[process] = _Slot(process, extra=extra)
+        self._slots[process] = Slot(process, extra=extra)
         self._selector.register(process.answer_fd, selectors.EVENT_READ, process)
         self._watch(process)
 
@@ -454,7 +400,7 @@ class EnvironmentPool:
             episode.process = slot.process
             self._advance(episode)
 
-    def _free_slot(self, episode: _Episode) -> _Slot | None:
+    def _free_slot(self, episode: OpenEpisode) -> Slot | None:
         """A process with room for an episode, the emptiest; for one that must be alone, an extra one."""
         slots = list(self._slots.values())
         if episode.alone:
@@ -468,6 +414,6 @@ class EnvironmentPool:
         return min(room, key=lambda slot: len(slot.episodes), default=None)
 
 
-def _begun(slot: _Slot) -> list[_Episode]:
-    """Episodes whose call runs now."""
-    return [one for one in slot.episodes.values() if one.running and one.running.begun_at is not None]
+def check_start(config: EnvironmentConfig) -> None:
+    """Start one process and end it again. Raises ValueError as `EnvironmentPool` does."""
+    EnvironmentPool(replace(config, processes=1)).close()

@@ -45,7 +45,7 @@ def interpreter(config: EnvironmentConfig) -> str:
     """
     if config.python is None:
         return sys.executable
-    path = shutil.which(os.path.expanduser(config.python))
+    path = shutil.which(config.python)
     if path is None:
         raise ValueError(
             f"environment.python={config.python} is not a program; give a Python interpreter, such as that of a virtual "

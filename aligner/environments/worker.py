@@ -3,11 +3,11 @@
     python worker.py REQUESTS_FD ANSWERS_FD ADAPTERS_FOLDER
 
 Each message is JSON in UTF-8 after its length (4 bytes, big endian). The first request holds the settings; it is answered by
-{"ready": true} or {"unusable": why}. Then {"id", "episode", "call": "open", "step", "finish" or "close", ...}: first
-{"id", "begun": [ident, native id, nanoseconds of CPU time of the thread]} once the call runs (its time limit counts from there), then {"id", "turn"}, {"id", "final"},
-{"id", "closed": true} or {"id", "failed": kind, "detail"}. The calls of an episode run one after the other in a thread of
-its own; those of different episodes at the same time. {"ping": n} is answered by {"pong": n} unless a call keeps Python's
-global lock.
+{"ready": true} or {"unusable": why}. Each further one is {"id", "episode", "call": "open", "step", "finish" or "close", ...},
+answered twice: by {"id", "begun": [ident, native id, nanoseconds of CPU time of its thread]} once it runs, from where its time
+limit counts; and by {"id", "seconds", "turn" or "final"}, {"id", "closed": true} or {"id", "failed": kind, "detail"}. The calls of
+an episode run one after the other in a thread of its own; those of different episodes at the same time. {"ping": n} is
+answered by {"pong": n} unless a call keeps Python's global lock.
 
 What the environment prints goes to standard error, a file of limited size. An adapter (adapters/NAME.py) is a file with
 `make(host)`, which imports the environment and returns a factory of episodes with `open(row, seed)`, `step(text, tool_calls)`,
@@ -41,6 +41,8 @@ FRAME_LIMIT = 16 * 2**20
 LOG_BYTES = 2**20
 """Bytes of the log (standard error) beyond which it is begun anew."""
 LOG_CHECK_S = 0.5
+STACK_BYTES = 2 * 2**20
+"""Stack of an episode's thread, which counts as memory of the process."""
 WRITE_LIMIT = 2**30
 """Largest file that the environment may write, in bytes: a runaway log must not fill the disk."""
 DETAIL_CHARS = 2000
@@ -208,6 +210,7 @@ class Worker:
         self._write_lock = threading.Lock()
         self._episodes: dict[int, queue.Queue[dict[str, Any]]] = {}
         self._buffer = b""
+        self._log_checked = 0.0
         self._make: Callable[[], Any] = object
         self._random: GlobalRandom | None = None
         self.limits: tuple[int, bool] = (0, False)
@@ -289,7 +292,11 @@ class Worker:
                 return environment[0].step(request["text"], request["tool_calls"])
             return environment[0].finish()
 
+        began = time.monotonic()
+
         def begun() -> None:
+            nonlocal began
+            began = time.monotonic()
             thread = [threading.get_ident(), threading.get_native_id(), time.thread_time_ns()]
             self._write({"id": request["id"], "begun": thread})
 
@@ -298,9 +305,8 @@ class Worker:
             answer = call()
         else:
             answer = self._random.call(states, request.get("seed"), begun, call)
-        if request["call"] == "finish":
-            return {"id": request["id"], "final": answer}
-        return {"id": request["id"], "turn": self._limited(answer)}
+        result = {"final": answer} if request["call"] == "finish" else {"turn": self._limited(answer)}
+        return {"id": request["id"], "seconds": time.monotonic() - began, **result}
 
     def _limited(self, turn: dict[str, Any]) -> dict[str, Any]:
         """The turn, its long messages cut. Raises WrongAnswer where they may not be."""
@@ -355,8 +361,11 @@ class Worker:
     def _read(self) -> dict[str, Any] | None:
         """The next request; None at the end. Keeps the log short while it waits."""
         while len(self._buffer) < 4 or len(self._buffer) < 4 + LENGTH.unpack(self._buffer[:4])[0]:
-            if not select.select([self._requests], [], [], LOG_CHECK_S)[0]:
+            ready = select.select([self._requests], [], [], LOG_CHECK_S)[0]
+            if time.monotonic() > self._log_checked + LOG_CHECK_S:
+                self._log_checked = time.monotonic()
                 restart_long_log()
+            if not ready:
                 continue
             piece = os.read(self._requests, 1 << 16)
             if not piece:
@@ -404,7 +413,7 @@ def error_text(error: BaseException) -> str:
     """An exception with the last place of its traceback."""
     frames = traceback.extract_tb(error.__traceback__)
     place = f" at {os.path.basename(frames[-1].filename)}:{frames[-1].lineno}" if frames else ""
-    return f"{type(error).__name__}{place}: {error}"
+    return f"{type(error).__name__}{place}: {' '.join(str(error).split())[:DETAIL_CHARS]}"
 
 
 def restart_long_log() -> None:
@@ -436,6 +445,7 @@ def main() -> None:
     os.dup2(2, 1)
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     faulthandler.enable()
+    threading.stack_size(STACK_BYTES)
     sys.path[0] = os.getcwd()  # not this folder, whose names (mcp.py, textarena.py) are those of packages
     sys.argv = sys.argv[:1]
     try:

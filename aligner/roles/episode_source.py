@@ -10,6 +10,7 @@ if TYPE_CHECKING:
 
     from aligner.config.schema import Config
     from aligner.environments.conversation import ConversationFormat
+    from aligner.environments.tool_calls import ToolParser
     from aligner.models.spec import ModelSpec
     from aligner.rollout.episodes.source import EpisodeSource
 
@@ -29,23 +30,26 @@ def source_factory(
 
 
 def make_source(config: Config, tokenizer: PreTrainedTokenizerBase, spec: ModelSpec) -> EpisodeSource:
-    """The source of environment.target.
+    """The source of environment.target or environment.agent.command.
 
     Raises:
-        ValueError: the environment cannot be started, or the tokenizer has no chat template.
+        ValueError: it cannot be started, or the tokenizer has no chat template.
     """
+    from aligner.environments.endpoint.agents import AgentEpisodes
     from aligner.environments.episodes import EnvironmentEpisodes
     from aligner.environments.parsers import named_parser
     from aligner.environments.pool import EnvironmentPool
 
     settings, length = config.environment, config.rollout.length(spec)
-    return EnvironmentEpisodes(
-        settings,
-        EnvironmentPool(settings),
-        conversation_format(config, tokenizer, spec.eos_token_ids),
-        parser=lambda: named_parser(settings.tool_parser, tokenizer),
-        max_tokens=min(settings.max_tokens or length, length),
-    )
+    form = conversation_format(config, tokenizer, spec.eos_token_ids)
+    max_tokens = min(settings.max_tokens or length, length)
+
+    def parser() -> ToolParser:
+        return named_parser(settings.tool_parser, tokenizer)
+
+    if settings.agent.command:
+        return AgentEpisodes(settings, form, parser, max_tokens, spec.vocab)
+    return EnvironmentEpisodes(settings, EnvironmentPool(settings), form, parser=parser, max_tokens=max_tokens)
 
 
 def conversation_format(

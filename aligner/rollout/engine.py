@@ -5,7 +5,8 @@ engine (vLLM in `rollout/vllm/`, the transformers library in `rollout/transforme
 `rollout/engines.py`.
 
 Determinism: sample i of a prompt is drawn with seed `seeds[prompt] + i` and nothing else. The other prompts, their order, the
-replica and the process's random states have no part in it, but for rounding: logits of other batches differ in the last bits.
+replica and the process's random states have no part in it, but for rounding: logits of other batches differ in the last bits
+(not with vLLM on a CPU: see `rollout/vllm/cpu_single_rows.py`).
 """
 
 from __future__ import annotations

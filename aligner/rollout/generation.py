@@ -154,7 +154,9 @@ class GenerationRole(Role):
             ValueError: the job has no environment.
         """
         if not self.plays:
-            raise ValueError("rollout.play needs an environment: set environment.target, or call rollout.generate.")
+            raise ValueError(
+                "rollout.play needs an environment: set environment.target or environment.agent.command, or call rollout.generate."
+            )
         self.wake()
         with self.call("generate"):
             return self._finish(self._start(tasks, num_samples, sampling, seed, plays=True))

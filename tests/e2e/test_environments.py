@@ -62,3 +62,51 @@ def test_the_calculator_finds_out_that_its_tools_pay(torchrun: Torchrun, tmp_pat
     held_out = [row["eval/accuracy"] for row in rows if "eval/accuracy" in row]
     assert held_out[-1] > held_out[0] + 0.3
     assert re.search(r"episodes/turns", json.dumps(rows[-1]))
+
+
+ROGUE = '''
+import os, re, time
+
+
+class Rogue:
+    """Pays 1 for any turn, but of 16 seeds six end in six ways."""
+
+    def reset(self, row, seed):
+        self.fate = seed % 16
+        return "go:"
+
+    def step(self, text):
+        if self.fate == 0:
+            re.match(r"(a+)+$", "a" * 64 + "b")  # stuck, with Python's global lock
+        if self.fate == 1:
+            os._exit(1)
+        if self.fate == 2:
+            eaten = [bytearray(2**24) for _ in range(10**6)]
+        if self.fate == 3:
+            return "", "much", True
+        if self.fate == 4:
+            return "x" * 10**8
+        if self.fate == 5:
+            return b"\\xff\\xfe", 1.0, True
+        time.sleep(0.01)
+        return None, 1.0, True
+'''
+
+
+def test_stuck_crashing_eating_and_lying_environments_are_counted_and_masked(job: Job, tmp_path: Path) -> None:
+    template, rogue = tmp_path / "chat.jinja", tmp_path / "rogue.py"
+    template.write_text(example("calculator").CHAT_TEMPLATE)
+    rogue.write_text(ROGUE)
+    rows = job(
+        2, "reward=environment", f"environment.target='{rogue}:Rogue'", f"data.chat_template='{template}'",
+        "environment.step_timeout_s=1", "environment.memory_mib=512", "environment.long_output=fail", "reward.max_missing=1",
+        "sampling.max_tokens=4", "rollout.max_model_len=128", "train.steps=4", "train.eval_every=0",
+    )  # fmt: skip
+    ended: dict[str, float] = {}
+    for row in rows:
+        for name, value in row.items():
+            if name.startswith("episodes/ended_"):
+                ended[name.removeprefix("episodes/ended_")] = ended.get(name.removeprefix("episodes/ended_"), 0) + value
+    assert set(ended) == {"done", "timeout", "crashed", "memory", "protocol"}
+    assert ended["protocol"] > ended["timeout"] and ended["done"] > sum(ended.values()) / 2
+    assert all(row["reward"] == 1.0 for row in rows)  # a failed episode is no zero

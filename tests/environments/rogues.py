@@ -64,6 +64,10 @@ class Rogue:
             os.kill(os.getpid(), 9)
         return "survived"
 
+    def kill(self, rest: str) -> object:
+        os.kill(os.getpid(), 9)
+        return ""
+
     def eat(self, rest: str) -> object:
         eaten = []
         while True:

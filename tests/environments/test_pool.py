@@ -78,6 +78,7 @@ CRASHES = {
     "exit_code": ("exit 3", "exit code 3"),
     "exit_0": ("exit 0", "exit code 0"),
     "segfault": ("segfault", "signal 11"),
+    "sigkill_each_time": ("kill", "SIGKILL: perhaps the host ran out of memory"),
 }
 
 
@@ -100,6 +101,18 @@ def test_a_worker_killed_from_outside_costs_no_episode(tmp_path: Path) -> None:
         events = play(made, {0: ["say a", f"once {tmp_path / 'killed'}", "end"], 1: GOOD})
     assert contents(events[0])[1:] == ["1: a", "survived"] and isinstance(events[0][-1], Finished)
     assert contents(events[1])[1:] == GOOD_SAID
+
+
+def test_a_crash_among_several_calls_is_found_out() -> None:
+    """Nothing says which of three calls ended the process: each goes on in a process for itself, where one crashes again."""
+    with pool(processes=2) as made:
+        texts = {0: ["sleep 0.5", "exit 1"], 1: ["sleep 0.5", "sleep 3", "say a", "end"], 2: ["sleep 3", "end"]}
+        events = play(
+            made, {number: texts[number // 2] if number % 2 == 0 else ["say x", "end"] for number in range(6)}
+        )
+    assert failure(events[0]).kind == "crashed"
+    assert contents(events[2])[1:] == ["slept 0.5", "slept 3", "3: a"] and contents(events[4])[1:] == ["slept 3"]
+    assert all(contents(events[number])[1:] == ["1: x"] for number in (1, 3, 5))
 
 
 def test_an_idle_worker_killed_from_outside_is_replaced() -> None:

@@ -51,7 +51,7 @@ class Interpreter:
             code: The program. Only what it prints is returned; nothing is kept between calls.
         """
         outcome = _sandbox().run_python(["main.py"], {"main.py": code}, limits=self._limits, isolation=self._isolation)
-        text: str = (outcome.stdout + outcome.stderr).decode("utf-8", "replace")
+        text: str = (outcome.stdout + outcome.stderr).decode("utf-8", "replace").strip()
         if outcome.stopped == "time":
             text += f"\n[stopped after {self._seconds:g} seconds]"
         elif outcome.stopped:

@@ -16,6 +16,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from aligner.environments.worker import Host
 
+LOST = (-32000, -32001)
+"""The package's codes of a connection that was closed, and of a request without an answer in time."""
+
 
 def make(host: Host) -> Callable[[], McpSession]:
     """See the package."""
@@ -28,18 +31,18 @@ def make(host: Host) -> Callable[[], McpSession]:
     if not hasattr(mcp, "Client"):
         raise host.Unusable("environment.kind=mcp needs the package mcp 2.0 or newer in environment.python")
     if host.target.startswith(("http://", "https://")):
-        return lambda: McpSession(host, lambda: mcp.Client(host.target))
+        return lambda: McpSession(host, mcp.MCPError, lambda: mcp.Client(host.target))
     words = shlex.split(host.target)
     places = {name: host.options[name] for name in ("env", "cwd") if name in host.options}
     server = mcp.StdioServerParameters(command=words[0], args=words[1:], **places)
-    return lambda: McpSession(host, lambda: mcp.Client(server))
+    return lambda: McpSession(host, mcp.MCPError, lambda: mcp.Client(server))
 
 
 class McpSession:
     """One episode: one session."""
 
-    def __init__(self, host: Host, client: Callable[[], Any]) -> None:
-        self._host, self._make_client = host, client
+    def __init__(self, host: Host, error: Any, client: Callable[[], Any]) -> None:
+        self._host, self._error, self._make_client = host, error, client
         self._session: asyncio.Task[None] | None = None
         self._names: set[str] = set()
 
@@ -106,18 +109,22 @@ class McpSession:
         return [{"type": "function", "function": function} for function in functions]
 
     def _result(self, call: dict[str, Any]) -> tuple[str, bool]:
-        """(the message of a call's result, whether it is an error)."""
+        """(the message of a call's result, whether it is an error). Raises where the server is gone, which is no fault of
+        the policy's."""
         name, arguments = call.get("name"), call.get("arguments", {})
+        wrong = call.get("error")
+        if not wrong and name not in self._names:
+            wrong = f"there is no tool {name}; there are {', '.join(sorted(self._names))}"
+        elif not wrong and not isinstance(arguments, dict):
+            wrong = f"the arguments of {name} are not a JSON object"
+        if wrong:
+            return json.dumps({"error": str(wrong)}, ensure_ascii=False), True
         try:
-            if call.get("error"):
-                raise ValueError(call["error"])
-            if name not in self._names:
-                raise ValueError(f"there is no tool {name}; there are {', '.join(sorted(self._names))}")
-            if not isinstance(arguments, dict):
-                raise ValueError(f"the arguments of {name} are not a JSON object")
             result = self._host.resolve(self._client.call_tool(name, arguments))
-        except Exception as error:
-            return json.dumps({"error": str(error) or type(error).__name__}, ensure_ascii=False), True
+        except self._error as error:
+            if error.code in LOST:
+                raise
+            return json.dumps({"error": str(error)}, ensure_ascii=False), True
         texts = [block.text for block in result.content if getattr(block, "type", "") == "text"]
         if len(texts) < len(result.content):
             raise self._host.WrongAnswer(f"the tool {name} returned content that is not text")

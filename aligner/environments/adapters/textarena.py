@@ -46,7 +46,12 @@ def make(host: Host) -> Callable[[], TextArena]:
             game = wrapper(game)
         return game
 
-    create({})  # so that wrong options are told now
+    try:  # so that wrong options are told now
+        create({}).reset(num_players=players, seed=0)
+    except (TypeError, AssertionError) as error:
+        raise host.Unusable(
+            f"environment.options do not fit the game {host.target} with num_players={players}: {error}"
+        ) from None
     return lambda: TextArena(host, arena, create, rival, players, player)
 
 
@@ -95,6 +100,12 @@ class TextArena:
         """What a player has not seen yet, without its own moves."""
         if isinstance(observation, str):
             return observation
-        own = self._arena.ObservationType.PLAYER_ACTION
-        parts = [str(message) for sender, message, kind in observation if not (sender == player and kind == own)]
+        move = self._arena.ObservationType.PLAYER_ACTION
+        roles = self._game.state.role_mapping
+        parts = []
+        for sender, message, kind in observation:
+            if kind != move:
+                parts.append(str(message))
+            elif sender != player:
+                parts.append(f"[{roles.get(sender, f'Player {sender}')}] {message}")
         return "\n".join(parts)

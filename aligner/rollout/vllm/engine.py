@@ -21,6 +21,7 @@ from aligner.rollout.engine import RolloutEngine
 from aligner.rollout.loaded import LoadedWeights
 from aligner.rollout.requests import Sample
 from aligner.rollout.vllm import cpu_norms
+from aligner.rollout.vllm.cpu_single_rows import compute_single_rows_as_two
 from aligner.rollout.vllm.experts import mend_cpu_expert_parallel
 from aligner.rollout.vllm.requests import VllmRequests
 from aligner.rollout.vllm.sizes import BLOCK_TOKENS, check_runs, kv_cache_bytes
@@ -240,6 +241,7 @@ def _platform(device: torch.device) -> None:
         # Compiling the sampler's small kernels takes 7 to 13 s and gains nothing on a CPU. Must precede other imports.
         type(current_platform).simple_compile_backend = "eager"
         mend_cpu_expert_parallel()
+        compute_single_rows_as_two()
 
 
 def _register(architecture: str) -> None:

@@ -163,7 +163,7 @@ def _install_cpu() -> None:
 
 
 def _install_without_transformer_engine() -> None:
-    """Define names that Megatron-core 0.16.1 uses but does not define without TransformerEngine."""
+    """Define names that Megatron-core uses but does not define without TransformerEngine."""
     import megatron.core.tensor_parallel.random as rng
     import megatron.core.transformer.moe.moe_utils as experts
 

@@ -35,6 +35,7 @@ from aligner.trainer.megatron.attention import (
 )
 from aligner.trainer.megatron.fused import gated, rms_norm
 from aligner.trainer.megatron.rotary import rotary_slice
+from aligner.trainer.megatron.versions import submodules_of
 
 
 class RMSNorm(nn.Module):
@@ -258,5 +259,6 @@ def _layer_spec(spec: ModelSpec, layer_type: LayerType, group: Any, last: bool) 
     if spec.o_bias:
         attention.linear_proj = BiasedRows
     if spec.mlp_bias and not layer_type.sparse:
-        parts.mlp.submodules.linear_fc1, parts.mlp.submodules.linear_fc2 = BiasedColumns, BiasedRows
+        mlp = submodules_of(parts.mlp)
+        mlp.linear_fc1, mlp.linear_fc2 = BiasedColumns, BiasedRows
     return layer

@@ -84,7 +84,9 @@ class Episodic:
         """Weights change at every step: the policy's log-probabilities under each token's version, beside the engine's; the
         weights in the end."""
         policy, rollout, start = self.policy, self.rollout, self.weights()
-        first = policy.version
+        first, policy.optimizer_steps = policy.version, 0
+        if policy.member:
+            policy.engine.reset_moments(1)  # each training starts from the same
         kept, seen = [start], []
         policy.reshard_to(rollout)
         rollout.calls = 0
@@ -112,7 +114,6 @@ class Episodic:
         end = [float(value.double().sum()) for value in kept[-1]]
         found = {"worst": worst, "versions": sorted(versions), "several": several}
         self.restore(start)
-        policy.optimizer_steps = 0
         return found | {"weights": Ref(policy, end).gather(), "rows": [content(s.gather()) for s in seen]}
 
     def resumed(self) -> tuple[list[Any], list[Any]]:
