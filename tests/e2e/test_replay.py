@@ -34,12 +34,6 @@ TEMPLATE = (
 )
 
 
-FORGETFUL = TEMPLATE.replace(
-    "{{ m.content }}", "{{ m.content if m.role != 'assistant' or loop.index >= loop.length - 1 else '' }}"
-)
-"""What the policy said before its last turn is left out: the third turn's context is a segment of its own."""
-
-
 def play(task: Task, folder: Path, template: str, *more: str) -> Path:
     """A job of some steps on one rank, which saves the episodes that they were made on and exports the model after each."""
     (folder / "game.py").write_text(GAME)
@@ -89,31 +83,3 @@ def test_log_probabilities_are_those_of_the_weights_that_sampled(
     assert main([str(run / "run"), "2", str(row), "--model", str(run / "run" / "exports" / "step_1")]) == 0
     assert "of weights 1 differ by at most" in capsys.readouterr().out
     assert main([str(run / "run"), "2", str(row), "--model", str(run / "run" / "exports" / "step_2")]) == 1
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "stream",
-    [
-        ["stream.lag=1", "stream.in_flight=true", "algorithm=grpo_decoupled"],
-        ["stream.step_tokens=5", "algorithm=grpo_decoupled"],
-    ],
-    ids=["in flight", "partial"],
-)
-def test_each_token_has_the_log_probability_of_its_own_weights(
-    task: Task, tmp_path: Path, stream: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Episodes of several segments, sampled by several weights: each token beside the export of its version."""
-    folder = play(task, tmp_path, FORGETFUL, *stream, "algorithm.group_size=2", "train.steps=4")
-    versions = set()
-    for step in range(1, 5):
-        for record in read_records(folder / "run", step):
-            assert len(record.segments) == 2 and len(record.turns) == 3
-            of = sorted({version for turn in record.turns for version in turn.versions})
-            versions.add(tuple(of))
-            for version in of:
-                model = folder / "run" / "exports" / f"step_{version}" if version else task.folder / "model"
-                name = [str(folder / "run"), str(step), str(record.row)]
-                assert main([*name, "--model", str(model), "--version", str(version)]) == 0, capsys.readouterr().out
-            assert main([*name, "--again"]) == 0, capsys.readouterr().out
-    assert any(len(of) > 1 for of in versions), "no episode has tokens of several weights"
