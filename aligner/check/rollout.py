@@ -12,23 +12,45 @@ from aligner.data.prompts import Prompt
 from aligner.data.sets import DataSets
 from aligner.data.tokenized_answer import TokenizedAnswer
 from aligner.models.spec import ModelSpec
-from aligner.rollout.config import UNSAID_LENGTH, RolloutConfig
+from aligner.rollout.config import ALONE, BESIDE_OTHERS, UNSAID_LENGTH, WHILE_OTHERS_LEAVE, RolloutConfig
+from aligner.spmd.mesh import Mesh
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def sized(config: Config, specs: Mapping[str, ModelSpec]) -> RolloutConfig:
-    """The rollout's settings with a length: rollout.max_model_len, or what prompts and responses need, as far as every
-    model that reads samples has positions."""
-    if "rollout" not in specs or config.rollout.max_model_len is not None:
+def memory_share(config: Config, role: str, meshes: Mapping[str, Mesh]) -> float:
+    """rollout.gpu_memory_utilization, or what roles on the engine's ranks leave it.
+
+    Args:
+        meshes: of the roles that have a model.
+    """
+    given: float | None = config.settings(role).gpu_memory_utilization
+    if given is not None:
+        return given
+    ranks = set(meshes[role].ranks)
+    others = [name for name, mesh in meshes.items() if name != role and ranks & set(mesh.ranks)]
+    kept = {name.partition(".")[0] for name in config.residency.keep}
+    if not others:
+        return ALONE
+    return BESIDE_OTHERS if config.residency.mode == "off" or kept & {role, *others} else WHILE_OTHERS_LEAVE
+
+
+def sized(config: Config, specs: Mapping[str, ModelSpec], meshes: Mapping[str, Mesh]) -> RolloutConfig:
+    """The rollout's settings with a share of a GPU's memory and a length: rollout.max_model_len, or what prompts and responses
+    need, as far as every model that reads samples has positions."""
+    if "rollout" not in specs:
         return config.rollout
+    of_models = {name: meshes[name] for name in specs}
+    rollout = replace(config.rollout, gpu_memory_utilization=memory_share(config, "rollout", of_models))
+    if rollout.max_model_len is not None:
+        return rollout
     needed = config.data.max_prompt_tokens + config.sampling.max_tokens
     if config.environment.enabled:
         needed = config.environment.max_tokens or episode_tokens(config)
     engines = [name for name in config.models if config.role(name).kind.runs_on == "engine"]  # read what a loop asks
     positions = [spec.max_positions for name, spec in specs.items() if name not in engines]
-    return replace(config.rollout, max_model_len=min(needed, *positions))
+    return replace(rollout, max_model_len=min(needed, *positions))
 
 
 def episode_tokens(config: Config) -> int:
@@ -36,16 +58,16 @@ def episode_tokens(config: Config) -> int:
     return config.data.max_prompt_tokens + config.environment.max_turns * config.sampling.max_tokens
 
 
-def sized_engines(config: Config, specs: Mapping[str, ModelSpec]) -> dict[str, Any]:
-    """The settings of further models, in which engines have a length: their max_model_len, or what a policy's rollout
-    needs, at least the usual one, as far as the model has positions."""
+def sized_engines(config: Config, specs: Mapping[str, ModelSpec], meshes: Mapping[str, Mesh]) -> dict[str, Any]:
+    """The settings of further models, in which engines have a share of memory and a length: their max_model_len, or what a
+    policy's rollout needs, at least the usual one, as far as the model has positions."""
     needed = max(config.data.max_prompt_tokens + config.sampling.max_tokens, UNSAID_LENGTH)
-    return {
-        name: replace(settings, max_model_len=min(needed, specs[name].max_positions))
-        if config.role(name).kind.runs_on == "engine" and name in specs and settings.max_model_len is None
-        else settings
-        for name, settings in config.models.items()
-    }
+    of_models, models = {name: meshes[name] for name in specs}, dict(config.models)
+    for name in (name for name in models if config.role(name).kind.runs_on == "engine" and name in specs):
+        length = models[name].max_model_len or min(needed, specs[name].max_positions)
+        share = memory_share(config, name, of_models)
+        models[name] = replace(models[name], max_model_len=length, gpu_memory_utilization=share)
+    return models
 
 
 def answered_prompts(config: Config, data: DataSets) -> DataSets:

@@ -22,7 +22,9 @@ if TYPE_CHECKING:  # the engines take seconds to import; loops name `Roles`, and
 
     from aligner.config.schema import Config
     from aligner.models.spec import ModelSpec
+    from aligner.reshard.weights import StoredWeights
     from aligner.reward.role import Reward
+    from aligner.rollout.generation import SharedWeights
     from aligner.rollout.role import Rollout
     from aligner.spmd.mesh import Mesh
     from aligner.spmd.role import Role
@@ -190,7 +192,7 @@ def build_roles(
             if role.kind.on_trainer:
                 built[role.name] = _trainer_role(config, role, described, world, meshes[role.name], spec)
             elif role.kind.runs_on == "engine":
-                built[role.name] = _engine_role(config, role, world, meshes[role.name], spec, tokenizer)
+                built[role.name] = _engine_role(config, role, world, meshes[role.name], spec, tokenizer, built)
             else:
                 built[role.name] = _reward_role(config, role, world, meshes[role.name], tokenizer, built)
     return Roles(built)
@@ -233,7 +235,13 @@ def _trainer_role(
 
 
 def _engine_role(
-    config: Config, role: RoleSpec, world: World, mesh: Mesh, spec: ModelSpec, tokenizer: PreTrainedTokenizerBase
+    config: Config,
+    role: RoleSpec,
+    world: World,
+    mesh: Mesh,
+    spec: ModelSpec,
+    tokenizer: PreTrainedTokenizerBase,
+    built: Mapping[str, Role],
 ) -> Rollout:
     from aligner.roles import episode_source
     from aligner.rollout.folder_weights import FolderWeights
@@ -246,10 +254,18 @@ def _engine_role(
     settings, source = config.settings(role.name), None
     if not further:  # a further engine answers what a loop asks of it
         source = episode_source.source_factory(config, tokenizer, own)
-    rollout = Rollout(role.name, world, mesh, own, settings, config.sampling, seed, config.stream, source)
+    shared = _shared_weights(cast("Policy", built["policy"])) if settings.share_policy_weights else None
+    rollout = Rollout(role.name, world, mesh, own, settings, config.sampling, seed, config.stream, source, shared)
     if further:
         rollout.loaded.source = FolderWeights(own)  # until a policy sends its own
     return rollout
+
+
+def _shared_weights(policy: Policy) -> SharedWeights:
+    """The policy's own tensors, which its ranks hold whole (`aligner.check.shared_weights`)."""
+    from aligner.rollout.generation import SharedWeights
+
+    return SharedWeights(policy, lambda name: cast("StoredWeights", policy.weights).local(name))
 
 
 def _reward_role(

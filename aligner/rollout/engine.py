@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Self, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from aligner.bounds import check_settings
 from aligner.rollout.config import RolloutConfig, Sampling
@@ -34,6 +35,9 @@ if TYPE_CHECKING:
     from aligner.spmd.residency import Part
 
 T = TypeVar("T")
+SharedTensors = Callable[[str], Tensor]
+"""Name of a parameter or buffer in transformers' model -> the policy's own memory of it, whole."""
+
 KINDS = {"weights": Kind(lost=True), "cache": Kind()}
 """What an engine holds that can leave the device: weights, which the next sync writes anew, and the KV cache."""
 
@@ -70,6 +74,7 @@ class RolloutEngine(ABC):
         layout: WeightLayout,
         sleeps: bool,
         loaded: LoadedWeights,
+        shared: SharedTensors | None = None,
     ) -> Self:
         """An engine without weights; collective over `group`.
 
@@ -79,6 +84,7 @@ class RolloutEngine(ABC):
             layout: what every rank of the role holds.
             sleeps: weights and cache must be able to leave the device (`parts`).
             loaded: the role's record of which weights its engines hold.
+            shared: the policy's own tensors, which the engine computes with (`config.share_policy_weights`).
 
         Raises:
             ValueError: settings and model do not go together.

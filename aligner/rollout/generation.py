@@ -14,13 +14,13 @@ from aligner.models.spec import ModelSpec
 from aligner.reshard.weights import RemoteWeights, WritableWeights
 from aligner.rollout.arrivals import Arrivals
 from aligner.rollout.config import RolloutConfig, Sampling, StreamConfig
-from aligner.rollout.engine import KINDS
+from aligner.rollout.engine import KINDS, SharedTensors
 from aligner.rollout.engines import backend
 from aligner.rollout.episodes.driver import Episodes
 from aligner.rollout.episodes.figures import Figures
 from aligner.rollout.episodes.source import EpisodeSource
 from aligner.rollout.kind import Place, Responses, RolloutKind
-from aligner.rollout.loaded import LoadedWeights
+from aligner.rollout.loaded import LoadedWeights, WeightSource
 from aligner.rollout.rows import prompt_from, prompt_to
 from aligner.spmd.mesh import Mesh
 from aligner.spmd.messages import all_gather, broadcast
@@ -34,6 +34,16 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class SharedWeights:
+    """The policy that a rollout computes with the memory of."""
+
+    policy: Any
+    """Its role."""
+    tensors: SharedTensors
+    """On the policy's ranks."""
 
 
 @dataclass(eq=False)
@@ -70,13 +80,18 @@ class GenerationRole(Role):
         seed: int,
         overlap: StreamConfig | None = None,
         source: Callable[[], EpisodeSource] | None = None,
+        shared: SharedWeights | None = None,
     ) -> None:
         """Args:
         source: makes what plays episodes, on the first rank of each replica; None: there is no environment.
+        shared: the policy whose weights the engines compute with; None: they have their own.
         """
         super().__init__(name, world, mesh)
         self.plays = source is not None
         """Whether there is an environment to play in."""
+        self.shared = shared
+        """Whose weights the engines compute with; None: they have their own."""
+        self._weight_owners = () if shared is None else (shared.policy,)
         self.spec, self.config, self.sampling, self.seed = spec, config, sampling, seed
         self.overlap = overlap or StreamConfig()
         self.calls = 0
@@ -88,21 +103,31 @@ class GenerationRole(Role):
         group, engine = world.my_group(mesh.groups("tensor", "pipeline")), backend(config.engine)
         world.residency.make_room(name, mesh)
         sleeps = world.device.type == "cpu" or world.residency.crowds(name, mesh)
-        world.residency.register(name, mesh, KINDS if sleeps else {}, on_lost=self.loaded.evict)
+        kinds = {part: kind for part, kind in KINDS.items() if sleeps and (shared is None or part != "weights")}
+        world.residency.register(name, mesh, kinds, on_lost=self.loaded.evict)
         layout = engine.layout(spec, mesh, config.dtype)
         if group is None:
             self.weights: WritableWeights = RemoteWeights(layout)
             return
         ident = f"{name}{mesh.shards[self.shard or 0][0]}"
         self.engine = engine.engine_type().build(
-            spec, mesh, group, ident, config, world.device, layout=layout, sleeps=sleeps, loaded=self.loaded
+            spec,
+            mesh,
+            group,
+            ident,
+            config,
+            world.device,
+            layout=layout,
+            sleeps=sleeps,
+            loaded=self.loaded,
+            shared=None if shared is None else shared.tensors,
         )
         self.engine.requests.progress = world.activity.tick
         self._responses: RolloutKind = Responses(self.engine)
         self.weights = self.engine.weights
         if sleeps:
             world.residency.register(
-                name, mesh, KINDS, self.engine.parts(world.residency.meter), on_lost=self.loaded.evict
+                name, mesh, kinds, self.engine.parts(world.residency.meter), on_lost=self.loaded.evict
             )
             world.residency.before_evict(name, self.complete)
         world.on_leave(self.engine.close)
@@ -130,7 +155,7 @@ class GenerationRole(Role):
             Ref to `Samples`: row p * num_samples + g is sample g of prompt p.
         """
         self.wake()
-        with self.call("generate"):
+        with self.call("generate", self._weight_owners):
             return self._finish(self._start(prompts, num_samples, sampling, seed, plays=False))
 
     def play(
@@ -158,7 +183,7 @@ class GenerationRole(Role):
                 "rollout.play needs an environment: set environment.target or environment.agent.command, or call rollout.generate."
             )
         self.wake()
-        with self.call("generate"):
+        with self.call("generate", self._weight_owners):
             return self._finish(self._start(tasks, num_samples, sampling, seed, plays=True))
 
     def sample(
@@ -181,6 +206,7 @@ class GenerationRole(Role):
 
     def finish(self, started: Started) -> Ref:
         """What `sample` returns, of something started."""
+        self._check_unchanged()
         self.under_way.remove(started)
         with self.working():
             return self._finish(started)
@@ -203,6 +229,23 @@ class GenerationRole(Role):
         source = self.loaded.source_to_reload(self.name)
         if source is not None:
             source.reshard_to(self)
+        self._check_unchanged()
+
+    def _check_unchanged(self) -> None:
+        """RuntimeError where weights that are shared have been updated since the policy gave them."""
+        if self.shared is not None:
+            self.loaded.check_unchanged(self.name)
+
+    def use_shared(self, policy: WeightSource) -> None:
+        """In place of a weight sync: the engines go on with the policy's present weights, and forget their caches."""
+        if self.shared is None or self.shared.policy is not policy:
+            raise ValueError(
+                f"{policy.name}.reshard_to({self.name}): {self.name} computes with the policy's own weights; set "
+                "rollout.share_policy_weights=false, or give the other policy an engine of its own, models.NAME={kind: engine, ...}."
+            )
+        with self.loaded.loading(policy):
+            if self.member:
+                self.engine.new_weights()
 
     @property
     def asleep(self) -> bool:
@@ -211,7 +254,9 @@ class GenerationRole(Role):
 
     def working(self) -> AbstractContextManager[None]:
         """The role call in which what is under way is completed: it needs the engine, unless that is done."""
-        return self.call("collect", on_host=True) if self.asleep else self.call("generate")
+        if self.under_way:
+            self._check_unchanged()
+        return self.call("collect", on_host=True) if self.asleep else self.call("generate", self._weight_owners)
 
     def complete(self) -> None:
         """Finish what is under way, or play it until it is interrupted."""
@@ -227,8 +272,9 @@ class GenerationRole(Role):
         """
         if not self.under_way or self.asleep:
             return
+        self._check_unchanged()
         arrived = self._arrivals.announce(policy.ranks) if self._arrivals else _never
-        with self.call("generate"):
+        with self.call("generate", self._weight_owners):
             if self.member:
                 self._work_until(arrived)
 

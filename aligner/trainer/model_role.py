@@ -34,7 +34,7 @@ class ModelRole(Role, ABC):
     """A model on the training backend `config.engine`; its role calls return its `readout`: log-probabilities, values or scores."""
 
     needs: ClassVar[Mapping[str, Sequence[str]]] = dict.fromkeys(
-        ("logprobs", "values", "scores", "save_checkpoint", "reshard_to"), ("weights",)
+        ("logprobs", "values", "scores", "save_checkpoint", "reshard_to", "generate"), ("weights",)
     )
     reads = frozenset(needs)
     kinds: ClassVar[Mapping[str, Kind]] = {"weights": Kind(copied=True)}
@@ -82,7 +82,7 @@ class ModelRole(Role, ABC):
         """The model's weights as the source of a weight sync or an export; on every rank of the world."""
         if self._engine is not None:
             return self._engine.weights
-        return RemoteWeights(backend(self.config.engine).layout(self.spec, self.mesh, self.config.dtype))
+        return RemoteWeights(backend(self.config.engine).layout(self.spec, self.mesh, self.config))
 
     @abstractmethod
     def readout(self) -> Readout:

@@ -111,6 +111,7 @@ class Case:
         self.dtype = "float32" if given.pop("bf16", None) is None else "bfloat16"
         self.sequence_parallel = given.pop("sp", None) is not None
         self.recompute = given.pop("recompute", "none")
+        self.experts = given.pop("experts", "sequential")
         self.micro_tokens = int(given.pop("micro", "40"))
         self.share_prefix = given.pop("share", "auto")
         stages = tuple(int(n) for n in given.pop("stage_layers", "").split("+") if n)
@@ -121,7 +122,11 @@ class Case:
     def policy(self, world: World, optimizer: OptimizerConfig) -> Policy:
         mesh = Mesh(tuple(range(world.size)), name="policy", **self.sizes)
         config = PolicyConfig(
-            dtype=self.dtype, micro_tokens=self.micro_tokens, recompute=self.recompute, optimizer=optimizer
+            dtype=self.dtype,
+            micro_tokens=self.micro_tokens,
+            recompute=self.recompute,
+            experts=self.experts,
+            optimizer=optimizer,
         )
         name = f"{self.text} {optimizer.distributed}"
         return Policy(name, world, mesh, self.spec, config, sequence_parallel=self.sequence_parallel)

@@ -103,8 +103,9 @@ class FsdpEngine(TrainEngine):
     def pack(
         self, tokens_BT: Tensor, contexts: RowContexts, wanted_BT: Tensor, segments: Sequence[Segment] = ()
     ) -> Packed:
-        """Without padding."""
-        return pack(tokens_BT, contexts, 1, self.world.device, wanted_BT=wanted_BT, segments=segments)
+        """Without padding; the head gets the tokens that the readout uses."""
+        keep = self.model.root.readout.uses
+        return pack(tokens_BT, contexts, 1, self.world.device, wanted_BT=wanted_BT, segments=segments, keep=keep)
 
     def microbatch_count(self, needed: int) -> int | None:
         """Equal on all ranks, which gather each layer's weights together."""

@@ -16,11 +16,12 @@ from aligner.reshard.plan.region import Piece
 from aligner.trainer.engine import MicrobatchLoss, OptimizerSlice, TrainEngine
 from aligner.trainer.megatron.cpu import install
 from aligner.trainer.megatron.groups import make_groups, prepare_megatron
-from aligner.trainer.megatron.model import ShardedModel, build_model
+from aligner.trainer.megatron.model import DTYPES, ShardedModel, build_model
 from aligner.trainer.megatron.optimizer import Optimizer
 from aligner.trainer.megatron.optimizer_state import make_moments, optimizer_tensors, saved_pieces, slices
 from aligner.trainer.megatron.pipeline import Pipeline
 from aligner.trainer.offload import Offloaded, Scratch
+from aligner.trainer.packed_attention import has_varlen
 from aligner.trainer.packing import Packed, pack
 from aligner.trainer.prefix_attention import attended
 from aligner.trainer.prefix_tree import Segment
@@ -55,7 +56,15 @@ class MegatronEngine(TrainEngine):
         self.world, self.mesh, self.spec, self.config, self.groups = world, mesh, spec, config, groups
         self.multiple_of = mesh.tensor if sequence_parallel else 1
         self.model = build_model(
-            spec, mesh, world.rank, groups, world.device, config.dtype, sequence_parallel, config.recompute
+            spec,
+            mesh,
+            world.rank,
+            groups,
+            world.device,
+            config.dtype,
+            sequence_parallel,
+            config.recompute,
+            config.experts,
         )
         self.pipeline = Pipeline(self.model, groups, readout, spec.vocab, world.activity.tick)
         self._optimizer: Optimizer | None = None
@@ -105,9 +114,10 @@ class MegatronEngine(TrainEngine):
         return count
 
     def computed_tokens(self, batch: Packed) -> int:
-        """Includes the padding of attention calls that segments of similar length share."""
+        """Includes the padding of attention calls that segments of similar length share, where there are such."""
         lengths, parents = (tuple(column) for column in batch.segments_S2.T.tolist())
-        return attended(lengths, parents)
+        query = torch.empty(0, self.spec.head_dim, dtype=DTYPES[self.config.dtype], device=self.world.device)
+        return sum(lengths) if has_varlen(query) else attended(lengths, parents)
 
     def forward(self, batches: Sequence[Packed]) -> list[Tensor]:
         """Runs the pipeline; one broadcast copies the results from its last stage to the others."""

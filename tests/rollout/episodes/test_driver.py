@@ -155,6 +155,7 @@ def test_an_environment_that_says_something_else_fails_the_replay(loaded: Loaded
     episodes = [
         other.from_json(one, task) for one, task in zip(saved, [t for t in tasks() for _ in range(2)], strict=True)
     ]
+    episodes = [one for one in episodes if not one.ended]  # some are over within 12 tokens
     found = other.finish(other.resume(episodes, SAMPLING))
     ends = [one.end.ended for one in found if one.end is not None]
     assert "replay" in ends and all(
