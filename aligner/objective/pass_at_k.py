@@ -1,7 +1,5 @@
 """pass@k: the probability that at least one of k samples succeeds, estimated without bias from n samples."""
 
-from __future__ import annotations
-
 import math
 
 import torch

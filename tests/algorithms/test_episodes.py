@@ -10,6 +10,7 @@ import pytest
 from tests.algorithms.methods import BASE, SMALL, Found, Row
 from tests.algorithms.test_methods import ENGINES, check_layouts
 from tests.conftest import Ranks
+from tests.e2e.test_replay import GAME, TEMPLATE
 
 CASES = {
     "grpo_turns": [*SMALL, "algorithm.loss.entropy_coef=0.05", "algorithm.loss.kl_coef=0.05"],
@@ -25,7 +26,8 @@ EPISODES = [
     *(setting for setting in BASE if not setting.startswith(("reward.", "sampling.max_tokens"))),
     "reward=environment",
     "reward.max_missing=0.9",
-    "environment.target=scripted",
+    "environment.target={task}/game.py:Game",  # checked before the start; episodes come from the scripted source
+    "data.chat_template={task}/template.jinja",
     "sampling.max_tokens=6",
     "rollout.max_model_len=96",
 ]
@@ -44,6 +46,8 @@ def found(cache: dict[str, Found], ranks: Ranks, task: Any) -> Callable[..., Fou
     def of(size: int, case: str, layouts: dict[str, list[str]]) -> Found:
         key = f"{size} {case} {sorted(layouts)}"
         if key not in cache:
+            (task.folder / "game.py").write_text(GAME)
+            (task.folder / "template.jinja").write_text(TEMPLATE)
             base = [text.format(task=task.folder) for text in EPISODES]
             settings = [f"algorithm={case}", *CASES[case], "train.steps=3"]
             arguments = (base, settings, layouts, 3)

@@ -34,23 +34,27 @@ TEMPLATE = (
 )
 
 
-@pytest.fixture(scope="module")
-def run(task: Task, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two steps on one rank, which save the episodes that they were made on and export the model after each."""
-    folder = tmp_path_factory.mktemp("episodes")
+def play(task: Task, folder: Path, template: str, *more: str) -> Path:
+    """A job of some steps on one rank, which saves the episodes that they were made on and exports the model after each."""
     (folder / "game.py").write_text(GAME)
-    (folder / "template.jinja").write_text(TEMPLATE)
+    (folder / "template.jinja").write_text(template)
     settings = [
         *task.overrides(folder / "run"), "algorithm=grpo_turns", "algorithm.group_size=2", "reward=environment",
         f"environment.target={folder / 'game.py'}:Game", "environment.processes=1", "sampling.max_tokens=6",
         f"data.chat_template={folder / 'template.jinja'}", "rollout.max_model_len=128", "train.steps=2",
-        "train.export_every=1", "train.save=true", "logging.samples_every=1", "reward.max_missing=0.5",
+        "train.export_every=1", "train.save=true", "logging.samples_every=1", "reward.max_missing=0.5", *more,
     ]  # fmt: skip
     settings = [one for one in settings if not one.startswith(("reward.rule", "reward.workers"))]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = launch(1, ["-m", "aligner.main", *settings], cwd=folder, env=environment, seconds=200)
     assert done.returncode == 0, done.stdout[-1500:] + done.stderr[-4000:]
     return folder
+
+
+@pytest.fixture(scope="module")
+def run(task: Task, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two steps."""
+    return play(task, tmp_path_factory.mktemp("episodes"), TEMPLATE)
 
 
 def test_saved_episodes_are_played_again(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
