@@ -111,7 +111,10 @@ def _value(values: Any, key: str) -> Any:
 def _paths(components: Any, models: Any, sources: Any) -> Iterator[tuple[str, Callable[[str, str], str]]]:
     """(setting, what expands it)."""
     yield from ((key, expanded) for key in SETTINGS)
+    yield "environment.python", expanded
+    yield "environment.agent.command", expanded
     yield "reward.rule", expanded_rule
+    yield "environment.target", expanded_rule
     if isinstance(components, Mapping | DictConfig):
         yield from ((f"reward.components.{name}.rule", expanded_rule) for name in components)
     if isinstance(models, Mapping | DictConfig):

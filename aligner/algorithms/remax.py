@@ -42,9 +42,9 @@ def remax(roles: Roles, prompts: Iterable[list[Prompt]], cfg: RemaxConfig) -> It
     greedy = replace(rollout.sampling, temperature=0.0)
     policy.reshard_to(rollout)
     for batch in prompts:
-        samples = rollout.generate(batch, num_samples=cfg.group_size)
+        samples = rollout.sample(batch, num_samples=cfg.group_size)
         scores = reward.score(samples)
-        greedy_P = reward.score(rollout.generate(batch, sampling=greedy))["reward_B"].gather()
+        greedy_P = reward.score(rollout.sample(batch, sampling=greedy))["reward_B"].gather()
         baseline_B = policy.scatter_like(samples, greedy_P.repeat_interleave(cfg.group_size))
         reference_logp_BT = reference.logprobs(samples) if reference else None
         reward_B = policy.map(shape_rewards, samples, scores["reward_B"], reference_logp_BT, None, cfg.reward_kl_coef)

@@ -14,10 +14,12 @@ from aligner.bounds import check_settings
 from aligner.check.best_metric import best_metric_of
 from aligner.check.disk import bytes_needed, check_disk
 from aligner.check.memory import Machine, check_memory, machine_of
+from aligner.check.peak import check_peak
 from aligner.check.roles import check_engines, check_ranks, check_roles, check_scorer, check_tokenizers, model_of
 from aligner.check.rollout import (
     answered_prompts,
     check_end,
+    check_environment,
     check_lengths,
     ends_of,
     sized,
@@ -25,6 +27,7 @@ from aligner.check.rollout import (
     with_ends,
 )
 from aligner.check.run_folder import check_places, check_sources
+from aligner.check.shared_weights import check_shared_weights
 from aligner.checkpoint.claim import how_to_start, launch
 from aligner.checkpoint.lease import check_free
 from aligner.config.models import check_model_settings
@@ -35,11 +38,13 @@ from aligner.data.prompts import Prompt
 from aligner.data.sets import DataSets, known_rows, training_sources
 from aligner.data.tokenized_answer import TokenizedAnswer
 from aligner.data.tokenizer import load_tokenizer, use_chat_template
+from aligner.environments.pool import check_start
 from aligner.models.agreement import check_reading
 from aligner.models.read_spec import read_spec
 from aligner.models.spec import ModelSpec
 from aligner.models.verify_checkpoint import check_weights
 from aligner.reward.components import ResolvedComponent, reward_components, shown_component
+from aligner.roles.episode_source import check_conversations
 from aligner.rollout import engines
 from aligner.rollout.config import RolloutConfig
 from aligner.spmd.mesh import Mesh
@@ -117,7 +122,7 @@ def check_models(config: Config, roles: list[str], world_size: int) -> Models:
     machine = machine_of(config, world_size)
     spec = read_spec(config.model.path, config.model.trust_remote_code)
     specs = {role: model_of(config, role) for role in roles if config.role(role).kind.head}
-    rollout = sized(config, specs)
+    rollout = sized(config, specs, meshes)
     for role in (role for role in roles if config.role(role).kind.on_trainer):
         parallel = role_layout(config.placement, config.role(role)).sequence_parallel
         settings = config.settings(role)
@@ -130,7 +135,7 @@ def check_models(config: Config, roles: list[str], world_size: int) -> Models:
     check_tokenizers(config, roles, tokenizer)
     for path in dict.fromkeys(one.path for one in (spec, *specs.values())):
         special_ids(path)
-    return Models(spec, specs, tokenizer, meshes, machine, world_size, rollout, sized_engines(config, specs))
+    return Models(spec, specs, tokenizer, meshes, machine, world_size, rollout, sized_engines(config, specs, meshes))
 
 
 def check_job(config: Config, roles: list[str], models: Models, data: DataSets) -> Checked:
@@ -154,12 +159,18 @@ def check_job(config: Config, roles: list[str], models: Models, data: DataSets) 
     if "rollout" in roles:
         data = answered_prompts(config, data)
     best_metric = best_metric_of(config.train, roles, data)
+    check_environment(config, roles)
+    check_conversations(config, tokenizer)
+    if config.environment.target and os.environ.get("LOCAL_RANK", "0") == "0":  # a process of each node can start
+        check_start(config.environment)
     if "rollout" in roles:
         engines.backend(config.rollout.engine).check(spec, meshes["rollout"], config.rollout, models.machine.cpu)
+        check_shared_weights(config, roles, meshes)
         check_lengths(config, data, specs, given)
         check_end(config, spec, tokenizer)
     check_engines(config, specs, meshes, models.machine)
     check_memory(config, specs, meshes, models.machine)
+    check_peak(config, roles, specs, meshes, data, models.machine)
     for role in specs:
         if config.role(role).kind.on_trainer or role in config.models:
             check_weights(specs[role])
@@ -273,6 +284,10 @@ def _check_reward(config: Config, roles: list[str], data: DataSets) -> None:
     config.hang.check_scoring(max(part.timeout_s for part in parts))
     for part in parts:
         check_scorer(config, part, roles)
+        if part.component.environment and not config.environment.enabled:
+            raise ValueError(
+                f"{part.source} reads the rewards of episodes; set environment.target or environment.agent.command, or use another reward."
+            )
         scorer = replace(part, workers=1).scorer()
         if scorer is not None:
             with contextlib.closing(scorer):

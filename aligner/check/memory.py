@@ -11,6 +11,7 @@ from aligner.models.spec import ModelSpec
 from aligner.models.tensors import parameter_count
 from aligner.reshard.plan.region import ELEMENT_BYTES
 from aligner.rollout import engines
+from aligner.rollout.config import BESIDE_OTHERS
 from aligner.spmd.mesh import Mesh
 from aligner.trainer.engines import backend
 
@@ -68,17 +69,27 @@ class Machine:
 
 def machine_of(config: Config, world_size: int) -> Machine:
     """The machine that this is, or, in mode=check, that `check` says it will be."""
-    import torch
-
     check = config.check if config.mode == "check" else None
     device = None
     if check and check.device_gib is not None:
         device = check.device_gib * 2**30
-    elif torch.cuda.is_available():
+    elif _device(bool(check)) == "cuda":
+        import torch
+
         device = float(torch.cuda.get_device_properties(0).total_memory)
     here = int(os.environ.get("LOCAL_WORLD_SIZE", str(world_size if check else 1)))
     ranks = check.ranks_per_host if check and check.ranks_per_host is not None else here
     return Machine(min(ranks, world_size), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), device)
+
+
+def _device(checking: bool) -> str:
+    from aligner.spmd.device_check import check_device  # torch's import takes seconds
+
+    try:
+        return check_device()
+    except ValueError as error:
+        more = " For a job on other machines say what their GPUs have, such as check.device_gib=80." if checking else ""
+        raise ValueError(f"{error}{more}") from None
 
 
 def bytes_of_roles(
@@ -89,10 +100,11 @@ def bytes_of_roles(
         role: role_bytes(config, role, specs.keys(), spec, meshes[role], machine.cpu) for role, spec in specs.items()
     }
     generating = [role for role in specs if config.role(role).kind.runs_on == "engine"]
-    for role in generating if machine.device_bytes is not None else ():
+    for role in generating if not machine.cpu else ():
         settings = config.settings(role)
         if engines.backend(settings.engine).fills_device and settings.kv_cache_mib is None:
-            sizes[role] = max(sizes[role], settings.gpu_memory_utilization * machine.device_bytes)
+            share: float = settings.gpu_memory_utilization or BESIDE_OTHERS
+            sizes[role] = max(sizes[role], share * (machine.device_bytes or 0.0))
     return sizes
 
 

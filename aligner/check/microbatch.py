@@ -24,6 +24,8 @@ def longest_row(config: Config, data: DataSets) -> int:
     """Tokens of the longest row that a role reads: an answer with its prompt, or a prompt with the longest response."""
     if config.data.kind != "prompts":
         return max(1, data.longest)
+    if config.environment.enabled:
+        return min(config.environment.max_tokens or math.inf, config.rollout.max_model_len or math.inf)  # type: ignore[return-value]
     prompt = max((len(one.tokens) for one in data.known), default=config.data.max_prompt_tokens)
     return min(prompt + config.sampling.max_tokens, config.rollout.max_model_len or math.inf)  # type: ignore[return-value]
 

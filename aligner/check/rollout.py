@@ -12,33 +12,62 @@ from aligner.data.prompts import Prompt
 from aligner.data.sets import DataSets
 from aligner.data.tokenized_answer import TokenizedAnswer
 from aligner.models.spec import ModelSpec
-from aligner.rollout.config import UNSAID_LENGTH, RolloutConfig
+from aligner.rollout.config import ALONE, BESIDE_OTHERS, UNSAID_LENGTH, WHILE_OTHERS_LEAVE, RolloutConfig
+from aligner.spmd.mesh import Mesh
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def sized(config: Config, specs: Mapping[str, ModelSpec]) -> RolloutConfig:
-    """The rollout's settings with a length: rollout.max_model_len, or what prompts and responses need, as far as every
-    model that reads samples has positions."""
-    if "rollout" not in specs or config.rollout.max_model_len is not None:
+def memory_share(config: Config, role: str, meshes: Mapping[str, Mesh]) -> float:
+    """rollout.gpu_memory_utilization, or what roles on the engine's ranks leave it.
+
+    Args:
+        meshes: of the roles that have a model.
+    """
+    given: float | None = config.settings(role).gpu_memory_utilization
+    if given is not None:
+        return given
+    ranks = set(meshes[role].ranks)
+    others = [name for name, mesh in meshes.items() if name != role and ranks & set(mesh.ranks)]
+    kept = {name.partition(".")[0] for name in config.residency.keep}
+    if not others:
+        return ALONE
+    return BESIDE_OTHERS if config.residency.mode == "off" or kept & {role, *others} else WHILE_OTHERS_LEAVE
+
+
+def sized(config: Config, specs: Mapping[str, ModelSpec], meshes: Mapping[str, Mesh]) -> RolloutConfig:
+    """The rollout's settings with a share of a GPU's memory and a length: rollout.max_model_len, or what prompts and responses
+    need, as far as every model that reads samples has positions."""
+    if "rollout" not in specs:
         return config.rollout
+    of_models = {name: meshes[name] for name in specs}
+    rollout = replace(config.rollout, gpu_memory_utilization=memory_share(config, "rollout", of_models))
+    if rollout.max_model_len is not None:
+        return rollout
     needed = config.data.max_prompt_tokens + config.sampling.max_tokens
+    if config.environment.enabled:
+        needed = config.environment.max_tokens or episode_tokens(config)
     engines = [name for name in config.models if config.role(name).kind.runs_on == "engine"]  # read what a loop asks
     positions = [spec.max_positions for name, spec in specs.items() if name not in engines]
-    return replace(config.rollout, max_model_len=min(needed, *positions))
+    return replace(rollout, max_model_len=min(needed, *positions))
 
 
-def sized_engines(config: Config, specs: Mapping[str, ModelSpec]) -> dict[str, Any]:
-    """The settings of further models, in which engines have a length: their max_model_len, or what a policy's rollout
-    needs, at least the usual one, as far as the model has positions."""
+def episode_tokens(config: Config) -> int:
+    """Tokens of a task with all turns at their limit: what an episode may have where nothing says how long it may become."""
+    return config.data.max_prompt_tokens + config.environment.max_turns * config.sampling.max_tokens
+
+
+def sized_engines(config: Config, specs: Mapping[str, ModelSpec], meshes: Mapping[str, Mesh]) -> dict[str, Any]:
+    """The settings of further models, in which engines have a share of memory and a length: their max_model_len, or what a
+    policy's rollout needs, at least the usual one, as far as the model has positions."""
     needed = max(config.data.max_prompt_tokens + config.sampling.max_tokens, UNSAID_LENGTH)
-    return {
-        name: replace(settings, max_model_len=min(needed, specs[name].max_positions))
-        if config.role(name).kind.runs_on == "engine" and name in specs and settings.max_model_len is None
-        else settings
-        for name, settings in config.models.items()
-    }
+    of_models, models = {name: meshes[name] for name in specs}, dict(config.models)
+    for name in (name for name in models if config.role(name).kind.runs_on == "engine" and name in specs):
+        length = models[name].max_model_len or min(needed, specs[name].max_positions)
+        share = memory_share(config, name, of_models)
+        models[name] = replace(models[name], max_model_len=length, gpu_memory_utilization=share)
+    return models
 
 
 def answered_prompts(config: Config, data: DataSets) -> DataSets:
@@ -86,6 +115,44 @@ def check_lengths(config: Config, data: DataSets, specs: Mapping[str, ModelSpec]
         raise ValueError(
             f"the longest prompt has {longest} tokens, which with sampling.max_tokens={drawn} is more than the "
             f"{least.positions_text}; use {' or '.join(shorter)}."
+        )
+
+
+def check_environment(config: Config, roles: Sequence[str]) -> None:
+    """An environment has somebody to play in it, and its episodes fit in the engine.
+
+    Args:
+        config: with the length that `sized` has found.
+
+    Raises:
+        ValueError: it has not, or they do not; the settings are named with what would work.
+    """
+    environment, length = config.environment, config.rollout.max_model_len
+    if not environment.enabled:
+        return
+    program = environment.agent.command
+    named = f"environment.agent.command={program!r}" if program else f"environment.target={environment.target}"
+    if "rollout" not in roles:
+        raise ValueError(
+            f"{named} is played by the role rollout; add it to algorithm.roles={list(roles)}, or leave it out."
+        )
+    if config.data.kind != "prompts":
+        raise ValueError(
+            f"{named} plays the rows of data.kind=prompts, and this job has {config.data.kind}; leave it out."
+        )
+    most = environment.max_tokens
+    if most is None:
+        return
+    if length is not None and most > length:
+        raise ValueError(
+            f"environment.max_tokens={most} is more than rollout.max_model_len={length}, which holds the longest context of an "
+            f"episode with its turn; use {length} or less, or raise that to {most}, as far as the models have positions."
+        )
+    asked, drawn = config.data.max_prompt_tokens, config.sampling.max_tokens
+    if asked + drawn > most:
+        raise ValueError(
+            f"data.max_prompt_tokens={asked} + sampling.max_tokens={drawn}, a task and its first turn, is more than "
+            f"environment.max_tokens={most}; raise it to {asked + drawn} or more, or lower one of them."
         )
 
 

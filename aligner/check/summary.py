@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from aligner.check.disk import bytes_needed, gib, nearest_folder
-from aligner.check.memory import bytes_of_rank, bytes_of_roles, machine_of, peak_of_rank, roles_of_ranks, weight_bytes
+from aligner.check.memory import bytes_of_rank, bytes_of_roles, machine_of, roles_of_ranks, weight_bytes
 from aligner.check.microbatch import microbatch, role_activations
+from aligner.check.peak import peaks
 from aligner.check.rollout import shown_ends
 from aligner.data.left_out import LeftOut, left_out_text
 from aligner.data.mixture import source_weight
@@ -145,7 +146,7 @@ def _memory(config: Config, roles: Sequence[str], checked: Checked, world_size: 
         there = f"its GPU has {gib(machine.device_bytes)}"
     what = "" if machine.cpu or config.residency.mode == "off" else "at least "
     lines = [("memory", f"{what}{gib(needs[rank])} on rank {rank}, the fullest, without activations; {there}")]
-    lines += _peak(config, roles, checked, machine, held, ranks)
+    lines += _peak(config, roles, checked, machine)
     if config.residency.mode == "auto":
         most = max(sum(held[role] for role in of_rank) for of_rank in ranks)
         lines.append(("", _room(most, config.residency.budget(machine.rank_bytes, machine.cpu))))
@@ -157,21 +158,14 @@ def _peak(
     roles: Sequence[str],
     checked: Checked,
     machine: Machine,
-    held: Mapping[str, float],
-    ranks: Mapping[tuple[str, ...], int],
 ) -> list[tuple[str, str]]:
     """With the activations of the fullest rank's most demanding call."""
-    taken = {}
-    for role, spec in checked.specs.items():
-        of_role = role_activations(config, role, roles, checked.data, spec, checked.meshes[role], machine.cpu)
-        if of_role is not None:
-            taken[role] = max(of_role.update, of_role.inference)
-    if not taken:
+    most = peaks(config, roles, checked.specs, checked.meshes, checked.data, machine)
+    if not most:
         return []
-    peaks = {rank: peak_of_rank(config, held, taken, of_rank, machine) for of_rank, rank in ranks.items()}
-    rank = max(peaks, key=lambda rank: peaks[rank])
-    lines = [("", f"at most {gib(peaks[rank])} on rank {rank} with the activations of its largest microbatch")]
-    if peaks[rank] > machine.rank_bytes:
+    rank = max(most, key=lambda rank: most[rank])
+    lines = [("", f"at most {gib(most[rank])} on rank {rank} with the activations of its largest microbatch")]
+    if most[rank] > machine.rank_bytes:
         lines.append(
             (
                 "",

@@ -21,6 +21,8 @@ FREE = (
     "check",
     "hang",
     "rollout.max_model_len",
+    "rollout.share_policy_weights",
+    "rollout.gpu_memory_utilization",
     "train.save",
     "train.report",
     "train.export_every",
@@ -29,8 +31,8 @@ FREE = (
     "train.best_metric",
 )
 """What may change without a word: it decides where, how long and what is shown, not what is computed."""
-ENGINE_LENGTH = re.compile(r"models\.\w+\.max_model_len")
-"""The same setting as rollout.max_model_len, of further engines."""
+ENGINE_SIZES = re.compile(r"models\.\w+\.(max_model_len|gpu_memory_utilization)")
+"""The same settings as the rollout's, of further engines."""
 
 
 def changes(before: Mapping[str, Any], after: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:
@@ -64,7 +66,7 @@ def check_changes(
     changed = [
         (key, old, new)
         for key, old, new in changes(before, after)
-        if not any(key == free or key.startswith(f"{free}.") for free in FREE) and not ENGINE_LENGTH.fullmatch(key)
+        if not any(key == free or key.startswith(f"{free}.") for free in FREE) and not ENGINE_SIZES.fullmatch(key)
     ]
     changed += [
         (source, f"digest {old}", inputs[1][source])

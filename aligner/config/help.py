@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from aligner.bounds import dataclass_in, hints_with_bounds, shown_bounds
+from aligner.config.device_defaults import default_note
 from aligner.config.models import SETTINGS
 from aligner.config.schema import CONF, Config
 from aligner.spmd.role_table import USUAL
@@ -92,8 +93,8 @@ def _fields(made: Any, prefix: str) -> list[str]:
                 *_fields(inner() if value is None else value, f"{name}."),
             ]
         else:
-            bounds = shown_bounds(hints[entry.name])
-            lines.append(f"  {name}={'null' if value is None else value}" + f"  [{bounds}]" * bool(bounds))
+            bounds, note = shown_bounds(hints[entry.name]), default_note(prefix.rstrip("."), entry.name)
+            lines.append(f"  {name}={'null' if value is None else value}{note}" + f"  [{bounds}]" * bool(bounds))
             lines += textwrap.wrap(docs[entry.name], 108, initial_indent=" " * 8, subsequent_indent=" " * 8)
     return lines
 

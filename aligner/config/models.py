@@ -103,8 +103,13 @@ Mirror = Callable[[type], Any]
 """A frozen dataclass -> one that OmegaConf can write to."""
 
 
-def complete_models(composed: DictConfig, mirror: Mirror) -> None:
+def complete_models(
+    composed: DictConfig, mirror: Mirror, defaults: Callable[[str], Mapping[str, Any]] = lambda kind: {}
+) -> None:
     """Give every entry of `models`, and every name of `placement` beside the usual roles, the fields of its dataclass.
+
+    Args:
+        defaults: kind of a model -> values in the place of its dataclass's.
 
     Raises:
         ValueError: a name that is taken, an unknown kind or key, a value of the wrong type, or a placement for a model that
@@ -122,7 +127,9 @@ def complete_models(composed: DictConfig, mirror: Mirror) -> None:
             )
         roles[name] = further_role(name, str(node.get("kind") or ""))
         settings = SETTINGS[roles[name].kind.name]
-        composed.models[name] = _merged(OmegaConf.structured(mirror(settings)), node, f"models.{name}")
+        usual: DictConfig = OmegaConf.structured(mirror(settings))
+        usual.merge_with(dict(defaults(roles[name].kind.name)))
+        composed.models[name] = _merged(usual, node, f"models.{name}")
     for name in map(str, composed.placement):
         if name not in roles and name not in USUAL:
             raise ValueError(_no_role(name, [*USUAL, *roles]))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated
 
-from aligner.bounds import AtLeast
+from aligner.bounds import AtLeast, Finite
 
 
 @dataclass(frozen=True)
@@ -18,6 +18,11 @@ class TrainConfig:
     """Iterations between evaluations on held-out prompts (also before the first and after the last); 0: never."""
     eval_temperature: Annotated[float, AtLeast(0, "0: greedy")] = 1.0
     """Sampling temperature in evaluations; 0 is greedy."""
+    eval_samples: Annotated[int, AtLeast(1)] = 1
+    """Answers (or episodes) to each held-out prompt in evaluations: accuracy is the mean over all of them, and pass@k, for k up
+    to this number, says how often one of k succeeds."""
+    eval_success: Annotated[float, Finite()] = 1.0
+    """Least reward of an answer that counts as a success in pass@k."""
     eval_reward: str | None = None
     """Component of the reward that evaluations report (see reward.components); none: the whole reward."""
     save: bool = True
@@ -35,3 +40,11 @@ class TrainConfig:
     heldout_loss."""
     report: bool = True
     """Write run_dir/report.html and a PNG of the learning curve at the end."""
+
+    def check(self) -> None:
+        """Raises ValueError naming the setting and the values that would work."""
+        if self.eval_samples > 1 and self.eval_temperature == 0:
+            raise ValueError(
+                f"train.eval_samples={self.eval_samples} would give the same answer every time with train.eval_temperature=0; use 1, "
+                "or a temperature above 0."
+            )

@@ -22,6 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 from aligner.bounds import AtLeast, Between, NotEmpty, OneOf, dataclass_in
 from aligner.checkpoint.config import CheckpointConfig
 from aligner.config.check import CheckConfig
+from aligner.config.device_defaults import DEFAULTS, section_defaults
 from aligner.config.guards import GuardConfig
 from aligner.config.models import EXPECTED, complete_models, frozen_models, further_roles
 from aligner.config.run import TrainConfig
@@ -33,6 +34,7 @@ from aligner.report.config import LoggingConfig
 from aligner.reshard.config import ReshardConfig
 from aligner.reward.config import RewardConfig
 from aligner.rollout.config import RolloutConfig, Sampling, StreamConfig
+from aligner.spmd.device import device_type
 from aligner.spmd.placement import RoleLayout, usual_placement
 from aligner.spmd.residency_config import ResidencyConfig
 from aligner.spmd.role_table import USUAL, RoleSpec, learns
@@ -138,7 +140,7 @@ class Config:
 
 def compose_config(overrides: Sequence[str], name: str = "train", folder: Path = CONF) -> DictConfig:
     """Compose conf/<name>.yaml with Hydra overrides, every value checked against the dataclasses' types, ~ and
-    environment variables in paths replaced.
+    environment variables in paths replaced. What is left open has the default of the job's device (`device_defaults`).
 
     Raises:
         ValueError: a malformed override, an unknown group, file or key, or a value of the wrong type; close names are
@@ -148,8 +150,20 @@ def compose_config(overrides: Sequence[str], name: str = "train", folder: Path =
         raise ValueError(f"--config-dir={folder} is not a folder; give one that holds {name}.yaml, or leave it out.")
     if not (folder / f"{name}.yaml").is_file():
         raise ValueError(f"--config-name={name}: there is no {folder / name}.yaml; available: {_options(folder)}.")
-    ConfigStore.instance().store(name="schema", node=_writable(Config))
     overrides = [quoted_tilde(override) for override in overrides]
+    device = device_type()
+    composed = _composed(overrides, name, folder, device)
+    if device == "cpu" and composed.mode == "check" and composed.check.device_gib is not None:  # a job for GPUs
+        composed = _composed(overrides, name, folder, "cuda")
+    expand_composed(composed)
+    return composed
+
+
+def _composed(overrides: list[str], name: str, folder: Path, device: str) -> DictConfig:
+    """With the defaults of a device, cpu or cuda."""
+    usual: DictConfig = OmegaConf.structured(_writable(Config))
+    usual.merge_with({section: dict(values) for section, values in DEFAULTS[device].items()})
+    ConfigStore.instance().store(name="schema", node=usual)
     try:
         with initialize_config_dir(config_dir=str(folder), version_base="1.3"):
             composed = compose(config_name=name, overrides=overrides)
@@ -157,10 +171,9 @@ def compose_config(overrides: Sequence[str], name: str = "train", folder: Path =
         _check_forms(overrides)
         raise ValueError(_explain(error, overrides, name, folder)) from None
     try:
-        complete_models(composed, _writable)
+        complete_models(composed, _writable, lambda kind: section_defaults(device, kind))
     except OmegaConfBaseException as error:  # ${...} of a whole model that leads nowhere
         raise ValueError(" ".join(str(error).split())) from None
-    expand_composed(composed)
     return composed
 
 

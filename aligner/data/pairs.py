@@ -102,6 +102,7 @@ def mismatched(samples: Samples, max_tokens: int | None = None) -> Samples:
         mask_BT=pad_rows(mask, torch.bool),
         rollout_logp_BT=None,
         truncated_B=None,
+        version_BT=None,
     )
 
 

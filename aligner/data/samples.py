@@ -56,16 +56,28 @@ class Samples:
     """float32: the episode's reward, by default the sum of its turn rewards and its final one; NaN where the episode failed."""
     episodes: list[dict[str, Any]] | None = None
     """JSON per row: how an episode "ended" ("done", "max_turns", "max_tokens" or the kind of its failure), "detail", "turns" (their
-    number), "metrics", "messages"."""
+    number), "metrics", "messages", "seed" (the environment's)."""
 
     @property
     def rows(self) -> int:
         """B."""
         return self.tokens_BT.shape[0]
 
+    @property
+    def response_len_B(self) -> Tensor:
+        """int64: number of tokens of the response; of an episode those that were sampled, in all of its turns."""
+        return self.length_B - self.prompt_len_B if self.turn_BT is None else (self.turn_BT > 0).sum(1)
+
     def response_tokens(self, row: int) -> list[int]:
         """The token ids after the prompt, including the stop token; of an episode those that were not sampled too."""
         return self.tokens_BT[row, self.prompt_len_B[row] : self.length_B[row]].tolist()
+
+    def last_turn_tokens(self, row: int) -> list[int]:
+        """The token ids that an episode's last turn sampled (none where it failed before it had one), or the response's."""
+        if self.turn_BT is None:
+            return self.response_tokens(row)
+        turn_T = self.turn_BT[row]
+        return self.tokens_BT[row, (turn_T > 0) & (turn_T == turn_T.max())].tolist()
 
 
 Demonstrations = NewType("Demonstrations", Samples)

@@ -2,6 +2,7 @@
 
 In: rows of a data set, and what the policy said (text and tool calls). Out: messages, rewards, and how each episode ended.
 
-Read in this order: config -> pool (many episodes at once, their limits and failures) -> worker (a process of them, one
-file of standard library) -> adapters/ (one file for each kind of environment).
+Read in this order: config -> episodes (what plays an episode: asks for turns, gives them to its environment) -> conversation
+(messages as token ids) and tool_calls (text as calls) -> pool (many episodes at once, their limits and failures) -> worker (a
+process of them, one file of standard library) -> adapters/ (one file for each kind of environment).
 """

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 from aligner.bounds import AtLeast, Finite, MoreThan, OneOf
+from aligner.environments.agent_config import AgentConfig
+from aligner.environments.tool_calls import check_name
 
 KINDS = ("steps", "tools", "skyrl_gym", "reasoning_gym", "textarena", "openenv", "mcp")
 """The kinds of environment: each is a file of aligner/environments/adapters/."""
@@ -60,20 +62,33 @@ class EnvironmentConfig:
     max_turns: Annotated[int, AtLeast(1)] = 16
     """Most turns of an episode; it then ends as `max_turns`, with the reward that it has by then."""
     max_tokens: Annotated[int | None, AtLeast(2)] = None
-    """Most tokens of an episode's context; it then ends as `max_tokens`. null: what rollout.max_model_len allows."""
-    rewritten: Annotated[str, OneOf("segment", "error")] = "segment"
-    """Where the chat template renders earlier turns differently once later ones follow (drops reasoning): begin a new
-    segment with the new rendering, or stop the job with an error."""
+    """Most tokens of an episode's context; it then ends as `max_tokens`. null: what rollout.max_model_len allows, and
+    with neither data.max_prompt_tokens + max_turns x sampling.max_tokens, as far as the model has positions."""
+    rewritten: Annotated[str, OneOf("segment", "keep", "error")] = "segment"
+    """Where the chat template renders earlier turns differently once later ones follow (drops reasoning): segment: begin a new
+    segment with the new rendering; keep: earlier turns stay as they were sampled; error: stop the job."""
     tool_parser: str = "auto"
-    """How tool calls are read from a response: the name of a parser, or auto: by the model's family and chat template."""
+    """Format in which the model writes tool calls: hermes (Qwen2.5, Qwen3), qwen3_xml (Qwen3-Coder, Qwen3.5), glm, llama3_json,
+    mistral, pythonic, harmony (gpt-oss), or vllm:NAME for one of vLLM's own parsers; auto: by the chat template."""
+    hide_reasoning: bool = False
+    """Give the environment a response without its reasoning: what follows its last </think>. false: the whole response."""
+    agent: AgentConfig = field(default_factory=AgentConfig)
+    """A program with a loop of its own in place of `target`. Of the settings above it has start_timeout_s (until its first
+    request), step_timeout_s (from an answer to its next request or its end), episode_timeout_s (both together), memory_mib (of
+    each of its processes, and of all together), max_turns, max_tokens, rewritten and tool_parser."""
 
     @property
     def enabled(self) -> bool:
-        """Whether there is an environment."""
-        return bool(self.target)
+        """Whether there is an environment or an agent program."""
+        return bool(self.target or self.agent.command)
 
     def check(self) -> None:
         """Raises ValueError naming the setting and the values that would work."""
+        if self.agent.command and (self.target or self.python):
+            given = f"environment.target={self.target}" if self.target else f"environment.python={self.python}"
+            raise ValueError(
+                f"environment.agent.command runs a program by itself, and {given} is set too; remove one of them."
+            )
         if not self.target:
             if self.kind != "auto" or self.tools:
                 given = f"environment.kind={self.kind}" if self.kind != "auto" else "environment.tools"
@@ -83,6 +98,7 @@ class EnvironmentConfig:
             raise ValueError(
                 f"environment.tools go with environment.kind=tools, not {self.kind}; remove them, or use kind=tools."
             )
+        check_name(self.tool_parser)
         unknown = sorted(set(self.tool_options) - set(self.tools))
         if unknown:
             raise ValueError(

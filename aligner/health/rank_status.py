@@ -189,7 +189,7 @@ def report_text(
     parts = []
     details = [f"  rank {rank}: {line}" for rank in range(size) for line in statuses.get(rank, {}).get("details", [])]
     if details:
-        parts.append("Being scored:\n" + "\n".join(details))
+        parts.append("Being scored or played:\n" + "\n".join(details))
     for rank in (rank for rank in range(size) if rank not in final):
         own = stack_of(rank)
         if own:

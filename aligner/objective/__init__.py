@@ -7,6 +7,7 @@ them.
 
 In the order of the data flow:
     shaping -> token_rewards -> advantages, values -> moments       rewards to advantages
+    token_rewards, advantages -> turns                              the same for the turns of episodes
     kl -> losses -> reduction                                       advantages to the scalar loss
     pairs -> preference, reward_model                               preferences to the scalar loss
     kl_control                                                      the KL coefficient between batches

@@ -9,6 +9,26 @@ from aligner.objective.kl import Estimator, kl_estimate
 from aligner.objective.masked import apply_mask, check_rows, check_tokens, row_sums
 
 
+def place_rewards(reward_B: Tensor, *, mask_BT: Tensor, turn_reward_BT: Tensor | None = None) -> Tensor:
+    """Rewards at the tokens that they follow: those of turns at the turns' last tokens; what the row's reward is more than their
+    sum, at the row's last trained token. Each row's sum is its reward.
+
+    Args:
+        reward_B: [B] floating. A row without a reward (NaN) gets 0 everywhere.
+        mask_BT: [B, T] bool, the trained tokens.
+        turn_reward_BT: [B, T] floating, 0 where no turn ends; None: the whole reward falls to the last token.
+
+    Returns:
+        [B, T] float64, no gradient, 0 outside the mask. The reward of a row without trained tokens is dropped.
+    """
+    last_BT = mask_BT & (mask_BT.flip(1).cumsum(1).flip(1) == 1)
+    left_B = reward_B.detach().double()
+    if turn_reward_BT is None:
+        return apply_mask(last_BT & ~torch.isnan(reward_B)[:, None], left_B[:, None])
+    turns_BT = apply_mask(mask_BT & ~torch.isnan(reward_B)[:, None], turn_reward_BT.detach().double())
+    return turns_BT + apply_mask(last_BT & ~torch.isnan(reward_B)[:, None], (left_B - turns_BT.sum(1))[:, None])
+
+
 def kl_rewards(
     reward_B: Tensor,
     *,
@@ -19,10 +39,11 @@ def kl_rewards(
     kl: Estimator = "k1",
     reward_scale: float = 1.0,
     reward_clip: float = math.inf,
+    turn_reward_BT: Tensor | None = None,
 ) -> Tensor:
-    """Token rewards: a KL penalty on every trained token, the response's reward on the last one.
+    """Token rewards: a KL penalty on every trained token, the response's reward on the last one, those of turns where they end.
 
-        r_t = -kl_coef KL_t + [t is the last trained token] clip(r / reward_scale, -reward_clip, reward_clip)
+        r_t = -kl_coef KL_t + clip(place_rewards(r)_t / reward_scale, -reward_clip, reward_clip)
 
     Ziegler et al. 2019, arXiv 1909.08593, equation 2, spread over the tokens as in Stiennon et al. 2020, arXiv
     2009.01325, and Ouyang et al. 2022, arXiv 2203.02155, equation 2: KL_t = k1 = log p - log q of the sampled token.
@@ -35,7 +56,8 @@ def kl_rewards(
         kl_coef: reward per nat.
         kl: the estimator, see `kl_estimate`.
         reward_scale: divisor of r before it is clipped, in the reward's unit; see `running_scale`.
-        reward_clip: bound of the scaled reward, unitless.
+        reward_clip: bound of the scaled reward (of each turn, if turns have rewards), unitless.
+        turn_reward_BT: [B, T], see `place_rewards`; None: the whole reward falls to the last trained token.
 
     Returns:
         reward_BT: [B, T], dtype of policy_logp_BT, no gradient, 0 outside the mask. The reward of a row without trained
@@ -51,9 +73,8 @@ def kl_rewards(
     if kl_coef != 0.0 and reference_logp_BT is None:
         raise ValueError(f"kl_coef={kl_coef} needs reference_logp_BT; pass it, or set kl_coef=0.")
 
-    last_BT = mask_BT & (mask_BT.flip(1).cumsum(1).flip(1) == 1)
-    scaled_B = (reward_B.detach().double() / reward_scale).clamp(-reward_clip, reward_clip)
-    reward_BT = apply_mask(last_BT, scaled_B[:, None])
+    placed_BT = place_rewards(reward_B, mask_BT=mask_BT, turn_reward_BT=turn_reward_BT)
+    reward_BT = (placed_BT / reward_scale).clamp(-reward_clip, reward_clip)
     if reference_logp_BT is not None and kl_coef != 0.0:
         policy_BT, reference_BT = (
             apply_mask(mask_BT, logp_BT.detach().double()) for logp_BT in (policy_logp_BT, reference_logp_BT)

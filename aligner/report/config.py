@@ -35,9 +35,10 @@ class LoggingConfig:
     name: str | None = None
     """wandb run name; none: the name of the run's folder."""
     samples_every: Annotated[int, AtLeast(0, "0: none")] = 10
-    """Write rollout samples to a readable file each this many steps; 0 writes none."""
+    """Write rollout samples each this many steps, to a file to read (samples/step_N.md) and exactly (step_N.jsonl); 0 writes
+    none."""
     samples_count: Annotated[int, AtLeast(1)] = 8
-    """Samples in each such file."""
+    """Samples in each of these files."""
     timeline_steps: Annotated[int, AtLeast(0, "0: none")] = 20
     """Each rank writes what it did and waited for in the first so many steps (run_dir/timeline); 0 writes nothing."""
 

@@ -142,7 +142,7 @@ SAMPLES = (
     ),
     Metric("reward/{component}", "", Reduce.BATCH, "Raw value of one component, where the reward has several."),
     Metric("greedy_reward", "", Reduce.BATCH, "ReMax: reward of the greedy responses.", own_column=True),
-    Metric("length", "tokens", Reduce.BATCH, "Length of the responses.", "tenths",
+    Metric("length", "tokens", Reduce.BATCH, "Length of the responses; of episodes, sampled tokens of all turns.", "tenths",
            rollout=Column(5, 6, 5), panel=Panel(3, "response length (tokens)")),
     Metric("truncated", "fraction", Reduce.BATCH, "Responses that reached their limit without a stop token.",
            panel=Panel(12, "truncated share")),
@@ -152,11 +152,28 @@ SAMPLES = (
     Metric("batch_filled", "fraction", Reduce.ONCE, "Dynamic sampling: rows found, of those wanted.", own_column=True),
     Metric("pairs", "pairs", Reduce.COUNT, "rank_samples: pairs written.", own_column=True),
 )  # fmt: skip
+EPISODES = (
+    Metric("episodes/turns", "turns", Reduce.BATCH, "Turns that the policy has sampled in an episode.", "tenths",
+           own_column=True, panel=Panel(13, "turns of an episode")),
+    Metric("episodes/ended_{kind}", "episodes", Reduce.COUNT,
+           "Episodes that ended so: done, max_turns, max_tokens, or the kind of a failure (timeout, crashed, replay, ...)."),
+    Metric("episodes/sampled_tokens", "tokens", Reduce.BATCH, "Sampled tokens of an episode.", "tenths"),
+    Metric("episodes/context_tokens", "tokens", Reduce.BATCH,
+           "Tokens of an episode that were not sampled: its first context, tool results, user turns.", "tenths"),
+    Metric("episodes/environment_seconds", "s", Reduce.RANKS_TOTAL,
+           "Mean time from a turn's end to what its environment asked for next, over all turns.", "seconds"),
+    Metric("episodes/engine_idle", "fraction", Reduce.RANKS_TOTAL,
+           "Share of the time of playing in which a replica had nothing to sample: every episode was with its environment."),
+    Metric("episodes/{name}", "", Reduce.RANKS_TOTAL, "What the environments or agent programs of a job count."),
+    Metric("environment/{name}", "", Reduce.BATCH, "A metric of the environment itself, over the episodes that have it."),
+)  # fmt: skip
 
 EVALUATION = (
     Metric("accuracy", "", Reduce.HELD_OUT,
-           "Reward of one answer to each held-out prompt; without prompts, as heldout_pair_accuracy.",
+           "Reward of train.eval_samples answers (or episodes) to each held-out prompt; without prompts, as heldout_pair_accuracy.",
            rollout=Column(2, 8), supervised=Column(2, 8), title="held-out accuracy", higher_is_better=True),
+    Metric("pass@{k}", "fraction", Reduce.HELD_OUT,
+           "Probability that one of k answers (or episodes) to a held-out prompt has a reward of train.eval_success or more."),
     Metric("heldout_loss", "nats/token", Reduce.HELD_OUT, "-log p of held-out demonstrations, over their trained tokens.",
            supervised=Column(5, 13, 1, "held-out loss"), title="held-out loss", higher_is_better=False),
     Metric("heldout_pair_accuracy", "fraction", Reduce.HELD_OUT,
@@ -290,6 +307,7 @@ OTHER = (
 SECTIONS: dict[str, tuple[Metric, ...]] = {
     "Every row": BASIC,
     "Samples and rewards": SAMPLES,
+    "Episodes": EPISODES,
     "Evaluation": EVALUATION,
     "Updates": UPDATE,
     "Time and memory": SPEED,

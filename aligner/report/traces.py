@@ -11,7 +11,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from aligner.health.timeline import FOLDER, TRANSFER
+from aligner.health.timeline import FOLDER, HOST, TRANSFER
 
 LOOP = "between calls"
 """Causes that are no role call: TRANSFER, both ends of a message wait for it alone, or one still packs it; LOOP, a rank
@@ -71,7 +71,7 @@ def read_spans(run_dir: str | Path) -> list[Span]:
             event["pid"], event["cat"], event["name"], event["ts"] / 1e6, (event["ts"] + event["dur"]) / 1e6,
             event["args"]["step"], tuple(event["args"].get("ranks", ())),
         )
-        for event in events(run_dir) if event["ph"] == "X"
+        for event in events(run_dir) if event["ph"] == "X" and event.get("tid", HOST) == HOST
     ]  # fmt: skip
 
 

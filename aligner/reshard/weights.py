@@ -29,6 +29,13 @@ class ShardedWeights(Protocol):
         """One of `pieces`, or a crop of one, as a strided view of shape `piece.size` in dtype `piece.dtype`."""
 
 
+class StoredWeights(ShardedWeights, Protocol):
+    """Weights whose storages are tensors that others can compute with."""
+
+    def local(self, storage: str) -> Tensor:
+        """What this rank holds of a storage of `pieces`, without gradients: the memory itself."""
+
+
 class WritableWeights(ShardedWeights, Protocol):
     """Weights that a transfer overwrites, all of them in each transfer.
 

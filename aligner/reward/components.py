@@ -16,7 +16,7 @@ from aligner.reward.pool import RulePool
 from aligner.reward.remote import HttpScorer
 from aligner.reward.worker import Score
 
-KINDS = ("rule", "url", "model")
+KINDS = ("rule", "url", "model", "environment")
 WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", dict: "keys and values"}
 
 
@@ -70,7 +70,7 @@ class ResolvedComponent:
         return f"{self.where}.{kind}={'true' if value is True else value}"
 
     def scorer(self) -> Scorer | None:
-        """The scorer of this rank; None for a reward model, which is a separate role.
+        """The scorer of this rank; None for a reward model, which is a separate role, and for an environment.
 
         Raises:
             ValueError: the rule cannot be imported or called; the url cannot be used.
@@ -157,7 +157,9 @@ def _check(part: ResolvedComponent, names: Sequence[str]) -> None:
     given = _kinds(component)
     if len(given) != 1:
         sources = f"has {' and '.join(given)}" if given else "has none"
-        raise ValueError(f"{where} {sources}; give exactly one of rule, url and model=true (or model=NAME).")
+        raise ValueError(
+            f"{where} {sources}; give exactly one of rule, url, model=true (or model=NAME) and environment=true."
+        )
     check_settings(component, where)
     if component.clip is not None and not (len(component.clip) == 2 and component.clip[0] < component.clip[1]):
         raise ValueError(f"{where}.clip={list(component.clip)} must be [low, high] with low < high, such as [-5, 5].")
@@ -171,6 +173,8 @@ def _check(part: ResolvedComponent, names: Sequence[str]) -> None:
         raise ValueError(f"{where}.kwargs are arguments of a rule, and this is a {given[0]}; leave them out.")
     if component.model and component.keep_special_tokens is not None:
         raise ValueError(f"{where}.keep_special_tokens: the reward model reads tokens, not text; leave it out.")
+    if component.environment and component.keep_special_tokens is not None:
+        raise ValueError(f"{where}.keep_special_tokens: the environment's reward is read, no text; leave it out.")
     if component.url is None and (component.judge or component.token_env):
         raise ValueError(f"{where}.judge and token_env belong to an endpoint; set {where}.url.")
 

@@ -26,7 +26,7 @@ class JudgeConfig:
 
 @dataclass(frozen=True)
 class RewardComponent:
-    """One summand of the reward: exactly one of rule, url and model says where its raw value comes from."""
+    """One summand of the reward: exactly one of rule, url, model and environment says where its raw value comes from."""
 
     rule: str | None = None
     """`package.module.function` or `path/to/file.py:function`, called as fn(prompt, response, **fields) -> float."""
@@ -36,6 +36,8 @@ class RewardComponent:
     """HTTP endpoint that scores rows (or, with judge, answers chat completions)."""
     model: bool | str = False
     """The score of a reward model: true for the role reward_model, or the name of a models.NAME of kind reward_model."""
+    environment: bool = False
+    """The episode's reward, as its environment gave it (environment.target)."""
     weight: Annotated[float, Finite()] = 1.0
     """Factor in the sum; 0: only logged or used as a gate, and it may be missing in a row."""
     normalize: Annotated[str, OneOf("none", "batch")] = "none"
@@ -75,7 +77,7 @@ class RewardConfig:
     kwargs: dict[str, Any] = field(default_factory=dict)
     """Further arguments of the rule; a row's own field of the same name comes first."""
     components: dict[str, Any] = field(default_factory=dict)
-    """In place of rule and kwargs, by name: {rule|url|model, weight, normalize, clip, gate, ...}, each a summand
+    """In place of rule and kwargs, by name: {rule|url|model|environment, weight, normalize, clip, gate, ...}, each a summand
     (`RewardComponent` in aligner/reward/config.py explains every setting; conf/reward/weighted.yaml is an example)."""
     keep_special_tokens: bool = False
     """Pass responses with their special tokens (<|im_end|>, ...), including the stop token, to rules and endpoints."""

@@ -16,7 +16,7 @@ from aligner.data.decoding import decode
 from aligner.data.samples import Samples
 from aligner.health.rank_status import excerpt
 from aligner.reward.combine import combine, reward_row
-from aligner.reward.components import Scorer, reward_components
+from aligner.reward.components import ResolvedComponent, Scorer, reward_components
 from aligner.reward.config import RewardConfig
 from aligner.reward.missing import MissingScores, check_missing, missing_of
 from aligner.reward.worker import Score, Status
@@ -133,17 +133,24 @@ class Reward(Role):
         """Args:
         from_models: [B] of each reward model, by role name.
         """
-        ids = [samples.response_tokens(row) for row in range(samples.rows)]
+        ids = [samples.last_turn_tokens(row) for row in range(samples.rows)]
+        rows_fields = samples.fields
+        if (
+            samples.episodes is not None
+        ):  # rules see the whole of it: its messages, how it ended, its environment's metrics
+            rows_fields = [
+                {**fields, "episode": episode} for fields, episode in zip(samples.fields, samples.episodes, strict=True)
+            ]
         texts: dict[bool, list[str]] = {}
         items: dict[bool, list[dict[str, Any]]] = {}
         for kept in {self.config.keep_special_tokens, *(part.keep_special_tokens for part in self.parts)}:
             texts[kept] = [decode(self.tokenizer, row, kept) for row in ids]
             items[kept] = [
                 {"prompt": str(fields.get("prompt", "")), "response": text, "fields": fields}
-                for text, fields in zip(texts[kept], samples.fields, strict=True)
+                for text, fields in zip(texts[kept], rows_fields, strict=True)
             ]
         self.world.activity.details["reward"] = lambda: self._being_scored(items, rows)
-        scores = self._by_part(items, from_models)
+        scores = self._by_part(items, from_models, samples)
         self.world.activity.details.pop("reward")
         raw = {name: _raw(of_part) for name, of_part in scores.items()}
         status = {name: torch.tensor([int(s.status) for s in of], dtype=torch.int8) for name, of in scores.items()}
@@ -161,7 +168,10 @@ class Reward(Role):
         ]
 
     def _by_part(
-        self, items: Mapping[bool, Sequence[Mapping[str, Any]]], from_models: Mapping[str, Tensor]
+        self,
+        items: Mapping[bool, Sequence[Mapping[str, Any]]],
+        from_models: Mapping[str, Tensor],
+        samples: Samples,
     ) -> dict[str, list[Score]]:
         """Scores by component; the components are scored concurrently.
 
@@ -174,10 +184,15 @@ class Reward(Role):
                 for part in self.parts
                 if part.name in self.scorers
             }
-            return {
-                part.name: running[part.name].result() if part.model is None else _of_model(from_models[part.model])
-                for part in self.parts
-            }
+
+            def scores_of(part: ResolvedComponent) -> list[Score]:
+                if part.name in running:
+                    return running[part.name].result()
+                if part.model is not None:
+                    return _of_model(from_models[part.model])
+                return of_environment(samples, part.source)
+
+            return {part.name: scores_of(part) for part in self.parts}
 
     def _combined(
         self, rows: Sequence[int], raw: dict[str, Tensor], status: dict[str, Tensor], missing: dict[str, MissingScores]
@@ -207,6 +222,22 @@ class Reward(Role):
 
 def _raw(scores: Sequence[Score]) -> Tensor:
     return torch.tensor([s.value if s.status is Status.OK else math.nan for s in scores], dtype=torch.float32)
+
+
+def of_environment(samples: Samples, source: str) -> list[Score]:
+    """The rewards of episodes; one that failed has none.
+
+    Raises:
+        ValueError: the samples are no episodes.
+    """
+    if samples.episode_reward_B is None or samples.episodes is None:
+        raise ValueError(f"{source} reads the rewards of episodes, and these samples are none; set environment.target.")
+    return [
+        Score(value, Status.OK, 0.0)
+        if math.isfinite(value)
+        else Score(math.nan, Status.FAILED, 0.0, f"the episode ended as {record['ended']} {record['detail']}".rstrip())
+        for value, record in zip(samples.episode_reward_B.tolist(), samples.episodes, strict=True)
+    ]
 
 
 def _of_model(score_B: Tensor) -> list[Score]:

@@ -22,7 +22,9 @@ if TYPE_CHECKING:  # the engines take seconds to import; loops name `Roles`, and
 
     from aligner.config.schema import Config
     from aligner.models.spec import ModelSpec
+    from aligner.reshard.weights import StoredWeights
     from aligner.reward.role import Reward
+    from aligner.rollout.generation import SharedWeights
     from aligner.rollout.role import Rollout
     from aligner.spmd.mesh import Mesh
     from aligner.spmd.role import Role
@@ -190,7 +192,7 @@ def build_roles(
             if role.kind.on_trainer:
                 built[role.name] = _trainer_role(config, role, described, world, meshes[role.name], spec)
             elif role.kind.runs_on == "engine":
-                built[role.name] = _engine_role(config, role, world, meshes[role.name], spec)
+                built[role.name] = _engine_role(config, role, world, meshes[role.name], spec, tokenizer, built)
             else:
                 built[role.name] = _reward_role(config, role, world, meshes[role.name], tokenizer, built)
     return Roles(built)
@@ -215,7 +217,8 @@ def _trainer_role(
     more: dict[str, Any] = {"sequence_parallel": role_layout(config.placement, role).sequence_parallel}
     if issubclass(kind, TrainableRole):
         more["total_steps"] = config.train.steps * settings.minibatches * settings.epochs
-        more["max_response"] = config.sampling.max_tokens
+        turns = config.environment.max_turns if config.environment.enabled else 1
+        more["max_response"] = turns * config.sampling.max_tokens
         more["not_finite"] = config.guards.not_finite
         more["skip_empty"] = config.guards.empty_batch.action == "skip"
         more["offending"] = Path(config.run_dir) / "offending"
@@ -231,7 +234,16 @@ def _trainer_role(
     return built
 
 
-def _engine_role(config: Config, role: RoleSpec, world: World, mesh: Mesh, spec: ModelSpec) -> Rollout:
+def _engine_role(
+    config: Config,
+    role: RoleSpec,
+    world: World,
+    mesh: Mesh,
+    spec: ModelSpec,
+    tokenizer: PreTrainedTokenizerBase,
+    built: Mapping[str, Role],
+) -> Rollout:
+    from aligner.roles import episode_source
     from aligner.rollout.folder_weights import FolderWeights
     from aligner.rollout.role import Rollout
     from aligner.rollout.rows import request_seed
@@ -239,10 +251,21 @@ def _engine_role(config: Config, role: RoleSpec, world: World, mesh: Mesh, spec:
     further = role.name in config.models
     seed = request_seed(config.seed, *role.name.encode()) if further else config.seed  # two engines draw differently
     own = _spec_of(config, role, spec)
-    rollout = Rollout(role.name, world, mesh, own, config.settings(role.name), config.sampling, seed, config.stream)
+    settings, source = config.settings(role.name), None
+    if not further:  # a further engine answers what a loop asks of it
+        source = episode_source.source_factory(config, tokenizer, own)
+    shared = _shared_weights(cast("Policy", built["policy"])) if settings.share_policy_weights else None
+    rollout = Rollout(role.name, world, mesh, own, settings, config.sampling, seed, config.stream, source, shared)
     if further:
         rollout.loaded.source = FolderWeights(own)  # until a policy sends its own
     return rollout
+
+
+def _shared_weights(policy: Policy) -> SharedWeights:
+    """The policy's own tensors, which its ranks hold whole (`aligner.check.shared_weights`)."""
+    from aligner.rollout.generation import SharedWeights
+
+    return SharedWeights(policy, lambda name: cast("StoredWeights", policy.weights).local(name))
 
 
 def _reward_role(

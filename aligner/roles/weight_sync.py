@@ -29,11 +29,17 @@ class WeightSyncs:
         `Policy.reshard_to`."""
         rollout.drain_before_sync(policy.mesh)
         with policy.call("reshard_to", also=(rollout,)):
-            if rollout.name not in self.by_rollout:
-                self.by_rollout[rollout.name] = WeightSync(policy.world, policy.weights, rollout.weights, self.config)
-            with rollout.loaded.loading(policy):
-                self.by_rollout[rollout.name].run()
+            if rollout.shared is not None:
+                rollout.use_shared(policy)
+            else:
+                self._copy(policy, rollout)
         rollout.took_weights()
+
+    def _copy(self, policy: Policy, rollout: Rollout) -> None:
+        if rollout.name not in self.by_rollout:
+            self.by_rollout[rollout.name] = WeightSync(policy.world, policy.weights, rollout.weights, self.config)
+        with rollout.loaded.loading(policy):
+            self.by_rollout[rollout.name].run()
 
     def latest(self) -> list[SyncStats]:
         """What the last sync into each rollout moved on this rank."""

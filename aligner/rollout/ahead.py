@@ -28,7 +28,7 @@ class Ahead(Iterator[Ref]):
     def __next__(self) -> Ref:
         rollout, lag = self._rollout, self._lag
         if not lag and not self._queue:
-            return rollout.generate(next(self._prompts), self._num_samples)
+            return rollout.sample(next(self._prompts), self._num_samples)
         while len(self._queue) <= lag:
             batch = next(self._prompts, None)
             if batch is None:  # the prompts are a finite iterable

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 ENGINES = ("vllm", "transformers")
 """The rollout engines, the keys of `aligner.rollout.engines.BACKENDS`."""
+ALONE, WHILE_OTHERS_LEAVE, BESIDE_OTHERS = 0.9, 0.8, 0.4
+"""rollout.gpu_memory_utilization=null."""
 UNSAID_LENGTH = 1024
 """Tokens in a sample where neither rollout.max_model_len nor a job's lengths say how many."""
 
@@ -62,16 +64,26 @@ class RolloutConfig:
     kv_cache_mib: Annotated[int | None, AtLeast(1)] = None
     """vLLM's KV cache of each rank in MiB. null: on CUDA what gpu_memory_utilization leaves; on a CPU enough for
     max_num_seqs samples of max_model_len tokens, but no more than 1024."""
-    gpu_memory_utilization: Annotated[float, MoreThan(0), AtMost(1)] = 0.4
-    """vLLM on CUDA, with kv_cache_mib=null: fraction of the device's memory for the engine, weights and KV cache together."""
+    gpu_memory_utilization: Annotated[float | None, MoreThan(0), AtMost(1)] = None
+    """vLLM on CUDA, with kv_cache_mib=null: fraction of the device's memory for the engine, weights and KV cache together.
+    null: 0.9 on ranks of its own, 0.8 beside roles that leave the device while it generates (residency.mode=auto or offload),
+    0.4 beside roles that stay."""
     prefix_caching: bool = True
     """vLLM's prefix caching: samples of one prompt share its prefill; emptied at every weight sync. engine=transformers always
     shares it among samples that start together."""
     enforce_eager: bool = False
     """vLLM on CUDA: run without CUDA graphs (less memory, slower). A CPU always runs eagerly."""
+    share_policy_weights: bool = False
+    """engine=transformers: generate with the policy's own weights, without a copy of them and without weight syncs. For
+    policy.engine=fsdp where each rank of the rollout holds the whole policy: one rank, or one rank per replica."""
 
     def check(self) -> None:
         """Raises ValueError naming the setting and the values that would work."""
+        if self.share_policy_weights and self.engine != "transformers":
+            raise ValueError(
+                f"rollout.share_policy_weights=true: engine={self.engine} computes with weights in a layout of its own; use "
+                "rollout.engine=transformers, or share_policy_weights=false."
+            )
         if self.max_batched_tokens is not None and self.max_batched_tokens < self.max_num_seqs:
             raise ValueError(
                 f"rollout.max_batched_tokens={self.max_batched_tokens} is below rollout.max_num_seqs: samples take one "

@@ -5,17 +5,20 @@ engine (vLLM in `rollout/vllm/`, the transformers library in `rollout/transforme
 `rollout/engines.py`.
 
 Determinism: sample i of a prompt is drawn with seed `seeds[prompt] + i` and nothing else. The other prompts, their order, the
-replica and the process's random states have no part in it, but for rounding: logits of other batches differ in the last bits.
+replica and the process's random states have no part in it, but for rounding: logits of other batches differ in the last bits
+(not with vLLM on a CPU: see `rollout/vllm/cpu_single_rows.py`).
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Self
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Self, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from aligner.bounds import check_settings
 from aligner.rollout.config import RolloutConfig, Sampling
@@ -30,6 +33,10 @@ if TYPE_CHECKING:
     from aligner.spmd.memory import Meter
     from aligner.spmd.mesh import Mesh
     from aligner.spmd.residency import Part
+
+T = TypeVar("T")
+SharedTensors = Callable[[str], Tensor]
+"""Name of a parameter or buffer in transformers' model -> the policy's own memory of it, whole."""
 
 KINDS = {"weights": Kind(lost=True), "cache": Kind()}
 """What an engine holds that can leave the device: weights, which the next sync writes anew, and the KV cache."""
@@ -67,6 +74,7 @@ class RolloutEngine(ABC):
         layout: WeightLayout,
         sleeps: bool,
         loaded: LoadedWeights,
+        shared: SharedTensors | None = None,
     ) -> Self:
         """An engine without weights; collective over `group`.
 
@@ -76,6 +84,7 @@ class RolloutEngine(ABC):
             layout: what every rank of the role holds.
             sleeps: weights and cache must be able to leave the device (`parts`).
             loaded: the role's record of which weights its engines hold.
+            shared: the policy's own tensors, which the engine computes with (`config.share_policy_weights`).
 
         Raises:
             ValueError: settings and model do not go together.
@@ -121,14 +130,21 @@ class RolloutEngine(ABC):
     def work_until(self, enough: Callable[[], bool]) -> None:
         """Generate until `enough()`, asked on the replica's first rank before each token, or until nothing is left."""
 
+    @abstractmethod
+    def working(self) -> AbstractContextManager[None]:
+        """The surroundings in which `requests` may be started and advanced by hand."""
+
+    @abstractmethod
+    def from_first(self, value: T) -> T:
+        """What the replica's first rank gives, on all of its ranks; collective over the replica."""
+
     def start(
         self, prompts: Sequence[list[int]], seeds: Sequence[int], sampling: Sampling, num_samples: int = 1
     ) -> int:
         """Take `num_samples` responses to each prompt into work; see `generate`. Returns what `finish` takes."""
         assert len(prompts) == len(seeds), f"{len(prompts)} prompts but {len(seeds)} seeds"
         assert num_samples >= 1, f"num_samples={num_samples}"
-        check_settings(sampling, "sampling")
-        self._check_prompts(prompts, sampling)
+        self.check(prompts, sampling)
         return self.resume(
             [Sample(list(p), seed + i) for p, seed in zip(prompts, seeds, strict=True) for i in range(num_samples)],
             sampling,
@@ -148,7 +164,9 @@ class RolloutEngine(ABC):
         groups = [samples[first : first + drawn] for first in range(0, len(samples), drawn)]
         return [group * (num_samples // drawn) for group in groups]
 
-    def _check_prompts(self, prompts: Sequence[list[int]], sampling: Sampling) -> None:
+    def check(self, prompts: Sequence[list[int]], sampling: Sampling) -> None:
+        """Raises ValueError for settings that cannot be, and where a prompt is empty, foreign or does not fit."""
+        check_settings(sampling, "sampling")
         longest = max((len(prompt) for prompt in prompts), default=0)
         needed = longest + sampling.max_tokens
         if prompts and needed > self.config.length(self.spec):

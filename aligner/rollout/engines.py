@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from aligner.reshard.plan.layout import UnknownLayout, WeightLayout
 from aligner.rollout.config import ENGINES, RolloutConfig
@@ -14,6 +14,8 @@ from aligner.rollout.vllm import sizes as vllm
 from aligner.rollout.vllm.layout import EngineLayout
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from aligner.models.spec import ModelSpec
     from aligner.rollout.engine import RolloutEngine
     from aligner.rollout.offline import OfflineEngine
@@ -55,6 +57,26 @@ class Backend:
     def offline_type(self) -> type[OfflineEngine]:
         """Import the engine for folders."""
         return cast("type[OfflineEngine]", _imported(self.offline))
+
+
+VLLM_TOOL_PARSER = "aligner.rollout.vllm.tool_parsers.tool_parser"
+"""Import path of what makes one of vLLM's parsers of tool calls."""
+
+
+class ExtractCalls(Protocol):
+    """(a turn's text, definitions of the tools) -> (its content, (name, arguments as JSON text) of each call)."""
+
+    def __call__(self, text: str, tools: Sequence[Mapping[str, Any]]) -> tuple[str, list[tuple[str, str]]]: ...
+
+
+def vllm_tool_parser(name: str, tokenizer: PreTrainedTokenizerBase) -> ExtractCalls:
+    """One of vLLM's parsers of tool calls.
+
+    Raises:
+        ValueError: vLLM has none of that name, or it does not fit the tokenizer.
+    """
+    make = cast("Callable[[str, PreTrainedTokenizerBase], ExtractCalls]", _imported(VLLM_TOOL_PARSER))
+    return make(name, tokenizer)
 
 
 def _imported(path: str) -> object:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,10 +14,14 @@ from aligner.models.spec import ModelSpec
 from aligner.reshard.weights import RemoteWeights, WritableWeights
 from aligner.rollout.arrivals import Arrivals
 from aligner.rollout.config import RolloutConfig, Sampling, StreamConfig
-from aligner.rollout.engine import KINDS
+from aligner.rollout.engine import KINDS, SharedTensors
 from aligner.rollout.engines import backend
-from aligner.rollout.loaded import LoadedWeights
-from aligner.rollout.rows import completed_samples, prompt_from, prompt_to, request_seed, sample_from, sample_to
+from aligner.rollout.episodes.driver import Episodes
+from aligner.rollout.episodes.figures import Figures
+from aligner.rollout.episodes.source import EpisodeSource
+from aligner.rollout.kind import Place, Responses, RolloutKind
+from aligner.rollout.loaded import LoadedWeights, WeightSource
+from aligner.rollout.rows import prompt_from, prompt_to
 from aligner.spmd.mesh import Mesh
 from aligner.spmd.messages import all_gather, broadcast
 from aligner.spmd.partition import Shares, partition
@@ -32,6 +36,16 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
+@dataclass(frozen=True)
+class SharedWeights:
+    """The policy that a rollout computes with the memory of."""
+
+    policy: Any
+    """Its role."""
+    tensors: SharedTensors
+    """On the policy's ranks."""
+
+
 @dataclass(eq=False)
 class Started:
     """A generation that has been begun; the same on every rank, but for the ticket."""
@@ -40,8 +54,10 @@ class Started:
     num_samples: int
     shares: Shares
     """Prompts of each replica."""
+    plays: bool
+    """Rows are episodes."""
     ticket: int | None
-    """The engine's, on this role's ranks."""
+    """Of `RolloutKind.resume`, on this role's ranks."""
 
 
 class GenerationRole(Role):
@@ -63,8 +79,19 @@ class GenerationRole(Role):
         sampling: Sampling,
         seed: int,
         overlap: StreamConfig | None = None,
+        source: Callable[[], EpisodeSource] | None = None,
+        shared: SharedWeights | None = None,
     ) -> None:
+        """Args:
+        source: makes what plays episodes, on the first rank of each replica; None: there is no environment.
+        shared: the policy whose weights the engines compute with; None: they have their own.
+        """
         super().__init__(name, world, mesh)
+        self.plays = source is not None
+        """Whether there is an environment to play in."""
+        self.shared = shared
+        """Whose weights the engines compute with; None: they have their own."""
+        self._weight_owners = () if shared is None else (shared.policy,)
         self.spec, self.config, self.sampling, self.seed = spec, config, sampling, seed
         self.overlap = overlap or StreamConfig()
         self.calls = 0
@@ -76,23 +103,39 @@ class GenerationRole(Role):
         group, engine = world.my_group(mesh.groups("tensor", "pipeline")), backend(config.engine)
         world.residency.make_room(name, mesh)
         sleeps = world.device.type == "cpu" or world.residency.crowds(name, mesh)
-        world.residency.register(name, mesh, KINDS if sleeps else {}, on_lost=self.loaded.evict)
+        kinds = {part: kind for part, kind in KINDS.items() if sleeps and (shared is None or part != "weights")}
+        world.residency.register(name, mesh, kinds, on_lost=self.loaded.evict)
         layout = engine.layout(spec, mesh, config.dtype)
         if group is None:
             self.weights: WritableWeights = RemoteWeights(layout)
             return
         ident = f"{name}{mesh.shards[self.shard or 0][0]}"
         self.engine = engine.engine_type().build(
-            spec, mesh, group, ident, config, world.device, layout=layout, sleeps=sleeps, loaded=self.loaded
+            spec,
+            mesh,
+            group,
+            ident,
+            config,
+            world.device,
+            layout=layout,
+            sleeps=sleeps,
+            loaded=self.loaded,
+            shared=None if shared is None else shared.tensors,
         )
         self.engine.requests.progress = world.activity.tick
+        self._responses: RolloutKind = Responses(self.engine)
         self.weights = self.engine.weights
         if sleeps:
             world.residency.register(
-                name, mesh, KINDS, self.engine.parts(world.residency.meter), on_lost=self.loaded.evict
+                name, mesh, kinds, self.engine.parts(world.residency.meter), on_lost=self.loaded.evict
             )
             world.residency.before_evict(name, self.complete)
         world.on_leave(self.engine.close)
+        if source is not None:
+            first = world.rank == mesh.shards[self.shard or 0][0]
+            self.episodes = Episodes(self.engine, source() if first else None, world.activity.tick)
+            world.on_leave(self.episodes.close)
+            world.activity.details[name] = self.episodes.report
 
     def generate(
         self,
@@ -112,22 +155,65 @@ class GenerationRole(Role):
             Ref to `Samples`: row p * num_samples + g is sample g of prompt p.
         """
         self.wake()
-        with self.call("generate"):
-            return self._finish(self._start(prompts, num_samples, sampling, seed))
+        with self.call("generate", self._weight_owners):
+            return self._finish(self._start(prompts, num_samples, sampling, seed, plays=False))
+
+    def play(
+        self,
+        tasks: Sequence[Prompt],
+        num_samples: int = 1,
+        sampling: Sampling | None = None,
+        seed: int | None = None,
+    ) -> Ref:
+        """`num_samples` episodes of each task, to their ends.
+
+        Args:
+            tasks: the same on every rank.
+            sampling: how turns are sampled; by default the configuration's `sampling`. max_tokens is a turn's.
+            seed: by default a new one for every call; the same seed gives the same episodes for the same weights.
+
+        Returns:
+            Ref to `Samples`: row p * num_samples + g is episode g of task p.
+
+        Raises:
+            ValueError: the job has no environment.
+        """
+        if not self.plays:
+            raise ValueError(
+                "rollout.play needs an environment: set environment.target or environment.agent.command, or call rollout.generate."
+            )
+        self.wake()
+        with self.call("generate", self._weight_owners):
+            return self._finish(self._start(tasks, num_samples, sampling, seed, plays=True))
+
+    def sample(
+        self,
+        prompts: Sequence[Prompt],
+        num_samples: int = 1,
+        sampling: Sampling | None = None,
+        seed: int | None = None,
+    ) -> Ref:
+        """`play` where the job has an environment, else `generate`."""
+        return (self.play if self.plays else self.generate)(prompts, num_samples, sampling, seed)
 
     def start(self, prompts: Sequence[Prompt], num_samples: int = 1, sampling: Sampling | None = None) -> Started:
-        """Begin what `generate` does; nothing is waited for. The engine works on it whenever it works."""
+        """Begin what `sample` does; nothing is waited for. The engine works on it whenever it works."""
         self.wake()
         with self.call("start", on_host=True):
-            started = self._start(prompts, num_samples, sampling, None)
+            started = self._start(prompts, num_samples, sampling, None, self.plays)
             self.under_way.append(started)
             return started
 
     def finish(self, started: Started) -> Ref:
-        """What `generate` returns, of something started."""
+        """What `sample` returns, of something started."""
+        self._check_unchanged()
         self.under_way.remove(started)
         with self.working():
             return self._finish(started)
+
+    def take_figures(self) -> Figures:
+        """What this rank's replica has spent its time on while it played, since the last time."""
+        return self.episodes.take_figures() if self.plays and self.member else Figures()
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -143,6 +229,23 @@ class GenerationRole(Role):
         source = self.loaded.source_to_reload(self.name)
         if source is not None:
             source.reshard_to(self)
+        self._check_unchanged()
+
+    def _check_unchanged(self) -> None:
+        """RuntimeError where weights that are shared have been updated since the policy gave them."""
+        if self.shared is not None:
+            self.loaded.check_unchanged(self.name)
+
+    def use_shared(self, policy: WeightSource) -> None:
+        """In place of a weight sync: the engines go on with the policy's present weights, and forget their caches."""
+        if self.shared is None or self.shared.policy is not policy:
+            raise ValueError(
+                f"{policy.name}.reshard_to({self.name}): {self.name} computes with the policy's own weights; set "
+                "rollout.share_policy_weights=false, or give the other policy an engine of its own, models.NAME={kind: engine, ...}."
+            )
+        with self.loaded.loading(policy):
+            if self.member:
+                self.engine.new_weights()
 
     @property
     def asleep(self) -> bool:
@@ -151,11 +254,14 @@ class GenerationRole(Role):
 
     def working(self) -> AbstractContextManager[None]:
         """The role call in which what is under way is completed: it needs the engine, unless that is done."""
-        return self.call("collect", on_host=True) if self.asleep else self.call("generate")
+        if self.under_way:
+            self._check_unchanged()
+        return self.call("collect", on_host=True) if self.asleep else self.call("generate", self._weight_owners)
 
     def complete(self) -> None:
+        """Finish what is under way, or play it until it is interrupted."""
         if self.under_way:
-            self.engine.work_until(_never)
+            self._work_until(_never)
 
     def drain_before_sync(self, policy: Mesh) -> None:
         """Complete the requests in flight before a weight sync; with `stream.in_flight` only until the policy's ranks
@@ -166,10 +272,18 @@ class GenerationRole(Role):
         """
         if not self.under_way or self.asleep:
             return
+        self._check_unchanged()
         arrived = self._arrivals.announce(policy.ranks) if self._arrivals else _never
-        with self.call("generate"):
+        with self.call("generate", self._weight_owners):
             if self.member:
-                self.engine.work_until(arrived)
+                self._work_until(arrived)
+
+    def kind(self, plays: bool) -> RolloutKind:
+        """What generates rows of this kind, on this role's ranks."""
+        return self.episodes if plays else self._responses
+
+    def _work_until(self, enough: Callable[[], bool]) -> None:
+        self.kind(self.plays).work_until(enough)  # episodes take along whatever else is in the engine
 
     def took_weights(self) -> None:
         """A sync has finished: tokens drawn from here on are marked with the version of the new weights."""
@@ -180,9 +294,11 @@ class GenerationRole(Role):
         """Something started and completed, as JSON; its samples on the first rank of the world."""
         samples_of_prompt = {}
         if started.ticket is not None:
-            drawn, size = self.engine.requests.held(started.ticket), started.num_samples
+            kind, size = self.kind(started.plays), started.num_samples
+            rollouts = kind.held(started.ticket)
             for position, prompt in enumerate(started.shares[self.shard or 0]):
-                samples_of_prompt[prompt] = [sample_to(one) for one in drawn[position * size : (position + 1) * size]]
+                own = rollouts[position * size : (position + 1) * size]
+                samples_of_prompt[prompt] = [kind.to_json(one) for one in own]
             for other in all_gather(self.world, samples_of_prompt, self.mesh.ranks):
                 samples_of_prompt |= other
         samples_of_prompt = broadcast(self.world, samples_of_prompt, self.mesh.ranks, [0]) or {}
@@ -195,23 +311,28 @@ class GenerationRole(Role):
         shares = partition([len(prompt.tokens) for prompt in prompts], self.mesh.data)
         ticket = None
         if self.member:
-            samples = [sample_from(one) for p in shares[self.shard or 0] for one in saved["samples"][p]]
-            ticket = self.engine.requests.hold(samples)
-        self.under_way.append(Started(prompts, num_samples, shares, ticket))
+            kind = self.kind(self.plays)
+            own = [kind.from_json(one, prompts[p]) for p in shares[self.shard or 0] for one in saved["samples"][p]]
+            ticket = kind.hold(own)
+        self.under_way.append(Started(prompts, num_samples, shares, self.plays, ticket))
         return self.under_way[-1]  # type: ignore[no-any-return]
 
     def _start(
-        self, prompts: Sequence[Prompt], num_samples: int, sampling: Sampling | None, seed: int | None
+        self, prompts: Sequence[Prompt], num_samples: int, sampling: Sampling | None, seed: int | None, plays: bool
     ) -> Started:
         self.calls += 1
         shares = partition([len(prompt.tokens) for prompt in prompts], self.mesh.data)
         ticket = None
         if self.member:
-            prompts_here = shares[self.shard or 0]
-            seeds = [request_seed(self.seed, self.calls if seed is None else -1 - seed, i) for i in prompts_here]
-            tokens = [list(prompts[p].tokens) for p in prompts_here]
-            ticket = self.engine.start(tokens, seeds, sampling or self.sampling, num_samples)
-        return Started(prompts, num_samples, shares, ticket)
+            kind, call = self.kind(plays), self.calls if seed is None else -1 - seed
+            rollouts = [
+                kind.begin(prompts[p], Place(self.seed, call, p, g))
+                for p in shares[self.shard or 0]
+                for g in range(num_samples)
+            ]
+            kind.check(rollouts, sampling or self.sampling)
+            ticket = kind.resume(rollouts, sampling or self.sampling)
+        return Started(prompts, num_samples, shares, plays, ticket)
 
     def _finish(self, started: Started) -> Ref:
         size = started.num_samples
@@ -220,8 +341,9 @@ class GenerationRole(Role):
         if started.ticket is None:
             return Ref(self, None, rows, row_shares)
         prompts_here = started.shares[self.shard or 0]
-        drawn = self.engine.finish(started.ticket)
-        samples = completed_samples([started.prompts[p] for p in prompts_here for _ in range(size)], drawn)
+        kind = self.kind(started.plays)
+        rollouts = kind.finish(started.ticket)
+        samples = kind.samples([started.prompts[p] for p in prompts_here for _ in range(size)], rollouts)
         lengths = self.agreed(samples.length_B.tolist(), int(samples.tokens_BT.sum()))
         by_row = {
             row: n

@@ -99,6 +99,20 @@ class LoadedWeights:
                     "policy.reshard_to(rollout) first, or keep them with residency.keep=[rollout.weights]."
                 )
 
+    def check_unchanged(self, rollout: str) -> None:
+        """RuntimeError, saying what to call, where the source has other weights by now than at the sync.
+
+        Args:
+            rollout: name of the role.
+        """
+        if self.source is not None and self.version != self.source.version:
+            policy = self.source.name
+            raise RuntimeError(
+                f"{rollout} computes with the weights of {policy}, which has been updated since it gave them; call "
+                f"{policy}.reshard_to({rollout}) before generate, and finish what was started before the update, or set "
+                "rollout.share_policy_weights=false."
+            )
+
     def source_to_reload(self, rollout: str) -> WeightSource | None:
         """Who must bring the weights before the engines can generate: they were given up, or have not been needed yet.
 

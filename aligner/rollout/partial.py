@@ -9,8 +9,8 @@ from typing import Any
 
 from aligner.data.prompts import Prompt
 from aligner.rollout.generation import GenerationRole
-from aligner.rollout.requests import Sample
-from aligner.rollout.rows import completed_samples, prompt_from, prompt_to, request_seed, sample_from, sample_to
+from aligner.rollout.kind import Place, RolloutKind
+from aligner.rollout.rows import prompt_from, prompt_to
 from aligner.spmd.messages import all_gather, broadcast
 from aligner.spmd.partition import partition
 from aligner.spmd.ref import Ref
@@ -94,7 +94,8 @@ class _Round:
 @dataclass
 class _Group:
     prompt: Prompt
-    samples: list[Sample]
+    samples: list[Any]
+    """`Generated`s."""
 
     @property
     def ended(self) -> bool:
@@ -102,7 +103,7 @@ class _Group:
 
     @property
     def lengths(self) -> list[int]:
-        return [len(sample.prompt) + len(sample.tokens) for sample in self.samples]
+        return [sample.row_tokens for sample in self.samples]
 
 
 class _Pool:
@@ -124,6 +125,11 @@ class _Pool:
         """Number of complete groups that have not been returned."""
         return len(self._complete)
 
+    @property
+    def _kind(self) -> RolloutKind:
+        """On the rollout's ranks."""
+        return self.rollout.kind(self.rollout.plays)
+
     def start(self, prompts: Sequence[Prompt]) -> _Round:
         """Start a round with the carried-over groups and a new group for each of these prompts."""
         rollout = self.rollout
@@ -134,10 +140,9 @@ class _Pool:
             self._assign({first + place: prompt for place, prompt in enumerate(prompts)})
             numbers, self.carried = [*self.carried, *range(first, self._count)], []
             for number in (n for n in range(first, self._count) if rollout.member and self._is_here(n)):
-                seed = request_seed(rollout.seed, rollout.calls, number - first)
-                prompt = prompts[number - first]
-                samples = [Sample(list(prompt.tokens), seed + i) for i in range(self.num_samples)]
-                self._held[number] = _Group(prompt, samples)
+                prompt, call = prompts[number - first], rollout.calls
+                places = [Place(rollout.seed, call, number - first, i) for i in range(self.num_samples)]
+                self._held[number] = _Group(prompt, [self._kind.begin(prompt, place) for place in places])
             work = _Round([self._submit(numbers)])
             rollout.under_way.append(work)
             return work
@@ -154,7 +159,7 @@ class _Pool:
         if rollout.member:
             numbers_here = part.groups[rollout.shard or 0]
             unfinished = [one for number in numbers_here for one in self._held[number].samples if not one.ended]
-            part.ticket = rollout.engine.resume(unfinished, rollout.sampling, rollout.overlap.step_tokens)
+            part.ticket = self._kind.resume(unfinished, rollout.sampling, rollout.overlap.step_tokens)
         return part
 
     def _is_here(self, number: int) -> bool:
@@ -176,7 +181,7 @@ class _Pool:
         for part in work.parts:
             groups_here = {number: self._held[number] for number in part.groups[rollout.shard or 0]}
             if part.ticket is not None:
-                continued = iter(rollout.engine.finish(part.ticket))
+                continued = iter(self._kind.finish(part.ticket))
                 part.ticket = None
                 for group in groups_here.values():
                     group.samples = [one if one.ended else next(continued) for one in group.samples]
@@ -192,7 +197,7 @@ class _Pool:
             if rollout.member:
                 groups_here = self._absorb(work)
                 ended = {number: group.lengths for number, group in groups_here.items() if group.ended}
-                drawn = sum(sum(one.tokens) for group in groups_here.values() for one in group.samples)
+                drawn = sum(one.token_sum for group in groups_here.values() for one in group.samples)
                 for replica_lengths in rollout.agreed(ended, drawn):
                     lengths |= replica_lengths
         lengths = Ref(rollout, lengths).gather()
@@ -215,7 +220,7 @@ class _Pool:
         if not rollout.member:
             return Ref(rollout, None, rows, fixed)
         groups_here = [self._held.pop(taken[row // size][0]) for row in shares[rollout.shard or 0][::size]]
-        samples = completed_samples(
+        samples = self._kind.samples(
             [g.prompt for g in groups_here for _ in g.samples], [one for g in groups_here for one in g.samples]
         )
         return Ref(rollout, samples, rows, fixed)
@@ -228,7 +233,7 @@ class _Pool:
             for work in rounds:
                 self._absorb(work)
             own_groups = {
-                n: {"prompt": prompt_to(group.prompt), "samples": [sample_to(one) for one in group.samples]}
+                n: {"prompt": prompt_to(group.prompt), "samples": [self._kind.to_json(one) for one in group.samples]}
                 for n, group in self._held.items()
             }
             for gathered in all_gather(rollout.world, own_groups, rollout.mesh.ranks):
@@ -251,7 +256,9 @@ class _Pool:
         self._assign(prompts)
         for number, group in saved["groups"]:
             if rollout.member and self.replica[number] == rollout.shard:
-                self._held[number] = _Group(prompts[number], [sample_from(one) for one in group["samples"]])
+                prompt = prompts[number]
+                own = [self._kind.from_json(one, prompt) for one in group["samples"]]
+                self._held[number] = _Group(prompt, own)
         rounds = [_Round([_Part(self._by_replica(numbers), None)]) for numbers in saved["rounds"]]
         rollout.under_way += rounds
         return rounds

@@ -32,6 +32,16 @@ class Sample:
     draws: Tensor | None = field(default=None, repr=False, compare=False)
     """State of the sample's random stream where it was interrupted, if it has one."""
 
+    @property
+    def row_tokens(self) -> int:
+        """Tokens of its row."""
+        return len(self.prompt) + len(self.tokens)
+
+    @property
+    def token_sum(self) -> int:
+        """Sum of the drawn token ids: equal on all ranks of a replica."""
+        return sum(self.tokens)
+
 
 @dataclass
 class Request:
@@ -56,7 +66,7 @@ class Requests(ABC, Generic[R]):
         """Args:
         stop: tokens that end a response where sampling names none.
         """
-        self._stop, self._loaded = stop, loaded
+        self.stop, self._loaded = tuple(stop), loaded
         self._tickets: dict[int, list[R]] = {}
         self._started = 0
         self.progress: Callable[[], None] = lambda: None
@@ -83,6 +93,10 @@ class Requests(ABC, Generic[R]):
     @abstractmethod
     def advance(self) -> None:
         """One engine step: about one token for each sample that has room."""
+
+    @abstractmethod
+    def cancel(self, ticket: int) -> None:
+        """Give up the samples of one `start`, which is then forgotten; whatever has left the engine is lost too."""
 
     @abstractmethod
     def abort(self) -> None:

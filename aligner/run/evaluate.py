@@ -13,6 +13,7 @@ from aligner.check.job import Checked
 from aligner.config.schema import Config
 from aligner.objective.masked import row_sums
 from aligner.objective.pairs import counted_rows
+from aligner.objective.pass_at_k import pass_at_k
 from aligner.reward.components import shown_component
 from aligner.roles.build import Roles
 from aligner.run.batches import as_demonstrations, as_pairs
@@ -21,7 +22,7 @@ from aligner.run.batches import as_demonstrations, as_pairs
 class Evaluation:
     """What the roles of a job and its held-out data allow; every call is one of all ranks.
 
-    `accuracy` is the mean reward of one answer to each held-out prompt, drawn with the same seeds every time; without a
+    `accuracy` is the mean reward of train.eval_samples answers (episodes) to each held-out prompt, drawn with the same seeds every time; without a
     rollout or held-out prompts, the share of held-out pairs on which the model prefers the chosen answer.
     """
 
@@ -39,27 +40,35 @@ class Evaluation:
         return bool(self.prompts or self.pairs or self.answers)
 
     def run(self) -> dict[str, float]:
-        """accuracy, heldout_loss, heldout_pair_accuracy and heldout_margin as far as they are known, and
+        """accuracy, pass@k, heldout_loss, heldout_pair_accuracy and heldout_margin as far as they are known, and
         seconds_evaluate."""
         start = time.perf_counter()
         row = self._of_pairs() if self.pairs else {}
         if self.answers:
             row["heldout_loss"] = self._of_answers()
         if self.prompts:
-            row["accuracy"] = self._of_prompts()
+            row |= self._of_prompts()
         elif self.pairs:
             row["accuracy"] = row["heldout_pair_accuracy"]
         return {**row, "seconds_evaluate": time.perf_counter() - start}
 
-    def _of_prompts(self) -> float:
+    def _of_prompts(self) -> dict[str, float]:
         roles, config = self.roles, self.config
         roles.policy.sync(roles.rollout)
-        sampling = replace(config.sampling, temperature=config.train.eval_temperature)
-        samples = roles.rollout.generate(self.prompts, sampling=sampling, seed=config.seed)
+        train, size = config.train, config.train.eval_samples
+        sampling = replace(config.sampling, temperature=train.eval_temperature)
+        samples = roles.rollout.sample(self.prompts, size, sampling, config.seed)
         scores = roles.reward.score(samples)
         named = shown_component(config.reward, config.train.eval_reward)
         reward_B: Tensor = (scores["components"][named] if named else scores["reward_B"]).gather()
-        return reward_B.nanmean().item()
+        row = {"accuracy": reward_B.nanmean().item()}
+        if size > 1:
+            success_PG = torch.where(reward_B.isnan(), reward_B, (reward_B >= train.eval_success).float()).view(
+                -1, size
+            )
+            ks = {1 << power for power in range(size.bit_length()) if 1 << power <= size} | {size}
+            row |= {f"pass@{k}": pass_at_k(success_PG, k) for k in sorted(ks)}
+        return row
 
     def _of_answers(self) -> float:
         """-log p a trained token, over all of them, in nats."""

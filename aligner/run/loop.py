@@ -20,6 +20,7 @@ from aligner.data.left_out import left_out_text
 from aligner.health.timeline import FOLDER, STEP_END
 from aligner.models.checkpoint import PeerFailedError
 from aligner.report.metrics import CONFIG_FILE, MetricsWriter
+from aligner.report.sample_records import write_records
 from aligner.report.samples import write_samples
 from aligner.report.write import write_report
 from aligner.reward.role import Reward
@@ -35,8 +36,9 @@ from aligner.run.input_digests import rows_of
 from aligner.run.job import Job
 from aligner.run.memory import open_account
 from aligner.run.random_states import seed_all
+from aligner.run.saved_samples import collect_samples
 from aligner.run.signals import Signals
-from aligner.run.step_row import collect_samples, step_row
+from aligner.run.step_row import step_row
 from aligner.run.step_stats import StepStats
 from aligner.spmd.memory_account import MemoryFigures
 from aligner.spmd.messages import all_gather, broadcast
@@ -285,9 +287,13 @@ class Driver:
     def _write_samples(self, step: int, result: Step) -> None:
         logging = self.config.logging
         wanted = logging.samples_every and (step % logging.samples_every == 0 or step in (1, self.config.train.steps))
-        samples = collect_samples(self.world, result, logging.samples_count) if wanted else None
-        if samples is not None:
-            write_samples(self.run_dir, step, samples)
+        if not wanted:
+            return
+        collected = collect_samples(self.world, result, logging.samples_count, self.job.checked.tokenizer)
+        if collected is not None:
+            items, records = collected
+            write_samples(self.run_dir, step, items)
+            write_records(self.run_dir, step, records)
 
     def _finish(self) -> None:
         self.world.activity.in_loop = False

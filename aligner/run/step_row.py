@@ -1,13 +1,14 @@
-"""What rank 0 learns of one iteration: a row of metrics, and some samples. Values come from the roles that hold them."""
+"""What rank 0 learns of one iteration: a row of metrics. Values come from the roles that hold them."""
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
+from functools import reduce
 
 from aligner.algorithms.step import Step
-from aligner.reward.pool import Status
 from aligner.reward.role import Reward, Rewards
 from aligner.roles.build import Roles
+from aligner.rollout.episodes.figures import Figures, episode_metrics
 from aligner.run.step_stats import StepStats, merged, step_stats_of
 from aligner.spmd.ref import Ref
 from aligner.spmd.transfer import read_on_rank0
@@ -38,6 +39,7 @@ def step_row(
         world.residency.take_figures(),
         signal,
         {key: one for role in roles.built if isinstance(role, Reward) for key, one in role.take_scored().items()},
+        reduce(Figures.merged, (engine.take_figures() for engine in roles.engines), Figures()),
     )
     collected = read_on_rank0(world, _logged(result), own_stats, merged)
     if collected is None:
@@ -52,38 +54,16 @@ def step_row(
     if result.scores is not None:
         row |= Rewards(response=[], **{name: values[name] for name in LOGGED_SCORES}).row()
     if result.samples is not None:
-        length_B = values["length_B"] - values["prompt_len_B"]
-        row["length"] = length_B.float().mean().item()
+        row["length"] = values["response_len_B"].float().mean().item()
         if values["truncated_B"] is not None:
             row["truncated"] = values["truncated_B"].float().mean().item()
+        if values["episodes"] is not None:
+            row |= episode_metrics(values["episodes"], values["length_B"].sum().item())
     row |= stats.row()
     row["seconds"] = seconds
     if "tokens" in row:
         row["tokens_per_second"] = row["tokens"] / seconds
     return row, stats
-
-
-def collect_samples(world: World, result: Step, count: int) -> list[dict[str, Any]] | None:
-    """The first `count` samples of the batch as `write_samples` takes them, on rank 0; None elsewhere, and where the step
-    has no scored samples. A collective of the world."""
-    if result.scores is None or result.samples is None:
-        return None
-    refs = {"response": result.scores["response"], "reward_B": result.scores["reward_B"]}
-    refs |= {"status_B": result.scores["status_B"], "fields": result.samples["fields"]}
-    collected = read_on_rank0(world, refs, None, lambda one, other: None, limit=count)
-    if collected is None:
-        return None
-    columns = (collected[0][name] for name in ("fields", "response", "reward_B", "status_B"))
-    return [
-        {
-            "prompt": row.get("prompt", ""),
-            "response": text,
-            "reward": reward.item(),
-            "status": Status(int(status)),
-            "fields": {name: value for name, value in row.items() if name != "prompt"},
-        }
-        for row, text, reward, status in zip(*columns, strict=True)
-    ]
 
 
 def _logged(result: Step) -> dict[str, Ref]:
@@ -94,5 +74,19 @@ def _logged(result: Step) -> dict[str, Ref]:
     if result.scores is not None:
         refs |= {name: result.scores[name] for name in LOGGED_SCORES}
     if result.samples is not None:
-        refs |= {name: result.samples[name] for name in ("length_B", "prompt_len_B", "truncated_B")}
+        refs |= {name: result.samples[name] for name in ("length_B", "truncated_B")}
+        refs["response_len_B"] = _response_lengths(result.samples)
+        refs["episodes"] = _without_messages(result.samples["episodes"])
     return refs
+
+
+def _response_lengths(samples: Ref) -> Ref:
+    """Sampled tokens of each row; the same ranks hold it."""
+    value = None if samples.value is None else samples.value.response_len_B
+    return replace(samples, value=value, read_cache={}, _fields={})
+
+
+def _without_messages(episodes: Ref) -> Ref:
+    """What `episode_metrics` reads; the same ranks hold it."""
+    value = episodes.value and [{**record, "messages": []} for record in episodes.value]
+    return replace(episodes, value=value, read_cache={}, _fields={})

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from aligner.report.metric_registry import TIMED_CALLS
 from aligner.reshard.transfer.sync_stats import SyncStats, total
+from aligner.rollout.episodes.figures import Figures
 from aligner.spmd.memory_account import MemoryFigures
 from aligner.spmd.role import Role
 
@@ -25,10 +26,12 @@ class StepStats:
     """What residency decides by."""
     scored: Mapping[tuple[int, int], tuple[int, float]] = field(default_factory=dict)
     """(call of the reward, row of its batch) -> (the prompt's index, the reward); see `Reward.take_scored`."""
+    playing: Figures = field(default_factory=Figures)
+    """Of rollout replicas, while they played episodes."""
 
     def row(self) -> dict[str, float]:
         """The metrics."""
-        return {**(self.syncs[0].metrics() if self.syncs else {}), **self.most}
+        return {**(self.syncs[0].metrics() if self.syncs else {}), **self.most, **self.playing.metrics()}
 
     def rewards(self) -> dict[int, list[float]]:
         """The prompt's index -> rewards of its samples, whichever ranks scored them."""
@@ -45,6 +48,7 @@ def step_stats_of(
     figures: MemoryFigures,
     asked: str = "",
     scored: Mapping[tuple[int, int], tuple[int, float]] | None = None,
+    playing: Figures | None = None,
 ) -> StepStats:
     """This rank's since the last time; `memory` in GiB by role call."""
     seconds: dict[str, float] = {}
@@ -55,7 +59,7 @@ def step_stats_of(
     most = {f"seconds_{phase}": seconds[call] for call, phase in TIMED_CALLS.items() if call in seconds}
     most |= {f"memory_{phase}": memory[call] for call, phase in TIMED_CALLS.items() if call in memory}
     most |= {"memory_peak": memory["peak"]} if "peak" in memory else {}
-    return StepStats(most, (total(syncs),) if syncs else (), asked, figures, scored or {})
+    return StepStats(most, (total(syncs),) if syncs else (), asked, figures, scored or {}, playing or Figures())
 
 
 def merged(one: StepStats, other: StepStats) -> StepStats:
@@ -64,6 +68,6 @@ def merged(one: StepStats, other: StepStats) -> StepStats:
     most = {name: max(most[name] for most in (one.most, other.most) if name in most) for name in names}
     syncs = one.syncs + other.syncs
     figures = one.figures.merged(other.figures)
-    return StepStats(
-        most, (total(syncs),) if syncs else (), one.asked or other.asked, figures, {**one.scored, **other.scored}
-    )
+    scored = {**one.scored, **other.scored}
+    playing = one.playing.merged(other.playing)
+    return StepStats(most, (total(syncs),) if syncs else (), one.asked or other.asked, figures, scored, playing)

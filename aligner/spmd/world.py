@@ -18,6 +18,8 @@ from aligner.health.process_exit import exit_process
 from aligner.health.store import agree_on_attempt, own_store
 from aligner.health.timeline import Timeline
 from aligner.health.watch import Watch
+from aligner.spmd.device_check import check_device
+from aligner.spmd.device_clock import DeviceClock
 from aligner.spmd.residency import Residency
 
 
@@ -34,6 +36,9 @@ class World:
         Args:
             timeout_seconds: limit of one collective.
             run_dir: folder for fault reports; None: console only.
+
+        Raises:
+            ValueError: torch sees no GPU where there should be one; see `check_device`.
         """
         self.rank = int(os.environ.get("RANK", "0"))
         self.size = int(os.environ.get("WORLD_SIZE", "1"))
@@ -42,7 +47,7 @@ class World:
         os.environ.setdefault("MASTER_PORT", "29555")
         for name, value in (("RANK", self.rank), ("WORLD_SIZE", self.size), ("LOCAL_RANK", self.local_rank)):
             os.environ.setdefault(name, str(value))
-        cuda = torch.cuda.is_available()
+        cuda = check_device() == "cuda"
         self.device = torch.device("cuda", self.local_rank) if cuda else torch.device("cpu")
         if cuda:
             torch.cuda.set_device(self.device)
@@ -55,7 +60,7 @@ class World:
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds), **store)
         self.journal = Journal(self.rank)
         self.activity = Activity()
-        self.timeline = Timeline(self.rank, self.activity)
+        self.timeline = Timeline(self.rank, self.activity, DeviceClock(self.device) if cuda else None)
         self.residency = Residency(self.device)
         self.watch = Watch(self.journal, self.activity, self.rank, self.size, self.attempt, hang, run_dir)
         self._groups: dict[tuple[int, ...], dist.ProcessGroup] = {}

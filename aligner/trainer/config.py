@@ -59,8 +59,12 @@ class TrainingConfig:
     forward_micro_tokens: Annotated[int | None, AtLeast(1)] = None
     """The same for forward passes without gradients (logprobs, values, scores), which keep no activations; null:
     micro_tokens."""
-    recompute: Annotated[str, OneOf("none", "selective", "full")] = "none"
-    """Activation recompute in backward: none, selective (attention only) or full."""
+    recompute: Annotated[str, OneOf("none", "selective", "mlp", "full")] = "none"
+    """Activation recompute in backward: none, selective (attention only; saves little under flash kernels), mlp (MLPs and
+    experts: most of the memory for a third of full's time; engine=megatron) or full (each layer)."""
+    experts: Annotated[str, OneOf("sequential", "grouped")] = "sequential"
+    """engine=megatron: sequential computes one expert after the other, grouped all of a rank's experts in one kernel over
+    stacked weights (on GPUs bfloat16, of the Ampere generation and later). Checkpoints of one can be continued with the other."""
     reshard_after_forward: bool = True
     """engine=fsdp: free a layer's gathered weights after its forward and gather them again in the backward (less memory, as
     ZeRO-3); false keeps them from the first microbatch's forward to the last one's backward (less communication, as ZeRO-2)."""
@@ -70,7 +74,8 @@ class TrainingConfig:
     reduction: Annotated[str, OneOf("token_mean", "sequence_mean", "fixed")] = "token_mean"
     """How a per-token loss is averaged over the global batch: token_mean, sequence_mean or fixed (see fixed_length)."""
     fixed_length: Annotated[int, AtLeast(0)] = 0
-    """Number of tokens that reduction=fixed divides each row's sum by (Dr. GRPO); 0 means sampling.max_tokens."""
+    """Number of tokens that reduction=fixed divides each row's sum by (Dr. GRPO); 0 means sampling.max_tokens, in episodes times
+    environment.max_turns."""
     minibatches: Annotated[int, AtLeast(1)] = 1
     """Minibatches, one optimizer step each, that a batch is split into."""
     epochs: Annotated[int, AtLeast(1)] = 1

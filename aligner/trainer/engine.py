@@ -24,6 +24,7 @@ from aligner.reshard.plan.region import Piece
 from aligner.trainer.packing import Packed
 from aligner.trainer.prefix_tree import Segment
 from aligner.trainer.readout import Readout
+from aligner.trainer.row_contexts import RowContexts
 
 if TYPE_CHECKING:
     from aligner.models.spec import ModelSpec
@@ -113,14 +114,16 @@ class TrainEngine(ABC):
     # ---- microbatches
 
     @abstractmethod
-    def pack(self, tokens_BT: Tensor, length_B: Tensor, wanted_BT: Tensor, segments: Sequence[Segment] = ()) -> Packed:
+    def pack(
+        self, tokens_BT: Tensor, contexts: RowContexts, wanted_BT: Tensor, segments: Sequence[Segment] = ()
+    ) -> Packed:
         """Right-padded rows -> one packed microbatch for this rank, padded and split over context-parallel ranks as the backend needs.
 
         Args:
             tokens_BT: int64, on the host.
-            length_B: int64, number of tokens of each row.
+            contexts: of these rows; each is computed by itself.
             wanted_BT: bool, the tokens whose log-probability or value is wanted; readouts are 0 at the others.
-            segments: common prefixes and the rest of each row, if `shares_prefixes`; empty: each row is a segment.
+            segments: common prefixes and the rest of each context, if `shares_prefixes`; empty: each context is a segment.
         """
 
     @abstractmethod

@@ -70,8 +70,8 @@ class Backend:
     """One training backend: its rank arithmetic and the import path of its engine."""
 
     check: Check
-    layout: Callable[[ModelSpec, Mesh, str], WeightLayout]
-    """(model, mesh, data type) -> which region of which checkpoint tensor every rank of the mesh holds."""
+    layout: Callable[[ModelSpec, Mesh, TrainingConfig], WeightLayout]
+    """(model, mesh, settings) -> which region of which checkpoint tensor every rank of the mesh holds."""
     bytes_per_rank: MemoryEstimate
     engine: str
     """Import path of the `TrainEngine`, imported only where a model is built, since that takes seconds."""
@@ -93,10 +93,19 @@ def _check_megatron(spec: ModelSpec, mesh: Mesh, config: TrainingConfig, sequenc
             f"{mesh.name}.engine=megatron: architecture {architecture_of(spec)} ({spec.path}/config.json) is not supported; use "
             f"{mesh.name}.engine=fsdp, which runs transformers' own class, or a model of {supported}."
         )
+    if spec.experts and config.experts == "grouped" and config.dtype != "bfloat16" and not cpu:
+        raise ValueError(
+            f"{mesh.name}.experts=grouped: the kernel of GPUs takes bfloat16, and {mesh.name}.dtype={config.dtype}; use "
+            f"{mesh.name}.experts=sequential, or dtype=bfloat16."
+        )
     check_runs(spec, mesh, sequence_parallel, cpu)
 
 
-def _fsdp_layout(spec: ModelSpec, mesh: Mesh, dtype: str) -> WeightLayout:
+def _megatron_layout(spec: ModelSpec, mesh: Mesh, config: TrainingConfig) -> WeightLayout:
+    return MegatronLayout(spec, mesh, config.dtype, config.experts == "grouped")
+
+
+def _fsdp_layout(spec: ModelSpec, mesh: Mesh, config: TrainingConfig) -> WeightLayout:
     """float32 in a model that learns, whatever it computes in; nobody else asks for a layout before the model is built."""
     from aligner.trainer.fsdp.layout import FsdpLayout  # imported here: torch and transformers take seconds
 
@@ -106,7 +115,7 @@ def _fsdp_layout(spec: ModelSpec, mesh: Mesh, dtype: str) -> WeightLayout:
 BACKENDS: Mapping[str, Backend] = {
     "megatron": Backend(
         _check_megatron,
-        MegatronLayout,
+        _megatron_layout,
         bytes_per_rank,
         "aligner.trainer.megatron.engine.MegatronEngine",
         activation_bytes,

@@ -16,7 +16,6 @@ from aligner.models.checkpoint import export_checkpoint, read_into
 from aligner.models.cost import row_cost
 from aligner.models.spec import ModelSpec
 from aligner.reshard.weights import RemoteWeights, ShardedWeights
-from aligner.spmd import batch_ops
 from aligner.spmd.mesh import Mesh
 from aligner.spmd.ref import Ref
 from aligner.spmd.residency import Kind
@@ -25,16 +24,17 @@ from aligner.spmd.world import World
 from aligner.trainer.config import MIN_SHARED_TOKENS, TrainingConfig
 from aligner.trainer.engine import TrainEngine
 from aligner.trainer.engines import backend
-from aligner.trainer.packing import Packed, even_microbatches, microbatches, row_units
-from aligner.trainer.prefix_tree import PrefixTree, find_prefixes, separate_rows
+from aligner.trainer.packing import Keep, Packed, even_microbatches, microbatches, row_units
+from aligner.trainer.prefix_tree import find_prefixes
 from aligner.trainer.readout import Readout
+from aligner.trainer.row_contexts import ContextTree, contexts_of, separate, whole_rows
 
 
 class ModelRole(Role, ABC):
     """A model on the training backend `config.engine`; its role calls return its `readout`: log-probabilities, values or scores."""
 
     needs: ClassVar[Mapping[str, Sequence[str]]] = dict.fromkeys(
-        ("logprobs", "values", "scores", "save_checkpoint", "reshard_to"), ("weights",)
+        ("logprobs", "values", "scores", "save_checkpoint", "reshard_to", "generate"), ("weights",)
     )
     reads = frozenset(needs)
     kinds: ClassVar[Mapping[str, Kind]] = {"weights": Kind(copied=True)}
@@ -82,7 +82,7 @@ class ModelRole(Role, ABC):
         """The model's weights as the source of a weight sync or an export; on every rank of the world."""
         if self._engine is not None:
             return self._engine.weights
-        return RemoteWeights(backend(self.config.engine).layout(self.spec, self.mesh, self.config.dtype))
+        return RemoteWeights(backend(self.config.engine).layout(self.spec, self.mesh, self.config))
 
     @abstractmethod
     def readout(self) -> Readout:
@@ -91,9 +91,9 @@ class ModelRole(Role, ABC):
     def forward(self, samples: Samples) -> Tensor:
         """The first readout of this data shard's rows, on every rank that holds them: [B] or [B, T] float32, on the host.
 
-        [B, T] is 0 outside `samples.mask_BT` and at each row's first token.
+        [B, T] is 0 outside `samples.mask_BT` and at the first token of each row and segment.
         """
-        tree = self.prefix_tree(samples)
+        tree = self.context_tree(samples)
         batches = self.microbatches(tree, self.config.forward_micro_tokens or self.config.micro_tokens)
         results = self.engine.forward(self.packed(samples, batches, tree))
         out = torch.zeros(samples.tokens_BT.shape[: results[0].dim()], device=self.world.device)
@@ -102,14 +102,16 @@ class ModelRole(Role, ABC):
                 (out if result.dim() == 1 else out[:, : result.shape[1]])[torch.tensor(rows)] = result
         return out.cpu()
 
-    def prefix_tree(self, samples: Samples) -> PrefixTree:
-        """The common prefixes of this data shard's rows that are computed once, by `config.share_prefix`."""
+    def context_tree(self, samples: Samples) -> ContextTree:
+        """What is computed of this data shard's rows: each segment by itself (for a score only the last one of a row), the common
+        prefixes once, by `config.share_prefix`."""
+        contexts = contexts_of(samples, ends_only=self.readout().uses is Keep.ENDS)
         min_tokens = MIN_SHARED_TOKENS[self.config.share_prefix]
         if min_tokens is None or not self.engine.shares_prefixes:
-            return separate_rows(samples.length_B.tolist())
-        return find_prefixes(samples.tokens_BT, samples.length_B, min_tokens)
+            return separate(contexts)
+        return ContextTree(contexts, find_prefixes(contexts.tokens(samples.tokens_BT), contexts.length_C, min_tokens))
 
-    def microbatches(self, tree: PrefixTree, budget: int, together: int = 1) -> list[list[int]]:
+    def microbatches(self, tree: ContextTree, budget: int, together: int = 1) -> list[list[int]]:
         """Row indices of each microbatch of this data shard; their number is the one that the engine needs.
 
         Empty microbatches contribute nothing; they only take part in the collectives.
@@ -124,17 +126,17 @@ class ModelRole(Role, ABC):
         count = self.engine.microbatch_count(len(batches))
         return batches if count is None else even_microbatches(units, budget, count)
 
-    def packed(self, samples: Samples, batches: list[list[int]], tree: PrefixTree) -> list[Packed]:
+    def packed(self, samples: Samples, batches: list[list[int]], tree: ContextTree) -> list[Packed]:
         """These microbatches, packed for the engine."""
         blank_BT = torch.zeros(1, 2, dtype=torch.long)
-        empty = self.engine.pack(blank_BT, torch.tensor([2]), blank_BT.bool())
+        empty = self.engine.pack(blank_BT, whole_rows(torch.tensor([2])), blank_BT.bool())
         return [self._pack(samples, rows, tree) if rows else empty for rows in batches]
 
-    def _pack(self, samples: Samples, rows: list[int], tree: PrefixTree) -> Packed:
-        part = batch_ops.take(samples, rows)
+    def _pack(self, samples: Samples, rows: list[int], tree: ContextTree) -> Packed:
+        longest = int(samples.length_B[rows].max())
+        tokens_BT, wanted_BT = samples.tokens_BT[rows, :longest], samples.mask_BT[rows, :longest]
         segments = tree.segments(rows) if self.engine.shares_prefixes else ()
-        longest = int(part.length_B.max())
-        return self.engine.pack(part.tokens_BT[:, :longest], part.length_B, part.mask_BT[:, :longest], segments)
+        return self.engine.pack(tokens_BT, tree.contexts.take(rows), wanted_BT, segments)
 
     def save_checkpoint(self, folder: str | Path, dtype: str | None = None, run: str | None = None) -> None:
         """Write a Hugging Face checkpoint (config, safetensors, tokenizer) from the ranks that hold the weights.

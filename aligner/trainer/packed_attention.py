@@ -1,13 +1,15 @@
-"""Causal attention inside packed rows on torch SDPA: rows of similar length share one padded call."""
+"""Causal attention inside packed rows: on CUDA torch's varlen kernel, else SDPA, where rows of similar length share one padded call."""
 
 from __future__ import annotations
 
 from functools import lru_cache
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
+from torch.nn.attention.varlen import varlen_attn
 
 from aligner.trainer.attention_mask import BLOCK, causal_bias
 
@@ -73,6 +75,11 @@ def _implements_lower_right(query: Tensor) -> bool:
     return query.device.type != "cpu"
 
 
+def _lacks_grouped_kernel(query: Tensor) -> bool:
+    """CUDA's only kernel for float32 that makes no [rows, heads, T, T] wants as many key/value heads as query heads."""
+    return query.device.type == "cuda" and query.element_size() == 4
+
+
 def causal_attention(
     q_BNTD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, scale: float, window: int | None, longest: int = 0
 ) -> Tensor:
@@ -87,6 +94,9 @@ def causal_attention(
     Returns:
         Like q_BNTD.
     """
+    if _lacks_grouped_kernel(q_BNTD):
+        group = q_BNTD.shape[1] // k_BKSD.shape[1]
+        k_BKSD, v_BKSD = (x.repeat_interleave(group, 1) for x in (k_BKSD, v_BKSD))
     is_grouped, queries, keys = q_BNTD.shape[1] != k_BKSD.shape[1], q_BNTD.shape[2], k_BKSD.shape[2]
     earlier = keys - queries
     if window is None or window >= keys:
@@ -115,6 +125,60 @@ def causal_attention(
     return torch.cat(outs, 2) if len(outs) > 1 else outs[0]
 
 
+def has_varlen(query: Tensor) -> bool:
+    """Whether `varlen_attention` runs: torch's flash kernels, for 16 bits on GPUs of the Ampere generation and later."""
+    return (
+        query.device.type == "cuda"
+        and query.element_size() == 2
+        and query.shape[-1] <= 256
+        and query.shape[-1] % 8 == 0
+        and torch.cuda.get_device_capability(query.device) >= (8, 0)
+    )
+
+
+@lru_cache(maxsize=64)
+def _offsets(lengths: tuple[int, ...], device: torch.device) -> Tensor:
+    """[rows + 1] int32: where each row begins, and the end."""
+    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32).to(device, non_blocking=True)
+
+
+def varlen_attention(
+    q_TND: Tensor,
+    k_SKD: Tensor,
+    v_SKD: Tensor,
+    query_lengths: tuple[int, ...],
+    key_lengths: tuple[int, ...],
+    scale: float,
+    window: int | None = None,
+) -> Tensor:
+    """Causal attention of rows of any lengths in one kernel, without padding or gathers; a row's queries are its last tokens.
+
+    Args:
+        q_TND: [T, query heads, head_dim], the rows' queries one after the other; k_SKD, v_SKD: [S, key/value heads, head_dim].
+        query_lengths, key_lengths: of each row; they sum to T and S.
+        window: number of tokens that a query attends to, itself included; None: all before it in its row.
+
+    Returns:
+        [T, query heads x head_dim].
+    """
+    offsets_q, offsets_k = (_offsets(lengths, q_TND.device) for lengths in (query_lengths, key_lengths))
+    left = -1 if window is None else window - 1
+    out = varlen_attn(
+        q_TND,
+        k_SKD,
+        v_SKD,
+        offsets_q,
+        offsets_k,
+        max(query_lengths),
+        max(key_lengths),
+        scale=scale,
+        window_size=(left, 0),
+        enable_gqa=q_TND.shape[1] != k_SKD.shape[1],
+    )
+    assert isinstance(out, Tensor)
+    return out.flatten(1)
+
+
 def packed_attention(
     q_TND: Tensor,
     k_TKD: Tensor,
@@ -123,7 +187,8 @@ def packed_attention(
     scale: float,
     window: int | None = None,
 ) -> Tensor:
-    """Causal attention inside each row of a packed sequence; rows of similar length share one SDPA call (`shared_calls`).
+    """Causal attention inside each row of a packed sequence: `varlen_attention` where it runs; else rows of similar length
+    share one SDPA call (`shared_calls`).
 
     Args:
         q_TND: [T, query heads, head_dim]; k_TKD, v_TKD: [T, key/value heads, head_dim].
@@ -133,6 +198,8 @@ def packed_attention(
     Returns:
         [T, query heads x head_dim].
     """
+    if has_varlen(q_TND):
+        return varlen_attention(q_TND, k_TKD, v_TKD, lengths, lengths, scale, window)
     if len(set(lengths)) == 1:  # no padding needed: views suffice
         q, k, v = (x.view(len(lengths), lengths[0], *x.shape[1:]).transpose(1, 2) for x in (q_TND, k_TKD, v_TKD))
         out = causal_attention(q, k, v, scale, window)

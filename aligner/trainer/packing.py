@@ -1,7 +1,8 @@
 """Sequence packing: microbatches by a token budget, and the flat layout of one packed microbatch.
 
 Here T counts the tokens of all segments of the microbatch, concatenated; with context parallelism those that this rank holds. A
-segment is a row, a common prefix of several, or the rest of one (see `prefix_tree`).
+segment is a context (a row, or one of an episode's: see `row_contexts`), a common prefix of several, or the rest of one (see
+`prefix_tree`).
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from torch import Tensor
 from aligner.spmd.cost import TOKENS, Cost
 from aligner.spmd.partition import balance
 from aligner.trainer.context import split_rows, tokens_per_rank
-from aligner.trainer.prefix_tree import PrefixTree, Segment, separate_rows
+from aligner.trainer.prefix_tree import PrefixTree, Segment
+from aligner.trainer.row_contexts import ContextTree, RowContexts, separate
 
 MAX_KEPT = 0.95
 """Where more of the tokens than this are used, leaving out the rest is not worth the copies."""
@@ -41,24 +43,26 @@ class Unit:
     cost: int
 
 
-def row_units(tree: PrefixTree, budget: int, together: int = 1, cost: Cost = TOKENS) -> list[Unit]:
+def row_units(batch: ContextTree, budget: int, together: int = 1, cost: Cost = TOKENS) -> list[Unit]:
     """One unit for rows with a common prefix, or several if they exceed the budget; one for every other row.
 
     Args:
         budget: maximum tokens of one microbatch.
         together: groups of this many consecutive rows are never split.
     """
-    rows = len(tree.length_B)
+    contexts, tree = batch.contexts, batch.prefixes
+    rows = len(contexts.of_row)
     assert rows % together == 0, f"{rows} rows are not complete groups of {together}"
-    groups = [tuple(range(first, first + together)) for first in range(0, rows, together)]
+    groups = [range(first, first + together) for first in range(0, rows, together)]
+    contexts_of_group = [contexts.of_rows(group) for group in groups]
     units: list[list[int]] = []
-    for family in _families(tree, groups):
+    for family in _families(tree, contexts_of_group):
         unit: list[int] = []
         nodes: set[int] = set()
         tokens = 0
-        for group in sorted(family, key=lambda group: min(tree.order_B[row] for row in groups[group])):
-            group_nodes = {node for row in groups[group] for node in tree.path(row)}
-            own = sum(tree.length_B[row] - tree.own_start(row) for row in groups[group])
+        for group in sorted(family, key=lambda group: min(tree.order_B[one] for one in contexts_of_group[group])):
+            group_nodes = {node for one in contexts_of_group[group] for node in tree.path(one)}
+            own = sum(tree.length_B[one] - tree.own_start(one) for one in contexts_of_group[group])
             if unit and tokens + own + tree.node_tokens(group_nodes - nodes) > budget:
                 units.append(unit)
                 unit, nodes, tokens = [], set(), 0
@@ -66,11 +70,11 @@ def row_units(tree: PrefixTree, budget: int, together: int = 1, cost: Cost = TOK
             nodes |= group_nodes
             unit += groups[group]
         units.append(unit)
-    return [Unit(tuple(unit), tree.tokens(unit), tree.cost(unit, cost)) for unit in sorted(units)]
+    return [Unit(tuple(unit), batch.tokens(unit), batch.cost(unit, cost)) for unit in sorted(units)]
 
 
 def _families(tree: PrefixTree, groups: Sequence[Sequence[int]]) -> list[list[int]]:
-    """Indices of the groups connected by common prefixes of their rows (union-find)."""
+    """Indices of the groups of contexts connected by common prefixes (union-find)."""
     towards_first = list(range(len(groups)))
 
     def first_of(index: int) -> int:
@@ -80,7 +84,7 @@ def _families(tree: PrefixTree, groups: Sequence[Sequence[int]]) -> list[list[in
 
     first_in: dict[int, int] = {}
     for index, group in enumerate(groups):
-        for root in {path[0] for row in group if (path := tree.path(row))}:
+        for root in {path[0] for one in group if (path := tree.path(one))}:
             first, second = sorted((first_of(first_in.setdefault(root, index)), first_of(index)))
             towards_first[second] = first
     families: dict[int, list[int]] = {}
@@ -149,7 +153,7 @@ class Packed:
     tokens_T: Tensor
     """int64: the segments' tokens, then zeros up to a multiple of `multiple_of`; the same number on every context-parallel rank."""
     positions_T: Tensor
-    """int64: position of each token in its rows."""
+    """int64: position of each token in its contexts."""
     segments_S2: Tensor
     """int32, CPU: (number of tokens, index of the parent or -1) of each segment; padding counts as one more segment. With context
     parallelism, of each complete segment."""
@@ -184,7 +188,7 @@ class Packed:
 
 def pack(
     tokens_BT: Tensor,
-    length_B: Tensor,
+    contexts: RowContexts,
     multiple_of: int,
     device: torch.device,
     context: int = 1,
@@ -197,29 +201,30 @@ def pack(
 
     Args:
         tokens_BT: int64, on the host.
-        length_B: number of tokens of each row.
+        contexts: of these rows.
         multiple_of: pad T to a multiple of it (sequence parallelism needs a multiple of the tensor-parallel size).
         context: number of ranks that the segments are split over.
-        wanted_BT: bool, the tokens whose prediction is used; None: every token. (A row's first token is predicted by none.)
-        segments: common prefixes and the rest of each row; empty: each row is a segment.
+        wanted_BT: bool, the tokens whose prediction is used; None: every token. (A context's first token is predicted by none.)
+        segments: common prefixes and the rest of each context; empty: each context is a segment.
         keep: what the readout uses, if the model's last layer can leave out the rest; the readout must use nothing else.
     """
     rows, width = tokens_BT.shape
-    segments = segments or separate_rows(length_B.tolist()).segments(range(rows))
+    segments = segments or separate(contexts).segments(range(rows))
     segments_S2 = torch.tensor([(one.stop - one.start, one.parent) for one in segments], dtype=torch.int32)
-    lengths, row_of = segments_S2[:, 0].tolist(), torch.tensor([one.rows[0] for one in segments])
+    lengths, context_of = segments_S2[:, 0].tolist(), torch.tensor([one.rows[0] for one in segments])
     segment_of = torch.repeat_interleave(torch.arange(len(segments)), segments_S2[:, 0])
     position_of = torch.cat([torch.arange(one.start, one.stop) for one in segments])
     local_T = torch.arange(len(segment_of))
     if context > 1:
         local_T = split_rows(tuple(lengths), context).token_indices(context_rank)
     segment_T, positions_T = segment_of[local_T], position_of[local_T]
-    row_T = row_of[segment_T]
-    is_last_T = positions_T == length_B[row_T] - 1
-    tokens_T = tokens_BT[row_T, positions_T]
-    last_N = torch.nonzero(is_last_T)[:, 0]
-    source_N, source_row_N = _each_row(segments, segment_T, torch.nonzero(~is_last_T)[:, 0])
-    target_N = source_row_N * width + positions_T[source_N] + 1
+    context_T = context_of[segment_T]
+    is_last_T = positions_T == contexts.length_C[context_T] - 1
+    tokens_T = tokens_BT[contexts.row_C[context_T], contexts.start_C[context_T] + positions_T]
+    last_N = torch.nonzero(is_last_T & contexts.ends_row_C[context_T])[:, 0]
+    source_N, source_context_N = _each_context(segments, segment_T, torch.nonzero(~is_last_T)[:, 0])
+    first_N = contexts.row_C[source_context_N] * width + contexts.start_C[source_context_N]
+    target_N = first_N + positions_T[source_N] + 1
     if wanted_BT is not None:
         wanted_N = wanted_BT.flatten()[target_N]
         source_N, target_N = source_N[wanted_N], target_N[wanted_N]
@@ -227,7 +232,7 @@ def pack(
         source_N, target_N = source_N[:0], target_N[:0]
     elif keep is Keep.PREDICTIONS:
         last_N = last_N[:0]
-    row_N = row_T[last_N]
+    row_N = contexts.row_C[context_T[last_N]]
     kept_K = _kept_tokens(torch.cat([source_N, last_N]), len(local_T)) if keep is not None else None
     if kept_K is not None:
         source_N, last_N = torch.searchsorted(kept_K, source_N), torch.searchsorted(kept_K, last_N)
@@ -264,13 +269,13 @@ def _kept_tokens(used_N: Tensor, tokens: int) -> Tensor | None:
     return used_K if len(used_K) else torch.zeros(1, dtype=torch.long)
 
 
-def _each_row(segments: Sequence[Segment], segment_T: Tensor, index_N: Tensor) -> tuple[Tensor, Tensor]:
-    """Indices in [T] -> (indices, rows): each index once for every row of its segment."""
+def _each_context(segments: Sequence[Segment], segment_T: Tensor, index_N: Tensor) -> tuple[Tensor, Tensor]:
+    """Indices in [T] -> (indices, contexts): each index once for every context of its segment."""
     count = torch.tensor([len(one.rows) for one in segments])
-    rows = torch.tensor([row for one in segments for row in one.rows])
+    contexts = torch.tensor([context for one in segments for context in one.rows])
     segment_N = segment_T[index_N]
     count_N = count[segment_N]
-    # offset from an entry's place here to that of its row in `rows`
+    # offset from an entry's place here to that of its context in `contexts`
     offset_N = (torch.cumsum(count, 0) - count)[segment_N] - (torch.cumsum(count_N, 0) - count_N)
     place = torch.arange(int(count_N.sum()))
-    return torch.repeat_interleave(index_N, count_N), rows[place + torch.repeat_interleave(offset_N, count_N)]
+    return torch.repeat_interleave(index_N, count_N), contexts[place + torch.repeat_interleave(offset_N, count_N)]

@@ -10,7 +10,13 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from aligner.trainer.packed_attention import causal_attention, packed_attention, shared_calls
+from aligner.trainer.packed_attention import (
+    causal_attention,
+    has_varlen,
+    packed_attention,
+    shared_calls,
+    varlen_attention,
+)
 from aligner.trainer.prefix_tree import segment_starts
 from aligner.trainer.saved_views import saved_as_views
 
@@ -110,6 +116,8 @@ def prefix_attention(
     roots = _leading_roots(parents)
     if roots == len(parents):
         return packed_attention(q_TND, k_TKD, v_TKD, lengths, scale, window)
+    if has_varlen(q_TND):
+        return _varlen(q_TND, k_TKD, v_TKD, lengths, parents, scale, window)
     calls, back = _plan(lengths, parents, window, q_TND.device)
     root_tokens = sum(lengths[:roots])
     longest = max(call.keys for call in calls)
@@ -123,6 +131,36 @@ def prefix_attention(
         outs.append(out.transpose(1, 2).reshape(call.segments * call.queries, -1))
     q, k, v = (x[:root_tokens] for x in (q_TND, k_TKD, v_TKD))
     return torch.cat([packed_attention(q, k, v, lengths[:roots], scale, window), torch.cat(outs).index_select(0, back)])
+
+
+@lru_cache(maxsize=64)
+def _row_keys(
+    lengths: tuple[int, ...], parents: tuple[int, ...], device: torch.device
+) -> tuple[Tensor, tuple[int, ...]]:
+    """(indices in [T] of each segment's keys, those of its ancestors before its own; their number for each segment)."""
+    ends = list(accumulate(lengths))
+    keys = [
+        torch.cat([_ancestors(one, lengths, parents, ends), torch.arange(end - lengths[one], end)])
+        for one, end in enumerate(ends)
+    ]
+    return torch.cat(keys).to(device), tuple(map(len, keys))
+
+
+def _varlen(
+    q_TND: Tensor,
+    k_TKD: Tensor,
+    v_TKD: Tensor,
+    lengths: tuple[int, ...],
+    parents: tuple[int, ...],
+    scale: float,
+    window: int | None,
+) -> Tensor:
+    """All segments in one call: the queries as they are, and a copy of every segment's keys and values, which are not saved."""
+    index, key_lengths = _row_keys(lengths, parents, q_TND.device)
+    k, v = (x.index_select(0, index) for x in (k_TKD, v_TKD))
+    again = (partial(torch.Tensor.index_select, x.detach(), 0, index) for x in (k_TKD, v_TKD))
+    with saved_as_views(*zip((k, v), again, strict=True)):
+        return varlen_attention(q_TND, k, v, lengths, key_lengths, scale, window)
 
 
 def _gather(x: Tensor, index: Tensor, segments: int) -> Tensor:

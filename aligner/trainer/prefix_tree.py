@@ -1,7 +1,8 @@
 """Prefix sharing: common prefixes of the rows of a batch, as a tree, and the segments of a microbatch that compute each once.
 
+A row here is one context (see `row_contexts`): a whole row of the batch, or one of an episode's.
 Prefixes are found by comparing token ids, so it does not matter what the rows are: samples of one prompt, preference pairs,
-rows with one system prompt. The last of the tokens that rows have in common is computed by each row, since the next token
+contexts of one episode, rows with one system prompt. The last of the tokens that rows have in common is computed by each row, since the next token
 differs: every shared token then has one target, and every row's last token belongs to it alone.
 """
 

@@ -183,7 +183,7 @@ class TrainableRole(ModelRole):
         if self.skip_empty and not totals.tokens:
             return StepReport({}, totals, {EMPTY: 1.0})
         self.make_optimizer()
-        tree = self.prefix_tree(samples)
+        tree = self.context_tree(samples)
         batches = self.microbatches(tree, self.config.micro_tokens, together)
         packed = self.packed(samples, batches, tree)
         minibatch_loss = MinibatchLoss(
@@ -200,7 +200,7 @@ class TrainableRole(ModelRole):
         self.engine.backward(packed, minibatch_loss)
         sums = minibatch_loss.sums
         distinct, computed = sum(map(tree.tokens, batches)), sum(map(self.engine.computed_tokens, packed))
-        add_work(sums, int(samples.length_B.sum()), distinct, computed)
+        add_work(sums, int(tree.contexts.length_C.sum()), distinct, computed)
         gather_advantages(sums, fields, samples.mask_BT)
         reduced = reduce_sums(self.engine, self.world, self.mesh.ranks, sums)
         norm = self.engine.grad_norm()

@@ -32,6 +32,8 @@ ONLINE: dict[str, list[str]] = {
     "reinforce_pp": [ENTROPY],
     "remax": ["algorithm.reward_kl_coef=0.1"],
     "ppo": ["algorithm.kl_control.initial=0.1", ENTROPY],
+    "grpo_turns": [*SMALL, ENTROPY.lstrip("+"), "algorithm.loss.kl_coef=0.05"],
+    "ppo_turns": ["algorithm.kl_control.initial=0.1", ENTROPY],
     "online_dpo": [],
 }
 OFFLINE: dict[str, list[str]] = {
@@ -42,7 +44,7 @@ OFFLINE: dict[str, list[str]] = {
         for name in ("dpo", "ipo", "robust_dpo", "orpo", "simpo", "reward_model")
     },
 }
-UNTRAINED = {"rank_samples"}
+UNTRAINED = {"rank_samples": ["algorithm=rank_samples", *SMALL, "algorithm.out={task}/ranked.jsonl"]}
 PAPERS: dict[str, list[str]] = {
     "grpo_paper": [*SMALL, ENTROPY.lstrip("+")],
     "dapo_paper": ["data.prompts_per_step=16", "algorithm.group_size=2", "algorithm.length_penalty.buffer=8"],

@@ -76,6 +76,27 @@ def test_the_command_line_wins_over_what_a_method_sets() -> None:
     assert config.stream.lag == 0
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["algorithm=dapo"], r"algorithm\.length_penalty\.max_length=32 is the limit of one turn .* such as 256, or"),
+        (["algorithm=rank_samples"], "algorithm=rank_samples writes pairs of responses, and with environment.target"),
+    ],
+)
+def test_what_does_not_suit_episodes_is_refused(given: list[str], message: str) -> None:
+    episodes = ["environment.target=TicTacToe-v0", "environment.max_turns=8", "sampling.max_tokens=32"]
+    with pytest.raises(ValueError, match=message):
+        prepare(to_config(compose_config(["model.path=folder", *episodes, *given])), 1)
+
+
+def test_a_length_penalty_of_whole_episodes_is_none_of_these() -> None:
+    _, settings = built("dapo", "algorithm.length_penalty.max_length=256")
+    config = to_config(
+        compose_config(["model.path=folder", "environment.target=TicTacToe-v0", "sampling.max_tokens=32"])
+    )
+    settings.check_job(config)
+
+
 def test_kto_needs_another_prompt_in_the_batch() -> None:
     given = ["model.path=folder", "algorithm=kto", "data=feedback", "data.prompts_per_step=1"]
     with pytest.raises(ValueError, match=r"data\.prompts_per_step=1: .* use 2 or more"):
@@ -108,6 +129,10 @@ def test_dapo_s_overlong_punishment_takes_the_limit_of_sampling() -> None:
         ("dapo", "algorithm.length_penalty.buffer=-1", "algorithm.length_penalty.*buffer=-1 must lie in"),
         ("gspo", "algorithm.loss.clip_low=-1", "algorithm.loss: clip_low=-1"),
         ("rloo", "+algorithm.loss.kl=k1 +algorithm.loss.kl_coef=1", "algorithm.loss: kl=k1"),
+        ("grpo_turns", "algorithm.advantages.compare=all", "algorithm.advantages: compare='all' is unknown; use one of turn, group"),
+        ("grpo_turns", "algorithm.advantages.gamma=2", "algorithm.advantages: gamma=2 must lie in"),
+        ("ppo_turns", "algorithm.advantages.baseline=mean", "algorithm.advantages: baseline='mean' is unknown; use one of turn, token"),
+        ("ppo", "algorithm.advantages=null", "algorithm.advantages needs a _target_; see conf/algorithm/ppo.yaml"),
         ("ppo", "algorithm.kl_control=null", "algorithm.kl_control needs a _target_"),
         ("ppo", "algorithm.kl_control.initial=-1", "algorithm.kl_control.*kl_control.initial=-1 must be 0 or more"),
         ("ppo", "algorithm.gamma=1.5", "algorithm.gamma=1.5 must be between 0 and 1"),

@@ -117,7 +117,8 @@ def found(cache: dict[str, Found], ranks: Ranks, task: Any) -> Callable[..., Fou
     def of(size: int, case: str, layouts: dict[str, list[str]], steps: int = 3) -> Found:
         key = f"{size} {case} {sorted(layouts)} {steps}"
         if key not in cache:
-            overrides = cases()[case] if case in cases() else [f"algorithm={case}", *PAPERS[case]]
+            known = cases() | UNTRAINED
+            overrides = known[case] if case in known else [f"algorithm={case}", *PAPERS[case]]
             cache[key] = run_method(ranks(size), task.folder, overrides, layouts, 280, steps)
         return cache[key]
 
@@ -163,7 +164,7 @@ def check_engines(case: str, size: int, found: Callable[..., Found]) -> None:
 
 def test_every_method_has_a_case() -> None:
     tried = {override.removeprefix("algorithm=") for more in cases().values() for override in more}
-    assert set(methods()) - UNTRAINED - set(PAPERS) <= tried
+    assert set(methods()) - set(UNTRAINED) - set(PAPERS) <= tried
 
 
 @pytest.mark.parametrize("case", cases())
@@ -173,7 +174,7 @@ def test_every_method_is_the_same_under_any_layout(
     check_layouts(case, alone(case), found(2, case, TWO))
 
 
-@pytest.mark.parametrize("case", ["sft", "dpo", "grpo", "ppo"])
+@pytest.mark.parametrize("case", ["sft", "dpo", "grpo", "ppo", "reward_model", *UNTRAINED])
 def test_some_methods_are_the_same_on_fsdp(case: str, found: Callable[..., Found]) -> None:
     check_engines(case, 1, found)
 
@@ -236,6 +237,6 @@ def test_every_method_under_more_layouts(
 
 @pytest.mark.matrix
 @pytest.mark.parametrize("size", ENGINES)
-@pytest.mark.parametrize("case", cases())
+@pytest.mark.parametrize("case", [*cases(), *UNTRAINED])
 def test_every_method_is_the_same_on_either_backend(case: str, size: int, found: Callable[..., Found]) -> None:
     check_engines(case, size, found)

@@ -15,7 +15,7 @@ from hydra.utils import get_method
 from torch import Tensor
 
 from aligner.algorithms.grpo import shape_rewards
-from aligner.algorithms.ppo import gae_estimates, token_rewards
+from aligner.algorithms.ppo import estimate, token_rewards
 from aligner.algorithms.reinforce_pp import token_advantages
 from aligner.check.loop_settings import settings_of
 from aligner.config.help import comment_of, help_text
@@ -268,7 +268,7 @@ def test_ppo(seed: int) -> None:
     reward_BT = token_rewards(
         batch.samples, batch.reward_B, padded(batch.reference), kl_coef, 1.0, settings.reward_clip
     )
-    made = gae_estimates(reward_BT, padded(batch.value), batch.samples, settings.gamma, settings.lam)
+    made = estimate(settings.advantages, reward_BT, padded(batch.value), batch.samples, settings.gamma, settings.lam)
     found = ours(
         config.policy, settings.loss, batch.policy, batch,
         advantage_BT=made.advantage_BT, rollout_logp_BT=padded(batch.rollout),

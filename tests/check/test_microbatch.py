@@ -109,8 +109,15 @@ def test_what_is_said(model: Path, tmp_path: Path) -> None:
     update, forward = map(float, said_sizes.groups())
     assert 0 < forward < update
     assert "with the activations of its largest microbatch" in said and "note: a rank has" not in said
-    small = said_of(job_of(model, tmp_path, "demonstrations", "data.prompts_per_step=8", "check.device_gib=0.003"), 1)
-    assert "note: a rank has 3.1 MiB; lower policy.micro_tokens" in small
+
+
+def test_a_gpu_that_is_too_small_for_a_microbatch(model: Path, tmp_path: Path) -> None:
+    settings = ("demonstrations", "data.prompts_per_step=8", "policy.recompute=none")
+    job_of(model, tmp_path, *settings, "check.device_gib=0.02")
+    with pytest.raises(
+        ValueError, match=r"rank 0 needs up to .* activations and logits .* Lower policy\.micro_tokens=16384"
+    ):
+        job_of(model, tmp_path, *settings, "check.device_gib=0.003")
 
 
 def test_the_fullest_rank_by_hand(model: Path, tmp_path: Path) -> None:

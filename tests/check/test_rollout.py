@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 
+from aligner.check.rollout import memory_share
 from aligner.config.schema import compose_config, to_config
 from aligner.data.column_addition import ColumnAddition, ModelShape, write_task
 from aligner.run.job import Job
 from aligner.run.prepare import prepare
+from aligner.spmd.placement import make_meshes
 from tests.check.whole import said_of
 from tests.e2e.test_end_tokens import CLOSING, close_turns_otherwise
 
@@ -146,3 +148,19 @@ def test_what_imitation_trains_to_end_with_is_exported(task: Path, tmp_path: Pat
     assert found.spec.eos_token_ids == (2, closing)
     assert found.ends.sources["the trained answers"] == ((closing,) if kind == "messages" else (2,))
     assert f"the trained answers {'~' if kind == 'messages' else '<eos>'}" in str(found.ends.disagreement)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "share"),
+    [
+        ([], 0.8),
+        (["residency.mode=off"], 0.4),
+        (["residency.keep=[policy.weights]"], 0.4),
+        (["placement.policy.ranks=[0]", "placement.rollout.ranks=[1]"], 0.9),
+        (["rollout.gpu_memory_utilization=0.55"], 0.55),
+    ],
+)
+def test_the_engine_s_share_of_a_gpu(overrides: list[str], share: float) -> None:
+    config = to_config(compose_config(["model.path=m", *overrides], "train"))
+    meshes = make_meshes(config.placement, 2)
+    assert memory_share(config, "rollout", {name: meshes[name] for name in ("policy", "rollout", "reference")}) == share

@@ -360,6 +360,7 @@ SETTINGS = [
     ),
     Case("run_dir_not_writable", "run_dir=/proc/run", ("run_dir=/proc/run cannot be written", "another folder")),
 ]
+SHARED = "rollout.engine=transformers rollout.share_policy_weights=true"
 PLACEMENT = [
     Case("fsdp_tensor", "policy.engine=fsdp placement.policy.tensor=2", ("placement.policy.tensor=2", "engine=fsdp", "use 1, or engine=megatron")),
     Case("fsdp_replicas", "policy.engine=fsdp placement.policy.replicas=3", ("placement.policy.replicas=3 does not divide its 2", "use 1 or 2")),
@@ -371,6 +372,12 @@ PLACEMENT = [
     Case("layers", "placement.policy.pipeline=4", ("placement.policy.pipeline=4 does not divide the 2 layers", "use 1 or 2"), FOUR),
     Case("rollout_engine", "rollout.engine=sglang", ("rollout.engine=sglang is unknown; use vllm, transformers",)),
     Case("transformers_tensor", "rollout.engine=transformers placement.rollout.tensor=2", ("placement.rollout.tensor=2", "holds the whole model", "use 1, or engine=vllm"), {"WORLD_SIZE": "2"}),
+    Case("share_vllm", "rollout.share_policy_weights=true", ("rollout.share_policy_weights=true: engine=vllm", "use rollout.engine=transformers")),
+    Case("share_megatron", f"{SHARED}", ("rollout.share_policy_weights=true: policy.engine=megatron", "use policy.engine=fsdp")),
+    Case("share_parts", f"{SHARED} policy.engine=fsdp", ("each rank holds one of 2 parts of the policy", "placement.policy.replicas=2")),
+    Case("share_elsewhere", f"{SHARED} policy.engine=fsdp placement=split", ("rank 1 of the rollout is none of the policy's", "placement.rollout.ranks=policy")),
+    Case("share_half", f"{SHARED} policy.engine=fsdp placement.policy.replicas=2 rollout.dtype=bfloat16", ("they are float32, and rollout.dtype=bfloat16", "use rollout.dtype=float32")),
+    Case("share_ahead", f"{SHARED} policy.engine=fsdp placement.policy.replicas=2 algorithm=grpo_decoupled stream.lag=1", ("stream.lag=1 generates with weights from before an update", "use stream.lag=0")),
     Case("rollout_pipeline", "placement.rollout.pipeline=3", ("placement.rollout.pipeline=3", "2 layers"), {"WORLD_SIZE": "3"}),
     Case("reward_pipeline", "placement.reward.pipeline=2", ("placement.reward.pipeline=2", "use 1")),
     Case("outside", "placement.rollout.ranks=[1,2]", ("placement.rollout.ranks=[1, 2]", "rank(s) [2]", "use 0 to 1", "--nproc-per-node 3")),

@@ -8,8 +8,8 @@ import pytest
 
 from tests.conftest import Ranks
 
-GENERATED = ("granite", "olmoe", "qwen2_moe", "glm4", "exaone4", "gpt2")
-"""Families that vLLM has a class of its own for, whose weights it keeps as they are."""
+GENERATED = ("granite", "olmoe", "qwen2_moe", "glm4", "exaone4", "gpt2", "gpt_oss")
+"""Families that vLLM has a class of its own for."""
 CASES = [("granite", 2, "split"), ("exaone4", 1, "colocated")]
 """By default; all others with -m matrix."""
 

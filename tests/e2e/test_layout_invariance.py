@@ -85,6 +85,17 @@ def test_same_job_under_any_layout(name: str, one_rank: dict[str, Rows], job: Ca
     assert {row["loss"] for row in rows} != {rows[0]["loss"]}, "the policy does not move"
 
 
+@pytest.mark.matrix
+def test_generation_with_the_policy_s_own_weights(job: Callable[..., Rows]) -> None:
+    """Bit for bit the job whose engines have a copy, while the policy's weights leave memory for other roles."""
+    own = ("policy.engine=fsdp", "placement.policy.replicas=2", "rollout.engine=transformers", "residency.mode=offload")
+    copied, shared = (job(2, *COMMON, *own, f"rollout.share_policy_weights={value}") for value in ("false", "true"))
+    for row, want in zip(shared, copied, strict=True):
+        for name in ("length", "reward", "loss", "grad_norm", "kl", "gap_max", "ratio_max"):
+            assert row[name] == want[name], name
+        assert want["reshard_checksummed"] > 0 and not any(name.startswith("reshard_moved") for name in row)
+
+
 def test_the_policy_learns(one_rank: dict[str, Rows], job: Callable[..., Rows]) -> None:
     """Five steps at a higher rate raise the reward; without an update it would stand still up to noise."""
     rows = job(2, "policy.optimizer.lr=3e-3", "train.steps=15", "algorithm.roles=[policy,rollout,reward]")

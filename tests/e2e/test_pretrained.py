@@ -79,7 +79,7 @@ for role in (tp1, pp2):
     logp_BT = role.logprobs(role.scatter(samples, 1)).gather()
     off = (logp_BT - expected["logp_BT"]).abs().max().item()
     if caught:
-        order = [row for batch in role.microbatches(samples, config.micro_tokens) for row in batch]
+        order = [row for batch in role.microbatches(role.context_tree(samples), config.micro_tokens) for row in batch]
         logits = torch.cat(caught)
         wanted = torch.cat([expected["logits"][row] for row in order])
         found = {"layout": role.name, "logp": off, "logits": (logits[:, :spec.vocab] - wanted).abs().max().item(),

@@ -180,6 +180,19 @@ def test_a_listed_gpu_chooses_cuda_and_an_installed_tool_without_driver_does_not
     assert checkout.stamp()["device"] == "cpu"
 
 
+@pytest.mark.parametrize(("driver", "warned"), [("570.86.15", True), ("580.65.06", False), ("", False)])
+def test_an_old_driver_is_told_at_the_install(checkout: Checkout, driver: str, warned: bool) -> None:
+    checkout.put(
+        "nvidia-smi",
+        f'#!/bin/bash\n[[ "$1" != --query* ]] || {{ echo "{driver}"; exit; }}\necho "GPU 0: H200 (UUID: GPU-1)"\n',
+    )
+    done = checkout.run(PIP_FINDS=report("2.13.0"))
+    assert done.returncode == 0
+    assert (
+        "the NVIDIA driver here is 570.86.15, and torch 2.13.0 (CUDA 13.0) needs 580 or newer" in done.stdout
+    ) == warned
+
+
 def test_cuda_refuses_a_pip_that_offers_only_a_cpu_build(checkout: Checkout) -> None:
     done = checkout.run(ALIGNER_DEVICE="cuda")
     assert done.returncode == 1

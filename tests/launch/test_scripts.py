@@ -138,7 +138,7 @@ def test_quickstart_runs_task_sft_and_grpo_and_prints_the_results(launch: Launch
         assert any(line.startswith(phase) and line.endswith(" s") for line in done.stdout.splitlines())
 
 
-@pytest.mark.parametrize(("gpus", "ranks"), [("1", "1"), ("2", "2"), ("8", "2")])
+@pytest.mark.parametrize(("gpus", "ranks"), [("1", "1"), ("2", "2"), ("3", "2"), ("8", "8"), ("16", "8")])
 def test_quickstart_gives_each_rank_a_gpu(launch: Launch, tmp_path: Path, gpus: str, ranks: str) -> None:
     done = launch.run("quickstart.sh", "--device", "cuda", "--out", str(tmp_path / "run"), GPUS=gpus)
     assert done.returncode == 0, done.stderr

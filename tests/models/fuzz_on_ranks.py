@@ -27,6 +27,7 @@ from aligner.trainer.megatron.groups import make_groups, prepare_megatron
 from aligner.trainer.megatron.model import build_model
 from aligner.trainer.megatron.sizes import check_runs
 from aligner.trainer.packing import pack
+from aligner.trainer.row_contexts import whole_rows
 from tests.models.mutations import ABSENT, Change, changes, save
 
 TOKENS_BT = torch.randint(3, 61, (2, 48), generator=torch.Generator().manual_seed(3))
@@ -55,7 +56,8 @@ class Fuzz:
         made = build_model(spec, self.mesh, 0, self.groups, torch.device("cpu"), "float32", False)
         read_into(spec, made.pieces(), made.view)
         made.train(False)
-        packed = pack(TOKENS_BT, torch.tensor([TOKENS_BT.shape[1]] * len(TOKENS_BT)), 1, torch.device("cpu"))
+        lengths = torch.tensor([TOKENS_BT.shape[1]] * len(TOKENS_BT))
+        packed = pack(TOKENS_BT, whole_rows(lengths), 1, torch.device("cpu"))
         made.rotary.positions_T = packed.positions_T
         hidden_TH = made.chunks[0](packed.tokens_T[None], packed.positions_T[None], packed.segments_S2)[0]
         logits_TV = hidden_TH @ made.output_weight[: spec.vocab].T

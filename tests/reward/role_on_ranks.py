@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,19 @@ def batch(responses: list[str], tokenizer: Any) -> Samples:
     )
 
 
+def as_episodes(samples: Samples, rewards: list[float]) -> Samples:
+    """The last token of each row is its second turn, the one before was not sampled."""
+    position_BT = torch.arange(samples.tokens_BT.shape[1])[None] - samples.length_B[:, None]
+    mask_BT = samples.mask_BT & (position_BT != -2) & (torch.arange(samples.tokens_BT.shape[1]) >= 2)
+    return replace(
+        samples,
+        mask_BT=mask_BT,
+        turn_BT=mask_BT.int() * (1 + (position_BT == -1).int()),
+        episode_reward_B=torch.tensor(rewards),
+        episodes=[{"ended": "timeout", "detail": "a step", "turns": 2, "row": row} for row in range(samples.rows)],
+    )
+
+
 def score(world: World, tokenizer_file: Path, name: str, case: dict[str, Any]) -> dict[str, Any] | str:
     """What came of a case {reward, responses, ranks}, or its error; NaN and all the rest to the last bit."""
     tokenizer = Tokenizer.from_file(str(tokenizer_file))
@@ -60,7 +74,10 @@ def score(world: World, tokenizer_file: Path, name: str, case: dict[str, Any]) -
     reward = Reward(f"reward_{name}", world, mesh, RewardConfig(**case["reward"]), tokenizer, heads)
     reward.keeps_scored = True
     try:
-        scores = reward.score(source.scatter(batch(case["responses"], tokenizer), group_size=2)).gather()
+        samples = batch(case["responses"], tokenizer)
+        if "episode_rewards" in case:
+            samples = as_episodes(samples, case["episode_rewards"])
+        scores = reward.score(source.scatter(samples, group_size=2)).gather()
     except ValueError as error:
         return str(error)
     of_ranks = all_gather(world, StepStats(scored=reward.take_scored()), range(world.size))

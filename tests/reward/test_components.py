@@ -39,6 +39,9 @@ def test_what_the_shipped_ones_say() -> None:
     )
     assert safe.scorer() is None and safe.source == "reward.components.safe.model=safe"
     assert model.source == "reward.components.model.model=true"
+    (environment,) = reward_components(shipped("environment"))
+    assert environment.component.environment and environment.scorer() is None and environment.model is None
+    assert environment.source == "reward.components.environment.environment=true"
     (judge,) = reward_components(shipped("judge"))
     assert isinstance(judge.component.judge, JudgeConfig)
 
@@ -58,7 +61,7 @@ def test_a_reward_of_one_rule_is_one_component_called_after_it(rule: str, name: 
 
 RULE = {"rule": "m.f"}
 CASES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
-    "nothing": ({"a": {}}, ("reward.components.a has none", "exactly one of rule, url and model=true")),
+    "nothing": ({"a": {}}, ("reward.components.a has none", "exactly one of rule, url, model=true")),
     "two": ({"a": {**RULE, "model": True}}, ("reward.components.a has rule and model",)),
     "no_dict": ({"a": 3}, ("reward.components.a=3 is not possible", "weight")),
     "unknown": ({"a": {**RULE, "wieght": 1}}, ("there is no setting reward.components.a.wieght", "weight")),
@@ -79,6 +82,10 @@ CASES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "timeout": ({"a": {**RULE, "timeout_s": -1}}, ("reward.components.a.timeout_s=-1.0", "more than 0")),
     "kwargs": ({"a": {"model": True, "kwargs": {"x": 1}}}, ("a.kwargs are arguments of a rule", "leave them out")),
     "token": ({"a": {**RULE, "token_env": "T"}}, ("reward.components.a.judge and token_env", "set reward.components.a.url")),
+    "environment": ({"a": {**RULE, "environment": True}}, ("reward.components.a has rule and environment",)),
+    "environment_text": (
+        {"a": {"environment": True, "keep_special_tokens": True}}, ("a.keep_special_tokens", "no text"),
+    ),
     "judge": ({"a": {"url": "http://h", "judge": {"modle": "x"}}}, ("reward.components.a.judge.modle", "pattern")),
 }  # fmt: skip
 

@@ -63,8 +63,12 @@ def scored(ranks: Ranks, folder: Path) -> Callable[..., Any]:
 
     numbers = itertools.count()
 
-    def score_on_ranks(reward: dict[str, Any], responses: list[str], of: list[int]) -> Any:
+    def score_on_ranks(
+        reward: dict[str, Any], responses: list[str], of: list[int], episode_rewards: list[float] | None = None
+    ) -> Any:
         case = {"reward": reward, "responses": responses, "ranks": of}
+        if episode_rewards is not None:
+            case["episode_rewards"] = episode_rewards
         found = ranks(3).run(
             "tests.reward.role_on_ranks:score", folder / "tokenizer.json", f"case{next(numbers)}", case
         )
@@ -87,6 +91,33 @@ def expected(head: np.ndarray, taste: np.ndarray) -> np.ndarray:
 
 
 LAYOUTS = {"one": [0], "two": [0, 1], "three": [0, 1, 2], "other": [1]}
+
+
+def test_the_rewards_of_episodes_beside_a_rule_on_their_last_turns(scored: Callable[..., Any], folder: Path) -> None:
+    """A failed episode has no reward, and is counted as a rule's failure is; rules see how episodes ended."""
+    rewards = [0.5, math.nan, -1.0, 2.0]
+    (folder / "seen.py").write_text(
+        "def seen(prompt, response, episode, **fields):\n"
+        "    assert len(response) == 1 and episode['ended'] == 'timeout'\n"
+        "    return float(response) + 0.001 * episode['row']\n"
+    )
+    reward = {
+        "components": {
+            "game": {"environment": True},
+            "seen": {"rule": f"{folder}/seen.py:seen", "weight": 10.0},
+        }
+    }
+    for ranks_of in ([0], [0, 1]):
+        found = scored(reward, ["12", "345", "67", "888"], ranks_of, rewards)
+        last = [2.0, 5.001, 7.002, 8.003]
+        expected_B = [a + 10 * b for a, b in zip(rewards, last, strict=True)]
+        assert [float.fromhex(value) for value in found["reward"]] == pytest.approx(expected_B, nan_ok=True)
+        assert found["status"] == [Status.OK, Status.FAILED, Status.OK, Status.OK]
+        assert found["row"]["reward/game_failed"] == 1.0
+    said = scored({**reward, "max_missing": 0.0}, ["12", "345", "67", "888"], [0, 1, 2], rewards)
+    assert "the episode ended as timeout a step" in said
+    said = scored({"components": {"game": {"environment": True}}}, ["12", "345"], [0, 1, 2])
+    assert "components.game.environment=true reads the rewards of episodes" in said
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

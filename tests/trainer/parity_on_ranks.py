@@ -111,6 +111,7 @@ class Case:
         self.dtype = "float32" if given.pop("bf16", None) is None else "bfloat16"
         self.sequence_parallel = given.pop("sp", None) is not None
         self.recompute = given.pop("recompute", "none")
+        self.experts = given.pop("experts", "sequential")
         self.micro_tokens = int(given.pop("micro", "40"))
         self.share_prefix = given.pop("share", "auto")
         stages = tuple(int(n) for n in given.pop("stage_layers", "").split("+") if n)
@@ -121,7 +122,11 @@ class Case:
     def policy(self, world: World, optimizer: OptimizerConfig) -> Policy:
         mesh = Mesh(tuple(range(world.size)), name="policy", **self.sizes)
         config = PolicyConfig(
-            dtype=self.dtype, micro_tokens=self.micro_tokens, recompute=self.recompute, optimizer=optimizer
+            dtype=self.dtype,
+            micro_tokens=self.micro_tokens,
+            recompute=self.recompute,
+            experts=self.experts,
+            optimizer=optimizer,
         )
         name = f"{self.text} {optimizer.distributed}"
         return Policy(name, world, mesh, self.spec, config, sequence_parallel=self.sequence_parallel)
@@ -133,7 +138,7 @@ def logits_off(policy: Policy, samples: Samples, logits_BTV: Tensor, caught: lis
     worst, mine, lengths = 0.0, [field["row"] for field in samples.fields], samples.length_B.tolist()
     context = policy.mesh.coordinates(policy.world.rank)["context"]
     for batch, part in zip(
-        policy.microbatches(policy.prefix_tree(samples), policy.config.micro_tokens), caught, strict=False
+        policy.microbatches(policy.context_tree(samples), policy.config.micro_tokens), caught, strict=False
     ):
         parts = [torch.empty_like(part) for _ in range(policy.mesh.tensor)]
         dist.all_gather(parts, part, group=policy.engine.groups.tp)

@@ -26,6 +26,7 @@ from aligner.trainer.output_layer import PackedOutput
 from aligner.trainer.packing import Packed, pack
 from aligner.trainer.prefix_tree import Segment
 from aligner.trainer.readout import Readout
+from aligner.trainer.row_contexts import RowContexts
 
 IMPORT_PATH = "tests.trainer.plain_engine.PlainEngine"
 
@@ -93,9 +94,11 @@ class PlainEngine(TrainEngine):
     def weights(self) -> PlainWeights:
         return self.held
 
-    def pack(self, tokens_BT: Tensor, length_B: Tensor, wanted_BT: Tensor, segments: Sequence[Segment] = ()) -> Packed:
+    def pack(
+        self, tokens_BT: Tensor, contexts: RowContexts, wanted_BT: Tensor, segments: Sequence[Segment] = ()
+    ) -> Packed:
         assert not segments, "this backend does not share prefixes"
-        return pack(tokens_BT, length_B, 1, torch.device("cpu"), wanted_BT=wanted_BT)
+        return pack(tokens_BT, contexts, 1, torch.device("cpu"), wanted_BT=wanted_BT)
 
     def microbatch_count(self, needed: int) -> int | None:
         return None

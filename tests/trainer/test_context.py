@@ -16,6 +16,7 @@ from torch.nn.attention.bias import causal_lower_right
 from aligner.trainer.context import TokenSpan, split_rows, tokens_per_rank
 from aligner.trainer.megatron.context_attention import BLOCK, AttentionPlan, Call, _bias
 from aligner.trainer.packing import pack
+from aligner.trainer.row_contexts import whole_rows
 from tests import fork_server
 from tests.conftest import Ranks
 
@@ -60,8 +61,8 @@ def test_ranks_together_have_what_one_rank_has(lengths: list[int], multiple_of: 
     for row, n in enumerate(lengths):
         tokens_BT[row, :n] = torch.arange(1, n + 1) + 100 * row
     length_B, cpu = torch.tensor(lengths), torch.device("cpu")
-    one = pack(tokens_BT, length_B, 1, cpu)
-    parts = [pack(tokens_BT, length_B, multiple_of, cpu, ranks, rank) for rank in range(ranks)]
+    one = pack(tokens_BT, whole_rows(length_B), 1, cpu)
+    parts = [pack(tokens_BT, whole_rows(length_B), multiple_of, cpu, ranks, rank) for rank in range(ranks)]
     assert len({part.tokens_T.numel() for part in parts}) == 1 and parts[0].tokens_T.numel() % multiple_of == 0
     assert all(part.segments_S2[:, 0].tolist() == lengths for part in parts)
     for name in ("tokens_T", "positions_T"):

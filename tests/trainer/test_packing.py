@@ -15,12 +15,12 @@ from aligner.trainer.config import OptimizerConfig
 from aligner.trainer.packed_attention import shared_calls
 from aligner.trainer.packing import Keep, Unit, even_microbatches, microbatches, pack, row_units
 from aligner.trainer.prefix_attention import attended
-from aligner.trainer.prefix_tree import separate_rows
+from aligner.trainer.row_contexts import separate, whole_rows
 from aligner.trainer.schedule import learning_rate
 
 
 def unshared(lengths: list[int], budget: int, together: int = 1, cost: Cost = TOKENS) -> list[Unit]:
-    return row_units(separate_rows(lengths), budget, together, cost)
+    return row_units(separate(whole_rows(torch.tensor(lengths))), budget, together, cost)
 
 
 @given(st.lists(st.integers(1, 90), min_size=1, max_size=40), st.integers(10, 200))
@@ -100,7 +100,7 @@ def test_skewed_lengths_share_calls() -> None:
 
 def test_pack_by_hand() -> None:
     tokens_BT = torch.tensor([[5, 6, 7], [8, 9, 0]])
-    packed = pack(tokens_BT, torch.tensor([3, 2]), 4, torch.device("cpu"))
+    packed = pack(tokens_BT, whole_rows(torch.tensor([3, 2])), 4, torch.device("cpu"))
     assert packed.tokens_T.tolist() == [5, 6, 7, 8, 9, 0, 0, 0]
     assert packed.positions_T.tolist() == [0, 1, 2, 0, 1, 0, 1, 2]
     assert packed.source_N.tolist() == [0, 1, 3] and packed.predicted_N.tolist() == [6, 7, 9]
@@ -114,7 +114,7 @@ def test_pack_by_hand() -> None:
 def test_only_wanted_predictions_by_hand() -> None:
     tokens_BT = torch.tensor([[5, 6, 7], [8, 9, 0], [4, 3, 2]])
     wanted_BT = torch.tensor([[True, False, True], [False, False, True], [True, True, False]])
-    packed = pack(tokens_BT, torch.tensor([3, 2, 3]), 1, torch.device("cpu"), wanted_BT=wanted_BT)
+    packed = pack(tokens_BT, whole_rows(torch.tensor([3, 2, 3])), 1, torch.device("cpu"), wanted_BT=wanted_BT)
     # token 2 of row 0 is predicted by its token 1, token 1 of row 2 by its token 0; nothing predicts what is beyond a row
     assert packed.source_N.tolist() == [1, 5] and packed.predicted_N.tolist() == [7, 3]
     assert packed.to_rows(torch.tensor([1.0, 2.0])).tolist() == [[0, 0, 1], [0, 0, 0], [0, 2, 0]]
@@ -126,7 +126,7 @@ def test_targets_are_the_next_tokens(lengths: list[int], multiple_of: int) -> No
     tokens_BT = torch.zeros(len(lengths), max(lengths), dtype=torch.long)
     for row, n in enumerate(lengths):
         tokens_BT[row, :n] = torch.arange(1, n + 1) + 100 * row
-    packed = pack(tokens_BT, torch.tensor(lengths), multiple_of, torch.device("cpu"))
+    packed = pack(tokens_BT, whole_rows(torch.tensor(lengths)), multiple_of, torch.device("cpu"))
     assert packed.tokens_T.numel() % multiple_of == 0
     assert int(packed.segments_S2[:, 0].sum()) == packed.tokens_T.numel()
     back_BT = packed.to_rows(packed.predicted_N.double())
@@ -154,8 +154,8 @@ def test_learning_rate_by_hand(config: OptimizerConfig, step: int, expected: flo
 def test_the_last_layer_goes_on_with_what_the_readout_uses(keep: Keep) -> None:
     tokens_BT = torch.tensor([[5, 6, 7, 8], [8, 9, 3, 0]])
     wanted_BT = torch.tensor([[False, False, False, True], [False, False, True, True]])
-    packed = pack(tokens_BT, torch.tensor([4, 3]), 1, torch.device("cpu"), wanted_BT=wanted_BT, keep=keep)
-    everything = pack(tokens_BT, torch.tensor([4, 3]), 1, torch.device("cpu"), wanted_BT=wanted_BT)
+    packed = pack(tokens_BT, whole_rows(torch.tensor([4, 3])), 1, torch.device("cpu"), wanted_BT=wanted_BT, keep=keep)
+    everything = pack(tokens_BT, whole_rows(torch.tensor([4, 3])), 1, torch.device("cpu"), wanted_BT=wanted_BT)
     hidden_T = torch.arange(7.0) + 10
     assert packed.kept_K is not None and everything.kept_K is None
     assert packed.kept_K.tolist() == ([2, 5] if keep is Keep.PREDICTIONS else [3, 6])
@@ -170,6 +170,13 @@ def test_the_last_layer_goes_on_with_what_the_readout_uses(keep: Keep) -> None:
 
 def test_where_nothing_is_wanted_one_token_is_kept() -> None:
     blank_BT = torch.zeros(1, 2, dtype=torch.long)
-    packed = pack(blank_BT, torch.tensor([2]), 1, torch.device("cpu"), wanted_BT=blank_BT.bool(), keep=Keep.PREDICTIONS)
+    packed = pack(
+        blank_BT,
+        whole_rows(torch.tensor([2])),
+        1,
+        torch.device("cpu"),
+        wanted_BT=blank_BT.bool(),
+        keep=Keep.PREDICTIONS,
+    )
     assert packed.kept_K is not None and packed.kept_K.tolist() == [0]
     assert packed.to_rows(torch.ones(1)[packed.source_N]).tolist() == [[0, 0]]

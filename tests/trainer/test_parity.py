@@ -98,6 +98,10 @@ CASES = {
         "qwen3:adam",
         "qwen3_moe:expert=2,adam",
         "qwen3_moe_raw:expert=2,recompute=full",
+        "qwen3_moe_raw:expert=2,recompute=mlp",
+        "qwen3_moe_raw:expert=2,experts=grouped",
+        "mixtral:pipeline=2,experts=grouped,recompute=mlp,adam",
+        "llama:tensor=2,sp,recompute=mlp",
         "qwen3_moe:tensor=2,sp",
         "mixtral:expert=2,recompute=selective,micro=16",  # 4 microbatches on one shard, 3 on the other
         "mixtral:tensor=2,expert=2,sp,adam",

@@ -12,6 +12,7 @@ from aligner.data.samples import pad_rows
 from aligner.spmd.cost import Cost
 from aligner.trainer.packing import microbatches, pack, row_units
 from aligner.trainer.prefix_tree import PrefixTree, Segment, find_prefixes, separate_rows
+from aligner.trainer.row_contexts import ContextTree, whole_rows
 
 ROWS = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=12), min_size=1, max_size=10)
 """Of so few tokens that prefixes of prefixes, equal rows and rows inside others are common."""
@@ -86,8 +87,9 @@ def test_a_shared_pack_has_the_predictions_of_separate_rows(
 ) -> None:
     tokens_BT, length_B = tensors(rows)
     segments = tree_of(rows).segments(range(len(rows)))
-    separate = pack(tokens_BT, length_B, 1, CPU)
-    parts = [pack(tokens_BT, length_B, multiple_of, CPU, context, rank, segments=segments) for rank in range(context)]
+    separate = pack(tokens_BT, whole_rows(length_B), 1, CPU)
+    contexts = whole_rows(length_B)
+    parts = [pack(tokens_BT, contexts, multiple_of, CPU, context, rank, segments=segments) for rank in range(context)]
     for name in ("tokens_T", "positions_T"):
         added = sum(part.to_rows(getattr(part, name)[part.source_N]) for part in parts)
         assert torch.equal(added, separate.to_rows(getattr(separate, name)[separate.source_N])), name
@@ -101,7 +103,7 @@ def test_a_shared_pack_has_the_predictions_of_separate_rows(
 @given(ROWS.filter(lambda rows: len(rows) % 2 == 0), st.integers(4, 40), st.integers(1, 2))
 def test_microbatches_of_shared_rows(rows: list[list[int]], budget: int, together: int) -> None:
     tree = tree_of(rows)
-    units = row_units(tree, budget, together)
+    units = row_units(ContextTree(whole_rows(tensors(rows)[1]), tree), budget, together)
     batches = microbatches(units, budget)
     assert sorted(row for batch in batches for row in batch) == list(range(len(rows)))
     for batch in batches:
@@ -117,6 +119,7 @@ def test_rows_of_one_prompt_fill_a_microbatch(budget: int, expected: list[list[i
     prompts = [[1] * 11, [2] * 11]
     rows = [[*prompts[row % 2], 3 + row] for row in range(6)]
     tree = tree_of(rows)
-    assert microbatches(row_units(tree, budget), budget) == expected
+    batch = ContextTree(whole_rows(tensors(rows)[1]), tree)
+    assert microbatches(row_units(batch, budget), budget) == expected
     # 14 tokens hold two samples of a prompt
-    assert [len(unit.rows) for unit in row_units(tree, 14)] == [2, 2, 1, 1]
+    assert [len(unit.rows) for unit in row_units(batch, 14)] == [2, 2, 1, 1]

@@ -23,13 +23,15 @@ from itertools import pairwise
 from pathlib import Path
 from statistics import median
 
+import torch
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))  # also from a checkout never installed
 
 from aligner.spmd.cost import TOKENS, Cost
 from aligner.spmd.partition import Shares, idle, of_groups, partition
 from aligner.trainer.packing import microbatches, row_units
 from aligner.trainer.prefix_attention import attended
-from aligner.trainer.prefix_tree import separate_rows
+from aligner.trainer.row_contexts import separate, whole_rows
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 LARGE = Cost(2 * 7_500_000_000, 2 * 32 * 32 * 128)
@@ -83,7 +85,7 @@ def padding(lengths: list[int], shares: Shares, budget: int) -> float:
     packed = [
         tuple(rows[i] for i in batch)
         for rows in lengths_of
-        for batch in microbatches(row_units(separate_rows(rows), budget), budget)
+        for batch in microbatches(row_units(separate(whole_rows(torch.tensor(rows))), budget), budget)
     ]
     return 1 - sum(lengths) / sum(attended(rows, (-1,) * len(rows)) for rows in packed)
 

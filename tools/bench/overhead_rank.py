@@ -40,6 +40,7 @@ from aligner.reward.role import Reward
 from aligner.reward.worker import Score, Status
 from aligner.roles.build import Roles
 from aligner.rollout.config import StreamConfig
+from aligner.rollout.kind import Responses
 from aligner.rollout.loaded import LoadedWeights
 from aligner.rollout.requests import Sample
 from aligner.rollout.role import Rollout
@@ -71,13 +72,15 @@ class NullEngine:
         self.longest = tokens - PROMPT
         self.tokens, self.logp = list(range(100, 100 + self.longest)), [-1.0] * self.longest
 
-    def start(self, prompts: Sequence[list[int]], seeds: Sequence[int], sampling: Any, num_samples: int) -> int:
+    def check(self, prompts: Sequence[list[int]], sampling: Any) -> None:
+        """Everything fits."""
+
+    def resume(self, samples: Sequence[Sample], sampling: Any, step_tokens: int | None = None) -> int:
         """Generate immediately."""
         self.drawn = [
-            Sample(list(prompt), seed + i, self.tokens[:n], self.logp[:n], [0] * n, ended=True)
-            for prompt, seed in zip(prompts, seeds, strict=True)
-            for i in range(num_samples)
-            for n in [self.longest * (3 + (seed + 7 * i) % 5) // 8]
+            Sample(one.prompt, one.seed, self.tokens[:n], self.logp[:n], [0] * n, ended=True)
+            for one in samples
+            for n in [self.longest * (3 + one.seed % 5) // 8]
         ]
         return 0
 
@@ -99,6 +102,7 @@ class NullRollout(Rollout):
         self._streams, self._saved = [], []
         world.my_group(mesh.groups("tensor", "pipeline"))
         self.engine = NullEngine(tokens)  # type: ignore[assignment]
+        self.plays, self._responses = False, Responses(self.engine)
 
 
 class NullScorer:

@@ -74,6 +74,7 @@ def execute(
     wire = make_wire(group, schedule, buffers, last_messages, wait_span)
     _Pipeline(transfer, wire, schedule).run()
     transfer.finish()
+    seconds = transfer.clock.seconds()  # on CUDA this waits until the weights are there
     return SyncStats(
         moved_bytes=wire.sent_bytes,
         relayed_bytes=wire.relayed_bytes,
@@ -83,9 +84,9 @@ def execute(
         local_bytes=plan.local_bytes,
         checksummed=transfer.checksummed,
         seconds=time.perf_counter() - started,
-        seconds_pack=transfer.seconds["pack"],
-        seconds_wire=transfer.seconds["wire"],
-        seconds_apply=transfer.seconds["apply"],
+        seconds_pack=seconds["pack"],
+        seconds_wire=seconds["wire"],
+        seconds_apply=seconds["apply"],
     )
 
 

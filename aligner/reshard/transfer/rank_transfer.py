@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -15,6 +14,7 @@ from aligner.reshard.plan.transfer_plan import Item
 from aligner.reshard.transfer.local_copy import copy_local
 from aligner.reshard.transfer.wire import Wire
 from aligner.reshard.weights import WritableWeights
+from aligner.spmd.device_clock import PhaseClock
 
 
 class RankTransfer:
@@ -25,18 +25,10 @@ class RankTransfer:
     ) -> None:
         self.buffers = buffers
         self.checksummed = 0
-        self.seconds = dict.fromkeys(("pack", "wire", "apply"), 0.0)
+        self.clock = PhaseClock(buffers.device, ("pack", "wire", "apply"))
         self._rank, self._source, self._destination = rank, source, destination
         self._verify = verify
         self._failure: BaseException | None = None
-
-    @contextmanager
-    def clock(self, phase: str) -> Iterator[None]:
-        started = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[phase] += time.perf_counter() - started
 
     def pack(self, items: Sequence[Item], buffer: Tensor | None) -> Bucket:
         """A bucket of these items, read, cast and checksummed; marked as failed after this rank's first error."""

@@ -26,9 +26,12 @@ class Ask:
     branched or rewritten)."""
     max_tokens: int | None = None
     """Most tokens to sample in this turn; None: what sampling.max_tokens and the context length allow."""
+    seed_key: int | None = None
+    """Makes the turn's seed in place of its number: for an agent whose requests come in any order. None: the number does."""
     sampling: Mapping[str, Any] = field(default_factory=dict)
-    """Settings of `Sampling` that the agent asked for (temperature, top_p, ...) and `stop_token_ids`; those that are not here are
-    the run's. Never a seed: that is made of (run seed, call, task, sample, turn)."""
+    """What the agent asked for. `stop_token_ids` end the turn as well as the run's; temperature, top_p and top_k are the run's,
+    whatever an agent asks for: the policy's log-probabilities are those of the run's distribution. Never a seed: that is made of
+    (run seed, call, task, sample, turn)."""
 
 
 @dataclass(frozen=True)

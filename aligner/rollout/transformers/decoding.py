@@ -93,6 +93,11 @@ class DecodingBatch:
         """Drop the KV cache."""
         self._cache = None
 
+    def cut(self, place: int) -> None:
+        """Let a row, by its place in the `rows` that the batch was made of, leave at the next step."""
+        if place in self._index:
+            self._most_B[self._index.index(place)] = 0
+
     @torch.no_grad()
     def step(self) -> dict[int, Drawn]:
         """A token for each row. Returns the rows that have ended, by their place in the `rows` that the batch was made of."""

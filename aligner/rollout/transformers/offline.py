@@ -13,6 +13,7 @@ from aligner.rollout.config import RolloutConfig, Sampling
 from aligner.rollout.offline import OfflineEngine
 from aligner.rollout.requests import Sample
 from aligner.rollout.transformers.engine import TransformersEngine
+from aligner.spmd.device_check import check_device
 
 
 class TransformersOffline(OfflineEngine):
@@ -36,7 +37,7 @@ class TransformersOffline(OfflineEngine):
         spec = read_spec(model, trust_remote_code)
         config = RolloutConfig("transformers", spec.dtype if dtype == "auto" else dtype, max_model_len, max_num_seqs)
         config.check_length(spec)
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = torch.device(check_device())
         self._engine = TransformersEngine(spec, config, device, stop)
         read_weights(spec, self._engine.weights)
 

@@ -72,7 +72,7 @@ class BatchedRequests(Requests[_Live]):
         made = [self._request(sample, number) for number, sample in enumerate(samples)]
         for one in sorted(made, key=lambda one: -len(one.sample.prompt) - len(one.sample.tokens)):
             most, one.may_go_on = tokens_left(one.sample, sampling, step_tokens)
-            stop = self._stop if sampling.stop_token_ids is None else sampling.stop_token_ids
+            stop = self.stop if sampling.stop_token_ids is None else sampling.stop_token_ids
             one.row, one.under_way = Row(one.sample, sampling, most, stop), True
             self._queue.append(one)
         return self._ticket(made)
@@ -90,6 +90,16 @@ class BatchedRequests(Requests[_Live]):
         except BaseException:
             self.abort()
             raise
+
+    def cancel(self, ticket: int) -> None:
+        """Rows that decode leave their batch after its next token."""
+        for one in self._tickets.pop(ticket):
+            if one in self._queue:
+                self._queue.remove(one)
+            for batch in self._batches:
+                for place, other in enumerate(batch.requests):
+                    if other is one and one.under_way:
+                        batch.decoding.cut(place)
 
     def abort(self) -> None:
         """Give up everything that is under way."""

@@ -39,5 +39,7 @@ def check_model(spec: ModelSpec, mesh: Mesh, config: RolloutConfig, cpu: bool) -
 
 
 def bytes_per_rank(spec: ModelSpec, mesh: Mesh, config: RolloutConfig, cpu: bool) -> float:
-    """Weights of a rank in bytes; the KV cache grows with what is generated."""
+    """Weights of a rank in bytes, unless they are the policy's; the KV cache grows with what is generated."""
+    if config.share_policy_weights:
+        return 0.0
     return float(parameter_count(spec) * ELEMENT_BYTES[config.dtype])

@@ -2,7 +2,8 @@
 
 On a CPU the draw of a token is keyed by the request's seed and the token's place in the sample, for all rows of a batch at
 once: no request has a random state, so nothing needs to be carried where a sample is interrupted, nor turned back where a
-draw does not count. On CUDA vLLM draws each request from a generator of its own.
+draw does not count. vLLM's second model runner, on CUDA, does the same in a kernel of its own; its first one draws each request
+from a generator, one kernel for each.
 """
 
 from __future__ import annotations
@@ -39,8 +40,11 @@ class Draws(Protocol):
 
 
 def draws_of(runner: Any) -> Draws:
-    """What fits the runner's device; it changes how the runner samples."""
-    return DrawsByPlace(runner) if runner.device.type == "cpu" else DrawsByGenerator(runner)
+    """What fits the runner; it changes how the runner samples, except vLLM's second one."""
+    if runner.device.type == "cpu":
+        return DrawsByPlace(runner)
+    # the first runner keeps a state of each request by its name, the second in rows of one table
+    return DrawsByGenerator(runner) if hasattr(runner, "requests") else DrawsByPosition()
 
 
 def seed_params(seed: int) -> dict[str, Any]:
@@ -150,8 +154,31 @@ def gumbel_draw(logits_BV: Tensor, seed_B: np.ndarray) -> Tensor:
     return drawn_B
 
 
+class DrawsByPosition:
+    """CUDA, vLLM's second model runner: Gumbel-max in one kernel for all rows, whose noise is a hash of the request's seed, the
+    token's position in prompt and response, and the vocabulary entry (`vllm/v1/worker/gpu/sample/gumbel.py`)."""
+
+    def params(self, seed: int) -> dict[str, Any]:
+        """See `seed_params`."""
+        return seed_params(seed)
+
+    def begin(self, request: str, seed: int, state: Tensor | None) -> None:
+        """A sample that goes on has its tokens so far as prompt, so its positions go on too."""
+
+    def end(self, request: str, output: Any) -> list[float]:
+        """As vLLM has kept them."""
+        return list(output.logprobs.logprobs)
+
+    def state(self, request: str) -> Tensor | None:
+        """There is none."""
+        return None
+
+    def forget(self, requests: Iterable[str]) -> None:
+        """Nothing is kept."""
+
+
 class DrawsByGenerator:
-    """CUDA: vLLM's generators, a stream for each request, which it turns back after a draw that does not count."""
+    """CUDA, vLLM's first model runner: its generators, a stream for each request, which it turns back after a draw that does not count."""
 
     def __init__(self, runner: Any) -> None:
         self._runner = runner

@@ -13,6 +13,7 @@ from torch.nn import Module
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from aligner.reshard.plan.region import ELEMENT_BYTES, Piece, contiguous_stride
+from aligner.rollout.vllm.experts import ACTIVATIONS
 
 
 @dataclass(frozen=True)
@@ -159,6 +160,11 @@ class _Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten.copy_.default:
             self._note(args[0], args[1])
+        if func is torch.ops.aten.zero_.default and (name := self._names.get(_storage_id(args[0]))):
+            raise ValueError(
+                f"the rollout engine sets {name} to 0 on ranks that should add it once, which is not supported; use "
+                "placement.rollout.tensor=1."
+            )
         if func is torch.ops.aten.clone.default and args[0].is_meta:
             return args[0].transpose(0, 0) if args[0].dim() else args[0]  # a copy holds the same elements
         return func(*args, **(kwargs or {}))
@@ -251,12 +257,12 @@ def _check_method(slot: Slot) -> None:
     layer = f"the rollout engine's layer {slot.storage} ({type(slot.module).__name__}, {type(method).__name__})"
     if not isinstance(method, UnquantizedFusedMoEMethod):
         raise ValueError(f"{layer} is not supported; use a model without quantization.")
-    known = (UnquantizedMoeBackend.CPU, UnquantizedMoeBackend.TRITON)
+    known = {UnquantizedMoeBackend.CPU: (*ACTIVATIONS,), UnquantizedMoeBackend.TRITON: ("silu",)}
     activation = method.moe.activation.value
-    if method.unquantized_backend not in known or activation != "silu":
+    if activation not in known.get(method.unquantized_backend, ()):
+        works = " or ".join(f"{' and '.join(names)} by {backend.value}" for backend, names in known.items())
         raise ValueError(
-            f"{layer} computes {activation} by {method.unquantized_backend.value}, which is not "
-            f"supported; use silu by {' or '.join(backend.value for backend in known)}."
+            f"{layer} computes {activation} by {method.unquantized_backend.value}, which is not supported; use {works}."
         )
 
 

@@ -6,9 +6,9 @@ import gc
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -16,11 +16,13 @@ import torch.distributed as dist
 from aligner.models.agreement import check_agreement
 from aligner.models.read_spec import read_spec
 from aligner.models.tensors import architecture_of
-from aligner.rollout.config import RolloutConfig, Sampling
-from aligner.rollout.engine import RolloutEngine
+from aligner.rollout.config import BESIDE_OTHERS, RolloutConfig, Sampling
+from aligner.rollout.engine import RolloutEngine, SharedTensors
 from aligner.rollout.loaded import LoadedWeights
 from aligner.rollout.requests import Sample
 from aligner.rollout.vllm import cpu_norms
+from aligner.rollout.vllm.cpu_rotary import mend_cpu_rotary
+from aligner.rollout.vllm.cpu_single_rows import compute_single_rows_as_two
 from aligner.rollout.vllm.experts import mend_cpu_expert_parallel
 from aligner.rollout.vllm.requests import VllmRequests
 from aligner.rollout.vllm.sizes import BLOCK_TOKENS, check_runs, kv_cache_bytes
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
     from aligner.spmd.mesh import Mesh
     from aligner.spmd.residency import Part
 
+T = TypeVar("T")
 LOAD_FORMAT = "dummy"
 """vLLM starts with placeholder weights: the policy's arrive by resharding."""
 
@@ -77,23 +80,18 @@ class VllmEngine(RolloutEngine):
         check_runs(config, self.spec, tensor, cpu, expert_parallel, pipeline)
         self.loaded = loaded or LoadedWeights()
         """Which weights the engine holds; `EngineWeights` says when they are written."""
-        self._subworld = SubWorld(group, ident, device)
+        # The second runner draws all requests with one kernel and holds nothing of their streams; it is not for CPUs, and of a
+        # pipeline only the first one's last stage tells the others what was drawn.
+        self._subworld = SubWorld(group, ident, device, "1" if cpu or pipeline > 1 else "2")
         with self._subworld.inside():
             _platform(device)
         with self._subworld.starting():
             _register(architecture)
-            sizes = {
-                "tensor_parallel_size": tensor,
-                "pipeline_parallel_size": pipeline,
-                "enable_expert_parallel": expert_parallel,
-                "kv_cache_memory_bytes": kv_cache_bytes(config, self.spec, tensor, cpu, pipeline),
-                "enable_sleep_mode": sleeps and not cpu,
-                "max_model_len": config.length(self.spec),
-                "trust_remote_code": self.spec.trust_remote_code,
-            }
+            sizes = engine_sizes(self.spec, config, tensor, pipeline, expert_parallel, sleeps, cpu)
             self._llm = _build(model_path, architecture, self._subworld, config, sizes)
             check_agreement(self.spec, self._llm.model_config.hf_text_config, "the rollout engine")
-        self._receive_buffer()
+        if pipeline > 1:
+            self._receive_buffer()
         self._weights: EngineWeights | None = None
         ends = self.spec.eos_token_ids if stop is None else stop
         self.requests: VllmRequests = VllmRequests(self._llm, self._worker.model_runner, ends, self.loaded)
@@ -113,8 +111,10 @@ class VllmEngine(RolloutEngine):
         layout: WeightLayout,
         sleeps: bool,
         loaded: LoadedWeights,
+        shared: SharedTensors | None = None,
     ) -> Self:
         """Of a role's mesh."""
+        assert shared is None, "vLLM computes with weights in layouts of its own"
         engine = cls(
             spec.path,
             group,
@@ -194,6 +194,14 @@ class VllmEngine(RolloutEngine):
             while self.requests.under_way and not self._subworld.first_says(enough):
                 self.requests.advance()
 
+    def working(self) -> AbstractContextManager[None]:
+        """As `inside`."""
+        return self.inside()
+
+    def from_first(self, value: T) -> T:
+        """What the replica's first rank gives, on all of its ranks; collective over the replica."""
+        return self._subworld.from_first(value)
+
     def gather(self, value: Any) -> list[Any]:
         """The value that each rank of the replica gives; collective."""
         return self._subworld.gather(value)
@@ -231,6 +239,8 @@ def _platform(device: torch.device) -> None:
         # Compiling the sampler's small kernels takes 7 to 13 s and gains nothing on a CPU. Must precede other imports.
         type(current_platform).simple_compile_backend = "eager"
         mend_cpu_expert_parallel()
+        mend_cpu_rotary()
+        compute_single_rows_as_two()
 
 
 def _register(architecture: str) -> None:
@@ -245,12 +255,56 @@ def _register(architecture: str) -> None:
 def _build(
     model_path: str | Path, architecture: str, subworld: SubWorld, config: RolloutConfig, sizes: Mapping[str, Any]
 ) -> Any:
-    from vllm.engine.arg_utils import EngineArgs
     from vllm.usage.usage_lib import UsageContext
     from vllm.v1.engine.llm_engine import LLMEngine
 
-    cpu = subworld.device.type == "cpu"
-    arguments = EngineArgs(
+    executor = executor_class(subworld)
+    arguments = engine_arguments(model_path, architecture, subworld.device.type, config, sizes, executor)
+    return LLMEngine.from_engine_args(arguments, usage_context=UsageContext.LLM_CLASS)
+
+
+def engine_sizes(
+    spec: ModelSpec,
+    config: RolloutConfig,
+    tensor: int,
+    pipeline: int,
+    expert_parallel: bool,
+    sleeps: bool,
+    cpu: bool,
+) -> dict[str, Any]:
+    """What of vLLM's EngineArgs depends on the model and its placement."""
+    return {
+        "tensor_parallel_size": tensor,
+        "pipeline_parallel_size": pipeline,
+        "enable_expert_parallel": expert_parallel,
+        "kv_cache_memory_bytes": kv_cache_bytes(config, spec, tensor, cpu, pipeline),
+        "enable_sleep_mode": sleeps and not cpu,
+        # else they stay on the device while the engine sleeps
+        "sleep_mode_offload_cudagraph": sleeps and not cpu,
+        "max_model_len": config.length(spec),
+        "trust_remote_code": spec.trust_remote_code,
+    }
+
+
+def engine_arguments(
+    model_path: str | Path,
+    architecture: str,
+    device: str,
+    config: RolloutConfig,
+    sizes: Mapping[str, Any],
+    executor: Any,
+) -> Any:
+    """vLLM's EngineArgs.
+
+    Args:
+        device: cpu or cuda.
+        sizes: `engine_sizes`.
+        executor: vLLM's, in this process.
+    """
+    from vllm.engine.arg_utils import EngineArgs
+
+    cpu = device == "cpu"
+    return EngineArgs(
         model=str(model_path),
         config_format="hf",  # a params.json beside it says the same of other files
         hf_overrides={"architectures": [architecture]},  # config.json may leave it out
@@ -261,17 +315,19 @@ def _build(
         seed=0,
         **sizes,
         # The kernel that reads experts as they are written; CUDA's others re-lay them out. A CPU has one only.
-        moe_backend="triton" if subworld.device.type == "cuda" else "auto",
-        distributed_executor_backend=executor_class(subworld),
+        moe_backend="auto" if cpu else "triton",
+        distributed_executor_backend=executor,
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_batched_tokens,
         block_size=BLOCK_TOKENS,  # type: ignore[arg-type]
-        gpu_memory_utilization=config.gpu_memory_utilization,
+        gpu_memory_utilization=config.gpu_memory_utilization or BESIDE_OTHERS,
         enable_prefix_caching=config.prefix_caching,
         enforce_eager=config.enforce_eager or cpu,
+        # The next step would be scheduled before this one's tokens are known: weights in flight, partial responses and
+        # interruptions count on what a step has drawn. A CPU never does it.
+        async_scheduling=False,
         **({"ir_op_priority": cpu_norms.priority()} if cpu else {}),
         # The default reports log-probabilities before temperature, top-k and top-p.
         logprobs_mode="processed_logprobs",
         disable_log_stats=True,
     )
-    return LLMEngine.from_engine_args(arguments, usage_context=UsageContext.LLM_CLASS)

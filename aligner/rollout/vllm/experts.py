@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,15 +20,34 @@ _TOGETHER = 8
 """Experts that are asked in one call: each takes a copy of the probe."""
 
 
+def _silu(gate_up: Tensor) -> Tensor:
+    """silu(gate) * up of rows that hold all gates, then all ups."""
+    gate, up = gate_up.chunk(2)
+    return F.silu(gate) * up
+
+
+def _swigluoai(gate_up: Tensor) -> Tensor:
+    """gpt-oss: (up + 1) * gate * sigmoid(1.702 gate), clamped at 7, of rows that hold gates and ups in turn."""
+    gate, up = gate_up[0::2].clamp(max=7.0), gate_up[1::2].clamp(-7.0, 7.0)
+    return (up + 1) * gate * torch.sigmoid(1.702 * gate)
+
+
+ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {"silu": _silu, "swigluoai": _swigluoai}
+"""What vLLM's CPU kernel computes of an expert's gate and up projections, [2 width] -> [width], by its name."""
+
+
 class PackedExperts:
     """The experts of one MoE layer on this rank.
 
-    vLLM packs w13 (gate above up, experts x 2 width x hidden) and w2 (down, experts x hidden x width) in place, after
-    rounding the width up with zeros. Its own second packing is left out by vLLM, so it is asked for directly.
+    vLLM packs w13 (gate above up, or in turn, experts x 2 width x hidden) and w2 (down, experts x hidden x width) in place,
+    after rounding the width up with zeros. Its own second packing is left out by vLLM, so it is asked for directly. Biases, of
+    gpt-oss, stay plain; the layer is proven with them.
     """
 
     def __init__(self, path: str, module: Any) -> None:
-        self.storages: tuple[str, ...] = (f"{path}:w13_weight", f"{path}:w2_weight")
+        kinds = ("weight", "bias") if hasattr(module, "w13_bias") else ("weight",)
+        self.storages: tuple[str, ...] = tuple(f"{path}:{name}_{kind}" for kind in kinds for name in ("w13", "w2"))
+        self._activation = ACTIVATIONS[module.quant_method.moe.activation.value]
         self._path, self._module = path.removesuffix(".routed_experts"), module
         chosen = module.expert_map
         self._numbers = (
@@ -37,17 +56,21 @@ class PackedExperts:
         """The expert that each local slot holds, counted over the whole layer."""
 
     def pack(self, plain: Mapping[str, Tensor]) -> None:
-        for storage, weight in plain.items():
-            self._module._parameters[storage.rpartition(":")[2]] = Parameter(weight, requires_grad=False)
+        for storage, value in plain.items():
+            name = storage.rpartition(":")[2]
+            if name.endswith("bias"):  # the layer's kernel holds this parameter
+                self._module._parameters[name].data.copy_(value)
+            else:
+                self._module._parameters[name] = Parameter(value, requires_grad=False)
         self._module.quant_method.moe_kernel.fused_experts.process_weights_after_loading(self._module)
 
     def prove(self, plain: Mapping[str, Tensor], round_: int) -> None:
         """Every expert, every time: its packed matrices, then all through the layer as it is called."""
-        w13, w2 = (plain[storage] for storage in self.storages)
+        w13, w2, *biases = (plain[storage] for storage in self.storages)
         gate_up, down = self._module.w13_weight, self._module.w2_weight
         probes, products = self._prove_packed("gate and up projection", w13, self._pad_rows, gate_up, round_)
         self._prove_packed("down projection", w2, self._pad_columns, down, round_)
-        self._prove_layer(probes.vectors[-1], products[:, -1], w2)
+        self._prove_layer(probes.vectors[-1], products[:, -1], w2, biases)
 
     def _prove_packed(
         self, matrix_name: str, plain: Tensor, pad: Callable[[Tensor], Tensor], packed: Tensor, round_: int
@@ -102,7 +125,7 @@ class PackedExperts:
         )
         return product.view(experts, tokens, -1)
 
-    def _prove_layer(self, x: Tensor, gate_up: Tensor, w2: Tensor) -> None:
+    def _prove_layer(self, x: Tensor, gate_up: Tensor, w2: Tensor, biases: Sequence[Tensor]) -> None:
         """The layer's own call gives each expert's own answer: the kernel reads these matrices and no others.
 
         Of the token x (hidden) each expert's gate and up projection (experts, padded rows) has been proven already.
@@ -110,11 +133,13 @@ class PackedExperts:
         module, numbers = self._module, self._numbers
         weight, expert_ids = torch.ones(len(numbers), 1), torch.tensor(numbers, dtype=torch.int32)[:, None]
         output = module.quant_method.apply(module, x.repeat(len(numbers), 1), weight, expert_ids, None, None).float()
-        gate, up = (half[:, : w2.shape[2]] for half in gate_up.float().chunk(2, dim=1))
-        inner = F.silu(gate) * up
+        if self._module.w2_weight.shape[2] > w2.shape[2]:  # gates and ups are padded, each by itself
+            gate_up = torch.cat([half[:, : w2.shape[2]] for half in gate_up.chunk(2, dim=1)], 1)
+        bias13, bias2 = biases or (torch.zeros_like(gate_up), w2.new_zeros(w2.shape[:2]))
         tolerance = 16 * torch.finfo(x.dtype).eps + (len(x) + w2.shape[2]) ** 0.5 * torch.finfo(torch.float32).eps
         for slot, number in enumerate(numbers):
-            expected = F.linear(inner[slot], w2[slot].float())
+            inner = self._activation(gate_up[slot].float() + bias13[slot].float())
+            expected = F.linear(inner, w2[slot].float(), bias2[slot].float())
             if not bool((output[slot] - expected).norm() <= tolerance * expected.norm()):
                 raise not_held(f"{self._path}, expert {number}", w2[slot])
 

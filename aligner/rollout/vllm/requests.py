@@ -48,7 +48,7 @@ class VllmRequests(Requests[_Live]):
         for one in sorted(made, key=lambda one: -len(one.sample.prompt) - len(one.sample.tokens)):
             so_far = one.sample
             most, one.may_go_on = tokens_left(so_far, sampling, step_tokens)
-            params = request_params(sampling, most, self._stop, **self._draws.params(so_far.seed))
+            params = request_params(sampling, most, self.stop, **self._draws.params(so_far.seed))
             one.inside = self._llm.add_request(one.name, tokens_input([*so_far.prompt, *so_far.tokens]), params)
             one.marks = [(0, self._loaded.version)]
             one.under_way = True
@@ -68,6 +68,15 @@ class VllmRequests(Requests[_Live]):
         except BaseException:
             self.abort()
             raise
+
+    def cancel(self, ticket: int) -> None:
+        """Give up the samples of one `start`."""
+        given_up = [one for one in self._tickets.pop(ticket) if one.under_way]
+        inside = [one.inside for one in given_up]
+        self._llm.abort_request(inside, internal=True)
+        self._draws.forget(inside)
+        for one in given_up:
+            del self._live[one.name]
 
     def abort(self) -> None:
         """Give up everything that is under way."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,14 +20,16 @@ if TYPE_CHECKING:
     from aligner.spmd.residency import Part
 
 
+WORKSPACE = "workspace"
+"""vLLM's tag of memory that its kernels work in and that holds nothing between steps."""
+
+
 def residency_parts(engine: VllmInternals, weights: EngineWeights, meter: Meter) -> dict[str, Part]:
     """The engine's parts on this rank's device. CUDA: of an engine that was built to sleep."""
     if engine.device.type == "cpu":
         return {"weights": FreedWeights(engine, weights), "cache": FreedCache(engine)}
-    return {
-        "weights": SleepingWeights(engine, weights, meter),
-        "cache": SleepingCache(engine, meter),
-    }
+    cache = SleepingCache(engine, meter)
+    return {"weights": SleepingWeights(engine, weights, meter, cache), "cache": cache}
 
 
 class FreedWeights:
@@ -93,12 +98,14 @@ class FreedCache:
 class SleepingWeights:
     """Weights on CUDA: vLLM unmaps the memory tagged "weights"; addresses, which CUDA graphs hold, stay valid.
 
-    Its sleep of level 2 would do the same, and take a cache that is to stay along; like it, buffers are saved.
+    Its sleep of level 2 would do the same, and take a cache that is to stay along; like it, buffers are saved. What the kernels
+    work in, "workspace", goes with the weights and comes back with whatever is mapped next. Of an engine whose cache is away
+    too, CUDA graphs leave for the host; there stay NCCL's buffers and the CUDA context.
     """
 
-    def __init__(self, engine: VllmInternals, weights: EngineWeights, meter: Meter) -> None:
+    def __init__(self, engine: VllmInternals, weights: EngineWeights, meter: Meter, cache: SleepingCache) -> None:
         self.resident = True
-        self._engine, self._weights, self._meter = engine, weights, meter
+        self._engine, self._weights, self._meter, self._cache = engine, weights, meter, cache
         self._bytes = sum(parameter.nbytes for parameter in engine.model.parameters())
         self._buffers: list[tuple[Tensor, Tensor]] = []
 
@@ -114,7 +121,12 @@ class SleepingWeights:
         self._engine.loaded.evict()
         self._buffers = [(buffer, buffer.to("cpu", copy=True)) for buffer in self._engine.model.buffers()]
         with self._engine.inside():
-            self._engine.executor.discard(("weights",))
+            self._engine.executor.discard(("weights", WORKSPACE))
+            if not self._cache.resident:
+                # what is left of the engine's own pools, kept on the host: the graphs, where they are in one
+                self._engine.executor.driver_worker.worker.sleep_mode_backend.suspend(2)
+        # `wake_up` maps everything that is not named, and the executor must not hold that against the next `discard`
+        self._engine.executor.sleeping_tags.discard(WORKSPACE)
         self._meter.phantom += self._bytes
         self.resident = False
 
@@ -122,7 +134,7 @@ class SleepingWeights:
         """Map the memory again, for a sync to write."""
         self._meter.phantom -= self._bytes
         _release_cached(self._engine.device)
-        with self._engine.inside():
+        with self._engine.inside(), _unscanned():
             self._engine.executor.wake_up(["weights"])
             for buffer, saved in self._buffers:
                 buffer.copy_(saved)
@@ -158,11 +170,21 @@ class SleepingCache:
         """Empty."""
         self._meter.phantom -= self._bytes
         _release_cached(self._engine.device)
-        with self._engine.inside():
+        with self._engine.inside(), _unscanned():
             self._engine.executor.wake_up(["kv_cache"])
             for cache in self._engine.caches:
                 cache.zero_()
         self.resident = True
+
+
+@contextmanager
+def _unscanned() -> Iterator[None]:
+    """vLLM collects garbage at every wake, which looks through all objects of the process; none of them are its own."""
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def _release_cached(device: torch.device) -> None:

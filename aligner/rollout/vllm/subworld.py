@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import platform
 import random
 import re
 import secrets
@@ -14,19 +15,17 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 
-_QUIET = {
-    "VLLM_LOGGING_LEVEL": "ERROR",  # read once, when vllm is first imported
-    "VLLM_NO_USAGE_STATS": "1",
-    # The older model runner is the one that runs on CPUs as well, and can draw each request from its own generator.
-    "VLLM_USE_V2_MODEL_RUNNER": "0",
-}
+from aligner.spmd.serialization import deserialize, serialize
+
+T = TypeVar("T")
+_QUIET = {"VLLM_NO_USAGE_STATS": "1"}
 _FORCED = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 _PARALLEL_STATE = (
     "_WORLD", "_INNER_DP_WORLD", "_NODE_COUNT", "_TP", "_ETP", "_ENGRAM_DP", "_DCP", "_PCP", "_PP", "_DP", "_EP", "_EPLB",
@@ -44,8 +43,11 @@ class SubWorld:
     on leaving, all of it is restored. So a process can hold several engines.
     """
 
-    def __init__(self, group: dist.ProcessGroup, ident: str, device: torch.device) -> None:
-        """Collective over `group`, whose members are the replica; `ident` names it in shared memory."""
+    def __init__(
+        self, group: dist.ProcessGroup, ident: str, device: torch.device, runner: Literal["1", "2"] = "1"
+    ) -> None:
+        """Collective over `group`, whose members are the replica; `ident` names it in shared memory; `runner`: the version of
+        vLLM's model runner."""
         self.group, self.device = group, device
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
         token = self._agree(secrets.randbelow(1 << 40))
@@ -56,8 +58,17 @@ class SubWorld:
         self._group_count = 1_000_000 + token
         self._threads = torch.get_num_threads()
         self._parallel_state: dict[str, Any] = dict.fromkeys(_PARALLEL_STATE) | {name: {} for name in _GROUP_NAMES}
+        self._stream: torch.cuda.Stream | None = None
+        """The stream that vLLM makes on CUDA at its first computation, and captures its graphs on."""
+        choices = {
+            **_QUIET,
+            # Read once, when vllm is first imported. On CUDA a warning tells that a slower kernel or all-reduce was taken.
+            "VLLM_LOGGING_LEVEL": "WARNING" if device.type == "cuda" and self.rank == 0 else "ERROR",
+            "VLLM_USE_V2_MODEL_RUNNER": str(int(runner == "2")),
+        }
         self._environment = {
-            **{name: os.environ.get(name, value) for name, value in _QUIET.items()},
+            **{name: os.environ.get(name, value) for name, value in choices.items()},
+            **compile_cache(device),
             **_FORCED,
             "RANK": str(self.rank),
             "WORLD_SIZE": str(self.size),
@@ -77,6 +88,22 @@ class SubWorld:
         dist.all_gather_object(gathered, value, group=self.group)
         return gathered
 
+    def from_first(self, value: T) -> T:
+        """The value of the replica's first rank, on all of its ranks; collective over the replica. None is one small message."""
+        if self.size == 1:
+            return value
+        content = torch.empty(0, dtype=torch.uint8)
+        if self.rank == 0 and value is not None:
+            content = torch.from_numpy(serialize(value))
+        size = torch.tensor([len(content)], dtype=torch.int64)
+        dist.broadcast(size, group=self.group, group_src=0)
+        if not int(size):
+            return value if self.rank == 0 else None  # type: ignore[return-value]
+        if self.rank:
+            content = content.new_empty(int(size))
+        dist.broadcast(content, group=self.group, group_src=0)
+        return value if self.rank == 0 else deserialize(content.numpy())  # type: ignore[no-any-return]
+
     def first_says(self, question: Callable[[], bool]) -> bool:
         """The answer of the replica's first rank, on all of its ranks; collective over the replica."""
         if self.size == 1:
@@ -91,6 +118,7 @@ class SubWorld:
         with ExitStack() as stack:
             stack.enter_context(_random_states(self.device))
             stack.enter_context(self._own_environment())
+            stack.enter_context(self._own_stream())
             stack.enter_context(self._own_threads())
             stack.enter_context(self._own_default_group())
             stack.enter_context(self._own_parallel_state())
@@ -169,6 +197,25 @@ class SubWorld:
                     os.environ[os.fsdecode(name)] = os.fsdecode(value)
 
     @contextmanager
+    def _own_stream(self) -> Iterator[None]:
+        """vLLM leaves the process on a stream of its own; what other roles have launched comes before it, and their next after."""
+        if self.device.type != "cuda":
+            yield
+            return
+        before = torch.cuda.current_stream(self.device)
+        if self._stream is not None:
+            self._stream.wait_stream(before)
+            torch.cuda.set_stream(self._stream)
+        try:
+            yield
+        finally:
+            own = torch.cuda.current_stream(self.device)
+            if own != before:
+                before.wait_stream(own)
+                torch.cuda.set_stream(before)
+                self._stream = own
+
+    @contextmanager
     def _own_threads(self) -> Iterator[None]:
         setter, threads, precision = (
             torch.set_num_threads,
@@ -202,6 +249,19 @@ class SubWorld:
             envs.disable_envs_cache()
         gc.unfreeze()
         gc.collect()
+
+
+def compile_cache(device: torch.device) -> dict[str, str]:
+    """The environment of a cache of compiled code for this device alone.
+
+    vLLM names what it compiles after the rank in the replica, not after the device, and each replica of one rank is rank 0:
+    one that loads the code of another's device fails with "CUDA driver error: invalid argument".
+    """
+    if device.type != "cuda":
+        return {}
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    root = Path(os.environ.get("VLLM_CACHE_ROOT") or Path(home) / "vllm").expanduser()
+    return {"VLLM_CACHE_ROOT": str(root / f"{platform.node()}-dev{device.index or 0}")}
 
 
 def executor_class(subworld: SubWorld) -> type[Any]:

@@ -26,6 +26,10 @@ def check_runs(spec: ModelSpec, mesh: Mesh, config: TrainingConfig, sequence_par
             )
     if mesh.stage_layers:
         raise ValueError(f"placement.{mesh.name}.stage_layers: engine=fsdp has no pipeline stages; leave it out.")
+    if config.recompute == "mlp":
+        raise ValueError(
+            f"{mesh.name}.recompute=mlp: engine=fsdp recomputes whole layers or attention; use full or selective."
+        )
     check_trains(spec, mesh.name)
 
 

@@ -21,6 +21,7 @@ from aligner.trainer.offload import Offloaded
 from aligner.trainer.packing import Packed, pack
 from aligner.trainer.prefix_tree import Segment
 from aligner.trainer.readout import Readout
+from aligner.trainer.row_contexts import RowContexts
 
 if TYPE_CHECKING:
     from aligner.models.spec import ModelSpec
@@ -99,9 +100,12 @@ class FsdpEngine(TrainEngine):
         """Each rank's rows of transformers' parameters, by the regions of `FsdpLayout`."""
         return self.model
 
-    def pack(self, tokens_BT: Tensor, length_B: Tensor, wanted_BT: Tensor, segments: Sequence[Segment] = ()) -> Packed:
-        """Without padding."""
-        return pack(tokens_BT, length_B, 1, self.world.device, wanted_BT=wanted_BT, segments=segments)
+    def pack(
+        self, tokens_BT: Tensor, contexts: RowContexts, wanted_BT: Tensor, segments: Sequence[Segment] = ()
+    ) -> Packed:
+        """Without padding; the head gets the tokens that the readout uses."""
+        keep = self.model.root.readout.uses
+        return pack(tokens_BT, contexts, 1, self.world.device, wanted_BT=wanted_BT, segments=segments, keep=keep)
 
     def microbatch_count(self, needed: int) -> int | None:
         """Equal on all ranks, which gather each layer's weights together."""

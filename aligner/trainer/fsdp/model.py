@@ -19,6 +19,7 @@ from aligner.reshard.message.storage import strided_view
 from aligner.reshard.plan.region import Piece
 from aligner.trainer.fsdp import attention
 from aligner.trainer.fsdp.attention import Rows
+from aligner.trainer.fsdp.fusion import fuse
 from aligner.trainer.fsdp.layout import FsdpLayout
 from aligner.trainer.output_layer import PackedOutput
 from aligner.trainer.packing import Packed
@@ -94,20 +95,21 @@ class PackedModel(nn.Module):
         hidden_TH = self.model.base_model(
             input_ids=batch.tokens_T[None], position_ids=batch.positions_T[None], use_cache=False
         ).last_hidden_state[0]
-        readouts = self.readout(self.head(hidden_TH), batch, first_only)
+        hidden_KH = hidden_TH if batch.kept_K is None else hidden_TH.index_select(0, batch.kept_K)
+        readouts = self.readout(self.head(hidden_KH), batch, first_only)
         # FSDP hangs its hooks on what is returned, and a loss that changed a view in place would drop them
         return {name: value.clone() for name, value in readouts.items()}
 
-    def head(self, hidden_TH: Tensor) -> PackedOutput:
-        """The head's output."""
+    def head(self, hidden_KH: Tensor) -> PackedOutput:
+        """The head's output for the kept tokens."""
         if self.spec.head is Head.SCALAR:
-            return PackedOutput(self.model.score(hidden_TH).float(), self.spec.vocab)
+            return PackedOutput(self.model.score(hidden_KH).float(), self.spec.vocab)
         weight = self.model.get_output_embeddings().weight
         if self.form.scale != 1.0:
-            hidden_TH = hidden_TH * self.form.scale
+            hidden_KH = hidden_KH * self.form.scale
         # a gradient buffer that is not sharded takes the weight's gradient without a copy of it
         given = weight.grad if torch.is_grad_enabled() and not isinstance(self, FSDPModule) else None
-        return PackedOutput(hidden_TH, self.spec.vocab, weight, weight_grad_VH=given, softcap=self.form.softcap)
+        return PackedOutput(hidden_KH, self.spec.vocab, weight, weight_grad_VH=given, softcap=self.form.softcap)
 
 
 class ShardedModel:
@@ -180,6 +182,7 @@ def build_model(
     # packed rows have no padding: where the pad token stands it is a token, and its row has a gradient
     for embedding in (module for module in model.modules() if isinstance(module, nn.Embedding)):
         embedding.padding_idx = None
+    fuse(model)
     rows = Rows(recompute == "selective", explicit)
     attention.use_rows(model, rows)
     layers = decoder_layers(model)

@@ -81,7 +81,10 @@ def make_layer(
         both=(sent if sparse else tokens) * 2 * ffn * element,
         dispatched=sent * spec.hidden * element,
         routing=local * spec.experts * ROUTING if sparse else 0.0,
-        experts=min(spec.experts // mesh.expert, spec.experts_per_token) if sparse else 1,
+        # grouped ones are computed together
+        experts=min(spec.experts // mesh.expert, spec.experts_per_token)
+        if sparse and config.experts != "grouped"
+        else 1,
         gradients=Gradients(
             qkv=weight * (queries + 2 * keys), proj=weight * queries, fc1=weight * 2 * ffn, fc2=weight * ffn
         ),

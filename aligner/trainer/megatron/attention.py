@@ -11,8 +11,8 @@ from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
+from aligner.trainer.fused import rotate
 from aligner.trainer.megatron.context_attention import context_attention
-from aligner.trainer.megatron.fused import rotate
 from aligner.trainer.megatron.rotary import RotarySlice
 from aligner.trainer.prefix_attention import prefix_attention
 
@@ -52,6 +52,9 @@ class PackedAttention(MegatronModule):
         super().__init__(config)
         self.scale = softmax_scale or config.kv_channels**-0.5
         self.window, self.last = window, last
+        self.recomputed = config.recompute_granularity is not None and (
+            config.recompute_granularity == "full" or "core_attn" in config.recompute_modules
+        )
         self.context = pg_collection.cp
 
     def forward(
@@ -68,7 +71,7 @@ class PackedAttention(MegatronModule):
         lengths, parents = (tuple(column) for column in attention_mask.T.tolist())
         q_TND, k_TKD, v_TKD = query.squeeze(1), key.squeeze(1), value.squeeze(1)
         if self.context.size() > 1:
-            drop = self.config.recompute_granularity is None
+            drop = not self.recomputed
             out = context_attention(q_TND, k_TKD, v_TKD, lengths, parents, self.scale, self.context, drop, self.window)
         else:
             out = prefix_attention(q_TND, k_TKD, v_TKD, lengths, parents, self.scale, self.window)

@@ -141,9 +141,6 @@ def _patch_tensor_methods() -> None:
 
 
 def _install_cpu() -> None:
-    import megatron.core.jit
-
-    megatron.core.jit.disable_jit_fuser()
     for name in _MODULES:
         importlib.import_module(f"megatron.core.{name}")
     _patch_tensor_methods()
@@ -160,6 +157,22 @@ def _install_cpu() -> None:
     )
     rng._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()
     rng._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
+
+
+def _leave_functions_uncompiled() -> None:
+    """Megatron-core compiles small elementwise functions with torch.compile, which takes seconds at each new length of a
+    microbatch; what matters of them stands in `fused`. Some are compiled already, where their module was imported before."""
+    import megatron.core.jit
+
+    megatron.core.jit.disable_jit_fuser()
+    modules = [module for name, module in list(sys.modules.items()) if name.startswith("megatron.core.")]
+    classes = [one for module in modules for one in vars(module).values() if isinstance(one, type)]
+    owners: list[Any] = [*modules, *(one for one in classes if one.__module__.startswith("megatron."))]
+    for owner in owners:
+        for name, value in list(vars(owner).items()):
+            # functions alone: stand-ins for absent libraries have every attribute that they are asked for
+            if isinstance(value, types.FunctionType) and "_torchdynamo_orig_callable" in vars(value):
+                setattr(owner, name, value._torchdynamo_orig_callable)  # type: ignore[attr-defined]
 
 
 def _install_without_transformer_engine() -> None:
@@ -182,6 +195,7 @@ def install() -> None:
         warnings.simplefilter("ignore")  # warnings that apex and TransformerEngine are absent
         import megatron.core  # noqa: F401
 
+        _leave_functions_uncompiled()
         if not torch.cuda.is_available():
             _install_cpu()
         try:

@@ -16,15 +16,17 @@ from aligner.reshard.plan.region import Piece
 from aligner.trainer.engine import MicrobatchLoss, OptimizerSlice, TrainEngine
 from aligner.trainer.megatron.cpu import install
 from aligner.trainer.megatron.groups import make_groups, prepare_megatron
-from aligner.trainer.megatron.model import ShardedModel, build_model
+from aligner.trainer.megatron.model import DTYPES, ShardedModel, build_model
 from aligner.trainer.megatron.optimizer import Optimizer
 from aligner.trainer.megatron.optimizer_state import make_moments, optimizer_tensors, saved_pieces, slices
 from aligner.trainer.megatron.pipeline import Pipeline
 from aligner.trainer.offload import Offloaded, Scratch
+from aligner.trainer.packed_attention import has_varlen
 from aligner.trainer.packing import Packed, pack
 from aligner.trainer.prefix_attention import attended
 from aligner.trainer.prefix_tree import Segment
 from aligner.trainer.readout import Readout
+from aligner.trainer.row_contexts import RowContexts
 
 if TYPE_CHECKING:
     from megatron.core.process_groups_config import ProcessGroupCollection
@@ -54,7 +56,15 @@ class MegatronEngine(TrainEngine):
         self.world, self.mesh, self.spec, self.config, self.groups = world, mesh, spec, config, groups
         self.multiple_of = mesh.tensor if sequence_parallel else 1
         self.model = build_model(
-            spec, mesh, world.rank, groups, world.device, config.dtype, sequence_parallel, config.recompute
+            spec,
+            mesh,
+            world.rank,
+            groups,
+            world.device,
+            config.dtype,
+            sequence_parallel,
+            config.recompute,
+            config.experts,
         )
         self.pipeline = Pipeline(self.model, groups, readout, spec.vocab, world.activity.tick)
         self._optimizer: Optimizer | None = None
@@ -82,12 +92,14 @@ class MegatronEngine(TrainEngine):
         """Megatron's parameters, by the regions of `MegatronLayout`."""
         return self.model
 
-    def pack(self, tokens_BT: Tensor, length_B: Tensor, wanted_BT: Tensor, segments: Sequence[Segment] = ()) -> Packed:
+    def pack(
+        self, tokens_BT: Tensor, contexts: RowContexts, wanted_BT: Tensor, segments: Sequence[Segment] = ()
+    ) -> Packed:
         """Padded to a multiple of the tensor-parallel size under sequence parallelism, split over context-parallel ranks. Under
         sequence parallelism, where each tensor rank has its share of the tokens, the last layer computes all."""
         context, rank = self.mesh.context, self.mesh.coordinates(self.world.rank)["context"]
         keep = None if self.model.config.sequence_parallel else self.pipeline.readout.uses
-        return pack(tokens_BT, length_B, self.multiple_of, self.world.device, context, rank, wanted_BT, segments, keep)
+        return pack(tokens_BT, contexts, self.multiple_of, self.world.device, context, rank, wanted_BT, segments, keep)
 
     def microbatch_count(self, needed: int) -> int | None:
         """Equal on all data shards under expert parallelism, which exchanges tokens between them; a multiple of the pipeline
@@ -102,9 +114,10 @@ class MegatronEngine(TrainEngine):
         return count
 
     def computed_tokens(self, batch: Packed) -> int:
-        """Includes the padding of attention calls that segments of similar length share."""
+        """Includes the padding of attention calls that segments of similar length share, where there are such."""
         lengths, parents = (tuple(column) for column in batch.segments_S2.T.tolist())
-        return attended(lengths, parents)
+        query = torch.empty(0, self.spec.head_dim, dtype=DTYPES[self.config.dtype], device=self.world.device)
+        return sum(lengths) if has_varlen(query) else attended(lengths, parents)
 
     def forward(self, batches: Sequence[Packed]) -> list[Tensor]:
         """Runs the pipeline; one broadcast copies the results from its last stage to the others."""

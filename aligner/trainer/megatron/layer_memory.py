@@ -125,6 +125,8 @@ class Layer:
         """
         self._attention(t, grad, training or self.norms.after_attention is not None)
         self.rest._mlp(t, grad, training or self.norms.after_mlp is not None)
+        if self.recompute == "mlp":
+            t.free(*OF_MLP)
         t.only(*(SAVED if grad else ()), "output")
 
     def _norm(self, t: Tensors, grad: bool, **result_and_saved: float) -> None:
@@ -221,8 +223,20 @@ class Layer:
 
     def backward(self, t: Tensors) -> None:
         """What `forward` has left, and `grad` of the output, are there; the gradient of the input is left."""
+        if self.recompute == "mlp":
+            self.rest._mlp_again(t)
         self.rest._mlp_backward(t)
         self._attention_backward(t)
+
+    def _mlp_again(self, t: Tensors) -> None:
+        """What recompute makes again of `OF_MLP`; the output that comes along is not wanted."""
+        if not self.dispatched:
+            t.make(both=self.both, gated=self.both / 2)
+            t.during(again=self.residual)
+            return
+        t.make(routing=self.routing, dispatched=self.dispatched, both=self.both, gated=self.both / 2)
+        t.make(weighted=self.both / 2)
+        t.during(outputs_again=self.dispatched, joined_again=self.dispatched, again=self.residual)
 
     def _mlp_backward(self, t: Tensors) -> None:
         if self.norms.after_mlp:
@@ -307,6 +321,8 @@ SAVED = (
     "norm2", "sum", "normed_sum", "norm3", "routing", "dispatched", "both", "gated", "weighted", "mlp_output", "norm4",
 )  # fmt: skip
 """Names of what the backward needs of a layer, as far as `forward` has left them."""
+OF_MLP = ("routing", "dispatched", "both", "gated", "weighted")
+"""Names of what recompute=mlp does not leave: all but the MLP's input."""
 
 
 @dataclass(frozen=True)

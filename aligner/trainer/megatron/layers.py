@@ -27,13 +27,14 @@ from torch import Tensor, nn
 from aligner.models.family import Norms
 from aligner.models.spec import LayerType, ModelSpec, QKNorm
 from aligner.models.tensors import family_of
+from aligner.trainer.fused import gated, rms_norm
 from aligner.trainer.megatron.attention import (
     KeptTokens,
     PackedAttention,
     RotarySelfAttention,
     SharedHeadAttention,
 )
-from aligner.trainer.megatron.fused import gated, rms_norm
+from aligner.trainer.megatron.grouped_experts import GroupedExperts
 from aligner.trainer.megatron.rotary import rotary_slice
 from aligner.trainer.megatron.versions import submodules_of
 
@@ -223,10 +224,11 @@ def scale_embedding(factor: Tensor, _: nn.Module, __: Any, embedded: Tensor) -> 
     return embedded * factor
 
 
-def block_spec(spec: ModelSpec, layers: Sequence[int], group: Any) -> TransformerBlockSubmodules:
-    """Megatron's specs of these layers (numbered over the whole model), for the tensor-parallel group `group`."""
+def block_spec(spec: ModelSpec, layers: Sequence[int], group: Any, grouped: bool = False) -> TransformerBlockSubmodules:
+    """Megatron's specs of these layers (numbered over the whole model), for the tensor-parallel group `group`; `grouped`: with
+    `GroupedExperts`."""
     kinds = [(spec.layer_types[number], number == spec.layers - 1) for number in layers]
-    specs = {(name, last): _layer_spec(spec, spec.types[name], group, last) for name, last in set(kinds)}
+    specs = {(name, last): _layer_spec(spec, spec.types[name], group, last, grouped) for name, last in set(kinds)}
     return TransformerBlockSubmodules(layer_specs=[specs[kind] for kind in kinds], layer_norm=_norm(spec))
 
 
@@ -234,7 +236,7 @@ def _norm(spec: ModelSpec) -> type[RMSNorm]:
     return RMSNormPlusOne if spec.norm_plus_one else RMSNorm
 
 
-def _layer_spec(spec: ModelSpec, layer_type: LayerType, group: Any, last: bool) -> ModuleSpec:
+def _layer_spec(spec: ModelSpec, layer_type: LayerType, group: Any, last: bool, grouped: bool) -> ModuleSpec:
     layer = copy.deepcopy(
         get_gpt_layer_local_spec(
             normalization="RMSNorm",
@@ -258,6 +260,8 @@ def _layer_spec(spec: ModelSpec, layer_type: LayerType, group: Any, last: bool) 
         attention.k_layernorm = ModuleSpec(ProjectionNorm, params={"heads": spec.kv_heads, "group": group})
     if spec.o_bias:
         attention.linear_proj = BiasedRows
+    if grouped and layer_type.sparse:
+        parts.mlp.submodules.experts = ModuleSpec(GroupedExperts, params={"activation": spec.activation})
     if spec.mlp_bias and not layer_type.sparse:
         mlp = submodules_of(parts.mlp)
         mlp.linear_fc1, mlp.linear_fc2 = BiasedColumns, BiasedRows

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 
 from aligner.models.cuts import CutParameters, Parameter, ParameterRegion, Vocabulary
@@ -23,6 +24,9 @@ from aligner.reshard.plan.region import Piece
 from aligner.spmd.mesh import EXPERT_AXES, Mesh
 from aligner.trainer.megatron.sizes import check_sizes, make_stages
 
+STACKED = {"linear_fc1.weight": "weight1", "linear_fc2.weight": "weight2"}
+"""Weights of an expert -> those of `GroupedExperts`."""
+
 
 def padded_vocab_size(spec: ModelSpec, tensor: int) -> int:
     """Rows of the embedding, padded to a multiple of the tensor-parallel size."""
@@ -38,12 +42,16 @@ class MegatronLayout:
     first; with virtual_pipeline > 1 they begin with "chunk<number>.". Padding rows of the vocabulary belong to no piece.
     A tied model has a separate output layer only if its last chunk is not also the first; it is a copy of the embedding.
 
+    Args:
+        grouped: a rank's experts are stacked in one storage for each of their two weights (`GroupedExperts`).
+
     Raises:
         ValueError: the model cannot be split over this mesh.
     """
 
-    def __init__(self, spec: ModelSpec, mesh: Mesh, dtype: str) -> None:
+    def __init__(self, spec: ModelSpec, mesh: Mesh, dtype: str, grouped: bool = False) -> None:
         check_sizes(spec, mesh)
+        self._grouped = grouped
         self.stages = make_stages(spec, mesh)
         self._spec, self._mesh, self._dtype = spec, mesh, dtype
         self._sparse = frozenset(spec.sparse_layers)
@@ -89,8 +97,11 @@ class MegatronLayout:
             cut, shard, prefix = self._layers[self._spec.layer_types[number]], None, layer_name(number, "")
         elif expert[0] < self._spec.experts:
             cut, (shard, slot) = self._expert, divmod(expert[0], self._experts_per_rank)
-            prefix, storage = self._expert_prefixes(number, expert[0], slot, storage)
-            suffix = expert[1]
+            place = self._expert_place(number, expert[0], slot, storage)
+            return [
+                (self._expert_piece(held, *place), self._ranks_of(stage, tensors, shard))
+                for held, tensors in cut.by_name.get(expert[1], ())
+            ]
         else:
             return []
         return [
@@ -112,17 +123,33 @@ class MegatronLayout:
                     yield self._piece(held, layer_name(number, ""), storage)
                 for slot in range(self._experts_per_rank if number in self._sparse else 0):
                     expert = expert_coordinates["expert"] * self._experts_per_rank + slot
-                    prefixes = self._expert_prefixes(number, expert, slot, storage)
+                    place = self._expert_place(number, expert, slot, storage)
                     for held in self._expert.of_part[expert_coordinates["expert_tensor"]]:
-                        yield self._piece(held, *prefixes)
+                        yield self._expert_piece(held, *place)
 
     @property
     def _experts_per_rank(self) -> int:
         return self._spec.experts // self._mesh.expert
 
-    def _expert_prefixes(self, number: int, expert: int, slot: int, storage: str) -> tuple[str, str]:
-        """Prefixes of the names of an expert's tensors and of its storages."""
-        return layer_name(number, expert_prefix(self._spec, expert)), f"{storage}mlp.experts.local_experts.{slot}."
+    def _expert_place(self, number: int, expert: int, slot: int, storage: str) -> tuple[str, str, int]:
+        """Prefixes of the names of an expert's tensors and of its storages, and its place in those that experts share."""
+        prefix, storages = layer_name(number, expert_prefix(self._spec, expert)), f"{storage}mlp.experts."
+        return (prefix, storages, slot) if self._grouped else (prefix, f"{storages}local_experts.{slot}.", 0)
+
+    def _expert_piece(self, held: ParameterRegion, name_prefix: str, storage_prefix: str, slot: int) -> Piece:
+        piece = self._piece(held, name_prefix, storage_prefix)
+        if not self._grouped:
+            return piece
+        offset = piece.offset + slot * self._expert_elements[held.storage]
+        return replace(piece, storage=storage_prefix + STACKED[held.storage], offset=offset)
+
+    @cached_property
+    def _expert_elements(self) -> dict[str, int]:
+        """Elements of each of an expert's weights on a rank."""
+        elements: dict[str, int] = {}
+        for held in self._expert.of_part[0]:
+            elements[held.storage] = elements.get(held.storage, 0) + math.prod(held.region[2])
+        return elements
 
     def _chunk(self, chunk: int) -> str:
         return f"chunk{chunk}." if self._mesh.virtual_pipeline > 1 else ""

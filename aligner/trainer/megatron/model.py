@@ -94,6 +94,7 @@ def transformer_config(
     settings: dict[str, dict[str, Any]] = {
         "none": {},
         "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
+        "mlp": {"recompute_granularity": "selective", "recompute_modules": ["mlp", *["moe"] * bool(spec.experts)]},
         "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
     }
     return TransformerConfig(
@@ -131,6 +132,7 @@ def transformer_config(
         # batched p2p between the chunks of a virtual pipeline silently gives wrong numbers
         batch_p2p_comm=mesh.virtual_pipeline == 1,
         overlap_p2p_comm=mesh.virtual_pipeline > 1,
+        batch_p2p_sync=False,  # a wait of the host for the device at every message, against a fault of old NCCLs
         bias_activation_fusion=False,
         masked_softmax_fusion=False,
         persist_layer_norm=False,
@@ -168,6 +170,7 @@ def build_model(
     dtype: str,
     sequence_parallel: bool,
     recompute: str = "none",
+    experts: str = "sequential",
 ) -> ShardedModel:
     """This rank's part of the model, with zero weights.
 
@@ -175,7 +178,8 @@ def build_model(
         ValueError: Megatron cannot run this model under this mesh.
     """
     check_runs(spec, mesh, sequence_parallel, cpu=device.type == "cpu")
-    layout, coordinates = MegatronLayout(spec, mesh, dtype), mesh.coordinates(rank)
+    layout = MegatronLayout(spec, mesh, dtype, experts == "grouped")
+    coordinates = mesh.coordinates(rank)
     expert_coordinates, stage = mesh.coordinates(rank, EXPERT_AXES), coordinates["pipeline"]
     rotary = PackedRotary(spec, device, DTYPES[dtype])
     chunks = []
@@ -192,7 +196,7 @@ def build_model(
         for number, layers in enumerate(layout.stages.chunks(stage)):
             gpt = GPTModel(
                 config,
-                block_spec(spec, layers, groups.tp),
+                block_spec(spec, layers, groups.tp, experts == "grouped"),
                 vocab_size=padded_vocab_size(spec, mesh.tensor),
                 max_sequence_length=spec.max_positions,
                 pre_process=layout.stages.is_first(stage, number),

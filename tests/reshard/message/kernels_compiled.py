@@ -1,4 +1,4 @@
-"""Run by test_kernels.py: the kernels compiled to machine code for sm_80 and sm_90, which needs no device."""
+"""Run by test_kernels.py: the kernels compiled to machine code for sm_80, sm_90 and sm_100, which needs no device."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def build(kernel: triton.JITFunction, types: dict[str, str], constants: dict[str
 
 def main() -> None:
     moves = [(0, 0, 0), (0, 0, 1), (0, 0, 2), (0, 2, 1), (1, 0, 0), (1, 1, 1), (2, 1, 1)]
-    for capability in (80, 90):
+    for capability in (80, 90, 100):
         for what, held, packed in moves if capability == 90 else moves[1:2]:
             types = {"table": "*i64", "segments": "*i64", "payload": PAYLOAD[packed]}
             types |= {"result": "*i32" if what == 2 else PAYLOAD[packed] if what == 1 else "*i64"} | WEIGHTS

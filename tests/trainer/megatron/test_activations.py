@@ -9,8 +9,8 @@ import pytest
 import torch
 import transformers
 
-from aligner.trainer import attention_mask, packing
-from aligner.trainer.megatron import activations, fused
+from aligner.trainer import attention_mask, fused, packing
+from aligner.trainer.megatron import activations
 from tests.conftest import Ranks
 from tests.trainer.test_parity import each
 
@@ -30,9 +30,9 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_moe": ("Qwen3Moe", {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 96}),
 }
 CASES = {
-    1: ["llama", "llama:recompute=selective", "llama:recompute=full", "llama:dtype=bfloat16", "llama:lengths=unequal",
+    1: ["llama", "llama:recompute=selective", "llama:recompute=full", "llama:recompute=mlp", "llama:dtype=bfloat16", "llama:lengths=unequal",
         "llama:prefix", "vocabulary", "vocabulary:recompute=full", "vocabulary:dtype=bfloat16", "qwen3", "olmo2", "mistral",
-        "gemma3", "gemma3:dtype=bfloat16", "qwen3_moe", "qwen3_moe:recompute=full"],
+        "gemma3", "gemma3:dtype=bfloat16", "qwen3_moe", "qwen3_moe:recompute=full", "qwen3_moe:recompute=mlp", "qwen3_moe:experts=grouped"],
     2: ["qwen2:tensor=2", "olmo2:tensor=2", "vocabulary:tensor=2", "llama:context=2", "gemma3:context=2",
         "llama:context=2,recompute=full", "qwen3:pipeline=2", "qwen3_moe:expert=2"],
 }  # fmt: skip

@@ -18,7 +18,7 @@ from aligner.models.tensors import expert_tensors, logical_tensors, router_tenso
 from aligner.reshard.local import TensorWeights
 from aligner.reshard.plan.region import Piece
 from aligner.spmd.mesh import EXPERT_AXES, Mesh
-from aligner.trainer.megatron.layout import MegatronLayout
+from aligner.trainer.megatron.layout import STACKED, MegatronLayout
 from tests.models.tiny import MODELS, save_tiny, stored_tensors
 
 MESHES: list[tuple[int, dict[str, Any]]] = [
@@ -149,16 +149,31 @@ class Reference:
         return found
 
 
+def stacked(parameters: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The experts' weights of each layer as `GroupedExperts` has them."""
+    grouped = {name: value for name, value in parameters.items() if ".local_experts." not in name}
+    for name in (name for name in parameters if ".local_experts.0." in name):
+        before, after = name.split("local_experts.0.")
+        slots = sum(one.startswith(f"{before}local_experts.") and one.endswith(after) for one in parameters)
+        experts = [parameters[f"{before}local_experts.{slot}.{after}"] for slot in range(slots)]
+        grouped[f"{before}{STACKED[after]}"] = torch.stack(experts)
+    return grouped
+
+
+@pytest.mark.parametrize("grouped", [False, True])
 @pytest.mark.parametrize("name", MODELS)
-def test_every_rank_holds_what_megatron_expects(name: str, tmp_path: Path) -> None:
+def test_every_rank_holds_what_megatron_expects(name: str, grouped: bool, tmp_path: Path) -> None:
     spec = read_spec(save_tiny(name, tmp_path))
+    if grouped and not spec.experts:
+        pytest.skip("no experts")
     hf = stored_tensors(tmp_path)
     for size, sizes in MESHES + (EXPERT_MESHES if spec.experts else []):
         mesh = Mesh(tuple(range(3, 3 + 2 * size, 2)), **sizes)
-        side = MegatronLayout(spec, mesh, "float32")
+        side = MegatronLayout(spec, mesh, "float32", grouped)
         held: dict[str, dict[Piece, list[int]]] = {}
         for rank in mesh.ranks:
             expected = Reference(hf, spec, mesh, rank).parameters()
+            expected = stacked(expected) if grouped else expected
             layout = side.layout(rank)
             filled = {key: torch.zeros(value.shape) for key, value in expected.items()}
             storages = TensorWeights(filled, layout)

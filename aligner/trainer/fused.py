@@ -71,14 +71,32 @@ def _activate(gate: Tensor, activation: str) -> Tensor:
     return F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")
 
 
+def _gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+    out = torch.empty_like(gate, memory_format=torch.contiguous_format)
+    for part in _parts(gate):
+        torch.mul(_activate(gate[part], activation), up[part], out=out[part])
+    return out
+
+
+def _gated_backward(
+    grad: Tensor, gate: Tensor, up: Tensor, grad_gate: Tensor, grad_up: Tensor, activation: str
+) -> None:
+    aten = torch.ops.aten
+    for part in _parts(gate):
+        given, inner = grad[part], grad[part] * up[part]
+        if activation == "silu":
+            aten.silu_backward.grad_input(inner, gate[part], grad_input=grad_gate[part])
+        else:
+            aten.gelu_backward.grad_input(inner, gate[part], approximate="tanh", grad_input=grad_gate[part])
+        torch.mul(given, _activate(gate[part], activation), out=grad_up[part])
+
+
 class _Gated(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, both: Tensor, activation: str) -> Tensor:  # type: ignore[override]
         both_NF2 = both.reshape(-1, both.shape[-1])
         gate, up = both_NF2.chunk(2, -1)
-        out = torch.empty_like(gate, memory_format=torch.contiguous_format)
-        for part in _parts(gate):
-            torch.mul(_activate(gate[part], activation), up[part], out=out[part])
+        out = _gated(gate, up, activation)
         ctx.save_for_backward(both_NF2)
         ctx.activation = activation
         return out.view(*both.shape[:-1], out.shape[-1])
@@ -89,15 +107,25 @@ class _Gated(torch.autograd.Function):
         (both_NF2,) = ctx.saved_tensors
         grad_NF, grad_both = grad.reshape(-1, grad.shape[-1]), torch.empty_like(both_NF2)
         (gate, up), (grad_gate, grad_up) = both_NF2.chunk(2, -1), grad_both.chunk(2, -1)
-        aten = torch.ops.aten
-        for part in _parts(gate):
-            given, inner = grad_NF[part], grad_NF[part] * up[part]
-            if ctx.activation == "silu":
-                aten.silu_backward.grad_input(inner, gate[part], grad_input=grad_gate[part])
-            else:
-                aten.gelu_backward.grad_input(inner, gate[part], approximate="tanh", grad_input=grad_gate[part])
-            torch.mul(given, _activate(gate[part], ctx.activation), out=grad_up[part])
+        _gated_backward(grad_NF, gate, up, grad_gate, grad_up, ctx.activation)
         return grad_both.view(*grad.shape[:-1], grad_both.shape[-1]), None
+
+
+class _GatedPair(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor, activation: str) -> Tensor:  # type: ignore[override]
+        gate_NF, up_NF = (x.reshape(-1, x.shape[-1]) for x in (gate, up))
+        ctx.save_for_backward(gate_NF, up_NF)
+        ctx.activation = activation
+        return _gated(gate_NF, up_NF, activation).view(gate.shape)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+        gate_NF, up_NF = ctx.saved_tensors
+        grad_gate, grad_up = torch.empty_like(gate_NF), torch.empty_like(up_NF)
+        _gated_backward(grad.reshape(gate_NF.shape), gate_NF, up_NF, grad_gate, grad_up, ctx.activation)
+        return grad_gate.view(grad.shape), grad_up.view(grad.shape), None
 
 
 def gated(both: Tensor, activation: str) -> Tensor:
@@ -107,6 +135,11 @@ def gated(both: Tensor, activation: str) -> Tensor:
         activation: silu or gelu_tanh.
     """
     return _Gated.apply(both, activation)  # type: ignore[no-any-return]
+
+
+def gated_pair(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+    """`gated` of a gate and an up projection that are tensors of their own."""
+    return _GatedPair.apply(gate, up, activation)  # type: ignore[no-any-return]
 
 
 class _Rotate(torch.autograd.Function):

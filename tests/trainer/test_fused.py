@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from aligner.trainer.megatron import fused
-from aligner.trainer.megatron.fused import gated, rms_norm, rotate
+from aligner.trainer import fused
+from aligner.trainer.fused import gated, rms_norm, rotate
 
 HEADS, HEAD_DIM, WIDTH = 3, 8, 6
 

@@ -1,0 +1,60 @@
+"""The most that a rank holds in a role call: what its roles hold, with the activations and logits of the largest microbatch."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import TYPE_CHECKING
+
+from aligner.check.memory import Machine, bytes_of_roles, peak_of_rank, roles_of_ranks
+from aligner.check.microbatch import role_activations
+
+if TYPE_CHECKING:
+    from aligner.config.schema import Config
+    from aligner.data.sets import DataSets
+    from aligner.models.spec import ModelSpec
+    from aligner.spmd.mesh import Mesh
+
+
+def peaks(
+    config: Config,
+    roles: Collection[str],
+    specs: Mapping[str, ModelSpec],
+    meshes: Mapping[str, Mesh],
+    data: DataSets,
+    machine: Machine,
+) -> dict[int, float]:
+    """Bytes on one rank of each set of roles that share ranks, at most; empty where no backend can tell its activations."""
+    taken = {}
+    for role, spec in specs.items():
+        of_role = role_activations(config, role, roles, data, spec, meshes[role], machine.cpu)
+        if of_role is not None:
+            taken[role] = max(of_role.update, of_role.inference)
+    if not taken:
+        return {}
+    held = bytes_of_roles(config, specs, meshes, machine)
+    return {
+        rank: peak_of_rank(config, held, taken, of_rank, machine)
+        for of_rank, rank in roles_of_ranks(meshes, list(specs)).items()
+    }
+
+
+def check_peak(
+    config: Config,
+    roles: Collection[str],
+    specs: Mapping[str, ModelSpec],
+    meshes: Mapping[str, Mesh],
+    data: DataSets,
+    machine: Machine,
+) -> None:
+    """ValueError where a rank's GPU has less than that; a host's memory is shared and may be swapped, and is not refused."""
+    most = peaks(config, roles, specs, meshes, data, machine)
+    if machine.device_bytes is None or not most:
+        return
+    rank = max(most, key=lambda rank: most[rank])
+    if most[rank] > machine.device_bytes:
+        raise ValueError(
+            f"rank {rank} needs up to {most[rank] / 2**30:.1f} GiB with the activations and logits of its largest microbatch, and "
+            f"its GPU has {machine.device_bytes / 2**30:.1f} GiB. Lower policy.micro_tokens={config.policy.micro_tokens}, use "
+            f"policy.recompute=full, raise placement.policy.tensor, pipeline or context (with sequence_parallel=true), or use more "
+            "ranks, over which the optimizer's state is sharded."
+        )

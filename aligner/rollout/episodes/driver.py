@@ -1,0 +1,363 @@
+"""`Episodes`: plays episodes on one replica. The source on its first rank asks for turns; all of its ranks sample them in lockstep."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from aligner.bounds import check_settings
+from aligner.data.prompts import Prompt
+from aligner.data.samples import Samples
+from aligner.rollout.config import Sampling
+from aligner.rollout.engine import RolloutEngine
+from aligner.rollout.episodes.episode import Episode, Turn, episode_from, episode_to, turn_sampling
+from aligner.rollout.episodes.figures import Figures
+from aligner.rollout.episodes.rows import episode_samples
+from aligner.rollout.episodes.source import Ask, Ended, EpisodeSource
+from aligner.rollout.kind import Place, RolloutKind
+from aligner.rollout.requests import Sample
+
+WAIT_S = 0.05
+"""Longest wait for the source where the engine has nothing to do: then `enough` is asked again, and progress is reported."""
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """An `Ask` as the replica's ranks are told of it: with those ids alone that they lack."""
+
+    episode: int
+    number: int
+    turn: Turn
+
+
+@dataclass(frozen=True)
+class _News:
+    """What the replica's first rank tells the others before an engine step."""
+
+    events: Sequence[_Asked | Ended] = ()
+    stop: bool = False
+    """It is enough."""
+    error: str = ""
+    """The source has failed."""
+
+
+@dataclass(eq=False)
+class _Playing:
+    """An episode in play."""
+
+    episode: Episode
+    """With the turns that are over."""
+    sampling: Sampling
+    left: int | None
+    """Tokens that may be sampled before it is interrupted."""
+    recorded: deque[Turn] = field(default_factory=deque)
+    """Turns of a checkpoint that it has not reached again."""
+    context: list[int] = field(default_factory=list)
+    """Ids of its present segment, up to the last turn that is over."""
+    turn: Turn | None = None
+    """The turn that is being sampled, or waits for the next step."""
+    ticket: int | None = None
+    """The engine's, of `turn`."""
+    interrupted: bool = False
+    """No more tokens may be sampled for now."""
+    since: float = 0.0
+    """When its environment began to work on it (first rank)."""
+
+    @property
+    def settled(self) -> bool:
+        """Whether there is nothing to wait for."""
+        return self.episode.ended or self.interrupted
+
+    @property
+    def so_far(self) -> Episode:
+        """With the turn that was interrupted."""
+        return self.episode if self.turn is None else replace(self.episode, turns=(*self.episode.turns, self.turn))
+
+
+class Episodes(RolloutKind[Episode]):
+    """The episodes of one replica.
+
+    Before each engine step the first rank takes what has become ready from the source and tells the other ranks, so that
+    all of them make equal requests; with one rank there is nothing to send. Episodes whose environments are at work hold
+    nobody up. What is sampled depends on an episode's place in the run alone: the seed of a turn is that of (run, call, task,
+    sample, turn), so the order in which environments answer has no part in it, but for rounding (see `RolloutEngine`).
+
+    An episode of a checkpoint is played again from its start in a new environment, which is given the turns that were recorded;
+    where it asks for another context than it did, the episode fails as "replay".
+    """
+
+    def __init__(self, engine: RolloutEngine, source: EpisodeSource | None, progress: Callable[[], None]) -> None:
+        """Args:
+        source: on the replica's first rank; None on the others.
+        progress: called while only environments are at work.
+        """
+        self._engine, self._source, self._progress = engine, source, progress
+        self._playing: dict[int, _Playing] = {}
+        self._tickets: dict[int, list[_Playing]] = {}
+        self._begun = self._started = 0
+        self._error: Exception | None = None
+        """Raised by the source on this rank; all ranks hear of it before the next engine step."""
+        self.figures = Figures()
+        """What the replica has spent its time on (first rank)."""
+
+    # ---- a kind of rollout
+
+    def begin(self, prompt: Prompt, place: Place) -> Episode:
+        """Nothing is played."""
+        return Episode(prompt, place)
+
+    def check(self, rollouts: Sequence[Episode], sampling: Sampling) -> None:
+        """Contexts are checked as they come."""
+        check_settings(sampling, "sampling")
+
+    def resume(self, rollouts: Sequence[Episode], sampling: Sampling, step_tokens: int | None = None) -> int:
+        """Begin episodes, or let interrupted ones go on. Their environments begin to work at once."""
+        self._engine.loaded.check()
+        playing = []
+        for episode in rollouts:
+            assert not episode.ended, "an episode that has ended cannot go on"
+            one = self._playing.get(-1 if episode.key is None else episode.key) or self._begin(episode)
+            one.sampling, one.left, one.interrupted = sampling, step_tokens, False
+            playing.append(one)
+        with self._engine.working():
+            for one in playing:
+                if one.turn is not None:
+                    self._sample(one)
+        return self._ticket(playing)
+
+    def finish(self, ticket: int) -> list[Episode]:
+        """Play until the episodes of one `resume` have ended or are interrupted; in its order."""
+        playing = self._tickets[ticket]
+        while not all(one.settled for one in playing):
+            self._step(_never)
+        return [one.so_far for one in self._tickets.pop(ticket)]
+
+    def hold(self, rollouts: Sequence[Episode]) -> int:
+        """Episodes that have ended."""
+        return self._ticket([_Playing(episode, Sampling(), None) for episode in rollouts])
+
+    def held(self, ticket: int) -> list[Episode]:
+        """The episodes of one `resume` or `hold`."""
+        return [one.so_far for one in self._tickets[ticket]]
+
+    def work_until(self, enough: Callable[[], bool]) -> None:
+        """Play, and generate whatever else is in the engine, until `enough()` or until nothing is left."""
+        while self._engine.requests.under_way or not all(one.settled for one in self._playing.values()):
+            if self._step(enough):
+                return
+
+    def samples(self, prompts: Sequence[Prompt], rollouts: Sequence[Episode]) -> Samples:
+        """See `episode_samples`."""
+        return episode_samples(rollouts)
+
+    def to_json(self, rollout: Episode) -> dict[str, Any]:
+        """With its turns so far."""
+        return episode_to(rollout)
+
+    def from_json(self, saved: Mapping[str, Any], prompt: Prompt) -> Episode:
+        """Inverse of `to_json`."""
+        return episode_from(saved, prompt)
+
+    def take_figures(self) -> Figures:
+        """What the replica has spent its time on since the last time; on its first rank."""
+        taken, self.figures = self.figures, Figures()
+        if self._source is not None:
+            taken.source = self._source.metrics()
+        return taken
+
+    def report(self) -> list[str]:
+        """For a fault report: the episodes that have been with their environments the longest; asked by another thread."""
+        now = time.time() - time.monotonic()
+        waiting = [one for one in list(self._playing.values()) if one.turn is None and not one.settled]
+        return [
+            f"{len(waiting)} episodes are with their environments; number {one.episode.key}, of task {one.episode.task.index}, since "
+            f"{time.strftime('%H:%M:%S', time.localtime(now + one.since))}, after turn {len(one.episode.turns)}"
+            for one in sorted(waiting, key=lambda one: one.since)[:3]
+        ]
+
+    def close(self) -> None:
+        """End environments and programs."""
+        if self._source is not None:
+            self._source.close()
+
+    # ---- one engine step
+
+    def _step(self, enough: Callable[[], bool]) -> bool:
+        """What the source has, and an engine step, if there is anything to sample. Returns whether it is enough."""
+        began = time.monotonic()
+        idle = not self._engine.requests.under_way
+        news = self._engine.from_first(self._news(enough, WAIT_S if idle else 0.0) if self._source else None) or _News()
+        if news.error:
+            if self._error is not None:
+                raise self._error
+            raise RuntimeError(f"{news.error}; the first rank of this rollout replica says more.")
+        if news.stop:
+            return True
+        asked = [event for event in news.events if self._hears(event)]
+        waited = time.monotonic()
+        with self._engine.working():
+            for one in (self._playing[event.episode] for event in asked if event.episode in self._playing):
+                self._sample(one)
+            if self._engine.requests.under_way:
+                self._engine.requests.advance()
+            else:
+                self._progress()
+            over = [one for one in self._playing.values() if self._left_engine(one)]
+        for one in over:
+            self._collect(one)
+        if idle:
+            self.figures.idle_s += waited - began
+        self.figures.total_s += time.monotonic() - began
+        return False
+
+    def _news(self, enough: Callable[[], bool], wait_s: float) -> _News | None:
+        """On the first rank; None: nothing has become ready."""
+        assert self._source is not None
+        try:
+            if self._error is not None:
+                raise self._error
+            if enough():
+                return _News(stop=True)
+            events = [told for event in self._source.poll(wait_s) if (told := self._told(event)) is not None]
+        except Exception as error:
+            self._error = error
+            return _News(error=f"episodes cannot go on: {type(error).__name__}: {error}")
+        return _News(events) if events else None
+
+    def _told(self, event: Ask | Ended) -> _Asked | Ended | None:
+        """What the other ranks need of an event; None: of an episode that was given up."""
+        one = self._playing.get(event.episode)
+        if one is None:
+            return None
+        self.figures.worked(one.since)
+        if isinstance(event, Ended):
+            return event
+        number, known = len(one.episode.turns) + 1, len(one.context)
+        if event.turn != number or one.turn is not None:
+            raise RuntimeError(f"episode {event.episode} asks for turn {event.turn} where turn {number} is next.")
+        new = event.new_segment or number == 1
+        if not new and list(event.context[:known]) != one.context:
+            raise RuntimeError(
+                f"turn {number} of episode {event.episode} does not begin with the ids of its segment so far, and says that it does."
+            )
+        added = event.context if new else event.context[known:]
+        sample = Sample([], one.episode.place.turn_seed(number, event.seed_key))
+        return _Asked(event.episode, number, Turn(added, new, sample, event.max_tokens, dict(event.sampling)))
+
+    def _hears(self, event: _Asked | Ended) -> bool:
+        """On every rank. Returns whether a turn is to be sampled."""
+        one = self._playing.get(event.episode)
+        if one is None:
+            return False
+        if isinstance(event, Ended):
+            self._end(one, event)
+            return False
+        turn, context = event.turn, [*(() if event.turn.new_segment else one.context), *event.turn.added]
+        if one.recorded:
+            recorded = one.recorded.popleft()
+            if not recorded.asked_alike(turn):
+                self._fail(
+                    one, "replay", f"the environment asks for turn {event.number} with another context than before."
+                )
+                return False
+            turn = recorded
+        one.turn = replace(turn, sample=replace(turn.sample, prompt=context))
+        if turn.sample.ended:
+            self._over(one, one.turn.sample)
+            return False
+        return True
+
+    def _sample(self, one: _Playing) -> None:
+        """Hand a turn to the engine, or keep it for the next step."""
+        turn = one.turn
+        assert turn is not None
+        if one.left == 0:
+            one.interrupted = True
+            return
+        room = self._engine.config.length(self._engine.spec) - len(turn.sample.prompt)
+        if room < 1:
+            limit = self._engine.config.length(self._engine.spec)
+            self._fail(one, "context", f"a context of {len(turn.sample.prompt)} tokens leaves no room in {limit}.")
+            return
+        sampling = turn_sampling(one.sampling, turn, self._engine.requests.stop, room)
+        one.ticket = self._engine.requests.start([turn.sample], sampling, one.left)
+
+    def _left_engine(self, one: _Playing) -> bool:
+        return one.ticket is not None and self._engine.requests.ended(one.ticket)
+
+    def _collect(self, one: _Playing) -> None:
+        """A turn has left the engine: it is over, or interrupted."""
+        assert one.turn is not None and one.ticket is not None
+        (sample,) = self._engine.requests.finish(one.ticket)
+        one.ticket = None
+        if one.left is not None:
+            one.left -= len(sample.tokens) - len(one.turn.sample.tokens)
+        one.turn = replace(one.turn, sample=sample)
+        if sample.ended:
+            self._over(one, sample)
+        else:
+            one.interrupted = True
+
+    def _over(self, one: _Playing, sample: Sample) -> None:
+        """A turn has been sampled to its end; its environment goes on."""
+        assert one.turn is not None and one.episode.key is not None
+        turn = replace(one.turn, sample=replace(sample, prompt=[]))
+        one.context, one.turn = [*sample.prompt, *sample.tokens], None
+        one.episode = replace(one.episode, turns=(*one.episode.turns, turn))
+        one.since = time.monotonic()
+        if self._source is not None:
+            self._tell(self._source.answer, one.episode.key, len(one.episode.turns), sample)
+
+    # ---- begin and end
+
+    def _begin(self, episode: Episode) -> _Playing:
+        self._begun += 1
+        fresh = replace(episode, key=self._begun, turns=())
+        one = _Playing(fresh, Sampling(), None, deque(episode.turns), since=time.monotonic())
+        self._playing[self._begun] = one
+        if self._source is not None:
+            self._tell(self._source.start, self._begun, episode.task, episode.place.environment_seed)
+        return one
+
+    def _fail(self, one: _Playing, kind: str, detail: str) -> None:
+        """End an episode that cannot go on."""
+        key, turns = one.episode.key, len(one.episode.turns)
+        assert key is not None
+        if self._source is not None:
+            self._tell(self._source.abandon, [key])
+        self._end(one, Ended(key, math.nan, (0.0,) * turns, kind, {"detail": detail}))
+
+    def _end(self, one: _Playing, end: Ended) -> None:
+        turns = len(one.episode.turns)
+        if len(end.turn_rewards) > turns or (len(end.turn_rewards) < turns and not math.isnan(end.reward)):
+            raise RuntimeError(
+                f"episode {end.episode} has ended as {end.ended} with {len(end.turn_rewards)} rewards for {turns} turns."
+            )
+        if one.ticket is not None:
+            with self._engine.working():
+                self._engine.requests.cancel(one.ticket)
+        rewards = (*end.turn_rewards, *[0.0] * (turns - len(end.turn_rewards)))
+        one.ticket = one.turn = None
+        one.episode = replace(one.episode, end=replace(end, turn_rewards=rewards))
+        del self._playing[end.episode]
+
+    def _tell(self, method: Callable[..., None], *arguments: Any) -> None:
+        """Call the source; where it fails, the other ranks are told first."""
+        if self._error is None:
+            try:
+                method(*arguments)
+            except Exception as error:
+                self._error = error
+
+    def _ticket(self, playing: list[_Playing]) -> int:
+        self._started += 1
+        self._tickets[self._started] = playing
+        return self._started
+
+
+def _never() -> bool:
+    return False
