@@ -57,6 +57,7 @@ def tarred(content: bytes) -> bytes:
         ("rows.jsonl.gz.gz", gzip.compress(gzip.compress(TEXT)), r"is compressed, and holds another file \(gzip\)"),
         ("rows.tar.gz", gzip.compress(tarred(TEXT)), "is a tar archive"),
     ],
+    ids=lambda value: value if isinstance(value, str) else "",  # compressed bytes hold the hour
 )  # fmt: skip
 def test_a_file_without_rows_is_named_with_what_to_do(tmp_path: Path, name: str, content: bytes, problem: str) -> None:
     (tmp_path / name).write_bytes(content)
