@@ -19,7 +19,7 @@ from aligner.environments.slots import OpenEpisode, Slot, lateness
 __all__ = ["Action", "EnvironmentPool", "Failed", "Finished", "Opened", "PoolEvent", "Stepped", "Turn", "check_start"]
 
 MAX_LOSSES = 2
-"""Processes that an episode may lose, without a fault of its own that is known, and still go on."""
+"""Processes that an episode may lose to others; then it gets one for itself, which nobody else can end."""
 MAX_BAD_STARTS = 3
 """Processes in a row that end while they start, before the job is ended."""
 
@@ -32,7 +32,8 @@ class EnvironmentPool:
 
     A call that exceeds its limit, or needs too much memory, costs its process. The other episodes of that process go on in
     another: their calls are replayed there, and must be answered as before (`environment.replay`). Where a process ends and
-    several calls were running in it, each of these episodes goes on in a process for itself, which shows whose fault it is.
+    several calls were running in it, each of these episodes goes on in a process for itself, which shows whose fault it is;
+    so does an episode that has lost `MAX_LOSSES` processes to others.
     """
 
     def __init__(self, config: EnvironmentConfig) -> None:
@@ -328,13 +329,13 @@ class EnvironmentPool:
                 self._fail(episode, kind, detail)
                 continue
             episode.losses += 1
-            episode.alone |= suspected
-            if episode.losses > MAX_LOSSES and len(slot.episodes) == 1:
+            if slot.extra and episode.losses > MAX_LOSSES:  # again and again, and nobody else is there
                 self._fail(episode, kind, detail)
-            elif not self._config.replay or episode.losses > MAX_LOSSES:
+            elif not self._config.replay:
                 self._fail(episode, "collateral", f"its process was lost to another episode ({kind}): {detail}")
             else:
                 self._counts["replays"] += 1
+                episode.alone |= suspected or episode.losses >= MAX_LOSSES
                 self._waiting.appendleft(episode)
 
     # Time limits

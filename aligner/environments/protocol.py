@@ -74,7 +74,7 @@ class Failed:
     """One of FAILURES. timeout: a reset, step or final reward took longer than environment.step_timeout_s. episode_timeout:
     all of them together, longer than environment.episode_timeout_s. crashed: its process ended. memory: it needed more
     than environment.memory_mib. protocol: it answered with something else than was agreed (wrong type, NaN, not UTF-8, too
-    long). error: it raised. collateral: its process was lost to another episode, and it could not go on in a new one.
+    long). error: it raised. collateral: its process was lost to another episode (`environment.replay=false`).
     replay: it went on in a new process, but there the environment answered its actions differently."""
     detail: str
     """What happened, for people: the exception or the end of the process's log."""

@@ -135,6 +135,16 @@ def test_what_cannot_be_repeated_fails_when_its_process_is_lost() -> None:
     assert failure(events[1]).kind == "replay"
 
 
+def test_an_episode_among_many_bad_ones_goes_on() -> None:
+    """It loses its process to three others, one after the other; then it has one for itself."""
+    with pool(step_timeout_s=1.5) as made:
+        stuck = {number: [f"sleep {number * 0.3}", "sleep 100"] for number in (1, 2, 3)}
+        events = play(made, {0: ["sleep 0.5"] * 12 + ["end"], **stuck})
+        metrics = made.metrics()
+    assert isinstance(events[0][-1], Finished) and len(events[0]) == 15
+    assert all(failure(events[number]).kind == "timeout" for number in stuck) and metrics["failed_timeout"] == 3
+
+
 def test_without_replay_the_others_are_collateral() -> None:
     with pool(step_timeout_s=1.5, replay=False) as made:
         events = play(made, {0: ["sleep 100"], 1: ["sleep 1", "sleep 1", "end"]})
