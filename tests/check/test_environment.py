@@ -10,6 +10,7 @@ import pytest
 from aligner.check.rollout import check_environment, sized
 from aligner.config.run import TrainConfig
 from aligner.config.schema import Config, compose_config, to_config
+from aligner.spmd.mesh import Mesh
 
 SIZES = ("data.max_prompt_tokens=100", "sampling.max_tokens=50")
 ROLES = ["policy", "rollout", "reward"]
@@ -34,7 +35,7 @@ def model(positions: int) -> Any:
     ],
 )
 def test_an_engine_has_room_for_an_episode(overrides: list[str], positions: int, length: int) -> None:
-    assert sized(configured(*overrides), {"rollout": model(positions)}).max_model_len == length
+    assert sized(configured(*overrides), {"rollout": model(positions)}, {"rollout": Mesh((0,))}).max_model_len == length
 
 
 @pytest.mark.parametrize(
