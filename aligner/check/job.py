@@ -15,6 +15,7 @@ from aligner.check.best_metric import best_metric_of
 from aligner.check.disk import bytes_needed, check_disk
 from aligner.check.memory import Machine, check_memory, machine_of
 from aligner.check.peak import check_peak
+from aligner.check.quantization import check_quantization
 from aligner.check.roles import check_engines, check_ranks, check_roles, check_scorer, check_tokenizers, model_of
 from aligner.check.rollout import (
     answered_prompts,
@@ -166,6 +167,7 @@ def check_job(config: Config, roles: list[str], models: Models, data: DataSets) 
     if "rollout" in roles:
         engines.backend(config.rollout.engine).check(spec, meshes["rollout"], config.rollout, models.machine.cpu)
         check_shared_weights(config, roles, meshes)
+        check_quantization(config, specs, meshes)
         check_lengths(config, data, specs, given)
         check_end(config, spec, tokenizer)
     check_engines(config, specs, meshes, models.machine)

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 from aligner.models.spec import ModelSpec
 from aligner.models.tensors import parameter_count
-from aligner.reshard.plan.region import ELEMENT_BYTES
 from aligner.rollout import engines
 from aligner.rollout.config import BESIDE_OTHERS
+from aligner.rollout.quantization import weight_bytes as engine_weight_bytes
 from aligner.spmd.mesh import Mesh
 from aligner.trainer.engines import backend
 
@@ -41,7 +41,7 @@ def weight_bytes(config: Config, role: str, spec: ModelSpec, mesh: Mesh) -> floa
     settings = config.settings(role)
     if config.role(role).kind.runs_on == "engine":
         # experts are cut, or whole ones: as many weights
-        return parameter_count(spec) / (mesh.tensor * mesh.pipeline) * ELEMENT_BYTES[settings.dtype]
+        return engine_weight_bytes(spec, settings) / (mesh.tensor * mesh.pipeline)
     return backend(settings.engine).bytes_per_rank(spec, mesh, settings, False)
 
 

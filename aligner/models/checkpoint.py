@@ -18,12 +18,14 @@ from aligner.models.stored import open_stored
 from aligner.models.tensors import logical_tensors, new_tensors
 from aligner.reshard.local import BUCKET_BYTES, LocalWeights, TensorWeights, WritableLocalWeights, copy_weights
 from aligner.reshard.message.storage import allocate
+from aligner.reshard.plan.block_scales import Shapes, scale_shapes
 from aligner.reshard.plan.layout import WeightLayout, as_layout
 from aligner.reshard.plan.region import Layout, Piece, whole_tensor
 from aligner.reshard.plan.transfer_plan import plan_transfer
+from aligner.reshard.quantized_weights import QuantizedWeights
 from aligner.reshard.transfer.executor import execute
 from aligner.reshard.transfer.sync_stats import SyncStats
-from aligner.reshard.weights import WritableWeights
+from aligner.reshard.weights import ShardedWeights, WritableWeights
 
 FILE_BYTES = 5 << 30
 """Maximum bytes of a weight file."""
@@ -53,14 +55,24 @@ def read_into(spec: ModelSpec, layout: Layout, view: Callable[[Piece], Tensor]) 
 
 
 @torch.no_grad()
-def read_weights(spec: ModelSpec, destination: WritableWeights) -> int:
+def read_weights(
+    spec: ModelSpec, destination: WritableWeights, quantized: Shapes | None = None, setting: str = ""
+) -> int:
     """Fill this rank's part of `destination` from the model's folder, which has every tensor.
+
+    Args:
+        quantized: name -> shape of the tensors that the destination keeps in FP8, and `setting`: what chose that; see
+            `QuantizedWeights`.
 
     Returns and raises as `read_into`.
     """
+    computed = scale_shapes(quantized or {})
     with open_stored(spec) as stored:
-        names = dict.fromkeys(piece.name for piece in destination.pieces())
-        copy_weights(LocalWeights(stored.layout(names), stored.view), destination, verify=False)
+        names = dict.fromkeys(piece.name for piece in destination.pieces() if piece.name not in computed)
+        source: ShardedWeights = LocalWeights(stored.layout(names), stored.view)
+        if quantized:
+            source = QuantizedWeights(source, quantized, setting)
+        copy_weights(source, destination, verify=False)
         return stored.bytes_read
 
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from aligner.reshard.config import ReshardConfig
+from aligner.reshard.quantized_weights import QuantizedWeights
 from aligner.reshard.sync import WeightSync
+from aligner.reshard.weights import ShardedWeights
+from aligner.rollout.quantization import SETTING, quantized_tensors
 
 if TYPE_CHECKING:
     from aligner.reshard.transfer.sync_stats import SyncStats
@@ -37,7 +40,10 @@ class WeightSyncs:
 
     def _copy(self, policy: Policy, rollout: Rollout) -> None:
         if rollout.name not in self.by_rollout:
-            self.by_rollout[rollout.name] = WeightSync(policy.world, policy.weights, rollout.weights, self.config)
+            source: ShardedWeights = policy.weights
+            if quantized := quantized_tensors(policy.spec, rollout.config):
+                source = QuantizedWeights(source, quantized, SETTING)
+            self.by_rollout[rollout.name] = WeightSync(policy.world, source, rollout.weights, self.config)
         with rollout.loaded.loading(policy):
             self.by_rollout[rollout.name].run()
 

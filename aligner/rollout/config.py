@@ -73,6 +73,11 @@ class RolloutConfig:
     shares it among samples that start together."""
     enforce_eager: bool = False
     """vLLM on CUDA: run without CUDA graphs (less memory, slower). A CPU always runs eagerly."""
+    quantization: Annotated[str, OneOf("none", "fp8")] = "none"
+    """vLLM on CUDA, with a 16-bit dtype: fp8 keeps the projections of attention, MLPs and experts as float8_e4m3fn with a scale for
+    each block of 128 x 128, and multiplies them by activations that are cast alike; a weight sync sends a byte for each weight.
+    Every rank of policy and rollout must hold whole blocks. The rollout's log-probabilities then differ from the policy's by more
+    than rounding. none: all weights have `dtype`."""
     share_policy_weights: bool = False
     """engine=transformers: generate with the policy's own weights, without a copy of them and without weight syncs. For
     policy.engine=fsdp where each rank of the rollout holds the whole policy: one rank, or one rank per replica."""
@@ -83,6 +88,11 @@ class RolloutConfig:
             raise ValueError(
                 f"rollout.share_policy_weights=true: engine={self.engine} computes with weights in a layout of its own; use "
                 "rollout.engine=transformers, or share_policy_weights=false."
+            )
+        if self.quantization != "none" and self.engine != "vllm":
+            raise ValueError(
+                f"rollout.quantization={self.quantization}: engine={self.engine} computes in rollout.dtype alone; use "
+                "rollout.engine=vllm, or quantization=none."
             )
         if self.max_batched_tokens is not None and self.max_batched_tokens < self.max_num_seqs:
             raise ValueError(

@@ -7,8 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
+from aligner.reshard.plan.block_scales import QuantizedDestination
 from aligner.reshard.plan.layout import UnknownLayout, WeightLayout
 from aligner.rollout.config import ENGINES, RolloutConfig
+from aligner.rollout.quantization import SETTING, quantized_tensors
 from aligner.rollout.transformers import sizes as transformers
 from aligner.rollout.vllm import sizes as vllm
 from aligner.rollout.vllm.layout import EngineLayout
@@ -39,8 +41,8 @@ class Backend:
     """One rollout engine: its rank arithmetic and the import path of its class."""
 
     check: Check
-    layout: Callable[[ModelSpec, Mesh, str], WeightLayout]
-    """(model, mesh, data type) -> which region of which checkpoint tensor every rank of the mesh holds."""
+    layout: Callable[[ModelSpec, Mesh, RolloutConfig], WeightLayout]
+    """(model, mesh, settings) -> which region of which checkpoint tensor every rank of the mesh holds."""
     bytes_per_rank: MemoryEstimate
     fills_device: bool
     """On CUDA with kv_cache_mib=null its KV cache is what gpu_memory_utilization leaves."""
@@ -84,22 +86,30 @@ def _imported(path: str) -> object:
     return getattr(importlib.import_module(module), name)
 
 
-def _vllm_layout(spec: ModelSpec, mesh: Mesh, dtype: str) -> WeightLayout:
+def _check_vllm(spec: ModelSpec, mesh: Mesh, config: RolloutConfig, cpu: bool) -> None:
+    vllm.check_model(spec, mesh, config, cpu)
+    layout = _vllm_layout(spec, mesh, config)
+    if isinstance(layout, QuantizedDestination):
+        layout.check()
+
+
+def _vllm_layout(spec: ModelSpec, mesh: Mesh, config: RolloutConfig) -> WeightLayout:
     if spec.tensors is not None:  # nobody knows it by arithmetic: ranks exchange what the engine's loaders say
         return UnknownLayout(mesh.ranks)
-    return EngineLayout(spec, mesh, dtype, mesh.expert > 1)
+    layout, quantized = EngineLayout(spec, mesh, config.dtype, mesh.expert > 1), quantized_tensors(spec, config)
+    return QuantizedDestination(layout, quantized, SETTING) if quantized else layout
 
 
-def _transformers_layout(spec: ModelSpec, mesh: Mesh, dtype: str) -> WeightLayout:
+def _transformers_layout(spec: ModelSpec, mesh: Mesh, config: RolloutConfig) -> WeightLayout:
     """Imported where it is asked for: torch and transformers take seconds."""
     from aligner.rollout.transformers.layout import WholeLayout
 
-    return WholeLayout(spec, mesh, dtype)
+    return WholeLayout(spec, mesh, config.dtype)
 
 
 BACKENDS: Mapping[str, Backend] = {
     "vllm": Backend(
-        vllm.check_model,
+        _check_vllm,
         _vllm_layout,
         vllm.bytes_per_rank,
         True,

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from aligner.models.checkpoint import read_weights
 from aligner.models.spec import ModelSpec
+from aligner.rollout.quantization import SETTING, quantized_tensors
 
 if TYPE_CHECKING:
     from aligner.rollout.role import Rollout
@@ -27,5 +28,6 @@ class FolderWeights:
         """
         with rollout.call("load_folder"), rollout.loaded.loading(self):
             if rollout.member:
-                read_weights(self.spec, rollout.weights)
+                quantized = quantized_tensors(self.spec, rollout.config)
+                read_weights(self.spec, rollout.weights, quantized, SETTING)
         rollout.took_weights()

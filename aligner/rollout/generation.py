@@ -105,7 +105,7 @@ class GenerationRole(Role):
         sleeps = world.device.type == "cpu" or world.residency.crowds(name, mesh)
         kinds = {part: kind for part, kind in KINDS.items() if sleeps and (shared is None or part != "weights")}
         world.residency.register(name, mesh, kinds, on_lost=self.loaded.evict)
-        layout = engine.layout(spec, mesh, config.dtype)
+        layout = engine.layout(spec, mesh, config)
         if group is None:
             self.weights: WritableWeights = RemoteWeights(layout)
             return

@@ -16,6 +16,7 @@ from aligner.rollout.config import RolloutConfig
 from aligner.rollout.engine import RolloutEngine
 from aligner.rollout.engines import backend
 from aligner.rollout.loaded import LoadedWeights
+from aligner.rollout.quantization import SETTING, quantized_tensors
 from aligner.spmd.mesh import Mesh
 
 
@@ -42,12 +43,12 @@ def standalone_engine(
     kind.check(spec, mesh, config, device.type == "cpu")
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
-        layout = kind.layout(spec, mesh, config.dtype)
+        layout = kind.layout(spec, mesh, config)
         engine = kind.engine_type().build(
             spec, mesh, dist.new_group([0]), "alone", config, device, layout=layout, sleeps=False, loaded=loaded
         )
         try:
-            read_weights(spec, engine.weights)
+            read_weights(spec, engine.weights, quantized_tensors(spec, config), SETTING)
             loaded.finish()
             yield engine
         finally:

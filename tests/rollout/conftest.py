@@ -63,7 +63,7 @@ def loaded(
     model, folder = models[family]
     spec, config, device = read_spec(folder), tiny.config(kind), torch.device("cpu")
     build, mesh = backend(kind).engine_type().build, Mesh((0,), 1, 1)
-    layout, loaded = backend(kind).layout(spec, mesh, config.dtype), LoadedWeights()
+    layout, loaded = backend(kind).layout(spec, mesh, config), LoadedWeights()
     engine = build(spec, mesh, group, "test", config, device, layout=layout, sleeps=True, loaded=loaded)
     tiny.write(engine.weights, model)
     yield model, engine, engine.weights

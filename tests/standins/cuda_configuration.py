@@ -69,12 +69,18 @@ def choices(case: dict[str, Any]) -> dict[str, Any]:
         supports_pp = True
 
     os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "1" if case["pipeline"] == 1 else "0"
-    config = RolloutConfig(dtype=case["dtype"], gpu_memory_utilization=0.8, max_num_seqs=256, max_model_len=64)
+    config = RolloutConfig(
+        dtype=case["dtype"],
+        gpu_memory_utilization=0.8,
+        max_num_seqs=256,
+        max_model_len=64,
+        quantization=case["quantization"],
+    )
     spec = read_spec(case["folder"])
     sizes = engine_sizes(
         spec, config, case["tensor"], case["pipeline"], case["expert_parallel"], case["sleeps"], cpu=False
     )
-    arguments = engine_arguments(case["folder"], case["architecture"], "cuda", config, sizes, Executor)
+    arguments = engine_arguments(case["folder"], "cuda", config, sizes, Executor)
     made = arguments.create_engine_config()
     return {
         "async_scheduling": made.scheduler_config.async_scheduling,
@@ -91,6 +97,8 @@ def choices(case: dict[str, Any]) -> dict[str, Any]:
         "tensor": made.parallel_config.tensor_parallel_size,
         "pipeline": made.parallel_config.pipeline_parallel_size,
         "experts": made.parallel_config.enable_expert_parallel,
+        "linear_backend": made.kernel_config.linear_backend,
+        "fp8": vars(made.quant_config) if made.quant_config else None,
         "moe_backend": made.kernel_config.moe_backend,
         "logprobs": made.model_config.logprobs_mode,
         "quantization": made.model_config.quantization,

@@ -25,8 +25,18 @@ CASES: dict[str, dict[str, Any]] = {
     "experts": {"model": "qwen3-moe", "sleeps": True},
     "whole experts on 2": {"model": "qwen3-moe", "tensor": 2, "expert_parallel": True},
     "float32": {"dtype": "float32"},
+    "FP8": {"quantization": "fp8"},
+    "FP8 experts": {"model": "qwen3-moe", "quantization": "fp8"},
 }
-USUAL = {"model": "llama", "tensor": 1, "pipeline": 1, "expert_parallel": False, "sleeps": False, "dtype": "bfloat16"}
+USUAL = {
+    "model": "llama",
+    "tensor": 1,
+    "pipeline": 1,
+    "expert_parallel": False,
+    "sleeps": False,
+    "dtype": "bfloat16",
+    "quantization": "none",
+}
 
 
 @pytest.fixture(scope="module", params=["h100", "b200"])
@@ -53,7 +63,9 @@ def test_what_is_asked_for_is_what_vllm_takes(case: str, chosen: dict[str, dict[
     assert found["async_scheduling"] is False, "a step's tokens are known before the next one is scheduled"
     assert found["runner"] == (2 if asked["pipeline"] == 1 else 1)
     assert found["unsupported"] == [], "vLLM itself would have taken the first runner"
-    assert found["dtype"] == f"torch.{asked['dtype']}" and found["quantization"] is None
+    assert found["dtype"] == f"torch.{asked['dtype']}" and found["quantization"] == (
+        None if asked["quantization"] == "none" else "fp8"
+    )
     assert found["logprobs"] == "processed_logprobs"
     assert (found["tensor"], found["pipeline"], found["experts"]) == (
         asked["tensor"], asked["pipeline"], asked["expert_parallel"],
@@ -62,6 +74,16 @@ def test_what_is_asked_for_is_what_vllm_takes(case: str, chosen: dict[str, dict[
     assert found["memory_share"] == 0.8 and found["max_num_seqs"] == 256
     assert found["moe_backend"] == "triton", "its weights stay as they were written"
     assert found["executor"] == "Executor", "ours: in this process"
+
+
+@pytest.mark.parametrize("case", ["FP8", "FP8 experts"])
+def test_fp8_in_blocks_by_kernels_that_read_it_as_it_is_written(case: str, chosen: dict[str, dict[str, Any]]) -> None:
+    found = chosen[case]
+    assert found["linear_backend"] == "triton" and found["fp8"]["weight_block_size"] == [128, 128]
+    assert found["fp8"]["is_checkpoint_fp8_serialized"] and found["fp8"]["activation_scheme"] == "dynamic"
+    routers = found["fp8"]["ignored_layers"]
+    assert all(name.endswith(".mlp.gate") for name in routers) and bool(routers) == (case == "FP8 experts")
+    assert chosen["one GPU"]["linear_backend"] == "auto" and chosen["one GPU"]["fp8"] is None
 
 
 @pytest.mark.parametrize("case", CASES)

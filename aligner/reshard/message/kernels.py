@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from typing import TYPE_CHECKING
 
@@ -11,12 +12,17 @@ if TYPE_CHECKING:
     from aligner.reshard.message.kernels_triton import Kernels
 
 
-def kernels_of(device: torch.device) -> Kernels | None:
-    """The Triton kernels on CUDA, or anywhere under TRITON_INTERPRET=1; None where torch's own operations must do."""
+def has_kernels(device: torch.device) -> bool:
+    """Whether Triton kernels compute: on CUDA, or anywhere under TRITON_INTERPRET=1; else torch's own operations must do."""
     if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return False
+    return importlib.util.find_spec("triton") is not None  # torch for CUDA brings it on Linux only
+
+
+def kernels_of(device: torch.device) -> Kernels | None:
+    """The Triton kernels of a device; None where it has none."""
+    if not has_kernels(device):
         return None
-    try:
-        from aligner.reshard.message.kernels_triton import Kernels
-    except ImportError:  # torch for CUDA brings Triton on Linux only
-        return None
+    from aligner.reshard.message.kernels_triton import Kernels
+
     return Kernels(device)

@@ -19,8 +19,8 @@ from torch import Tensor
 from aligner.reshard.message.checksum import CELL_BYTES, CELLS, COLUMNS, ROW_WORDS, weights
 
 _TILE = 1024
-_KIND = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_BITS = {2: torch.int16, 4: torch.int32}
+_KIND = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float8_e4m3fn: 3}
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32}
 _CELL, _CELLS, _COLUMNS = tl.constexpr(CELL_BYTES), tl.constexpr(CELLS), tl.constexpr(COLUMNS)
 _ROW_BYTES = tl.constexpr(ROW_WORDS * 8)
 _PACK, _UNPACK, _COMPARE = 0, 1, 2
@@ -140,7 +140,8 @@ def _weighted(
 
 @triton.jit
 def _cast(bits: tl.tensor, HELD: tl.constexpr, PACKED: tl.constexpr) -> tl.tensor:
-    """Bits of one dtype to bits of another, as int32; rounds to nearest, ties to even. 0: fp32, 1: bf16, 2: fp16."""
+    """Bits of one dtype to bits of another, as int32; rounds to nearest, ties to even. 0: fp32, 1: bf16, 2: fp16; 3: fp8, to itself
+    alone, since its scales are of whole blocks (`quantize_triton`)."""
     bits = bits.to(tl.int32)
     if HELD != PACKED:
         if HELD == 1:
@@ -168,8 +169,8 @@ def _move(
     size1, size2 = tl.load(entry + 2).to(tl.int32), tl.load(entry + 3).to(tl.int32)
     stride0, stride1, stride2 = tl.load(entry + 4), tl.load(entry + 5), tl.load(entry + 6)
     elements, start, end = tl.load(entry + 7), tl.load(entry + 8), tl.load(entry + 9)
-    storage = address.to(tl.pointer_type(tl.int32 if HELD == 0 else tl.int16))
-    BYTES: tl.constexpr = 4 if PACKED == 0 else 2
+    storage = address.to(tl.pointer_type(tl.int32 if HELD == 0 else tl.int8 if HELD == 3 else tl.int16))
+    BYTES: tl.constexpr = 4 if PACKED == 0 else 1 if PACKED == 3 else 2
     low = tl.maximum(start, row * (_ROW_BYTES // BYTES))
     high = tl.minimum(end, (row + 1) * (_ROW_BYTES // BYTES))
     total = tl.zeros((TILE,), dtype=tl.int64)

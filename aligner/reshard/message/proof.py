@@ -10,7 +10,7 @@ from torch import Tensor
 from aligner.reshard.plan.region import Piece
 from aligner.reshard.plan.transfer_plan import Item
 
-_BITS = {2: torch.int16, 4: torch.int32}
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32}
 STORAGE = "after the write {destination} does not hold what {source} held"
 
 View = Callable[[Piece], Tensor]

@@ -7,9 +7,9 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from aligner.reshard.plan.region import ELEMENT_BYTES, Layout, Piece
+from aligner.reshard.plan.region import STORED_BYTES, Layout, Piece
 
-_DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in ELEMENT_BYTES}
+_DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in STORED_BYTES}
 
 
 def strided_view(storage: Tensor, piece: Piece) -> Tensor:

@@ -9,6 +9,10 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 ELEMENT_BYTES = MappingProxyType({"float32": 4, "bfloat16": 2, "float16": 2})
+"""Bytes of an element of the data types that models compute in."""
+FP8 = "float8_e4m3fn"
+STORED_BYTES = MappingProxyType({**ELEMENT_BYTES, FP8: 1})
+"""Bytes of an element of the data types that weights are kept in."""
 
 
 class Box(NamedTuple):
@@ -42,7 +46,7 @@ class Piece:
     stride: tuple[int, ...]
     """Element strides in local storage, per dimension of the box."""
     dtype: str
-    """Data type of the local storage: "float32", "bfloat16" or "float16"."""
+    """Data type of the local storage, of `STORED_BYTES`."""
 
     def __init__(
         self,
@@ -55,7 +59,7 @@ class Piece:
         dtype: str,
     ) -> None:
         assert len(lo) == len(size) == len(stride), f"{name}: ranks of lo, size and stride differ"
-        assert dtype in ELEMENT_BYTES, f"{name}: dtype {dtype} is none of {', '.join(ELEMENT_BYTES)}"
+        assert dtype in STORED_BYTES, f"{name}: dtype {dtype} is none of {', '.join(STORED_BYTES)}"
         # Plans make a million of these; a frozen dataclass sets its fields three times slower.
         fields = self.__dict__
         fields["name"] = name
@@ -76,7 +80,7 @@ class Piece:
 
     @property
     def bytes(self) -> int:
-        return prod(self.size) * ELEMENT_BYTES[self.dtype]
+        return prod(self.size) * STORED_BYTES[self.dtype]
 
     def crop(self, lo: tuple[int, ...], size: tuple[int, ...]) -> Piece:
         """The part of this piece that holds the box (lo, size), given in the logical tensor's coordinates."""

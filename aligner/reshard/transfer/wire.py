@@ -13,7 +13,7 @@ from torch import Tensor
 
 from aligner.reshard.message import delta
 from aligner.reshard.message.bucket import Bucket, Buffers
-from aligner.reshard.plan.region import ELEMENT_BYTES
+from aligner.reshard.plan.region import STORED_BYTES
 from aligner.reshard.plan.schedule import Message, Schedule, ScheduleStep
 from aligner.reshard.transfer.shared_memory import SharedMemoryChannel
 
@@ -235,7 +235,8 @@ def _changed_bytes(bucket: Bucket, last: Tensor) -> int:
 
 
 def _itemsize(bucket: Bucket) -> int:
-    return min(4, *(ELEMENT_BYTES[item.destination.dtype] for item in bucket.items))
+    smallest = min(STORED_BYTES[item.destination.dtype] for item in bucket.items)
+    return min(4, max(2, smallest))  # of single bytes two count as one element
 
 
 def make_wire(

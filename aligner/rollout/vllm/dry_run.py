@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -12,8 +13,11 @@ from torch import Tensor
 from torch.nn import Module
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from aligner.reshard.plan.region import ELEMENT_BYTES, Piece, contiguous_stride
+from aligner.reshard.plan.block_scales import Shapes, scale_shapes
+from aligner.reshard.plan.region import STORED_BYTES, Piece, contiguous_stride
 from aligner.rollout.vllm.experts import ACTIVATIONS
+
+_NONE: Shapes = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -45,21 +49,27 @@ class DryRun:
     """Tensors of experts and of pipeline stages that live on other ranks of the replica."""
 
 
-def dry_run(model: Module, logical: Mapping[str, Sequence[int]], dtype: torch.dtype) -> DryRun:
+def dry_run(
+    model: Module, logical: Mapping[str, Sequence[int]], dtype: torch.dtype, quantized: Shapes = _NONE
+) -> DryRun:
     """Run `model.load_weights` on tensors without storage and note every copy that it makes.
 
     Args:
         model: vLLM's model; it is unchanged afterwards.
         logical: name -> shape of every tensor of the checkpoint.
         dtype: the engine's data type.
+        quantized: name -> shape of those tensors that the engine keeps in FP8; their scales are tensors of their own.
 
     Raises ValueError naming a parameter that no tensor feeds, a tensor that feeds no parameter, or a layer whose
     weights the engine re-lays out in ways that are not supported here.
     """
-    shapes = {name: tuple(shape) for name, shape in logical.items()}
+    scales = scale_shapes(quantized)
+    shapes = {name: tuple(shape) for name, shape in logical.items()} | scales
+    dtypes = dict.fromkeys(quantized, torch.float8_e4m3fn) | dict.fromkeys(scales, torch.float32)
     with _plain_parameters(model) as slots, torch.no_grad():
         recorder = _Recorder(
-            slots, {name: torch.empty(shape, dtype=dtype, device="meta") for name, shape in shapes.items()}
+            slots,
+            {name: torch.empty(shape, dtype=dtypes.get(name, dtype), device="meta") for name, shape in shapes.items()},
         )
         with recorder:
             model.load_weights(list(recorder.sources.items()))  # type: ignore[operator]
@@ -184,9 +194,9 @@ class _Recorder(TorchDispatchMode):
             return  # a rank beyond the end of a small vocabulary
         lo, size, stride = _box(name, self.sources[name].shape, source, target, slot)
         dtype = str(slot.plain.dtype).removeprefix("torch.")
-        if dtype not in ELEMENT_BYTES:
+        if dtype not in STORED_BYTES:
             raise ValueError(
-                f"rollout engine: {slot.storage} is {dtype}; only {', '.join(ELEMENT_BYTES)} are supported."
+                f"rollout engine: {slot.storage} is {dtype}; only {', '.join(STORED_BYTES)} are supported."
             )
         self.pieces.append(Piece(name, lo, size, slot.storage, int(target.storage_offset()), stride, dtype))
 
@@ -254,6 +264,8 @@ def _check_method(slot: Slot) -> None:
     method: Any = getattr(slot.module, "quant_method", None)
     if method is None or isinstance(method, UnquantizedLinearMethod | UnquantizedEmbeddingMethod):
         return
+    if _keeps_fp8_plain(method):
+        return
     layer = f"the rollout engine's layer {slot.storage} ({type(slot.module).__name__}, {type(method).__name__})"
     if not isinstance(method, UnquantizedFusedMoEMethod):
         raise ValueError(f"{layer} is not supported; use a model without quantization.")
@@ -264,6 +276,18 @@ def _check_method(slot: Slot) -> None:
         raise ValueError(
             f"{layer} computes {activation} by {method.unquantized_backend.value}, which is not supported; use {works}."
         )
+
+
+def _keeps_fp8_plain(method: Any) -> bool:
+    """Whether a layer computes with FP8 weights and scales as its loader writes them: DeepGEMM's and Marlin's kernels re-lay them out."""
+    from vllm.model_executor.kernels.linear.scaled_mm.BlockScaledMMLinearKernel import Fp8BlockScaledMMLinearKernel
+    from vllm.model_executor.layers.fused_moe.oracle.fp8 import Fp8MoeBackend
+    from vllm.model_executor.layers.quantization.fp8 import Fp8LinearMethod, Fp8MoEMethod
+
+    if isinstance(method, Fp8MoEMethod):
+        return method.block_quant and method.fp8_backend is Fp8MoeBackend.TRITON
+    plain = Fp8BlockScaledMMLinearKernel.process_weights_after_loading  # changes nothing on CUDA
+    return isinstance(method, Fp8LinearMethod) and type(method.fp8_linear).process_weights_after_loading is plain
 
 
 def _more(names: Sequence[str]) -> str:

@@ -15,7 +15,8 @@ import torch.distributed as dist
 
 from aligner.models.agreement import check_agreement
 from aligner.models.read_spec import read_spec
-from aligner.models.tensors import architecture_of
+from aligner.models.tensors import architecture_of, router_tensor
+from aligner.reshard.plan.block_scales import BLOCK
 from aligner.rollout.config import BESIDE_OTHERS, RolloutConfig, Sampling
 from aligner.rollout.engine import RolloutEngine, SharedTensors
 from aligner.rollout.loaded import LoadedWeights
@@ -88,7 +89,7 @@ class VllmEngine(RolloutEngine):
         with self._subworld.starting():
             _register(architecture)
             sizes = engine_sizes(self.spec, config, tensor, pipeline, expert_parallel, sleeps, cpu)
-            self._llm = _build(model_path, architecture, self._subworld, config, sizes)
+            self._llm = _build(model_path, self._subworld, config, sizes)
             check_agreement(self.spec, self._llm.model_config.hf_text_config, "the rollout engine")
         if pipeline > 1:
             self._receive_buffer()
@@ -252,14 +253,12 @@ def _register(architecture: str) -> None:
         ModelRegistry.register_model(architecture, known.load_model_cls())
 
 
-def _build(
-    model_path: str | Path, architecture: str, subworld: SubWorld, config: RolloutConfig, sizes: Mapping[str, Any]
-) -> Any:
+def _build(model_path: str | Path, subworld: SubWorld, config: RolloutConfig, sizes: Mapping[str, Any]) -> Any:
     from vllm.usage.usage_lib import UsageContext
     from vllm.v1.engine.llm_engine import LLMEngine
 
     executor = executor_class(subworld)
-    arguments = engine_arguments(model_path, architecture, subworld.device.type, config, sizes, executor)
+    arguments = engine_arguments(model_path, subworld.device.type, config, sizes, executor)
     return LLMEngine.from_engine_args(arguments, usage_context=UsageContext.LLM_CLASS)
 
 
@@ -273,7 +272,13 @@ def engine_sizes(
     cpu: bool,
 ) -> dict[str, Any]:
     """What of vLLM's EngineArgs depends on the model and its placement."""
+    overrides: dict[str, Any] = {"architectures": [architecture_of(spec)]}  # config.json may leave it out
+    if config.quantization == "fp8":
+        overrides["quantization_config"] = _as_fp8(spec)
     return {
+        "hf_overrides": overrides,
+        # The kernel that reads FP8 weights and their scales as they are written; DeepGEMM re-lays them out.
+        "linear_backend": "auto" if config.quantization == "none" else "triton",
         "tensor_parallel_size": tensor,
         "pipeline_parallel_size": pipeline,
         "enable_expert_parallel": expert_parallel,
@@ -286,9 +291,20 @@ def engine_sizes(
     }
 
 
+def _as_fp8(spec: ModelSpec) -> dict[str, Any]:
+    """What the config.json of a checkpoint of this model in FP8 would say; vLLM leaves embedding, output layer and norms alone."""
+    return {
+        "quant_method": "fp8",
+        "activation_scheme": "dynamic",
+        "weight_block_size": [BLOCK, BLOCK],
+        "modules_to_not_convert": [
+            router_tensor(spec, layer).removesuffix(".weight") for layer in (spec.sparse_layers if spec.experts else ())
+        ],
+    }
+
+
 def engine_arguments(
     model_path: str | Path,
-    architecture: str,
     device: str,
     config: RolloutConfig,
     sizes: Mapping[str, Any],
@@ -307,7 +323,6 @@ def engine_arguments(
     return EngineArgs(
         model=str(model_path),
         config_format="hf",  # a params.json beside it says the same of other files
-        hf_overrides={"architectures": [architecture]},  # config.json may leave it out
         skip_tokenizer_init=True,
         load_format=LOAD_FORMAT,
         generation_config="vllm",

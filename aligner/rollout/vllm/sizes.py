@@ -6,8 +6,8 @@ import math
 from typing import TYPE_CHECKING
 
 from aligner.models.families import FAMILIES
-from aligner.models.tensors import parameter_count
 from aligner.reshard.plan.region import ELEMENT_BYTES
+from aligner.rollout.quantization import SETTING, weight_bytes
 from aligner.rollout.vllm.architectures import check_known
 
 if TYPE_CHECKING:
@@ -43,9 +43,9 @@ def check_model(spec: ModelSpec, mesh: Mesh, config: RolloutConfig, cpu: bool) -
 def bytes_per_rank(spec: ModelSpec, mesh: Mesh, config: RolloutConfig, cpu: bool) -> float:
     """Weights and KV cache of a rank in bytes; on CUDA with kv_cache_mib=null the weights alone."""
     # experts are cut, or whole ones: as many weights
-    weights = parameter_count(spec) / (mesh.tensor * mesh.pipeline)
+    weights = weight_bytes(spec, config) / (mesh.tensor * mesh.pipeline)
     cache = kv_cache_bytes(config, spec, mesh.tensor, cpu, mesh.pipeline) or 0
-    return float(weights * ELEMENT_BYTES[config.dtype] + cache)
+    return weights + cache
 
 
 def check_runs(
@@ -57,6 +57,8 @@ def check_runs(
         _check_listed(spec, tensor, expert_parallel, pipeline)
     else:
         _check_unlisted(spec, tensor, expert_parallel, pipeline)
+    if config.quantization != "none":
+        check_quantization(config, spec, cpu)
     if cpu and (spec.tensors is None or not spec.tensors.latent):
         _check_cpu(spec)
     if config.kv_cache_mib is not None:
@@ -127,6 +129,24 @@ def _sequence_bytes(config: RolloutConfig, spec: ModelSpec, tensor: int, pipelin
     return (
         blocks * BLOCK_TOKENS * 2 * (spec.layers // pipeline) * kv_heads * spec.head_dim * ELEMENT_BYTES[config.dtype]
     )
+
+
+def check_quantization(config: RolloutConfig, spec: ModelSpec, cpu: bool) -> None:
+    """Raises ValueError where vLLM could not keep the model's projections in FP8."""
+    if cpu:
+        raise ValueError(
+            f"{SETTING} is for GPUs: the engine's CPU has no kernel for it; use rollout.quantization=none."
+        )
+    if config.dtype == "float32":
+        raise ValueError(
+            f"{SETTING}: the engine's FP8 kernels compute with 16-bit activations, not rollout.dtype=float32; use "
+            "rollout.dtype=bfloat16 or float16."
+        )
+    if spec.tensors is not None:
+        raise ValueError(
+            f"{SETTING}: which weights of a {spec.family} model are projections is not known ({spec.path}); use "
+            "rollout.quantization=none."
+        )
 
 
 def _check_stages(spec: ModelSpec, pipeline: int) -> None:

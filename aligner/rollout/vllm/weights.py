@@ -13,6 +13,7 @@ from aligner.models.tensors import logical_tensors
 from aligner.reshard.message.storage import strided_view
 from aligner.reshard.plan.layout import WeightLayout
 from aligner.reshard.plan.region import Piece
+from aligner.rollout.quantization import quantized_tensors
 from aligner.rollout.vllm.dry_run import DryRun, Slot, dry_run, is_derived
 from aligner.rollout.vllm.experts import packed_experts
 from aligner.rollout.vllm.internals import VllmInternals
@@ -27,7 +28,7 @@ class EngineWeights:
     storage is made when its first region is written; when all are, vLLM packs it again, the packed kernel is proven
     against the plain weight, and the plain one goes. At most the modules being written are in memory twice.
 
-    On CUDA unquantized weights stay plain: regions are written in place, which keeps CUDA graphs valid, and nothing is
+    On CUDA weights stay plain, those in FP8 with their scales too: regions are written in place, which keeps CUDA graphs valid, and nothing is
     packed or probed; there the executor's checksums read the very storage that the kernels read.
 
     Args:
@@ -43,6 +44,7 @@ class EngineWeights:
     ) -> None:
         self._engine, self._layout = engine, layout
         self._tensors = logical_tensors(engine.spec) if tensors is None else tensors
+        self._quantized = quantized_tensors(engine.spec, engine.config)
         self._pieces: list[Piece] | None = None
         self._slots: dict[str, Slot] = {}
         self._packed: dict[str, tuple[PrepackedModule, ...]] = {}
@@ -71,7 +73,7 @@ class EngineWeights:
             outcome, mistake = DryRun(), ""
             with self._engine.inside():
                 try:
-                    outcome = dry_run(model, self._tensors, getattr(torch, self._engine.config.dtype))
+                    outcome = dry_run(model, self._tensors, getattr(torch, self._engine.config.dtype), self._quantized)
                 except ValueError as error:
                     mistake = str(error)
                 self._check_replica(mistake, outcome.elsewhere)

@@ -12,7 +12,9 @@ from torch import Tensor
 from aligner.reshard.message.bucket import Bucket, Buffers
 from aligner.reshard.message.checksum import ROW_WORDS, Sums
 from aligner.reshard.message.kernels_triton import Kernels
+from aligner.reshard.message.quantize import block_scales, quantize_blocks, quantize_by_torch
 from tests.reshard.message.test_bucket import Harmed, Pair, flipped
+from tests.reshard.message.test_quantize import matrices
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
@@ -106,10 +108,48 @@ def buckets(device: torch.device) -> None:
             bucket.unpack(pair.view, 0, 1, proof=True)
 
 
+def fp8_moves(device: torch.device) -> None:
+    """FP8 weights are packed, summed, written and compared as the bytes that they are."""
+    held = torch.arange(300 * 70, device=device).view(300, 70).to(torch.uint8).view(torch.float8_e4m3fn)
+    views, dtypes = [held, held[3:9, 5:8]], [torch.float8_e4m3fn] * 2
+    bounds = padded_bounds([view.numel() for view in views])
+    rows = -(-bounds[-1] // ROW_WORDS)
+    payload = torch.zeros(rows * ROW_WORDS, dtype=torch.int64, device=device)
+    sums = torch.zeros(rows, dtype=torch.int64, device=device)
+    kernels = Kernels(device)
+    kernels.pack(views, dtypes, payload, bounds, sums)
+    for view, start in zip(views, bounds, strict=False):
+        assert torch.equal(payload[start:].view(torch.uint8)[: view.numel()], view.view(torch.uint8).reshape(-1))
+    assert sums.tolist() == kernels.rows(payload).tolist() == Sums(torch.device("cpu")).rows(payload.cpu()).tolist()
+    filled = [torch.zeros(view.shape, dtype=torch.uint8, device=device).view(torch.float8_e4m3fn) for view in views]
+    kernels.unpack(filled, payload, bounds)
+    assert torch.equal(filled[1].view(torch.uint8), views[1].view(torch.uint8))
+    assert not kernels.differs(filled, payload, bounds).any()
+    filled[1].view(torch.uint8)[2, 1] ^= 1
+    assert kernels.differs(filled, payload, bounds).tolist() == [0, 1]
+
+
+def quantized(device: torch.device) -> None:
+    """The kernel of FP8 blocks against torch on the CPU, bit for bit; only which bits a NaN has is open."""
+    weights = matrices()
+    weights["no numbers"] = torch.ones(130, 260)
+    weights["no numbers"][[3, 129], [5, 200]] = torch.tensor([float("nan"), -float("inf")])
+    for name, weight in weights.items():
+        expected, expected_scales = quantize_by_torch(weight)
+        on_device = weight.to(device)
+        fp8, scales = quantize_blocks(on_device)
+        assert torch.equal(block_scales(on_device).view(torch.int32), scales.view(torch.int32)), name
+        same = fp8.cpu().view(torch.uint8) == expected.view(torch.uint8)
+        assert bool((same | (fp8.cpu().float().isnan() & expected.float().isnan())).all()), name
+        assert torch.equal(scales.cpu().nan_to_num(-1.0), expected_scales.nan_to_num(-1.0)), name
+
+
 if __name__ == "__main__":
     where = torch.device(sys.argv[1])
     for seed in range(3):
         check(where, seed)
     nan(where)
     buckets(where)
+    fp8_moves(where)
+    quantized(where)
     print("equal")
