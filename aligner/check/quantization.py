@@ -22,4 +22,4 @@ def check_quantization(config: Config, specs: Mapping[str, ModelSpec], meshes: M
         return
     spec = specs["policy"]
     plain = backend(config.policy.engine).layout(spec, meshes["policy"], config.policy)
-    QuantizedSource(plain, quantized_tensors(spec, config.rollout), SETTING).check()
+    QuantizedSource(plain, quantized_tensors(spec, config.rollout), SETTING, "a rank of placement.policy").check()

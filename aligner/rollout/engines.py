@@ -97,7 +97,7 @@ def _vllm_layout(spec: ModelSpec, mesh: Mesh, config: RolloutConfig) -> WeightLa
     if spec.tensors is not None:  # nobody knows it by arithmetic: ranks exchange what the engine's loaders say
         return UnknownLayout(mesh.ranks)
     layout, quantized = EngineLayout(spec, mesh, config.dtype, mesh.expert > 1), quantized_tensors(spec, config)
-    return QuantizedDestination(layout, quantized, SETTING) if quantized else layout
+    return QuantizedDestination(layout, quantized, SETTING, f"a rank of placement.{mesh.name}") if quantized else layout
 
 
 def _transformers_layout(spec: ModelSpec, mesh: Mesh, config: RolloutConfig) -> WeightLayout:

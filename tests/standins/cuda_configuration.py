@@ -120,9 +120,11 @@ def main() -> None:
     import vllm.config.vllm
     import vllm.engine.arg_utils
     import vllm.platforms
+    from vllm.model_executor.layers.quantization import get_quantization_config
 
     from aligner.rollout.vllm.engine import _register
 
+    get_quantization_config("fp8")  # imports them all, which ask the platform's kernels what they can
     for architecture in {
         case["architecture"] for case in cases
     }:  # model code wants the kernels of the platform that it finds

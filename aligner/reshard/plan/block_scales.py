@@ -32,10 +32,11 @@ class _QuantizedLayout:
         plain: the layout in the dtype of computation.
         quantized: name -> shape of the tensors that are quantized, all of two dimensions.
         setting: what chose that, for errors.
+        owner: whose ranks these are, for errors.
     """
 
-    def __init__(self, plain: WeightLayout, quantized: Shapes, setting: str) -> None:
-        self.plain, self.quantized, self._setting = plain, quantized, setting
+    def __init__(self, plain: WeightLayout, quantized: Shapes, setting: str, owner: str = "a rank") -> None:
+        self.plain, self.quantized, self._setting, self._owner = plain, quantized, setting, owner
         self._scaled = {f"{name}{SCALE_SUFFIX}": name for name in quantized}
 
     @property
@@ -88,9 +89,9 @@ class _QuantizedLayout:
     def _check_whole_blocks(self, name: str, box: Box) -> None:
         if any(low % BLOCK or extent % BLOCK for low, extent in zip(box.lo, box.size, strict=True)):
             raise ValueError(
-                f"{self._setting} scales blocks of {BLOCK} x {BLOCK} weights, and a rank with {name}{box} of "
-                f"{'x'.join(map(str, self.quantized[name]))} would hold a part of one; use a layout in which each rank holds "
-                "whole blocks (fewer tensor ranks, no sharding of single rows), or leave the setting out."
+                f"{self._setting} scales blocks of {BLOCK} x {BLOCK} weights, and {self._owner} with {name}{box} of "
+                f"{'x'.join(map(str, self.quantized[name]))} would hold a part of one; use fewer ranks for the "
+                "tensor, so that each holds whole blocks, or leave the setting out."
             )
 
 

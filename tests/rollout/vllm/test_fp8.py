@@ -50,7 +50,17 @@ def qwen3_tied() -> Any:
     return Qwen3ForCausalLM(Qwen3Config(tie_word_embeddings=True, head_dim=64, **SIZES)).bfloat16()
 
 
-@pytest.fixture(params=[qwen2, qwen3_tied], ids=["qwen2", "qwen3_tied"])
+def qwen3_moe() -> Any:
+    """A dense layer, and one of four experts, whose router stays in bfloat16."""
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    torch.manual_seed(7)
+    more = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 128, "mlp_only_layers": [0]}
+    made: Any = Qwen3MoeForCausalLM(Qwen3MoeConfig(tie_word_embeddings=False, head_dim=64, **more, **SIZES))
+    return made.bfloat16()
+
+
+@pytest.fixture(params=[qwen2, qwen3_tied, qwen3_moe], ids=["qwen2", "qwen3_tied", "qwen3_moe"])
 def model(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Any, Path]:
     made = request.param()
     tiny.save(made, tmp_path)
@@ -71,8 +81,9 @@ def test_a_folder_in_an_fp8_engine(engine: VllmEngine, model: tuple[Any, Path]) 
 
     spec, weights = read_spec(model[1]), EngineWeights(engine)
     quantized = quantized_tensors(spec, CONFIG)
-    projections = {name for name in model[0].state_dict() if name.endswith("_proj.weight")}
-    assert set(quantized) == projections and len(projections) == 2 * 7
+    reference = tiny.tensors(model[0])
+    projections = {name for name in reference if name.endswith("_proj.weight")}
+    assert set(quantized) == projections and len(projections) == (2 * 4 + 3 + 4 * 3 if spec.experts else 2 * 7)
     layout = backend("vllm").layout(spec, Mesh((0,), 1, 1), CONFIG)
     assert set(weights.pieces()) == set(layout.layout(0)), (
         "vLLM's loaders put each block and scale where arithmetic says"
@@ -81,7 +92,6 @@ def test_a_folder_in_an_fp8_engine(engine: VllmEngine, model: tuple[Any, Path]) 
     padding = (128 - tiny.VOCAB) * spec.hidden * 2 * (1 if spec.tied else 2)  # of the vocabulary
     assert weights.bytes() - padding == weight_bytes(spec, CONFIG)
 
-    reference = model[0].state_dict()
     attention: Any = engine.model.get_submodule("model.layers.1.self_attn.qkv_proj")
     assert isinstance(attention.quant_method, Fp8LinearMethod)
     parts = [quantize_blocks(reference[f"model.layers.1.self_attn.{part}_proj.weight"]) for part in "qkv"]
@@ -93,20 +103,24 @@ def test_a_folder_in_an_fp8_engine(engine: VllmEngine, model: tuple[Any, Path]) 
     [answer] = engine.finish(engine.resume([Sample([5, 6, 7, 8, 9], seed=3)], sampling))
     drawn, rounded, whole = (
         torch.tensor(answer.logp),
-        logp(rounded_model(model[0], quantized), answer),
+        logp(rounded_model(model[0], quantized, model[1] / "rounded"), answer),
         logp(model[0].float(), answer),
     )
     assert (drawn - rounded).abs().mean() < 0.5 * (drawn - whole).abs().mean(), "it computes with the rounded weights"
     assert (drawn - rounded).abs().max() < 0.02  # bfloat16 activations
 
 
-def rounded_model(model: Any, quantized: Mapping[str, Any]) -> Any:
+def rounded_model(model: Any, quantized: Mapping[str, Any], folder: Path) -> Any:
     """The model with FP8 weights times their scales, in float32."""
-    made = deepcopy(model).float()
+    from safetensors.torch import save_file
+
+    tiny.save(deepcopy(model).float(), folder)
+    values = {name: value.float().contiguous() for name, value in tiny.tensors(model).items()}
     for name in quantized:
-        fp8, scales = quantize_blocks(model.get_parameter(name).detach())
-        made.get_parameter(name).data = fp8.float() * spread(scales)
-    return made
+        fp8, scales = quantize_blocks(values[name])
+        values[name] = fp8.float() * spread(scales)
+    save_file(values, folder / "model.safetensors", {"format": "pt"})
+    return type(model).from_pretrained(folder)
 
 
 def logp(model: Any, answer: Sample) -> Tensor:
