@@ -99,6 +99,7 @@ def choices(case: dict[str, Any]) -> dict[str, Any]:
         "experts": made.parallel_config.enable_expert_parallel,
         "linear_backend": made.kernel_config.linear_backend,
         "fp8": vars(made.quant_config) if made.quant_config else None,
+        "fp8_kernel": fp8_kernel(made) if made.quant_config else None,
         "moe_backend": made.kernel_config.moe_backend,
         "logprobs": made.model_config.logprobs_mode,
         "quantization": made.model_config.quantization,
@@ -106,6 +107,30 @@ def choices(case: dict[str, Any]) -> dict[str, Any]:
         "max_num_seqs": made.scheduler_config.max_num_seqs,
         "executor": getattr(made.parallel_config.distributed_executor_backend, "__name__", None),
     }
+
+
+def fp8_kernel(made: Any) -> dict[str, Any]:
+    """The kernel that vLLM takes for a linear layer in FP8 blocks, and whether it leaves weights and scales as they are loaded."""
+    import torch
+    from vllm.config import set_current_vllm_config
+    from vllm.model_executor.kernels import linear
+    from vllm.model_executor.kernels.linear.scaled_mm.BlockScaledMMLinearKernel import Fp8BlockScaledMMLinearKernel
+    from vllm.model_executor.layers.quantization.utils.quant_utils import GroupShape, create_fp8_quant_key
+
+    weights, activations = (
+        create_fp8_quant_key(static=static, group_shape=GroupShape(rows, 128))
+        for static, rows in ((True, 128), (False, 1))
+    )
+    layer = linear.FP8ScaledMMLinearLayerConfig(
+        weight_quant_key=weights, activation_quant_key=activations, input_dtype=torch.bfloat16, out_dtype=torch.bfloat16,
+        weight_shape=(256, 256),
+    )  # fmt: skip
+    with set_current_vllm_config(made):
+        kernel = linear.choose_scaled_mm_linear_kernel(
+            layer, linear._POSSIBLE_FP8_BLOCK_KERNELS, quantization="fp8_block_w8a8"
+        )
+    plain = kernel.process_weights_after_loading is Fp8BlockScaledMMLinearKernel.process_weights_after_loading
+    return {"name": kernel.__name__, "plain": plain}
 
 
 def main() -> None:

@@ -81,6 +81,7 @@ def test_fp8_in_blocks_by_kernels_that_read_it_as_it_is_written(case: str, chose
     found = chosen[case]
     assert found["linear_backend"] == "triton" and found["fp8"]["weight_block_size"] == [128, 128]
     assert found["fp8"]["is_checkpoint_fp8_serialized"] and found["fp8"]["activation_scheme"] == "dynamic"
+    assert found["fp8_kernel"] == {"name": "TritonFp8BlockScaledMMKernel", "plain": True}
     routers = found["fp8"]["ignored_layers"]
     assert all(name.endswith(".mlp.gate") for name in routers) and bool(routers) == (case == "FP8 experts")
     assert chosen["one GPU"]["linear_backend"] == "auto" and chosen["one GPU"]["fp8"] is None

@@ -8,6 +8,7 @@ Each part is a process of its own with a time limit, so that one that fails or h
 a reference and fails beyond a bound; every number that it reports stands in the table. The exit status is that of the parts.
 
     kernels    weight messages: packed, cast and landed bit for bit, a flipped bit found, GB/s
+    fp8        weights cast to FP8 blocks bit for bit as on a CPU, GB/s
     offload    optimizer state to the host and back, bit for bit while the stream is busy, GB/s
     attention  varlen and lower-right attention with shared prefixes against float64, forward and backward, ms
     experts    experts in one kernel against one after the other, forward and backward, ms
@@ -77,6 +78,21 @@ def kernels(device: torch.device, tiny: bool) -> Numbers:
             continue
         raise AssertionError("a flipped bit was not found")
     return numbers
+
+
+def fp8(device: torch.device, tiny: bool) -> Numbers:
+    """The cast of rollout.quantization=fp8, against torch's own operations on the CPU."""
+    from aligner.reshard.message.quantize import quantize_blocks, quantize_by_torch
+
+    weight = 0.02 * torch.randn((256, 384) if tiny else (8192, 4096), dtype=torch.bfloat16)
+    weight[:, :3] *= 1e-4
+    expected, expected_scales = quantize_by_torch(weight)
+    held = weight.to(device)
+    made, scales = quantize_blocks(held)
+    off = int((made.cpu().view(torch.uint8) != expected.view(torch.uint8)).sum())
+    check("weights with other bits", off + int((scales.cpu() != expected_scales).sum()), 0)
+    cast = seconds(lambda: quantize_blocks(held), device)
+    return {"bits off": off, "cast GB/s": weight.nbytes / cast / 1e9}
 
 
 def offload(device: torch.device, tiny: bool) -> Numbers:
@@ -324,7 +340,7 @@ def flash_kernels(work: Callable[[], Any]) -> int:
     return launches
 
 
-PARTS = {part.__name__: part for part in (kernels, offload, attention, experts, adam, draws, policy)}
+PARTS = {part.__name__: part for part in (kernels, fp8, offload, attention, experts, adam, draws, policy)}
 
 
 def run_part(name: str, device: str) -> None:
