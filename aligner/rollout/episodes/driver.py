@@ -87,7 +87,7 @@ class Episodes(RolloutKind[Episode]):
     sample, turn), so the order in which environments answer has no part in it, but for rounding (see `RolloutEngine`).
 
     An episode of a checkpoint is played again from its start in a new environment, which is given the turns that were recorded;
-    where it asks for another context than it did, the episode fails as "replay".
+    where it asks for another context than it did, or ends sooner, the episode fails as "replay".
     """
 
     def __init__(self, engine: RolloutEngine, source: EpisodeSource | None, progress: Callable[[], None]) -> None:
@@ -254,7 +254,13 @@ class Episodes(RolloutKind[Episode]):
         if one is None:
             return False
         if isinstance(event, Ended):
-            self._end(one, event)
+            if one.recorded and not math.isnan(event.reward):
+                played = len(one.episode.turns)
+                before = played + len(one.recorded)
+                detail = f"the environment ends the episode after turn {played}; before, it asked for turn {before}."
+                self._fail(one, "replay", detail)
+            else:
+                self._end(one, event)
             return False
         turn, context = event.turn, [*(() if event.turn.new_segment else one.context), *event.turn.added]
         if one.recorded:

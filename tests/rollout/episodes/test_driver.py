@@ -163,6 +163,20 @@ def test_an_environment_that_says_something_else_fails_the_replay(loaded: Loaded
     )
 
 
+def test_an_environment_that_ends_sooner_than_before_fails_the_replay(loaded: Loaded) -> None:
+    _, engine, _ = loaded
+    driver = driver_of(engine, Scripted())
+    saved = [driver.to_json(one) for one in driver.finish(driver.resume(begun(driver), SAMPLING, 12))]
+    numbers = [number for number, one in enumerate(saved) if one["end"] is None and len(one["turns"]) > 2]
+    assert numbers
+    other = driver_of(engine, Scripted(turns=1))
+    rest = [other.from_json(saved[number], tasks()[number // 2]) for number in numbers]
+    for one in other.finish(other.resume(rest, SAMPLING)):
+        assert one.end is not None and one.end.ended in ("replay", "crashed") and math.isnan(one.end.reward)
+        if one.end.ended == "replay":
+            assert "ends the episode after turn" in one.end.record["detail"]
+
+
 def test_a_turn_reads_what_is_new_only(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
     """vLLM's prefix cache keeps the turns before, but for the last, unfilled block."""
     _, engine, _ = loaded
