@@ -44,6 +44,8 @@ class ParsedTurn:
     """What stands apart from the content as reasoning, where the chat template takes it as a field of its own (gpt-oss)."""
 
 
+MAX_DEPTH = 64
+"""Levels of objects and arrays in the arguments of a call."""
 TOO_LARGE = "is nested too deeply, or has too large a number"
 
 
@@ -269,11 +271,22 @@ def _read(
 
 
 def _check_json(call: ToolCall) -> None:
-    """Raises MalformedError for what JSON and UTF-8 do not have: NaN, infinity, halves of a surrogate pair."""
+    """Raises MalformedError for what JSON and UTF-8 do not have (NaN, infinity, halves of a surrogate pair), and for arguments
+    nested deeper than MAX_DEPTH, which templates and environments could not write again."""
     try:
         json.dumps([call.name, call.arguments], allow_nan=False, ensure_ascii=False).encode()
     except (ValueError, RecursionError):
         raise MalformedError("must have finite numbers and valid text as arguments") from None
+    level: list[Any] = [call.arguments]
+    for _ in range(MAX_DEPTH):
+        level = [
+            inner
+            for value in level
+            for inner in (value.values() if isinstance(value, dict) else value)
+            if isinstance(inner, dict | list)
+        ]
+    if level:
+        raise MalformedError(TOO_LARGE)
 
 
 def _json(text: str) -> Any:

@@ -141,6 +141,8 @@ def test_any_call_is_read_as_it_was_written(parser: str, family: str) -> None:
         ("pythonic", "[weather(city=b'x')]", "must have literals"),
         ("pythonic", "[weather(at={1: 2})]", "texts as keys"),
         ("pythonic", "[weather(days=" + "-" * 50_000 + "1)]", ""),
+        ("hermes", f'<tool_call>{{"name": "weather", "arguments": {{"near": {"[" * 900}{"]" * 900}}}}}', "is nested too deeply"),
+        ("hermes", f'<tool_call>{{"name": "weather", "arguments": {{"near": {"[" * 64}{"]" * 64}}}}}', "is nested too deeply"),
         ("pythonic", "[weather(days=" + "-" * 1500 + "1)]", "is nested too deeply"),
         ("pythonic", "[weather(days=" + "x + " * 1500 + "1)]", "is nested too deeply"),
         ("pythonic", "[weather" + ".x" * 1500 + "(days=1)]", "is nested too deeply"),
