@@ -163,6 +163,22 @@ def test_an_environment_that_says_something_else_fails_the_replay(loaded: Loaded
     )
 
 
+def test_a_raised_limit_does_not_fail_the_replay(loaded: Loaded) -> None:
+    """Recorded turns stay as they were sampled; the next have the new limit."""
+    _, engine, _ = loaded
+    driver = driver_of(engine, Scripted(max_tokens=3))
+    saved = [driver.to_json(one) for one in driver.finish(driver.resume(begun(driver), SAMPLING, 5))]
+    numbers = [number for number, one in enumerate(saved) if one["end"] is None]
+    other = driver_of(engine, Scripted(max_tokens=6))
+    rest = [other.from_json(saved[number], tasks()[number // 2]) for number in numbers]
+    assert any(one.turns for one in rest)
+    for before, one in zip(rest, other.finish(other.resume(rest, SAMPLING)), strict=True):
+        assert one.end is not None and one.end.ended in ("done", "crashed")
+        assert [turn.sample.tokens for turn in before.turns[:-1]] == [
+            turn.sample.tokens for turn in one.turns[: len(before.turns) - 1]
+        ]
+
+
 def test_an_environment_that_ends_sooner_than_before_fails_the_replay(loaded: Loaded) -> None:
     _, engine, _ = loaded
     driver = driver_of(engine, Scripted())
