@@ -117,7 +117,7 @@ class EnvironmentEpisodes:
                 [{"role": "tool", "content": f"Error: {parsed.error}", "tool_call_id": f"call{turn:03d}00"}],
             )
         else:
-            self._pool.step(episode, self._action(parsed, text, call_ids, ids))
+            self._pool.step(episode, self._action(play, parsed, text, call_ids, ids))
 
     def abandon(self, episodes: Collection[int]) -> None:
         """Close these episodes; nothing more comes from them."""
@@ -211,7 +211,9 @@ class EnvironmentEpisodes:
             return
         self._ready.append(Ask(episode, play.turns + 1, tuple(context), new_segment, room))
 
-    def _action(self, parsed: ParsedTurn, text: str, call_ids: Sequence[str], ids: Sequence[int]) -> Action:
+    def _action(
+        self, play: _Play, parsed: ParsedTurn, text: str, call_ids: Sequence[str], ids: Sequence[int]
+    ) -> Action:
         """What the environment is given.
 
         Args:
@@ -219,7 +221,9 @@ class EnvironmentEpisodes:
         """
         shown = parsed.content if parsed.calls or parsed.reasoning is not None else text
         if self._config.hide_reasoning:
-            shown = shown.rpartition("</think>")[2].strip()
+            opened = play.conversation.opens_reasoning or shown.lstrip().startswith("<think>")
+            _, closed, rest = shown.rpartition("</think>")
+            shown = rest.strip() if closed or not opened else ""  # it was cut off while it thought
         for special in {self._form.special[token] for token in ids if token in self._form.special}:
             shown = shown.replace(special, "")
         calls = [
