@@ -36,7 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from aligner.bounds import check_settings
 from aligner.config.schema import Config, compose_config, to_config
-from aligner.data.chat import TEMPLATE_FIELDS, ChatOptions, Notes, check_template_kwargs
+from aligner.data.chat import ChatOptions, Notes, check_template_kwargs
 from aligner.data.decoding import decode
 from aligner.data.end_tokens import find_ends
 from aligner.data.lines import Line, ResumableOutput, check_same_rows, chunks
@@ -170,15 +170,15 @@ def option(name: str) -> str:
 
 
 def to_prompt_row(row: dict[str, Any], label: str, args: argparse.Namespace) -> dict[str, Any]:
-    """The row in the form of `tokenize_prompts`: a text or a conversation."""
+    """The row in the form of `tokenize_prompts`, a text or a conversation, with its other fields: environments get them."""
     field = args.prompt_field
-    template_fields = {name: row[name] for name in TEMPLATE_FIELDS if name in row}
+    others = {name: value for name, value in row.items() if name not in ("prompt", "messages", field)}
     if field is not None:
         if field not in row:
             raise ValueError(f"{label}: the row has no {field!r} (--prompt-field); it has {sorted(row)}.")
-        row = {**template_fields, "messages" if isinstance(row[field], list) else "prompt": row[field]}
+        row = {**others, "messages" if isinstance(row[field], list) else "prompt": row[field]}
     if args.chat and isinstance(row.get("prompt"), str) and "messages" not in row:
-        row = {**template_fields, "messages": [{"role": "user", "content": row["prompt"]}]}
+        row = {**others, "messages": [{"role": "user", "content": row["prompt"]}]}
     if args.raw and "messages" in row:
         raise ValueError(f"{label}: the row has messages, but --raw accepts only texts; remove --raw.")
     if args.system is not None and not isinstance(row.get("messages"), list):

@@ -17,8 +17,6 @@ if TYPE_CHECKING:
 
 SWITCHES = ("train", "weight")
 """Keys of a message that say whether it is trained on: true or false, 1 or 0. They are not passed to the template."""
-TEMPLATE_FIELDS = ("tools", "chat_template_kwargs")
-"""Fields of a row that are passed to the chat template besides the messages."""
 REASONING = ("reasoning_content", "reasoning", "thinking")
 """Keys in which data sets store a turn's reasoning."""
 RESERVED_ARGUMENTS = (

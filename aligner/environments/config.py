@@ -71,7 +71,8 @@ class EnvironmentConfig:
     """Format in which the model writes tool calls: hermes (Qwen2.5, Qwen3), qwen3_xml (Qwen3-Coder, Qwen3.5), glm, llama3_json,
     mistral, pythonic, harmony (gpt-oss), or vllm:NAME for one of vLLM's own parsers; auto: by the chat template."""
     hide_reasoning: bool = False
-    """Give the environment a response without its reasoning: what follows its last </think>. false: the whole response."""
+    """Give the environment a response without its reasoning: what follows its last </think>, nothing where it was cut off
+    before. false: the whole response."""
     agent: AgentConfig = field(default_factory=AgentConfig)
     """A program with a loop of its own in place of `target`. Of the settings above it has start_timeout_s (until its first
     request), step_timeout_s (from an answer to its next request or its end), episode_timeout_s (both together), memory_mib (of

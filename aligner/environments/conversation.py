@@ -179,6 +179,11 @@ class Conversation:
         self.ids = encode_plain(self.format.tokenizer, self._rendered)
         return tuple(self.ids)
 
+    @property
+    def opens_reasoning(self) -> bool:
+        """Whether the generation prompt of the turn that is sampled next has opened its reasoning (<think>)."""
+        return self._rendered.rstrip().endswith("<think>")
+
     def extend(self, sampled: Sequence[int], assistant: Message, new: Sequence[Message]) -> Extension:
         """The context of the next turn.
 

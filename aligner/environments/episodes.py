@@ -38,7 +38,7 @@ class _Play:
     metrics: dict[str, float] = field(default_factory=dict)
     sampled: Sequence[int] = ()
     """Ids of the last turn."""
-    said: Message = field(default_factory=dict)
+    assistant: Message = field(default_factory=dict)
     """The last turn as a message."""
     ended: str = ""
     """How it ended, while its final reward is awaited."""
@@ -104,9 +104,9 @@ class EnvironmentEpisodes:
         text = decode(self._form.tokenizer, ids, keep_special_tokens=True)
         parsed = play.parse(text, play.tools)
         call_ids = [f"call{turn:03d}{number:02d}" for number in range(len(parsed.calls))]  # Mistral takes 9 characters
-        play.said = call_message(parsed, text, call_ids)
+        play.assistant = call_message(parsed, text, call_ids)
         if sample.truncated and len(play.conversation.ids) + len(sample.tokens) >= self._max_tokens:
-            play.conversation.messages.append(play.said)
+            play.conversation.messages.append(play.assistant)
             self._finish(episode, play, "max_tokens")
         elif parsed.error is not None:
             play.took({"malformed_calls": 1.0})
@@ -117,7 +117,7 @@ class EnvironmentEpisodes:
                 [{"role": "tool", "content": f"Error: {parsed.error}", "tool_call_id": f"call{turn:03d}00"}],
             )
         else:
-            self._pool.step(episode, self._action(parsed, text, call_ids, ids))
+            self._pool.step(episode, self._action(play, parsed, text, call_ids, ids))
 
     def abandon(self, episodes: Collection[int]) -> None:
         """Close these episodes; nothing more comes from them."""
@@ -184,7 +184,7 @@ class EnvironmentEpisodes:
         play.took(turn.metrics)
         play.rewards.append(turn.reward or 0.0)
         if turn.done:
-            play.conversation.messages += [play.said, *map(dict, turn.messages)]
+            play.conversation.messages += [play.assistant, *map(dict, turn.messages)]
             self._finish(episode, play, "done")
         else:
             self._go_on(episode, play, [dict(message) for message in turn.messages])
@@ -192,7 +192,7 @@ class EnvironmentEpisodes:
     def _go_on(self, episode: int, play: _Play, new: list[Message]) -> None:
         """Ask for the next turn, unless a budget is used up."""
         if play.turns >= self._config.max_turns:
-            play.conversation.messages += [play.said, *new]
+            play.conversation.messages += [play.assistant, *new]
             self._finish(episode, play, "max_turns")
             return
         try:
@@ -211,22 +211,26 @@ class EnvironmentEpisodes:
             return
         self._ready.append(Ask(episode, play.turns + 1, tuple(context), new_segment, room))
 
-    def _action(self, parsed: ParsedTurn, text: str, call_ids: Sequence[str], ids: Sequence[int]) -> Action:
+    def _action(
+        self, play: _Play, parsed: ParsedTurn, text: str, call_ids: Sequence[str], ids: Sequence[int]
+    ) -> Action:
         """What the environment is given.
 
         Args:
             ids: of the text.
         """
-        said = parsed.content if parsed.calls or parsed.reasoning is not None else text
+        shown = parsed.content if parsed.calls or parsed.reasoning is not None else text
         if self._config.hide_reasoning:
-            said = said.rpartition("</think>")[2].strip()
+            opened = play.conversation.opens_reasoning or shown.lstrip().startswith("<think>")
+            _, closed, rest = shown.rpartition("</think>")
+            shown = rest.strip() if closed or not opened else ""  # it was cut off while it thought
         for special in {self._form.special[token] for token in ids if token in self._form.special}:
-            said = said.replace(special, "")
+            shown = shown.replace(special, "")
         calls = [
             {"name": call.name, "arguments": call.arguments, "id": name}
             for call, name in zip(parsed.calls, call_ids, strict=True)
         ]
-        return Action(said, calls)
+        return Action(shown, calls)
 
     # ---- how episodes end
 
@@ -247,13 +251,13 @@ class EnvironmentEpisodes:
 def _extended(play: _Play, new: list[Message]) -> bool:
     """Extend the conversation; whether a new segment begins."""
     try:
-        return play.conversation.extend(play.sampled, play.said, new).new_segment
+        return play.conversation.extend(play.sampled, play.assistant, new).new_segment
     except TemplateError:
-        if play.said.get("tool_calls") or not any(message["role"] == "tool" for message in new):
+        if play.assistant.get("tool_calls") or not any(message["role"] == "tool" for message in new):
             raise
     # The template takes a tool's message only after a call: the error of a call that was none is the user's.
     new[:] = [{"role": "user", "content": message["content"]} for message in new]
-    return play.conversation.extend(play.sampled, play.said, new).new_segment
+    return play.conversation.extend(play.sampled, play.assistant, new).new_segment
 
 
 def joined(given: Sequence[Message], more: Sequence[Mapping[str, Any]]) -> list[Message]:

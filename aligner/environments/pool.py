@@ -256,11 +256,12 @@ class EnvironmentPool:
     # Ends
 
     def _fail(self, episode: OpenEpisode, kind: str, detail: str) -> None:
-        """Close an episode whose process lives or is already gone, with an event."""
+        """Close an episode whose process lives or is already gone, with an event, in place of one that nobody has had yet."""
         self._counts[f"failed_{kind}"] += 1
         self._episodes.pop(episode.number, None)
         if episode in self._waiting:
             self._waiting.remove(episode)
+        self._events = [event for event in self._events if event.episode != episode.number]
         self._events.append(Failed(episode.number, kind, detail))
         self._release(episode)
 

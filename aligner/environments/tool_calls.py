@@ -9,7 +9,7 @@ from __future__ import annotations
 import ast
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -42,6 +42,11 @@ class ParsedTurn:
     """What is wrong with its calls, for the model; None: nothing. There are no `calls` then."""
     reasoning: str | None = None
     """What stands apart from the content as reasoning, where the chat template takes it as a field of its own (gpt-oss)."""
+
+
+MAX_DEPTH = 64
+"""Levels of objects and arrays in the arguments of a call."""
+TOO_LARGE = "is nested too deeply, or has too large a number"
 
 
 class MalformedError(ValueError):
@@ -117,9 +122,8 @@ def pythonic(text: str, tools: Tools = ()) -> ParsedTurn:
 
 def harmony(text: str, tools: Tools = ()) -> ParsedTurn:
     """Channels of gpt-oss: analysis (reasoning), commentary to=functions.NAME (calls), final (content)."""
-    pattern = r"(?:<\|start\|>assistant)?([^<]*)(?:<\|channel\|>([^<]*))?(?:<\|constrain\|>([^<]*))?<\|message\|>(.*?)(?=<\|end\|>|<\|call\|>|<\|return\|>|\Z)"
     reasoning, content, calls = [], [], []
-    for header, channel, _, body in re.findall(pattern, text, re.DOTALL):
+    for header, channel, body in _harmony_messages(text):
         recipient = re.search(r"to=(?:functions\.)?([\w.-]+)", f"{header} {channel}")
         if recipient:
             calls.append((recipient[1], body))
@@ -132,6 +136,18 @@ def harmony(text: str, tools: Tools = ()) -> ParsedTurn:
     if calls:  # what is said before a call is reasoning to the template
         reasoning, content = [*reasoning, *content], []
     return _read(text, "\n".join(reasoning), "".join(content), calls, _named_call, apart=True)
+
+
+def _harmony_messages(text: str) -> Iterator[tuple[str, str, str]]:
+    """(header, channel, body) of each message; in time linear in the text."""
+    place = 0
+    while (opener := text.find("<|message|>", place)) >= 0:
+        head, body = text[place:opener], opener + len("<|message|>")
+        head = head.rpartition("<|constrain|>")[0] or head
+        header, has_channel, channel = head.rpartition("<|channel|>")
+        end = re.compile(r"<\|(end|call|return)\|>").search(text, body)
+        place = end.start() if end else len(text)
+        yield (header if has_channel else head).rpartition("<")[2], channel if has_channel else "", text[body:place]
 
 
 PARSERS: dict[str, ToolParser] = {
@@ -249,15 +265,28 @@ def _read(
             calls += made
         except MalformedError as error:
             return ParsedTurn(content if apart else text, (), f"tool call {number} {error}", reasoning)
+        except (ValueError, RecursionError):  # whatever a model writes is no reason to end the job
+            return ParsedTurn(content if apart else text, (), f"tool call {number} {TOO_LARGE}", reasoning)
     return ParsedTurn(content.strip() if calls else content, tuple(calls), None, reasoning)
 
 
 def _check_json(call: ToolCall) -> None:
-    """Raises MalformedError for what JSON and UTF-8 do not have: NaN, infinity, halves of a surrogate pair."""
+    """Raises MalformedError for what JSON and UTF-8 do not have (NaN, infinity, halves of a surrogate pair), and for arguments
+    nested deeper than MAX_DEPTH, which templates and environments could not write again."""
     try:
         json.dumps([call.name, call.arguments], allow_nan=False, ensure_ascii=False).encode()
     except (ValueError, RecursionError):
         raise MalformedError("must have finite numbers and valid text as arguments") from None
+    level: list[Any] = [call.arguments]
+    for _ in range(MAX_DEPTH):
+        level = [
+            inner
+            for value in level
+            for inner in (value.values() if isinstance(value, dict) else value)
+            if isinstance(inner, dict | list)
+        ]
+    if level:
+        raise MalformedError(TOO_LARGE)
 
 
 def _json(text: str) -> Any:
@@ -306,7 +335,7 @@ def _xml_call(block: str, tools: Tools) -> list[ToolCall]:
     name, closed, body = block.partition(">")
     if not closed or not name.strip():
         raise MalformedError("must be <function=NAME> with <parameter=KEY>VALUE</parameter> inside")
-    pairs = re.findall(r"<parameter=([^>]*)>(.*?)(?:</parameter>|(?=<parameter=)|\Z)", body, re.DOTALL)
+    pairs = re.findall(r"<parameter=([^<>]*)>(.*?)(?:</parameter>|(?=<parameter=)|\Z)", body, re.DOTALL)
     values = {key.strip(): _unwrapped(value) for key, value in pairs}
     return [ToolCall(name.strip(), _typed(name.strip(), values, tools))]
 
@@ -320,7 +349,9 @@ def _glm_call(block: str, tools: Tools) -> list[ToolCall]:
     name = block.partition("<arg_key>")[0].strip()
     if not name or "\n" in name:
         raise MalformedError("must be NAME with <arg_key>KEY</arg_key><arg_value>VALUE</arg_value> after it")
-    pairs = re.findall(r"<arg_key>(.*?)</arg_key>\s*<arg_value>(.*?)(?:</arg_value>|\Z)", block, re.DOTALL)
+    pairs = re.findall(
+        r"<arg_key>((?:(?!<arg_key>).)*?)</arg_key>\s*<arg_value>(.*?)(?:</arg_value>|\Z)", block, re.DOTALL
+    )
     return [ToolCall(name, _typed(name, {key.strip(): value for key, value in pairs}, tools))]
 
 

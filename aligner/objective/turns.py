@@ -37,7 +37,7 @@ def turn_group_advantages(
     The group baseline is that of Shao et al. 2024, arXiv 2402.03300, section 4.1.2, for the returns of turns in place of rewards of
     episodes; of turns with the same number as in Zeng et al. 2025 (MT-GRPO), arXiv 2505.11821, with discounted returns as in Feng
     et al. 2025 (GiGPO), arXiv 2505.10978. An episode's first turn is always comparable; with compare="turn" a turn that
-    one episode of the group alone reached has an advantage of 0. Rows of one turn get `group_advantages`, to the last bit.
+    one episode of the group alone reached has an advantage of 0. A turn without a trained token is skipped. Rows of one turn get `group_advantages`, to the last bit.
 
     Args:
         reward_B: [B] floating, the episodes' rewards; complete groups in order. NaN: no reward, see `group_advantages`.
@@ -60,8 +60,10 @@ def turn_group_advantages(
     return_BK = torch.empty_like(reward_BK)
     following_B = reward_BK.new_zeros(len(reward_BK))
     for k in reversed(range(reward_BK.shape[1])):
-        return_BK[:, k] = reward_BK[:, k] + gamma * following_B  # NaN where there is no such turn
-        following_B = return_BK[:, k].nan_to_num(0.0)
+        return_BK[:, k] = (
+            reward_BK[:, k] + gamma * following_B
+        )  # NaN where there is no such turn, or none of it is trained
+        following_B = torch.where(return_BK[:, k].isnan(), following_B, return_BK[:, k])
     settings = {"normalize": normalize, "epsilon": epsilon}
     if compare == "turn":
         columns = [group_advantages(return_B, group_size=group_size, **settings) for return_B in return_BK.unbind(1)]  # type: ignore[arg-type]

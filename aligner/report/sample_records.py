@@ -45,7 +45,7 @@ class SampleRecord:
     fields: dict[str, Any]
     """The prompt's JSON fields, with the rendered "prompt"."""
     tokens: list[int]
-    """All token ids: of the prompt and of every turn, with what was told in between; an episode's segments one after the other."""
+    """All token ids: of the prompt, of every turn, and of what the environment said in between; an episode's segments one after the other."""
     prompt_tokens: int
     """Number of tokens of the prompt, or of the first context."""
     turns: list[RecordedTurn]

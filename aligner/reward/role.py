@@ -134,10 +134,9 @@ class Reward(Role):
         from_models: [B] of each reward model, by role name.
         """
         ids = [samples.last_turn_tokens(row) for row in range(samples.rows)]
-        rows_fields = samples.fields
-        if (
-            samples.episodes is not None
-        ):  # rules see the whole of it: its messages, how it ended, its environment's metrics
+        rows_fields, failed = samples.fields, failed_episodes(samples)
+        if samples.episodes is not None:
+            # rules see the whole of it: its messages, how it ended, its environment's metrics
             rows_fields = [
                 {**fields, "episode": episode} for fields, episode in zip(samples.fields, samples.episodes, strict=True)
             ]
@@ -147,10 +146,12 @@ class Reward(Role):
             texts[kept] = [decode(self.tokenizer, row, kept) for row in ids]
             items[kept] = [
                 {"prompt": str(fields.get("prompt", "")), "response": text, "fields": fields}
-                for text, fields in zip(texts[kept], rows_fields, strict=True)
+                for row, (text, fields) in enumerate(zip(texts[kept], rows_fields, strict=True))
+                if row not in failed
             ]
-        self.world.activity.details["reward"] = lambda: self._being_scored(items, rows)
-        scores = self._by_part(items, from_models, samples)
+        rows_of_items = [number for row, number in enumerate(rows) if row not in failed]
+        self.world.activity.details["reward"] = lambda: self._being_scored(items, rows_of_items)
+        scores = self._by_part(items, from_models, samples, failed)
         self.world.activity.details.pop("reward")
         raw = {name: _raw(of_part) for name, of_part in scores.items()}
         status = {name: torch.tensor([int(s.status) for s in of], dtype=torch.int8) for name, of in scores.items()}
@@ -172,11 +173,13 @@ class Reward(Role):
         items: Mapping[bool, Sequence[Mapping[str, Any]]],
         from_models: Mapping[str, Tensor],
         samples: Samples,
+        failed: Mapping[int, Score],
     ) -> dict[str, list[Score]]:
-        """Scores by component; the components are scored concurrently.
+        """Scores by component; the components are scored concurrently. An episode that failed has none of any component.
 
         Args:
-            items: the rows, by whether their responses have special tokens.
+            items: the rows without those that failed, by whether their responses have special tokens.
+            failed: the scores of rows whose episodes failed.
         """
         with ThreadPoolExecutor(max(1, len(self.scorers))) as threads:
             running = {
@@ -187,10 +190,12 @@ class Reward(Role):
 
             def scores_of(part: ResolvedComponent) -> list[Score]:
                 if part.name in running:
-                    return running[part.name].result()
+                    of_others = iter(running[part.name].result())
+                    return [failed[row] if row in failed else next(of_others) for row in range(samples.rows)]
                 if part.model is not None:
-                    return _of_model(from_models[part.model])
-                return of_environment(samples, part.source)
+                    of_rows = _of_model(from_models[part.model])
+                    return [failed.get(row, score) for row, score in enumerate(of_rows)]
+                return of_environment(samples, part.source, failed)
 
             return {part.name: scores_of(part) for part in self.parts}
 
@@ -224,20 +229,28 @@ def _raw(scores: Sequence[Score]) -> Tensor:
     return torch.tensor([s.value if s.status is Status.OK else math.nan for s in scores], dtype=torch.float32)
 
 
-def of_environment(samples: Samples, source: str) -> list[Score]:
-    """The rewards of episodes; one that failed has none.
+def failed_episodes(samples: Samples) -> dict[int, Score]:
+    """The rows whose episodes failed, with how they ended."""
+    if samples.episode_reward_B is None or samples.episodes is None:
+        return {}
+    ends = zip(samples.episode_reward_B.tolist(), samples.episodes, strict=True)
+    return {
+        row: Score(math.nan, Status.FAILED, 0.0, f"the episode ended as {record['ended']} {record['detail']}".rstrip())
+        for row, (reward, record) in enumerate(ends)
+        if not math.isfinite(reward)
+    }
+
+
+def of_environment(samples: Samples, source: str, failed: Mapping[int, Score]) -> list[Score]:
+    """The rewards of episodes; of one that failed, what `failed` has.
 
     Raises:
         ValueError: the samples are no episodes.
     """
-    if samples.episode_reward_B is None or samples.episodes is None:
+    if samples.episode_reward_B is None:
         raise ValueError(f"{source} reads the rewards of episodes, and these samples are none; set environment.target.")
-    return [
-        Score(value, Status.OK, 0.0)
-        if math.isfinite(value)
-        else Score(math.nan, Status.FAILED, 0.0, f"the episode ended as {record['ended']} {record['detail']}".rstrip())
-        for value, record in zip(samples.episode_reward_B.tolist(), samples.episodes, strict=True)
-    ]
+    rewards = samples.episode_reward_B.tolist()
+    return [failed[row] if row in failed else Score(reward, Status.OK, 0.0) for row, reward in enumerate(rewards)]
 
 
 def _of_model(score_B: Tensor) -> list[Score]:

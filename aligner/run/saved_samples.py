@@ -79,7 +79,7 @@ def _turns(samples: Samples, row: int) -> Iterator[RecordedTurn]:
 
 
 def _item(record: SampleRecord, scores: Rewards, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """A record as it is read: an episode's response is all of it after the first context, told and sampled."""
+    """A record as it is read: an episode's response is all of it after the first context, sampled or not."""
     fields = {name: value for name, value in record.fields.items() if name != "prompt"}
     item = {
         "prompt": record.fields.get("prompt", ""),
@@ -90,6 +90,6 @@ def _item(record: SampleRecord, scores: Rewards, tokenizer: PreTrainedTokenizerB
     }
     if record.episode is None:
         return item
-    said = decode(tokenizer, record.tokens[record.prompt_tokens :], keep_special_tokens=True)
+    response = decode(tokenizer, record.tokens[record.prompt_tokens :], keep_special_tokens=True)
     shown = {name: record.episode[name] for name in ("ended", "detail", "metrics") if record.episode.get(name)}
-    return {**item, "response": said, "turns": len(record.turns), **shown}
+    return {**item, "response": response, "turns": len(record.turns), **shown}

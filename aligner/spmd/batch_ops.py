@@ -52,16 +52,16 @@ def _join_field(parts: Sequence[Any], declared: dataclasses.Field[Any]) -> Any:
     if "absent" in declared.metadata and present is not None:
         absent = declared.metadata["absent"]
         values = [
-            present.new_full((_rows(part), *present.shape[1:]), absent) if value is None else value
+            present.new_full(_shape(part, present.dim()), absent) if value is None else value
             for part, value in zip(parts, values, strict=True)
         ]
     return join(values)
 
 
-def _rows(part: Any) -> int:
-    """Number of rows of a dataclass: those of its first tensor."""
+def _shape(part: Any, dims: int) -> torch.Size:
+    """[B] or [B, T, ...] of a dataclass: that of its first tensor with so many dimensions."""
     values = (getattr(part, f.name) for f in dataclasses.fields(part))
-    return len(next(value for value in values if isinstance(value, Tensor)))
+    return next(value.shape for value in values if isinstance(value, Tensor) and value.dim() == dims)
 
 
 def fit_width(value: Any, width: int) -> Any:

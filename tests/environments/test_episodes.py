@@ -255,6 +255,20 @@ def test_reasoning_can_be_hidden_from_the_environment() -> None:
         assert [action.text for action in pool.actions] == [expected]
 
 
+@pytest.mark.parametrize(("family", "opening"), [("qwen2.5", "<think>\n"), ("qwen3.5-think", "")])
+def test_reasoning_that_was_cut_off_is_hidden(family: str, opening: str) -> None:
+    """Opened by the turn, or by the template's generation prompt."""
+    tokenizer = tokenizer_of(FAMILIES[family])
+    for text, expected in ((f"{opening}I could move", ""), ("Move [2]", "" if not opening else "Move [2]")):
+        pool = Scripted(said("Begin."), answers(Turn([], True)))
+        source = source_of(pool, family, hide_reasoning=True)
+        source.start(5, Prompt((1,), "", {"prompt": "Hello?"}, 0), 0)
+        source.poll(0.0)
+        tokens = tokenizer.encode(text, add_special_tokens=False)
+        source.answer(5, 1, Sample([], 0, tokens, ended=True, truncated=True))
+        assert [action.text for action in pool.actions] == [expected]
+
+
 def test_the_environment_sees_no_special_tokens() -> None:
     pool = Scripted(said("Begin."), answers(Turn([], True)))
     play(source_of(pool), "Move <|im_start|>[2]<|endoftext|><|im_end|>")

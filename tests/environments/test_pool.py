@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from aligner.environments.pool import Action, Finished, Opened, Stepped
+from aligner.environments.pool import Action, Finished, Opened, PoolEvent, Stepped
 from tests.environments.drive import ROGUES, contents, failure, play, pool
 
 GOOD = ["say a", "say b", "say c", "end"]
@@ -143,6 +143,24 @@ def test_an_episode_among_many_bad_ones_goes_on() -> None:
         metrics = made.metrics()
     assert isinstance(events[0][-1], Finished) and len(events[0]) == 15
     assert all(failure(events[number]).kind == "timeout" for number in stuck) and metrics["failed_timeout"] == 3
+
+
+def test_an_answer_and_the_end_of_its_process_at_once() -> None:
+    """As after a step of training between two polls: the failure stands in the answer's place, since the episode is closed."""
+    with pool(replay=False) as made:
+        made.open(0, {"q": 0}, seed=0)
+        made.open(1, {"q": 1}, seed=1)
+        opened: list[PoolEvent] = []
+        while len(opened) < 2:
+            opened += made.poll(1.0)
+        made.step(0, Action("end"))
+        time.sleep(0.5)
+        made.step(1, Action("exit 3"))
+        assert wait_for_end(*(process.pid for process in made._slots))
+        events = made.poll(5.0)
+    assert [(event.episode, type(event).__name__) for event in sorted(events, key=lambda event: event.episode)] == [
+        (0, "Failed"), (1, "Failed"),
+    ]  # fmt: skip
 
 
 def test_without_replay_the_others_are_collateral() -> None:

@@ -141,6 +141,14 @@ def test_any_call_is_read_as_it_was_written(parser: str, family: str) -> None:
         ("pythonic", "[weather(city=b'x')]", "must have literals"),
         ("pythonic", "[weather(at={1: 2})]", "texts as keys"),
         ("pythonic", "[weather(days=" + "-" * 50_000 + "1)]", ""),
+        ("hermes", f'<tool_call>{{"name": "weather", "arguments": {{"near": {"[" * 900}{"]" * 900}}}}}', "is nested too deeply"),
+        ("hermes", f'<tool_call>{{"name": "weather", "arguments": {{"near": {"[" * 64}{"]" * 64}}}}}', "is nested too deeply"),
+        ("pythonic", "[weather(days=" + "-" * 1500 + "1)]", "is nested too deeply"),
+        ("pythonic", "[weather(days=" + "x + " * 1500 + "1)]", "is nested too deeply"),
+        ("pythonic", "[weather" + ".x" * 1500 + "(days=1)]", "is nested too deeply"),
+        ("pythonic", "[weather(days=0x" + "f" * 5000 + ")]", "has too large a number"),
+        ("qwen3_xml", f"<function=weather><parameter=near>{'[' * 100_000}", "is nested too deeply"),
+        ("glm", f"<tool_call>weather<arg_key>near</arg_key><arg_value>{'[' * 100_000}", "is nested too deeply"),
         ("qwen3_xml", "<tool_call>\nweather\n</tool_call>", "must be <function=NAME>"),
         ("glm", "<tool_call>\n<arg_key>a</arg_key></tool_call>", "must be NAME"),
         ("harmony", "<|channel|>commentary to=functions.weather <|constrain|>json<|message|>{bad", "is not valid JSON"),
@@ -185,6 +193,16 @@ def test_other_ways_to_write_a_call(parser: str, text: str, arguments: dict[str,
 def test_what_is_no_call(parser: str, text: str) -> None:
     parsed = PARSERS[parser](text, TOOLS)
     assert (parsed.calls, parsed.error) == ((), None)
+
+
+@pytest.mark.parametrize("parser", list(PARSERS))
+@pytest.mark.parametrize(
+    "piece", ["a", "<tool_call>", "<parameter=", "<arg_key>", "<arg_key>a</arg_key>", "<|message|>", "{", "["]
+)
+def test_a_turn_of_one_piece_over_and_over_is_read_in_linear_time(parser: str, piece: str) -> None:
+    """As a policy that has collapsed writes it; in quadratic time these would take minutes."""
+    for opener in ("", "<tool_call>a", "<function=a>", "<|channel|>final<|message|>a<|end|>"):
+        PARSERS[parser](opener + piece * 30_000, TOOLS)
 
 
 PIECES = (

@@ -73,6 +73,19 @@ def test_turn_group_advantages_by_hand() -> None:
     torch.testing.assert_close(found, torch.tensor(wanted, dtype=F64), rtol=0, atol=1e-12)
 
 
+def test_a_turn_without_a_trained_token_is_skipped() -> None:
+    """What follows it still counts for the turns before: the first episode's returns are 1 + 3/2 and 3 as if it had two turns."""
+    turn_BT = torch.tensor([[1, 2, 3], [1, 2, 0]])
+    mask_BT = torch.tensor([[True, False, True], [True, True, False]])
+    turn_reward_BT = torch.tensor([[1.0, 0, 3.0], [0, 5.0, 0]], dtype=F64)
+    found = turn_group_advantages(
+        torch.tensor([4.0, 5.0], dtype=F64), mask_BT=mask_BT, turn_BT=turn_BT, turn_reward_BT=turn_reward_BT,
+        group_size=2, gamma=0.5, normalize="none", compare="group",
+    )  # fmt: skip
+    # returns 5/2, 3 | 5/2, 5: mean 13/4
+    assert found.tolist() == [[-0.75, 0, -0.25], [-0.75, 1.75, 0]]
+
+
 def test_process_advantages_by_hand() -> None:
     """Rewards 1, 3 | 4, 0, 2 | 3 | 0, 6: mean 19/8."""
     found = process_advantages(

@@ -114,6 +114,10 @@ def test_the_rewards_of_episodes_beside_a_rule_on_their_last_turns(scored: Calla
         assert [float.fromhex(value) for value in found["reward"]] == pytest.approx(expected_B, nan_ok=True)
         assert found["status"] == [Status.OK, Status.FAILED, Status.OK, Status.OK]
         assert found["row"]["reward/game_failed"] == 1.0
+        assert found["components"]["seen"] == pytest.approx([2.0, math.nan, 7.002, 8.003], nan_ok=True)
+    rule_alone = {"rule": f"{folder}/seen.py:seen"}
+    found = scored(rule_alone, ["12", "345", "67", "888"], [0, 1], rewards)
+    assert found["status"] == [Status.OK, Status.FAILED, Status.OK, Status.OK], "never what the rule says of a failure"
     said = scored({**reward, "max_missing": 0.0}, ["12", "345", "67", "888"], [0, 1, 2], rewards)
     assert "the episode ended as timeout a step" in said
     said = scored({"components": {"game": {"environment": True}}}, ["12", "345"], [0, 1, 2])

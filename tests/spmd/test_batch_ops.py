@@ -67,6 +67,15 @@ def test_a_part_without_segments_has_one(first: bool) -> None:
     assert joined.segment_BT.tolist() == expected and joined.segment_BT.dtype == torch.int32
 
 
+@pytest.mark.parametrize("first", [False, True])
+def test_segments_are_as_wide_as_the_tokens(first: bool) -> None:
+    """Where the widest part is one without segments."""
+    short, wide = batch_ops.take(WHOLE, [0]), episodes([1, 10, 2, 11, 3, 12, 4])
+    joined = batch_ops.join([wide, short] if first else [short, wide])
+    assert joined.segment_BT.shape == joined.tokens_BT.shape == (2, 7)
+    assert joined.segment_BT[int(first)].tolist() == [0, 0, 1, 1, 0, 0, 0]
+
+
 def test_no_part_with_segments_has_none() -> None:
     one = replace(batch_ops.take(WHOLE, [0]), segment_BT=None)
     assert batch_ops.join([one, one]).segment_BT is None

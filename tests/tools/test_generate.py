@@ -268,6 +268,22 @@ def test_tools_and_variables_reach_the_template(row: dict[str, Any], more: list[
     assert prompt.text == wanted and "weather" in wanted and wanted.startswith("NO") == (thinks is None)
 
 
+@pytest.mark.parametrize(
+    ("row", "more"),
+    [
+        ({"prompt": "Rain?"}, []),
+        ({"prompt": "Rain?"}, ["--chat"]),
+        ({"question": "Rain?", "prompt": "no"}, ["--chat", "--prompt-field", "question"]),
+        ({"talk": [ASK], "messages": 3}, ["--prompt-field", "talk"]),
+    ],
+)
+def test_an_environment_gets_the_other_fields_of_a_row(row: dict[str, Any], more: list[str]) -> None:
+    given = tool().options().parse_args(["--model", "x", "--input", "x", "--output", "x", *more])
+    asked = tool().to_prompt_row({**row, "answer": 7}, "r:1", given)
+    assert asked["answer"] == 7 and ("prompt" in asked) != ("messages" in asked)
+    assert "Rain?" in str(asked) and "no" not in asked.values()
+
+
 @pytest.mark.parametrize("text", ["{", "[1]", "x=1"])
 def test_variables_that_are_no_object_are_named(text: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):

@@ -26,8 +26,8 @@ WAIT_S = 0.05
 
 
 @dataclass(frozen=True)
-class _Asked:
-    """An `Ask` as the replica's ranks are told of it: with those ids alone that they lack."""
+class _TurnRequest:
+    """An `Ask` as it is broadcast within the replica: with those ids alone that the other ranks lack."""
 
     episode: int
     number: int
@@ -35,10 +35,10 @@ class _Asked:
 
 
 @dataclass(frozen=True)
-class _News:
-    """What the replica's first rank tells the others before an engine step."""
+class _Broadcast:
+    """What the replica's first rank broadcasts before an engine step."""
 
-    events: Sequence[_Asked | Ended] = ()
+    events: Sequence[_TurnRequest | Ended] = ()
     stop: bool = False
     """It is enough."""
     error: str = ""
@@ -52,7 +52,7 @@ class _Playing:
     episode: Episode
     """With the turns that are over."""
     sampling: Sampling
-    left: int | None
+    tokens_left: int | None
     """Tokens that may be sampled before it is interrupted."""
     recorded: deque[Turn] = field(default_factory=deque)
     """Turns of a checkpoint that it has not reached again."""
@@ -64,7 +64,7 @@ class _Playing:
     """The engine's, of `turn`."""
     interrupted: bool = False
     """No more tokens may be sampled for now."""
-    since: float = 0.0
+    waiting_since: float = 0.0
     """When its environment began to work on it (first rank)."""
 
     @property
@@ -87,7 +87,7 @@ class Episodes(RolloutKind[Episode]):
     sample, turn), so the order in which environments answer has no part in it, but for rounding (see `RolloutEngine`).
 
     An episode of a checkpoint is played again from its start in a new environment, which is given the turns that were recorded;
-    where it asks for another context than it did, the episode fails as "replay".
+    where it asks for another context than it did, or ends sooner, the episode fails as "replay".
     """
 
     def __init__(self, engine: RolloutEngine, source: EpisodeSource | None, progress: Callable[[], None]) -> None:
@@ -121,12 +121,12 @@ class Episodes(RolloutKind[Episode]):
         for episode in rollouts:
             assert not episode.ended, "an episode that has ended cannot go on"
             one = self._playing.get(-1 if episode.key is None else episode.key) or self._begin(episode)
-            one.sampling, one.left, one.interrupted = sampling, step_tokens, False
+            one.sampling, one.tokens_left, one.interrupted = sampling, step_tokens, False
             playing.append(one)
         with self._engine.working():
             for one in playing:
                 if one.turn is not None:
-                    self._sample(one)
+                    self._submit(one)
         return self._ticket(playing)
 
     def finish(self, ticket: int) -> list[Episode]:
@@ -175,8 +175,8 @@ class Episodes(RolloutKind[Episode]):
         waiting = [one for one in list(self._playing.values()) if one.turn is None and not one.settled]
         return [
             f"{len(waiting)} episodes are with their environments; number {one.episode.key}, of task {one.episode.task.index}, since "
-            f"{time.strftime('%H:%M:%S', time.localtime(now + one.since))}, after turn {len(one.episode.turns)}"
-            for one in sorted(waiting, key=lambda one: one.since)[:3]
+            f"{time.strftime('%H:%M:%S', time.localtime(now + one.waiting_since))}, after turn {len(one.episode.turns)}"
+            for one in sorted(waiting, key=lambda one: one.waiting_since)[:3]
         ]
 
     def close(self) -> None:
@@ -190,18 +190,21 @@ class Episodes(RolloutKind[Episode]):
         """What the source has, and an engine step, if there is anything to sample. Returns whether it is enough."""
         began = time.monotonic()
         idle = not self._engine.requests.under_way
-        news = self._engine.from_first(self._news(enough, WAIT_S if idle else 0.0) if self._source else None) or _News()
-        if news.error:
+        broadcast = (
+            self._engine.from_first(self._poll_source(enough, WAIT_S if idle else 0.0) if self._source else None)
+            or _Broadcast()
+        )
+        if broadcast.error:
             if self._error is not None:
                 raise self._error
-            raise RuntimeError(f"{news.error}; the first rank of this rollout replica says more.")
-        if news.stop:
+            raise RuntimeError(f"{broadcast.error}; the first rank of this rollout replica says more.")
+        if broadcast.stop:
             return True
-        asked = [event for event in news.events if self._hears(event)]
+        asked = [event for event in broadcast.events if self._apply(event)]
         waited = time.monotonic()
         with self._engine.working():
             for one in (self._playing[event.episode] for event in asked if event.episode in self._playing):
-                self._sample(one)
+                self._submit(one)
             if self._engine.requests.under_way:
                 self._engine.requests.advance()
             else:
@@ -214,26 +217,26 @@ class Episodes(RolloutKind[Episode]):
         self.figures.total_s += time.monotonic() - began
         return False
 
-    def _news(self, enough: Callable[[], bool], wait_s: float) -> _News | None:
+    def _poll_source(self, enough: Callable[[], bool], wait_s: float) -> _Broadcast | None:
         """On the first rank; None: nothing has become ready."""
         assert self._source is not None
         try:
             if self._error is not None:
                 raise self._error
             if enough():
-                return _News(stop=True)
-            events = [told for event in self._source.poll(wait_s) if (told := self._told(event)) is not None]
+                return _Broadcast(stop=True)
+            events = [known for event in self._source.poll(wait_s) if (known := self._to_broadcast(event)) is not None]
         except Exception as error:
             self._error = error
-            return _News(error=f"episodes cannot go on: {type(error).__name__}: {error}")
-        return _News(events) if events else None
+            return _Broadcast(error=f"episodes cannot go on: {type(error).__name__}: {error}")
+        return _Broadcast(events) if events else None
 
-    def _told(self, event: Ask | Ended) -> _Asked | Ended | None:
-        """What the other ranks need of an event; None: of an episode that was given up."""
+    def _to_broadcast(self, event: Ask | Ended) -> _TurnRequest | Ended | None:
+        """What the other ranks need of an event; None: it is of an episode that was given up."""
         one = self._playing.get(event.episode)
         if one is None:
             return None
-        self.figures.worked(one.since)
+        self.figures.worked(one.waiting_since)
         if isinstance(event, Ended):
             return event
         number, known = len(one.episode.turns) + 1, len(one.context)
@@ -246,15 +249,21 @@ class Episodes(RolloutKind[Episode]):
             )
         added = event.context if new else event.context[known:]
         sample = Sample([], one.episode.place.turn_seed(number, event.seed_key))
-        return _Asked(event.episode, number, Turn(added, new, sample, event.max_tokens, dict(event.sampling)))
+        return _TurnRequest(event.episode, number, Turn(added, new, sample, event.max_tokens, dict(event.sampling)))
 
-    def _hears(self, event: _Asked | Ended) -> bool:
+    def _apply(self, event: _TurnRequest | Ended) -> bool:
         """On every rank. Returns whether a turn is to be sampled."""
         one = self._playing.get(event.episode)
         if one is None:
             return False
         if isinstance(event, Ended):
-            self._end(one, event)
+            if one.recorded and not math.isnan(event.reward):
+                played = len(one.episode.turns)
+                before = played + len(one.recorded)
+                detail = f"the environment ends the episode after turn {played}; before, it asked for turn {before}."
+                self._fail(one, "replay", detail)
+            else:
+                self._end(one, event)
             return False
         turn, context = event.turn, [*(() if event.turn.new_segment else one.context), *event.turn.added]
         if one.recorded:
@@ -267,15 +276,15 @@ class Episodes(RolloutKind[Episode]):
             turn = recorded
         one.turn = replace(turn, sample=replace(turn.sample, prompt=context))
         if turn.sample.ended:
-            self._over(one, one.turn.sample)
+            self._end_turn(one, one.turn.sample)
             return False
         return True
 
-    def _sample(self, one: _Playing) -> None:
+    def _submit(self, one: _Playing) -> None:
         """Hand a turn to the engine, or keep it for the next step."""
         turn = one.turn
         assert turn is not None
-        if one.left == 0:
+        if one.tokens_left == 0:
             one.interrupted = True
             return
         room = self._engine.config.length(self._engine.spec) - len(turn.sample.prompt)
@@ -284,7 +293,7 @@ class Episodes(RolloutKind[Episode]):
             self._fail(one, "context", f"a context of {len(turn.sample.prompt)} tokens leaves no room in {limit}.")
             return
         sampling = turn_sampling(one.sampling, turn, self._engine.requests.stop, room)
-        one.ticket = self._engine.requests.start([turn.sample], sampling, one.left)
+        one.ticket = self._engine.requests.start([turn.sample], sampling, one.tokens_left)
 
     def _left_engine(self, one: _Playing) -> bool:
         return one.ticket is not None and self._engine.requests.ended(one.ticket)
@@ -294,33 +303,33 @@ class Episodes(RolloutKind[Episode]):
         assert one.turn is not None and one.ticket is not None
         (sample,) = self._engine.requests.finish(one.ticket)
         one.ticket = None
-        if one.left is not None:
-            one.left -= len(sample.tokens) - len(one.turn.sample.tokens)
+        if one.tokens_left is not None:
+            one.tokens_left -= len(sample.tokens) - len(one.turn.sample.tokens)
         one.turn = replace(one.turn, sample=sample)
         if sample.ended:
-            self._over(one, sample)
+            self._end_turn(one, sample)
         else:
             one.interrupted = True
 
-    def _over(self, one: _Playing, sample: Sample) -> None:
+    def _end_turn(self, one: _Playing, sample: Sample) -> None:
         """A turn has been sampled to its end; its environment goes on."""
         assert one.turn is not None and one.episode.key is not None
         turn = replace(one.turn, sample=replace(sample, prompt=[]))
         one.context, one.turn = [*sample.prompt, *sample.tokens], None
         one.episode = replace(one.episode, turns=(*one.episode.turns, turn))
-        one.since = time.monotonic()
+        one.waiting_since = time.monotonic()
         if self._source is not None:
-            self._tell(self._source.answer, one.episode.key, len(one.episode.turns), sample)
+            self._call_source(self._source.answer, one.episode.key, len(one.episode.turns), sample)
 
     # ---- begin and end
 
     def _begin(self, episode: Episode) -> _Playing:
         self._begun += 1
         fresh = replace(episode, key=self._begun, turns=())
-        one = _Playing(fresh, Sampling(), None, deque(episode.turns), since=time.monotonic())
+        one = _Playing(fresh, Sampling(), None, deque(episode.turns), waiting_since=time.monotonic())
         self._playing[self._begun] = one
         if self._source is not None:
-            self._tell(self._source.start, self._begun, episode.task, episode.place.environment_seed)
+            self._call_source(self._source.start, self._begun, episode.task, episode.place.environment_seed)
         return one
 
     def _fail(self, one: _Playing, kind: str, detail: str) -> None:
@@ -328,7 +337,7 @@ class Episodes(RolloutKind[Episode]):
         key, turns = one.episode.key, len(one.episode.turns)
         assert key is not None
         if self._source is not None:
-            self._tell(self._source.abandon, [key])
+            self._call_source(self._source.abandon, [key])
         self._end(one, Ended(key, math.nan, (0.0,) * turns, kind, {"detail": detail}))
 
     def _end(self, one: _Playing, end: Ended) -> None:
@@ -345,8 +354,8 @@ class Episodes(RolloutKind[Episode]):
         one.episode = replace(one.episode, end=replace(end, turn_rewards=rewards))
         del self._playing[end.episode]
 
-    def _tell(self, method: Callable[..., None], *arguments: Any) -> None:
-        """Call the source; where it fails, the other ranks are told first."""
+    def _call_source(self, method: Callable[..., None], *arguments: Any) -> None:
+        """Call the source; its error is raised once the other ranks know of it, before the next engine step."""
         if self._error is None:
             try:
                 method(*arguments)

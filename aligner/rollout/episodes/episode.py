@@ -31,9 +31,10 @@ class Turn:
     """Settings of sampling that the agent asked for."""
 
     def asked_alike(self, other: Turn) -> bool:
-        """Whether both were asked for with the same context and the same settings."""
-        asked = (self.added, self.new_segment, self.max_tokens, dict(self.sampling))
-        return asked == (other.added, other.new_segment, other.max_tokens, dict(other.sampling))
+        """Whether both were asked for with the same context and the same settings of sampling. Their limits may differ: those
+        of the run may have been raised since."""
+        asked = (self.added, self.new_segment, dict(self.sampling))
+        return asked == (other.added, other.new_segment, dict(other.sampling))
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,8 @@ def replay(source: EpisodeSource, record: SampleRecord, stop: Collection[int], w
     It goes on as long as each turn is asked for with the recorded context: after another one, what was sampled means nothing.
 
     Args:
-        stop: token ids that end a turn; a recorded turn without one at its end was cut off by its limit.
+        stop: token ids that end any turn; a recorded turn without one at its end, or one that the agent asked for, was cut
+            off by its limit.
         wait_s: most seconds for one answer of the environment.
 
     Returns:
@@ -62,7 +63,8 @@ def replay(source: EpisodeSource, record: SampleRecord, stop: Collection[int], w
         if list(event.context) != context:
             source.abandon([1])
             return [Difference(where, "the context", context, list(event.context))]
-        source.answer(1, turn.number, _sampled(record, turn, context, stop))
+        ends = {*stop, *event.sampling.get("stop_token_ids", ())}
+        source.answer(1, turn.number, _sampled(record, turn, context, ends))
     if record.episode["ended"] in OF_THE_ROLLOUT:
         source.abandon([1])
         return []
@@ -78,7 +80,7 @@ def _next_event(source: EpisodeSource, wait_s: float) -> Ask | Ended:
     while True:
         events = source.poll(min(1.0, wait_s))
         if events:
-            return events[0]
+            return events[-1]  # it may have failed since it asked
         if time.monotonic() >= until:
             source.abandon([1])
             raise ValueError(f"the environment has said nothing for {wait_s:g} s; give it longer with --wait.")

@@ -163,6 +163,36 @@ def test_an_environment_that_says_something_else_fails_the_replay(loaded: Loaded
     )
 
 
+def test_a_raised_limit_does_not_fail_the_replay(loaded: Loaded) -> None:
+    """Recorded turns stay as they were sampled; the next have the new limit."""
+    _, engine, _ = loaded
+    driver = driver_of(engine, Scripted(max_tokens=3))
+    saved = [driver.to_json(one) for one in driver.finish(driver.resume(begun(driver), SAMPLING, 5))]
+    numbers = [number for number, one in enumerate(saved) if one["end"] is None]
+    other = driver_of(engine, Scripted(max_tokens=6))
+    rest = [other.from_json(saved[number], tasks()[number // 2]) for number in numbers]
+    assert any(one.turns for one in rest)
+    for before, one in zip(rest, other.finish(other.resume(rest, SAMPLING)), strict=True):
+        assert one.end is not None and one.end.ended in ("done", "crashed")
+        assert [turn.sample.tokens for turn in before.turns[:-1]] == [
+            turn.sample.tokens for turn in one.turns[: len(before.turns) - 1]
+        ]
+
+
+def test_an_environment_that_ends_sooner_than_before_fails_the_replay(loaded: Loaded) -> None:
+    _, engine, _ = loaded
+    driver = driver_of(engine, Scripted())
+    saved = [driver.to_json(one) for one in driver.finish(driver.resume(begun(driver), SAMPLING, 12))]
+    numbers = [number for number, one in enumerate(saved) if one["end"] is None and len(one["turns"]) > 2]
+    assert numbers
+    other = driver_of(engine, Scripted(turns=1))
+    rest = [other.from_json(saved[number], tasks()[number // 2]) for number in numbers]
+    for one in other.finish(other.resume(rest, SAMPLING)):
+        assert one.end is not None and one.end.ended in ("replay", "crashed") and math.isnan(one.end.reward)
+        if one.end.ended == "replay":
+            assert "ends the episode after turn" in one.end.record["detail"]
+
+
 def test_a_turn_reads_what_is_new_only(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
     """vLLM's prefix cache keeps the turns before, but for the last, unfilled block."""
     _, engine, _ = loaded

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -96,3 +96,35 @@ def test_a_silent_environment_is_not_waited_for_without_end() -> None:
     record = played(Scripted())
     with pytest.raises(ValueError, match=r"has said nothing for 0\.05 s"):
         replay(Scripted(delay_s=(30.0, 30.0)), record, STOP, 0.05)
+
+
+class Watched(Scripted):
+    """Asks with a stop token of its own, and keeps what it is told of each turn's end."""
+
+    truncated: ClassVar[list[bool]] = []
+
+    def poll(self, wait_s: float) -> list[Ask | Ended]:
+        asks = super().poll(wait_s)
+        return [replace(one, sampling={"stop_token_ids": [95]}) if isinstance(one, Ask) else one for one in asks]
+
+    def answer(self, episode: int, turn: int, sample: Sample) -> None:
+        self.truncated.append(sample.truncated)
+        super().answer(episode, turn, sample)
+
+
+def test_a_turn_ends_with_the_stop_token_that_its_agent_asked_for() -> None:
+    record = played(Scripted(turns=1))
+    tokens = [95 if place == record.turns[-1].stop - 1 else token for place, token in enumerate(record.tokens)]
+    again(replace(record, tokens=tokens), Watched(turns=1))
+    assert Watched.truncated == [False]
+
+
+def test_an_episode_that_fails_while_it_waits_for_its_turn() -> None:
+    class Failing(Scripted):
+        def poll(self, wait_s: float) -> list[Ask | Ended]:
+            asks = super().poll(wait_s)
+            self.abandon([1])
+            return [*asks, Ended(1, math.nan, (), "timeout", {"detail": "too late"})]
+
+    (difference,) = replay(Failing(), played(Scripted()), STOP, 5.0)
+    assert difference.where == "turn 1" and difference.now == "timeout (too late)"
