@@ -372,6 +372,8 @@ PLACEMENT = [
     Case("layers", "placement.policy.pipeline=4", ("placement.policy.pipeline=4 does not divide the 2 layers", "use 1 or 2"), FOUR),
     Case("rollout_engine", "rollout.engine=sglang", ("rollout.engine=sglang is unknown; use vllm, transformers",)),
     Case("transformers_tensor", "rollout.engine=transformers placement.rollout.tensor=2", ("placement.rollout.tensor=2", "holds the whole model", "use 1, or engine=vllm"), {"WORLD_SIZE": "2"}),
+    Case("fp8_on_a_cpu", "rollout.quantization=fp8", ("rollout.quantization=fp8 is for GPUs", "use rollout.quantization=none")),
+    Case("fp8_transformers", "rollout.quantization=fp8 rollout.engine=transformers", ("rollout.quantization=fp8: engine=transformers", "use rollout.engine=vllm")),
     Case("share_vllm", "rollout.share_policy_weights=true", ("rollout.share_policy_weights=true: engine=vllm", "use rollout.engine=transformers")),
     Case("share_megatron", f"{SHARED}", ("rollout.share_policy_weights=true: policy.engine=megatron", "use policy.engine=fsdp")),
     Case("share_parts", f"{SHARED} policy.engine=fsdp", ("each rank holds one of 2 parts of the policy", "placement.policy.replicas=2")),

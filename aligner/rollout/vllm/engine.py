@@ -20,6 +20,7 @@ from aligner.reshard.plan.block_scales import BLOCK
 from aligner.rollout.config import BESIDE_OTHERS, RolloutConfig, Sampling
 from aligner.rollout.engine import RolloutEngine, SharedTensors
 from aligner.rollout.loaded import LoadedWeights
+from aligner.rollout.quantization import SETTING
 from aligner.rollout.requests import Sample
 from aligner.rollout.vllm import cpu_norms
 from aligner.rollout.vllm.cpu_rotary import mend_cpu_rotary
@@ -41,6 +42,9 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 LOAD_FORMAT = "dummy"
 """vLLM starts with placeholder weights: the policy's arrive by resharding."""
+
+FP8_CAPABILITY = (8, 9)
+"""The first that multiplies E4M3 numbers."""
 
 
 class VllmEngine(RolloutEngine):
@@ -79,6 +83,8 @@ class VllmEngine(RolloutEngine):
         cpu, architecture = device.type == "cpu", architecture_of(self.spec)
         tensor = dist.get_world_size(group) // pipeline
         check_runs(config, self.spec, tensor, cpu, expert_parallel, pipeline)
+        if config.quantization == "fp8" and not cpu:
+            check_fp8_device(device)
         self.loaded = loaded or LoadedWeights()
         """Which weights the engine holds; `EngineWeights` says when they are written."""
         # The second runner draws all requests with one kernel and holds nothing of their streams; it is not for CPUs, and of a
@@ -223,6 +229,16 @@ class VllmEngine(RolloutEngine):
         self.loaded.evict()
         self._llm = None
         self._subworld.close()
+
+
+def check_fp8_device(device: torch.device) -> None:
+    """Raises ValueError where the GPU cannot multiply E4M3 numbers: vLLM's Triton kernel would fail at its first launch."""
+    capability = torch.cuda.get_device_capability(device)
+    if capability < FP8_CAPABILITY:
+        raise ValueError(
+            f"{SETTING}: {torch.cuda.get_device_name(device)} has compute capability {'.'.join(map(str, capability))}, and FP8 "
+            f"takes {'.'.join(map(str, FP8_CAPABILITY))} or more (Ada, Hopper, Blackwell); use rollout.quantization=none."
+        )
 
 
 def _platform(device: torch.device) -> None:

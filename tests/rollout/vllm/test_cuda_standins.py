@@ -20,6 +20,7 @@ import torch.distributed as dist
 from aligner.rollout.loaded import LoadedWeights
 from aligner.rollout.vllm import sleep
 from aligner.rollout.vllm.draws import DrawsByGenerator, DrawsByPosition, draws_of
+from aligner.rollout.vllm.engine import check_fp8_device
 from aligner.rollout.vllm.subworld import SubWorld, compile_cache
 from aligner.spmd.memory import Meter
 
@@ -46,6 +47,18 @@ def streams(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: torch.zeros(1))
     monkeypatch.setattr(torch.cuda, "set_rng_state", lambda value, device: None)
     return state
+
+
+def test_fp8_is_refused_by_name_on_a_gpu_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100-SXM4-80GB")
+    for capability, refused in (((8, 0), True), ((8, 9), False), ((9, 0), False), ((10, 0), False)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, it=capability: it)
+        with (
+            pytest.raises(ValueError, match=r"A100.* has compute capability 8\.0.* 8\.9 or more")
+            if refused
+            else nullcontext()
+        ):
+            check_fp8_device(GPU)
 
 
 def test_the_stream_of_the_process_is_restored(group: dist.ProcessGroup, streams: dict[str, Any]) -> None:
