@@ -237,7 +237,8 @@ class AgentEpisodes:
         if exited.failure and not refused:
             return exited.failure, math.nan, exited.detail
         if not one.turns:
-            return "protocol", math.nan, "the program ended without a request for a turn"
+            reason = f"; what it asked for was refused ({refused})" if refused else ""
+            return "protocol", math.nan, f"the program ended without a turn{reason}"
         if report is not None:
             return refused or "done", report.reward, exited.detail
         if not self._agent.reports_reward and not exited.failure:
@@ -292,7 +293,8 @@ class AgentEpisodes:
         while one.queue and one.open is None:
             pending = min(one.queue, key=lambda each: each.request.digest)
             one.queue.remove(pending)
-            if not pending.connected():
+            if not pending.connected():  # its thread, and the program's clock, wait for an answer all the same
+                pending.finish(ApiError(410, "The client has closed the connection.", code="client_closed"))
                 continue
             try:
                 return self._ask(key, one, pending)
