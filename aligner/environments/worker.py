@@ -340,6 +340,9 @@ class Worker:
             reason = f"it is not UTF-8: {error}"
         except (TypeError, ValueError, RecursionError) as error:
             reason = str(error)
+        except MemoryError as error:
+            kind, detail = failure_of(error)
+            return self._write({"id": call, "failed": kind, "detail": detail})
         else:
             return
         self._write({"id": call, "failed": "protocol", "detail": f"the answer cannot be sent: {reason[:DETAIL_CHARS]}"})
@@ -413,7 +416,11 @@ def error_text(error: BaseException) -> str:
     """An exception with the last place of its traceback."""
     frames = traceback.extract_tb(error.__traceback__)
     place = f" at {os.path.basename(frames[-1].filename)}:{frames[-1].lineno}" if frames else ""
-    return f"{type(error).__name__}{place}: {' '.join(str(error).split())[:DETAIL_CHARS]}"
+    try:
+        text = " ".join(str(error).split())
+    except Exception:
+        text = "(its text cannot be made)"
+    return f"{type(error).__name__}{place}: {text[:DETAIL_CHARS]}"
 
 
 def restart_long_log() -> None:

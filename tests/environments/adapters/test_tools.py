@@ -191,7 +191,8 @@ def url() -> Iterator[str]:
     class Answers(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            self.send_response(200 if "query" in body else 400)
+            self.send_response(302 if "moved" in body else 200 if "query" in body else 400)
+            self.send_header("Location", body.get("moved", ""))
             self.end_headers()
             self.wfile.write(f"found {body.get('query')}".encode())
 
@@ -240,6 +241,13 @@ def test_tools_of_ours_and_of_a_user_in_processes(url: str) -> None:
         assert made.poll(20.0) == [Finished(0, None)]
 
 
+def test_a_redirect_is_not_followed(url: str) -> None:
+    """The token would go to another host."""
+    search = {"url": url, "name": "search", "description": "Search.", "parameters": {}}
+    turn = tools.make(host("http", options=search))().step("", [{"name": "search", "arguments": {"moved": url}}])
+    assert "302" in turn["messages"][0]["content"] and turn["metrics"]["tool_errors"] == 1
+
+
 @pytest.mark.parametrize(
     ("settings", "why"),
     [
@@ -252,6 +260,19 @@ def test_tools_of_ours_and_of_a_user_in_processes(url: str) -> None:
             "isolation=none is unknown; use namespaces or limits",
         ),
         ({"target": "interpreter", "options": {"second": 1}}, "do not fit"),
+        (
+            {
+                "target": "http",
+                "options": {
+                    "url": "http://x",
+                    "name": "n",
+                    "description": "",
+                    "parameters": {},
+                    "token_env": "NO_SUCH",
+                },
+            },
+            "token_env=NO_SUCH is not set",
+        ),
     ],
 )
 def test_options_of_our_tools(settings: dict[str, Any], why: str) -> None:
