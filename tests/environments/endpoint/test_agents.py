@@ -229,6 +229,7 @@ def test_text_that_cannot_be_encoded_is_refused(player: Player) -> None:
         ("hang", "episode_timeout", "environment.episode_timeout_s", {"episode_timeout_s": 2.0}),
         ("never", "timeout", "environment.start_timeout_s", {"start_timeout_s": 0.5}),
         ("memory", "memory", "", {"memory_mib": 300}),
+        ("orphans_memory", "memory", "its processes used", {"memory_mib": 200, "step_timeout_s": 100.0}),
         ("liar", "protocol", "turn_rewards", {}),
     ],
 )
