@@ -363,8 +363,10 @@ class Worker:
 
     def _read(self) -> dict[str, Any] | None:
         """The next request; None at the end. Keeps the log short while it waits."""
+        poller = select.poll()  # takes descriptors of any number: it is the rank's, which may have thousands
+        poller.register(self._requests, select.POLLIN)
         while len(self._buffer) < 4 or len(self._buffer) < 4 + LENGTH.unpack(self._buffer[:4])[0]:
-            ready = select.select([self._requests], [], [], LOG_CHECK_S)[0]
+            ready = poller.poll(LOG_CHECK_S * 1000)
             if time.monotonic() > self._log_checked + LOG_CHECK_S:
                 self._log_checked = time.monotonic()
                 restart_long_log()

@@ -209,8 +209,8 @@ class AgentEpisodes:
         }
 
     def _exited(self, key: int, one: _Episode, exited: Exited) -> Ended:
-        ended, reward, detail = self._outcome(one, exited)
         report = self._report(one, exited)
+        ended, reward, detail = self._outcome(one, exited, report)
         turns = one.turns - (one.open is not None)
         rewards = (0.0,) * turns
         if report is not None and report.turn_rewards is not None and not math.isnan(reward):
@@ -230,9 +230,8 @@ class AgentEpisodes:
         self._launch()
         return Ended(key, reward, rewards, ended, record)
 
-    def _outcome(self, one: _Episode, exited: Exited) -> tuple[str, float, str]:
+    def _outcome(self, one: _Episode, exited: Exited, report: RewardReport | None) -> tuple[str, float, str]:
         """(how the episode has ended, its reward, the detail)."""
-        report = self._report(one, exited)
         refused = one.over_budget if exited.failure in ("", "crashed") else ""
         if exited.failure and not refused:
             return exited.failure, math.nan, exited.detail

@@ -217,7 +217,7 @@ def test_tools_of_ours_and_of_a_user_in_processes(url: str) -> None:
     }
     with pool(**settings) as made:
         made.open(0, {}, 0)
-        (opened,) = made.poll(20.0)
+        (opened,) = made.poll(60.0)
         assert [tool["function"]["name"] for tool in opened.turn.tools] == ["shout", "python", "search"]  # type: ignore[union-attr]
         assert opened.turn.tools[2]["function"] == {
             "name": "search",
@@ -231,14 +231,14 @@ def test_tools_of_ours_and_of_a_user_in_processes(url: str) -> None:
             {"name": "search", "arguments": {"word": "x"}},
         ]
         made.step(0, Action("", calls))
-        (stepped,) = made.poll(20.0)
+        (stepped,) = made.poll(60.0)
         said = contents([stepped])
         assert said[:3] == ["HEY", "42\n[ended with exit code 3]", "found x"] and "400" in said[3]
         made.step(0, Action("done"))
-        (ended,) = made.poll(20.0)
+        (ended,) = made.poll(60.0)
         assert isinstance(ended, Stepped) and ended.turn.done
         made.finish(0)
-        assert made.poll(20.0) == [Finished(0, None)]
+        assert made.poll(60.0) == [Finished(0, None)]
 
 
 def test_a_redirect_is_not_followed(url: str) -> None:
