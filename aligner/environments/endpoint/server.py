@@ -6,6 +6,7 @@ import contextlib
 import json
 import select
 import socket
+import socketserver
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -83,6 +84,11 @@ class _Server(ThreadingHTTPServer):
     def __init__(self, *args: Any) -> None:
         self._open: set[socket.socket] = set()
         super().__init__(*args)
+
+    def server_bind(self) -> None:
+        """Without the base class's look-up of a host name, which may wait for a name server."""
+        socketserver.TCPServer.server_bind(self)
+        self.server_name, self.server_port = HOST, int(self.server_address[1])
 
     def process_request(self, request: Any, client_address: Any) -> None:
         if not self.free.acquire(blocking=False):

@@ -162,6 +162,32 @@ def test_generate_has_the_form_of_vllms_own_route(endpoint: Endpoint) -> None:
     assert GenerateTextResponse.model_validate(text).choices[0].text == "Hi!"
 
 
+def test_generate_as_a_stream_and_as_vllms_own_clients_ask(endpoint: Endpoint) -> None:
+    from vllm import SamplingParams
+    from vllm.entrypoints.scale_out.token_in_token_out.protocol import GenerateRequest, GenerateTokensStreamResponse
+
+    request = GenerateRequest(token_ids=[1, 2], sampling_params=SamplingParams(max_tokens=5, logprobs=1))
+    body = json.loads(request.model_dump_json())
+    assert endpoint.post("/inference/v1/generate", body)[1]["choices"][0]["token_ids"] == [3, 4, 5]
+    connection = http.client.HTTPConnection("127.0.0.1", endpoint.server.port, timeout=30)
+    body |= {"stream": True, "stream_options": {"include_usage": True}}
+    key = {"Authorization": f"Bearer {endpoint.session.key}"}
+    connection.request("POST", "/inference/v1/generate", json.dumps(body), key)
+    *events, done, rest = connection.getresponse().read().split(b"\n\n")
+    assert (done, rest) == (b"data: [DONE]", b"")
+    chunk, usage = [GenerateTokensStreamResponse.model_validate_json(event.removeprefix(b"data: ")) for event in events]
+    assert chunk.choices[0].token_ids == [3, 4, 5] and chunk.choices[0].finish_reason == "stop"
+    assert not usage.choices and usage.usage and usage.usage.completion_tokens == 3
+
+
+def test_no_name_server_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> str:
+        raise AssertionError("a name was looked up")
+
+    monkeypatch.setattr(socket, "getfqdn", refuse)
+    EndpointServer(Exchange(), ServedModel("policy", 64, 100), 4096, 8).close()
+
+
 def test_rewards_go_to_the_session(endpoint: Endpoint) -> None:
     assert endpoint.post("/v1/reward", {"reward": 0.5})[0] == 200
     assert endpoint.session.report is not None and endpoint.session.report.reward == 0.5
