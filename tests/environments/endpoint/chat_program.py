@@ -51,6 +51,9 @@ def main(what: str) -> None:
     elif what == "print":
         talk(1)
         print('noise\n{"reward": 0.25}')
+    elif what == "print_text":
+        talk(1)
+        print('{"reward": "high"}')
     elif what == "tool":
         messages: list[Any] = [{"role": "user", "content": "Add."}]
         said = say(messages, tools=TOOLS)

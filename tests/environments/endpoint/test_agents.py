@@ -225,6 +225,7 @@ def test_text_that_cannot_be_encoded_is_refused(player: Player) -> None:
         ("crash", "crashed", "the tool broke", {}),
         ("nothing", "protocol", "without a turn", {}),
         ("silent", "no_reward", "environment.agent.reports_reward", {}),
+        ("print_text", "no_reward", 'reward must be a number from -1e+30 to 1e+30; it is "high"', {}),
         ("hang", "timeout", "environment.step_timeout_s", {"step_timeout_s": 0.5}),
         ("hang", "episode_timeout", "environment.episode_timeout_s", {"episode_timeout_s": 2.0}),
         ("never", "timeout", "environment.start_timeout_s", {"start_timeout_s": 0.5}),
