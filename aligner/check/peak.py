@@ -47,8 +47,10 @@ def check_peak(
     machine: Machine,
 ) -> None:
     """ValueError where a rank's GPU has less than that; a host's memory is shared and may be swapped, and is not refused."""
+    if machine.device_bytes is None:
+        return
     most = peaks(config, roles, specs, meshes, data, machine)
-    if machine.device_bytes is None or not most:
+    if not most:
         return
     rank = max(most, key=lambda rank: most[rank])
     if most[rank] > machine.device_bytes:
