@@ -75,6 +75,7 @@ def test_equal_to_the_padded_calls(
     for module in (packed_attention, prefix_attention):
         monkeypatch.setattr(module, "has_varlen", lambda query: True)
     monkeypatch.setattr(packed_attention, "varlen_attn", documented)
+    assert prefix_attention.computed_tokens(lengths, parents, torch.empty(0, 16)) == sum(lengths), "no padding"
     for one, other in zip(outcome(lengths, parents, window), expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
 
