@@ -281,7 +281,7 @@ SETTINGS = [
     Case("flag", "--steps", ("--steps is not a flag", "KEY=VALUE")),
     Case("short_flag", "-n", ("-n is not a flag", "KEY=VALUE")),
     Case("flag_value", "--cfg=all", ("--cfg", "'all'", "'job'")),
-    Case("config_name", "--config-name=nope", ("--config-name=nope", "available: quickstart, quickstart_sft, ")),
+    Case("config_name", "--config-name=nope", ("--config-name=nope", "available: calculator, calculator_sft, ")),
     Case("config_dir", "--config-dir={bad}/nowhere", ("--config-dir={bad}/nowhere is not a folder",)),
     Case("dtype", "policy.dtype=float8", ("policy.dtype=float8 is unknown", "use float32, bfloat16")),
     Case("negative_lr", "policy.optimizer.lr=-1e-3", ("policy.optimizer.lr=-0.001 must be at least 0",)),

@@ -69,10 +69,10 @@ import os, re, time
 
 
 class Rogue:
-    """Pays 1 for any turn, but of 16 seeds six end in six ways."""
+    """Pays 1 for any turn, but of 11 seeds six end in six ways."""
 
     def reset(self, row, seed):
-        self.fate = seed % 16
+        self.fate = seed % 11
         return "go:"
 
     def step(self, text):
@@ -100,7 +100,7 @@ def test_stuck_crashing_eating_and_lying_environments_are_counted_and_masked(job
     rows = job(
         2, "reward=environment", "reward.rule=''", f"environment.target='{rogue}:Rogue'", f"data.chat_template='{template}'",
         "environment.step_timeout_s=1", "environment.memory_mib=512", "environment.long_output=fail", "reward.max_missing=1",
-        "sampling.max_tokens=4", "rollout.max_model_len=128", "train.steps=4", "train.eval_every=0",
+        "sampling.max_tokens=4", "rollout.max_model_len=128", "train.steps=4", "train.eval_every=0", "seed=1",
     )  # fmt: skip
     ended: dict[str, float] = {}
     for row in rows:

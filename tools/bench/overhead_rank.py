@@ -103,6 +103,7 @@ class NullRollout(Rollout):
         world.my_group(mesh.groups("tensor", "pipeline"))
         self.engine = NullEngine(tokens)  # type: ignore[assignment]
         self.plays, self._responses = False, Responses(self.engine)
+        self.shared = None
 
 
 class NullScorer:
