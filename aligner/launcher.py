@@ -29,6 +29,7 @@ import time
 from pathlib import Path
 
 from aligner.health.process_exit import EXIT_STATUS_FOLDER, exit_on_signal, temporary_folder
+from aligner.spmd.device import device_type
 
 SHUTDOWN_SECONDS = 600
 NUMA_NODES = Path("/sys/devices/system/node")
@@ -96,8 +97,10 @@ def _run(arguments: list[str], folder: Path | None) -> int:
 def _numa_options(nodes: Path) -> list[str]:
     """Of ranks on GPUs; torch binds by the numactl command, and fails without."""
     several = len(list(nodes.glob("node[0-9]*"))) > 1
-    binds = os.environ.get("ALIGNER_DEVICE") == "cuda" and several and shutil.which("numactl") is not None
-    return ["--numa-binding", "node"] if binds else []
+    with contextlib.suppress(ValueError):  # the ranks report a device that is none
+        if device_type() == "cuda" and several and shutil.which("numactl") is not None:
+            return ["--numa-binding", "node"]
+    return []
 
 
 def _status_after_signal(number: signal.Signals, ends: Path | None) -> int:

@@ -175,6 +175,10 @@ def test_ranks_on_gpus_stay_with_their_memory(tmp_path: Path, monkeypatch: pytes
     assert parsed.numa_binding == "socket", "what is given counts"
     monkeypatch.setenv("ALIGNER_DEVICE", "cpu")
     assert _numa_options(tmp_path) == []
-    monkeypatch.setenv("ALIGNER_DEVICE", "cuda")
+    monkeypatch.setenv("ALIGNER_DEVICE", "gpu")
+    assert _numa_options(tmp_path) == [], "an error of the ranks"
+    monkeypatch.delenv("ALIGNER_DEVICE")
+    monkeypatch.setattr("aligner.spmd.device.cuda_build", lambda: "13.0")
+    assert _numa_options(tmp_path) == ["--numa-binding", "node"], "torch's build says where ranks compute"
     monkeypatch.setattr("shutil.which", lambda name: None)
     assert _numa_options(tmp_path) == [], "numactl is not installed"

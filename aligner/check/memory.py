@@ -118,8 +118,8 @@ def bytes_of_rank(config: Config, sizes: Mapping[str, float], roles: Collection[
 
 def peak_of_rank(
     config: Config, sizes: Mapping[str, float], taken: Mapping[str, float], roles: Collection[str], machine: Machine
-) -> float:
-    """The same with what the most demanding role call takes beside it.
+) -> tuple[float, str]:
+    """(the same with what the most demanding role call takes beside it, the role whose call that is).
 
     Args:
         taken: activations of each role's calls, at most; a role without counts none.
@@ -127,7 +127,7 @@ def peak_of_rank(
     peaks = []
     for role in roles:
         away = () if machine.cpu or config.residency.mode == "off" else set(roles) - {role, *config.residency.keep}
-        peaks.append(sum(sizes[other] for other in roles if other not in away) + taken.get(role, 0.0))
+        peaks.append((sum(sizes[other] for other in roles if other not in away) + taken.get(role, 0.0), role))
     return max(peaks)
 
 

@@ -22,8 +22,9 @@ def peaks(
     meshes: Mapping[str, Mesh],
     data: DataSets,
     machine: Machine,
-) -> dict[int, float]:
-    """Bytes on one rank of each set of roles that share ranks, at most; empty where no backend can tell its activations."""
+) -> dict[int, tuple[float, str]]:
+    """(bytes at most, the role whose call takes them) on one rank of each set of roles that share ranks; empty where no backend
+    can tell its activations."""
     taken = {}
     for role, spec in specs.items():
         of_role = role_activations(config, role, roles, data, spec, meshes[role], machine.cpu)
@@ -47,14 +48,30 @@ def check_peak(
     machine: Machine,
 ) -> None:
     """ValueError where a rank's GPU has less than that; a host's memory is shared and may be swapped, and is not refused."""
+    if machine.device_bytes is None:
+        return
     most = peaks(config, roles, specs, meshes, data, machine)
-    if machine.device_bytes is None or not most:
+    if not most:
         return
     rank = max(most, key=lambda rank: most[rank])
-    if most[rank] > machine.device_bytes:
+    needed, role = most[rank]
+    if needed > machine.device_bytes:
         raise ValueError(
-            f"rank {rank} needs up to {most[rank] / 2**30:.1f} GiB with the activations and logits of its largest microbatch, and "
-            f"its GPU has {machine.device_bytes / 2**30:.1f} GiB. Lower policy.micro_tokens={config.policy.micro_tokens}, use "
-            f"policy.recompute=full, raise placement.policy.tensor, pipeline or context (with sequence_parallel=true), or use more "
-            "ranks, over which the optimizer's state is sharded."
+            f"rank {rank} needs up to {needed / 2**30:.1f} GiB with the activations and logits of the largest microbatch of {role}, and "
+            f"its GPU has {machine.device_bytes / 2**30:.1f} GiB. {remedies(config, role, config.learns(role, roles))}."
         )
+
+
+def remedies(config: Config, role: str, learns: bool) -> str:
+    """What lowers the peak of a role's calls, by the names of its settings."""
+    settings, section = config.settings(role), config.role(role).section
+    forward = settings.forward_micro_tokens
+    lower = [f"{section}.micro_tokens={settings.micro_tokens}"] * (learns or forward is None)
+    lower += [f"{section}.forward_micro_tokens={forward}"] * (forward is not None)
+    ways = [f"Lower {' and '.join(lower)}"]
+    if learns and settings.recompute != "full":
+        ways.append(f"use {section}.recompute=full")
+    ways.append(f"raise placement.{role}.tensor, pipeline or context (with sequence_parallel=true)")
+    if learns:
+        ways.append("use more ranks, over which the optimizer's state is sharded")
+    return f"{', '.join(ways[:-1])}, or {ways[-1]}"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from aligner.check.disk import bytes_needed, gib, nearest_folder
 from aligner.check.memory import bytes_of_rank, bytes_of_roles, machine_of, roles_of_ranks, weight_bytes
 from aligner.check.microbatch import microbatch, role_activations
-from aligner.check.peak import peaks
+from aligner.check.peak import peaks, remedies
 from aligner.check.rollout import shown_ends
 from aligner.data.left_out import LeftOut, left_out_text
 from aligner.data.mixture import source_weight
@@ -164,15 +164,11 @@ def _peak(
     if not most:
         return []
     rank = max(most, key=lambda rank: most[rank])
-    lines = [("", f"at most {gib(most[rank])} on rank {rank} with the activations of its largest microbatch")]
-    if most[rank] > machine.rank_bytes:
-        lines.append(
-            (
-                "",
-                f"note: a rank has {gib(machine.rank_bytes)}; lower policy.micro_tokens, use policy.recompute=full, or raise "
-                "placement.policy.context or tensor (with sequence_parallel=true)",
-            )
-        )
+    needed, role = most[rank]
+    lines = [("", f"at most {gib(needed)} on rank {rank} with the activations of the largest microbatch of {role}")]
+    if needed > machine.rank_bytes:
+        ways = remedies(config, role, config.learns(role, roles))
+        lines.append(("", f"note: a rank has {gib(machine.rank_bytes)}. {ways}."))
     return lines
 
 

@@ -30,8 +30,9 @@ def turn_of(answer: Any) -> Turn:
     for message in messages:
         _check_message(message)
     done, replaces = answer.get("done", False), answer.get("replaces", False)
-    if not isinstance(done, bool) or not isinstance(replaces, bool):
-        raise WrongAnswerError(f"done is {done!r}, neither true nor false")
+    for name, flag in (("done", done), ("replaces", replaces)):
+        if not isinstance(flag, bool):
+            raise WrongAnswerError(f"{name} is {flag!r}, neither true nor false")
     tools = answer.get("tools")
     if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
         raise WrongAnswerError("tools are not a list of JSON schemas")
@@ -58,9 +59,16 @@ def thread_of(answer: Mapping[str, Any]) -> tuple[int, ...]:
 
 
 def same_as_before(turn: Turn) -> str:
-    """What must be equal when an action is replayed: everything but the metrics (times, counts of retries)."""
+    """What must be equal when an action is replayed: everything but the metrics (times, counts of retries).
+
+    Raises:
+        WrongAnswerError: it is nested too deeply to be kept.
+    """
     kept = [list(turn.messages), turn.done, turn.reward, turn.tools and list(turn.tools), turn.replaces]
-    return json.dumps(kept, sort_keys=True)
+    try:
+        return json.dumps(kept, sort_keys=True)
+    except RecursionError:
+        raise WrongAnswerError("a turn is nested too deeply") from None
 
 
 def _check_message(message: Any) -> None:
@@ -77,9 +85,9 @@ def _reward(value: Any) -> float | None:
         return None
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise WrongAnswerError(f"the reward is {repr(value)[:80]}, not a number")
-    if not math.isfinite(value):
-        raise WrongAnswerError(f"the reward is {value}")
-    return float(value)
+    if not math.isfinite(reward := _float(value)):
+        raise WrongAnswerError(f"the reward is {reward}")
+    return reward
 
 
 def _metrics(values: Any) -> Mapping[str, float]:
@@ -87,4 +95,13 @@ def _metrics(values: Any) -> Mapping[str, float]:
         return {}
     if not isinstance(values, dict) or not all(isinstance(value, int | float) for value in values.values()):
         raise WrongAnswerError("metrics are not an object of numbers")
-    return {name: float(value) for name, value in values.items() if math.isfinite(value)}
+    numbers = {name: _float(value) for name, value in values.items()}
+    return {name: number for name, number in numbers.items() if math.isfinite(number)}
+
+
+def _float(value: int | float) -> float:
+    """Infinity for whole numbers that are too large."""
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf

@@ -10,6 +10,8 @@ from aligner.environments.process import EnvironmentProcess
 
 CRASHED_THREAD = re.compile(r"^Current thread (0x[0-9a-f]+)", re.MULTILINE)
 """What faulthandler writes before the traceback of the thread that crashed."""
+CRASH_LOG_BYTES = 2**20
+"""The end of the log in which it is looked for: the tracebacks of other threads and the names of all extension modules follow it."""
 
 
 @dataclass

@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from aligner.environments.answers import WrongAnswerError, final_of, same_as_before, seconds_of, thread_of, turn_of
-from aligner.environments.blame import Call, crash_suspects, stall_suspects
+from aligner.environments.blame import CRASH_LOG_BYTES, Call, crash_suspects, stall_suspects
 from aligner.environments.config import EnvironmentConfig
 from aligner.environments.process import EnvironmentProcess, ProtocolError, interpreter
 from aligner.environments.protocol import FAILURES, Action, Failed, Finished, Opened, PoolEvent, Stepped, Turn
@@ -20,6 +20,9 @@ __all__ = ["Action", "EnvironmentPool", "Failed", "Finished", "Opened", "PoolEve
 
 MAX_LOSSES = 2
 """Processes that an episode may lose to others; then it gets one for itself, which nobody else can end."""
+COUNTED_PAUSE_S = 1.0
+"""Of the time between two polls, in which the rank generates or trains, no more than this counts towards the limit of a call: its
+answer may have been waiting for the rank ever since, behind others in a full pipe."""
 MAX_BAD_STARTS = 3
 """Processes in a row that end while they start, before the job is ended."""
 
@@ -48,11 +51,14 @@ class EnvironmentPool:
         self._slots: dict[EnvironmentProcess, Slot] = {}
         self._episodes: dict[int, OpenEpisode] = {}
         self._waiting: deque[OpenEpisode] = deque()
+        self._waiting_alone: deque[OpenEpisode] = deque()
+        """Those of them that need a process for themselves are here instead."""
         self._events: list[PoolEvent] = []
         self._counts: dict[str, float] = defaultdict(float)
         self._call_id = 0
         self._bad_starts = 0
         self._started = False
+        self._polled_at = time.monotonic()
         try:
             for _ in range(config.processes):
                 self._start()
@@ -110,7 +116,7 @@ class EnvironmentPool:
         self._events = [event for event in self._events if event.episode != episode]
         dropped.dropped = True
         if dropped.process is None:
-            self._waiting.remove(dropped)
+            self._queue_of(dropped).remove(dropped)
         elif dropped.running is None:
             self._release(dropped)
 
@@ -162,6 +168,7 @@ class EnvironmentPool:
 
     def _turn_over(self, wait_s: float) -> None:
         """Wait for something to happen, and deal with all that has."""
+        self._leave_out_pause()
         self._place()
         wait_s = max(0.0, min(wait_s, self._next_deadline() - time.monotonic()))
         since = time.monotonic()
@@ -176,6 +183,15 @@ class EnvironmentPool:
                 self._read(self._slots[process])
         self._check_deadlines(since)
         self._place()
+        self._polled_at = time.monotonic()
+
+    def _leave_out_pause(self) -> None:
+        """Let the time since the last poll count no more than it may."""
+        now = time.monotonic()
+        left_out_s = now - self._polled_at - COUNTED_PAUSE_S
+        if left_out_s > 0:
+            for slot in self._slots.values():
+                slot.postpone(left_out_s, now)
 
     def _read(self, slot: Slot) -> None:
         try:
@@ -259,8 +275,6 @@ class EnvironmentPool:
         """Close an episode whose process lives or is already gone, with an event, in place of one that nobody has had yet."""
         self._counts[f"failed_{kind}"] += 1
         self._episodes.pop(episode.number, None)
-        if episode in self._waiting:
-            self._waiting.remove(episode)
         self._events = [event for event in self._events if event.episode != episode.number]
         self._events.append(Failed(episode.number, kind, detail))
         self._release(episode)
@@ -287,7 +301,8 @@ class EnvironmentPool:
 
     def _died(self, slot: Slot) -> None:
         """The process has ended by itself, or was killed from outside."""
-        log, code = slot.process.log_tail(), slot.process.wait()
+        code = slot.process.wait()
+        log, dump = slot.process.log_tail(), slot.process.log_tail(CRASH_LOG_BYTES)
         memory = " (SIGKILL: perhaps the host ran out of memory)" if code == -signal.SIGKILL else ""
         text = (
             f"its process was ended by signal {-code}{memory}"
@@ -305,7 +320,7 @@ class EnvironmentPool:
             self._start(extra=slot.extra)
             return
         calls = [episode.running for episode in slot.episodes.values() if episode.running]
-        suspects = [slot.episodes[call.episode] for call in crash_suspects(calls, log)]
+        suspects = [slot.episodes[call.episode] for call in crash_suspects(calls, dump)]
         self._lose(slot, "crashed", detail, suspects, from_outside=code == -signal.SIGKILL)
 
     def _lose(
@@ -337,7 +352,7 @@ class EnvironmentPool:
             else:
                 self._counts["replays"] += 1
                 episode.alone |= suspected or episode.losses >= MAX_LOSSES
-                self._waiting.appendleft(episode)
+                self._queue_of(episode).appendleft(episode)
 
     # Time limits
 
@@ -393,27 +408,34 @@ class EnvironmentPool:
 
     def _place(self) -> None:
         """Give waiting episodes a process."""
-        for episode in list(self._waiting):
-            slot = self._free_slot(episode)
-            if slot is None:
-                continue
-            self._waiting.remove(episode)
-            slot.episodes[episode.number] = episode
-            episode.process = slot.process
-            self._advance(episode)
+        for waiting, free_slot in ((self._waiting, self._shared_slot), (self._waiting_alone, self._extra_slot)):
+            while waiting and (slot := free_slot()) is not None:
+                episode = waiting.popleft()
+                slot.episodes[episode.number] = episode
+                episode.process = slot.process
+                self._advance(episode)
+        if not self._waiting_alone:
+            for slot in [slot for slot in self._slots.values() if slot.extra and not slot.episodes]:
+                self._end(slot)
 
-    def _free_slot(self, episode: OpenEpisode) -> Slot | None:
-        """A process with room for an episode, the emptiest; for one that must be alone, an extra one."""
-        slots = list(self._slots.values())
-        if episode.alone:
-            extra = [slot for slot in slots if slot.extra]
-            free = [slot for slot in extra if not slot.episodes]
-            if not free and len(extra) < self._config.processes:
-                self._start(extra=True)
-            return next((slot for slot in free if slot.ready), None)
+    def _queue_of(self, episode: OpenEpisode) -> deque[OpenEpisode]:
+        """Where an episode waits for a process."""
+        return self._waiting_alone if episode.alone else self._waiting
+
+    def _shared_slot(self) -> Slot | None:
+        """The emptiest process that has room for an episode."""
         limit = self._config.episodes_per_process
+        slots = self._slots.values()
         room = [slot for slot in slots if slot.ready and not slot.extra and len(slot.episodes) < limit]
         return min(room, key=lambda slot: len(slot.episodes), default=None)
+
+    def _extra_slot(self) -> Slot | None:
+        """A process for an episode alone; one is started where there may be more."""
+        extra = [slot for slot in self._slots.values() if slot.extra]
+        free = [slot for slot in extra if not slot.episodes]
+        if not free and len(extra) < self._config.processes:
+            self._start(extra=True)
+        return next((slot for slot in free if slot.ready), None)
 
 
 def check_start(config: EnvironmentConfig) -> None:

@@ -27,10 +27,13 @@ FRAME_LIMIT = 17 * 2**20
 """Largest answer, in bytes: more than `worker.FRAME_LIMIT`, so that only a process that breaks the protocol exceeds it."""
 READ_BYTES = 1 << 18
 END_S = 5.0
-LOG_CHARS = 2000
+LOG_BYTES = 2000
 MIB = 2**20
-NOT_INHERITED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "PYTHONHOME")
-"""Environment variables of the job's ranks that an environment does not get."""
+NOT_INHERITED = (
+    "RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE", "ROLE_WORLD_SIZE",
+    "ROLE_NAME", "MASTER_ADDR", "MASTER_PORT", "PYTHONHOME",
+)  # fmt: skip
+"""Environment variables of the job's ranks that an environment does not get, beside all TORCHELASTIC_*."""
 
 
 class ProtocolError(Exception):
@@ -81,6 +84,11 @@ class EnvironmentProcess:
                 env=_environment(config),
                 pass_fds=inherited,
             )
+        except BaseException:
+            for fd in (self.request_fd, self.answer_fd, self._pid_fd):
+                os.close(fd)
+            self._log.close()
+            raise
         finally:
             for fd in inherited:
                 os.close(fd)
@@ -134,7 +142,7 @@ class EnvironmentProcess:
         """
         answers = []
         with contextlib.suppress(BlockingIOError):
-            while not self.ended and len(self._incoming) < FRAME_LIMIT:
+            while not self.ended and len(self._incoming) < LENGTH.size + FRAME_LIMIT:
                 piece = os.read(self.answer_fd, READ_BYTES)
                 self.ended = not piece
                 self._incoming += piece
@@ -157,11 +165,12 @@ class EnvironmentProcess:
         except (OSError, ValueError, IndexError):
             return 0
 
-    def log_tail(self) -> str:
+    def log_tail(self, size_bytes: int = LOG_BYTES) -> str:
         """The end of what the environment has printed."""
         try:
             size = os.fstat(self._log.fileno()).st_size
-            return os.pread(self._log.fileno(), LOG_CHARS, max(0, size - LOG_CHARS)).decode("utf-8", "replace").strip()
+            tail = os.pread(self._log.fileno(), size_bytes, max(0, size - size_bytes))
+            return tail.decode("utf-8", "replace").strip()
         except (OSError, ValueError):
             return ""
 
@@ -175,12 +184,14 @@ class EnvironmentProcess:
                     self._supervisor.kill()
 
     def wait(self) -> int:
-        """Wait for its end after `kill` or `ended`; its exit code, the negative signal where one ended it."""
-        try:
-            return self._supervisor.wait(END_S)
-        except subprocess.TimeoutExpired:
-            self._supervisor.kill()
-            return self._supervisor.wait()
+        """Wait for its end after `kill` or `ended`; its exit code, the negative signal where one ended it. One that has closed its
+        pipes and goes on is killed."""
+        for end in (self.kill, self._supervisor.kill):
+            try:
+                return self._supervisor.wait(END_S)
+            except subprocess.TimeoutExpired:
+                end()
+        return self._supervisor.wait()
 
     def close(self) -> int:
         """Kill it, wait and close the pipes; its exit code."""
@@ -225,5 +236,9 @@ def _environment(config: EnvironmentConfig) -> dict[str, str]:
     """The environment variables of the process: the rank's without its place in the job, and no GPU."""
     foreign = config.python is not None
     left_out = {*NOT_INHERITED, *(("PYTHONPATH", "VIRTUAL_ENV") if foreign else ())}
-    kept = {name: value for name, value in os.environ.items() if name not in left_out}
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in left_out and not name.startswith("TORCHELASTIC_")
+    }
     return {**kept, "CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONUTF8": "1"}

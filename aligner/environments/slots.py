@@ -10,7 +10,7 @@ from aligner.environments.config import EnvironmentConfig
 from aligner.environments.process import EnvironmentProcess
 
 
-@dataclass
+@dataclass(eq=False)
 class OpenEpisode:
     """An open episode, wherever it is."""
 
@@ -49,6 +49,15 @@ class Slot:
     def begun(self) -> list[OpenEpisode]:
         """Episodes whose call runs now."""
         return [one for one in self.episodes.values() if one.running and one.running.begun_at is not None]
+
+    def postpone(self, seconds: float, now: float) -> None:
+        """Let all that has a limit count as if it had begun so much later, but not after now."""
+        self.process.started_at = min(self.process.started_at + seconds, now)
+        self.heard_at = min(self.heard_at + seconds, now)
+        for call in (one.running for one in self.episodes.values() if one.running):
+            call.sent_at = min(call.sent_at + seconds, now)
+            if call.begun_at is not None:
+                call.begun_at = min(call.begun_at + seconds, now)
 
     def limits(self, config: EnvironmentConfig) -> list[tuple[OpenEpisode, float]]:
         """When the call of each episode that has one must be over, by time.monotonic(). One that waits for others of the

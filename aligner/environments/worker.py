@@ -340,6 +340,9 @@ class Worker:
             reason = f"it is not UTF-8: {error}"
         except (TypeError, ValueError, RecursionError) as error:
             reason = str(error)
+        except MemoryError as error:
+            kind, detail = failure_of(error)
+            return self._write({"id": call, "failed": kind, "detail": detail})
         else:
             return
         self._write({"id": call, "failed": "protocol", "detail": f"the answer cannot be sent: {reason[:DETAIL_CHARS]}"})
@@ -360,8 +363,10 @@ class Worker:
 
     def _read(self) -> dict[str, Any] | None:
         """The next request; None at the end. Keeps the log short while it waits."""
+        poller = select.poll()  # takes descriptors of any number: it is the rank's, which may have thousands
+        poller.register(self._requests, select.POLLIN)
         while len(self._buffer) < 4 or len(self._buffer) < 4 + LENGTH.unpack(self._buffer[:4])[0]:
-            ready = select.select([self._requests], [], [], LOG_CHECK_S)[0]
+            ready = poller.poll(LOG_CHECK_S * 1000)
             if time.monotonic() > self._log_checked + LOG_CHECK_S:
                 self._log_checked = time.monotonic()
                 restart_long_log()
@@ -413,7 +418,11 @@ def error_text(error: BaseException) -> str:
     """An exception with the last place of its traceback."""
     frames = traceback.extract_tb(error.__traceback__)
     place = f" at {os.path.basename(frames[-1].filename)}:{frames[-1].lineno}" if frames else ""
-    return f"{type(error).__name__}{place}: {' '.join(str(error).split())[:DETAIL_CHARS]}"
+    try:
+        text = " ".join(str(error).split())
+    except Exception:
+        text = "(its text cannot be made)"
+    return f"{type(error).__name__}{place}: {text[:DETAIL_CHARS]}"
 
 
 def restart_long_log() -> None:

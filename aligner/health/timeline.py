@@ -93,6 +93,7 @@ class Timeline:
             yield
         except BaseException:
             self.activity.record_exception()
+            mark = None  # a device that has failed takes no marks: their error would hide this one
             raise
         finally:
             self.activity.leave()
@@ -105,10 +106,9 @@ class Timeline:
             args["ranks"] = list(ranks)
         end = time.perf_counter()
         event = {"ph": "X", "name": name, "cat": kind, "args": args}
-        row = HOST
         if self._marks and mark is not None:
             self._marked.append((event, mark, self._marks.mark()))
-            row = DEVICE_LAUNCHES
+        row = DEVICE_LAUNCHES if self._marks else HOST
         self._write({**event, **_times(start - self._origin, end - start)}, row)
 
     def _write_marked(self) -> None:

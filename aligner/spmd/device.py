@@ -17,8 +17,8 @@ MIN_DRIVER = 580
 @cache
 def cuda_build() -> str | None:
     """The CUDA version that the installed torch was built with, such as "13.0"; None: a CPU build. Does not import torch."""
-    found = importlib.util.find_spec("torch")
-    folders = list(found.submodule_search_locations or []) if found else []
+    module = importlib.util.find_spec("torch")
+    folders = list(module.submodule_search_locations or []) if module else []
     version = (
         re.search(r"^cuda\b.*= *'([\d.]+)'", (Path(folders[0]) / "version.py").read_text(), re.M) if folders else None
     )

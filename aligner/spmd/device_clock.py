@@ -39,15 +39,13 @@ class PhaseClock:
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
-        """Around some of the phase's work."""
+        """Around some of the phase's work; of work that failed, nothing counts."""
         started = self._clock.mark() if self._clock else time.perf_counter()
-        try:
-            yield
-        finally:
-            if self._clock:
-                self._marks.append((phase, started, self._clock.mark()))
-            else:
-                self._seconds[phase] += time.perf_counter() - started
+        yield
+        if self._clock:
+            self._marks.append((phase, started, self._clock.mark()))
+        else:
+            self._seconds[phase] += time.perf_counter() - started
 
     def seconds(self) -> dict[str, float]:
         """Of each phase until now; on CUDA this waits for the device."""

@@ -64,7 +64,8 @@ class TrainingConfig:
     experts: most of the memory for a third of full's time; engine=megatron) or full (each layer)."""
     experts: Annotated[str, OneOf("sequential", "grouped")] = "sequential"
     """engine=megatron: sequential computes one expert after the other, grouped all of a rank's experts in one kernel over
-    stacked weights (on GPUs bfloat16, of the Ampere generation and later). Checkpoints of one can be continued with the other."""
+    stacked weights (on GPUs bfloat16, of the Ampere generation and later). Checkpoints of one can be continued with the other
+    (checkpoint.accept_changes=true)."""
     reshard_after_forward: bool = True
     """engine=fsdp: free a layer's gathered weights after its forward and gather them again in the backward (less memory, as
     ZeRO-3); false keeps them from the first microbatch's forward to the last one's backward (less communication, as ZeRO-2)."""

@@ -67,6 +67,11 @@ def rms_norm(x: Tensor, weight_H: Tensor, eps: float) -> Tensor:
     return _RMSNorm.apply(x, weight_H, eps)  # type: ignore[no-any-return]
 
 
+def rms_norm_plus_one(x: Tensor, weight_H: Tensor, eps: float) -> Tensor:
+    """Gemma's RMS norm: multiplies by 1 + weight in float32. bfloat16 holds a weight of 0.003, not 1.003."""
+    return rms_norm(x.float(), 1.0 + weight_H.float(), eps).type_as(x)
+
+
 def _activate(gate: Tensor, activation: str) -> Tensor:
     return F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")
 

@@ -154,14 +154,18 @@ def varlen_attention(
     """Causal attention of rows of any lengths in one kernel, without padding or gathers; a row's queries are its last tokens.
 
     Args:
-        q_TND: [T, query heads, head_dim], the rows' queries one after the other; k_SKD, v_SKD: [S, key/value heads, head_dim].
+        q_TND: [T, query heads, head_dim], the rows' queries one after the other; k_SKD: [S, key/value heads, head_dim]; v_SKD the
+            same, or with fewer dimensions (latent attention).
         query_lengths, key_lengths: of each row; they sum to T and S.
         window: number of tokens that a query attends to, itself included; None: all before it in its row.
 
     Returns:
-        [T, query heads x head_dim].
+        [T, query heads x dimensions of a value].
     """
     offsets_q, offsets_k = (_offsets(lengths, q_TND.device) for lengths in (query_lengths, key_lengths))
+    value_dim, lacking = v_SKD.shape[-1], q_TND.shape[-1] - v_SKD.shape[-1]
+    if lacking:  # the kernel has one size for all three
+        v_SKD = F.pad(v_SKD, (0, lacking))
     left = -1 if window is None else window - 1
     out = varlen_attn(
         q_TND,
@@ -176,7 +180,7 @@ def varlen_attention(
         enable_gqa=q_TND.shape[1] != k_SKD.shape[1],
     )
     assert isinstance(out, Tensor)
-    return out.flatten(1)
+    return (out[..., :value_dim] if lacking else out).flatten(1)
 
 
 def packed_attention(

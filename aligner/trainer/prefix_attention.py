@@ -45,6 +45,11 @@ def attended(lengths: tuple[int, ...], parents: tuple[int, ...]) -> int:
     return sum(len(call) * max(lengths[segment] for segment in call) for call in calls)
 
 
+def computed_tokens(lengths: tuple[int, ...], parents: tuple[int, ...], query: Tensor) -> int:
+    """Number of tokens that `prefix_attention` computes for these segments and queries of this type, device and head_dim."""
+    return sum(lengths) if has_varlen(query) else attended(lengths, parents)
+
+
 @dataclass(frozen=True)
 class BranchCall:
     """One attention call of segments of similar length that start at the same position."""

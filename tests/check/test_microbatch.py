@@ -10,6 +10,7 @@ import pytest
 
 from aligner.check.memory import Machine, peak_of_rank
 from aligner.check.microbatch import longest_row, microbatch, step_lengths
+from aligner.check.peak import remedies
 from aligner.config.schema import compose_config, to_config
 from aligner.data.column_addition import ModelShape, write_model
 from aligner.run.job import Job
@@ -108,16 +109,26 @@ def test_what_is_said(model: Path, tmp_path: Path) -> None:
     assert said_sizes is not None, said
     update, forward = map(float, said_sizes.groups())
     assert 0 < forward < update
-    assert "with the activations of its largest microbatch" in said and "note: a rank has" not in said
+    assert "with the activations of the largest microbatch of policy" in said and "note: a rank has" not in said
 
 
 def test_a_gpu_that_is_too_small_for_a_microbatch(model: Path, tmp_path: Path) -> None:
     settings = ("demonstrations", "data.prompts_per_step=8", "policy.recompute=none")
     job_of(model, tmp_path, *settings, "check.device_gib=0.02")
     with pytest.raises(
-        ValueError, match=r"rank 0 needs up to .* activations and logits .* Lower policy\.micro_tokens=16384"
+        ValueError,
+        match=r"rank 0 needs up to .* largest microbatch of policy, .* Lower policy\.micro_tokens=16384, use policy\.recompute=full,",
     ):
         job_of(model, tmp_path, *settings, "check.device_gib=0.003")
+
+
+def test_remedies_are_settings_of_the_role_that_needs_them(model: Path, tmp_path: Path) -> None:
+    settings = ("critic.recompute=full", "critic.micro_tokens=64", "policy.forward_micro_tokens=80")
+    config = job_of(model, tmp_path, "demonstrations", *settings).config
+    assert remedies(config, "critic", True).startswith("Lower critic.micro_tokens=64, raise placement.critic.tensor,")
+    assert "policy.micro_tokens=16384 and policy.forward_micro_tokens=80, use" in remedies(config, "policy", True)
+    forward_only = remedies(config, "policy", False)
+    assert forward_only.startswith("Lower policy.forward_micro_tokens=80, or raise") and "recompute" not in forward_only
 
 
 def test_the_fullest_rank_by_hand(model: Path, tmp_path: Path) -> None:
@@ -125,5 +136,9 @@ def test_the_fullest_rank_by_hand(model: Path, tmp_path: Path) -> None:
     cpu, gpu = Machine(1, 100, None), Machine(1, 100, 100.0)
     stays = job_of(model, tmp_path, "demonstrations", "residency.mode=off").config
     moves = job_of(model, tmp_path, "demonstrations", "residency.keep=[policy]").config
-    assert peak_of_rank(stays, held, taken, list(held), gpu) == peak_of_rank(moves, held, taken, list(held), cpu) == 43
-    assert peak_of_rank(moves, held, taken, list(held), gpu) == 30, "the policy's 10 beside the engine's 20"
+    of_policy = (43.0, "policy")
+    assert peak_of_rank(stays, held, taken, list(held), gpu) == of_policy
+    assert peak_of_rank(moves, held, taken, list(held), cpu) == of_policy
+    assert peak_of_rank(moves, held, taken, list(held), gpu) == (30.0, "rollout"), (
+        "the policy's 10 beside the engine's 20"
+    )

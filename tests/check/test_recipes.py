@@ -97,7 +97,10 @@ def test_a_recipe_fits_its_gpus(name: str, tmp_path: Path, monkeypatch: pytest.M
     assert job.config.rollout.gpu_memory_utilization == 0.8
     count = float(text.split("B parameters")[0].split()[-1]) * 1e9
     assert count == pytest.approx(parameters, rel=0.01)
-    assert f"the job can start on {ranks} ranks" in text and "with the activations of its largest microbatch" in text
+    assert (
+        f"the job can start on {ranks} ranks" in text
+        and "with the activations of the largest microbatch of policy" in text
+    )
     assert "note: a rank has" not in text
     with pytest.raises(ValueError, match=r"rank 0 needs (at least|up to) .* GiB"):
         prepare(to_config(compose_config([*settings, "check.device_gib=24"], name)), ranks)

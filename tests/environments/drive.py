@@ -12,7 +12,8 @@ from aligner.environments.config import EnvironmentConfig
 from aligner.environments.pool import Action, EnvironmentPool, Failed, Finished, Opened, PoolEvent, Stepped
 
 ROGUES = Path(__file__).with_name("rogues.py")
-LIMIT_S = 60.0
+LIMIT_S = 300.0
+"""After which no event is awaited any more, however slow the machine is."""
 
 
 @contextmanager

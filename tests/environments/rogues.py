@@ -73,6 +73,17 @@ class Rogue:
         while True:
             eaten.append(bytearray(16 * 2**20))
 
+    def huge_later(self, rest: str) -> object:
+        time.sleep(0.5)
+        return "x" * int(rest)
+
+    def closes(self, rest: str) -> object:
+        """Start a process, close all pipes, and go on; `rest`: as of `child`."""
+        self.child(rest)
+        os.closerange(3, 100)
+        time.sleep(300)
+        return ""
+
     def huge(self, rest: str) -> object:
         return "x" * int(rest)
 

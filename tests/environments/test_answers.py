@@ -17,7 +17,7 @@ def test_a_turn() -> None:
         "messages": SAID,
         "done": True,
         "reward": 1,
-        "metrics": {"a": True, "b": math.inf},
+        "metrics": {"a": True, "b": math.inf, "c": 10**400},
         "tools": [{}],
         "replaces": True,
     }
@@ -34,9 +34,11 @@ def test_a_turn() -> None:
         ({"messages": [{"role": ["user"], "content": "x"}]}, "role is"),
         ({"messages": [{"role": "user"}]}, "content is a NoneType"),
         ({"done": 1}, "done is 1"),
+        ({"replaces": "no"}, "replaces is 'no'"),
         ({"reward": True}, "the reward is True"),
         ({"reward": "1"}, "not a number"),
         ({"reward": math.nan}, "the reward is nan"),
+        ({"reward": -(10**400)}, "the reward is -inf"),
         ({"metrics": [1]}, "metrics"),
         ({"metrics": {"a": "b"}}, "metrics"),
         ({"tools": {}}, "tools"),
@@ -60,6 +62,14 @@ def test_metrics_may_differ_in_a_replay() -> None:
     assert same_as_before(first) == same_as_before(Turn(SAID, reward=1.0))
     assert same_as_before(first) != same_as_before(Turn(SAID, reward=0.5))
     assert same_as_before(first) != same_as_before(Turn(SAID, True, 1.0))
+
+
+def test_a_turn_that_is_nested_too_deeply_is_wrong() -> None:
+    nested: list[Any] = []
+    for _ in range(100_000):
+        nested = [nested]
+    with pytest.raises(WrongAnswerError, match="nested too deeply"):
+        same_as_before(Turn([{**SAID[0], "parts": nested}]))
 
 
 @pytest.mark.parametrize("begun", [None, 3, "abc", [1, 2], [1, 2, "3"], [1.0, 2, 3]])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import json
+import os
 import sys
 from pathlib import Path
 
@@ -35,6 +37,33 @@ def test_a_file_is_python_3_8_and_standard_library(path: Path) -> None:
 def test_shortened_keeps_both_ends() -> None:
     assert worker.shortened("abcdefghij", 5) == "abc\n[... 5 characters left out ...]\nij"
     assert worker.shortened("abcdefghij", 1) == "a\n[... 9 characters left out ...]\n"
+
+
+class Mute(Exception):
+    def __str__(self) -> str:
+        raise RuntimeError
+
+
+def test_an_exception_without_a_text_is_told() -> None:
+    assert worker.failure_of(Mute()) == ("error", "Mute: (its text cannot be made)")
+
+
+class Large:
+    """A number of another package whose text needs more memory than there is."""
+
+    shape = ()
+
+    def item(self) -> float:
+        raise MemoryError
+
+
+def test_an_answer_that_needs_too_much_memory_is_a_failure() -> None:
+    read, write = os.pipe()
+    worker.Worker(-1, write, "")._send(7, {"id": 7, "turn": Large()})
+    os.close(write)
+    with open(read, "rb") as file:
+        answer = json.loads(file.read()[worker.LENGTH.size :])
+    assert (answer["id"], answer["failed"]) == (7, "memory")
 
 
 def test_global_random_is_the_episodes_own() -> None:

@@ -72,3 +72,24 @@ def test_spans_are_the_devices(tmp_path: Path) -> None:
     launched = {event["name"]: event["dur"] for event in spans if event["tid"] == DEVICE_LAUNCHES}
     assert launched.keys() == of_device.keys() and max(launched.values()) < 1e6
     assert len(list(events(tmp_path))) == 6  # four spans, the rank's name and its place
+
+
+def test_a_devices_failure_is_not_hidden_by_its_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a fault every call of CUDA fails, an event's too."""
+    timeline, clock = Timeline(0, marks=DeviceClock(GPU)), PhaseClock(GPU, ("pack",))
+    timeline.open(tmp_path, "rank 0", 1)
+    timeline.at(1)
+
+    def broken(event: Event, stream: Any) -> None:
+        raise RuntimeError("CUDA error: the event")
+
+    def fail() -> None:
+        with timeline.span("call", "policy.update"), clock("pack"):
+            monkeypatch.setattr(Event, "record", broken)
+            raise RuntimeError("CUDA error: the kernel")
+
+    with pytest.raises(RuntimeError, match="the kernel"):
+        fail()
+    timeline.close()
+    (span,) = [event for event in json.loads(trace_file(tmp_path, 0).read_text()) if event["ph"] == "X"]
+    assert (span["name"], span["tid"]) == ("policy.update", DEVICE_LAUNCHES)

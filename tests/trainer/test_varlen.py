@@ -23,7 +23,7 @@ def documented(
 ) -> Tensor:  # fmt: skip
     """`torch.nn.attention.varlen.varlen_attn` as it is documented: a row's last query sees its last key (lower right)."""
     assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32 and window_size[1] == 0
-    assert enable_gqa == (query.shape[1] != key.shape[1])
+    assert enable_gqa == (query.shape[1] != key.shape[1]) and query.shape[2] == key.shape[2] == value.shape[2]
     lengths_q, lengths_k = cu_seq_q.diff().tolist(), cu_seq_k.diff().tolist()
     assert (
         (max_q, max_k) == (max(lengths_q), max(lengths_k))
@@ -42,14 +42,17 @@ def documented(
     return torch.cat(outs)
 
 
-def tensors(tokens: int) -> list[Tensor]:
+def tensors(tokens: int, value_dim: int = 16) -> list[Tensor]:
     torch.manual_seed(tokens)
-    return [torch.randn(tokens, heads, 16, dtype=torch.float64, requires_grad=True) for heads in (4, 2, 2)]
+    shapes = (4, 16), (2, 16), (2, value_dim)
+    return [torch.randn(tokens, *shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
 
 
-def outcome(lengths: tuple[int, ...], parents: tuple[int, ...], window: int | None) -> list[Tensor]:
+def outcome(
+    lengths: tuple[int, ...], parents: tuple[int, ...], window: int | None, value_dim: int = 16
+) -> list[Tensor]:
     """Output and gradients."""
-    given = tensors(sum(lengths))
+    given = tensors(sum(lengths), value_dim)
     out = prefix_attention.prefix_attention(*given, lengths, parents, SCALE, window)
     torch.manual_seed(0)
     return [out, *torch.autograd.grad((out * torch.randn_like(out)).sum(), given)]
@@ -72,7 +75,19 @@ def test_equal_to_the_padded_calls(
     for module in (packed_attention, prefix_attention):
         monkeypatch.setattr(module, "has_varlen", lambda query: True)
     monkeypatch.setattr(packed_attention, "varlen_attn", documented)
+    assert prefix_attention.computed_tokens(lengths, parents, torch.empty(0, 16)) == sum(lengths), "no padding"
     for one, other in zip(outcome(lengths, parents, window), expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("parents", [(-1, -1, -1), (-1, 0, 0)])
+def test_values_may_have_fewer_dimensions(parents: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in DeepSeek's latent attention, where torch's kernel wants queries, keys and values of one size."""
+    expected = outcome((8, 5, 6), parents, None, value_dim=10)
+    for module in (packed_attention, prefix_attention):
+        monkeypatch.setattr(module, "has_varlen", lambda query: True)
+    monkeypatch.setattr(packed_attention, "varlen_attn", documented)
+    for one, other in zip(outcome((8, 5, 6), parents, None, value_dim=10), expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
 
 

@@ -11,6 +11,16 @@ from typing import Any
 READ_BYTES = 2**22
 
 
+class NoRedirects(urllib.request.HTTPRedirectHandler):
+    """A redirect is an error: it would take the token to another host."""
+
+    def redirect_request(self, *_: Any) -> None:
+        """No request follows."""
+
+
+OPENER = urllib.request.build_opener(NoRedirects())
+
+
 class HttpTool:
     """One tool, declared by its options; the policy chooses the arguments, never the URL."""
 
@@ -39,9 +49,7 @@ class HttpTool:
         setattr(self, name, self._call)
 
     @staticmethod
-    def _problem(
-        url: str, name: str, description: str, parameters: dict[str, Any], method: str = "POST", **_: Any
-    ) -> str | None:
+    def _problem(url: str, name: str, method: str = "POST", token_env: str | None = None, **_: Any) -> str | None:
         """Why it cannot work, or None."""
         if not url.startswith(("http://", "https://")):
             return f"url={url} is no URL; give http://... or https://..."
@@ -49,6 +57,8 @@ class HttpTool:
             return f"name={name} is no name of a tool; use letters, digits and _"
         if method not in ("GET", "POST"):
             return f"method={method} is unknown; use POST or GET"
+        if token_env is not None and not os.environ.get(token_env):
+            return f"token_env={token_env} is not set in the environment; export it, or leave token_env out"
         return None
 
     @staticmethod
@@ -73,6 +83,6 @@ class HttpTool:
         if self._token_env is not None:
             headers["Authorization"] = f"Bearer {os.environ[self._token_env]}"
         request = urllib.request.Request(url, body, headers, method=self._method)
-        with urllib.request.urlopen(request, timeout=self._timeout_s) as answer:
+        with OPENER.open(request, timeout=self._timeout_s) as answer:
             text: str = answer.read(READ_BYTES).decode("utf-8")
         return text

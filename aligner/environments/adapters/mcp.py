@@ -112,13 +112,13 @@ class McpSession:
         """(the message of a call's result, whether it is an error). Raises where the server is gone, which is no fault of
         the policy's."""
         name, arguments = call.get("name"), call.get("arguments", {})
-        wrong = call.get("error")
-        if not wrong and name not in self._names:
+        wrong = ""
+        if name not in self._names:
             wrong = f"there is no tool {name}; there are {', '.join(sorted(self._names))}"
-        elif not wrong and not isinstance(arguments, dict):
+        elif not isinstance(arguments, dict):
             wrong = f"the arguments of {name} are not a JSON object"
         if wrong:
-            return json.dumps({"error": str(wrong)}, ensure_ascii=False), True
+            return json.dumps({"error": wrong}, ensure_ascii=False), True
         try:
             result = self._host.resolve(self._client.call_tool(name, arguments))
         except self._error as error:

@@ -12,8 +12,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from aligner.environments.worker import Host
 
-GLOBAL_RANDOM = False
-
 
 class Options(dict):
     """Options that are read as items and as attributes, as OmegaConf's are."""

@@ -154,12 +154,8 @@ class Tools:
         """(the message of a call's result, whether it is an error)."""
         name, arguments = call.get("name"), call.get("arguments", {})
         try:
-            if call.get("error"):  # the call could not be parsed
-                raise ValueError(call["error"])
             if name not in self._tools:
                 raise ValueError(f"there is no tool {name}; there are {', '.join(self._tools)}")
-            if isinstance(arguments, str):
-                arguments = json.loads(arguments)
             if not isinstance(arguments, dict):
                 raise ValueError(f"the arguments of {name} are not a JSON object")
             value = self._host.resolve(self._tools[name](**arguments))

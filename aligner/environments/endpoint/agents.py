@@ -209,8 +209,8 @@ class AgentEpisodes:
         }
 
     def _exited(self, key: int, one: _Episode, exited: Exited) -> Ended:
-        ended, reward, detail = self._outcome(one, exited)
-        report = self._report(one, exited)
+        report, wrong = self._report(one, exited)
+        ended, reward, detail = self._outcome(one, exited, report, wrong)
         turns = one.turns - (one.open is not None)
         rewards = (0.0,) * turns
         if report is not None and report.turn_rewards is not None and not math.isnan(reward):
@@ -230,34 +230,40 @@ class AgentEpisodes:
         self._launch()
         return Ended(key, reward, rewards, ended, record)
 
-    def _outcome(self, one: _Episode, exited: Exited) -> tuple[str, float, str]:
-        """(how the episode has ended, its reward, the detail)."""
-        report = self._report(one, exited)
+    def _outcome(
+        self, one: _Episode, exited: Exited, report: RewardReport | None, wrong: str
+    ) -> tuple[str, float, str]:
+        """(how the episode has ended, its reward, the detail). `report`, `wrong`: see `_report`."""
         refused = one.over_budget if exited.failure in ("", "crashed") else ""
         if exited.failure and not refused:
             return exited.failure, math.nan, exited.detail
         if not one.turns:
-            return "protocol", math.nan, "the program ended without a request for a turn"
+            reason = f"; what it asked for was refused ({refused})" if refused else ""
+            return "protocol", math.nan, f"the program ended without a turn{reason}"
         if report is not None:
             return refused or "done", report.reward, exited.detail
         if not self._agent.reports_reward and not exited.failure:
             return refused or "done", 0.0, exited.detail
+        if wrong:
+            return refused or "no_reward", math.nan, f"the last line of its standard output is no reward: {wrong}"
         detail = (
             'the program reported no reward: POST /v1/reward, or print {"reward": x} last; or set '
             "environment.agent.reports_reward=false where reward rules score the text"
         )
         return refused or "no_reward", math.nan, detail
 
-    def _report(self, one: _Episode, exited: Exited) -> RewardReport | None:
-        """What the program said of its reward: over HTTP, or as the last line that it printed."""
+    def _report(self, one: _Episode, exited: Exited) -> tuple[RewardReport | None, str]:
+        """(what the program said of its reward, over HTTP or as the last line that it printed; what is wrong with that line)."""
         if one.session.report is not None:
-            return one.session.report
+            return one.session.report, ""
         lines = exited.stdout.strip().splitlines()
         try:
             value = json.loads(lines[-1]) if lines else None
-            return reward_report(value) if isinstance(value, dict) and "reward" in value else None
-        except (ValueError, RecursionError, ApiError):
-            return None
+            return reward_report(value) if isinstance(value, dict) and "reward" in value else None, ""
+        except ApiError as error:
+            return None, error.message
+        except (ValueError, RecursionError):
+            return None, ""
 
     def _raw_messages(self, one: _Episode) -> list[dict[str, Any]]:
         if not one.segment:
@@ -292,7 +298,8 @@ class AgentEpisodes:
         while one.queue and one.open is None:
             pending = min(one.queue, key=lambda each: each.request.digest)
             one.queue.remove(pending)
-            if not pending.connected():
+            if not pending.connected():  # its thread, and the program's clock, wait for an answer all the same
+                pending.finish(ApiError(410, "The client has closed the connection.", code="client_closed"))
                 continue
             try:
                 return self._ask(key, one, pending)

@@ -4,14 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-KINDS = {
-    400: "invalid_request_error",
-    401: "authentication_error",
-    404: "not_found_error",
-    410: "invalid_request_error",
-    413: "invalid_request_error",
-}
-"""HTTP status -> OpenAI's error type; all others are server errors."""
+KINDS = {401: "authentication_error", 404: "not_found_error"}
+"""HTTP status -> OpenAI's error type; of all others below 500 it is invalid_request_error."""
 
 
 class ApiError(Exception):
@@ -27,7 +21,7 @@ class ApiError(Exception):
 
     def body(self) -> dict[str, Any]:
         """The answer's JSON."""
-        kind = KINDS.get(self.status, "server_error")
+        kind = KINDS.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
 

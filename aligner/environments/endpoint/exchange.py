@@ -25,7 +25,6 @@ class Session:
     clock: ProgramClock = field(default_factory=ProgramClock)
     report: RewardReport | None = None
     """The last POST /v1/reward."""
-    closed: bool = False
 
 
 @dataclass
@@ -73,25 +72,20 @@ class Exchange:
             self._sessions[_hashed(session.key)] = session
         return session
 
-    def close(self, session: Session) -> None:
-        """Refuse what comes with its key from now on."""
-        session.closed = True
-
     def forget(self, session: Session) -> None:
         """Its key is unknown from now on."""
         with self._ready:
-            session.closed = True
             self._sessions.pop(_hashed(session.key), None)
 
     def session(self, key: str) -> Session:
-        """The open session of a key. Raises ApiError 401 (unknown key) or 410 (the episode has ended)."""
+        """The open session of a key. Raises ApiError 401."""
         session = self._sessions.get(_hashed(key))
         if session is None:
             raise ApiError(
-                401, "This key belongs to no episode; send the OPENAI_API_KEY of the program.", code="invalid_api_key"
+                401,
+                "This key belongs to no episode that is under way; send the OPENAI_API_KEY of the program.",
+                code="invalid_api_key",
             )
-        if session.closed:
-            raise ApiError(410, "This episode has ended.", code="session_closed")
         return session
 
     def put(self, event: Pending | Exited) -> None:

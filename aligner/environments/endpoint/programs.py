@@ -21,6 +21,8 @@ from aligner.reward.supervised_process import SUPERVISOR
 
 TICK_S, MEMORY_TICK_S = 0.2, 0.5
 """Seconds between two looks at time limits, and at the memory of all programs."""
+MEMORY_PAUSE = 20
+"""The second is at least this many times as long as a look takes."""
 PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 MEMORY_SIGNS = ("MemoryError", "Cannot allocate memory", "heap out of memory")
 """How programs say at their end that they were refused memory."""
@@ -136,6 +138,7 @@ class _Program:
         """Why it was killed."""
         self.silent = False
         """Nobody waits for its end."""
+        self._killed = False
 
     @property
     def silenced(self) -> bool:
@@ -146,6 +149,9 @@ class _Program:
         """End it with all that it has started: the supervisor does that when the program has ended."""
         if not self.failure:
             self.failure, self.detail = failure, detail
+        if self._killed:  # its process id may be another's by now
+            return
+        self._killed = True
         with contextlib.suppress(OSError):
             os.kill(self.pid, signal.SIGKILL)
 
@@ -212,7 +218,7 @@ class Programs:
             self._failure = error
 
     def _run(self) -> None:
-        memory_look = 0.0
+        next_memory_look = 0.0
         while not self._closing or self._programs:
             ending_now = self._closing or any(program.silenced for program in self._programs.values())
             self._read(0.01 if ending_now else TICK_S if self._programs else None)
@@ -226,9 +232,12 @@ class Programs:
             for launch in [] if self._closing else starting:
                 self._start(launch)
             now = time.monotonic()
-            if self._limits.memory_bytes is not None and now - memory_look >= MEMORY_TICK_S:
-                memory_look = now
+            if self._limits.memory_bytes is not None and now >= next_memory_look:
                 self._check_memory(self._limits.memory_bytes)
+                took_s = (
+                    time.monotonic() - now
+                )  # a large host has thousands of processes, and the rank needs Python's global lock
+                next_memory_look = now + max(MEMORY_TICK_S, MEMORY_PAUSE * took_s)
             for program in list(self._programs.values()):
                 if overrun := program.clock.overrun(self._limits):
                     program.kill(*overrun)
@@ -290,7 +299,7 @@ class Programs:
             return
         resident, children = _processes()
         for program in self._programs.values():
-            pids = [program.pid]
+            pids = list(children.get(program.process.pid, ()))  # those of the supervisor, which gets orphans too
             for pid in pids:
                 pids += children.get(pid, [])
             used = sum(resident.get(pid, 0) for pid in pids)
@@ -307,21 +316,20 @@ def _supervised(
         OSError: it could not be started.
     """
     pid_read, pid_write = os.pipe()
-    try:
-        supervisor = [sys.executable, "-I", "-S", str(SUPERVISOR), str(pid_write), str(os.getpid())]
-        process = subprocess.Popen(
-            [*supervisor, *command],
-            env=dict(variables),
-            cwd=folder,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            pass_fds=(pid_write,),
-        )
-    finally:
-        os.close(pid_write)
-        file = os.fdopen(pid_read, "rb")
-    with file:
+    with open(pid_read, "rb") as file:
+        try:
+            supervisor = [sys.executable, "-I", "-S", str(SUPERVISOR), str(pid_write), str(os.getpid())]
+            process = subprocess.Popen(
+                [*supervisor, *command],
+                env=dict(variables),
+                cwd=folder,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                pass_fds=(pid_write,),
+            )
+        finally:
+            os.close(pid_write)
         pid = file.read()
     if not pid:
         process.communicate()

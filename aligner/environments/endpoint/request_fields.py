@@ -50,6 +50,13 @@ class Fields:
             raise self.wrong(name, value, "true or false")
         return value
 
+    def object(self, name: str) -> Fields:
+        """The fields of an object; none if it is missing."""
+        value = self._left.pop(name, {})
+        if not isinstance(value, dict):
+            raise self.wrong(name, value, "an object")
+        return Fields(value, f"{self._prefix}{name}.")
+
     def text(self, name: str, default: str | None = None) -> str | None:
         """A string."""
         value = self._left.pop(name, default)

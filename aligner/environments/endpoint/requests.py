@@ -248,7 +248,7 @@ def _sampling_params(fields: Fields, vocab_size: int) -> tuple[SamplingFields, b
 
 
 def _stream(fields: Fields) -> tuple[bool, bool]:
-    stream, options = fields.flag("stream"), Fields(fields.take("stream_options") or {}, "stream_options.")
+    stream, options = fields.flag("stream"), fields.object("stream_options")
     usage = options.flag("include_usage")
     options.ignore(("include_obfuscation", "continuous_usage_stats"))
     options.end()

@@ -6,6 +6,7 @@ import contextlib
 import json
 import select
 import socket
+import socketserver
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ from aligner.environments.endpoint.responses import as_events, as_json
 HOST = "127.0.0.1"
 READ_TIMEOUT_S = 60.0
 """Longest wait for the bytes of a request, and for the next request of an idle connection."""
+UNREAD_BYTES = 2**28
+"""Most bytes of a refused body that are read, so that the client, which sends all of it first, gets to the answer."""
 MODEL_ROUTES: Mapping[str, Callable[[Mapping[str, Any], int], ModelRequest]] = {
     "/v1/chat/completions": chat_request,
     "/v1/completions": completion_request,
@@ -82,19 +85,31 @@ class _Server(ThreadingHTTPServer):
         self._open: set[socket.socket] = set()
         super().__init__(*args)
 
+    def server_bind(self) -> None:
+        """Without the base class's look-up of a host name, which may wait for a name server."""
+        socketserver.TCPServer.server_bind(self)
+        self.server_name, self.server_port = HOST, int(self.server_address[1])
+
     def process_request(self, request: Any, client_address: Any) -> None:
         if not self.free.acquire(blocking=False):
             self.shutdown_request(request)
             return
         self._open.add(request)
-        super().process_request(request, client_address)
+        try:
+            super().process_request(request, client_address)
+        except BaseException:  # there is no thread more
+            self._left(request)
+            raise
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
         try:
             super().process_request_thread(request, client_address)
         finally:
-            self._open.discard(request)
-            self.free.release()
+            self._left(request)
+
+    def _left(self, request: Any) -> None:
+        self._open.discard(request)
+        self.free.release()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A connection that broke is the client's business; all other errors are answered where they arise."""
@@ -164,10 +179,15 @@ class _Handler(BaseHTTPRequestHandler):
             if route is None and self._path() != REWARD_ROUTE:
                 raise self._unknown_route()
             length = self._length()
-        except ApiError:
-            self.close_connection = True  # the body is left unread
-            raise
-        body = parse_object(self.rfile.read(length))
+        except ApiError as error:
+            self.close_connection = True  # where the body ends may be unknown
+            self._send(error)
+            self._skip_body()
+            return
+        received = self.rfile.read(length)
+        if len(received) < length:
+            raise ConnectionError("the client has gone in the midst of its request")
+        body = parse_object(received)
         if route is None:
             session.report = reward_report(body)
             self._send({"object": "reward", "reward": session.report.reward})
@@ -196,22 +216,34 @@ class _Handler(BaseHTTPRequestHandler):
         return self.server.exchange.session(key.strip())
 
     def _length(self) -> int:
-        text, limit = self.headers.get("Content-Length", ""), self.server.max_body_bytes
-        if not text.isdecimal():
+        text, limit = self._content_length(), self.server.max_body_bytes
+        if not text.isdecimal() or len(text) > 20 or "Transfer-Encoding" in self.headers:
             raise ApiError(411, "Content-Length is missing or wrong; bodies in chunks are not taken.")
         if int(text) > limit:
             raise ApiError(413, f"The body has {text} bytes, more than {limit}; see environment.agent.max_request_mib.")
         return int(text)
+
+    def _content_length(self) -> str:
+        """As it was sent; of two that differ none counts."""
+        lengths = set(self.headers.get_all("Content-Length", ()))
+        return lengths.pop() if len(lengths) == 1 else ""
+
+    def _skip_body(self) -> None:
+        """Read on after a refusal: a connection that is closed with bytes unread is reset, and the answer lost."""
+        left = min(int(text), UNREAD_BYTES) if (text := self._content_length()[:20]).isdecimal() else 0
+        while left > 0 and (piece := self.rfile.read(min(left, 1 << 16))):
+            left -= len(piece)
 
     def _unknown_route(self) -> ApiError:
         routes = ", ".join(["GET " + MODELS_ROUTE, *(f"POST {route}" for route in (*MODEL_ROUTES, REWARD_ROUTE))])
         return ApiError(404, f"There is no {self.command} {self._path()}; there are {routes}.", code="unknown_route")
 
     def _connected(self) -> bool:
-        """Whether the client is still there: it has neither closed the connection nor sent more."""
+        """Whether the client is still there: it has not closed the connection."""
         try:
-            readable = select.select([self.connection], [], [], 0)[0]
-            return not (readable and self.connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) == b"")
+            poller = select.poll()  # takes descriptors of any number
+            poller.register(self.connection, select.POLLIN)
+            return not (poller.poll(0) and self.connection.recv(1, socket.MSG_PEEK) == b"")
         except (OSError, ValueError):
             return False
 

@@ -120,7 +120,7 @@ class SleepingWeights:
         """Free the weights; the engine cannot generate until the next sync."""
         self._engine.loaded.evict()
         self._buffers = [(buffer, buffer.to("cpu", copy=True)) for buffer in self._engine.model.buffers()]
-        with self._engine.inside():
+        with self._engine.inside(), _unscanned():
             self._engine.executor.discard(("weights", WORKSPACE))
             if not self._cache.resident:
                 # what is left of the engine's own pools, kept on the host: the graphs, where they are in one
@@ -179,7 +179,8 @@ class SleepingCache:
 
 @contextmanager
 def _unscanned() -> Iterator[None]:
-    """vLLM collects garbage at every wake, which looks through all objects of the process; none of them are its own."""
+    """vLLM collects garbage as it goes to sleep and wakes, which looks through all objects of the process; none of them are its
+    own."""
     gc.freeze()
     try:
         yield

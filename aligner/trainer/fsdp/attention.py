@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from aligner.trainer.packing import Packed
-from aligner.trainer.prefix_attention import attended, prefix_attention
+from aligner.trainer.prefix_attention import computed_tokens, prefix_attention
 
 NAME = "aligner_packed"
 """The attention implementation's name in transformers."""
@@ -31,10 +31,10 @@ class Rows:
         """The model runs this microbatch next."""
         self.lengths, self.parents = (tuple(column) for column in batch.segments_S2.T.tolist())
 
-    def computed(self, batch: Packed) -> int:
-        """Tokens that attention computes for a microbatch, with the padding of calls that rows share."""
+    def computed(self, batch: Packed, query: Tensor) -> int:
+        """Tokens that attention computes for a microbatch and queries like this one, with the padding of calls that rows share."""
         lengths, parents = (tuple(column) for column in batch.segments_S2.T.tolist())
-        return sum(lengths) if self.explicit else attended(lengths, parents)
+        return sum(lengths) if self.explicit else computed_tokens(lengths, parents, query)
 
 
 def register() -> None:

@@ -114,8 +114,9 @@ class FsdpEngine(TrainEngine):
         return int(self.all_reduce_data(torch.tensor(needed), dist.ReduceOp.MAX))
 
     def computed_tokens(self, batch: Packed) -> int:
-        """Includes the padding of attention calls that rows of similar length share."""
-        return self.model.root.rows.computed(batch)
+        """Includes the padding of attention calls that rows of similar length share, where there are such."""
+        query = torch.empty(0, self.spec.head_dim, dtype=DTYPES[self.config.dtype], device=self.world.device)
+        return self.model.root.rows.computed(batch, query)
 
     def forward(self, batches: Sequence[Packed]) -> list[Tensor]:
         """One forward pass after the other."""

@@ -1,7 +1,7 @@
 """Norms and gated MLPs of transformers' models by `aligner.trainer.fused`: fewer passes over memory, fewer kept activations.
 
 What a module computes is observed, not taken from its name: its class's own forward is run on a small copy of it with random
-weights, and compared. A module that computes anything else stays as it is.
+weights and inputs of very different sizes, and compared. A module that computes anything else stays as it is.
 """
 
 from __future__ import annotations
@@ -13,10 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from aligner.trainer.fused import gated, gated_pair, rms_norm
+from aligner.trainer.fused import gated, gated_pair, rms_norm, rms_norm_plus_one
 
 WIDTH = 8
 """Of the small copies."""
+SCALES = (1e-3, 1.0, 1e3)
+"""Of the inputs: a clamp acts on large ones alone, and where an epsilon is added shows in small ones."""
 ACTIVATIONS = ("silu", "gelu_tanh")
 Forward = Callable[[nn.Module, Tensor], Tensor]
 """(module, its input) -> its output."""
@@ -35,7 +37,7 @@ def fuse(model: nn.Module) -> list[str]:
         if kind is None:
             continue
         if kind not in known:
-            with torch.random.fork_rng(devices=[]):
+            with torch.random.fork_rng(devices=[]), torch.no_grad():
                 torch.manual_seed(0)
                 known[kind] = next((each for each in _candidates(module) if _computes(module, each)), None)
         forward = known[kind]
@@ -61,12 +63,19 @@ def _kind(module: nn.Module) -> Any:
     """What modules that compute the same have in common; None: neither a norm nor a gated MLP."""
     children = dict(module.named_children())
     if not children and [*module._parameters] == ["weight"] and not module._buffers and _epsilon(module) is not None:
-        return (type(module), _epsilon(module)) if module.weight.dim() == 1 else None  # type: ignore[union-attr,operator]
+        return _class_and_settings(module) if module.weight.dim() == 1 else None  # type: ignore[union-attr,operator]
     linears = {name for name, child in children.items() if type(child) is nn.Linear}
     others = [child for name, child in children.items() if name not in linears]
     if "down_proj" in linears and linears - {"down_proj"} in ({"gate_proj", "up_proj"}, {"gate_up_proj"}):
-        return (type(module), *map(type, others)) if len(others) == 1 and not module._parameters else None
+        plain = len(others) == 1 and not module._parameters and not module._buffers
+        return tuple(map(_class_and_settings, (module, *others))) if plain else None
     return None
+
+
+def _class_and_settings(module: nn.Module) -> Any:
+    """Layers of one class may differ by what their constructor noted: an epsilon, a clamp's limit, a share of zeros."""
+    noted = {name: value for name, value in vars(module).items() if isinstance(value, int | float | str)}
+    return type(module), tuple(sorted(noted.items()))
 
 
 def _epsilon(module: nn.Module) -> float | None:
@@ -77,12 +86,12 @@ def _epsilon(module: nn.Module) -> float | None:
 def _candidates(module: nn.Module) -> list[Forward]:
     if hasattr(module, "down_proj"):
         return [_mlp(name, hasattr(module, "gate_up_proj")) for name in ACTIVATIONS]
-    return [_norm(0.0), _norm(1.0)]
+    return [_norm(rms_norm), _norm(rms_norm_plus_one)]
 
 
-def _norm(added: float) -> Forward:
+def _norm(function: Callable[[Tensor, Tensor, float], Tensor]) -> Forward:
     def forward(module: Any, x: Tensor) -> Tensor:
-        return rms_norm(x, module.weight + added if added else module.weight, _epsilon(module) or 0.0)
+        return function(x, module.weight, _epsilon(module) or 0.0)
 
     return forward
 
@@ -98,14 +107,17 @@ def _mlp(activation: str, together: bool) -> Forward:
 
 def _computes(module: nn.Module, candidate: Forward) -> bool:
     """Whether the class's own forward is `candidate`, on a small copy of the module."""
-    small, x = _small(module), torch.randn(3, 5, WIDTH)
-    try:
-        expected = type(module).forward(small, x)
-    except Exception:  # it takes more than one input
-        return False
-    if not isinstance(expected, Tensor) or expected.shape != x.shape:
-        return False
-    return torch.allclose(candidate(small, x), expected, rtol=1e-5, atol=1e-6)
+    small, probe = _small(module), torch.randn(3, 5, WIDTH)
+    for x in (scale * probe for scale in SCALES):
+        try:
+            expected = type(module).forward(small, x)
+        except Exception:  # it takes more than one input
+            return False
+        if not isinstance(expected, Tensor) or expected.shape != x.shape:
+            return False
+        if not torch.allclose(candidate(small, x), expected, rtol=1e-5, atol=1e-6 * float(expected.abs().max())):
+            return False
+    return True
 
 
 def _small(module: nn.Module) -> nn.Module:

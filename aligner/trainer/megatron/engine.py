@@ -21,9 +21,8 @@ from aligner.trainer.megatron.optimizer import Optimizer
 from aligner.trainer.megatron.optimizer_state import make_moments, optimizer_tensors, saved_pieces, slices
 from aligner.trainer.megatron.pipeline import Pipeline
 from aligner.trainer.offload import Offloaded, Scratch
-from aligner.trainer.packed_attention import has_varlen
 from aligner.trainer.packing import Packed, pack
-from aligner.trainer.prefix_attention import attended
+from aligner.trainer.prefix_attention import attended, computed_tokens
 from aligner.trainer.prefix_tree import Segment
 from aligner.trainer.readout import Readout
 from aligner.trainer.row_contexts import RowContexts
@@ -117,7 +116,7 @@ class MegatronEngine(TrainEngine):
         """Includes the padding of attention calls that segments of similar length share, where there are such."""
         lengths, parents = (tuple(column) for column in batch.segments_S2.T.tolist())
         query = torch.empty(0, self.spec.head_dim, dtype=DTYPES[self.config.dtype], device=self.world.device)
-        return sum(lengths) if has_varlen(query) else attended(lengths, parents)
+        return attended(lengths, parents) if self.mesh.context > 1 else computed_tokens(lengths, parents, query)
 
     def forward(self, batches: Sequence[Packed]) -> list[Tensor]:
         """Runs the pipeline; one broadcast copies the results from its last stage to the others."""

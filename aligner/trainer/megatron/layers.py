@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from aligner.models.family import Norms
 from aligner.models.spec import LayerType, ModelSpec, QKNorm
 from aligner.models.tensors import family_of
-from aligner.trainer.fused import gated, rms_norm
+from aligner.trainer.fused import gated, rms_norm, rms_norm_plus_one
 from aligner.trainer.megatron.attention import (
     KeptTokens,
     PackedAttention,
@@ -56,11 +56,11 @@ class RMSNorm(nn.Module):
 
 
 class RMSNormPlusOne(RMSNorm):
-    """Gemma's RMSNorm: multiplies by 1 + weight, in float32."""
+    """`rms_norm_plus_one`."""
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., hidden] -> the same."""
-        return rms_norm(x.float(), 1.0 + self.weight.float(), self.eps).type_as(x)
+        return rms_norm_plus_one(x, self.weight, self.eps)
 
 
 class ProjectionNorm(RMSNorm):

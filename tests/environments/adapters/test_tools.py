@@ -153,7 +153,6 @@ def test_an_episode_of_a_class() -> None:
         {"name": "increment", "arguments": {"stride": 7}},
         {"name": "jump", "arguments": {}},
         {"name": "increment", "arguments": [1]},
-        {"name": "increment", "error": "no JSON"},
         {"name": "look", "arguments": {}},
     ]
     turn = episode.step("", calls)
@@ -163,9 +162,8 @@ def test_an_episode_of_a_class() -> None:
     assert "stride" in json.loads(results[2])["error"]
     assert json.loads(results[3]) == {"error": "there is no tool jump; there are increment, look"}
     assert json.loads(results[4]) == {"error": "the arguments of increment are not a JSON object"}
-    assert json.loads(results[5]) == {"error": "no JSON"}
-    assert results[6] == '{"value": 3, "é": null}'
-    assert turn["metrics"] == {"tool_calls": 7, "tool_errors": 5} and not turn["done"]
+    assert results[5] == '{"value": 3, "é": null}'
+    assert turn["metrics"] == {"tool_calls": 6, "tool_errors": 4} and not turn["done"]
     assert episode.step("It is 3.", [])["done"]
     assert episode.finish() == {"reward": 1.0}
 
@@ -191,7 +189,8 @@ def url() -> Iterator[str]:
     class Answers(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            self.send_response(200 if "query" in body else 400)
+            self.send_response(302 if "moved" in body else 200 if "query" in body else 400)
+            self.send_header("Location", body.get("moved", ""))
             self.end_headers()
             self.wfile.write(f"found {body.get('query')}".encode())
 
@@ -216,7 +215,7 @@ def test_tools_of_ours_and_of_a_user_in_processes(url: str) -> None:
     }
     with pool(**settings) as made:
         made.open(0, {}, 0)
-        (opened,) = made.poll(20.0)
+        (opened,) = made.poll(60.0)
         assert [tool["function"]["name"] for tool in opened.turn.tools] == ["shout", "python", "search"]  # type: ignore[union-attr]
         assert opened.turn.tools[2]["function"] == {
             "name": "search",
@@ -230,14 +229,21 @@ def test_tools_of_ours_and_of_a_user_in_processes(url: str) -> None:
             {"name": "search", "arguments": {"word": "x"}},
         ]
         made.step(0, Action("", calls))
-        (stepped,) = made.poll(20.0)
+        (stepped,) = made.poll(60.0)
         said = contents([stepped])
         assert said[:3] == ["HEY", "42\n[ended with exit code 3]", "found x"] and "400" in said[3]
         made.step(0, Action("done"))
-        (ended,) = made.poll(20.0)
+        (ended,) = made.poll(60.0)
         assert isinstance(ended, Stepped) and ended.turn.done
         made.finish(0)
-        assert made.poll(20.0) == [Finished(0, None)]
+        assert made.poll(60.0) == [Finished(0, None)]
+
+
+def test_a_redirect_is_not_followed(url: str) -> None:
+    """The token would go to another host."""
+    search = {"url": url, "name": "search", "description": "Search.", "parameters": {}}
+    turn = tools.make(host("http", options=search))().step("", [{"name": "search", "arguments": {"moved": url}}])
+    assert "302" in turn["messages"][0]["content"] and turn["metrics"]["tool_errors"] == 1
 
 
 @pytest.mark.parametrize(
@@ -252,6 +258,19 @@ def test_tools_of_ours_and_of_a_user_in_processes(url: str) -> None:
             "isolation=none is unknown; use namespaces or limits",
         ),
         ({"target": "interpreter", "options": {"second": 1}}, "do not fit"),
+        (
+            {
+                "target": "http",
+                "options": {
+                    "url": "http://x",
+                    "name": "n",
+                    "description": "",
+                    "parameters": {},
+                    "token_env": "NO_SUCH",
+                },
+            },
+            "token_env=NO_SUCH is not set",
+        ),
     ],
 )
 def test_options_of_our_tools(settings: dict[str, Any], why: str) -> None:

@@ -51,6 +51,9 @@ def main(what: str) -> None:
     elif what == "print":
         talk(1)
         print('noise\n{"reward": 0.25}')
+    elif what == "print_text":
+        talk(1)
+        print('{"reward": "high"}')
     elif what == "tool":
         messages: list[Any] = [{"role": "user", "content": "Add."}]
         said = say(messages, tools=TOOLS)
@@ -128,6 +131,15 @@ def main(what: str) -> None:
         talk(1)
         held = [bytearray(50_000_000) for _ in range(100)]
         print(len(held))
+    elif what == "orphans_memory":
+        talk(1)
+        for _ in range(2):  # each leaves its parent, and is within the limit by itself
+            if os.fork() == 0:
+                if os.fork() == 0:
+                    text = b"x" * 150_000_000
+                    time.sleep(600 + len(text))
+                os._exit(0)
+        time.sleep(600)
     elif what == "liar":
         talk(1)
         post("/v1/reward", {"reward": 1, "turn_rewards": [1, 2, 3]})

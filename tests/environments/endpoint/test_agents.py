@@ -22,6 +22,9 @@ from aligner.environments.agent_config import AgentConfig, resolve_command
 from aligner.environments.config import EnvironmentConfig
 from aligner.environments.conversation import ConversationFormat
 from aligner.environments.endpoint.agents import AgentEpisodes
+from aligner.environments.endpoint.errors import ApiError
+from aligner.environments.endpoint.exchange import Pending
+from aligner.environments.endpoint.requests import chat_request
 from aligner.environments.tool_calls import hermes
 from aligner.rollout.episodes.source import Ask, Ended
 from aligner.rollout.requests import Sample
@@ -166,6 +169,31 @@ def test_a_request_that_is_sent_again_gets_the_same_answer(player: Player) -> No
     assert played.ended[0].reward == 1.0 and len(played.asks[0]) == 1
 
 
+def test_a_request_whose_client_has_gone_is_over(form: ConversationFormat) -> None:
+    """Its thread must not wait for ever, and the program's time goes on."""
+    config = EnvironmentConfig(agent=AgentConfig(command=f"{sys.executable} -S {PROGRAM} never"))
+    source = AgentEpisodes(config, form, lambda: hermes, 2000, 259)
+    try:
+        source.start(0, TASK, 0)
+        request = chat_request({"messages": [{"role": "user", "content": "Hi."}]}, 259)
+        pending = Pending(source._episodes[0].session, request, connected=lambda: False)
+        source._exchange.put(pending)
+        assert source.poll(60.0) == []
+        with pytest.raises(ApiError) as caught:
+            pending.wait()
+        assert caught.value.code == "client_closed"
+    finally:
+        source.close()
+
+
+def test_a_first_request_that_is_refused_is_told(player: Player) -> None:
+    end = player.play("print", max_tokens=4).ended[0]
+    assert (end.ended, end.record["detail"]) == (
+        "protocol",
+        "the program ended without a turn; what it asked for was refused (max_tokens)",
+    )
+
+
 def test_the_last_line_of_standard_output_is_a_reward(player: Player) -> None:
     end = player.play("print").ended[0]
     assert (end.ended, end.reward, end.turn_rewards) == ("done", 0.25, (0.0,))
@@ -195,12 +223,14 @@ def test_text_that_cannot_be_encoded_is_refused(player: Player) -> None:
     ("what", "kind", "detail", "settings"),
     [
         ("crash", "crashed", "the tool broke", {}),
-        ("nothing", "protocol", "without a request", {}),
+        ("nothing", "protocol", "without a turn", {}),
         ("silent", "no_reward", "environment.agent.reports_reward", {}),
+        ("print_text", "no_reward", 'reward must be a number from -1e+30 to 1e+30; it is "high"', {}),
         ("hang", "timeout", "environment.step_timeout_s", {"step_timeout_s": 0.5}),
         ("hang", "episode_timeout", "environment.episode_timeout_s", {"episode_timeout_s": 2.0}),
         ("never", "timeout", "environment.start_timeout_s", {"start_timeout_s": 0.5}),
         ("memory", "memory", "", {"memory_mib": 300}),
+        ("orphans_memory", "memory", "its processes used", {"memory_mib": 200, "step_timeout_s": 100.0}),
         ("liar", "protocol", "turn_rewards", {}),
     ],
 )

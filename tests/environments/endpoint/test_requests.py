@@ -74,6 +74,8 @@ def test_a_chat_request_as_the_openai_sdk_sends_it() -> None:
         ("top_logprobs", 5),
         ("stop", [""]),
         ("stream", "yes"),
+        ("stream_options", "usage"),
+        ("stream_options", [1]),
         ("tools", [{"type": "retrieval"}]),
         ("messages", []),
         ("messages", [{"role": "robot", "content": ""}]),

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import http.client
 import json
+import resource
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -160,6 +162,32 @@ def test_generate_has_the_form_of_vllms_own_route(endpoint: Endpoint) -> None:
     assert GenerateTextResponse.model_validate(text).choices[0].text == "Hi!"
 
 
+def test_generate_as_a_stream_and_as_vllms_own_clients_ask(endpoint: Endpoint) -> None:
+    from vllm import SamplingParams
+    from vllm.entrypoints.scale_out.token_in_token_out.protocol import GenerateRequest, GenerateTokensStreamResponse
+
+    request = GenerateRequest(token_ids=[1, 2], sampling_params=SamplingParams(max_tokens=5, logprobs=1))
+    body = json.loads(request.model_dump_json())
+    assert endpoint.post("/inference/v1/generate", body)[1]["choices"][0]["token_ids"] == [3, 4, 5]
+    connection = http.client.HTTPConnection("127.0.0.1", endpoint.server.port, timeout=30)
+    body |= {"stream": True, "stream_options": {"include_usage": True}}
+    key = {"Authorization": f"Bearer {endpoint.session.key}"}
+    connection.request("POST", "/inference/v1/generate", json.dumps(body), key)
+    *events, done, rest = connection.getresponse().read().split(b"\n\n")
+    assert (done, rest) == (b"data: [DONE]", b"")
+    chunk, usage = [GenerateTokensStreamResponse.model_validate_json(event.removeprefix(b"data: ")) for event in events]
+    assert chunk.choices[0].token_ids == [3, 4, 5] and chunk.choices[0].finish_reason == "stop"
+    assert not usage.choices and usage.usage and usage.usage.completion_tokens == 3
+
+
+def test_no_name_server_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> str:
+        raise AssertionError("a name was looked up")
+
+    monkeypatch.setattr(socket, "getfqdn", refuse)
+    EndpointServer(Exchange(), ServedModel("policy", 64, 100), 4096, 8).close()
+
+
 def test_rewards_go_to_the_session(endpoint: Endpoint) -> None:
     assert endpoint.post("/v1/reward", {"reward": 0.5})[0] == 200
     assert endpoint.session.report is not None and endpoint.session.report.reward == 0.5
@@ -182,9 +210,6 @@ def test_keys(endpoint: Endpoint) -> None:
     assert endpoint.post("/v1/chat/completions", chat, Authorization="Basic x")[0] == 401
     other = endpoint.exchange.open(2)
     assert other.key != endpoint.session.key
-    endpoint.exchange.close(endpoint.session)
-    status, answer = endpoint.post("/v1/chat/completions", chat)
-    assert (status, answer["error"]["code"]) == (410, "session_closed")
     endpoint.exchange.forget(endpoint.session)
     assert endpoint.post("/v1/chat/completions", chat)[0] == 401
     assert not endpoint.requests
@@ -214,6 +239,9 @@ def test_raw_connections(endpoint: Endpoint) -> None:
         b"POST /v1/reward HTTP/1.1\r\n" + key + b"\r\n": b"411",
         b"POST /v1/reward HTTP/1.1\r\n" + key + b"Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n": b"411",
         b"POST /v1/reward HTTP/1.1\r\n" + key + b"Content-Length: -1\r\n\r\n": b"411",
+        b"POST /v1/reward HTTP/1.1\r\n" + key + b"Content-Length: " + b"9" * 5000 + b"\r\n\r\n": b"411",
+        b"POST /v1/reward HTTP/1.1\r\n" + key + b"Content-Length: 2\r\nContent-Length: 3\r\n\r\n": b"411",
+        b"POST /v1/reward HTTP/1.1\r\n" + key + b"Content-Length: 2\r\nTransfer-Encoding: chunked\r\n\r\n{}": b"411",
         b"DELETE /v1/models HTTP/1.1\r\n\r\n": b"501",
         b"GET /v1/models HTTP/1.1\r\n\r\n": b"401",
         b"\x16\x03\x01 nonsense\r\n\r\n": b"Bad",
@@ -223,8 +251,17 @@ def test_raw_connections(endpoint: Endpoint) -> None:
             connection.sendall(request)
             assert status in connection.recv(65536).split(b"\r\n")[0]
     with socket.create_connection(("127.0.0.1", endpoint.server.port), timeout=30) as connection:
-        connection.sendall(b"POST /v1/reward HTTP/1.1\r\n" + key + b"Content-Length: 100\r\n\r\n{")
+        connection.sendall(b"POST /v1/reward HTTP/1.1\r\n" + key + b'Content-Length: 100\r\n\r\n{"reward": 7}')
+        connection.shutdown(socket.SHUT_WR)
+        assert connection.recv(100) == b""
+    assert endpoint.session.report is None
     assert endpoint.post("/v1/reward", {"reward": 1})[0] == 200
+
+
+def test_the_answer_to_a_body_that_is_too_long_arrives(endpoint: Endpoint) -> None:
+    """The client sends all of it before it reads: a connection that is closed meanwhile would be reset."""
+    status, answer = endpoint.post("/v1/chat/completions", b" " * 2**23)
+    assert status == 413 and "environment.agent.max_request_mib" in answer["error"]["message"]
 
 
 def test_more_connections_than_allowed_are_cut(endpoint: Endpoint) -> None:
@@ -237,7 +274,15 @@ def test_more_connections_than_allowed_are_cut(endpoint: Endpoint) -> None:
         connection.close()
 
 
-def test_a_client_that_has_gone_is_noticed() -> None:
+def renumbered(connection: socket.socket, address: Any, number: int) -> tuple[socket.socket, Any]:
+    """The connection with a descriptor of at least this number."""
+    with connection:
+        return socket.socket(fileno=fcntl.fcntl(connection.fileno(), fcntl.F_DUPFD_CLOEXEC, number)), address
+
+
+@pytest.mark.parametrize("number", [None, 1500])
+def test_a_client_that_has_gone_is_noticed(number: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the rank has more descriptors than select() takes."""
     seen: list[bool] = []
     gone = threading.Event()
 
@@ -249,6 +294,13 @@ def test_a_client_that_has_gone_is_noticed() -> None:
         return REPLY
 
     release = threading.Event()
+    if number is not None:
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if limit[1] <= number:
+            pytest.skip(f"this machine allows {limit[1]} descriptors")
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(limit[0], number + 100), limit[1]))
+        accept = socket.socket.accept
+        monkeypatch.setattr(socket.socket, "accept", lambda listening: renumbered(*accept(listening), number))
     one = Endpoint(answer)
     try:
         body = json.dumps({"messages": HELLO}).encode()

@@ -47,6 +47,7 @@ def check(rows: list[dict[str, Any]], turns: float) -> None:
         assert row["episodes/ended_done"] == 4.0 and row["episodes/turns"] >= turns and row["gap_max"] < 1e-4, row
 
 
+@pytest.mark.slow
 def test_a_program_is_trained(job: Job) -> None:
     rows = [{"prompt": f"{one} + 1", "question": f"{one} + 1?"} for one in range(8)]
     metrics = job(f"{sys.executable} -S {PROGRAM} talk", rows, "data.max_prompt_tokens=40", "sampling.max_tokens=8")

@@ -134,6 +134,7 @@ class Allocator:
         self.sleeping_tags |= set(tags)
 
     def suspend(self, level: int) -> None:
+        self._frozen.append(gc.get_freeze_count())
         self.on_host |= {tag for tag in ("cudagraph",) if self.mapped[tag]}
         self.mapped = dict.fromkeys(self.mapped, False)
 

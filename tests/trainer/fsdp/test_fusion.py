@@ -9,6 +9,9 @@ import torch
 import torch.nn.functional as F
 import transformers as hf
 from torch import Tensor, nn
+from transformers.models.deepseek_v4.configuration_deepseek_v4 import DeepseekV4Config
+from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4MLP
+from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 
 from aligner.trainer.fsdp.fusion import fuse
 
@@ -64,25 +67,55 @@ class Halved(Norm):
         return super().forward(x) / 2
 
 
+class OutsideRoot(Norm):
+    """Its epsilon is added to the root: the same for inputs of a usual size."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight * x / (x.square().mean(-1, keepdim=True).sqrt() + self.eps)
+
+
 class OptionalGate(Norm):
     def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
         return super().forward(x) if gate is None else super().forward(x) * F.silu(gate)
 
 
 class Clamped(nn.Module):
-    """A gated MLP with a step more."""
+    """A gated MLP with a step more, which large values alone may need."""
 
-    def __init__(self) -> None:
+    def __init__(self, limit: float) -> None:
         super().__init__()
+        self.limit = limit
         self.gate_proj, self.up_proj, self.down_proj = nn.Linear(16, 24), nn.Linear(16, 24), nn.Linear(24, 16)
         self.act_fn = nn.SiLU()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(self.act_fn(self.gate_proj(x)).clamp(max=0.1) * self.up_proj(x))
+        return self.down_proj(self.act_fn(self.gate_proj(x)).clamp(max=self.limit) * self.up_proj(x))
 
 
 def test_modules_that_compute_something_else_stay() -> None:
-    assert fuse(nn.ModuleList([Norm(), Halved(), Clamped(), nn.LayerNorm(16)])) == ["0"]
+    assert fuse(nn.ModuleList([Norm(), Halved(), OutsideRoot(), Clamped(0.1), Clamped(10.0), nn.LayerNorm(16)])) == [
+        "0"
+    ]
+
+
+def test_layers_of_one_class_are_told_apart_by_their_settings() -> None:
+    assert fuse(nn.ModuleList([Clamped(float("inf")), Clamped(10.0), Clamped(float("inf"))])) == ["0", "2"]
+
+
+def test_a_clamp_of_transformers_own_is_seen() -> None:
+    config = DeepseekV4Config(hidden_size=16, moe_intermediate_size=24, intermediate_size=24)
+    assert config.swiglu_limit > 1 and fuse(nn.ModuleList([DeepseekV4MLP(config)])) == []
+
+
+def test_one_plus_the_weight_is_not_rounded_to_bfloat16() -> None:
+    """In bfloat16, 1 + 0.003 is 1."""
+    norm: Any = Gemma2RMSNorm(256).bfloat16()
+    nn.init.constant_(norm.weight, 0.003)
+    torch.manual_seed(0)
+    x = torch.randn(64, 256, dtype=torch.bfloat16)
+    expected = norm(x)
+    assert fuse(nn.ModuleList([norm])) == ["0"]
+    assert torch.equal(norm(x), expected)
 
 
 def test_a_gate_that_is_given_counts() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from aligner.trainer.megatron.grouped_experts import GroupedExperts
 from aligner.trainer.megatron.groups import make_groups, prepare_megatron
 from aligner.trainer.megatron.layers import fuse_activations
 from aligner.trainer.megatron.model import transformer_config
+from aligner.trainer.policy import Policy
+from tests.trainer import engines_on_ranks as updates
 
 
 def compare(world: World, folder: Path, counts: list[int]) -> list[float]:
@@ -62,6 +65,35 @@ def compare(world: World, folder: Path, counts: list[int]) -> list[float]:
         found.append(stack.grad)
     pairs = [pair for pair in zip(reference, found, strict=True) if pair[0].numel()]
     return [float((one - other).abs().max() / one.abs().max().clamp(min=1e-30)) for one, other in pairs]
+
+
+def hand_over(world: World, folder: Path, saving: str, heir: str, out: Path) -> float:
+    """One update with `experts` of one kind; the largest difference of the next one's metrics and weights where the other kind
+    goes on from its checkpoint, half of the experts on each rank."""
+    _, config, _, loss, fields = updates.CASES["grpo"]
+    spec, mesh = read_spec(folder), Mesh(tuple(range(world.size)), name="policy", expert=world.size)
+    samples = updates.Samples(
+        updates.TOKENS_BT, torch.full((8,), updates.PROMPT), updates.LENGTH_B, updates.MASK_BT, torch.arange(8) // 2,
+        [{}] * 8, updates.ROLLOUT_BT,
+    )  # fmt: skip
+
+    def build(experts: str, name: str) -> Policy:
+        return Policy(name, world, mesh, spec, replace(config, experts=experts), total_steps=20, max_response=20)
+
+    def update(role: Policy) -> dict[str, float]:
+        placed = role.scatter(samples, group_size=2)
+        return role.update(loss, placed, **updates.fields(role, placed, **fields)).gather()  # type: ignore[no-any-return]
+
+    first = build(saving, f"{world.size} {saving}")
+    update(first)
+    known, *saved = first.save_state()
+    second = build(heir, f"{world.size} {saving} {heir}")
+    second.load_state(known, updates.Memory(world, *saved))
+    assert updates.exported_gap(first, second, out / "before") == 0.0
+    rows = [update(role) for role in (first, second)]
+    assert rows[0].keys() == rows[1].keys()
+    gaps = [updates.gap(rows[1][name], rows[0][name]) for name in rows[0]]
+    return max(*gaps, updates.exported_gap(first, second, out / "after"))
 
 
 def fake_forward(world: World, folder: Path) -> tuple[Any, ...]:

@@ -28,6 +28,14 @@ def test_equal_to_one_expert_after_the_other(counts: list[int], ranks: Ranks, fo
         assert max(differences) < 1e-6
 
 
+@pytest.mark.parametrize(("saving", "heir"), [("sequential", "grouped"), ("grouped", "sequential")])
+def test_a_checkpoint_is_continued_with_the_other(
+    saving: str, heir: str, ranks: Ranks, folder: Path, tmp_path: Path
+) -> None:
+    """Weights to the last bit; an update more, by the moments, but for rounding."""
+    assert max(ranks(2).run(f"{FUNCTIONS}:hand_over", folder, saving, heir, tmp_path)) < 1e-5
+
+
 def test_torch_takes_the_arguments(ranks: Ranks, folder: Path) -> None:
     assert ranks(1).run(f"{FUNCTIONS}:fake_forward", folder) == [((32, 96), "torch.bfloat16", "cuda")]
 
