@@ -21,6 +21,17 @@ Torchrun = Callable[..., "subprocess.CompletedProcess[str]"]
 Ranks = Callable[[int], Pool]
 
 
+@pytest.fixture(autouse=True)
+def _environment_stays() -> Iterator[None]:
+    """Variables that libraries set while a test uses them (vLLM's platform, wandb) are gone after it; else programs that later tests
+    start would find them, and the fork server could not fork these."""
+    before = dict(os.environ)
+    yield
+    if os.environ != before:
+        os.environ.clear()
+        os.environ.update(before)
+
+
 @pytest.fixture
 def torchrun(tmp_path: Path) -> Torchrun:
     """torchrun(ranks, source_or_arguments, seconds=...): a Python source text, or a list such as ["-m", "aligner.main"]."""
