@@ -103,7 +103,7 @@ class NullRollout(Rollout):
         world.my_group(mesh.groups("tensor", "pipeline"))
         self.engine = NullEngine(tokens)  # type: ignore[assignment]
         self.plays, self._responses = False, Responses(self.engine)
-        self.shared = None
+        self.shared, self._weight_owners = None, ()
 
 
 class NullScorer:
@@ -216,8 +216,8 @@ class Meter:
         call = Role.call
 
         @contextmanager
-        def timed_call(role: Role, method: str, **more: Any) -> Iterator[None]:
-            with self.part(method), call(role, method, **more):
+        def timed_call(role: Role, method: str, *also: Any, **more: Any) -> Iterator[None]:
+            with self.part(method), call(role, method, *also, **more):
                 yield
 
         Role.call = timed_call  # type: ignore[method-assign]
