@@ -102,6 +102,8 @@ def test_torch_takes_the_arguments(parents: tuple[int, ...], monkeypatch: pytest
             and not has_varlen(q.float())
             and not has_varlen(torch.empty(12, 4, 60, dtype=q.dtype, device="cuda"))
         )
+        for module in (packed_attention, prefix_attention):
+            monkeypatch.setattr(module, "has_varlen", lambda query: True)
         monkeypatch.setattr(
             packed_attention, "_offsets", lambda lengths, device: torch.empty(4, dtype=torch.int32, device=device)
         )
