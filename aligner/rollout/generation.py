@@ -154,9 +154,7 @@ class GenerationRole(Role):
         Returns:
             Ref to `Samples`: row p * num_samples + g is sample g of prompt p.
         """
-        self.wake()
-        with self.call("generate", self._weight_owners):
-            return self._finish(self._start(prompts, num_samples, sampling, seed, plays=False))
+        return self._at_once(prompts, num_samples, sampling, seed, plays=False)
 
     def play(
         self,
@@ -182,9 +180,7 @@ class GenerationRole(Role):
             raise ValueError(
                 "rollout.play needs an environment: set environment.target or environment.agent.command, or call rollout.generate."
             )
-        self.wake()
-        with self.call("generate", self._weight_owners):
-            return self._finish(self._start(tasks, num_samples, sampling, seed, plays=True))
+        return self._at_once(tasks, num_samples, sampling, seed, plays=True)
 
     def sample(
         self,
@@ -195,6 +191,13 @@ class GenerationRole(Role):
     ) -> Ref:
         """`play` where the job has an environment, else `generate`."""
         return (self.play if self.plays else self.generate)(prompts, num_samples, sampling, seed)
+
+    def _at_once(
+        self, prompts: Sequence[Prompt], num_samples: int, sampling: Sampling | None, seed: int | None, plays: bool
+    ) -> Ref:
+        self.wake()
+        with self.call("generate", self._weight_owners):
+            return self._finish(self._start(prompts, num_samples, sampling, seed, plays=plays))
 
     def start(self, prompts: Sequence[Prompt], num_samples: int = 1, sampling: Sampling | None = None) -> Started:
         """Begin what `sample` does; nothing is waited for. The engine works on it whenever it works."""

@@ -14,7 +14,8 @@ from transformers import MODEL_MAPPING
 
 from aligner.reshard.plan.region import Piece
 from aligner.reshard.weights import WritableWeights
-from aligner.rollout.config import RolloutConfig
+from aligner.rollout.config import RolloutConfig, Sampling
+from aligner.rollout.engine import RolloutEngine
 from aligner.rollout.requests import Sample
 from tests.families import ROWS, Row
 
@@ -147,6 +148,11 @@ def prompts(count: int, seed: int = 0) -> list[list[int]]:
 
 
 @torch.no_grad()
+def ask(engine: RolloutEngine) -> list[list[Sample]]:
+    """One response of 16 tokens to each of four prompts."""
+    return engine.generate(prompts(4), [0, 100, 200, 300], Sampling(1.0, 16, stop_token_ids=()))
+
+
 def greedy(model: Any, prompt: Sequence[int], length: int) -> list[int]:
     """transformers' own greedy continuation, each token from a whole forward pass."""
     tokens = list(prompt)

@@ -12,7 +12,6 @@ import torch
 import torch.distributed as dist
 
 import aligner.rollout.vllm.engine as engine_module
-from aligner.rollout.config import Sampling
 from aligner.rollout.vllm.engine import VllmEngine
 from aligner.rollout.vllm.experts import PackedExperts
 from tests.conftest import Ranks
@@ -20,10 +19,6 @@ from tests.rollout import tiny
 from tools.family_models import write_model
 
 CPU = torch.device("cpu")
-
-
-def ask(engine: VllmEngine) -> Any:
-    return engine.generate(tiny.prompts(4), [0, 100, 200, 300], Sampling(1.0, 16, stop_token_ids=()))
 
 
 def test_a_synced_engine_is_a_fresh_one_and_a_wrong_bias_is_seen(
@@ -42,14 +37,14 @@ def test_a_synced_engine_is_a_fresh_one_and_a_wrong_bias_is_seen(
     monkeypatch.setattr(engine_module, "LOAD_FORMAT", "auto")
     fresh = VllmEngine(folders[1], group, f"fresh{os.getpid()}", config, CPU)
     fresh.loaded.finish()
-    expected = ask(fresh)
+    expected = tiny.ask(fresh)
     fresh.close()
     monkeypatch.setattr(engine_module, "LOAD_FORMAT", "dummy")
     engine = VllmEngine(folders[0], group, f"synced{os.getpid()}", config, CPU)
     answers = []
     for model in models:
         tiny.write(engine.weights, model)
-        answers.append(ask(engine))
+        answers.append(tiny.ask(engine))
     assert answers[1] == expected != answers[0]
     pack = PackedExperts.pack
 

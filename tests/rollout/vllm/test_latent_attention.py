@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -14,7 +13,6 @@ import torch.distributed as dist
 import aligner.rollout.vllm.engine as engine_module
 from aligner.models.checkpoint import read_weights
 from aligner.models.read_spec import read_spec
-from aligner.rollout.config import Sampling
 from aligner.rollout.vllm.engine import VllmEngine
 from aligner.rollout.vllm.sleep import residency_parts
 from aligner.spmd.memory import Meter
@@ -22,10 +20,6 @@ from tests.rollout import tiny
 from tools.family_models import write_model
 
 CPU = torch.device("cpu")
-
-
-def ask(engine: VllmEngine) -> Any:
-    return engine.generate(tiny.prompts(4), [0, 100, 200, 300], Sampling(1.0, 16, stop_token_ids=()))
 
 
 def test_a_synced_engine_is_a_fresh_one(
@@ -38,18 +32,18 @@ def test_a_synced_engine_is_a_fresh_one(
     monkeypatch.setattr(engine_module, "LOAD_FORMAT", "auto")
     fresh = VllmEngine(folders[1], group, f"fresh{os.getpid()}", config, CPU)
     fresh.loaded.finish()
-    expected = ask(fresh)
+    expected = tiny.ask(fresh)
     fresh.close()
     monkeypatch.setattr(engine_module, "LOAD_FORMAT", "dummy")
     engine = VllmEngine(folders[0], group, f"synced{os.getpid()}", config, CPU)
     answers = []
     for folder in folders:
         read_weights(read_spec(folder), engine.weights)
-        answers.append(ask(engine))
+        answers.append(tiny.ask(engine))
     assert answers[1] == expected != answers[0]
     parts = residency_parts(engine, engine.weights, Meter(CPU))
     parts["weights"].evict()
     parts["weights"].bring()
     read_weights(read_spec(folders[1]), engine.weights)
-    assert ask(engine) == expected
+    assert tiny.ask(engine) == expected
     engine.close()
