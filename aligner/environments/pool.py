@@ -423,9 +423,7 @@ class EnvironmentPool:
                 slot.episodes[episode.number] = episode
                 episode.process = slot.process
                 self._advance(episode)
-        if not self._waiting_alone:
-            for slot in [slot for slot in self._slots.values() if slot.extra and not slot.episodes]:
-                self._end(slot)
+        self._end_surplus()
 
     def _queue_of(self, episode: OpenEpisode) -> deque[OpenEpisode]:
         """Where an episode waits for a process."""

@@ -66,7 +66,7 @@ def test_paused_episodes_take_no_place(shared: int) -> None:
         for number in numbers:
             made.open(number, {"q": number}, number)
         for half in (numbers[:shared], numbers[shared:]):
-            opened = [event.episode for _ in half for event in made.poll(60.0)]
+            opened: list[int] = []
             while len(opened) < shared:
                 opened += [event.episode for event in made.poll(60.0)]
             assert sorted(opened) == list(half) and made.poll(0.2) == []
