@@ -40,8 +40,21 @@ def product(left_MK: Tensor, right_KN: Tensor) -> Tensor:
         and onednn_is_faster()
     ):
         left_MK, right_NK = _strided(left_MK.detach()), _strided(right_KN.detach().T)
-        return torch.ops.mkldnn._linear_pointwise(left_MK, right_NK, None, "none", [], "")  # type: ignore[no-any-return]
+        if _other_way_round(left_MK, len(right_NK)):
+            return _onednn(right_NK, left_MK).T.contiguous()
+        return _onednn(left_MK, right_NK)
     return left_MK @ right_KN
+
+
+def _onednn(left_MK: Tensor, right_NK: Tensor) -> Tensor:
+    """left @ right^T; the left one is copied where it does not lie row by row."""
+    return torch.ops.mkldnn._linear_pointwise(left_MK, right_NK, None, "none", [], "")  # type: ignore[no-any-return]
+
+
+def _other_way_round(left_MK: Tensor, columns: int) -> bool:
+    """Whether copying the left matrix, as of the gradient of a wide layer's weight, costs more than copying the right one and turning the product."""
+    rows, inner = left_MK.shape
+    return left_MK.stride(1) != 1 and rows * inner > 2 * columns * (rows + inner)
 
 
 def _strided(matrix: Tensor) -> Tensor:
