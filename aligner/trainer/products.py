@@ -1,6 +1,6 @@
 """Matrix products of training: oneDNN's in place of MKL's on CPUs whose AVX-512 only oneDNN uses.
 
-torch multiplies float32 matrices on a CPU by MKL, which has AVX-512 kernels for Intel's processors alone: on an AMD EPYC of the
+torch multiplies float32 matrices on a CPU by MKL, which uses AVX-512 on Intel's processors alone: on an AMD EPYC of the
 fifth generation it reaches 103 GFLOP/s a core, and oneDNN, which is part of torch too, 225. Both are float32 throughout; they
 add in another order. bfloat16 goes to oneDNN anyway.
 """
