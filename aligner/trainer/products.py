@@ -1,6 +1,6 @@
 """Matrix products of training: oneDNN's in place of MKL's on CPUs whose AVX-512 only oneDNN uses.
 
-torch multiplies float32 matrices on a CPU by MKL, which has AVX-512 kernels for Intel's processors alone: on an AMD EPYC of the
+torch multiplies float32 matrices on a CPU by MKL, which uses AVX-512 on Intel's processors alone: on an AMD EPYC of the
 fifth generation it reaches 103 GFLOP/s a core, and oneDNN, which is part of torch too, 225. Both are float32 throughout; they
 add in another order. bfloat16 goes to oneDNN anyway.
 """
@@ -40,8 +40,21 @@ def product(left_MK: Tensor, right_KN: Tensor) -> Tensor:
         and onednn_is_faster()
     ):
         left_MK, right_NK = _strided(left_MK.detach()), _strided(right_KN.detach().T)
-        return torch.ops.mkldnn._linear_pointwise(left_MK, right_NK, None, "none", [], "")  # type: ignore[no-any-return]
+        if _other_way_round(left_MK, len(right_NK)):
+            return _onednn(right_NK, left_MK).T.contiguous()
+        return _onednn(left_MK, right_NK)
     return left_MK @ right_KN
+
+
+def _onednn(left_MK: Tensor, right_NK: Tensor) -> Tensor:
+    """left @ right^T; the left one is copied where it does not lie row by row."""
+    return torch.ops.mkldnn._linear_pointwise(left_MK, right_NK, None, "none", [], "")  # type: ignore[no-any-return]
+
+
+def _other_way_round(left_MK: Tensor, columns: int) -> bool:
+    """Whether copying the left matrix, as of the gradient of a wide layer's weight, costs more than copying the right one and turning the product."""
+    rows, inner = left_MK.shape
+    return left_MK.stride(1) != 1 and rows * inner > 2 * columns * (rows + inner)
 
 
 def _strided(matrix: Tensor) -> Tensor:

@@ -39,7 +39,7 @@ WAYS: dict[str, Callable[[int, int], Tensor]] = {
 @pytest.mark.parametrize("left", WAYS)
 @pytest.mark.parametrize("right", WAYS)
 def test_product(left: str, right: str) -> None:
-    for rows, inner, columns in ((33, 20, 17), (1, 7, 5), (4, 1, 3), (6, 9, 1)):
+    for rows, inner, columns in ((33, 20, 17), (1, 7, 5), (4, 1, 3), (6, 9, 1), (40, 30, 2)):
         a, b = WAYS[left](rows, inner), WAYS[right](inner, columns)
         expected = a.detach().double() @ b.detach().double()
         total = normal(rows, columns)
