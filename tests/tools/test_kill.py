@@ -11,11 +11,19 @@ from tests import fork_server
 from tools.bench import kill
 
 
-@pytest.mark.parametrize("runs", [3, pytest.param(8, marks=pytest.mark.matrix)])
+@pytest.mark.parametrize(
+    ("episodes", "runs"),
+    [
+        ([], 3),
+        pytest.param([], 8, marks=pytest.mark.matrix),
+        pytest.param(["--episodes"], 5, marks=pytest.mark.slow),
+    ],
+    ids=["", "more", "episodes"],
+)
 def test_killed_runs_end_as_if_nothing_had_happened(
-    runs: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    episodes: list[str], runs: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options = ["--runs", str(runs), "--kills", "1", "--seed", "1", "--out", str(tmp_path)]
+    options = [*episodes, "--runs", str(runs), "--kills", "1", "--seed", "1", "--out", str(tmp_path)]
     with mock.patch("subprocess.Popen", fork_server.Popen):
         status = kill.main(options)
     said = capsys.readouterr().out
