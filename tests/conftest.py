@@ -17,7 +17,6 @@ from tests.pool import Pool
 from tests.torchrun import launch
 
 ROOT = Path(__file__).resolve().parent.parent
-gc.disable()  # until the tests have been collected
 settings.register_profile("any machine", deadline=None)  # a busy machine is no failing test
 settings.load_profile("any machine")
 Torchrun = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -38,7 +37,6 @@ def _environment_stays() -> Iterator[None]:
 def pytest_collection_finish(session: pytest.Session) -> None:
     """The tests and what they have imported stay: no collection of garbage looks through them, which would take a second each."""
     _freeze()
-    gc.enable()
 
 
 @pytest.hookimpl(trylast=True)
