@@ -21,6 +21,11 @@ class GroupedExperts(MegatronModule):
     Megatron's own `GroupedMLP` needs a library of CUDA kernels beside torch.
     """
 
+    weight1: Tensor
+    """[experts, 2 ffn / tensor, hidden]: gate and up."""
+    weight2: Tensor
+    """[experts, hidden, ffn / tensor]: down."""
+
     def __init__(
         self, num_local_experts: int, config: Any, submodules: Any = None, *, pg_collection: Any, activation: str
     ) -> None:

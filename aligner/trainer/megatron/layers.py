@@ -106,7 +106,7 @@ class DecoderLayer(TransformerLayer):
             self.mlp_bda = partial(_add_normed, self.post_mlp_norm)
         if norms.after_attention or norms.after_mlp:
             # Megatron enables gradients here, for fused functions that it compiles; the norms would keep their inputs
-            self.bias_dropout_add_exec_handler = nullcontext
+            self.bias_dropout_add_exec_handler = nullcontext  # type: ignore[assignment]
         self.last = last
         if last:
             self.self_attn_bda = partial(self._add_to_kept, self.self_attn_bda)
@@ -203,7 +203,7 @@ def fuse_activations(model: nn.Module, activation: str) -> None:
     Megatron gives its process group to an `MLP` only."""
     for module in model.modules():
         if isinstance(module, MLP):
-            module.forward = partial(_gated_mlp, module, activation)
+            module.forward = partial(_gated_mlp, module, activation)  # type: ignore[method-assign]
 
 
 def _gated_mlp(
@@ -229,7 +229,8 @@ def block_spec(spec: ModelSpec, layers: Sequence[int], group: Any, grouped: bool
     `GroupedExperts`."""
     kinds = [(spec.layer_types[number], number == spec.layers - 1) for number in layers]
     specs = {(name, last): _layer_spec(spec, spec.types[name], group, last, grouped) for name, last in set(kinds)}
-    return TransformerBlockSubmodules(layer_specs=[specs[kind] for kind in kinds], layer_norm=_norm(spec))
+    norm: Any = _norm(spec)  # a class, where Megatron says a module
+    return TransformerBlockSubmodules(layer_specs=[specs[kind] for kind in kinds], layer_norm=norm)
 
 
 def _norm(spec: ModelSpec) -> type[RMSNorm]:
@@ -244,7 +245,8 @@ def _layer_spec(spec: ModelSpec, layer_type: LayerType, group: Any, last: bool, 
             num_experts=spec.experts if layer_type.sparse else None,
         )
     )
-    parts, norm, norms = layer.submodules, _norm(spec), family_of(spec).norms
+    parts: Any = layer.submodules
+    norm, norms = _norm(spec), family_of(spec).norms
     parts.input_layernorm = norm if norms.before_attention else IdentityOp
     parts.pre_mlp_layernorm = norm if norms.before_mlp else IdentityOp
     layer.module, layer.params = DecoderLayer, {"norm": norm, "norms": norms, "last": last}
