@@ -17,7 +17,7 @@ from vllm.v1.engine.llm_engine import LLMEngine
 
 
 def call(engine: LLMEngine, config: TransformerConfig, linear: ColumnParallelLinear) -> int:
-    engine.abort_request("one", internals=True)
+    engine.abort_request(["one"], internals=True)
     linear.forward(weights=None)
     return config.layernorm_epsilon
 """

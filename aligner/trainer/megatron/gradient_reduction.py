@@ -35,8 +35,8 @@ class ReducedChunk(DistributedDataParallel):
 
 def reduced_chunks(
     model: ShardedModel, groups: ProcessGroupCollection, *, distributed: bool, overlap: bool
-) -> list[ReducedChunk]:
-    """The model's chunks with gradient buffers; sets how Megatron's schedules reduce them.
+) -> list[Any]:
+    """The model's chunks as `ReducedChunk`s, with gradient buffers; sets how Megatron's schedules reduce them.
 
     Args:
         distributed: each data-parallel rank gets the sums of its part (reduce-scatter), for a distributed optimizer.
@@ -79,4 +79,6 @@ def _skip_collectives_of_one(buckets: Any) -> None:
     if group.size() == 1:
         assert all(bucket.gradient_scaling_factor == 1.0 for bucket in buckets.buckets)
         nothing = lambda *_, **__: None  # noqa: E731
-        buckets.start_grad_sync = buckets.finish_grad_sync = buckets.start_param_sync = nothing
+        buckets.start_grad_sync = buckets.start_param_sync = nothing
+        if buckets.ddp_config.overlap_grad_reduce:  # without, finishing is starting
+            buckets.finish_grad_sync = nothing

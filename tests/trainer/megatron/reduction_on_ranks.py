@@ -52,7 +52,9 @@ def watched(policy: Any) -> list[list[int]]:
     finish = config.finalize_model_grads_func
 
     def noted(*args: Any, **kwargs: Any) -> None:
-        seen.append([len(groups), sum(group.grad_reduce_handle is not None for group in groups)])
+        # Megatron-core 0.19 waits for a bucket as it sends the next one
+        sent = [group.grad_reduce_handle or getattr(group, "grad_reduce_finished", False) for group in groups]
+        seen.append([len(groups), sum(map(bool, sent))])
         finish(*args, **kwargs)
 
     config.finalize_model_grads_func = noted
