@@ -139,10 +139,11 @@ class SharedHeadAttention(RotarySelfAttention):
         qkv = rows_T1R.view(*rows_T1R.shape[:2], config.num_query_groups, heads + 2, config.kv_channels)[:, :, kv_head]
         query, key, value = qkv.split([heads, 1, 1], dim=2)
         query = query[:, :, index * local_heads : (index + 1) * local_heads]
-        if self.q_layernorm is not None:
-            query = self.q_layernorm(query)
-        if self.k_layernorm is not None:
-            key = self.k_layernorm(key)
+        query_norm, key_norm = cast(Any, self.q_layernorm), cast(Any, self.k_layernorm)
+        if query_norm is not None:
+            query = query_norm(query)
+        if key_norm is not None:
+            key = key_norm(key)
         return self.rotate(query), self.rotate(key), _own(value)
 
 

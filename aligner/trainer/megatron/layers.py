@@ -111,11 +111,12 @@ class DecoderLayer(TransformerLayer):
         if last:
             self.self_attn_bda = partial(self._add_to_kept, self.self_attn_bda)
 
-    def forward(self, *args: Any, packed_seq_params: KeptTokens | None = None, **kwargs: Any) -> Any:
-        """[T, 1, hidden] -> the same, or [K, 1, hidden]."""
-        self.kept_K = packed_seq_params.kept_K if self.last and packed_seq_params else None
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """[T, 1, hidden] -> the same, or [K, 1, hidden]; the keyword `packed_seq_params`: `KeptTokens`, or None for all."""
+        kept: KeptTokens | None = kwargs.get("packed_seq_params")
+        self.kept_K = kept.kept_K if self.last and kept else None
         try:
-            return super().forward(*args, packed_seq_params=packed_seq_params, **kwargs)
+            return super().forward(*args, **kwargs)
         finally:
             self.kept_K = None
 
@@ -207,7 +208,7 @@ def fuse_activations(model: nn.Module, activation: str) -> None:
 
 
 def _gated_mlp(
-    mlp: MLP, activation: str, hidden_states: Tensor, per_token_scale: Tensor | None = None, **_: Any
+    mlp: Any, activation: str, hidden_states: Tensor, per_token_scale: Tensor | None = None, **_: Any
 ) -> tuple[Tensor, Tensor | None]:
     """(output, bias to be added), as `MLP.forward`; `per_token_scale` are an expert's routing probabilities."""
     both, bias = mlp.linear_fc1(hidden_states)
