@@ -53,6 +53,10 @@ class OnDevice(torch.Tensor):
     def tolist(self) -> Any:
         return self.cpu().tolist()
 
+    def numpy(self, **_: Any) -> Any:
+        """For Megatron's experts, whose numbers of tokens our patches for CPUs leave where they are."""
+        return self.cpu().numpy()
+
     @property
     def data(self) -> torch.Tensor:
         return self.detach()
@@ -160,7 +164,7 @@ def without(kind: type[torch.Tensor]) -> Any:
 @contextmanager
 def cuda_in_megatron() -> Iterator[None]:
     """Where Megatron-core says cuda it gets the stand-in, not the host; around the building of the first model."""
-    from aligner.trainer.megatron import cpu
+    from aligner.trainer.megatron import cpu, grouped_experts, layers
 
     plain_tensor, stand_in = torch.tensor, cpu._stand_in_torch
 
@@ -177,5 +181,9 @@ def cuda_in_megatron() -> Iterator[None]:
         made.cuda.__dict__["current_device"] = lambda: torch.device(NAME, 0)
         return made
 
-    with patch.object(cpu, "_on_cpu", on_device), patch.object(cpu, "_stand_in_torch", with_device):
+    here = lambda: torch.device(NAME, 0)  # noqa: E731
+    with (
+        patch.object(cpu, "_on_cpu", on_device), patch.object(cpu, "_stand_in_torch", with_device),
+        patch.object(layers, "parameter_device", here), patch.object(grouped_experts, "parameter_device", here),
+    ):  # fmt: skip
         yield

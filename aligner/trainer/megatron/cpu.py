@@ -197,6 +197,11 @@ def _install_without_transformer_engine() -> None:
         rng.fp8_autocast = lambda *args, **kwargs: contextlib.nullcontext()
 
 
+def parameter_device() -> torch.device:
+    """Where layers make their parameters, ours as Megatron's."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
 def install() -> None:
     """Patch Megatron-core for this machine. Call it after the world has started and before a model is built."""
     with warnings.catch_warnings():

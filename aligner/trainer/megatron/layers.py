@@ -34,6 +34,7 @@ from aligner.trainer.megatron.attention import (
     RotarySelfAttention,
     SharedHeadAttention,
 )
+from aligner.trainer.megatron.cpu import parameter_device
 from aligner.trainer.megatron.grouped_experts import GroupedExperts
 from aligner.trainer.megatron.rotary import rotary_slice
 from aligner.trainer.megatron.versions import submodules_of
@@ -46,8 +47,7 @@ class RMSNorm(nn.Module):
     def __init__(self, config: Any, hidden_size: int, eps: float = 1e-6, **_: Any) -> None:
         super().__init__()
         self.eps = eps
-        device = "cpu" if not torch.cuda.is_available() else torch.cuda.current_device()
-        self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype, device=device))
+        self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype, device=parameter_device()))
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -168,8 +168,9 @@ class ScalarHead(nn.Module):
     def __init__(self, config: Any, group: Any) -> None:
         super().__init__()
         self.group, self.sequence_parallel = group, config.sequence_parallel
-        device = "cpu" if not torch.cuda.is_available() else torch.cuda.current_device()
-        self.weight = nn.Parameter(torch.zeros(1, config.hidden_size, dtype=config.params_dtype, device=device))
+        self.weight = nn.Parameter(
+            torch.zeros(1, config.hidden_size, dtype=config.params_dtype, device=parameter_device())
+        )
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, hidden_states: Tensor, weight: None = None, runtime_gather_output: bool | None = None) -> Any:
