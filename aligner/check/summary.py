@@ -166,7 +166,13 @@ def _peak(
         return []
     rank = max(most, key=lambda rank: most[rank])
     needed, role = most[rank]
-    lines = [("", f"at most {gib(needed)} on rank {rank} with the activations of the largest microbatch of {role}")]
+    activations = role_activations(
+        config, role, roles, checked.data, checked.specs[role], checked.meshes[role], machine.cpu
+    )
+    call = (
+        f"while {role} computes" if activations is None else f"with the activations of the largest microbatch of {role}"
+    )
+    lines = [("", f"at most {gib(needed)} on rank {rank} {call}")]
     if needed > machine.rank_bytes:
         ways = remedies(config, role, config.learns(role, roles))
         lines.append(("", f"note: a rank has {gib(machine.rank_bytes)}. {ways}."))

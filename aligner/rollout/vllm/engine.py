@@ -301,6 +301,7 @@ def engine_sizes(
         "enable_sleep_mode": sleeps and not cpu,
         # else they stay on the device while the engine sleeps
         "sleep_mode_offload_cudagraph": sleeps and not cpu,
+        "enable_nccl_comm_suspend": config.suspend_communicators and sleeps and not cpu,
         "max_model_len": config.length(spec),
         "trust_remote_code": spec.trust_remote_code,
     }

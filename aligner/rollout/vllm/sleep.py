@@ -98,7 +98,8 @@ class SleepingWeights:
 
     Its sleep of level 2 would do the same, and take a cache that is to stay along; like it, buffers are saved. What the kernels
     work in, "workspace", goes with the weights and comes back with whatever is mapped next. Of an engine whose cache is away
-    too, CUDA graphs leave for the host; there stay NCCL's buffers and the CUDA context.
+    too, CUDA graphs leave for the host, and NCCL's buffers are given back with `rollout.suspend_communicators`; there stay what NCCL
+    cannot give back, torch's own communicators and the CUDA context.
     """
 
     def __init__(self, engine: VllmInternals, weights: EngineWeights, meter: Meter, cache: SleepingCache) -> None:
@@ -121,8 +122,11 @@ class SleepingWeights:
         with self._engine.inside(), uncollected():
             self._engine.executor.discard(("weights", WORKSPACE))
             if not self._cache.resident:
+                worker = self._engine.executor.driver_worker.worker
                 # what is left of the engine's own pools, kept on the host: the graphs, where they are in one
-                self._engine.executor.driver_worker.worker.sleep_mode_backend.suspend(2)
+                worker.sleep_mode_backend.suspend(2)
+                if worker.vllm_config.model_config.enable_nccl_comm_suspend:
+                    _suspend_communicators(self._engine.device)  # `wake_up` resumes them
         # `wake_up` maps everything that is not named, and the executor must not hold that against the next `discard`
         self._engine.executor.sleeping_tags.discard(WORKSPACE)
         self._meter.phantom += self._bytes
@@ -173,6 +177,14 @@ class SleepingCache:
             for cache in self._engine.caches:
                 cache.zero_()
         self.resident = True
+
+
+def _suspend_communicators(device: torch.device) -> None:
+    """NCCL gives back the buffers of vLLM's communicators, which must be idle; collective over the replica."""
+    from vllm.distributed.parallel_state import suspend_device_comms
+
+    torch.cuda.synchronize(device)
+    suspend_device_comms()
 
 
 def _release_cached(device: torch.device) -> None:

@@ -121,11 +121,12 @@ class Allocator:
     """vLLM's executor, worker and allocator as far as the sleep parts see them: which tags are mapped (vllm 0.32,
     `v1/executor/abstract.py`, `device_allocator/cumem.py`)."""
 
-    def __init__(self, collectors: list[Any]) -> None:
+    def __init__(self, collectors: list[Any], suspends: bool) -> None:
         self.mapped = dict.fromkeys(("weights", "kv_cache", "workspace", "cudagraph"), True)
         self.on_host: set[str] = set()
         self.sleeping_tags: set[str] = set()
-        self.driver_worker = SimpleNamespace(worker=SimpleNamespace(sleep_mode_backend=self))
+        settings = SimpleNamespace(model_config=SimpleNamespace(enable_nccl_comm_suspend=suspends))
+        self.driver_worker = SimpleNamespace(worker=SimpleNamespace(sleep_mode_backend=self, vllm_config=settings))
         self._collectors = collectors
 
     def discard(self, tags: tuple[str, ...]) -> None:
@@ -149,8 +150,8 @@ class Allocator:
 class Engine:
     """A `VllmInternals` on CUDA, of one linear layer, whose memory is the CPU's."""
 
-    def __init__(self, collectors: list[Any]) -> None:
-        self.device, self.loaded, self.executor = GPU, LoadedWeights(), Allocator(collectors)
+    def __init__(self, collectors: list[Any], suspends: bool = False) -> None:
+        self.device, self.loaded, self.executor = GPU, LoadedWeights(), Allocator(collectors, suspends)
         self.model = torch.nn.Linear(4, 4)
         self.model.register_buffer("table", torch.arange(4.0))
         self.caches = [torch.ones(8), torch.ones(8)]
@@ -195,6 +196,26 @@ def test_what_a_sleeping_engine_keeps(monkeypatch: pytest.MonkeyPatch) -> None:
         assert engine.executor.mapped == {"weights": False, "kv_cache": True, "workspace": False, "cudagraph": True}
         parts["weights"].bring()
     assert collect not in collectors and gc.collect is collect, "vLLM's collections look through no object of ours"
+
+
+@pytest.mark.parametrize("suspends", [False, True])
+def test_communicators_of_an_engine_that_is_away(monkeypatch: pytest.MonkeyPatch, suspends: bool) -> None:
+    calls: list[str] = []
+    engine, meter = Engine([], suspends), Meter(torch.device("cpu"))
+    parts = sleep.residency_parts(engine, SimpleNamespace(clear_padding=lambda: None), meter)  # type: ignore[arg-type]
+    with no_device(monkeypatch):
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda device: calls.append("wait"))
+        monkeypatch.setattr(
+            "vllm.distributed.parallel_state.suspend_device_comms",
+            lambda: calls.append(f"suspend, {'asleep' if not any(engine.executor.mapped.values()) else 'awake'}"),
+        )
+        parts["weights"].evict()
+        assert not calls, "the cache is there: a sync may bring the weights for the next sample"
+        parts["weights"].bring()
+        calls.clear()
+        parts["cache"].evict()
+        parts["weights"].evict()
+    assert calls == (["wait", "suspend, asleep"] if suspends else [])
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
