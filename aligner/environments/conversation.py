@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from aligner.data.chat import NO_TOOLS, PLAIN, ChatOptions, Notes, conversation_of, message_text, template_options
@@ -137,6 +137,19 @@ class ConversationFormat:
             ) from error
 
 
+@dataclass(frozen=True)
+class Growth:
+    """What a conversation has more than before a turn, so that the states of one after each turn need not all be kept whole."""
+
+    messages: tuple[Message, ...]
+    kept_ids: int
+    """So many of the ids before are kept, and `ids` follow."""
+    ids: tuple[int, ...]
+    kept_text: int
+    """So many characters of what was rendered before are kept, and `text` follows."""
+    text: str
+
+
 @dataclass
 class Conversation:
     """One episode's messages and the token ids of its current segment."""
@@ -151,6 +164,23 @@ class Conversation:
     """The messages as rendered when the last turn was asked for, with the generation prompt."""
     _closed: set[bool] = field(default_factory=set)
     """Kinds of turns (with tool calls or without) of which it is known that the template closes them with a token."""
+
+    def since(self, before: Conversation) -> Growth:
+        """What it has more than an earlier state of itself, before some turns."""
+        ids, text = len(before.ids), len(before._rendered)
+        ids = ids if self.ids[:ids] == before.ids else 0
+        text = text if self._rendered.startswith(before._rendered) else 0
+        new = self.messages[len(before.messages) :]
+        return Growth(tuple(new), ids, tuple(self.ids[ids:]), text, self._rendered[text:])
+
+    def grown(self, growth: Growth) -> Conversation:
+        """The later state; see `since`."""
+        return replace(
+            self,
+            messages=[*self.messages, *growth.messages],
+            ids=[*self.ids[: growth.kept_ids], *growth.ids],
+            _rendered=self._rendered[: growth.kept_text] + growth.text,
+        )
 
     def open(
         self,

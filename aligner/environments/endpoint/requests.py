@@ -12,10 +12,10 @@ from aligner.environments.endpoint.errors import bad_request
 from aligner.environments.endpoint.request_fields import Fields
 
 NO_EFFECT = (
-    "metadata", "parallel_tool_calls", "prompt_cache_key", "prompt_cache_retention", "safety_identifier", "seed", "service_tier",
-    "store", "user", "include_reasoning",
+    "metadata", "parallel_tool_calls", "prompt_cache_key", "prompt_cache_retention", "safety_identifier", "service_tier", "store",
+     "user", "include_reasoning",
 )  # fmt: skip
-"""Fields of OpenAI's API that say nothing about the tokens. `seed` is one: each turn's seed is the run's."""
+"""Fields of OpenAI's API that say nothing about the tokens."""
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "n": (1,),
     "best_of": (1,),
@@ -31,7 +31,7 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
 """Fields of which only the value that changes nothing can be had."""
 GENERATE_NO_EFFECT = ("cache_salt", "reasoning_ended", "reasoning_parser_kwargs", "token_offsets")
 PARAMS_NO_EFFECT = (
-    "seed", "skip_special_tokens", "spaces_between_special_tokens", "include_stop_str_in_output", "detokenize", "output_kind",
+    "skip_special_tokens", "spaces_between_special_tokens", "include_stop_str_in_output", "detokenize", "output_kind",
     "routed_experts_prompt_start", "skip_clone", "skip_reading_prefix_cache",
 )  # fmt: skip
 """Fields of vLLM's SamplingParams that leave the sampled tokens as they are."""
@@ -60,6 +60,8 @@ class SamplingFields:
     stop_token_ids: tuple[int, ...] | None = None
     stop: tuple[str, ...] = ()
     """Texts before which the answer ends."""
+    seed: int | None = None
+    """Tells requests apart that are equal otherwise; the turn's seed is made of the run's and of the request's content."""
 
 
 @dataclass(frozen=True)
@@ -198,6 +200,7 @@ def _common(fields: Fields, vocab_size: int, logprobs_is_flag: bool) -> dict[str
         settings=_settings(fields),
         stop_token_ids=fields.token_ids("stop_token_ids", vocab_size),
         stop=fields.strings("stop"),
+        seed=fields.integer("seed", -(2**63)),
     )
     if logprobs_is_flag:
         logprobs = fields.flag("logprobs")
@@ -237,6 +240,7 @@ def _sampling_params(fields: Fields, vocab_size: int) -> tuple[SamplingFields, b
         max_tokens=fields.integer("max_tokens", 1),
         settings=_settings(fields),
         stop_token_ids=fields.token_ids("stop_token_ids", vocab_size),
+        seed=fields.integer("seed", -(2**63)),
     )
     logprobs = fields.integer("logprobs", 0)
     if logprobs is not None and logprobs > 1:
@@ -319,7 +323,7 @@ def _tools(value: Any) -> tuple[dict[str, Any], ...]:
 
 
 def _digest(route: str, context: Any, tools: Any, sampling: SamplingFields) -> str:
-    wanted = [sampling.max_tokens, dict(sampling.settings), sampling.stop_token_ids, sampling.stop]
+    wanted = [sampling.max_tokens, dict(sampling.settings), sampling.stop_token_ids, sampling.stop, sampling.seed]
     text = json.dumps([route, context, tools, wanted], sort_keys=True)
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
