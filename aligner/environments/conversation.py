@@ -16,6 +16,7 @@ from aligner.data.chat import NO_TOOLS, PLAIN, ChatOptions, Notes, conversation_
 from aligner.data.decoding import decode
 from aligner.data.end_tokens import PROBES, closing_tokens
 from aligner.data.tokenizer import Message, checked_messages, encode_plain, render_chat
+from aligner.environments.reasoning import CLOSING, OPENING, inner_reasoning, split_reasoning
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -212,7 +213,7 @@ class Conversation:
     @property
     def opens_reasoning(self) -> bool:
         """Whether the generation prompt of the turn that is sampled next has opened its reasoning (<think>)."""
-        return self._rendered.rstrip().endswith("<think>")
+        return self._rendered.rstrip().endswith(OPENING)
 
     def extend(self, sampled: Sequence[int], assistant: Message, new: Sequence[Message]) -> Extension:
         """The context of the next turn.
@@ -390,8 +391,8 @@ def _appended(content: Any, probe: str) -> Any:
 def _parts(assistant: Message) -> list[str]:
     """What of an assistant's turn must be in its rendering: its reasoning, its words, the names of its calls."""
     content = message_text(assistant)
-    reasoning, closed, visible = content.rpartition("</think>")
-    parts = [reasoning.rpartition("<think>")[2], visible] if closed else [content]
+    reasoning, visible = split_reasoning(content)
+    parts = [inner_reasoning(reasoning), visible] if reasoning.endswith(CLOSING) else [content]
     parts += [str(assistant[key]) for key in ("reasoning_content", "thinking") if assistant.get(key)]
     for call in assistant.get("tool_calls") or []:
         parts.append(str((call.get("function") or call).get("name", "")))

@@ -399,9 +399,14 @@ class AgentEpisodes:
         request, tokens = opened.request, tuple(sample.tokens)
         stops = request.sampling.stop_token_ids or ()
         place = _hashed(*map(str, opened.place))
-        tools = request.tools if isinstance(request, ChatRequest) else ()
-        parser = self._tool_parser(request) if isinstance(request, ChatRequest) else no_tools
-        turn = read_turn(self._form, tokens, stops, parser, tools, request.sampling.stop, place)
+        parser: ToolParser = no_tools
+        reading: dict[str, Any] = {}
+        if isinstance(request, ChatRequest):
+            assert opened.chat is not None
+            parser = self._tool_parser(request)
+            opens = opened.chat.conversation.opens_reasoning
+            reading = {"tools": request.tools, "opened": opens, "several_calls": request.several_calls}
+        turn = read_turn(self._form, tokens, stops, parser, request.sampling.stop, place, **reading)
         chat = None
         if isinstance(request, ChatRequest):
             assert opened.chat is not None

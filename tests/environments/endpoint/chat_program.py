@@ -66,6 +66,12 @@ def main(what: str) -> None:
         ]
         say(messages, tools=TOOLS)
         print('{"reward": 1}')
+    elif what == "one_call":
+        messages = [{"role": "user", "content": "Add."}]
+        said = say(messages, tools=TOOLS, parallel_tool_calls=False)
+        (call,) = said["tool_calls"]
+        say([*messages, said, {"role": "tool", "tool_call_id": call["id"], "content": "3"}], tools=TOOLS)
+        print('{"reward": 1}')
     elif what == "rewrite":
         messages = talk(1)
         messages[1]["content"] = "something else"

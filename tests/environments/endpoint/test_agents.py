@@ -151,6 +151,13 @@ def test_tool_calls_come_back_however_they_are_written(player: Player) -> None:
     assert '"add"' in first and second.startswith(first + CALL + "<|im_end|>") and "<tool_response>\n3" in second
 
 
+def test_a_program_that_wants_one_call_gets_the_first(player: Player) -> None:
+    """What it did not see is not in its next request, which therefore begins a segment."""
+    played = player.play("one_call", lambda ask, text: f"{CALL}\n{CALL}" if ask.turn == 1 else "3")
+    assert played.ended[0].reward == 1.0 and [ask.new_segment for ask in played.asks[0]] == [True, True]
+    assert texts(player, played)[1].count(CALL) == 1
+
+
 def test_a_history_that_was_changed_begins_a_segment(player: Player) -> None:
     played = player.play("rewrite")
     assert [ask.new_segment for ask in played.asks[0]] == [True, True]

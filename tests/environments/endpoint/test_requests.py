@@ -27,7 +27,7 @@ def test_a_chat_request_as_the_openai_sdk_sends_it() -> None:
         {
             "model": "gpt-4o",
             "messages": [
-                {"role": "system", "content": [{"type": "text", "text": "Be "}, {"type": "text", "text": "brief."}]},
+                {"role": "system", "content": [{"type": "text", "text": "Be"}, {"type": "text", "text": "brief."}]},
                 {"role": "user", "content": "2 + 2?"},
                 {
                     "role": "assistant",
@@ -50,7 +50,7 @@ def test_a_chat_request_as_the_openai_sdk_sends_it() -> None:
         },
         100,
     )
-    assert request.messages[0] == {"role": "system", "content": "Be brief."}
+    assert request.messages[0] == {"role": "system", "content": "Be\nbrief."}
     assert request.messages[2]["content"] == "" and "refusal" not in request.messages[2]
     assert request.sampling.settings == {"temperature": 0.5}
     assert request.sampling.max_tokens == 7 and request.sampling.stop == ("END",)
