@@ -13,8 +13,11 @@ from tools.bench import kill
 RUNS = 5
 
 
-def test_killed_runs_end_as_if_nothing_had_happened(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    options = ["--runs", str(RUNS), "--kills", "1", "--seed", "1", "--out", str(tmp_path)]
+@pytest.mark.parametrize("episodes", [[], pytest.param(["--episodes"], marks=pytest.mark.slow)], ids=["", "episodes"])
+def test_killed_runs_end_as_if_nothing_had_happened(
+    episodes: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = [*episodes, "--runs", str(RUNS), "--kills", "1", "--seed", "1", "--out", str(tmp_path)]
     with mock.patch("subprocess.Popen", fork_server.Popen):
         status = kill.main(options)
     said = capsys.readouterr().out

@@ -144,12 +144,13 @@ class AgentEpisodes:
             config.start_timeout_s, config.step_timeout_s, config.episode_timeout_s, memory, self._agent.log_kib << 10
         )
         command = resolve_command(self._agent.command)
-        connections = 64 + 16 * self._agent.processes
+        connections = 1024 + 16 * self._agent.processes  # programs that are paused keep theirs
         self._server = EndpointServer(self._exchange, self._served, self._agent.max_request_mib << 20, connections)
         self._programs = Programs(command, limits, self._exchange.put)
         self._episodes: dict[int, _Episode] = {}
         self._to_launch: deque[int] = deque()
         self._running: set[int] = set()
+        """Episodes that have one of agent.processes."""
         self._ready: set[int] = set()
         """Episodes that may have a request to ask for."""
         self._counts: Counter[str] = Counter()
@@ -182,11 +183,17 @@ class AgentEpisodes:
         """Answer the request for which the turn was sampled."""
         one = self._episodes[episode]
         opened = one.open.pop(turn)
+        self._running.add(episode)  # it may have been paused
         one.ids[turn] = (*opened.ask.context, *sample.tokens)
         reply = self._answered(one, opened, sample)
         one.answered[opened.place[0]] = reply
         for pending in opened.waiting:
             pending.finish(reply)
+
+    def pause(self, episode: int) -> None:
+        """Another program may run while it waits; see `EpisodeSource.pause`."""
+        self._running.discard(episode)
+        self._launch()
 
     def abandon(self, episodes: Collection[int]) -> None:
         """Kill their programs."""

@@ -23,7 +23,7 @@ from aligner.rollout.episodes.episode import (
     turn_sampling,
 )
 from aligner.rollout.episodes.figures import Figures
-from aligner.rollout.episodes.rows import episode_samples
+from aligner.rollout.episodes.rows import LIMITS, episode_samples
 from aligner.rollout.episodes.source import Ask, Ended, EpisodeSource
 from aligner.rollout.kind import Place, RolloutKind
 from aligner.rollout.requests import Sample
@@ -286,7 +286,8 @@ class Episodes(RolloutKind[Episode]):
         if one is None:
             return None
         if isinstance(event, Ended):
-            if one.recorded and not math.isnan(event.reward):
+            # limits may be lower than before
+            if one.recorded and not math.isnan(event.reward) and event.ended not in LIMITS:
                 played = len(one.turns)
                 before = played + len(one.recorded)
                 detail = f"the environment ends the episode after turn {played}; before, it asked for turn {before}."
@@ -324,7 +325,7 @@ class Episodes(RolloutKind[Episode]):
             return
         turn = one.turns[number - 1]
         if one.interrupted or one.tokens_left == 0:
-            one.interrupted = True
+            self._interrupt(one)
             return
         sampling = turn_sampling(one.sampling, turn, self._engine.requests.stop, self._room(turn))
         one.tickets[number] = self._engine.requests.start([turn.sample], sampling, one.tokens_left)
@@ -339,7 +340,18 @@ class Episodes(RolloutKind[Episode]):
             self._end_turn(one, number, sample)
         else:
             one.turns[number - 1] = replace(turn, sample=sample)
-            one.interrupted = True
+            self._interrupt(one)
+
+    def _interrupt(self, one: _Playing) -> None:
+        """Let it go on in a later step."""
+        one.interrupted = True
+        self._pause(one)
+
+    def _pause(self, one: _Playing) -> None:
+        """The round's other episodes must not wait for the place of one that goes on in a later step."""
+        assert one.episode.key is not None
+        if self._source is not None and not one.tickets:
+            self._call_source(self._source.pause, one.episode.key)
 
     def _end_turn(self, one: _Playing, number: int, sample: Sample) -> None:
         """A turn has been sampled to its end; its environment goes on."""
@@ -350,6 +362,8 @@ class Episodes(RolloutKind[Episode]):
         one.waiting_since = time.monotonic()
         if self._source is not None:
             self._call_source(self._source.answer, one.episode.key, number, sample)
+        if one.interrupted:
+            self._pause(one)
 
     # ---- begin and end
 

@@ -74,10 +74,12 @@ class Player:
         agent: Mapping[str, Any] | None = None,
         task: Prompt = TASK,
         order: random.Random | None = None,
+        pause: bool = False,
         **settings: Any,
     ) -> Played:
         """Args:
         order: turns that were asked for wait until nothing more comes for a while, and are answered in the order that this draws.
+        pause: the first turns are answered once every episode has asked for its own.
         """
         command = {"command": f"{sys.executable} -S {PROGRAM} {what}"}
         config = EnvironmentConfig(agent=AgentConfig(**{**command, **(agent or {})}), **settings)
@@ -94,9 +96,13 @@ class Player:
                 played.ended.update({event.episode: event for event in events if isinstance(event, Ended)})
                 waiting += [event for event in events if isinstance(event, Ask)]
                 played.together = max(played.together, len(waiting))
+                if pause:
+                    for event in waiting:
+                        source.pause(event.episode)
+                    pause = len(waiting) < episodes
                 if order is not None:
                     order.shuffle(waiting)
-                while waiting and not (order and events):
+                while waiting and not pause and not (order and events):
                     self._answer(source, waiting.pop(0), policy, played)
                     if order is not None:
                         break
@@ -123,8 +129,10 @@ def texts(player: Player, played: Played, episode: int = 0) -> list[str]:
     return [decode(player.form.tokenizer, ask.context, keep_special_tokens=True) for ask in played.asks[episode]]
 
 
-def test_a_conversation_keeps_the_ids_that_were_sampled(player: Player) -> None:
-    played = player.play("talk", episodes=3, agent={"processes": 2})
+@pytest.mark.parametrize("pause", [False, True], ids=["", "paused"])
+def test_a_conversation_keeps_the_ids_that_were_sampled(player: Player, pause: bool) -> None:
+    """Three programs, of which two run at once, beside those that wait for a later step."""
+    played = player.play("talk", episodes=3, agent={"processes": 2}, pause=pause)
     for episode in range(3):
         end, asks = played.ended[episode], played.asks[episode]
         assert (end.ended, end.reward, end.turn_rewards) == ("done", 2.5, (0.5, 1.0, 1.0)), end.record

@@ -90,6 +90,9 @@ class Forked:
         rewards = tuple(len(play.sampled[play.asked[number]]) / 8 for number in order)
         return Ended(episode, math.fsum(rewards), rewards, "done", {"detail": ""}, tuple(order))
 
+    def pause(self, episode: int) -> None:
+        """It takes no place."""
+
     def abandon(self, episodes: Collection[int]) -> None:
         for episode in episodes:
             self.plays.pop(episode, None)
