@@ -71,7 +71,7 @@ def test_an_mcp_server(short_job: ShortJob, transport: str, tmp_path: Path) -> N
 
     def train(target: str) -> None:
         metrics = short_job(
-            words, rows, f"reward.rule='{says(tmp_path)}'", "environment.kind=mcp", f"environment.target='{target}'",
+            words, rows, "reward=exact_match", f"reward.rule='{says(tmp_path)}'", "environment.kind=mcp", f"environment.target='{target}'",
             f"environment.python={python}", "rollout.max_model_len=4000", "environment.max_turns=4",
         )  # fmt: skip
         trained(metrics, turns=1.2)
@@ -109,7 +109,7 @@ def test_the_search_example(short_job: ShortJob, tmp_path: Path) -> None:
     ]
     words = [call_text("search", query="capital Norway"), call_text("search", query="capital France"), "Oslo", "Paris"]
     metrics = short_job(
-        words, rows, f"reward.rule='{says(tmp_path)}'", "environment=search", f"environment.target='{EXAMPLES / 'search.py'}:Search'",
+        words, rows, "reward=exact_match", f"reward.rule='{says(tmp_path)}'", "environment=search", f"environment.target='{EXAMPLES / 'search.py'}:Search'",
         f"environment.options.documents='{documents}'",
     )  # fmt: skip
     trained(metrics, turns=1.2)
