@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 REWRITTEN = ("segment", "keep", "error")
 """What is done where the chat template rewrites the history (environment.rewritten)."""
-TOOL_PROBE = {
+TOOL_PROBE: dict[str, Any] = {
     "type": "function",
     "function": {
         "name": "probe",

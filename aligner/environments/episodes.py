@@ -119,6 +119,10 @@ class EnvironmentEpisodes:
         else:
             self._pool.step(episode, self._action(play, parsed, text, call_ids, ids))
 
+    def pause(self, episode: int) -> None:
+        """Others may take its place in its process; see `EpisodeSource.pause`."""
+        self._pool.pause(episode)
+
     def abandon(self, episodes: Collection[int]) -> None:
         """Close these episodes; nothing more comes from them."""
         for episode in episodes:

@@ -112,12 +112,13 @@ class AgentEpisodes:
             config.start_timeout_s, config.step_timeout_s, config.episode_timeout_s, memory, self._agent.log_kib << 10
         )
         command = resolve_command(self._agent.command)
-        connections = 64 + 16 * self._agent.processes
+        connections = 1024 + 16 * self._agent.processes  # programs that are paused keep theirs
         self._server = EndpointServer(self._exchange, self._served, self._agent.max_request_mib << 20, connections)
         self._programs = Programs(command, limits, self._exchange.put)
         self._episodes: dict[int, _Episode] = {}
         self._to_launch: deque[int] = deque()
         self._running: set[int] = set()
+        """Episodes that have one of agent.processes."""
         self._ready: set[int] = set()
         """Episodes that may have a request to ask for."""
         self._counts: Counter[str] = Counter()
@@ -151,6 +152,7 @@ class AgentEpisodes:
         one = self._episodes[episode]
         opened, one.open = one.open, None
         assert opened is not None and opened.ask.turn == turn
+        self._running.add(episode)  # it may have been paused
         one.segment = (*opened.ask.context, *sample.tokens)
         reply = self._answered(one, opened, sample)
         one.answered[opened.digest] = reply
@@ -158,6 +160,11 @@ class AgentEpisodes:
             pending.finish(reply)
         if one.queue:
             self._ready.add(episode)
+
+    def pause(self, episode: int) -> None:
+        """Another program may run while it waits; see `EpisodeSource.pause`."""
+        self._running.discard(episode)
+        self._launch()
 
     def abandon(self, episodes: Collection[int]) -> None:
         """Kill their programs."""

@@ -16,7 +16,7 @@ from aligner.rollout.config import Sampling
 from aligner.rollout.engine import RolloutEngine
 from aligner.rollout.episodes.episode import Episode, Turn, episode_from, episode_to, turn_sampling
 from aligner.rollout.episodes.figures import Figures
-from aligner.rollout.episodes.rows import episode_samples
+from aligner.rollout.episodes.rows import LIMITS, episode_samples
 from aligner.rollout.episodes.source import Ask, Ended, EpisodeSource
 from aligner.rollout.kind import Place, RolloutKind
 from aligner.rollout.requests import Sample
@@ -257,7 +257,9 @@ class Episodes(RolloutKind[Episode]):
         if one is None:
             return False
         if isinstance(event, Ended):
-            if one.recorded and not math.isnan(event.reward):
+            if (
+                one.recorded and not math.isnan(event.reward) and event.ended not in LIMITS
+            ):  # limits may be lower than before
                 played = len(one.episode.turns)
                 before = played + len(one.recorded)
                 detail = f"the environment ends the episode after turn {played}; before, it asked for turn {before}."
@@ -285,7 +287,7 @@ class Episodes(RolloutKind[Episode]):
         turn = one.turn
         assert turn is not None
         if one.tokens_left == 0:
-            one.interrupted = True
+            self._interrupt(one)
             return
         room = self._engine.config.length(self._engine.spec) - len(turn.sample.prompt)
         if room < 1:
@@ -309,7 +311,14 @@ class Episodes(RolloutKind[Episode]):
         if sample.ended:
             self._end_turn(one, sample)
         else:
-            one.interrupted = True
+            self._interrupt(one)
+
+    def _interrupt(self, one: _Playing) -> None:
+        """Let it go on in a later step; the round's other episodes must not wait for its place."""
+        one.interrupted = True
+        assert one.episode.key is not None
+        if self._source is not None:
+            self._call_source(self._source.pause, one.episode.key)
 
     def _end_turn(self, one: _Playing, sample: Sample) -> None:
         """A turn has been sampled to its end; its environment goes on."""

@@ -109,10 +109,11 @@ def episode_from(saved: Mapping[str, Any], task: Prompt) -> Episode:
 
 
 def _end_to(end: Ended) -> dict[str, Any]:
-    reward = None if math.isnan(end.reward) else end.reward  # JSON has no NaN
-    return {**vars(end), "reward": reward, "record": dict(end.record)}
+    """Without the key, which counts the episodes of a process: two runs that are the same save the same."""
+    values = {name: value for name, value in vars(end).items() if name != "episode"}
+    return {**values, "reward": None if math.isnan(end.reward) else end.reward, "record": dict(end.record)}
 
 
 def _end_from(saved: Mapping[str, Any]) -> Ended:
     reward = math.nan if saved["reward"] is None else saved["reward"]
-    return Ended(**{**saved, "reward": reward, "turn_rewards": tuple(saved["turn_rewards"])})
+    return Ended(**{**saved, "episode": 0, "reward": reward, "turn_rewards": tuple(saved["turn_rewards"])})

@@ -83,6 +83,11 @@ class EpisodeSource(Protocol):
         """
         ...
 
+    def pause(self, episode: int) -> None:
+        """The turn that the episode has asked for will be answered in a later step only (partial rollouts): until then it takes no
+        place from others, which must be able to begin while it is open."""
+        ...
+
     def abandon(self, episodes: Collection[int]) -> None:
         """Give these episodes up; nothing more comes from them."""
         ...

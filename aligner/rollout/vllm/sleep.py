@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from aligner.rollout.freed_storages import FreedStorages
+from aligner.rollout.vllm.garbage import uncollected
 from aligner.rollout.vllm.packing import drop_kernels
 
 if TYPE_CHECKING:
@@ -121,7 +119,7 @@ class SleepingWeights:
         """Free the weights; the engine cannot generate until the next sync."""
         self._engine.loaded.evict()
         self._buffers = [(buffer, buffer.to("cpu", copy=True)) for buffer in self._engine.model.buffers()]
-        with self._engine.inside(), _unscanned():
+        with self._engine.inside(), uncollected():
             self._engine.executor.discard(("weights", WORKSPACE))
             if not self._cache.resident:
                 worker = self._engine.executor.driver_worker.worker
@@ -138,7 +136,7 @@ class SleepingWeights:
         """Map the memory again, for a sync to write."""
         self._meter.phantom -= self._bytes
         _release_cached(self._engine.device)
-        with self._engine.inside(), _unscanned():
+        with self._engine.inside(), uncollected():
             self._engine.executor.wake_up(["weights"])
             for buffer, saved in self._buffers:
                 buffer.copy_(saved)
@@ -174,7 +172,7 @@ class SleepingCache:
         """Empty."""
         self._meter.phantom -= self._bytes
         _release_cached(self._engine.device)
-        with self._engine.inside(), _unscanned():
+        with self._engine.inside(), uncollected():
             self._engine.executor.wake_up(["kv_cache"])
             for cache in self._engine.caches:
                 cache.zero_()
@@ -187,17 +185,6 @@ def _suspend_communicators(device: torch.device) -> None:
 
     torch.cuda.synchronize(device)
     suspend_device_comms()
-
-
-@contextmanager
-def _unscanned() -> Iterator[None]:
-    """vLLM collects garbage as it goes to sleep and wakes, which looks through all objects of the process; none of them are its
-    own."""
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
 
 
 def _release_cached(device: torch.device) -> None:

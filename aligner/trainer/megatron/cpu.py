@@ -15,6 +15,9 @@ import warnings
 from typing import Any
 
 import torch
+from torch import Tensor
+
+from aligner.trainer.products import linear
 
 _FACTORIES = [
     "empty",
@@ -157,6 +160,26 @@ def _install_cpu() -> None:
     )
     rng._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()
     rng._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
+    _install_linear()
+
+
+def _install_linear() -> None:
+    """Megatron's linear layers take `products.linear`, save under sequence parallelism, where they gather and scatter tokens."""
+    import megatron.core.tensor_parallel.layers as layers
+
+    theirs = layers.LinearWithGradAccumulationAndAsyncCommunication
+    if not issubclass(theirs, torch.autograd.Function):
+        return
+
+    class Linear:
+        @staticmethod
+        def apply(x: Tensor, weight: Tensor, bias: Tensor | None, *settings: Any) -> Tensor:
+            _, sum_grad, sequence_parallel, *_, group = settings
+            if sequence_parallel:
+                return theirs.apply(x, weight, bias, *settings)  # type: ignore[no-any-return]
+            return linear(x, weight, bias, group if sum_grad else None)
+
+    layers.LinearWithGradAccumulationAndAsyncCommunication = Linear
 
 
 def _leave_functions_uncompiled() -> None:

@@ -70,8 +70,11 @@ class Player:
         max_tokens: int = 2000,
         agent: Mapping[str, Any] | None = None,
         task: Prompt = TASK,
+        pause: bool = False,
         **settings: Any,
     ) -> Played:
+        """`pause`: the first turns are answered once every episode has asked for its own."""
+        paused: list[Ask] = []
         command = {"command": f"{sys.executable} -S {PROGRAM} {what}"}
         config = EnvironmentConfig(agent=AgentConfig(**{**command, **(agent or {})}), **settings)
         source = AgentEpisodes(config, self.form, lambda: hermes, max_tokens, 259)
@@ -85,6 +88,11 @@ class Player:
                 for event in source.poll(0.2):
                     if isinstance(event, Ended):
                         played.ended[event.episode] = event
+                    elif pause and len(paused) < episodes:
+                        source.pause(event.episode)
+                        paused.append(event)
+                        for ask in paused if len(paused) == episodes else ():
+                            self._answer(source, ask, policy, played)
                     else:
                         self._answer(source, event, policy, played)
             played.metrics = source.metrics()
@@ -110,8 +118,10 @@ def texts(player: Player, played: Played, episode: int = 0) -> list[str]:
     return [decode(player.form.tokenizer, ask.context, keep_special_tokens=True) for ask in played.asks[episode]]
 
 
-def test_a_conversation_keeps_the_ids_that_were_sampled(player: Player) -> None:
-    played = player.play("talk", episodes=3, agent={"processes": 2})
+@pytest.mark.parametrize("pause", [False, True], ids=["", "paused"])
+def test_a_conversation_keeps_the_ids_that_were_sampled(player: Player, pause: bool) -> None:
+    """Three programs, of which two run at once, beside those that wait for a later step."""
+    played = player.play("talk", episodes=3, agent={"processes": 2}, pause=pause)
     for episode in range(3):
         end, asks = played.ended[episode], played.asks[episode]
         assert (end.ended, end.reward, end.turn_rewards) == ("done", 2.5, (0.5, 1.0, 1.0)), end.record

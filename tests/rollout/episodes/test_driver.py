@@ -125,11 +125,15 @@ def test_the_order_of_answers_changes_no_token(loaded: Loaded, shuffle: int) -> 
 
 @pytest.mark.parametrize("step_tokens", [1, 5, 11])
 @pytest.mark.parametrize("restart", [False, True], ids=["goes on", "replayed"])
-def test_interrupted_episodes_go_on_as_if_they_had_not_been(loaded: Loaded, step_tokens: int, restart: bool) -> None:
-    """In the same process, and from what a checkpoint holds of them, in another one."""
+@pytest.mark.parametrize("places", [None, 3], ids=["", "few at once"])
+def test_interrupted_episodes_go_on_as_if_they_had_not_been(
+    loaded: Loaded, step_tokens: int, restart: bool, places: int | None
+) -> None:
+    """In the same process, and from what a checkpoint holds of them, in another one; also where the environments are too few for
+    all of them at once."""
     _, engine, _ = loaded
     reference = play(engine, Scripted(segments=True))
-    driver = driver_of(engine, Scripted(segments=True, shuffle=3))
+    driver = driver_of(engine, Scripted(segments=True, shuffle=3, places=places))
     episodes, rounds = begun(driver), 0
     while not all(one.ended for one in episodes):
         before = [sum(len(turn.sample.tokens) for turn in one.turns) for one in episodes]
@@ -141,10 +145,29 @@ def test_interrupted_episodes_go_on_as_if_they_had_not_been(loaded: Loaded, step
         rounds += 1
         if restart and rounds % 2 == 0:
             saved = [driver.to_json(one) for one in episodes]
-            driver = driver_of(engine, Scripted(segments=True, shuffle=rounds))
+            driver = driver_of(engine, Scripted(segments=True, shuffle=rounds, places=places))
             episodes = [driver.from_json(one, episode.task) for one, episode in zip(saved, episodes, strict=True)]
     assert rounds >= 32 / step_tokens / 4
     same(episodes, reference)
+
+
+def test_lower_limits_after_a_resume_end_turns_and_episodes(loaded: Loaded) -> None:
+    """Turns that have more than the new sampling.max_tokens are cut off there; a source that ends an episode by a limit, before the
+    recorded turns are over, has ended it."""
+    _, engine, _ = loaded
+    driver = driver_of(engine, Scripted())
+    saved = [driver.to_json(one) for one in driver.finish(driver.resume(begun(driver), SAMPLING, 14))]
+    other = driver_of(engine, Scripted(most_turns=2))
+    left = [other.from_json(one, task) for one, task in zip(saved, [t for t in tasks() for _ in range(2)], strict=True)]
+    left = [one for one in left if not one.ended]
+    ended = other.finish(other.resume(left, replace(SAMPLING, max_tokens=2)))
+    assert {one.end.ended for one in ended if one.end} == {"max_turns"}
+    assert any(len(one.turns) > 2 for one in left), "none was beyond the limit"
+    for one, before in zip(ended, left, strict=True):
+        assert len(one.turns) == 2 and one.end is not None and not math.isnan(one.end.reward)
+        for turn, known in zip(one.turns, before.turns, strict=False):
+            assert turn.sample.tokens == known.sample.tokens
+            assert turn.sample.ended and (known.sample.ended or turn.sample.truncated)
 
 
 def test_an_environment_that_says_something_else_fails_the_replay(loaded: Loaded) -> None:
