@@ -71,7 +71,7 @@ NEIGHBOURS, FAR, ALL = {(0, 1), (2, 3)}, {(0, 2), (1, 3)}, {(0, 1, 2, 3)}
 GROUPS: dict[str, set[tuple[int, ...]]] = {
     "tensor": NEIGHBOURS | FAR | ALL,
     "pipeline": NEIGHBOURS | FAR | ALL,
-    "context": ALL,
+    "context": NEIGHBOURS | ALL,
     "experts": NEIGHBOURS | FAR | ALL,
     "data, overlapped": ALL,
 }
@@ -86,7 +86,7 @@ def test_where_collectives_run(case: str, done: Callable[[str], Done]) -> None:
     assert {ranks for _, ranks, kind in used if kind == "device" and len(ranks) > 1} == GROUPS[case]
 
 
-@pytest.mark.parametrize("case", ["tensor", "context", "data, overlapped"])
+@pytest.mark.parametrize("case", ["tensor", "data, overlapped"])
 def test_what_an_update_waits_for(case: str, done: Callable[[str], Done]) -> None:
     """The norm of the gradients, the loss, the entropy; a stage of a pipeline also for the lengths of what it is sent, experts for
     their numbers of tokens."""
