@@ -71,11 +71,12 @@ NEIGHBOURS, FAR, ALL = {(0, 1), (2, 3)}, {(0, 2), (1, 3)}, {(0, 1, 2, 3)}
 GROUPS: dict[str, set[tuple[int, ...]]] = {
     "tensor": NEIGHBOURS | FAR | ALL,
     "pipeline": NEIGHBOURS | FAR | ALL,
-    "context": NEIGHBOURS | ALL,
+    "context": NEIGHBOURS | FAR | ALL,
     "experts": NEIGHBOURS | FAR | ALL,
-    "data, overlapped": ALL,
+    "data, overlapped": FAR | ALL,
 }
-"""Ranks whose process groups have collectives on the device. All: the norm of the gradients, the weight sync."""
+"""Ranks whose process groups have collectives on the device. All: the norm of the gradients, the weight sync; far: the pipeline that
+the weights are synced to."""
 
 
 @pytest.mark.parametrize("case", CASES)
