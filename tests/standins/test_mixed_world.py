@@ -64,18 +64,19 @@ def done(tmp_path_factory: pytest.TempPathFactory, cases: list[dict[str, Any]]) 
 def test_numbers_are_those_of_the_host(case: str, done: Callable[[str], Done]) -> None:
     for device, host in zip(done("device")[case], done("host")[case], strict=True):
         assert device["device"] == "standin" and host["device"] == "cpu"
-        assert device["numbers"] == pytest.approx(host["numbers"], rel=2e-6, abs=2e-5)
+        assert device["numbers"] == pytest.approx(host["numbers"], rel=1e-6, abs=1e-5)
 
 
 NEIGHBOURS, FAR, ALL = {(0, 1), (2, 3)}, {(0, 2), (1, 3)}, {(0, 1, 2, 3)}
 GROUPS: dict[str, set[tuple[int, ...]]] = {
     "tensor": NEIGHBOURS | FAR | ALL,
     "pipeline": NEIGHBOURS | FAR | ALL,
-    "context": ALL,
+    "context": NEIGHBOURS | FAR | ALL,
     "experts": NEIGHBOURS | FAR | ALL,
-    "data, overlapped": ALL,
+    "data, overlapped": FAR | ALL,
 }
-"""Ranks whose process groups have collectives on the device. All: the norm of the gradients, the weight sync."""
+"""Ranks whose process groups have collectives on the device. All: the norm of the gradients, the weight sync; far: the pipeline that
+the weights are synced to."""
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -86,7 +87,7 @@ def test_where_collectives_run(case: str, done: Callable[[str], Done]) -> None:
     assert {ranks for _, ranks, kind in used if kind == "device" and len(ranks) > 1} == GROUPS[case]
 
 
-@pytest.mark.parametrize("case", ["tensor", "context", "data, overlapped"])
+@pytest.mark.parametrize("case", ["tensor", "data, overlapped"])
 def test_what_an_update_waits_for(case: str, done: Callable[[str], Done]) -> None:
     """The norm of the gradients, the loss, the entropy; a stage of a pipeline also for the lengths of what it is sent, experts for
     their numbers of tokens."""
