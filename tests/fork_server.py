@@ -332,6 +332,7 @@ def _main() -> None:
     before, path = dict(os.environ), [folder for folder in sys.path[1:] if folder != str(ROOT)]
     interrupt, show = signal.signal(signal.SIGINT, signal.SIG_IGN), warnings.showwarning  # Ctrl-C is for the caller
     warnings.showwarning = lambda *_, **__: None
+    gc.disable()  # as `aligner.main` does: what is imported stays
     import aligner
 
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # as a rank does before it imports vLLM ...
@@ -341,7 +342,10 @@ def _main() -> None:
         with contextlib.suppress(Exception):  # the program that needs it will say so
             importlib.import_module(name)
     imported_with = {name: {before.get(name), os.environ.get(name)} for name in before.keys() | os.environ.keys()}
+    with contextlib.suppress(Exception):
+        aligner.config.schema.compose_config(["model.path=model"])  # the schema, and Hydra's own grammar and plugins
     gc.freeze()
+    gc.enable()
     assert len(os.listdir("/proc/self/task")) == 1, "a library has started threads, which no fork would have"
     signal.signal(signal.SIGINT, interrupt)
     warnings.showwarning = show

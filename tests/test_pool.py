@@ -24,7 +24,7 @@ def test_each_rank_returns_and_stays(ranks: Ranks) -> None:
     [
         ("raises", r"rank 1: Traceback(?s:.*)in fail(?s:.*)ValueError: the mistake of rank 1"),
         ("ends", r"rank 1: ended with status 7"),
-        ("hangs", r"rank 1: no end within 15 s"),
+        ("hangs", r"rank 1: no end within 8 s"),
         ("returns what cannot be pickled", r"rank 1: (?s:.*)(pickle|get) local object"),
     ],
 )
@@ -32,7 +32,7 @@ def test_a_rank_that_fails_is_told_and_the_next_call_has_new_ranks(how: str, sai
     before = ranks(2).run(TOTAL, 0)
     begin = time.monotonic()
     with pytest.raises(RankError, match=said) as error:
-        ranks(2).run("tests.pool_on_ranks:fail", how, seconds=15)
+        ranks(2).run("tests.pool_on_ranks:fail", how, seconds=8)
     assert time.monotonic() - begin < 60
     assert "rank 0 is there" in str(error.value) and "rank 1 is there" in str(error.value)
     after = ranks(2).run(TOTAL, 0)

@@ -40,6 +40,7 @@ from aligner.data.chat import ChatOptions, Notes, check_template_kwargs
 from aligner.data.decoding import decode
 from aligner.data.end_tokens import find_ends
 from aligner.data.lines import Line, ResumableOutput, check_same_rows, chunks
+from aligner.data.mapped import MappedRows
 from aligner.data.prompts import Prompt, tokenize_prompts
 from aligner.data.sources.open import open_source
 from aligner.data.sources.source import LabelledRow, all_rows
@@ -363,7 +364,7 @@ def generate(args: argparse.Namespace, rank: int, count: int) -> None:
     ends = find_ends(args.model, tokenizer)
     if ends.disagreement and rank == 0 and sampling.stop_token_ids is None:
         print(ends.disagreement, file=sys.stderr, flush=True)
-    source = list(all_rows(open_source(args.input, "--input")))
+    source = list(all_rows(MappedRows(open_source(args.input, "--input"), None, None, "prompts", None)))
     prompts, length = read_prompts(source, tokenizer, args)
     settings = {"the model": fingerprint(args.model), **{option(name): getattr(args, name) for name in OUTPUT_OPTIONS}}
     if args.chat_template is not None:

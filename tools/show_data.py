@@ -31,7 +31,7 @@ from aligner.data.prompts import Prompt
 from aligner.data.sets import open_heldout, open_training, row_tokenizer
 from aligner.data.sources.source import RowSource
 from aligner.data.token_view import Part, Piece, pieces_of, spans_of
-from aligner.data.tokenizer import load_tokenizer, use_chat_template
+from aligner.data.tokenizer import load_tokenizer, shortened, use_chat_template
 from aligner.paths import path_option
 from aligner.run.prepare import with_task
 
@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 ANY_LENGTH = 1 << 62
+SHOWN_FIELDS = ("prompt", "messages", "tools", "chat_template_kwargs")
+"""Fields of a prompt that are in its text."""
 MARKS = {Part.READ: ("", ""), Part.TRAINED: ("[+", "+]"), Part.END: ("[=", "=]"), Part.CUT: ("[-", "-]")}
 COLORS = {
     Part.READ: ("\x1b[2m", "\x1b[0m"),
@@ -65,6 +67,7 @@ class Shown:
     """What it is: "prompt", "chosen", "part 1 of 2"; "" if there is nothing to say."""
     pieces: list[Piece]
     remarks: list[str]
+    too_long: bool = False
 
     @property
     def counts(self) -> Counter[Part]:
@@ -95,6 +98,14 @@ class Row:
     remarks: list[str] = field(default_factory=list)
     error: str | None = None
     """Why it cannot be used."""
+
+    def stops(self, drops: bool) -> bool:
+        """Whether it would stop the job.
+
+        Args:
+            drops: data.too_long=drop leaves out rows that are too long.
+        """
+        return self.error is not None or (not drops and any(sequence.too_long for sequence in self.sequences))
 
 
 class Viewer:
@@ -135,15 +146,22 @@ class Viewer:
     def _prompt(self, prompt: Prompt) -> Shown:
         limit, count = self.data.max_prompt_tokens, len(prompt.tokens)
         pieces = pieces_of(self.tokenizer, prompt.tokens, [False] * count, limit)
-        return Shown("prompt", pieces, self._too_long(count, limit, "data.max_prompt_tokens"))
+        given = ", ".join(
+            f"{name}={shortened(value)}" for name, value in prompt.fields.items() if name not in SHOWN_FIELDS
+        )
+        remarks = [f"a reward is given {given}"] if given else []
+        return Shown(
+            "prompt", pieces, [*remarks, *self._too_long(count, limit, "data.max_prompt_tokens")], count > limit
+        )
 
     def _answer(self, answer: Any, title: str) -> Shown:
         limit, count = self.data.max_tokens, len(answer.tokens)
         remarks = self._too_long(count, limit, "data.max_tokens")
+        beyond = count > limit
         if answer.asked is not None:
             asked = self.tokenizer.decode(list(answer.asked[-12:]))
             remarks.append(f"a rollout's prompt is not the beginning of this: it ends with {asked!r}")
-        return Shown(title, pieces_of(self.tokenizer, answer.tokens, answer.mask, limit), remarks)
+        return Shown(title, pieces_of(self.tokenizer, answer.tokens, answer.mask, limit), remarks, beyond)
 
     def _too_long(self, count: int, limit: int, setting: str) -> list[str]:
         if count <= limit:
@@ -248,7 +266,8 @@ def read_rows(config: Config, heldout: bool, skip: int, count: int) -> list[tupl
             opened.append((name, source.data, open_training(source, tokenizer)))
     shown = []
     for name, data, rows in opened:
-        check_template_kwargs(tokenizer, data.chat_template_kwargs)
+        section = name if name.startswith("data.sources.") else "data"
+        check_template_kwargs(tokenizer, data.chat_template_kwargs, f"{section}.chat_template_kwargs.")
         viewer = Viewer(data, tokenizer, heldout)
         numbers = range(skip, min(skip + count, len(rows)))
         shown.append((f"{name}: {rows.name}, {len(rows):,} rows", [viewer.row(rows, n) for n in numbers], viewer.notes))
@@ -271,7 +290,7 @@ def options() -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str]) -> int:
-    """The command. Returns the exit status: 1 if a row that was shown cannot be used."""
+    """The command. Returns the exit status: 1 if a row that was shown would stop the job."""
     args = options().parse_intermixed_args(arguments)
     color = args.color == "always" or (args.color == "auto" and sys.stdout.isatty() and not os.environ.get("NO_COLOR"))
     try:
@@ -291,7 +310,8 @@ def main(arguments: list[str]) -> int:
         for row in rows:
             print(as_text(row, color))
         print(f"{summary(rows, notes)}\n")
-    return int(any(row.error is not None for _, rows, _ in shown for row in rows))
+    drops = config.data.too_long == "drop"
+    return int(any(row.stops(drops) for _, rows, _ in shown for row in rows))
 
 
 if __name__ == "__main__":

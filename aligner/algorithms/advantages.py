@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from aligner.data.samples import Samples
+from aligner.data.samples import Samples, leave_out_unscored
+from aligner.objective.advantages import has_advantage, has_signal
 from aligner.objective.masked import apply_mask
 
 
@@ -25,6 +26,24 @@ def group_relative(samples: Samples, reward_B: Tensor, advantages: Callable[...,
         [B], or [B, T] of a function that takes turns.
     """
     return advantages(reward_B, group_size=group_size, **_taken(advantages, samples))
+
+
+def rows_with_signal(
+    samples: Samples, reward_B: Tensor, advantages: Callable[..., Any] | None, group_size: int
+) -> Tensor:
+    """Which rows belong to a group that dynamic sampling keeps: its rewards differ, or, with advantages of turns, one of them is
+    not 0 (where a turn earns in one episode what another turn earns in the next, the sums are equal).
+
+    Args:
+        advantages: of a loop, as `group_relative` takes it; None: rewards count.
+
+    Returns:
+        bool [B], the same for all rows of a group.
+    """
+    if advantages is None or not is_per_token(advantages):
+        return has_signal(reward_B, group_size=group_size)
+    advantage_BT = group_relative(leave_out_unscored(samples, reward_B), reward_B, advantages, group_size)
+    return has_advantage(advantage_BT, group_size=group_size)
 
 
 def critic_estimates(

@@ -48,7 +48,8 @@ class GrpoConfig:
     reward_kl_coef: float = 0.0
     """Coefficient of KL(policy || reference) in the reward, in reward per nat; a KL in the loss is algorithm.loss.kl_coef."""
     more_batches: Annotated[int, AtLeast(0, "0: no dynamic sampling")] = 0
-    """Dynamic sampling (DAPO): most extra prompt batches a step may sample to replace groups whose rewards are all equal."""
+    """Dynamic sampling (DAPO): most extra prompt batches a step may sample to replace groups whose rewards are all equal; with
+    advantages of turns, groups whose advantages are all 0."""
     loss: Any = None
     """Loss with its settings, as a `_target_` with `_partial_: true`."""
 
@@ -85,7 +86,7 @@ def grpo(roles: Roles, prompts: Iterable[list[Prompt]], cfg: GrpoConfig) -> Iter
     """One policy update for each batch of prompts."""
     policy, rollout, reference = roles.policy, roles.rollout, roles.reference
     policy.reshard_to(rollout)
-    for batch in scored_samples(roles, prompts, cfg.group_size, cfg.more_batches):
+    for batch in scored_samples(roles, prompts, cfg.group_size, cfg.more_batches, cfg.advantages):
         samples, scores = batch.samples, batch.scores
         reference_logp_BT = reference.logprobs(samples) if reference else None
         reward_B = policy.map(

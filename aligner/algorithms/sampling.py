@@ -1,13 +1,14 @@
-"""Generate and score one batch per step, optionally with DAPO's dynamic sampling (only groups with unequal rewards)."""
+"""Generate and score one batch per step, optionally with DAPO's dynamic sampling (only groups that have something to learn from)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
+from aligner.algorithms.advantages import rows_with_signal
 from aligner.data.prompts import Prompt
 from aligner.data.samples import Samples
-from aligner.objective.advantages import has_signal
 from aligner.reward.role import Rewards
 from aligner.roles.build import Roles
 from aligner.spmd import batch_ops
@@ -27,7 +28,11 @@ class ScoredBatch:
 
 
 def scored_samples(
-    roles: Roles, prompts: Iterable[list[Prompt]], group_size: int, more_batches: int = 0
+    roles: Roles,
+    prompts: Iterable[list[Prompt]],
+    group_size: int,
+    more_batches: int = 0,
+    advantages: Callable[..., Any] | None = None,
 ) -> Iterator[ScoredBatch]:
     """One batch per step: `group_size` samples of each prompt, with their scores. Collective over the world.
 
@@ -44,7 +49,7 @@ def scored_samples(
             yield ScoredBatch(samples, scores)
             continue
         batch_rows = sum(map(len, samples.shares))
-        groups = _SignalGroups(group_size)
+        groups = _SignalGroups(group_size, advantages)
         groups.add(samples, scores)
         while groups.rows < batch_rows and groups.batches <= more_batches:
             samples = next(stream)
@@ -54,10 +59,11 @@ def scored_samples(
 
 
 class _SignalGroups:
-    """Groups with unequal rewards, accumulated over the batches of one step; identical on every rank."""
+    """Groups with something to learn from, accumulated over the batches of one step; identical on every rank."""
 
-    def __init__(self, group_size: int) -> None:
-        self.group_size, self.batches, self.groups = group_size, 0, 0
+    def __init__(self, group_size: int, advantages: Callable[..., Any] | None = None) -> None:
+        self.group_size, self.advantages = group_size, advantages
+        self.batches = self.groups = 0
         self._samples: list[Samples] = []
         self._scores: list[Rewards] = []
 
@@ -67,9 +73,10 @@ class _SignalGroups:
         return sum(part.rows for part in self._samples)
 
     def add(self, samples: Ref, scores: Ref) -> None:
-        """Add the groups of one batch whose rewards differ. Collective over the world."""
+        """Add the groups of one batch that have a signal. Collective over the world."""
         all_samples, all_scores = samples.gather(), scores.gather()
-        rows = has_signal(all_scores.reward_B, group_size=self.group_size).nonzero().flatten().tolist()
+        signal_B = rows_with_signal(all_samples, all_scores.reward_B, self.advantages, self.group_size)
+        rows = signal_B.nonzero().flatten().tolist()
         self._samples.append(batch_ops.take(all_samples, rows))
         self._scores.append(batch_ops.take(all_scores, rows))
         self.batches += 1

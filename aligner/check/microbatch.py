@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
 
 def longest_row(config: Config, data: DataSets) -> int:
-    """Tokens of the longest row that a role reads: an answer with its prompt, or a prompt with the longest response."""
+    """Tokens of the longest row that a role reads: an answer with its prompt, a prompt with the longest response, or an episode of one
+    context. An episode of several has those of each (`max_contexts`)."""
     if config.data.kind != "prompts":
         return max(1, data.longest)
     if config.environment.enabled:
@@ -40,7 +41,10 @@ def step_lengths(config: Config, data: DataSets, min_shared: int | None) -> list
     count = config.data.prompts_per_step
     if config.data.kind == "prompts":
         longest, group = longest_row(config, data), int(config.algorithm.get("group_size", 1))
-        rest = longest - _shared(longest - config.sampling.max_tokens, min_shared)
+        prompt = longest - config.sampling.max_tokens
+        if config.environment.enabled:  # what follows the prompt may be any length; a program makes prompts of its own
+            prompt = 0 if config.environment.agent.command else _shortest_prompt(data)
+        rest = longest - _shared(prompt, min_shared)
         return ([longest] + [rest] * (group - 1)) * count
     groups = []
     for first, *others in _answers(data):
@@ -52,6 +56,10 @@ def step_lengths(config: Config, data: DataSets, min_shared: int | None) -> list
 def _shared(prompt: int, min_shared: int | None) -> int:
     """Tokens that the answers to a prompt share: each computes the last one for itself."""
     return max(0, prompt - 1) if min_shared is not None and prompt - 1 >= min_shared else 0
+
+
+def _shortest_prompt(data: DataSets) -> int:
+    return min((len(one.tokens) for one in data.known), default=1)
 
 
 def _answers(data: DataSets) -> list[tuple[TokenizedAnswer, ...]]:
@@ -72,8 +80,9 @@ def _alike(config: Config, data: DataSets) -> bool:
 def _predicting(config: Config, data: DataSets) -> float:
     """Fraction of a microbatch's tokens that come before a trained one, at most; what a prompt's answers share counts once."""
     if config.data.kind == "prompts":
-        shortest = min((len(one.tokens) for one in data.known), default=1)
+        shortest = _shortest_prompt(data)
         drawn = config.sampling.max_tokens * int(config.algorithm.get("group_size", 1))
+        drawn *= config.environment.max_turns if config.environment.enabled else 1
         return drawn / (shortest + drawn)
     rows = [(answers, min(one.prompt_len for one in answers) * (len(answers) - 1)) for answers in _answers(data)]
     fractions = (
@@ -83,28 +92,38 @@ def _predicting(config: Config, data: DataSets) -> float:
     return min(1.0, max(fractions, default=1.0))
 
 
-def microbatch(config: Config, role: str, data: DataSets, mesh: Mesh, forward: bool) -> tuple[Microbatch, int]:
+def microbatch(
+    config: Config, role: str, data: DataSets, mesh: Mesh, forward: bool, contexts: int = 1
+) -> tuple[Microbatch, int]:
     """(the largest microbatch, number of them in an optimizer step on a data shard).
 
     Args:
         forward: of a pass without gradients over a whole step.
+        contexts: segments of an episode, each of its own attention and as long as a row of one.
     """
     settings = config.settings(role)
     lengths = step_lengths(config, data, MIN_SHARED_TOKENS[settings.share_prefix])
     steps = mesh.data * (1 if forward else settings.minibatches)
     budget = (settings.forward_micro_tokens if forward else None) or settings.micro_tokens
     unit = 2 if data.known and isinstance(data.known[0], Pair) and not forward else 1  # rows that are never split
-    shard = lengths[: max(unit, math.ceil(len(lengths) / steps))]
-    tokens = min(sum(shard), max(budget, sum(lengths[:unit])))
+    shard = [contexts * length for length in lengths[: max(unit, math.ceil(len(lengths) / steps))]]
+    tokens = min(sum(shard), max(budget, sum(shard[:unit])))
     batch = Microbatch(tokens, max(lengths), _alike(config, data), _predicting(config, data))
     return batch, math.ceil(sum(shard) / tokens)
 
 
 def role_activations(
-    config: Config, role: str, roles: Collection[str], data: DataSets, spec: ModelSpec, mesh: Mesh, cpu: bool
+    config: Config,
+    role: str,
+    roles: Collection[str],
+    data: DataSets,
+    spec: ModelSpec,
+    mesh: Mesh,
+    cpu: bool,
+    contexts: int = 1,
 ) -> Activations | None:
     """Bytes that the role's calls take on a rank beside what it holds, at most; None: it is not a model of a training
-    backend that can tell."""
+    backend that can tell. `contexts`: see `microbatch`."""
     if not config.role(role).kind.on_trainer:
         return None
     settings = config.settings(role)
@@ -112,6 +131,8 @@ def role_activations(
     if estimate is None:
         return None
     parallel = role_layout(config.placement, config.role(role)).sequence_parallel
-    (batch, count), (forward_batch, _) = (microbatch(config, role, data, mesh, forward) for forward in (False, True))
+    (batch, count), (forward_batch, _) = (
+        microbatch(config, role, data, mesh, forward, contexts) for forward in (False, True)
+    )
     taken = estimate(spec, mesh, settings, parallel, batch, forward_batch, count, "cpu" if cpu else "cuda")
     return taken if config.learns(role, roles) else Activations(0.0, taken.inference)

@@ -22,12 +22,13 @@ def peaks(
     meshes: Mapping[str, Mesh],
     data: DataSets,
     machine: Machine,
+    contexts: int = 1,
 ) -> dict[int, tuple[float, str]]:
     """(bytes at most, the role whose call takes them) on one rank of each set of roles that share ranks; empty where no backend
-    can tell its activations."""
+    can tell its activations. `contexts`: of an episode, see `microbatch`."""
     taken = {}
     for role, spec in specs.items():
-        of_role = role_activations(config, role, roles, data, spec, meshes[role], machine.cpu)
+        of_role = role_activations(config, role, roles, data, spec, meshes[role], machine.cpu, contexts)
         if of_role is not None:
             taken[role] = max(of_role.update, of_role.inference)
     if not taken:
@@ -47,7 +48,8 @@ def check_peak(
     data: DataSets,
     machine: Machine,
 ) -> None:
-    """ValueError where a rank's GPU has less than that; a host's memory is shared and may be swapped, and is not refused."""
+    """ValueError where a rank's GPU has less than that; a host's memory is shared and may be swapped, and is not refused. Nor are
+    episodes of several contexts, which may be as long as they may and seldom are: the summary says what they would take."""
     if machine.device_bytes is None:
         return
     most = peaks(config, roles, specs, meshes, data, machine)

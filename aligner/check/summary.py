@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from aligner.check.disk import bytes_needed, gib, nearest_folder
 from aligner.check.memory import bytes_of_rank, bytes_of_roles, machine_of, roles_of_ranks, weight_bytes
-from aligner.check.microbatch import microbatch, role_activations
+from aligner.check.microbatch import longest_row, microbatch, role_activations
 from aligner.check.peak import peaks, remedies
 from aligner.check.rollout import shown_ends
 from aligner.data.left_out import LeftOut, left_out_text
@@ -17,6 +17,7 @@ from aligner.data.named_sources import named_sources
 from aligner.data.streamed import StreamedExamples
 from aligner.models.tensors import parameter_count
 from aligner.reward.components import reward_components
+from aligner.roles.episode_source import max_contexts
 from aligner.spmd.mesh import axes, shown
 
 if TYPE_CHECKING:
@@ -165,11 +166,40 @@ def _peak(
         return []
     rank = max(most, key=lambda rank: most[rank])
     needed, role = most[rank]
-    lines = [("", f"at most {gib(needed)} on rank {rank} with the activations of the largest microbatch of {role}")]
+    activations = role_activations(
+        config, role, roles, checked.data, checked.specs[role], checked.meshes[role], machine.cpu
+    )
+    call = (
+        f"while {role} computes" if activations is None else f"with the activations of the largest microbatch of {role}"
+    )
+    lines = [("", f"at most {gib(needed)} on rank {rank} {call}")]
     if needed > machine.rank_bytes:
         ways = remedies(config, role, config.learns(role, roles))
         lines.append(("", f"note: a rank has {gib(machine.rank_bytes)}. {ways}."))
-    return lines
+    return lines + _several_contexts(config, roles, checked, machine)
+
+
+def _several_contexts(
+    config: Config, roles: Sequence[str], checked: Checked, machine: Machine
+) -> list[tuple[str, str]]:
+    """What the longest episode that is not of one context would take: all of its contexts are one row."""
+    contexts = max_contexts(config, checked.tokenizer)
+    most = peaks(config, roles, checked.specs, checked.meshes, checked.data, machine, contexts)
+    if contexts == 1 or not most:
+        return []
+    rank = max(most, key=lambda rank: most[rank])
+    needed, role = most[rank]
+    tokens = contexts * longest_row(config, checked.data)
+    why = "an agent program" if config.environment.agent.command else "a chat template that rewrites the turns so far"
+    keep = ", or environment.rewritten=keep" * (not config.environment.agent.command)
+    return [
+        (
+            "",
+            f"note: with {why} an episode may be of several contexts, at most {contexts} (environment.max_turns) of "
+            f"{tokens:,} tokens together, which are one row: {gib(needed)} on rank {rank} with those of {role}. Lower "
+            f"environment.max_turns or environment.max_tokens{keep}, if that is too much.",
+        )
+    ]
 
 
 def _room(held: float, budget: float) -> str:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-_TRAINED = {"dtype": "bfloat16", "recompute": "full", "experts": "grouped"}
-"""float32 has no flash attention kernel, activations of long microbatches do not fit without recompute, and one expert after
-another launches a dozen kernels for each."""
+_TRAINED = {"dtype": "bfloat16", "recompute": "full", "experts": "grouped", "overlap_grad_reduce": True}
+"""float32 has no flash attention kernel, activations of long microbatches do not fit without recompute, one expert after
+another launches a dozen kernels for each, and NCCL's kernels run beside those of the backward."""
 _ENGINE = {"dtype": "bfloat16"}
 
 DEFAULTS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {

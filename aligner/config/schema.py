@@ -8,7 +8,7 @@ import re
 import typing
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -161,9 +161,7 @@ def compose_config(overrides: Sequence[str], name: str = "train", folder: Path =
 
 def _composed(overrides: list[str], name: str, folder: Path, device: str) -> DictConfig:
     """With the defaults of a device, cpu or cuda."""
-    usual: DictConfig = OmegaConf.structured(_writable(Config))
-    usual.merge_with({section: dict(values) for section, values in DEFAULTS[device].items()})
-    ConfigStore.instance().store(name="schema", node=usual)
+    ConfigStore.instance().store(name="schema", node=_schema(device))
     try:
         with initialize_config_dir(config_dir=str(folder), version_base="1.3"):
             composed = compose(config_name=name, overrides=overrides)
@@ -175,6 +173,14 @@ def _composed(overrides: list[str], name: str, folder: Path, device: str) -> Dic
     except OmegaConfBaseException as error:  # ${...} of a whole model that leads nowhere
         raise ValueError(" ".join(str(error).split())) from None
     return composed
+
+
+@cache
+def _schema(device: str) -> DictConfig:
+    """What Hydra composes on: every setting with its type and its default for a device; Hydra takes a copy."""
+    usual: DictConfig = OmegaConf.structured(_writable(Config))
+    usual.merge_with({section: dict(values) for section, values in DEFAULTS[device].items()})
+    return usual
 
 
 def to_config(composed: DictConfig) -> Config:

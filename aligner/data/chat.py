@@ -120,7 +120,9 @@ def conversation_of(
     Raises:
         ValueError: the template raises for these messages, or drops one of them or its tool calls.
     """
-    cleaned = [_cleaned(message, f"{label}: {place}") for message, place in zip(messages, places, strict=True)]
+    thinks = any(key in message for message in messages for key in REASONING)
+    keys = _reasoning_keys(tokenizer) if thinks else []
+    cleaned = [_cleaned(message, f"{label}: {place}", keys) for message, place in zip(messages, places, strict=True)]
 
     def make(form: list[Message]) -> Conversation:
         conversation = Conversation(tokenizer, form, dict(options), label)
@@ -194,11 +196,27 @@ def message_text(message: Message) -> str:
     return content if isinstance(content, str) else "\n".join(part["text"] for part in content)
 
 
-def _cleaned(message: Message, place: str) -> Message:
-    """The message without "train", "weight" and null keys (columnar data sets fill missing keys with null)."""
+def _reasoning_keys(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """The keys of REASONING that the chat template reads."""
+    template = tokenizer.chat_template or ""
+    source = "\n".join(template.values()) if isinstance(template, dict) else template
+    read = r"""\.{0}\b|\[\s*['"]{0}['"]\s*\]|get\(\s*['"]{0}['"]"""
+    return [key for key in REASONING if re.search(read.format(key), source)]
+
+
+def _cleaned(message: Message, place: str, reasoning_keys: Sequence[str]) -> Message:
+    """The message without "train", "weight" and null keys (columnar data sets fill missing keys with null), and its reasoning
+    under a key that the template reads.
+
+    Args:
+        reasoning_keys: see `_reasoning_keys`.
+    """
     cleaned = {
         key: value for key, value in message.items() if key not in SWITCHES and (value is not None or key == "content")
     }
+    given = [key for key in REASONING if key in cleaned]
+    if reasoning_keys and len(given) == 1 and given[0] not in reasoning_keys:
+        cleaned[reasoning_keys[0]] = cleaned.pop(given[0])
     if "tool_calls" in cleaned:
         calls = _parsed(cleaned.pop("tool_calls"), f"{place}: 'tool_calls'")
         if calls and not (isinstance(calls, list) and all(isinstance(call, dict) for call in calls)):
@@ -234,7 +252,7 @@ def _first_accepted_form(
         except ValueError as error:
             first_error = first_error or error
             continue
-        if _renders_properly(conversation.text(len(form), awaits), form):
+        if _renders_properly(conversation, awaits):
             return conversation
         first_accepted = first_accepted or conversation
     if first_accepted is None:
@@ -249,6 +267,9 @@ def _forms(messages: list[Message]) -> Iterator[list[Message]]:
         contents.append(
             [{**m, "content": message_text(m)} if isinstance(m.get("content"), list) else m for m in messages]
         )
+    if any(not message.get("content") for message in messages if "tool_calls" in message):
+        # beside tool calls, some templates take null alone for no content, others text alone
+        contents += [[_without_content(m, empty) for m in form] for empty in ("", None) for form in contents]
     calls: list[Callable[[Any], Any]] = [lambda given: given]
     arguments = [function.get("arguments") for message in messages for function in _functions(message)]
     if any(isinstance(given, str) for given in arguments):
@@ -257,6 +278,11 @@ def _forms(messages: list[Message]) -> Iterator[list[Message]]:
         calls.append(lambda given: json.dumps(given, ensure_ascii=False) if isinstance(given, dict) else given)
     for change, form in product(calls, contents):
         yield [_with_arguments(message, change) if "tool_calls" in message else message for message in form]
+
+
+def _without_content(message: Message, empty: str | None) -> Message:
+    """A message that consists of tool calls alone, with this content."""
+    return {**message, "content": empty} if "tool_calls" in message and not message.get("content") else message
 
 
 def _as_object(arguments: Any) -> Any:
@@ -271,21 +297,30 @@ def _as_object(arguments: Any) -> Any:
 def _with_arguments(message: Message, change: Callable[[Any], Any]) -> Message:
     calls = []
     for call in message["tool_calls"]:
-        inner = call.get("function") if isinstance(call.get("function"), dict) else None
-        holder = inner if inner is not None else call
+        holder = _function(call)
         changed = {**holder, "arguments": change(holder["arguments"])} if "arguments" in holder else holder
-        calls.append({**call, "function": changed} if inner is not None else changed)
+        calls.append(changed if holder is call else {**call, "function": changed})
     return {**message, "tool_calls": calls}
 
 
 def _functions(message: Message) -> list[dict[str, Any]]:
     """Name and arguments of each tool call."""
-    calls = message.get("tool_calls", [])
-    return [call["function"] if isinstance(call.get("function"), dict) else call for call in calls]
+    return [_function(call) for call in message.get("tool_calls", [])]
 
 
-def _renders_properly(text: str, messages: list[Message]) -> bool:
-    """Whether the template rendered parts and JSON texts properly, rather than printing their Python or JSON repr."""
+def _function(entry: dict[str, Any]) -> dict[str, Any]:
+    """The name and the rest of a tool call or a tool's definition, which may stand under "function"."""
+    inner = entry.get("function")
+    return inner if isinstance(inner, dict) else entry
+
+
+def _renders_properly(conversation: Conversation, awaits: bool) -> bool:
+    """Whether the template rendered tool calls, and parts and JSON texts properly, rather than printing their Python or JSON
+    repr."""
+    messages = conversation.messages
+    text = conversation.text(len(messages), awaits)
+    if not all(_renders_calls(conversation, turn, awaits) for turn in range(len(messages))):
+        return False
     for message in messages:
         content = message.get("content")
         if isinstance(content, list):
@@ -304,14 +339,18 @@ def _renders_properly(text: str, messages: list[Message]) -> bool:
 def _without_none(
     conversation: Conversation, make: Callable[[list[Message]], Conversation], awaits: bool
 ) -> Conversation:
-    """Pass empty contents instead of None if the template would print "None" for a turn without content."""
+    """Pass empty contents instead of None if the template would print "None" (or JSON's null) for a turn without content."""
     messages, text = conversation.messages, conversation.text(len(conversation.messages), awaits)
-    if "None" not in text or all(message.get("content", "") is not None for message in messages):
+    printed = [word for word in ("None", "null") if word in text]
+    if not printed or all(message.get("content", "") is not None for message in messages):
         return conversation
-    empty = make([{**m, "content": ""} if m.get("content", "") is None else m for m in messages])
+    try:
+        empty = make([{**m, "content": ""} if m.get("content", "") is None else m for m in messages])
+    except ValueError:
+        return conversation
     empty_text = empty.text(len(messages), awaits)
-    more = text.count("None") - empty_text.count("None")
-    return empty if more > 0 and len(text) - len(empty_text) == more * len("None") else conversation
+    fewer = any(text.count(word) > empty_text.count(word) for word in printed)
+    return empty if fewer and _renders_properly(empty, awaits) else conversation
 
 
 def _in_parts(
@@ -325,7 +364,7 @@ def _in_parts(
         conversation = make(parts)
     except ValueError:
         return None
-    return conversation if _renders_properly(conversation.text(len(parts), awaits), parts) else None
+    return conversation if _renders_properly(conversation, awaits) else None
 
 
 def _dropped_message_error(conversation: Conversation, places: Sequence[str], awaits: bool) -> str | None:
@@ -343,15 +382,33 @@ def _dropped_message_error(conversation: Conversation, places: Sequence[str], aw
                 f"{message['role']!r}; use a role that it renders (assistant, user, mostly system), or another "
                 "chat_template."
             )
-        names = [str(function.get("name", "")) for function in _functions(message)]
-        without = {key: value for key, value in message.items() if key != "tool_calls"}
-        without["content"] = without.get("content") or ""
-        if names and not all(name in text for name in names) and not _depends(conversation, turn, without, awaits):
+        if not _renders_calls(conversation, turn, awaits):
             return (
                 f"{conversation.label}: {places[turn]}: the chat template does not render 'tool_calls'; use a "
                 "chat_template that does, or put the calls into 'content'."
             )
     return None
+
+
+def _renders_calls(conversation: Conversation, turn: int, awaits: bool) -> bool:
+    """Whether the tool calls of message `turn`, if it has any, are in the text."""
+    message = conversation.messages[turn]
+    if not _functions(message) or _names_every_call(conversation, awaits):
+        return True
+    without = {key: value for key, value in message.items() if key != "tool_calls"}
+    return _depends(conversation, turn, without, awaits)
+
+
+def _names_every_call(conversation: Conversation, awaits: bool) -> bool:
+    """Whether the text has the names of all calls, beside those in the definitions of tools and in what was said: sooner known
+    than by rendering the conversation without a call."""
+    text = conversation.text(len(conversation.messages), awaits)
+    functions = [function for message in conversation.messages for function in _functions(message)]
+    said = [message_text(message) for message in conversation.messages]
+    said += [str(function.get("arguments")) for function in functions]
+    said.append(json.dumps(conversation.options.get("tools") or [], ensure_ascii=False))
+    calls = Counter(str(function.get("name", "")) for function in functions)
+    return all(text.count(name) >= count + sum(one.count(name) for one in said) for name, count in calls.items())
 
 
 def _content_end(text: str, message: Message, start: int) -> int | None:
@@ -377,8 +434,7 @@ def _depends(conversation: Conversation, turn: int, other: Message, awaits: bool
 def _writes_tools(conversation: Conversation, awaits: bool) -> bool:
     text = conversation.text(len(conversation.messages), awaits)
     tools = conversation.options["tools"]
-    functions = [tool["function"] if isinstance(tool.get("function"), dict) else tool for tool in tools]
-    if all(str(function.get("name") or "\0") in text for function in functions):
+    if all(str(function.get("name") or "\0") in text for function in map(_function, tools)):
         return True
     options = {key: value for key, value in conversation.options.items() if key != "tools"}
     try:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from aligner.data.checked_columns import FormatRow, Row
+from aligner.data.json_text import parsed
 from aligner.data.tokenizer import checked_messages, shortened
 
 SPEAKERS = {
@@ -13,23 +13,25 @@ SPEAKERS = {
     "assistant": "assistant", "model": "assistant", "system": "system", "tool": "tool", "observation": "tool",
     "function_response": "tool", "function_call": "function_call",
 }  # fmt: skip
-"""ShareGPT's 'from' -> role; "function_call" is an assistant turn whose value is the call as JSON."""
+"""ShareGPT's 'from', in any case -> role; "function_call" is an assistant turn whose value is the call, or a list of them, as
+JSON."""
 
 
 def sharegpt(row: FormatRow, chat: bool) -> Row:
-    """'conversations' of 'from' and 'value'; 'system' and 'tools' may stand beside them."""
+    """'conversations' of 'from' and 'value' (or of 'role' and 'content'); 'system' and 'tools' may stand beside them."""
     messages: list[Row] = []
     for number, value in enumerate(row.list("conversations")):
         turn = row.within(value, f"conversations[{number}]")
-        role = SPEAKERS.get(turn.text("from"))
+        speaker, said = ("role", "content") if "role" in turn.row and "from" not in turn.row else ("from", "value")
+        role = SPEAKERS.get(turn.text(speaker).lower())
         if role is None:
-            turn.fail(f"'from' is {turn.row['from']!r}, which is none of {', '.join(SPEAKERS)}")
+            turn.fail(f"{speaker!r} is {turn.row[speaker]!r}, which is none of {', '.join(SPEAKERS)}")
         weight = {key: turn.row[key] for key in ("weight", "train") if turn.row.get(key) is not None}
         if role == "function_call":
-            call = _json_object(turn, turn.text("value"))
-            messages.append({"role": "assistant", "content": "", "tool_calls": [_call(call)], **weight})
+            calls = [_call(call) for call in _json_calls(turn, said)]
+            messages.append({"role": "assistant", "content": "", "tool_calls": calls, **weight})
         else:
-            messages.append({"role": role, "content": turn.text("value"), **weight})
+            messages.append({"role": role, "content": turn.text(said), **weight})
     system = row.optional_text("system")
     if system and messages[0]["role"] != "system":
         messages.insert(0, {"role": "system", "content": system})
@@ -47,7 +49,8 @@ def anthropic(row: FormatRow, chat: bool) -> Row:
         messages.append({"role": "system", "content": _texts(row, parts, "system")})
     for number, value in enumerate(row.list("messages")):
         messages += _anthropic_turn(row.within(value, f"messages[{number}]"))
-    tools = [_anthropic_tool(row.within(tool, f"tools[{n}]")) for n, tool in enumerate(row.row.get("tools") or [])]
+    given = row.list("tools") if row.row.get("tools") else []
+    tools = [_anthropic_tool(row.within(tool, f"tools[{n}]")) for n, tool in enumerate(given)]
     fields = row.rest("system", "messages", "tools")
     return {**fields, "messages": messages, **({"tools": tools} if tools else {})}
 
@@ -72,7 +75,7 @@ def _anthropic_turn(turn: FormatRow) -> list[Row]:
     role, content = turn.text("role"), turn.row.get("content")
     if role not in ("user", "assistant"):
         turn.fail(f"'role' is {role!r}, which is none of user, assistant (a system prompt is the column 'system')")
-    if isinstance(content, str):
+    if isinstance(content, str) and not isinstance(parsed(content), list):
         return [{"role": role, "content": content}]
     texts: list[Row] = []
     thoughts: list[str] = []
@@ -138,8 +141,24 @@ def _openai_messages(row: FormatRow, values: list[Any], column: str) -> list[Row
         call = message.pop("function_call", None)
         if call is not None:
             message["tool_calls"] = [_call(row.within(call, f"{column}[{number}].function_call").row)]
+        if message.get("tool_calls"):
+            message["tool_calls"] = _openai_calls(row, message["tool_calls"], f"{column}[{number}]")
         messages.append(message)
     return checked_messages(messages, row.label, column)
+
+
+def _openai_calls(row: FormatRow, value: Any, place: str) -> list[Row]:
+    """Tool calls, whose arguments are an object or its JSON text."""
+    calls = parsed(value)
+    if not isinstance(calls, list):
+        row.fail(f"{place}: 'tool_calls' must be a list, not {shortened(value)}")
+    for number, entry in enumerate(calls):
+        call = row.within(entry, f"{place}.tool_calls[{number}]")
+        function = call.within(entry["function"], "function") if "function" in entry else call
+        function.text("name")
+        if function.row.get("arguments") not in (None, ""):
+            function.object("arguments")
+    return calls
 
 
 def _openai_tools(row: FormatRow) -> Row:
@@ -154,11 +173,11 @@ def _call(call: Row) -> Row:
     return {"type": "function", "function": {"name": call.get("name"), "arguments": call.get("arguments", {})}}
 
 
-def _json_object(turn: FormatRow, text: str) -> Row:
-    try:
-        value = json.loads(text)
-    except ValueError:
-        value = None
-    if not isinstance(value, dict) or not isinstance(value.get("name"), str):
-        turn.fail(f"'value' of a function_call must be JSON with 'name' and 'arguments', not {shortened(text)}")
-    return value
+def _json_calls(turn: FormatRow, column: str) -> list[Row]:
+    """The calls in the JSON text of one, or of a list of them."""
+    value = parsed(turn.text(column))
+    calls = value if isinstance(value, list) else [value]
+    if not calls or not all(isinstance(call, dict) and isinstance(call.get("name"), str) for call in calls):
+        text = shortened(turn.row[column])
+        turn.fail(f"{column!r} of a function_call must be JSON with 'name' and 'arguments', not {text}")
+    return calls

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NoReturn
 
+from aligner.data.json_text import parsed
 from aligner.data.tokenizer import shortened
 
 Row = dict[str, Any]
@@ -34,23 +35,24 @@ class FormatRow:
         return self.text(column) if self.row.get(column) is not None else ""
 
     def list(self, column: str) -> list[Any]:
-        """A column that is a list with something in it."""
+        """A column that is a list with something in it, or its JSON text."""
         value: list[Any] = self._typed(column, list, "a list")
         if not value:
             self.fail(f"column {column!r} is an empty list")
         return value
 
     def object(self, column: str) -> Row:
-        """A column that is an object."""
+        """A column that is an object, or its JSON text."""
         value: Row = self._typed(column, dict, "an object")
         return value
 
     def within(self, value: Any, place: str) -> FormatRow:
-        """An object inside the row, whose keys are checked likewise.
+        """An object inside the row (or its JSON text), whose keys are checked likewise.
 
         Raises:
             ValueError: it is none.
         """
+        value = parsed(value)
         if not isinstance(value, dict):
             self.fail(f"{place} must be an object, not {shortened(value)}")
         return FormatRow(value, f"{self.label}: {place}", self._name, self._schema)
@@ -60,8 +62,11 @@ class FormatRow:
         return {name: value for name, value in self.row.items() if name not in used}
 
     def _typed(self, column: str, kind: type, kind_name: str) -> Any:
-        if self.row.get(column) is None:
+        if column in self.row and self.row[column] is None:
+            self.fail(f"column {column!r} is null")
+        if column not in self.row:
             self.fail(f"there is no column {column!r} (the row has {', '.join(map(str, self.row)) or 'nothing'})")
-        if not isinstance(self.row[column], kind):
-            self.fail(f"column {column!r} must be {kind_name}, not {shortened(self.row[column])}")
-        return self.row[column]
+        value = self.row[column] if kind is str else parsed(self.row[column])
+        if not isinstance(value, kind):
+            self.fail(f"column {column!r} must be {kind_name}, not {shortened(value)}")
+        return value

@@ -6,6 +6,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from aligner.data.json_text import parsed
+
 STEP = re.compile(r"\.?([^.\[\]]+)|\[(-?\d+)\]")
 """One step of a column's path: a key, or a number in brackets."""
 
@@ -31,7 +33,8 @@ class Columns:
         self._moved = {path for path in self.columns.values()} - set(self.columns)
 
     def renamed(self, row: dict[str, Any], label: str) -> dict[str, Any]:
-        """The row with our keys. A column that got another name loses its own; the others stay.
+        """The row with our keys. A column that got another name loses its own; the others stay. A path leads into JSON text
+        too, and through null to null.
 
         Raises:
             ValueError: a column that the row does not have; the text begins with `label`.
@@ -46,6 +49,9 @@ class Columns:
         value: Any = row
         walked = ""
         for step in self._paths[key]:
+            if value is None:
+                return None
+            value = parsed(value)
             inside = isinstance(value, dict) and step in value if isinstance(step, str) else _has_item(value, step)
             if not inside:
                 raise ValueError(

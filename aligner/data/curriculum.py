@@ -38,7 +38,8 @@ def ranked(score_N: np.ndarray, seed: int, epoch: int, shuffle: bool, fraction: 
     rows = np.array(epoch_order(len(score_N), seed, epoch) if shuffle else range(len(score_N)), dtype=np.int64)
     rows = rows[~np.isnan(score_N[rows])]
     ordered = rows[np.argsort(score_N[rows], kind="stable")]
-    return ordered[: math.ceil(fraction * len(ordered))].tolist()
+    exact = 1 - 1e-12  # 0.07 * 100 is 7.000000000000001
+    return ordered[: math.ceil(fraction * len(ordered) * exact)].tolist()
 
 
 def column_scores(rows: Sequence[Any], column: str, descending: bool, name: str) -> np.ndarray:

@@ -13,11 +13,13 @@ from typing import Any
 
 from aligner.data.chat_formats import anthropic, openai, sharegpt
 from aligner.data.checked_columns import FormatRow, Row
-from aligner.data.tokenizer import checked_messages
+from aligner.data.tokenizer import checked_messages, shortened
 
 ANSWERED = ("prompts", "demonstrations")
 COMPARED = ("prompts", "demonstrations", "preferences", "feedback")
-BOXED = "\\boxed"
+BOXED = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])")
+BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
+"""A brace, or what a backslash makes another sign (\\{ is none)."""
 TURN = re.compile(r"\n\n(Human|Assistant):")
 ALPACA = {
     True: (
@@ -59,7 +61,9 @@ def gsm8k(row: FormatRow, chat: bool) -> Row:
 def math(row: FormatRow, chat: bool) -> Row:
     """The answer is the column of that name, or else the last \\boxed{} of the solution."""
     given = row.row.get("answer")
-    answer = given if given is not None else last_boxed(row.text("solution"))
+    if isinstance(given, bool) or not isinstance(given, (str, int, float, type(None))):
+        row.fail(f"column 'answer' must be text or a number, not {shortened(given)}")
+    answer = last_boxed(row.text("solution")) if given is None or given == "" else given
     if answer is None:
         row.fail("column 'solution' has no \\boxed{} answer, and there is no column 'answer'")
     return _solved(row, "problem", answer)
@@ -116,6 +120,8 @@ def hh_rlhf(row: FormatRow, chat: bool) -> Row:
     begin = texts["chosen"].rfind("\n\nAssistant:", 0, start) + len("\n\nAssistant:")
     if begin > start or "\n\nAssistant:" not in texts["chosen"][:start]:
         row.fail("'chosen' and 'rejected' differ before the first answer")
+    if any(TURN.search(text, begin) for text in texts.values()):
+        row.fail("'chosen' and 'rejected' differ before the last answer")
     return {**row.rest(), "prompt": texts["chosen"][:begin], **{side: text[begin:] for side, text in texts.items()}}
 
 
@@ -145,8 +151,12 @@ def verifiable(row: FormatRow, chat: bool) -> Row:
 def alpaca(row: FormatRow, chat: bool) -> Row:
     """An instruction, with an input or without, and its output; 'system' and 'history' as LLaMA-Factory has them."""
     instruction, more = row.text("instruction"), row.optional_text("input")
+    more = more if more.strip() else ""
     fields = row.rest("instruction", "input", "output", "text", "history", "system")
     if not chat:
+        for column in ("system", "history"):
+            if row.row.get(column):
+                row.fail(f"column {column!r} is for models with a chat template")
         prompt = ALPACA[bool(more)].format_map({"instruction": instruction, "input": more})
         return {**fields, "prompt": prompt, "completion": row.text("output")}
     system = row.optional_text("system")
@@ -282,18 +292,19 @@ def with_turns(row: Row, as_messages: bool = False) -> Row:
 
 
 def last_boxed(text: str) -> str | None:
-    """What the last \\boxed{...} holds, with its braces balanced; None if there is none."""
-    start = text.rfind(BOXED)
-    if start < 0:
+    """What the last \\boxed{...} (or \\fbox{...}, as in some of MATH's solutions) holds, with its braces balanced; None if
+    there is none."""
+    boxes = list(BOXED.finditer(text))
+    if not boxes:
         return None
-    rest = text[start + len(BOXED) :]
+    rest = text[boxes[-1].end() :].lstrip()
     if rest[:1] != "{":  # \boxed 7
         return rest.split("$")[0].strip() or None
     depth = 0
-    for place, letter in enumerate(rest):
-        depth += (letter == "{") - (letter == "}")
+    for match in BRACE.finditer(rest):
+        depth += (match[0] == "{") - (match[0] == "}")
         if not depth:
-            return rest[1:place].strip() or None
+            return rest[1 : match.start()].strip() or None
     return None
 
 

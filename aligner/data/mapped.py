@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from aligner.data.columns import Columns
 from aligner.data.digest import digest
 from aligner.data.formats import FORMATS, converted, with_turns
+from aligner.data.json_text import with_conversations
 from aligner.data.sources.source import LabelledRow, RowSource
+
+NEEDED = ("prompt", "messages", "completion", "chosen", "rejected", "query", "response", "label", "score")
+"""Keys of ours that no row can do without, where data.columns has them."""
 
 
 class MappedRows:
-    """A source whose rows have our keys."""
+    """A source whose rows have our keys, without columns that are null, and with conversations that were JSON text."""
 
     def __init__(
         self,
@@ -48,9 +53,20 @@ class MappedRows:
         label, row = self._source.row(index)
         if self._columns is not None:
             row = self._columns.renamed(row, label)
+            self._check_null(row, self._columns, label)
+        row = with_conversations({name: value for name, value in row.items() if value is not None})
         if self._format is not None:
             return label, converted(row, label, self._format, self._kind, self._chat)
         return label, with_turns(row, as_messages=self._kind == "prompts") if self._chat else row
+
+    def _check_null(self, row: dict[str, Any], columns: Columns, label: str) -> None:
+        """Raises ValueError for a column without a value that is needed; a format says itself what it needs."""
+        null = [key for key in columns.columns if row[key] is None and key in NEEDED and self._format is None]
+        for key in null:
+            raise ValueError(
+                f"{label}: {columns.columns[key]!r} is null (data.columns.{key}={columns.columns[key]}); give each row a value, "
+                "or leave such rows out: data.on_error=skip."
+            )
 
     def blocks(self) -> Sequence[range] | None:
         """The source's."""
@@ -58,6 +74,8 @@ class MappedRows:
 
     def digest(self) -> str:
         """Of the source, and of what is made of its rows."""
+        if self._columns is None and self._format is None and not self._chat:
+            return self._source.digest()
         made_of = [self._columns.columns if self._columns else {}, self._format, self._kind, self._chat]
         return digest([self._source.digest(), made_of])
 

@@ -33,7 +33,8 @@ class Prompt:
 
 
 class PromptTokenizer:
-    """Rows with 'prompt' (text) or 'messages' (not ending with an assistant turn) -> prompts (a `RowTokenizer`)."""
+    """Rows with 'prompt' (text, or a list of messages) or 'messages', not ending with an assistant turn -> prompts (a
+    `RowTokenizer`)."""
 
     def __init__(
         self,
@@ -62,6 +63,9 @@ class PromptTokenizer:
         Raises:
             ValueError: neither or both keys, wrong type, empty or too long; names the row.
         """
+        if isinstance(row.get("prompt"), list) and "messages" not in row:
+            checked_messages(row["prompt"], label, "prompt")
+            row = {"messages" if name == "prompt" else name: value for name, value in row.items()}
         text, tokens = _encode(row, label, self._tokenizer, self._chat, self._notes)
         if not tokens:
             raise ValueError(f"{label}: the prompt has no tokens.")

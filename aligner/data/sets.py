@@ -279,8 +279,6 @@ def _file_rows(data: DataConfig, tokenizer: PreTrainedTokenizerBase, setting: st
     split, split_setting = (data.eval_split, "data.eval_split") if held else (data.split, f"{section}.split")
     source = open_source(data.eval_path if held else data.path, setting, split, split_setting)
     chat = data.chat if data.chat is not None else data.format is not None and bool(tokenizer.chat_template)
-    if not (data.columns or data.format or chat):
-        return source
     kind = "preferences" if held and data.kind == "feedback" else data.kind
     return MappedRows(source, data.columns, data.format, kind, chat)
 

@@ -20,7 +20,7 @@ class AgentConfig:
     without a shell, in a new folder; arguments that name files in the job's working folder are passed as absolute paths.
     Empty: no agent program."""
     processes: Annotated[int, AtLeast(1)] = 16
-    """Programs at once, of each rollout replica; more episodes wait."""
+    """Programs at once, of each rollout replica, without those that wait for a later step (stream.step_tokens); more episodes wait."""
     reports_reward: bool = True
     """The program reports its reward (POST /v1/reward, or {"reward": x} as the last line of its standard output), and an episode
     without one fails as `no_reward`. false: it may report one, and reward rules score the text."""

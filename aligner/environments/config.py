@@ -39,8 +39,8 @@ class EnvironmentConfig:
     processes: Annotated[int, AtLeast(1)] = 2
     """Environment processes of each rollout replica."""
     episodes_per_process: Annotated[int, AtLeast(1)] = 16
-    """Episodes at once in one process, each in a thread of its own; more wait. 1: no two episodes share a process, for
-    environments with global state and those that crash often."""
+    """Episodes at once in one process, each in a thread of its own; more wait, but for those that go on in a later step
+    (stream.step_tokens). 1: no two episodes share a process, for environments with global state and those that crash often."""
     start_timeout_s: Annotated[float, Finite(), MoreThan(0)] = 120.0
     """Limit for the start of a process (imports of the environment), in seconds."""
     step_timeout_s: Annotated[float, Finite(), MoreThan(0)] = 30.0

@@ -9,20 +9,21 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from aligner.data.chat import NO_TOOLS, PLAIN, ChatOptions, Notes, conversation_of, message_text, template_options
 from aligner.data.decoding import decode
 from aligner.data.end_tokens import PROBES, closing_tokens
 from aligner.data.tokenizer import Message, checked_messages, encode_plain, render_chat
+from aligner.environments.reasoning import CLOSING, OPENING, inner_reasoning, split_reasoning
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 REWRITTEN = ("segment", "keep", "error")
 """What is done where the chat template rewrites the history (environment.rewritten)."""
-TOOL_PROBE = {
+TOOL_PROBE: dict[str, Any] = {
     "type": "function",
     "function": {
         "name": "probe",
@@ -137,6 +138,19 @@ class ConversationFormat:
             ) from error
 
 
+@dataclass(frozen=True)
+class Growth:
+    """What a conversation has more than before a turn, so that the states of one after each turn need not all be kept whole."""
+
+    messages: tuple[Message, ...]
+    kept_ids: int
+    """So many of the ids before are kept, and `ids` follow."""
+    ids: tuple[int, ...]
+    kept_text: int
+    """So many characters of what was rendered before are kept, and `text` follows."""
+    text: str
+
+
 @dataclass
 class Conversation:
     """One episode's messages and the token ids of its current segment."""
@@ -151,6 +165,23 @@ class Conversation:
     """The messages as rendered when the last turn was asked for, with the generation prompt."""
     _closed: set[bool] = field(default_factory=set)
     """Kinds of turns (with tool calls or without) of which it is known that the template closes them with a token."""
+
+    def since(self, before: Conversation) -> Growth:
+        """What it has more than an earlier state of itself, before some turns."""
+        ids, text = len(before.ids), len(before._rendered)
+        ids = ids if self.ids[:ids] == before.ids else 0
+        text = text if self._rendered.startswith(before._rendered) else 0
+        new = self.messages[len(before.messages) :]
+        return Growth(tuple(new), ids, tuple(self.ids[ids:]), text, self._rendered[text:])
+
+    def grown(self, growth: Growth) -> Conversation:
+        """The later state; see `since`."""
+        return replace(
+            self,
+            messages=[*self.messages, *growth.messages],
+            ids=[*self.ids[: growth.kept_ids], *growth.ids],
+            _rendered=self._rendered[: growth.kept_text] + growth.text,
+        )
 
     def open(
         self,
@@ -182,7 +213,7 @@ class Conversation:
     @property
     def opens_reasoning(self) -> bool:
         """Whether the generation prompt of the turn that is sampled next has opened its reasoning (<think>)."""
-        return self._rendered.rstrip().endswith("<think>")
+        return self._rendered.rstrip().endswith(OPENING)
 
     def extend(self, sampled: Sequence[int], assistant: Message, new: Sequence[Message]) -> Extension:
         """The context of the next turn.
@@ -360,8 +391,8 @@ def _appended(content: Any, probe: str) -> Any:
 def _parts(assistant: Message) -> list[str]:
     """What of an assistant's turn must be in its rendering: its reasoning, its words, the names of its calls."""
     content = message_text(assistant)
-    reasoning, closed, visible = content.rpartition("</think>")
-    parts = [reasoning.rpartition("<think>")[2], visible] if closed else [content]
+    reasoning, visible = split_reasoning(content)
+    parts = [inner_reasoning(reasoning), visible] if reasoning.endswith(CLOSING) else [content]
     parts += [str(assistant[key]) for key in ("reasoning_content", "thinking") if assistant.get(key)]
     for call in assistant.get("tool_calls") or []:
         parts.append(str((call.get("function") or call).get("name", "")))

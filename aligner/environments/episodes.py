@@ -15,6 +15,7 @@ from aligner.data.tokenizer import Message
 from aligner.environments.config import EnvironmentConfig
 from aligner.environments.conversation import Conversation, ConversationFormat, TemplateError, prompt_messages
 from aligner.environments.pool import Action, EnvironmentPool, Failed, Finished, Opened, PoolEvent, Stepped, Turn
+from aligner.environments.reasoning import split_reasoning
 from aligner.environments.tool_calls import ParsedTurn, ToolParser, call_message, no_tools
 from aligner.rollout.episodes.source import Ask, Ended
 from aligner.rollout.requests import Sample
@@ -119,6 +120,10 @@ class EnvironmentEpisodes:
         else:
             self._pool.step(episode, self._action(play, parsed, text, call_ids, ids))
 
+    def pause(self, episode: int) -> None:
+        """Others may take its place in its process; see `EpisodeSource.pause`."""
+        self._pool.pause(episode)
+
     def abandon(self, episodes: Collection[int]) -> None:
         """Close these episodes; nothing more comes from them."""
         for episode in episodes:
@@ -221,9 +226,7 @@ class EnvironmentEpisodes:
         """
         shown = parsed.content if parsed.calls or parsed.reasoning is not None else text
         if self._config.hide_reasoning:
-            opened = play.conversation.opens_reasoning or shown.lstrip().startswith("<think>")
-            _, closed, rest = shown.rpartition("</think>")
-            shown = rest.strip() if closed or not opened else ""  # it was cut off while it thought
+            shown = split_reasoning(shown, play.conversation.opens_reasoning)[1].strip()
         for special in {self._form.special[token] for token in ids if token in self._form.special}:
             shown = shown.replace(special, "")
         calls = [

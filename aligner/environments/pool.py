@@ -6,6 +6,7 @@ import selectors
 import signal
 import time
 from collections import defaultdict, deque
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -95,6 +96,13 @@ class EnvironmentPool:
         """Ask for the final reward (None where the environment has none) and close the episode: `Finished`."""
         self._next_call(episode, {"call": "finish"})
 
+    def pause(self, episode: int) -> None:
+        """Until its next call others may take the place of an episode that has been answered; with episodes_per_process=1 they get
+        another process. Ignored where it is not open."""
+        if episode in self._episodes:
+            self._episodes[episode].paused = True
+            self._place()
+
     def poll(self, wait_s: float) -> list[PoolEvent]:
         """Events that have become ready; waits at most `wait_s` seconds for the first one.
 
@@ -141,6 +149,7 @@ class EnvironmentPool:
         episode = self._episodes[number]
         assert len(episode.answers) == len(episode.calls), f"episode {number} has not been answered yet"
         episode.calls.append(call)
+        episode.paused = False
         self._advance(episode)
 
     def _advance(self, episode: OpenEpisode) -> None:
@@ -414,9 +423,7 @@ class EnvironmentPool:
                 slot.episodes[episode.number] = episode
                 episode.process = slot.process
                 self._advance(episode)
-        if not self._waiting_alone:
-            for slot in [slot for slot in self._slots.values() if slot.extra and not slot.episodes]:
-                self._end(slot)
+        self._end_surplus()
 
     def _queue_of(self, episode: OpenEpisode) -> deque[OpenEpisode]:
         """Where an episode waits for a process."""
@@ -425,17 +432,34 @@ class EnvironmentPool:
     def _shared_slot(self) -> Slot | None:
         """The emptiest process that has room for an episode."""
         limit = self._config.episodes_per_process
-        slots = self._slots.values()
-        room = [slot for slot in slots if slot.ready and not slot.extra and len(slot.episodes) < limit]
-        return min(room, key=lambda slot: len(slot.episodes), default=None)
+        shared = [slot for slot in self._slots.values() if not slot.extra]
+        room = [slot for slot in shared if slot.ready and slot.taken < limit and (limit > 1 or not slot.episodes)]
+        if not room and limit == 1 and self._may_start(shared):
+            self._start()
+        return min(room, key=lambda slot: (slot.taken, len(slot.episodes)), default=None)
 
     def _extra_slot(self) -> Slot | None:
         """A process for an episode alone; one is started where there may be more."""
         extra = [slot for slot in self._slots.values() if slot.extra]
         free = [slot for slot in extra if not slot.episodes]
-        if not free and len(extra) < self._config.processes:
+        if not free and self._may_start(extra):
             self._start(extra=True)
         return next((slot for slot in free if slot.ready), None)
+
+    def _may_start(self, slots: Sequence[Slot]) -> bool:
+        """Whether fewer of these processes than `processes` are at work or start: the others hold episodes that are paused."""
+        return sum(slot.taken > 0 or not slot.episodes for slot in slots) < self._config.processes
+
+    def _end_surplus(self) -> None:
+        """End empty processes that were started beside those of paused episodes."""
+        if not self._waiting_alone:
+            for slot in [slot for slot in self._slots.values() if slot.extra and not slot.episodes]:
+                self._end(slot)
+        shared = [slot for slot in self._slots.values() if not slot.extra]
+        empty = [slot for slot in shared if slot.ready and not slot.episodes]
+        if not self._waiting:
+            for slot in empty[: max(0, len(shared) - self._config.processes)]:
+                self._end(slot)
 
 
 def check_start(config: EnvironmentConfig) -> None:

@@ -28,6 +28,8 @@ class OpenEpisode:
     losses: int = 0
     seconds: float = 0.0
     """Time in its environment, without replays."""
+    paused: bool = False
+    """Its next call comes after a pause in which it takes no place."""
     dropped: bool = False
     """Nobody waits for it any more, but its call still runs."""
 
@@ -45,6 +47,11 @@ class Slot:
     """When its last answer came; time.monotonic() seconds."""
     silent: bool = False
     """It was asked for a sign of life that has not come."""
+
+    @property
+    def taken(self) -> int:
+        """Places of the process that are taken."""
+        return sum(not one.paused for one in self.episodes.values())
 
     def begun(self) -> list[OpenEpisode]:
         """Episodes whose call runs now."""

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from aligner.environments.reasoning import split_reasoning
+
 if TYPE_CHECKING:
     from aligner.data.tokenizer import Message
 
@@ -64,14 +66,14 @@ def no_tools(text: str, tools: Tools = ()) -> ParsedTurn:
 
 def hermes(text: str, tools: Tools = ()) -> ParsedTurn:
     """<tool_call>{"name": ..., "arguments": {...}}</tool_call>: Hermes, Qwen2.5, Qwen3. A last call may lack its end."""
-    thought, rest = _without_reasoning(text)
+    thought, rest = split_reasoning(text)
     blocks = re.findall(r"<tool_call>(.*?)(?:</tool_call>|\Z)", rest, re.DOTALL)
     return _read(text, thought, rest.partition("<tool_call>")[0], blocks, _json_call)
 
 
 def qwen3_xml(text: str, tools: Tools = ()) -> ParsedTurn:
     """<tool_call><function=NAME><parameter=KEY>VALUE</parameter></function></tool_call>: Qwen3-Coder, Qwen3.5, Nemotron 3."""
-    thought, rest = _without_reasoning(text)
+    thought, rest = split_reasoning(text)
     opener = "<tool_call>" if "<tool_call>" in rest else "<function="
     blocks = re.findall(r"<function=(.*?)(?:</function>|\Z)", rest, re.DOTALL)
     if opener in rest and not blocks:
@@ -81,7 +83,7 @@ def qwen3_xml(text: str, tools: Tools = ()) -> ParsedTurn:
 
 def glm(text: str, tools: Tools = ()) -> ParsedTurn:
     """<tool_call>NAME<arg_key>KEY</arg_key><arg_value>VALUE</arg_value></tool_call>: GLM-4.5 and later."""
-    thought, rest = _without_reasoning(text)
+    thought, rest = split_reasoning(text)
     blocks = re.findall(r"<tool_call>(.*?)(?:</tool_call>|\Z)", rest, re.DOTALL)
     return _read(text, thought, rest.partition("<tool_call>")[0], blocks, partial(_glm_call, tools=tools))
 
@@ -89,7 +91,7 @@ def glm(text: str, tools: Tools = ()) -> ParsedTurn:
 def llama3_json(text: str, tools: Tools = ()) -> ParsedTurn:
     """{"name": ..., "parameters": {...}}, after <|python_tag|> or not, several separated by ";": Llama 3.1 and later.
     Other JSON is content."""
-    thought, rest = _without_reasoning(text)
+    thought, rest = split_reasoning(text)
     begins = re.search(r'<\|python_tag\|>|\{\s*"(name|parameters|arguments)"', rest)
     if begins is None:
         return ParsedTurn(rest)
@@ -99,14 +101,14 @@ def llama3_json(text: str, tools: Tools = ()) -> ParsedTurn:
 
 def mistral(text: str, tools: Tools = ()) -> ParsedTurn:
     """[TOOL_CALLS] [{"name": ..., "arguments": {...}}, ...], or [TOOL_CALLS]NAME{...} for each call (v11 and later): Mistral."""
-    thought, rest = _without_reasoning(text)
+    thought, rest = split_reasoning(text)
     content, *blocks = rest.split("[TOOL_CALLS]")
     return _read(text, thought, content, blocks, _mistral_calls)
 
 
 def pythonic(text: str, tools: Tools = ()) -> ParsedTurn:
     """[name(key=value, ...), ...] in Python's syntax: Llama 3.2, Llama 4, Olmo 3, LFM2."""
-    thought, rest = _without_reasoning(text)
+    thought, rest = split_reasoning(text)
     body = (
         rest.strip()
         .removeprefix("<|python_start|>")
@@ -222,21 +224,13 @@ def call_message(parsed: ParsedTurn, text: str, ids: Sequence[str]) -> Message:
         message["content"] = parsed.content
         message |= {"thinking": parsed.reasoning} if parsed.reasoning else {}
     elif parsed.calls:
-        message["content"] = (_without_reasoning(text)[0] + parsed.content).strip("\n")
+        message["content"] = (split_reasoning(text)[0] + parsed.content).strip("\n")
     if parsed.calls:
         message["tool_calls"] = [
             {"type": "function", "id": name, "function": {"name": call.name, "arguments": call.arguments}}
             for name, call in zip(ids, parsed.calls, strict=True)
         ]
     return message
-
-
-def _without_reasoning(text: str) -> tuple[str, str]:
-    """(the turn up to the end of its reasoning, what follows); a call inside the reasoning is none."""
-    thought, closed, rest = text.rpartition("</think>")
-    if not closed and text.lstrip().startswith("<think>"):
-        return text, ""  # it was cut off while it thought
-    return thought + closed, rest
 
 
 Block = TypeVar("Block")

@@ -17,6 +17,8 @@ What the environment prints goes to standard error, a file of limited size. An a
 from __future__ import annotations
 
 import asyncio
+import dataclasses
+import enum
 import faulthandler
 import importlib
 import importlib.util
@@ -25,6 +27,7 @@ import json
 import os
 import queue
 import random
+import re
 import resource
 import select
 import struct
@@ -111,10 +114,11 @@ class Host:
         return of_episode.loop.run_until_complete(awaited())
 
     def text_of(self, value: Any, what: str) -> str:
-        """What a tool or an environment returned, as text: text as it is, UTF-8 bytes decoded, other JSON values encoded.
+        """What a tool or an environment returned, as text: text as it is, UTF-8 bytes decoded, JSON for what is made of values (arrays,
+        sets, dataclasses and models too), for other objects their `str`.
 
         Raises:
-            WrongAnswer: it is none of these.
+            WrongAnswer: bytes that are not UTF-8, or an object whose `str` is its address in memory.
         """
         if isinstance(value, str):
             return value
@@ -124,10 +128,14 @@ class Host:
             except UnicodeDecodeError as error:
                 raise WrongAnswer(f"{what} returned bytes that are not UTF-8: {error}") from None
         try:
-            return json.dumps(value, ensure_ascii=False, default=plain_number)
-        except (TypeError, ValueError, RecursionError):
-            kind = type(value).__name__
-            raise WrongAnswer(f"{what} returned a {kind}, which is neither text nor JSON") from None
+            plain = value if value is None or isinstance(value, (dict, list, tuple, int, float)) else plain_value(value)
+            return plain if isinstance(plain, str) else json.dumps(plain, ensure_ascii=False, default=plain_value)
+        except (TypeError, ValueError, RecursionError):  # keys that are no text, circles, objects without a text
+            text = own_text(value)
+            if text is None:
+                kind = type(value).__name__
+                raise WrongAnswer(f"{what} returned a {kind}, which is neither text nor JSON") from None
+            return text
 
     def messages(self, observation: Any, what: str = "the environment") -> list[dict[str, Any]]:
         """An observation as messages: none for None and "", a user message for text, messages as they are."""
@@ -147,6 +155,35 @@ def plain_number(value: Any) -> Any:
     if hasattr(value, "item") and getattr(value, "shape", None) == ():
         return value.item()
     raise TypeError(type(value).__name__)
+
+
+def plain_value(value: Any) -> Any:
+    """What json.dumps takes in place of a value that tools return: that of an array, a set, an enumeration, a dataclass or a model; of
+    others the text."""
+    if hasattr(value, "tolist"):  # numpy's numbers and arrays, tensors
+        return value.tolist()
+    if isinstance(value, (set, frozenset)):
+        return sorted(value, key=repr)  # strings in a set have no order that another process has too
+    if isinstance(value, enum.Enum):
+        return value.value
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    if callable(getattr(value, "model_dump", None)):  # pydantic
+        return value.model_dump()
+    text = own_text(value)
+    if text is None:
+        raise TypeError(type(value).__name__)
+    return text
+
+
+def own_text(value: Any) -> str | None:
+    """`str` of a value; None if that says where it is in memory, which no two processes agree on."""
+    try:
+        text = str(value)
+        text.encode("utf-8")
+    except Exception:
+        return None
+    return None if re.search(r" at 0x[0-9a-fA-F]+>", text) else text
 
 
 def load_file(path: str) -> Any:

@@ -8,6 +8,8 @@ from torch import Tensor
 from aligner.objective.token_rewards import returns_to_go
 
 Normalize = Literal["std", "none"]
+ROUNDING = 1e-8
+"""Advantages up to this are rounding: float64 sums of one total in several ways, over a deviation of `epsilon`."""
 
 
 def has_reward(reward_B: Tensor) -> Tensor:
@@ -37,6 +39,20 @@ def has_signal(reward_B: Tensor, *, group_size: int) -> Tensor:
     """
     centered_PG, _ = _centered(reward_B, group_size)
     return (centered_PG != 0).any(dim=1).repeat_interleave(group_size)
+
+
+def has_advantage(advantage_BT: Tensor, *, group_size: int) -> Tensor:
+    """Which rows belong to a group with an advantage other than 0 on any token; all other groups have no gradient.
+
+    Args:
+        advantage_BT: [B, T], 0 outside the mask; complete groups in order.
+
+    Returns:
+        bool [B], the same for all rows of a group.
+    """
+    assert advantage_BT.ndim == 2 and len(advantage_BT) % group_size == 0, f"{tuple(advantage_BT.shape)}"
+    differs_B = (advantage_BT.abs() > ROUNDING).any(dim=1)
+    return differs_B.view(-1, group_size).any(dim=1).repeat_interleave(group_size)
 
 
 def group_advantages(

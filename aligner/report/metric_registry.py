@@ -31,6 +31,8 @@ class Reduce(Enum):
     HELD_OUT = "mean over the held-out rows"
     RANKS_LARGEST = "largest of all ranks"
     RANKS_TOTAL = "sum over all ranks"
+    REPLICAS = "mean over the time of all replicas"
+    TURNS = "mean over the turns of all replicas"
     ONCE = "one number of the step"
 
 
@@ -147,7 +149,7 @@ SAMPLES = (
     Metric("truncated", "fraction", Reduce.BATCH, "Responses that reached their limit without a stop token.",
            panel=Panel(12, "truncated share")),
     Metric("sampled_groups", "groups", Reduce.COUNT, "Dynamic sampling: groups sampled for this step.", own_column=True),
-    Metric("signal_fraction", "fraction", Reduce.BATCH, "Dynamic sampling: groups whose rewards differ.",
+    Metric("signal_fraction", "fraction", Reduce.BATCH, "Dynamic sampling: groups whose rewards (or advantages of turns) differ.",
            own_column=True),
     Metric("batch_filled", "fraction", Reduce.ONCE, "Dynamic sampling: rows found, of those wanted.", own_column=True),
     Metric("pairs", "pairs", Reduce.COUNT, "rank_samples: pairs written.", own_column=True),
@@ -160,9 +162,9 @@ EPISODES = (
     Metric("episodes/sampled_tokens", "tokens", Reduce.BATCH, "Sampled tokens of an episode.", "tenths"),
     Metric("episodes/context_tokens", "tokens", Reduce.BATCH,
            "Tokens of an episode that were not sampled: its first context, tool results, user turns.", "tenths"),
-    Metric("episodes/environment_seconds", "s", Reduce.RANKS_TOTAL,
-           "Mean time from a turn's end to what its environment asked for next, over all turns.", "seconds"),
-    Metric("episodes/engine_idle", "fraction", Reduce.RANKS_TOTAL,
+    Metric("episodes/environment_seconds", "s", Reduce.TURNS,
+           "Time from a turn's end (or an episode's start) to what its environment asked for next.", "seconds"),
+    Metric("episodes/engine_idle", "fraction", Reduce.REPLICAS,
            "Share of the time of playing in which a replica had nothing to sample: every episode was with its environment."),
     Metric("episodes/{name}", "", Reduce.RANKS_TOTAL, "What the environments or agent programs of a job count."),
     Metric("environment/{name}", "", Reduce.BATCH, "A metric of the environment itself, over the episodes that have it."),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -83,3 +83,39 @@ def check_conversations(config: Config, tokenizer: PreTrainedTokenizerBase) -> N
     conversation_format(config, tokenizer)
     if config.environment.tool_parser != "auto":  # auto asks the template once an environment has tools
         named_parser(config.environment.tool_parser, tokenizer)
+
+
+def max_contexts(config: Config, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Most contexts (segments) of an episode: one for each turn where a program makes them, or where the chat template writes the
+    turns so far otherwise once others follow, and environment.rewritten=segment; else 1."""
+    settings = config.environment
+    several = bool(settings.agent.command)
+    if settings.target and settings.rewritten == "segment":
+        several = rewrites_history(conversation_format(config, tokenizer))
+    return settings.max_turns if several else 1
+
+
+def rewrites_history(form: ConversationFormat) -> bool:
+    """Whether the chat template was seen to rewrite a conversation of three turns that reason, which users or tools answer."""
+    from aligner.data.tokenizer import encode_plain
+    from aligner.environments.conversation import TOOL_PROBE, Conversation
+
+    name = TOOL_PROBE["function"]["name"]
+    for tools in (False, True):
+        conversation = Conversation(form)
+        try:
+            conversation.open([{"role": "user", "content": "Try it."}], [TOOL_PROBE] if tools else None)
+            for turn in range(3):
+                text, call_id = f"<think>\nFirst.\n</think>\n\nSo {turn}.", f"call{turn:05d}"
+                said: dict[str, Any] = {"role": "assistant", "content": text}
+                answer = {"role": "user", "content": f"And {turn}?"}
+                if tools:
+                    function = {"name": name, "arguments": {"value": str(turn)}}
+                    said["tool_calls"] = [{"type": "function", "id": call_id, "function": function}]
+                    answer = {"role": "tool", "content": str(turn), "tool_call_id": call_id, "name": name}
+                sampled = [*encode_plain(form.tokenizer, text), *sorted(form.ends)[:1]]
+                if conversation.extend(sampled, said, [answer]).new_segment:
+                    return True
+        except ValueError:
+            continue  # a template that takes no such turns: the environment's will show what it does
+    return False

@@ -73,6 +73,9 @@ class RolloutConfig:
     shares it among samples that start together."""
     enforce_eager: bool = False
     """vLLM on CUDA: run without CUDA graphs (less memory, slower). A CPU always runs eagerly."""
+    suspend_communicators: bool = False
+    """vLLM on CUDA, on several ranks a replica: while the whole engine is away (residency), NCCL gives back the buffers of vLLM's
+    communicator too, and makes them again when it comes back (ncclCommSuspend; vLLM calls it experimental)."""
     quantization: Annotated[str, OneOf("none", "fp8")] = "none"
     """vLLM on CUDA, with a 16-bit dtype: fp8 keeps the projections of attention, MLPs and experts as float8_e4m3fn with a scale for
     each block of 128 x 128, and multiplies them by activations that are cast alike; a weight sync sends a byte for each weight.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Generic, TypeVar
 
 from torch import Tensor
@@ -129,6 +129,17 @@ class Requests(ABC, Generic[R]):
     @abstractmethod
     def _request(self, sample: Sample, number: int) -> R:
         """Sample `number` of the ticket that is made next, not yet under way."""
+
+    def _to_start(self, samples: Sequence[Sample], sampling: Sampling) -> tuple[list[R], list[R]]:
+        """(requests of one `start`, those of them that go into the engine, the longest first). A sample that already has
+        max_tokens, which were more when it was interrupted, has ended."""
+        made = []
+        for number, sample in enumerate(samples):
+            if len(sample.tokens) >= sampling.max_tokens:
+                sample = replace(sample, ended=True, truncated=True)
+            made.append(self._request(sample, number))
+        going_on = [one for one in made if not one.sample.ended]
+        return made, sorted(going_on, key=lambda one: -len(one.sample.prompt) - len(one.sample.tokens))
 
     def _ticket(self, requests: list[R]) -> int:
         self._started += 1

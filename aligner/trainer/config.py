@@ -66,6 +66,9 @@ class TrainingConfig:
     """engine=megatron: sequential computes one expert after the other, grouped all of a rank's experts in one kernel over
     stacked weights (on GPUs bfloat16, of the Ampere generation and later). Checkpoints of one can be continued with the other
     (checkpoint.accept_changes=true)."""
+    overlap_grad_reduce: bool = False
+    """engine=megatron: sum gradients over data-parallel ranks in buckets while the last microbatch's backward computes, instead
+    of after it. The sums are the same. On CPUs, communication takes the cores that compute."""
     reshard_after_forward: bool = True
     """engine=fsdp: free a layer's gathered weights after its forward and gather them again in the backward (less memory, as
     ZeRO-3); false keeps them from the first microbatch's forward to the last one's backward (less communication, as ZeRO-2)."""

@@ -72,7 +72,8 @@ class MinibatchLoss:
         if self.version is not None and samples.version_BT is not None:
             metrics["staleness"] = self._fit(self.version - samples.version_BT[rows], samples.length_B[rows])
         readout_metrics = {name.removesuffix("_BT"): value_BT for name, value_BT in further_readouts}
-        gather_metrics(self.sums, {**readout_metrics, **metrics}, arguments["mask_BT"])
+        mask_BT = batch_ops.fit_width(samples.mask_BT[rows], int(samples.length_B[rows].max()))
+        gather_metrics(self.sums, {**readout_metrics, **metrics}, mask_BT)
         contribution = global_mean(unreduced, arguments["mask_BT"], self.totals, self.config, self.max_response)
         add_to(self.sums, "sum/loss", contribution)
         return contribution

@@ -23,8 +23,12 @@ def output_layer_bytes(
             the product is there beside them.
     """
     blocks = -(-vocab // max(1, BLOCK_LOGITS[device] // max(1, tokens)))
-    block = tokens * -(-vocab // blocks)
-    product = element_bytes if element_bytes < 4 else 0
-    # beside the exponentials that are kept, one block's logits
-    of_logit = (min(KEPT_BLOCKS, blocks) + 1) * 4 if grad else 4 + product
-    return float(of_logit * block + tokens * hidden * (element_bytes + (4 + product) * grad))
+    columns = -(-vocab // blocks)
+    block = tokens * columns
+    # with 16-bit weights, and on a CPU (`products.add_product`), products are there beside what they are added to
+    product = element_bytes if element_bytes < 4 or device == "cpu" else 0
+    if not grad:
+        return float((4 + (product if element_bytes < 4 else 0)) * block + tokens * hidden * element_bytes)
+    # beside the exponentials that are kept, one block's logits, or later the gradient of its rows of the weight
+    of_blocks = min(KEPT_BLOCKS, blocks) * 4 * block + max(4 * block, product * columns * hidden)
+    return float(of_blocks + tokens * hidden * (element_bytes + 4 + product))

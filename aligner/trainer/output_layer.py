@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from aligner.trainer.output_blocks import BLOCK_LOGITS, KEPT_BLOCKS
+from aligner.trainer.products import add_product, product
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class _Logits:
 
     def make(self, block: slice) -> Tensor:
         """[N, V of the block] after soft-capping and temperature; the product is rounded as the weights are."""
-        logits_NV = (self.hidden_NH @ self.weight_VH[block].T).to(self.dtype)
+        logits_NV = product(self.hidden_NH, self.weight_VH[block].T).to(self.dtype)
         if self.softcap is not None:
             logits_NV.div_(self.softcap).tanh_().mul_(self.softcap)
         return logits_NV if self.temperature == 1.0 else logits_NV.div_(self.temperature)
@@ -225,14 +226,6 @@ def _grad_of_block(
         column_N1, inside_N = logits.columns(target_N, block)
         grad_NV.scatter_add_(-1, column_N1, (grad_logp_N * inside_N)[:, None])
     return grad_NV
-
-
-def add_product(total_MN: Tensor, left_MK: Tensor, right_KN: Tensor) -> None:
-    """total += left @ right, in place; without a copy of the product where all are of one data type."""
-    if total_MN.dtype == left_MK.dtype:
-        total_MN.addmm_(left_MK, right_KN)
-    else:
-        total_MN.add_(left_MK @ right_KN)
 
 
 def output_logprobs(

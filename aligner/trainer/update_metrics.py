@@ -21,16 +21,23 @@ from aligner.trainer.not_finite import EMPTY, SKIPPED
 
 
 def add_to(sums: dict[str, Tensor], name: str, value: Tensor) -> None:
-    """Add to a running sum; float64, on the host."""
-    sums[name] = sums.get(name, torch.zeros((), dtype=torch.float64)) + value.detach().double().cpu()
+    """Add to a running sum; float64, where the value is: the host waits for a device once, in `reduce_sums`."""
+    value = value.detach().double()
+    sums[name] = sums.get(name, torch.zeros_like(value)) + value
 
 
 def gather_metrics(sums: dict[str, Tensor], metrics: dict[str, Tensor], mask_BT: Tensor) -> None:
     """Add one microbatch's metrics to the running sums (`token/NAME` for [B, T], `row/NAME` for [B]) and, for metrics declared
-    with `also_max`, to the running maxima (`max/NAME`)."""
+    with `also_max`, to the running maxima (`max/NAME`).
+
+    Args:
+        mask_BT: on the host, where its places are found without waiting for a device.
+    """
+    tokens_N, rows_N = mask_BT.flatten().nonzero()[:, 0], mask_BT.any(1).nonzero()[:, 0]
     for name, value in metrics.items():
         per_row = value.dim() == 1
-        values = value.detach()[mask_BT.any(1) if per_row else mask_BT].double().cpu()
+        place_N = (rows_N if per_row else tokens_N).to(value.device, non_blocking=True)
+        values = value.detach().flatten()[place_N].double()
         add_to(sums, f"{'row' if per_row else 'token'}/{name}", values.sum())
         if values.numel() and has_max(name):
             maximum = sums.get(f"max/{name}", values[0])
@@ -68,6 +75,7 @@ def reduce_sums(engine: TrainEngine, world: World, ranks: Sequence[int], sums: d
     float64, on the host. Collective over `ranks`, the role's. A name missing on a rank counts as 0 there, in a maximum as
     minus infinity.
     """
+    sums = {name: value.cpu() for name, value in sums.items()}
     names = sorted({name for rank_names in all_gather(world, sorted(sums), ranks) for name in rank_names})
     minus_infinity = torch.tensor(-math.inf, dtype=torch.float64)
     zero = torch.zeros((), dtype=torch.float64)

@@ -8,7 +8,14 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from aligner.algorithms.advantages import broadcast_to_tokens, critic_estimates, group_relative, is_per_token, two_turns
+from aligner.algorithms.advantages import (
+    broadcast_to_tokens,
+    critic_estimates,
+    group_relative,
+    is_per_token,
+    rows_with_signal,
+    two_turns,
+)
 from aligner.algorithms.ppo import token_rewards
 from aligner.objective.advantages import group_advantages, leave_one_out_advantages
 from aligner.objective.turns import turn_gae, turn_group_advantages
@@ -41,6 +48,25 @@ def test_each_function_gets_what_it_takes() -> None:
     assert turns.tolist() == [[0, 0, 1, 1, 0, 0], [0, 0, -1, 0, 0, 0]]
     assert broadcast_to_tokens(rows, SAMPLES).tolist() == [[0, 0, 1, 1, 0, 1], [0, 0, -1, 0, 0, 0]]
     assert broadcast_to_tokens(turns, SAMPLES) is turns
+
+
+def test_dynamic_sampling_keeps_groups_whose_turns_differ() -> None:
+    """Three groups of two episodes of two turns: one order of the rewards and the other; twice the same; a failed one."""
+    turn_reward_BT = torch.zeros(6, 4)
+    for row, (first, second) in enumerate([(0.1, 0.2), (0.2, 0.1), (0.1, 0.2), (0.1, 0.2), (0.1, 0.2), (0.2, 0.1)]):
+        turn_reward_BT[row, 1], turn_reward_BT[row, 3] = first, second
+    samples = replace(two_turns(6), turn_reward_BT=turn_reward_BT)
+    reward_B = torch.tensor([0.3, 0.3, 0.3, 0.3, 0.3, torch.nan])
+    by_turn = functools.partial(turn_group_advantages, gamma=1.0)
+    assert rows_with_signal(samples, reward_B, by_turn, 2).tolist() == [True] * 2 + [False] * 4
+    assert rows_with_signal(samples, reward_B, group_advantages, 2).tolist() == [False] * 6
+    assert rows_with_signal(samples, reward_B, None, 2).tolist() == [False] * 6
+    # one turn with both rewards: the returns of the first turn are equal but for rounding, and the second has none beside it
+    alone = torch.tensor([[0, 1, 0, 0], [0, 1, 0, 2]], dtype=torch.int32)
+    pair = replace(two_turns(2), turn_BT=alone, mask_BT=alone > 0)
+    pair = replace(pair, turn_reward_BT=torch.tensor([[0, 0.3, 0, 0], [0, 0.1, 0, 0.2]]))
+    assert rows_with_signal(pair, torch.tensor([0.3, 0.3]), by_turn, 2).tolist() == [False] * 2
+    assert rows_with_signal(pair, torch.tensor([0.3, 0.4]), by_turn, 2).tolist() == [True] * 2
 
 
 def test_samples_without_turns_are_one_turn() -> None:

@@ -86,6 +86,33 @@ def test_responses_may_all_be_the_longest(model: Path, tmp_path: Path) -> None:
     assert largest(job) == (Microbatch(3 * (26 + 3 * 17), 26), 1), "9 tokens of each prompt are shared"
 
 
+def test_an_episode_of_several_contexts_is_one_row(model: Path, tmp_path: Path) -> None:
+    game, template = tmp_path / "game.py", tmp_path / "template.jinja"
+    game.write_text(
+        "class Game:\n    def reset(self, row, seed): return ''\n    def step(self, text): return '', 0.0, True\n"
+    )
+    plain = "{% for m in messages %}{{ m.content }}{{ eos_token if m.role == 'assistant' else '=' }}{% endfor %}"
+    marked = plain.replace("{{ m", "{{ '+' if m.role == 'assistant' and loop.index < loop.length - 1 }}{{ m", 1)
+    episodes = [
+        "rollout.kv_cache_mib=1", "algorithm.group_size=2", "reward=environment", f"environment.target='{game}:Game'",
+        f"data.chat_template='{template}'", "environment.max_turns=5", "rollout.max_model_len=100", "policy.share_prefix=off",
+    ]  # fmt: skip
+    template.write_text(plain)
+    job = job_of(model, tmp_path, "prompts", *episodes)
+    assert largest(job) == (Microbatch(6 * 100, 100), 1)
+    batch, _ = microbatch(job.config, "policy", job.checked.data, ONE, forward=False)
+    assert batch.predicting == 5 * 2 * 16 / (5 + 5 * 2 * 16), "all turns of the two may be sampled to the end"
+    shared = step_lengths(job.config, job.checked.data, 4)
+    assert shared == [100, 96] * 3, "4 of the shortest prompt's 5 tokens: what follows it may be any length"
+    assert "several contexts" not in said_of(job, 1)
+    template.write_text(marked)
+    job = job_of(model, tmp_path, "prompts", *episodes, "policy.micro_tokens=256")
+    batch, count = microbatch(job.config, "policy", job.checked.data, ONE, forward=False, contexts=5)
+    assert (batch.tokens, batch.longest, count) == (500, 100, 6)
+    note = said_of(job, 1).partition("note: with a chat template that rewrites")[2]
+    assert "at most 5 (environment.max_turns) of 500 tokens together" in note and "environment.rewritten=keep" in note
+
+
 @pytest.mark.parametrize(
     ("kind", "more", "fraction"),
     [

@@ -99,7 +99,8 @@ def test_a_recipe_fits_its_gpus(name: str, tmp_path: Path, monkeypatch: pytest.M
     assert count == pytest.approx(parameters, rel=0.01)
     assert (
         f"the job can start on {ranks} ranks" in text
-        and "with the activations of the largest microbatch of policy" in text
+        and "at most 64.00 GiB on rank 0 while rollout computes" in text
+        and "at most: an update" in text
     )
     assert "note: a rank has" not in text
     with pytest.raises(ValueError, match=r"rank 0 needs (at least|up to) .* GiB"):

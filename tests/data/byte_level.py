@@ -16,15 +16,22 @@ LETTERS = len(pre_tokenizers.ByteLevel.alphabet())
 
 
 def make_tokenizer(
-    folder: Path, special: Sequence[str], template: str | None = None, eos: str = "<eos>", bos: str | None = None
+    folder: Path,
+    special: Sequence[str],
+    template: str | None = None,
+    eos: str = "<eos>",
+    bos: str | None = None,
+    words: Sequence[str] = (),
 ) -> PreTrainedTokenizerBase:
-    """Written to `folder` and read from there. The first special token should be `eos`, which also pads."""
+    """Written to `folder` and read from there. The first special token should be `eos`, which also pads; each of `words` is one
+    token of plain text, with an id after those of `special`."""
     folder.mkdir(parents=True, exist_ok=True)
     vocab = {letter: place for place, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
+    tokenizer.add_tokens([AddedToken(word, special=False, normalized=False) for word in words])
     tokenizer.save(str(folder / "tokenizer.json"))
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": eos, "pad_token": eos, "bos_token": bos}
     (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "additional_special_tokens": list(special)}))

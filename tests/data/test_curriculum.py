@@ -33,6 +33,7 @@ def test_lower_scores_first_and_ties_by_the_seed() -> None:
     assert ranked(scores, 0, 7, True)[1:4] == ties
     assert ranked(scores, 0, 0, False, fraction=0.5) == [4, 1, 3], "3 of 5, rounded up"
     assert ranked(scores, 0, 0, False, fraction=1e-9) == [4]
+    assert len(ranked(np.zeros(100), 0, 0, False, fraction=0.07)) == 7, "though 0.07 * 100 is more in binary"
     assert ranked(np.full(3, NAN), 0, 0, True) == []
 
 

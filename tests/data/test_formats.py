@@ -165,7 +165,9 @@ def test_a_format_without_this_kind_is_refused() -> None:
     ("text", "answer"),
     [
         ("\\boxed{1} and \\boxed{\\frac{1}{2}}.", "\\frac{1}{2}"), ("$\\boxed 7$", "7"), ("none", None), ("\\boxed{a", None),
-        ("\\boxed{}", None), ("\\boxed{\\text{a} \\{1\\}}", "\\text{a} \\{1\\}"),
+        ("\\boxed{}", None), ("\\boxed {5}", "5"), ("\\fbox{3}", "3"), ("\\boxed\n{4}", "4"),
+        ("\\boxed{\\left\\{1,2\\right.} x", "\\left\\{1,2\\right."), ("\\boxed{1\\\\}", "1\\\\"), ("\\boxed{\\}", None),
+        ("\\boxed{2} and \\boxedness{3}", "2"), ("\\boxed{\\boxed{2}}", "2"), ("\\boxed{\\text{a} \\{1\\}}", "\\text{a} \\{1\\}"),
     ],
 )  # fmt: skip
 def test_the_last_box(text: str, answer: str | None) -> None:

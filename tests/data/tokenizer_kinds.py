@@ -77,7 +77,8 @@ KINDS = {
 
 
 @cache
-def _trained(kind: str) -> str:
+def trained_tokenizer(kind: str) -> str:
+    """tokenizer.json of a tokenizer of that kind."""
     made = KINDS[kind]()
     strips = kind == "metaspace_words"
     tokens = [AddedToken(t, special=True, normalized=False, rstrip=strips and t == "<|assistant|>") for t in SPECIAL]
@@ -89,7 +90,7 @@ def tokenizer_of(kind: str, template: str, marked: bool = False) -> PreTrainedTo
     """A tokenizer of that kind with that chat template."""
     chosen = TEMPLATES[template]
     return PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(_trained(kind)),
+        tokenizer_object=Tokenizer.from_str(trained_tokenizer(kind)),
         bos_token=chosen.begin,
         eos_token=chosen.end,
         pad_token=chosen.end,

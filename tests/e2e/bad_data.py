@@ -69,6 +69,13 @@ ROWS: dict[str, tuple[Row, Row]] = {
     "chatlearn_scores": (CHATLEARN_PAIR, {**CHATLEARN_PAIR, "score": [1.0]}),
     "chatlearn_one": (CHATLEARN_PAIR, {"query": "a", "response": "b"}),
     "chatlearn_query": (CHATLEARN_PAIR, {"question": "a"}),
+    "math_answer": (MATH, {**MATH, "answer": ["5/6"]}),
+    "hh_late": (HH, {**HH, "rejected": HH["rejected"].replace("What is it?", "What else?")}),
+    "alpaca_system": (ALPACA, {**ALPACA, "system": "Be brief."}),
+    "openai_arguments": (
+        {"messages": TULU["messages"]},
+        {"messages": [TULU["messages"][0], {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": "{x"}}]}]},
+    ),
     "nested": ({"q": {"text": "a"}, "turns": [{"content": "b"}]}, {"q": {"body": "a"}, "turns": []}),
 }  # fmt: skip
 
@@ -84,6 +91,8 @@ def write_bad_data(folder: Path) -> None:
     (folder / "cells.csv").write_text("prompt,answer\n1+1=,2\n1,2,3\n")
     (folder / "cut.jsonl.gz").write_bytes(gzip.compress(b'{"prompt": "1"}\n' * 99)[:-12])
     (folder / "list.json").write_text('[{"prompt": "1"}, "2"]')
+    for number in (1, 2):
+        (folder / f"empty-{number}.jsonl").write_text("\n")
     (folder / "shards").mkdir()
     for split in ("train_sft", "test_sft"):
         pq.write_table(table, folder / "shards" / f"{split}-00000-of-00001.parquet")
@@ -135,10 +144,15 @@ BAD_DATA: dict[str, Mistake] = {
     "chatlearn_scores": _row(DPO, "chatlearn_scores", "data.format=chatlearn", "'response' has 2 items and 'score' has 1"),
     "chatlearn_one_answer": _row(DPO, "chatlearn_one", "data.format=chatlearn", "data.kind=preferences needs two answers to a prompt"),
     "chatlearn_query": _row(DPO, "chatlearn_query", "data.format=chatlearn", "there is no column 'prompt' (the row has question)"),
+    "math_answer": _row(PROMPTS, "math_answer", "data.format=math", "column 'answer' must be text or a number, not ['5/6']"),
+    "hh_late": _row(DPO, "hh_late", "data.format=hh_rlhf data.chat=false", "'chosen' and 'rejected' differ before the last answer"),
+    "alpaca_system": _row(SFT, "alpaca_system", "data.format=alpaca data.chat=false", "column 'system' is for models with a chat template"),
+    "openai_arguments": _row(SFT, "openai_arguments", "data.format=openai", "messages[1].tool_calls[0]: function: column 'arguments' must be an object, not '{{x'"),
+    "files_empty": (f"{PROMPTS}empty-*.jsonl", ("data.path={bad}/data/empty-*.jsonl has no rows: its 2 files are empty",)),
     "nested_column": _row(SFT, "nested", "data.columns={{prompt:q.text,completion:'turns[0].content'}}", "no 'q.text' (data.columns.prompt=q.text): 'q' has body"),
     "nested_item": (f"{SFT}nested.jsonl data.columns={{{{prompt:q.text,completion:'turns[1].content'}}}}", ("{bad}/data/nested.jsonl:1", "no 'turns[1].content'", "'turns' is a list of 1")),
     "column_of_none": (f"{SFT}nested.jsonl data.columns={{{{prompt:'[0]'}}}}", ("data.columns.prompt=[0] is no column; write a name, a.b, or messages[0].content",)),
-    "column_null": (f"{PROMPTS}null.parquet data.columns={{{{prompt:question}}}}", ("{bad}/data/null.parquet, row 2", "no 'question' (data.columns.prompt=question): the row has answer")),
+    "column_null": (f"{PROMPTS}null.parquet data.columns={{{{prompt:question}}}}", ("{bad}/data/null.parquet, row 2", "'question' is null (data.columns.prompt=question); give each row a value")),
     "parquet_cut": (f"{PROMPTS}cut.parquet", ("cut.parquet is a damaged parquet file", "fetch it again")),
     "csv_cells": (f"{PROMPTS}cells.csv", ("{bad}/data/cells.csv:3 has 3 cells, and the header has 2 columns (prompt, answer)",)),
     "gzip_cut": (f"{PROMPTS}cut.jsonl.gz", ("cut.jsonl.gz is compressed (gzip) and damaged or cut short", "fetch it again")),

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
-import re
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.conftest import ROOT, Torchrun
+from aligner.report.sample_records import read_records
+from tests.conftest import ROOT
 from tests.environments.test_examples import example
+from tests.torchrun import launch
 
 Job = Callable[..., list[dict[str, Any]]]
 GAME = '''
@@ -43,25 +45,61 @@ def test_a_job_plays_and_learns_by_text(job: Job, tmp_path: Path) -> None:
     assert last > first + 0.2
 
 
+@pytest.fixture(scope="module")
+def calculator(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The first commands of docs/agents.md: the task, and a model in sft/ that has imitated its demonstrations."""
+    folder = tmp_path_factory.mktemp("calculator")
+    example("calculator").write_task(folder, seed=0)
+    paths = [f"model.path={folder}/model", f"data.path={folder}/demonstrations.jsonl", f"run_dir={folder}/sft"]
+    calculator_job(folder, 2, "calculator_sft", *paths)
+    return folder
+
+
+def calculator_job(folder: Path, ranks: int, config: str, *overrides: str) -> list[dict[str, Any]]:
+    """Rows of metrics of a job, the last of whose `overrides` is its folder."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    program = ["-m", "aligner.main", "--config-name", config, *overrides]
+    done = launch(ranks, program, cwd=folder, env=environment, seconds=900)
+    assert done.returncode == 0, done.stdout[-1500:] + done.stderr[-4000:]
+    metrics = Path(overrides[-1].removeprefix("run_dir=")) / "metrics.jsonl"
+    return [json.loads(line) for line in metrics.read_text().splitlines()]
+
+
+def learns_with_tools(folder: Path, ranks: int, run_dir: str, *overrides: str) -> list[dict[str, Any]]:
+    """The last command of docs/agents.md."""
+    return calculator_job(
+        folder, ranks, "calculator", f"model.path={folder}/sft/model", f"data.path={folder}/prompts.jsonl",
+        f"data.eval_path={folder}/heldout.jsonl", f"environment.target={ROOT}/docs/examples/calculator.py:Calculator",
+        *overrides, f"run_dir={folder}/{run_dir}",
+    )  # fmt: skip
+
+
 @pytest.mark.slow
-def test_the_calculator_finds_out_that_its_tools_pay(torchrun: Torchrun, tmp_path: Path) -> None:
-    """The commands of docs/agents.md; the whole takes some minutes."""
-    example("calculator").write_task(tmp_path, seed=0)
-    main = ["-m", "aligner.main", "--config-name"]
-    sft = [f"model.path={tmp_path}/model", f"data.path={tmp_path}/demonstrations.jsonl", f"run_dir={tmp_path}/sft"]
-    assert torchrun(2, [*main, "calculator_sft", *sft], seconds=900).returncode == 0
-    paths = [
-        f"data.path={tmp_path}/prompts.jsonl",
-        f"data.eval_path={tmp_path}/heldout.jsonl",
-        f"run_dir={tmp_path}/grpo",
-    ]
-    tools = f"environment.target={ROOT}/docs/examples/calculator.py:Calculator"
-    grpo = torchrun(2, [*main, "calculator", f"model.path={tmp_path}/sft/model", *paths, tools], seconds=900)
-    assert grpo.returncode == 0, grpo.stderr[-3000:]
-    rows = [json.loads(line) for line in (tmp_path / "grpo" / "metrics.jsonl").read_text().splitlines()]
-    held_out = [row["eval/accuracy"] for row in rows if "eval/accuracy" in row]
+def test_the_calculator_finds_out_that_its_tools_pay(calculator: Path) -> None:
+    """The whole takes some minutes."""
+    rows = learns_with_tools(calculator, 2, "grpo")
+    held_out = [row["accuracy"] for row in rows if "accuracy" in row]
     assert held_out[-1] > held_out[0] + 0.3
-    assert re.search(r"episodes/turns", json.dumps(rows[-1]))
+    assert rows[-1]["episodes/turns"] > rows[1]["episodes/turns"] + 1
+
+
+@pytest.mark.slow
+def test_the_calculator_is_played_alike_under_all_layouts(calculator: Path) -> None:
+    """Steps with updates between them: tokens and rewards of every episode, and weights to rounding."""
+    layouts = {
+        "one": (1, []),
+        "two": (2, []),
+        "tensor": (2, ["placement.policy.tensor=2", "placement.rollout.tensor=2"]),
+    }
+    few = ["train.steps=4", "train.eval_every=0", "logging.samples_every=1", "logging.samples_count=128"]
+    played: dict[str, list[Any]] = {}
+    for name, (ranks, overrides) in layouts.items():
+        rows = learns_with_tools(calculator, ranks, name, *few, *overrides)
+        assert all(row["gap_max"] < 1e-4 for row in rows if row["step"])
+        records = [record for step in range(1, 5) for record in read_records(calculator / name, step)]
+        played[name] = [(record.tokens, record.reward, [turn.start for turn in record.turns]) for record in records]
+    assert len(played["one"]) == 4 * 128 and max(len(turns) for _, _, turns in played["one"]) > 2
+    assert played["one"] == played["two"] == played["tensor"]
 
 
 ROGUE = '''

@@ -11,7 +11,7 @@ from aligner.report.sample_records import read_records
 from tests.conftest import ROOT
 from tests.e2e.conftest import Task
 from tests.torchrun import launch
-from tools.replay import main
+from tools.replay import compare_logprobs, main, read_run
 
 GAME = '''
 class Game:
@@ -32,11 +32,15 @@ TEMPLATE = (
     "{% for m in messages %}{{ bos_token if loop.first }}{{ m.content }}"
     "{{ eos_token if m.role == 'assistant' else '=' }}{% endfor %}"
 )
+REWRITES = TEMPLATE.replace(
+    "{{ m.content }}", "{{ '+' if m.role == 'assistant' and loop.index < loop.length - 1 }}{{ m.content }}"
+)
+"""Marks what the policy said before its last turn: the third turn's context is a segment of its own."""
 
 
-def play(task: Task, folder: Path, template: str, *more: str) -> Path:
-    """A job of some steps on one rank, which saves the episodes that they were made on and exports the model after each."""
-    (folder / "game.py").write_text(GAME)
+def play(task: Task, folder: Path, template: str, *more: str, ranks: int = 1, game: str = GAME) -> Path:
+    """A job of some steps, which saves the episodes that they were made on and exports the model after each."""
+    (folder / "game.py").write_text(game)
     (folder / "template.jinja").write_text(template)
     settings = [
         *task.overrides(folder / "run"), "algorithm=grpo_turns", "algorithm.group_size=2", "reward=environment",
@@ -46,7 +50,7 @@ def play(task: Task, folder: Path, template: str, *more: str) -> Path:
     ]  # fmt: skip
     settings = [one for one in settings if not one.startswith(("reward.rule", "reward.workers"))]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = launch(1, ["-m", "aligner.main", *settings], cwd=folder, env=environment, seconds=200)
+    done = launch(ranks, ["-m", "aligner.main", *settings], cwd=folder, env=environment, seconds=200)
     assert done.returncode == 0, done.stdout[-1500:] + done.stderr[-4000:]
     return folder
 
@@ -83,3 +87,37 @@ def test_log_probabilities_are_those_of_the_weights_that_sampled(
     assert main([str(run / "run"), "2", str(row), "--model", str(run / "run" / "exports" / "step_1")]) == 0
     assert "of weights 1 differ by at most" in capsys.readouterr().out
     assert main([str(run / "run"), "2", str(row), "--model", str(run / "run" / "exports" / "step_2")]) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "stream",
+    [
+        ["stream.step_tokens=5"],
+        ["stream.lag=1", "stream.in_flight=true"],
+        ["stream.lag=1", "stream.in_flight=true", "stream.step_tokens=5"],
+    ],
+    ids=["partial", "in flight", "partial, in flight"],
+)
+def test_each_token_has_the_log_probability_of_its_own_weights(task: Task, tmp_path: Path, stream: list[str]) -> None:
+    """Episodes of several segments, sampled by several weights: each token beside the export of its version."""
+    slow = GAME.replace("self.turn += 1", "self.turn += 1; __import__('time').sleep(0.3)")
+    folder = play(
+        task, tmp_path, REWRITES, *stream, "algorithm=grpo_decoupled", "placement=split", "train.steps=6",
+        "policy.optimizer.lr=3e-3", ranks=2, game=slow,
+    )  # fmt: skip
+    run, seen, largest = read_run(folder / "run"), [], {}
+    for step in range(1, 7):
+        for record in read_records(folder / "run", step):
+            assert len(record.segments) == 2 and len(record.turns) == 3
+            tokens = [version for turn in record.turns for version in turn.versions]
+            seen.append(len(set(tokens)))
+            for version in set(tokens):
+                model = folder / "run" / "exports" / f"step_{version}" if version else task.folder / "model"
+                comparison = compare_logprobs(record, model, run.sampling, version)
+                assert comparison.compared == tokens.count(version)
+                largest[step, record.row, version] = comparison.largest
+        assert main([str(folder / "run"), str(step), "0", "--again"]) == 0
+    assert max(seen) > 1, "no episode has tokens of several weights"
+    assert max(largest.values()) < 1e-4, largest
+    print(f"{len(seen)} episodes, {sum(n > 1 for n in seen)} of several weights, at most {max(largest.values()):.1e}")

@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.e2e.conftest import Task
+from tools.bench import kill
 from tools.convert import main as convert
 
 COMMON = ["train.steps=8", "checkpoint.every=3", "checkpoint.keep=9", "policy.optimizer.lr=1e-4"]
@@ -43,6 +44,7 @@ RUNS: dict[str, list[str]] = {
     ],
     "two_ahead": ["algorithm=grpo_decoupled", "algorithm.group_size=4", "stream.lag=2"],
     "carried_over": ["algorithm=grpo_decoupled", "algorithm.group_size=4", "stream.lag=1", "stream.step_tokens=7"],
+    "episodes": [*kill.play(Path("{task}")), "algorithm.group_size=4"],  # some are open at the checkpoint
     "mixture": [
         *GRPO,
         "train.eval_every=2",
@@ -78,7 +80,7 @@ LAYOUTS: dict[str, list[str]] = {
     "distributed": ["policy.optimizer.distributed=true", "checkpoint.accept_changes=true"],
     "on_fsdp": ["policy.engine=fsdp", "checkpoint.accept_changes=true"],
 }
-TIMED = ("seconds", "memory_", "time", "tokens_per_second", "reshard_", "data/wait_seconds")
+TIMED = (*kill.TIMES, "data/wait_seconds")
 NEAR_ZERO = ("gap", "gap_max", "imbalance", "padding", "shared_prefix", "idle")
 """Rounding itself, or the deal of the rows."""
 Jobs = Callable[[int, Mapping[str, Sequence[str]]], None]
@@ -100,6 +102,8 @@ def jobs(folder: Path, task: Task, torchrun: Callable[..., Any]) -> Jobs:
     for name, count in (("few", 4), ("more", 7)):
         lines = (task.folder / "prompts.jsonl").read_text().splitlines(keepends=True)
         (task.folder / f"{name}.jsonl").write_text("".join(lines[-count:]))
+    (task.folder / "game.py").write_text(kill.GAME)
+    (task.folder / "template.jinja").write_text(kill.TEMPLATE)
 
     def run(ranks: int, wanted: Mapping[str, Sequence[str]]) -> None:
         lists = [
@@ -166,6 +170,13 @@ def assert_mixed(run_dir: Path) -> None:
             assert row["reward"] == pytest.approx(sum(share * row[f"source/{n}_reward"] for n, share in shares.items()))
 
 
+def open_episodes(run_dir: Path) -> int:
+    """Episodes with a turn behind them that had not ended at the checkpoint of step 3."""
+    state = json.loads((run_dir / "checkpoints" / "step-00000003" / "state.json").read_text())
+    groups = state["engines"]["rollout"]["streams"][0]["groups"]
+    return sum(len(one["turns"]) > 1 and one["end"] is None for _, group in groups for one in group["samples"])
+
+
 @pytest.fixture(scope="module")
 def whole() -> set[str]:
     """The runs that were made in one go."""
@@ -180,7 +191,7 @@ def make(whole: set[str], jobs: Jobs, ranks: int, wanted: Mapping[str, Sequence[
 
 
 @pytest.mark.parametrize(
-    "names", [("grpo", "ppo", "dpo", "mixture"), ("fsdp",), pytest.param(WIDER, marks=pytest.mark.matrix)]
+    "names", [("grpo", "ppo", "dpo", "mixture", "episodes"), ("fsdp",), pytest.param(WIDER, marks=pytest.mark.matrix)]
 )
 def test_the_same_layout_goes_on_bit_for_bit(names: Sequence[str], folder: Path, jobs: Jobs, whole: set[str]) -> None:
     make(whole, jobs, 2, {name: RUNS[name] for name in names})
@@ -202,6 +213,7 @@ def test_the_same_layout_goes_on_bit_for_bit(names: Sequence[str], folder: Path,
     if "ppo" not in names:
         return
     assert_mixed(folder / "mixture")
+    assert open_episodes(folder / "episodes"), "none is replayed"
     critic = [key for key in load_file(last_of(folder / "ppo") / "rank-00000.safetensors") if key.startswith("critic/")]
     assert critic, "the critic is no part of it"
 

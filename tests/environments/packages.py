@@ -6,9 +6,13 @@ ALIGNER_ENVIRONMENTS=FOLDER holds them from one run to the next; without it they
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 
@@ -33,3 +37,25 @@ def interpreter(name: str) -> str:
 @lru_cache
 def _temporary() -> str:
     return tempfile.mkdtemp(prefix="environments-")
+
+
+@contextmanager
+def served(python: str, *arguments: str) -> Iterator[int]:
+    """A server started with a free port as its last argument."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    server = subprocess.Popen([python, *arguments, str(port)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 120.0
+        while True:
+            assert server.poll() is None and time.monotonic() < deadline
+            try:
+                socket.create_connection(("127.0.0.1", port), 1.0).close()
+                break
+            except OSError:
+                time.sleep(0.2)
+        yield port
+    finally:
+        server.kill()
+        server.wait()

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import re
-import socket
-import subprocess
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +11,7 @@ import pytest
 
 from aligner.environments.pool import Action, EnvironmentPool, Failed, Finished, Opened, PoolEvent, Stepped
 from tests.environments.drive import contents, failure, play, pool
-from tests.environments.packages import interpreter
+from tests.environments.packages import interpreter, served
 
 pytestmark = [pytest.mark.environments, pytest.mark.timeout(900)]
 HERE = Path(__file__).parent
@@ -39,28 +35,6 @@ def play_actions(
             else:
                 made.finish(0)
     return events
-
-
-@contextmanager
-def served(python: str, *arguments: str) -> Iterator[int]:
-    """A server started with a free port as its last argument."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    server = subprocess.Popen([python, *arguments, str(port)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        deadline = time.monotonic() + 120.0
-        while True:
-            assert server.poll() is None and time.monotonic() < deadline
-            try:
-                socket.create_connection(("127.0.0.1", port), 1.0).close()
-                break
-            except OSError:
-                time.sleep(0.2)
-        yield port
-    finally:
-        server.kill()
-        server.wait()
 
 
 def test_skyrl_gym() -> None:

@@ -58,6 +58,36 @@ def test_a_slow_episode_holds_up_no_other_of_its_process() -> None:
         assert [event.episode for event in made.poll(60.0)] == [1]
 
 
+@pytest.mark.parametrize("shared", [2, 1], ids=["in one process", "alone"])
+def test_paused_episodes_take_no_place(shared: int) -> None:
+    """Twice as many as there are places: all are opened once those before them are paused, and each goes on where it was."""
+    numbers = range(2 * shared)
+    with pool(episodes_per_process=shared) as made:
+        for number in numbers:
+            made.open(number, {"q": number}, number)
+        for half in (numbers[:shared], numbers[shared:]):
+            opened: list[int] = []
+            while len(opened) < shared:
+                opened += [event.episode for event in made.poll(60.0)]
+            assert sorted(opened) == list(half) and made.poll(0.2) == []
+            for number in half:
+                made.pause(number)
+        assert len(made._slots) == 3 - shared
+        left = set(numbers)
+        for number in numbers:
+            made.step(number, Action("say again"))
+        while left:
+            for event in made.poll(60.0):
+                if isinstance(event, Stepped):
+                    assert contents([event]) == ["1: again"]
+                    made.finish(event.episode)
+                else:
+                    assert isinstance(event, Finished)
+                    left.remove(event.episode)
+        made.poll(0.2)
+        assert len(made._slots) == 1, "the process beside is ended"
+
+
 STUCK = {"sleep": "sleep 100", "keeps_the_global_lock": "regex"}
 
 

@@ -3,7 +3,7 @@
 import pytest
 
 from aligner.config.schema import Config, compose_config, to_config
-from aligner.roles.episode_source import check_conversations, conversation_format
+from aligner.roles.episode_source import check_conversations, conversation_format, max_contexts
 from tests.environments.families import FAMILIES, tokenizer_of
 
 
@@ -39,3 +39,18 @@ def test_conversations_are_rendered_as_prompts_are() -> None:
         "Search.",
     )
     assert form.ends == set(tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"]))
+
+
+@pytest.mark.parametrize(
+    ("family", "overrides", "contexts"),
+    [
+        ("qwen3", ["environment.target=g.py:Game"], 5),  # drops the reasoning of turns before the last user's
+        ("qwen3", ["environment.target=g.py:Game", "environment.rewritten=keep"], 1),
+        ("phi3", ["environment.target=g.py:Game"], 1),
+        ("phi3", ["environment.agent.command=play"], 5),
+        ("phi3", [], 1),
+    ],
+)
+def test_how_many_contexts_an_episode_may_have(family: str, overrides: list[str], contexts: int) -> None:
+    config = configured(*overrides, "environment.max_turns=5")
+    assert max_contexts(config, tokenizer_of(FAMILIES[family])) == contexts

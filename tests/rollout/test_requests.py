@@ -59,6 +59,17 @@ def test_an_interrupted_sample_goes_on_as_if_it_had_not_been(
     same(samples, reference)
 
 
+def test_a_sample_that_has_more_than_a_lower_limit_has_ended(loaded: Loaded) -> None:
+    """A run goes on from a checkpoint with a smaller sampling.max_tokens."""
+    _, engine, _ = loaded
+    samples = [Sample(list(prompt), seed) for prompt, seed in zip(tiny.prompts(6), SEEDS, strict=True)]
+    samples = engine.finish(engine.resume(samples, GREEDY, 5)) + engine.finish(engine.resume(samples[:2], GREEDY, 2))
+    ended = engine.finish(engine.resume(samples, replace(GREEDY, max_tokens=4)))
+    assert [one.tokens for one in ended[:6]] == [one.tokens for one in samples[:6]], "nothing is taken away"
+    assert [len(one.tokens) for one in ended] == [5] * 6 + [4] * 2
+    assert all(one.ended and one.truncated for one in ended) and not engine.requests.under_way
+
+
 def test_started_samples_share_the_engine_and_stay_apart(loaded: Loaded) -> None:
     _, engine, _ = loaded
     reference = whole(engine, DRAWN)

@@ -75,6 +75,7 @@ def choices(case: dict[str, Any]) -> dict[str, Any]:
         max_num_seqs=256,
         max_model_len=64,
         quantization=case["quantization"],
+        suspend_communicators=case["suspends"],
     )
     spec = read_spec(case["folder"])
     sizes = engine_sizes(
@@ -88,6 +89,7 @@ def choices(case: dict[str, Any]) -> dict[str, Any]:
         "unsupported": made._get_v2_model_runner_unsupported_features(),
         "dtype": str(made.model_config.dtype),
         "sleep": made.model_config.enable_sleep_mode,
+        "communicators_leave": made.model_config.enable_nccl_comm_suspend,
         "graphs_leave": made.use_cumem_cudagraph_pool,
         "cudagraphs": made.compilation_config.cudagraph_mode.name,
         "compiled": made.compilation_config.mode.name,

@@ -20,7 +20,7 @@ PROGRAM = Path(__file__).with_name("cuda_configuration.py")
 CASES: dict[str, dict[str, Any]] = {
     "one GPU": {},
     "one GPU, sleeps": {"sleeps": True},
-    "TP4": {"tensor": 4, "sleeps": True},
+    "TP4": {"tensor": 4, "sleeps": True, "suspends": True},
     "PP2": {"pipeline": 2},
     "experts": {"model": "qwen3-moe", "sleeps": True},
     "whole experts on 2": {"model": "qwen3-moe", "tensor": 2, "expert_parallel": True},
@@ -36,6 +36,7 @@ USUAL = {
     "sleeps": False,
     "dtype": "bfloat16",
     "quantization": "none",
+    "suspends": False,
 }
 
 
@@ -93,4 +94,5 @@ def test_graphs_and_sleep(case: str, chosen: dict[str, dict[str, Any]]) -> None:
     assert found["compiled"] == "VLLM_COMPILE", "so the cache of compiled code matters"
     assert found["cudagraphs"] == "FULL_AND_PIECEWISE"
     assert found["sleep"] is asked["sleeps"]
+    assert found["communicators_leave"] is asked["suspends"]
     assert found["graphs_leave"] is asked["sleeps"], "CUDA graphs of an engine that sleeps can leave the device"

@@ -56,7 +56,7 @@ CASES: dict[str, tuple[str, list[str], list[dict[str, Any]], list[str]]] = {
     "prompts": (
         "forgets_thought", ["data.system_prompt=Think.", "data.max_prompt_tokens=20", "+data.chat_template_kwargs.enable_thinking=false"],
         [{"messages": [{"role": "system", "content": "Own."}, user("2+2?")], "answer": "4"}],
-        ["(prompt: ", "<|im_start|>system↵\nThink.<|im_end|>", "more than data.max_prompt_tokens=20: an error", "[-", "</think>↵\n↵\n-]"],
+        ["(prompt: ", "(a reward is given answer='4')", "<|im_start|>system↵\nThink.<|im_end|>", "more than data.max_prompt_tokens=20: an error", "[-", "</think>↵\n↵\n-]"],
     ),
     "feedback": (
         "opens_thought", ["data=feedback"],
@@ -77,10 +77,15 @@ def run(tmp_path: Path, case: str, *more: str) -> int:
 def test_what_is_trained_is_marked(case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     status = run(tmp_path, case)
     output = capsys.readouterr().out
-    assert status == int(case == "feedback"), "1 for a row that cannot be used"
+    assert status == int(case in ("feedback", "prompts")), "1 for a row that would stop the job"
     for wanted in CASES[case][3]:
         assert wanted in output, output
     assert "\x1b" not in output, "no escape of the terminal's, of ours or of the data"
+
+
+def test_a_row_that_is_left_out_is_no_mistake(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(tmp_path, "prompts", "data.too_long=drop") == 0
+    assert "more than data.max_prompt_tokens=20: left out" in capsys.readouterr().out
 
 
 def test_lengths_are_the_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -127,6 +132,14 @@ def test_every_source_and_the_held_out_rows(tmp_path: Path, capsys: pytest.Captu
     assert f"=== data.sources.b: data.sources.b.path={tmp_path / 'b.jsonl'}, 4 rows" in output
     assert main(["--heldout", *common]) == 0
     assert re.findall(r"user↵\n(\w+)<", capsys.readouterr().out) == ["held0", "held1", "held2"]
+
+
+def test_a_mistake_in_a_source_has_its_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tokenizer_of("byte_level", "chatml").save_pretrained(tmp_path / "model")
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": [user("a")]}))
+    source = f"data.sources.b={{path: {tmp_path / 'rows.jsonl'}, chat_template_kwargs: {{thinking: true}}}}"
+    assert main([f"model.path={tmp_path / 'model'}", source]) == 2
+    assert "error: data.sources.b.chat_template_kwargs.thinking is not a variable" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

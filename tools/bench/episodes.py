@@ -74,6 +74,9 @@ class Clockwork:
         else:
             self._push(Ask(episode, turn + 1, tuple(context), False))
 
+    def pause(self, episode: int) -> None:
+        pass
+
     def abandon(self, episodes: Collection[int]) -> None:
         return
 

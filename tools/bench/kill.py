@@ -1,9 +1,13 @@
 """Kill random ranks of a GRPO job at random times, also during saves: every run must end with the same results.
 
-`python tools/bench/kill.py [--runs 50] [--seed 0] [--out DIR] [OVERRIDES...]`. One run is left alone; in each of the others
-up to 3 ranks get SIGKILL, torchrun restarts the job, and it goes on from its newest whole checkpoint. Compared bit by bit:
-weights, masters and moments of the last checkpoint, what the loop, the data and the random states were, and every row of
-metrics.jsonl but its times. Half of the kills wait for a checkpoint that is being written. Exit status 1 if any run differs.
+`python tools/bench/kill.py [--episodes] [--runs 50] [--seed 0] [--out DIR] [OVERRIDES...]`. One run is left alone; in each of
+the others up to 3 ranks get SIGKILL, torchrun restarts the job, and it goes on from its newest whole checkpoint. Compared bit
+by bit: weights, masters and moments of the last checkpoint, what the loop, the data and the random states were, every row of
+metrics.jsonl but its times, and the tokens, log-probabilities and rewards of every step's samples. Half of the kills wait for a
+checkpoint that is being written. Exit status 1 if any run differs.
+
+`--episodes`: the job plays episodes of several turns, with environments that answer after random delays; partial rollouts leave
+some of them open at every checkpoint (`stream.step_tokens`), and a batch is played ahead (`stream.lag=1`).
 """
 
 from __future__ import annotations
@@ -27,15 +31,46 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))  # also f
 
 from aligner.checkpoint.folder import complete
 from aligner.data.column_addition import ColumnAddition, ModelShape, write_task
+from aligner.report.sample_records import records_path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 RANKS, STEPS, KILLS = 2, 6, 3
 LIMIT = 400.0
 """Seconds that a run may take."""
-TIMES = ("time", "seconds", "tokens_per_second", "memory", "reshard_")
+TIMES = (
+    "time", "seconds", "tokens_per_second", "memory", "reshard_",
+    "episodes/engine_idle", "episodes/environment_",
+)  # fmt: skip
 """How the names of those metrics begin that say how fast it went."""
 RULE = (
     "def digits(prompt, response, **fields):\n    return sum(c.isdigit() for c in response) / max(1, len(response))\n"
+)
+GAME = '''
+import random, time
+
+CLOCK = random.SystemRandom()
+
+
+class Game:
+    """Two to four turns, answered after a random delay; raises in one of nine."""
+
+    def reset(self, row, seed):
+        time.sleep(CLOCK.uniform(0, 0.05))
+        self.value, self.turns, self.last = seed, 0, 2 + seed % 3
+        return f"{seed % 97}:"
+
+    def step(self, text):
+        time.sleep(CLOCK.uniform(0, 0.05))
+        self.turns += 1
+        self.value = (self.value * 31 + sum(map(ord, text))) % 1009
+        if self.value % 9 == 0:
+            raise RuntimeError(f"after turn {self.turns}")
+        digits = sum(letter.isdigit() for letter in text) / max(1, len(text))
+        return str(self.value), digits, self.turns == self.last
+'''
+TEMPLATE = (
+    "{% for m in messages %}{{ bos_token if loop.first }}{{ m.content }}"
+    "{{ eos_token if m.role == 'assistant' else '=' }}{% endfor %}"
 )
 
 
@@ -53,12 +88,22 @@ class Run:
 
 
 def make_task(folder: Path) -> Path:
-    """Write a task, a two-layer model and a rule."""
+    """Write a task, a two-layer model, a rule and a game."""
     if not folder.exists():
         shape = ModelShape(hidden=64, layers=2, heads=4, kv_heads=2, head_dim=32, ffn=96)
         write_task(folder, ColumnAddition(demonstrations=8, prompts=64, heldout=8, preferences=8), shape)
-        (folder / "rule.py").write_text(RULE)
+        for name, text in (("rule.py", RULE), ("game.py", GAME), ("template.jinja", TEMPLATE)):
+            (folder / name).write_text(text)
     return folder
+
+
+def play(task: Path) -> list[str]:
+    """Settings of a job that plays episodes. Most are longer than a step's tokens, and go on in later steps."""
+    return [
+        "reward=environment", "reward.rule=''", "reward.max_missing=1", f"environment.target='{task / 'game.py'}:Game'",
+        f"data.chat_template='{task / 'template.jinja'}'", "sampling.max_tokens=8", "rollout.max_model_len=128",
+        "environment.processes=1", "algorithm=grpo_decoupled", "stream.step_tokens=11", "stream.lag=1",
+    ]  # fmt: skip
 
 
 def command(task: Path, run_dir: Path, overrides: list[str]) -> list[str]:
@@ -69,7 +114,7 @@ def command(task: Path, run_dir: Path, overrides: list[str]) -> list[str]:
         f"data.eval_path={task / 'heldout.jsonl'}", f"reward.rule='{task / 'rule.py'}:digits'", "reward.workers=1",
         f"run_dir={run_dir}", f"train.steps={STEPS}", "train.eval_every=3", "train.save=false", "train.report=false",
         "data.prompts_per_step=4", "algorithm.group_size=4", "sampling.max_tokens=20", "rollout.kv_cache_mib=16",
-        "logging.console=false", "checkpoint.every=2", *overrides,
+        "logging.console=false", "logging.samples_every=1", "checkpoint.every=2", *overrides,
     ]  # fmt: skip
 
 
@@ -138,7 +183,7 @@ def _ranks_of(agent: int) -> Iterator[tuple[int, int]]:
 
 
 def outcome(run_dir: Path) -> dict[str, Any]:
-    """Everything that must be equal: files of the last checkpoint with their checksums, its state, the metrics."""
+    """Everything that must be equal: files of the last checkpoint with their checksums, its state, the metrics, the samples."""
     last = complete(run_dir / "checkpoints")[0]
     files = json.loads((last / "manifest.json").read_text())["files"]
     state = json.loads((last / "state.json").read_text())
@@ -150,6 +195,7 @@ def outcome(run_dir: Path) -> dict[str, Any]:
         "files": {n: f for n, f in files.items() if n != "state.json"},
         "state": state,
         "rows": kept,
+        "samples": {step: records_path(run_dir, step).read_text() for step in range(1, STEPS + 1)},
     }
 
 
@@ -168,6 +214,7 @@ def difference(expected: dict[str, Any], found: dict[str, Any]) -> str:
 def main(arguments: list[str]) -> int:
     """Run the undisturbed job and the disturbed ones; 1 if any differs."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--episodes", action="store_true", help="play episodes, partly, in slow environments")
     parser.add_argument("--runs", type=int, default=50, help="runs that are disturbed")
     parser.add_argument("--kills", type=int, default=KILLS, help="at most so many in a run")
     parser.add_argument("--seed", type=int, default=0, help="decides when and whom")
@@ -176,7 +223,8 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     out = (options.out or Path(tempfile.mkdtemp(prefix="kill-"))).resolve()
     task = make_task(out / "task")
-    calm = run(task, out / "calm", options.overrides, [], random.Random())
+    overrides = [*(play(task) if options.episodes else []), *options.overrides]
+    calm = run(task, out / "calm", overrides, [], random.Random())
     if calm.status:
         raise SystemExit(f"the run that nothing disturbs ends with status {calm.status}:\n{calm.output[-4000:]}")
     expected = outcome(calm.folder)
@@ -187,7 +235,7 @@ def main(arguments: list[str]) -> int:
         plan = [
             (chance.uniform(0, calm.seconds), chance.random() < 0.5) for _ in range(chance.randint(1, options.kills))
         ]
-        disturbed_run = run(task, out / f"run{number}", options.overrides, plan, chance)
+        disturbed_run = run(task, out / f"run{number}", overrides, plan, chance)
         if disturbed_run.status:
             verdict = f"ENDED WITH STATUS {disturbed_run.status}: {disturbed_run.output[-1500:]}"
         elif disturbed_run.status is None:

@@ -9,13 +9,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from aligner.data.json_text import CONVERSATIONS, with_conversations
 from aligner.data.sources.jsonl import BYTE_ORDER_MARK, SURROGATE, check_surrogates
 from aligner.data.sources.source import LabelledRow
 
 NUMBERS = ("label", "score", "score_chosen", "score_rejected", "margin")
 """Columns of tables of text whose cells are numbers, or true and false."""
-LISTS = ("messages", "conversations", "prompt", "chosen", "rejected", "response", "score", "tools")
-"""Columns of tables of text whose cells are read as JSON where they are lists."""
+LISTS = ("response", "score", "tools")
+"""Columns of tables of text whose cells are read as JSON where they are lists; those of CONVERSATIONS where they are lists of
+messages."""
 
 
 def json_rows(content: bytes, path: Path) -> list[LabelledRow | ValueError]:
@@ -62,7 +64,7 @@ def _checked(row: Any, label: str, escaped: bool) -> LabelledRow | ValueError:
 
 
 def table_rows(content: bytes, path: Path, delimiter: str) -> list[LabelledRow | ValueError]:
-    """The rows of a table with a header: every cell is text, but for those of NUMBERS and LISTS.
+    """The rows of a table with a header: every cell is text, but for those of NUMBERS, LISTS and CONVERSATIONS.
 
     Returns:
         The rows; an error in place of one of another number of cells.
@@ -103,11 +105,13 @@ def _header(cells: list[str], label: str) -> list[str]:
 
 
 def _cell(name: str, text: str) -> Any:
-    """A cell's text, or its value in a column of NUMBERS or LISTS."""
+    """A cell's text, or its value in a column of NUMBERS, LISTS or CONVERSATIONS."""
+    if name in CONVERSATIONS:
+        return with_conversations({name: text})[name]
     if name not in (*NUMBERS, *LISTS):
         return text
     try:
-        value = json.loads(text.lower() if text in ("True", "False") else text)
+        value = json.loads(text.lower() if text.lower() in ("true", "false") else text)
     except (ValueError, RecursionError):
         return text
     wanted = (*((bool, int, float) if name in NUMBERS else ()), *((list,) if name in LISTS else ()))
@@ -121,12 +125,20 @@ def _rows_of(document: Any, path: Path) -> list[Any] | None:
     lists = [name for name, value in document.items() if isinstance(value, list)]
     if len(document) == 1 and lists and all(isinstance(row, dict) and "role" not in row for row in document[lists[0]]):
         return list(document[lists[0]])
-    if len(lists) > 1 and len(lists) == len(document):
+    if lists == ["data"] and document["data"] and all(isinstance(row, dict) for row in document["data"]):
+        return list(document["data"])  # beside a version, say
+    by_number = bool(document) and all(_is_numbered(column) for column in document.values())
+    if (len(lists) > 1 and len(lists) == len(document)) or by_number:
         raise ValueError(
-            f"{path} holds columns ({', '.join(lists)}), not rows; give a list of objects, or one object a line (of pandas: "
+            f"{path} holds columns ({', '.join(document)}), not rows; give a list of objects, or one object a line (of pandas: "
             "to_json(path, orient='records'))."
         )
     return None
+
+
+def _is_numbered(column: Any) -> bool:
+    """Whether it is a column as pandas writes it: row number -> value."""
+    return isinstance(column, dict) and bool(column) and all(key.isdigit() for key in column)
 
 
 def _text(content: bytes, path: Path) -> str:

@@ -13,6 +13,8 @@ JSON_LINES, JSON, CSV, TSV = "jsonl", "json", "csv", "tsv"
 PARQUET, ARROW_FILE, ARROW_STREAM = "parquet", "arrow", "arrow stream"
 COMPRESSED = {"gzip": b"\x1f\x8b", "zstd": b"\x28\xb5\x2f\xfd", "xz": b"\xfd7zXZ\x00", "bzip2": b"BZh", "lz4": b"\x04\x22\x4d\x18"}  # fmt: skip
 """Compression -> first bytes."""
+SKIPPED = b"\x2a\x4d\x18"
+"""After a byte of 0x50 to 0x5f: a frame without contents, with which zstd's parallel tools begin their files (lz4 has the same)."""
 PACKED_SUFFIXES = (".gz", ".zst", ".xz", ".bz2", ".lz4")
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".feather")
 """Names of data files in folders; any of them may be followed by one of PACKED_SUFFIXES."""
@@ -56,6 +58,8 @@ def kind_of(file: Path, head: bytes) -> str:
     for compression, beginning in COMPRESSED.items():
         if head.startswith(beginning):
             return compression
+    if head[1:4] == SKIPPED and 0x50 <= head[0] <= 0x5F:
+        return "lz4" if file.name.endswith(".lz4") else "zstd"
     if head.startswith(b"PAR1"):
         return PARQUET
     if head.startswith(b"ARROW1"):

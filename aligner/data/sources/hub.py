@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aligner.data.digest import digest
+from aligner.data.sources.plain_values import plain
 from aligner.data.sources.sampled_digest import digest_of_file
-from aligner.data.sources.source import LabelledRow
+from aligner.data.sources.source import LabelledRow, NoRowsError
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-DICT_FILE, DATASET_FILE = "dataset_dict.json", "dataset_info.json"
+DICT_FILE, DATASET_FILE, STATE_FILE = "dataset_dict.json", "dataset_info.json", "state.json"
+
+
+class NoSplitError(ValueError):
+    """A set that does not have the split."""
 
 
 class DatasetRows:
@@ -24,11 +30,12 @@ class DatasetRows:
             place: what rows' labels begin with.
 
         Raises:
-            ValueError: it has no rows.
+            NoRowsError: it has no rows.
         """
-        self.name, self._place, self._dataset = name, place, dataset
+        # a format that was set before it was saved would give arrays, of some columns alone
+        self.name, self._place, self._dataset = name, place, dataset.with_format(None)
         if not len(dataset):
-            raise ValueError(f"{name} has no rows: {place}.")
+            raise NoRowsError(f"{name} has no rows: {place}.")
 
     def __len__(self) -> int:
         return len(self._dataset)
@@ -36,7 +43,7 @@ class DatasetRows:
     def row(self, index: int) -> LabelledRow:
         """Row `index`, from 0."""
         row: dict[str, Any] = self._dataset[index]
-        return f"{self._place}, row {index + 1}", {name: value for name, value in row.items() if value is not None}
+        return f"{self._place}, row {index + 1}", {name: plain(value) for name, value in row.items()}
 
     def blocks(self) -> None:
         """Any row costs the same."""
@@ -50,7 +57,7 @@ class DatasetRows:
 
 def is_saved(folder: Path) -> bool:
     """Whether `save_to_disk` has written the folder."""
-    return (folder / DICT_FILE).is_file() or ((folder / DATASET_FILE).is_file() and (folder / "state.json").is_file())
+    return (folder / DICT_FILE).is_file() or ((folder / DATASET_FILE).is_file() and (folder / STATE_FILE).is_file())
 
 
 def saved_rows(name: str, folder: Path, split: str, split_setting: str) -> DatasetRows:
@@ -63,19 +70,24 @@ def saved_rows(name: str, folder: Path, split: str, split_setting: str) -> Datas
     Raises:
         ValueError: it cannot be loaded, or has no such split.
     """
-    import datasets
+    from datasets import Dataset
 
+    place, part = str(folder), folder
     try:
-        loaded = datasets.load_from_disk(str(folder))
+        if (folder / DICT_FILE).is_file():
+            splits = json.loads((folder / DICT_FILE).read_text(encoding="utf-8"))["splits"]
+            if split not in splits:
+                raise NoSplitError(f"{name} has no split {split}; use {split_setting}={' or '.join(splits)}.")
+            place, part = f"{folder}[{split}]", folder / split
+        if not json.loads((part / STATE_FILE).read_text(encoding="utf-8"))["_data_files"]:
+            raise NoRowsError(f"{name} has no rows: {place}.")  # which datasets saves, and cannot load
+        return DatasetRows(name, place, Dataset.load_from_disk(str(part)))
+    except (NoRowsError, NoSplitError):
+        raise
     except Exception as error:  # pyarrow's, OSError, ValueError, KeyError ...
         raise ValueError(
             f"{name} is a folder of save_to_disk, which datasets cannot load ({' '.join(str(error).split())})."
         ) from None
-    if isinstance(loaded, datasets.DatasetDict):
-        if split not in loaded:
-            raise ValueError(f"{name} has no split {split}; use {split_setting}={' or '.join(loaded)}.")
-        return DatasetRows(name, f"{folder}[{split}]", loaded[split])
-    return DatasetRows(name, str(folder), loaded)
 
 
 def hub_rows(name: str, repository: str, split: str, split_setting: str) -> DatasetRows:

@@ -13,7 +13,7 @@ import numpy as np
 import xxhash
 
 from aligner.data.sources.sampled_digest import digest_of_file
-from aligner.data.sources.source import LabelledRow
+from aligner.data.sources.source import LabelledRow, NoRowsError
 
 SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 """Escape of a UTF-16 surrogate, possibly part of a valid pair."""
@@ -35,14 +35,14 @@ class JsonLines:
             content: what it decompresses to, where it is compressed.
 
         Raises:
-            ValueError: it has no rows.
+            NoRowsError: it has no rows.
         """
         self.name, self._path = name, path
         self._in_memory = content is not None
         self._bytes: bytes | mmap.mmap = _mapped(path) if content is None else content
         self._begins, self._numbers = _index(self._bytes)
         if not len(self):
-            raise ValueError(f"{name} has no rows; give a file with one JSON object a line.")
+            raise NoRowsError(f"{name} has no rows; give a file with one JSON object a line.")
 
     def __len__(self) -> int:
         return len(self._begins) - 1 if self._numbers is None else len(self._numbers)

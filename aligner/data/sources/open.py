@@ -5,7 +5,8 @@ from __future__ import annotations
 import difflib
 import glob
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from aligner.data.sources.decompress import decompressed
@@ -25,7 +26,7 @@ from aligner.data.sources.file_kinds import (
 from aligner.data.sources.hub import hub_rows, is_saved, saved_rows
 from aligner.data.sources.jsonl import JsonLines
 from aligner.data.sources.shards import files_of_split
-from aligner.data.sources.source import Joined, RowList, RowSource
+from aligner.data.sources.source import Joined, NoRowsError, RowList, RowSource
 from aligner.data.sources.tables import ArrowRows, ParquetRows
 
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+(/[\w.-]+)?")
@@ -53,32 +54,41 @@ def open_source(
     paths = [path] if isinstance(path, (str, Path)) else list(path)
     if not paths:
         raise ValueError(f"{setting}=[] names no file; give at least one.")
-    parts = [part for one in paths for part in _parts(str(one), setting, split, split_setting)]
     name = f"{setting}={path if isinstance(path, (str, Path)) else '[' + ','.join(map(str, path)) + ']'}"
+    openers = [opener for one in paths for opener in _parts(str(one), setting, split, split_setting)]
+    parts, empty = [], NoRowsError()
+    for opener in openers:
+        try:
+            parts.append(opener())
+        except NoRowsError as error:  # of several files, some may be empty: the last of many shards, say
+            empty = error
+    if not parts:
+        raise empty if len(openers) == 1 else NoRowsError(f"{name} has no rows: its {len(openers)} files are empty.")
     return parts[0] if len(parts) == 1 else Joined(name, parts)
 
 
-def _parts(path: str, setting: str, split: str, split_setting: str) -> list[RowSource]:
+def _parts(path: str, setting: str, split: str, split_setting: str) -> list[Callable[[], RowSource]]:
+    """What opens each file of a path."""
     place, name = Path(path), f"{setting}={path}"
     if place.is_dir():
         if is_saved(place):
-            return [saved_rows(name, place, split, split_setting)]
-        return [_file_rows(name, file) for file in files_of_split(place, split, setting, split_setting)]
+            return [partial(saved_rows, name, place, split, split_setting)]
+        return [partial(_file_rows, name, file) for file in files_of_split(place, split, setting, split_setting)]
     if place.exists():
-        return [_file_rows(name, place)]
+        return [partial(_file_rows, name, place)]
     if "://" in path:
         raise ValueError(f"{name}: URLs are not opened; download the file first.")
     if any(letter in path for letter in "*?["):
         files = sorted(Path(one) for one in glob.glob(path, recursive=True) if Path(one).is_file())
         if not files:
             raise ValueError(f"{name} matches no file{_hint(place.parent)}")
-        return [_file_rows(name, file) for file in files]
+        return [partial(_file_rows, name, file) for file in files]
     if (
         HUB_NAME.fullmatch(path)
         and not place.parent.is_dir()
         and not re.search(r"\.(jsonl?|csv|parquet|arrow)\b", path)
     ):
-        return [hub_rows(name, path, split, split_setting)]
+        return [partial(hub_rows, name, path, split, split_setting)]
     close = difflib.get_close_matches(place.name, _names(place.parent), 1)
     raise ValueError(
         f"{name} does not exist{f'; did you mean {place.with_name(close[0])}?' if close else _hint(place.parent)}"
@@ -97,6 +107,8 @@ def _file_rows(name: str, file: Path) -> RowSource:
                     f"is compressed, and holds another file ({kind}) as it is; decompress it first."
                 )
         return _rows_of_kind(name, file, kind, content)
+    except NoRowsError:
+        raise
     except (OSError, UnreadableFileError) as error:
         problem = f"cannot be read: {error.strerror}." if isinstance(error, OSError) else str(error)
         raise ValueError(f"{name}{f': {file}' if not name.endswith(f'={file}') else ''} {problem}") from None

@@ -69,7 +69,7 @@ def split_of(file: Path) -> str | None:
         return words.get(shard["split"], shard["split"])
     for part in (file.name, *reversed(file.parent.parts)):
         for split, names in SPLITS.items():
-            if re.search(rf"(?<![a-z0-9])({'|'.join(names)})(?![a-z0-9])", part.lower()):
+            if re.search(rf"(?<![a-z])({'|'.join(names)})(?![a-z])", part.lower()):
                 return split
     return None
 

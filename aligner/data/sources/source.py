@@ -13,6 +13,10 @@ LabelledRow = tuple[str, dict[str, Any]]
 """("prompts.jsonl:17", the object on line 17), or ("train.parquet, row 17", its 17th row)."""
 
 
+class NoRowsError(ValueError):
+    """A file, or a part of a set, that has no rows."""
+
+
 class RowSource(Protocol):
     """Rows by number, in the order of their files. Any number may be asked for at any time, by several threads in turn."""
 
@@ -50,11 +54,11 @@ class RowList:
             rows: the rows; an error stands for a wrong one, and is raised when that row is asked for.
 
         Raises:
-            ValueError: there are none.
+            NoRowsError: there are none.
         """
         self.name, self._rows = name, list(rows)
         if not self._rows:
-            raise ValueError(f"{name} has no rows.")
+            raise NoRowsError(f"{name} has no rows.")
 
     def __len__(self) -> int:
         return len(self._rows)

@@ -1,4 +1,4 @@
-"""Parquet and Arrow files: any row at once, of sets larger than memory. A cell without a value (null) is no column of its row."""
+"""Parquet and Arrow files: any row at once, of sets larger than memory."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 
 from aligner.data.order import WINDOW
+from aligner.data.sources.plain_values import plain
 from aligner.data.sources.sampled_digest import digest_of_file
-from aligner.data.sources.source import LabelledRow
+from aligner.data.sources.source import LabelledRow, NoRowsError
 
 BLOCK_ROWS = 16_384
 """Most rows of a block."""
@@ -41,7 +42,7 @@ class ParquetRows:
     costs its decoding up to there."""
 
     def __init__(self, name: str, path: Path) -> None:
-        """Raises ValueError: no rows, or no parquet file."""
+        """Raises ValueError: no rows (NoRowsError), or no parquet file."""
         import pyarrow
         import pyarrow.parquet
 
@@ -53,7 +54,7 @@ class ParquetRows:
         footer = self._file.metadata
         self._rows = footer.num_rows
         if not self._rows:
-            raise ValueError(f"{name} has no rows: {path}.")
+            raise NoRowsError(f"{name} has no rows: {path}.")
         self._parts = _blocks_of(
             [(group.num_rows, group.total_byte_size) for group in map(footer.row_group, range(footer.num_row_groups))]
         )
@@ -152,7 +153,7 @@ class ArrowRows:
     """Rows of an Arrow file or stream (as `datasets` keeps them), mapped into memory: any row costs the same."""
 
     def __init__(self, name: str, path: Path, stream: bool) -> None:
-        """Raises ValueError: no rows, or a damaged file."""
+        """Raises ValueError: no rows (NoRowsError), or a damaged file."""
         import pyarrow
 
         self.name, self._path = name, path
@@ -167,7 +168,7 @@ class ArrowRows:
             raise ValueError(f"{name}: {path} is a damaged Arrow file ({_line(error)}); fetch it again.") from None
         self._ends = np.cumsum([batch.num_rows for batch in self._batches], dtype=np.int64)
         if not len(self._ends) or not self._ends[-1]:
-            raise ValueError(f"{name} has no rows: {path}.")
+            raise NoRowsError(f"{name} has no rows: {path}.")
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -188,8 +189,8 @@ class ArrowRows:
 
 
 def _row_of(batch: Any, offset: int) -> dict[str, Any]:
-    row: dict[str, Any] = batch.slice(offset, 1).to_pylist()[0]
-    return {name: value for name, value in row.items() if value is not None}
+    row: dict[str, Any] = batch.slice(offset, 1).to_pylist(maps_as_pydicts="strict")[0]
+    return {name: plain(value) for name, value in row.items()}
 
 
 def _line(error: Exception) -> str:

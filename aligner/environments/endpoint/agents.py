@@ -7,7 +7,7 @@ import json
 import math
 import os
 from collections import Counter, deque
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,7 +30,7 @@ from aligner.environments.endpoint.requests import (
 from aligner.environments.endpoint.responses import Reply
 from aligner.environments.endpoint.sampled_turn import read_turn
 from aligner.environments.endpoint.server import EndpointServer, ServedModel
-from aligner.environments.endpoint.transcript import ChatContext, Transcript
+from aligner.environments.endpoint.transcript import ChatContext, ChatTurn, Transcript
 from aligner.environments.tool_calls import ToolParser, no_tools
 from aligner.rollout.episodes.source import Ask, Ended
 from aligner.rollout.requests import Sample
@@ -50,11 +50,24 @@ class _OpenTurn:
     ask: Ask
     request: ChatRequest | CompletionRequest | GenerateRequest
     chat: ChatContext | None
-    digest: str
-    occurrence: int
-    """How often the episode has made the same request, with this one."""
+    place: tuple[str, int]
+    base: int
     waiting: list[Pending]
     """The request, and what its client has sent again."""
+
+
+@dataclass(frozen=True)
+class _PastTurn:
+    """A turn that is over."""
+
+    wave: int
+    """Turns of which one was open when another was asked for are of one wave, and so are those that go on from one of a wave of
+    several conversations; waves follow one another."""
+    base: int
+    """Number of the turn of its wave that it goes on from; 0: none."""
+    place: tuple[str, int]
+    """Digest of its request, and how often the episode had made the same one, with it."""
+    chat: ChatTurn | None
 
 
 @dataclass
@@ -64,11 +77,16 @@ class _Episode:
     session: Session
     transcript: Transcript
     queue: deque[Pending] = field(default_factory=deque)
-    """Requests that wait for their turn: one is sampled at a time."""
-    open: _OpenTurn | None = None
+    """Requests that have come and are not asked for yet."""
+    open: dict[int, _OpenTurn] = field(default_factory=dict)
+    """Turns that are being sampled, by their numbers."""
+    past: dict[int, _PastTurn] = field(default_factory=dict)
+    """Turns that are over, by their numbers."""
     turns: int = 0
-    segment: tuple[int, ...] = ()
-    """Ids of the current segment, the sampled ones included."""
+    """How many were asked for."""
+    wave: int = 0
+    ids: dict[int, tuple[int, ...]] = field(default_factory=dict)
+    """All ids of the segments of turns that are over: of this wave, and of the last turn before it."""
     occurrences: Counter[str] = field(default_factory=Counter)
     """How often each request was made."""
     answered: dict[str, Reply] = field(default_factory=dict)
@@ -76,12 +94,26 @@ class _Episode:
     over_budget: str = ""
     """"max_turns" or "max_tokens", where the last request was refused for it."""
 
+    def base_of(self, context: tuple[int, ...]) -> int:
+        """Number of the turn of this wave that a context goes on from, with the longest segment of several; 0: none."""
+        wave = {number: ids for number, ids in self.ids.items() if self.past[number].wave == self.wave}
+        bases = [number for number, ids in wave.items() if context[: len(ids)] == ids]
+        return max(bases, key=lambda number: len(wave[number]), default=0)
+
+    @property
+    def forks(self) -> bool:
+        """Whether the wave has several conversations."""
+        past = [one.base for one in self.past.values() if one.wave == self.wave]
+        return [*past, *(one.base for one in self.open.values())].count(0) > 1
+
 
 class AgentEpisodes:
     """Runs a program for each episode and serves it the policy.
 
     A turn's seed is made of the content of its request and of how often the episode has made the same one, not of when it came:
-    a program that sends several at once gets the same answers, in whichever order they arrive.
+    a program that sends several at once gets the same answers, in whichever order they arrive. They are sampled together, and
+    stand in the episode's row in an order that their contents make: each request is followed by those that go on from it, and
+    of several the one with the smallest digest comes first.
     """
 
     def __init__(
@@ -112,12 +144,13 @@ class AgentEpisodes:
             config.start_timeout_s, config.step_timeout_s, config.episode_timeout_s, memory, self._agent.log_kib << 10
         )
         command = resolve_command(self._agent.command)
-        connections = 64 + 16 * self._agent.processes
+        connections = 1024 + 16 * self._agent.processes  # programs that are paused keep theirs
         self._server = EndpointServer(self._exchange, self._served, self._agent.max_request_mib << 20, connections)
         self._programs = Programs(command, limits, self._exchange.put)
         self._episodes: dict[int, _Episode] = {}
         self._to_launch: deque[int] = deque()
         self._running: set[int] = set()
+        """Episodes that have one of agent.processes."""
         self._ready: set[int] = set()
         """Episodes that may have a request to ask for."""
         self._counts: Counter[str] = Counter()
@@ -143,21 +176,24 @@ class AgentEpisodes:
             elif episode is not None:
                 ended.append(self._exited(key, episode, event))
         ready, self._ready = sorted(self._ready & self._episodes.keys()), set()
-        asks = [ask for key in ready if (ask := self._next(key, self._episodes[key])) is not None]
+        asks = [ask for key in ready for ask in self._asks(key, self._episodes[key])]
         return [*asks, *ended]
 
     def answer(self, episode: int, turn: int, sample: Sample) -> None:
         """Answer the request for which the turn was sampled."""
         one = self._episodes[episode]
-        opened, one.open = one.open, None
-        assert opened is not None and opened.ask.turn == turn
-        one.segment = (*opened.ask.context, *sample.tokens)
+        opened = one.open.pop(turn)
+        self._running.add(episode)  # it may have been paused
+        one.ids[turn] = (*opened.ask.context, *sample.tokens)
         reply = self._answered(one, opened, sample)
-        one.answered[opened.digest] = reply
+        one.answered[opened.place[0]] = reply
         for pending in opened.waiting:
             pending.finish(reply)
-        if one.queue:
-            self._ready.add(episode)
+
+    def pause(self, episode: int) -> None:
+        """Another program may run while it waits; see `EpisodeSource.pause`."""
+        self._running.discard(episode)
+        self._launch()
 
     def abandon(self, episodes: Collection[int]) -> None:
         """Kill their programs."""
@@ -211,24 +247,25 @@ class AgentEpisodes:
     def _exited(self, key: int, one: _Episode, exited: Exited) -> Ended:
         report, wrong = self._report(one, exited)
         ended, reward, detail = self._outcome(one, exited, report, wrong)
-        turns = one.turns - (one.open is not None)
+        turns, order = len(one.past), row_order(one.past)
         rewards = (0.0,) * turns
         if report is not None and report.turn_rewards is not None and not math.isnan(reward):
             if len(report.turn_rewards) == turns:
-                rewards = report.turn_rewards
+                given = dict(zip(sorted(one.past), report.turn_rewards, strict=True))
+                rewards = tuple(given[number] for number in order)
             else:
                 ended, reward = "protocol", math.nan
                 detail = f"turn_rewards has {len(report.turn_rewards)} numbers for {turns} turns."
         record = {
             "detail": detail,
             "metrics": dict(report.metrics) if report is not None else {},
-            "messages": one.transcript.messages() or self._raw_messages(one),
+            "messages": self._messages(one, order),
             "stdout": exited.stdout,
             "stderr": exited.stderr,
         }
         self._forget(key, "The program has ended.")
         self._launch()
-        return Ended(key, reward, rewards, ended, record)
+        return Ended(key, reward, rewards, ended, record, order if list(order) != sorted(order) else ())
 
     def _outcome(
         self, one: _Episode, exited: Exited, report: RewardReport | None, wrong: str
@@ -265,16 +302,19 @@ class AgentEpisodes:
         except (ValueError, RecursionError):
             return None, ""
 
-    def _raw_messages(self, one: _Episode) -> list[dict[str, Any]]:
-        if not one.segment:
-            return []
-        return [{"role": "text", "content": decode(self._form.tokenizer, one.segment, keep_special_tokens=True)}]
+    def _messages(self, one: _Episode, order: Sequence[int]) -> list[dict[str, Any]]:
+        """The conversation of the last chat request, else all text of the last request."""
+        chats = [chat for number in order if (chat := one.past[number].chat) is not None]
+        if chats or not order:
+            return chats[-1].messages if chats else []
+        text = decode(self._form.tokenizer, one.ids[order[-1]], keep_special_tokens=True)
+        return [{"role": "text", "content": text}]
 
     def _forget(self, key: int, why: str) -> None:
         one = self._episodes.pop(key)
         self._running.discard(key)
         self._exchange.forget(one.session)
-        for pending in [*one.queue, *(one.open.waiting if one.open else ())]:
+        for pending in [*one.queue, *(pending for opened in one.open.values() for pending in opened.waiting)]:
             pending.finish(ApiError(410, why, code="session_closed"))
 
     # ---- requests
@@ -285,28 +325,27 @@ class AgentEpisodes:
             return
         self._counts["episodes/requests"] += 1
         digest = pending.request.digest
-        if pending.retry and one.open is not None and one.open.digest == digest:
-            one.open.waiting.append(pending)
+        again = [opened for opened in one.open.values() if pending.retry and opened.place[0] == digest]
+        if again:
+            again[-1].waiting.append(pending)
         elif pending.retry and digest in one.answered:
             pending.finish(one.answered[digest])
         else:
             one.queue.append(pending)
             self._ready.add(key)
 
-    def _next(self, key: int, one: _Episode) -> Ask | None:
-        """The next turn of an episode: of the requests that wait, that with the smallest digest."""
-        while one.queue and one.open is None:
-            pending = min(one.queue, key=lambda each: each.request.digest)
-            one.queue.remove(pending)
+    def _asks(self, key: int, one: _Episode) -> Iterator[Ask]:
+        """The turns of an episode for which requests have come."""
+        while one.queue:
+            pending = one.queue.popleft()
             if not pending.connected():  # its thread, and the program's clock, wait for an answer all the same
                 pending.finish(ApiError(410, "The client has closed the connection.", code="client_closed"))
                 continue
             try:
-                return self._ask(key, one, pending)
+                yield self._ask(key, one, pending)
             except ApiError as error:
                 self._counts["episodes/requests_refused"] += 1
                 pending.finish(error)
-        return None
 
     def _ask(self, key: int, one: _Episode, pending: Pending) -> Ask:
         request = pending.request
@@ -325,18 +364,24 @@ class AgentEpisodes:
             message = f"This model's maximum context length is {self._limit} tokens; the request has {len(context)}."
             raise bad_request(message, "messages", "context_length_exceeded")
         one.over_budget = ""
+        base = one.base_of(context)
+        if not one.open and not (base and one.forks):
+            one.wave, base = one.wave + 1, 0
+            one.ids = {number: ids for number, ids in one.ids.items() if number == one.turns}
+        last = one.ids.get(one.turns)
         one.turns += 1
         one.occurrences[request.digest] += 1
+        place = request.digest, one.occurrences[request.digest]
         ask = Ask(
             episode=key,
             turn=one.turns,
             context=context,
-            new_segment=not one.segment or context[: len(one.segment)] != one.segment,
+            new_segment=last is None or context[: len(last)] != last,
             max_tokens=min(room, request.sampling.max_tokens or room),
             sampling={"stop_token_ids": list(stops)} if (stops := request.sampling.stop_token_ids) else {},
-            seed_key=int(_hashed(request.digest, str(one.occurrences[request.digest]))[:12], 16),
+            seed_key=int(_hashed(*map(str, place))[:12], 16),
         )
-        one.open = _OpenTurn(ask, request, chat, request.digest, one.occurrences[request.digest], [pending])
+        one.open[ask.turn] = _OpenTurn(ask, request, chat, place, base, [pending])
         return ask
 
     def _context(self, request: ChatRequest | CompletionRequest | GenerateRequest) -> tuple[int, ...]:
@@ -360,18 +405,25 @@ class AgentEpisodes:
         """The answer to the request, which is recorded in the transcript."""
         request, tokens = opened.request, tuple(sample.tokens)
         stops = request.sampling.stop_token_ids or ()
-        place = _hashed(opened.digest, str(opened.occurrence))
-        tools = request.tools if isinstance(request, ChatRequest) else ()
-        parser = self._tool_parser(request) if isinstance(request, ChatRequest) else no_tools
-        turn = read_turn(self._form, tokens, stops, parser, tools, request.sampling.stop, place)
+        place = _hashed(*map(str, opened.place))
+        parser: ToolParser = no_tools
+        reading: dict[str, Any] = {}
         if isinstance(request, ChatRequest):
             assert opened.chat is not None
-            one.transcript.record(request, opened.chat, tokens, turn)
+            parser = self._tool_parser(request)
+            opens = opened.chat.conversation.opens_reasoning
+            reading = {"tools": request.tools, "opened": opens, "several_calls": request.several_calls}
+        turn = read_turn(self._form, tokens, stops, parser, request.sampling.stop, place, **reading)
+        chat = None
+        if isinstance(request, ChatRequest):
+            assert opened.chat is not None
+            chat = one.transcript.record(request, opened.chat, tokens, turn)
+        one.past[opened.ask.turn] = _PastTurn(one.wave, opened.base, opened.place, chat)
         texts = [decode(self._form.tokenizer, [token], keep_special_tokens=True) for token in tokens * request.logprobs]
         return Reply(
             id=f"{'chatcmpl' if opened.chat else 'cmpl'}-{place[:24]}",
             model=MODEL,
-            prompt=opened.ask.context,
+            prompt_tokens=len(opened.ask.context),
             tokens=tokens,
             logp=tuple(sample.logp),
             versions=tuple(sample.versions),
@@ -382,6 +434,20 @@ class AgentEpisodes:
             truncated=sample.truncated and not turn.cut,
             stop_token=tokens[-1] if tokens and tokens[-1] in stops and not sample.truncated else None,
         )
+
+
+def row_order(turns: Mapping[int, _PastTurn]) -> tuple[int, ...]:
+    """Numbers of the turns in the order in which they stand in the episode's row, which does not depend on when requests of one wave
+    came: each is followed by those that go on from it, and of several the one with the smallest digest comes first."""
+    behind: dict[int, list[int]] = {}
+    """Number of a turn -> those that go on from it; 0: the first ones, of all waves."""
+    for number in sorted(turns, key=lambda number: (turns[number].wave, turns[number].place), reverse=True):
+        behind.setdefault(turns[number].base, []).append(number)
+    order, rest = [], behind.get(0, [])
+    while rest:
+        order.append(rest.pop())
+        rest += behind.get(order[-1], [])
+    return tuple(order)
 
 
 def _hashed(*parts: str) -> str:

@@ -12,10 +12,9 @@ from aligner.environments.endpoint.errors import bad_request
 from aligner.environments.endpoint.request_fields import Fields
 
 NO_EFFECT = (
-    "metadata", "parallel_tool_calls", "prompt_cache_key", "prompt_cache_retention", "safety_identifier", "seed", "service_tier",
-    "store", "user", "include_reasoning",
+    "metadata", "prompt_cache_key", "prompt_cache_retention", "safety_identifier", "service_tier", "store", "user",
 )  # fmt: skip
-"""Fields of OpenAI's API that say nothing about the tokens. `seed` is one: each turn's seed is the run's."""
+"""Fields of OpenAI's API that say nothing about the tokens."""
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "n": (1,),
     "best_of": (1,),
@@ -27,11 +26,12 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "logit_bias": ({},),
     "response_format": ({"type": "text"},),
     "modalities": (["text"],),
+    "include_reasoning": (True,),
 }
 """Fields of which only the value that changes nothing can be had."""
 GENERATE_NO_EFFECT = ("cache_salt", "reasoning_ended", "reasoning_parser_kwargs", "token_offsets")
 PARAMS_NO_EFFECT = (
-    "seed", "skip_special_tokens", "spaces_between_special_tokens", "include_stop_str_in_output", "detokenize", "output_kind",
+    "skip_special_tokens", "spaces_between_special_tokens", "include_stop_str_in_output", "detokenize", "output_kind",
     "routed_experts_prompt_start", "skip_clone", "skip_reading_prefix_cache",
 )  # fmt: skip
 """Fields of vLLM's SamplingParams that leave the sampled tokens as they are."""
@@ -60,6 +60,8 @@ class SamplingFields:
     stop_token_ids: tuple[int, ...] | None = None
     stop: tuple[str, ...] = ()
     """Texts before which the answer ends."""
+    seed: int | None = None
+    """Tells requests apart that are equal otherwise; the turn's seed is made of the run's and of the request's content."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,8 @@ class ChatRequest(ModelRequest):
     tools: tuple[dict[str, Any], ...]
     parse_tool_calls: bool
     """There are tools, and tool_choice is not "none"."""
+    several_calls: bool = True
+    """parallel_tool_calls: false cuts the answer after its first call."""
 
 
 @dataclass(frozen=True)
@@ -122,6 +126,7 @@ def chat_request(body: Mapping[str, Any], vocab_size: int) -> ChatRequest:
         raise fields.wrong(
             "tool_choice", choice, '"auto" or "none": others need constrained decoding, which changes the policy'
         )
+    several = fields.flag("parallel_tool_calls", True)
     common = _common(fields, vocab_size, logprobs_is_flag=True)
     return ChatRequest(
         **common,
@@ -129,13 +134,21 @@ def chat_request(body: Mapping[str, Any], vocab_size: int) -> ChatRequest:
         messages=messages,
         tools=tools,
         parse_tool_calls=bool(tools) and choice != "none",
+        several_calls=several,
     )
 
 
 def completion_request(body: Mapping[str, Any], vocab_size: int) -> CompletionRequest:
     """Raises ApiError 400 for a field that is wrong or not supported."""
-    fields = Fields(body)
-    prompt = fields.text("prompt") if isinstance(body.get("prompt"), str) else fields.token_ids("prompt", vocab_size)
+    prompt = body.get("prompt")
+    if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], str | list):
+        prompt = prompt[0]  # a batch of one
+    if isinstance(prompt, list) and any(isinstance(one, str | list) for one in prompt):
+        raise bad_request(
+            "prompt must be one text or one list of token ids: send a request for each.", "prompt", "invalid_value"
+        )
+    fields = Fields({**body, "prompt": prompt})
+    prompt = fields.text("prompt") if isinstance(prompt, str) else fields.token_ids("prompt", vocab_size)
     if not prompt:
         raise bad_request("prompt is missing: give one text or one list of token ids.", "prompt", "missing_field")
     common = _common(fields, vocab_size, logprobs_is_flag=False)
@@ -198,6 +211,7 @@ def _common(fields: Fields, vocab_size: int, logprobs_is_flag: bool) -> dict[str
         settings=_settings(fields),
         stop_token_ids=fields.token_ids("stop_token_ids", vocab_size),
         stop=fields.strings("stop"),
+        seed=fields.integer("seed", -(2**63)),
     )
     if logprobs_is_flag:
         logprobs = fields.flag("logprobs")
@@ -237,6 +251,7 @@ def _sampling_params(fields: Fields, vocab_size: int) -> tuple[SamplingFields, b
         max_tokens=fields.integer("max_tokens", 1),
         settings=_settings(fields),
         stop_token_ids=fields.token_ids("stop_token_ids", vocab_size),
+        seed=fields.integer("seed", -(2**63)),
     )
     logprobs = fields.integer("logprobs", 0)
     if logprobs is not None and logprobs > 1:
@@ -250,13 +265,14 @@ def _sampling_params(fields: Fields, vocab_size: int) -> tuple[SamplingFields, b
 def _stream(fields: Fields) -> tuple[bool, bool]:
     stream, options = fields.flag("stream"), fields.object("stream_options")
     usage = options.flag("include_usage")
-    options.ignore(("include_obfuscation", "continuous_usage_stats"))
+    options.ignore(("include_obfuscation",))
+    options.only({"continuous_usage_stats": (False,)})
     options.end()
     return stream, usage
 
 
 def _messages(value: Any) -> tuple[dict[str, Any], ...]:
-    """The messages without null keys; contents that are lists of text parts become one text."""
+    """The messages without null keys; contents that are lists of text parts become one text, a line each."""
     if not isinstance(value, list) or not value:
         raise bad_request("messages must be a list of at least one message.", "messages", "invalid_value")
     return tuple(_message(message, f"messages[{number}]") for number, message in enumerate(value))
@@ -292,7 +308,7 @@ def _content(value: Any, place: str) -> str:
         isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str) for part in parts
     ):
         raise bad_request(f"{place} must be a string or a list of text parts.", place, "invalid_value")
-    return "".join(part["text"] for part in parts)
+    return "\n".join(part["text"] for part in parts)  # as vLLM joins them
 
 
 def _tool_call(value: Any, place: str) -> dict[str, Any]:
@@ -319,7 +335,7 @@ def _tools(value: Any) -> tuple[dict[str, Any], ...]:
 
 
 def _digest(route: str, context: Any, tools: Any, sampling: SamplingFields) -> str:
-    wanted = [sampling.max_tokens, dict(sampling.settings), sampling.stop_token_ids, sampling.stop]
+    wanted = [sampling.max_tokens, dict(sampling.settings), sampling.stop_token_ids, sampling.stop, sampling.seed]
     text = json.dumps([route, context, tools, wanted], sort_keys=True)
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 

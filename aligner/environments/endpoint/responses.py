@@ -21,8 +21,8 @@ class Reply:
     id: str
     """Unique in the episode, and the same whenever the episode is played again."""
     model: str
-    prompt: Sequence[int]
-    """Token ids of the whole context."""
+    prompt_tokens: int
+    """Of the whole context."""
     tokens: Sequence[int]
     """Sampled token ids, the stop token included."""
     logp: Sequence[float]
@@ -59,7 +59,7 @@ class Reply:
     @property
     def usage(self) -> dict[str, int]:
         """Token counts."""
-        prompt, completion = len(self.prompt), len(self.tokens)
+        prompt, completion = self.prompt_tokens, len(self.tokens)
         return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
 
@@ -143,7 +143,7 @@ def _generate(request: GenerateRequest, reply: Reply) -> dict[str, Any]:
         "choices": [choice],
         "usage": reply.usage,
         "prompt_logprobs": None,
-        "prompt_token_ids": list(reply.prompt) if request.return_prompt else None,
+        "prompt_token_ids": list(request.token_ids) if request.return_prompt else None,
         "kv_transfer_params": None,
     }
 

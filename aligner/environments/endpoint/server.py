@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+from urllib.parse import unquote
 
 from aligner.environments.endpoint.errors import ApiError
 from aligner.environments.endpoint.exchange import Exchange, Pending, Session
@@ -160,17 +161,19 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _get(self) -> None:
         self._session()
-        if self._path() != MODELS_ROUTE:
+        path = self._path()
+        if path != MODELS_ROUTE and not path.startswith(MODELS_ROUTE + "/"):
             raise self._unknown_route()
+        name = unquote(path[len(MODELS_ROUTE) + 1 :])
         model = self.server.model
         card = {
-            "id": model.name,
+            "id": name or model.name,  # requests may name any model
             "object": "model",
             "created": 0,
             "owned_by": "aligner",
             "max_model_len": model.max_model_len,
         }
-        self._send({"object": "list", "data": [card]})
+        self._send(card if name else {"object": "list", "data": [card]})
 
     def _post(self) -> None:
         try:

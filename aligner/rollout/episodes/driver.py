@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -14,9 +13,17 @@ from aligner.data.prompts import Prompt
 from aligner.data.samples import Samples
 from aligner.rollout.config import Sampling
 from aligner.rollout.engine import RolloutEngine
-from aligner.rollout.episodes.episode import Episode, Turn, episode_from, episode_to, turn_sampling
+from aligner.rollout.episodes.episode import (
+    Episode,
+    Turn,
+    contexts,
+    episode_from,
+    episode_to,
+    in_order,
+    turn_sampling,
+)
 from aligner.rollout.episodes.figures import Figures
-from aligner.rollout.episodes.rows import episode_samples
+from aligner.rollout.episodes.rows import LIMITS, episode_samples
 from aligner.rollout.episodes.source import Ask, Ended, EpisodeSource
 from aligner.rollout.kind import Place, RolloutKind
 from aligner.rollout.requests import Sample
@@ -30,7 +37,6 @@ class _TurnRequest:
     """An `Ask` as it is broadcast within the replica: with those ids alone that the other ranks lack."""
 
     episode: int
-    number: int
     turn: Turn
 
 
@@ -50,18 +56,22 @@ class _Playing:
     """An episode in play."""
 
     episode: Episode
-    """With the turns that are over."""
+    """Without its turns until it has ended."""
     sampling: Sampling
     tokens_left: int | None
-    """Tokens that may be sampled before it is interrupted."""
-    recorded: deque[Turn] = field(default_factory=deque)
-    """Turns of a checkpoint that it has not reached again."""
+    """Tokens that may be sampled before it is interrupted; of turns that are open at once each may have them."""
+    recorded: dict[int, Turn] = field(default_factory=dict)
+    """Turns of a checkpoint that it has not reached again, with their contexts, by their seeds."""
+    in_turn: bool = True
+    """Of those no two were open at once."""
+    turns: list[Turn] = field(default_factory=list)
+    """In the order in which they were asked for; one that is over has no context of its own any more."""
+    asked: int = 0
+    """How many the source has asked for (first rank): those of the next broadcast too."""
     context: list[int] = field(default_factory=list)
-    """Ids of its present segment, up to the last turn that is over."""
-    turn: Turn | None = None
-    """The turn that is being sampled, or waits for the next step."""
-    ticket: int | None = None
-    """The engine's, of `turn`."""
+    """Ids of the last turn's segment, where that turn is over."""
+    tickets: dict[int, int] = field(default_factory=dict)
+    """Number of a turn that is being sampled -> the engine's ticket."""
     interrupted: bool = False
     """No more tokens may be sampled for now."""
     waiting_since: float = 0.0
@@ -70,12 +80,20 @@ class _Playing:
     @property
     def settled(self) -> bool:
         """Whether there is nothing to wait for."""
-        return self.episode.ended or self.interrupted
+        return self.episode.ended or (self.interrupted and not self.tickets)
+
+    @property
+    def open(self) -> list[int]:
+        """Numbers of the turns that are not over: being sampled, or waiting for the next step."""
+        return [number for number, turn in enumerate(self.turns, 1) if not turn.sample.ended]
 
     @property
     def so_far(self) -> Episode:
-        """With the turn that was interrupted."""
-        return self.episode if self.turn is None else replace(self.episode, turns=(*self.episode.turns, self.turn))
+        """With its turns: the interrupted ones, and those of a checkpoint that it has not reached again, too."""
+        if self.episode.ended:
+            return self.episode
+        recorded = [replace(turn, added=tuple(turn.sample.prompt), new_segment=True) for turn in self.recorded.values()]
+        return replace(self.episode, turns=(*self.turns, *recorded))
 
 
 class Episodes(RolloutKind[Episode]):
@@ -86,8 +104,11 @@ class Episodes(RolloutKind[Episode]):
     nobody up. What is sampled depends on an episode's place in the run alone: the seed of a turn is that of (run, call, task,
     sample, turn), so the order in which environments answer has no part in it, but for rounding (see `RolloutEngine`).
 
+    Turns of one episode that are open at once (an agent that sends several requests) are sampled together.
+
     An episode of a checkpoint is played again from its start in a new environment, which is given the turns that were recorded;
-    where it asks for another context than it did, or ends sooner, the episode fails as "replay".
+    where it asks for another context than it did, or ends sooner, the episode fails as "replay". A turn is known again by its
+    seed, which says its place in the episode.
     """
 
     def __init__(self, engine: RolloutEngine, source: EpisodeSource | None, progress: Callable[[], None]) -> None:
@@ -125,8 +146,8 @@ class Episodes(RolloutKind[Episode]):
             playing.append(one)
         with self._engine.working():
             for one in playing:
-                if one.turn is not None:
-                    self._submit(one)
+                for number in one.open:
+                    self._submit(one, number)
         return self._ticket(playing)
 
     def finish(self, ticket: int) -> list[Episode]:
@@ -172,10 +193,10 @@ class Episodes(RolloutKind[Episode]):
     def report(self) -> list[str]:
         """For a fault report: the episodes that have been with their environments the longest; asked by another thread."""
         now = time.time() - time.monotonic()
-        waiting = [one for one in list(self._playing.values()) if one.turn is None and not one.settled]
+        waiting = [one for one in list(self._playing.values()) if not one.open and not one.settled]
         return [
             f"{len(waiting)} episodes are with their environments; number {one.episode.key}, of task {one.episode.task.index}, since "
-            f"{time.strftime('%H:%M:%S', time.localtime(now + one.waiting_since))}, after turn {len(one.episode.turns)}"
+            f"{time.strftime('%H:%M:%S', time.localtime(now + one.waiting_since))}, after turn {len(one.turns)}"
             for one in sorted(waiting, key=lambda one: one.waiting_since)[:3]
         ]
 
@@ -200,18 +221,23 @@ class Episodes(RolloutKind[Episode]):
             raise RuntimeError(f"{broadcast.error}; the first rank of this rollout replica says more.")
         if broadcast.stop:
             return True
-        asked = [event for event in broadcast.events if self._apply(event)]
+        asked = [turn for event in broadcast.events if (turn := self._apply(event)) is not None]
         waited = time.monotonic()
         with self._engine.working():
-            for one in (self._playing[event.episode] for event in asked if event.episode in self._playing):
-                self._submit(one)
+            for one, number in asked:
+                self._submit(one, number)
             if self._engine.requests.under_way:
                 self._engine.requests.advance()
             else:
                 self._progress()
-            over = [one for one in self._playing.values() if self._left_engine(one)]
-        for one in over:
-            self._collect(one)
+            over = [
+                (one, number)
+                for one in self._playing.values()
+                for number, ticket in one.tickets.items()
+                if self._engine.requests.ended(ticket)
+            ]
+        for one, number in over:
+            self._collect(one, number)
         if idle:
             self.figures.idle_s += waited - began
         self.figures.total_s += time.monotonic() - began
@@ -236,97 +262,119 @@ class Episodes(RolloutKind[Episode]):
         one = self._playing.get(event.episode)
         if one is None:
             return None
-        self.figures.worked(one.waiting_since)
+        if not one.open:
+            self.figures.worked(one.waiting_since)
         if isinstance(event, Ended):
             return event
-        number, known = len(one.episode.turns) + 1, len(one.context)
-        if event.turn != number or one.turn is not None:
+        one.asked += 1
+        number, known = one.asked, len(one.context)
+        if event.turn != number:
             raise RuntimeError(f"episode {event.episode} asks for turn {event.turn} where turn {number} is next.")
         new = event.new_segment or number == 1
-        if not new and list(event.context[:known]) != one.context:
+        follows = number == len(one.turns) + 1 and number - 1 not in one.open
+        if not new and not (follows and list(event.context[:known]) == one.context):
             raise RuntimeError(
                 f"turn {number} of episode {event.episode} does not begin with the ids of its segment so far, and says that it does."
             )
         added = event.context if new else event.context[known:]
         sample = Sample([], one.episode.place.turn_seed(number, event.seed_key))
-        return _TurnRequest(event.episode, number, Turn(added, new, sample, event.max_tokens, dict(event.sampling)))
+        return _TurnRequest(event.episode, Turn(added, new, sample, event.max_tokens, dict(event.sampling)))
 
-    def _apply(self, event: _TurnRequest | Ended) -> bool:
-        """On every rank. Returns whether a turn is to be sampled."""
+    def _apply(self, event: _TurnRequest | Ended) -> tuple[_Playing, int] | None:
+        """On every rank. Returns the turn (by its number) that is to be sampled, if there is one."""
         one = self._playing.get(event.episode)
         if one is None:
-            return False
+            return None
         if isinstance(event, Ended):
-            if one.recorded and not math.isnan(event.reward):
-                played = len(one.episode.turns)
+            # limits may be lower than before
+            if one.recorded and not math.isnan(event.reward) and event.ended not in LIMITS:
+                played = len(one.turns)
                 before = played + len(one.recorded)
                 detail = f"the environment ends the episode after turn {played}; before, it asked for turn {before}."
                 self._fail(one, "replay", detail)
             else:
                 self._end(one, event)
-            return False
-        turn, context = event.turn, [*(() if event.turn.new_segment else one.context), *event.turn.added]
+            return None
+        number = len(one.turns) + 1
+        context = [*(() if event.turn.new_segment else one.context), *event.turn.added]
+        turn = replace(event.turn, sample=replace(event.turn.sample, prompt=context), alone=not one.open)
         if one.recorded:
-            recorded = one.recorded.popleft()
-            if not recorded.asked_alike(turn):
-                self._fail(
-                    one, "replay", f"the environment asks for turn {event.number} with another context than before."
-                )
-                return False
-            turn = recorded
-        one.turn = replace(turn, sample=replace(turn.sample, prompt=context))
+            recorded = one.recorded.pop(turn.sample.seed, None)
+            if one.in_turn if recorded is None else not _asked_alike(recorded, turn):
+                self._fail(one, "replay", f"the environment asks for turn {number} with another context than before.")
+                return None
+            if recorded is not None:  # limits of the run may have been raised since
+                turn = replace(turn, sample=recorded.sample, max_tokens=recorded.max_tokens)
+        one.turns.append(turn)
         if turn.sample.ended:
-            self._end_turn(one, one.turn.sample)
-            return False
-        return True
-
-    def _submit(self, one: _Playing) -> None:
-        """Hand a turn to the engine, or keep it for the next step."""
-        turn = one.turn
-        assert turn is not None
-        if one.tokens_left == 0:
-            one.interrupted = True
-            return
-        room = self._engine.config.length(self._engine.spec) - len(turn.sample.prompt)
-        if room < 1:
+            self._end_turn(one, number, turn.sample)
+            return None
+        if self._room(turn) < 1:
             limit = self._engine.config.length(self._engine.spec)
-            self._fail(one, "context", f"a context of {len(turn.sample.prompt)} tokens leaves no room in {limit}.")
+            self._fail(one, "context", f"a context of {len(context)} tokens leaves no room in {limit}.")
+            return None
+        return one, number
+
+    def _room(self, turn: Turn) -> int:
+        """Tokens that fit in the engine after the turn's context."""
+        return self._engine.config.length(self._engine.spec) - len(turn.sample.prompt)
+
+    def _submit(self, one: _Playing, number: int) -> None:
+        """Hand a turn to the engine, or keep it for the next step."""
+        if one.episode.ended:
             return
-        sampling = turn_sampling(one.sampling, turn, self._engine.requests.stop, room)
-        one.ticket = self._engine.requests.start([turn.sample], sampling, one.tokens_left)
+        turn = one.turns[number - 1]
+        if one.interrupted or one.tokens_left == 0:
+            self._interrupt(one)
+            return
+        sampling = turn_sampling(one.sampling, turn, self._engine.requests.stop, self._room(turn))
+        one.tickets[number] = self._engine.requests.start([turn.sample], sampling, one.tokens_left)
 
-    def _left_engine(self, one: _Playing) -> bool:
-        return one.ticket is not None and self._engine.requests.ended(one.ticket)
-
-    def _collect(self, one: _Playing) -> None:
+    def _collect(self, one: _Playing, number: int) -> None:
         """A turn has left the engine: it is over, or interrupted."""
-        assert one.turn is not None and one.ticket is not None
-        (sample,) = self._engine.requests.finish(one.ticket)
-        one.ticket = None
+        (sample,) = self._engine.requests.finish(one.tickets.pop(number))
+        turn = one.turns[number - 1]
         if one.tokens_left is not None:
-            one.tokens_left -= len(sample.tokens) - len(one.turn.sample.tokens)
-        one.turn = replace(one.turn, sample=sample)
+            one.tokens_left = max(0, one.tokens_left - len(sample.tokens) + len(turn.sample.tokens))
         if sample.ended:
-            self._end_turn(one, sample)
+            self._end_turn(one, number, sample)
         else:
-            one.interrupted = True
+            one.turns[number - 1] = replace(turn, sample=sample)
+            self._interrupt(one)
 
-    def _end_turn(self, one: _Playing, sample: Sample) -> None:
+    def _interrupt(self, one: _Playing) -> None:
+        """Let it go on in a later step."""
+        one.interrupted = True
+        self._pause(one)
+
+    def _pause(self, one: _Playing) -> None:
+        """The round's other episodes must not wait for the place of one that goes on in a later step."""
+        assert one.episode.key is not None
+        if self._source is not None and not one.tickets:
+            self._call_source(self._source.pause, one.episode.key)
+
+    def _end_turn(self, one: _Playing, number: int, sample: Sample) -> None:
         """A turn has been sampled to its end; its environment goes on."""
-        assert one.turn is not None and one.episode.key is not None
-        turn = replace(one.turn, sample=replace(sample, prompt=[]))
-        one.context, one.turn = [*sample.prompt, *sample.tokens], None
-        one.episode = replace(one.episode, turns=(*one.episode.turns, turn))
+        assert one.episode.key is not None
+        one.turns[number - 1] = replace(one.turns[number - 1], sample=replace(sample, prompt=[]))
+        if number == len(one.turns):
+            one.context = [*sample.prompt, *sample.tokens]
         one.waiting_since = time.monotonic()
         if self._source is not None:
-            self._call_source(self._source.answer, one.episode.key, len(one.episode.turns), sample)
+            self._call_source(self._source.answer, one.episode.key, number, sample)
+        if one.interrupted:
+            self._pause(one)
 
     # ---- begin and end
 
     def _begin(self, episode: Episode) -> _Playing:
         self._begun += 1
         fresh = replace(episode, key=self._begun, turns=())
-        one = _Playing(fresh, Sampling(), None, deque(episode.turns), waiting_since=time.monotonic())
+        whole = zip(episode.turns, contexts(episode.turns), strict=True)
+        recorded = [replace(turn, sample=replace(turn.sample, prompt=context)) for turn, context in whole]
+        one = _Playing(fresh, Sampling(), None, waiting_since=time.monotonic())
+        one.recorded = {turn.sample.seed: turn for turn in recorded}
+        one.in_turn = all(turn.alone for turn in recorded)
         self._playing[self._begun] = one
         if self._source is not None:
             self._call_source(self._source.start, self._begun, episode.task, episode.place.environment_seed)
@@ -334,24 +382,29 @@ class Episodes(RolloutKind[Episode]):
 
     def _fail(self, one: _Playing, kind: str, detail: str) -> None:
         """End an episode that cannot go on."""
-        key, turns = one.episode.key, len(one.episode.turns)
+        key, turns = one.episode.key, len(one.turns) - len(one.open)
         assert key is not None
         if self._source is not None:
             self._call_source(self._source.abandon, [key])
         self._end(one, Ended(key, math.nan, (0.0,) * turns, kind, {"detail": detail}))
 
     def _end(self, one: _Playing, end: Ended) -> None:
-        turns = len(one.episode.turns)
+        over = [number for number, turn in enumerate(one.turns, 1) if turn.sample.ended]
+        turns, order = len(over), list(end.order) or over
+        if sorted(order) != over:
+            raise RuntimeError(f"episode {end.episode} has ended with the turns {order} in its row; {over} are over.")
         if len(end.turn_rewards) > turns or (len(end.turn_rewards) < turns and not math.isnan(end.reward)):
             raise RuntimeError(
                 f"episode {end.episode} has ended as {end.ended} with {len(end.turn_rewards)} rewards for {turns} turns."
             )
-        if one.ticket is not None:
-            with self._engine.working():
-                self._engine.requests.cancel(one.ticket)
+        with self._engine.working():
+            for ticket in one.tickets.values():
+                self._engine.requests.cancel(ticket)
         rewards = (*end.turn_rewards, *[0.0] * (turns - len(end.turn_rewards)))
-        one.ticket = one.turn = None
-        one.episode = replace(one.episode, end=replace(end, turn_rewards=rewards))
+        one.tickets.clear()
+        ended = replace(end, turn_rewards=rewards, order=())
+        turns_in_row = in_order(one.turns, order) if end.order else tuple(one.turns[number - 1] for number in over)
+        one.episode = replace(one.episode, turns=turns_in_row, end=ended)
         del self._playing[end.episode]
 
     def _call_source(self, method: Callable[..., None], *arguments: Any) -> None:
@@ -366,6 +419,11 @@ class Episodes(RolloutKind[Episode]):
         self._started += 1
         self._tickets[self._started] = playing
         return self._started
+
+
+def _asked_alike(turn: Turn, other: Turn) -> bool:
+    """Whether both were asked for with the same context and the same settings of sampling."""
+    return (turn.sample.prompt, dict(turn.sampling)) == (other.sample.prompt, dict(other.sampling))
 
 
 def _never() -> bool:

@@ -22,19 +22,15 @@ class Turn:
     added: tuple[int, ...]
     """Token ids before it that were not sampled: what follows the turn before, or the whole context of a new segment."""
     new_segment: bool
-    """Its context begins a segment of its own."""
+    """Its context begins a segment of its own; else it goes on from that of the turn before."""
     sample: Sample
     """What was sampled. `prompt` is the whole context while the turn is under way, and empty afterwards."""
     max_tokens: int | None = None
     """Most tokens, where the agent said so."""
     sampling: Mapping[str, Any] = field(default_factory=dict)
     """Settings of sampling that the agent asked for."""
-
-    def asked_alike(self, other: Turn) -> bool:
-        """Whether both were asked for with the same context and the same settings of sampling. Their limits may differ: those
-        of the run may have been raised since."""
-        asked = (self.added, self.new_segment, dict(self.sampling))
-        return asked == (other.added, other.new_segment, dict(other.sampling))
+    alone: bool = True
+    """No other turn of the episode was open when it was asked for."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +41,8 @@ class Episode:
     place: Place
     """Its place in the run: the seeds of its turns and of its environment."""
     turns: tuple[Turn, ...] = ()
-    """The last one may be interrupted."""
+    """In the order in which they were asked for, and some may be interrupted; once it has ended: those that are over, in the order of
+    its row."""
     end: Ended | None = None
     key: int | None = field(default=None, compare=False)
     """Its key where it is being played; None: nowhere yet, or in another process."""
@@ -66,6 +63,34 @@ class Episode:
     def token_sum(self) -> int:
         """Sum of the sampled token ids."""
         return sum(turn.sample.token_sum for turn in self.turns)
+
+
+def contexts(turns: Sequence[Turn]) -> list[list[int]]:
+    """The whole context of each turn, in the order in which they were asked for."""
+    found: list[list[int]] = []
+    known: list[int] = []
+    for turn in turns:
+        context = [*(() if turn.new_segment else known), *turn.added]
+        found.append(context)
+        known = [*context, *turn.sample.tokens]
+    return found
+
+
+def in_order(turns: Sequence[Turn], order: Sequence[int]) -> tuple[Turn, ...]:
+    """Some turns in another order; one that goes on from the turn before it there stands in the segment of that.
+
+    Args:
+        turns: all of an episode, in the order in which they were asked for.
+        order: numbers, from 1, of those that are wanted.
+    """
+    whole, ordered = contexts(turns), []
+    known: list[int] = []
+    for number in order:
+        turn, context = turns[number - 1], whole[number - 1]
+        new = not known or context[: len(known)] != known
+        ordered.append(replace(turn, added=tuple(context if new else context[len(known) :]), new_segment=new))
+        known = [*context, *turn.sample.tokens]
+    return tuple(ordered)
 
 
 def turn_sampling(run: Sampling, turn: Turn, stop: Sequence[int], room: int) -> Sampling:
@@ -109,10 +134,11 @@ def episode_from(saved: Mapping[str, Any], task: Prompt) -> Episode:
 
 
 def _end_to(end: Ended) -> dict[str, Any]:
-    reward = None if math.isnan(end.reward) else end.reward  # JSON has no NaN
-    return {**vars(end), "reward": reward, "record": dict(end.record)}
+    """Without the key, which counts the episodes of a process, and the order, in which its turns are already: two runs that are the same save the same."""
+    values = {name: value for name, value in vars(end).items() if name not in ("episode", "order")}
+    return {**values, "reward": None if math.isnan(end.reward) else end.reward, "record": dict(end.record)}
 
 
 def _end_from(saved: Mapping[str, Any]) -> Ended:
     reward = math.nan if saved["reward"] is None else saved["reward"]
-    return Ended(**{**saved, "reward": reward, "turn_rewards": tuple(saved["turn_rewards"])})
+    return Ended(**{**saved, "episode": 0, "reward": reward, "turn_rewards": tuple(saved["turn_rewards"])})

@@ -35,7 +35,8 @@ class Difference:
 def replay(source: EpisodeSource, record: SampleRecord, stop: Collection[int], wait_s: float) -> list[Difference]:
     """Play a recorded episode in a fresh environment; nothing is sampled.
 
-    It goes on as long as each turn is asked for with the recorded context: after another one, what was sampled means nothing.
+    It goes on as long as turns are asked for with recorded contexts, those that are open at once in any order: after another
+    context, what was sampled means nothing.
 
     Args:
         stop: token ids that end any turn; a recorded turn without one at its end, or one that the agent asked for, was cut
@@ -55,32 +56,34 @@ def replay(source: EpisodeSource, record: SampleRecord, stop: Collection[int], w
     first = tuple(record.tokens[: record.prompt_tokens])
     task = Prompt(first, str(record.fields.get("prompt", "")), record.task, record.prompt_index)
     source.start(1, task, record.episode["seed"])
-    for turn in record.turns:
-        where, context = f"turn {turn.number}", record.tokens[record.segment_of(turn.start) : turn.start]
-        event = _next_event(source, wait_s)
-        if isinstance(event, Ended):
-            return [Difference(where, "the episode has ended", "a turn", _ending(event))]
-        if list(event.context) != context:
-            source.abandon([1])
-            return [Difference(where, "the context", context, list(event.context))]
-        ends = {*stop, *event.sampling.get("stop_token_ids", ())}
-        source.answer(1, turn.number, _sampled(record, turn, context, ends))
-    if record.episode["ended"] in OF_THE_ROLLOUT:
-        source.abandon([1])
-        return []
-    event = _next_event(source, wait_s)
-    if isinstance(event, Ask):
-        source.abandon([1])
-        return [Difference("end", "another turn is asked for", record.episode["ended"], f"turn {event.turn}")]
-    return _differing_ends(record, event)
+    left = [(turn, record.tokens[record.segment_of(turn.start) : turn.start]) for turn in record.turns]
+    while left or record.episode["ended"] not in OF_THE_ROLLOUT:
+        where = f"turn {left[0][0].number}" if left else "end"
+        events = _next_events(source, wait_s)
+        for ended in (event for event in events if isinstance(event, Ended)):  # it may have failed since it asked
+            if left:
+                return [Difference(where, "the episode has ended", "a turn", _ending(ended))]
+            return _differing_ends(record, ended)
+        for ask in (event for event in events if isinstance(event, Ask)):
+            known = next((one for one in left if one[1] == list(ask.context)), None)
+            if known is None:
+                source.abandon([1])
+                if not left:
+                    return [Difference(where, "another turn is asked for", record.episode["ended"], f"turn {ask.turn}")]
+                return [Difference(f"turn {left[0][0].number}", "the context", left[0][1], list(ask.context))]
+            left.remove(known)
+            ends = {*stop, *ask.sampling.get("stop_token_ids", ())}
+            source.answer(1, ask.turn, _sampled(record, *known, ends))
+    source.abandon([1])
+    return []
 
 
-def _next_event(source: EpisodeSource, wait_s: float) -> Ask | Ended:
+def _next_events(source: EpisodeSource, wait_s: float) -> list[Ask | Ended]:
     until = time.monotonic() + wait_s
     while True:
         events = source.poll(min(1.0, wait_s))
         if events:
-            return events[-1]  # it may have failed since it asked
+            return events
         if time.monotonic() >= until:
             source.abandon([1])
             raise ValueError(f"the environment has said nothing for {wait_s:g} s; give it longer with --wait.")

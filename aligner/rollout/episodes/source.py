@@ -17,13 +17,13 @@ class Ask:
     episode: int
     """The episode's key: its row's number in this play."""
     turn: int
-    """Number of the turn in its episode, from 1."""
+    """Number of the turn in its episode, from 1, in the order in which they are asked for."""
     context: tuple[int, ...]
     """Token ids of the whole context that the turn continues."""
     new_segment: bool
-    """False: the context is all ids of the current segment so far, the sampled ones exactly as they were sampled, and a suffix of
-    ids that were not sampled. True: the context begins a segment of its own (the first turn, or a history that was compacted,
-    branched or rewritten)."""
+    """False: the turn asked for before this one is over, and the context is all ids of its segment, the sampled ones exactly as
+    they were sampled, and a suffix of ids that were not sampled. True: the context begins a segment of its own (the first turn,
+    one that is asked for while the turn before is sampled, a history that was compacted, branched or rewritten)."""
     max_tokens: int | None = None
     """Most tokens to sample in this turn; None: what sampling.max_tokens and the context length allow."""
     seed_key: int | None = None
@@ -42,11 +42,14 @@ class Ended:
     reward: float
     """The episode's reward; NaN where the episode failed."""
     turn_rewards: tuple[float, ...]
-    """What the environment gave after each turn; one for each turn that was sampled."""
+    """What the environment gave after each turn; one for each turn that was sampled to its end."""
     ended: str
     """"done", "max_turns", "max_tokens", or the failure's kind: "timeout", "crashed", "memory", "protocol", "episode_timeout", ..."""
     record: Mapping[str, Any]
     """{"detail": str, "metrics": {name: float}, "messages": [...]} as JSON, for reports, saved samples and replay."""
+    order: tuple[int, ...] = ()
+    """Numbers of the turns that are over in the order in which they stand in the episode's row, where that is not the order in which
+    they were asked for; `turn_rewards` have the row's order."""
 
 
 class EpisodeSource(Protocol):
@@ -67,7 +70,8 @@ class EpisodeSource(Protocol):
         ...
 
     def poll(self, wait_s: float) -> list[Ask | Ended]:
-        """What has become ready since the last call. An episode has at most one `Ask` open: the next comes after `answer`.
+        """What has become ready since the last call. An episode may have several turns open at once; each gets its `answer` when it
+        has been sampled.
 
         Args:
             wait_s: seconds to wait for the first of them; 0: return at once.
@@ -81,6 +85,11 @@ class EpisodeSource(Protocol):
             sample: its tokens, the stop token included where one was sampled, their log-probabilities and weight versions;
                 `truncated` where max_tokens ended it.
         """
+        ...
+
+    def pause(self, episode: int) -> None:
+        """The turn that the episode has asked for will be answered in a later step only (partial rollouts): until then it takes no
+        place from others, which must be able to begin while it is open."""
         ...
 
     def abandon(self, episodes: Collection[int]) -> None:

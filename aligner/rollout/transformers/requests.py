@@ -69,8 +69,8 @@ class BatchedRequests(Requests[_Live]):
 
     def start(self, samples: Sequence[Sample], sampling: Sampling, step_tokens: int | None = None) -> int:
         """The longest go first, so that rows of a batch have similar lengths."""
-        made = [self._request(sample, number) for number, sample in enumerate(samples)]
-        for one in sorted(made, key=lambda one: -len(one.sample.prompt) - len(one.sample.tokens)):
+        made, going_on = self._to_start(samples, sampling)
+        for one in going_on:
             most, one.may_go_on = tokens_left(one.sample, sampling, step_tokens)
             stop = self.stop if sampling.stop_token_ids is None else sampling.stop_token_ids
             one.row, one.under_way = Row(one.sample, sampling, most, stop), True

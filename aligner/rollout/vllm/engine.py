@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,6 +25,7 @@ from aligner.rollout.vllm import cpu_norms
 from aligner.rollout.vllm.cpu_rotary import mend_cpu_rotary
 from aligner.rollout.vllm.cpu_single_rows import compute_single_rows_as_two
 from aligner.rollout.vllm.experts import mend_cpu_expert_parallel
+from aligner.rollout.vllm.garbage import collector_kept
 from aligner.rollout.vllm.requests import VllmRequests
 from aligner.rollout.vllm.sizes import BLOCK_TOKENS, check_runs, kv_cache_bytes
 from aligner.rollout.vllm.sleep import residency_parts
@@ -103,7 +103,6 @@ class VllmEngine(RolloutEngine):
         ends = self.spec.eos_token_ids if stop is None else stop
         self.requests: VllmRequests = VllmRequests(self._llm, self._worker.model_runner, ends, self.loaded)
         """What is being generated."""
-        gc.unfreeze()  # vLLM hides all objects of the process from the garbage collector, the training roles' too
 
     @classmethod
     def build(
@@ -222,7 +221,7 @@ class VllmEngine(RolloutEngine):
         """Free the engine; collective over the replica. The process can then make another one."""
         core = self._llm.engine_core
         core._finalizer.detach()  # would destroy the world's process group
-        with self._subworld.inside():
+        with self._subworld.inside(), collector_kept(self.device):
             core.engine_core.structured_output_manager.clear_backend()
             core.engine_core.model_executor.shutdown()
             core.engine_core.scheduler.shutdown()
@@ -302,6 +301,7 @@ def engine_sizes(
         "enable_sleep_mode": sleeps and not cpu,
         # else they stay on the device while the engine sleeps
         "sleep_mode_offload_cudagraph": sleeps and not cpu,
+        "enable_nccl_comm_suspend": config.suspend_communicators and sleeps and not cpu,
         "max_model_len": config.length(spec),
         "trust_remote_code": spec.trust_remote_code,
     }

@@ -175,4 +175,4 @@ def mend_cpu_expert_parallel() -> None:
             topk_weights, topk_ids = topk_weights.masked_fill(slots < 0, 0), slots.clamp(min=0)
         apply(self, topk_weights=topk_weights, topk_ids=topk_ids, expert_map=expert_map, **rest)
 
-    CPUUnquantizedExperts.apply = mended  # type: ignore[method-assign]
+    CPUUnquantizedExperts.apply = mended  # type: ignore[method-assign, assignment]

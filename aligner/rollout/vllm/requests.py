@@ -43,9 +43,9 @@ class VllmRequests(Requests[_Live]):
         """The longest go first."""
         from vllm.inputs import tokens_input
 
-        made = [self._request(sample, number) for number, sample in enumerate(samples)]
+        made, going_on = self._to_start(samples, sampling)
         ticket = self._ticket(made)
-        for one in sorted(made, key=lambda one: -len(one.sample.prompt) - len(one.sample.tokens)):
+        for one in going_on:
             so_far = one.sample
             most, one.may_go_on = tokens_left(so_far, sampling, step_tokens)
             params = request_params(sampling, most, self.stop, **self._draws.params(so_far.seed))

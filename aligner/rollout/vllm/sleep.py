@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from aligner.rollout.freed_storages import FreedStorages
+from aligner.rollout.vllm.garbage import uncollected
 from aligner.rollout.vllm.packing import drop_kernels
 
 if TYPE_CHECKING:
@@ -100,7 +98,8 @@ class SleepingWeights:
 
     Its sleep of level 2 would do the same, and take a cache that is to stay along; like it, buffers are saved. What the kernels
     work in, "workspace", goes with the weights and comes back with whatever is mapped next. Of an engine whose cache is away
-    too, CUDA graphs leave for the host; there stay NCCL's buffers and the CUDA context.
+    too, CUDA graphs leave for the host, and NCCL's buffers are given back with `rollout.suspend_communicators`; there stay what NCCL
+    cannot give back, torch's own communicators and the CUDA context.
     """
 
     def __init__(self, engine: VllmInternals, weights: EngineWeights, meter: Meter, cache: SleepingCache) -> None:
@@ -120,11 +119,14 @@ class SleepingWeights:
         """Free the weights; the engine cannot generate until the next sync."""
         self._engine.loaded.evict()
         self._buffers = [(buffer, buffer.to("cpu", copy=True)) for buffer in self._engine.model.buffers()]
-        with self._engine.inside(), _unscanned():
+        with self._engine.inside(), uncollected():
             self._engine.executor.discard(("weights", WORKSPACE))
             if not self._cache.resident:
+                worker = self._engine.executor.driver_worker.worker
                 # what is left of the engine's own pools, kept on the host: the graphs, where they are in one
-                self._engine.executor.driver_worker.worker.sleep_mode_backend.suspend(2)
+                worker.sleep_mode_backend.suspend(2)
+                if worker.vllm_config.model_config.enable_nccl_comm_suspend:
+                    _suspend_communicators(self._engine.device)  # `wake_up` resumes them
         # `wake_up` maps everything that is not named, and the executor must not hold that against the next `discard`
         self._engine.executor.sleeping_tags.discard(WORKSPACE)
         self._meter.phantom += self._bytes
@@ -134,7 +136,7 @@ class SleepingWeights:
         """Map the memory again, for a sync to write."""
         self._meter.phantom -= self._bytes
         _release_cached(self._engine.device)
-        with self._engine.inside(), _unscanned():
+        with self._engine.inside(), uncollected():
             self._engine.executor.wake_up(["weights"])
             for buffer, saved in self._buffers:
                 buffer.copy_(saved)
@@ -170,22 +172,19 @@ class SleepingCache:
         """Empty."""
         self._meter.phantom -= self._bytes
         _release_cached(self._engine.device)
-        with self._engine.inside(), _unscanned():
+        with self._engine.inside(), uncollected():
             self._engine.executor.wake_up(["kv_cache"])
             for cache in self._engine.caches:
                 cache.zero_()
         self.resident = True
 
 
-@contextmanager
-def _unscanned() -> Iterator[None]:
-    """vLLM collects garbage as it goes to sleep and wakes, which looks through all objects of the process; none of them are its
-    own."""
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
+def _suspend_communicators(device: torch.device) -> None:
+    """NCCL gives back the buffers of vLLM's communicators, which must be idle; collective over the replica."""
+    from vllm.distributed.parallel_state import suspend_device_comms
+
+    torch.cuda.synchronize(device)
+    suspend_device_comms()
 
 
 def _release_cached(device: torch.device) -> None:

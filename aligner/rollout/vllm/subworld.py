@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 
+from aligner.rollout.vllm.garbage import collector_kept
 from aligner.spmd.serialization import deserialize, serialize
 
 T = TypeVar("T")
@@ -132,7 +133,7 @@ class SubWorld:
         sockets = tempfile.mkdtemp(prefix="aligner-")
         self._environment["VLLM_RPC_BASE_PATH"] = sockets
         try:
-            with self.inside(), _memory_policy_kept():
+            with self.inside(), _memory_policy_kept(), collector_kept(self.device):
                 yield
             if self.size > 1:
                 dist.barrier(group=self.group)  # all ranks have opened the files
@@ -247,7 +248,6 @@ class SubWorld:
                 parallel_state._WORLD.destroy()
             parallel_state._WORLD = parallel_state._INNER_DP_WORLD = parallel_state._NODE_COUNT = None
             envs.disable_envs_cache()
-        gc.unfreeze()
         gc.collect()
 
 

@@ -37,7 +37,8 @@ def tool_parser(
 def _extract(
     kind: type[ToolParser], tokenizer: PreTrainedTokenizerBase, text: str, tools: Sequence[Mapping[str, Any]]
 ) -> tuple[str, list[tuple[str, str]]]:
-    request = ChatCompletionRequest(messages=[], model="", tools=[dict(tool) for tool in tools] or None)
+    fields = {"messages": [], "model": "", "tools": [dict(tool) for tool in tools] or None}
+    request: Any = ChatCompletionRequest.model_validate(fields)
     parser = kind(tokenizer, request.tools)  # it holds the state of one response
     parsed = parser.extract_tool_calls(text, request)
     return parsed.content or "", [(call.function.name, call.function.arguments) for call in parsed.tool_calls]

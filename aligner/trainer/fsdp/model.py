@@ -22,6 +22,7 @@ from aligner.trainer.fsdp.attention import Rows
 from aligner.trainer.fsdp.collectives import save_on_cpu
 from aligner.trainer.fsdp.fusion import fuse
 from aligner.trainer.fsdp.layout import FsdpLayout
+from aligner.trainer.fsdp.linear import use_products
 from aligner.trainer.output_layer import PackedOutput
 from aligner.trainer.packing import Packed
 from aligner.trainer.readout import Readout
@@ -184,6 +185,7 @@ def build_model(
     for embedding in (module for module in model.modules() if isinstance(module, nn.Embedding)):
         embedding.padding_idx = None
     fuse(model)
+    use_products(model)
     rows = Rows(recompute == "selective", explicit)
     attention.use_rows(model, rows)
     layers = decoder_layers(model)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from megatron.core.tensor_parallel.mappings import all_gather_last_dim_from_tensor_parallel_region
@@ -90,11 +90,11 @@ class RotarySelfAttention(SelfAttention):
         self.tables_2T1D: Tensor | None = None
         """Cosines and sines, during a forward."""
 
-    def forward(self, *args: Any, rotary_pos_emb: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """[T, 1, hidden] -> the same; `rotary_pos_emb`: `PackedRotary`'s tables of all layer types."""
-        self.tables_2T1D = rotary_pos_emb[..., self.rotary.start : self.rotary.stop]
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """[T, 1, hidden] -> (the same, no bias); the keyword `rotary_pos_emb`: `PackedRotary`'s tables of all layer types."""
+        self.tables_2T1D = kwargs["rotary_pos_emb"][..., self.rotary.start : self.rotary.stop]
         try:
-            return super().forward(*args, rotary_pos_emb=None, **kwargs)  # type: ignore[no-any-return]
+            return super().forward(*args, **{**kwargs, "rotary_pos_emb": None})
         finally:
             self.tables_2T1D = None
 
@@ -105,7 +105,8 @@ class RotarySelfAttention(SelfAttention):
 
     def get_query_key_value_tensors(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
         """Queries [T, 1, heads / tensor, head_dim], keys and values [T, 1, key/value heads / tensor, head_dim]."""
-        query, key, value = super().get_query_key_value_tensors(*args, **kwargs)
+        projected: Any = super().get_query_key_value_tensors(*args, **kwargs)
+        query, key, value = projected  # two where they are not to be split, four with a gate
         return self.rotate(query), self.rotate(key), _own(value)
 
 
@@ -125,8 +126,9 @@ class SharedHeadAttention(RotarySelfAttention):
         split_qkv: bool = True,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """[T / tensor or T, 1, hidden] -> queries [T, 1, heads / tensor, head_dim], key and value [T, 1, 1, head_dim]."""
-        config, group = self.config, self.pg_collection.tp
-        local_T1R, _ = self.linear_qkv(hidden_states)
+        config: Any = self.config  # whose optional fields are filled in by now
+        group, projection = self.pg_collection.tp, cast(Any, self.linear_qkv)
+        local_T1R, _ = projection(hidden_states)
         rows_T1R = all_gather_last_dim_from_tensor_parallel_region(local_T1R, group)
         heads = config.num_attention_heads // config.num_query_groups
         local_heads, ranks_per_kv_head = (
@@ -137,10 +139,11 @@ class SharedHeadAttention(RotarySelfAttention):
         qkv = rows_T1R.view(*rows_T1R.shape[:2], config.num_query_groups, heads + 2, config.kv_channels)[:, :, kv_head]
         query, key, value = qkv.split([heads, 1, 1], dim=2)
         query = query[:, :, index * local_heads : (index + 1) * local_heads]
-        if self.q_layernorm is not None:
-            query = self.q_layernorm(query)
-        if self.k_layernorm is not None:
-            key = self.k_layernorm(key)
+        query_norm, key_norm = cast(Any, self.q_layernorm), cast(Any, self.k_layernorm)
+        if query_norm is not None:
+            query = query_norm(query)
+        if key_norm is not None:
+            key = key_norm(key)
         return self.rotate(query), self.rotate(key), _own(value)
 
 

@@ -15,6 +15,9 @@ import warnings
 from typing import Any
 
 import torch
+from torch import Tensor
+
+from aligner.trainer.products import linear
 
 _FACTORIES = [
     "empty",
@@ -148,8 +151,8 @@ def _install_cpu() -> None:
     for name, module in list(sys.modules.items()):
         if name.startswith("megatron.") and vars(module).get("torch") is torch:
             vars(module)["torch"] = stand_in
-    import megatron.core.tensor_parallel.random as rng
-    import megatron.core.transformer.moe.token_dispatcher as dispatcher
+    rng: Any = importlib.import_module("megatron.core.tensor_parallel.random")
+    dispatcher: Any = importlib.import_module("megatron.core.transformer.moe.token_dispatcher")
 
     # Megatron converts token counts to numpy when it moves them to the host; on the host already, it leaves them tensors
     dispatcher.maybe_move_tensor_to_cpu = lambda tensor, as_numpy=False, record_stream=False: (
@@ -157,6 +160,26 @@ def _install_cpu() -> None:
     )
     rng._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()
     rng._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
+    _install_linear()
+
+
+def _install_linear() -> None:
+    """Megatron's linear layers take `products.linear`, save under sequence parallelism, where they gather and scatter tokens."""
+    import megatron.core.tensor_parallel.layers as layers
+
+    theirs = layers.LinearWithGradAccumulationAndAsyncCommunication
+    if not issubclass(theirs, torch.autograd.Function):
+        return
+
+    class Linear:
+        @staticmethod
+        def apply(x: Tensor, weight: Tensor, bias: Tensor | None, *settings: Any) -> Tensor:
+            _, sum_grad, sequence_parallel, *_, group = settings
+            if sequence_parallel:
+                return theirs.apply(x, weight, bias, *settings)  # type: ignore[no-any-return]
+            return linear(x, weight, bias, group if sum_grad else None)
+
+    layers.LinearWithGradAccumulationAndAsyncCommunication = Linear
 
 
 def _leave_functions_uncompiled() -> None:
@@ -175,11 +198,19 @@ def _leave_functions_uncompiled() -> None:
                 setattr(owner, name, value._torchdynamo_orig_callable)  # type: ignore[attr-defined]
 
 
+def _l2_norm(chunk_size: int, overflow: torch.Tensor, tensors: list[list[torch.Tensor]], per_tensor: bool) -> Any:
+    """(norm over all tensors [1], None): Megatron's own fallback copies the norm of each tensor to the host, one by one."""
+    return torch.stack(torch._foreach_norm(tensors[0])).norm().view(1), None
+
+
 def _install_without_transformer_engine() -> None:
     """Define names that Megatron-core uses but does not define without TransformerEngine."""
     import megatron.core.tensor_parallel.random as rng
     import megatron.core.transformer.moe.moe_utils as experts
+    from megatron.core.optimizer import clip_grads
 
+    if clip_grads.l2_norm_impl.__name__ == "local_multi_tensor_l2_norm":  # neither TransformerEngine's nor Apex's
+        clip_grads.l2_norm_impl = _l2_norm
     for name in ("te_general_gemm", "fused_permute", "fused_unpermute", "fused_sort_chunks_by_index"):
         if not hasattr(experts, name):
             setattr(experts, name, None)
@@ -187,6 +218,11 @@ def _install_without_transformer_engine() -> None:
         rng.FP8GlobalStateManager = types.SimpleNamespace(is_fp8_enabled=lambda: False, get_fp8_recipe=lambda: None)
         rng.activation_recompute_forward = lambda *args, **kwargs: contextlib.nullcontext()
         rng.fp8_autocast = lambda *args, **kwargs: contextlib.nullcontext()
+
+
+def parameter_device() -> torch.device:
+    """Where layers make their parameters, ours as Megatron's."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def install() -> None:

@@ -164,7 +164,8 @@ class MegatronEngine(TrainEngine):
     def make_optimizer(self) -> None:
         """Make the data-parallel wrapper, which moves the parameters into flat buffers, and AdamW."""
         if self._optimizer is None:
-            self._optimizer = Optimizer(self.model, self.config.optimizer, self.groups)
+            overlap = self.config.overlap_grad_reduce
+            self._optimizer = Optimizer(self.model, self.config.optimizer, self.groups, overlap=overlap)
 
     @property
     def optimizer(self) -> Optimizer:

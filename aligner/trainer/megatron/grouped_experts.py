@@ -10,6 +10,7 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
 
 from aligner.trainer.fused import gated
+from aligner.trainer.megatron.cpu import parameter_device
 
 ALIGNED = 8
 """An expert's rows are filled up to a multiple of this with zeros: CUDA's kernel for the weights' gradients wants 16 bytes."""
@@ -21,6 +22,11 @@ class GroupedExperts(MegatronModule):
     Megatron's own `GroupedMLP` needs a library of CUDA kernels beside torch.
     """
 
+    weight1: Tensor
+    """[experts, 2 ffn / tensor, hidden]: gate and up."""
+    weight2: Tensor
+    """[experts, hidden, ffn / tensor]: down."""
+
     def __init__(
         self, num_local_experts: int, config: Any, submodules: Any = None, *, pg_collection: Any, activation: str
     ) -> None:
@@ -31,12 +37,11 @@ class GroupedExperts(MegatronModule):
         super().__init__(config=config)
         self.num_local_experts, self.activation = num_local_experts, activation
         width = config.moe_ffn_hidden_size // pg_collection.expt_tp.size()
-        device = "cpu" if not torch.cuda.is_available() else torch.cuda.current_device()
         for name, shape, dimension in (
             ("weight1", (num_local_experts, 2 * width, config.hidden_size), 1),
             ("weight2", (num_local_experts, config.hidden_size, width), 2),
         ):
-            weight: Any = nn.Parameter(torch.empty(shape, dtype=config.params_dtype, device=device))
+            weight: Any = nn.Parameter(torch.empty(shape, dtype=config.params_dtype, device=parameter_device()))
             # what Megatron's linear layers say of an expert's weight: how it is cut, and over which ranks its gradient is summed
             weight.tensor_model_parallel = True
             weight.partition_dim, weight.partition_stride = dimension, 1

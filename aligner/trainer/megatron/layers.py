@@ -34,6 +34,7 @@ from aligner.trainer.megatron.attention import (
     RotarySelfAttention,
     SharedHeadAttention,
 )
+from aligner.trainer.megatron.cpu import parameter_device
 from aligner.trainer.megatron.grouped_experts import GroupedExperts
 from aligner.trainer.megatron.rotary import rotary_slice
 from aligner.trainer.megatron.versions import submodules_of
@@ -46,8 +47,7 @@ class RMSNorm(nn.Module):
     def __init__(self, config: Any, hidden_size: int, eps: float = 1e-6, **_: Any) -> None:
         super().__init__()
         self.eps = eps
-        device = "cpu" if not torch.cuda.is_available() else torch.cuda.current_device()
-        self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype, device=device))
+        self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype, device=parameter_device()))
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -106,16 +106,17 @@ class DecoderLayer(TransformerLayer):
             self.mlp_bda = partial(_add_normed, self.post_mlp_norm)
         if norms.after_attention or norms.after_mlp:
             # Megatron enables gradients here, for fused functions that it compiles; the norms would keep their inputs
-            self.bias_dropout_add_exec_handler = nullcontext
+            self.bias_dropout_add_exec_handler = nullcontext  # type: ignore[assignment]
         self.last = last
         if last:
             self.self_attn_bda = partial(self._add_to_kept, self.self_attn_bda)
 
-    def forward(self, *args: Any, packed_seq_params: KeptTokens | None = None, **kwargs: Any) -> Any:
-        """[T, 1, hidden] -> the same, or [K, 1, hidden]."""
-        self.kept_K = packed_seq_params.kept_K if self.last and packed_seq_params else None
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """[T, 1, hidden] -> the same, or [K, 1, hidden]; the keyword `packed_seq_params`: `KeptTokens`, or None for all."""
+        kept: KeptTokens | None = kwargs.get("packed_seq_params")
+        self.kept_K = kept.kept_K if self.last and kept else None
         try:
-            return super().forward(*args, packed_seq_params=packed_seq_params, **kwargs)
+            return super().forward(*args, **kwargs)
         finally:
             self.kept_K = None
 
@@ -167,8 +168,9 @@ class ScalarHead(nn.Module):
     def __init__(self, config: Any, group: Any) -> None:
         super().__init__()
         self.group, self.sequence_parallel = group, config.sequence_parallel
-        device = "cpu" if not torch.cuda.is_available() else torch.cuda.current_device()
-        self.weight = nn.Parameter(torch.zeros(1, config.hidden_size, dtype=config.params_dtype, device=device))
+        self.weight = nn.Parameter(
+            torch.zeros(1, config.hidden_size, dtype=config.params_dtype, device=parameter_device())
+        )
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, hidden_states: Tensor, weight: None = None, runtime_gather_output: bool | None = None) -> Any:
@@ -203,11 +205,11 @@ def fuse_activations(model: nn.Module, activation: str) -> None:
     Megatron gives its process group to an `MLP` only."""
     for module in model.modules():
         if isinstance(module, MLP):
-            module.forward = partial(_gated_mlp, module, activation)
+            module.forward = partial(_gated_mlp, module, activation)  # type: ignore[method-assign]
 
 
 def _gated_mlp(
-    mlp: MLP, activation: str, hidden_states: Tensor, per_token_scale: Tensor | None = None, **_: Any
+    mlp: Any, activation: str, hidden_states: Tensor, per_token_scale: Tensor | None = None, **_: Any
 ) -> tuple[Tensor, Tensor | None]:
     """(output, bias to be added), as `MLP.forward`; `per_token_scale` are an expert's routing probabilities."""
     both, bias = mlp.linear_fc1(hidden_states)
@@ -229,7 +231,8 @@ def block_spec(spec: ModelSpec, layers: Sequence[int], group: Any, grouped: bool
     `GroupedExperts`."""
     kinds = [(spec.layer_types[number], number == spec.layers - 1) for number in layers]
     specs = {(name, last): _layer_spec(spec, spec.types[name], group, last, grouped) for name, last in set(kinds)}
-    return TransformerBlockSubmodules(layer_specs=[specs[kind] for kind in kinds], layer_norm=_norm(spec))
+    norm: Any = _norm(spec)  # a class, where Megatron says a module
+    return TransformerBlockSubmodules(layer_specs=[specs[kind] for kind in kinds], layer_norm=norm)
 
 
 def _norm(spec: ModelSpec) -> type[RMSNorm]:
@@ -244,7 +247,8 @@ def _layer_spec(spec: ModelSpec, layer_type: LayerType, group: Any, last: bool, 
             num_experts=spec.experts if layer_type.sparse else None,
         )
     )
-    parts, norm, norms = layer.submodules, _norm(spec), family_of(spec).norms
+    parts: Any = layer.submodules
+    norm, norms = _norm(spec), family_of(spec).norms
     parts.input_layernorm = norm if norms.before_attention else IdentityOp
     parts.pre_mlp_layernorm = norm if norms.before_mlp else IdentityOp
     layer.module, layer.params = DecoderLayer, {"norm": norm, "norms": norms, "last": last}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
@@ -27,7 +27,7 @@ from aligner.trainer.megatron.rotary import PackedRotary
 from aligner.trainer.megatron.sizes import check_runs
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-ACTIVATIONS = {"silu": F.silu, "gelu_tanh": partial(F.gelu, approximate="tanh")}
+ACTIVATIONS: Mapping[str, Callable[..., Tensor]] = {"silu": F.silu, "gelu_tanh": partial(F.gelu, approximate="tanh")}
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,8 @@ class ShardedModel:
         if isinstance(last.output_layer, ScalarHead):
             return None
         tied: bool = last.share_embeddings_and_output_weights
-        return last.shared_embedding_or_output_weight() if tied else last.output_layer.weight  # type: ignore[no-any-return]
+        weight: Any = last.shared_embedding_or_output_weight() if tied else last.output_layer.weight
+        return weight  # type: ignore[no-any-return]
 
     def train(self, training: bool = True) -> None:
         """Set training or evaluation mode."""
@@ -194,9 +195,10 @@ def build_model(
             force_reset_rng=True,
         )
         for number, layers in enumerate(layout.stages.chunks(stage)):
-            gpt = GPTModel(
+            block: Any = block_spec(spec, layers, groups.tp, experts == "grouped")
+            gpt: Any = GPTModel(
                 config,
-                block_spec(spec, layers, groups.tp, experts == "grouped"),
+                block,
                 vocab_size=padded_vocab_size(spec, mesh.tensor),
                 max_sequence_length=spec.max_positions,
                 pre_process=layout.stages.is_first(stage, number),

@@ -1,4 +1,4 @@
-"""Megatron's data-parallel wrapper and AdamW for one role, with the learning rate set at every step."""
+"""Megatron's AdamW for one role, with the learning rate set at every step."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import warnings
 from typing import Any
 
 import torch
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
 from aligner.trainer.config import OptimizerConfig
+from aligner.trainer.megatron.gradient_reduction import reduced_chunks
 from aligner.trainer.megatron.groups import optimizer_world
 from aligner.trainer.megatron.model import ShardedModel
 
@@ -20,19 +20,20 @@ from aligner.trainer.megatron.model import ShardedModel
 class Optimizer:
     """Gradient buffers, float32 master weights for bfloat16 parameters, AdamW, clipping by the global norm."""
 
-    def __init__(self, model: ShardedModel, config: OptimizerConfig, groups: ProcessGroupCollection) -> None:
+    def __init__(
+        self, model: ShardedModel, config: OptimizerConfig, groups: ProcessGroupCollection, *, overlap: bool = False
+    ) -> None:
+        """
+        Args:
+            overlap: see `reduced_chunks`.
+        """
         self.config = config
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            reduction = DistributedDataParallelConfig(
-                use_distributed_optimizer=config.distributed, overlap_grad_reduce=False, grad_reduce_in_fp32=True
-            )
-            self.chunks = [
-                DistributedDataParallel(model.config, reduction, chunk, pg_collection=groups) for chunk in model.chunks
-            ]
+            self.chunks = reduced_chunks(model, groups, distributed=config.distributed, overlap=overlap)
             bf16 = model.config.params_dtype == torch.bfloat16
             with optimizer_world(groups.intra_dist_opt):
-                self.inner = get_megatron_optimizer(
+                self.inner: Any = get_megatron_optimizer(
                     MegatronOptimizerConfig(
                         optimizer="adam",
                         lr=config.lr,
@@ -45,22 +46,13 @@ class Optimizer:
                         bf16=bf16,
                         params_dtype=model.config.params_dtype,
                     ),
-                    self.chunks,
+                    list(self.chunks),
                     use_gloo_process_groups=False,
                     pg_collection=groups,
                 )
 
-        for one in self.inner.chained_optimizers:
+        for one in self.inner.chained_optimizers:  # type: ignore[attr-defined]
             _fuse(one)
-        for chunk in self.chunks:
-            for buckets in (*chunk.bucket_groups, *chunk.expert_parallel_bucket_groups):
-                _skip_collectives_of_one(buckets)
-
-        def finish_gradients(models: list[Any], num_tokens: Any = None, **kwargs: Any) -> None:
-            # the loss is already divided by the global denominator; dividing again would be a silent error
-            finalize_model_grads(models, None, pg_collection=groups)
-
-        model.config.finalize_model_grads_func = finish_gradients
 
     def zero_grad(self) -> None:
         """Zero the gradients."""
@@ -107,15 +99,3 @@ def _fuse(optimizer: Any) -> None:
     if isinstance(inner, torch.optim.Adam):
         for group in inner.param_groups:
             group.update(fused=True, foreach=False)
-
-
-def _skip_collectives_of_one(buckets: Any) -> None:
-    """A data-parallel group of one rank has nothing to reduce or gather; gloo would copy every gradient and weight."""
-    group = (
-        buckets.intra_distributed_optimizer_instance_group
-        if buckets.ddp_config.use_distributed_optimizer
-        else buckets.data_parallel_group
-    )
-    if group.size() == 1:
-        assert all(bucket.gradient_scaling_factor == 1.0 for bucket in buckets.buckets)
-        buckets.start_grad_sync = buckets.start_param_sync = lambda *_, **__: None

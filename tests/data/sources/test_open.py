@@ -183,24 +183,57 @@ def test_a_missing_file(path: str, problem: str, tmp_path: Path, monkeypatch: py
 def test_csv_cells_are_text_but_for_the_columns_that_are_not(tmp_path: Path) -> None:
     header = "prompt,completion,label,score,chosen"
     (tmp_path / "r.csv").write_text(
-        f'{header}\n007,3.50,True,0.5,1\n"a\nb",x,false,-1,"[{{""a"": 1}}]"\n\nc,y,maybe,,[1\n'
+        f'{header}\n007,3.50,True,0.5,1\n"a\nb",x,false,-1,"[{{""role"": ""user""}}]"\n\n"[3, 1]",y,TRUE,,[1\n'
     )
     found = list(all_rows(open_source(tmp_path / "r.csv")))
     assert [row for _, row in found] == [
         {"prompt": "007", "completion": "3.50", "label": True, "score": 0.5, "chosen": "1"},
-        {"prompt": "a\nb", "completion": "x", "label": False, "score": -1, "chosen": [{"a": 1}]},
-        {"prompt": "c", "completion": "y", "label": "maybe", "score": "", "chosen": "[1"},
+        {"prompt": "a\nb", "completion": "x", "label": False, "score": -1, "chosen": [{"role": "user"}]},
+        {"prompt": "[3, 1]", "completion": "y", "label": True, "score": "", "chosen": "[1"},
     ]
     assert [label.rpartition(":")[2] for label, _ in found] == ["2", "3", "6"]
 
 
-def test_an_empty_cell_of_a_table_is_no_column(tmp_path: Path) -> None:
-    rows = [{"prompt": "a", "messages": None}, {"prompt": None, "messages": [{"role": "user", "content": None}]}]
-    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "r.parquet")
-    assert [row for _, row in all_rows(open_source(tmp_path / "r.parquet"))] == [
-        {"prompt": "a"},
-        {"messages": [{"role": "user", "content": None}]},
-    ]
+def test_empty_files_among_others_are_no_rows(tmp_path: Path) -> None:
+    empty = pa.table({"prompt": pa.array([], pa.string())})
+    WRITERS["rows.jsonl"](tmp_path / "a.jsonl")
+    (tmp_path / "b.jsonl").write_text("\n")
+    pq.write_table(empty, tmp_path / "c.parquet")
+    assert [row for _, row in all_rows(open_source(f"{tmp_path}/*"))] == ROWS
+    with pytest.raises(ValueError, match=r"b\.jsonl,.*c\.parquet\] has no rows: its 2 files are empty"):
+        open_source([f"{tmp_path}/b.jsonl", f"{tmp_path}/c.parquet"])
+    with pytest.raises(ValueError, match=r"b\.jsonl has no rows; give a file with one JSON object a line"):
+        open_source(f"{tmp_path}/b.jsonl")
+
+
+def test_an_empty_split_beside_others(tmp_path: Path) -> None:
+    rows = datasets.Dataset.from_list(ROWS)
+    datasets.DatasetDict({"train": rows, "test": rows.select([])}).save_to_disk(str(tmp_path / "saved"))
+    assert [row for _, row in all_rows(open_source(tmp_path / "saved"))] == ROWS
+    with pytest.raises(ValueError, match=r"saved has no rows: .*saved\[test\]"):
+        open_source(tmp_path / "saved", split="test")
+
+
+@pytest.mark.parametrize("kind", ["numpy", "torch"])
+def test_a_format_that_was_saved_does_not_count(tmp_path: Path, kind: str) -> None:
+    rows = [{"prompt": "a", "ids": [1, 2], "score": 0.5}]
+    datasets.Dataset.from_list(rows).with_format(kind, columns=["ids"]).save_to_disk(str(tmp_path / "saved"))
+    ((_, row),) = all_rows(open_source(tmp_path / "saved"))
+    assert row == rows[0] and type(row["ids"]) is list
+
+
+def test_numbered_files_of_a_split(tmp_path: Path) -> None:
+    for name in ("train.jsonl", "train2.jsonl", "train_03.jsonl", "test1.jsonl"):
+        (tmp_path / name).write_bytes(TEXT)
+    assert len(open_source(tmp_path)) == 21 and len(open_source(tmp_path, split="test")) == 7
+
+
+@pytest.mark.parametrize("place", ["before", "between"])
+def test_frames_of_compressed_files(tmp_path: Path, place: str) -> None:
+    frames, skipped = [compress("zstd", TEXT)] * 2, b"\x50\x2a\x4d\x18\x04\0\0\0abcd"
+    frames.insert(int(place == "between"), skipped)
+    (tmp_path / "r.jsonl.zst").write_bytes(b"".join(frames))
+    assert [row for _, row in all_rows(open_source(tmp_path / "r.jsonl.zst"))] == ROWS * 2
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,16 @@
 from __future__ import annotations
 
+import datetime
+import enum
 import inspect
 import json
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from typing import Any, Literal, Optional, Union
 
+import numpy as np
 import pytest
 from transformers.utils import get_json_schema
 
@@ -276,3 +280,45 @@ def test_a_redirect_is_not_followed(url: str) -> None:
 def test_options_of_our_tools(settings: dict[str, Any], why: str) -> None:
     with pytest.raises(worker.Unusable, match=why):
         tools.make(host(**settings))
+
+
+@dataclass
+class Square:
+    """What a tool may return."""
+
+    file: str
+    rank: int = 1
+
+
+class Piece(enum.Enum):
+    """What a tool may return."""
+
+    ROOK = "rook"
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        ("as it is", "as it is"),
+        (None, "null"),
+        (3.5, "3.5"),
+        ({"é": [1, (2, 3)]}, '{"é": [1, [2, 3]]}'),
+        ([np.int64(1), np.arange(2), np.float32(0.5)], "[1, [0, 1], 0.5]"),
+        (Square("a"), '{"file": "a", "rank": 1}'),
+        ({"to": Square("b", 2), "piece": Piece.ROOK}, '{"to": {"file": "b", "rank": 2}, "piece": "rook"}'),
+        ({"c", "a", "b"}, '["a", "b", "c"]'),
+        (datetime.date(2026, 1, 31), "2026-01-31"),
+        ({"when": datetime.timedelta(seconds=90)}, '{"when": "0:01:30"}'),
+        ({(0, 1): "x"}, "{(0, 1): 'x'}"),
+        (ValueError("so"), "so"),
+        (Piece.ROOK, "rook"),
+    ],
+)
+def test_what_a_tool_returns_is_text_json_or_its_own_text(value: object, text: str) -> None:
+    assert host(":add").text_of(value, "the tool") == text
+
+
+@pytest.mark.parametrize("value", [object(), [object()], {(0, 1): object()}, lambda: 1])
+def test_an_address_in_memory_is_no_result(value: object) -> None:
+    with pytest.raises(worker.WrongAnswer, match="neither text nor JSON"):
+        host(":add").text_of(value, "the tool")

@@ -66,6 +66,12 @@ def main(what: str) -> None:
         ]
         say(messages, tools=TOOLS)
         print('{"reward": 1}')
+    elif what == "one_call":
+        messages = [{"role": "user", "content": "Add."}]
+        said = say(messages, tools=TOOLS, parallel_tool_calls=False)
+        (call,) = said["tool_calls"]
+        say([*messages, said, {"role": "tool", "tool_call_id": call["id"], "content": "3"}], tools=TOOLS)
+        print('{"reward": 1}')
     elif what == "rewrite":
         messages = talk(1)
         messages[1]["content"] = "something else"
@@ -81,6 +87,27 @@ def main(what: str) -> None:
         for thread in threads:
             thread.join()
         print('{"reward": 1}')
+    elif what == "sub_agents":
+        plan = say([{"role": "user", "content": "Plan."}])["content"]
+        answers: dict[str, str] = {}
+
+        def sub_agent(name: str) -> None:
+            task = [{"role": "user", "content": f"{plan} {name[0]}"}]
+            said = say(task, seed=len(name))
+            answers[name] = say([*task, said, {"role": "user", "content": "More."}], seed=len(name))["content"]
+
+        threads = [threading.Thread(target=sub_agent, args=(name,)) for name in ("a", "b", "aa")]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        say(
+            [
+                {"role": "user", "content": "Sum up."},
+                *({"role": "user", "content": answers[n]} for n in sorted(answers)),
+            ]
+        )
+        print(json.dumps({"reward": float(len(set(answers.values())) == 3)}))
     elif what == "generate":
         ids = [1, 2, 3]
         for _ in range(2):

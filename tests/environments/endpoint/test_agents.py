@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import random
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -53,6 +54,8 @@ class Played:
     asks: dict[int, list[Ask]] = field(default_factory=dict)
     sampled: dict[int, list[list[int]]] = field(default_factory=dict)
     ended: dict[int, Ended] = field(default_factory=dict)
+    together: int = 0
+    """Most turns that were open at once."""
     metrics: dict[str, float] = field(default_factory=dict)
 
 
@@ -70,8 +73,14 @@ class Player:
         max_tokens: int = 2000,
         agent: Mapping[str, Any] | None = None,
         task: Prompt = TASK,
+        order: random.Random | None = None,
+        pause: bool = False,
         **settings: Any,
     ) -> Played:
+        """Args:
+        order: turns that were asked for wait until nothing more comes for a while, and are answered in the order that this draws.
+        pause: the first turns are answered once every episode has asked for its own.
+        """
         command = {"command": f"{sys.executable} -S {PROGRAM} {what}"}
         config = EnvironmentConfig(agent=AgentConfig(**{**command, **(agent or {})}), **settings)
         source = AgentEpisodes(config, self.form, lambda: hermes, max_tokens, 259)
@@ -80,13 +89,23 @@ class Player:
             for episode in range(episodes):
                 source.start(episode, task, seed=100 + episode)
             deadline = time.monotonic() + 120
+            waiting: list[Ask] = []
             while len(played.ended) < episodes:
                 assert time.monotonic() < deadline, played
-                for event in source.poll(0.2):
-                    if isinstance(event, Ended):
-                        played.ended[event.episode] = event
-                    else:
-                        self._answer(source, event, policy, played)
+                events = source.poll(0.2)
+                played.ended.update({event.episode: event for event in events if isinstance(event, Ended)})
+                waiting += [event for event in events if isinstance(event, Ask)]
+                played.together = max(played.together, len(waiting))
+                if pause:
+                    for event in waiting:
+                        source.pause(event.episode)
+                    pause = len(waiting) < episodes
+                if order is not None:
+                    order.shuffle(waiting)
+                while waiting and not pause and not (order and events):
+                    self._answer(source, waiting.pop(0), policy, played)
+                    if order is not None:
+                        break
             played.metrics = source.metrics()
         finally:
             source.close()
@@ -97,7 +116,7 @@ class Player:
         text = policy(ask, decode(tokenizer, ask.context, keep_special_tokens=True))
         ids = tokenizer(text, add_special_tokens=False)["input_ids"] + [tokenizer.convert_tokens_to_ids("<|im_end|>")]
         played.asks.setdefault(ask.episode, []).append(ask)
-        played.sampled.setdefault(ask.episode, []).append(ids)
+        played.sampled.setdefault(ask.episode, []).append(ids)  # in the order of the answers
         source.answer(ask.episode, ask.turn, Sample([], 0, ids, [-0.5] * len(ids), [1] * len(ids), True))
 
 
@@ -110,8 +129,10 @@ def texts(player: Player, played: Played, episode: int = 0) -> list[str]:
     return [decode(player.form.tokenizer, ask.context, keep_special_tokens=True) for ask in played.asks[episode]]
 
 
-def test_a_conversation_keeps_the_ids_that_were_sampled(player: Player) -> None:
-    played = player.play("talk", episodes=3, agent={"processes": 2})
+@pytest.mark.parametrize("pause", [False, True], ids=["", "paused"])
+def test_a_conversation_keeps_the_ids_that_were_sampled(player: Player, pause: bool) -> None:
+    """Three programs, of which two run at once, beside those that wait for a later step."""
+    played = player.play("talk", episodes=3, agent={"processes": 2}, pause=pause)
     for episode in range(3):
         end, asks = played.ended[episode], played.asks[episode]
         assert (end.ended, end.reward, end.turn_rewards) == ("done", 2.5, (0.5, 1.0, 1.0)), end.record
@@ -138,6 +159,13 @@ def test_tool_calls_come_back_however_they_are_written(player: Player) -> None:
     assert '"add"' in first and second.startswith(first + CALL + "<|im_end|>") and "<tool_response>\n3" in second
 
 
+def test_a_program_that_wants_one_call_gets_the_first(player: Player) -> None:
+    """What it did not see is not in its next request, which therefore begins a segment."""
+    played = player.play("one_call", lambda ask, text: f"{CALL}\n{CALL}" if ask.turn == 1 else "3")
+    assert played.ended[0].reward == 1.0 and [ask.new_segment for ask in played.asks[0]] == [True, True]
+    assert texts(player, played)[1].count(CALL) == 1
+
+
 def test_a_history_that_was_changed_begins_a_segment(player: Player) -> None:
     played = player.play("rewrite")
     assert [ask.new_segment for ask in played.asks[0]] == [True, True]
@@ -154,6 +182,25 @@ def test_requests_at_once_are_segments_whose_seeds_do_not_depend_on_their_order(
         ids = (*asks[0].context, *played.sampled[0][0])
         assert all(ask.context[: len(ids)] == ids for ask in asks[1:])  # what was sampled, exactly, in each branch
     assert keys[0] == keys[1]
+
+
+def test_requests_at_once_are_open_together_and_the_row_does_not_depend_on_their_order(player: Player) -> None:
+    """Three sub-agents of two turns each, then a summary of what they said; two of them say the same but for their seed."""
+    rows = []
+    for run in range(3):
+        played = player.play("sub_agents", lambda ask, text: f"<{ask.seed_key}>", order=random.Random(run))
+        end, asks = played.ended[0], {ask.turn: ask for ask in played.asks[0]}
+        assert (end.ended, end.reward, len(asks)) == ("done", 1.0, 8) and played.together >= 3, end
+        order = end.order or tuple(sorted(asks))
+        rows.append(([texts(player, played)[played.asks[0].index(asks[number])] for number in order], end.turn_rewards))
+        row = [asks[number].context for number in order]
+        sampled = dict(zip((ask.turn for ask in played.asks[0]), played.sampled[0], strict=True))
+        for place in (1, 3, 5):  # each sub-agent's second turn follows its first
+            ids = (*row[place], *sampled[order[place]])
+            assert row[place + 1][: len(ids)] == ids
+        assert order[0] == 1 and order[-1] == 8 and "Sum up" in rows[-1][0][-1]
+        assert end.record["messages"][0]["content"] == "Sum up."
+    assert rows[0] == rows[1] == rows[2]
 
 
 def test_token_ids_in_and_out(player: Player) -> None:

@@ -27,7 +27,7 @@ def test_a_chat_request_as_the_openai_sdk_sends_it() -> None:
         {
             "model": "gpt-4o",
             "messages": [
-                {"role": "system", "content": [{"type": "text", "text": "Be "}, {"type": "text", "text": "brief."}]},
+                {"role": "system", "content": [{"type": "text", "text": "Be"}, {"type": "text", "text": "brief."}]},
                 {"role": "user", "content": "2 + 2?"},
                 {
                     "role": "assistant",
@@ -50,7 +50,7 @@ def test_a_chat_request_as_the_openai_sdk_sends_it() -> None:
         },
         100,
     )
-    assert request.messages[0] == {"role": "system", "content": "Be brief."}
+    assert request.messages[0] == {"role": "system", "content": "Be\nbrief."}
     assert request.messages[2]["content"] == "" and "refusal" not in request.messages[2]
     assert request.sampling.settings == {"temperature": 0.5}
     assert request.sampling.max_tokens == 7 and request.sampling.stop == ("END",)
@@ -92,7 +92,7 @@ def test_a_chat_field_that_cannot_be_had_is_named(field: str, value: Any) -> Non
 
 def test_the_digest_is_of_what_decides_the_turn() -> None:
     plain = chat_request({"model": "a", "messages": HELLO}, 100)
-    same = chat_request({"model": "b", "messages": HELLO, "stream": True, "user": "me", "seed": 1}, 100)
+    same = chat_request({"model": "b", "messages": HELLO, "stream": True, "user": "me"}, 100)
     assert plain.digest == same.digest
     for change in (
         {"temperature": 0.5},
@@ -100,6 +100,7 @@ def test_the_digest_is_of_what_decides_the_turn() -> None:
         {"tools": [TOOL]},
         {"messages": [*HELLO, *HELLO]},
         {"stop": "x"},
+        {"seed": 1},
     ):
         assert chat_request({"messages": HELLO, **change}, 100).digest != plain.digest
 

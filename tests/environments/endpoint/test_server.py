@@ -19,6 +19,7 @@ import pytest
 
 from aligner.environments.endpoint.errors import ApiError
 from aligner.environments.endpoint.exchange import Exchange, Pending, Session
+from aligner.environments.endpoint.requests import ChatRequest
 from aligner.environments.endpoint.responses import Reply
 from aligner.environments.endpoint.server import EndpointServer, ServedModel
 
@@ -28,7 +29,7 @@ TOOL: Any = {"type": "function", "function": {"name": "add", "parameters": {"typ
 REPLY = Reply(
     id="turn-1",
     model="policy",
-    prompt=(1, 2),
+    prompt_tokens=2,
     tokens=(3, 4, 5),
     logp=(-0.5, -1.0, -0.25),
     versions=(7, 7, 8),
@@ -104,6 +105,62 @@ def test_chat_completions(endpoint: Endpoint) -> None:
     assert choice.logprobs and [one.logprob for one in choice.logprobs.content or []] == list(REPLY.logp)
     assert answer.usage and (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (2, 3)
     assert [model.id for model in models] == ["policy"]
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("n", 2), ("top_logprobs", 3), ("logit_bias", {"5": 1}), ("presence_penalty", 0.5), ("frequency_penalty", 1.0),
+        ("response_format", {"type": "json_object"}),
+        ("response_format", {"type": "json_schema", "json_schema": {"name": "a", "schema": {}}}),
+        ("tool_choice", "required"), ("tool_choice", {"type": "function", "function": {"name": "add"}}),
+        ("modalities", ["text", "audio"]), ("reasoning_effort", "high"), ("verbosity", "low"),
+        ("prediction", {"type": "content", "content": "a"}), ("web_search_options", {}), ("functions", [{"name": "add"}]),
+        ("function_call", "auto"), ("max_tokens", 0), ("max_completion_tokens", -1), ("temperature", 3), ("stop", [""]),
+        ("extra_body", {"guided_json": {}}), ("extra_body", {"min_tokens": 3}), ("extra_body", {"ignore_eos": True}),
+        ("extra_body", {"include_reasoning": False}), ("stream_options", {"continuous_usage_stats": True}),
+        ("messages", [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:,"}}]}]),
+    ],
+)  # fmt: skip
+def test_what_is_not_supported_is_refused_by_name(endpoint: Endpoint, field: str, value: Any) -> None:
+    given = {"model": "gpt-4o", "messages": HELLO, "tools": [TOOL], field: value}
+    with endpoint.client() as client, pytest.raises(openai.BadRequestError) as caught:
+        client.chat.completions.create(**given)
+    name = next(iter(value)) if field in ("extra_body", "stream_options") else field
+    error = caught.value
+    assert name in error.message and name in str(error.param) and error.code in ("invalid_value", "unsupported_field")
+    assert error.type == "invalid_request_error" and not endpoint.requests
+
+
+def test_what_changes_nothing_or_is_supported_is_taken(endpoint: Endpoint) -> None:
+    with endpoint.client() as client:
+        answer = client.chat.completions.create(
+            model="gpt-4o", messages=[{"role": "user", "content": [{"type": "text", "text": "Hel"}, {"type": "text", "text": "lo"}]}],
+            tools=[TOOL], tool_choice="none", parallel_tool_calls=False, n=1, top_logprobs=0, max_completion_tokens=7,
+            max_tokens=9, temperature=0.5, top_p=0.9, seed=3, user="me", metadata={"a": "b"}, store=False, stop=["END"],
+            response_format={"type": "text"}, presence_penalty=0, frequency_penalty=0.0, logit_bias={}, service_tier="auto",
+            extra_body={"top_k": 5, "stop_token_ids": [4]},
+        )  # fmt: skip
+        batch = client.completions.create(model="any", prompt=["Hello"])
+        with pytest.raises(openai.BadRequestError, match="a request for each"):
+            client.completions.create(model="any", prompt=["Hello", "you"])
+        assert client.models.retrieve("org/gpt-4o").id == "org/gpt-4o"
+        with pytest.raises(openai.NotFoundError, match="POST /v1/chat/completions"):
+            client.responses.create(model="any", input="Hello")
+    request = endpoint.requests[0].request
+    assert isinstance(request, ChatRequest) and request.messages == ({"role": "user", "content": "Hel\nlo"},)
+    assert (request.sampling.max_tokens, request.sampling.seed, request.sampling.stop) == (7, 3, ("END",))
+    assert not request.parse_tool_calls and not request.several_calls
+    assert answer.choices[0].finish_reason == batch.choices[0].finish_reason == "stop"
+
+
+def test_errors_are_the_sdks_own(endpoint: Endpoint) -> None:
+    with (
+        openai.OpenAI(base_url=f"{endpoint.server.url}/v1", api_key="wrong", max_retries=0) as client,
+        pytest.raises(openai.AuthenticationError) as caught,
+    ):
+        client.chat.completions.create(model="any", messages=HELLO)
+    assert caught.value.code == "invalid_api_key" and "OPENAI_API_KEY" in caught.value.message
 
 
 def test_chat_completions_as_a_stream(endpoint: Endpoint) -> None:

@@ -51,10 +51,16 @@ class Scripted:
         segments: bool = False,
         max_tokens: int | None = None,
         vocab: int = VOCAB,
+        places: int | None = None,
+        most_turns: int | None = None,
     ) -> None:
         """Args:
         shuffle: what is ready comes in an order, and with waits, that this seed draws; None: at once, in order.
+        most_turns: limit at which an episode ends as max_turns.
+        places: episodes that are open at once and not paused; more wait until one ends or is paused.
         """
+        self.most_turns = most_turns
+        self.places, self.waiting, self.placed = places, list[int](), set[int]()
         self.vocab = vocab
         self.turns, self.segments, self.delay_s, self.max_tokens = turns, segments, delay_s, max_tokens
         self.order = None if shuffle is None else random.Random(shuffle)
@@ -65,8 +71,19 @@ class Scripted:
         """("poll" or "answer", at which call of it)."""
 
     def start(self, episode: int, task: Prompt, seed: int) -> None:
-        play = self.plays[episode] = Play(task, seed, list(task.tokens))
-        self._say(episode, Ask(episode, 1, tuple(play.context), True, self.max_tokens))
+        self.plays[episode] = Play(task, seed, list(task.tokens))
+        self.waiting.append(episode)
+        self._place()
+
+    def _place(self) -> None:
+        while self.waiting and (self.places is None or len(self.placed) < self.places):
+            episode = self.waiting.pop(0)
+            self.placed.add(episode)
+            self._say(episode, Ask(episode, 1, tuple(self.plays[episode].context), True, self.max_tokens))
+
+    def _leave(self, episode: int) -> None:
+        self.placed.discard(episode)
+        self._place()
 
     def _say(self, episode: int, event: Ask | Ended) -> None:
         play = self.plays[episode]
@@ -79,6 +96,7 @@ class Scripted:
             raise OSError("the environment's machine is gone")
         now = time.monotonic()
         ready = [play for play in self.plays.values() if play.event is not None and play.due <= now]
+        assert self.polls < 10000 or self.places is None, "nobody can go on"
         waiting = [play.due for play in self.plays.values() if play.event is not None]
         if not ready and waiting and wait_s:
             time.sleep(max(0.0, min(wait_s, min(waiting) - now)))
@@ -94,6 +112,7 @@ class Scripted:
         for event in events:
             if isinstance(event, Ended):
                 del self.plays[event.episode]
+                self._leave(event.episode)
         return events
 
     def answer(self, episode: int, turn: int, sample: Sample) -> None:
@@ -101,9 +120,13 @@ class Scripted:
         if self.fail_at == ("answer", self.answers):
             raise OSError("the environment's machine is gone")
         play = self.plays[episode]
+        self.placed.add(episode)
         assert (turn, sample.prompt, sample.ended) == (play.turn, play.context, True)
         play.rewards.append(sum(token % 2 == 0 for token in sample.tokens) / len(sample.tokens))
         last = self.turns - digest(play.seed, "turns", play.task.tokens) % 2
+        if turn == self.most_turns:
+            self._say(episode, Ended(episode, sum(play.rewards), tuple(play.rewards), "max_turns", {"detail": ""}))
+            return
         if turn >= last:
             kind = "crashed" if digest(play.seed, sample.tokens) % 7 == 0 else "done"
             reward = math.nan if kind == "crashed" else sum(play.rewards)
@@ -115,9 +138,15 @@ class Scripted:
         play.context = [*(sample.tokens[-2:] if new else [*play.context, *sample.tokens]), *said]
         self._say(episode, Ask(episode, play.turn, tuple(play.context), new, self.max_tokens))
 
+    def pause(self, episode: int) -> None:
+        assert self.plays[episode].event is None, "it has not been told what it asked for"
+        self._leave(episode)
+
     def abandon(self, episodes: Collection[int]) -> None:
         for episode in episodes:
-            self.plays.pop(episode, None)
+            if self.plays.pop(episode, None) is not None:
+                self.waiting = [one for one in self.waiting if one != episode]
+                self._leave(episode)
 
     def metrics(self) -> dict[str, float]:
         return {}

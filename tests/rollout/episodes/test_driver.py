@@ -17,10 +17,12 @@ from aligner.rollout.config import Sampling
 from aligner.rollout.engine import RolloutEngine
 from aligner.rollout.episodes.driver import Episodes
 from aligner.rollout.episodes.episode import Episode
+from aligner.rollout.episodes.source import EpisodeSource
 from aligner.rollout.kind import Place
 from aligner.rollout.vllm.engine import VllmEngine
 from aligner.rollout.vllm.sizes import BLOCK_TOKENS
 from tests.rollout import tiny
+from tests.rollout.episodes.forked import BRANCHES, LENGTH, Forked
 from tests.rollout.episodes.scripted import Scripted
 
 Loaded = tuple[Any, RolloutEngine, WritableWeights]
@@ -35,11 +37,11 @@ def begun(driver: Episodes) -> list[Episode]:
     return [driver.begin(task, Place(1, 1, i, g)) for i, task in enumerate(tasks()) for g in range(2)]
 
 
-def driver_of(engine: RolloutEngine, source: Scripted) -> Episodes:
+def driver_of(engine: RolloutEngine, source: EpisodeSource) -> Episodes:
     return Episodes(engine, source, lambda: None)
 
 
-def play(engine: RolloutEngine, source: Scripted, sampling: Sampling = SAMPLING) -> list[Episode]:
+def play(engine: RolloutEngine, source: EpisodeSource, sampling: Sampling = SAMPLING) -> list[Episode]:
     driver = driver_of(engine, source)
     return driver.finish(driver.resume(begun(driver), sampling))
 
@@ -125,11 +127,15 @@ def test_the_order_of_answers_changes_no_token(loaded: Loaded, shuffle: int) -> 
 
 @pytest.mark.parametrize("step_tokens", [1, 5, 11])
 @pytest.mark.parametrize("restart", [False, True], ids=["goes on", "replayed"])
-def test_interrupted_episodes_go_on_as_if_they_had_not_been(loaded: Loaded, step_tokens: int, restart: bool) -> None:
-    """In the same process, and from what a checkpoint holds of them, in another one."""
+@pytest.mark.parametrize("places", [None, 3], ids=["", "few at once"])
+def test_interrupted_episodes_go_on_as_if_they_had_not_been(
+    loaded: Loaded, step_tokens: int, restart: bool, places: int | None
+) -> None:
+    """In the same process, and from what a checkpoint holds of them, in another one; also where the environments are too few for
+    all of them at once."""
     _, engine, _ = loaded
     reference = play(engine, Scripted(segments=True))
-    driver = driver_of(engine, Scripted(segments=True, shuffle=3))
+    driver = driver_of(engine, Scripted(segments=True, shuffle=3, places=places))
     episodes, rounds = begun(driver), 0
     while not all(one.ended for one in episodes):
         before = [sum(len(turn.sample.tokens) for turn in one.turns) for one in episodes]
@@ -141,10 +147,74 @@ def test_interrupted_episodes_go_on_as_if_they_had_not_been(loaded: Loaded, step
         rounds += 1
         if restart and rounds % 2 == 0:
             saved = [driver.to_json(one) for one in episodes]
-            driver = driver_of(engine, Scripted(segments=True, shuffle=rounds))
+            driver = driver_of(engine, Scripted(segments=True, shuffle=rounds, places=places))
             episodes = [driver.from_json(one, episode.task) for one, episode in zip(saved, episodes, strict=True)]
     assert rounds >= 32 / step_tokens / 4
     same(episodes, reference)
+
+
+def test_turns_at_once_are_sampled_together_and_stand_in_the_row_by_their_places(loaded: Loaded) -> None:
+    model, engine, _ = loaded
+    source = Forked(order=1)
+    reference = play(engine, source)
+    assert source.together > 1
+    for order in (2, 3):
+        same(play(engine, Forked(order)), reference, exact=isinstance(engine, VllmEngine))
+    samples = rows_of(engine, reference)
+    assert samples.segment_BT is not None and samples.turn_BT is not None and samples.rollout_logp_BT is not None
+    for row, episode in enumerate(reference):
+        # the first branch goes on from the first turn; each of the others, and the last turn, reads that anew
+        news = [True, False, *([False] * (LENGTH - 1)), *([True, *[False] * (LENGTH - 1)] * (BRANCHES - 1)), True]
+        assert [turn.new_segment for turn in episode.turns] == news
+        for segment in range(BRANCHES + 1):
+            at = (samples.segment_BT[row] == segment) & (
+                torch.arange(samples.tokens_BT.shape[1]) < samples.length_B[row]
+            )
+            tokens = samples.tokens_BT[row, at].tolist()
+            assert tuple(tokens[: len(episode.task.tokens)]) == episode.task.tokens
+            logp_T = tiny.log_probabilities(model, tokens[:1], tokens[1:], 0.9)
+            gap_T = (logp_T - samples.rollout_logp_BT[row, at][1:])[samples.mask_BT[row, at][1:]]
+            assert float(gap_T.abs().max()) < 1e-4
+
+
+@pytest.mark.parametrize("restart", [False, True], ids=["goes on", "replayed"])
+def test_turns_at_once_go_on_after_an_interruption(loaded: Loaded, restart: bool) -> None:
+    """Several turns of an episode are interrupted; the agent asks for them again in another order."""
+    _, engine, _ = loaded
+    reference = play(engine, Forked(order=1))
+    driver = driver_of(engine, Forked(order=2))
+    episodes, rounds, several = begun(driver), 0, 0
+    while not all(one.ended for one in episodes):
+        left = iter(driver.finish(driver.resume([one for one in episodes if not one.ended], SAMPLING, 4)))
+        episodes = [one if one.ended else next(left) for one in episodes]
+        several += sum(sum(not turn.sample.ended for turn in one.turns) > 1 for one in episodes)
+        engine.new_weights()
+        rounds += 1
+        if restart:
+            saved = [driver.to_json(one) for one in episodes]
+            driver = driver_of(engine, Forked(order=rounds + 7))
+            episodes = [driver.from_json(one, episode.task) for one, episode in zip(saved, episodes, strict=True)]
+    assert rounds > 3 and several > 3
+    same(episodes, reference)
+
+
+def test_lower_limits_after_a_resume_end_turns_and_episodes(loaded: Loaded) -> None:
+    """Turns that have more than the new sampling.max_tokens are cut off there; a source that ends an episode by a limit, before the
+    recorded turns are over, has ended it."""
+    _, engine, _ = loaded
+    driver = driver_of(engine, Scripted())
+    saved = [driver.to_json(one) for one in driver.finish(driver.resume(begun(driver), SAMPLING, 14))]
+    other = driver_of(engine, Scripted(most_turns=2))
+    left = [other.from_json(one, task) for one, task in zip(saved, [t for t in tasks() for _ in range(2)], strict=True)]
+    left = [one for one in left if not one.ended]
+    ended = other.finish(other.resume(left, replace(SAMPLING, max_tokens=2)))
+    assert {one.end.ended for one in ended if one.end} == {"max_turns"}
+    assert any(len(one.turns) > 2 for one in left), "none was beyond the limit"
+    for one, before in zip(ended, left, strict=True):
+        assert len(one.turns) == 2 and one.end is not None and not math.isnan(one.end.reward)
+        for turn, known in zip(one.turns, before.turns, strict=False):
+            assert turn.sample.tokens == known.sample.tokens
+            assert turn.sample.ended and (known.sample.ended or turn.sample.truncated)
 
 
 def test_an_environment_that_says_something_else_fails_the_replay(loaded: Loaded) -> None:

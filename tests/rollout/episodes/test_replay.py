@@ -7,12 +7,19 @@ from dataclasses import replace
 from typing import Any, ClassVar
 
 import pytest
+import torch
 
 from aligner.data.prompts import Prompt
 from aligner.report.sample_records import RecordedTurn, SampleRecord
+from aligner.reward.role import Rewards
+from aligner.rollout.episodes.episode import Episode, Turn, in_order
 from aligner.rollout.episodes.replay import replay
+from aligner.rollout.episodes.rows import episode_samples
 from aligner.rollout.episodes.source import Ask, Ended
+from aligner.rollout.kind import Place
 from aligner.rollout.requests import Sample
+from aligner.run.saved_samples import records_of
+from tests.rollout.episodes.forked import Forked
 from tests.rollout.episodes.scripted import Scripted, digest
 
 TASK, SEED, STOP = Prompt((3, 4, 5), "345", {"prompt": "345"}, 8), 77, {2}
@@ -47,6 +54,35 @@ def played(source: Scripted) -> SampleRecord:
         status="failed" if failed else "ok", episode_reward=None if failed else event.reward,
         episode={"ended": event.ended, "detail": "", "seed": SEED, "messages": [], "metrics": {}},
     )  # fmt: skip
+
+
+def forked(order: int) -> SampleRecord:
+    """An episode of several turns at once, as the rollout records it."""
+    source, turns, ended = Forked(order), list[Turn](), None
+    source.start(1, TASK, SEED)
+    known: list[int] = []
+    while ended is None:
+        for event in source.poll(0.1):
+            if isinstance(event, Ended):
+                ended = event
+                continue
+            added = event.context if event.new_segment else event.context[len(known) :]
+            sampled = [3 + digest(event.context, i) % 90 for i in range(3)] + [2]
+            sample = Sample(list(event.context), 0, sampled, [-0.5] * 4, [1] * 4, ended=True)
+            source.answer(1, event.turn, sample)
+            turns.append(Turn(tuple(added), event.new_segment, sample))
+            known = [*event.context, *sampled]
+    episode = Episode(TASK, Place(0, 0, 0, 0), in_order(turns, ended.order), replace(ended, order=()))
+    reward_B = torch.tensor([ended.reward])
+    (record,) = records_of(episode_samples([episode]), Rewards(reward_B, torch.zeros(1), [], {}, {}))
+    return replace(record, episode={**(record.episode or {}), "seed": SEED})
+
+
+def test_turns_at_once_are_answered_in_whichever_order_they_are_asked_for() -> None:
+    record = forked(1)
+    assert len(record.turns) == 2 + 3 * 2
+    for order in (1, 2, 3):
+        assert [str(one) for one in replay(Forked(order), record, STOP, 5.0)] == []
 
 
 def again(record: SampleRecord, source: Scripted) -> list[str]:

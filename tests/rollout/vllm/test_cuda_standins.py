@@ -121,12 +121,13 @@ class Allocator:
     """vLLM's executor, worker and allocator as far as the sleep parts see them: which tags are mapped (vllm 0.32,
     `v1/executor/abstract.py`, `device_allocator/cumem.py`)."""
 
-    def __init__(self, frozen: list[int]) -> None:
+    def __init__(self, collectors: list[Any], suspends: bool) -> None:
         self.mapped = dict.fromkeys(("weights", "kv_cache", "workspace", "cudagraph"), True)
         self.on_host: set[str] = set()
         self.sleeping_tags: set[str] = set()
-        self.driver_worker = SimpleNamespace(worker=SimpleNamespace(sleep_mode_backend=self))
-        self._frozen = frozen
+        settings = SimpleNamespace(model_config=SimpleNamespace(enable_nccl_comm_suspend=suspends))
+        self.driver_worker = SimpleNamespace(worker=SimpleNamespace(sleep_mode_backend=self, vllm_config=settings))
+        self._collectors = collectors
 
     def discard(self, tags: tuple[str, ...]) -> None:
         assert set(tags) - self.sleeping_tags == set(tags), "vLLM would leave out what it takes for asleep"
@@ -134,13 +135,13 @@ class Allocator:
         self.sleeping_tags |= set(tags)
 
     def suspend(self, level: int) -> None:
-        self._frozen.append(gc.get_freeze_count())
+        self._collectors.append(gc.collect)
         self.on_host |= {tag for tag in ("cudagraph",) if self.mapped[tag]}
         self.mapped = dict.fromkeys(self.mapped, False)
 
     def wake_up(self, tags: list[str]) -> None:
         assert self.sleeping_tags.issuperset(tags), "vLLM would warn and do nothing"
-        self._frozen.append(gc.get_freeze_count())
+        self._collectors.append(gc.collect)
         self.mapped |= {tag: True for tag in self.mapped if tag in tags or tag not in ("weights", "kv_cache")}
         self.on_host.clear()
         self.sleeping_tags -= set(tags)
@@ -149,8 +150,8 @@ class Allocator:
 class Engine:
     """A `VllmInternals` on CUDA, of one linear layer, whose memory is the CPU's."""
 
-    def __init__(self, frozen: list[int]) -> None:
-        self.device, self.loaded, self.executor = GPU, LoadedWeights(), Allocator(frozen)
+    def __init__(self, collectors: list[Any], suspends: bool = False) -> None:
+        self.device, self.loaded, self.executor = GPU, LoadedWeights(), Allocator(collectors, suspends)
         self.model = torch.nn.Linear(4, 4)
         self.model.register_buffer("table", torch.arange(4.0))
         self.caches = [torch.ones(8), torch.ones(8)]
@@ -169,8 +170,9 @@ def no_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def test_what_a_sleeping_engine_keeps(monkeypatch: pytest.MonkeyPatch) -> None:
-    frozen: list[int] = []
-    engine, meter = Engine(frozen), Meter(torch.device("cpu"))
+    collectors: list[Any] = []
+    collect = gc.collect
+    engine, meter = Engine(collectors), Meter(torch.device("cpu"))
     weights: Any = SimpleNamespace(clear_padding=lambda: None)
     parts = sleep.residency_parts(engine, weights, meter)  # type: ignore[arg-type]
     mapped = engine.executor.mapped
@@ -193,7 +195,27 @@ def test_what_a_sleeping_engine_keeps(monkeypatch: pytest.MonkeyPatch) -> None:
         parts["weights"].evict()  # the cache stays
         assert engine.executor.mapped == {"weights": False, "kv_cache": True, "workspace": False, "cudagraph": True}
         parts["weights"].bring()
-    assert all(frozen) and gc.get_freeze_count() == 0, "vLLM's collections look through no object of ours"
+    assert collect not in collectors and gc.collect is collect, "vLLM's collections look through no object of ours"
+
+
+@pytest.mark.parametrize("suspends", [False, True])
+def test_communicators_of_an_engine_that_is_away(monkeypatch: pytest.MonkeyPatch, suspends: bool) -> None:
+    calls: list[str] = []
+    engine, meter = Engine([], suspends), Meter(torch.device("cpu"))
+    parts = sleep.residency_parts(engine, SimpleNamespace(clear_padding=lambda: None), meter)  # type: ignore[arg-type]
+    with no_device(monkeypatch):
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda device: calls.append("wait"))
+        monkeypatch.setattr(
+            "vllm.distributed.parallel_state.suspend_device_comms",
+            lambda: calls.append(f"suspend, {'asleep' if not any(engine.executor.mapped.values()) else 'awake'}"),
+        )
+        parts["weights"].evict()
+        assert not calls, "the cache is there: a sync may bring the weights for the next sample"
+        parts["weights"].bring()
+        calls.clear()
+        parts["cache"].evict()
+        parts["weights"].evict()
+    assert calls == (["wait", "suspend, asleep"] if suspends else [])
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")

@@ -1,0 +1,34 @@
+"""Lists and objects that a column holds as JSON text, as tables without nested columns do."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+CONVERSATIONS = ("messages", "prompt", "completion", "chosen", "rejected", "conversations")
+"""Columns whose text, where it is a JSON list of messages, is a conversation."""
+
+
+def parsed(value: Any) -> Any:
+    """The list or object in JSON text; any other value as it is."""
+    if not isinstance(value, str) or value.lstrip()[:1] not in ("[", "{"):
+        return value
+    try:
+        held = json.loads(value)
+    except (ValueError, RecursionError):
+        return value
+    return held if isinstance(held, (list, dict)) else value
+
+
+def with_conversations(row: dict[str, Any]) -> dict[str, Any]:
+    """The row with the conversations that it holds as JSON text."""
+    changed = {name: messages for name in CONVERSATIONS if (messages := _messages(row.get(name))) is not None}
+    return {**row, **changed} if changed else row
+
+
+def _messages(value: Any) -> list[Any] | None:
+    """The messages in JSON text of a list of them; None: it is something else."""
+    held = parsed(value) if isinstance(value, str) else None
+    if not isinstance(held, list) or not held:
+        return None
+    return held if all(isinstance(turn, dict) and ("role" in turn or "from" in turn) for turn in held) else None
