@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import statistics
 import sys
 import time
@@ -34,7 +33,7 @@ from aligner.trainer.engines import BACKENDS  # noqa: E402
 from aligner.trainer.policy import Policy  # noqa: E402
 
 TOKENS = 128
-MIB = 1 << 20
+MIB_PER_GIB = 1024
 Found = dict[str, dict[str, float]]
 
 
@@ -98,12 +97,10 @@ class Bench:
 
     def start_memory(self) -> None:
         """From here on memory counts."""
-        if self.world.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-            return
         trim()
-        Path("/proc/self/clear_refs").write_text("5")  # the peak is what is resident now
-        self.before = resident_peak()
+        self.meter = self.world.residency.meter  # role calls reset the kernel's mark, so no other may read it
+        self.meter.take()
+        self.before = self.meter.take()["peak"]
 
     def memory(self) -> Found:
         """Engine -> MiB of the rank with the most, over two updates of the one engine that is there."""
@@ -111,17 +108,9 @@ class Bench:
         for _ in range(2):
             trim()  # as a job does before each role call
             self.update(policy)
-        cuda = self.world.device.type == "cuda"
-        peak = torch.tensor(float(torch.cuda.max_memory_allocated() if cuda else resident_peak() - self.before))
+        peak = torch.tensor(self.meter.take()["peak"] - self.before)
         dist.all_reduce(peak, dist.ReduceOp.MAX)
-        return {"memory": {name: float(peak) / MIB}}
-
-
-def resident_peak() -> int:
-    """Peak of this process's resident memory, in bytes."""
-    match = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    assert match, "Linux says VmHWM in /proc/self/status"
-    return 1024 * int(match[1])
+        return {"memory": {name: MIB_PER_GIB * float(peak)}}
 
 
 def main(arguments: Sequence[str]) -> None:
