@@ -137,7 +137,7 @@ def test_stuck_crashing_eating_and_lying_environments_are_counted_and_masked(job
     rogue.write_text(ROGUE)
     rows = job(
         2, "reward=environment", "reward.rule=''", f"environment.target='{rogue}:Rogue'", f"data.chat_template='{template}'",
-        "environment.step_timeout_s=1", "environment.memory_mib=512", "environment.long_output=fail", "reward.max_missing=1",
+        "environment.step_timeout_s=3", "environment.memory_mib=256", "environment.long_output=fail", "reward.max_missing=1",
         "sampling.max_tokens=4", "rollout.max_model_len=128", "train.steps=4", "train.eval_every=0", "seed=1",
     )  # fmt: skip
     ended: dict[str, float] = {}

@@ -18,12 +18,18 @@ NEWER = sys.version_info >= (3, 12)
 
 @pytest.mark.parametrize(("name", "beginning"), LOGGED, ids=[name for name, _ in LOGGED])
 def test_logged_notes_are_kept_off_and_other_messages_are_not(
-    name: str, beginning: str, caplog: pytest.LogCaptureFixture
+    name: str, beginning: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with warnings.catch_warnings():
         ignore_library_notes()
         ignore_library_notes()
     logger = logging.getLogger(name)
+    caplog.set_level(logging.WARNING, logger=name)
+    for attribute, value in (
+        ("disabled", False),
+        ("propagate", True),
+    ):  # a library's own logging configuration may change both
+        monkeypatch.setattr(logger, attribute, value)
     assert len(logger.filters) == 1
     logger.warning(f"{beginning} and so on")
     logger.warning("loss is not finite")

@@ -28,11 +28,19 @@ class GroupedExperts(MegatronModule):
     """[experts, hidden, ffn / tensor]: down."""
 
     def __init__(
-        self, num_local_experts: int, config: Any, submodules: Any = None, *, pg_collection: Any, activation: str
+        self,
+        num_local_experts: int,
+        config: Any,
+        submodules: Any = None,
+        *,
+        pg_collection: Any,
+        activation: str,
+        name: str | None = None,
     ) -> None:
         """
         Args:
             activation: see `gated`.
+            name: what Megatron-core 0.19 calls the module; not used.
         """
         super().__init__(config=config)
         self.num_local_experts, self.activation = num_local_experts, activation

@@ -37,7 +37,7 @@ from aligner.trainer.megatron.attention import (
 from aligner.trainer.megatron.cpu import parameter_device
 from aligner.trainer.megatron.grouped_experts import GroupedExperts
 from aligner.trainer.megatron.rotary import rotary_slice
-from aligner.trainer.megatron.versions import submodules_of
+from aligner.trainer.megatron.versions import submodules_of, use_experts
 
 
 class RMSNorm(nn.Module):
@@ -265,7 +265,7 @@ def _layer_spec(spec: ModelSpec, layer_type: LayerType, group: Any, last: bool, 
     if spec.o_bias:
         attention.linear_proj = BiasedRows
     if grouped and layer_type.sparse:
-        parts.mlp.submodules.experts = ModuleSpec(GroupedExperts, params={"activation": spec.activation})
+        use_experts(parts.mlp, GroupedExperts, activation=spec.activation)
     if spec.mlp_bias and not layer_type.sparse:
         mlp = submodules_of(parts.mlp)
         mlp.linear_fc1, mlp.linear_fc2 = BiasedColumns, BiasedRows
