@@ -185,7 +185,8 @@ def build_model(
     for embedding in (module for module in model.modules() if isinstance(module, nn.Embedding)):
         embedding.padding_idx = None
     fuse(model)
-    use_products(model)
+    if device.type == "cpu":
+        use_products(model)
     rows = Rows(recompute == "selective", explicit)
     attention.use_rows(model, rows)
     layers = decoder_layers(model)
