@@ -165,8 +165,9 @@ def _install_cpu() -> None:
 
 def _install_linear() -> None:
     """Megatron's linear layers take `products.linear`, save under sequence parallelism, where they gather and scatter tokens."""
-    import megatron.core.tensor_parallel.layers as layers
+    import megatron.core.tensor_parallel.layers
 
+    layers: Any = megatron.core.tensor_parallel.layers
     theirs = layers.LinearWithGradAccumulationAndAsyncCommunication
     if not issubclass(theirs, torch.autograd.Function):
         return
