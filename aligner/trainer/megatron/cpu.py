@@ -175,7 +175,7 @@ def _install_linear() -> None:
     class Linear:
         @staticmethod
         def apply(x: Tensor, weight: Tensor, bias: Tensor | None, *settings: Any) -> Tensor:
-            _, sum_grad, sequence_parallel, *_, group = settings
+            _, sum_grad, sequence_parallel, _, _, group, *_ = settings  # 0.19 has one more than 0.16
             if sequence_parallel:
                 return theirs.apply(x, weight, bias, *settings)  # type: ignore[no-any-return]
             return linear(x, weight, bias, group if sum_grad else None)
