@@ -98,14 +98,8 @@ class Row:
     remarks: list[str] = field(default_factory=list)
     error: str | None = None
     """Why it cannot be used."""
-
-    def stops(self, drops: bool) -> bool:
-        """Whether it would stop the job.
-
-        Args:
-            drops: data.too_long=drop leaves out rows that are too long.
-        """
-        return self.error is not None or (not drops and any(sequence.too_long for sequence in self.sequences))
+    stops: bool = False
+    """Whether it would stop the job, by data.on_error and data.too_long."""
 
 
 class Viewer:
@@ -124,11 +118,13 @@ class Viewer:
             label, fields = source.row(number)
             examples = self._tokenize(label, fields, number)
         except ValueError as error:
-            return Row(label, error=str(error))
+            return Row(label, error=str(error), stops=self.data.on_error != "skip")
         remarks = [f"1 of the {note}" for note in self.notes - before]
         if not examples:
             remarks.append("left out: its answers have equal scores")
-        return Row(label, list(self._sequences(examples)), remarks)
+        sequences = list(self._sequences(examples))
+        stops = self.data.too_long != "drop" and any(sequence.too_long for sequence in sequences)
+        return Row(label, sequences, remarks, stops=stops)
 
     def _sequences(self, examples: Sequence[Any]) -> Iterator[Shown]:
         for number, example in enumerate(examples, start=1):
@@ -310,8 +306,7 @@ def main(arguments: list[str]) -> int:
         for row in rows:
             print(as_text(row, color))
         print(f"{summary(rows, notes)}\n")
-    drops = config.data.too_long == "drop"
-    return int(any(row.stops(drops) for _, rows, _ in shown for row in rows))
+    return int(any(row.stops for _, rows, _ in shown for row in rows))
 
 
 if __name__ == "__main__":

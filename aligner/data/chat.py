@@ -319,7 +319,7 @@ def _renders_properly(conversation: Conversation, awaits: bool) -> bool:
     repr."""
     messages = conversation.messages
     text = conversation.text(len(messages), awaits)
-    if not all(_renders_calls(conversation, turn, awaits) for turn in range(len(messages))):
+    if _turn_of_dropped_calls(conversation, awaits) is not None:
         return False
     for message in messages:
         content = message.get("content")
@@ -372,6 +372,7 @@ def _dropped_message_error(conversation: Conversation, places: Sequence[str], aw
     messages = conversation.messages
     text = conversation.text(len(messages), awaits)
     position = 0
+    without_calls = _turn_of_dropped_calls(conversation, awaits)
     for turn, message in enumerate(messages):
         end = _content_end(text, message, position)
         if end is not None:
@@ -382,7 +383,7 @@ def _dropped_message_error(conversation: Conversation, places: Sequence[str], aw
                 f"{message['role']!r}; use a role that it renders (assistant, user, mostly system), or another "
                 "chat_template."
             )
-        if not _renders_calls(conversation, turn, awaits):
+        if turn == without_calls:
             return (
                 f"{conversation.label}: {places[turn]}: the chat template does not render 'tool_calls'; use a "
                 "chat_template that does, or put the calls into 'content'."
@@ -390,21 +391,24 @@ def _dropped_message_error(conversation: Conversation, places: Sequence[str], aw
     return None
 
 
-def _renders_calls(conversation: Conversation, turn: int, awaits: bool) -> bool:
-    """Whether the tool calls of message `turn`, if it has any, are in the text."""
-    message = conversation.messages[turn]
-    if not _functions(message) or _names_every_call(conversation, awaits):
-        return True
-    without = {key: value for key, value in message.items() if key != "tool_calls"}
-    return _depends(conversation, turn, without, awaits)
+def _turn_of_dropped_calls(conversation: Conversation, awaits: bool) -> int | None:
+    """The first message whose tool calls are not in the text; None: there is none."""
+    calling = [turn for turn, message in enumerate(conversation.messages) if _functions(message)]
+    if not calling or _names_every_call(conversation, awaits):
+        return None
+    for turn in calling:
+        without = {key: value for key, value in conversation.messages[turn].items() if key != "tool_calls"}
+        if not _depends(conversation, turn, without, awaits):
+            return turn
+    return None
 
 
 def _names_every_call(conversation: Conversation, awaits: bool) -> bool:
-    """Whether the text has the names of all calls, beside those in the definitions of tools and in what was said: sooner known
-    than by rendering the conversation without a call."""
+    """Whether the text has the names of all calls, beside those in the definitions of tools, of results and in what was said:
+    sooner known than by rendering the conversation without a call."""
     text = conversation.text(len(conversation.messages), awaits)
     functions = [function for message in conversation.messages for function in _functions(message)]
-    said = [message_text(message) for message in conversation.messages]
+    said = [f"{message.get('name', '')}\n{message_text(message)}" for message in conversation.messages]
     said += [str(function.get("arguments")) for function in functions]
     said.append(json.dumps(conversation.options.get("tools") or [], ensure_ascii=False))
     calls = Counter(str(function.get("name", "")) for function in functions)
@@ -412,7 +416,7 @@ def _names_every_call(conversation: Conversation, awaits: bool) -> bool:
 
 
 def _content_end(text: str, message: Message, start: int) -> int | None:
-    """End of the message's content in the text, searched from `begin` on; None: it does not occur verbatim."""
+    """End of the message's content in the text, searched from `start` on; None: it does not occur verbatim."""
     content = message_text(message).strip()
     position = text.find(content, start)
     if position < 0 and message["role"] == "assistant":  # the template may drop its reasoning

@@ -41,7 +41,7 @@ def sharegpt(row: FormatRow, chat: bool) -> Row:
 def anthropic(row: FormatRow, chat: bool) -> Row:
     """Contents are text or blocks: text, thinking, tool_use, tool_result; 'tools' have an 'input_schema'."""
     messages: list[Row] = []
-    system = row.row.get("system")
+    system = _blocks(row.row.get("system"))
     if system:
         parts = [{"type": "text", "text": system}] if isinstance(system, str) else system
         if not isinstance(parts, list):
@@ -72,10 +72,10 @@ def openai(row: FormatRow, chat: bool) -> Row:
 
 def _anthropic_turn(turn: FormatRow) -> list[Row]:
     """One turn: results of tools become turns of their own, before what the user says."""
-    role, content = turn.text("role"), turn.row.get("content")
+    role, content = turn.text("role"), _blocks(turn.row.get("content"))
     if role not in ("user", "assistant"):
         turn.fail(f"'role' is {role!r}, which is none of user, assistant (a system prompt is the column 'system')")
-    if isinstance(content, str) and not isinstance(parsed(content), list):
+    if isinstance(content, str):
         return [{"role": role, "content": content}]
     texts: list[Row] = []
     thoughts: list[str] = []
@@ -102,6 +102,13 @@ def _anthropic_turn(turn: FormatRow) -> list[Row]:
             {"reasoning_content": "\n".join(thoughts)} if thoughts else {}
         )
     return [*results, *own]
+
+
+def _blocks(content: Any) -> Any:
+    """The blocks in JSON text of a list of them; any other content as it is, also text that is another list."""
+    held = parsed(content)
+    is_blocks = isinstance(held, list) and held and all(isinstance(block, dict) and "type" in block for block in held)
+    return held if is_blocks else content
 
 
 def _tool_result(block: FormatRow) -> Row:
@@ -152,18 +159,21 @@ def _openai_calls(row: FormatRow, value: Any, place: str) -> list[Row]:
     calls = parsed(value)
     if not isinstance(calls, list):
         row.fail(f"{place}: 'tool_calls' must be a list, not {shortened(value)}")
+    checked: list[Row] = []
     for number, entry in enumerate(calls):
         call = row.within(entry, f"{place}.tool_calls[{number}]")
-        function = call.within(entry["function"], "function") if "function" in entry else call
+        function = call.within(call.row["function"], "function") if "function" in call.row else call
         function.text("name")
         if function.row.get("arguments") not in (None, ""):
             function.object("arguments")
-    return calls
+        checked.append(call.row if function is call else {**call.row, "function": function.row})
+    return checked
 
 
 def _openai_tools(row: FormatRow) -> Row:
-    tools, functions = row.row.get("tools"), row.row.get("functions")
-    if functions and not tools:
+    tools = row.row.get("tools")
+    if not tools and row.row.get("functions"):
+        functions = [row.within(entry, f"functions[{n}]").row for n, entry in enumerate(row.list("functions"))]
         tools = [{"type": "function", "function": function} for function in functions]
     return {"tools": tools} if tools else {}
 

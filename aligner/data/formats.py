@@ -13,6 +13,7 @@ from typing import Any
 
 from aligner.data.chat_formats import anthropic, openai, sharegpt
 from aligner.data.checked_columns import FormatRow, Row
+from aligner.data.json_text import parsed
 from aligner.data.tokenizer import checked_messages, shortened
 
 ANSWERED = ("prompts", "demonstrations")
@@ -153,15 +154,16 @@ def alpaca(row: FormatRow, chat: bool) -> Row:
     instruction, more = row.text("instruction"), row.optional_text("input")
     more = more if more.strip() else ""
     fields = row.rest("instruction", "input", "output", "text", "history", "system")
+    history = [] if parsed(row.row.get("history")) in (None, "", []) else row.list("history")
     if not chat:
-        for column in ("system", "history"):
-            if row.row.get(column):
+        for column, given in (("system", row.row.get("system")), ("history", history)):
+            if given:
                 row.fail(f"column {column!r} is for models with a chat template")
         prompt = ALPACA[bool(more)].format_map({"instruction": instruction, "input": more})
         return {**fields, "prompt": prompt, "completion": row.text("output")}
     system = row.optional_text("system")
     messages = [{"role": "system", "content": system}] if system else []
-    for number, pair in enumerate(row.row.get("history") or []):
+    for number, pair in enumerate(history):
         if not isinstance(pair, list) or len(pair) != 2:
             row.fail(f"history[{number}] must be a list of a question and an answer")
         messages += [{"role": role, "content": text} for role, text in zip(("user", "assistant"), pair, strict=True)]

@@ -31,4 +31,11 @@ def _messages(value: Any) -> list[Any] | None:
     held = parsed(value) if isinstance(value, str) else None
     if not isinstance(held, list) or not held:
         return None
-    return held if all(isinstance(turn, dict) and ("role" in turn or "from" in turn) for turn in held) else None
+    return held if all(isinstance(turn, dict) and _is_message(turn) for turn in held) else None
+
+
+def _is_message(turn: dict[str, Any]) -> bool:
+    """Whether it has a speaker and what was said: an answer may be JSON too, whose objects have a "role" or a "from"."""
+    if "role" in turn and any(name in turn for name in ("content", "tool_calls", "function_call")):
+        return True
+    return "from" in turn and "value" in turn

@@ -12,7 +12,7 @@ from aligner.data.json_text import with_conversations
 from aligner.data.sources.source import LabelledRow, RowSource
 
 NEEDED = ("prompt", "messages", "completion", "chosen", "rejected", "query", "response", "label", "score")
-"""Keys of ours that no row can do without, where data.columns has them."""
+"""Keys of ours that no row can do without, where data.columns has them; of prompts the first two, and the others are fields."""
 
 
 class MappedRows:
@@ -61,11 +61,13 @@ class MappedRows:
 
     def _check_null(self, row: dict[str, Any], columns: Columns, label: str) -> None:
         """Raises ValueError for a column without a value that is needed; a format says itself what it needs."""
-        null = [key for key in columns.columns if row[key] is None and key in NEEDED and self._format is None]
-        for key in null:
+        needed = NEEDED[:2] if self._kind == "prompts" else NEEDED
+        null = [key for key in columns.columns if row[key] is None and key in needed]
+        if null and self._format is None:
+            column = columns.columns[null[0]]
             raise ValueError(
-                f"{label}: {columns.columns[key]!r} is null (data.columns.{key}={columns.columns[key]}); give each row a value, "
-                "or leave such rows out: data.on_error=skip."
+                f"{label}: {column!r} is null (data.columns.{null[0]}={column}); give each row a value, or leave such rows out: "
+                "data.on_error=skip."
             )
 
     def blocks(self) -> Sequence[range] | None:

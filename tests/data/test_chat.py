@@ -113,6 +113,15 @@ def test_calls_that_the_template_does_not_write_are_refused() -> None:
             trained(row, tokenizer)
 
 
+def test_the_name_of_a_result_is_not_that_of_its_call() -> None:
+    tokenizer = tokenizer_of("byte_level", "chatml")
+    tokenizer.chat_template = CHATML.replace("{{ m.content }}", "{{ m.name or '' }}{{ m.content }}")
+    turn = {"role": "assistant", "content": "Let me see.", "tool_calls": [call({})]}
+    result = {"role": "tool", "name": "weather", "content": "Rain."}
+    with pytest.raises(ValueError, match=r"^d:1: messages\[1\]: the chat template does not render 'tool_calls'"):
+        trained({"messages": [ASK, turn, result, NO]}, tokenizer)
+
+
 PARTS = [{"type": "text", "text": "Rain in"}, {"type": "text", "text": "Oslo?"}]
 TAKES_PARTS = CHATML.replace(
     "{{ m.content }}", "{% for p in m.content %}{% if p.type == 'text' %}{{ p.text }};{% endif %}{% endfor %}"

@@ -62,6 +62,16 @@ def test_a_needed_column_may_not_be_null(kind: str, tmp_path: Path) -> None:
         read_sets(data, tokenizer_of("byte_level", "chatml"))
 
 
+@pytest.mark.parametrize("kind", WRITERS)
+def test_a_field_of_a_prompt_may_be_null(kind: str, tmp_path: Path) -> None:
+    """data.kind=prompts needs no label: it is a field for rewards."""
+    WRITERS[kind](tmp_path / "rows", [{"q": "a", "verdict": None}, {"q": None, "verdict": 1}])
+    source = MappedRows(open_source(tmp_path / "rows"), {"prompt": "q", "label": "verdict"}, None, "prompts", None)
+    assert source.row(0)[1] == {"prompt": "a"}
+    with pytest.raises(ValueError, match=r"'q' is null \(data\.columns\.prompt=q\)"):
+        source.row(1)
+
+
 def test_objects_of_tables_have_only_their_own_fields(tmp_path: Path) -> None:
     """A column of objects has the fields of all of them, null where an object does not have one: `datasets` writes them so."""
     calls = [{"name": "f", "arguments": {"x": 1}}, {"name": "g", "arguments": {"y": "2"}}]

@@ -88,6 +88,11 @@ def test_a_row_that_is_left_out_is_no_mistake(tmp_path: Path, capsys: pytest.Cap
     assert "more than data.max_prompt_tokens=20: left out" in capsys.readouterr().out
 
 
+def test_a_row_that_is_skipped_is_no_mistake(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(tmp_path, "feedback", "data.on_error=skip") == 0
+    assert "error: " in capsys.readouterr().out
+
+
 def test_lengths_are_the_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tokenizer = tokenizer_of("byte_level", "chatml")
     ((row,), _) = tokenize_demonstrations([("d", {"messages": TALK})], tokenizer, 1000)

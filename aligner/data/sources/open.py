@@ -120,10 +120,15 @@ def _rows_of_kind(name: str, file: Path, kind: str, content: bytes | None) -> Ro
     if kind in (ARROW_FILE, ARROW_STREAM):
         return ArrowRows(name, file, kind == ARROW_STREAM)
     if kind in (CSV, TSV):
-        return RowList(name, table_rows(content or file.read_bytes(), file, "," if kind == CSV else "\t"))
+        return RowList(name, table_rows(_whole(file, content), file, "," if kind == CSV else "\t"))
     if kind == JSON:
-        return RowList(name, json_rows(content or file.read_bytes(), file))
+        return RowList(name, json_rows(_whole(file, content), file))
     return JsonLines(name, file, content)
+
+
+def _whole(file: Path, content: bytes | None) -> bytes:
+    """A file's bytes, or what they decompress to, which may be nothing."""
+    return file.read_bytes() if content is None else content
 
 
 def _names(folder: Path) -> list[str]:

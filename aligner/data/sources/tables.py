@@ -73,13 +73,13 @@ class ParquetRows:
         """Row `index`, from 0.
 
         Raises:
-            ValueError: its row group is damaged.
+            ValueError: its row group is damaged, or it has a value that Python does not have.
         """
         block = int(np.searchsorted(self._ends, index, side="right"))
         label = f"{self._path}, row {index + 1}"
         with self._lock:
             batch = self._block(block, label)
-        return label, _row_of(batch, index - self._blocks[block].start)
+        return label, _row_of(batch, index - self._blocks[block].start, label)
 
     def blocks(self) -> Sequence[range]:
         """Row groups: several small ones, or parts of a large one."""
@@ -174,10 +174,11 @@ class ArrowRows:
         return int(self._ends[-1])
 
     def row(self, index: int) -> LabelledRow:
-        """Row `index`, from 0."""
+        """Row `index`, from 0. Raises ValueError: a value that Python does not have."""
         batch = int(np.searchsorted(self._ends, index, side="right"))
         offset = index - (int(self._ends[batch - 1]) if batch else 0)
-        return f"{self._path}, row {index + 1}", _row_of(self._batches[batch], offset)
+        label = f"{self._path}, row {index + 1}"
+        return label, _row_of(self._batches[batch], offset, label)
 
     def blocks(self) -> None:
         """Any row costs the same."""
@@ -188,8 +189,11 @@ class ArrowRows:
         return digest_of_file(self._path)
 
 
-def _row_of(batch: Any, offset: int) -> dict[str, Any]:
-    row: dict[str, Any] = batch.slice(offset, 1).to_pylist(maps_as_pydicts="strict")[0]
+def _row_of(batch: Any, offset: int, label: str) -> dict[str, Any]:
+    try:
+        row: dict[str, Any] = batch.slice(offset, 1).to_pylist(maps_as_pydicts="strict")[0]
+    except (KeyError, ValueError) as error:  # a key twice in a map, text that is not UTF-8
+        raise ValueError(f"{label} cannot be read ({_line(error)}); correct the value.") from None
     return {name: plain(value) for name, value in row.items()}
 
 

@@ -183,12 +183,18 @@ def test_a_missing_file(path: str, problem: str, tmp_path: Path, monkeypatch: py
 def test_csv_cells_are_text_but_for_the_columns_that_are_not(tmp_path: Path) -> None:
     header = "prompt,completion,label,score,chosen"
     (tmp_path / "r.csv").write_text(
-        f'{header}\n007,3.50,True,0.5,1\n"a\nb",x,false,-1,"[{{""role"": ""user""}}]"\n\n"[3, 1]",y,TRUE,,[1\n'
+        f'{header}\n007,3.50,True,0.5,1\n"a\nb",x,false,-1,"[{{""role"": ""user"", ""content"": ""a""}}]"\n\n"[3, 1]",y,TRUE,,[1\n'
     )
     found = list(all_rows(open_source(tmp_path / "r.csv")))
     assert [row for _, row in found] == [
         {"prompt": "007", "completion": "3.50", "label": True, "score": 0.5, "chosen": "1"},
-        {"prompt": "a\nb", "completion": "x", "label": False, "score": -1, "chosen": [{"role": "user"}]},
+        {
+            "prompt": "a\nb",
+            "completion": "x",
+            "label": False,
+            "score": -1,
+            "chosen": [{"role": "user", "content": "a"}],
+        },
         {"prompt": "[3, 1]", "completion": "y", "label": True, "score": "", "chosen": "[1"},
     ]
     assert [label.rpartition(":")[2] for label, _ in found] == ["2", "3", "6"]
@@ -204,6 +210,15 @@ def test_empty_files_among_others_are_no_rows(tmp_path: Path) -> None:
         open_source([f"{tmp_path}/b.jsonl", f"{tmp_path}/c.parquet"])
     with pytest.raises(ValueError, match=r"b\.jsonl has no rows; give a file with one JSON object a line"):
         open_source(f"{tmp_path}/b.jsonl")
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "json", "csv"])
+def test_an_empty_file_may_be_compressed(tmp_path: Path, suffix: str) -> None:
+    WRITERS["rows.jsonl"](tmp_path / "a.jsonl")
+    (tmp_path / f"b.{suffix}.gz").write_bytes(gzip.compress(b""))
+    assert [row for _, row in all_rows(open_source(f"{tmp_path}/*"))] == ROWS
+    with pytest.raises(ValueError, match=rf"b\.{suffix}\.gz has no rows"):
+        open_source(tmp_path / f"b.{suffix}.gz")
 
 
 def test_an_empty_split_beside_others(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 
 from aligner.data.sources.open import open_source
 from aligner.data.sources.plain_values import plain
@@ -55,3 +56,23 @@ def test_columns_of_parquet_and_arrow(tmp_path: Path) -> None:
     for name in ("r.parquet", "f.arrow", "s.arrow"):
         source = open_source(tmp_path / name)
         assert [source.row(index)[1] for index in range(2)] == ROWS
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        pa.array([[("k", "v")], [("k", "v"), ("k", "w")]], pa.map_(pa.string(), pa.string())),
+        pa.array([b"a", b"\xff"]).view(pa.string()),
+    ],
+    ids=["key twice", "not UTF-8"],
+)
+def test_a_value_that_cannot_be_read_is_an_error_of_its_row(column: pa.Array, tmp_path: Path) -> None:
+    table = pa.table({"prompt": column})
+    pq.write_table(table, tmp_path / "r.parquet")
+    with pa.OSFile(str(tmp_path / "f.arrow"), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
+        writer.write_table(table)
+    for name in ("r.parquet", "f.arrow"):
+        source = open_source(tmp_path / name)
+        assert source.row(0)[1]
+        with pytest.raises(ValueError, match=rf"{name}, row 2 cannot be read \("):
+            source.row(1)
