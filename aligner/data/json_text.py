@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 CONVERSATIONS = ("messages", "prompt", "completion", "chosen", "rejected", "conversations")
-"""Columns whose text, where it is a JSON list of messages, is a conversation."""
+"""Columns whose text, where it is a JSON list of messages (of which each says something), is a conversation."""
 
 
 def parsed(value: Any) -> Any:
