@@ -63,8 +63,10 @@ def attention(q_BNTD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, scale: float, mask
         mask_TS: added to the scores, like q; None: causal, T = S.
     """
     halves = q_BNTD.device.type == "cpu" and q_BNTD.element_size() == 2
-    fits = 0 < k_BKSD.shape[2] <= LONGEST and q_BNTD.numel() and q_BNTD.shape[-1] == v_BKSD.shape[-1]
-    if halves and fits and torch.is_grad_enabled():
+    short = 0 < k_BKSD.shape[2] <= LONGEST and q_BNTD.numel() and q_BNTD.shape[-1] == v_BKSD.shape[-1]
+    # the kernel reads a head's numbers one after the other, and does not check that they lie so
+    beside = all(x.stride(-1) == 1 for x in (q_BNTD, k_BKSD, v_BKSD))
+    if halves and short and beside and torch.is_grad_enabled():
         return _HalfAttention.apply(q_BNTD, k_BKSD, v_BKSD, mask_TS, scale)  # type: ignore[no-any-return]
     return F.scaled_dot_product_attention(
         q_BNTD,

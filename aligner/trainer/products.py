@@ -68,8 +68,9 @@ def _strided(matrix: Tensor) -> Tensor:
 
 def add_product(total_MN: Tensor, left_MK: Tensor, right_KN: Tensor) -> None:
     """total += left @ right, in place."""
-    if total_MN.dtype == left_MK.dtype and not (total_MN.device.type == "cpu" and onednn_is_faster()):
-        total_MN.addmm_(left_MK, right_KN)  # without a copy of the product
+    by_onednn = total_MN.dtype is torch.float32 and total_MN.device.type == "cpu" and onednn_is_faster()
+    if total_MN.dtype == left_MK.dtype and not by_onednn:
+        total_MN.addmm_(left_MK, right_KN)  # without a copy of the product, or a rounding of it
     else:
         total_MN.add_(product(left_MK, right_KN))
 

@@ -32,10 +32,18 @@ def gather_metrics(sums: dict[str, Tensor], metrics: dict[str, Tensor], mask_BT:
 
     Args:
         mask_BT: on the host, where its places are found without waiting for a device.
+
+    Raises:
+        ValueError: a metric has another shape than the mask, or [B].
     """
     tokens_N, rows_N = mask_BT.flatten().nonzero()[:, 0], mask_BT.any(1).nonzero()[:, 0]
     for name, value in metrics.items():
         per_row = value.dim() == 1
+        if value.shape != (mask_BT.shape[:1] if per_row else mask_BT.shape):
+            raise ValueError(
+                f"metric {name!r} of a loss has shape {tuple(value.shape)}; it must have {tuple(mask_BT.shape)}, a value for each "
+                f"token, or {tuple(mask_BT.shape[:1])}, one for each row."
+            )
         place_N = (rows_N if per_row else tokens_N).to(value.device, non_blocking=True)
         values = value.detach().flatten()[place_N].double()
         add_to(sums, f"{'row' if per_row else 'token'}/{name}", values.sum())

@@ -41,5 +41,5 @@ def test_calls_fit_the_installed_sources() -> None:
 
 def test_wrong_calls_are_found(tmp_path: Path) -> None:
     (tmp_path / "wrong.py").write_text(WRONG)
-    said = mypy(str(tmp_path / "wrong.py"))
-    assert all(text in said for text in FOUND) and said.count("error:") == len(FOUND), said
+    output = mypy(str(tmp_path / "wrong.py"))
+    assert all(text in output for text in FOUND) and output.count("error:") == len(FOUND), output

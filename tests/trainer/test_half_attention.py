@@ -66,3 +66,20 @@ def test_float32_and_no_gradient_are_torchs() -> None:
     with torch.no_grad():
         own = given(2, 6, 7, 7, torch.bfloat16)
         assert not attention(*own, SCALE).requires_grad
+
+
+@pytest.mark.parametrize("place", [0, 1, 2], ids=["q", "k", "v"])
+def test_numbers_of_a_head_that_do_not_lie_beside_each_other(place: int) -> None:
+    plainly = [x.detach() for x in given(2, 2, 7, 7, torch.bfloat16)]
+    apart = [x.mT.contiguous().mT if number == place else x for number, x in enumerate(plainly)]
+    own, torchs = (
+        [x.clone(memory_format=torch.preserve_format).requires_grad_() for x in each] for each in (apart, plainly)
+    )
+    assert own[place].stride(-1) != 1
+    out, wanted = attention(*own, SCALE), plain(*torchs, None)
+    torch.testing.assert_close(out, wanted, rtol=0.02, atol=0.02)
+    weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out.dtype)
+    for mine, other in zip(
+        *(torch.autograd.grad(x, y, weight) for x, y in ((out, own), (wanted, torchs))), strict=True
+    ):
+        torch.testing.assert_close(mine, other, rtol=0.05, atol=0.05)

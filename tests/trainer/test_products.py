@@ -63,6 +63,14 @@ def test_other_types(dtype: torch.dtype) -> None:
     assert torch.equal(product(a, b), a @ b)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_what_is_added_in_other_types_is_not_rounded_before(dtype: torch.dtype) -> None:
+    a, b, total = normal(5, 40, dtype=dtype), normal(40, 3, dtype=dtype), normal(5, 3, dtype=dtype)
+    expected = total.addmm(a, b)
+    add_product(total, a, b)
+    assert torch.equal(total, expected)
+
+
 @pytest.mark.parametrize("shape", [(7, 6), (5, 1, 6), (2, 3, 6), (0, 1, 6)], ids=str)
 @pytest.mark.parametrize("bias", [True, False])
 def test_linear(shape: tuple[int, ...], bias: bool) -> None:

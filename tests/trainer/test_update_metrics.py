@@ -51,6 +51,12 @@ def test_metrics_of_either_form() -> None:
     assert found == pytest.approx({"kl": 11 / 6, "kl_max": 5.0, "gap": -1.5 / 4, "gap_max": 1.0, "tokens": 6.0})
 
 
+@pytest.mark.parametrize("shape", [(3, 4), (3, 2), (4, 3), (2,), (4,), (), (9, 1)], ids=str)
+def test_a_metric_of_another_shape_is_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"'kl' of a loss has shape .* must have"):
+        gather_metrics({}, {"kl": torch.zeros(shape)}, MASK_BT)
+
+
 def separate(lengths: tuple[int, ...]) -> int:
     return attended(lengths, (-1,) * len(lengths))
 

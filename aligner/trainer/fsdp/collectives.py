@@ -50,7 +50,7 @@ class ReduceScatter:
         input_tensor.untyped_storage().resize_(0)
 
 
-def save_on_cpu(module: FSDPModule) -> None:
+def save_memory_on_cpu(module: FSDPModule) -> None:
     """Where communication does not run beside computation, gather no layer before it is needed, and scatter by `ReduceScatter`."""
     module.set_modules_to_backward_prefetch([module])  # none: it is there already
     module.set_custom_reduce_scatter(ReduceScatter())  # type: ignore[arg-type]

@@ -65,9 +65,9 @@ def check_same_numbers(world: World, model: Path, settings: dict[str, Any]) -> l
     """Losses and weights to the bit, norms to rounding; returns what `watched` saw of a fourth update."""
     label = str(sorted(settings.items()))
     plain, expected = trained(world, model, f"after {label}", False, settings)
-    overlapped, found = trained(world, model, f"during {label}", True, settings)
+    overlapped, reports = trained(world, model, f"during {label}", True, settings)
     assert expected[1]["skipped_steps"] == 1
-    for before, after in zip(expected, found, strict=True):
+    for before, after in zip(expected, reports, strict=True):
         norms = [report.pop("grad_norm") for report in (before, after)]
         assert norms[0] == pytest.approx(norms[1], rel=1e-6, nan_ok=True), norms
         assert str(before) == str(after)  # NaN is NaN
