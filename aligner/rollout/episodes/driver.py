@@ -269,9 +269,8 @@ class Episodes(RolloutKind[Episode]):
         one = self._playing.get(event.episode)
         if one is None:
             return None
-        if not one.open and one.asked == len(
-            one.turns
-        ):  # of several turns that are asked for together the first counts
+        # of several turns that are asked for together the first counts
+        if not one.open and one.asked == len(one.turns):
             self.figures.worked(one.waiting_since)
         if isinstance(event, Ended):
             return event
