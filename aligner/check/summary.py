@@ -184,8 +184,10 @@ def _several_contexts(
 ) -> list[tuple[str, str]]:
     """What the longest episode that is not of one context would take: all of its contexts are one row."""
     contexts = max_contexts(config, checked.tokenizer)
+    if contexts == 1:
+        return []
     most = peaks(config, roles, checked.specs, checked.meshes, checked.data, machine, contexts)
-    if contexts == 1 or not most:
+    if not most:
         return []
     rank = max(most, key=lambda rank: most[rank])
     needed, role = most[rank]

@@ -224,9 +224,10 @@ class EnvironmentEpisodes:
         Args:
             ids: of the text.
         """
-        shown = parsed.content if parsed.calls or parsed.reasoning is not None else text
-        if self._config.hide_reasoning:
-            shown = split_reasoning(shown, play.conversation.opens_reasoning)[1].strip()
+        read = bool(parsed.calls) or parsed.reasoning is not None
+        shown = parsed.content if read else text
+        if self._config.hide_reasoning:  # the content that was read is what follows the reasoning
+            shown = split_reasoning(shown, play.conversation.opens_reasoning and not read)[1].strip()
         for special in {self._form.special[token] for token in ids if token in self._form.special}:
             shown = shown.replace(special, "")
         calls = [
@@ -248,6 +249,7 @@ class EnvironmentEpisodes:
         del self._plays[episode]
         rewards = (*play.rewards, *[0.0] * (play.turns - len(play.rewards)))  # no answer to the last turn
         record = {"detail": detail, "metrics": play.metrics, "messages": play.conversation.messages}
+        self._ready = deque(event for event in self._ready if event.episode != episode)  # it asks for nothing any more
         self._ready.append(Ended(episode, reward, rewards, ended, record))
 
 

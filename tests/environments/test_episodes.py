@@ -269,6 +269,33 @@ def test_reasoning_that_was_cut_off_is_hidden(family: str, opening: str) -> None
         assert [action.text for action in pool.actions] == [expected]
 
 
+def test_the_words_before_a_call_are_no_reasoning() -> None:
+    """Also where the template's generation prompt has opened the reasoning, which the turn closes."""
+    call = "<tool_call>\n<function=add>\n<parameter=a>\n1\n</parameter>\n</function>\n</tool_call>"
+    tokens = tokenizer_of(FAMILIES["qwen3.5-think"]).encode(
+        f"Two.\n</think>\n\nI add.\n\n{call}", add_special_tokens=False
+    )
+    for hide in (False, True):
+        pool = Scripted(said("Begin.", tools=TOOLS), answers(Turn([], True)))
+        source = source_of(pool, "qwen3.5-think", hide_reasoning=hide)
+        source.start(5, Prompt((1,), "", {"prompt": "Hello?"}, 0), 0)
+        source.poll(0.0)
+        source.answer(5, 1, Sample([], 0, tokens, ended=True))
+        assert [(action.text, len(action.tool_calls)) for action in pool.actions] == [("I add.", 1)]
+
+
+def test_an_episode_that_has_failed_asks_for_nothing() -> None:
+    """A call that cannot be read is answered at once; its environment fails before that is polled."""
+    pool = Scripted(Turn([], tools=TOOLS), answers())
+    source = source_of(pool)
+    source.start(5, Prompt((1,), "", {"prompt": "Hello?"}, 0), 0)
+    source.poll(0.0)
+    source.answer(5, 1, Sample([], 0, ids("<tool_call>\n{</tool_call><|im_end|>"), ended=True))
+    pool.events.append(Failed(5, "crashed", "exit 1"))
+    (event,) = source.poll(0.0)
+    assert isinstance(event, Ended) and (event.ended, event.turn_rewards) == ("crashed", (0.0,))
+
+
 def test_the_environment_sees_no_special_tokens() -> None:
     pool = Scripted(said("Begin."), answers(Turn([], True)))
     play(source_of(pool), "Move <|im_start|>[2]<|endoftext|><|im_end|>")

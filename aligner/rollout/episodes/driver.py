@@ -118,6 +118,8 @@ class Episodes(RolloutKind[Episode]):
         """
         self._engine, self._source, self._progress = engine, source, progress
         self._playing: dict[int, _Playing] = {}
+        self._ended_between: dict[int, _Playing] = {}
+        """Episodes that have ended while they were interrupted: the next `resume` of them gives their end."""
         self._tickets: dict[int, list[_Playing]] = {}
         self._begun = self._started = 0
         self._error: Exception | None = None
@@ -136,12 +138,13 @@ class Episodes(RolloutKind[Episode]):
         check_settings(sampling, "sampling")
 
     def resume(self, rollouts: Sequence[Episode], sampling: Sampling, step_tokens: int | None = None) -> int:
-        """Begin episodes, or let interrupted ones go on. Their environments begin to work at once."""
+        """Begin episodes, or let interrupted ones go on. Their environments begin to work at once. One that has ended since it was
+        interrupted (its environment failed, or its program needed the open turns no more) is not played again."""
         self._engine.loaded.check()
         playing = []
         for episode in rollouts:
             assert not episode.ended, "an episode that has ended cannot go on"
-            one = self._playing.get(-1 if episode.key is None else episode.key) or self._begin(episode)
+            one = self._in_play(episode) or self._begin(episode)
             one.sampling, one.tokens_left, one.interrupted = sampling, step_tokens, False
             playing.append(one)
         with self._engine.working():
@@ -155,7 +158,11 @@ class Episodes(RolloutKind[Episode]):
         playing = self._tickets[ticket]
         while not all(one.settled for one in playing):
             self._step(_never)
-        return [one.so_far for one in self._tickets.pop(ticket)]
+        episodes = [one.so_far for one in self._tickets.pop(ticket)]
+        for episode in episodes:
+            if episode.ended and episode.key is not None:
+                self._ended_between.pop(episode.key, None)
+        return episodes
 
     def hold(self, rollouts: Sequence[Episode]) -> int:
         """Episodes that have ended."""
@@ -262,7 +269,8 @@ class Episodes(RolloutKind[Episode]):
         one = self._playing.get(event.episode)
         if one is None:
             return None
-        if not one.open:
+        # of several turns that are asked for together the first counts
+        if not one.open and one.asked == len(one.turns):
             self.figures.worked(one.waiting_since)
         if isinstance(event, Ended):
             return event
@@ -304,7 +312,12 @@ class Episodes(RolloutKind[Episode]):
                 self._fail(one, "replay", f"the environment asks for turn {number} with another context than before.")
                 return None
             if recorded is not None:  # limits of the run may have been raised since
-                turn = replace(turn, sample=recorded.sample, max_tokens=recorded.max_tokens)
+                turn = replace(
+                    turn,
+                    sample=recorded.sample,
+                    max_tokens=recorded.max_tokens,
+                    alone=turn.alone and recorded.alone,  # recorded turns are over at once, and none is open any more
+                )
         one.turns.append(turn)
         if turn.sample.ended:
             self._end_turn(one, number, turn.sample)
@@ -367,6 +380,11 @@ class Episodes(RolloutKind[Episode]):
 
     # ---- begin and end
 
+    def _in_play(self, episode: Episode) -> _Playing | None:
+        """Where it goes on or has ended in this process."""
+        key = -1 if episode.key is None else episode.key
+        return self._playing.get(key) or self._ended_between.get(key)
+
     def _begin(self, episode: Episode) -> _Playing:
         self._begun += 1
         fresh = replace(episode, key=self._begun, turns=())
@@ -403,9 +421,12 @@ class Episodes(RolloutKind[Episode]):
         rewards = (*end.turn_rewards, *[0.0] * (turns - len(end.turn_rewards)))
         one.tickets.clear()
         ended = replace(end, turn_rewards=rewards, order=())
-        turns_in_row = in_order(one.turns, order) if end.order else tuple(one.turns[number - 1] for number in over)
+        asked_in_order = order == list(range(1, turns + 1))  # and none is missing between them
+        turns_in_row = tuple(one.turns[:turns]) if asked_in_order else in_order(one.turns, order)
         one.episode = replace(one.episode, turns=turns_in_row, end=ended)
         del self._playing[end.episode]
+        if one.interrupted:
+            self._ended_between[end.episode] = one
 
     def _call_source(self, method: Callable[..., None], *arguments: Any) -> None:
         """Call the source; its error is raised once the other ranks know of it, before the next engine step."""

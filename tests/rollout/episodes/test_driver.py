@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from typing import Any
 
@@ -17,8 +17,9 @@ from aligner.rollout.config import Sampling
 from aligner.rollout.engine import RolloutEngine
 from aligner.rollout.episodes.driver import Episodes
 from aligner.rollout.episodes.episode import Episode
-from aligner.rollout.episodes.source import EpisodeSource
+from aligner.rollout.episodes.source import Ask, Ended, EpisodeSource
 from aligner.rollout.kind import Place
+from aligner.rollout.requests import Sample
 from aligner.rollout.vllm.engine import VllmEngine
 from aligner.rollout.vllm.sizes import BLOCK_TOKENS
 from tests.rollout import tiny
@@ -184,10 +185,14 @@ def test_turns_at_once_go_on_after_an_interruption(loaded: Loaded, restart: bool
     reference = play(engine, Forked(order=1))
     driver = driver_of(engine, Forked(order=2))
     episodes, rounds, several = begun(driver), 0, 0
+    shared = set[int]()  # seeds of turns that were asked for while others were open
     while not all(one.ended for one in episodes):
         left = iter(driver.finish(driver.resume([one for one in episodes if not one.ended], SAMPLING, 4)))
         episodes = [one if one.ended else next(left) for one in episodes]
         several += sum(sum(not turn.sample.ended for turn in one.turns) > 1 for one in episodes)
+        turns = [turn for one in episodes for turn in one.turns]
+        shared |= {turn.sample.seed for turn in turns if not turn.alone}
+        assert not any(turn.alone for turn in turns if turn.sample.seed in shared), "a replay has forgotten it"
         engine.new_weights()
         rounds += 1
         if restart:
@@ -196,6 +201,69 @@ def test_turns_at_once_go_on_after_an_interruption(loaded: Loaded, restart: bool
             episodes = [driver.from_json(one, episode.task) for one, episode in zip(saved, episodes, strict=True)]
     assert rounds > 3 and several > 3
     same(episodes, reference)
+
+
+class Hasty:
+    """Asks for two turns at once, goes on from the first, and needs the second no more: it ends once it has been paused, or both are over."""
+
+    def __init__(self) -> None:
+        self.events: list[Ask | Ended] = []
+        self.over: dict[int, set[int]] = {}
+        self.first: dict[int, tuple[int, ...]] = {}
+
+    def start(self, episode: int, task: Prompt, seed: int) -> None:
+        assert episode not in self.over
+        self.over[episode] = set()
+        for turn, max_tokens in ((1, 2), (2, None)):
+            self.events.append(Ask(episode, turn, (*task.tokens, turn), True, max_tokens, seed_key=turn))
+
+    def poll(self, wait_s: float) -> list[Ask | Ended]:
+        events, self.events = self.events, []
+        return events
+
+    def answer(self, episode: int, turn: int, sample: Sample) -> None:
+        self.over[episode].add(turn)
+        if turn == 1:
+            self.events.append(Ask(episode, 3, (*sample.prompt, *sample.tokens, 9), True, 2, seed_key=3))
+        if self.over[episode] == {1, 2, 3}:
+            self._end(episode)
+
+    def pause(self, episode: int) -> None:
+        self._end(episode)
+
+    def _end(self, episode: int) -> None:
+        turns = tuple(sorted(self.over[episode]))
+        self.events.append(Ended(episode, float(len(turns)), (1.0,) * len(turns), "done", {}))
+
+    def abandon(self, episodes: Collection[int]) -> None:
+        raise AssertionError("nothing fails")
+
+    def metrics(self) -> dict[str, float]:
+        return {}
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+def test_an_episode_that_ends_while_it_is_interrupted_has_ended(loaded: Loaded) -> None:
+    """It is not played again; and its row is the same wherever the turn stands that was not over."""
+    _, engine, _ = loaded
+    sampling, source = replace(SAMPLING, stop_token_ids=()), Hasty()
+    driver = driver_of(engine, source)
+    hasty, other = (driver.begin(task, Place(1, 1, i, 0)) for i, task in enumerate(tasks()[:2]))
+    (one,) = driver.finish(driver.resume([hasty], sampling, 5))
+    assert not one.ended and [turn.sample.ended for turn in one.turns] == [True, False, True]
+    (whole,) = driver.finish(driver.resume([other], sampling))  # meanwhile the first one ends
+    assert [turn.new_segment for turn in whole.turns] == [True, True, True]
+    (one,) = driver.finish(driver.resume([one], sampling, 5))
+    assert len(source.over) == 2 and one.end is not None and (one.end.reward, one.end.turn_rewards) == (2.0, (1.0, 1.0))
+    assert [(turn.new_segment, len(turn.added), len(turn.sample.tokens)) for turn in one.turns] == [
+        (True, len(one.task.tokens) + 1, 2), (False, 1, 2),
+    ]  # fmt: skip
+    assert not driver._ended_between and not engine.requests.under_way
+    assert (
+        driver.take_figures().answers == 3
+    )  # both first turns of each together, and the end of one: else turns were open
 
 
 def test_lower_limits_after_a_resume_end_turns_and_episodes(loaded: Loaded) -> None:
@@ -333,8 +401,6 @@ def test_a_source_that_breaks_the_protocol_is_named(loaded: Loaded, lie: str, mo
 
 def test_an_episode_that_ends_while_its_turn_is_sampled(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its request leaves the engine; the others' tokens are what they would have been."""
-    from aligner.rollout.episodes.source import Ended
-
     _, engine, _ = loaded
     reference = play(engine, Scripted())
     source = Scripted()
