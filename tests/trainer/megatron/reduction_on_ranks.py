@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -62,19 +63,28 @@ def watched(policy: Any) -> list[list[int]]:
 
 
 def check_same_numbers(world: World, model: Path, settings: dict[str, Any]) -> list[list[int]]:
-    """Losses and weights to the bit, norms to rounding; returns what `watched` saw of a fourth update."""
+    """Losses and weights to the bit, norms to rounding; returns what `watched` saw of a fourth update.
+
+    Over more than two ranks a sum's order depends on where a number stands in its bucket: there everything is to rounding.
+    """
+    exact = world.size // math.prod(settings.get(size, 1) for size in ("tensor", "pipeline")) <= 2
     label = str(sorted(settings.items()))
     plain, expected = trained(world, model, f"after {label}", False, settings)
     overlapped, reports = trained(world, model, f"during {label}", True, settings)
     assert expected[1]["skipped_steps"] == 1
     for before, after in zip(expected, reports, strict=True):
         norms = [report.pop("grad_norm") for report in (before, after)]
-        assert norms[0] == pytest.approx(norms[1], rel=1e-6, nan_ok=True), norms
-        assert str(before) == str(after)  # NaN is NaN
+        assert norms[0] == pytest.approx(norms[1], rel=1e-6 if exact else 1e-5, nan_ok=True), norms
+        if exact:
+            assert str(before) == str(after)  # NaN is NaN
+        else:
+            assert before == pytest.approx(after, rel=1e-5, nan_ok=True)
     seen = watched(overlapped)
     for policy in (plain, overlapped):
         policy.update(imitate, policy.scatter(batch())).gather()
     now = weights(overlapped)
     for name, weight in weights(plain).items():
-        assert torch.equal(weight, now[name]), name
+        assert torch.equal(weight, now[name]) if exact else torch.allclose(weight, now[name], rtol=1e-4, atol=1e-5), (
+            name
+        )
     return seen
