@@ -60,10 +60,10 @@ def replay(source: EpisodeSource, record: SampleRecord, stop: Collection[int], w
     while left or record.episode["ended"] not in OF_THE_ROLLOUT:
         where = f"turn {left[0][0].number}" if left else "end"
         events = _next_events(source, wait_s)
-        for ended in (event for event in events if isinstance(event, Ended)):  # it may have failed since it asked
-            if left:
-                return [Difference(where, "the episode has ended", "a turn", _ending(ended))]
-            return _differing_ends(record, ended)
+        ended = next((event for event in events if isinstance(event, Ended)), None)  # it may have failed since it asked
+        if ended is not None:
+            early = [Difference(where, "the episode has ended", "a turn", _ending(ended))]
+            return early if left else _differing_ends(record, ended)
         for ask in (event for event in events if isinstance(event, Ask)):
             known = next((one for one in left if one[1] == list(ask.context)), None)
             if known is None:
