@@ -28,6 +28,6 @@ class _Product:
     def __init__(self, module: nn.Module, transposed: bool) -> None:
         self._module, self._transposed = module, transposed
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, input: Tensor) -> Tensor:  # as torch names it: a model may call by keyword
         weight: Tensor = self._module.weight  # type: ignore[assignment]
-        return linear(x, weight.T if self._transposed else weight, self._module.bias)  # type: ignore[arg-type]
+        return linear(input, weight.T if self._transposed else weight, self._module.bias)  # type: ignore[arg-type]

@@ -37,3 +37,10 @@ def test_a_model_computes_what_it_did(family: str, dtype: torch.dtype, monkeypat
         assert one.grad is not None and other.grad is not None
         difference, size = (one.grad - other.grad).abs().max(), one.grad.abs().max()
         assert float(difference) <= (1e-5 if dtype is torch.float32 else 0.05) * float(size), name
+
+
+def test_a_layer_may_be_called_by_keyword() -> None:
+    plain, layer, x = nn.Linear(4, 3), nn.Linear(4, 3), torch.randn(2, 4)
+    layer.load_state_dict(plain.state_dict())
+    use_products(layer)
+    torch.testing.assert_close(layer(input=x), plain(input=x))
