@@ -105,10 +105,34 @@ def empty_model(
     config = read_config(path, head, trust_remote_code)
     kind = model_class(config, head, path, trust_remote_code)
     more: dict[str, Any] = {} if attention is None else {"attn_implementation": attention}
-    with _parameters_without_memory(), _own_constructors():
-        model = kind._from_config(config, dtype=dtype, **more)
-    model.tie_weights()
+    try:
+        with _parameters_without_memory(), _own_constructors():
+            model = kind._from_config(config, dtype=dtype, **more)
+        _keep_float32(model, dtype)
+        model.tie_weights()
+    except Exception as error:  # whatever a constructor runs into with values that its configuration class lets pass
+        raise ValueError(
+            f"{path}/config.json: transformers cannot make a {kind.__name__} of it: {type(error).__name__}: "
+            f"{' '.join(str(error).split())}"
+        ) from error
     return use_own_calls(model).eval()
+
+
+def _keep_float32(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """What the class wants in float32 whatever the model's data type is: from_pretrained does that, and constructors do not."""
+    from transformers.core_model_loading import build_glob_alternation
+
+    plan = model._get_dtype_plan(dtype)
+    if not plan:
+        return
+    wanted = build_glob_alternation(list(plan))[0]
+    for path, module in model.named_modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and wanted.search(f"{path}.{name}"):
+                module._parameters[name] = nn.Parameter(parameter.float(), parameter.requires_grad)
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.is_floating_point() and wanted.search(f"{path}.{name}"):
+                module._buffers[name] = buffer.float()
 
 
 @contextmanager

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from aligner.models.spec import CheckpointTensors, Head, LayerType, ModelSpec
 from aligner.models.transformers_model import checkpoint_shapes, empty_model, model_class, read_config, stored_name
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 _LAYER = "attention"
 _SIZES = ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size", "max_position_embeddings")
@@ -79,7 +82,7 @@ def transformers_spec(
         norm_topk=False,
         layer_types=(_LAYER,) * sizes["num_hidden_layers"],
         types={_LAYER: LayerType()},
-        max_positions=sizes["max_position_embeddings"],
+        max_positions=_max_positions(config),
         eos_token_ids=eos_token_ids,
         dtype=dtype,
         path=str(folder),
@@ -88,7 +91,21 @@ def transformers_spec(
             stored_name(model, names[id(embedding)]),
             stored_name(model, names[id(output)]) if output is not None else None,
             language.__name__,
+            f"{model.base_model_prefix}." if model.base_model_prefix else "",
+            tuple(model._keys_to_ignore_on_load_unexpected or ()),
             latent is not None,
         ),
         trust_remote_code=trust_remote_code,
     )
+
+
+def _max_positions(config: PreTrainedConfig) -> int:
+    """Longest sequence in tokens. With rotary positions of type longrope transformers computes longer ones with other frequencies,
+    for all rows of a batch that has one."""
+    entry = getattr(config, "rope_parameters", None) or {}
+    entries = [entry, *(value for value in entry.values() if isinstance(value, dict))]
+    most = config.max_position_embeddings
+    bounds = [
+        one.get("original_max_position_embeddings", most) for one in entries if one.get("rope_type") == "longrope"
+    ]
+    return int(min([most, *bounds]))
