@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ from aligner.rollout.engines import backend
 from aligner.rollout.vllm.architectures import architectures, check_known
 from aligner.spmd.mesh import Mesh
 from tests.models.own_code import CONFIG, save_model
+from tools.family_models import write_model
 
 SIZES = {"vocab_size": 64, "max_position_embeddings": 64}
 MESH, SETTINGS = Mesh((0,), 1, 1, name="rollout"), RolloutConfig(max_model_len=32)
@@ -54,3 +57,31 @@ def test_the_transformers_backend_takes_what_the_table_lacks(tmp_path: Path) -> 
     spec = read_spec(tmp_path)
     assert spec.tensors is not None and spec.tensors.architecture not in (architectures() or ())
     check_known(spec)
+    mesh = Mesh((0, 1), tensor=2, name="rollout")
+    with pytest.raises(
+        ValueError, match=r"rollout\.tensor=2: .* PersimmonForCausalLM has no tensor-parallel plan; use 1\."
+    ):
+        backend("vllm").check(spec, mesh, SETTINGS, False)
+
+
+@pytest.mark.parametrize(("dtype", "works"), [("float32", False), ("float16", False), ("bfloat16", True)])
+def test_gated_delta_nets_have_one_kernel_on_a_cpu(dtype: str, works: bool, tmp_path: Path) -> None:
+    write_model("qwen3_next", tmp_path)
+    spec, settings = read_spec(tmp_path), replace(SETTINGS, dtype=dtype)
+    backend("vllm").check(spec, MESH, settings, False)
+    with (
+        nullcontext()
+        if works
+        else pytest.raises(ValueError, match=f"rollout.dtype={dtype}: .* use rollout.dtype=bfloat16, or")
+    ):
+        backend("vllm").check(spec, MESH, settings, True)
+
+
+@pytest.mark.parametrize(("length", "works"), [(48, True), (49, False)])
+def test_windows_that_vllm_takes_for_wider_ones(length: int, works: bool, tmp_path: Path) -> None:
+    write_model("cohere2", tmp_path)  # a window of 48 tokens
+    spec, settings = read_spec(tmp_path), replace(SETTINGS, max_model_len=length)
+    message = r"rollout\.max_model_len=49: .*one token more than .* use 48 or less, or rollout\.engine=transformers"
+    with nullcontext() if works else pytest.raises(ValueError, match=message):
+        backend("vllm").check(spec, MESH, settings, True)
+    backend("transformers").check(spec, MESH, replace(settings, engine="transformers"), True)
