@@ -224,8 +224,8 @@ def _max_positions(config: ConfigJson, family: Family, most: int, ropes: Sequenc
 def _dtype(config: ConfigJson) -> str:
     """`dtype`, or its older name `torch_dtype`."""
     dtype, older = config.get("dtype"), config.get("torch_dtype")
-    name = dtype or older or "float32"
-    if name not in ELEMENT_BYTES:
+    name = "float32" if dtype is None and older is None else older if dtype is None else dtype
+    if type(name) is not str or name not in ELEMENT_BYTES:
         raise config.error(f"dtype={name!r} is not supported; use {', '.join(ELEMENT_BYTES)}.")
     return str(name)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import json
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +23,10 @@ from aligner.reshard.plan.region import Piece
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
+
+
+_PATIENCE = 10.0
+"""Seconds in which a field of config.json is looked for that makes no model."""
 
 
 @dataclass(frozen=True)
@@ -112,10 +118,26 @@ def empty_model(
         model.tie_weights()
     except Exception as error:  # whatever a constructor runs into with values that its configuration class lets pass
         raise ValueError(
-            f"{path}/config.json: transformers cannot make a {kind.__name__} of it: {type(error).__name__}: "
-            f"{' '.join(str(error).split())}"
+            f"{path}/config.json: transformers cannot make a {kind.__name__} of {_culprit(path, config, kind)}: "
+            f"{type(error).__name__}: {' '.join(str(error).split())}"
         ) from error
     return use_own_calls(model).eval()
+
+
+def _culprit(path: str | Path, config: PreTrainedConfig, kind: type[PreTrainedModel]) -> str:
+    """The field of config.json with whose default value there would be a model: constructors' own errors may not name it."""
+    fields = json.loads((Path(path) / "config.json").read_text(encoding="utf-8"))
+    began = time.monotonic()
+    for key, value in fields.items():
+        if time.monotonic() - began > _PATIENCE:
+            break
+        try:
+            with _parameters_without_memory(), _own_constructors():
+                kind._from_config(type(config).from_dict({name: fields[name] for name in fields if name != key}))
+        except Exception:
+            continue
+        return f"{key}={value!r}"
+    return "it"
 
 
 def _keep_float32(model: PreTrainedModel, dtype: torch.dtype) -> None:
@@ -301,7 +323,7 @@ def head_form(model: PreTrainedModel) -> HeadForm:
             return HeadForm()
         case [("mul", float() | int() as factor)]:
             return HeadForm(scale=float(factor))
-        case [("div", float() | int() as divisor)]:
+        case [("div", float() | int() as divisor)] if divisor:
             return HeadForm(scale=1.0 / divisor)
         case [("div", cap), ("tanh", _), ("mul", other)] if cap == other:
             return HeadForm(softcap=float(cap))

@@ -161,7 +161,7 @@ MODEL = [
     Case(
         "field_that_makes_no_model",
         "model.path={bad}/granite_act policy.engine=fsdp rollout.engine=transformers",
-        ("{bad}/granite_act/config.json: transformers cannot make a GraniteForCausalLM of it", "relux"),
+        ("{bad}/granite_act/config.json: transformers cannot make a GraniteForCausalLM of hidden_act='relux'",),
     ),
     Case(
         "another_familys_weights",

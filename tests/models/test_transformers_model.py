@@ -92,15 +92,17 @@ def test_megatron_names_the_backend_that_runs_it(tmp_path: Path) -> None:
     backend("fsdp").check(spec, mesh, PolicyConfig(engine="fsdp"), False, True)
 
 
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
 @pytest.mark.parametrize(
     ("family", "changes", "message"),
     [
-        (
-            "granite",
-            {"hidden_act": "relux"},
-            r"config\.json: transformers cannot make a GraniteForCausalLM of it: .*relux",
-        ),
-        ("granite", {"num_attention_heads": 0}, r"config\.json: transformers cannot .*: ZeroDivisionError"),
+        ("granite", {"hidden_act": "relux"}, r"cannot make a GraniteForCausalLM of hidden_act='relux': KeyError"),
+        ("granite", {"num_key_value_heads": 0}, "cannot make a GraniteForCausalLM of num_key_value_heads=0: ZeroDiv"),
+        ("granite", {"num_attention_heads": 0}, "num_attention_heads must be a positive whole number, found 0"),
+        ("granite", {"max_position_embeddings": -1}, "max_position_embeddings must be a positive whole number"),
+        ("granite", {"intermediate_size": 0}, r"leave nothing of model\.layers\.0\.mlp\.\w+\.weight, of shape"),
+        ("granite", {"dtype": ["float32"]}, r"dtype=\['float32'\] is not supported"),
+        ("granite", {"dtype": ""}, "dtype='' is not supported"),
         ("granite", {"hidden_size": "128"}, r"config\.json: transformers cannot read it: .*hidden_size"),
         ("gpt2", {"model_type": ["gpt2"]}, r"model_type=\['gpt2'\] must be a name"),
     ],

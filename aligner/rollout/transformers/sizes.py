@@ -51,6 +51,8 @@ def _problem(kind: type[PreTrainedModel], config: PreTrainedConfig) -> str | Non
         return "generates with a cache of its own kind"
     if "position_ids" not in taken:
         return "takes no positions of its tokens"
+    if getattr(config, "is_decoder", True) is False:
+        return "is an encoder (is_decoder=false in its config.json), which attends to later tokens"
     layers = DynamicCache(config=config).layers
     if kind._is_stateful and not any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in layers):
         return "keeps a state outside its cache"

@@ -190,8 +190,8 @@ def _check_agreement(spec: ModelSpec, config: RolloutConfig, cpu: bool) -> None:
     # gated delta nets have one kernel on a CPU
     if cpu and config.dtype != "bfloat16" and "linear_attention" in kinds and hasattr(fields, "linear_num_value_heads"):
         raise ValueError(
-            f"rollout.dtype={config.dtype}: the rollout engine's CPU kernel for gated delta nets (linear_attention layers of the "
-            f"model in {spec.path}) takes bfloat16 alone; use rollout.dtype=bfloat16, or rollout.engine=transformers."
+            f"rollout.dtype={config.dtype}: vLLM's CPU kernel for gated delta nets ({spec.path}: linear_attention layers) takes "
+            "bfloat16 alone; use rollout.dtype=bfloat16, or rollout.engine=transformers."
         )
     if spec.family in WIDER_WINDOWS and "sliding_attention" in kinds and window and config.length(spec) > window:
         raise ValueError(

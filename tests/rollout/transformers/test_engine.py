@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GPTNeoConfig
 
 from aligner.models.checkpoint import read_weights
 from aligner.models.read_spec import read_spec
@@ -148,6 +148,21 @@ def loaded(folder: Path, **settings: Any) -> TransformersEngine:
     engine = TransformersEngine(spec, replace(tiny.config("transformers"), **settings), CPU)
     read_weights(spec, engine.weights)
     return engine
+
+
+def test_rows_of_a_batch_need_no_more_columns_than_positions(tmp_path: Path) -> None:
+    """A long prompt, and a short one with a long response: GPT-Neo's mask is of its positions."""
+    sizes = {"hidden_size": 64, "num_heads": 4, "num_layers": 2, "attention_types": [[["global", "local"], 1]]}
+    ends = {"bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0}
+    config = GPTNeoConfig(**sizes, **ends, vocab_size=tiny.VOCAB, max_position_embeddings=128, window_size=6)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    engine = loaded(tmp_path, max_model_len=128)
+    asked = [(tiny.prompts(1, 9)[0] * 25, replace(DRAWN, max_tokens=20)), ([5, 9, 7], replace(DRAWN, max_tokens=120))]
+    alone = [engine.generate([prompt], [100], sampling)[0][0] for prompt, sampling in asked]
+    tickets = [engine.start([prompt], [100], sampling) for prompt, sampling in asked]
+    for ticket, one in zip(tickets, alone, strict=True):
+        (together,) = engine.finish(ticket)
+        assert together.tokens == one.tokens and together.logp == pytest.approx(one.logp, abs=2e-5)
 
 
 def test_states_of_linear_attention_are_counted_and_read_anew(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import BartConfig, MiniMaxConfig, PreTrainedConfig
+from transformers import BartConfig, BertConfig, MiniMaxConfig, PreTrainedConfig
 
 from aligner.models.read_spec import read_spec
 from aligner.rollout.config import RolloutConfig
@@ -21,6 +21,7 @@ BART = BartConfig(
     **SIZES, d_model=64, decoder_layers=1, decoder_attention_heads=2, encoder_layers=1, encoder_attention_heads=2,
     architectures=["BartForCausalLM"],
 )  # fmt: skip
+BERT = BertConfig(**SIZES, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
 MINIMAX = MiniMaxConfig(
     **SIZES, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
     num_local_experts=2,
@@ -28,7 +29,12 @@ MINIMAX = MiniMaxConfig(
 
 
 @pytest.mark.parametrize(
-    ("config", "reason"), [(BART, "takes no positions of its tokens"), (MINIMAX, "a cache of its own kind")]
+    ("config", "reason"),
+    [
+        (BART, "takes no positions of its tokens"),
+        (MINIMAX, "a cache of its own kind"),
+        (BERT, "is an encoder .is_decoder=false in"),
+    ],
 )
 def test_rows_that_cannot_be_decoded_together(config: PreTrainedConfig, reason: str, tmp_path: Path) -> None:
     config.save_pretrained(tmp_path)
