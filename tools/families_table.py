@@ -58,7 +58,7 @@ NOTES: Mapping[str, str] = {
     "DeepSeek's log-probabilities off by 4 from the first token on; the engine gives such queries to vLLM's plain implementation "
     "(`aligner/rollout/vllm/cpu_rotary.py`).",
     "deepseek_v3": "as `deepseek_v2`.",
-    "qwen3_next": "for this family `rollout.engine=transformers` generates where vLLM's CPU build cannot in float32.",
+    "qwen3_next": "for this family `rollout.engine=transformers` generates where a vLLM on CPUs cannot be given weights.",
 }
 """What a family's row needs to be understood."""
 

@@ -187,11 +187,10 @@ def _check_agreement(spec: ModelSpec, config: RolloutConfig, cpu: bool) -> None:
 
     fields = read_config(spec.path, spec.head, spec.trust_remote_code)
     kinds, window = getattr(fields, "layer_types", None) or (), getattr(fields, "sliding_window", None)
-    # gated delta nets have one kernel on a CPU
-    if cpu and config.dtype != "bfloat16" and "linear_attention" in kinds and hasattr(fields, "linear_num_value_heads"):
+    if cpu and "linear_attention" in kinds and hasattr(fields, "linear_num_value_heads"):
         raise ValueError(
-            f"rollout.dtype={config.dtype}: vLLM's CPU kernel for gated delta nets ({spec.path}: linear_attention layers) takes "
-            "bfloat16 alone; use rollout.dtype=bfloat16, or rollout.engine=transformers."
+            f"rollout.engine=vllm: gated delta nets ({spec.path}: linear_attention layers) have a CPU kernel in bfloat16 alone, for "
+            "which vLLM repacks weights as it loads them, and no weight sync does; use rollout.engine=transformers."
         )
     if spec.family in WIDER_WINDOWS and "sliding_attention" in kinds and window and config.length(spec) > window:
         raise ValueError(
