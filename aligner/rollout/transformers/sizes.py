@@ -53,7 +53,11 @@ def _problem(kind: type[PreTrainedModel], config: PreTrainedConfig) -> str | Non
         return "takes no positions of its tokens"
     if getattr(config, "is_decoder", True) is False:
         return "is an encoder (is_decoder=false in its config.json), which attends to later tokens"
-    layers = DynamicCache(config=config).layers
+    try:
+        layers = DynamicCache(config=config).layers
+    except Exception as error:  # layer_types without the size that they need
+        kinds = sorted({*(getattr(config, "layer_types", None) or ())})
+        return f"has no cache by its config.json: layer_types {kinds}, sliding_window and the like ({error})"
     if kind._is_stateful and not any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in layers):
         return "keeps a state outside its cache"
     return None

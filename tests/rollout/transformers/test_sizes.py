@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import BartConfig, BertConfig, MiniMaxConfig, PreTrainedConfig
+from transformers import BartConfig, BertConfig, MiniMaxConfig, PreTrainedConfig, SmolLM3Config
 
 from aligner.models.read_spec import read_spec
 from aligner.rollout.config import RolloutConfig
@@ -22,6 +22,10 @@ BART = BartConfig(
     architectures=["BartForCausalLM"],
 )  # fmt: skip
 BERT = BertConfig(**SIZES, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
+WINDOWLESS = SmolLM3Config(
+    **SIZES, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2,
+    layer_types=["sliding_attention"], sliding_window=None,
+)  # fmt: skip
 MINIMAX = MiniMaxConfig(
     **SIZES, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
     num_local_experts=2,
@@ -33,6 +37,7 @@ MINIMAX = MiniMaxConfig(
     [
         (BART, "takes no positions of its tokens"),
         (MINIMAX, "a cache of its own kind"),
+        (WINDOWLESS, "has no cache by its config.json: layer_types .*sliding_attention"),
         (BERT, "is an encoder .is_decoder=false in"),
     ],
 )
