@@ -45,18 +45,20 @@ CLOSE = 1e-4
 """Largest difference of a log-probability, and relative difference of a gradient norm, that counts as agreement."""
 TOKENS = 24
 """Tokens of a response; longer than the sliding windows."""
+LENGTH = 48
+"""Most tokens of a sample."""
 REASON = 200
 """Characters of a reason that a note gives."""
 NOTES: Mapping[str, str] = {
     "gemma2": "the gap is to transformers' eager attention, which engine=fsdp and rollout.engine=transformers use too: its SDPA attention "
     "leaves the soft-capping of scores out (7e-4).",
-    "cohere2": "vLLM's windows are `sliding_window` + 1 tokens, transformers' `sliding_window`: the gap is that of texts longer than a window "
-    "(8 tokens here). Not claimed for longer texts.",
+    "cohere2": "vLLM's windows are `sliding_window` + 1 tokens, transformers' `sliding_window`: for texts longer than a window, where "
+    "log-probabilities differ by 8e-2, `rollout.engine=vllm` is refused (the window is 48 tokens here).",
     "deepseek_v2": "vLLM's CPU kernel for rotary positions takes queries of [tokens, heads, head_dim] for rows of one head each, which puts "
     "DeepSeek's log-probabilities off by 4 from the first token on; the engine gives such queries to vLLM's plain implementation "
     "(`aligner/rollout/vllm/cpu_rotary.py`).",
     "deepseek_v3": "as `deepseek_v2`.",
-    "qwen3_next": "for this family `rollout.engine=transformers` generates where vLLM's CPU build cannot in float32.",
+    "qwen3_next": "for this family `rollout.engine=transformers` generates where a vLLM on CPUs cannot be given weights.",
 }
 """What a family's row needs to be understood."""
 
@@ -136,8 +138,9 @@ class Probe:
         from aligner.rollout.config import RolloutConfig, Sampling
         from aligner.rollout.transformers.engine import TransformersEngine
 
-        spec = read_spec(self.folder)
-        engine = TransformersEngine(spec, RolloutConfig("transformers", max_model_len=96), torch.device("cpu"))
+        spec, config = read_spec(self.folder), RolloutConfig("transformers", max_model_len=LENGTH)
+        check_rollout(spec, config)
+        engine = TransformersEngine(spec, config, torch.device("cpu"))
         read_weights(spec, engine.weights)
         worst = 0.0
         for temperature in (0.0, 1.0):
@@ -167,7 +170,8 @@ class Probe:
 
         if not dist.is_initialized():
             dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-        group, config = dist.new_group([0]), RolloutConfig(max_model_len=96, max_num_seqs=8, kv_cache_mib=16)
+        group, config = dist.new_group([0]), RolloutConfig(max_model_len=LENGTH, max_num_seqs=8, kv_cache_mib=16)
+        check_rollout(read_spec(self.folder), config)
         sampling = [Sampling(temperature, TOKENS, stop_token_ids=()) for temperature in (0.0, 1.0)]
 
         def answers(engine: VllmEngine) -> list[Any]:
@@ -200,6 +204,14 @@ class Probe:
         except Exception as error:
             seen["sync"] = reason(error)
         return seen
+
+
+def check_rollout(spec: Any, config: Any) -> None:
+    """What a job would check before it builds the engine, for one rank."""
+    from aligner.rollout.engines import backend
+    from aligner.spmd.mesh import Mesh
+
+    backend(config.engine).check(spec, Mesh((0,), name="rollout"), config, True)
 
 
 def reason(error: Exception) -> str:

@@ -113,7 +113,7 @@ MODELS: Mapping[str, FamilyModel] = {
     "cohere2": FamilyModel(
         "Cohere 2 (Command R7B)",
         "Cohere2Config",
-        {"sliding_window": 8, "tie_word_embeddings": True, "layer_types": WINDOWED, "head_dim": 32},
+        {"sliding_window": 48, "tie_word_embeddings": True, "layer_types": WINDOWED, "head_dim": 32},
     ),
     "gpt_oss": FamilyModel(
         "gpt-oss",

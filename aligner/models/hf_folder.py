@@ -6,7 +6,7 @@ import ctypes
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -203,6 +203,12 @@ def files_of_tensors(folder: Path) -> dict[str, Path]:
         )
     with opened(single) as tensors:
         return dict.fromkeys(tensors.keys(), single)
+
+
+def names_in_files(spec: ModelSpec, files: Collection[str]) -> dict[str, str]:
+    """For each tensor of `files` the model's name of it -> its name there, which may lack `CheckpointTensors.prefix`."""
+    prefix, known = (spec.tensors.prefix if spec.tensors is not None else ""), logical_tensors(spec)
+    return {prefix + name if name not in known and prefix + name in known else name: name for name in files}
 
 
 @contextmanager

@@ -134,6 +134,8 @@ def _family(config: ConfigJson) -> tuple[str, Family | None, Head]:
     named, model_type = config.get("architectures"), config.get("model_type")
     if named is not None and not (isinstance(named, list) and all(type(name) is str for name in named)):
         raise config.error(f"architectures={named!r} must be a list of one name.")
+    if model_type is not None and type(model_type) is not str:
+        raise config.error(f"model_type={model_type!r} must be a name, such as {next(iter(FAMILIES))!r}.")
     for name, family in FAMILIES.items():
         heads = {family.architecture: Head.LANGUAGE, family.classifier: Head.SCALAR}
         head = heads.get(named[0]) if named else Head.LANGUAGE if model_type == name else None
@@ -222,8 +224,8 @@ def _max_positions(config: ConfigJson, family: Family, most: int, ropes: Sequenc
 def _dtype(config: ConfigJson) -> str:
     """`dtype`, or its older name `torch_dtype`."""
     dtype, older = config.get("dtype"), config.get("torch_dtype")
-    name = dtype or older or "float32"
-    if name not in ELEMENT_BYTES:
+    name = "float32" if dtype is None and older is None else older if dtype is None else dtype
+    if type(name) is not str or name not in ELEMENT_BYTES:
         raise config.error(f"dtype={name!r} is not supported; use {', '.join(ELEMENT_BYTES)}.")
     return str(name)
 
@@ -248,10 +250,13 @@ def _experts(config: ConfigJson, family: Family, sparse: bool) -> dict[str, Any]
 
 
 def end_tokens(config: Mapping[str, Any], folder: Path) -> tuple[int, ...]:
-    """End tokens of config.json and generation_config.json: chat models often name their turn's end token only in the latter."""
+    """End tokens of config.json and generation_config.json: chat models often name their turn's end token only in the latter.
+
+    What is no token id is left out: `aligner.data.end_tokens.special_ids` refuses it.
+    """
     generation = folder / "generation_config.json"
     tokens: list[int] = []
     for source in (config, _json_object(generation) if generation.is_file() else {}):
         ids = source.get("eos_token_id")
         tokens += ids if isinstance(ids, list) else [] if ids is None else [ids]
-    return tuple(dict.fromkeys(tokens))
+    return tuple(dict.fromkeys(token for token in tokens if type(token) is int))

@@ -55,6 +55,11 @@ class CheckpointTensors:
     """Name of the output layer, which files may hold although it is tied; None: the model has a scalar head."""
     architecture: str
     """transformers' class of the language model."""
+    prefix: str = ""
+    """Of the names of all but the head, which checkpoints of the model without a head leave out (those of GPT-2, for one)."""
+    ignored: tuple[str, ...] = ()
+    """Patterns of names that checkpoints may hold beside them and that the class leaves out, such as layers for multi-token
+    prediction and masks that older releases stored."""
     latent: bool = False
     """Attention keeps one latent vector of each token (MLA), of `head_dim` elements, in place of keys and values."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Protocol
@@ -12,7 +13,7 @@ from typing import Protocol
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from aligner.models.hf_folder import files_of_tensors, opened, write_rest
+from aligner.models.hf_folder import files_of_tensors, names_in_files, opened, write_rest
 from aligner.models.spec import ModelSpec
 from aligner.models.tensors import logical_tensors
 from aligner.reshard.message.storage import strided_view
@@ -66,6 +67,7 @@ class _HuggingFace(_Files):
         super().__init__(stack)
         self._folder, self._shapes = Path(spec.path), logical_tensors(spec)
         self._files = files_of_tensors(self._folder)
+        self._stored = names_in_files(spec, self._files)
 
     def layout(self, names: Iterable[str]) -> list[Piece]:
         return [self._piece(name) for name in names]
@@ -84,16 +86,17 @@ class _HuggingFace(_Files):
         return value
 
     def _piece(self, name: str) -> Piece:
-        if name not in self._files:
+        if name not in self._stored:
             raise ValueError(
                 f"{self._folder} has no tensor {name}; its weights do not fit its config.json "
                 "(architectures, num_hidden_layers and tie_word_embeddings decide which tensors there are)."
             )
-        file = self._files[name]
+        stored_name = self._stored[name]
+        file = self._files[stored_name]
         try:
-            stored = self[file].get_slice(name)
+            stored = self[file].get_slice(stored_name)
         except SafetensorError as error:
-            raise ValueError(f"{file} has no tensor {name}, which its index says it has: {error}") from error
+            raise ValueError(f"{file} has no tensor {stored_name}, which its index says it has: {error}") from error
         shape = tuple(stored.get_shape())
         if shape != self._shapes[name]:
             raise ValueError(f"{file}: {name} has shape {shape}, config.json says {self._shapes[name]}.")
@@ -102,7 +105,7 @@ class _HuggingFace(_Files):
                 f"{file}: {name} is {stored.get_dtype()}; weights must be {', '.join(_DTYPES.values())}: convert them "
                 "with transformers: AutoModelForCausalLM.from_pretrained(..., dtype=...).save_pretrained(...)."
             )
-        return whole_tensor(name, shape, _DTYPES[stored.get_dtype()])
+        return replace(whole_tensor(name, shape, _DTYPES[stored.get_dtype()]), storage=stored_name)
 
 
 class Sharding(Protocol):

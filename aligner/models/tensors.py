@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 from aligner.models.cuts import Block, Parameter, Replicated, Vocabulary, tensor_shapes
 from aligner.models.families import FAMILIES
@@ -32,7 +33,7 @@ def architecture_of(spec: ModelSpec) -> str:
 
 def classifier_of(spec: ModelSpec) -> str:
     """Name of transformers' class with a scalar head in place of the output layer."""
-    return architecture_of(spec).replace("ForCausalLM", "ForSequenceClassification")
+    return re.sub("(ForCausalLM|LMHeadModel)$", "ForSequenceClassification", architecture_of(spec))
 
 
 def embedding_tensor(spec: ModelSpec) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import json
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +23,10 @@ from aligner.reshard.plan.region import Piece
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
+
+
+_PATIENCE = 10.0
+"""Seconds in which a field of config.json is looked for that makes no model."""
 
 
 @dataclass(frozen=True)
@@ -105,10 +111,50 @@ def empty_model(
     config = read_config(path, head, trust_remote_code)
     kind = model_class(config, head, path, trust_remote_code)
     more: dict[str, Any] = {} if attention is None else {"attn_implementation": attention}
-    with _parameters_without_memory(), _own_constructors():
-        model = kind._from_config(config, dtype=dtype, **more)
-    model.tie_weights()
+    try:
+        with _parameters_without_memory(), _own_constructors():
+            model = kind._from_config(config, dtype=dtype, **more)
+        _keep_float32(model, dtype)
+        model.tie_weights()
+    except Exception as error:  # whatever a constructor runs into with values that its configuration class lets pass
+        raise ValueError(
+            f"{path}/config.json: transformers cannot make a {kind.__name__} of {_culprit(path, config, kind)}: "
+            f"{type(error).__name__}: {' '.join(str(error).split())}"
+        ) from error
     return use_own_calls(model).eval()
+
+
+def _culprit(path: str | Path, config: PreTrainedConfig, kind: type[PreTrainedModel]) -> str:
+    """The field of config.json with whose default value there would be a model: constructors' own errors may not name it."""
+    fields = json.loads((Path(path) / "config.json").read_text(encoding="utf-8"))
+    began = time.monotonic()
+    for key, value in fields.items():
+        if time.monotonic() - began > _PATIENCE:
+            break
+        try:
+            with _parameters_without_memory(), _own_constructors():
+                kind._from_config(type(config).from_dict({name: fields[name] for name in fields if name != key}))
+        except Exception:
+            continue
+        return f"{key}={value!r}"
+    return "it"
+
+
+def _keep_float32(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """What the class wants in float32 whatever the model's data type is: from_pretrained does that, and constructors do not."""
+    from transformers.core_model_loading import build_glob_alternation
+
+    plan = model._get_dtype_plan(dtype)
+    if not plan:
+        return
+    wanted = build_glob_alternation(list(plan))[0]
+    for path, module in model.named_modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and wanted.search(f"{path}.{name}"):
+                module._parameters[name] = nn.Parameter(parameter.float(), parameter.requires_grad)
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.is_floating_point() and wanted.search(f"{path}.{name}"):
+                module._buffers[name] = buffer.float()
 
 
 @contextmanager
@@ -277,7 +323,7 @@ def head_form(model: PreTrainedModel) -> HeadForm:
             return HeadForm()
         case [("mul", float() | int() as factor)]:
             return HeadForm(scale=float(factor))
-        case [("div", float() | int() as divisor)]:
+        case [("div", float() | int() as divisor)] if divisor:
             return HeadForm(scale=1.0 / divisor)
         case [("div", cap), ("tanh", _), ("mul", other)] if cap == other:
             return HeadForm(softcap=float(cap))

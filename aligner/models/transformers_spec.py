@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from aligner.models.spec import CheckpointTensors, Head, LayerType, ModelSpec
 from aligner.models.transformers_model import checkpoint_shapes, empty_model, model_class, read_config, stored_name
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 _LAYER = "attention"
 _SIZES = ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size", "max_position_embeddings")
@@ -38,6 +41,11 @@ def transformers_spec(
             f"{folder}/config.json: a {config.model_type} model has no {lacking[0]}, so it is no language model of one "
             "decoder, which alone are supported."
         )
+    small = [name for name in _SIZES if getattr(config, name) < 1]
+    if small:
+        raise ValueError(
+            f"{folder}/config.json: {small[0]} must be a positive whole number, found {getattr(config, small[0])!r}."
+        )
     kind = model_class(config, head, folder, trust_remote_code)
     if architectures and architectures[0] != kind.__name__:
         raise ValueError(
@@ -48,18 +56,24 @@ def transformers_spec(
     embedding, output = model.get_input_embeddings(), model.get_output_embeddings()
     names = {id(module): f"{name}.weight" for name, module in model.named_modules()}
     tied = output is not None and output.weight is embedding.weight
+    shapes = checkpoint_shapes(folder, head, trust_remote_code)
+    empty = [name for name, shape in shapes.items() if 0 in shape]
+    if empty:
+        raise ValueError(
+            f"{folder}/config.json: its sizes leave nothing of {empty[0]}, of shape {shapes[empty[0]]}; set those of the weights."
+        )
     language = model_class(config, Head.LANGUAGE, folder, trust_remote_code)
     sizes: dict[str, Any] = {name: getattr(config, name) for name in _SIZES}
     heads, latent = sizes["num_attention_heads"], getattr(config, "kv_lora_rank", None)
-    head_dim = getattr(config, "head_dim", None) or sizes["hidden_size"] // heads
+    head_dim = _widest(config, "head_dim") or sizes["hidden_size"] // heads
     return ModelSpec(
         family=config.model_type,
         layers=sizes["num_hidden_layers"],
         hidden=sizes["hidden_size"],
         heads=heads,
-        kv_heads=1 if latent else getattr(config, "num_key_value_heads", None) or heads,
+        kv_heads=1 if latent else _widest(config, "num_key_value_heads") or heads,
         head_dim=latent + config.qk_rope_head_dim if latent else head_dim,
-        ffn=getattr(config, "intermediate_size", None) or 4 * sizes["hidden_size"],
+        ffn=_widest(config, "intermediate_size") or 4 * sizes["hidden_size"],
         vocab=sizes["vocab_size"],
         head=head,
         stored_head=head,
@@ -79,16 +93,41 @@ def transformers_spec(
         norm_topk=False,
         layer_types=(_LAYER,) * sizes["num_hidden_layers"],
         types={_LAYER: LayerType()},
-        max_positions=sizes["max_position_embeddings"],
+        max_positions=_max_positions(config),
         eos_token_ids=eos_token_ids,
         dtype=dtype,
         path=str(folder),
         tensors=CheckpointTensors(
-            checkpoint_shapes(folder, head, trust_remote_code),
+            shapes,
             stored_name(model, names[id(embedding)]),
             stored_name(model, names[id(output)]) if output is not None else None,
             language.__name__,
+            f"{model.base_model_prefix}." if model.base_model_prefix else "",
+            tuple(model._keys_to_ignore_on_load_unexpected or ()),
             latent is not None,
         ),
         trust_remote_code=trust_remote_code,
     )
+
+
+def _max_positions(config: PreTrainedConfig) -> int:
+    """Longest sequence in tokens. With rotary positions of type longrope transformers computes longer ones with other frequencies,
+    for all rows of a batch that has one."""
+    entry = getattr(config, "rope_parameters", None) or {}
+    entries = [entry, *(value for value in entry.values() if isinstance(value, dict))]
+    most = config.max_position_embeddings
+    bounds = [
+        one.get("original_max_position_embeddings", most) for one in entries if one.get("rope_type") == "longrope"
+    ]
+    return int(min([most, *bounds]))
+
+
+def _widest(config: PreTrainedConfig, name: str) -> int | None:
+    """A size; of one that differs between layers (Gemma 4's heads), the largest."""
+    from transformers.integrations.heterogeneity import AmbiguousGlobalPerLayerAttributeError
+
+    try:
+        value: Any = getattr(config, name, None)
+    except AmbiguousGlobalPerLayerAttributeError:
+        value = [getattr(layer, name, 0) for layer in config.per_layer_config]
+    return max(value) if isinstance(value, list) else value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Container, Mapping
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from aligner.models.agreement import check_reading
 from aligner.models.checkpoint import read_into
-from aligner.models.hf_folder import files_of_tensors, opened
+from aligner.models.hf_folder import files_of_tensors, names_in_files, opened
 from aligner.models.spec import Head, ModelSpec
 from aligner.models.stored import KINDS
 from aligner.models.tensors import (
@@ -64,7 +65,15 @@ def check_names(spec: ModelSpec, known: Container[str]) -> None:
     # a copy of a tied embedding, or an output layer that a scalar head replaces
     replaced = spec.head is Head.SCALAR and spec.stored_head is Head.LANGUAGE
     ignored = {output_tensor(spec)} if spec.tied or replaced else set()
-    undeclared = sorted(n for n in files if n not in known and n not in ignored and not _is_table(n))
+    left_out = [re.compile(pattern) for pattern in (spec.tensors.ignored if spec.tensors is not None else ())]
+    undeclared = sorted(
+        name
+        for name in names_in_files(spec, files)
+        if name not in known
+        and name not in ignored
+        and not _is_table(name)
+        and not any(pattern.search(name) for pattern in left_out)
+    )
     if undeclared:
         raise ValueError(
             f"{folder} has a tensor {undeclared[0]}"
@@ -117,9 +126,10 @@ def _remedy(spec: ModelSpec, name: str) -> str:
 def _check_tied(spec: ModelSpec) -> None:
     """Raises ValueError if a tied output layer is stored and differs from the embedding: transformers and vLLM would use it."""
     folder = Path(spec.path)
-    files, embedding, name = files_of_tensors(folder), embedding_tensor(spec), output_tensor(spec)
+    files, name = files_of_tensors(folder), output_tensor(spec)
     if name not in files:
         return
+    embedding = names_in_files(spec, files)[embedding_tensor(spec)]
     with opened(files[name]) as outputs, opened(files[embedding]) as embeddings:
         output, embedded = outputs.get_slice(name), embeddings.get_slice(embedding)
         shape = tuple(embedded.get_shape())

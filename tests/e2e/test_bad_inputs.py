@@ -124,6 +124,51 @@ MODEL = [
             "kind: engine",
         ),
     ),
+    Case(
+        "index_names_no_file",
+        "model.path={bad}/index_file",
+        ("{bad}/index_file/model.safetensors.index.json names model-00002-of-00002.safetensors, which is not there",),
+    ),
+    Case(
+        "index_names_no_tensor",
+        "model.path={bad}/index_tensor",
+        ("model-00002-of-00002.safetensors has no tensor model.norm.weight, which its index says it has",),
+    ),
+    Case("index_malformed", "model.path={bad}/index_list", ("model.safetensors.index.json is not a valid index",)),
+    Case(
+        "pickled_weights",
+        "model.path={bad}/pickled",
+        ("model.path={bad}/pickled has neither model.safetensors nor", "save_pretrained"),
+    ),
+    Case(
+        "quantized_by_its_config",
+        "model.path={bad}/quantized",
+        ("{bad}/quantized/config.json: quantization_config=", "only quantization_config=null is"),
+    ),
+    Case("quantized_weights", "model.path={bad}/int8", ("model.norm.weight is I8; weights must be float32, bfloat16",)),
+    Case("double_weights", "model.path={bad}/float64", ("model.norm.weight is F64; weights must be", "dtype=...")),
+    Case("type_of_no_name", "model.path={bad}/type_list", ("model_type=['llama'] must be a name",)),
+    Case(
+        "field_of_wrong_type",
+        "model.path={bad}/text_size",
+        ("hidden_size must be a positive whole number, found '64'",),
+    ),
+    Case(
+        "field_of_wrong_type_to_transformers",
+        "model.path={bad}/granite_text policy.engine=fsdp rollout.engine=transformers",
+        ("{bad}/granite_text/config.json: transformers cannot read it", "hidden_size"),
+    ),
+    Case(
+        "field_that_makes_no_model",
+        "model.path={bad}/granite_act policy.engine=fsdp rollout.engine=transformers",
+        ("{bad}/granite_act/config.json: transformers cannot make a GraniteForCausalLM of hidden_act='relux'",),
+    ),
+    Case(
+        "another_familys_weights",
+        "model.path={bad}/granite policy.engine=fsdp rollout.engine=transformers",
+        ("{bad}/granite has", "config.json"),
+    ),
+    Case("training_engine", "policy.engine=deepspeed", ("policy.engine=deepspeed is unknown", "use megatron, fsdp")),
     Case("no_path", "model.path=???", ("model.path has no value", "model.path=...")),
 ]
 DATA = [
@@ -463,6 +508,7 @@ GROUPS = {
 }
 EARLY = {f"{group}-{case.name}": case for group, cases in GROUPS.items() for case in cases}
 
+INDEX = "model.safetensors.index.json"
 PROGRAM = """
 import contextlib, io, json, os, sys, types
 from pathlib import Path
@@ -561,16 +607,50 @@ def _write_bad(bad: Path, good: Path) -> None:
     weights.write_bytes(weights.read_bytes()[:-100])
     for name, size in [("lacking", None), ("misshapen", 63)]:
         _replace_norm(model(name) / "model.safetensors", size)
+    for name, dtype in [("int8", torch.int8), ("float64", torch.float64)]:
+        _replace_norm(model(name) / "model.safetensors", 64, dtype)
+    weights = model("pickled") / "model.safetensors"
+    weights.rename(weights.with_name("pytorch_model.bin"))
+    (_sharded(model("index_file")) / "model-00002-of-00002.safetensors").unlink()
+    _replace_norm(_sharded(model("index_tensor")) / "model-00002-of-00002.safetensors", None)
+    (_sharded(model("index_list")) / INDEX).write_text("[]")
+    edit(model("quantized") / "config.json", quantization_config={"quant_method": "gptq", "bits": 4})
+    edit(model("type_list") / "config.json", architectures=None, model_type=["llama"])
+    edit(model("text_size") / "config.json", hidden_size="64")
+    for name, changes in [
+        ("granite", {}),
+        ("granite_text", {"hidden_size": "64"}),
+        ("granite_act", {"hidden_act": "relux"}),
+    ]:
+        made: dict[str, Any] = {"architectures": ["GraniteForCausalLM"], "model_type": "granite", **changes}
+        edit(model(name) / "config.json", **made)
 
 
-def _replace_norm(weights: Path, size: int | None) -> None:
+def _replace_norm(weights: Path, size: int | None, dtype: torch.dtype = torch.float32) -> None:
     from safetensors.torch import load_file, save_file
 
     tensors = load_file(weights)
     norm = tensors.pop("model.norm.weight")
     if size is not None:
-        tensors["model.norm.weight"] = norm[:size].clone()
+        tensors["model.norm.weight"] = norm[:size].to(dtype)
     save_file(tensors, weights)
+
+
+def _sharded(folder: Path) -> Path:
+    """Its weights in two files: the last one's are those of the final norm and the output layer."""
+    from safetensors.torch import load_file, save_file
+
+    tensors, weight_map = load_file(folder / "model.safetensors"), {}
+    (folder / "model.safetensors").unlink()
+    for number, last in ((1, False), (2, True)):
+        file = f"model-0000{number}-of-00002.safetensors"
+        part = {
+            name: value for name, value in tensors.items() if (name in ("model.norm.weight", "lm_head.weight")) == last
+        }
+        save_file(part, folder / file)
+        weight_map |= dict.fromkeys(part, file)
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return folder
 
 
 @pytest.fixture(scope="module")

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from safetensors.torch import load_file
-from transformers import FalconConfig, PhiConfig, PreTrainedConfig, Qwen3NextConfig
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, FalconConfig, PhiConfig, PreTrainedConfig, Qwen3NextConfig
+from transformers.core_model_loading import revert_weight_conversion
 
+from aligner.models.checkpoint import read_into
 from aligner.models.read_spec import read_spec
 from aligner.models.spec import Head, with_scalar_head
-from aligner.models.tensors import logical_tensors, new_tensors
+from aligner.models.tensors import classifier_of, logical_tensors, new_tensors
 from aligner.models.transformers_model import HeadForm, empty_model, head_form, held_tensors
+from aligner.models.verify_checkpoint import check_weights
+from aligner.reshard.message.storage import strided_view
+from aligner.reshard.plan.region import whole_tensor
 from aligner.spmd.mesh import Mesh
 from aligner.trainer.config import PolicyConfig
 from aligner.trainer.engines import backend
@@ -83,3 +90,89 @@ def test_megatron_names_the_backend_that_runs_it(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"GraniteForCausalLM .*is not supported; use policy\.engine=fsdp"):
         backend("megatron").check(spec, mesh, PolicyConfig(), False, True)
     backend("fsdp").check(spec, mesh, PolicyConfig(engine="fsdp"), False, True)
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+@pytest.mark.parametrize(
+    ("family", "changes", "message"),
+    [
+        ("granite", {"hidden_act": "relux"}, r"cannot make a GraniteForCausalLM of hidden_act='relux': KeyError"),
+        ("granite", {"num_key_value_heads": 0}, "cannot make a GraniteForCausalLM of num_key_value_heads=0: ZeroDiv"),
+        ("granite", {"num_attention_heads": 0}, "num_attention_heads must be a positive whole number, found 0"),
+        ("granite", {"max_position_embeddings": -1}, "max_position_embeddings must be a positive whole number"),
+        ("granite", {"intermediate_size": 0}, r"leave nothing of model\.layers\.0\.mlp\.\w+\.weight, of shape"),
+        ("granite", {"dtype": ["float32"]}, r"dtype=\['float32'\] is not supported"),
+        ("granite", {"dtype": ""}, "dtype='' is not supported"),
+        ("granite", {"hidden_size": "128"}, r"config\.json: transformers cannot read it: .*hidden_size"),
+        ("gpt2", {"model_type": ["gpt2"]}, r"model_type=\['gpt2'\] must be a name"),
+    ],
+)
+def test_values_that_make_no_model_are_one_error(
+    family: str, changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        read_spec(written(tmp_path, FAMILIES[family], **changes))
+
+
+def test_rotary_positions_that_change_with_the_longest_row_bound_the_length(tmp_path: Path) -> None:
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 16, "long_factor": [2.0] * 16}
+    entry = {**rope, "factor": 4.0, "original_max_position_embeddings": 32}
+    assert read_spec(written(tmp_path, FAMILIES["granite"], rope_parameters=entry)).max_positions == 32
+    assert read_spec(written(tmp_path, FAMILIES["granite"])).max_positions == 128
+
+
+def gpt2_as_published(folder: Path) -> None:
+    """GPT-2's own checkpoint: names without the prefix, and causal masks that older releases stored."""
+    save_model("gpt2", folder)
+    tensors = load_file(folder / "model.safetensors")
+    stored = {name.removeprefix("transformer."): value for name, value in tensors.items()}
+    masks = {f"h.{layer}.attn.bias": torch.ones(1, 1, 128, 128).tril() for layer in range(3)}
+    save_file({**stored, **masks}, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def pythia_as_published(folder: Path) -> None:
+    """Pythia's checkpoints hold masks and rotary frequencies."""
+    save_model("gpt_neox", folder)
+    layer = "gpt_neox.layers.0.attention."
+    more = {f"{layer}bias": torch.ones(1, 1, 128, 128).tril(), f"{layer}masked_bias": torch.tensor(-1e9)}
+    more[f"{layer}rotary_emb.inv_freq"] = torch.ones(4)
+    save_file(
+        {**load_file(folder / "model.safetensors"), **more}, folder / "model.safetensors", metadata={"format": "pt"}
+    )
+
+
+def deepseek_with_a_layer_for_later_tokens(folder: Path) -> None:
+    """DeepSeek-V3's layer 61 predicts the token after the next."""
+    save_model("deepseek_v3", folder)
+    more = {"model.layers.61.eh_proj.weight": torch.ones(2, 2)}
+    save_file(
+        {**load_file(folder / "model.safetensors"), **more}, folder / "model.safetensors", metadata={"format": "pt"}
+    )
+
+
+@pytest.mark.parametrize("publish", [gpt2_as_published, pythia_as_published, deepseek_with_a_layer_for_later_tokens])
+def test_checkpoints_are_read_as_transformers_reads_them(publish: Callable[[Path], None], tmp_path: Path) -> None:
+    publish(tmp_path)
+    spec = read_spec(tmp_path)
+    check_weights(spec)
+    wholes = [whole_tensor(name, shape, "float32") for name, shape in logical_tensors(spec).items()]
+    read = {piece.name: torch.empty(piece.size) for piece in wholes}
+    read_into(spec, wholes, lambda piece: strided_view(read[piece.name], piece))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    expected = revert_weight_conversion(model, {name: value.detach() for name, value in model.state_dict().items()})
+    assert all(torch.equal(value, expected[name]) for name, value in read.items())
+
+
+def test_a_tensor_that_the_class_does_not_leave_out_is_refused(tmp_path: Path) -> None:
+    pythia_as_published(tmp_path)
+    more = {"gpt_neox.layers.3.attention.dense.weight": torch.ones(2, 2)}
+    save_file({**load_file(tmp_path / "model.safetensors"), **more}, tmp_path / "model.safetensors")
+    with pytest.raises(
+        ValueError, match=r"gpt_neox\.layers\.3\.attention\.dense\.weight which its config\.json does not"
+    ):
+        check_weights(read_spec(tmp_path))
+
+
+def test_the_class_with_a_scalar_head_has_its_name(tmp_path: Path) -> None:
+    save_model("gpt2", tmp_path)
+    assert classifier_of(read_spec(tmp_path)) == "GPT2ForSequenceClassification"

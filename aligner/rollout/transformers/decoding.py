@@ -86,7 +86,8 @@ class DecodingBatch:
         """Size of the KV cache."""
         layers = self._cache.layers if self._cache is not None else ()
         held = [value for layer in layers for value in vars(layer).values()]
-        states = [state for value in held for state in (value if isinstance(value, list) else [value])]
+        # linear attention has its states in dictionaries
+        states = [state for value in held for state in (value.values() if isinstance(value, dict) else [value])]
         return sum(state.nbytes for state in states if isinstance(state, Tensor))
 
     def forget(self) -> None:
@@ -101,9 +102,10 @@ class DecodingBatch:
     @torch.no_grad()
     def step(self) -> dict[int, Drawn]:
         """A token for each row. Returns the rows that have ended, by their place in the `rows` that the batch was made of."""
-        last = self._length - 1
-        read = self._cache is None
-        logits_BV = self._read() if read else self._forward(self._tokens_BT, self._pad_B, last, self._length)
+        if self._cache is None:
+            logits_BV = self._read()
+        else:
+            logits_BV = self._forward(self._tokens_BT, self._pad_B, self._length - 1, self._length)
         token_B, logp_B = draw(logits_BV[:, : self._vocab], self._sampling, self._length - self._pad_B)
         self._tokens_BT[:, self._length] = token_B
         self._logp_BN[:, self.drawn] = logp_B

@@ -70,6 +70,7 @@ class TransformersEngine(RolloutEngine):
             self.loaded,
             config.max_num_seqs,
             config.max_batched_tokens or PREFILL_TOKENS,
+            spec.max_positions,
         )
         self._weights = TransformersWeights(spec, self.storages, self.loaded, self.new_weights, layout)
 

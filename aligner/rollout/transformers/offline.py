@@ -13,7 +13,9 @@ from aligner.rollout.config import RolloutConfig, Sampling
 from aligner.rollout.offline import OfflineEngine
 from aligner.rollout.requests import Sample
 from aligner.rollout.transformers.engine import TransformersEngine
+from aligner.rollout.transformers.sizes import check_model
 from aligner.spmd.device_check import check_device
+from aligner.spmd.mesh import Mesh
 
 
 class TransformersOffline(OfflineEngine):
@@ -35,9 +37,9 @@ class TransformersOffline(OfflineEngine):
         if tensor != 1:
             raise ValueError(f"--tensor {tensor}: --engine transformers holds the whole model on one device; use 1.")
         spec = read_spec(model, trust_remote_code)
-        config = RolloutConfig("transformers", spec.dtype if dtype == "auto" else dtype, max_model_len, max_num_seqs)
-        config.check_length(spec)
         device = torch.device(check_device())
+        config = RolloutConfig("transformers", spec.dtype if dtype == "auto" else dtype, max_model_len, max_num_seqs)
+        check_model(spec, Mesh((0,), name="rollout"), config, cpu=device.type == "cpu")
         self._engine = TransformersEngine(spec, config, device, stop)
         read_weights(spec, self._engine.weights)
 

@@ -47,9 +47,13 @@ class BatchedRequests(Requests[_Live]):
         loaded: LoadedWeights,
         max_num_seqs: int,
         prefill_tokens: int,
+        max_positions: int,
     ) -> None:
+        """Args:
+        max_positions: most tokens that the model's class can read: some keep a mask of that size (GPT-Neo).
+        """
         super().__init__(stop, loaded)
-        self._model, self._vocab = model, vocab
+        self._model, self._vocab, self._max_positions = model, vocab, max_positions
         self._max_num_seqs, self._prefill_tokens = max_num_seqs, prefill_tokens
         self._queue: deque[_Live] = deque()
         self._batches: list[_Batch] = []
@@ -125,10 +129,21 @@ class BatchedRequests(Requests[_Live]):
         free = self._max_num_seqs - self._running
         if not self._queue or free < min(len(self._queue), (self._max_num_seqs + 1) // 2):
             return
-        requests = [self._queue.popleft() for _ in range(min(free, len(self._queue)))]
+        requests = [self._queue.popleft() for _ in range(min(free, self._fitting()))]
         rows = [one.row for one in requests if one.row is not None]
         decoding = DecodingBatch(self._model, rows, self._vocab, self._prefill_tokens)
         self._batches.append(_Batch(decoding, requests, [(0, self._loaded.version)]))
+
+    def _fitting(self) -> int:
+        """How many of the queue, from its front, decode together: a batch has columns for its longest sample so far, and then for
+        the most tokens that one may get, which can be more than the model has positions for."""
+        longest = most = 0
+        for number, row in enumerate(one.row for one in self._queue):
+            assert row is not None, "what is queued has not begun"
+            longest, most = max(longest, row.sample.row_tokens), max(most, row.most)
+            if number and longest + most > self._max_positions:
+                return number
+        return len(self._queue)
 
     def _request(self, sample: Sample, number: int) -> _Live:
         return _Live(sample)

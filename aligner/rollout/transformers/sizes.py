@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import TYPE_CHECKING
 
 from aligner.models.tensors import parameter_count
 from aligner.reshard.plan.region import ELEMENT_BYTES
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
     from aligner.models.spec import ModelSpec
     from aligner.rollout.config import RolloutConfig
     from aligner.spmd.mesh import Mesh
@@ -30,12 +33,34 @@ def check_model(spec: ModelSpec, mesh: Mesh, config: RolloutConfig, cpu: bool) -
     trusted = spec.trust_remote_code
     model_config = transformers_model.read_config(spec.path, spec.head, trusted)
     kind = transformers_model.model_class(model_config, spec.head, spec.path, trusted)
-    if not kind._supports_default_dynamic_cache():
+    problem = _problem(kind, model_config)
+    if problem:
         raise ValueError(
-            f"rollout.engine=transformers: {kind.__name__} ({spec.path}) generates with a cache of its own kind, which is not "
-            "supported; use engine=vllm."
+            f"rollout.engine=transformers: {kind.__name__} ({spec.path}) {problem}, which is not supported; use engine=vllm."
         )
     transformers_model.held_tensors(spec)
+
+
+def _problem(kind: type[PreTrainedModel], config: PreTrainedConfig) -> str | None:
+    """Why rows of different lengths cannot be decoded together, with a cache that rows leave; None: they can."""
+    from transformers import DynamicCache
+    from transformers.cache_utils import LinearAttentionCacheLayerMixin
+
+    taken = inspect.signature(kind.forward).parameters
+    if not kind._supports_default_dynamic_cache() or "past_key_values" not in taken:
+        return "generates with a cache of its own kind"
+    if "position_ids" not in taken:
+        return "takes no positions of its tokens"
+    if getattr(config, "is_decoder", True) is False:
+        return "is an encoder (is_decoder=false in its config.json), which attends to later tokens"
+    try:
+        layers = DynamicCache(config=config).layers
+    except Exception as error:  # layer_types without the size that they need
+        kinds = sorted({*(getattr(config, "layer_types", None) or ())})
+        return f"has no cache by its config.json: layer_types {kinds}, sliding_window and the like ({error})"
+    if kind._is_stateful and not any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in layers):
+        return "keeps a state outside its cache"
+    return None
 
 
 def bytes_per_rank(spec: ModelSpec, mesh: Mesh, config: RolloutConfig, cpu: bool) -> float:

@@ -16,8 +16,9 @@ _TABLES = "_VLLM_MODELS"
 _OWN_PLUGINS = "vllm."
 
 
-def check_known(spec: ModelSpec) -> None:
-    """Raises ValueError for a model that vLLM has no class for and that its transformers backend does not take.
+def check_known(spec: ModelSpec, tensor: int = 1) -> None:
+    """Raises ValueError for a model that vLLM has no class for and that its transformers backend does not take, or not over
+    `tensor` ranks.
 
     Says nothing where a plugin may add classes, or where vLLM's table is not read.
     """
@@ -38,6 +39,11 @@ def check_known(spec: ModelSpec) -> None:
         raise ValueError(
             f"rollout.engine=vllm: the installed vLLM has no class for architecture {architecture} ({spec.path}), and {reason}; "
             "use rollout.engine=transformers."
+        )
+    if tensor > 1 and not getattr(config, "base_model_tp_plan", None):
+        raise ValueError(
+            f"placement.rollout.tensor={tensor}: the installed vLLM has no class for architecture {architecture} ({spec.path}), and "
+            f"transformers' {kind.__name__} has no tensor-parallel plan; use 1."
         )
 
 

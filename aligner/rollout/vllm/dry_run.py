@@ -261,6 +261,11 @@ def _check_method(slot: Slot) -> None:
     from vllm.model_executor.layers.linear import UnquantizedLinearMethod
     from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 
+    if hasattr(slot.module, "_cpu_unpacked_conv_weight"):  # its shape is that of the plain one
+        raise ValueError(
+            f"the rollout engine's layer {slot.storage} repacks the weights of a convolution for its CPU kernel in bfloat16, which a "
+            "weight sync does not do again; use rollout.engine=transformers."
+        )
     method: Any = getattr(slot.module, "quant_method", None)
     if method is None or isinstance(method, UnquantizedLinearMethod | UnquantizedEmbeddingMethod):
         return

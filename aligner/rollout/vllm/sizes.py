@@ -24,6 +24,8 @@ CPU_EXPERT_BLOCK = 32
 """The engine's CPU kernels for experts work on multiples of this many columns."""
 VOCABULARY_BLOCK = 64
 """The engine rounds the embedding's rows up to a multiple of this, before it cuts them."""
+WIDER_WINDOWS = ("cohere2", "cohere2_moe")
+"""Families of which vLLM's classes add 1 to `sliding_window`, and transformers' do not."""
 CPU_KV_CACHE_LIMIT_MIB = 1024
 """Most that rollout.kv_cache_mib=null takes on a CPU, whose memory the training roles share."""
 
@@ -37,7 +39,8 @@ def check_model(spec: ModelSpec, mesh: Mesh, config: RolloutConfig, cpu: bool) -
     """`check_runs` for a role's mesh, and that vLLM knows the model."""
     check_runs(config, spec, mesh.tensor, cpu, mesh.expert > 1, mesh.pipeline)
     if spec.tensors is not None:
-        check_known(spec)
+        check_known(spec, mesh.tensor)
+        _check_agreement(spec, config, cpu)
 
 
 def bytes_per_rank(spec: ModelSpec, mesh: Mesh, config: RolloutConfig, cpu: bool) -> float:
@@ -175,6 +178,25 @@ def _check_cpu(spec: ModelSpec) -> None:
         raise ValueError(
             f"the rollout engine has no CPU kernel for experts of a hidden size of {spec.hidden} (the model in "
             f"{spec.path}); use a model whose hidden size is a multiple of {CPU_EXPERT_BLOCK}, or a GPU."
+        )
+
+
+def _check_agreement(spec: ModelSpec, config: RolloutConfig, cpu: bool) -> None:
+    """What vLLM's classes of families beyond the table cannot compute, or compute otherwise than transformers'."""
+    from aligner.models.transformers_model import read_config  # imported here: torch and transformers take seconds
+
+    fields = read_config(spec.path, spec.head, spec.trust_remote_code)
+    kinds, window = getattr(fields, "layer_types", None) or (), getattr(fields, "sliding_window", None)
+    if cpu and "linear_attention" in kinds and hasattr(fields, "linear_num_value_heads"):
+        raise ValueError(
+            f"rollout.engine=vllm: gated delta nets ({spec.path}: linear_attention layers) have a CPU kernel in bfloat16 alone, for "
+            "which vLLM repacks weights as it loads them, and no weight sync does; use rollout.engine=transformers."
+        )
+    if spec.family in WIDER_WINDOWS and "sliding_attention" in kinds and window and config.length(spec) > window:
+        raise ValueError(
+            f"rollout.max_model_len={config.length(spec)}: in texts longer than sliding_window={window} ({spec.path}) vLLM's "
+            f"{spec.family} attends to one token more than transformers' model, which is trained; use {window} or less, or "
+            "rollout.engine=transformers."
         )
 
 

@@ -20,9 +20,10 @@ def check_runs(spec: ModelSpec, mesh: Mesh, config: TrainingConfig, sequence_par
     transformers does not know or computes in ways that packed rows do not allow."""
     for axis in _ONLY_MEGATRON:
         if getattr(mesh, axis) != 1:
+            megatron = ", or engine=megatron" if spec.tensors is None else ""  # which runs the families of its table
             raise ValueError(
                 f"placement.{mesh.name}.{axis}={getattr(mesh, axis)}: engine=fsdp shards weights over all of a role's ranks, and "
-                f"has no {axis.replace('_', ' ')} parallelism; use 1, or engine=megatron."
+                f"has no {axis.replace('_', ' ')} parallelism; use 1{megatron}."
             )
     if mesh.stage_layers:
         raise ValueError(f"placement.{mesh.name}.stage_layers: engine=fsdp has no pipeline stages; leave it out.")

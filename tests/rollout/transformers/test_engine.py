@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, GPTNeoConfig
 
+from aligner.models.checkpoint import read_weights
 from aligner.models.read_spec import read_spec
 from aligner.rollout.config import RolloutConfig, Sampling
 from aligner.rollout.transformers.engine import TransformersEngine
 from aligner.rollout.vllm.engine import VllmEngine
 from aligner.spmd.memory import Meter
 from tests.rollout import tiny
+from tools.family_models import write_model
 
 Models = dict[str, tuple[Any, str]]
 GREEDY = Sampling(temperature=0.0, max_tokens=24, stop_token_ids=())
@@ -136,6 +140,58 @@ def test_half_precision(dtype: str, models: Models) -> None:
     half.load_state_dict(model.state_dict())
     for prompt, (one,) in zip(tiny.prompts(4), engine.generate(tiny.prompts(4), SEEDS[:4], DRAWN), strict=True):
         assert tiny.gap(half, prompt, one, 0.7) < (0.15 if dtype == "bfloat16" else 0.03)
+
+
+def loaded(folder: Path, **settings: Any) -> TransformersEngine:
+    """An engine with the weights of a folder."""
+    spec = read_spec(folder)
+    engine = TransformersEngine(spec, replace(tiny.config("transformers"), **settings), CPU)
+    read_weights(spec, engine.weights)
+    return engine
+
+
+def test_rows_of_a_batch_need_no_more_columns_than_positions(tmp_path: Path) -> None:
+    """A long prompt, and a short one with a long response: GPT-Neo's mask is of its positions."""
+    sizes = {"hidden_size": 64, "num_heads": 4, "num_layers": 2, "attention_types": [[["global", "local"], 1]]}
+    ends = {"bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0}
+    config = GPTNeoConfig(**sizes, **ends, vocab_size=tiny.VOCAB, max_position_embeddings=128, window_size=6)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    engine = loaded(tmp_path, max_model_len=128)
+    asked = [(tiny.prompts(1, 9)[0] * 25, replace(DRAWN, max_tokens=20)), ([5, 9, 7], replace(DRAWN, max_tokens=120))]
+    alone = [engine.generate([prompt], [100], sampling)[0][0] for prompt, sampling in asked]
+    tickets = [engine.start([prompt], [100], sampling) for prompt, sampling in asked]
+    for ticket, one in zip(tickets, alone, strict=True):
+        (together,) = engine.finish(ticket)
+        assert together.tokens == one.tokens and together.logp == pytest.approx(one.logp, abs=2e-5)
+
+
+def test_states_of_linear_attention_are_counted_and_read_anew(tmp_path: Path) -> None:
+    """Also those of a row that is left over of a batch, with padding before it."""
+    write_model("qwen3_next", tmp_path)
+    engine = loaded(tmp_path)
+    short, long = [5, 9, 7], tiny.prompts(1, 9)[0] * 6
+    (alone,), (other,) = (engine.generate([one], [100], DRAWN)[0] for one in (short, long))
+    tickets = [engine.start([one], [100], replace(DRAWN, max_tokens=n)) for one, n in ((short, 24), (long, 6))]
+    assert engine.finish(tickets[1])[0].tokens == other.tokens[:6]
+    kept = engine.requests.cache_bytes()
+    states = engine.model.config.linear_num_value_heads * 32 * 32 * 4  # of one layer and one row, float32
+    assert kept > states
+    engine.new_weights()
+    (one,) = engine.finish(tickets[0])
+    assert one.tokens == alone.tokens and one.logp == pytest.approx(alone.logp, abs=1e-4)
+
+
+def test_what_transformers_keeps_in_float32_is_kept(tmp_path: Path) -> None:
+    """As from_pretrained does: DeepSeek-V3's correction of its router decides which experts are taken."""
+    write_model("deepseek_v3", tmp_path)
+    engine = loaded(tmp_path, dtype="bfloat16")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16).eval()
+    held = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    name = "model.layers.1.mlp.gate.e_score_correction_bias"
+    assert engine.storages[name].dtype is torch.float32 and engine.storages["lm_head.weight"].dtype is torch.bfloat16
+    assert all(torch.equal(value, held[storage]) for storage, value in engine.storages.items())
+    for prompt, (one,) in zip(tiny.prompts(4), engine.generate(tiny.prompts(4), SEEDS[:4], DRAWN), strict=True):
+        assert tiny.gap(model, prompt, one, 0.7) < 0.15
 
 
 def test_random_states_of_the_process_are_left_alone(models: Models) -> None:
