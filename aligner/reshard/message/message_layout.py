@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from hashlib import blake2b
 
 import torch
@@ -38,6 +39,11 @@ class MessageLayout:
     def words(self) -> int:
         """Size of the whole message in 64-bit words."""
         return self.header + self.places[-1]
+
+    @cached_property
+    def starts(self) -> tuple[int, ...]:
+        """Where each item is, in words from the end of the header."""
+        return (*self.bounds[:-1], *self.places[:-1])
 
     @property
     def large(self) -> range:
