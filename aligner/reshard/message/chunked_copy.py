@@ -107,6 +107,10 @@ def copy_hashed(target: Tensor, readback: Tensor, source: Tensor, chunk_buffers:
 
 def copy_bytes(to: int, origin: int, size: int, progress: Progress = no_progress) -> None:
     """`copy` of `size` contiguous bytes between two addresses."""
+    if size <= CHUNK_BYTES:
+        _libc.memcpy(to, origin, size)
+        progress(size)
+        return
     for start, count in _spans(size):
         _libc.memcpy(to + start, origin + start, count)
         progress(start + count)
@@ -114,6 +118,10 @@ def copy_bytes(to: int, origin: int, size: int, progress: Progress = no_progress
 
 def copy_bytes_verified(to: int, back: int, origin: int, size: int, progress: Progress = no_progress) -> bool:
     """`copy_verified` of `size` contiguous bytes between addresses, read back at `back`."""
+    if size <= CHUNK_BYTES:
+        _libc.memcpy(to, origin, size)
+        progress(size)
+        return bool(_libc.memcmp(back, origin, size) == 0)
     same = True
     for start, count in _spans(size):
         _libc.memcpy(to + start, origin + start, count)

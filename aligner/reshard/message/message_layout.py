@@ -19,6 +19,8 @@ class MessageLayout:
     """Small items first, one after the other, each padded to whole 64-bit words; then a place for each large one."""
 
     items: tuple[Item, ...]
+    sizes: tuple[int, ...]
+    """Bytes of each item."""
     small: int
     """Number of small items; they come first."""
     bounds: tuple[int, ...]
@@ -92,6 +94,7 @@ def message_layout(items: Sequence[Item], large_bytes: float, row_words: int) ->
     regions = ";".join(f"{item.name}{item.lo}{item.size}{item.destination.dtype}" for item in ordered)
     return MessageLayout(
         items=ordered,
+        sizes=tuple(sizes[number] for number in order),
         small=small,
         bounds=tuple(bounds),
         places=tuple(places),

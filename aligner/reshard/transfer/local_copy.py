@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from aligner.reshard.message.chunked_copy import ChunkBuffers, copy, copy_verified, on_cpu
+from aligner.reshard.message.chunked_copy import ChunkBuffers, copy, copy_verified
 from aligner.reshard.message.proof import (
     STORAGE,
     View,
@@ -40,7 +40,7 @@ def copy_local(
     for number, item in enumerate(items):
         read, write = view_of(source, item, from_source=True), view_of(destination, item)
         readback = view_of(destination, item) if proof else write
-        if not on_cpu((read, write, readback)):
+        if not (read.is_cpu and write.is_cpu and readback.is_cpu):
             copy(write, read, chunk_buffers)
             on_device.append(number)
             pairs.append((readback, read))

@@ -74,8 +74,7 @@ class RankTransfer:
 
             def written(items: Sequence[Item]) -> None:
                 self._written(items)
-                copied = [own for item in items for own in left.pop(item.name, ())]
-                if copied:
+                if left and (copied := [own for item in items for own in left.pop(item.name, ())]):
                     self._copy(copied)
 
             with self.clock("apply"), destination.writing():
