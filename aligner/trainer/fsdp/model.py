@@ -19,7 +19,7 @@ from aligner.reshard.message.storage import strided_view
 from aligner.reshard.plan.region import Piece
 from aligner.trainer.fsdp import attention
 from aligner.trainer.fsdp.attention import Rows
-from aligner.trainer.fsdp.collectives import save_memory_on_cpu
+from aligner.trainer.fsdp.collectives import use_cpu_collectives
 from aligner.trainer.fsdp.fusion import fuse
 from aligner.trainer.fsdp.layout import FsdpLayout
 from aligner.trainer.fsdp.linear import use_products
@@ -208,7 +208,7 @@ def build_model(
             sharded.set_gradient_divide_factor(1.0)
             sharded.set_force_sum_reduction_for_comms(True)
             if device.type == "cpu":
-                save_memory_on_cpu(sharded)
+                use_cpu_collectives(sharded)
     _allocate(root, device)
     return ShardedModel(root, layout, rank)
 
