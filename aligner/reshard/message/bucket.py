@@ -45,8 +45,8 @@ LARGE_BYTES = 128 << 10
 since a message of its own would cost more than a copy."""
 
 SHARED_MESSAGE_BYTES = 6 << 20
-"""Bound on a message in shared memory: it is still in the cache when its reader comes, and large enough that what is done for each
-message, 0.4 ms on both ranks together, does not count."""
+"""Bound on a message in shared memory: it is still in the cache when its reader comes, and large enough that the 0.3 to 0.4 ms
+which a rank spends on each message count for little."""
 
 _OK, _FAILED = 0, 1
 _MESSAGE = "the message does not hold what {source} held"
