@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -48,6 +49,10 @@ class WritableLocalWeights(LocalWeights):
         check_disjoint(pieces)
         self._names = {piece.storage: piece.name for piece in reversed(pieces)}
         self.discard()
+
+    def writing(self) -> AbstractContextManager[None]:
+        """Nothing is derived."""
+        return nullcontext()
 
     def written(self, pieces: Sequence[Piece], proof: bool = True) -> None:
         for piece in pieces:

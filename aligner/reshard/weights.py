@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
 from torch import Tensor
@@ -43,6 +44,10 @@ class WritableWeights(ShardedWeights, Protocol):
     owner calls `discard` before the next one. From the first `view` until `finish` the weights are not valid.
     """
 
+    def writing(self) -> AbstractContextManager[None]:
+        """Around regions that are written one after the other, without any message between ranks: what their derivation
+        needs of its surroundings is set up once for all of them."""
+
     def written(self, pieces: Sequence[Piece], proof: bool = True) -> None:
         """The regions `pieces` have been written through their views.
 
@@ -75,6 +80,10 @@ class RemoteWeights:
 
     def view(self, piece: Piece) -> Tensor:
         raise AssertionError(f"{piece.name}{piece.box} is held by other ranks ({self.layout.ranks})")
+
+    def writing(self) -> AbstractContextManager[None]:
+        """Nothing is written here."""
+        return nullcontext()
 
     def written(self, pieces: Sequence[Piece], proof: bool = True) -> None:
         raise AssertionError(f"{pieces[0].name}{pieces[0].box} is held by other ranks ({self.layout.ranks})")

@@ -24,26 +24,46 @@ class Simulation:
         self, shapes: Shapes, sources: Mapping[int, Layout], destinations: Mapping[int, Layout], limit: int
     ) -> None:
         self.shapes, self.sources, self.destinations, self.limit = shapes, sources, destinations, limit
-        self.values = _values(shapes)
-        self.held, self.filled, self.writes = _blank(sources), _blank(destinations), _blank(destinations)
+        self.values, self.held = _values(shapes), _blank(sources)
         for rank, layout in sources.items():
             for piece in layout:
                 _view(self.held[rank], piece)[...] = self.values[piece.name][inside(piece)]
         ranks = sorted({*sources, *destinations})
         self.plans = {rank: plan_transfer(rank, sources, destinations) for rank in ranks}
-        self.schedules = {rank: make_schedule(plan, STAGED * limit) for rank, plan in self.plans.items()}
-        self._transit: dict[int, dict[tuple[StreamKey, int], list[np.ndarray]]] = {rank: {} for rank in ranks}
 
     def run(self) -> dict[int, TransferPlan]:
+        """With local copies spread evenly, and beside messages."""
+        for beside in (False, True):
+            self._run(beside)
+        return self.plans
+
+    def _run(self, beside: bool) -> None:
+        self.filled, self.writes = _blank(self.destinations), _blank(self.destinations)
+        self._transit: dict[int, dict[tuple[StreamKey, int], list[np.ndarray]]] = {rank: {} for rank in self.plans}
+        self.schedules = {rank: make_schedule(plan, STAGED * self.limit, beside) for rank, plan in self.plans.items()}
         for rank, plan in self.plans.items():
             self._check_messages(rank, self.schedules[rank])
-            for item in (item for items in self.schedules[rank].local for item in items):
+            self._check_beside(rank, self.schedules[rank], beside)
+            for item in self._local(self.schedules[rank]):
                 self._write(rank, item, _view(self.held[rank], item.source))
             least = self._least_bytes(rank)
             assert plan.minimum_bytes == self.schedules[rank].received_bytes == least
         self._deliver()
         self._check_result()
-        return self.plans
+
+    def _local(self, schedule: Schedule) -> list[Item]:
+        shares = [items for of_message in schedule.beside.values() for items in of_message.values()]
+        return [item for items in (*schedule.local, *shares) for item in items]
+
+    def _check_beside(self, rank: int, schedule: Schedule, beside: bool) -> None:
+        """A rank's part of a tensor that it receives more of stands beside a message that brings some of it, and nothing else does."""
+        received = {step.receive.content: schedule.items(step.receive) for step in schedule.steps if step.receive}
+        names = {item.name for items in received.values() for item in items}
+        assert not beside or names.isdisjoint(item.name for items in schedule.local for item in items)
+        assert beside or not schedule.beside
+        for content, of_message in schedule.beside.items():
+            assert of_message.keys() <= {item.name for item in received[content]}
+            assert all(item.name == name for name, items in of_message.items() for item in items)
 
     def _check_messages(self, rank: int, schedule: Schedule) -> None:
         """A rank's own steps: in the order of the labels, within the limit, no relay before its receipt."""

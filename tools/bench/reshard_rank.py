@@ -234,6 +234,7 @@ class Unread:
 
     def __init__(self, weights: EngineWeights) -> None:
         self._weights, self.view, self.finish = weights, weights.view, weights.finish
+        self.writing = weights.writing
 
     def written(self, pieces: Sequence[Piece], proof: bool) -> None:
         self._weights.written(pieces, proof=False)

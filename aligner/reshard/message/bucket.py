@@ -9,20 +9,32 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from aligner.reshard.message.checksum import Checksum, Hashes, RunningChecksums, StreamingHash, Sums, hash_of
+from aligner.reshard.message.checksum import Checksum, Hashes, RunningChecksums, Sums, hash_of
 from aligner.reshard.message.chunked_copy import (
     ChunkBuffers,
     Progress,
     bytes_of,
     copy,
-    copy_and_read_back,
+    copy_bytes,
+    copy_bytes_hashed,
+    copy_bytes_verified,
+    copy_hashed,
     copy_verified,
     no_progress,
-    on_cpu,
+    plain,
 )
 from aligner.reshard.message.kernels import kernels_of
 from aligner.reshard.message.message_layout import MessageLayout, message_layout, words
-from aligner.reshard.message.proof import STORAGE, View, differing_pairs, mismatch, views_of
+from aligner.reshard.message.proof import (
+    STORAGE,
+    View,
+    Written,
+    differing_pairs,
+    mismatch,
+    not_followed,
+    view_of,
+    views_of,
+)
 from aligner.reshard.plan.transfer_plan import Item
 
 if TYPE_CHECKING:
@@ -32,8 +44,9 @@ LARGE_BYTES = 128 << 10
 """Items of at least this size are sent from and received into their storages, without a copy; smaller ones are packed together,
 since a message of its own would cost more than a copy."""
 
-SHARED_MESSAGE_BYTES = 4 << 20
-"""Bound on a message in shared memory: it is still in the cache when its reader comes."""
+SHARED_MESSAGE_BYTES = 6 << 20
+"""Bound on a message in shared memory: it is still in the cache when its reader comes, and large enough that the 0.3 to 0.4 ms
+which a rank spends on each message count for little."""
 
 _OK, _FAILED = 0, 1
 _MESSAGE = "the message does not hold what {source} held"
@@ -58,8 +71,6 @@ class Buffers:
         """Size from which on an item is large; the same on all ranks of a transfer."""
         self.single_part = False
         """No item counts as large: deltas are made of messages in one part."""
-        self.max_message_bytes: float = SHARED_MESSAGE_BYTES if channel else inf
-        """Bound on a message; the same on all ranks of a transfer."""
         self.chunk_buffers = ChunkBuffers()
         self._layouts: dict[tuple[int, float], tuple[Sequence[Item], MessageLayout]] = {}
         self.transfer_number = 0
@@ -107,22 +118,36 @@ class Bucket:
         self.items, self.payload_bytes = layout.items, layout.payload_bytes
         self._checksum, self._kernels, self._chunk_buffers = buffers.checksum, buffers.kernels, buffers.chunk_buffers
         self._identity = layout.identity(buffers.transfer_number)
-        self._shared = buffers.channel is not None
+        self._hashed, self._shared = isinstance(buffers.checksum, Hashes), buffers.channel is not None
         self.buffer = buffers.take(layout.words) if buffer is None else buffer
         self.words = self.buffer[: layout.header + layout.bounds[-1]]
-        self.header, self.payload = self.words[: layout.header], self.words[layout.header :]
         self.delta: Tensor | None = None
         """What is sent instead of `words`, where it is shorter."""
-        self.whole = self.buffer[: layout.words]
-        """Words, and room for the large items behind them."""
         self._sums = self.buffer[2 : 2 + layout.sums]
         self._body = self.buffer[layout.header :]
         self._payload = self._body[: layout.places[0]]
+        self._memory = bytes_of(self.buffer) if self.buffer.is_cpu else None
+        self._start = self.buffer.data_ptr() + 8 * layout.header
         self._payload[layout.bounds[-1] :] = 0  # the last row is summed as a whole on both sides
         self._storages: dict[int, Tensor] = {}
         """Of the large items, those that are sent from or received in their storage."""
         self._bound: dict[int, Tensor] = {}
         """Of a message to receive: the large items' views of the destination."""
+
+    @property
+    def header(self) -> Tensor:
+        """Of `words`, what comes before the payload."""
+        return self.words[: self._layout.header]
+
+    @property
+    def payload(self) -> Tensor:
+        """Of `words`, the small items."""
+        return self.words[self._layout.header :]
+
+    @property
+    def whole(self) -> Tensor:
+        """Words, and room for the large items behind them."""
+        return self.buffer[: self._layout.words]
 
     @property
     def parts(self) -> list[Tensor]:
@@ -140,24 +165,42 @@ class Bucket:
     def _pack(self, views: Sequence[Tensor], proof: bool) -> None:
         layout, checksums = self._layout, list[int]()
         running = self._checksum.start(self._payload) if proof else None
-        for number, item in enumerate(self.items[: layout.small]):
-            if item.bytes % 8:
+        for number in range(layout.small):
+            if layout.sizes[number] % 8:
                 self._payload[layout.bounds[number + 1] - 1] = 0  # padding takes part in the sums
-            copy(self._elements(number), views[number], self._chunk_buffers, _progress(running, layout.bounds[number]))
+            self._pack_small(number, views[number], self._progress(running, number))
         if running is not None:
             checksums += running.finish()
         for number in layout.large:
             if self._bind(number, views[number]):
                 checksums.append(hash_of(bytes_of(views[number])) if proof else 0)
-                continue
-            place, read_back = self._elements(number), StreamingHash()
-            if proof:
-                copy_and_read_back(place, place, views[number], self._chunk_buffers, read_back.add)
             else:
-                copy(place, views[number], self._chunk_buffers)
-            checksums.append(read_back.finish())
+                checksums.append(self._pack_large(number, views[number], proof))
         if proof:
             self._sums.copy_(torch.tensor(checksums, dtype=torch.int64))
+
+    def _progress(self, checksums: RunningChecksums | None, number: int) -> Progress:
+        """Updates `checksums` as a small item's bytes are written."""
+        if checksums is None or self._layout.rows == 1:  # a single row is summed when all of it is there
+            return no_progress
+        start = self._layout.bounds[number]
+        return lambda size: checksums.written(start + size // 8)
+
+    def _pack_small(self, number: int, view: Tensor, progress: Progress) -> None:
+        if self._in_plain_memory(number, view):
+            copy_bytes(self._address(number), view.data_ptr(), self._layout.sizes[number], progress)
+        else:
+            copy(self._elements(number), view, self._chunk_buffers, progress)
+
+    def _pack_large(self, number: int, view: Tensor, proof: bool) -> int:
+        """Copies a large item to its place; returns the hash of what is there then, if there is to be a proof."""
+        if not proof:
+            copy(self._elements(number), view, self._chunk_buffers)
+            return 0
+        if self._in_plain_memory(number, view):
+            return copy_bytes_hashed(self._address(number), view.data_ptr(), self._bytes_at(number))
+        place = self._elements(number)
+        return copy_hashed(place, place, view, self._chunk_buffers)
 
     def bind_storages(self, view: View) -> None:
         """Before the message is received: let large items be received in their storages, where they are contiguous there."""
@@ -178,58 +221,81 @@ class Bucket:
             self._storages[number] = storage
         return possible
 
-    def unpack(self, view: View, sender: int, receiver: int, proof: bool) -> None:
+    def unpack(self, view: View, sender: int, receiver: int, proof: bool, written: Written = not_followed) -> None:
         """Write what rank `sender` packed into the storages of rank `receiver`; with `proof` verify every step.
 
         RuntimeError then names the first item that is wrong: where the message is not about these items (nothing is
         written but what was received in its storage), is not word for word what was packed, or where the storages, looked
         up again, do not hold it bit for bit (a NaN equals itself, -0.0 is not 0.0). On the CPU each chunk is written, summed and compared while
         it is in the cache, so nothing may overwrite it later: see `storage.check_disjoint`.
+
+        Args:
+            written: told of items once they have been written and, with `proof`, found right.
         """
         if proof and self.words[:2].tolist() != [_OK, self._identity]:
             regions = f"{len(self.items)} regions from {self.items[0]} on" if self.items else "no regions"
             raise RuntimeError(
                 f"reshard: the message from rank {sender} to rank {receiver} is not one of {regions} in this transfer"
             )
+        if proof and self._hashed and self.words.is_cpu:
+            self._write_hashed(view, sender, receiver, written)
+            return
         unbound = [item for number, item in enumerate(self.items) if number not in self._bound]
         storages = [*views_of(view, unbound), *self._bound.values()]  # all large items are bound, or none
-        readbacks = views_of(view, self.items) if proof else storages
         if not proof:
             self._write(storages)
-        elif on_cpu([*storages, *readbacks, self.words]):
-            checksums, differing = self._write_and_verify(storages, readbacks)
-            self._raise_mismatch(checksums, differing, sender, receiver)
         else:
+            readbacks = views_of(view, self.items)
             checksums = (self._kernels or self._checksum).rows(self._payload).tolist()
             for number in self._layout.large:
                 checksums.append(hash_of(bytes_of(self._wire_tensor(number))))
             self._raise_mismatch(checksums, [], sender, receiver)
             self._write(storages)
             self._raise_mismatch(checksums, self._differing(readbacks), sender, receiver)
+        written(self.items)
 
-    def _write_and_verify(self, storages: Sequence[Tensor], readbacks: Sequence[Tensor]) -> tuple[list[int], list[int]]:
-        """Writes on the CPU, chunk by chunk; returns the message's checksums, and the items that the storages do not hold."""
-        layout, checksums, differing = self._layout, list[int](), list[int]()
+    def _write_hashed(self, view: View, sender: int, receiver: int, written: Written) -> None:
+        """Writes a message that is in the host's memory chunk by chunk, each proven while it is in the cache."""
+        layout, differing, expected = self._layout, list[int](), self._sums.tolist()
         running = self._checksum.start(self._payload)
         for number in range(layout.small):
-            progress, elements = _progress(running, layout.bounds[number]), self._elements(number)
-            if not copy_verified(storages[number], readbacks[number], elements, self._chunk_buffers, progress):
+            if not self._write_small(number, view, self._progress(running, number)):
                 differing.append(number)
-        checksums += running.finish()
-        for number, expected in zip(layout.large, self._sums[layout.rows :].tolist(), strict=True):
-            wrong = self._write_large(number, expected, storages[number], readbacks[number])
-            checksums.append(expected if wrong is None else wrong)
+        checksums = running.finish()
+        right = not differing and checksums == expected[: layout.rows]
+        if right and layout.small:
+            written(self.items[: layout.small])
+        for number, sent in zip(layout.large, expected[layout.rows :], strict=True):
+            wrong = self._write_large(number, sent, view)
+            checksums.append(sent if wrong is None else wrong)
             if wrong is not None:
                 differing.append(number)
-        return checksums, differing
+                right = False
+            elif right:  # at once, so that the engine packs a module while it is in the cache
+                written(self.items[number : number + 1])
+        self._raise_mismatch(checksums, differing, sender, receiver)
 
-    def _write_large(self, number: int, expected: int, storage: Tensor, readback: Tensor) -> int | None:
-        """Writes a large item. None: the storage holds what was sent; else the hash of what was received, if known."""
+    def _write_small(self, number: int, view: View, progress: Progress) -> bool:
+        """Writes a small item; False where the storage does not hold it then."""
+        item = self.items[number]
+        storage, readback = view_of(view, item), view_of(view, item)
+        if self._in_plain_memory(number, storage, readback):
+            addresses = storage.data_ptr(), readback.data_ptr(), self._address(number)
+            return copy_bytes_verified(*addresses, self._layout.sizes[number], progress)
+        return copy_verified(storage, readback, self._elements(number), self._chunk_buffers, progress)
+
+    def _write_large(self, number: int, sent: int, view: View) -> int | None:
+        """Writes a large item, whose hash was `sent`. None: the storage holds it; else the hash of what was received, if known."""
+        item, storage = self.items[number], self._bound.get(number)
+        storage = view_of(view, item) if storage is None else storage
+        readback = view_of(view, item)
         if number in self._storages:  # it was received there: one hash proves the message and the storage
-            return None if hash_of(bytes_of(readback.contiguous())) == expected else expected
-        received, read_back = self._elements(number), StreamingHash()
-        copy_and_read_back(storage, readback, received, self._chunk_buffers, read_back.add)
-        return None if read_back.finish() == expected else hash_of(bytes_of(received))
+            return None if hash_of(bytes_of(readback.contiguous())) == sent else sent
+        if self._in_plain_memory(number, storage, readback):
+            held = copy_bytes_hashed(storage.data_ptr(), self._address(number), bytes_of(readback))
+        else:
+            held = copy_hashed(storage, readback, self._elements(number), self._chunk_buffers)
+        return None if held == sent else hash_of(self._bytes_at(number))
 
     def _write(self, storages: Sequence[Tensor]) -> None:
         if self._kernels is not None and self._on_device(storages):
@@ -269,14 +335,22 @@ class Bucket:
         """What is sent or received of a large item."""
         return self._storages[number] if number in self._storages else self._elements(number)
 
+    def _in_plain_memory(self, number: int, *tensors: Tensor) -> bool:
+        """Whether the message is in the host's memory and these hold an item, one after the other, as the message does."""
+        return self._memory is not None and plain(self._layout.dtypes[number], *tensors)
+
+    def _address(self, number: int) -> int:
+        """Of an item's place, in the host's memory."""
+        return self._start + 8 * self._layout.starts[number]
+
+    def _bytes_at(self, number: int) -> memoryview:
+        """An item's place, in the host's memory."""
+        assert self._memory is not None
+        start = 8 * (self._layout.header + self._layout.starts[number])
+        return self._memory[start : start + self._layout.sizes[number]]
+
     def _elements(self, number: int) -> Tensor:
-        """An item's place in the payload or behind it, in the destination's dtype."""
-        layout, item = self._layout, self.items[number]
-        start = layout.bounds[number] if number < layout.small else layout.places[number - layout.small]
-        place = self._body[start : start + words(item.bytes)].view(layout.dtypes[number])
+        """An item's place in the destination's dtype."""
+        item, start = self.items[number], self._layout.starts[number]
+        place = self._body[start : start + words(self._layout.sizes[number])].view(self._layout.dtypes[number])
         return place[: item.destination.elements].view(item.size)
-
-
-def _progress(checksums: RunningChecksums | None, start: int) -> Progress:
-    """Updates `checksums` as an item's bytes are written, from word `start` of the payload on."""
-    return no_progress if checksums is None else lambda size: checksums.written(start + size // 8)

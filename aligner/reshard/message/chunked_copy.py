@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from aligner.reshard.message.checksum import StreamingHash, hash_of
+
 CHUNK_BYTES = 256 << 10
 """Source, copy and buffers of a chunk fit into an L2 cache of 1 MiB together."""
 
@@ -56,11 +58,8 @@ class ChunkBuffers:
 
 def copy(target: Tensor, source: Tensor, chunk_buffers: ChunkBuffers, progress: Progress = no_progress) -> None:
     """Copy and cast a chunk at a time; `progress` gets the number of bytes of `target` written so far."""
-    if _plain(target, source):
-        to, origin = target.data_ptr(), source.data_ptr()
-        for start, count in _spans(target.nbytes):
-            _libc.memcpy(to + start, origin + start, count)
-            progress(start + count)
+    if plain(target.dtype, target, source):
+        copy_bytes(target.data_ptr(), source.data_ptr(), target.nbytes, progress)
         return
     written = 0
     for target_chunk, source_chunk in chunk_views(target, source):
@@ -74,14 +73,14 @@ def copy_verified(
     target: Tensor, readback: Tensor, source: Tensor, chunk_buffers: ChunkBuffers, progress: Progress = no_progress
 ) -> bool:
     """Copy and cast as `copy` does; False where `readback` does not hold what was written, to the last bit."""
+    if plain(target.dtype, target, readback, source):
+        addresses = target.data_ptr(), readback.data_ptr(), source.data_ptr()
+        return copy_bytes_verified(*addresses, target.nbytes, progress)
+    if not on_cpu((target, readback, source)):
+        copy(target, source, chunk_buffers, progress)
+        held, expected = (tensor.contiguous().cpu() for tensor in (readback, source.to(target.dtype)))
+        return bytes_of(held) == bytes_of(expected)
     same, written = True, 0
-    if _plain(target, readback, source):
-        to, back, origin = target.data_ptr(), readback.data_ptr(), source.data_ptr()
-        for start, count in _spans(target.nbytes):
-            _libc.memcpy(to + start, origin + start, count)
-            same = _libc.memcmp(back + start, origin + start, count) == 0 and same
-            progress(start + count)
-        return same
     for target_chunk, readback_chunk, source_chunk in chunk_views(target, readback, source):
         cast = chunk_buffers.cast(source_chunk, target_chunk.dtype)
         target_chunk.copy_(cast)
@@ -92,32 +91,61 @@ def copy_verified(
     return same
 
 
-def copy_and_read_back(
-    target: Tensor,
-    readback: Tensor,
-    source: Tensor,
-    chunk_buffers: ChunkBuffers,
-    read: Callable[[memoryview], None],
-) -> None:
-    """Copy and cast as `copy` does; `read` gets the bytes that `readback` then holds, in order, a chunk at a time."""
-    if _plain(target, readback, source):
-        to, origin, stored = target.data_ptr(), source.data_ptr(), bytes_of(readback)
-        for start, count in _spans(len(stored)):
-            _libc.memcpy(to + start, origin + start, count)
-            read(stored[start : start + count])
-        return
+def copy_hashed(target: Tensor, readback: Tensor, source: Tensor, chunk_buffers: ChunkBuffers) -> int:
+    """Copy and cast as `copy` does; returns `hash_of` the bytes that `readback` then holds, in order."""
+    if plain(target.dtype, target, readback, source):
+        return copy_bytes_hashed(target.data_ptr(), source.data_ptr(), bytes_of(readback))
     if not on_cpu((target, readback, source)):
         copy(target, source, chunk_buffers)
-        read(bytes_of(readback.contiguous().cpu()))
-        return
+        return hash_of(bytes_of(readback.contiguous().cpu()))
+    read_back = StreamingHash()
     for target_chunk, readback_chunk, source_chunk in chunk_views(target, readback, source):
         target_chunk.copy_(chunk_buffers.cast(source_chunk, target_chunk.dtype))
-        read(bytes_of(chunk_buffers.readback(readback_chunk)))
+        read_back.add(bytes_of(chunk_buffers.readback(readback_chunk)))
+    return read_back.finish()
+
+
+def copy_bytes(to: int, origin: int, size: int, progress: Progress = no_progress) -> None:
+    """`copy` of `size` contiguous bytes between two addresses."""
+    if size <= CHUNK_BYTES:
+        _libc.memcpy(to, origin, size)
+        progress(size)
+        return
+    for start, count in _spans(size):
+        _libc.memcpy(to + start, origin + start, count)
+        progress(start + count)
+
+
+def copy_bytes_verified(to: int, back: int, origin: int, size: int, progress: Progress = no_progress) -> bool:
+    """`copy_verified` of `size` contiguous bytes between addresses, read back at `back`."""
+    if size <= CHUNK_BYTES:
+        _libc.memcpy(to, origin, size)
+        progress(size)
+        return bool(_libc.memcmp(back, origin, size) == 0)
+    same = True
+    for start, count in _spans(size):
+        _libc.memcpy(to + start, origin + start, count)
+        same = _libc.memcmp(back + start, origin + start, count) == 0 and same
+        progress(start + count)
+    return same
+
+
+def copy_bytes_hashed(to: int, origin: int, stored: memoryview) -> int:
+    """Copies contiguous bytes between two addresses; returns `hash_of` what is read back from `stored`."""
+    size = len(stored)
+    if size <= 2 * CHUNK_BYTES:  # in one call the hash is faster, and all of it is still in the cache
+        _libc.memcpy(to, origin, size)
+        return hash_of(stored)
+    read_back = StreamingHash()
+    for start, count in _spans(size):
+        _libc.memcpy(to + start, origin + start, count)
+        read_back.add(stored[start : start + count])
+    return read_back.finish()
 
 
 def bytes_of(tensor: Tensor) -> memoryview:
     """The bytes of a contiguous tensor on the CPU; torch's own way takes five times as long."""
-    assert tensor.is_contiguous() and tensor.device.type == "cpu"
+    assert tensor.is_contiguous() and tensor.is_cpu
     data: Any = (c_ubyte * tensor.nbytes).from_address(tensor.data_ptr())
     data.tensor = tensor  # lives as long as its bytes
     return memoryview(data)
@@ -129,12 +157,12 @@ def _spans(size: int) -> Iterator[tuple[int, int]]:
         yield start, min(CHUNK_BYTES, size - start)
 
 
-def _plain(first: Tensor, *others: Tensor) -> bool:
-    """Contiguous on the CPU and of one dtype: the C library copies them; torch takes some 8 us more for each chunk."""
-    return all(
-        tensor.is_contiguous() and tensor.dtype == first.dtype and tensor.device.type == "cpu"
-        for tensor in (first, *others)
-    )
+def plain(dtype: torch.dtype, *tensors: Tensor) -> bool:
+    """Contiguous on the CPU and of this dtype: the C library copies them; torch takes some 8 us more for each chunk."""
+    for tensor in tensors:  # noqa: SIM110  (asked of every region: a generator would take twice as long)
+        if not (tensor.is_contiguous() and tensor.dtype == dtype and tensor.is_cpu):
+            return False
+    return True
 
 
 def chunk_views(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
@@ -154,4 +182,4 @@ def chunk_views(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
 
 
 def on_cpu(tensors: Sequence[Tensor]) -> bool:
-    return all(tensor.device.type == "cpu" for tensor in tensors)
+    return all(tensor.is_cpu for tensor in tensors)

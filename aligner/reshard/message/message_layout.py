@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from hashlib import blake2b
 
 import torch
@@ -18,6 +19,8 @@ class MessageLayout:
     """Small items first, one after the other, each padded to whole 64-bit words; then a place for each large one."""
 
     items: tuple[Item, ...]
+    sizes: tuple[int, ...]
+    """Bytes of each item."""
     small: int
     """Number of small items; they come first."""
     bounds: tuple[int, ...]
@@ -38,6 +41,11 @@ class MessageLayout:
     def words(self) -> int:
         """Size of the whole message in 64-bit words."""
         return self.header + self.places[-1]
+
+    @cached_property
+    def starts(self) -> tuple[int, ...]:
+        """Where each item is, in words from the end of the header."""
+        return (*self.bounds[:-1], *self.places[:-1])
 
     @property
     def large(self) -> range:
@@ -86,6 +94,7 @@ def message_layout(items: Sequence[Item], large_bytes: float, row_words: int) ->
     regions = ";".join(f"{item.name}{item.lo}{item.size}{item.destination.dtype}" for item in ordered)
     return MessageLayout(
         items=ordered,
+        sizes=tuple(sizes[number] for number in order),
         small=small,
         bounds=tuple(bounds),
         places=tuple(places),

@@ -16,6 +16,13 @@ STORAGE = "after the write {destination} does not hold what {source} held"
 View = Callable[[Piece], Tensor]
 """Gives a piece of this rank's storages as a strided view of shape `piece.size`."""
 
+Written = Callable[[Sequence[Item]], None]
+"""Called with items whose destinations have been written and, where there is a proof, found right."""
+
+
+def not_followed(_: Sequence[Item]) -> None:
+    """The `Written` that does nothing."""
+
 
 def differing_pairs(pairs: Sequence[tuple[Tensor, Tensor]]) -> list[int]:
     """Which of the pairs (held, expected) differ in any bit, once `expected` is cast to the dtype of what is held."""
@@ -30,10 +37,14 @@ def _bits(tensor: Tensor) -> Tensor:
 
 def views_of(view: View, items: Sequence[Item], from_source: bool = False) -> list[Tensor]:
     """The destination pieces of these items, or their source pieces, each of shape `item.size`."""
-    views = [view(item.source if from_source else item.destination) for item in items]
-    for item, tensor in zip(items, views, strict=True):
-        assert tensor.shape == item.size, f"{item}: got a view of shape {tuple(tensor.shape)}"
-    return views
+    return [view_of(view, item, from_source) for item in items]
+
+
+def view_of(view: View, item: Item, from_source: bool = False) -> Tensor:
+    """The destination piece of this item, or its source piece, of shape `item.size`."""
+    tensor = view(item.source if from_source else item.destination)
+    assert tensor.shape == item.size, f"{item}: got a view of shape {tuple(tensor.shape)}"
+    return tensor
 
 
 def mismatch(items: Sequence[Item], wrong: Sequence[int], sender: int, receiver: int, reason: str) -> RuntimeError:

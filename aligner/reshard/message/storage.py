@@ -20,7 +20,8 @@ def strided_view(storage: Tensor, piece: Piece) -> Tensor:
     """
     assert storage.is_contiguous(), f"{piece.storage} is not contiguous: its strides are {storage.stride()}"
     assert storage.dtype == _DTYPES[piece.dtype], f"{piece.storage} is {storage.dtype}, its layout says {piece.dtype}"
-    return storage.detach().as_strided(piece.size, piece.stride, storage.storage_offset() + piece.offset)
+    plain = storage.detach() if storage.requires_grad else storage
+    return plain.as_strided(piece.size, piece.stride, storage.storage_offset() + piece.offset)
 
 
 def check_disjoint(layout: Layout, device: torch.device | None = None) -> None:

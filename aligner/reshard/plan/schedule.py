@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import groupby
 from math import lcm
@@ -39,6 +39,10 @@ class Label(NamedTuple):
     sender: int
 
 
+Content = tuple[StreamKey, int]
+"""A stream, and the number of a bucket within it."""
+
+
 class Message(NamedTuple):
     """One bucket, sent from rank `sender` to rank `receiver`."""
 
@@ -52,7 +56,7 @@ class Message(NamedTuple):
     """Forwarded unchanged by a rank that received it."""
 
     @property
-    def content(self) -> tuple[StreamKey, int]:
+    def content(self) -> Content:
         """What is in it: the same for a bucket and its relays."""
         return self.key, self.bucket
 
@@ -73,6 +77,8 @@ class Schedule:
     """The items of each bucket of a stream."""
     local: tuple[tuple[Item, ...], ...]
     """Items to copy within the rank, in portions that are spread over the steps."""
+    beside: Mapping[Content, Mapping[str, tuple[Item, ...]]] = field(default_factory=dict)
+    """Content of a received message -> tensor -> items of this tensor to copy within the rank after those of the message."""
 
     def items(self, message: Message) -> tuple[Item, ...]:
         """What the message holds, in order."""
@@ -103,12 +109,16 @@ def origin_rank(message: Message) -> int:
     return first_hops(*message.content)[0][0] if message.relay else message.sender
 
 
-def make_schedule(plan: TransferPlan, staging_bytes: int) -> Schedule:
+def make_schedule(plan: TransferPlan, staging_bytes: int, beside: bool = False) -> Schedule:
     """The steps of `plan.rank`, with messages so small that all it holds at once stays within `staging_bytes`.
 
     Every message has a label, and each rank works through its own messages in the order of the labels, at most one
     sent and one received in a step. Of all messages that are not done, the one with the lowest label holds up neither
     of its ends with anything lower, so both reach it: there is always one that can go, and no ring of ranks waits.
+
+    Args:
+        beside: a rank copies its own part of a tensor when it receives the rest, so that both are in the cache when the tensor
+            is complete. Otherwise copies are spread evenly, to be made while messages travel.
     """
     limit = max(1, staging_bytes // STAGED)
     buckets = {stream.key: cut_into_buckets(stream, limit) for stream in plan.streams}
@@ -119,10 +129,41 @@ def make_schedule(plan: TransferPlan, staging_bytes: int) -> Schedule:
         if key.relayed:
             messages += _relayed(plan.rank, key, count, _distance(position, key.holders[0], key.receivers[0]))
     messages.sort()
-    total = plan.local_bytes
+    contents: dict[str, list[Content]] = {}
+    for message in messages if beside else ():
+        if message.receiver == plan.rank:
+            for name in dict.fromkeys(item.name for item in buckets[message.key][message.bucket]):
+                contents.setdefault(name, []).append(message.content)
+    spread = [item for item in plan.local if item.name not in contents]
+    return Schedule(
+        tuple(_steps(plan.rank, messages)),
+        buckets,
+        tuple(_portions(spread, limit)),
+        _assign([item for item in plan.local if item.name in contents], contents, limit),
+    )
+
+
+def _portions(items: Sequence[Item], limit: int) -> list[tuple[Item, ...]]:
+    total = sum(item.bytes for item in items)
     count = max(1, _min_buckets(total, limit))
-    local = _fill_buckets(plan.local, [total * (number + 1) // count for number in range(count)], limit)
-    return Schedule(tuple(_steps(plan.rank, messages)), buckets, tuple(local))
+    return _fill_buckets(items, [total * (number + 1) // count for number in range(count)], limit)
+
+
+def _assign(
+    local: Sequence[Item], contents: Mapping[str, Sequence[Content]], limit: int
+) -> dict[Content, dict[str, tuple[Item, ...]]]:
+    """What is copied beside each message: of a tensor in several messages about as much beside each."""
+    items_by_name: dict[str, list[Item]] = {}
+    for item in (item for portion in _portions(local, limit) for item in portion):
+        items_by_name.setdefault(item.name, []).append(item)
+    beside: dict[Content, dict[str, tuple[Item, ...]]] = {}
+    for name, items in items_by_name.items():
+        messages = contents[name]
+        for number, content in enumerate(messages):
+            share = items[len(items) * number // len(messages) : len(items) * (number + 1) // len(messages)]
+            if share:
+                beside.setdefault(content, {})[name] = tuple(share)
+    return beside
 
 
 def _distance(position: Mapping[int, int], sender: int, receiver: int) -> int:

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from math import inf
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 
-from aligner.reshard.message.bucket import Bucket, Buffers
+from aligner.reshard.message.bucket import SHARED_MESSAGE_BYTES, Bucket, Buffers
 from aligner.reshard.message.proof import View
 from aligner.reshard.plan.schedule import STAGED, Message, Schedule, ScheduleStep, make_schedule, origin_rank
-from aligner.reshard.plan.transfer_plan import TransferPlan
+from aligner.reshard.plan.transfer_plan import Item, TransferPlan
 from aligner.reshard.transfer.rank_transfer import RankTransfer
+from aligner.reshard.transfer.shared_memory import SLOTS
 from aligner.reshard.transfer.sync_stats import SyncStats
 from aligner.reshard.transfer.wire import LastMessages, WaitSpan, Wire, make_wire
 from aligner.reshard.weights import WritableWeights
@@ -92,8 +93,11 @@ def execute(
 
 def schedule_for(plan: TransferPlan, bucket_bytes: int, buffers: Buffers | None = None) -> Schedule:
     """The schedule by which `execute` carries out the plan with these buffers."""
-    message_bytes = buffers.max_message_bytes if buffers else inf
-    return make_schedule(plan, int(min(2 * bucket_bytes, STAGED * message_bytes)))
+    if buffers is None or buffers.channel is None:
+        return make_schedule(plan, 2 * bucket_bytes)
+    # A rank holds its slots, and of what it relays a copy of this step's message and of the next one's.
+    message_bytes = min(2 * bucket_bytes // (SLOTS + 2), SHARED_MESSAGE_BYTES)
+    return make_schedule(plan, STAGED * message_bytes, beside=True)
 
 
 class _Posted(NamedTuple):
@@ -114,7 +118,7 @@ class _Pipeline:
         """Received buckets that this rank has yet to relay, by content."""
 
     def run(self) -> None:
-        transfer, steps, local = self._transfer, self._schedule.steps, self._schedule.local
+        steps, local = self._schedule.steps, self._schedule.local
         posted = self._post(steps[0]) if steps else None
         arrived: tuple[Message, Bucket] | None = None
         for number, step in enumerate(steps):
@@ -125,16 +129,19 @@ class _Pipeline:
             # The next step is posted before this one is waited for, so that the wire never waits for this rank; unless
             # it relays what this step receives.
             next_posted = self._post(next_step) if next_step and self._has_content(next_step) else None
-            # Local copies are spread over the steps, so that modules fed by both complete early.
-            for items in local[len(local) * number // len(steps) : len(local) * (number + 1) // len(steps)]:
-                transfer.copy(items)
+            self._copy(local[len(local) * number // len(steps) : len(local) * (number + 1) // len(steps)])
             assert posted is not None
             arrived = self._wait(step, posted)
             posted = self._post(next_step) if next_step and next_posted is None else next_posted
         if arrived:
             self._apply(*arrived)
-        for items in () if steps else local:
-            transfer.copy(items)
+        if not steps:
+            self._copy(local)
+
+    def _copy(self, portions: Sequence[Sequence[Item]]) -> None:
+        """Local copies; they are spread over the steps, so that modules fed by both complete early."""
+        for items in portions:
+            self._transfer.copy(items)
 
     def _has_content(self, step: ScheduleStep) -> bool:
         """Whether this rank has what it sends in the step."""
@@ -183,6 +190,6 @@ class _Pipeline:
             self._transfer.buffers.give(bucket)
 
     def _apply(self, message: Message, bucket: Bucket) -> None:
-        self._transfer.apply(origin_rank(message), bucket)
+        self._transfer.apply(origin_rank(message), bucket, self._schedule.beside.get(message.content, {}))
         if message.content not in self._relays:
             self._transfer.buffers.give(bucket)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from torch import Tensor
@@ -54,8 +54,12 @@ class RankTransfer:
             return
         bucket.mark_failed()
 
-    def apply(self, sender: int, bucket: Bucket) -> None:
-        """Write what rank `sender` packed, prove it, and tell the destination."""
+    def apply(self, sender: int, bucket: Bucket, beside: Mapping[str, Sequence[Item]]) -> None:
+        """Write what rank `sender` packed, prove it, and tell the destination.
+
+        Args:
+            beside: tensor -> items to copy after those of the bucket.
+        """
         with self._keep_failure():
             if self._failure is not None:
                 return
@@ -66,22 +70,35 @@ class RankTransfer:
                 )
             destination = self._destination
             assert destination is not None, f"rank {self._rank} receives {bucket.items[0]} but has no destination"
-            with self.clock("apply"):
-                bucket.unpack(destination.view, sender, self._rank, self._verify)
-                destination.written([item.destination for item in bucket.items], self._verify)
-            self.checksummed += len(bucket.items) if self._verify else 0
+            left = dict(beside)
+
+            def written(items: Sequence[Item]) -> None:
+                self._written(items)
+                if left and (copied := [own for item in items for own in left.pop(item.name, ())]):
+                    self._copy(copied)
+
+            with self.clock("apply"), destination.writing():
+                bucket.unpack(destination.view, sender, self._rank, self._verify, written)
+            assert not left, f"{left} are to be copied beside what is not in the message"
 
     def copy(self, items: Sequence[Item]) -> None:
         """Copy what this rank holds itself, and prove it, without a message."""
         with self._keep_failure():
-            if self._failure is not None:
-                return
-            source, destination = self._source, self._destination
-            assert source and destination, f"rank {self._rank} copies {items[0]} but lacks a source or a destination"
-            with self.clock("apply"):
-                copy_local(items, source, destination.view, self._rank, self._verify, self.buffers.chunk_buffers)
-                destination.written([item.destination for item in items], self._verify)
-            self.checksummed += len(items) if self._verify else 0
+            if self._failure is None:
+                assert self._destination, f"rank {self._rank} copies {items[0]} but has no destination"
+                with self.clock("apply"), self._destination.writing():
+                    self._copy(items)
+
+    def _copy(self, items: Sequence[Item]) -> None:
+        source, destination = self._source, self._destination
+        assert source and destination, f"rank {self._rank} copies {items[0]} but lacks a source or a destination"
+        chunk_buffers = self.buffers.chunk_buffers
+        copy_local(items, source, destination.view, self._rank, self._verify, chunk_buffers, self._written)
+
+    def _written(self, items: Sequence[Item]) -> None:
+        assert self._destination is not None
+        self._destination.written([item.destination for item in items], self._verify)
+        self.checksummed += len(items) if self._verify else 0
 
     def finish(self) -> None:
         """Raise the first error, or let the destination finish."""

@@ -23,8 +23,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-SLOTS = 2
-"""Messages that a rank has sent, or is writing, and that their readers have not released."""
+SLOTS = 3
+"""Messages that a rank has sent, or is writing, and that their readers have not released: one that is read, the next one, and
+one that is written, so that neither end waits where the other is a little late."""
 
 _SENT, _RELEASED = 0, 1
 _NOTE = struct.Struct("=iiq")
@@ -66,8 +67,10 @@ class SharedMemoryChannel:
 
     def slot(self, words: int) -> Tensor | None:
         """Memory for a message of so many 64-bit words; None while readers have all slots."""
-        self._listen(self.readers, 0.0)
-        slot = next((slot for slot in self._slots if slot.free), None)
+        slot = self._free_slot()
+        if slot is None:
+            self._listen(self.readers, 0.0)
+            slot = self._free_slot()
         if slot is None:
             if len(self._slots) == SLOTS:
                 return None
@@ -75,6 +78,9 @@ class SharedMemoryChannel:
             self._slots.append(slot)
         slot.free = False
         return slot.fit(words)[:words]
+
+    def _free_slot(self) -> _Slot | None:
+        return next((slot for slot in self._slots if slot.free), None)
 
     def wait_for_slot(self) -> None:
         """Wait until a reader releases a slot."""

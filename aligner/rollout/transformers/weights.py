@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 
 from torch import Tensor
@@ -58,6 +59,10 @@ class TransformersWeights:
         """A writable view of the region; from here until `finish` the engine has no valid weights."""
         self._loaded.begin()
         return strided_view(self._storages[piece.storage], piece)
+
+    def writing(self) -> AbstractContextManager[None]:
+        """Nothing is derived."""
+        return nullcontext()
 
     def written(self, pieces: Sequence[Piece], proof: bool = True) -> None:
         """Count the regions as written. RuntimeError where one comes twice."""

@@ -183,6 +183,14 @@ class VllmEngine(RolloutEngine):
         with self._subworld.inside(), set_current_vllm_config(self._worker.vllm_config), torch.no_grad():
             yield
 
+    @contextmanager
+    def packing(self) -> Iterator[None]:
+        """As `inside`, for packing weights and calling kernels: what draws no random numbers and sets no environment variables."""
+        from vllm.config import set_current_vllm_config
+
+        with self._subworld.packing(), set_current_vllm_config(self._worker.vllm_config), torch.no_grad():
+            yield
+
     def resume(self, samples: Sequence[Sample], sampling: Sampling, step_tokens: int | None = None) -> int:
         """Take samples into work that may have been begun before; see `Requests.start`. Returns what `finish` takes."""
         self.loaded.check()

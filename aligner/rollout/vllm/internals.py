@@ -36,6 +36,9 @@ class VllmInternals(Protocol):
     def inside(self) -> AbstractContextManager[None]:
         """The surroundings that vLLM's own code needs; the process is as before afterwards."""
 
+    def packing(self) -> AbstractContextManager[None]:
+        """As `inside`, for packing weights and calling kernels: what draws no random numbers and sets no environment variables."""
+
     def gather(self, value: Any) -> list[Any]:
         """The value that each rank of the replica gives; collective."""
 

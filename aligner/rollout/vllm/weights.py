@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -53,6 +55,8 @@ class EngineWeights:
         """Attention layers that compute parameters of their own from those that are written."""
         self._sync = _Progress()
         self._syncs = 0
+        self._enter: Callable[[], None] | None = None
+        """Within `writing`: enters the engine, if that has not been done."""
 
     @property
     def layout(self) -> WeightLayout:
@@ -129,11 +133,18 @@ class EngineWeights:
 
     def view(self, piece: Piece) -> Tensor:
         """A writable view of the region in plain storage; from here until `finish` the engine has no valid weights."""
-        assert self._pieces is not None, "pieces() comes first"
-        if piece.storage in self._sync.complete:
-            raise RuntimeError(f"reshard: {piece.name}{piece.box} for {piece.storage}, which is complete already")
-        self._engine.loaded.begin()
-        return strided_view(self._plain(piece.storage), piece)
+        plain = self._sync.plain.get(piece.storage)
+        return strided_view(self._first_plain(piece) if plain is None else plain, piece)
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """The engine is entered once, for the first module that is complete."""
+        with ExitStack() as stack:
+            self._enter = cache(lambda: stack.enter_context(self._engine.packing()))
+            try:
+                yield
+            finally:
+                self._enter = None
 
     def written(self, pieces: Sequence[Piece], proof: bool = True) -> None:
         """Count the regions as written; the last one of a module makes the engine pack it, and `proof` proves that.
@@ -143,24 +154,29 @@ class EngineWeights:
         complete = [modules for piece in pieces if (modules := self._completed_by(piece))]
         if not complete:
             return
-        with self._engine.inside():
+        with nullcontext() if self._enter else self.writing():
+            assert self._enter is not None
+            self._enter()
             for modules in complete:
-                for packed in modules:
-                    plain = {storage: self._plain(storage) for storage in packed.storages}
-                    packed.pack(plain)
-                    if proof:
-                        packed.prove(plain, self._syncs)
-                for storage in {storage for packed in modules for storage in packed.storages}:
-                    self._sync.plain.pop(storage, None)
+                self._pack(modules, proof)
+
+    def _pack(self, modules: Sequence[PrepackedModule], proof: bool) -> None:
+        """The engine packs modules whose storages are written, and their plain weights go."""
+        for packed in modules:
+            plain = {storage: self._plain(storage) for storage in packed.storages}
+            packed.pack(plain)
+            if proof:
+                packed.prove(plain, self._syncs)
+        for storage in {storage for packed in modules for storage in packed.storages}:
+            self._sync.plain.pop(storage, None)
 
     def _completed_by(self, piece: Piece) -> list[PrepackedModule]:
         """The modules whose last region is `piece`, which has been written."""
-        self._sync.regions.add(piece)
-        slot = self._slots[piece.storage]
-        if self._sync.regions.elements[piece.storage] < slot.plain.numel() - slot.padding:
+        storage, slot = piece.storage, self._slots[piece.storage]
+        if self._sync.regions.add(piece) < slot.plain.numel() - slot.padding:
             return []
-        self._sync.complete.add(piece.storage)
-        return [one for one in self._packed[piece.storage] if self._sync.complete.issuperset(one.storages)]
+        self._sync.complete.add(storage)
+        return [one for one in self._packed[storage] if self._sync.complete.issuperset(one.storages)]
 
     def finish(self) -> None:
         """Every region was written once: forget cached prefixes and let the engine generate.
@@ -181,15 +197,21 @@ class EngineWeights:
         """Give up a transfer that failed; the engine has no valid weights until the next one succeeds."""
         self._sync = _Progress()
 
+    def _first_plain(self, piece: Piece) -> Tensor:
+        """The plain storage of a region, where no region of it has been written or it is written in place."""
+        if piece.storage in self._sync.complete:
+            raise RuntimeError(f"reshard: {piece.name}{piece.box} for {piece.storage}, which is complete already")
+        self._engine.loaded.begin()
+        if piece.storage not in self._in_place:
+            slot = self._slots[piece.storage]
+            # Not zeroed, which would take longer than the copy: it is used when every element has been written.
+            plain = torch.empty(slot.plain.shape, dtype=slot.plain.dtype, device=self._engine.device)
+            plain.view(-1)[plain.numel() - slot.padding :] = 0
+            self._sync.plain[piece.storage] = plain
+        return self._plain(piece.storage)
+
     def _plain(self, storage: str) -> Tensor:
-        slot = self._slots[storage]
-        if storage in self._in_place:
-            return _live(slot).detach()
-        if storage not in self._sync.plain:
-            self._sync.plain[storage] = torch.zeros(
-                slot.plain.shape, dtype=slot.plain.dtype, device=self._engine.device
-            )
-        return self._sync.plain[storage]
+        return _live(self._slots[storage]).detach() if storage in self._in_place else self._sync.plain[storage]
 
 
 @dataclass

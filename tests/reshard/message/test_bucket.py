@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from math import inf
 
 import pytest
@@ -258,6 +259,28 @@ def test_a_wrong_storage_is_named(to_dtype: str, rows: int, harm: Callable[..., 
         pair.sent(view=harmed).unpack(harmed, 2, 3, proof=True)
     with pytest.raises(RuntimeError, match=told.format(3)):
         copy_local(pair.items, pair.source, Harmed(pair, harm, "expert1", "expert2"), 3, True, SCRATCH)
+
+
+@pytest.mark.parametrize("apart", [inf, 0])
+def test_only_what_is_right_so_far_is_told_as_written(apart: float) -> None:
+    """Of a message and of local copies: every item once; where one is wrong neither it nor what comes after it."""
+    shapes = {"first": (40, 30), "second": (40, 30), "third": (40, 30)}
+    for wrong in (None, "second"):
+        pair = Pair(shapes, "float32", "float32", apart=apart)
+        views = [Harmed(pair, flipped, wrong) if wrong else pair.view for _ in range(2)]
+        arrived, names = pair.sent(view=views[0]), list[str]()
+
+        def told(items: Sequence[Item], names: list[str] = names) -> None:
+            names.extend(item.name for item in items)
+
+        right = [] if wrong and apart == inf else ["first"] if wrong else list(shapes)
+        with pytest.raises(RuntimeError, match="mismatch in second") if wrong else nullcontext():
+            arrived.unpack(views[0], 0, 1, True, told)
+        assert names == right
+        names.clear()
+        with pytest.raises(RuntimeError, match="mismatch in second") if wrong else nullcontext():
+            copy_local(pair.items, pair.source, views[1], 0, True, SCRATCH, told)
+        assert names == (["first"] if wrong else list(shapes))
 
 
 def test_a_wrong_message_is_told_before_a_wrong_storage() -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import random
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from aligner.reshard.plan.transfer_plan import plan_transfer
 from aligner.reshard.transfer.executor import execute
 from aligner.reshard.transfer.shared_memory import connect
 from aligner.spmd.world import World
+from aligner.trainer.fsdp.layout import shard_rows
 from tests.reshard.layouts import Grid, Shapes, parts, scattered
 
 CPU = torch.device("cpu")
@@ -126,7 +128,43 @@ def widened(size: int, draw: random.Random) -> Sides:
     return {0: everything("bfloat16")}, {1: everything("float32")}
 
 
+def of_rows(to_dtype: str) -> Callable[[int, random.Random], Sides]:
+    """As fully sharded data parallelism cuts it, the last shards with fewer rows or none, to all of it on every rank."""
+
+    def sides(size: int, draw: random.Random) -> Sides:
+        held: dict[int, list[Piece]] = {rank: [] for rank in range(size)}
+        for piece in everything("float32"):
+            rows = piece.size[0] if piece.size else 1
+            for rank in range(size):
+                taken = shard_rows(rows, size, rank)
+                if piece.size and taken:
+                    part = piece.crop((taken.start, *piece.lo[1:]), (len(taken), *piece.size[1:]))
+                    held[rank].append(replace(part, offset=0))
+                elif not piece.size:
+                    held[rank].append(piece)
+        return held, dict.fromkeys(range(size), everything(to_dtype))
+
+    return sides
+
+
+def of_stages(size: int, draw: random.Random) -> Sides:
+    """Whole tensors, a stretch of them on each rank."""
+    whole = everything("float32")
+    held = {rank: whole[len(whole) * rank // size : len(whole) * (rank + 1) // size] for rank in range(size)}
+    return held, dict.fromkeys(range(size), whole)
+
+
+def of_experts(size: int, draw: random.Random) -> Sides:
+    """Whole tensors, dealt out in turn."""
+    whole = everything("float32")
+    return {rank: whole[rank::size] for rank in range(size)}, dict.fromkeys(range(size), whole)
+
+
 LAYOUTS: dict[str, Callable[[int, random.Random], Sides]] = {
+    "rows": of_rows("float32"),
+    "rows, narrower": of_rows("bfloat16"),
+    "stages": of_stages,
+    "experts": of_experts,
     "disjoint": disjoint,
     "colocated": colocated,
     "anything": anything,

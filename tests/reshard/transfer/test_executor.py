@@ -22,6 +22,8 @@ from tests.conftest import Ranks
 MODULE = "tests.reshard.transfer.executor_on_ranks"
 SIZES = [2, 4]
 WAYS = ["gloo", "shared memory"]
+REPLICATING = ["rows", "rows, narrower", "stages", "experts"]
+"""Layouts in which each rank holds a part and gets the whole."""
 Run = Callable[..., list[Any]]
 
 
@@ -48,7 +50,7 @@ def check_minimal(rows: list[dict[str, float]]) -> None:
 
 @pytest.mark.parametrize("verify", [True, False], ids=["verified", "unverified"])
 @pytest.mark.parametrize("bucket_bytes", [100, 1 << 20])
-@pytest.mark.parametrize("layout", ["disjoint", "colocated", "anything"])
+@pytest.mark.parametrize("layout", [*REPLICATING, "disjoint", "colocated", "anything"])
 def test_a_transfer_is_exact_and_minimal(run: Run, layout: str, bucket_bytes: int, verify: bool) -> None:
     rows = run("transfer", layout, bucket_bytes, verify)
     check_minimal(rows)
@@ -56,6 +58,8 @@ def test_a_transfer_is_exact_and_minimal(run: Run, layout: str, bucket_bytes: in
         assert sum(row["reshard_moved_bytes"] for row in rows) > 0
         assert sum(row["reshard_local_bytes"] for row in rows) == 0
     assert (sum(row["reshard_checksummed"] for row in rows) > 0) == verify
+    if layout in REPLICATING:
+        assert all(row["reshard_minimum_bytes"] > 0 for row in rows)
 
 
 @pytest.mark.parametrize("layout", ["rank 0 to rank 1", "rank 0 to itself", "rank 0 to rank 1, wider"])

@@ -87,6 +87,27 @@ def test_a_pack_that_was_skipped_is_detected(
     assert engine.loaded.complete
 
 
+@QWEN2
+def test_regions_written_together_enter_the_engine_once(
+    engine: VllmEngine, models: Models, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And each module is packed with its last region: no plain weights of a complete one stay."""
+    weights, entries, packing = EngineWeights(engine), list[int](), engine.packing
+    monkeypatch.setattr(engine, "packing", lambda: entries.append(1) or packing())
+    tensors = tiny.tensors(models["qwen2"][0])
+    pieces = weights.pieces()
+    with weights.writing():
+        for piece in pieces:
+            weights.view(piece).copy_(tensors[piece.name])
+            weights.written([piece])
+            storages = {other.storage for other in pieces[: pieces.index(piece) + 1]}
+            assert len(weights._sync.plain) <= 1 and weights._sync.plain.keys() <= storages
+    weights.finish()
+    assert entries == [1]
+    tiny.write(weights, models["qwen2"][0])
+    assert len(entries) > 2, "by itself each module does"
+
+
 @TIED
 def test_a_tied_output_layer_is_packed_again_and_proven(engine: VllmEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
