@@ -55,6 +55,9 @@ class CheckpointTensors:
     """Name of the output layer, which files may hold although it is tied; None: the model has a scalar head."""
     architecture: str
     """transformers' class of the language model."""
+    ignored: tuple[str, ...] = ()
+    """Regular expressions, searched for in names: tensors that files may hold and transformers' class does not use, such as layers
+    that predict further tokens."""
     latent: bool = False
     """Attention keeps one latent vector of each token (MLA), of `head_dim` elements, in place of keys and values."""
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from aligner.models.spec import CheckpointTensors, Head, LayerType, ModelSpec
 from aligner.models.transformers_model import checkpoint_shapes, empty_model, model_class, read_config, stored_name
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 _LAYER = "attention"
 _SIZES = ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size", "max_position_embeddings")
@@ -32,7 +35,7 @@ def transformers_spec(
         ValueError: transformers does not know it, its class is not that of `architectures`, or its tensors cannot be traced.
     """
     config = read_config(folder, head, trust_remote_code)
-    lacking = [name for name in _SIZES if not isinstance(getattr(config, name, None), int)]
+    lacking = [name for name in _SIZES if not isinstance(_largest(config, name), int)]
     if lacking:
         raise ValueError(
             f"{folder}/config.json: a {config.model_type} model has no {lacking[0]}, so it is no language model of one "
@@ -49,17 +52,17 @@ def transformers_spec(
     names = {id(module): f"{name}.weight" for name, module in model.named_modules()}
     tied = output is not None and output.weight is embedding.weight
     language = model_class(config, Head.LANGUAGE, folder, trust_remote_code)
-    sizes: dict[str, Any] = {name: getattr(config, name) for name in _SIZES}
+    sizes: dict[str, Any] = {name: _largest(config, name) for name in _SIZES}
     heads, latent = sizes["num_attention_heads"], getattr(config, "kv_lora_rank", None)
-    head_dim = getattr(config, "head_dim", None) or sizes["hidden_size"] // heads
+    head_dim = _largest(config, "head_dim") or sizes["hidden_size"] // heads
     return ModelSpec(
         family=config.model_type,
         layers=sizes["num_hidden_layers"],
         hidden=sizes["hidden_size"],
         heads=heads,
-        kv_heads=1 if latent else getattr(config, "num_key_value_heads", None) or heads,
+        kv_heads=1 if latent else _largest(config, "num_key_value_heads") or heads,
         head_dim=latent + config.qk_rope_head_dim if latent else head_dim,
-        ffn=getattr(config, "intermediate_size", None) or 4 * sizes["hidden_size"],
+        ffn=_largest(config, "intermediate_size") or 4 * sizes["hidden_size"],
         vocab=sizes["vocab_size"],
         head=head,
         stored_head=head,
@@ -88,7 +91,16 @@ def transformers_spec(
             stored_name(model, names[id(embedding)]),
             stored_name(model, names[id(output)]) if output is not None else None,
             language.__name__,
+            tuple(sorted(model._keys_to_ignore_on_load_unexpected or ())),
             latent is not None,
         ),
         trust_remote_code=trust_remote_code,
     )
+
+
+def _largest(config: PreTrainedConfig, name: str) -> Any:
+    """A size of the configuration, the largest where layers differ; None: there is none."""
+    differ = name in (getattr(config, "per_layer_attributes", None) or ())
+    values = [getattr(one, name, None) for one in (config.per_layer_config if differ else [config])]
+    sizes = [size for value in values for size in (value if isinstance(value, list | tuple) else [value])]
+    return max((size for size in sizes if size is not None), default=None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Container, Mapping
 from pathlib import Path
 
@@ -64,7 +65,15 @@ def check_names(spec: ModelSpec, known: Container[str]) -> None:
     # a copy of a tied embedding, or an output layer that a scalar head replaces
     replaced = spec.head is Head.SCALAR and spec.stored_head is Head.LANGUAGE
     ignored = {output_tensor(spec)} if spec.tied or replaced else set()
-    undeclared = sorted(n for n in files if n not in known and n not in ignored and not _is_table(n))
+    unused = [re.compile(pattern) for pattern in (spec.tensors.ignored if spec.tensors is not None else ())]
+    undeclared = sorted(
+        name
+        for name in files
+        if name not in known
+        and name not in ignored
+        and not _is_table(name)
+        and not any(pattern.search(name) for pattern in unused)
+    )
     if undeclared:
         raise ValueError(
             f"{folder} has a tensor {undeclared[0]}"
@@ -108,6 +117,11 @@ def _remedy(spec: ModelSpec, name: str) -> str:
         )
     if name == output_tensor(spec):  # in a model with a scalar head
         return f'for a language model set architectures to ["{architecture_of(spec)}"], else take it out of the files'
+    if spec.tensors is not None:
+        return (
+            "the files are another model's, or of an old release of transformers with other names: load them with "
+            f"{spec.tensors.architecture}.from_pretrained(...), and write them with save_pretrained(...)"
+        )
     return (
         "the files are another model's, or config.json lacks a setting (num_hidden_layers, attention_bias, "
         "tie_word_embeddings and the like)"
