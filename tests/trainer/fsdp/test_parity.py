@@ -10,7 +10,7 @@ import pytest
 from tests.conftest import Ranks
 from tests.trainer.fsdp.families import FAMILIES, save_model
 
-CHEAP = ("gemma2", "gpt_oss", "gpt_neox", "minicpm3", "gemma3n_text", "diffllama")
+CHEAP = ("gemma2", "gpt_oss", "gpt_neox", "minicpm3", "gemma3n_text")
 """Soft-capping and windows; sinks, fused experts, biases; other names, norms with a bias, parallel residuals; and see FAMILIES."""
 
 
