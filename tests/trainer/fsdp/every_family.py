@@ -32,14 +32,27 @@ YARN = {
     "llama_4_scaling_beta": 0.5,
 }  # fmt: skip
 OWN: dict[str, dict[str, Any]] = {
+    "deepseek_v4": {"mlp_layer_types": ["moe"] * 4},
     "gemma3n_text": {"num_kv_shared_layers": 2, "activation_sparsity_pattern": [0.9, 0.5, 0.0, 0.0]},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
     "longcat_flash": {"head_dim": 8},
+    "mamba2": {"num_heads": 8, "head_dim": 16},
     "ministral3": {"rope_parameters": YARN},  # attention scores by position
     "mixtral": {"sliding_window": None},
+    "zaya": {"num_experts_per_tok": 1},
     "youtu": {"pad_token_id": None},  # transformers' loader would set its row to zero
 }
-NOT_MADE = ("bamba", "cohere_compass_text", "falcon_h1", "lfm2_moe", "qwen4_exp_text", "reformer", "xlnet")
+NOT_MADE = (
+    "bamba",
+    "cohere_compass_text",
+    "falcon_h1",
+    "lfm2_moe",
+    "qwen4_exp_text",
+    "reformer",
+    "xlnet",
+    "zamba",
+    "zamba2",
+)
 """Their configurations are not of these sizes alone."""
 
 
