@@ -7,11 +7,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from aligner.models.remote_code import loading_code, remote_class
@@ -127,9 +129,25 @@ def _parameters_without_memory() -> Iterator[None]:
 
     nn.Module.register_parameter = register_empty  # type: ignore[method-assign,assignment]
     try:
-        yield
+        with _LargeWithoutMemory():
+            yield
     finally:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+class _LargeWithoutMemory(TorchFunctionMode):
+    """Large tensors without values, which become parameters, never have memory: all experts of a layer may be more than a host has."""
+
+    LARGE = 1 << 26
+    """Elements."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.empty:
+            sizes = kwargs.get("size", args[0] if len(args) == 1 and isinstance(args[0], list | tuple) else args)
+            if prod(sizes) >= self.LARGE:
+                kwargs = {**kwargs, "device": "meta"}
+        return func(*args, **kwargs)
 
 
 @contextmanager

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
+    DeepseekV3Config,
     DogeConfig,
     FalconConfig,
     GPTJConfig,
@@ -22,14 +23,14 @@ from transformers import (
 
 from aligner.models.read_spec import read_spec
 from aligner.models.spec import Head, with_scalar_head
-from aligner.models.tensors import logical_tensors, new_tensors
+from aligner.models.tensors import logical_tensors, new_tensors, parameter_count
 from aligner.models.transformers_model import HeadForm, empty_model, head_form, held_tensors
 from aligner.models.verify_checkpoint import check_weights
 from aligner.spmd.mesh import Mesh
 from aligner.trainer.config import PolicyConfig
 from aligner.trainer.engines import backend
 from aligner.trainer.fsdp.model import check_model
-from tests.trainer.fsdp.families import FAMILIES, SIZES, save_model
+from tests.trainer.fsdp.families import FAMILIES, MLA, SIZES, save_model
 
 FORMS = {
     "gemma2": HeadForm(softcap=2.0),
@@ -112,6 +113,13 @@ def test_what_packed_rows_do_not_allow_is_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         check_model(read_spec(written(tmp_path, config, **changes)))
+
+
+def test_a_model_that_no_host_has_memory_for_is_read(tmp_path: Path) -> None:
+    config = DeepseekV3Config(**{**MLA, "n_routed_experts": 4, "n_group": 1, "moe_intermediate_size": 1 << 30})
+    spec = read_spec(written(tmp_path, config))
+    check_model(spec)
+    assert parameter_count(spec) > 1 << 40
 
 
 def test_a_head_that_transformers_does_not_have_is_refused(tmp_path: Path) -> None:
