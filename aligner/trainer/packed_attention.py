@@ -12,7 +12,7 @@ from torch.nn.attention.bias import causal_lower_right
 from torch.nn.attention.varlen import varlen_attn
 
 from aligner.trainer.attention_mask import BLOCK, causal_bias
-from aligner.trainer.half_attention import attention
+from aligner.trainer.short_row_attention import is_short_row, short_row_attention
 
 WASTE = 0.03
 """Maximum padding of all attention calls together, as a fraction of the rows' tokens."""
@@ -98,16 +98,13 @@ def causal_attention(
     if _lacks_grouped_kernel(q_BNTD):
         group = q_BNTD.shape[1] // k_BKSD.shape[1]
         k_BKSD, v_BKSD = (x.repeat_interleave(group, 1) for x in (k_BKSD, v_BKSD))
-    queries, keys = q_BNTD.shape[2], k_BKSD.shape[2]
-    earlier = keys - queries
+    queries, keys, is_grouped = q_BNTD.shape[2], k_BKSD.shape[2], q_BNTD.shape[1] != k_BKSD.shape[1]
+    is_short, earlier = is_short_row(q_BNTD, keys), keys - queries
     if window is None or window >= keys:
-        if not earlier:
-            return attention(q_BNTD, k_BKSD, v_BKSD, scale)
-        if _implements_lower_right(q_BNTD):
-            mask = causal_lower_right(queries, keys)
-            is_grouped = q_BNTD.shape[1] != k_BKSD.shape[1]
+        if not is_short and (not earlier or _implements_lower_right(q_BNTD)):
+            mask = causal_lower_right(queries, keys) if earlier else None
             return F.scaled_dot_product_attention(
-                q_BNTD, k_BKSD, v_BKSD, attn_mask=mask, scale=scale, enable_gqa=is_grouped
+                q_BNTD, k_BKSD, v_BKSD, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=is_grouped
             )
         window = None
     longest = max(longest, keys)
@@ -119,7 +116,11 @@ def causal_attention(
         low = max(0, earlier + start - window + 1) if window else 0
         query, key, value = q_BNTD[:, :, start:stop], *(x[:, :, low : earlier + stop] for x in (k_BKSD, v_BKSD))
         bias = causal_bias(stop - start, key.shape[2], longest, window, query)
-        outs.append(attention(query, key, value, scale, bias))
+        outs.append(
+            short_row_attention(query, key, value, scale, bias)
+            if is_short
+            else F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scale, enable_gqa=is_grouped)
+        )
     return torch.cat(outs, 2) if len(outs) > 1 else outs[0]
 
 

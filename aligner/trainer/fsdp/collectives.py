@@ -1,4 +1,5 @@
-"""Reduce-scatter of gradients on CPUs, for FSDP: gloo's own reduces all of a gradient on every rank, and copies it first."""
+"""FSDP's collectives on CPUs, by sends: gloo's own reduce-scatter reduces all of a gradient on every rank, and both it and its
+all-gather copy what they are given first."""
 
 from __future__ import annotations
 
@@ -8,6 +9,37 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
+
+
+class AllGather:
+    """Each rank sends its part of a layer's weights to every other one, from where it lies. FSDP calls it in place of
+    `torch.distributed.all_gather_single` (see `FSDPModule.set_custom_all_gather`)."""
+
+    def allocate(self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """The memory for a layer's whole weights."""
+        return torch.empty(*size, dtype=dtype, device=device)
+
+    def __call__(
+        self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, async_op: bool = False
+    ) -> None:
+        """Every rank's part, in the order of the ranks.
+
+        Args:
+            output_tensor: [N], the whole; FSDP has put this rank's part into it.
+            input_tensor: [N / ranks], a view of that part.
+        """
+        assert not async_op, "engine=fsdp gathers a layer when it is needed, and a CPU has no streams"
+        ranks, rank = group.size(), group.rank()
+        parts = output_tensor.view(ranks, -1)
+        assert input_tensor.data_ptr() == parts[rank].data_ptr(), "FSDP copies this rank's part into the whole"
+        distances = range(1, ranks) if parts.numel() else ()
+        receives = [
+            dist.irecv(parts[(rank - step) % ranks], group=group, group_src=(rank - step) % ranks) for step in distances
+        ]
+        sends = [dist.isend(input_tensor, group=group, group_dst=(rank + step) % ranks) for step in distances]
+        for work in (*receives, *sends):
+            assert work is not None, "a rank of the group"
+            work.wait()
 
 
 class ReduceScatter:
@@ -50,9 +82,10 @@ class ReduceScatter:
         input_tensor.untyped_storage().resize_(0)
 
 
-def save_memory_on_cpu(module: FSDPModule) -> None:
-    """Where communication does not run beside computation, gather no layer before it is needed, and scatter by `ReduceScatter`."""
+def use_cpu_collectives(module: FSDPModule) -> None:
+    """Where communication does not run beside computation: gather no layer before it is needed, and by sends."""
     module.set_modules_to_backward_prefetch([module])  # none: it is there already
+    module.set_custom_all_gather(AllGather())  # type: ignore[arg-type]
     module.set_custom_reduce_scatter(ReduceScatter())  # type: ignore[arg-type]
 
 

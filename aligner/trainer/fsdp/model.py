@@ -20,7 +20,7 @@ from aligner.reshard.message.storage import strided_view
 from aligner.reshard.plan.region import Piece
 from aligner.trainer.fsdp import attention
 from aligner.trainer.fsdp.attention import NotPackable, Rows
-from aligner.trainer.fsdp.collectives import save_memory_on_cpu
+from aligner.trainer.fsdp.collectives import use_cpu_collectives
 from aligner.trainer.fsdp.fusion import fuse
 from aligner.trainer.fsdp.layout import FsdpLayout
 from aligner.trainer.fsdp.linear import use_products
@@ -251,7 +251,7 @@ def build_model(
             # an expert that none of this rank's tokens chose has no gradient, where other ranks have one
             sharded.set_reduce_scatter_unused_params(True, recurse=False)
             if device.type == "cpu":
-                save_memory_on_cpu(sharded)
+                use_cpu_collectives(sharded)
     _allocate(root, device)
     return ShardedModel(root, layout, rank)
 

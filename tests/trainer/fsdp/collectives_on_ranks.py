@@ -6,7 +6,20 @@ import torch
 import torch.distributed as dist
 
 from aligner.spmd.world import World
-from aligner.trainer.fsdp.collectives import ReduceScatter
+from aligner.trainer.fsdp.collectives import AllGather, ReduceScatter
+
+
+def gathered(world: World, members: tuple[int, ...], numbers: int) -> list[float]:
+    """The parts of all `members`, each of which has 10 x rank + [0, 1, 2, ...] as bfloat16; empty elsewhere."""
+    group = world.group(members)
+    if world.rank not in members:
+        return []
+    gather = AllGather()
+    whole = gather.allocate((numbers * len(members),), dtype=torch.bfloat16, device=torch.device("cpu"))
+    own = whole.view(len(members), numbers)[members.index(world.rank)]
+    own.copy_(10 * world.rank + torch.arange(numbers))
+    gather(whole, own, group)
+    return whole.tolist()
 
 
 def reduced(world: World, members: tuple[int, ...], numbers: int) -> list[float]:
