@@ -70,7 +70,7 @@ def test_trains_on_two_ranks(ranks: Ranks, tmp_path: Path, kind: str, more: dict
     folder = tmp_path / kind  # transformers keeps a folder's code by the folder's name
     save_model(folder, modeling={"experts": EXPERTS, "scalar": SCALAR}[kind])
     for worst in ranks(2).run("tests.trainer.fsdp.parity_on_ranks:check", folder, tmp_path, 1, more, True):
-        rounded = 0.2 if "dtype" in more else 0.0  # a router's choice may turn with rounding
+        rounded = 0.5 if "dtype" in more else 0.0  # a router's choice may turn with rounding
         assert worst["logprobs"] < max(1e-5, rounded) and (rounded or worst["gradients"] < 1e-4), worst
 
 
