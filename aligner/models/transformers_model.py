@@ -66,6 +66,7 @@ def read_config(path: str | Path, head: Head, trust_remote_code: bool = False) -
         raise ValueError(f"{path}/config.json: transformers cannot read it: {' '.join(str(error).split())}") from error
     if head is Head.SCALAR:
         config.num_labels = 1
+    config.return_dict = True  # old files may have chosen tuples
     return config
 
 

@@ -122,6 +122,11 @@ def test_a_model_that_no_host_has_memory_for_is_read(tmp_path: Path) -> None:
     assert parameter_count(spec) > 1 << 40
 
 
+def test_outputs_have_names_whatever_the_folder_says(tmp_path: Path) -> None:
+    folder = written(tmp_path, FAMILIES["smollm3"], return_dict=False)
+    assert empty_model(folder, Head.LANGUAGE).config.return_dict is True
+
+
 def test_a_head_that_transformers_does_not_have_is_refused(tmp_path: Path) -> None:
     save_model("granite", tmp_path)
     with pytest.raises(ValueError, match="no class of model_type='granite' with a scalar head"):

@@ -49,10 +49,11 @@ def check(
     name = f"{model.name} {case} {first} {then} {changes}"
 
     def build(part: str, engine: str, ranks: tuple[int, ...], **sizes: int) -> TrainableRole:
+        more: dict[str, Any] = {"total_steps": 20, "max_response": 20}
+        if sizes.get("tensor", 1) > 1:  # Megatron's mixtures of experts want it
+            more["sequence_parallel"] = True
         mesh = Mesh(ranks, name="policy", **sizes)
-        return kind(
-            f"{name} {part}", world, mesh, spec, replace(config, engine=engine), total_steps=20, max_response=20
-        )
+        return kind(f"{name} {part}", world, mesh, spec, replace(config, engine=engine), **more)
 
     def update(role: TrainableRole) -> dict[str, float]:
         placed = role.scatter(samples, group_size=2)

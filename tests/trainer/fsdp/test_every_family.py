@@ -15,6 +15,7 @@ REFUSALS = ("engine=fsdp does not support it", "not supported by engine=fsdp", "
 
 
 @pytest.mark.matrix
+@pytest.mark.filterwarnings("ignore")  # transformers' own, of what torch no longer recommends
 @pytest.mark.parametrize("model_type", model_types())
 def test_trains_or_is_refused(ranks: Ranks, tmp_path: Path, model_type: str) -> None:
     save_small(model_type, tmp_path / model_type)
