@@ -208,7 +208,8 @@ def files_of_tensors(folder: Path) -> dict[str, Path]:
 def names_in_files(spec: ModelSpec, files: Collection[str]) -> dict[str, str]:
     """For each tensor of `files` the model's name of it -> its name there, which may lack `CheckpointTensors.prefix`."""
     prefix, known = (spec.tensors.prefix if spec.tensors is not None else ""), logical_tensors(spec)
-    return {prefix + name if name not in known and prefix + name in known else name: name for name in files}
+    lacking = {name for name in files if name not in known and prefix + name in known and prefix + name not in files}
+    return {prefix + name if name in lacking else name: name for name in files}
 
 
 @contextmanager

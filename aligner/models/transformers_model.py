@@ -5,15 +5,17 @@ from __future__ import annotations
 import inspect
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from aligner.models.remote_code import loading_code, remote_class
@@ -44,7 +46,7 @@ class HeldTensor:
 
 @dataclass(frozen=True)
 class HeadForm:
-    """What a language model does with the product of its final hidden states and its output layer."""
+    """What a language model does with its final hidden states and their product with its output layer."""
 
     scale: float = 1.0
     """Factor on the logits."""
@@ -70,6 +72,7 @@ def read_config(path: str | Path, head: Head, trust_remote_code: bool = False) -
         raise ValueError(f"{path}/config.json: transformers cannot read it: {' '.join(str(error).split())}") from error
     if head is Head.SCALAR:
         config.num_labels = 1
+    config.return_dict = True  # old files may have chosen tuples
     return config
 
 
@@ -106,7 +109,7 @@ def empty_model(
         trust_remote_code: its class may be in a Python file of the folder.
 
     Raises:
-        ValueError: transformers does not know the model.
+        ValueError: transformers does not know the model, or its class takes no such configuration.
     """
     config = read_config(path, head, trust_remote_code)
     kind = model_class(config, head, path, trust_remote_code)
@@ -169,9 +172,25 @@ def _parameters_without_memory() -> Iterator[None]:
 
     nn.Module.register_parameter = register_empty  # type: ignore[method-assign,assignment]
     try:
-        yield
+        with _LargeWithoutMemory():
+            yield
     finally:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+class _LargeWithoutMemory(TorchFunctionMode):
+    """Large tensors without values, which become parameters, never have memory: all experts of a layer may be more than a host has."""
+
+    LARGE = 1 << 26
+    """Elements."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.empty:
+            sizes = kwargs.get("size", args[0] if len(args) == 1 and isinstance(args[0], list | tuple) else args)
+            if prod(sizes) >= self.LARGE:
+                kwargs = {**kwargs, "device": "meta"}
+        return func(*args, **kwargs)
 
 
 @contextmanager
@@ -300,37 +319,66 @@ class _CopiesAreViews(TorchDispatchMode):
 
 
 def head_form(model: PreTrainedModel) -> HeadForm:
-    """What a language model does with its output layer's product, observed in its own forward pass without memory.
+    """What a language model does with its final hidden states before and after its output layer, observed in its own forward
+    pass without memory.
 
     Raises:
-        ValueError: anything but a factor or a soft-capping, or an output layer with a bias.
+        ValueError: anything but factors and a soft-capping, or an output layer with a bias.
     """
     name, output, base = type(model).__name__, model.get_output_embeddings(), model.base_model
-    if not isinstance(output, nn.Linear) or output.bias is not None:
+    if not isinstance(output, nn.Linear) or output.bias is not None or base is model:
         raise ValueError(f"{name}: its output layer is no matrix alone, which is not supported by engine=fsdp.")
     hidden = torch.empty(1, 2, output.in_features, device="meta", dtype=output.weight.dtype)
+    tokens, operations = torch.zeros(1, 2, dtype=torch.long, device="meta"), _Operations()
+    before: list[tuple[str, Any]] = []
+    after: list[tuple[str, Any]] = []
+
+    def begin(*_: Any) -> None:  # the last of the model's parts to return has the layers
+        before.clear()
+        operations.noted = before
+
     base.forward = lambda *_, **__: _BaseOutput(hidden)
-    operations = _Operations()
-    hook = output.register_forward_hook(lambda *_: operations.begin())
+    parts = [module for module in model.modules() if module is not model and isinstance(module, _model_type())]
+    hooks = [
+        *(part.register_forward_hook(begin) for part in parts),
+        output.register_forward_pre_hook(lambda *_: setattr(operations, "noted", None)),
+        output.register_forward_hook(lambda *_: setattr(operations, "noted", after)),
+    ]
     try:
         with torch.no_grad(), operations:
-            model(input_ids=torch.zeros(1, 2, dtype=torch.long, device="meta"), use_cache=False)
+            model(input_ids=tokens, use_cache=False)
+    except Exception as error:  # whatever the model's own code raises
+        raise ValueError(f"{name}: what it does with its output layer cannot be observed: {error}") from error
     finally:
-        hook.remove()
         del base.forward
-    match operations.found:
-        case []:
-            return HeadForm()
-        case [("mul", float() | int() as factor)]:
-            return HeadForm(scale=float(factor))
-        case [("div", float() | int() as divisor)] if divisor:
-            return HeadForm(scale=1.0 / divisor)
-        case [("div", cap), ("tanh", _), ("mul", other)] if cap == other:
-            return HeadForm(softcap=float(cap))
-    raise ValueError(
-        f"{name} computes its logits by {', '.join(operation for operation, _ in operations.found)} after the output layer, "
-        "which is not supported by engine=fsdp."
-    )
+        for hook in hooks:
+            hook.remove()
+    form = _form(before, after)
+    if form is None:
+        raise ValueError(
+            f"{name} computes its logits by {', '.join(operation for operation, _ in (*before, *after))} around the output "
+            "layer, which is not supported by engine=fsdp."
+        )
+    return form
+
+
+def _model_type() -> type[PreTrainedModel]:
+    from transformers import PreTrainedModel
+
+    return PreTrainedModel
+
+
+def _form(before: Sequence[tuple[str, Any]], after: Sequence[tuple[str, Any]]) -> HeadForm | None:
+    """The form of operations on the final hidden states, and then on the logits; None: it has another."""
+    scale, cap, factors = 1.0, None, [*before, *after]
+    match after:
+        case [*earlier, ("div", float() | int() as first), ("tanh", _), ("mul", second)] if first == second:
+            cap, factors = float(first), [*before, *earlier]
+    for operation, factor in factors:
+        if operation not in ("mul", "div") or not isinstance(factor, float | int) or not factor:
+            return None
+        scale = scale * factor if operation == "mul" else scale / factor
+    return HeadForm(scale, cap)
 
 
 class _BaseOutput:
@@ -347,20 +395,17 @@ class _BaseOutput:
 
 
 class _Operations(TorchDispatchMode):
-    """Notes what is computed once `begin` was called, but for views and changes of the data type."""
+    """Notes what is computed, but for views and changes of the data type."""
 
     _VIEWS = ("view", "alias", "slice", "detach", "unsqueeze", "_to_copy", "_unsafe_view", "select", "expand", "clone")
 
     def __init__(self) -> None:
         super().__init__()
-        self.found: list[tuple[str, Any]] = []
-        self._begun = False
-
-    def begin(self) -> None:
-        self._begun = True
+        self.noted: list[tuple[str, Any]] | None = None
+        """(operation, its second argument); None: nothing is noted."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.name().removeprefix("aten::").partition(".")[0].rstrip("_")
-        if self._begun and name not in self._VIEWS:
-            self.found.append((name, args[1] if len(args) > 1 else None))
+        if self.noted is not None and name not in self._VIEWS:
+            self.noted.append((name, args[1] if len(args) > 1 else None))
         return func(*args, **(kwargs or {}))

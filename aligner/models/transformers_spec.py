@@ -35,17 +35,16 @@ def transformers_spec(
         ValueError: transformers does not know it, its class is not that of `architectures`, or its tensors cannot be traced.
     """
     config = read_config(folder, head, trust_remote_code)
-    lacking = [name for name in _SIZES if not isinstance(getattr(config, name, None), int)]
+    sizes: dict[str, Any] = {name: _largest(config, name) for name in _SIZES}
+    lacking = [name for name, size in sizes.items() if not isinstance(size, int)]
     if lacking:
         raise ValueError(
             f"{folder}/config.json: a {config.model_type} model has no {lacking[0]}, so it is no language model of one "
             "decoder, which alone are supported."
         )
-    small = [name for name in _SIZES if getattr(config, name) < 1]
+    small = [name for name, size in sizes.items() if size < 1]
     if small:
-        raise ValueError(
-            f"{folder}/config.json: {small[0]} must be a positive whole number, found {getattr(config, small[0])!r}."
-        )
+        raise ValueError(f"{folder}/config.json: {small[0]} must be a positive whole number, found {sizes[small[0]]}.")
     kind = model_class(config, head, folder, trust_remote_code)
     if architectures and architectures[0] != kind.__name__:
         raise ValueError(
@@ -63,17 +62,16 @@ def transformers_spec(
             f"{folder}/config.json: its sizes leave nothing of {empty[0]}, of shape {shapes[empty[0]]}; set those of the weights."
         )
     language = model_class(config, Head.LANGUAGE, folder, trust_remote_code)
-    sizes: dict[str, Any] = {name: getattr(config, name) for name in _SIZES}
     heads, latent = sizes["num_attention_heads"], getattr(config, "kv_lora_rank", None)
-    head_dim = _widest(config, "head_dim") or sizes["hidden_size"] // heads
+    head_dim = _largest(config, "head_dim") or sizes["hidden_size"] // heads
     return ModelSpec(
         family=config.model_type,
         layers=sizes["num_hidden_layers"],
         hidden=sizes["hidden_size"],
         heads=heads,
-        kv_heads=1 if latent else _widest(config, "num_key_value_heads") or heads,
+        kv_heads=1 if latent else _largest(config, "num_key_value_heads") or heads,
         head_dim=latent + config.qk_rope_head_dim if latent else head_dim,
-        ffn=_widest(config, "intermediate_size") or 4 * sizes["hidden_size"],
+        ffn=_largest(config, "intermediate_size") or 4 * sizes["hidden_size"],
         vocab=sizes["vocab_size"],
         head=head,
         stored_head=head,
@@ -122,12 +120,9 @@ def _max_positions(config: PreTrainedConfig) -> int:
     return int(min([most, *bounds]))
 
 
-def _widest(config: PreTrainedConfig, name: str) -> int | None:
-    """A size; of one that differs between layers (Gemma 4's heads), the largest."""
-    from transformers.integrations.heterogeneity import AmbiguousGlobalPerLayerAttributeError
-
-    try:
-        value: Any = getattr(config, name, None)
-    except AmbiguousGlobalPerLayerAttributeError:
-        value = [getattr(layer, name, 0) for layer in config.per_layer_config]
-    return max(value) if isinstance(value, list) else value
+def _largest(config: PreTrainedConfig, name: str) -> Any:
+    """A size of the configuration, the largest where layers differ; None: there is none."""
+    differ = name in (getattr(config, "per_layer_attributes", None) or ())
+    values = [getattr(one, name, None) for one in (config.per_layer_config if differ else [config])]
+    sizes = [size for value in values for size in (value if isinstance(value, list | tuple) else [value])]
+    return max((size for size in sizes if size is not None), default=None)

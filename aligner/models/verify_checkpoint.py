@@ -117,6 +117,11 @@ def _remedy(spec: ModelSpec, name: str) -> str:
         )
     if name == output_tensor(spec):  # in a model with a scalar head
         return f'for a language model set architectures to ["{architecture_of(spec)}"], else take it out of the files'
+    if spec.tensors is not None:
+        return (
+            "the files are another model's, or of an old release of transformers with other names: load them with "
+            f"{spec.tensors.architecture}.from_pretrained(...), and write them with save_pretrained(...)"
+        )
     return (
         "the files are another model's, or config.json lacks a setting (num_hidden_layers, attention_bias, "
         "tie_word_embeddings and the like)"

@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from aligner.trainer.products import shaped
+
 CACHED = 1 << 18
 """Elements of one tensor that a CPU works on at a time (float32: 1 MiB)."""
 
@@ -39,7 +41,7 @@ class _RMSNorm(torch.autograd.Function):
             torch.rsqrt(square.div_(rows.shape[1]).add_(eps), out=scale_N1[part])
             torch.mul(rows * scale_N1[part], weight, out=out[part])
         ctx.save_for_backward(x_NH, weight_H, scale_N1)
-        return out.view(x.shape)
+        return shaped(out, *x.shape)
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
@@ -104,7 +106,7 @@ class _Gated(torch.autograd.Function):
         out = _gated(gate, up, activation)
         ctx.save_for_backward(both_NF2)
         ctx.activation = activation
-        return out.view(*both.shape[:-1], out.shape[-1])
+        return shaped(out, *both.shape[:-1], out.shape[-1])
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
@@ -122,7 +124,7 @@ class _GatedPair(torch.autograd.Function):
         gate_NF, up_NF = (x.reshape(-1, x.shape[-1]) for x in (gate, up))
         ctx.save_for_backward(gate_NF, up_NF)
         ctx.activation = activation
-        return _gated(gate_NF, up_NF, activation).view(gate.shape)
+        return shaped(_gated(gate_NF, up_NF, activation), *gate.shape)
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]

@@ -8,7 +8,9 @@ add in another order. bfloat16 goes to oneDNN anyway.
 from __future__ import annotations
 
 import platform
+from collections.abc import Iterator
 from functools import lru_cache
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +77,12 @@ def add_product(total_MN: Tensor, left_MK: Tensor, right_KN: Tensor) -> None:
         total_MN.add_(product(left_MK, right_KN))
 
 
+def shaped(out: Tensor, *shape: int) -> Tensor:
+    """The result of a function's forward in another shape, which the caller may change in place, as it may that of torch's own
+    products: autograd forbids it of a view."""
+    return torch.ops.aten._unsafe_view(out, shape)  # type: ignore[no-any-return]
+
+
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
@@ -84,7 +92,7 @@ class _Linear(torch.autograd.Function):
         ctx.group = group
         if x.dtype is not torch.float32:  # torch adds the bias before it rounds
             return F.linear(x, weight_NK, bias_N)
-        out = product(x.reshape(-1, x.shape[-1]), weight_NK.T).view(*x.shape[:-1], len(weight_NK))
+        out = shaped(product(x.reshape(-1, x.shape[-1]), weight_NK.T), *x.shape[:-1], len(weight_NK))
         return out if bias_N is None else out.add_(bias_N)
 
     @staticmethod
@@ -112,3 +120,52 @@ def linear(
             not summed.
     """
     return _Linear.apply(x, weight_NK, bias_N, group)  # type: ignore[no-any-return]
+
+
+class _GroupedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, x_SK: Tensor, weight_EKN: Tensor, rows_E: tuple[int, ...]
+    ) -> Tensor:
+        ctx.save_for_backward(x_SK, weight_EKN)
+        ctx.rows_E = rows_E
+        out_SN = x_SK.new_zeros(len(x_SK), weight_EKN.shape[2])
+        for expert, part in _parts(rows_E):
+            out_SN[part] = product(x_SK[part], weight_EKN[expert])
+        return out_SN
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad_SN: Tensor) -> tuple[Tensor | None, Tensor | None, None]:  # type: ignore[override]
+        x_SK, weight_EKN = ctx.saved_tensors
+        of_x, of_weight, _ = ctx.needs_input_grad
+        grad_x = torch.zeros_like(x_SK) if of_x else None
+        grad_weight = torch.zeros_like(weight_EKN) if of_weight else None
+        for expert, part in _parts(ctx.rows_E):
+            if grad_x is not None:
+                grad_x[part] = product(grad_SN[part], weight_EKN[expert].T)
+            if grad_weight is not None:
+                grad_weight[expert] = product(x_SK[part].T, grad_SN[part])
+        return grad_x, grad_weight, None
+
+
+def _parts(rows_E: tuple[int, ...]) -> Iterator[tuple[int, slice]]:
+    """(expert, its rows) of each expert that has rows."""
+    stops = accumulate(rows_E)
+    return (
+        (expert, slice(stop - rows, stop))
+        for expert, (rows, stop) in enumerate(zip(rows_E, stops, strict=True))
+        if rows
+    )
+
+
+def grouped_linear(x_SK: Tensor, weight_EKN: Tensor, rows_E: tuple[int, ...]) -> Tensor:
+    """Rows sorted by expert, each times its expert's matrix by `product`; differentiable.
+
+    Args:
+        rows_E: number of each expert's rows; rows after them have no expert, and give zeros.
+
+    Returns:
+        [S, N].
+    """
+    return _GroupedLinear.apply(x_SK, weight_EKN, rows_E)  # type: ignore[no-any-return]

@@ -58,6 +58,60 @@ class DampedForCausalLM(LlamaForCausalLM):
         self.model = DampedModel(config)
         self.post_init()
 '''
+SCALAR = MODELING.replace("from torch import nn", "import torch\nfrom torch import nn").replace(
+    "self.damping = config.damping", "self.damping = nn.Parameter(torch.tensor(config.damping))"
+)
+"""The damping is a parameter without dimensions."""
+EXPERTS = """
+import torch
+from torch import nn
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaForCausalLM, LlamaMLP, LlamaModel
+
+from .configuration_damped import DampedConfig
+
+
+class Experts(nn.Module):
+    # modules of their own, which run where a token chose them
+
+    def __init__(self, config):
+        super().__init__()
+        self.router = nn.Linear(config.hidden_size, 24)
+        self.experts = nn.ModuleList(LlamaMLP(config) for _ in range(24))
+
+    def forward(self, hidden_states):
+        weight, chosen = self.router(hidden_states).softmax(-1).max(-1)
+        out = torch.zeros_like(hidden_states)
+        for number, expert in enumerate(self.experts):
+            rows = chosen == number
+            if rows.any():
+                out[rows] = expert(hidden_states[rows]) * weight[rows, None]
+        return out
+
+
+class DampedLayer(LlamaDecoderLayer):
+    def __init__(self, config, layer_idx):
+        super().__init__(config, layer_idx)
+        self.mlp = Experts(config)
+
+
+class DampedModel(LlamaModel):
+    config_class = DampedConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.layers = nn.ModuleList(DampedLayer(config, number) for number in range(config.num_hidden_layers))
+        self.post_init()
+
+
+class DampedForCausalLM(LlamaForCausalLM):
+    config_class = DampedConfig
+    _no_split_modules = ["DampedLayer"]
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.model = DampedModel(config)
+        self.post_init()
+"""
 CONFIG: dict[str, Any] = {
     "architectures": ["DampedForCausalLM"],
     "model_type": "damped",
@@ -81,11 +135,15 @@ CONFIG: dict[str, Any] = {
 }
 
 
-def save_model(folder: Path, tokenizer: Path | None = None) -> Any:
-    """Write the checkpoint, with random weights and the tokenizer of another folder. Returns the model, as transformers loads it."""
+def save_model(folder: Path, tokenizer: Path | None = None, modeling: str = MODELING) -> Any:
+    """Write the checkpoint, with random weights and the tokenizer of another folder. Returns the model, as transformers loads it.
+
+    Args:
+        modeling: text of the file of the model's class.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "configuration_damped.py").write_text(CONFIGURATION)
-    (folder / "modeling_damped.py").write_text(MODELING)
+    (folder / "modeling_damped.py").write_text(modeling)
     fields = dict(CONFIG)
     if tokenizer is not None:
         theirs = json.loads((tokenizer / "config.json").read_text())

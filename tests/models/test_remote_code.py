@@ -19,7 +19,7 @@ from aligner.rollout.config import Sampling
 from aligner.rollout.transformers.engine import TransformersEngine
 from aligner.trainer.fsdp.model import check_model
 from tests.conftest import Ranks
-from tests.models.own_code import CONFIG, save_model
+from tests.models.own_code import CONFIG, EXPERTS, SCALAR, save_model
 from tests.rollout import tiny
 
 
@@ -61,6 +61,17 @@ def test_trains_as_transformers_does_and_its_export_has_the_code(ranks: Ranks, t
         assert (export / name).read_text() == (tmp_path / "model" / name).read_text()
     again = AutoModelForCausalLM.from_pretrained(export, trust_remote_code=True)
     assert type(again).__name__ == "DampedForCausalLM" and again.config.damping == 0.4
+
+
+@pytest.mark.parametrize("more", [{}, {"micro_tokens": 200}, {"dtype": "bfloat16"}], ids=str)
+@pytest.mark.parametrize("kind", ["experts", "scalar"])
+def test_trains_on_two_ranks(ranks: Ranks, tmp_path: Path, kind: str, more: dict[str, Any]) -> None:
+    """Experts that one rank's tokens alone chose have a gradient; a parameter without dimensions is not cut."""
+    folder = tmp_path / kind  # transformers keeps a folder's code by the folder's name
+    save_model(folder, modeling={"experts": EXPERTS, "scalar": SCALAR}[kind])
+    for worst in ranks(2).run("tests.trainer.fsdp.parity_on_ranks:check", folder, tmp_path, 1, more, True):
+        rounded = 0.5 if "dtype" in more else 0.0  # a router's choice may turn with rounding
+        assert worst["logprobs"] < max(1e-5, rounded) and (rounded or worst["gradients"] < 1e-4), worst
 
 
 def test_generates_as_transformers_does(tmp_path: Path) -> None:

@@ -4,19 +4,30 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, FalconConfig, PhiConfig, PreTrainedConfig, Qwen3NextConfig
+from transformers import (
+    AutoModelForCausalLM,
+    DeepseekV3Config,
+    DogeConfig,
+    FalconConfig,
+    GPTJConfig,
+    ModernBertDecoderConfig,
+    PhiConfig,
+    PreTrainedConfig,
+    Qwen3NextConfig,
+)
 from transformers.core_model_loading import revert_weight_conversion
 
 from aligner.models.checkpoint import read_into
 from aligner.models.read_spec import read_spec
 from aligner.models.spec import Head, with_scalar_head
-from aligner.models.tensors import classifier_of, logical_tensors, new_tensors
+from aligner.models.tensors import classifier_of, logical_tensors, new_tensors, parameter_count
 from aligner.models.transformers_model import HeadForm, empty_model, head_form, held_tensors
 from aligner.models.verify_checkpoint import check_weights
 from aligner.reshard.message.storage import strided_view
@@ -25,9 +36,15 @@ from aligner.spmd.mesh import Mesh
 from aligner.trainer.config import PolicyConfig
 from aligner.trainer.engines import backend
 from aligner.trainer.fsdp.model import check_model
-from tests.trainer.fsdp.families import FAMILIES, SIZES, save_model
+from tests.trainer.fsdp.families import FAMILIES, MLA, SIZES, save_model
 
-FORMS = {"gemma2": HeadForm(softcap=2.0), "granite": HeadForm(scale=0.25), "cohere2": HeadForm(scale=0.3)}
+FORMS = {
+    "gemma2": HeadForm(softcap=2.0),
+    "gemma3n_text": HeadForm(softcap=2.0),
+    "granite": HeadForm(scale=0.25),
+    "cohere2": HeadForm(scale=0.3),
+    "minicpm3": HeadForm(scale=48 / 128),  # before the output layer
+}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -39,6 +56,28 @@ def test_the_tensors_are_those_that_transformers_saves(family: str, tmp_path: Pa
     pieces = [piece for held in held_tensors(spec) for piece in held.pieces]
     assert {piece.name: piece.size for piece in pieces} == stored
     assert head_form(empty_model(tmp_path, Head.LANGUAGE)) == FORMS.get(family, HeadForm())
+
+
+@pytest.mark.parametrize(
+    ("family", "unused", "message"),
+    [
+        ("gpt_neox", "gpt_neox.layers.0.attention.masked_bias", None),  # as Pythia's files have it
+        ("deepseek_v3", "model.layers.61.eh_proj.weight", None),  # predicts one token more
+        ("deepseek_v3", "model.layers.3.mlp.gate.weight", "more layers than num_hidden_layers=3"),
+        ("gpt2", "h.0.attn.bias", None),
+        ("gpt2", "h.0.ln_1.weight", r"GPT2LMHeadModel\.from_pretrained\(\.\.\.\), and write them with save_pretrained"),
+    ],
+)
+def test_tensors_that_the_class_does_not_use_may_be_there(
+    family: str, unused: str, message: str | None, tmp_path: Path
+) -> None:
+    save_model(family, tmp_path)
+    file = tmp_path / "model.safetensors"
+    save_file({**load_file(file), unused: torch.zeros(1)}, file, {"format": "pt"})
+    spec = read_spec(tmp_path)
+    assert unused not in logical_tensors(spec)
+    with nullcontext() if message is None else pytest.raises(ValueError, match=message):
+        check_weights(spec)
 
 
 def test_a_scalar_head_takes_the_place_of_the_output_layer(tmp_path: Path) -> None:
@@ -62,11 +101,15 @@ def written(folder: Path, config: PreTrainedConfig, **changes: Any) -> Path:
     [
         (PhiConfig(**SIZES), {}, "PhiForCausalLM: its output layer is no matrix alone"),
         (FalconConfig(vocab_size=99, hidden_size=32, num_hidden_layers=1, num_attention_heads=2), {}, "AttentionInterface"),
+        (GPTJConfig(vocab_size=99, n_embd=32, n_layer=1, n_head=2, rotary_dim=8), {}, "AttentionInterface"),
         (Qwen3NextConfig(**SIZES, num_experts=4), {}, "Qwen3NextForCausalLM has linear_attention layers"),
+        (DogeConfig(**SIZES), {}, "DogeAttention makes a mask of its own for each query and key"),
+        (ModernBertDecoderConfig(**SIZES, decoder_bias=False), {}, "computes its logits by .*native_layer_norm around the output layer"),
         (FAMILIES["smollm3"], {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, "type 'dynamic'"),
         (FAMILIES["smollm3"], {"architectures": ["LlamaForCausalLM"]}, "is not that of architecture LlamaForCausalLM"),
         (FAMILIES["smollm3"], {"architectures": ["SmolForCausalLM"]}, "transformers' class .* is SmolLM3ForCausalLM"),
         (FAMILIES["smollm3"], {"model_type": "newer"}, "transformers cannot read it: .*newer"),
+        (FAMILIES["smollm3"], {"hidden_act": "newer"}, "cannot make a SmolLM3ForCausalLM of hidden_act='newer': KeyError: 'newer'"),
         (FAMILIES["smollm3"], {"auto_map": {"AutoModelForCausalLM": "a.B"}}, "code of the checkpoint's own"),
         (FAMILIES["smollm3"], {"quantization_config": {"bits": 4}}, "use the model before quantization"),
     ],
@@ -76,6 +119,18 @@ def test_what_packed_rows_do_not_allow_is_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         check_model(read_spec(written(tmp_path, config, **changes)))
+
+
+def test_a_model_that_no_host_has_memory_for_is_read(tmp_path: Path) -> None:
+    config = DeepseekV3Config(**{**MLA, "n_routed_experts": 4, "n_group": 1, "moe_intermediate_size": 1 << 30})
+    spec = read_spec(written(tmp_path, config))
+    check_model(spec)
+    assert parameter_count(spec) > 1 << 40
+
+
+def test_outputs_have_names_whatever_the_folder_says(tmp_path: Path) -> None:
+    folder = written(tmp_path, FAMILIES["smollm3"], return_dict=False)
+    assert empty_model(folder, Head.LANGUAGE).config.return_dict is True
 
 
 def test_a_head_that_transformers_does_not_have_is_refused(tmp_path: Path) -> None:

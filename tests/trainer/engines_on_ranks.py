@@ -114,9 +114,9 @@ def exported_gap(one: TrainableRole, other: TrainableRole, folder: Path) -> floa
     weights: list[dict[str, Tensor]] = []
     for role in (one, other):
         role.save_checkpoint(folder / role.name)
+        dist.barrier()  # for ranks that are not the role's
         files = sorted((folder / role.name).glob("*.safetensors"))
         weights.append({name: tensor for file in files for name, tensor in load_file(file).items()})
-        dist.barrier()
     left, right = weights
     assert left.keys() == right.keys()
     return max(gap(left[name], right[name]) for name in left)

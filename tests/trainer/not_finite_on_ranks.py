@@ -1,7 +1,7 @@
 """What ranks do in the tests of steps that are left out.
 
-A case is "loss", "gradient" or "scores" (what is NaN, on row 5 alone; scores: of a reward model), a dtype, "shared" or "whole" (distributed optimizer or not)
-and sizes, such as "gradient float32 shared tensor=2". Beside the policy that meets bad batches goes one that never does.
+A case is "loss", "gradient" or "scores" (what is NaN, on row 5 alone; scores: of a reward model), a dtype, "shared" or "whole" (distributed optimizer or not) or
+"fsdp" (the engine) and sizes, such as "gradient float32 shared tensor=2". Beside the policy that meets bad batches goes one that never does.
 """
 
 from __future__ import annotations
@@ -67,13 +67,13 @@ def batch() -> Samples:
 
 
 def weights(policy: Policy) -> list[Tensor]:
-    return [parameter.detach().clone() for chunk in policy.engine.model.chunks for parameter in chunk.parameters()]
+    """And float32 masters."""
+    pieces = [policy.weights.view(piece).clone() for piece in policy.weights.pieces()]
+    return pieces + [slice_.master.detach().clone() for slice_ in policy.engine.optimizer_slices()]
 
 
 def moments(policy: Policy) -> list[Tensor]:
-    inner: Any = policy.engine.optimizer.inner
-    states = [state for one in inner.chained_optimizers if one.optimizer for state in one.optimizer.state.values()]
-    return [value.clone() for state in states for value in state.values() if isinstance(value, Tensor)]
+    return [value.clone() for slice_ in policy.engine.optimizer_slices() for value in slice_.moments.values()]
 
 
 def same(one: list[Tensor], other: list[Tensor]) -> bool:
@@ -84,14 +84,14 @@ def same(one: list[Tensor], other: list[Tensor]) -> bool:
 class Case:
     def __init__(self, text: str, model: Path, out: Path, world: World) -> None:
         self.text, self.out, self.world = text, out / text.replace(" ", "_"), world
-        self.kind, self.dtype, shared, *sizes = text.split()
-        self.model, self.distributed = model, shared == "shared"
+        self.kind, self.dtype, how, *sizes = text.split()
+        self.model, self.distributed, self.engine = model, how == "shared", "fsdp" if how == "fsdp" else "megatron"
         self.sizes: Any = {axis: int(size) for axis, size in (size.split("=") for size in sizes)}
 
     def policy(self, name: str, not_finite: NotFinite | None = None) -> Any:
         mesh = Mesh(tuple(range(self.world.size)), name="policy", **self.sizes)
         optimizer = OptimizerConfig(lr=1e-2, weight_decay=0.1, warmup_steps=4, distributed=self.distributed)
-        config = PolicyConfig(dtype=self.dtype, micro_tokens=24, optimizer=optimizer)
+        config = PolicyConfig(engine=self.engine, dtype=self.dtype, micro_tokens=24, optimizer=optimizer)
         given: Any = {"not_finite": not_finite, "offending": self.out / "offending", "total_steps": 10}
         spec, kind = read_spec(self.model), Policy
         if self.kind == "scores":

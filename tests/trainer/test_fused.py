@@ -42,6 +42,10 @@ def check(own: Callable[..., Tensor], wanted: Callable[..., Tensor], *given: Ten
         torch.autograd.grad((out * weight).sum(), given), gradients(expected, weight, given), strict=True
     ):
         torch.testing.assert_close(mine, theirs, rtol=1e-11, atol=1e-11)
+    twice = own(*given)
+    twice *= 2  # as a model may: autograd forbids it of a view that a function returns
+    torch.testing.assert_close(twice, 2 * expected, rtol=1e-12, atol=1e-12)
+    torch.autograd.grad(twice.sum(), given)
     assert torch.autograd.gradcheck(own, given)
 
 

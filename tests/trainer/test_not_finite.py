@@ -15,7 +15,7 @@ from aligner.trainer.not_finite import NotFinite, SkipCounter
 from tests.conftest import Ranks
 from tests.trainer.test_parity import each
 
-ALONE = ["loss float32 shared", "gradient bfloat16 whole"]
+ALONE = ["loss float32 shared", "gradient bfloat16 whole", "gradient float32 fsdp"]
 PAIR = [
     "loss float32 shared",
     "gradient float32 shared",
@@ -25,6 +25,9 @@ PAIR = [
     "gradient float32 shared pipeline=2",
     "loss float32 shared context=2",
     "scores float32 shared",
+    "loss float32 fsdp",
+    "gradient bfloat16 fsdp replicas=2",
+    "scores float32 fsdp",
 ]
 
 
@@ -43,7 +46,7 @@ def test_left_out_then_stopped(ranks: Ranks, model: Path, tmp_path: Path, size: 
 
 def check_files(folder: Path, case: str, ranks: int) -> None:
     """Each data shard's rows, once: people can read which row it was."""
-    sharded = "=" not in case
+    sharded = "=" not in case or "fsdp" in case
     files = sorted(path.name for path in (folder / "step_7").iterdir())
     wanted = list(range(ranks)) if sharded else [ranks - 1] if "pipeline" in case else [0]
     assert files == sorted(f"rank_{rank}.{end}" for rank in wanted for end in ("json", "safetensors"))

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from aligner.trainer import products
-from aligner.trainer.products import add_product, linear, product
+from aligner.trainer.products import add_product, grouped_linear, linear, product
 
 
 @pytest.fixture(params=[True, False], ids=["oneDNN", "torch"], autouse=True)
@@ -91,3 +91,33 @@ def test_linear_of_a_frozen_weight() -> None:
     x, weight = normal(3, 6).requires_grad_(), normal(4, 6)
     (grad,) = torch.autograd.grad(linear(x, weight).sum(), [x])
     torch.testing.assert_close(grad, weight.sum(0).expand(3, 6))
+
+
+@pytest.mark.parametrize("rows", [(3, 0, 4, 1), (0, 0, 0, 8), (2, 1, 2, 1), (0, 0, 0, 0)], ids=str)
+@pytest.mark.parametrize("transposed", [True, False])
+def test_grouped_linear(rows: tuple[int, ...], transposed: bool) -> None:
+    given = [normal(8, 6), normal(4, 6, 5) if transposed else normal(4, 5, 6)]
+    own = [one.clone().requires_grad_() for one in given]
+    theirs = [one.double().requires_grad_() for one in given]
+    matrices = [one[1] if transposed else one[1].transpose(1, 2) for one in (own, theirs)]
+    out = grouped_linear(own[0], matrices[0], rows)
+    parts = theirs[0].split([*rows, 8 - sum(rows)])
+    expected = torch.cat(
+        [*(x @ one for x, one in zip(parts, matrices[1], strict=False)), torch.zeros(len(parts[-1]), 5)]
+    )
+    torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
+    weight = normal(8, 5)
+    for loss in (lambda x: x.sum(), lambda x: (x * weight).sum()):
+        grads = torch.autograd.grad(loss(out), own, retain_graph=True)
+        wanted = torch.autograd.grad(loss(expected), theirs, retain_graph=True)
+        for mine, reference in zip(grads, wanted, strict=True):
+            torch.testing.assert_close(mine.double(), reference, rtol=1e-5, atol=1e-5)
+
+
+def test_the_result_may_be_changed_in_place() -> None:
+    x, weight = normal(2, 3, 6).requires_grad_(), normal(4, 6).requires_grad_()
+    out = linear(x, weight)
+    out *= 2
+    grads = torch.autograd.grad(out.sum(), [x, weight])
+    wanted = torch.autograd.grad((2 * F.linear(x, weight)).sum(), [x, weight])
+    torch.testing.assert_close(grads, wanted)

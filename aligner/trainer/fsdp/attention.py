@@ -12,8 +12,14 @@ from torch.utils.checkpoint import checkpoint
 from aligner.trainer.packing import Packed
 from aligner.trainer.prefix_attention import computed_tokens, prefix_attention
 
-NAME = "aligner_packed"
-"""The attention implementation's name in transformers."""
+NAME, OBSERVED = "aligner_packed", "aligner_observed"
+"""The attention implementations' names in transformers: of packed rows, and of a model without memory, which is observed."""
+_SAYS_NOTHING = ("position_ids", "cache_position")
+"""Tensors that attention functions get and that change nothing without a cache."""
+
+
+class NotPackable(ValueError):
+    """A layer attends in ways that `implementation` does not compute."""
 
 
 @dataclass
@@ -44,10 +50,12 @@ def register() -> None:
 
     AttentionInterface.register(NAME, implementation)
     AttentionMaskInterface.register(NAME, window_mask)
+    AttentionInterface.register(OBSERVED, _observed)
+    AttentionMaskInterface.register(OBSERVED, lambda *_, **__: window_mask().to("meta"))
 
 
-def use_rows(model: nn.Module, rows: Rows) -> None:
-    """Let the model's attention layers find the microbatch's rows."""
+def use_rows(model: nn.Module, rows: Rows | list[bool]) -> None:
+    """Let the model's attention layers find the microbatch's rows, or where to note their calls."""
     for module in model.modules():
         module.packed_rows = rows  # type: ignore[assignment]
 
@@ -67,7 +75,7 @@ def implementation(
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
-    **_: Any,
+    **more: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention function: causal attention inside each row of the microbatch that `Rows` describes.
 
@@ -80,7 +88,11 @@ def implementation(
 
     Returns:
         ([1, T, query heads, head_dim], None).
+
+    Raises:
+        NotPackable: see `_check_call`.
     """
+    _check_call(module, attention_mask, more)
     rows: Rows = module.packed_rows  # type: ignore[assignment]
     window = sliding_window if attention_mask is None else int(attention_mask.flatten()[0]) or None
     if sliding_window is not None and window is None:
@@ -101,6 +113,63 @@ def implementation(
         else attend(q_TND, k_TKD, v_TKD)
     )
     return out.view(1, len(q_TND), q_TND.shape[1], -1), None
+
+
+def _check_call(module: nn.Module, attention_mask: Tensor | None, more: dict[str, Any]) -> None:
+    """Raises NotPackable for attention that is not causal, that has a mask of the layer's own making (it holds numbers of each
+    query and key, where `window_mask` made one number), or that is changed by further tensors or functions."""
+    name = type(module).__name__
+    if attention_mask is not None and (attention_mask.numel() != 1 or attention_mask.is_floating_point()):
+        raise NotPackable(f"{name} makes a mask of its own for each query and key; engine=fsdp does not support it.")
+    if not getattr(module, "is_causal", True) or more.get("is_causal") is False:
+        raise NotPackable(f"{name} attends to later tokens; engine=fsdp does not support it.")
+    changes = [key for key, value in more.items() if isinstance(value, Tensor) or callable(value)]
+    unknown = sorted({*changes}.difference(_SAYS_NOTHING))
+    if unknown:
+        raise NotPackable(f"{name} changes its attention by {unknown[0]}; engine=fsdp does not support it.")
+
+
+def _observed(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **more: Any,
+) -> tuple[Tensor, None]:
+    """In place of `implementation`, of tensors without memory: notes whether the layer needs `explicit_attention`."""
+    _check_call(module, attention_mask, more)
+    module.packed_rows.append(softcap is not None or s_aux is not None)  # type: ignore[operator,union-attr]
+    return query.new_empty(1, query.shape[2], query.shape[1], value.shape[-1]), None
+
+
+def observe(model: Any) -> list[bool] | None:
+    """Run the layers of a model without memory that has the implementation OBSERVED, and that is of no further use.
+
+    Returns:
+        For each attention call, whether it has soft-capping or sinks; None: the model's forward pass looks at values, so that
+        it runs with memory alone.
+
+    Raises:
+        NotPackable: see `_check_call`.
+    """
+    calls: list[bool] = []
+    use_rows(model, calls)
+    for module in model.to("meta").modules():
+        if hasattr(module, "_is_expert_parallel"):  # experts, which look at how many tokens each one has
+            module.forward = lambda hidden, *_: torch.zeros_like(hidden)
+    tokens = torch.zeros(1, 4, dtype=torch.long, device="meta")
+    there = torch.ones_like(tokens, dtype=torch.bool)  # without a mask, transformers looks at the positions' values
+    try:
+        with torch.no_grad():
+            model.base_model(input_ids=tokens, position_ids=tokens, attention_mask=there, use_cache=False)
+    except NotPackable:
+        raise
+    except Exception:  # whatever the model's own code raises
+        return None
+    return calls
 
 
 def explicit_attention(

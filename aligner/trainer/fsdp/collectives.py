@@ -87,3 +87,14 @@ def use_cpu_collectives(module: FSDPModule) -> None:
     module.set_modules_to_backward_prefetch([module])  # none: it is there already
     module.set_custom_all_gather(AllGather())  # type: ignore[arg-type]
     module.set_custom_reduce_scatter(ReduceScatter())  # type: ignore[arg-type]
+
+
+def begin_sums(module: FSDPModule) -> None:
+    """After the first of several backward passes in bfloat16: a float32 sum of zeros for each parameter that had no gradient, such
+    as an expert that no token chose. FSDP reduces a module's gradients together, which have to be of one type, and would have the
+    last pass's in bfloat16 where no earlier one had any."""
+    for group in module._get_fsdp_state()._fsdp_param_groups:
+        for parameter in group.fsdp_params:
+            if parameter.unsharded_accumulated_grad is None and parameter.sharded_param.requires_grad:
+                zeros = torch.zeros_like(parameter._unsharded_param, dtype=parameter.reduce_dtype, requires_grad=False)
+                parameter.unsharded_accumulated_grad = zeros

@@ -14,6 +14,7 @@ from torch.distributed.fsdp import FSDPModule
 from aligner.reshard.plan.region import Piece
 from aligner.trainer.engine import MicrobatchLoss, OptimizerSlice, TrainEngine
 from aligner.trainer.fsdp.checks import check_runs
+from aligner.trainer.fsdp.collectives import begin_sums
 from aligner.trainer.fsdp.layout import FsdpLayout
 from aligner.trainer.fsdp.model import DTYPES, ShardedModel, build_model, local_part
 from aligner.trainer.fsdp.optimizer import Gradients, Optimizer
@@ -141,6 +142,12 @@ class FsdpEngine(TrainEngine):
                 root.set_is_last_backward(last)
                 root.set_reshard_after_backward(last or self.config.reshard_after_forward)
             loss(number, root(batch)).backward()
+            if number == 0 and len(batches) > 1 and self.config.dtype != "float32":
+                for module in self._fsdp_modules():
+                    begin_sums(module)
+        if self.mesh.size > 1:
+            for gradient in self.optimizer.whole_gradients():
+                dist.all_reduce(gradient, group=self._groups["all"])
 
     def _fsdp_modules(self) -> list[FSDPModule]:
         return [module for module in self.model.root.modules() if isinstance(module, FSDPModule)]
@@ -181,9 +188,9 @@ class FsdpEngine(TrainEngine):
         return self.optimizer.slices()
 
     def saves(self, piece: Piece) -> bool:
-        """The first replica saves its shards; buffers, which every rank has whole, its first rank."""
+        """The first replica saves its shards; its first rank what every rank has whole."""
         first = self.mesh.replica_ranks[0]
-        return self.world.rank in (first[:1] if piece.storage in self.model.buffers else first)
+        return self.world.rank in (first[:1] if piece.storage in self.model.whole else first)
 
     def reset_moments(self, steps: int) -> None:
         """Resets every parameter's."""

@@ -63,7 +63,8 @@ def _kind(module: nn.Module) -> Any:
     """What modules that compute the same have in common; None: neither a norm nor a gated MLP."""
     children = dict(module.named_children())
     if not children and [*module._parameters] == ["weight"] and not module._buffers and _epsilon(module) is not None:
-        return _class_and_settings(module) if module.weight.dim() == 1 else None  # type: ignore[union-attr,operator]
+        weight = module._parameters["weight"]  # None of a norm without a scale
+        return _class_and_settings(module) if weight is not None and weight.dim() == 1 else None
     linears = {name for name, child in children.items() if type(child) is nn.Linear}
     others = [child for name, child in children.items() if name not in linears]
     if "down_proj" in linears and linears - {"down_proj"} in ({"gate_proj", "up_proj"}, {"gate_up_proj"}):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ from aligner.models.transformers_model import HeadForm, empty_model, head_form, 
 from aligner.reshard.message.storage import strided_view
 from aligner.reshard.plan.region import Piece
 from aligner.trainer.fsdp import attention
-from aligner.trainer.fsdp.attention import Rows
+from aligner.trainer.fsdp.attention import NotPackable, Rows
 from aligner.trainer.fsdp.collectives import use_cpu_collectives
 from aligner.trainer.fsdp.fusion import fuse
 from aligner.trainer.fsdp.layout import FsdpLayout
@@ -36,11 +37,17 @@ _ATTENTION_LAYERS = ("full_attention", "sliding_attention", "attention")
 """Names in a configuration's layer_types that mix tokens by causal attention alone."""
 
 
-def check_model(spec: ModelSpec) -> HeadForm:
-    """Build the model without memory.
+@dataclass(frozen=True)
+class ModelForm:
+    """How a model is run, as it was observed without memory."""
 
-    Returns:
-        What it does with the product of hidden states and output layer.
+    head: HeadForm
+    explicit: bool
+    """See `Rows.explicit`."""
+
+
+def check_model(spec: ModelSpec) -> ModelForm:
+    """Build the model without memory.
 
     Raises:
         ValueError: transformers has no such model; it mixes tokens by other things than causal attention of
@@ -48,31 +55,56 @@ def check_model(spec: ModelSpec) -> HeadForm:
     """
     attention.register()
     held_tensors(spec)
-    model = empty_model(spec.path, spec.head, trust_remote_code=spec.trust_remote_code)
-    name, config = type(model).__name__, model.config
-    others = sorted({*(getattr(config, "layer_types", None) or ())}.difference(_ATTENTION_LAYERS))
-    problem = None
-    if others or getattr(model, "_is_stateful", False):
-        problem = f"has {others[0] if others else 'recurrent'} layers"
-    elif not getattr(model, "_supports_attention_backend", False):
-        problem = "does not take its attention from transformers' AttentionInterface"
-    elif "position_ids" not in inspect.signature(type(model.base_model).forward).parameters:
-        problem = "takes no positions of its tokens"
-    elif getattr(config, "use_bidirectional_attention", False) or not getattr(config, "is_causal", True):
-        problem = "attends to later tokens"
-    elif spec.tensors is not None and (kind := _rope_of_lengths(config)):
-        problem = f"has rotary positions of type {kind!r}, which depend on the longest row"
+    model: Any = empty_model(spec.path, spec.head, trust_remote_code=spec.trust_remote_code)
+    problem = _problem(model, spec)
     if problem:
         raise ValueError(
-            f"{spec.path}: transformers' {name} {problem}, so rows that are packed into one sequence would run into each other; "
-            "engine=fsdp does not support it."
+            f"{spec.path}: transformers' {type(model).__name__} {problem}, so rows that are packed into one sequence would run "
+            "into each other; engine=fsdp does not support it."
         )
-    if spec.head is Head.LANGUAGE:
-        return head_form(model)
+    head = head_form(model) if spec.head is Head.LANGUAGE else _scalar_head(model, spec)
+    observed = empty_model(spec.path, spec.head, attention.OBSERVED, trust_remote_code=spec.trust_remote_code)
+    try:
+        calls = attention.observe(observed)
+    except NotPackable as error:
+        raise ValueError(f"{spec.path}: {error}") from error
+    if calls is None:  # nothing was observed: by the names of transformers' own classes
+        calls = [
+            bool(getattr(model.config, "attn_logit_softcapping", None))
+            or any(name.endswith("sinks") for name, _ in model.named_parameters())
+        ]
+    if not calls:
+        raise ValueError(
+            f"{spec.path}: transformers' {type(model).__name__} does not take its attention from transformers' "
+            "AttentionInterface; engine=fsdp does not support it."
+        )
+    return ModelForm(head, any(calls))
+
+
+def _problem(model: Any, spec: ModelSpec) -> str | None:
+    """What mixes the tokens of packed rows, after the model's name; None: nothing that its class and its configuration say."""
+    config = model.config
+    others = sorted({*(getattr(config, "layer_types", None) or ())}.difference(_ATTENTION_LAYERS))
+    if others or getattr(model, "_is_stateful", False):
+        return f"has {others[0] if others else 'recurrent'} layers"
+    if any(isinstance(module, nn.Conv1d) for module in model.base_model.modules()):
+        return "has convolutions over tokens"
+    if not getattr(model, "_supports_attention_backend", False):
+        return "does not take its attention from transformers' AttentionInterface"
+    if "position_ids" not in inspect.signature(type(model.base_model).forward).parameters:
+        return "takes no positions of its tokens"
+    if getattr(config, "use_bidirectional_attention", False) or not getattr(config, "is_causal", True):
+        return "attends to later tokens"
+    if spec.tensors is not None and (kind := _rope_of_lengths(config)):
+        return f"has rotary positions of type {kind!r}, which depend on the longest row"
+    return None
+
+
+def _scalar_head(model: Any, spec: ModelSpec) -> HeadForm:
     score = getattr(model, "score", None)
     if not isinstance(score, nn.Linear) or score.bias is not None or score.out_features != 1:
         raise ValueError(
-            f"{spec.path}: transformers' {name} has no scalar head `score`; engine=fsdp does not support it."
+            f"{spec.path}: transformers' {type(model).__name__} has no scalar head `score`; engine=fsdp does not support it."
         )
     return HeadForm()
 
@@ -128,6 +160,8 @@ class ShardedModel:
         self.buffers: dict[str, Tensor] = {
             held.storage: buffers[held.storage] for held in layout.held if not held.trained
         }
+        self.whole = {name for name, value in {**self.parameters, **self.buffers}.items() if _is_whole(value)}
+        """Names of what each rank has all of: parameters without dimensions, which cannot be cut, and buffers."""
 
     @property
     def is_sharded(self) -> bool:
@@ -146,6 +180,10 @@ class ShardedModel:
         """This rank's rows of a parameter, without gradients."""
         held = self.parameters[storage] if storage in self.parameters else self.buffers[storage]
         return local_part(held).detach()
+
+
+def _is_whole(tensor: Tensor) -> bool:
+    return not isinstance(tensor, DTensor)
 
 
 def local_part(tensor: Tensor) -> Tensor:
@@ -178,16 +216,13 @@ def build_model(
     """
     form = check_model(spec)
     model: Any = empty_model(spec.path, spec.head, attention.NAME, trust_remote_code=spec.trust_remote_code)
-    explicit = bool(getattr(model.config, "attn_logit_softcapping", None)) or any(
-        name.endswith("sinks") for name, _ in model.named_parameters()
-    )
     # packed rows have no padding: where the pad token stands it is a token, and its row has a gradient
     for embedding in (module for module in model.modules() if isinstance(module, nn.Embedding)):
         embedding.padding_idx = None
     fuse(model)
     if device.type == "cpu":
         use_products(model)
-    rows = Rows(recompute == "selective", explicit)
+    rows = Rows(recompute == "selective", form.explicit)
     attention.use_rows(model, rows)
     layers = decoder_layers(model)
     if recompute == "full":
@@ -196,17 +231,25 @@ def build_model(
     if frozen:
         for parameter in model.requires_grad_(False).parameters():
             parameter.data = parameter.data.to(dtype)  # and no buffer: rotary frequencies stay float32
-    root = PackedModel(model, spec, form, readout, rows).eval()
+    root = PackedModel(model, spec, form.head, readout, rows).eval()
     if mesh is not None:
+        # inputs keep their types: what a class computes in float32 inside a bfloat16 model, such as rotary angles, stays float32
         policy = (
-            MixedPrecisionPolicy() if frozen or dtype is torch.float32 else MixedPrecisionPolicy(dtype, torch.float32)
+            MixedPrecisionPolicy()
+            if frozen or dtype is torch.float32
+            else MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
         )
+        scalars = {parameter for parameter in model.parameters() if not parameter.dim()}  # which FSDP does not take
         for module in (*layers, root):
             again = None if module is root else reshard_after_forward  # the root's come last and are needed first
-            sharded = fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=again)
+            sharded = fully_shard(
+                module, mesh=mesh, mp_policy=policy, reshard_after_forward=again, ignored_params=scalars
+            )
             # gradients are summed: the loss is already divided by the global batch's denominators
             sharded.set_gradient_divide_factor(1.0)
             sharded.set_force_sum_reduction_for_comms(True)
+            # an expert that none of this rank's tokens chose has no gradient, where other ranks have one
+            sharded.set_reduce_scatter_unused_params(True, recurse=False)
             if device.type == "cpu":
                 use_cpu_collectives(sharded)
     _allocate(root, device)

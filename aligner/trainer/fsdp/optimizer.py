@@ -25,7 +25,12 @@ class Optimizer:
         self.masters = {
             name: torch.nn.Parameter(local_part(parameter).detach()) for name, parameter in model.parameters.items()
         }
-        held = {name: master for name, master in self.masters.items() if master.numel()}
+        # some classes have parameters that are not trained, such as biases of a router that its own rule adjusts
+        held = {
+            name: master
+            for name, master in self.masters.items()
+            if master.numel() and model.parameters[name].requires_grad
+        }
         decayed = [master for name, master in held.items() if model.parameters[name].dim() > 1]
         others = [master for name, master in held.items() if model.parameters[name].dim() <= 1]
         groups = [
@@ -59,6 +64,17 @@ class Optimizer:
             if parameter.grad is not None
         }
 
+    def whole_gradients(self) -> list[Tensor]:
+        """Gradients of parameters that every rank has whole, as its own rows gave them, to be summed in place; zeros are made where
+        there were none."""
+        gradients = []
+        for name in sorted(self.model.whole.intersection(self.model.parameters)):
+            parameter = self.model.parameters[name]
+            gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            parameter.grad = gradient
+            gradients.append(gradient)
+        return gradients
+
     def drop_gradients(self) -> None:
         """Free the gradients."""
         for name, parameter in self.model.parameters.items():
@@ -67,7 +83,12 @@ class Optimizer:
     @torch.no_grad()
     def norm(self) -> float:
         """L2 norm of the gradients over the group's ranks, before clipping."""
-        gradients = [gradient for gradient in self.gradients().values() if gradient.numel()]
+        counted_elsewhere = self.model.whole if self._group is not None and self._group.rank() else ()
+        gradients = [
+            gradient
+            for name, gradient in self.gradients().items()
+            if gradient.numel() and name not in counted_elsewhere
+        ]
         total = torch.nn.utils.get_total_norm(gradients).double().square().cpu()
         if self._group is not None:
             dist.all_reduce(total, group=self._group)
@@ -89,12 +110,11 @@ class Optimizer:
         self.inner.step()
 
     def slices(self) -> list[OptimizerSlice]:
-        """The state of each parameter's rows that this rank has; moments of buffers, which are not trained, are always zero."""
-        trained = [self._slice(name, master, self._moments(master)) for name, master in self.masters.items()]
+        """The state of each parameter's rows that this rank has; moments of what is not trained, such as buffers, are always zero."""
         kinds = MOMENTS if self.inner.state else ()
-        return trained + [
-            self._slice(name, buffer, {kind: torch.zeros_like(buffer) for kind in kinds})
-            for name, buffer in self.model.buffers.items()
+        return [
+            self._slice(name, value, self._moments(value) or {kind: torch.zeros_like(value) for kind in kinds})
+            for name, value in {**self.masters, **self.model.buffers}.items()
         ]
 
     def _slice(self, name: str, master: Tensor, moments: Mapping[str, Tensor]) -> OptimizerSlice:

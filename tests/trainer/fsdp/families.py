@@ -11,15 +11,23 @@ from transformers import (
     Cohere2Config,
     DeepseekV2Config,
     DeepseekV3Config,
+    DiffLlamaConfig,
+    Ernie4_5_MoeConfig,
     Exaone4Config,
     Gemma2Config,
+    Gemma3nTextConfig,
     Glm4Config,
     GPT2Config,
     GPTNeoXConfig,
     GptOssConfig,
     GraniteConfig,
+    JetMoeConfig,
+    MiniCPM3Config,
+    Olmo3Config,
     OlmoeConfig,
+    OPTConfig,
     PreTrainedConfig,
+    PreTrainedModel,
     Qwen2MoeConfig,
     SmolLM3Config,
     Starcoder2Config,
@@ -52,6 +60,7 @@ FAMILIES: dict[str, PreTrainedConfig] = {
     "gpt_oss": GptOssConfig(**SIZES, **WINDOW, head_dim=32, num_local_experts=5, num_experts_per_tok=2),
     "deepseek_v2": DeepseekV2Config(**MLA, n_group=1, topk_group=1),
     "deepseek_v3": DeepseekV3Config(**{**MLA, "n_routed_experts": 6}, n_group=2, topk_group=1),
+    "olmo3": Olmo3Config(**SIZES, **WINDOW),  # rotary angles that stay float32
     "olmoe": OlmoeConfig(**SIZES, **EXPERTS),
     "qwen2_moe": Qwen2MoeConfig(**SIZES, **EXPERTS, moe_intermediate_size=32, shared_expert_intermediate_size=64),
     "glm4": Glm4Config(**SIZES, head_dim=32),
@@ -60,6 +69,35 @@ FAMILIES: dict[str, PreTrainedConfig] = {
     "gpt_neox": GPTNeoXConfig(**{k: v for k, v in SIZES.items() if k != "num_key_value_heads"}),
     "exaone4": Exaone4Config(**SIZES, **WINDOW),
     "cohere2": Cohere2Config(**SIZES, **WINDOW, logit_scale=0.3),
+    "minicpm3": MiniCPM3Config(
+        **{key: value for key, value in MLA.items() if key != "v_head_dim"}, v_head_dim=12, dim_model_base=48
+    ),  # its hidden states are divided before the output layer
+    "ernie4_5_moe": Ernie4_5_MoeConfig(
+        **SIZES, moe_num_experts=5, moe_k=2, moe_intermediate_size=32, moe_num_shared_experts=1
+    ),  # parameters that it does not train, of two dimensions
+    "gemma3n_text": Gemma3nTextConfig(
+        **SIZES,
+        **WINDOW,
+        head_dim=32,
+        hidden_size_per_layer_input=8,
+        vocab_size_per_layer_input=101,
+        laurel_rank=8,
+        num_kv_shared_layers=1,
+        activation_sparsity_pattern=[0.9, 0.0, 0.0],
+        final_logit_softcapping=2.0,
+    ),  # keys and values of another layer, products changed in place
+    "diffllama": DiffLlamaConfig(**SIZES, head_dim=32),  # two attentions of each layer, norms without a scale
+    "jetmoe": JetMoeConfig(
+        **{key: value for key, value in SIZES.items() if key != "num_attention_heads"},
+        kv_channels=32,
+        num_local_experts=5,
+        num_experts_per_tok=2,
+    ),  # experts in its attention, which nothing without memory can run
+    "opt": OPTConfig(
+        **{key: value for key, value in SIZES.items() if key != "intermediate_size"},
+        ffn_dim=96,
+        word_embed_proj_dim=128,
+    ),  # a part inside a part
     "gpt2": GPT2Config(
         vocab_size=101, n_embd=128, n_layer=3, n_head=4, n_positions=128, eos_token_id=1, bos_token_id=1
     ),
@@ -70,6 +108,12 @@ def save_model(family: str, folder: Path) -> None:
     """A random model whose logits are far from uniform."""
     torch.manual_seed(5)
     model = AutoModelForCausalLM.from_config(FAMILIES[family])
+    randomize(model)
+    model.save_pretrained(folder)
+
+
+def randomize(model: PreTrainedModel) -> None:
+    """Random weights; norms' scales stay."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() > 1:
@@ -79,4 +123,3 @@ def save_model(family: str, folder: Path) -> None:
         for name, buffer in model.named_buffers():
             if name.endswith("correction_bias"):
                 buffer.normal_(std=0.1)
-    model.save_pretrained(folder)

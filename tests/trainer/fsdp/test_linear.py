@@ -13,8 +13,15 @@ from aligner.trainer import products
 from aligner.trainer.fsdp.linear import use_products
 
 SIZES: dict[str, Any] = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-LINEAR = {"Qwen2": 8, "GPT2": 5, "GPTNeoX": 5}
-"""Of one layer and the output layer."""
+LINEAR = {"Qwen2": 8, "GPT2": 5, "GPTNeoX": 5, "Mixtral": 6, "GptOss": 6}
+"""Of one layer and the output layer; a mixture of experts is one."""
+MIXTURE = {"num_key_value_heads": 1, "num_local_experts": 5, "num_experts_per_tok": 2, "pad_token_id": 0}
+MORE: dict[str, dict[str, Any]] = {
+    "GPT2": {"n_embd": 32, "n_layer": 1, "n_head": 2},
+    "Qwen2": {"num_key_value_heads": 1},
+    "Mixtral": MIXTURE,
+    "GptOss": {**MIXTURE, "head_dim": 16},  # experts transposed, with biases, gate and up interleaved
+}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -23,8 +30,7 @@ def test_a_model_computes_what_it_did(family: str, dtype: torch.dtype, monkeypat
     monkeypatch.setattr(products, "SMALLEST", 1)
     monkeypatch.setattr(products, "onednn_is_faster", lambda: True)
     torch.manual_seed(0)
-    more = {"GPT2": {"n_embd": 32, "n_layer": 1, "n_head": 2}, "Qwen2": {"num_key_value_heads": 1}}.get(family, {})
-    config = getattr(hf, f"{family}Config")(**SIZES, intermediate_size=48, **more)
+    config = getattr(hf, f"{family}Config")(**SIZES, intermediate_size=48, **MORE.get(family, {}))
     plain, model = (hf.AutoModelForCausalLM.from_config(config, dtype=dtype).eval() for _ in range(2))
     for parameter in plain.parameters():
         nn.init.normal_(parameter, std=0.3)

@@ -10,8 +10,8 @@ import pytest
 from tests.conftest import Ranks
 from tests.trainer.fsdp.families import FAMILIES, save_model
 
-CHEAP = ("gemma2", "gpt_oss", "gpt_neox")
-"""Soft-capping and windows; sinks, fused experts, biases; other names, norms with a bias, parallel residuals."""
+CHEAP = ("gemma2", "gpt_oss", "gpt_neox", "minicpm3", "gemma3n_text")
+"""Soft-capping and windows; sinks, fused experts, biases; other names, norms with a bias, parallel residuals; and see FAMILIES."""
 
 
 @pytest.mark.parametrize("family", CHEAP)
@@ -29,6 +29,15 @@ def test_agrees_with_transformers_on_two_ranks(ranks: Ranks, tmp_path: Path, fam
 
 
 @pytest.mark.parametrize("size", [1, 2])
+def test_what_a_class_does_not_train_stays(ranks: Ranks, tmp_path: Path, size: int) -> None:
+    save_model("ernie4_5_moe", tmp_path / "model")
+    for untrained in ranks(size).run(
+        "tests.trainer.fsdp.parity_on_ranks:check_untrained", tmp_path / "model", tmp_path
+    ):
+        assert untrained == [f"model.layers.{layer}.mlp.moe_statics.e_score_correction_bias" for layer in (1, 2)]
+
+
+@pytest.mark.parametrize("size", [1, 2])
 def test_bfloat16_keeps_float32_masters(ranks: Ranks, tmp_path: Path, size: int) -> None:
     save_model("qwen2_moe", tmp_path / "model")
     more = {"dtype": "bfloat16"}
@@ -39,8 +48,9 @@ def test_bfloat16_keeps_float32_masters(ranks: Ranks, tmp_path: Path, size: int)
 
 
 @pytest.mark.parametrize("size", [1, 2])
-def test_a_frozen_model_in_bfloat16_computes_the_same(ranks: Ranks, tmp_path: Path, size: int) -> None:
-    save_model("qwen2_moe", tmp_path / "model")
+@pytest.mark.parametrize("family", ["qwen2_moe", "olmo3"])
+def test_a_frozen_model_in_bfloat16_computes_the_same(ranks: Ranks, tmp_path: Path, family: str, size: int) -> None:
+    save_model(family, tmp_path / "model")
     ranks(size).run("tests.trainer.fsdp.parity_on_ranks:check_frozen", tmp_path / "model")
 
 
