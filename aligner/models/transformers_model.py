@@ -117,17 +117,17 @@ def empty_model(
     try:
         with _parameters_without_memory(), _own_constructors():
             model = kind._from_config(config, dtype=dtype, **more)
-        _keep_float32(model, dtype)
-        model.tie_weights()
     except Exception as error:  # whatever a constructor runs into with values that its configuration class lets pass
         raise ValueError(
-            f"{path}/config.json: transformers cannot make a {kind.__name__} of {_culprit(path, config, kind)}: "
+            f"{path}/config.json: transformers cannot make a {kind.__name__} of {_culprit(path, config, kind, dtype)}: "
             f"{type(error).__name__}: {' '.join(str(error).split())}"
         ) from error
+    _keep_float32(model, dtype)
+    model.tie_weights()
     return use_own_calls(model).eval()
 
 
-def _culprit(path: str | Path, config: PreTrainedConfig, kind: type[PreTrainedModel]) -> str:
+def _culprit(path: str | Path, config: PreTrainedConfig, kind: type[PreTrainedModel], dtype: torch.dtype) -> str:
     """The field of config.json with whose default value there would be a model: constructors' own errors may not name it."""
     fields = json.loads((Path(path) / "config.json").read_text(encoding="utf-8"))
     began = time.monotonic()
@@ -136,28 +136,35 @@ def _culprit(path: str | Path, config: PreTrainedConfig, kind: type[PreTrainedMo
             break
         try:
             with _parameters_without_memory(), _own_constructors():
-                kind._from_config(type(config).from_dict({name: fields[name] for name in fields if name != key}))
+                others = {name: fields[name] for name in fields if name != key}
+                kind._from_config(type(config).from_dict(others), dtype=dtype)
         except Exception:
             continue
         return f"{key}={value!r}"
     return "it"
 
 
-def _keep_float32(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """What the class wants in float32 whatever the model's data type is: from_pretrained does that, and constructors do not."""
+def kept_in_float32(model: PreTrainedModel, dtype: torch.dtype) -> set[str]:
+    """Names of the parameters and buffers that the class wants in float32 in a model of type `dtype`."""
     from transformers.core_model_loading import build_glob_alternation
 
     plan = model._get_dtype_plan(dtype)
     if not plan:
-        return
+        return set()
     wanted = build_glob_alternation(list(plan))[0]
-    for path, module in model.named_modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None and wanted.search(f"{path}.{name}"):
-                module._parameters[name] = nn.Parameter(parameter.float(), parameter.requires_grad)
-        for name, buffer in module._buffers.items():
-            if buffer is not None and buffer.is_floating_point() and wanted.search(f"{path}.{name}"):
-                module._buffers[name] = buffer.float()
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    return {name for name, tensor in tensors if tensor.is_floating_point() and wanted.search(name)}
+
+
+def _keep_float32(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """from_pretrained does that, and constructors do not."""
+    for path in kept_in_float32(model, dtype):
+        owner, _, name = path.rpartition(".")
+        module, tensor = model.get_submodule(owner), getattr(model.get_submodule(owner), name)
+        if isinstance(tensor, nn.Parameter):
+            module._parameters[name] = nn.Parameter(tensor.float(), tensor.requires_grad)
+        else:
+            module._buffers[name] = tensor.float()
 
 
 @contextmanager

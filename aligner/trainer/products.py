@@ -91,7 +91,7 @@ class _Linear(torch.autograd.Function):
         ctx.save_for_backward(x, weight_NK)
         ctx.group = group
         if x.dtype is not torch.float32:  # torch adds the bias before it rounds
-            return F.linear(x, weight_NK, bias_N)
+            return shaped(F.linear(x.reshape(-1, x.shape[-1]), weight_NK, bias_N), *x.shape[:-1], len(weight_NK))
         out = shaped(product(x.reshape(-1, x.shape[-1]), weight_NK.T), *x.shape[:-1], len(weight_NK))
         return out if bias_N is None else out.add_(bias_N)
 

@@ -126,9 +126,10 @@ class Rogue:
         forged = {"text": b"\x00\x00\x00\x04oops", "size": b"\xff\xff\xff\xff", "utf": b"\x00\x00\x00\x02\xff\xfe"}[
             rest
         ]
-        for fd in range(3, 40):
-            with contextlib.suppress(OSError):
-                os.write(fd, forged)
+        for fd in sorted(int(name) for name in os.listdir("/proc/self/fd")):
+            if fd > 2:
+                with contextlib.suppress(OSError):
+                    os.write(fd, forged)
         time.sleep(60)
         return ""
 

@@ -114,10 +114,13 @@ def test_grouped_linear(rows: tuple[int, ...], transposed: bool) -> None:
             torch.testing.assert_close(mine.double(), reference, rtol=1e-5, atol=1e-5)
 
 
-def test_the_result_may_be_changed_in_place() -> None:
-    x, weight = normal(2, 3, 6).requires_grad_(), normal(4, 6).requires_grad_()
-    out = linear(x, weight)
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_result_may_be_changed_in_place(dtype: torch.dtype, bias: bool) -> None:
+    x, weight, offset = (normal(*shape).to(dtype).requires_grad_() for shape in ((2, 3, 6), (4, 6), (4,)))
+    given = [x, weight, *([offset] if bias else [])]
+    out = linear(*given)
     out *= 2
-    grads = torch.autograd.grad(out.sum(), [x, weight])
-    wanted = torch.autograd.grad((2 * F.linear(x, weight)).sum(), [x, weight])
+    grads = torch.autograd.grad(out.sum(), given)
+    wanted = torch.autograd.grad((2 * F.linear(*given)).sum(), given)
     torch.testing.assert_close(grads, wanted)

@@ -127,7 +127,7 @@ class Bucket:
         self._body = self.buffer[layout.header :]
         self._payload = self._body[: layout.places[0]]
         self._memory = bytes_of(self.buffer) if self.buffer.is_cpu else None
-        self._start = self.buffer.data_ptr() + 8 * layout.header
+        self._start = self.buffer.data_ptr() + 8 * layout.header if self._memory is not None else 0
         self._payload[layout.bounds[-1] :] = 0  # the last row is summed as a whole on both sides
         self._storages: dict[int, Tensor] = {}
         """Of the large items, those that are sent from or received in their storage."""
@@ -336,7 +336,8 @@ class Bucket:
         return self._storages[number] if number in self._storages else self._elements(number)
 
     def _in_plain_memory(self, number: int, *tensors: Tensor) -> bool:
-        """Whether the message is in the host's memory and these hold an item, one after the other, as the message does."""
+        """Whether the message is in the host's memory and these hold an item, one after the other, as the message does: the functions
+        of addresses then need no tensor of its place, which would take longer to make than a small region to copy."""
         return self._memory is not None and plain(self._layout.dtypes[number], *tensors)
 
     def _address(self, number: int) -> int:

@@ -79,7 +79,7 @@ def copy_verified(
     if not on_cpu((target, readback, source)):
         copy(target, source, chunk_buffers, progress)
         held, expected = (tensor.contiguous().cpu() for tensor in (readback, source.to(target.dtype)))
-        return bytes_of(held) == bytes_of(expected)
+        return _libc.memcmp(held.data_ptr(), expected.data_ptr(), held.nbytes) == 0
     same, written = True, 0
     for target_chunk, readback_chunk, source_chunk in chunk_views(target, readback, source):
         cast = chunk_buffers.cast(source_chunk, target_chunk.dtype)

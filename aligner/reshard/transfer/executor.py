@@ -39,8 +39,8 @@ def execute(
 
     Ranks with nothing to do return at once. Data goes peer to peer in the steps of the plan's schedule, whose order
     cannot deadlock. While a step is on the wire what was received before is written and proven, the next step is packed
-    and posted, and local copies are made. Staging takes at most 4 messages of half `bucket_bytes` per rank, however many
-    peers there are; local copies need none. It is freed afterwards, unless the caller gives the same `buffers` to every
+    and posted, and local copies are made. Staging takes at most twice `bucket_bytes` per rank (4 messages of half of it, in shared memory
+    5 of two fifths), however many peers there are; local copies need none. It is freed afterwards, unless the caller gives the same `buffers` to every
     transfer: then they stay allocated in between, and no transfer waits for fresh memory. Buffers that have a
     `SharedMemoryChannel` send messages through shared memory.
 

@@ -33,7 +33,7 @@ def check_model(spec: ModelSpec, mesh: Mesh, config: RolloutConfig, cpu: bool) -
     trusted = spec.trust_remote_code
     model_config = transformers_model.read_config(spec.path, spec.head, trusted)
     kind = transformers_model.model_class(model_config, spec.head, spec.path, trusted)
-    problem = _problem(kind, model_config)
+    problem = _problem(kind, model_config) or _attends_to_later_tokens(spec)
     if problem:
         raise ValueError(
             f"rollout.engine=transformers: {kind.__name__} ({spec.path}) {problem}, which is not supported; use engine=vllm."
@@ -51,8 +51,6 @@ def _problem(kind: type[PreTrainedModel], config: PreTrainedConfig) -> str | Non
         return "generates with a cache of its own kind"
     if "position_ids" not in taken:
         return "takes no positions of its tokens"
-    if getattr(config, "is_decoder", True) is False:
-        return "is an encoder (is_decoder=false in its config.json), which attends to later tokens"
     try:
         layers = DynamicCache(config=config).layers
     except Exception as error:  # layer_types without the size that they need
@@ -60,6 +58,16 @@ def _problem(kind: type[PreTrainedModel], config: PreTrainedConfig) -> str | Non
         return f"has no cache by its config.json: layer_types {kinds}, sliding_window and the like ({error})"
     if kind._is_stateful and not any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in layers):
         return "keeps a state outside its cache"
+    return None
+
+
+def _attends_to_later_tokens(spec: ModelSpec) -> str | None:
+    """Asked of the layers: GPT-NeoX has is_decoder=false in config.json too, and does not read it."""
+    from aligner.models.transformers_model import empty_model
+
+    model = empty_model(spec.path, spec.head, trust_remote_code=spec.trust_remote_code)
+    if any(getattr(module, "is_causal", True) is False for module in model.modules()):
+        return "is an encoder (is_decoder=false in its config.json), which attends to later tokens"
     return None
 
 

@@ -38,7 +38,7 @@ _IGNORED = ("VLLM_CPU_KVCACHE_SPACE",)  # would silently win over rollout.kv_cac
 
 
 class SubWorld:
-    """The ranks of one replica as a world of their own, entered with `inside()`; vLLM runs nowhere else.
+    """The ranks of one replica as a world of their own, entered with `inside()`, or to pack weights with `packing()`; vLLM runs nowhere else.
 
     vLLM uses torch's default process group, RANK and WORLD_SIZE as its own and changes much global state of the process;
     on leaving, all of it is restored. So a process can hold several engines.

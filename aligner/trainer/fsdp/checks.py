@@ -32,6 +32,23 @@ def check_runs(spec: ModelSpec, mesh: Mesh, config: TrainingConfig, sequence_par
             f"{mesh.name}.recompute=mlp: engine=fsdp recomputes whole layers or attention; use full or selective."
         )
     check_trains(spec, mesh.name)
+    if config.dtype == "bfloat16" and spec.tensors is not None:
+        _check_bfloat16(spec, mesh.name)
+
+
+def _check_bfloat16(spec: ModelSpec, role: str) -> None:
+    """Raises ValueError for a class that wants parameters in float32 there, as ERNIE 4.5 does its router: FSDP gathers all in bfloat16."""
+    import torch
+
+    from aligner.models.transformers_model import empty_model, kept_in_float32
+
+    model = empty_model(spec.path, spec.head, trust_remote_code=spec.trust_remote_code)
+    kept = sorted(kept_in_float32(model, torch.bfloat16).intersection(dict(model.named_parameters())))
+    if kept:
+        raise ValueError(
+            f"{role}.dtype=bfloat16: transformers' {type(model).__name__} ({spec.path}) keeps {kept[0]} in float32, which engine=fsdp "
+            "gathers in bfloat16; use float32."
+        )
 
 
 def check_trains(spec: ModelSpec, role: str) -> None:

@@ -95,6 +95,7 @@ def begin_sums(module: FSDPModule) -> None:
     last pass's in bfloat16 where no earlier one had any."""
     for group in module._get_fsdp_state()._fsdp_param_groups:
         for parameter in group.fsdp_params:
-            if parameter.unsharded_accumulated_grad is None and parameter.sharded_param.requires_grad:
+            ran = hasattr(parameter, "_unsharded_param")  # else no microbatch has gathered it
+            if ran and parameter.unsharded_accumulated_grad is None and parameter.sharded_param.requires_grad:
                 zeros = torch.zeros_like(parameter._unsharded_param, dtype=parameter.reduce_dtype, requires_grad=False)
                 parameter.unsharded_accumulated_grad = zeros

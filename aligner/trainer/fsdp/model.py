@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -252,7 +252,7 @@ def build_model(
             sharded.set_reduce_scatter_unused_params(True, recurse=False)
             if device.type == "cpu":
                 use_cpu_collectives(sharded)
-    _allocate(root, device)
+    _allocate(root, device, {f"model.{held.storage}" for held in layout.held})
     return ShardedModel(root, layout, rank)
 
 
@@ -270,8 +270,8 @@ def _computed_again(forward: Any, *args: Any, **kwargs: Any) -> Any:
     return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
 
 
-def _allocate(root: PackedModel, device: torch.device) -> None:
-    """Give parameters memory and move buffers, whose values stay."""
+def _allocate(root: PackedModel, device: torch.device, held: Collection[str]) -> None:
+    """Give parameters memory and move buffers, whose values stay; `held`: the names of those that the checkpoint has."""
     values: Mapping[str, Tensor] = dict(root.named_buffers())
     root.to_empty(device=device)
     root.model.tie_weights()  # each module has got a parameter of its own
@@ -279,3 +279,8 @@ def _allocate(root: PackedModel, device: torch.device) -> None:
         for name, buffer in root.named_buffers():
             if not values[name].is_meta:
                 buffer.copy_(values[name])
+            elif name not in held:
+                raise ValueError(
+                    f"{type(root.model).__name__} makes its buffer {name.removeprefix('model.')} without values, and no checkpoint holds it; "
+                    "engine=fsdp does not support it."
+                )

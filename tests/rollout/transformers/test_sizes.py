@@ -12,6 +12,7 @@ from aligner.models.read_spec import read_spec
 from aligner.rollout.config import RolloutConfig
 from aligner.rollout.transformers.sizes import check_model
 from aligner.spmd.mesh import Mesh
+from tests.trainer.fsdp.families import FAMILIES, save_model
 
 SETTINGS = RolloutConfig("transformers", max_model_len=32)
 SIZES: dict[str, Any] = {
@@ -47,3 +48,10 @@ def test_rows_that_cannot_be_decoded_together(config: PreTrainedConfig, reason: 
         ValueError, match=f"rollout.engine=transformers: {type(config).__name__[:4]}.*{reason}.*use eng"
     ):
         check_model(read_spec(tmp_path), Mesh((0,), name="rollout"), SETTINGS, True)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families_that_train_also_generate(family: str, tmp_path: Path) -> None:
+    """GPT-NeoX has is_decoder=false in its config.json, and is causal all the same."""
+    save_model(family, tmp_path)
+    check_model(read_spec(tmp_path), Mesh((0,), name="rollout"), SETTINGS, True)

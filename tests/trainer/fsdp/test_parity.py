@@ -7,6 +7,10 @@ from typing import Any
 
 import pytest
 
+from aligner.models.read_spec import read_spec
+from aligner.spmd.mesh import Mesh
+from aligner.trainer.config import PolicyConfig
+from aligner.trainer.fsdp.checks import check_runs
 from tests.conftest import Ranks
 from tests.trainer.fsdp.families import FAMILIES, save_model
 
@@ -35,6 +39,15 @@ def test_what_a_class_does_not_train_stays(ranks: Ranks, tmp_path: Path, size: i
         "tests.trainer.fsdp.parity_on_ranks:check_untrained", tmp_path / "model", tmp_path
     ):
         assert untrained == [f"model.layers.{layer}.mlp.moe_statics.e_score_correction_bias" for layer in (1, 2)]
+
+
+def test_parameters_that_a_class_keeps_in_float32_are_refused_in_bfloat16(tmp_path: Path) -> None:
+    """A rollout has them in float32, and would choose other experts."""
+    save_model("ernie4_5_moe", tmp_path)
+    spec, mesh = read_spec(tmp_path), Mesh((0,), name="policy")
+    check_runs(spec, mesh, PolicyConfig(engine="fsdp"), False, True)
+    with pytest.raises(ValueError, match=r"policy\.dtype=bfloat16: .*keeps .*mlp\.gate.* in float32.*use float32"):
+        check_runs(spec, mesh, PolicyConfig(engine="fsdp", dtype="bfloat16"), False, True)
 
 
 @pytest.mark.parametrize("size", [1, 2])
