@@ -28,7 +28,8 @@ BOXED = {(f"aligner/reward/sandboxed/{name}.py", "exec") for name in ("harness",
 TRUSTED = {
     (f"aligner/{file}.py", "trust_remote_code=True")
     for file in (
-        "models/transformers_model", "models/transformers_spec", "rollout/transformers/engine", "trainer/fsdp/model",
+        "models/transformers_model", "models/transformers_spec", "rollout/transformers/engine", "rollout/transformers/sizes",
+        "trainer/fsdp/checks", "trainer/fsdp/model",
     )
 } | {("tools/generate.py", "trust_remote_code=True")}  # fmt: skip
 """Pass model.trust_remote_code on, which is false unless a user sets it."""
