@@ -22,24 +22,7 @@ class DampedConfig(LlamaConfig):
         super().__init__(**rest)
         self.damping = damping
 """
-MODELING = '''
-from torch import nn
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaForCausalLM, LlamaModel
-
-from .configuration_damped import DampedConfig
-
-
-class DampedLayer(LlamaDecoderLayer):
-    """What a layer adds is less than a Llama layer's."""
-
-    def __init__(self, config, layer_idx):
-        super().__init__(config, layer_idx)
-        self.damping = config.damping
-
-    def forward(self, hidden_states, *args, **kwargs):
-        return hidden_states + self.damping * (super().forward(hidden_states, *args, **kwargs) - hidden_states)
-
-
+_MODEL = """
 class DampedModel(LlamaModel):
     config_class = DampedConfig
 
@@ -57,12 +40,35 @@ class DampedForCausalLM(LlamaForCausalLM):
         super().__init__(config)
         self.model = DampedModel(config)
         self.post_init()
+"""
+"""What both have after their layer, `DampedLayer`."""
+MODELING = (
+    '''
+from torch import nn
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaForCausalLM, LlamaModel
+
+from .configuration_damped import DampedConfig
+
+
+class DampedLayer(LlamaDecoderLayer):
+    """What a layer adds is less than a Llama layer's."""
+
+    def __init__(self, config, layer_idx):
+        super().__init__(config, layer_idx)
+        self.damping = config.damping
+
+    def forward(self, hidden_states, *args, **kwargs):
+        return hidden_states + self.damping * (super().forward(hidden_states, *args, **kwargs) - hidden_states)
+
 '''
+    + _MODEL
+)
 SCALAR = MODELING.replace("from torch import nn", "import torch\nfrom torch import nn").replace(
     "self.damping = config.damping", "self.damping = nn.Parameter(torch.tensor(config.damping))"
 )
 """The damping is a parameter without dimensions."""
-EXPERTS = """
+EXPERTS = (
+    """
 import torch
 from torch import nn
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaForCausalLM, LlamaMLP, LlamaModel
@@ -93,25 +99,9 @@ class DampedLayer(LlamaDecoderLayer):
         super().__init__(config, layer_idx)
         self.mlp = Experts(config)
 
-
-class DampedModel(LlamaModel):
-    config_class = DampedConfig
-
-    def __init__(self, config):
-        super().__init__(config)
-        self.layers = nn.ModuleList(DampedLayer(config, number) for number in range(config.num_hidden_layers))
-        self.post_init()
-
-
-class DampedForCausalLM(LlamaForCausalLM):
-    config_class = DampedConfig
-    _no_split_modules = ["DampedLayer"]
-
-    def __init__(self, config):
-        super().__init__(config)
-        self.model = DampedModel(config)
-        self.post_init()
 """
+    + _MODEL
+)
 CONFIG: dict[str, Any] = {
     "architectures": ["DampedForCausalLM"],
     "model_type": "damped",
