@@ -18,10 +18,10 @@ from aligner.reshard.plan.layout import ExplicitLayout, WeightLayout
 from aligner.reshard.plan.region import Layout
 from aligner.reshard.plan.transfer_plan import TransferPlan, plan_transfer
 from aligner.reshard.transfer.executor import execute, schedule_for
-from aligner.reshard.transfer.shared_memory import connect
 from aligner.reshard.transfer.sync_stats import SyncStats
 from aligner.reshard.transfer.wire import LastMessages
 from aligner.reshard.weights import ShardedWeights, WritableWeights
+from aligner.spmd.shared_memory import connect
 
 if TYPE_CHECKING:
     from aligner.spmd.world import World
@@ -62,7 +62,7 @@ class WeightSync:
         self.planning_seconds = time.perf_counter() - start
         if world.device.type == "cpu":  # on CUDA the caching allocator keeps freed memory
             shares = config.shared_memory and not config.deltas
-            self.buffers = Buffers(world.device, connect(self.group) if shares else None)
+            self.buffers = Buffers(world.device, connect(self.group, "reshard") if shares else None)
         else:
             # NCCL makes a group's communicator in its first collective, all members together.
             dist.all_reduce(torch.zeros(1, device=world.device), group=self.group)

@@ -18,6 +18,7 @@ from aligner.health.process_exit import exit_process
 from aligner.health.store import agree_on_attempt, own_store
 from aligner.health.timeline import Timeline
 from aligner.health.watch import Watch
+from aligner.spmd.cpu_collectives import CpuCollectives
 from aligner.spmd.device_check import check_device
 from aligner.spmd.device_clock import DeviceClock
 from aligner.spmd.residency import Residency
@@ -64,6 +65,7 @@ class World:
         self.residency = Residency(self.device)
         self.watch = Watch(self.journal, self.activity, self.rank, self.size, self.attempt, hang, run_dir)
         self._groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
+        self._cpu_collectives: dict[dist.ProcessGroup, CpuCollectives] = {}
         self._closers: list[Callable[[], Any]] = []
 
     def group(self, ranks: Sequence[int]) -> dist.ProcessGroup | None:
@@ -81,6 +83,14 @@ class World:
         """Create all `groups` (collective over the world); returns this rank's group, or None."""
         process_groups = [self.group(ranks) for ranks in groups]
         return next((group for group in process_groups if group is not None), None)
+
+    def cpu_collectives(self, group: dist.ProcessGroup) -> CpuCollectives | None:
+        """Collectives for large tensors of a CPU, made once; None on CUDA, where NCCL's are used. A collective over `group`."""
+        if self.device.type != "cpu":
+            return None
+        if group not in self._cpu_collectives:
+            self._cpu_collectives[group] = CpuCollectives(group)
+        return self._cpu_collectives[group]
 
     def on_leave(self, close: Callable[[], Any]) -> None:
         """Register `close` to run when the job ends without an error, last registered first."""

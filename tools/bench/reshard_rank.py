@@ -32,12 +32,12 @@ from aligner.reshard.plan.region import Piece, contiguous_stride
 from aligner.reshard.plan.schedule import Message
 from aligner.reshard.plan.transfer_plan import plan_transfer
 from aligner.reshard.transfer.executor import execute, schedule_for
-from aligner.reshard.transfer.shared_memory import connect
 from aligner.rollout.config import RolloutConfig
 from aligner.rollout.vllm.engine import VllmEngine
 from aligner.rollout.vllm.layout import EngineLayout
 from aligner.rollout.vllm.weights import EngineWeights
 from aligner.spmd.mesh import Mesh
+from aligner.spmd.shared_memory import connect
 from aligner.trainer.megatron.cpu import install as patch_megatron
 from aligner.trainer.megatron.groups import make_groups, prepare_megatron
 from aligner.trainer.megatron.layout import MegatronLayout
@@ -66,7 +66,7 @@ class Bench:
         self.plan = plan_transfer(self.rank, self.train, self.infer)
         self.tensor_group = group_of(self.rank, self.train_mesh.groups("tensor"))
         self.everyone = dist.new_group(list(ranks))
-        self.channel = connect(self.everyone)
+        self.channel = connect(self.everyone, "reshard")
         self.buffers = Buffers(CPU, self.channel)  # kept, as a job keeps them
         self.messages = Buffers(CPU)
         self.shared_schedule = schedule_for(self.plan, BUCKET_BYTES, self.buffers)
@@ -284,7 +284,7 @@ def main(name: str, folder: str, repeats: str, engine: str, out: str) -> None:
         }
         if not CASES[name].experts:
             ways["megatron"] = megatron_way(bench)
-    bench.buffers = Buffers(CPU, connect(bench.everyone))  # what they take is extra memory
+    bench.buffers = Buffers(CPU, connect(bench.everyone, "reshard"))  # what they take is extra memory
     extra = extra_bytes(ways["ours"])
     seconds = median_of_slowest(ways, int(repeats))
     counts = torch.tensor([bench.schedule.sent_bytes, bench.plan.minimum_bytes, bench.plan.local_bytes])

@@ -38,7 +38,7 @@ from aligner.reshard.message.proof import (
 from aligner.reshard.plan.transfer_plan import Item
 
 if TYPE_CHECKING:
-    from aligner.reshard.transfer.shared_memory import SharedMemoryChannel
+    from aligner.spmd.shared_memory import SharedMemoryChannel
 
 LARGE_BYTES = 128 << 10
 """Items of at least this size are sent from and received into their storages, without a copy; smaller ones are packed together,

@@ -15,10 +15,10 @@ from aligner.reshard.message.proof import View
 from aligner.reshard.plan.schedule import STAGED, Message, Schedule, ScheduleStep, make_schedule, origin_rank
 from aligner.reshard.plan.transfer_plan import Item, TransferPlan
 from aligner.reshard.transfer.rank_transfer import RankTransfer
-from aligner.reshard.transfer.shared_memory import SLOTS
 from aligner.reshard.transfer.sync_stats import SyncStats
 from aligner.reshard.transfer.wire import LastMessages, WaitSpan, Wire, make_wire
 from aligner.reshard.weights import WritableWeights
+from aligner.spmd.shared_memory import SLOTS
 
 
 def execute(

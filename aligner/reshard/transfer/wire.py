@@ -15,7 +15,7 @@ from aligner.reshard.message import delta
 from aligner.reshard.message.bucket import Bucket, Buffers
 from aligner.reshard.plan.region import STORED_BYTES
 from aligner.reshard.plan.schedule import Message, Schedule, ScheduleStep
-from aligner.reshard.transfer.shared_memory import SharedMemoryChannel
+from aligner.spmd.shared_memory import SharedMemoryChannel
 
 LastMessages = dict[object, Tensor]
 """Content of a message -> its payload in the last transfer: as much memory as a rank sends and receives."""

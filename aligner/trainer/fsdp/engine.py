@@ -60,6 +60,7 @@ class FsdpEngine(TrainEngine):
             world.device,
             _device_mesh(world, mesh, groups) if sharded else None,
             readout,
+            collectives=world.cpu_collectives(groups["shard"]) if sharded else None,
             dtype=DTYPES[config.dtype],
             frozen=frozen,
             recompute=config.recompute,

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
     from transformers import PreTrainedConfig, PreTrainedModel
 
+    from aligner.spmd.cpu_collectives import CpuCollectives
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _ATTENTION_LAYERS = ("full_attention", "sliding_attention", "attention")
 """Names in a configuration's layer_types that mix tokens by causal attention alone."""
@@ -199,6 +201,7 @@ def build_model(
     mesh: DeviceMesh | None,
     readout: Readout,
     *,
+    collectives: CpuCollectives | None,
     dtype: torch.dtype,
     frozen: bool,
     recompute: str,
@@ -208,6 +211,7 @@ def build_model(
 
     Args:
         mesh: what weights are sharded over; None: they are whole here.
+        collectives: those of the shards, on CPUs.
         dtype: of activations, and of the weights of a frozen model; others have float32 weights.
         recompute: none, selective (attention only) or full (each layer).
 
@@ -250,8 +254,8 @@ def build_model(
             sharded.set_force_sum_reduction_for_comms(True)
             # an expert that none of this rank's tokens chose has no gradient, where other ranks have one
             sharded.set_reduce_scatter_unused_params(True, recurse=False)
-            if device.type == "cpu":
-                use_cpu_collectives(sharded)
+            if collectives is not None:
+                use_cpu_collectives(sharded, collectives)
     _allocate(root, device, {f"model.{held.storage}" for held in layout.held})
     return ShardedModel(root, layout, rank)
 

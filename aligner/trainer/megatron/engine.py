@@ -165,7 +165,9 @@ class MegatronEngine(TrainEngine):
         """Make the data-parallel wrapper, which moves the parameters into flat buffers, and AdamW."""
         if self._optimizer is None:
             overlap = self.config.overlap_grad_reduce
-            self._optimizer = Optimizer(self.model, self.config.optimizer, self.groups, overlap=overlap)
+            self._optimizer = Optimizer(
+                self.model, self.config.optimizer, self.groups, self.world.cpu_collectives, overlap=overlap
+            )
 
     @property
     def optimizer(self) -> Optimizer:

@@ -3,13 +3,19 @@ during it."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.process_groups_config import ProcessGroupCollection
+from torch import Tensor
 
+from aligner.spmd.cpu_collectives import CpuCollectives
 from aligner.trainer.megatron.model import ShardedModel
+
+CollectivesOf = Callable[[dist.ProcessGroup], CpuCollectives | None]
 
 BUCKET_ELEMENTS: int | None = None
 """With overlap, gradients are reduced in buckets of about so many elements; None: Megatron's, 40 million, or one million for each
@@ -34,11 +40,17 @@ class ReducedChunk(DistributedDataParallel):
 
 
 def reduced_chunks(
-    model: ShardedModel, groups: ProcessGroupCollection, *, distributed: bool, overlap: bool
+    model: ShardedModel,
+    groups: ProcessGroupCollection,
+    cpu_collectives: CollectivesOf,
+    *,
+    distributed: bool,
+    overlap: bool,
 ) -> list[Any]:
     """The model's chunks as `ReducedChunk`s, with gradient buffers; sets how Megatron's schedules reduce them.
 
     Args:
+        cpu_collectives: those of a group on CPUs, used where nothing overlaps; None for a group on another device.
         distributed: each data-parallel rank gets the sums of its part (reduce-scatter), for a distributed optimizer.
         overlap: reduce a bucket as soon as the last microbatch's backward has its gradients, rather than all after it.
     """
@@ -56,6 +68,8 @@ def reduced_chunks(
     for chunk in chunks:
         for buckets in (*chunk.bucket_groups, *chunk.expert_parallel_bucket_groups):
             _skip_collectives_of_one(buckets)
+            if distributed and buckets.intra_distributed_optimizer_instance_size > 1:
+                _use_cpu_collectives(buckets, cpu_collectives(buckets.intra_distributed_optimizer_instance_group))
 
     def finish_gradients(models: list[Any], num_tokens: Any = None, **kwargs: Any) -> None:
         # the loss is already divided by the global denominator; dividing again would be a silent error
@@ -82,3 +96,27 @@ def _skip_collectives_of_one(buckets: Any) -> None:
         buckets.start_grad_sync = buckets.start_param_sync = nothing
         if buckets.ddp_config.overlap_grad_reduce:  # without, finishing is starting
             buckets.finish_grad_sync = nothing
+
+
+def _use_cpu_collectives(buckets: Any, collectives: CpuCollectives | None) -> None:
+    """Sums of gradients and gathers of weights by `collectives`; those that overlap the backward stay gloo's, whose threads do them."""
+    if collectives is None:
+        return
+    assert all(bucket.gradient_scaling_factor == 1.0 for bucket in buckets.buckets)
+    place = collectives.group.rank()
+
+    def own(whole: Tensor) -> Tensor:
+        return whole.view(collectives.group.size(), -1)[place]
+
+    def reduce(force_all_reduce: bool = False) -> None:
+        assert not force_all_reduce, "with a distributed optimizer each rank needs its part"
+        for bucket in buckets.buckets:
+            collectives.reduce_scatter(bucket.grad_data, own(bucket.grad_data))
+
+    def gather(force_sync: bool = False) -> None:
+        for bucket in buckets.buckets:
+            collectives.all_gather(bucket.param_data)
+
+    buckets.start_param_sync = gather
+    if not buckets.ddp_config.overlap_grad_reduce:
+        buckets.start_grad_sync = reduce

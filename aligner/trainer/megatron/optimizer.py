@@ -12,7 +12,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
 from aligner.trainer.config import OptimizerConfig
-from aligner.trainer.megatron.gradient_reduction import reduced_chunks
+from aligner.trainer.megatron.gradient_reduction import CollectivesOf, reduced_chunks
 from aligner.trainer.megatron.groups import optimizer_world
 from aligner.trainer.megatron.model import ShardedModel
 
@@ -21,16 +21,24 @@ class Optimizer:
     """Gradient buffers, float32 master weights for bfloat16 parameters, AdamW, clipping by the global norm."""
 
     def __init__(
-        self, model: ShardedModel, config: OptimizerConfig, groups: ProcessGroupCollection, *, overlap: bool = False
+        self,
+        model: ShardedModel,
+        config: OptimizerConfig,
+        groups: ProcessGroupCollection,
+        cpu_collectives: CollectivesOf,
+        *,
+        overlap: bool = False,
     ) -> None:
         """
         Args:
-            overlap: see `reduced_chunks`.
+            cpu_collectives, overlap: see `reduced_chunks`.
         """
         self.config = config
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            self.chunks = reduced_chunks(model, groups, distributed=config.distributed, overlap=overlap)
+            self.chunks = reduced_chunks(
+                model, groups, cpu_collectives, distributed=config.distributed, overlap=overlap
+            )
             bf16 = model.config.params_dtype == torch.bfloat16
             with optimizer_world(groups.intra_dist_opt):
                 self.inner: Any = get_megatron_optimizer(

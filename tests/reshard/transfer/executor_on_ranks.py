@@ -22,7 +22,7 @@ from aligner.reshard.message.storage import allocate, strided_view
 from aligner.reshard.plan.region import Layout, Piece, whole_tensor
 from aligner.reshard.plan.transfer_plan import plan_transfer
 from aligner.reshard.transfer.executor import execute
-from aligner.reshard.transfer.shared_memory import connect
+from aligner.spmd.shared_memory import connect
 from aligner.spmd.world import World
 from aligner.trainer.fsdp.layout import shard_rows
 from tests.reshard.layouts import Grid, Shapes, parts, scattered
@@ -41,7 +41,7 @@ Sides = tuple[Mapping[int, Layout], Mapping[int, Layout]]
 def buffers(world: World, way: str) -> Buffers:
     if way == "gloo":
         return Buffers(CPU)
-    channel = connect(dist.group.WORLD)
+    channel = connect(dist.group.WORLD, "reshard")
     assert channel, "these ranks are on one host"
     return Buffers(CPU, channel)
 

@@ -20,7 +20,7 @@ from aligner.reshard.plan.region import Layout, Piece
 from aligner.reshard.plan.transfer_plan import plan_transfer
 from aligner.reshard.sync import exchange_layouts
 from aligner.reshard.transfer import executor, rank_transfer
-from aligner.reshard.transfer.shared_memory import SharedMemoryChannel, connect
+from aligner.spmd.shared_memory import SharedMemoryChannel, connect
 from aligner.spmd.world import World
 from tests.reshard.layouts import Grid, Shapes, parts, scattered
 
@@ -122,7 +122,7 @@ def watched_transfer(world: World, number: int) -> dict[str, float]:
 
 @functools.cache
 def channel_of(world: World) -> SharedMemoryChannel:
-    channel = connect(dist.group.WORLD)
+    channel = connect(dist.group.WORLD, "reshard")
     assert channel, "these ranks are on one host"
     return channel
 

@@ -15,8 +15,8 @@ from aligner.reshard.plan.region import whole_tensor
 from aligner.reshard.plan.schedule import STAGED
 from aligner.reshard.plan.transfer_plan import plan_transfer
 from aligner.reshard.transfer.executor import execute
-from aligner.reshard.transfer.shared_memory import SLOTS
 from aligner.reshard.transfer.sync_stats import SyncStats, total
+from aligner.spmd.shared_memory import SLOTS
 from tests.conftest import Ranks
 
 MODULE = "tests.reshard.transfer.executor_on_ranks"

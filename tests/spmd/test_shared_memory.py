@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from aligner.reshard.transfer.shared_memory import SLOTS
+from aligner.spmd.shared_memory import SLOTS
 from tests.conftest import Ranks, Torchrun
 
-MODULE = "tests.reshard.transfer.shared_memory_on_ranks"
+MODULE = "tests.spmd.shared_memory_on_ranks"
 
 
 def test_messages_arrive_in_order_and_are_not_written_over(ranks: Ranks) -> None:
@@ -49,7 +49,7 @@ def test_a_line_of_another_user_is_not_taken(ranks: Ranks) -> None:
 
 def test_a_rank_that_is_gone_is_named_as_a_lost_connection(torchrun: Torchrun, tmp_path: Path) -> None:
     """So that the job's report blames the rank that ended, not those that miss it."""
-    done = torchrun(3, ["-m", "tests.reshard.transfer.lost_peer", str(tmp_path)], seconds=90)
+    done = torchrun(3, ["-m", "tests.spmd.lost_peer", str(tmp_path)], seconds=90)
     assert done.returncode == 0, done.stderr[-3000:]
     errors = json.loads((tmp_path / "0.json").read_text())
     assert errors == ["True: reshard: connection closed by peer: rank 2 is gone, rank 0 needs it"] * 3

@@ -46,13 +46,14 @@ class SharedMemoryChannel:
     which they were sent, so the n-th message from a rank is the n-th that is received.
     """
 
-    def __init__(self, rank: int, sockets: dict[int, socket.socket], timeout_seconds: float) -> None:
+    def __init__(self, rank: int, sockets: dict[int, socket.socket], timeout_seconds: float, purpose: str) -> None:
         """
         Args:
             sockets: peer rank -> a connected SOCK_SEQPACKET socket, whose other end it has.
             timeout_seconds: limit of one wait.
+            purpose: what errors begin with.
         """
-        self._rank, self._sockets, self._timeout = rank, sockets, timeout_seconds
+        self._rank, self._sockets, self._timeout, self._purpose = rank, sockets, timeout_seconds, purpose
         self._slots: list[_Slot] = []
         self._received: dict[int, deque[tuple[int, int]]] = {peer: deque() for peer in sockets}
         """Messages sent to this rank and not yet read: (slot, words)."""
@@ -123,7 +124,7 @@ class SharedMemoryChannel:
         assert peers, "all slots are taken and none was sent"
         if not self._listen(peers, self._timeout):
             raise RuntimeError(
-                f"reshard: rank {self._rank} waited {self._timeout:g} s (timeout_seconds) for rank {min(peers)}, {missing}"
+                f"{self._purpose}: rank {self._rank} waited {self._timeout:g} s (timeout_seconds) for rank {min(peers)}, {missing}"
             )
 
     def _listen(self, peers: Collection[int], seconds: float) -> bool:
@@ -153,7 +154,9 @@ class SharedMemoryChannel:
         self._received[peer].append((number, words))
 
     def _lost(self, peer: int) -> RuntimeError:
-        return RuntimeError(f"reshard: connection closed by peer: rank {peer} is gone, rank {self._rank} needs it")
+        return RuntimeError(
+            f"{self._purpose}: connection closed by peer: rank {peer} is gone, rank {self._rank} needs it"
+        )
 
 
 class _MappedMemory:
@@ -174,7 +177,7 @@ class _Slot(_MappedMemory):
     """Shared memory of this rank, which one peer at a time reads."""
 
     def __init__(self, number: int) -> None:
-        super().__init__(os.memfd_create("aligner-reshard"))
+        super().__init__(os.memfd_create("aligner"))
         self.number = number
         self.free = True
         self.reader: int | None = None
@@ -187,8 +190,8 @@ class _Slot(_MappedMemory):
         return super().fit(words)
 
 
-def connect(group: dist.ProcessGroup) -> SharedMemoryChannel | None:
-    """A channel between all ranks of `group`; collective over it.
+def connect(group: dist.ProcessGroup, purpose: str) -> SharedMemoryChannel | None:
+    """A channel between all ranks of `group`; collective over it. `purpose`: of its messages, for errors and the log.
 
     None on every rank where they are not all on one host, and where one cannot be connected with all others (not Linux,
     containers without a common network): then the first rank logs why.
@@ -215,12 +218,12 @@ def connect(group: dist.ProcessGroup) -> SharedMemoryChannel | None:
     ]
     if problems or listener is None:
         if rank == ranks[0]:
-            log.warning("weights go over gloo, not through memory that the ranks share: %s", problems[0])
+            log.warning("%s: over gloo, not through memory that the ranks share: %s", purpose, problems[0])
         return None
     _accept(listener, sockets, ranks)
     listener.close()
     timeout = group._get_backend(torch.device("cpu")).options._timeout
-    return SharedMemoryChannel(rank, sockets, timeout.total_seconds())
+    return SharedMemoryChannel(rank, sockets, timeout.total_seconds(), purpose)
 
 
 def _all_gather(value: Any, ranks: Sequence[int], group: dist.ProcessGroup) -> list[Any]:

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from aligner.reshard.transfer.shared_memory import SLOTS
-from tests.reshard.transfer.shared_memory_on_ranks import connected, failure, free_slot
+from aligner.spmd.shared_memory import SLOTS
+from tests.spmd.shared_memory_on_ranks import connected, failure, free_slot
 
 
 def main() -> None:

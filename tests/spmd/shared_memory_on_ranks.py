@@ -14,13 +14,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from aligner.health.fault_report import is_lost_connection
-from aligner.reshard.transfer import shared_memory
-from aligner.reshard.transfer.shared_memory import SLOTS, SharedMemoryChannel, connect
+from aligner.spmd import shared_memory
+from aligner.spmd.shared_memory import SLOTS, SharedMemoryChannel, connect
 from aligner.spmd.world import World
 
 
 def connected() -> SharedMemoryChannel:
-    channel = connect(dist.group.WORLD)
+    channel = connect(dist.group.WORLD, "reshard")
     assert channel, "these ranks are on one host"
     return channel
 
@@ -55,14 +55,14 @@ def around(world: World) -> list[list[int]]:
 def alone(world: World) -> bool:
     """A group of one rank has no channel."""
     group = world.group((0,))
-    return group is None or connect(group) is None
+    return group is None or connect(group, "reshard") is None
 
 
 def elsewhere(world: World, folder: Path) -> bool:
     """The last rank is on another host, to all appearances."""
     (folder / f"boot{world.rank}").write_text("another" if world.rank == world.size - 1 else "the same")
     with patch.object(shared_memory, "_BOOT", folder / f"boot{world.rank}"):
-        return connect(dist.group.WORLD) is None
+        return connect(dist.group.WORLD, "reshard") is None
 
 
 def without(world: World, sockets: int) -> tuple[bool, list[str]]:
@@ -79,7 +79,7 @@ def without(world: World, sockets: int) -> tuple[bool, list[str]]:
         return make_socket()
 
     with patch.object(shared_memory, "_socket", limited):
-        none = connect(dist.group.WORLD) is None
+        none = connect(dist.group.WORLD, "reshard") is None
     shared_memory.log.removeHandler(handler)
     return none, logged
 
