@@ -69,9 +69,10 @@ class TrainingConfig:
     overlap_grad_reduce: bool = False
     """engine=megatron: sum gradients over data-parallel ranks in buckets while the last microbatch's backward computes, instead
     of after it. The sums are the same. On CPUs, communication takes the cores that compute."""
-    reshard_after_forward: bool = True
+    reshard_after_forward: bool | None = None
     """engine=fsdp: free a layer's gathered weights after its forward and gather them again in the backward (less memory, as
-    ZeRO-3); false keeps them from the first microbatch's forward to the last one's backward (less communication, as ZeRO-2)."""
+    ZeRO-3); false keeps them from the first microbatch's forward to the last one's backward (less communication, as ZeRO-2);
+    null: true on GPUs, false on CPUs, where communication takes the cores that compute."""
     share_prefix: Annotated[str, OneOf(*MIN_SHARED_TOKENS)] = "auto"
     """Compute common prefixes of a microbatch's rows (samples of one prompt, pairs) once: auto, on or off. Exact up to
     rounding. auto: prefixes of at least 8 tokens, from which on it pays; on: prefixes of any length; off: every row by itself."""

@@ -6,13 +6,14 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from aligner.spmd import cpu_collectives
 from aligner.spmd.cpu_collectives import CpuCollectives
 from aligner.spmd.world import World
-from aligner.trainer.fsdp.collectives import AllGather, ReduceScatter
+from aligner.trainer.fsdp.collectives import use_cpu_collectives
 
 
 def numbers(rank: int, count: int, dtype: str) -> Tensor:
@@ -44,34 +45,70 @@ def both(world: World, members: tuple[int, ...], shared: bool, part: int, dtype:
     place = members.index(world.rank)
     with patch.object(cpu_collectives, "CHUNK_BYTES", 64):
         whole = numbers(world.rank, part * len(members), dtype)
+        parts = whole.view(len(members), part)
         apart = torch.full((part,), 7).to(whole.dtype)
-        made.reduce_scatter(whole, apart)
+        made.reduce_scatter([[each] for each in parts], [apart])
         untouched = torch.equal(whole, numbers(world.rank, part * len(members), dtype))
-        within = whole.view(len(members), part)[place]
-        made.reduce_scatter(whole, within)
-        gathered = torch.zeros_like(whole)
-        gathered.view(len(members), part)[place] = numbers(world.rank, part, dtype)
-        made.all_gather(gathered)
+        made.reduce_scatter([[each] for each in parts], [parts[place]])
+        gathered = torch.zeros_like(parts)
+        gathered[place] = numbers(world.rank, part, dtype)
+        made.all_gather([gathered[place]], [gathered])
     return {
         "apart": apart.tolist(),
-        "within": within.tolist(),
+        "within": parts[place].tolist(),
         "untouched": untouched,
-        "gathered": gathered.tolist(),
+        "gathered": gathered.flatten().tolist(),
     }
 
 
-def through_fsdp(world: World) -> tuple[list[float], list[float]]:
-    """What FSDP's hooks give, which take other arguments: two ranks' halves of [0, 1, 2, 3], and of the sum of two of these."""
-    group = dist.group.WORLD
-    assert group is not None
-    made = collectives(world, (0, 1), True)
+def lists(world: World, shared: bool, lengths: list[int]) -> tuple[list[list[float]], list[list[float]]]:
+    """Several tensors at once: gathered, of these lengths; and summed, where each rank has one element more than the one before."""
+    made = collectives(world, tuple(range(world.size)), shared)
     assert made is not None
-    gather, scatter, device = AllGather(made), ReduceScatter(made), torch.device("cpu")
-    whole = gather.allocate((4,), dtype=torch.bfloat16, device=device)
-    own = whole[2 * world.rank :][:2]
-    own.copy_(2 * world.rank + torch.arange(2))
-    gather(whole, own, group)
-    part, gradients = scatter.allocate((2,), dtype=torch.float32, device=device), torch.arange(4.0)
-    scatter(part, gradients, group, dist.ReduceOp.SUM)
-    assert gradients.untyped_storage().nbytes() == 0
-    return whole.tolist(), part.tolist()
+    with patch.object(cpu_collectives, "CHUNK_BYTES", 64):
+        wholes = [torch.zeros(world.size, length) for length in lengths]
+        made.all_gather([numbers(world.rank + length, length, "float32") for length in lengths], wholes)
+        parts = [
+            [numbers(length, length + rank, "bfloat16") * (world.rank + 1) for length in lengths]
+            for rank in range(world.size)
+        ]
+        out = [torch.full((length + world.rank,), 7.0) for length in lengths]  # sums of bfloat16 in float32
+        made.reduce_scatter(parts, out)
+    return [whole.flatten().tolist() for whole in wholes], [total.tolist() for total in out]
+
+
+def through_fsdp(world: World, sizes: list[tuple[int, ...]], dtype: str) -> tuple[list[Any], list[Any]]:
+    """What `fully_shard` gives with these collectives and without, of a module whose parameters have these sizes: gathered weights,
+    and this rank's gradients where rank r's are (r + 1) times the weights."""
+    found = []
+    for custom in (True, False):
+        module = nn.ParameterList([numbers(11 + number, 1, dtype).new_zeros(size) for number, size in enumerate(sizes)])
+        for number, parameter in enumerate(module):
+            parameter.data.copy_(numbers(number, parameter.numel(), dtype).view(parameter.shape))
+        root = Summed(module)
+        mesh = init_device_mesh("cpu", (world.size,))
+        fully_shard(root, mesh=mesh)
+        root.set_gradient_divide_factor(1.0)
+        root.set_force_sum_reduction_for_comms(True)
+        if custom:
+            made = world.cpu_collectives(mesh.get_group())
+            assert made is not None
+            use_cpu_collectives(root, made)
+        seen: list[Any] = []
+        root(seen, float(world.rank + 1)).backward()
+        gradients = [parameter.grad.to_local().tolist() for parameter in module]
+        found.append((seen, gradients))
+    assert found[0] == found[1]
+    return found[0]
+
+
+class Summed(nn.Module):
+    """Half the sum of squares of its parameters."""
+
+    def __init__(self, weights: nn.ParameterList) -> None:
+        super().__init__()
+        self.weights = weights
+
+    def forward(self, seen: list[Any], factor: float) -> Tensor:
+        seen += [weight.tolist() for weight in self.weights]
+        return factor * sum((weight.square().sum() / 2 for weight in self.weights), torch.zeros(()))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import prod
+
 import pytest
 
 from tests.conftest import Ranks
@@ -30,6 +32,25 @@ def test_parts_and_sums(ranks: Ranks, members: tuple[int, ...], shared: bool, pa
         assert results[rank] == {"apart": own, "within": own, "untouched": True, "gathered": gathered}
 
 
-def test_the_hooks_of_fsdp(ranks: Ranks) -> None:
-    whole = [0.0, 1.0, 2.0, 3.0]
-    assert ranks(2).run(f"{MODULE}:through_fsdp") == [(whole, [0.0, 2.0]), (whole, [4.0, 6.0])]
+@pytest.mark.parametrize("shared", [True, False], ids=["shared memory", "sends"])
+def test_lists_of_parts_of_different_lengths(ranks: Ranks, shared: bool) -> None:
+    """Of 3 ranks, with messages that hold several tensors and tensors that take several messages, not as many both ways."""
+    lengths = [3, 0, 40, 1, 16, 31]
+    results = ranks(3).run(f"{MODULE}:lists", shared, lengths)
+    gathered = [[x for rank in range(3) for x in numbers(rank + n, n, "float32").tolist()] for n in lengths]
+    for rank in range(3):
+        summed = [(6 * numbers(length, length + rank, "float32")).tolist() for length in lengths]
+        assert results[rank] == (gathered, summed)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_fsdp_gathers_weights_and_sums_gradients(ranks: Ranks, dtype: str) -> None:
+    """Rows that divide by 3, that do not, fewer rows than ranks, and no dimension but one; also as with FSDP's own collectives."""
+    sizes = [(6, 5), (7, 3), (2, 4), (10,), (1,), (4, 2, 3)]
+    results = ranks(3).run(f"{MODULE}:through_fsdp", sizes, dtype)
+    weights = [numbers(number, prod(size), dtype).view(size) for number, size in enumerate(sizes)]
+    for rank, (gathered, gradients) in enumerate(results):
+        assert gathered == [weight.tolist() for weight in weights]
+        for weight, gradient in zip(weights, gradients, strict=True):
+            rows = -(-len(weight) // 3)
+            assert gradient == (6 * weight[rank * rows : (rank + 1) * rows]).tolist()

@@ -51,6 +51,8 @@ class FsdpEngine(TrainEngine):
     ) -> None:
         self.world, self.mesh, self.spec, self.config, self._groups = world, mesh, spec, config, groups
         self.frozen = frozen
+        chosen = config.reshard_after_forward
+        self._reshards = world.device.type != "cpu" if chosen is None else chosen
         layout = FsdpLayout(spec, mesh, config.dtype if frozen else "float32")
         sharded = mesh.size > 1 or (config.dtype != "float32" and not frozen)
         self.model = build_model(
@@ -64,7 +66,7 @@ class FsdpEngine(TrainEngine):
             dtype=DTYPES[config.dtype],
             frozen=frozen,
             recompute=config.recompute,
-            reshard_after_forward=config.reshard_after_forward,
+            reshard_after_forward=self._reshards,
         )
         self._optimizer: Optimizer | None = None
 
@@ -141,7 +143,7 @@ class FsdpEngine(TrainEngine):
                 last = number == len(batches) - 1
                 root.set_requires_gradient_sync(last)
                 root.set_is_last_backward(last)
-                root.set_reshard_after_backward(last or self.config.reshard_after_forward)
+                root.set_reshard_after_backward(last or self._reshards)
             loss(number, root(batch)).backward()
             if number == 0 and len(batches) > 1 and self.config.dtype != "float32":
                 for module in self._fsdp_modules():

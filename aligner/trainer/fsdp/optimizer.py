@@ -48,13 +48,21 @@ class Optimizer:
 
     def zero_grad(self) -> None:
         """Zero the gradients: in place where they are whole here, else FSDP makes new ones."""
-        for parameter in self.model.parameters.values():
-            if self.model.is_sharded:
+        parameters = list(self.model.parameters.values())
+        if self.model.is_sharded:
+            for parameter in parameters:
                 parameter.grad = None
-            elif parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-            else:
+            return
+        missing = [parameter for parameter in parameters if parameter.grad is None]
+        for parameter in parameters:
+            if parameter.grad is not None:
                 parameter.grad.zero_()
+        if missing:  # in one piece of memory, which leaves no holes among activations
+            buffer = torch.zeros(sum(parameter.numel() for parameter in missing), device=missing[0].device)
+            for parameter, part in zip(
+                missing, buffer.split([parameter.numel() for parameter in missing]), strict=True
+            ):
+                parameter.grad = part.view_as(parameter)
 
     def gradients(self) -> dict[str, Tensor]:
         """This rank's part of each parameter's gradient, as far as there is one."""

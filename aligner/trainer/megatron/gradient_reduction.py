@@ -10,7 +10,6 @@ import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.process_groups_config import ProcessGroupCollection
-from torch import Tensor
 
 from aligner.spmd.cpu_collectives import CpuCollectives
 from aligner.trainer.megatron.model import ShardedModel
@@ -103,19 +102,18 @@ def _use_cpu_collectives(buckets: Any, collectives: CpuCollectives | None) -> No
     if collectives is None:
         return
     assert all(bucket.gradient_scaling_factor == 1.0 for bucket in buckets.buckets)
-    place = collectives.group.rank()
-
-    def own(whole: Tensor) -> Tensor:
-        return whole.view(collectives.group.size(), -1)[place]
+    ranks, place = collectives.group.size(), collectives.group.rank()
 
     def reduce(force_all_reduce: bool = False) -> None:
         assert not force_all_reduce, "with a distributed optimizer each rank needs its part"
         for bucket in buckets.buckets:
-            collectives.reduce_scatter(bucket.grad_data, own(bucket.grad_data))
+            parts = bucket.grad_data.view(ranks, -1)
+            collectives.reduce_scatter([[part] for part in parts], [parts[place]])
 
     def gather(force_sync: bool = False) -> None:
         for bucket in buckets.buckets:
-            collectives.all_gather(bucket.param_data)
+            parts = bucket.param_data.view(ranks, -1)
+            collectives.all_gather([parts[place]], [parts])
 
     buckets.start_param_sync = gather
     if not buckets.ddp_config.overlap_grad_reduce:

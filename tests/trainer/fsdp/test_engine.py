@@ -31,8 +31,9 @@ def test_agrees_with_megatron_on_one_rank(ranks: Ranks, models: Path, tmp_path: 
     ("model", "case", "more"),
     [
         ("llama", "sft", {}),
-        ("qwen2-tied", "grpo", {"reshard_after_forward": False}),
-        ("qwen3-moe", "grpo", {"recompute": "full"}),
+        ("llama", "sft", {"reshard_after_forward": True}),
+        ("qwen2-tied", "grpo", {}),
+        ("qwen3-moe", "grpo", {"recompute": "full", "reshard_after_forward": True}),
         ("llama", "critic", {"recompute": "selective"}),
         ("qwen2-tied", "reward_model", {}),
     ],
