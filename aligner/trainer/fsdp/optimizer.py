@@ -58,10 +58,9 @@ class Optimizer:
             if parameter.grad is not None:
                 parameter.grad.zero_()
         if missing:  # in one piece of memory, which leaves no holes among activations
-            buffer = torch.zeros(sum(parameter.numel() for parameter in missing), device=missing[0].device)
-            for parameter, part in zip(
-                missing, buffer.split([parameter.numel() for parameter in missing]), strict=True
-            ):
+            sizes = [parameter.numel() for parameter in missing]
+            buffer = torch.zeros(sum(sizes), device=missing[0].device)
+            for parameter, part in zip(missing, buffer.split(sizes), strict=True):
                 parameter.grad = part.view_as(parameter)
 
     def gradients(self) -> dict[str, Tensor]:
